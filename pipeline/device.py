@@ -1,0 +1,27 @@
+"""Which device does the work, chosen by name, by what is there and by the rank on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from shards.errors import UserError
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device for `auto`, `cpu` or `cuda`; ranks of one machine take its GPUs in turn."""
+    gpus = torch.cuda.device_count() if name != "cpu" else 0
+    if name == "cpu" or (name == "auto" and not gpus):
+        return torch.device("cpu")
+    if not gpus:
+        raise UserError(
+            found="device: cuda, and no CUDA device on this machine",
+            expected="a CUDA device that torch can see",
+            hint="use device=auto or device=cpu; nvidia-smi shows what the driver sees",
+        )
+    if local_rank >= gpus:
+        raise UserError(
+            found=f"local rank {local_rank} and {gpus} CUDA devices",
+            expected="one process for each GPU",
+            hint=f"torchrun --nproc_per_node={gpus} ...",
+        )
+    return torch.device("cuda", local_rank)

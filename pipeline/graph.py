@@ -1,0 +1,108 @@
+"""What turns raw bytes into model input: one contract, two backends (DALI and torch)."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shards.errors import UserError
+from shards.manifest import Manifest
+
+BACKENDS = ("auto", "dali", "torch")
+MAX_RESOLUTION = 4096
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """Everything that decides what a graph computes.
+
+    image_shape: (H, W, C) of the raw images. transposed: rows and columns are exchanged in them.
+    resolution: side of the square output, in pixels. interpolation: `linear`, `cubic` or `nearest`.
+    mean, std: for each channel, of the resized images with pixels scaled to 0 .. 1.
+    """
+
+    image_shape: tuple[int, int, int]
+    transposed: bool
+    resolution: int
+    interpolation: str = "linear"
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    @classmethod
+    def of(cls, manifest: Manifest, resolution: int, interpolation: str = "linear") -> GraphSpec:
+        """The spec for a packed part, without normalisation (mean 0, standard deviation 1)."""
+        if not 1 <= resolution <= MAX_RESOLUTION:
+            raise UserError(
+                found=f"resolution {resolution}",
+                expected=f"a side of 1 .. {MAX_RESOLUTION} pixels",
+                hint="for instance data.resolution=112",
+            )
+        channels = manifest.image_shape[2]
+        return cls(
+            image_shape=manifest.image_shape,
+            transposed=manifest.transposed,
+            resolution=resolution,
+            interpolation=interpolation,
+            mean=(0.0,) * channels,
+            std=(1.0,) * channels,
+        )
+
+    def normalised(self, mean: tuple[float, ...], std: tuple[float, ...]) -> GraphSpec:
+        return replace(self, mean=mean, std=std)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the output has another size than the raw images."""
+        height, width, _ = self.image_shape
+        return not height == width == self.resolution
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether the output has more pixels, so that normalising first is cheaper (resizing commutes with it)."""
+        height, width, _ = self.image_shape
+        return self.resolution * self.resolution > height * width
+
+
+class Graph(Protocol):
+    """Raw images to model input. Built for one spec and device; not to be called from two threads at once."""
+
+    def __call__(self, images: NDArray[np.uint8]) -> torch.Tensor:
+        """images: uint8 [B, H, W, C], C-contiguous, B up to the graph's batch size; not changed and not kept.
+
+        Returns float32 [B, C, R, R] on the device: upright, resized, (x / 255 - mean) / std.
+        """
+        ...
+
+
+def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
+    """The backend that does the work (`dali` or `torch`) and why, in words."""
+    has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if name == "dali" and not has_dali:
+        raise UserError(
+            found="loader.backend: dali, and DALI is not installed",
+            expected="the package nvidia-dali-cuda120 (Linux only)",
+            hint="use loader.backend=auto or loader.backend=torch",
+        )
+    if name != "auto":
+        return name, "asked for"
+    if device.type == "cpu":
+        return "torch", "on a CPU it is the faster one for raw blocks"
+    if not has_dali:
+        return "torch", "DALI is not installed"
+    return "dali", "there is a GPU"
+
+
+def make_graph(spec: GraphSpec, backend: str, device: torch.device, batch_size: int) -> Graph:
+    """Build a graph. backend: `dali` or `torch`; batch_size: the most images of one call."""
+    if backend == "dali":
+        from pipeline.graph_dali import DaliGraph
+
+        return DaliGraph(spec, device, batch_size)
+    from pipeline.graph_torch import TorchGraph
+
+    return TorchGraph(spec, device)

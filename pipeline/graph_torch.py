@@ -1,0 +1,40 @@
+"""The torch backend: resizing a small image is two small matrix products, A X A^T."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.graph import GraphSpec
+from pipeline.resample import resize_weights
+
+
+class TorchGraph:
+    """See `pipeline.graph.Graph`. Orientation is a transposed view; the normalisation is folded into A."""
+
+    def __init__(self, spec: GraphSpec, device: torch.device) -> None:
+        height, width, channels = spec.image_shape
+        if spec.transposed:
+            height, width = width, height
+        self._device = device
+        self._transposed = spec.transposed
+        self._resizes = spec.resizes
+        # ((A X A^T) / 255 - mean) / std = (A / (255 std)) (X - 255 mean) A^T, as the rows of A add up to 1.
+        scale = 1 / (255 * torch.tensor(spec.std, dtype=torch.float64))
+        rows = torch.from_numpy(resize_weights(height, spec.resolution, spec.interpolation))
+        columns = torch.from_numpy(resize_weights(width, spec.resolution, spec.interpolation))
+        self._scale = scale.float().view(-1, 1, 1).to(device)
+        self._rows = (scale[:, None, None] * rows).float().to(device)  # [C, R, H]
+        self._columns = columns.T.contiguous().float().to(device)  # [W, R]
+        self._offset = (255 * torch.tensor(spec.mean, dtype=torch.float64)).float().view(-1, 1, 1).to(device)
+
+    def __call__(self, images: NDArray[np.uint8]) -> torch.Tensor:
+        raw = torch.from_numpy(images)
+        if self._device.type == "cuda":
+            raw = raw.pin_memory().to(self._device, non_blocking=True)
+        upright = raw.permute(0, 3, 2, 1) if self._transposed else raw.permute(0, 3, 1, 2)  # [B, C, H, W]
+        pixels = upright.to(torch.float32, memory_format=torch.contiguous_format).sub_(self._offset)
+        if not self._resizes:
+            return pixels.mul_(self._scale)
+        return (self._rows @ pixels) @ self._columns

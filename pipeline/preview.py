@@ -1,0 +1,131 @@
+"""One look at a packed set: a contact sheet of raw images beside what the model will see, by class.
+
+python -m pipeline.preview DIR [--out FILE] [--resolution N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.graph import GraphSpec, make_graph
+from pipeline.order import permutation
+from shards import Store, UserError, open_part, open_store
+from shards.atomic import write_file
+from shards.errors import run_command
+from shards.manifest import MANIFEST_NAME
+
+_PAIRS = 4  # examples of a class
+_TILE = 56  # side of a picture on the sheet, pixels
+_GAP = 6
+_PAIR_GAP = 14
+_LABEL = 96
+_HEADER = 64
+_MARGIN = 24
+_COLUMN_GAP = 28
+_INK = (24, 24, 27)
+_MUTED = (113, 113, 122)
+_PAPER = (250, 250, 250)
+
+
+def read_images(store: Store, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Raw images as stored, uint8 [n, H, W, C]."""
+    images = np.empty((len(samples), *store.manifest.image_shape), np.uint8)
+    store.gather(samples, images)
+    return images
+
+
+def upright(images: NDArray[np.uint8], transposed: bool) -> NDArray[np.uint8]:
+    """Images [n, H, W, C] the way a person reads them."""
+    return images.swapaxes(1, 2) if transposed else images
+
+
+def to_picture(image: NDArray[np.uint8]) -> Image.Image:
+    """One image [H, W, C] of 1 or 3 channels as an RGB picture."""
+    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert("RGB")
+
+
+def contact_sheet(store: Store, resolution: int) -> Image.Image:
+    """A picture: for every class its name and a few examples, each raw (left) and processed (right)."""
+    manifest = store.manifest
+    examples = _examples(store)
+    columns = 1 if len(examples) <= 12 else 2 if len(examples) <= 64 else 3
+    rows = -(-len(examples) // columns)
+    pair_width = 2 * _TILE + _GAP
+    block_width = _LABEL + _PAIRS * (pair_width + _PAIR_GAP)
+    row_height = _TILE + 2 * _GAP
+    size = (2 * _MARGIN + columns * block_width + (columns - 1) * _COLUMN_GAP, _HEADER + _MARGIN + rows * row_height)
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    stored = "rows and columns exchanged" if manifest.transposed else "upright"
+    draw.text((_MARGIN, 16), f"{manifest.name}, {manifest.part}", _INK, ImageFont.load_default(20))
+    height, width, _ = manifest.image_shape
+    note = (
+        f"pairs: raw {height}x{width} (stored {stored}), and processed {resolution}x{resolution} as the model sees it"
+    )
+    draw.text((_MARGIN, 42), note, _MUTED, ImageFont.load_default(13))
+
+    spec = GraphSpec.of(manifest, resolution)
+    graph = make_graph(spec, "torch", torch.device("cpu"), _PAIRS)
+    for place, (label, samples) in enumerate(examples):
+        left = _MARGIN + place // rows * (block_width + _COLUMN_GAP)
+        top = _HEADER + place % rows * row_height
+        name = manifest.classes[label]
+        draw.text((left, top + 6), _fitted(name), _INK, ImageFont.load_default(26 if len(name) < 4 else 13))
+        draw.text((left, top + _TILE - 16), f"{manifest.counts[label]:,}", _MUTED, ImageFont.load_default(12))
+        raw = read_images(store, samples)
+        processed = graph(raw).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        for number, (before, after) in enumerate(zip(raw, processed, strict=True)):
+            x = left + _LABEL + number * (pair_width + _PAIR_GAP)
+            sheet.paste(to_picture(before).resize((_TILE, _TILE), Image.Resampling.NEAREST), (x, top))
+            sheet.paste(to_picture(after).resize((_TILE, _TILE), Image.Resampling.LANCZOS), (x + _TILE + _GAP, top))
+    return sheet
+
+
+def _examples(store: Store) -> list[tuple[int, NDArray[np.int64]]]:
+    """For every class that has samples: its number and a few of their positions."""
+    shuffled = permutation(len(store), seed=0, stream=0)
+    found = []
+    for label in range(len(store.manifest.classes)):
+        samples = shuffled[store.labels[shuffled] == label][:_PAIRS]
+        if len(samples):
+            found.append((label, samples))
+    return found
+
+
+def _fitted(name: str) -> str:
+    return name if len(name) <= 12 else f"{name[:11]}…"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.preview", description="Draw a contact sheet of a packed set: raw beside processed."
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="packed set (its train part), or one part")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default DIR/preview.png)")
+    parser.add_argument("--resolution", type=int, default=112, metavar="N", help="side of the processed image")
+    arguments = parser.parse_args()
+    directory = arguments.directory
+    store = open_store(directory) if (directory / MANIFEST_NAME).is_file() else open_part(directory, "train")
+    out = arguments.out or directory / "preview.png"
+    if out.is_dir():
+        raise UserError(found=f"--out {out}, a directory", expected="a file", hint=f"--out {out / 'preview.png'}")
+    if not out.absolute().parent.is_dir():
+        raise UserError(
+            found=f"no directory {out.parent}", expected="a place to write the sheet", hint=f"mkdir -p {out.parent}"
+        )
+    content = io.BytesIO()
+    contact_sheet(store, arguments.resolution).save(content, "PNG")
+    write_file(out, content.getvalue())
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

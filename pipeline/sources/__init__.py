@@ -1,0 +1,66 @@
+"""Which raw data sets are known? One module each, found by its name; a new data set is a new file here.
+
+A module of this package defines `SOURCE`, a `Source`. Importing it must load neither torch nor DALI.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.manifest import RawFile
+
+
+@dataclass(frozen=True)
+class RawPart:
+    """One part of a raw data set, ready to be packed.
+
+    name: `train` or `test`.
+    classes: names, in the order of the labels.
+    labels: int64 [N], 0 .. len(classes) - 1.
+    image_shape: (H, W, C) of every image, as stored.
+    transposed: the pixels are stored with rows and columns exchanged.
+    read: given source rows int64 [n], the images uint8 [n, H, W, C]. Called from several threads.
+    files: what it was read from, with hashes.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    image_shape: tuple[int, int, int]
+    transposed: bool
+    read: Callable[[NDArray[np.int64]], NDArray[np.uint8]]
+    files: tuple[RawFile, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that can be packed.
+
+    name: as on the command line; splits: the names `--split` accepts (none: the set has no splits), the
+    first is the default; raw_files: whether it reads files from a directory (`--raw`).
+    plan: given the raw directory and the split, a line that says what would be read or downloaded.
+    load: given the raw directory and the split, both parts, read (and downloaded) and checked.
+    """
+
+    name: str
+    description: str
+    splits: tuple[str, ...]
+    raw_files: bool
+    plan: Callable[[Path, str], str]
+    load: Callable[[Path, str], tuple[RawPart, ...]]
+
+
+def source_names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find_source(name: str) -> Source:
+    """The source of a name out of `source_names()`."""
+    return importlib.import_module(f"{__name__}.{name}").SOURCE

@@ -1,0 +1,102 @@
+"""EMNIST: 814,255 handwritten characters in six splits (Cohen et al. 2017, https://arxiv.org/abs/1702.05373)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.download import Download, fetch
+from pipeline.idx import decode_pair
+from pipeline.raw import RawContent, RawDirectory
+from pipeline.sources import RawPart, Source
+from shards.errors import UserError
+
+ARCHIVE = Download(
+    url="https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
+    name="gzip.zip",
+    bytes=561_753_746,
+    sha256="fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
+)
+SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
+
+
+def _names(split: str) -> dict[str, str]:
+    names = {"mapping": f"emnist-{split}-mapping.txt"}
+    for part in ("train", "test"):
+        names[f"{part} images"] = f"emnist-{split}-{part}-images-idx3-ubyte"
+        names[f"{part} labels"] = f"emnist-{split}-{part}-labels-idx1-ubyte"
+    return names
+
+
+def parse_mapping(raw: RawContent) -> tuple[tuple[str, ...], int]:
+    """Class names in label order, and the label of the first class.
+
+    A line is a label and the character codes it stands for: `10 65`, or in `letters`, which counts from 1,
+    `1 65 97`, named `Aa`.
+    """
+    try:
+        lines = [
+            [int(word) for word in line.split()] for line in raw.content.decode("ascii").splitlines() if line.strip()
+        ]
+        labels = [line[0] for line in lines]
+        names = tuple("".join(map(chr, line[1:])) for line in lines)
+        if not labels or labels != list(range(labels[0], labels[0] + len(labels))) or not all(names):
+            raise ValueError("labels do not follow each other")
+    except (ValueError, IndexError, OverflowError) as error:
+        raise UserError(
+            found=f"{raw.place}, which is not a mapping file: {error}",
+            expected="lines of a label and character codes, such as '10 65'",
+            hint=f"get it again from {ARCHIVE.name}",
+        ) from None
+    return names, labels[0]
+
+
+def _plan(directory: Path, split: str) -> str:
+    files = RawDirectory(directory, ARCHIVE.name)
+    missing = files.missing(list(_names(split).values()))
+    if not missing:
+        return f"read the {split} files in {directory}"
+    if files.has_any(list(_names(split).values())) or ARCHIVE.path(directory).exists():
+        return f"fail: {', '.join(missing)} not in {directory}"
+    return f"download {ARCHIVE.url} ({ARCHIVE.bytes / 1e6:,.0f} MB) to {directory}"
+
+
+def _load(directory: Path, split: str) -> tuple[RawPart, ...]:
+    names = _names(split)
+    files = RawDirectory(directory, ARCHIVE.name)
+    if not files.has_any(list(names.values())) and not ARCHIVE.path(directory).exists():
+        fetch(ARCHIVE, directory, or_else=f"the loose files of the split ({names['train images']}.gz, ...)")
+    missing = files.missing(list(names.values()))
+    if missing:
+        raise UserError(
+            found=f"no {', '.join(missing)} in {directory}",
+            expected=f"the five files of EMNIST {split}, or the official {ARCHIVE.name} in their place",
+            hint=f"add what is missing, or name an empty --raw directory to download {ARCHIVE.url}",
+        )
+    mapping = files.read(names["mapping"])
+    classes, first_label = parse_mapping(mapping)
+    parts = []
+    for part in ("train", "test"):
+        raw_images, raw_labels = files.read(names[f"{part} images"]), files.read(names[f"{part} labels"])
+        images, labels = decode_pair(raw_images, raw_labels, len(classes), first_label)
+        parts.append(
+            RawPart(
+                name=part,
+                classes=classes,
+                labels=labels,
+                image_shape=images.shape[1:],
+                transposed=True,
+                read=lambda rows, images=images: images[rows],
+                files=(raw_images.record(), raw_labels.record(), mapping.record()),
+            )
+        )
+    return tuple(parts)
+
+
+SOURCE = Source(
+    name="emnist",
+    description="EMNIST, handwritten letters and digits, 28x28 gray, six splits",
+    splits=SPLITS,
+    raw_files=True,
+    plan=_plan,
+    load=_load,
+)

@@ -1,0 +1,74 @@
+"""Mean and standard deviation of the model input, measured through the graph itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.graph import GraphSpec, make_graph
+from pipeline.loader import Loader
+from pipeline.order import EvaluationOrder
+from shards.atomic import write_file
+from shards.store import Store
+
+log = logging.getLogger(__name__)
+
+# Samples were permuted at packing, so a prefix is a fair sample; with so many, the error of the mean is below
+# a thousandth of the standard deviation.
+_MOST_SAMPLES = 65_536
+_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of pixels scaled to 0 .. 1, after the resize, for each channel; samples: how many images were measured."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    samples: int
+
+
+def measure(store: Store, spec: GraphSpec, backend: str, device: torch.device) -> Statistics:
+    """Run the first images of a store through the graph (without normalisation) and take mean and deviation."""
+    channels = spec.image_shape[2]
+    raw_spec = spec.normalised((0.0,) * channels, (1.0,) * channels)
+    samples = np.arange(min(len(store), _MOST_SAMPLES))
+    graph = make_graph(raw_spec, backend, device, _BATCH)
+    total = torch.zeros(channels, dtype=torch.float64, device=device)
+    squares = torch.zeros_like(total)
+    for batch in Loader(store, EvaluationOrder(samples, _BATCH), graph, device).batches():
+        # Summed in float32 along an image, in float64 over images: fast, and exact to seven digits.
+        total += batch.images.mean(dim=(2, 3)).double().sum(dim=0)
+        squares += batch.images.square().mean(dim=(2, 3)).double().sum(dim=0)
+    mean = total / len(samples)
+    std = (squares / len(samples) - mean.square()).clamp_min(0).sqrt()
+    # A constant channel (blank images) has nothing to scale.
+    std = torch.where(std < 1e-6, torch.ones_like(std), std)
+    return Statistics(tuple(mean.tolist()), tuple(std.tolist()), len(samples))
+
+
+def cached(store: Store, directory: Path, spec: GraphSpec, backend: str, device: torch.device) -> Statistics:
+    """The statistics of a packed part, from `DIR/statistics/` or measured and kept there.
+
+    directory: of the part. Where it cannot be written, they are measured each time.
+    """
+    path = directory / "statistics" / f"{spec.resolution}-{spec.interpolation}.json"
+    digest = store.manifest.digest()
+    try:
+        content = json.loads(path.read_text())
+        if content.pop("manifest") == digest:
+            return Statistics(tuple(content["mean"]), tuple(content["std"]), content["samples"])
+    except (OSError, ValueError, KeyError):
+        pass  # not measured yet, or not whole: measure
+    statistics = measure(store, spec, backend, device)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_file(path, json.dumps({**asdict(statistics), "manifest": digest}) + "\n")
+    except OSError as error:
+        log.warning("cannot keep the statistics in %s (%s); they are measured again next time", path, error)
+    return statistics

@@ -1,0 +1,125 @@
+"""Files and directories that appear whole or not at all, whatever kills the writer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from shards.errors import UserError, no_permission
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents; a refusal is the user's to mend."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise no_permission(error, path) from None
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory survive a power cut."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write that takes the place of `path` when the block ends well.
+
+    Until then `path` is untouched. The temporary name is fixed, so a killed writer's leftover is
+    overwritten by the next one; only one process may write the same `path` at a time.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Replace the content of a file (text is UTF-8) at once."""
+    with replace_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def staging_directory(target: Path) -> Path:
+    """Where a replacement of `target` is prepared: a hidden directory beside it, on the same file system."""
+    target = target.absolute()
+    return target.with_name(f".{target.name}.packing")
+
+
+class Replacement:
+    """A directory in preparation: fill `path`, then `commit()` renames it to the target."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target.absolute()
+        self._old = staging_directory(target) / "old"
+        self.path = staging_directory(target) / "new"
+
+    def start_clean(self) -> None:
+        """Put back what a killed writer had moved aside, and remove what it had half written."""
+        self.put_back()
+        for stale in (self.path, self._old):
+            shutil.rmtree(stale, ignore_errors=True)
+        self.path.mkdir()
+
+    def commit(self) -> None:
+        """Move what stands at the target aside, then the new directory into its place."""
+        sync_directory(self.path)
+        if self._target.exists():
+            os.replace(self._target, self._old)
+        os.replace(self.path, self._target)
+        sync_directory(self._target.parent)
+
+    def put_back(self) -> None:
+        """Undo half a commit: between its two renames only the moved-aside directory exists."""
+        if self._old.exists() and not self._target.exists():
+            os.replace(self._old, self._target)
+
+
+@contextmanager
+def replace_directory(target: Path) -> Iterator[Replacement]:
+    """Prepare a directory that takes the place of `target` at `commit()`, and not before.
+
+    A lock in the staging directory refuses a second writer of the same target; what a killed writer left
+    is cleaned up by the next one. Without a commit the target stays as it was.
+    """
+    staging = staging_directory(target)
+    make_directory(staging.parent)
+    make_directory(staging)
+    lock = FileLock(staging / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            found=f"another process that is writing {target}",
+            expected="one writer at a time",
+            hint="wait for it to end, or choose another --out",
+        ) from None
+    except OSError as error:
+        raise no_permission(error, staging) from None
+    replacement = Replacement(target)
+    try:
+        replacement.start_clean()
+        yield replacement
+    finally:
+        replacement.put_back()
+        lock.release()
+        shutil.rmtree(staging, ignore_errors=True)

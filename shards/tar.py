@@ -1,0 +1,245 @@
+"""Tar shards of block records: the writer, and a reader that maps them into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+import os
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import UserError
+from shards.manifest import Manifest, Shard
+
+COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
+INDEX_VERSION = "v1.2"
+_TAR_BLOCK = 512
+_END_OF_ARCHIVE = bytes(2 * _TAR_BLOCK)
+
+
+def block_key(number: int) -> str:
+    """Name of a block record: its number in the part, eight digits."""
+    return f"{number:08d}"
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.tar"
+
+
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The header that NumPy writes before an array's bytes (.npy version 1.0, padded to 64 bytes)."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _member(name: str, header: bytes, array: NDArray) -> tuple[list[bytes | memoryview], int]:
+    """The pieces of a tar member that holds an array as .npy, and their length in bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(header) + array.nbytes
+    info.mode = 0o444
+    padding = bytes(-info.size % _TAR_BLOCK)
+    pieces = [info.tobuf(tarfile.USTAR_FORMAT), header, memoryview(array).cast("B"), padding]
+    return pieces, _TAR_BLOCK + info.size + len(padding)
+
+
+class ShardWriter:
+    """Writes one tar shard and, beside it, the index that DALI's `wds2idx` would write.
+
+    `with ShardWriter(directory, number) as writer: writer.add(...)`, then `writer.entry` is its manifest line.
+    """
+
+    entry: Shard
+
+    def __init__(self, directory: Path, number: int) -> None:
+        self._path = directory / shard_name(number)
+        self._file = open(self._path, "xb")
+        self._sha256 = hashlib.sha256()
+        self._offset = 0
+        self._samples = 0
+        self._crcs: list[int] = []
+        self._index: list[str] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._file.close()
+
+    def add(self, number: int, images: NDArray[np.uint8], labels: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        """Append block `number`: images uint8 [n, H, W, C], labels and source rows int64 [n]."""
+        crc = 0
+        line = []
+        arrays = (images, labels.astype("<i8", copy=False), rows.astype("<i8", copy=False))
+        for component, array in zip(COMPONENTS, arrays, strict=True):
+            array = np.ascontiguousarray(array)
+            header = npy_header(array.dtype.str, array.shape)
+            name = f"{block_key(number)}.{component}"
+            pieces, length = _member(name, header, array)
+            line.append(f"{component} {self._offset + _TAR_BLOCK} {len(header) + array.nbytes} {name}")
+            for piece in pieces:
+                crc = zlib.crc32(piece, crc)
+                self._write(piece)
+            self._offset += length
+        self._crcs.append(crc)
+        self._index.append(" ".join(line))
+        self._samples += len(labels)
+
+    def _write(self, piece: bytes | memoryview) -> None:
+        self._sha256.update(piece)
+        self._file.write(piece)
+
+    def _finish(self) -> None:
+        self._write(_END_OF_ARCHIVE)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        index = self._path.with_suffix(".idx")
+        index.write_text("\n".join([f"{INDEX_VERSION} {len(self._index)}", *self._index]) + "\n")
+        self.entry = Shard(
+            name=self._path.name,
+            samples=self._samples,
+            bytes=self._offset + len(_END_OF_ARCHIVE),
+            sha256=self._sha256.hexdigest(),
+            blocks_crc32=tuple(self._crcs),
+        )
+
+
+@dataclass(frozen=True)
+class Component:
+    """Where a component of a block lies in its shard: byte offset and size of the .npy file."""
+
+    offset: int
+    size: int
+
+
+def read_index(path: Path) -> list[dict[str, Component]]:
+    """Read a `.idx` file: for each block, its components by name. Raises `UserError` if it is damaged."""
+    try:
+        first, *lines = path.read_text().splitlines()
+        version, count = first.split()
+        if version != INDEX_VERSION or int(count) != len(lines):
+            raise ValueError(f"first line {first!r} above {len(lines)} blocks")
+        blocks = []
+        for line in lines:
+            words = line.split()
+            blocks.append(
+                {words[i]: Component(offset=int(words[i + 1]), size=int(words[i + 2])) for i in range(0, len(words), 4)}
+            )
+        return blocks
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(
+            found=f"index {path} missing or damaged: {error}",
+            expected=f"the {INDEX_VERSION} index of {path.with_suffix('.tar').name}",
+            hint=f"make it anew: wds2idx {path.with_suffix('.tar')} {path}",
+        ) from None
+
+
+class TarStore:
+    """The `Store` over tar shards: each is mapped into memory, so an image is an address, not a read."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.labels = np.empty(manifest.samples, np.int64)
+        self.rows = np.empty(manifest.samples, np.int64)
+        # For every block: its shard, and the byte at which its first image begins.
+        self._shard_of_block: list[int] = []
+        self._first_image: list[int] = []
+        # For every shard: [bytes - image_bytes + 1, image_bytes], the image that would begin at each byte.
+        self._windows: list[NDArray[np.uint8]] = []
+        start = 0
+        for number, shard in enumerate(manifest.shards):
+            data = _map(directory / shard.name, shard)
+            self._windows.append(np.lib.stride_tricks.sliding_window_view(data, manifest.image_bytes))
+            for block in self._blocks(directory, shard, data):
+                start = self._add_block(number, block, data, shard, start)
+        self._blocks_to_shards = np.asarray(self._shard_of_block)
+        self._blocks_to_bytes = np.asarray(self._first_image)
+
+    def _blocks(self, directory: Path, shard: Shard, data: NDArray[np.uint8]) -> list[dict[str, Component]]:
+        index = (directory / shard.name).with_suffix(".idx")
+        blocks = read_index(index)
+        fits = all(
+            set(COMPONENTS) <= set(block)
+            and all(0 <= part.offset <= part.offset + part.size <= len(data) for part in block.values())
+            for block in blocks
+        )
+        if len(blocks) != len(shard.blocks_crc32) or not fits:
+            raise _damaged(index, f"an index that does not fit {shard.name}")
+        return blocks
+
+    def _add_block(
+        self, number: int, block: dict[str, Component], data: NDArray[np.uint8], shard: Shard, start: int
+    ) -> int:
+        """Check a block's three headers, take in its labels and rows, and return the next sample's number."""
+        count = min(self.manifest.block_size, self.manifest.samples - start)
+        shapes = ((count, *self.manifest.image_shape), (count,), (count,))
+        payloads = []
+        for component, dtype, shape in zip(COMPONENTS, ("|u1", "<i8", "<i8"), shapes, strict=True):
+            header = npy_header(dtype, shape)
+            place = block[component]
+            payload = place.offset + len(header)
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            if data[place.offset : payload].tobytes() != header or place.size != len(header) + size:
+                key = block_key(len(self._first_image))
+                raise _damaged(shard.name, f"block {key}: {component} is not the array that the manifest tells of")
+            payloads.append((payload, size))
+        (images, _), (labels, size), (rows, _) = payloads
+        stop = start + count
+        self.labels[start:stop] = data[labels : labels + size].view("<i8")
+        self.rows[start:stop] = data[rows : rows + size].view("<i8")
+        taken = self.labels[start:stop]
+        if taken.min() < 0 or taken.max() >= len(self.manifest.classes):
+            key = block_key(len(self._first_image))
+            raise _damaged(shard.name, f"block {key}: a label outside 0 .. {len(self.manifest.classes) - 1}")
+        self._shard_of_block.append(number)
+        self._first_image.append(images)
+        return stop
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Copy images into the caller's buffer; see `Store.gather`."""
+        if len(samples) and (samples.min() < 0 or samples.max() >= len(self)):
+            raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {len(self) - 1}")
+        assert out.flags.c_contiguous and out.shape == (len(samples), *self.manifest.image_shape)
+        flat = out.reshape(len(samples), self.manifest.image_bytes)
+        blocks, places = np.divmod(samples, self.manifest.block_size)
+        first_bytes = self._blocks_to_bytes[blocks] + places * self.manifest.image_bytes
+        if len(self._windows) == 1:
+            flat[...] = self._windows[0][first_bytes]
+            return
+        shards = self._blocks_to_shards[blocks]
+        for shard in np.unique(shards):
+            mine = np.flatnonzero(shards == shard)
+            flat[mine] = self._windows[shard][first_bytes[mine]]
+
+
+def _map(path: Path, shard: Shard) -> NDArray[np.uint8]:
+    """Map a shard read-only: uint8 [bytes]. Raises `UserError` if it is missing or has another size."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != shard.bytes:
+                raise _damaged(path, f"{size:,} bytes where the manifest says {shard.bytes:,}")
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except FileNotFoundError:
+        raise _damaged(path, "no such shard, though the manifest names it") from None
+
+
+def _damaged(place: object, reason: str) -> UserError:
+    return UserError(
+        found=f"{place}: {reason}",
+        expected="the shard as it was packed",
+        hint="see what else is damaged: python -m shards.verify DIR; then pack again with --force",
+    )

@@ -1,0 +1,100 @@
+"""What the tests share: real and made-up data sets, packed once, and commands run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.pack import pack
+from pipeline.sources import RawPart, find_source
+from shards.manifest import RawFile
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Genuine EMNIST and MNIST files, where there are any beside the project."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no data beside the project")
+    return SHARED_DATA
+
+
+def made_up_parts(
+    train: int = 700,
+    test: int = 90,
+    classes: int = 5,
+    shape: tuple[int, int, int] = (28, 28, 1),
+    transposed: bool = True,
+    seed: int = 0,
+) -> tuple[RawPart, ...]:
+    """Random images sorted by class, each with a bright band (in the upright image) that tells its class."""
+    parts = []
+    for name, count in (("train", train), ("test", test)):
+        random = np.random.default_rng([seed, count])
+        labels = np.sort(random.integers(0, classes, count)).astype(np.int64)
+        images = random.integers(0, 100, (count, *shape), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            lines = slice(label * shape[0] // classes, (label + 1) * shape[0] // classes)
+            image[lines] = 255
+        if transposed:
+            images = np.ascontiguousarray(images.swapaxes(1, 2))
+        parts.append(
+            RawPart(
+                name=name,
+                classes=tuple(f"class {number}" for number in range(classes)),
+                labels=labels,
+                image_shape=images.shape[1:],
+                transposed=transposed,
+                read=lambda rows, images=images: images[rows],
+                files=(RawFile(name=f"made-up {name}", bytes=images.nbytes, sha256="0" * 64),),
+            )
+        )
+    return tuple(parts)
+
+
+def pack_parts(parts: tuple[RawPart, ...], out: Path, block_size: int = 64, seed: int = 0) -> Path:
+    pack(lambda: parts, out, dataset="made-up", split="", block_size=block_size, seed=seed)
+    return out
+
+
+@pytest.fixture(scope="session")
+def made_up_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of 700 + 90 made-up images of five classes, 28x28, transposed. Not to be changed."""
+    return pack_parts(made_up_parts(), tmp_path_factory.mktemp("made-up") / "set")
+
+
+@pytest.fixture(scope="session")
+def digits_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed digits of scikit-learn. Not to be changed."""
+    out = tmp_path_factory.mktemp("digits") / "digits"
+    source = find_source("digits")
+    pack(lambda: source.load(out, ""), out, dataset="digits", split="", block_size=512, seed=0)
+    return out
+
+
+def run_module(module: str, *arguments: object, cwd: Path | None = None, timeout: float = 120, **env: str):
+    """Run `python -m module arguments` as a user does; returns the finished process with its output as text."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=cwd or ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def assert_user_error(process: subprocess.CompletedProcess, *words: str) -> None:
+    """One message with found, expected and HINT, exit status 2, no traceback; the message names all the words."""
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    for word in ("error: found", "expected:", "HINT:", *words):
+        assert word in process.stderr, process.stderr
+    assert process.stderr.count("error: found") == 1

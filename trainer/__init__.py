@@ -1,0 +1,5 @@
+"""How do batches become weights and a report?
+
+`run` is the command; `config` the settings; `engine` the loop and the training step; `report` the page at the end.
+Knows nothing of tar, zarr or DALI operators: data comes in through `pipeline.loader`.
+"""

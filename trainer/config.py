@@ -1,0 +1,328 @@
+"""All settings: typed, with a sentence each, and checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shards.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    name: str = ""
+    """Name of the run, the configuration file's by default."""
+    dir: Path | None = None
+    """The run's own directory; by default runs/NAME/DATE_TIME."""
+
+
+class Data(Section):
+    shards: Path
+    """The packed set: the directory that holds its train and test parts."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the train part set aside, by class, for every choice. With 0 the last epoch is taken as the best."""
+    subset: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of what remains of the train part to train on, by class."""
+    resolution: Annotated[int, Field(ge=1, le=4096)] = 112
+    """Side in pixels of the model's square input."""
+    interpolation: Literal["linear", "cubic", "nearest"] = "linear"
+    """How images are resized."""
+    verify: bool = True
+    """Compare every shard with its hash before training (about a second for each gigabyte)."""
+
+
+class Loader(Section):
+    backend: Literal["auto", "dali", "torch"] = "auto"
+    """What turns bytes into model input; auto takes DALI with a GPU and torch without."""
+    batch_size: Annotated[int, Field(ge=1)] = 512
+    """Images of a global batch, over all ranks together."""
+
+
+class Model(Section):
+    name: str = "efficientnet_b2"
+    """A timm model, or three_block_cnn (32-64-128 channels, for small images and CPU-sized runs)."""
+    pretrained: bool | Literal["auto"] = False
+    """Begin with published weights; auto does so if they are at hand or can be fetched, and says so if not."""
+    weights: Path | None = None
+    """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run)."""
+    drop_rate: Share = 0.0
+    """Dropout before the classifier."""
+    drop_path_rate: Share = 0.0
+    """Stochastic depth: share of residual branches left out in the last block."""
+    head_hidden: Annotated[int, Field(ge=1)] | None = None
+    """Width of a hidden layer (with ReLU) between features and classes; null for none."""
+
+
+class Loss(Section):
+    class_weights: Literal["none", "inverse", "minmax", "effective"] = "none"
+    """Weights by class: inverse frequency, that scaled to 1 .. 2, or by effective number of samples."""
+    effective_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Beta of the effective number of samples, (1 - beta^n) / (1 - beta)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread evenly over all classes."""
+
+
+class Mixing(Section):
+    probability: Share = 0.0
+    """Share of batches that are mixed."""
+    mixup_alpha: Annotated[float, Field(ge=0)] = 0.2
+    """MixUp: parameter of the Beta distribution of the weight; 0 for none."""
+    cutmix_alpha: Annotated[float, Field(ge=0)] = 1.0
+    """CutMix: parameter of the Beta distribution of the area; 0 for none."""
+    switch_probability: Share = 0.5
+    """Share of mixed batches that take CutMix, where both are on."""
+
+
+class Optim(Section):
+    name: Literal["adam", "adamw", "lion", "sgd_lookahead"] = "adamw"
+    """Optimiser; sgd_lookahead is SGD with Nesterov momentum inside Lookahead."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate at its highest."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay, of weight matrices and kernels only (decoupled, except in adam and sgd_lookahead)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of sgd_lookahead."""
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients are averaged for one update."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient; null for no clipping."""
+
+
+class Schedule(Section):
+    name: Literal["constant", "cosine", "warm_restarts", "one_cycle", "plateau"] = "cosine"
+    """How the learning rate goes: one cosine, cosines with restarts, one cycle, or down when validation stalls."""
+    unit: Literal["step", "epoch"] = "step"
+    """Whether it moves after every update or after every epoch."""
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs of linear warm-up."""
+    period: Annotated[float, Field(gt=0)] = 8.0
+    """warm_restarts: epochs to the first restart after the warm-up."""
+    multiplier: Annotated[int, Field(ge=1)] = 1
+    """warm_restarts: factor by which the period grows at every restart."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the trough."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """plateau: factor by which the learning rate falls."""
+    patience: Annotated[int, Field(ge=0)] = 2
+    """plateau: epochs without improvement before it falls."""
+
+
+class Trainer(Section):
+    epochs: Annotated[int, Field(ge=1)] = 15
+    """Passes over the training data."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the model: fp32, or bf16 where autocast finds it safe; auto is bf16 on devices made for it."""
+    channels_last: bool = True
+    """Keep images and kernels in the NHWC layout, which convolutions prefer."""
+    compile: bool = False
+    """Compile the model with torch.compile; the first steps then take minutes."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, which is then what is evaluated; null for none."""
+    select: Literal["accuracy", "macro_f1"] = "accuracy"
+    """Validation figure by which the best epoch is chosen, and that plateau watches."""
+
+
+class Logging(Section):
+    wandb: Literal["off", "auto"] = "off"
+    """Weights & Biases beside metrics.jsonl: auto is online with an API key and offline without."""
+    wandb_project: str = "inkstream"
+    """Project in Weights & Biases."""
+
+
+class Config(Section):
+    """A complete recipe."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides the parts, the order, the mixing, the first weights and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU if there is one."""
+    resume: Literal["never", "auto"] = "never"
+    """auto continues run.dir (or the newest unfinished run of this name) from its last checkpoint, if there is one."""
+    run: Run = Run()
+    data: Data
+    loader: Loader = Loader()
+    model: Model = Model()
+    loss: Loss = Loss()
+    mixing: Mixing = Mixing()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    trainer: Trainer = Trainer()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Config:
+        if self.mixing.probability > 0 and self.mixing.mixup_alpha == 0 and self.mixing.cutmix_alpha == 0:
+            raise ValueError("mixing.probability is above 0, but mixup_alpha and cutmix_alpha are both 0")
+        if self.schedule.name == "plateau" and self.data.validation == 0:
+            raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
+        if self.schedule.warmup >= self.trainer.epochs and self.schedule.name in ("cosine", "warm_restarts"):
+            raise ValueError(f"schedule.warmup takes all {self.trainer.epochs} epochs (trainer.epochs)")
+        if self.model.pretrained is True and self.model.weights is not None:
+            raise ValueError("model.pretrained and model.weights both say what to begin with")
+        return self
+
+    def without_effect(self) -> Iterator[str]:
+        """A line for each setting that was given and changes nothing."""
+        given = self.model_fields_set_by_section()
+        used_by = {
+            "schedule.warmup": ("constant", "cosine", "warm_restarts", "one_cycle"),
+            "schedule.period": ("warm_restarts",),
+            "schedule.multiplier": ("warm_restarts",),
+            "schedule.min_lr": ("cosine", "warm_restarts", "plateau"),
+            "schedule.factor": ("plateau",),
+            "schedule.patience": ("plateau",),
+        }
+        for setting, names in used_by.items():
+            if setting in given and self.schedule.name not in names:
+                yield f"{setting} has no effect with schedule.name={self.schedule.name}"
+        if "schedule.unit" in given and self.schedule.name == "plateau" and self.schedule.unit == "step":
+            yield "schedule.unit=step has no effect with schedule.name=plateau, which moves after an epoch"
+        if "optim.momentum" in given and self.optim.name != "sgd_lookahead":
+            yield f"optim.momentum has no effect with optim.name={self.optim.name}"
+        if "loss.effective_beta" in given and self.loss.class_weights != "effective":
+            yield f"loss.effective_beta has no effect with loss.class_weights={self.loss.class_weights}"
+        if self.mixing.probability == 0 and given & {"mixing.mixup_alpha", "mixing.cutmix_alpha"}:
+            yield "mixing.mixup_alpha and mixing.cutmix_alpha have no effect with mixing.probability=0"
+        if self.model.name == "three_block_cnn" and self.model.drop_path_rate > 0:
+            yield "model.drop_path_rate has no effect on three_block_cnn, which has no residual branches"
+
+    def model_fields_set_by_section(self) -> set[str]:
+        """Dotted names of the settings that were given, not left at their default."""
+        return {
+            f"{section}.{field}"
+            for section in type(self).model_fields
+            if isinstance(getattr(self, section), Section)
+            for field in getattr(self, section).model_fields_set
+        }
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the resulting weights, flat and by dotted name; a resumed run must agree in all of it."""
+        free = dict.fromkeys(("run", "resume", "logging", "device"), True)
+        content = self.model_dump(mode="json", exclude={**free, "data": {"shards", "verify"}, "loader": {"backend"}})
+        return dict(_flatten(content))
+
+
+def load(path: Path, overrides: list[str]) -> Config:
+    """Read a YAML file and apply `key.key=value` overrides. Raises `UserError` for whatever is wrong."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(
+            found=f"no configuration file {path}",
+            expected="a YAML file of settings",
+            hint=f"those that come with Inkstream: {', '.join(map(str, sorted(Path('configs').glob('*.yaml'))))}",
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).replace("\n", " ")
+        raise UserError(
+            found=f"{path}, which is not YAML: {reason}",
+            expected="a YAML file of settings",
+            hint="compare it with configs/quickstart.yaml",
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(
+            found=f"{path}, which holds no settings",
+            expected="sections of settings (data, model, ...)",
+            hint="compare it with configs/quickstart.yaml",
+        )
+    for override in overrides:
+        _apply(content, override)
+    config = validate(content, str(path))
+    if not config.run.name:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
+    return config
+
+
+def validate(content: dict[str, Any], place: str) -> Config:
+    """Turn nested settings into a `Config`; the first thing that is wrong becomes a `UserError`."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # Alternatives of a type (`int | None`) stand behind the setting's own name; they mean nothing to a user.
+        known = {name for name, _ in settings()} | set(Config.model_fields)
+        name = ".".join(str(part) for part in first["loc"])
+        while first["type"] != "extra_forbidden" and name not in known and "." in name:
+            name = name.rpartition(".")[0]
+        if first["type"] == "extra_forbidden":
+            raise _unknown(name, place) from None
+        if first["type"] == "missing":
+            raise UserError(
+                found=f"no {name} in {place}", expected="a value for it", hint=f"add it, or pass {name}=..."
+            ) from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            found=f"{name}={first['input']}" if name else reason,
+            expected=reason[0].lower() + reason[1:] if name else "settings that agree with each other",
+            hint=f"{name}: {dict(settings())[name]}" if name in dict(settings()) else f"change one of them in {place}",
+        ) from None
+
+
+def settings() -> list[tuple[str, str]]:
+    """Every setting's dotted name and the sentence about it."""
+    found = []
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            section = field.annotation.model_fields.items()
+            found += [(f"{name}.{inner}", inner_field.description or "") for inner, inner_field in section]
+        else:
+            found.append((name, field.description or ""))
+    return found
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UserError(
+            found=f"{override!r}", expected="an override like optim.lr=1e-4", hint="write setting=value, without spaces"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *sections, last = name.split(".")
+    place = content
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise _unknown(name, "the command line")
+        place = inner
+    place[last] = value
+
+
+def _unknown(name: str, place: str) -> UserError:
+    known = [setting for setting, _ in settings()]
+    same_end = [setting for setting in known if setting.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = same_end or difflib.get_close_matches(name, known, n=1, cutoff=0.5) or _near_ends(name, known)
+    return UserError(
+        found=f"unknown setting {name} in {place}",
+        expected="one of the settings that python -m trainer.run --help lists",
+        hint=f"did you mean {near[0]}?" if near else "remove it",
+    )
+
+
+def _near_ends(name: str, known: list[str]) -> list[str]:
+    """Settings whose last word is like the name's last word."""
+    ends = {setting.rpartition(".")[2]: setting for setting in known}
+    return [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=1, cutoff=0.6)]
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

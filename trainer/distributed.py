@@ -1,0 +1,110 @@
+"""The processes that train together: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.device import choose_device
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place. rank: 0 .. size-1; the process of rank 0 writes files and speaks.
+
+    control: a gloo group for small messages between the hosts' processors, None if alone.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def speaks(self) -> bool:
+        return self.rank == 0
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; any picklable object."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a CPU tensor, on every rank."""
+        if self.control is not None:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, group=self.control)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on rank 0; an empty list elsewhere."""
+        if self.control is None:
+            return [value]
+        values = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values or []
+
+    def share_tensors(self, tensors: list[torch.Tensor]) -> None:
+        """Overwrite tensors with rank 0's, in place."""
+        if self.control is not None:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+
+@contextmanager
+def join(device_name: str) -> Iterator[World]:
+    """Join the processes that torchrun started (or be alone), and leave them at the end.
+
+    device_name: `auto`, `cpu` or `cuda`. NCCL carries gradients between GPUs, gloo between CPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(rank=0, size=1, device=device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        yield World(rank=dist.get_rank(), size=size, device=device, control=control)
+    finally:
+        dist.destroy_process_group()
+
+
+class StopVote:
+    """Do all ranks stop? Asked every update, answered one update later, so that nobody waits for the answer."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._ballot: torch.Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def cast(self, stop: bool) -> bool:
+        """Vote, and learn whether anyone wanted to stop: now if alone, at the update before otherwise."""
+        if self._world.control is None:
+            return stop
+        answer = False
+        if self._work is not None:
+            self._work.wait()
+            answer = bool(self._ballot)
+        self._ballot = torch.tensor(int(stop))
+        self._work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+        return answer
+
+    def finish(self) -> bool:
+        """Wait for the vote that is still open; whether anyone wanted to stop."""
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._ballot)

@@ -1,0 +1,359 @@
+"""The loop: epochs of steps, each epoch judged on the validation part, the best one on the test part at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import timm.utils
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.loader import Batch
+from trainer import checkpoint
+from trainer.arithmetic import autocast, memory_format
+from trainer.config import Config
+from trainer.data import TrainingData
+from trainer.distributed import StopVote, World
+from trainer.evaluate import Evaluation, evaluate, model_of
+from trainer.loss import class_weights, weighted_kl
+from trainer.mixing import mix, soft_targets
+from trainer.model import make_average, make_model
+from trainer.optimizer import LearningRate, make_optimizer
+from trainer.progress import Progress, duration
+from trainer.run_directory import RunDirectory
+from trainer.sinks import Sink
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; its state is in the last checkpoint."""
+
+    def __init__(self, signum: int, epoch: int, step: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+        self.epoch = epoch
+        self.step = step
+
+
+@dataclass
+class Totals:
+    """Sums over the training steps of an epoch (or of all epochs): loss over samples, samples, seconds."""
+
+    loss: float = 0.0
+    samples: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    def add(self, other: Totals) -> None:
+        self.loss += other.loss
+        self.samples += other.samples
+        self.seconds += other.seconds
+        self.wait_seconds += other.wait_seconds
+
+    @property
+    def images_per_second(self) -> float:
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def wait_share(self) -> float:
+        return self.wait_seconds / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Training:
+    """Everything that a run changes as it learns, and what it needs to do so."""
+
+    config: Config
+    world: World
+    data: TrainingData
+    model: nn.Module
+    """The network itself, as it is saved."""
+    forward: nn.Module
+    """What is called: the network, compiled and wrapped for several ranks if need be."""
+    average: timm.utils.ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    learning_rate: LearningRate
+    class_weights: torch.Tensor
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    so_far: Totals = field(default_factory=Totals)
+    """Of the current epoch, before a stop."""
+    finished: Totals = field(default_factory=Totals)
+    """Of the epochs that are over; its loss means nothing."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: float = -1.0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are judged and kept: the moving average where there is one."""
+        return self.average.module if self.average is not None else self.model
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a later process needs to go on exactly here; tensors and plain values only."""
+        return {
+            **self._identity(),
+            "model": self.model.state_dict(),
+            "average": self.average.module.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "updates": self.updates,
+            "so_far": vars(self.so_far).copy(),
+            "finished": vars(self.finished).copy(),
+            "history": self.history,
+            "best": self.best,
+        }
+
+    def best_state(self) -> dict[str, Any]:
+        """What is needed to use the model: its weights, settings, classes and input statistics."""
+        return {
+            **self._identity(),
+            "model": self.evaluated.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+            "epoch": self.epoch,
+            "image_shape": list(self.data.spec.image_shape),
+            "mean": list(self.data.spec.mean),
+            "std": list(self.data.spec.std),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "classes": list(self.data.classes),
+            "data": self.data.digest,
+            "recipe": self.config.recipe(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.learning_rate.load_state_dict(state["learning_rate"])
+        self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
+        self.so_far, self.finished = Totals(**state["so_far"]), Totals(**state["finished"])
+        self.history, self.best = state["history"], state["best"]
+
+
+def make_training(config: Config, data: TrainingData, world: World) -> Training:
+    """Build the model and what trains it, with first weights that depend on the seed alone."""
+    # Layers are initialised, and dropout draws, from torch's global generator; they offer no other.
+    torch.manual_seed(config.seed)
+    model = make_model(config.model, data.spec.image_shape[2], len(data.classes))
+    model.to(world.device, memory_format=memory_format(config.trainer))
+    forward: nn.Module = torch.compile(model) if config.trainer.compile else model
+    if world.size > 1:
+        gpu = [world.device.index] if world.device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, device_ids=gpu)
+    optimizer = make_optimizer(model, config.optim)
+    updates_per_epoch = -(-data.train.order.steps_per_epoch // config.optim.accumulation)
+    return Training(
+        config=config,
+        world=world,
+        data=data,
+        model=model,
+        forward=forward,
+        average=make_average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
+        optimizer=optimizer,
+        learning_rate=LearningRate(optimizer, config, updates_per_epoch),
+        class_weights=class_weights(data.counts, config.loss).to(world.device),
+    )
+
+
+def fit(training: Training, directory: RunDirectory, sinks: list[Sink]) -> Evaluation:
+    """Train from where the training stands to the last epoch, then evaluate the best epoch on the test part.
+
+    Rank 0 writes checkpoints, metrics and figures into the directory. Raises `Stopped` after a SIGINT or SIGTERM.
+    """
+    with _signals() as received:
+        while training.epoch < training.config.trainer.epochs:
+            train_epoch(training, directory, received)
+            _end_epoch(training, directory, sinks)
+    return test(training, directory)
+
+
+def test(training: Training, directory: RunDirectory) -> Evaluation:
+    """Evaluate the best checkpoint on the test part."""
+    state = training.world.share(checkpoint.load(directory.best) if training.world.speaks else None)
+    model = model_of(state, training.config, training.world.device)
+    return evaluate(model, training.data.test, len(training.data.classes), training.config.trainer, training.world)
+
+
+def train_epoch(training: Training, directory: RunDirectory, received: list[int]) -> None:
+    """The steps of an epoch from where the training stands; their sums are left in `training.so_far`."""
+    config, world = training.config, training.world
+    steps = training.data.train.order.steps_per_epoch
+    accumulation = config.optim.accumulation
+    epochs_after = config.trainer.epochs - training.epoch - 1
+    progress = Progress(training.epoch, config.trainer.epochs, steps, training.step, epochs_after * steps)
+    vote = StopVote(world)
+    here = Totals()
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    training.forward.train()
+    start = before = time.perf_counter()
+    with contextlib.closing(training.data.train.batches(training.epoch, training.step)) as batches:
+        for batch in batches:
+            here.wait_seconds += time.perf_counter() - before
+            window_start = batch.step - batch.step % accumulation
+            window = min(accumulation, steps - window_start)
+            updates = batch.step - window_start + 1 == window
+
+            batch_loss = train_step(training, batch, window, updates)
+
+            loss += batch_loss
+            here.samples += batch.global_size
+            training.step = batch.step + 1
+            if world.speaks:
+                shown = _Lazy(batch_loss, len(batch.labels))
+                progress.step(training.step, shown, training.learning_rate.now, here.samples, here.wait_seconds)
+            if updates and vote.cast(bool(received)):
+                break
+            before = time.perf_counter()
+    progress.close()
+    stopping = vote.finish() or (world.size == 1 and bool(received))
+    here.loss = float(world.sum(loss.cpu()))  # waits for the device, so that the seconds below are true
+    here.seconds = time.perf_counter() - start
+    training.so_far.add(here)
+    if stopping and training.step < steps:
+        if world.speaks:
+            checkpoint.save(directory.last, training.state())
+        raise Stopped(world.share(received[0] if received else signal.SIGTERM), training.epoch, training.step)
+
+
+def train_step(training: Training, batch: Batch, window: int, updates: bool) -> torch.Tensor:
+    """Learn from one batch: mix, forward, loss, backward, and at the end of a window the update.
+
+    window: batches whose gradients are averaged for one update; updates: whether this is the last of them.
+    Returns this rank's loss, summed over its samples (a scalar on the device, without waiting for it).
+    """
+    config, world = training.config, training.world
+    mixing_draws = _seed_step(config.seed, training.epoch, batch.step, world.rank)
+    targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
+    images, targets = mix(batch.images, targets, config.mixing, mixing_draws)
+    images = images.to(memory_format=memory_format(config.trainer))
+    with _gradients_shared(training.forward, updates):
+        with autocast(config.trainer, world.device):
+            logits = training.forward(images)
+        loss = weighted_kl(logits, targets, training.class_weights)
+        # The mean over the global batch; ranks of unequal shares are averaged by DDP, hence the factor.
+        (loss * (world.size / (batch.global_size * window))).backward()
+    if updates:
+        _update(training)
+    return loss.detach()
+
+
+def _update(training: Training) -> None:
+    clip = training.config.optim.clip_norm
+    if clip is not None:
+        nn.utils.clip_grad_norm_(training.model.parameters(), clip)
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    training.learning_rate.after_update()
+    training.updates += 1
+    if training.average is not None:
+        training.average.update(training.model, step=training.updates)
+
+
+def _seed_step(seed: int, epoch: int, step: int, rank: int) -> np.random.Generator:
+    """Seed dropout for this step and rank, and return the draws for mixing, the same on every rank.
+
+    Randomness that depends on (seed, epoch, step) alone is what makes a resumed run exact without saving states.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0]))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, step))))
+
+
+@contextlib.contextmanager
+def _gradients_shared(forward: nn.Module, now: bool) -> Iterator[None]:
+    """Exchange gradients between ranks in this backward pass, or only add them up here."""
+    hold = isinstance(forward, DistributedDataParallel) and not now
+    with forward.no_sync() if hold else contextlib.nullcontext():
+        yield
+
+
+def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -> None:
+    """Validate, move the schedule, keep the best weights, write the checkpoint and the epoch's record."""
+    config, world, done = training.config, training.world, training.so_far
+    # Batch norm's running statistics differ between ranks; what is judged and saved are rank 0's.
+    world.share_tensors([*training.model.buffers(), *training.evaluated.buffers()])
+    record: dict[str, Any] = {
+        "epoch": training.epoch + 1,
+        "train_loss": done.loss / done.samples,
+        "lr": training.learning_rate.now,
+        "seconds": done.seconds,
+        "images_per_second": done.images_per_second,
+        "data_wait_share": done.wait_share,
+    }
+    figure = float(training.epoch + 1)  # without a validation part every epoch is the best so far
+    if training.data.validation is not None:
+        classes = len(training.data.classes)
+        judged = evaluate(training.evaluated, training.data.validation, classes, config.trainer, world)
+        record["validation"] = judged.summary()
+        figure = record["validation"][config.trainer.select]
+    training.learning_rate.after_epoch(figure)
+    is_best = figure > training.best
+    training.best = max(figure, training.best)
+    training.epoch += 1
+    training.step = 0
+    training.finished.add(done)
+    training.so_far = Totals()
+    training.history.append(record)
+    if world.speaks:
+        if is_best:
+            checkpoint.save(directory.best, training.best_state())
+        checkpoint.save(directory.last, training.state())
+        directory.write_history(training.history)
+        for sink in sinks:
+            sink.epoch(record)
+        print(_line(record, config.trainer.epochs, is_best), flush=True)
+
+
+def _line(record: dict[str, Any], epochs: int, is_best: bool) -> str:
+    validation = record.get("validation")
+    judged = ""
+    if validation:
+        judged = f"  validation accuracy {validation['accuracy']:.2%}  macro F1 {validation['macro_f1']:.2%}"
+    return (
+        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}{judged}  lr {record['lr']:.2e}  "
+        f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
+        f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}"
+    )
+
+
+class _Lazy:
+    """The mean loss of a batch, read from the device only when it is shown."""
+
+    def __init__(self, total: torch.Tensor, count: int) -> None:
+        self._total = total
+        self._count = count
+
+    def __call__(self) -> float:
+        return float(self._total) / self._count
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM instead of dying; the list holds what came. A second one ends at once."""
+    received: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

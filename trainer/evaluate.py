@@ -1,0 +1,174 @@
+"""Evaluate a model on every sample of a part, once.
+
+    python -m trainer.evaluate RUN_DIR SHARD_DIR [--json FILE]
+
+takes the best checkpoint of a finished run and any packed set with the same classes (its test part, or the part
+that SHARD_DIR itself is) and writes the metrics that `summary.json` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.graph import GraphSpec, choose_backend, make_graph
+from pipeline.loader import Loader
+from shards import Store, UserError, open_part, open_store
+from shards.atomic import write_file
+from shards.errors import run_command
+from shards.manifest import MANIFEST_NAME
+from trainer.arithmetic import autocast, memory_format
+from trainer.checkpoint import BEST, load
+from trainer.config import Config, Trainer, validate
+from trainer.data import EVALUATION_BATCH, evaluation_loader
+from trainer.distributed import World, join
+from trainer.metrics import Confusion
+from trainer.model import make_model
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """For every sample, in the order of rows: its row in the raw source, true class, predicted class (int64 [N]),
+    and the probability float32 [N] that the model gave to its prediction."""
+
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """confusion: over all ranks. loss: mean cross-entropy in nats. predictions: on rank 0, None elsewhere."""
+
+    confusion: Confusion
+    loss: float
+    predictions: Predictions | None
+
+    def summary(self) -> dict[str, float | int]:
+        return {**self.confusion.summary(), "loss": self.loss}
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Loader, classes: int, settings: Trainer, world: World) -> Evaluation:
+    """Run a model over all batches of a loader; the same figures on any number of ranks."""
+    model.eval()
+    rows, labels, predicted, confidence = [], [], [], []
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    for batch in loader.batches():
+        images = batch.images.to(memory_format=memory_format(settings))
+        with autocast(settings, world.device):
+            logits = model(images)
+        probabilities = logits.float().softmax(dim=1)
+        top = probabilities.max(dim=1)
+        loss += F.cross_entropy(logits.float(), batch.labels, reduction="sum").double()
+        rows.append(batch.rows)
+        labels.append(batch.labels)
+        predicted.append(top.indices)
+        confidence.append(top.values)
+    mine = [_joined(parts) for parts in (rows, labels, predicted, confidence)]
+    confusion = Confusion.of(mine[1].astype(np.int64), mine[2].astype(np.int64), classes)
+    counts = world.sum(torch.from_numpy(confusion.counts)).numpy()
+    total_loss = float(world.sum(loss.cpu())) / int(counts.sum())
+    gathered = world.gather(mine)
+    predictions = None
+    if gathered:
+        together = [np.concatenate(columns) for columns in zip(*gathered, strict=True)]
+        by_row = np.argsort(together[0], kind="stable")
+        predictions = Predictions(*(column[by_row] for column in together))
+    return Evaluation(Confusion(counts), total_loss, predictions)
+
+
+def _joined(parts: list[torch.Tensor]) -> NDArray:
+    """One array of the batches' tensors, empty if this rank had no batch."""
+    return torch.cat(parts).cpu().numpy() if parts else np.empty(0, np.int64)
+
+
+def load_run(directory: Path) -> tuple[Config, dict[str, Any]]:
+    """The settings and the best checkpoint of a run directory."""
+    state = load(directory / "checkpoints" / BEST)
+    return validate(state["config"], str(directory)), state
+
+
+def model_of(state: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
+    """The model of a best checkpoint, with its weights, on a device."""
+    # The weights come from the checkpoint, wherever the run's own came from.
+    settings = config.model.model_copy(update={"pretrained": False, "weights": None})
+    model = make_model(settings, state["image_shape"][2], len(state["classes"]))
+    model.load_state_dict(state["model"])
+    return model.to(device, memory_format=memory_format(config.trainer))
+
+
+def _open(directory: Path) -> Store:
+    return open_store(directory) if (directory / MANIFEST_NAME).is_file() else open_part(directory, "test")
+
+
+def evaluate_run(run: Path, shards: Path, world: World) -> dict[str, Any]:
+    """The metrics of a run's best checkpoint on a packed set, as in `summary.json`."""
+    config, state = load_run(run)
+    store = _open(shards)
+    if list(store.manifest.classes) != state["classes"]:
+        raise UserError(
+            found=f"{shards} with classes {' '.join(store.manifest.classes)}",
+            expected=f"the classes of the run: {' '.join(state['classes'])}",
+            hint="name a packed set of the same data set and split",
+        )
+    if store.manifest.image_shape[2] != state["image_shape"][2]:
+        raise UserError(
+            found=f"{shards} with {store.manifest.image_shape[2]} channels",
+            expected=f"{state['image_shape'][2]}, as the run was trained on",
+            hint="name a packed set of such images",
+        )
+    backend, _ = choose_backend(config.loader.backend, world.device)
+    spec = GraphSpec.of(store.manifest, config.data.resolution, config.data.interpolation)
+    spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
+    graph = make_graph(spec, backend, world.device, EVALUATION_BATCH)
+    model = model_of(state, config, world.device)
+    loader = evaluation_loader(store, np.arange(len(store)), graph, world)
+    start = time.perf_counter()
+    evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world)
+    seconds = time.perf_counter() - start
+    return {
+        **evaluation.summary(),
+        "epochs": state["epoch"],
+        "seconds": seconds,
+        "images_per_second": evaluation.confusion.samples / seconds,
+        "resolution": config.data.resolution,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dataset": f"{store.manifest.name}/{store.manifest.part}",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.evaluate", description="Evaluate a finished run on a packed set with the same classes."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
+    parser.add_argument("shards", type=Path, metavar="SHARD_DIR", help="packed set (its test part), or one part")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here as well")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    arguments = parser.parse_args()
+    with join(arguments.device) as world:
+        metrics = evaluate_run(arguments.run, arguments.shards, world)
+        if world.speaks:
+            print(
+                f"{metrics['dataset']}: accuracy {metrics['accuracy']:.2%}, macro F1 {metrics['macro_f1']:.2%}, "
+                f"weighted F1 {metrics['weighted_f1']:.2%} on {metrics['samples']:,} samples"
+            )
+            if arguments.json:
+                write_file(arguments.json, json.dumps(metrics, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

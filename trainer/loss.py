@@ -1,0 +1,42 @@
+"""Class-weighted Kullback-Leibler divergence for soft targets, and the weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from trainer.config import Loss
+
+
+def weighted_kl(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """sum_b sum_c w_c t_bc (log t_bc - log p_bc), with 0 log 0 = 0; p is the softmax of the logits.
+
+    logits: [B, C]. targets: [B, C], rows add up to 1. weights: [C]. Returns a scalar float32, the sum over the
+    batch; divided by B and with all weights 1 it is `torch.nn.KLDivLoss(reduction="batchmean")`.
+    """
+    log_probabilities = F.log_softmax(logits.float(), dim=1)
+    divergence = torch.xlogy(targets, targets) - targets * log_probabilities
+    return (divergence * weights).sum()
+
+
+def class_weights(counts: NDArray[np.int64], settings: Loss) -> torch.Tensor:
+    """Weights float32 [C] from the training samples of each class, int64 [C].
+
+    inverse: total / (classes * count). minmax: those scaled linearly to 1 .. 2. effective: (1 - beta) /
+    (1 - beta^count), scaled to a mean of 1 (Cui et al. 2019, https://arxiv.org/abs/1901.05555).
+    A class without samples is weighted as if it had one.
+    """
+    counts = np.maximum(counts, 1).astype(np.float64)
+    if settings.class_weights == "none":
+        weights = np.ones_like(counts)
+    elif settings.class_weights == "effective":
+        weights = (1 - settings.effective_beta) / (1 - settings.effective_beta**counts)
+        weights /= weights.mean()
+    else:
+        weights = counts.sum() / (len(counts) * counts)
+        if settings.class_weights == "minmax":
+            spread = weights.max() - weights.min()
+            weights = 1 + (weights - weights.min()) / spread if spread > 0 else np.ones_like(weights)
+    return torch.from_numpy(weights).float()

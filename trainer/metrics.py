@@ -1,0 +1,79 @@
+"""Every figure of a classifier follows exactly from its confusion matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """counts: int64 [C, C]; row: the true class, column: the predicted one."""
+
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> Confusion:
+        pairs = np.bincount(labels * classes + predictions, minlength=classes * classes)
+        return cls(pairs.reshape(classes, classes))
+
+    @property
+    def samples(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def accuracy(self) -> float:
+        return float(np.trace(self.counts) / self.counts.sum())
+
+    @property
+    def support(self) -> NDArray[np.int64]:
+        """[C], samples of each class."""
+        return self.counts.sum(axis=1)
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        """[C]; 0 for a class that was never predicted."""
+        return _divide(np.diag(self.counts), self.counts.sum(axis=0))
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        """[C]; 0 for a class without samples."""
+        return _divide(np.diag(self.counts), self.support)
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """[C], harmonic mean of precision and recall; 0 where neither has samples."""
+        return _divide(2 * np.diag(self.counts), self.support + self.counts.sum(axis=0))
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the classes that have samples or predictions."""
+        present = (self.support + self.counts.sum(axis=0)) > 0
+        return float(self.f1[present].mean())
+
+    @property
+    def weighted_f1(self) -> float:
+        """Mean F1 weighted by the samples of the classes."""
+        return float((self.f1 * self.support).sum() / self.support.sum())
+
+    def summary(self) -> dict[str, float | int]:
+        return {
+            "accuracy": self.accuracy,
+            "macro_f1": self.macro_f1,
+            "weighted_f1": self.weighted_f1,
+            "samples": self.samples,
+        }
+
+    def most_confused(self, pairs: int) -> list[tuple[int, int, int]]:
+        """The largest entries off the diagonal: (true class, predicted class, count), most frequent first."""
+        wrong = self.counts.copy()
+        np.fill_diagonal(wrong, 0)
+        order = np.argsort(-wrong, axis=None, kind="stable")[:pairs]
+        places = zip(*np.unravel_index(order, wrong.shape), strict=True)
+        return [(int(true), int(said), int(wrong[true, said])) for true, said in places if wrong[true, said]]
+
+
+def _divide(numerator: NDArray, denominator: NDArray) -> NDArray[np.float64]:
+    return numerator / np.maximum(denominator, 1)

@@ -1,0 +1,136 @@
+"""Models by name: timm's, and a small three-block network for small images on a CPU."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.utils
+import torch
+from torch import nn
+
+from shards.errors import UserError
+from trainer.config import Model
+
+log = logging.getLogger(__name__)
+
+SMALL_CNN = "three_block_cnn"
+_SMALL_CNN_CHANNELS = (32, 64, 128)
+_SMALL_CNN_FEATURES = 128
+
+
+def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
+    """A model of images float [B, channels, R, R] to logits [B, classes].
+
+    Raises `UserError` for an unknown name and for weights that cannot be had or do not fit.
+    """
+    hidden = settings.head_hidden
+    if settings.name == SMALL_CNN:
+        backbone: nn.Module = _small_cnn(channels, 0 if hidden else classes, settings.drop_rate)
+        features = _SMALL_CNN_FEATURES
+    else:
+        backbone = _timm_model(settings, channels, 0 if hidden else classes)
+        features = backbone.num_features
+    model = backbone
+    if hidden:
+        head = nn.Sequential(
+            nn.Dropout(settings.drop_rate), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+        )
+        model = nn.Sequential(OrderedDict(backbone=backbone, head=head))
+    if settings.weights is not None:
+        load_weights(model, settings.weights)
+    return model
+
+
+def make_average(model: nn.Module, decay: float) -> timm.utils.ModelEmaV3:
+    """A moving average of a model's weights and buffers, with a warm-up so that short runs are not held back."""
+    return timm.utils.ModelEmaV3(model, decay=decay, use_warmup=True)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict from a .safetensors file, a .pth file or one of our checkpoints."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: dict[str, Any] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("model", state)
+        model.load_state_dict(state)
+    except FileNotFoundError:
+        raise UserError(
+            found=f"no file {path}", expected="a file of weights (model.weights)", hint="check the path"
+        ) from None
+    except Exception as error:  # the readers raise many kinds
+        raise UserError(
+            found=f"weights in {path} that do not fit: {str(error).splitlines()[0]}",
+            expected=f"a state dict of {type(model).__name__} with this number of classes and channels",
+            hint="check model.name, or that the file is whole",
+        ) from None
+
+
+def _small_cnn(channels: int, classes: int, drop_rate: float) -> nn.Sequential:
+    """Three blocks of convolution, batch norm, ReLU and pooling; a hidden layer; a classifier.
+
+    channels of the blocks: 32, 64, 128. Images of any size from 8x8 up: the last feature map is pooled to 3x3
+    (its size for 28x28 images). classes 0: no classifier, the 128 features come out.
+    """
+    layers: list[nn.Module] = []
+    width = channels
+    for number, block_width in enumerate(_SMALL_CNN_CHANNELS):
+        layers += [
+            nn.Conv2d(width, block_width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(block_width),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2) if number < 2 else nn.AdaptiveMaxPool2d(3),
+        ]
+        width = block_width
+    layers += [
+        nn.Flatten(),
+        nn.Linear(9 * width, _SMALL_CNN_FEATURES, bias=False),
+        nn.BatchNorm1d(_SMALL_CNN_FEATURES),
+        nn.ReLU(inplace=True),
+    ]
+    if classes:
+        layers += [nn.Dropout(drop_rate), nn.Linear(_SMALL_CNN_FEATURES, classes)]
+    return nn.Sequential(*layers)
+
+
+def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
+    options: dict[str, Any] = {
+        "in_chans": channels,
+        "num_classes": classes,
+        # With a head of our own the dropout stands there.
+        "drop_rate": 0.0 if settings.head_hidden else settings.drop_rate,
+        "drop_path_rate": settings.drop_path_rate,
+    }
+    if not timm.is_model(settings.name):
+        near = difflib.get_close_matches(settings.name, [SMALL_CNN, *timm.list_models()], n=3)
+        raise UserError(
+            found=f"model.name={settings.name}",
+            expected=f"{SMALL_CNN} or a timm model",
+            hint=f"did you mean {' or '.join(near)}?" if near else 'python -c "import timm; print(timm.list_models())"',
+        )
+    if settings.pretrained and settings.weights is None:
+        try:
+            return timm.create_model(settings.name, pretrained=True, **options)
+        except Exception as error:  # hub libraries raise many kinds: no network, no such weights, a full disk
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if settings.pretrained != "auto":
+                raise UserError(
+                    found=f"no way to fetch the published weights of {settings.name}: {reason}",
+                    expected="a network, or the weights in the cache of the Hugging Face hub",
+                    hint="model.weights=FILE for weights that you have, or model.pretrained=false to begin without",
+                ) from None
+            log.warning(
+                "model.pretrained=auto: the published weights of %s cannot be fetched here (%s); beginning with "
+                "random ones, which needs more epochs for the same accuracy",
+                settings.name,
+                reason,
+            )
+    return timm.create_model(settings.name, pretrained=False, **options)

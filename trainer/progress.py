@@ -1,0 +1,61 @@
+"""What a person sees while it trains: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+_LINE_EVERY = 10.0  # seconds
+_BAR_EVERY = 0.5
+
+
+class Progress:
+    """Progress of one epoch. Reading the loss waits for the device, so it is read only when something is shown."""
+
+    def __init__(self, epoch: int, epochs: int, steps: int, first_step: int, steps_ahead: int) -> None:
+        """steps_ahead: steps of the epochs that follow this one, for the time left."""
+        self._head = f"epoch {epoch + 1}/{epochs}"
+        self._steps = steps
+        self._first = first_step
+        self._ahead = steps_ahead
+        self._start = self._shown = time.perf_counter()
+        self._on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=steps,
+            initial=first_step,
+            desc=self._head,
+            leave=False,
+            disable=not self._on_terminal,
+            bar_format="{desc} {bar:20} {n_fmt}/{total_fmt} {postfix}",
+        )
+
+    def step(self, done: int, loss: Callable[[], float], rate: float, images: int, wait: float) -> None:
+        """After step number done - 1. images: of all ranks in this call's epoch; wait: seconds for data so far."""
+        now = time.perf_counter()
+        if now - self._shown < (_BAR_EVERY if self._on_terminal else _LINE_EVERY):
+            return
+        self._shown = now
+        seconds = now - self._start
+        left = seconds / (done - self._first) * (self._steps - done + self._ahead)
+        text = (
+            f"loss {loss():.4f}  lr {rate:.2e}  {images / seconds:,.0f} images/s  "
+            f"data wait {wait / seconds:.1%}  {duration(left)} left"
+        )
+        if self._on_terminal:
+            self._bar.n = done
+            self._bar.set_postfix_str(text)
+        else:
+            print(f"{self._head}  step {done}/{self._steps}  {text}", flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02 or 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

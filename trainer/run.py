@@ -1,0 +1,235 @@
+"""Train a recipe and report.
+
+python -m trainer.run configs/quickstart.yaml [key=value ...] [--dry-run]
+torchrun --nproc_per_node=2 -m trainer.run configs/byclass.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.errors import USER_ERROR_STATUS, UserError, run_command
+from trainer import checkpoint, config, engine, report, run_directory
+from trainer.arithmetic import with_precision
+from trainer.config import Config
+from trainer.data import TrainingData, open_data
+from trainer.distributed import World, join
+from trainer.environment import environment
+from trainer.evaluate import Evaluation
+from trainer.run_directory import RunDirectory
+from trainer.sinks import open_sinks
+
+
+def parse_arguments() -> argparse.Namespace:
+    listing = "\n".join(f"  {name}\n      {sentence}" for name, sentence in config.settings())
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.run",
+        description="Train a recipe and report.",
+        epilog=f"settings (in the file, or key=value):\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings, for instance configs/...")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run, take one step, and stop")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(levelname)s: %(message)s")
+    with _one_message(first):
+        settings = config.load(arguments.config, arguments.overrides)
+    if first:
+        for line in settings.without_effect():
+            print(f"warning: {line}", file=sys.stderr)
+    with join(settings.device) as world:
+        settings = with_precision(settings, world.device)
+        with _one_message(first):
+            data = open_data(settings, world)
+        if arguments.dry_run:
+            return dry_run(settings, data, world)
+        return run(settings, data, world)
+
+
+def run(settings: Config, data: TrainingData, world: World) -> int:
+    """Train in a new run directory, or go on in one that is there; returns the exit status."""
+    # Rank 0 looks at the disk, so that all agree.
+    path, resuming = world.share(_chosen(settings) if world.speaks else None)
+    directory = RunDirectory(path)
+    state = world.share(_last_checkpoint(directory, settings, data) if world.speaks and resuming else None)
+    if resuming and world.share(directory.summary_path.exists()):
+        if world.speaks:
+            print(f"{directory.path} is finished already")
+            print_summary(directory.read_summary(), directory)
+        return 0
+    training = engine.make_training(settings, data, world)
+    sinks = []
+    if state is not None:
+        training.restore(state)
+    if world.speaks:
+        stamp = environment(world.device) | {
+            "ranks": world.size,
+            "backend": f"{data.backend} ({data.backend_reason})",
+            "data": data.digest,
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        }
+        directory.begin(settings, stamp)
+        directory.write_history(training.history)
+        sinks = open_sinks(settings, directory.path)
+        print_head(training, directory, resuming)
+    start = time.perf_counter()
+    try:
+        evaluation = engine.fit(training, directory, sinks)
+        if world.speaks:
+            summary = summarise(training, evaluation, time.perf_counter() - start)
+            predictions = evaluation.predictions
+            assert predictions is not None
+            np.savez_compressed(directory.predictions, **vars(predictions))
+            report.write(directory.path, data.test_store, summary, training.history)
+            for sink in sinks:
+                sink.summary(summary)
+            directory.write_summary(summary)  # last: where it stands, the run is finished
+            print_summary(summary, directory)
+    except engine.Stopped as stop:
+        if world.speaks:
+            print(
+                f"stopped in epoch {stop.epoch + 1} after step {stop.step}; go on with: resume=auto "
+                f"run.dir={directory.path}",
+                flush=True,
+            )
+        return 128 + stop.signum
+    finally:
+        for sink in sinks:
+            sink.close()
+    return 0
+
+
+def summarise(training: engine.Training, evaluation: Evaluation, seconds: float) -> dict[str, Any]:
+    """The figures of `summary.json`: of the test part, with those of the best epoch's validation beside them."""
+    finished = training.finished
+    judged = [record for record in training.history if "validation" in record]
+    select = training.config.trainer.select
+    best = max(judged, key=lambda record: record["validation"][select], default=training.history[-1])
+    return {
+        **evaluation.summary(),
+        "epochs": training.epoch,
+        "best_epoch": best["epoch"],
+        "validation": best.get("validation"),
+        "seconds": seconds,
+        "training_seconds": finished.seconds,
+        "images_per_second": finished.images_per_second,
+        "data_wait_share": finished.wait_share,
+        "resolution": training.config.data.resolution,
+        "parameters": _parameters(training),
+        "model": training.config.model.name,
+        "dataset": training.data.manifest.name,
+    }
+
+
+def print_head(training: engine.Training, directory: RunDirectory, resuming: bool) -> None:
+    data, settings = training.data, training.config
+    validation = len(data.validation.order.samples) if data.validation else 0
+    print(
+        f"{data.manifest.name}: {len(data.train.order.samples):,} training, {validation:,} validation, "
+        f"{len(data.test.order.samples):,} test images of {len(data.classes)} classes\n"
+        f"{settings.model.name} at {settings.data.resolution}x{settings.data.resolution}, "
+        f"{_parameters(training):,} parameters, on {training.world.device} in {settings.trainer.precision} "
+        f"({training.world.size} {'rank' if training.world.size == 1 else 'ranks'}); "
+        f"loader {data.backend}: {data.backend_reason}\n"
+        f"{directory.path}"
+        + (f", going on from epoch {training.epoch + 1} after step {training.step}" if resuming else ""),
+        flush=True,
+    )
+
+
+def print_summary(summary: dict[str, Any], directory: RunDirectory) -> None:
+    validation = summary["validation"]
+    print(
+        f"test        accuracy {summary['accuracy']:.2%}  macro F1 {summary['macro_f1']:.2%}  "
+        f"weighted F1 {summary['weighted_f1']:.2%}  ({summary['samples']:,} images)"
+    )
+    if validation:
+        print(
+            f"validation  accuracy {validation['accuracy']:.2%}  macro F1 {validation['macro_f1']:.2%}  "
+            f"weighted F1 {validation['weighted_f1']:.2%}  (epoch {summary['best_epoch']}, the best)"
+        )
+    print(
+        f"training    {summary['images_per_second']:,.0f} images/s  data wait {summary['data_wait_share']:.1%}  "
+        f"{summary['training_seconds']:.0f} s\nreport      {directory.report}"
+    )
+
+
+def dry_run(settings: Config, data: TrainingData, world: World) -> int:
+    """Print what would run, take one step on real data, and stop; nothing is written but the statistics."""
+    training = engine.make_training(settings, data, world)
+    if world.speaks:
+        print(settings.to_yaml())
+        order = data.train.order
+        updates = -(-order.steps_per_epoch // settings.optim.accumulation)
+        height, width, channels = data.spec.image_shape
+        side = data.spec.resolution
+        print(
+            f"raw images    {height}x{width}x{channels}, {'transposed' if data.spec.transposed else 'upright'}\n"
+            f"model input   [{-(-settings.loader.batch_size // world.size)}, {channels}, {side}, {side}] a rank, "
+            f"mean {_numbers(data.spec.mean)}, deviation {_numbers(data.spec.std)}\n"
+            f"classes       {len(data.classes)}, weights {float(training.class_weights.min()):.3f} .. "
+            f"{float(training.class_weights.max()):.3f}\n"
+            f"parameters    {_parameters(training):,}\n"
+            f"steps         {order.steps_per_epoch:,} an epoch, {updates:,} updates; "
+            f"{order.steps_per_epoch * settings.trainer.epochs:,} in {settings.trainer.epochs} epochs\n"
+            f"loader        {data.backend}: {data.backend_reason}",
+            flush=True,
+        )
+    training.forward.train()
+    with contextlib.closing(data.train.batches()) as batches:
+        batch = next(batches)
+        start = time.perf_counter()
+        loss = float(engine.train_step(training, batch, window=1, updates=True)) / len(batch.labels)
+    if world.speaks:
+        print(f"one step      loss {loss:.4f}, {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+def _chosen(settings: Config) -> tuple[Path, bool]:
+    directory, resuming = run_directory.choose(settings)
+    return directory.path, resuming
+
+
+def _last_checkpoint(directory: RunDirectory, settings: Config, data: TrainingData) -> dict[str, Any]:
+    state = checkpoint.load(directory.last)
+    checkpoint.check_fits(state, settings, data.classes, data.digest, directory.last)
+    return state
+
+
+def _parameters(training: engine.Training) -> int:
+    return sum(parameter.numel() for parameter in training.model.parameters())
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+@contextlib.contextmanager
+def _one_message(first: bool) -> Iterator[None]:
+    """Let rank 0 alone speak of a mistake that every rank meets."""
+    try:
+        yield
+    except UserError:
+        if first:
+            raise
+        sys.exit(USER_ERROR_STATUS)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,86 @@
+"""A run is a directory: what was asked, on what it ran, every epoch's figures, the checkpoints, the report."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from shards.atomic import make_directory, write_file
+from shards.errors import UserError
+from trainer import checkpoint
+from trainer.config import Config
+
+DEFAULT_ROOT = Path("runs")
+_CONFIG = "config.yaml"
+_SUMMARY = "summary.json"
+
+
+class RunDirectory:
+    """Names and writes the files of a run. Only rank 0 makes one that writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last = path / "checkpoints" / checkpoint.LAST
+        self.best = path / "checkpoints" / checkpoint.BEST
+        self.metrics = path / "metrics.jsonl"
+        self.summary_path = path / _SUMMARY
+        self.report = path / "report.html"
+        self.predictions = path / "predictions.npz"
+
+    def begin(self, config: Config, environment: dict[str, Any]) -> None:
+        """Make the directory and write down the settings and the environment."""
+        make_directory(self.path / "checkpoints")
+        write_file(self.path / _CONFIG, config.to_yaml())
+        write_file(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Replace metrics.jsonl by the epochs that a checkpoint tells of."""
+        write_file(self.metrics, "".join(json.dumps(record) + "\n" for record in history))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_file(self.summary_path, json.dumps(summary, indent=1) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        return json.loads(self.summary_path.read_text())
+
+
+def choose(config: Config) -> tuple[RunDirectory, bool]:
+    """The directory of this run, and whether it continues what is there.
+
+    Raises `UserError` if run.dir holds a run (or anything else) and resume is not asked for.
+    """
+    resume = config.resume == "auto"
+    if config.run.dir is not None:
+        directory = RunDirectory(config.run.dir)
+        if (directory.path / _CONFIG).exists():
+            if resume:
+                return directory, directory.last.exists()
+            raise UserError(
+                found=f"run.dir={directory.path}, which holds a run",
+                expected="a new directory",
+                hint="resume=auto continues it; another run.dir begins anew",
+            )
+        if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
+            raise UserError(
+                found=f"run.dir={directory.path}, which exists and is no run",
+                expected="a new or empty directory",
+                hint="choose another run.dir",
+            )
+        return directory, False
+    root = DEFAULT_ROOT / config.run.name
+    if resume:
+        # Names are dates, so the last in order is the newest.
+        unfinished = [
+            path for path in sorted(root.glob("*/checkpoints/last.pt")) if not (path.parent.parent / _SUMMARY).exists()
+        ]
+        if unfinished:
+            return RunDirectory(unfinished[-1].parent.parent), True
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    directory = RunDirectory(root / stamp)
+    number = 2
+    while directory.path.exists():
+        directory = RunDirectory(root / f"{stamp}_{number}")
+        number += 1
+    return directory, False
