@@ -14,7 +14,7 @@ class TorchGraph:
     """See `pipeline.graph.Graph`. Orientation is a transposed view; the normalisation is folded into A."""
 
     def __init__(self, spec: GraphSpec, device: torch.device) -> None:
-        height, width, channels = spec.image_shape
+        height, width, _ = spec.image_shape
         if spec.transposed:
             height, width = width, height
         self._device = device

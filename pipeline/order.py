@@ -12,7 +12,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-
 # A seed has many independent streams: an epoch's number for its order, and these for what is drawn once.
 PACKING_STREAM = 1 << 62  # plus the number of the part
 PARTITION_STREAM = 1 << 63

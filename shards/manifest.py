@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from shards.atomic import write_file
 from shards.errors import UserError
@@ -48,7 +48,7 @@ class Manifest(_Record):
     part: str
     classes: tuple[str, ...]
     counts: tuple[int, ...]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     transposed: bool
     samples: int = Field(gt=0)
     block_size: int = Field(gt=0)

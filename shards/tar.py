@@ -59,7 +59,6 @@ class ShardWriter:
 
     def __init__(self, directory: Path, number: int) -> None:
         self._path = directory / shard_name(number)
-        self._file = open(self._path, "xb")
         self._sha256 = hashlib.sha256()
         self._offset = 0
         self._samples = 0
@@ -67,6 +66,7 @@ class ShardWriter:
         self._index: list[str] = []
 
     def __enter__(self) -> ShardWriter:
+        self._file = open(self._path, "xb")
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from shards.errors import UserError, run_command
 from shards.manifest import PARTS, Manifest, Shard, is_packed_set
-from shards.tar import COMPONENTS, block_key, read_index
+from shards.tar import COMPONENTS, INDEX_VERSION, block_key
 
 
 def check_hashes(directory: Path, manifest: Manifest) -> Iterator[str]:
@@ -48,8 +48,8 @@ def check_part(directory: Path) -> tuple[Manifest, list[str]]:
     for shard in manifest.shards:
         path = directory / shard.name
         if path.is_file():
-            faults += _check_blocks(path, shard, manifest, first_block, counts, rows)
-            faults += _check_index(path, shard)
+            index_lines, block_faults = _check_blocks(path, shard, manifest, first_block, counts, rows)
+            faults += block_faults + _check_index(path, shard, first_block, index_lines)
         first_block += len(shard.blocks_crc32)
     if not faults and counts.tolist() != list(manifest.counts):
         faults.append(f"{directory}: counts by class differ from the manifest")
@@ -60,24 +60,32 @@ def check_part(directory: Path) -> tuple[Manifest, list[str]]:
 
 def _check_blocks(
     path: Path, shard: Shard, manifest: Manifest, first_block: int, counts: np.ndarray, rows: list[np.ndarray]
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
+    """Decode a shard's blocks; returns the index line of each that could be found, and the faults."""
     faults = []
+    index_lines = []
     content = path.read_bytes()
-    expected_start = 0
+    end = 0
     remaining = shard.samples
     for number, crc in enumerate(shard.blocks_crc32, start=first_block):
         size = min(manifest.block_size, remaining)
         remaining -= size
+        start = end
         try:
-            arrays, end = _read_block(content, expected_start, number)
-        except (tarfile.TarError, ValueError, EOFError) as error:
+            members, end = _find_block(content, start, number)
+        except (tarfile.TarError, ValueError) as error:
             # Without a readable header the places of the blocks behind it are unknown.
             faults.append(f"{path}: block {block_key(number)} cannot be read: {error}")
             break
-        if zlib.crc32(content[expected_start:end]) != crc:
+        index_lines.append(
+            " ".join(f"{name} {begin} {length} {block_key(number)}.{name}" for name, begin, length in members)
+        )
+        if zlib.crc32(content[start:end]) != crc:
             faults.append(f"{path}: block {block_key(number)} was changed (CRC-32 differs)")
-        expected_start = end
-        images, labels, source = arrays
+            continue
+        images, labels, source = (
+            np.load(io.BytesIO(content[begin : begin + length]), allow_pickle=False) for _, begin, length in members
+        )
         if images.shape != (size, *manifest.image_shape) or images.dtype != np.uint8:
             faults.append(f"{path}: block {block_key(number)}: images {images.dtype} {images.shape}")
         if labels.shape != (size,) or source.shape != (size,):
@@ -87,34 +95,38 @@ def _check_blocks(
         else:
             counts += np.bincount(labels, minlength=len(counts))
             rows.append(source)
-    return faults
+    return index_lines, faults
 
 
-def _read_block(content: bytes, start: int, number: int) -> tuple[list[np.ndarray], int]:
-    """Decode the block that begins at a byte of a shard; returns its three arrays and where it ends."""
-    arrays = []
+def _find_block(content: bytes, start: int, number: int) -> tuple[list[tuple[str, int, int]], int]:
+    """Name, first byte and length of each component of the block at a byte of a shard, and where the block ends."""
+    members = []
     for component in COMPONENTS:
         member = tarfile.TarInfo.frombuf(content[start : start + tarfile.BLOCKSIZE], "utf-8", "strict")
         if member.name != f"{block_key(number)}.{component}":
             raise ValueError(f"found {member.name!r} where {block_key(number)}.{component} should be")
         begin = start + tarfile.BLOCKSIZE
-        arrays.append(np.load(io.BytesIO(content[begin : begin + member.size]), allow_pickle=False))
+        members.append((component, begin, member.size))
         start = begin + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    return arrays, start
+        if start > len(content):
+            raise ValueError("the shard ends inside it")
+    return members, start
 
 
-def _check_index(path: Path, shard: Shard) -> list[str]:
+def _check_index(path: Path, shard: Shard, first_block: int, expected: list[str]) -> list[str]:
+    """Compare the index byte for byte with the lines that the blocks ask for (of those that could be read)."""
     index = path.with_suffix(".idx")
-    try:
-        blocks = read_index(index)
-        with tarfile.open(path) as tar:
-            members = [(member.offset_data, member.size) for member in tar]
-    except (UserError, tarfile.TarError) as error:
-        return [error.found if isinstance(error, UserError) else f"{path}: {error}"]
-    listed = [(part.offset, part.size) for block in blocks for part in block.values()]
-    if listed != members or len(blocks) != len(shard.blocks_crc32):
-        return [f"{index}: does not fit {path.name}"]
-    return []
+    if not index.is_file():
+        return [f"{index}: missing"]
+    blocks = len(shard.blocks_crc32)
+    first, *lines = index.read_bytes().decode(errors="replace").split("\n")
+    if first != f"{INDEX_VERSION} {blocks}" or len(lines) != blocks + 1 or lines[-1]:
+        return [f"{index}: not an {INDEX_VERSION} index of {blocks} blocks"]
+    return [
+        f"{index}: block {block_key(number)} lies elsewhere in {path.name}"
+        for number, (line, wanted) in enumerate(zip(lines, expected, strict=False), start=first_block)
+        if line != wanted
+    ]
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shards.errors import UserError
 
@@ -16,7 +16,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_all_defaults(cls, content: Any) -> Any:
+        """A section without settings (`mixing:`, all of it commented out) is None in YAML."""
+        return {} if content is None else content
 
 
 class Run(Section):
@@ -133,7 +139,8 @@ class Trainer(Section):
 
 
 class Logging(Section):
-    wandb: Literal["off", "auto"] = "off"
+    # YAML reads an unquoted off as false.
+    wandb: Annotated[Literal["off", "auto"], BeforeValidator(lambda value: "off" if value is False else value)] = "off"
     """Weights & Biases beside metrics.jsonl: auto is online with an API key and offline without."""
     wandb_project: str = "inkstream"
     """Project in Weights & Biases."""
@@ -167,6 +174,8 @@ class Config(Section):
             raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
         if self.schedule.warmup >= self.trainer.epochs and self.schedule.name in ("cosine", "warm_restarts"):
             raise ValueError(f"schedule.warmup takes all {self.trainer.epochs} epochs (trainer.epochs)")
+        if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
+            raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
         if self.model.pretrained is True and self.model.weights is not None:
             raise ValueError("model.pretrained and model.weights both say what to begin with")
         return self
@@ -240,7 +249,7 @@ def load(path: Path, overrides: list[str]) -> Config:
         )
     for override in overrides:
         _apply(content, override)
-    config = validate(content, str(path))
+    config = validate(content, f"{path} or the command line" if overrides else str(path))
     if not config.run.name:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
     return config
@@ -296,22 +305,35 @@ def _apply(content: dict[str, Any], override: str) -> None:
     *sections, last = name.split(".")
     place = content
     for section in sections:
-        inner = place.setdefault(section, {})
-        if not isinstance(inner, dict):
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
             raise _unknown(name, "the command line")
-        place = inner
     place[last] = value
 
 
 def _unknown(name: str, place: str) -> UserError:
     known = [setting for setting, _ in settings()]
     same_end = [setting for setting in known if setting.rpartition(".")[2] == name.rpartition(".")[2]]
-    near = same_end or difflib.get_close_matches(name, known, n=1, cutoff=0.5) or _near_ends(name, known)
+    near = (
+        same_end
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        or _described_as(name)
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        or _near_ends(name, known)
+    )
     return UserError(
         found=f"unknown setting {name} in {place}",
         expected="one of the settings that python -m trainer.run --help lists",
         hint=f"did you mean {near[0]}?" if near else "remove it",
     )
+
+
+def _described_as(name: str) -> list[str]:
+    """Settings whose sentence begins with the words of the name: learning_rate is optim.lr."""
+    words = name.rpartition(".")[2].replace("_", " ") + " "
+    return [setting for setting, sentence in settings() if sentence.lower().startswith(words)]
 
 
 def _near_ends(name: str, known: list[str]) -> list[str]:

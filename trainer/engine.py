@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import timm.utils
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +24,7 @@ from trainer.distributed import StopVote, World
 from trainer.evaluate import Evaluation, evaluate, model_of
 from trainer.loss import class_weights, weighted_kl
 from trainer.mixing import mix, soft_targets
-from trainer.model import make_average, make_model
+from trainer.model import Average, make_average, make_model
 from trainer.optimizer import LearningRate, make_optimizer
 from trainer.progress import Progress, duration
 from trainer.run_directory import RunDirectory
@@ -79,7 +78,7 @@ class Training:
     """The network itself, as it is saved."""
     forward: nn.Module
     """What is called: the network, compiled and wrapped for several ranks if need be."""
-    average: timm.utils.ModelEmaV3 | None
+    average: Average | None
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     class_weights: torch.Tensor

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import logging
+import socket
+import urllib.parse
+import urllib.request
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
-import timm.utils
 import torch
+from timm.utils import ModelEmaV3 as Average
 from torch import nn
 
 from shards.errors import UserError
@@ -21,6 +25,7 @@ log = logging.getLogger(__name__)
 SMALL_CNN = "three_block_cnn"
 _SMALL_CNN_CHANNELS = (32, 64, 128)
 _SMALL_CNN_FEATURES = 128
+_HUB_TIMEOUT = 5.0  # seconds
 
 
 def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
@@ -46,9 +51,9 @@ def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
     return model
 
 
-def make_average(model: nn.Module, decay: float) -> timm.utils.ModelEmaV3:
+def make_average(model: nn.Module, decay: float) -> Average:
     """A moving average of a model's weights and buffers, with a warm-up so that short runs are not held back."""
-    return timm.utils.ModelEmaV3(model, decay=decay, use_warmup=True)
+    return Average(model, decay=decay, use_warmup=True)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -118,7 +123,7 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
         )
     if settings.pretrained and settings.weights is None:
         try:
-            return timm.create_model(settings.name, pretrained=True, **options)
+            return _published(settings.name, options)
         except Exception as error:  # hub libraries raise many kinds: no network, no such weights, a full disk
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if settings.pretrained != "auto":
@@ -134,3 +139,23 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
                 reason,
             )
     return timm.create_model(settings.name, pretrained=False, **options)
+
+
+def _published(name: str, options: dict[str, Any]) -> nn.Module:
+    """A timm model with its published weights: from the hub's cache, else from the network.
+
+    Without a network the hub's library would try for half a minute; one look at its address says so at once.
+    """
+    published = timm.get_pretrained_cfg(name)
+    if published is None or not published.has_weights:
+        raise ValueError("there are none")
+    if published.hf_hub_id is None:
+        return timm.create_model(name, pretrained=True, **options)
+    cached = huggingface_hub.try_to_load_from_cache(published.hf_hub_id, "model.safetensors")
+    if isinstance(cached, str):
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}, **options)
+    if not urllib.request.getproxies():
+        hub = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+        address = (hub.hostname, hub.port or (443 if hub.scheme == "https" else 80))
+        socket.create_connection(address, timeout=_HUB_TIMEOUT).close()
+    return timm.create_model(name, pretrained=True, **options)

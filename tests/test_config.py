@@ -1,0 +1,323 @@
+"""Settings are checked before anything runs, and a mistake in them names what was meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from shards import UserError
+from trainer.config import Config, load, settings
+
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def mistake(path: Path, *overrides: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load(path, list(overrides))
+    return caught.value
+
+
+def quickstart(*overrides: str) -> Config:
+    """The smallest recipe with some settings changed."""
+    return load(QUICKSTART, list(overrides))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_is_complete(path: Path) -> None:
+    config = load(path, [])
+    assert config.run.name == path.stem
+    assert list(config.without_effect()) == []
+    given = config.model_fields_set_by_section()
+    for section in ("data", "loader", "model", "loss", "trainer"):
+        missing = {f"{section}.{name}" for name in type(getattr(config, section)).model_fields} - given
+        assert missing <= {"loss.effective_beta"}, "a recipe says all that it uses"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "nearest"),
+    [
+        ("epochs: 3", "epochs", "trainer.epochs"),
+        ("sead: 3", "sead", "seed"),
+        ("optimizer: {lr: 1}", "optimizer", "optim"),
+        ("optim: {learning_rate: 1}", "optim.learning_rate", "optim.lr"),
+        ("model: {nmae: x}", "model.nmae", "model.name"),
+    ],
+)
+def test_an_unknown_setting_in_the_file_names_the_nearest(tmp_path: Path, text: str, name: str, nearest: str) -> None:
+    path = written(tmp_path, f"data: {{shards: x}}\n{text}\n")
+    error = mistake(path)
+    assert error.found == f"unknown setting {name} in {path}"
+    assert f"did you mean {nearest}" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("optim.learning_rate=1e-4", "optim.lr?"),
+        ("learning_rate=1e-4", "optim.lr?"),
+        ("epochs=3", "trainer.epochs?"),
+        ("trainer.epoch=3", "trainer.epochs?"),
+        ("data.resolutoin=56", "data.resolution?"),
+        ("loader.batchsize=4", "loader.batch_size?"),
+        ("optim.lr.x=3", "optim.lr?"),
+        ("mixing.cutmix=3", "mixing.cutmix_alpha?"),
+    ],
+)
+def test_an_unknown_override_names_the_nearest(override: str, nearest: str) -> None:
+    error = mistake(QUICKSTART, override)
+    assert error.found.startswith(f"unknown setting {override.partition('=')[0]} in ")
+    assert "command line" in error.found
+    assert error.hint == f"did you mean {nearest}"
+
+
+def test_a_setting_like_none_is_to_be_removed() -> None:
+    assert mistake(QUICKSTART, "zzz=1").hint == "remove it"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.resolution=0", "greater than or equal to 1"),
+        ("data.resolution=big", "valid integer"),
+        ("data.validation=1.0", "less than 1"),
+        ("data.subset=0", "greater than 0"),
+        ("trainer.epochs=1.5", "valid integer"),
+        ("model.head_hidden=0", "greater than or equal to 1"),
+        ("model.pretrained=perhaps", "valid boolean"),
+        ("optim.lr=fast", "valid number"),
+        ("optim.lr=-1", "greater than 0"),
+        ("optim.lr=.inf", "finite"),
+        ("optim.name=sgd", "'lion'"),
+        ("loader.backend=gpu", "'dali'"),
+        ("mixing.probability=1.1", "less than or equal to 1"),
+        ("seed=-1", "greater than or equal to 0"),
+        ("data.shards=null", "path"),
+    ],
+)
+def test_a_wrong_value_says_what_the_setting_is(override: str, expected: str) -> None:
+    error = mistake(QUICKSTART, override)
+    name, _, value = override.partition("=")
+    assert error.found.startswith(f"{name}=")
+    assert value.removesuffix("0") in error.found or value in ("null", ".inf")
+    assert expected in error.expected
+    assert error.hint == f"{name}: {dict(settings())[name]}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["mixing.probability=1", "mixing.mixup_alpha=0", "mixing.cutmix_alpha=0"], "cutmix_alpha are both 0"),
+        (["schedule.name=plateau", "data.validation=0"], "data.validation is 0"),
+        (["schedule.name=cosine", "schedule.warmup=8"], "takes all 8 epochs"),
+        (["schedule.name=warm_restarts", "schedule.warmup=9"], "takes all 8 epochs"),
+        (["schedule.name=one_cycle", "schedule.warmup=9"], "epochs"),
+        (["model.pretrained=true", "model.weights=x.pth"], "both say what to begin with"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides: list[str], word: str) -> None:
+    assert word in mistake(QUICKSTART, *overrides).found
+
+
+@pytest.mark.parametrize("text", ["data: {}\n", "seed: 3\n", "data:\n"])
+def test_a_recipe_without_data_is_told_what_to_add(tmp_path: Path, text: str) -> None:
+    error = mistake(written(tmp_path, text))
+    assert "no data" in error.found
+    assert "data" in error.hint
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: b: c", "\tdata: x"])
+def test_what_is_not_yaml_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    error = mistake(written(tmp_path, text))
+    assert "not YAML" in error.found
+    assert "\n" not in error.found
+
+
+def test_what_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xfe\x00data")
+    assert "not YAML" in mistake(path).found
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "- data\n", "data"])
+def test_a_file_without_settings_is_refused(tmp_path: Path, text: str) -> None:
+    assert "holds no settings" in mistake(written(tmp_path, text)).found
+
+
+def test_a_missing_file_lists_those_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for path in (tmp_path / "none.yaml", tmp_path):
+        error = mistake(path)
+        assert str(path) in error.found
+        for recipe in RECIPES:
+            assert str(recipe.relative_to(ROOT)) in error.hint
+
+
+@pytest.mark.parametrize("override", ["foo", "=3", "optim.lr"])
+def test_an_override_without_name_and_value_is_refused(override: str) -> None:
+    error = mistake(QUICKSTART, override)
+    assert repr(override) in error.found
+    assert "optim.lr=1e-4" in error.expected
+
+
+def test_overrides_are_read_as_the_types_they_are_for() -> None:
+    config = quickstart(
+        "optim.lr=1e-4",
+        "trainer.epochs=3",
+        "trainer.channels_last=false",
+        "model.pretrained=auto",
+        "model.head_hidden=7",
+        "model.drop_path_rate=.5",
+        "data.shards=some/where",
+    )
+    assert config.optim.lr == 1e-4
+    assert config.trainer.epochs == 3
+    assert config.trainer.channels_last is False
+    assert config.model.pretrained == "auto"
+    assert config.model.head_hidden == 7
+    assert config.model.drop_path_rate == 0.5
+    assert config.data.shards == Path("some/where")
+
+
+def test_off_is_a_word_although_yaml_takes_it_for_false(tmp_path: Path) -> None:
+    byclass = ROOT / "configs" / "byclass.yaml"
+    assert load(byclass, ["logging.wandb=off"]).logging.wandb == "off"
+    assert load(written(tmp_path, "data: {shards: x}\nlogging: {wandb: off}"), []).logging.wandb == "off"
+
+
+def test_null_takes_a_value_back() -> None:
+    byclass = ROOT / "configs" / "byclass.yaml"
+    config = load(byclass, ["optim.clip_norm=null", "model.head_hidden=null"])
+    assert (config.optim.clip_norm, config.model.head_hidden) == (None, None)
+
+
+def test_the_last_of_two_overrides_counts_and_the_others_stay_as_they_were() -> None:
+    config = quickstart("seed=1", "seed=2")
+    assert config.seed == 2
+    assert config.model_copy(update={"seed": 0}) == quickstart()
+
+
+def test_an_override_reaches_a_section_that_the_file_leaves_out_or_empty(tmp_path: Path) -> None:
+    for text in ("data: {shards: x}\n", "data: {shards: x}\nmixing:\n"):
+        assert load(written(tmp_path, text), ["mixing.probability=0.5"]).mixing.probability == 0.5
+
+
+def test_a_run_keeps_the_name_it_is_given(tmp_path: Path) -> None:
+    assert load(QUICKSTART, ["run.name=first"]).run.name == "first"
+    assert load(written(tmp_path, "data: {shards: x}"), []).run.name == "mine"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_resolved_recipe_loads_as_the_same(tmp_path: Path, path: Path) -> None:
+    config = load(path, ["run.dir=some/where", "optim.lr=1e-4", "model.head_hidden=null", "optim.clip_norm=0.5"])
+    assert load(written(tmp_path, config.to_yaml()), []) == config
+
+
+FREE = {
+    "run.name=x",
+    "run.dir=x",
+    "resume=auto",
+    "logging.wandb=auto",
+    "logging.wandb_project=x",
+    "device=cpu",
+    "data.shards=x",
+    "data.verify=false",
+    "loader.backend=dali",
+}
+
+
+@pytest.mark.parametrize("override", sorted(FREE))
+def test_what_does_not_change_the_weights_may_change_when_a_run_is_resumed(override: str) -> None:
+    assert quickstart(override) != quickstart()
+    assert quickstart(override).recipe() == quickstart().recipe()
+
+
+def test_everything_else_must_stay_when_a_run_is_resumed() -> None:
+    assert set(quickstart().recipe()) == {name for name, _ in settings()} - {text.partition("=")[0] for text in FREE}
+    assert quickstart("optim.lr=1e-5").recipe()["optim.lr"] == 1e-5
+    assert all(value is None or isinstance(value, str | int | float) for value in quickstart().recipe().values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "setting"),
+    [
+        (["schedule.period=4"], "schedule.period"),
+        (["schedule.multiplier=2"], "schedule.multiplier"),
+        (["schedule.min_lr=1e-6"], "schedule.min_lr"),
+        (["schedule.factor=0.5"], "schedule.factor"),
+        (["schedule.patience=1", "schedule.name=cosine"], "schedule.patience"),
+        (["schedule.name=plateau"], "schedule.warmup"),  # the file gives one
+        (["schedule.name=plateau", "schedule.unit=step"], "schedule.unit"),
+        (["optim.momentum=0.8"], "optim.momentum"),
+        (["loss.effective_beta=0.9"], "loss.effective_beta"),
+        (["mixing.cutmix_alpha=0.9"], "mixing.cutmix_alpha"),
+        (["model.drop_path_rate=0.1"], "model.drop_path_rate"),
+    ],
+)
+def test_a_setting_without_effect_is_told(overrides: list[str], setting: str) -> None:
+    assert any(setting in line and "no effect" in line for line in quickstart(*overrides).without_effect())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.name=warm_restarts", "schedule.period=4", "schedule.multiplier=2", "schedule.min_lr=1e-6"],
+        ["optim.name=sgd_lookahead", "optim.momentum=0.8"],
+        ["loss.class_weights=effective", "loss.effective_beta=0.9"],
+        ["mixing.probability=0.5", "mixing.cutmix_alpha=0.9"],
+    ],
+)
+def test_a_setting_with_effect_is_not(overrides: list[str]) -> None:
+    assert list(quickstart(*overrides).without_effect()) == []
+
+
+def test_every_setting_has_a_sentence() -> None:
+    assert len(settings()) > 40
+    for name, sentence in settings():
+        assert sentence.endswith(".") and len(sentence.split()) >= 3, name
+
+
+PUBLISHED = {
+    "data.resolution": 112,
+    "loader.batch_size": 512,
+    "loss.label_smoothing": 0.1,
+    "mixing.cutmix_alpha": 0.62,
+    "mixing.mixup_alpha": 0.22,
+    "mixing.probability": 0.8,
+    "mixing.switch_probability": 0.5,
+    "model.drop_path_rate": 0.0,
+    "model.drop_rate": 0.0,
+    "model.head_hidden": 768,
+    "model.name": "efficientnet_b2",
+    "optim.accumulation": 2,
+    "optim.clip_norm": 1.0,
+    "optim.name": "lion",
+    "optim.weight_decay": 0.01,
+    "schedule.min_lr": 1e-6,
+    "schedule.multiplier": 1,
+    "schedule.name": "warm_restarts",
+    "schedule.period": 8.0,
+    "schedule.unit": "epoch",
+    "schedule.warmup": 5.0,
+}
+
+
+@pytest.mark.parametrize(("name", "lr", "weights"), [("byclass", 3e-4, "minmax"), ("balanced", 2e-4, "none")])
+def test_the_emnist_recipes_hold_the_published_figures(name: str, lr: float, weights: str) -> None:
+    recipe = load(ROOT / "configs" / f"{name}.yaml", []).recipe()
+    assert {setting: recipe[setting] for setting in PUBLISHED} == PUBLISHED
+    assert (recipe["optim.lr"], recipe["loss.class_weights"]) == (lr, weights)
+
+
+def test_recipes_inherit_from_nothing() -> None:
+    for path in RECIPES:
+        assert not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_text()))

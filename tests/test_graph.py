@@ -1,0 +1,245 @@
+"""Both graphs compute what is described, held against a slow reference; and the reference against other libraries."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from reference import model_input, resize_axis
+
+from pipeline.graph import Graph, GraphSpec, choose_backend, make_graph
+from shards import UserError, open_part
+
+RESOLUTIONS = (7, 9, 14, 20, 28, 31, 40, 56, 64, 84, 96, 112, 140, 224)
+GRAY = (28, 28, 1)
+RGB = (20, 31, 3)
+# Of the pixel range. torch stays below 1e-6; DALI computes positions in float32, which costs up to about 4e-6 at
+# sizes such as 31, where they are no round numbers.
+TOLERANCE = 5e-6
+BATCH = 70
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["torch", "dali"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def random_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng([seed, count, *shape]).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def spec_of(
+    shape: tuple[int, int, int], resolution: int, interpolation: str = "linear", transposed: bool = False
+) -> GraphSpec:
+    channels = shape[2]
+    return GraphSpec(shape, transposed, resolution, interpolation, (0.0,) * channels, (1.0,) * channels)
+
+
+@functools.cache
+def expected(
+    count: int, shape: tuple[int, int, int], resolution: int, interpolation: str, transposed: bool
+) -> NDArray[np.float64]:
+    zeros, ones = (0.0,) * shape[2], (1.0,) * shape[2]
+    return model_input(random_images(count, shape), resolution, interpolation, transposed, zeros, ones)
+
+
+def largest_error(result: torch.Tensor, reference: NDArray[np.float64]) -> float:
+    assert result.shape == reference.shape
+    return float(np.abs(result.cpu().numpy() - reference).max())
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["upright", "transposed"])
+@pytest.mark.parametrize("shape", [GRAY, RGB], ids=["gray", "rgb"])
+@pytest.mark.parametrize("interpolation", ["linear", "cubic", "nearest"])
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_computes_the_reference(
+    backend: str,
+    device: torch.device,
+    resolution: int,
+    interpolation: str,
+    shape: tuple[int, int, int],
+    transposed: bool,
+) -> None:
+    graph = make_graph(spec_of(shape, resolution, interpolation, transposed), backend, device, BATCH)
+    result = graph(random_images(3, shape))
+    assert result.dtype == torch.float32
+    assert result.device.type == device.type
+    assert largest_error(result, expected(3, shape, resolution, interpolation, transposed)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("resolution", [14, 28, 40])
+@pytest.mark.parametrize("shape", [GRAY, RGB], ids=["gray", "rgb"])
+def test_takes_batches_of_any_size_up_to_its_own(
+    backend: str, device: torch.device, shape: tuple[int, int, int], resolution: int
+) -> None:
+    """DALI gets packs of up to 32 images; those that do not fill them are padded and cut off again."""
+    graph = make_graph(spec_of(shape, resolution, transposed=True), backend, device, BATCH)
+    for count in (1, 31, 33, 64, 70, 2):
+        assert largest_error(
+            graph(random_images(count, shape)), expected(count, shape, resolution, "linear", True)
+        ) <= (TOLERANCE)
+
+
+@pytest.mark.parametrize("resolution", [14, 28, 31, 112])
+@pytest.mark.parametrize(
+    ("shape", "mean", "std"),
+    [(GRAY, (0.1736,), (0.3317,)), (RGB, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))],
+    ids=["emnist", "cifar"],
+)
+def test_normalises_each_channel(
+    backend: str,
+    device: torch.device,
+    resolution: int,
+    shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    spec = spec_of(shape, resolution, transposed=True).normalised(mean, std)
+    images = random_images(5, shape)
+    result = make_graph(spec, backend, device, BATCH)(images)
+    assert largest_error(result, model_input(images, resolution, "linear", True, mean, std)) <= TOLERANCE / min(std)
+
+
+def _graph_and_batch(backend: str, device: torch.device, resolution: int) -> tuple[Graph, NDArray[np.uint8]]:
+    return make_graph(spec_of(GRAY, resolution, transposed=True), backend, device, BATCH), random_images(33, GRAY)
+
+
+@pytest.mark.parametrize("resolution", [28, 40])
+def test_leaves_the_callers_buffer_alone(backend: str, device: torch.device, resolution: int) -> None:
+    graph, images = _graph_and_batch(backend, device, resolution)
+    before = images.copy()
+    graph(images)
+    assert np.array_equal(images, before)
+
+
+@pytest.mark.parametrize("resolution", [28, 40])
+def test_a_result_outlives_later_calls_and_its_input(backend: str, device: torch.device, resolution: int) -> None:
+    graph, images = _graph_and_batch(backend, device, resolution)
+    first = graph(images)
+    images[:] = 0
+    for seed in range(1, 4):
+        graph(random_images(33, GRAY, seed))
+    assert largest_error(first, expected(33, GRAY, resolution, "linear", True)) <= TOLERANCE
+
+
+def test_the_same_input_gives_the_same_bits(backend: str, device: torch.device) -> None:
+    graph, images = _graph_and_batch(backend, device, 40)
+    assert torch.equal(graph(images), graph(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "dali", "chosen"),
+    [
+        ("auto", "cpu", True, "torch"),
+        ("auto", "cuda", True, "dali"),
+        ("auto", "cuda", False, "torch"),
+        ("dali", "cpu", True, "dali"),
+        ("torch", "cuda", True, "torch"),
+        ("torch", "cpu", False, "torch"),
+    ],
+)
+def test_chooses_the_backend(monkeypatch: pytest.MonkeyPatch, name: str, kind: str, dali: bool, chosen: str) -> None:
+    _pretend_dali(monkeypatch, dali)
+    backend, reason = choose_backend(name, torch.device(kind))
+    assert backend == chosen
+    assert reason
+
+
+def test_says_that_dali_is_missing_when_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend_dali(monkeypatch, there=False)
+    assert "not installed" in choose_backend("auto", torch.device("cuda"))[1]
+    with pytest.raises(UserError) as caught:
+        choose_backend("dali", CPU)
+    assert "nvidia-dali-cuda120" in caught.value.expected
+    assert "loader.backend=torch" in caught.value.hint
+
+
+def _pretend_dali(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there else None)
+
+
+@pytest.mark.parametrize("resolution", [0, -1, 4097])
+def test_refuses_a_resolution_that_makes_no_image(made_up_set: Path, resolution: int) -> None:
+    with pytest.raises(UserError, match=f"resolution {resolution}"):
+        GraphSpec.of(open_part(made_up_set, "train").manifest, resolution)
+
+
+def test_spec_of_a_pack_takes_shape_and_orientation_from_the_manifest(made_up_set: Path) -> None:
+    assert GraphSpec.of(open_part(made_up_set, "train").manifest, 56, "cubic") == GraphSpec(
+        image_shape=(28, 28, 1), transposed=True, resolution=56, interpolation="cubic", mean=(0.0,), std=(1.0,)
+    )
+
+
+# The reference itself, anchored to other libraries and to paper.
+
+
+@pytest.mark.parametrize("resolution", [31, 40, 56, 112, 224])
+@pytest.mark.parametrize("shape", [GRAY, RGB], ids=["gray", "rgb"])
+def test_reference_enlarges_linearly_as_torch_does(shape: tuple[int, int, int], resolution: int) -> None:
+    images = random_images(3, shape)
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
+    torchs = F.interpolate(planes, size=(resolution, resolution), mode="bilinear", align_corners=False)
+    ours = model_input(images, resolution, mean=(0.0,) * shape[2], std=(1.0,) * shape[2])
+    assert np.abs(ours - torchs.numpy()).max() < 1e-12
+
+
+@pytest.mark.parametrize("resolution", [7, 9, 20, 31, 56, 112, 140])
+def test_reference_takes_the_nearest_pixel_as_torch_does(resolution: int) -> None:
+    images = random_images(3, GRAY)
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
+    torchs = F.interpolate(planes, size=(resolution, resolution), mode="nearest-exact")
+    assert np.array_equal(model_input(images, resolution, "nearest"), torchs.numpy())
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "pil", "tolerance"),
+    # The kernel as DALI tabulates it lies within 1/32^2 / 8 * max|k''| = 6e-4 of the cubic itself at each tap.
+    [("linear", Image.Resampling.BILINEAR, 1e-6), ("cubic", Image.Resampling.BICUBIC, 3e-3)],
+)
+@pytest.mark.parametrize("target", [9, 20, 40, 112])
+def test_reference_agrees_with_pil_away_from_the_border(
+    interpolation: str, pil: Image.Resampling, tolerance: float, target: int
+) -> None:
+    """PIL widens its kernels in the same way, but ignores what lies outside where DALI repeats the border."""
+    line = np.random.default_rng(0).random((1, 60)).astype(np.float32)
+    pils = np.asarray(Image.fromarray(line).resize((target, 1), pil))[0]
+    ours = resize_axis(line.astype(np.float64), 1, target, interpolation)[0]
+    inside = slice(target // 4, -(target // 4))
+    assert np.abs(ours[inside] - pils[inside]).max() < tolerance
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "line", "target", "by_hand"),
+    [
+        ("linear", [0, 8], 4, [0, 2, 6, 8]),
+        # The triangle over two pixels, at 0.5 and 2.5: weights 1, 3, 3, 1 of 8, the border repeated.
+        ("linear", [0, 4, 8, 16], 2, [(3 * 4 + 8) / 8, (4 + 3 * 8 + 4 * 16) / 8]),
+        ("nearest", [1, 2, 3], 2, [1, 3]),
+        ("nearest", [1, 2], 1, [2]),  # both are as near: the later one
+        # At 1/4, 3/4, 5/4, 7/4 of a pixel the kernel is 111, 29, -9, -3 of 128, all at nodes of the table.
+        ("cubic", [0, 0, 128, 0, 0], 10, [0, -3, -9, 29, 111, 111, 29, -9, -3, 0]),
+    ],
+)
+def test_reference_gives_what_was_computed_by_hand(
+    interpolation: str, line: list[float], target: int, by_hand: list[float]
+) -> None:
+    assert resize_axis(np.array(line, np.float64), 0, target, interpolation) == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_reference_turns_transposed_images_upright() -> None:
+    image = np.array([[[0], [51]], [[102], [255]]], np.uint8)[None]
+    assert model_input(image, 2, transposed=True)[0, 0] == pytest.approx(np.array([[0, 0.4], [0.2, 1]]))
+    assert model_input(image, 2, mean=(0.2,), std=(0.5,))[0, 0] == pytest.approx(np.array([[-0.4, 0], [0.4, 1.6]]))

@@ -1,0 +1,184 @@
+"""The loader gives what order, store and graph say, ahead of time and without leaving a thread behind."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import made_up_parts
+from numpy.typing import NDArray
+from reference import model_input
+
+from pipeline.graph import GraphSpec, make_graph
+from pipeline.loader import Batch, Loader, run_ahead
+from pipeline.order import EvaluationOrder, Order, TrainingOrder
+from shards import Store, open_part
+
+RESOLUTION = 20
+TOLERANCE = 5e-6  # see test_graph
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def store(made_up_set: Path) -> Store:
+    return open_part(made_up_set, "train")
+
+
+def make_loader(
+    store: Store, order: Order, device: torch.device, backend: str = "torch", rank: int = 0, world_size: int = 1
+) -> Loader:
+    graph = make_graph(GraphSpec.of(store.manifest, RESOLUTION), backend, device, order.batch_size)
+    return Loader(store, order, graph, device, rank=rank, world_size=world_size)
+
+
+def training_order(store: Store, batch_size: int = 64, seed: int = 3) -> TrainingOrder:
+    return TrainingOrder(np.arange(len(store)), batch_size, seed)
+
+
+def raw_images(store: Store, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+    images = np.empty((len(samples), *store.manifest.image_shape), np.uint8)
+    store.gather(samples, images)
+    return images
+
+
+def assert_same(these: list[Batch], those: list[Batch]) -> None:
+    assert len(these) == len(those) > 0
+    for one, other in zip(these, those, strict=True):
+        assert (one.step, one.global_size) == (other.step, other.global_size)
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.rows, other.rows)
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_batches_hold_what_order_and_store_say(store: Store, device: torch.device, backend: str) -> None:
+    order = training_order(store)
+    batches = list(make_loader(store, order, device, backend).batches(epoch=2))
+    steps = list(order.steps(2, 0, 1))
+    assert [batch.step for batch in batches] == list(range(len(store) // 64))
+    for batch, step in zip(batches, steps, strict=True):
+        expected = model_input(raw_images(store, step.samples), RESOLUTION, transposed=True)
+        assert {tensor.device.type for tensor in (batch.images, batch.labels, batch.rows)} == {device.type}
+        assert np.abs(batch.images.cpu().numpy() - expected).max() <= TOLERANCE
+        assert batch.labels.tolist() == store.labels[step.samples].tolist()
+        assert batch.rows.tolist() == store.rows[step.samples].tolist()
+        assert batch.global_size == 64
+
+
+def test_rows_lead_back_to_the_raw_images(store: Store) -> None:
+    raw = made_up_parts()[0]
+    loader = make_loader(store, training_order(store, batch_size=50), torch.device("cpu"))
+    seen = []
+    for batch in loader.batches():
+        rows = batch.rows.numpy()
+        expected = model_input(raw.read(rows), RESOLUTION, transposed=True)
+        assert np.abs(batch.images.numpy() - expected).max() <= TOLERANCE
+        assert np.array_equal(batch.labels.numpy(), raw.labels[rows])
+        seen += rows.tolist()
+    assert sorted(seen) == list(range(len(raw.labels)))
+
+
+def test_batches_depend_on_epoch_and_step_alone(store: Store, device: torch.device) -> None:
+    loader = make_loader(store, training_order(store), device)
+    whole = list(loader.batches(epoch=5))
+    list(loader.batches(epoch=1))
+    assert_same(list(loader.batches(epoch=5)), whole)
+    assert_same(list(loader.batches(epoch=5, first_step=4)), whole[4:])
+    assert not torch.equal(next(loader.batches(epoch=6)).rows, whole[0].rows)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_share_a_global_batch(store: Store, world_size: int) -> None:
+    order, cpu = training_order(store), torch.device("cpu")
+    alone = list(make_loader(store, order, cpu).batches(1))
+    shares = [list(make_loader(store, order, cpu, "torch", rank, world_size).batches(1)) for rank in range(world_size)]
+    for step, (whole, *parts) in enumerate(zip(alone, *shares, strict=True)):
+        assert {part.step for part in parts} == {step}
+        assert {part.global_size for part in parts} == {64}
+        assert max(len(part.rows) for part in parts) - min(len(part.rows) for part in parts) <= 1
+        assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
+        assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+
+
+def test_evaluation_ranks_cover_every_sample_once(store: Store) -> None:
+    order, cpu = EvaluationOrder(np.arange(len(store)), 96), torch.device("cpu")
+    batches = [batch for rank in range(3) for batch in make_loader(store, order, cpu, "torch", rank, 3).batches()]
+    assert sorted(row for batch in batches for row in batch.rows.tolist()) == list(range(len(store)))
+    assert sorted(batch.step for batch in batches) == list(range(-(-len(store) // 96)))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_running_ahead_keeps_the_order(depth: int) -> None:
+    assert list(run_ahead(range(100), depth)) == list(range(100))
+    assert list(run_ahead((), depth)) == []
+    assert loader_threads() == []
+
+
+def test_an_exception_while_loading_is_raised_where_batches_are_used() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise IndexError("position 700")
+
+    batches = run_ahead(items(), 2)
+    assert [next(batches), next(batches)] == [1, 2]
+    with pytest.raises(IndexError, match="position 700"):
+        next(batches)
+    assert loader_threads() == []
+
+
+def test_a_damaged_store_is_heard_of_in_the_training_loop(store: Store) -> None:
+    order = TrainingOrder(np.array([0, 1, len(store)]), 3, 0)
+    with pytest.raises(IndexError):
+        list(make_loader(store, order, torch.device("cpu")).batches())
+
+
+@pytest.mark.parametrize("taken", [1, 3])
+def test_closing_early_ends_the_thread(store: Store, taken: int) -> None:
+    with contextlib.closing(make_loader(store, training_order(store), torch.device("cpu")).batches()) as batches:
+        for _ in range(taken):
+            next(batches)
+        assert len(loader_threads()) == 1
+    assert loader_threads() == []
+
+
+def test_an_exception_in_the_training_loop_ends_the_thread(store: Store) -> None:
+    loader = make_loader(store, training_order(store), torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError), contextlib.closing(loader.batches()) as batches:
+        for _ in batches:
+            raise ZeroDivisionError
+    assert loader_threads() == []
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_runs_ahead_but_not_without_end(depth: int) -> None:
+    """With n taken, `depth` wait in the queue and one more in the thread's hand."""
+    made = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    with contextlib.closing(run_ahead(items(), depth)) as numbers:
+        for taken in range(1, 4):
+            next(numbers)
+            deadline = time.monotonic() + 10
+            while len(made) < taken + depth + 1 and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(0.05)
+            assert len(made) == taken + depth + 1

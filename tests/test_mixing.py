@@ -1,0 +1,146 @@
+"""Mixed targets say what the pixels hold, and mixing depends on its draws alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config import Mixing
+from trainer.mixing import cut_box, mix, soft_targets
+
+MIXUP = Mixing(probability=1, mixup_alpha=0.4, cutmix_alpha=0)
+CUTMIX = Mixing(probability=1, mixup_alpha=0, cutmix_alpha=0.7)
+BOTH = Mixing(probability=1, mixup_alpha=0.4, cutmix_alpha=0.7)
+
+
+def draws(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def marked_batch(count: int, height: int = 12, width: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample i is 1 in its channel i and 0 in the others, and of class i: the mean of channel j is the share of j."""
+    targets = torch.eye(count)
+    return targets[:, :, None, None].expand(count, count, height, width).contiguous(), targets
+
+
+def shares(images: torch.Tensor) -> torch.Tensor:
+    return images.mean(dim=(2, 3))
+
+
+def is_cutmix(mixed: torch.Tensor) -> bool:
+    return bool(((mixed == 0) | (mixed == 1)).all())
+
+
+def test_soft_targets_spread_the_smoothing_over_all_classes() -> None:
+    labels = torch.tensor([2, 0])
+    assert soft_targets(labels, 4, 0.0).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    smoothed = soft_targets(labels, 4, 0.2)
+    assert smoothed.dtype == torch.float32
+    assert smoothed.flatten().tolist() == pytest.approx([0.05, 0.05, 0.85, 0.05, 0.85, 0.05, 0.05, 0.05])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8], ids=lambda count: f"batch of {count}")
+@pytest.mark.parametrize("settings", [MIXUP, CUTMIX, BOTH], ids=["mixup", "cutmix", "both"])
+@pytest.mark.parametrize("seed", range(8))
+def test_targets_are_the_shares_of_the_pixels(settings: Mixing, count: int, seed: int) -> None:
+    images, targets = marked_batch(count)
+    mixed_images, mixed_targets = mix(images, targets, settings, draws(seed))
+    assert torch.allclose(mixed_targets, shares(mixed_images), atol=1e-6)
+    assert torch.allclose(mixed_targets.sum(dim=1), torch.ones(count))
+
+
+@pytest.mark.parametrize("settings", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
+def test_every_sample_is_mixed_with_one_other_by_the_same_share(settings: Mixing) -> None:
+    _, mixed = mix(*marked_batch(5), settings, draws(1))
+    keep = float(mixed[0, 0])
+    assert 0 < keep < 1
+    assert torch.allclose(mixed, keep * torch.eye(5) + (1 - keep) * torch.eye(5).roll(1, 0))
+
+
+def test_mixup_blends_every_pixel_and_cutmix_cuts_a_box() -> None:
+    images, targets = marked_batch(4)
+    blended, _ = mix(images, targets, MIXUP, draws(1))
+    assert not is_cutmix(blended)
+    assert torch.equal(blended.amin(dim=(2, 3)), blended.amax(dim=(2, 3)))
+
+    cut, _ = mix(images, targets, CUTMIX, draws(1))
+    assert is_cutmix(cut)
+    foreign = cut[0, 0] == 0
+    rows, columns = foreign.any(dim=1).nonzero().flatten(), foreign.any(dim=0).nonzero().flatten()
+    assert 0 < int(foreign.sum()) < foreign.numel()
+    assert foreign[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+    assert int(foreign.sum()) == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+
+
+@pytest.mark.parametrize("settings", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
+def test_leaves_its_inputs_alone(settings: Mixing) -> None:
+    images, targets = marked_batch(4)
+    mixed_images, mixed_targets = mix(images, targets, settings, draws(1))
+    assert not torch.equal(mixed_images, images) and not torch.equal(mixed_targets, targets)
+    again_images, again_targets = marked_batch(4)
+    assert torch.equal(images, again_images) and torch.equal(targets, again_targets)
+
+
+def test_the_same_draws_give_the_same_mixture_whatever_torch_has_drawn() -> None:
+    torch.rand(3)
+    first = mix(*marked_batch(6), BOTH, draws(7))
+    torch.rand(5)
+    second = mix(*marked_batch(6), BOTH, draws(7))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert not torch.equal(first[1], mix(*marked_batch(6), BOTH, draws(8))[1])
+
+
+def test_probability_0_never_mixes_and_1_always() -> None:
+    images, targets = marked_batch(4)
+    for seed in range(50):
+        same_images, same_targets = mix(images, targets, Mixing(probability=0), draws(seed))
+        assert torch.equal(same_images, images) and torch.equal(same_targets, targets)
+        assert not torch.equal(mix(images, targets, MIXUP, draws(seed))[1], targets)
+
+
+def test_mixes_and_switches_as_often_as_it_is_told() -> None:
+    """Of 1,000 batches; four standard deviations on either side."""
+    settings = Mixing(probability=0.8, mixup_alpha=1, cutmix_alpha=1, switch_probability=0.25)
+    images, targets = marked_batch(2, 16, 16)
+    random = draws(0)
+    results = [mix(images, targets, settings, random)[0] for _ in range(1000)]
+    mixed = [result for result in results if result is not images]
+    assert len(mixed) == pytest.approx(800, abs=51)
+    assert sum(map(is_cutmix, mixed)) == pytest.approx(len(mixed) / 4, abs=49)
+
+
+@pytest.mark.parametrize(("alpha", "spread"), [(0.22, (1 / (4 * 1.44)) ** 0.5), (4.0, (1 / 36) ** 0.5)])
+def test_mixup_weights_are_drawn_from_the_beta_distribution(alpha: float, spread: float) -> None:
+    """Beta(a, a) has the mean 1/2 and the variance 1 / (4 (2a + 1))."""
+    settings, random = Mixing(probability=1, mixup_alpha=alpha, cutmix_alpha=0), draws(0)
+    keeps = np.array([float(mix(*marked_batch(2, 1, 1), settings, random)[1][0, 0]) for _ in range(2000)])
+    assert keeps.mean() == pytest.approx(0.5, abs=4 * spread / 2000**0.5)
+    assert keeps.std() == pytest.approx(spread, rel=0.06)
+
+
+@given(
+    height=st.integers(1, 64),
+    width=st.integers(1, 64),
+    keep=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+)
+def test_the_box_lies_in_the_image_and_is_no_larger_than_its_share(
+    height: int, width: int, keep: float, seed: int
+) -> None:
+    top, bottom, left, right = cut_box(height, width, keep, draws(seed))
+    assert 0 <= top <= bottom <= height
+    assert 0 <= left <= right <= width
+    assert (bottom - top) * (right - left) <= (1 - keep) * height * width * (1 + 1e-9)
+
+
+def test_a_box_away_from_the_edges_has_its_share_of_the_area_and_every_place_is_possible() -> None:
+    random = draws(0)
+    boxes = [cut_box(32, 32, 0.75, random) for _ in range(2000)]
+    assert max((bottom - top) * (right - left) for top, bottom, left, right in boxes) == 16 * 16
+    covered = np.zeros((32, 32), bool)
+    for top, bottom, left, right in boxes:
+        covered[top:bottom, left:right] = True
+    assert covered.all()

@@ -1,0 +1,270 @@
+"""Every optimiser learns, every learning rate follows its formula, and both go on where they stopped."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from trainer.config import Config, Optim, load
+from trainer.optimizer import LearningRate, make_optimizer
+
+OPTIMIZERS = ("adam", "adamw", "lion", "sgd_lookahead")
+SCHEDULES = ("constant", "cosine", "warm_restarts", "one_cycle", "plateau")
+# Torch warns of a schedule that moves before its optimiser, and of calls that it will drop.
+pytestmark = pytest.mark.filterwarnings("error")
+
+EPOCHS = 21
+UPDATES = 4  # of an epoch
+LR = 0.02
+FLOOR = 1e-6
+NO_FIGURE = 0.0
+
+
+def config_of(*overrides: str) -> Config:
+    base = [f"optim.lr={LR}", f"trainer.epochs={EPOCHS}", "schedule.warmup=0", f"schedule.min_lr={FLOOR}"]
+    return load(ROOT / "configs" / "quickstart.yaml", [*base, *overrides])
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2))
+
+
+def rates(config: Config, figures: Callable[[int], float] = lambda epoch: NO_FIGURE) -> list[float]:
+    """The learning rate of every update of a run, moved as the engine moves it."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    optimizer = torch.optim.SGD([parameter], lr=config.optim.lr)
+    learning_rate = LearningRate(optimizer, config, UPDATES)
+    found = []
+    for epoch in range(config.trainer.epochs):
+        for _ in range(UPDATES):
+            found.append(learning_rate.now)
+            optimizer.step()
+            learning_rate.after_update()
+        learning_rate.after_epoch(figures(epoch))
+    return found
+
+
+def per_move(unit: str, curve: list[float]) -> list[float]:
+    """What every update sees of a curve with a value for each move."""
+    return curve if unit == "step" else [value for value in curve for _ in range(UPDATES)]
+
+
+def cosine(share: float, high: float = LR, low: float = FLOOR) -> float:
+    return low + (high - low) * (1 + math.cos(math.pi * share)) / 2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_descends_a_quadratic(name: str) -> None:
+    layer = nn.Linear(4, 1)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.fill_(-1.0)
+    optimizer = make_optimizer(layer, Optim(name=name, lr=0.01))
+    for _ in range(60):
+        optimizer.zero_grad(set_to_none=True)
+        (layer.weight.square().sum() + layer.bias.square().sum()).backward()
+        optimizer.step()
+    # Further than half way down with every parameter, and not beyond the bottom.
+    assert layer.weight.abs().max() < 0.6
+    assert layer.bias.abs() < 0.6
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_kernels_are_decayed_and_biases_and_norms_are_not(name: str) -> None:
+    """With gradients of zero, decay alone moves a parameter."""
+    model = small_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    optimizer = make_optimizer(model, Optim(name=name, lr=0.01, weight_decay=0.5))
+    for _ in range(7):  # Lookahead takes over every sixth step
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            assert (parameter < 1).all()
+        else:
+            assert (parameter == 1).all()
+
+
+@pytest.mark.parametrize(("name", "decoupled"), [("adam", False), ("adamw", True), ("lion", True)])
+def test_decay_is_decoupled_where_the_settings_say_so(name: str, decoupled: bool) -> None:
+    """A decoupled decay shrinks by lr * decay, whatever the gradient; a coupled one of Adam is a whole step."""
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    optimizer = make_optimizer(layer, Optim(name=name, lr=0.01, weight_decay=0.5))
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    assert float(layer.weight.detach()) == pytest.approx(1 - 0.01 * (0.5 if decoupled else 1), rel=1e-5)
+
+
+def test_momentum_is_that_of_the_settings() -> None:
+    def travelled(momentum: float) -> float:
+        layer = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(layer.weight)
+        optimizer = make_optimizer(layer, Optim(name="sgd_lookahead", lr=0.01, weight_decay=0, momentum=momentum))
+        for _ in range(2):
+            layer.weight.grad = torch.ones_like(layer.weight)
+            optimizer.step()
+        return -float(layer.weight.detach())
+
+    assert travelled(0.0) == pytest.approx(2 * 0.01)
+    # Nesterov: g + m v with v = 1, then v = 1 + m.
+    assert travelled(0.5) == pytest.approx(0.01 * (1.5 + 1 + 0.5 * 1.5))
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_constant(unit: str) -> None:
+    assert rates(config_of("schedule.name=constant", f"schedule.unit={unit}")) == [LR] * EPOCHS * UPDATES
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_constant_after_a_warm_up(unit: str) -> None:
+    moves, warmup = (EPOCHS * UPDATES, 5 * UPDATES) if unit == "step" else (EPOCHS, 5)
+    curve = [LR * min(1, (move + 1) / warmup) for move in range(moves)]
+    found = rates(config_of("schedule.name=constant", f"schedule.unit={unit}", "schedule.warmup=5"))
+    assert found == pytest.approx(per_move(unit, curve), rel=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_cosine(unit: str, warmup: int) -> None:
+    scale = UPDATES if unit == "step" else 1
+    total, rising = EPOCHS * scale, warmup * scale
+    curve = [
+        LR * (move + 1) / rising if move < rising else cosine((move - rising) / (total - rising))
+        for move in range(total)
+    ]
+    found = rates(config_of("schedule.name=cosine", f"schedule.unit={unit}", f"schedule.warmup={warmup}"))
+    assert found == pytest.approx(per_move(unit, curve), rel=1e-6)
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_warm_restarts_of_the_published_recipe(unit: str) -> None:
+    """Linear warm-up over 5 epochs, then cosines of 8 epochs each."""
+    scale = UPDATES if unit == "step" else 1
+    curve = [
+        LR * (move + 1) / (5 * scale) if move < 5 * scale else cosine((move - 5 * scale) % (8 * scale) / (8 * scale))
+        for move in range(EPOCHS * scale)
+    ]
+    found = rates(
+        config_of("schedule.name=warm_restarts", f"schedule.unit={unit}", "schedule.warmup=5", "schedule.period=8")
+    )
+    assert found == pytest.approx(per_move(unit, curve), rel=1e-6)
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_warm_restarts_whose_period_grows(unit: str) -> None:
+    scale = UPDATES if unit == "step" else 1
+    curve = [cosine(move / (length * scale)) for length in (3, 6, 12) for move in range(length * scale)]
+    found = rates(
+        config_of("schedule.name=warm_restarts", f"schedule.unit={unit}", "schedule.period=3", "schedule.multiplier=2")
+    )
+    assert found == pytest.approx(per_move(unit, curve), rel=1e-6)
+
+
+@pytest.mark.parametrize(("warmup", "share"), [(0, 0.3), (7, 1 / 3)])
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_one_cycle(unit: str, warmup: int, share: float) -> None:
+    """Smith and Topin 2019: up from a 25th on one half of a cosine, down to a 10,000th of that on another."""
+    total = EPOCHS * (UPDATES if unit == "step" else 1)
+    top = share * (total + 1) - 1
+    low = LR / 25
+    curve = [
+        cosine(move / top, low, LR) if move <= top else cosine((move - top) / (total - top), LR, low / 1e4)
+        for move in range(total)
+    ]
+    found = rates(config_of("schedule.name=one_cycle", f"schedule.unit={unit}", f"schedule.warmup={warmup}"))
+    assert found == pytest.approx(per_move(unit, curve), rel=1e-6)
+    assert max(found) == pytest.approx(LR, rel=0.02 if unit == "step" else 0.2)
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_plateau_falls_when_the_figure_stalls(unit: str) -> None:
+    figures = [0.5, 0.6, 0.6, 0.59, 0.7, *[0.7] * (EPOCHS - 5)]
+    # Two epochs without improvement are borne, the third is too many: after epochs 7, 10, 13, ... from 0.
+    falls = [0] * 8 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 4
+    found = rates(
+        config_of("schedule.name=plateau", f"schedule.unit={unit}", "schedule.factor=0.1", "schedule.patience=2"),
+        figures=lambda epoch: figures[epoch],
+    )
+    assert found == pytest.approx(per_move("epoch", [LR / 10**fall for fall in falls]), rel=1e-6)
+
+
+def test_plateau_stops_at_the_floor() -> None:
+    found = rates(config_of("schedule.name=plateau", "schedule.patience=0", "schedule.factor=0.01"))
+    assert found[-1] == pytest.approx(FLOOR)
+
+
+def test_a_warm_up_may_take_a_whole_one_cycle() -> None:
+    found = rates(config_of("schedule.name=one_cycle", "trainer.epochs=1", "schedule.warmup=1"))
+    assert len(found) == UPDATES and found == sorted(found)
+
+
+class Run:
+    """A model, its optimiser and its learning rate, as the engine moves them."""
+
+    def __init__(self, config: Config) -> None:
+        self.model = small_model()
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.learning_rate = LearningRate(self.optimizer, config, UPDATES)
+        self.rates: list[float] = []
+
+    def updates(self, first: int, last: int) -> None:
+        for update in range(first, last):
+            generator = torch.Generator().manual_seed(update)
+            images = torch.randn(6, 1, 4, 4, generator=generator)
+            self.rates.append(self.learning_rate.now)
+            self.model(images).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.learning_rate.after_update()
+            if update % UPDATES == UPDATES - 1:
+                self.learning_rate.after_epoch(0.5)
+
+    def saved(self) -> io.BytesIO:
+        file = io.BytesIO()
+        parts = {"model": self.model, "optimizer": self.optimizer, "learning_rate": self.learning_rate}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+        file.seek(0)
+        return file
+
+    def restore(self, file: io.BytesIO) -> None:
+        state = torch.load(file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.learning_rate.load_state_dict(state["learning_rate"])
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("stop", [3, 14], ids=["in the warm-up", "after it"])
+def test_goes_on_exactly_where_it_stopped(optimizer: str, schedule: str, unit: str, stop: int) -> None:
+    config = config_of(
+        f"optim.name={optimizer}",
+        f"schedule.name={schedule}",
+        f"schedule.unit={unit}",
+        "schedule.warmup=2",
+        "schedule.period=2",
+        "schedule.patience=1",
+        "trainer.epochs=6",
+    )
+    last = 6 * UPDATES
+    whole, before, after = Run(config), Run(config), Run(config)
+    whole.updates(0, last)
+    before.updates(0, stop)
+    after.updates(0, 1)  # whatever it has been through before
+    after.restore(before.saved())
+    after.updates(stop, last)
+    assert after.rates[1:] == whole.rates[stop:]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(after.model.state_dict()[name], value), name

@@ -1,0 +1,165 @@
+"""The order of samples: a pure function, the same on any number of ranks, and never to change."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pipeline.order import (
+    PACKING_STREAM,
+    PARTITION_STREAM,
+    EvaluationOrder,
+    Order,
+    TrainingOrder,
+    permutation,
+    random_keys,
+)
+
+seeds = st.integers(0, 2**63 - 1)
+streams = st.one_of(st.integers(0, 1000), st.sampled_from([PACKING_STREAM, PACKING_STREAM + 1, PARTITION_STREAM]))
+
+
+def positions(count: int) -> NDArray[np.int64]:
+    """Positions that are not simply 0 .. count-1, as those of a carved training part are not."""
+    return np.arange(count, dtype=np.int64) * 3 + 7
+
+
+def global_batches(order: Order, epoch: int, ranks: int, first: int = 0) -> dict[int, list[int]]:
+    """The samples of each step of an epoch, the ranks' shares joined in the order of the ranks."""
+    batches: dict[int, list[int]] = {}
+    sizes: dict[int, int] = {}
+    for rank in range(ranks):
+        for step in order.steps(epoch, rank, ranks, first):
+            batches.setdefault(step.number, []).extend(step.samples.tolist())
+            assert sizes.setdefault(step.number, step.global_size) == step.global_size
+    assert {number: len(batch) for number, batch in batches.items()} == sizes
+    return dict(sorted(batches.items()))
+
+
+def joined(batches: dict[int, list[int]]) -> list[int]:
+    return [sample for batch in batches.values() for sample in batch]
+
+
+@given(count=st.integers(0, 500), seed=seeds, stream=streams)
+def test_a_permutation_has_every_number_once(count: int, seed: int, stream: int) -> None:
+    numbers = permutation(count, seed, stream)
+    assert numbers.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(numbers), np.arange(count))
+
+
+def test_golden_keys() -> None:
+    """Changing these changes every packed byte and every training run: resumed runs would lose their place."""
+    assert random_keys(0, 0, 3).tolist() == [213000021201967259, 4455796210202625458, 2055444239878205049]
+    assert random_keys(2**63 - 1, PARTITION_STREAM, 1).tolist() == [14890155944611412985]
+
+
+def test_golden_permutations() -> None:
+    assert permutation(10, 0, 0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert permutation(10, 0, 1).tolist() == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
+    assert permutation(10, 1, 0).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
+    assert permutation(10, 7, PACKING_STREAM).tolist() == [3, 0, 8, 4, 1, 9, 5, 7, 2, 6]
+    many = permutation(100_000, 42, 5).astype("<i8").tobytes()
+    assert hashlib.sha256(many).hexdigest() == "579629df5151a84665cfb3f64314f6806fe860c9b05e9bdfa0e9fca5fff2ce6c"
+
+
+def test_golden_training_batches() -> None:
+    steps = list(TrainingOrder(np.arange(10), batch_size=4, seed=3).steps(epoch=2, rank=1, world_size=2))
+    assert [step.samples.tolist() for step in steps] == [[4, 1], [5, 0]]
+
+
+def test_seeds_and_streams_are_independent() -> None:
+    """No two of these 40 orders of 1,000 numbers agree in noticeably more places than chance has it (one)."""
+    orders = np.stack(
+        [permutation(1000, seed, stream) for seed in range(5) for stream in (*range(6), 1 << 62, 1 << 63)]
+    )
+    agreeing = (orders[:, None] == orders[None]).sum(axis=2)
+    assert agreeing[~np.eye(len(orders), dtype=bool)].max() < 12
+
+
+def test_every_place_is_as_likely_for_every_number() -> None:
+    """Over 6,000 epochs of four samples, each of the 16 pairs of number and place comes about 1,500 times."""
+    orders = np.stack([permutation(4, 0, epoch) for epoch in range(6000)])
+    counts = np.stack([np.bincount(orders[:, place], minlength=4) for place in range(4)])
+    deviation = (6000 * 3 / 16) ** 0.5
+    assert np.abs(counts - 1500).max() < 5 * deviation
+
+
+@given(count=st.integers(1, 300), batch_size=st.integers(1, 70), seed=seeds, epoch=st.integers(0, 10_000))
+def test_training_batches_are_the_same_on_any_number_of_ranks(
+    count: int, batch_size: int, seed: int, epoch: int
+) -> None:
+    order = TrainingOrder(positions(count), batch_size, seed)
+    alone = global_batches(order, epoch, 1)
+    assert list(alone) == list(range(order.steps_per_epoch))
+    for ranks in (2, 3, 5, 8):
+        assert global_batches(order, epoch, ranks) == alone
+
+
+@given(count=st.integers(1, 300), batch_size=st.integers(1, 70), seed=seeds, epoch=st.integers(0, 10_000))
+def test_a_training_epoch_has_no_sample_twice_and_batches_of_one_size(
+    count: int, batch_size: int, seed: int, epoch: int
+) -> None:
+    batches = global_batches(TrainingOrder(positions(count), batch_size, seed), epoch, 1)
+    seen = joined(batches)
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= set(positions(count).tolist())
+    assert {len(batch) for batch in batches.values()} == {min(batch_size, count)}
+    assert count - len(seen) < batch_size
+
+
+@given(count=st.integers(8, 300), batch_size=st.integers(8, 70), ranks=st.integers(1, 8))
+def test_ranks_share_a_training_batch_evenly(count: int, batch_size: int, ranks: int) -> None:
+    order = TrainingOrder(positions(count), batch_size, 0)
+    shares = [[len(step.samples) for step in order.steps(0, rank, ranks)] for rank in range(ranks)]
+    assert {len(share) for share in shares} == {order.steps_per_epoch}
+    for sizes in zip(*shares, strict=True):
+        assert max(sizes) - min(sizes) <= 1
+
+
+@given(
+    count=st.integers(1, 300),
+    batch_size=st.integers(1, 70),
+    epoch=st.integers(0, 100),
+    first=st.integers(0, 310),
+    ranks=st.sampled_from([1, 2, 3]),
+)
+def test_resuming_at_a_step_is_the_tail_of_the_epoch(
+    count: int, batch_size: int, epoch: int, first: int, ranks: int
+) -> None:
+    for order in (TrainingOrder(positions(count), batch_size, 11), EvaluationOrder(positions(count), batch_size)):
+        whole = global_batches(order, epoch, 1)
+        tail = {number: batch for number, batch in whole.items() if number >= first}
+        assert global_batches(order, epoch, ranks, first) == tail
+
+
+def test_epochs_differ_and_leave_out_different_samples() -> None:
+    order = TrainingOrder(positions(1000), 64, 0)
+    epochs = [joined(global_batches(order, epoch, 1)) for epoch in range(6)]
+    left_out = [frozenset(positions(1000).tolist()) - set(epoch) for epoch in epochs]
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert {len(samples) for samples in left_out} == {1000 % 64}
+    assert len(set(left_out)) == 6
+
+
+@given(count=st.integers(0, 300), batch_size=st.integers(1, 70))
+def test_evaluation_has_every_sample_once_in_the_same_batches_on_any_number_of_ranks(
+    count: int, batch_size: int
+) -> None:
+    order = EvaluationOrder(positions(count), batch_size)
+    alone = global_batches(order, 0, 1)
+    assert joined(alone) == positions(count).tolist()
+    assert len(alone) == order.steps_per_epoch
+    for ranks in (2, 3, 5):
+        assert global_batches(order, 0, ranks) == alone
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_evaluation_deals_whole_batches_in_turn(ranks: int) -> None:
+    order = EvaluationOrder(positions(95), 10)
+    for rank in range(ranks):
+        assert [step.number for step in order.steps(0, rank, ranks)] == list(range(rank, 10, ranks))

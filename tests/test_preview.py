@@ -1,0 +1,88 @@
+"""The contact sheet shows raw and processed images, and the processed ones are upright."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_module
+from PIL import Image
+
+from pipeline import preview
+from pipeline.preview import contact_sheet, upright
+from shards import UserError, open_part
+
+CLASSES = 5
+
+
+def tiles(sheet: Image.Image, label: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first pair of a class, raw and processed, as gray values [side, side]; sheets of one column only."""
+    side = preview._TILE
+    left = preview._MARGIN + preview._LABEL
+    top = preview._HEADER + label * (side + 2 * preview._GAP)
+    pixels = np.asarray(sheet.convert("L"))[top : top + side]
+    processed = left + side + preview._GAP
+    return pixels[:, left : left + side], pixels[:, processed : processed + side]
+
+
+def bright_lines(profile: np.ndarray) -> np.ndarray:
+    """Lines of a tile that belong to a band of 255, among noise below 100."""
+    return np.flatnonzero(profile > 200)
+
+
+def test_the_band_stands_in_the_raw_image_and_lies_in_the_processed(made_up_set: Path) -> None:
+    sheet = contact_sheet(open_part(made_up_set, "train"), resolution=112)
+    for label in range(CLASSES):
+        raw, processed = tiles(sheet, label)
+        band = np.arange(2 * (label * 28 // CLASSES), 2 * ((label + 1) * 28 // CLASSES))
+        assert np.array_equal(bright_lines(raw.mean(axis=0)), band)
+        assert len(bright_lines(raw.mean(axis=1))) == 0
+        lying = bright_lines(processed.mean(axis=1))
+        assert abs(lying[0] - band[0]) <= 1
+        assert abs(lying[-1] - band[-1]) <= 1
+        assert len(bright_lines(processed.mean(axis=0))) == 0
+
+
+def test_the_processed_image_is_what_a_person_reads(made_up_set: Path) -> None:
+    store = open_part(made_up_set, "train")
+    raw = preview.read_images(store, np.flatnonzero(store.labels == 1)[:3])
+    turned = upright(raw, transposed=True)
+    assert np.all(turned[:, 28 // CLASSES : 2 * 28 // CLASSES] == 255)
+    assert np.array_equal(upright(raw, transposed=False), raw)
+
+
+def test_the_command_writes_a_picture_beside_the_set_or_where_it_is_told(made_up_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    process = run_module("pipeline.preview", made_up_set, "--out", out, "--resolution", 28)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == str(out)
+    with Image.open(out) as sheet:
+        assert sheet.format == "PNG"
+        expected = contact_sheet(open_part(made_up_set, "train"), resolution=28)
+        assert np.array_equal(np.asarray(sheet), np.asarray(expected))
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_one_part_can_be_shown(made_up_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "sheet.png"
+    _run(monkeypatch, made_up_set / "test", "--out", out)
+    with Image.open(out) as sheet:
+        expected = contact_sheet(open_part(made_up_set, "test"), resolution=112)
+        assert np.array_equal(np.asarray(sheet), np.asarray(expected))
+
+
+def test_an_out_that_cannot_be_written_to_is_the_users_mistake(
+    made_up_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError) as missing:
+        _run(monkeypatch, made_up_set, "--out", tmp_path / "nowhere" / "sheet.png")
+    assert missing.value.hint == f"mkdir -p {tmp_path / 'nowhere'}"
+    with pytest.raises(UserError, match="a directory"):
+        _run(monkeypatch, made_up_set, "--out", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["preview", *map(str, arguments)])
+    preview.main()

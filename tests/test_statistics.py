@@ -1,0 +1,157 @@
+"""Mean and deviation of the model input: exact, the same for both graphs, and measured only when they must be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import made_up_parts, pack_parts
+from reference import model_input
+
+from pipeline import statistics
+from pipeline.graph import GraphSpec
+from pipeline.statistics import Statistics, cached, measure
+from shards import Store, open_part
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """A packed set of its own, to be written into."""
+    return pack_parts(made_up_parts(train=150, test=20), tmp_path / "set")
+
+
+@pytest.fixture
+def store(packed: Path) -> Store:
+    return open_part(packed, "train")
+
+
+def from_reference(store: Store, resolution: int, interpolation: str = "linear") -> tuple[np.ndarray, np.ndarray]:
+    images = np.empty((len(store), *store.manifest.image_shape), np.uint8)
+    store.gather(np.arange(len(store)), images)
+    channels = images.shape[3]
+    pixels = model_input(
+        images, resolution, interpolation, store.manifest.transposed, (0.0,) * channels, (1.0,) * channels
+    )
+    return pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3))
+
+
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+@pytest.mark.parametrize(("resolution", "interpolation"), [(28, "linear"), (14, "linear"), (56, "cubic")])
+@pytest.mark.parametrize(("shape", "transposed"), [((28, 28, 1), True), ((20, 31, 3), False)], ids=["gray", "rgb"])
+def test_measures_mean_and_deviation_of_the_model_input(
+    tmp_path: Path,
+    device: torch.device,
+    backend: str,
+    resolution: int,
+    interpolation: str,
+    shape: tuple[int, int, int],
+    transposed: bool,
+) -> None:
+    parts = made_up_parts(train=150, test=20, shape=shape, transposed=transposed)
+    store = open_part(pack_parts(parts, tmp_path / "set"), "train")
+    measured = measure(store, GraphSpec.of(store.manifest, resolution, interpolation), backend, device)
+    mean, std = from_reference(store, resolution, interpolation)
+    assert measured.samples == 150
+    assert np.abs(np.array(measured.mean) - mean).max() < 1e-6
+    assert np.abs(np.array(measured.std) - std).max() < 1e-6
+
+
+def test_the_normalised_input_has_mean_0_and_deviation_1(store: Store) -> None:
+    spec = GraphSpec.of(store.manifest, 20)
+    measured = measure(store, spec, "torch", CPU)
+    again = measure(store, spec.normalised(measured.mean, measured.std), "torch", CPU)
+    assert again == measured, "the spec's own normalisation must not change what is measured"
+    images = np.empty((len(store), *store.manifest.image_shape), np.uint8)
+    store.gather(np.arange(len(store)), images)
+    pixels = model_input(images, 20, "linear", True, measured.mean, measured.std)
+    assert abs(pixels.mean()) < 1e-5
+    assert pixels.std() == pytest.approx(1, abs=1e-5)
+
+
+def test_blank_images_are_not_divided_by_nothing(tmp_path: Path) -> None:
+    parts = tuple(
+        dataclasses.replace(part, read=lambda rows: np.full((len(rows), 28, 28, 1), 51, np.uint8))
+        for part in made_up_parts(train=30, test=10)
+    )
+    blank = open_part(pack_parts(parts, tmp_path / "set"), "train")
+    measured = measure(blank, GraphSpec.of(blank.manifest, 28), "torch", CPU)
+    assert measured.mean == pytest.approx((0.2,), abs=1e-6)
+    assert measured.std == (1.0,)
+
+
+def test_is_measured_once_and_then_read(packed: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = GraphSpec.of(store.manifest, 20)
+    first = cached(store, packed / "train", spec, "torch", CPU)
+    assert first == measure(store, spec, "torch", CPU)
+    monkeypatch.setattr(statistics, "measure", _must_not_measure)
+    assert cached(store, packed / "train", spec, "torch", CPU) == first
+
+
+def test_what_the_file_says_is_what_is_used(packed: Path, store: Store) -> None:
+    spec = GraphSpec.of(store.manifest, 20)
+    cached(store, packed / "train", spec, "torch", CPU)
+    path = _only_file(packed)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": [0.25]}))
+    assert cached(store, packed / "train", spec, "torch", CPU).mean == (0.25,)
+
+
+def test_sizes_and_interpolations_are_kept_apart(packed: Path, store: Store) -> None:
+    specs = [GraphSpec.of(store.manifest, *kind) for kind in ((20, "linear"), (20, "cubic"), (40, "linear"))]
+    assert len({cached(store, packed / "train", spec, "torch", CPU) for spec in specs}) == 3
+    for spec in specs:
+        assert cached(store, packed / "train", spec, "torch", CPU) == measure(store, spec, "torch", CPU)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: json.dumps(json.loads(text) | {"manifest": "0" * 64, "mean": [0.25]}),
+        lambda text: json.dumps({"mean": [0.25], "std": [1.0], "samples": 3}),
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+    ],
+    ids=["another pack's", "without a digest", "cut", "empty"],
+)
+def test_a_file_that_is_not_of_this_pack_is_measured_anew(packed: Path, store: Store, spoil) -> None:
+    spec = GraphSpec.of(store.manifest, 20)
+    first = cached(store, packed / "train", spec, "torch", CPU)
+    path = _only_file(packed)
+    whole = path.read_text()
+    path.write_text(spoil(whole))
+    assert cached(store, packed / "train", spec, "torch", CPU) == first
+    assert path.read_text() == whole
+
+
+def test_a_place_that_cannot_be_written_only_warns(
+    packed: Path, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, content: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(statistics, "write_file", refuse)
+    spec = GraphSpec.of(store.manifest, 20)
+    with caplog.at_level(logging.WARNING):
+        assert cached(store, packed / "train", spec, "torch", CPU) == measure(store, spec, "torch", CPU)
+    assert "Permission denied" in caplog.text
+    assert "measured again" in caplog.text
+
+
+def _must_not_measure(*arguments: object) -> Statistics:
+    raise AssertionError("measured again")
+
+
+def _only_file(packed: Path) -> Path:
+    (path,) = (packed / "train" / "statistics").iterdir()
+    return path

@@ -1,0 +1,200 @@
+"""The contract of `Store`, and that what was packed is what is read."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import made_up_parts, pack_parts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import pipeline.pack
+from pipeline.sources import RawPart
+from shards import Manifest, Store, UserError, open_part
+from shards.manifest import PARTS
+from shards.store import open_store
+from shards.tar import TarStore
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A store and the raw part that it was made from."""
+
+    store: Store
+    raw: RawPart
+
+
+def gathered(store: Store, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """What `gather` gives, into a buffer whose old content differs from every right answer somewhere."""
+    out = np.full((len(samples), *store.manifest.image_shape), 0xA5, np.uint8)
+    store.gather(samples, out)
+    return out
+
+
+def assert_traces_back(packed: Packed, samples: NDArray[np.int64]) -> None:
+    rows = packed.store.rows[samples]
+    np.testing.assert_array_equal(gathered(packed.store, samples), packed.raw.read(rows))
+    np.testing.assert_array_equal(packed.store.labels[samples], packed.raw.labels[rows])
+
+
+class StoreContract:
+    """What every `Store` promises. A store's test class inherits this and gives a `packed` fixture."""
+
+    @pytest.fixture
+    def packed(self) -> Packed:
+        raise NotImplementedError
+
+    def test_length_is_that_of_the_raw_part(self, packed: Packed) -> None:
+        assert len(packed.store) == len(packed.raw.labels) == packed.store.manifest.samples
+
+    def test_manifest_tells_of_the_raw_part(self, packed: Packed) -> None:
+        manifest = packed.store.manifest
+        assert isinstance(manifest, Manifest)
+        assert manifest.part == packed.raw.name
+        assert manifest.classes == packed.raw.classes
+        assert manifest.image_shape == packed.raw.image_shape
+        assert manifest.transposed == packed.raw.transposed
+        assert manifest.raw == packed.raw.files
+        assert manifest.counts == tuple(np.bincount(packed.raw.labels, minlength=len(packed.raw.classes)))
+
+    def test_every_row_is_packed_once(self, packed: Packed) -> None:
+        assert packed.store.rows.dtype == np.int64
+        np.testing.assert_array_equal(np.sort(packed.store.rows), np.arange(len(packed.raw.labels)))
+
+    def test_labels_are_those_of_the_rows(self, packed: Packed) -> None:
+        assert packed.store.labels.dtype == np.int64
+        np.testing.assert_array_equal(packed.store.labels, packed.raw.labels[packed.store.rows])
+
+    def test_order_at_rest_is_shuffled(self, packed: Packed) -> None:
+        """The raw part is sorted by class, so a prefix has all classes only if the rows were permuted."""
+        assert set(packed.store.labels[: len(packed.store) // 4]) == set(range(len(packed.raw.classes)))
+
+    def test_gather_of_all_traces_back(self, packed: Packed) -> None:
+        assert_traces_back(packed, np.arange(len(packed.store)))
+
+    def test_gather_backwards_traces_back(self, packed: Packed) -> None:
+        assert_traces_back(packed, np.arange(len(packed.store))[::-1])
+
+    def test_gather_at_random_with_repeats_traces_back(self, packed: Packed) -> None:
+        samples = np.random.default_rng(0).integers(0, len(packed.store), 3 * len(packed.store))
+        assert_traces_back(packed, samples)
+
+    def test_gather_of_each_alone_equals_gather_of_all(self, packed: Packed) -> None:
+        everything = gathered(packed.store, np.arange(len(packed.store)))
+        for sample in range(len(packed.store)):
+            np.testing.assert_array_equal(gathered(packed.store, np.array([sample]))[0], everything[sample])
+
+    def test_gather_of_nothing_is_no_mistake(self, packed: Packed) -> None:
+        packed.store.gather(np.array([], np.int64), np.empty((0, *packed.store.manifest.image_shape), np.uint8))
+
+    @pytest.mark.parametrize("beyond", [-1, 0, 1_000_000_000])
+    def test_gather_outside_raises_index_error(self, packed: Packed, beyond: int) -> None:
+        """-1 must not mean the last image, as it would in NumPy; 0 is the first position past the end."""
+        outside = len(packed.store) + beyond if beyond >= 0 else beyond
+        with pytest.raises(IndexError, match=str(outside)):
+            gathered(packed.store, np.array([0, outside, 1]))
+
+    def test_gather_leaves_the_store_as_it_was(self, packed: Packed) -> None:
+        samples = np.arange(10)
+        first = gathered(packed.store, samples)
+        first[...] = 0
+        assert_traces_back(packed, samples)
+
+
+@pytest.fixture(scope="module", params=PARTS)
+def in_one_shard(request: pytest.FixtureRequest, made_up_set: Path) -> Packed:
+    return Packed(open_part(made_up_set, request.param), made_up_parts()[PARTS.index(request.param)])
+
+
+@pytest.fixture(scope="module")
+def in_many_shards(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """701 images in blocks of 16, three blocks a shard: the last shard and its last block are short."""
+    parts = made_up_parts(train=701, shape=(9, 14, 3))
+    out = tmp_path_factory.mktemp("many") / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.pack, "SHARD_BYTES", 3 * 16 * 9 * 14 * 3)
+        pack_parts(parts, out, block_size=16)
+    return Packed(open_part(out, "train"), parts[0])
+
+
+class TestTarStoreOfOneShard(StoreContract):
+    @pytest.fixture
+    def packed(self, in_one_shard: Packed) -> Packed:
+        return in_one_shard
+
+    def test_is_a_tar_store_of_one_shard(self, packed: Packed) -> None:
+        assert isinstance(packed.store, TarStore)
+        assert [shard.samples for shard in packed.store.manifest.shards] == [len(packed.store)]
+
+
+class TestTarStoreOfManyShards(StoreContract):
+    @pytest.fixture
+    def packed(self, in_many_shards: Packed) -> Packed:
+        return in_many_shards
+
+    def test_the_last_shard_and_its_last_block_are_short(self, packed: Packed) -> None:
+        assert [shard.samples for shard in packed.store.manifest.shards] == [48] * 14 + [29]
+
+
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3]))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=shapes,
+    samples=st.integers(1, 60),
+    block_size=st.integers(1, 70),
+    blocks_per_shard=st.integers(1, 5),
+    seed=st.integers(0, 2**63 - 1),
+    wanted=st.lists(st.integers(0, 59), max_size=80),
+)
+def test_what_is_packed_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    samples: int,
+    block_size: int,
+    blocks_per_shard: int,
+    seed: int,
+    wanted: list[int],
+) -> None:
+    monkeypatch.setattr(pipeline.pack, "SHARD_BYTES", blocks_per_shard * block_size * int(np.prod(shape)))
+    parts = made_up_parts(train=samples, test=1, classes=3, shape=shape, seed=seed)
+    with tempfile.TemporaryDirectory() as directory:
+        out = pack_parts(parts, Path(directory) / "set", block_size=block_size, seed=seed)
+        for raw in parts:
+            packed = Packed(open_part(out, raw.name), raw)
+            blocks = -(-len(raw.labels) // block_size)
+            assert len(packed.store.manifest.shards) == -(-blocks // blocks_per_shard)
+            np.testing.assert_array_equal(np.sort(packed.store.rows), np.arange(len(raw.labels)))
+            assert_traces_back(packed, np.array(wanted, np.int64) % len(raw.labels))
+            assert_traces_back(packed, np.arange(len(raw.labels)))
+
+
+def test_a_store_opens_by_its_own_directory_too(made_up_set: Path) -> None:
+    alone, as_part = open_store(made_up_set / "test"), open_part(made_up_set, "test")
+    assert alone.manifest == as_part.manifest
+    np.testing.assert_array_equal(alone.rows, as_part.rows)
+
+
+def test_opening_a_part_of_a_single_part_names_the_set(made_up_set: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        open_part(made_up_set / "train", "train")
+    assert caught.value.hint == f"name {made_up_set}"
+
+
+def test_opening_what_is_not_there_says_how_to_pack(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        open_part(tmp_path / "nothing", "train")
+    assert str(tmp_path / "nothing") in caught.value.found
+    assert "python -m pipeline.shard" in caught.value.hint
+
+
+def test_opening_the_directory_above_a_set_names_the_set(made_up_set: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        open_part(made_up_set.parent, "train")
+    assert str(made_up_set) in caught.value.hint

@@ -1,0 +1,323 @@
+"""Training end to end: real processes, really stopped, resumed, and shared among ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, assert_user_error, made_up_parts, pack_parts, run_module
+
+from trainer.run import main as run_main
+
+QUICK = {
+    "data": {"validation": 0.1, "resolution": 20},
+    "loader": {"batch_size": 32},
+    "model": {"name": "three_block_cnn", "drop_rate": 0.2},
+    "loss": {"label_smoothing": 0.1, "class_weights": "minmax"},
+    "mixing": {"probability": 0.6},
+    "optim": {"name": "lion", "lr": 1e-3, "accumulation": 2, "clip_norm": 1.0},
+    "schedule": {"name": "warm_restarts", "unit": "step", "warmup": 1, "period": 1},
+    "trainer": {"epochs": 3, "precision": "fp32", "ema_decay": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+    """A recipe with everything that has a state: accumulation, mixing, dropout, average, restarts."""
+    path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
+    path.write_text(yaml.safe_dump(QUICK | {"data": QUICK["data"] | {"shards": str(made_up_set)}}))
+    return path
+
+
+def train(recipe: Path, directory: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    """Train by a real process (or several, through torchrun)."""
+    arguments = [recipe, f"run.dir={directory}", *overrides]
+    if ranks == 1:
+        return run_module("trainer.run", *arguments)
+    port = f"--master_port={free_port()}"
+    return run_module("torch.distributed.run", f"--nproc_per_node={ranks}", port, "-m", "trainer.run", *arguments)
+
+
+def train_here(monkeypatch: pytest.MonkeyPatch, recipe: Path, directory: Path, *overrides: str) -> int:
+    """Train in this process, which saves the start of another."""
+    monkeypatch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory}", *overrides])
+    return run_main()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def weights(directory: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    return torch.load(directory / "checkpoints" / name, weights_only=True)["model"]
+
+
+def history(directory: Path) -> list[dict]:
+    """The epochs' records without what a clock decides."""
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    clocked = {"seconds", "images_per_second", "data_wait_share"}
+    return [{name: value for name, value in record.items() if name not in clocked} for record in records]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    for name in ("last.pt", "best.pt"):
+        expected, found = weights(first, name), weights(second, name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert history(first) == history(second)
+    figures = ("accuracy", "macro_f1", "weighted_f1", "samples", "loss", "best_epoch", "validation")
+    first_summary, second_summary = (json.loads((path / "summary.json").read_text()) for path in (first, second))
+    assert [first_summary[figure] for figure in figures] == [second_summary[figure] for figure in figures]
+
+
+def stop_in_epoch(recipe: Path, directory: Path, epoch: int, how: int, delay: float) -> int:
+    """Start a run, send it a signal some time after it finished an epoch, and return its exit status.
+
+    Batches are slowed down by a wrapper so that the signal meets the middle of an epoch.
+    """
+    slow = (
+        "import time, trainer.engine as engine\n"
+        "step = engine.train_step\n"
+        "def slow_step(*arguments, **options):\n"
+        "    time.sleep(0.05)\n"
+        "    return step(*arguments, **options)\n"
+        "engine.train_step = slow_step\n"
+        "from trainer.run import main\n"
+        "from shards.errors import run_command\n"
+        "run_command(main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, str(recipe), f"run.dir={directory}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while True:
+        path = directory / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= epoch:
+            break
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    """The run directory of the recipe, trained without a stop."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    process = train(recipe, directory)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return directory
+
+
+def test_a_run_leaves_what_the_design_says_and_learns(finished: Path) -> None:
+    files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    assert files == {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "summary.json",
+        "predictions.npz",
+        "report.html",
+        "checkpoints/last.pt",
+        "checkpoints/best.pt",
+    }
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["samples"] == 90
+    assert summary["accuracy"] > 0.9
+    assert summary["epochs"] == 3
+    assert summary["resolution"] == 20
+    assert summary["parameters"] > 1000
+    assert summary["images_per_second"] > 0
+    assert 0 <= summary["data_wait_share"] < 1
+    assert summary["validation"]["samples"] == 70
+    predictions = np.load(finished / "predictions.npz")
+    assert float(np.mean(predictions["labels"] == predictions["predicted"])) == summary["accuracy"]
+    assert sorted(predictions["rows"]) == list(range(90))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal_and_resumed_is_bit_identical(
+    how: signal.Signals, finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+    assert stop_in_epoch(recipe, directory, epoch=1, how=how, delay=0.3) == 128 + how
+    state = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"] > 0, state["step"] % 2) == (1, True, 0), "stopped within epoch 2, at an update"
+    assert not (directory / "summary.json").exists()
+    assert train_here(monkeypatch, recipe, directory, "resume=auto") == 0
+    assert_same_run(finished, directory)
+
+
+def test_killed_and_resumed_is_bit_identical(
+    finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+    assert stop_in_epoch(recipe, directory, epoch=1, how=signal.SIGKILL, delay=0.2) == -signal.SIGKILL
+    assert train_here(monkeypatch, recipe, directory, "resume=auto") == 0
+    assert_same_run(finished, directory)
+
+
+def test_the_other_backend_reaches_the_same_figures(
+    finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_here(monkeypatch, recipe, tmp_path / "run", "loader.backend=dali") == 0
+    first, second = history(finished), history(tmp_path / "run")
+    for expected, found in zip(first, second, strict=True):
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
+
+
+def test_a_finished_run_is_left_alone(finished: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert train_here(monkeypatch, recipe, finished, "resume=auto") == 0
+    assert "finished already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    process = train(recipe, finished)
+    assert_user_error(process, "resume=auto")
+
+
+def test_two_ranks_train_and_three_evaluate_the_same(recipe: Path, tmp_path: Path, made_up_set: Path) -> None:
+    directory = tmp_path / "run"
+    process = train(recipe, directory, ranks=2)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("report ") == 1
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["accuracy"] > 0.9
+    assert summary["samples"] == 90
+
+    found = {}
+    for ranks in (1, 3):
+        out = tmp_path / f"{ranks}.json"
+        arguments = ("trainer.evaluate", directory, made_up_set, "--json", out)
+        if ranks > 1:
+            launcher = (f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "-m")
+            process = run_module("torch.distributed.run", *launcher, *arguments)
+        else:
+            process = run_module(*arguments)
+        assert process.returncode == 0, process.stderr
+        found[ranks] = json.loads(out.read_text())
+    for figure in ("accuracy", "macro_f1", "weighted_f1", "samples"):
+        assert found[1][figure] == found[3][figure] == summary[figure]
+
+
+def test_two_ranks_stopped_and_resumed_are_bit_identical(recipe: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert train(recipe, whole, ranks=2).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+        + ["-m", "trainer.run", str(recipe), f"run.dir={stopped}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while not (stopped / "metrics.jsonl").exists() or not (stopped / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "go on with: resume=auto" in output or (stopped / "summary.json").exists()
+    resumed = train(recipe, stopped, "resume=auto", ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(whole, stopped)
+
+
+def test_evaluate_writes_the_summary_figures_of_any_set_with_the_same_classes(
+    finished: Path, made_up_set: Path, digits_set: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "metrics.json"
+    process = run_module("trainer.evaluate", finished, made_up_set, "--json", out)
+    assert process.returncode == 0, process.stderr
+    summary, metrics = json.loads((finished / "summary.json").read_text()), json.loads(out.read_text())
+    for figure in ("accuracy", "macro_f1", "weighted_f1", "samples", "loss", "resolution", "parameters"):
+        assert metrics[figure] == summary[figure]
+    assert_user_error(run_module("trainer.evaluate", finished, digits_set), "classes")
+    assert_user_error(run_module("trainer.evaluate", tmp_path, made_up_set), "best.pt")
+
+
+def test_resuming_refuses_other_classes_and_other_recipes(
+    finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shards import UserError
+
+    more_classes = pack_parts(made_up_parts(classes=7), tmp_path / "seven")
+    other_pack = pack_parts(made_up_parts(), tmp_path / "other", seed=5)
+    for overrides, words in (
+        ([f"data.shards={more_classes}"], "7 classes"),
+        ([f"data.shards={other_pack}"], "packed otherwise"),
+        (["optim.lr=0.1"], "optim.lr=0.001"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train_here(monkeypatch, recipe, finished, "resume=auto", *overrides)
+
+
+def test_dry_run_shows_and_writes_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert train_here(monkeypatch, recipe, tmp_path / "run", "--dry-run") == 0
+    output = capsys.readouterr().out
+    for words in ("lr: 0.001", "[32, 1, 20, 20]", "parameters", "19 an epoch, 10 updates", "one step      loss"):
+        assert words in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_end_in_one_message(recipe: Path, tmp_path: Path, made_up_set: Path) -> None:
+    assert_user_error(train(recipe, tmp_path / "run", "data.resolution=0"), "data.resolution")
+    assert_user_error(train(recipe, tmp_path / "run", "optim.learning_rate=1"), "did you mean optim.lr")
+    assert_user_error(train(recipe, tmp_path / "run", f"data.shards={tmp_path}"), "manifest.json")
+    assert_user_error(train(recipe, Path("/proc/none/run")), "/proc/none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tampered_shard_is_never_trained_on(recipe: Path, tmp_path: Path) -> None:
+    shards = pack_parts(made_up_parts(), tmp_path / "set")
+    shard = shards / "train" / "shard-00000.tar"
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(content)
+    assert_user_error(train(recipe, tmp_path / "run", f"data.shards={shards}"), "shard-00000.tar", "shards.verify")
+
+
+def test_weights_and_biases_runs_offline_without_a_key(recipe: Path, tmp_path: Path) -> None:
+    process = run_module(
+        "trainer.run",
+        recipe,
+        f"run.dir={tmp_path / 'run'}",
+        "logging.wandb=auto",
+        "trainer.epochs=2",
+        WANDB_API_KEY="",
+        HOME=str(tmp_path),
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.gpu
+def test_trains_on_a_gpu_through_dali(recipe: Path, tmp_path: Path) -> None:
+    process = train(recipe, tmp_path / "run", "device=cuda", "trainer.precision=bf16")
+    assert process.returncode == 0, process.stdout + process.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    environment = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert summary["accuracy"] > 0.9
+    assert environment["backend"].startswith("dali")
