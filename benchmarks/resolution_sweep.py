@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.harness import in_process, rates, size, table, write_lines
-from pipeline.pack import DEFAULT_BLOCK_SIZE, pack
+from pipeline.pack import pack
 from pipeline.sources import find_source
 from shards import Manifest, UserError, open_part
 from shards.atomic import write_file
@@ -202,14 +202,7 @@ def choose_set(shards: Path | None) -> Path:
     if is_packed_set(PACKED_EMNIST):
         return PACKED_EMNIST
     source = find_source("digits")
-    pack(
-        lambda: source.load(PACKED_DIGITS, ""),
-        PACKED_DIGITS,
-        dataset="digits",
-        split="",
-        block_size=DEFAULT_BLOCK_SIZE,
-        seed=0,
-    )
+    pack(lambda: source.load(PACKED_DIGITS, ""), PACKED_DIGITS, dataset=source.name)
     return PACKED_DIGITS
 
 

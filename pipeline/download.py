@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import time
@@ -15,12 +16,13 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from shards.atomic import make_directory, sync_directory
-from shards.errors import UserError
+from shards.errors import UserError, no_permission
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30  # seconds without a byte
 _ATTEMPTS = 5  # in a row that bring nothing new
 _FIRST_PAUSE = 1.0  # seconds, doubled after every failed attempt
+_DISK_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # not the network's fault: no use to try again
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ def fetch(download: Download, directory: Path, or_else: str) -> Path:
     make_directory(directory)
     partial = target.with_name(f"{download.name}.part")
     try:
-        _receive_all(download, partial, or_else)
+        try:
+            _receive_all(download, partial, or_else)
+        except OSError as error:
+            raise no_permission(error, partial) from None
         digest = _hash(partial)
         if digest != download.sha256:
             partial.unlink()
@@ -83,7 +88,7 @@ def _receive_all(download: Download, partial: Path, or_else: str) -> None:
             unit="B",
             unit_scale=True,
             # The bar appears with the first bytes, so that a missing network shows one message and nothing else.
-            delay=1e-9,
+            delay=1e-3,
         )
         with bar:
             while file.tell() < download.bytes:
@@ -91,8 +96,8 @@ def _receive_all(download: Download, partial: Path, or_else: str) -> None:
                 try:
                     _receive(download, file, bar)
                 except (_Unfinished, OSError, http.client.HTTPException) as error:
-                    if isinstance(error, OSError) and error.filename is not None:
-                        raise  # the disk, not the network
+                    if isinstance(error, OSError) and error.errno in _DISK_REFUSALS:
+                        raise
                     failures = 0 if file.tell() > before else failures + 1
                     hopeless = isinstance(error, urllib.error.HTTPError) and error.code < 500
                     offline = file.tell() == 0 and isinstance(getattr(error, "reason", None), OSError)

@@ -60,9 +60,9 @@ def pack(
     out: Path,
     *,
     dataset: str,
-    split: str,
-    block_size: int,
-    seed: int,
+    split: str = "",
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    seed: int = 0,
     force: bool = False,
 ) -> tuple[tuple[Manifest, ...], bool]:
     """Pack a data set into `out`, or leave a complete pack of the same settings alone.

@@ -65,6 +65,8 @@ class Manifest(_Record):
             raise ValueError(f"counts by class add up to {sum(self.counts)}, samples is {self.samples}")
         if sum(shard.samples for shard in self.shards) != self.samples:
             raise ValueError("the shards' samples do not add up to samples")
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("a shard is named twice")
         for shard in self.shards:
             if len(shard.blocks_crc32) != -(-shard.samples // self.block_size):
                 raise ValueError(f"{shard.name}: number of blocks does not fit its {shard.samples} samples")

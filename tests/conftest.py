@@ -45,22 +45,14 @@ def made_up_parts(
             image[lines] = 255
         if transposed:
             images = np.ascontiguousarray(images.swapaxes(1, 2))
-        parts.append(
-            RawPart(
-                name=name,
-                classes=tuple(f"class {number}" for number in range(classes)),
-                labels=labels,
-                image_shape=images.shape[1:],
-                transposed=transposed,
-                read=lambda rows, images=images: images[rows],
-                files=(RawFile(name=f"made-up {name}", bytes=images.nbytes, sha256="0" * 64),),
-            )
-        )
+        names = tuple(f"class {number}" for number in range(classes))
+        record = RawFile(name=f"made-up {name}", bytes=images.nbytes, sha256="0" * 64)
+        parts.append(RawPart.from_arrays(name, images, labels, names, transposed=transposed, files=(record,)))
     return tuple(parts)
 
 
 def pack_parts(parts: tuple[RawPart, ...], out: Path, block_size: int = 64, seed: int = 0) -> Path:
-    pack(lambda: parts, out, dataset="made-up", split="", block_size=block_size, seed=seed)
+    pack(lambda: parts, out, dataset="made-up", block_size=block_size, seed=seed)
     return out
 
 
@@ -75,7 +67,7 @@ def digits_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packed digits of scikit-learn. Not to be changed."""
     out = tmp_path_factory.mktemp("digits") / "digits"
     source = find_source("digits")
-    pack(lambda: source.load(out, ""), out, dataset="digits", split="", block_size=512, seed=0)
+    pack(lambda: source.load(out, ""), out, dataset="digits")
     return out
 
 

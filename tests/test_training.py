@@ -76,7 +76,10 @@ def assert_same_run(first: Path, second: Path) -> None:
         expected, found = weights(first, name), weights(second, name)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
-    assert history(first) == history(second)
+    for expected_record, found_record in zip(history(first), history(second), strict=True):
+        # Ranks add up their losses separately, so several ranks may differ in the last digits of a double.
+        assert found_record.pop("train_loss") == pytest.approx(expected_record.pop("train_loss"), rel=1e-12)
+        assert found_record == expected_record
     figures = ("accuracy", "macro_f1", "weighted_f1", "samples", "loss", "best_epoch", "validation")
     first_summary, second_summary = (json.loads((path / "summary.json").read_text()) for path in (first, second))
     assert [first_summary[figure] for figure in figures] == [second_summary[figure] for figure in figures]
@@ -161,7 +164,9 @@ def test_stopped_by_a_signal_and_resumed_is_bit_identical(
     directory = tmp_path / "run"
     assert stop_in_epoch(recipe, directory, epoch=1, how=how, delay=0.3) == 128 + how
     state = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)
-    assert (state["epoch"], state["step"] > 0, state["step"] % 2) == (1, True, 0), "stopped within epoch 2, at an update"
+    assert (state["epoch"], state["step"] > 0, state["step"] % 2) == (1, True, 0), (
+        "stopped within epoch 2, at an update"
+    )
     assert not (directory / "summary.json").exists()
     assert train_here(monkeypatch, recipe, directory, "resume=auto") == 0
     assert_same_run(finished, directory)
@@ -221,9 +226,9 @@ def test_two_ranks_train_and_three_evaluate_the_same(recipe: Path, tmp_path: Pat
 def test_two_ranks_stopped_and_resumed_are_bit_identical(recipe: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert train(recipe, whole, ranks=2).returncode == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-        + ["-m", "trainer.run", str(recipe), f"run.dir={stopped}"],
+        [*launcher, "-m", "trainer.run", str(recipe), f"run.dir={stopped}"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -58,11 +58,11 @@ def open_data(config: Config, world: World) -> TrainingData:
         _check_hashes(directory, train_store, test_store)
 
     train, validation = carve(train_store.labels, config.data.validation, config.data.subset, config.seed)
-    if len(train) < world.size or config.loader.batch_size < world.size:
+    if min(len(train), config.loader.batch_size) < 2 * world.size:
         raise UserError(
             found=f"{len(train)} training samples in batches of {config.loader.batch_size} for {world.size} ranks",
-            expected="at least one sample of every batch for each rank",
-            hint="raise data.subset or loader.batch_size, or start fewer ranks",
+            expected="at least two samples of every batch for each rank, which batch normalisation needs",
+            hint="raise loader.batch_size or data.subset, or start fewer ranks",
         )
     backend, reason = choose_backend(config.loader.backend, world.device)
     spec = GraphSpec.of(train_store.manifest, config.data.resolution, config.data.interpolation)

@@ -197,7 +197,9 @@ def train_epoch(training: Training, directory: RunDirectory, received: list[int]
     progress = Progress(training.epoch, config.trainer.epochs, steps, training.step, epochs_after * steps)
     vote = StopVote(world)
     here = Totals()
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    # Added up in one sequence across a stop, so that a resumed epoch has the loss of one that was not stopped.
+    before_stop = training.so_far.loss if world.speaks else 0.0
+    loss = torch.tensor(before_stop, dtype=torch.float64, device=world.device)
     training.forward.train()
     start = before = time.perf_counter()
     with contextlib.closing(training.data.train.batches(training.epoch, training.step)) as batches:
@@ -220,9 +222,10 @@ def train_epoch(training: Training, directory: RunDirectory, received: list[int]
             before = time.perf_counter()
     progress.close()
     stopping = vote.finish() or (world.size == 1 and bool(received))
-    here.loss = float(world.sum(loss.cpu()))  # waits for the device, so that the seconds below are true
+    total_loss = float(world.sum(loss.cpu()))  # waits for the device, so that the seconds below are true
     here.seconds = time.perf_counter() - start
     training.so_far.add(here)
+    training.so_far.loss = total_loss
     if stopping and training.step < steps:
         if world.speaks:
             checkpoint.save(directory.last, training.state())

@@ -36,7 +36,29 @@ class RawPart:
     image_shape: tuple[int, int, int]
     transposed: bool
     read: Callable[[NDArray[np.int64]], NDArray[np.uint8]]
-    files: tuple[RawFile, ...]
+    files: tuple[RawFile, ...] = ()
+
+    @classmethod
+    def from_arrays(
+        cls,
+        name: str,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        classes: tuple[str, ...],
+        *,
+        transposed: bool = False,
+        files: tuple[RawFile, ...] = (),
+    ) -> RawPart:
+        """A part that lies in memory: images uint8 [N, H, W, C], labels [N]."""
+        return cls(
+            name=name,
+            classes=classes,
+            labels=labels.astype(np.int64, copy=False),
+            image_shape=images.shape[1:],
+            transposed=transposed,
+            read=images.__getitem__,
+            files=files,
+        )
 
 
 @dataclass(frozen=True)

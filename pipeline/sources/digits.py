@@ -35,16 +35,9 @@ def _load(directory: Path, split: str) -> tuple[RawPart, ...]:
         name="sklearn.datasets.load_digits", bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
     )
     test = stratified(labels, _TEST_FRACTION, _TEST_SEED)
+    classes = tuple(str(name) for name in digits.target_names)
     return tuple(
-        RawPart(
-            name=name,
-            classes=tuple(str(name) for name in digits.target_names),
-            labels=labels[mask],
-            image_shape=images.shape[1:],
-            transposed=False,
-            read=lambda rows, part=images[mask]: part[rows],
-            files=(record,),
-        )
+        RawPart.from_arrays(name, images[mask], labels[mask], classes, files=(record,))
         for name, mask in (("train", ~test), ("test", test))
     )
 

@@ -78,17 +78,8 @@ def _load(directory: Path, split: str) -> tuple[RawPart, ...]:
     for part in ("train", "test"):
         raw_images, raw_labels = files.read(names[f"{part} images"]), files.read(names[f"{part} labels"])
         images, labels = decode_pair(raw_images, raw_labels, len(classes), first_label)
-        parts.append(
-            RawPart(
-                name=part,
-                classes=classes,
-                labels=labels,
-                image_shape=images.shape[1:],
-                transposed=True,
-                read=lambda rows, images=images: images[rows],
-                files=(raw_images.record(), raw_labels.record(), mapping.record()),
-            )
-        )
+        files_read = (raw_images.record(), raw_labels.record(), mapping.record())
+        parts.append(RawPart.from_arrays(part, images, labels, classes, transposed=True, files=files_read))
     return tuple(parts)
 
 

@@ -49,17 +49,8 @@ def _load(directory: Path, split: str) -> tuple[RawPart, ...]:
         raw_images = files.read(f"{prefix}-images-idx3-ubyte")
         raw_labels = files.read(f"{prefix}-labels-idx1-ubyte")
         images, labels = decode_pair(raw_images, raw_labels, len(CLASSES))
-        parts.append(
-            RawPart(
-                name=part,
-                classes=CLASSES,
-                labels=labels,
-                image_shape=images.shape[1:],
-                transposed=False,
-                read=lambda rows, images=images: images[rows],
-                files=(raw_images.record(), raw_labels.record()),
-            )
-        )
+        files_read = (raw_images.record(), raw_labels.record())
+        parts.append(RawPart.from_arrays(part, images, labels, CLASSES, files=files_read))
     return tuple(parts)
 
 

@@ -1,0 +1,277 @@
+"""Downloads from a real server on this machine that cuts connections, lies and refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_user_error
+
+import pipeline.download
+from pipeline.download import Download, fetch
+from shards import UserError
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+OR_ELSE = "the loose files"
+
+
+@dataclass
+class Behaviour:
+    """What the server serves, and what it does wrong. `requests` notes the Range header of each request."""
+
+    content: bytes = CONTENT
+    status: int = 200
+    ranges: bool = True
+    cuts: list[int] = field(default_factory=list)
+    """For each request in turn, after how many bytes the connection is cut; requests beyond are served whole."""
+    requests: list[str | None] = field(default_factory=list)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        behaviour = self.server.behaviour
+        asked = self.headers.get("Range")
+        behaviour.requests.append(asked)
+        self.close_connection = True
+        if behaviour.status >= 400:
+            self.send_error(behaviour.status)
+            return
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and behaviour.ranges else 0
+        body = behaviour.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if start:
+            size = len(behaviour.content)
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+        self.end_headers()
+        number = len(behaviour.requests) - 1
+        cut = behaviour.cuts[number] if number < len(behaviour.cuts) else len(body)
+        self.wfile.write(body[:cut])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behaviour = Behaviour()
+
+    @property
+    def download(self) -> Download:
+        """The published file: the server may serve something else."""
+        return Download(
+            url=f"http://127.0.0.1:{self.server_port}/some/file.zip",
+            name="file.zip",
+            bytes=len(CONTENT),
+            sha256=hashlib.sha256(CONTENT).hexdigest(),
+        )
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(pipeline.download, "_FIRST_PAUSE", 0.001)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A directory to download into, two levels below what exists."""
+    return tmp_path / "data" / "raw"
+
+
+def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run Python code as the main program of a process of its own."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def assert_nothing_left(raw: Path) -> None:
+    assert not raw.parent.exists()
+
+
+def test_a_whole_download(server: Server, raw: Path) -> None:
+    path = fetch(server.download, raw, OR_ELSE)
+    assert path == raw / "file.zip"
+    assert path.read_bytes() == CONTENT
+    assert [entry.name for entry in raw.iterdir()] == ["file.zip"]
+    assert server.behaviour.requests == [None]
+
+
+def test_cut_connections_are_resumed_where_they_ended(server: Server, raw: Path) -> None:
+    server.behaviour.cuts = [100_000, 1, 0, 50_000]
+    assert fetch(server.download, raw, OR_ELSE).read_bytes() == CONTENT
+    assert server.behaviour.requests == [None, *(f"bytes={n}-" for n in (100_000, 100_001, 100_001, 150_001))]
+
+
+def test_more_cuts_than_attempts_do_no_harm_as_long_as_each_brings_something(server: Server, raw: Path) -> None:
+    server.behaviour.cuts = [30_000] * 9
+    assert fetch(server.download, raw, OR_ELSE).read_bytes() == CONTENT
+    assert len(server.behaviour.requests) == 10
+
+
+def test_a_download_that_failed_is_continued_by_the_next_call(server: Server, raw: Path) -> None:
+    server.behaviour.cuts = [120_000, *[0] * 5]
+    with pytest.raises(UserError) as caught:
+        fetch(server.download, raw, OR_ELSE)
+    assert "120,000 of 300,000 bytes came and are kept" in caught.value.found
+    assert [entry.name for entry in raw.iterdir()] == ["file.zip.part"]
+    assert len(server.behaviour.requests) == 6
+
+    server.behaviour = Behaviour()
+    assert fetch(server.download, raw, OR_ELSE).read_bytes() == CONTENT
+    assert server.behaviour.requests == ["bytes=120000-"]
+    assert [entry.name for entry in raw.iterdir()] == ["file.zip"]
+
+
+def test_a_server_without_range_is_asked_for_all_again(server: Server, raw: Path) -> None:
+    server.behaviour.ranges = False
+    server.behaviour.cuts = [200_000, 250_000]
+    assert fetch(server.download, raw, OR_ELSE).read_bytes() == CONTENT
+    assert server.behaviour.requests == [None, "bytes=200000-", "bytes=250000-"]
+
+
+def test_a_server_without_range_that_never_gets_to_the_end_is_given_up(server: Server, raw: Path) -> None:
+    server.behaviour.ranges = False
+    server.behaviour.cuts = [200_000] * 50
+    with pytest.raises(UserError, match="no way to download"):
+        fetch(server.download, raw, OR_ELSE)
+    assert len(server.behaviour.requests) == 6
+
+
+def test_another_file_of_the_same_size_is_refused(server: Server, raw: Path) -> None:
+    server.behaviour.content = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
+    with pytest.raises(UserError) as caught:
+        fetch(server.download, raw, OR_ELSE)
+    assert hashlib.sha256(server.behaviour.content).hexdigest() in caught.value.found
+    assert server.download.url in caught.value.found
+    assert server.download.sha256 in caught.value.expected
+    assert_nothing_left(raw)
+
+
+def test_a_longer_file_is_refused(server: Server, raw: Path) -> None:
+    server.behaviour.content = CONTENT + b"!"
+    with pytest.raises(UserError, match="longer than 300,000 bytes") as caught:
+        fetch(server.download, raw, OR_ELSE)
+    assert server.download.url in caught.value.found
+    assert_nothing_left(raw)
+
+
+def test_a_shorter_file_is_refused(server: Server, raw: Path) -> None:
+    server.behaviour.content = CONTENT[:1000]
+    server.behaviour.ranges = False
+    with pytest.raises(UserError, match="1,000 of 300,000 bytes"):
+        fetch(server.download, raw, OR_ELSE)
+
+
+def test_what_an_older_release_left_is_not_taken_for_the_file(server: Server, raw: Path) -> None:
+    """The remains are larger than the file now published: no request can mend that, a new start can."""
+    raw.mkdir(parents=True)
+    (raw / "file.zip.part").write_bytes(bytes(400_000))
+    with pytest.raises(UserError, match="SHA-256"):
+        fetch(server.download, raw, OR_ELSE)
+    assert fetch(server.download, raw, OR_ELSE).read_bytes() == CONTENT
+
+
+def test_not_found_is_not_asked_twice(server: Server, raw: Path) -> None:
+    server.behaviour.status = 404
+    with pytest.raises(UserError) as caught:
+        fetch(server.download, raw, OR_ELSE)
+    assert_says_what_to_do(caught.value, server.download, raw)
+    assert "Not Found" in caught.value.found
+    assert len(server.behaviour.requests) == 1
+    assert_nothing_left(raw)
+
+
+def test_a_server_in_trouble_is_asked_again(server: Server, raw: Path) -> None:
+    server.behaviour.status = 503
+    with pytest.raises(UserError) as caught:
+        fetch(server.download, raw, OR_ELSE)
+    assert_says_what_to_do(caught.value, server.download, raw)
+    assert len(server.behaviour.requests) == 5
+    assert_nothing_left(raw)
+
+
+def test_no_server_at_all(server: Server, raw: Path, capfd: pytest.CaptureFixture) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nowhere = replace(server.download, url=f"http://127.0.0.1:{unused.getsockname()[1]}/file.zip")
+        with pytest.raises(UserError) as caught:
+            fetch(nowhere, raw, OR_ELSE)
+    assert_says_what_to_do(caught.value, nowhere, raw)
+    assert "refused" in caught.value.found
+    assert capfd.readouterr() == ("", "")
+    assert_nothing_left(raw)
+
+
+def assert_says_what_to_do(error: UserError, download: Download, raw: Path) -> None:
+    assert "127.0.0.1" in error.found
+    assert str(raw / "file.zip") in error.expected
+    for words in (download.url, str(raw / "file.zip"), "--raw", OR_ELSE):
+        assert words in error.hint
+
+
+def test_a_directory_that_was_there_stays(server: Server, raw: Path) -> None:
+    raw.mkdir(parents=True)
+    server.behaviour.status = 404
+    with pytest.raises(UserError):
+        fetch(server.download, raw, OR_ELSE)
+    assert list(raw.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes to stand for a full disk")
+def test_a_full_disk_is_not_taken_for_a_broken_network(server: Server, tmp_path: Path) -> None:
+    """A limit on the size of files refuses to write just as a full disk does."""
+    process = run_code(
+        f"""
+        import resource
+        from pathlib import Path
+        from pipeline.download import Download, fetch
+        from shards.errors import run_command
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        run_command(lambda: fetch({server.download!r}, Path({str(tmp_path / "raw")!r}), "") and 0)
+        """
+    )
+    assert_user_error(process, "room on the disk")
+    assert len(server.behaviour.requests) == 1
+
+
+def test_packing_emnist_without_a_network_ends_in_one_message_and_leaves_nothing(tmp_path: Path) -> None:
+    process = run_code(
+        """
+        import dataclasses
+        import pipeline.sources.emnist as emnist
+        from pipeline.shard import main
+        from shards.errors import run_command
+        emnist.ARCHIVE = dataclasses.replace(emnist.ARCHIVE, url="http://127.0.0.1:1/gzip.zip")
+        run_command(main)
+        """,
+        *("emnist", "--raw", tmp_path / "raw", "--out", tmp_path / "out"),
+    )
+    assert_user_error(process, "http://127.0.0.1:1/gzip.zip", str(tmp_path / "raw" / "gzip.zip"), "--raw")
+    assert len(process.stderr.splitlines()) == 3
+    assert list(tmp_path.iterdir()) == []
