@@ -9,13 +9,16 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock
 from tqdm import tqdm
 
-from shards.atomic import make_directory, sync_directory
+from shards.atomic import made_directory, sync_directory
 from shards.errors import UserError, no_permission
 
 _CHUNK = 1 << 20
@@ -50,31 +53,43 @@ def fetch(download: Download, directory: Path, or_else: str) -> Path:
     `UserError` when the server cannot be reached, when it sends another file, or when the disk is full.
     """
     target = download.path(directory)
-    made = [parent for parent in (directory, *directory.parents) if not parent.exists()]
-    make_directory(directory)
     partial = target.with_name(f"{download.name}.part")
-    try:
+    with made_directory(directory), _alone(target):
+        if target.exists():
+            return target  # another process was here first
         try:
             _receive_all(download, partial, or_else)
+            digest = _hash(partial)
+            if digest != download.sha256:
+                partial.unlink()
+                raise UserError(
+                    found=f"{download.url}, whose content has SHA-256 {digest}",
+                    expected=f"SHA-256 {download.sha256}",
+                    hint="run again; if it stays so, the published file has changed or something alters it on the way",
+                )
+            partial.replace(target)
+            sync_directory(directory)
         except OSError as error:
             raise no_permission(error, partial) from None
-        digest = _hash(partial)
-        if digest != download.sha256:
-            partial.unlink()
-            raise UserError(
-                found=f"{download.url}, whose content has SHA-256 {digest}",
-                expected=f"SHA-256 {download.sha256}",
-                hint="run again; if it stays so, the published file has changed or something on the way alters it",
-            )
-        partial.replace(target)
-        sync_directory(directory)
-    finally:
-        if partial.exists() and partial.stat().st_size == 0:
-            partial.unlink()
-        for parent in made:
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
+        finally:
+            if partial.exists() and partial.stat().st_size == 0:
+                partial.unlink()
     return target
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Wait until no other process downloads the same file."""
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise no_permission(error, target) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _receive_all(download: Download, partial: Path, or_else: str) -> None:

@@ -28,14 +28,9 @@ def find_pack(out: Path, dataset: str, split: str, block_size: int, seed: int) -
 
     Raises `UserError` if what stands there is another pack than the one asked for, or no pack at all.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
+    check_is_ours(out)
     if not is_packed_set(out):
-        raise UserError(
-            found=f"{out}, which exists and is not a complete pack",
-            expected="a new or empty directory, or a complete pack",
-            hint="choose another --out, or remove it if nothing in it is needed",
-        )
+        return None
     manifests = tuple(Manifest.read(out / part) for part in PARTS)
     asked = {"data set": dataset, "split": split, "block size": block_size, "seed": seed}
     for manifest in manifests:
@@ -48,6 +43,17 @@ def find_pack(out: Path, dataset: str, split: str, block_size: int, seed: int) -
                     hint="add --force to replace it, or choose another --out",
                 )
     return manifests
+
+
+def check_is_ours(out: Path) -> None:
+    """Raise `UserError` if something stands at `out` that no packer wrote, which is never replaced."""
+    if is_packed_set(out) or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    raise UserError(
+        found=f"{out}, which exists and is not a complete pack",
+        expected="a new or empty directory, or a complete pack",
+        hint="choose another --out, or remove it if nothing in it is needed",
+    )
 
 
 def needs_recovery(out: Path) -> bool:
@@ -75,8 +81,7 @@ def pack(
         found = find_pack(out, dataset, split, block_size, seed)
         if found:
             return found, False
-    if force and out.exists() and not is_packed_set(out):
-        find_pack(out, dataset, split, block_size, seed)  # refuses to replace what is no pack of ours
+    check_is_ours(out)
     with replace_directory(out) as replacement:
         if not force and (found := find_pack(out, dataset, split, block_size, seed)):
             return found, False

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import UserError
 from shards.manifest import RawFile
+
+# What a damaged archive makes zipfile raise; RuntimeError (NotImplementedError): a password, an unknown compression.
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class RawDirectory:
         try:
             with zipfile.ZipFile(self._archive) as archive:
                 return RawContent(Path(member).name, f"{self._archive}:{member}", archive.read(member))
-        except (zipfile.BadZipFile, OSError) as error:
+        except _ARCHIVE_ERRORS as error:
             raise self._bad_archive(error) from None
 
     def _loose(self, name: str) -> Path | None:
@@ -61,7 +65,7 @@ class RawDirectory:
         try:
             with zipfile.ZipFile(self._archive) as archive:
                 names = archive.namelist()
-        except (zipfile.BadZipFile, OSError) as error:
+        except _ARCHIVE_ERRORS as error:
             raise self._bad_archive(error) from None
         wanted = {name, f"{name}.gz"}
         return next((member for member in names if member.rpartition("/")[2] in wanted), None)

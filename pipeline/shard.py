@@ -7,10 +7,11 @@ python -m pipeline.shard emnist --split balanced --raw DIR   from files that are
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
-from pipeline.pack import DEFAULT_BLOCK_SIZE, find_pack, pack
+from pipeline.pack import DEFAULT_BLOCK_SIZE, check_is_ours, find_pack, pack
 from pipeline.sources import Source, find_source, source_names
 from shards.errors import UserError, run_command
 from shards.manifest import Manifest
@@ -85,8 +86,11 @@ def main() -> int:
     out = arguments.out or Path("data/shards") / name
     if arguments.raw and source.raw_files and arguments.raw.exists() and not arguments.raw.is_dir():
         raise UserError(found=f"--raw {raw}, a file", expected="a directory", hint=f"--raw {raw.parent}")
+    if arguments.raw and not source.raw_files:
+        print(f"warning: --raw has no effect, {source.name} reads no files", file=sys.stderr)
     settings = {"dataset": source.name, "split": split, "block_size": arguments.block_size, "seed": arguments.seed}
     if arguments.dry_run:
+        check_is_ours(out)
         there = None if arguments.force else find_pack(out, *settings.values())
         print(f"{name}: would {'leave the complete pack alone' if there else source.plan(raw, split)}")
         if not there:

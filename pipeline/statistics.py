@@ -63,7 +63,7 @@ def cached(store: Store, directory: Path, spec: GraphSpec, backend: str, device:
         content = json.loads(path.read_text())
         if content.pop("manifest") == digest:
             return Statistics(tuple(content["mean"]), tuple(content["std"]), content["samples"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not measured yet, or not whole: measure
     statistics = measure(store, spec, backend, device)
     try:

@@ -22,6 +22,19 @@ def make_directory(path: Path) -> None:
         raise no_permission(error, path) from None
 
 
+@contextmanager
+def made_directory(path: Path) -> Iterator[None]:
+    """Make a directory and its parents; at the end remove again those of them that stayed empty."""
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    make_directory(path)
+    try:
+        yield
+    finally:
+        for parent in made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
 def sync_directory(path: Path) -> None:
     """Make renames inside a directory survive a power cut."""
     if os.name == "nt":
@@ -62,7 +75,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 def staging_directory(target: Path) -> Path:
     """Where a replacement of `target` is prepared: a hidden directory beside it, on the same file system."""
     target = target.absolute()
-    return target.with_name(f".{target.name}.packing")
+    return target.parent / f".{target.name}.packing"
 
 
 class Replacement:
@@ -102,10 +115,21 @@ def replace_directory(target: Path) -> Iterator[Replacement]:
     is cleaned up by the next one. Without a commit the target stays as it was.
     """
     staging = staging_directory(target)
-    make_directory(staging.parent)
-    make_directory(staging)
+    with made_directory(staging.parent), _locked(staging, target):
+        replacement = Replacement(target)
+        try:
+            replacement.start_clean()
+            yield replacement
+        finally:
+            replacement.put_back()
+
+
+@contextmanager
+def _locked(staging: Path, target: Path) -> Iterator[None]:
+    """Hold the staging directory of a target, and remove it at the end."""
     lock = FileLock(staging / "lock")
     try:
+        staging.mkdir(exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
@@ -114,12 +138,10 @@ def replace_directory(target: Path) -> Iterator[Replacement]:
             hint="wait for it to end, or choose another --out",
         ) from None
     except OSError as error:
-        raise no_permission(error, staging) from None
-    replacement = Replacement(target)
+        raise no_permission(error, target) from None
     try:
-        replacement.start_clean()
-        yield replacement
+        yield
     finally:
-        replacement.put_back()
-        lock.release()
+        # Before the release: a writer that comes now is refused, instead of losing its files to this removal.
         shutil.rmtree(staging, ignore_errors=True)
+        lock.release()

@@ -34,6 +34,11 @@ class UserError(Exception):
         return f"error: found {self.found}\n    expected: {self.expected}\n    HINT: {self.hint}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def no_permission(error: OSError, path: object) -> UserError:
     """The message for a file or directory that the operating system refuses to touch."""
     return UserError(

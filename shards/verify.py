@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.errors import UserError, run_command
-from shards.manifest import PARTS, Manifest, Shard, is_packed_set
+from shards.manifest import PARTS, Manifest, Shard
 from shards.tar import COMPONENTS, INDEX_VERSION, block_key
 
 
@@ -133,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m shards.verify", description=__doc__.split("\n")[0])
     parser.add_argument("directory", type=Path, metavar="DIR", help="a packed set (train and test), or one part")
     directory = parser.parse_args().directory
-    parts = [directory / part for part in PARTS] if is_packed_set(directory) else [directory]
+    parts = [directory / part for part in PARTS] if any((directory / part).is_dir() for part in PARTS) else [directory]
     all_faults = []
     for part in parts:
         manifest, faults = check_part(part)

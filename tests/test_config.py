@@ -97,6 +97,7 @@ def test_a_setting_like_none_is_to_be_removed() -> None:
         ("optim.lr=fast", "valid number"),
         ("optim.lr=-1", "greater than 0"),
         ("optim.lr=.inf", "finite"),
+        ("optim.momentum=0", "greater than 0"),
         ("optim.name=sgd", "'lion'"),
         ("loader.backend=gpu", "'dali'"),
         ("mixing.probability=1.1", "less than or equal to 1"),

@@ -256,7 +256,7 @@ def test_a_full_disk_is_not_taken_for_a_broken_network(server: Server, tmp_path:
         run_command(lambda: fetch({server.download!r}, Path({str(tmp_path / "raw")!r}), "") and 0)
         """
     )
-    assert_user_error(process, "room on the disk")
+    assert_user_error(process, str(tmp_path / "raw" / "file.zip.part"), "room on the disk")
     assert len(server.behaviour.requests) == 1
 
 

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from reference import model_input, resize_axis
 
 from pipeline.graph import Graph, GraphSpec, choose_backend, make_graph
+from pipeline.resample import resize_weights
 from shards import UserError, open_part
 
 RESOLUTIONS = (7, 9, 14, 20, 28, 31, 40, 56, 64, 84, 96, 112, 140, 224)
@@ -78,6 +81,27 @@ def test_computes_the_reference(
     assert result.dtype == torch.float32
     assert result.device.type == device.type
     assert largest_error(result, expected(3, shape, resolution, interpolation, transposed)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("resolution", [11, 23, 50])
+def test_rounding_does_not_choose_the_nearest_pixel(backend: str, device: torch.device, resolution: int) -> None:
+    """At these sizes some pixels are as near to two others, and float32 alone would take now one, now the other."""
+    result = make_graph(spec_of(GRAY, resolution, "nearest"), backend, device, BATCH)(random_images(3, GRAY))
+    assert largest_error(result, expected(3, GRAY, resolution, "nearest", False)) <= TOLERANCE
+
+
+@given(st.integers(1, 70), st.integers(1, 140), st.sampled_from(["linear", "cubic", "nearest"]))
+def test_the_matrix_of_an_axis_is_the_reference_at_any_size(source: int, target: int, interpolation: str) -> None:
+    matrix = resize_weights(source, target, interpolation)
+    assert np.abs(matrix - resize_axis(np.eye(source), 0, target, interpolation)).max() < 1e-12
+
+
+def test_ties_of_the_nearest_pixel_fall_upwards_at_every_size() -> None:
+    """In float64 (r + 1/2) * source / target is at times an ulp below the whole number that it is."""
+    for source in range(1, 70):
+        for target in range(1, 140):
+            chosen = resize_weights(source, target, "nearest").argmax(axis=1)
+            assert np.array_equal(chosen, (2 * np.arange(target) + 1) * source // (2 * target)), (source, target)
 
 
 @pytest.mark.parametrize("resolution", [14, 28, 40])

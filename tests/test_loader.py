@@ -182,3 +182,4 @@ def test_runs_ahead_but_not_without_end(depth: int) -> None:
                 time.sleep(0.005)
             time.sleep(0.05)
             assert len(made) == taken + depth + 1
+    assert len(made) == 3 + depth + 1, "closing loads nothing more"

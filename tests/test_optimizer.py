@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -18,6 +18,16 @@ OPTIMIZERS = ("adam", "adamw", "lion", "sgd_lookahead")
 SCHEDULES = ("constant", "cosine", "warm_restarts", "one_cycle", "plateau")
 # Torch warns of a schedule that moves before its optimiser, and of calls that it will drop.
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For networks as small as these, waiting for threads takes a hundred times longer than computing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 EPOCHS = 21
 UPDATES = 4  # of an epoch
@@ -116,9 +126,9 @@ def test_momentum_is_that_of_the_settings() -> None:
             optimizer.step()
         return -float(layer.weight.detach())
 
-    assert travelled(0.0) == pytest.approx(2 * 0.01)
     # Nesterov: g + m v with v = 1, then v = 1 + m.
-    assert travelled(0.5) == pytest.approx(0.01 * (1.5 + 1 + 0.5 * 1.5))
+    for momentum in (0.5, 0.9):
+        assert travelled(momentum) == pytest.approx(0.01 * (1 + momentum + 1 + momentum * (1 + momentum)))
 
 
 @pytest.mark.parametrize("unit", ["step", "epoch"])
@@ -190,13 +200,13 @@ def test_one_cycle(unit: str, warmup: int, share: float) -> None:
 @pytest.mark.parametrize("unit", ["step", "epoch"])
 def test_plateau_falls_when_the_figure_stalls(unit: str) -> None:
     figures = [0.5, 0.6, 0.6, 0.59, 0.7, *[0.7] * (EPOCHS - 5)]
-    # Two epochs without improvement are borne, the third is too many: after epochs 7, 10, 13, ... from 0.
-    falls = [0] * 8 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 4
+    # Two epochs without improvement are borne, the third is too many: it falls after epochs 7, 10, 13, ....
+    falls = [0] * 8 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [5]
     found = rates(
         config_of("schedule.name=plateau", f"schedule.unit={unit}", "schedule.factor=0.1", "schedule.patience=2"),
         figures=lambda epoch: figures[epoch],
     )
-    assert found == pytest.approx(per_move("epoch", [LR / 10**fall for fall in falls]), rel=1e-6)
+    assert found == pytest.approx(per_move("epoch", [max(FLOOR, LR / 10**fall) for fall in falls]), rel=1e-6)
 
 
 def test_plateau_stops_at_the_floor() -> None:

@@ -132,9 +132,10 @@ def test_resuming_at_a_step_is_the_tail_of_the_epoch(
     count: int, batch_size: int, epoch: int, first: int, ranks: int
 ) -> None:
     for order in (TrainingOrder(positions(count), batch_size, 11), EvaluationOrder(positions(count), batch_size)):
-        whole = global_batches(order, epoch, 1)
-        tail = {number: batch for number, batch in whole.items() if number >= first}
-        assert global_batches(order, epoch, ranks, first) == tail
+        for rank in range(ranks):
+            whole = {step.number: step.samples.tolist() for step in order.steps(epoch, rank, ranks)}
+            tail = {step.number: step.samples.tolist() for step in order.steps(epoch, rank, ranks, first)}
+            assert tail == {number: samples for number, samples in whole.items() if number >= first}
 
 
 def test_epochs_differ_and_leave_out_different_samples() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shards.atomic import replace_file
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from trainer.config import Config
 
 LAST = "last.pt"
@@ -33,7 +34,7 @@ def load(path: Path) -> dict[str, Any]:
         ) from None
     except Exception as error:  # zip, pickle and tensor readers each raise their own
         raise UserError(
-            found=f"{path}, which cannot be read: {str(error).splitlines()[0]}",
+            found=f"{path}, which cannot be read: {first_line(error)}",
             expected="a checkpoint written by this program",
             hint="take another checkpoint of the run, or train anew in another run.dir",
         ) from None
@@ -56,10 +57,15 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
     recipe = config.recipe()
     differing = [name for name in recipe if recipe[name] != state["recipe"].get(name)]
     if differing:
-        was = " ".join(f"{name}={state['recipe'].get(name)}" for name in differing)
-        now = " ".join(f"{name}={recipe[name]}" for name in differing)
+        was = " ".join(_override(name, state["recipe"].get(name)) for name in differing)
+        now = " ".join(_override(name, recipe[name]) for name in differing)
         raise UserError(
             found=f"{now}, resuming {path}",
             expected=f"the settings it was begun with: {was}",
             hint=f"add {was} to the command, or begin anew with another run.dir",
         )
+
+
+def _override(name: str, value: Any) -> str:
+    """A setting as the command line takes it."""
+    return shlex.quote(f"{name}={'null' if value is None else value}")

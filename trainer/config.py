@@ -96,7 +96,7 @@ class Optim(Section):
     """Learning rate at its highest."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Weight decay, of weight matrices and kernels only (decoupled, except in adam and sgd_lookahead)."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Momentum of sgd_lookahead."""
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are averaged for one update."""
@@ -176,6 +176,8 @@ class Config(Section):
             raise ValueError(f"schedule.warmup takes all {self.trainer.epochs} epochs (trainer.epochs)")
         if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
             raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
+        if self.model.name == "three_block_cnn" and self.data.resolution < 4:
+            raise ValueError(f"data.resolution={self.data.resolution}, and three_block_cnn halves its input twice")
         if self.model.pretrained is True and self.model.weights is not None:
             raise ValueError("model.pretrained and model.weights both say what to begin with")
         return self

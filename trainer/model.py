@@ -17,7 +17,7 @@ import torch
 from timm.utils import ModelEmaV3 as Average
 from torch import nn
 
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from trainer.config import Model
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ) from None
     except Exception as error:  # the readers raise many kinds
         raise UserError(
-            found=f"weights in {path} that do not fit: {str(error).splitlines()[0]}",
+            found=f"weights in {path} that do not fit: {first_line(error)}",
             expected=f"a state dict of {type(model).__name__} with this number of classes and channels",
             hint="check model.name, or that the file is whole",
         ) from None
@@ -125,7 +125,7 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
         try:
             return _published(settings.name, options)
         except Exception as error:  # hub libraries raise many kinds: no network, no such weights, a full disk
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             if settings.pretrained != "auto":
                 raise UserError(
                     found=f"no way to fetch the published weights of {settings.name}: {reason}",

@@ -1,0 +1,136 @@
+"""The rules of DESIGN that a reader can hold code against, held by a machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGES = ("shards", "pipeline", "trainer", "benchmarks")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MOST_LINES = 400
+
+# `shards <- pipeline <- trainer <- benchmarks`: what each must not know.
+FORBIDDEN = {
+    "shards": {"pipeline", "trainer", "benchmarks", "torch", "nvidia", "timm"},
+    "pipeline": {"trainer", "benchmarks", "timm", "wandb"},
+    "trainer": {"benchmarks", "nvidia", "webdataset", "tarfile", "zarr"},
+    "benchmarks": set(),
+}
+# Where the library is imported, and nowhere else in the packages that are the product.
+OWNERS = {
+    "nvidia": {"pipeline/graph_dali.py"},
+    "wandb": {"trainer/sinks.py"},
+    "timm": {"trainer/model.py", "trainer/optimizer.py"},
+}
+GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all", "np.random.seed", "random.seed"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of all modules that a file imports, wherever in it; relative ones made absolute."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def importers(library: str) -> set[str]:
+    return {
+        name_of(path)
+        for path in MODULES
+        if path.relative_to(ROOT).parts[0] != "benchmarks"
+        and any(name == library or name.startswith(f"{library}.") for name in imported(path))
+    }
+
+
+def calls(path: Path) -> Iterator[str]:
+    """Dotted names of all functions that a file calls."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+def test_the_packages_are_where_they_are_looked_for() -> None:
+    for package in PACKAGES:
+        assert ROOT / package / "__init__.py" in MODULES
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package: str) -> None:
+    found = {
+        f"{name_of(path)} imports {name}"
+        for path in MODULES
+        if path.relative_to(ROOT).parts[0] == package
+        for name in imported(path)
+        if name.partition(".")[0] in FORBIDDEN[package]
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_library_is_imported_where_it_belongs(library: str) -> None:
+    assert importers(library) == OWNERS[library]
+
+
+def test_an_import_is_seen_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "trainer" / "inner" / "example.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "def f():\n    import wandb.sdk as w\nfrom nvidia import dali\nfrom .. import engine\nfrom . import a"
+    )
+    names = set(imported(path))
+    assert {"wandb.sdk", "nvidia.dali", "trainer.engine", "trainer.inner.a"} <= names
+
+
+def test_nothing_is_called_utils() -> None:
+    assert [name_of(path) for path in MODULES if "util" in path.stem or "helper" in path.stem] == []
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "pipeline/sources"])
+def test_a_package_says_which_question_it_answers(package: str) -> None:
+    docstring = ast.get_docstring(tree_of(ROOT / package / "__init__.py"))
+    assert docstring, f"{package} has no docstring"
+    ends = [docstring.find(mark) for mark in ("?", ".", "!") if mark in docstring]
+    assert docstring[min(ends)] == "?", docstring.splitlines()[0]
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert [name_of(path) for path in MODULES if not ast.get_docstring(tree_of(path))] == []
+
+
+def test_modules_stay_small() -> None:
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_global_generators_are_seeded_in_one_place() -> None:
+    found = {name_of(path) for path in MODULES if GLOBAL_SEEDS & set(calls(path))}
+    assert found == {"trainer/engine.py"}
+
+
+def test_nothing_draws_from_numpys_or_pythons_global_generator() -> None:
+    """A generator of one's own begins with a capital letter (Philox, Generator) or is default_rng."""
+    found = set()
+    for path in MODULES:
+        assert "random" not in set(imported(path)), name_of(path)
+        drawn = {re.match(r"(?:np|numpy)\.random\.(\w+)", call) for call in calls(path)} - {None}
+        found |= {f"{name_of(path)}: {match[0]}" for match in drawn if not re.match("[A-Z]|default_rng", match[1])}
+    assert found == set()

@@ -1,0 +1,362 @@
+"""What is written appears whole or not at all, whatever kills the writer; here it is killed for real."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_user_error, made_up_parts, pack_parts, run_module
+
+import shards.atomic
+from pipeline.pack import pack
+from shards import UserError
+from shards.atomic import replace_directory, replace_file, staging_directory, write_file
+from shards.manifest import PARTS, is_packed_set
+from shards.verify import check_part
+
+IMAGES = 60_000
+
+
+class Interrupted(Exception):
+    """What goes wrong in the middle of writing."""
+
+
+class TestReplaceFile:
+    def test_the_new_content_takes_the_place_of_the_old(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_text("old")
+        with replace_file(path) as file:
+            file.write(b"new")
+            assert path.read_text() == "old"
+        assert path.read_text() == "new"
+        assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize("old", [None, "old"])
+    def test_a_failure_leaves_what_was_there(self, tmp_path: Path, old: str | None) -> None:
+        path = tmp_path / "file"
+        if old:
+            path.write_text(old)
+        with pytest.raises(Interrupted), replace_file(path) as file:
+            file.write(b"half")
+            raise Interrupted
+        assert [entry.read_text() for entry in tmp_path.iterdir()] == ([old] if old else [])
+
+    def test_a_failure_to_rename_leaves_what_was_there(self, tmp_path: Path) -> None:
+        """A directory stands where the file should go."""
+        (tmp_path / "place").mkdir()
+        with pytest.raises(OSError):
+            write_file(tmp_path / "place", "text")
+        assert [entry.name for entry in tmp_path.iterdir()] == ["place"]
+
+    def test_the_leftover_of_a_killed_writer_is_overwritten(self, tmp_path: Path) -> None:
+        (tmp_path / ".file.partial").write_text("a much longer text that a killed writer left")
+        write_file(tmp_path / "file", "whole")
+        assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"file": "whole"}
+
+    def test_text_is_written_as_utf8(self, tmp_path: Path) -> None:
+        write_file(tmp_path / "file", "é ✓")
+        assert (tmp_path / "file").read_bytes() == "é ✓".encode()
+
+
+def write_version(directory: Path, text: str) -> None:
+    (directory / "content").write_text(text)
+
+
+def version(directory: Path) -> str:
+    assert [entry.name for entry in directory.iterdir()] == ["content"]
+    return (directory / "content").read_text()
+
+
+class TestReplaceDirectory:
+    @pytest.fixture
+    def target(self, tmp_path: Path) -> Path:
+        return tmp_path / "some" / "where" / "target"
+
+    @pytest.fixture
+    def old(self, target: Path) -> Path:
+        target.mkdir(parents=True)
+        write_version(target, "old")
+        return target
+
+    def test_a_new_directory_appears_at_commit_and_not_before(self, target: Path) -> None:
+        with replace_directory(target) as replacement:
+            write_version(replacement.path, "new")
+            assert not target.exists()
+            replacement.commit()
+            assert version(target) == "new"
+        assert list(target.parent.iterdir()) == [target]
+
+    def test_an_old_directory_stays_whole_until_commit(self, old: Path) -> None:
+        with replace_directory(old) as replacement:
+            write_version(replacement.path, "new")
+            assert version(old) == "old"
+            replacement.commit()
+        assert version(old) == "new"
+        assert list(old.parent.iterdir()) == [old]
+
+    def test_without_commit_nothing_changes(self, old: Path) -> None:
+        with replace_directory(old) as replacement:
+            write_version(replacement.path, "new")
+        assert version(old) == "old"
+        assert list(old.parent.iterdir()) == [old]
+
+    def test_a_failure_leaves_the_old(self, old: Path) -> None:
+        with pytest.raises(Interrupted), replace_directory(old) as replacement:
+            write_version(replacement.path, "half")
+            raise Interrupted
+        assert version(old) == "old"
+        assert list(old.parent.iterdir()) == [old]
+
+    def test_a_failure_between_the_two_renames_puts_the_old_back(
+        self, old: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rename = os.replace
+
+        def fail_at_the_second(source: Path, place: Path) -> None:
+            if Path(source).name == "new":
+                raise Interrupted
+            rename(source, place)
+
+        monkeypatch.setattr(shards.atomic.os, "replace", fail_at_the_second)
+        with pytest.raises(Interrupted), replace_directory(old) as replacement:
+            replacement.commit()
+        assert version(old) == "old"
+        assert list(old.parent.iterdir()) == [old]
+
+    def test_a_second_writer_is_refused_and_harms_nothing(self, old: Path) -> None:
+        with replace_directory(old) as first:
+            write_version(first.path, "first")
+            with pytest.raises(UserError, match="another process that is writing"), replace_directory(old):
+                pytest.fail("two writers at once")
+            first.commit()
+        assert version(old) == "first"
+        assert list(old.parent.iterdir()) == [old]
+
+    def test_a_second_writer_is_refused_until_the_first_has_cleaned_up(
+        self, old: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else the first one, removing its staging directory, would remove the second one's work."""
+        remove = shutil.rmtree
+        refused = []
+
+        def second_writer_comes(path: Path, **options: bool) -> None:
+            if path == staging_directory(old):
+                monkeypatch.setattr(shards.atomic.shutil, "rmtree", remove)
+                with pytest.raises(UserError), replace_directory(old):
+                    pytest.fail("the second writer's files would now be removed")
+                refused.append(True)
+            remove(path, **options)
+
+        with replace_directory(old):
+            monkeypatch.setattr(shards.atomic.shutil, "rmtree", second_writer_comes)
+        assert refused == [True]
+        assert list(old.parent.iterdir()) == [old]
+
+    def test_writers_of_different_targets_do_not_meet(self, tmp_path: Path) -> None:
+        with replace_directory(tmp_path / "one") as one, replace_directory(tmp_path / "other") as other:
+            write_version(one.path, "one")
+            write_version(other.path, "other")
+            one.commit()
+            other.commit()
+        assert version(tmp_path / "one") == "one"
+        assert version(tmp_path / "other") == "other"
+
+    @pytest.mark.parametrize("moment", ["while writing", "between the renames", "before cleaning up"])
+    def test_a_writer_killed_at_a_bad_moment_is_recovered_from(self, old: Path, moment: str) -> None:
+        """A real process that ends without any cleaning up, as if by SIGKILL, at the moment in question."""
+        code = {
+            "while writing": "os._exit(9)",
+            "between the renames": "os.replace(target, replacement._old); os._exit(9)",
+            "before cleaning up": "replacement.commit(); os._exit(9)",
+        }[moment]
+        program = f"""
+import os
+from pathlib import Path
+from shards.atomic import replace_directory
+target = Path({str(old)!r})
+with replace_directory(target) as replacement:
+    (replacement.path / "content").write_text("new")
+    {code}
+"""
+        assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 9
+        assert staging_directory(old).exists()
+        assert old.exists() == (moment != "between the renames")
+        with replace_directory(old) as replacement:
+            assert version(old) == ("new" if moment == "before cleaning up" else "old")
+            assert list(replacement.path.iterdir()) == []
+        assert list(old.parent.iterdir()) == [old]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60,000 images of noise in EMNIST's files, so that packing takes long enough to be killed in its midst."""
+    directory = tmp_path_factory.mktemp("raw")
+    random = np.random.default_rng(0)
+    (directory / "emnist-byclass-mapping.txt").write_text("".join(f"{n} {48 + n}\n" for n in range(10)))
+    for part, count in (("train", IMAGES - 1000), ("test", 1000)):
+        images = struct.pack(">HBB3I", 0, 8, 3, count, 28, 28) + random.bytes(count * 784)
+        labels = struct.pack(">HBBI", 0, 8, 1, count) + random.integers(0, 10, count, dtype=np.uint8).tobytes()
+        for what, content in (("images-idx3", images), ("labels-idx1", labels)):
+            path = directory / f"emnist-byclass-{part}-{what}-ubyte.gz"
+            path.write_bytes(gzip.compress(content, compresslevel=1))
+    return directory
+
+
+def start_packing(raw: Path, out: Path, *options: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pipeline.shard", "emnist", "--raw", raw, "--out", out, *options]
+    return subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(name: str, process: subprocess.Popen, staging: Path) -> None:
+    """Wait until a file or directory of a name appears in the staging directory, or the process ends."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None:
+        assert time.monotonic() < deadline, f"no {name} in {staging}"
+        if any(name in (*directories, *files) for _, directories, files in os.walk(staging)):
+            return
+        time.sleep(0.002)
+
+
+def status_after(signal_number: int, process: subprocess.Popen) -> int:
+    process.send_signal(signal_number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def seed_of_complete(out: Path) -> int:
+    """The seed of a pack, every byte of which was checked."""
+    assert is_packed_set(out)
+    checked = [check_part(out / part) for part in PARTS]
+    assert [faults for _, faults in checked] == [[], []]
+    assert [manifest.samples for manifest, _ in checked] == [IMAGES - 1000, 1000]
+    (seed,) = {manifest.seed for manifest, _ in checked}
+    return seed
+
+
+def assert_stands_alone(out: Path) -> None:
+    assert [entry.name for entry in out.parent.iterdir()] == [out.name]
+
+
+# What must have appeared before the kill, and the seconds after it: from the beginning of the work to its end.
+MOMENTS = [
+    ("lock", 0.0),
+    ("lock", 0.1),
+    ("train", 0.0),
+    ("shard-00000.tar", 0.0),
+    ("shard-00001.tar", 0.02),
+    ("shard-00001.idx", 0.0),
+    ("test", 0.0),
+    ("manifest.json", 0.0),
+]
+
+
+class TestKilledPacking:
+    def test_killed_again_and_again_the_pack_is_absent_or_complete(self, raw: Path, tmp_path: Path) -> None:
+        """Each run finds what the killed one before it left."""
+        out = tmp_path / "set"
+        statuses = []
+        for name, seconds in MOMENTS:
+            process = start_packing(raw, out)
+            wait_for(name, process, staging_directory(out))
+            time.sleep(seconds)
+            statuses.append(status_after(signal.SIGKILL, process))
+            if out.exists():
+                assert seed_of_complete(out) == 0
+        assert statuses.count(-signal.SIGKILL) >= 6
+        process = run_module("pipeline.shard", "emnist", "--raw", raw, "--out", out)
+        assert process.returncode == 0, process.stderr
+        assert seed_of_complete(out) == 0
+        assert_stands_alone(out)
+
+    def test_killed_while_replacing_a_pack_the_old_or_the_new_one_stands(self, raw: Path, tmp_path: Path) -> None:
+        """Every run has a seed of its own, by which the pack that stands is known."""
+        out = tmp_path / "set"
+        process = run_module("pipeline.shard", "emnist", "--raw", raw, "--out", out)
+        assert process.returncode == 0, process.stderr
+        standing = 0
+        statuses = []
+        for seed, (name, seconds) in enumerate([*MOMENTS, ("old", 0.0)], start=1):
+            process = start_packing(raw, out, "--force", "--seed", seed)
+            wait_for(name, process, staging_directory(out))
+            time.sleep(seconds)
+            statuses.append(status_after(signal.SIGKILL, process))
+            if out.exists():
+                found = seed_of_complete(out)
+                assert found in (standing, seed)
+                standing = found
+            else:
+                assert seed_of_complete(staging_directory(out) / "old") == standing
+        assert statuses.count(-signal.SIGKILL) >= 6
+        process = run_module("pipeline.shard", "emnist", "--raw", raw, "--out", out, "--seed", standing)
+        assert process.returncode == 0, process.stderr
+        assert "already packed" in process.stdout
+        assert seed_of_complete(out) == standing
+        assert_stands_alone(out)
+
+    @pytest.mark.parametrize("name", ["lock", "shard-00001.tar", "test"])
+    def test_terminated_it_leaves_nothing(self, raw: Path, tmp_path: Path, name: str) -> None:
+        out = tmp_path / "set"
+        process = start_packing(raw, out)
+        wait_for(name, process, staging_directory(out))
+        assert status_after(signal.SIGTERM, process) == 128 + signal.SIGTERM
+        assert list(tmp_path.iterdir()) == []
+
+    def test_terminated_while_replacing_a_pack_it_leaves_the_old(
+        self, made_up_set: Path, raw: Path, tmp_path: Path
+    ) -> None:
+        out = Path(shutil.copytree(made_up_set, tmp_path / "set"))
+        before = (out / "train" / "manifest.json").read_bytes()
+        process = start_packing(raw, out, "--force")
+        wait_for("shard-00000.tar", process, staging_directory(out))
+        assert status_after(signal.SIGTERM, process) == 128 + signal.SIGTERM
+        assert (out / "train" / "manifest.json").read_bytes() == before
+        assert_stands_alone(out)
+
+    def test_a_second_process_is_refused_and_the_first_one_ends_well(self, raw: Path, tmp_path: Path) -> None:
+        out = tmp_path / "set"
+        first = start_packing(raw, out)
+        wait_for("shard-00000.tar", first, staging_directory(out))
+        first.send_signal(signal.SIGSTOP)
+        try:
+            second = run_module("pipeline.shard", "emnist", "--raw", raw, "--out", out)
+        finally:
+            first.send_signal(signal.SIGCONT)
+        assert_user_error(second, "another process that is writing", str(out))
+        _, errors = first.communicate(timeout=60)
+        assert first.returncode == 0, errors
+        assert seed_of_complete(out) == 0
+        assert_stands_alone(out)
+
+
+class TestFailedPacking:
+    def test_raw_files_that_cannot_be_read_leave_the_old_pack(self, made_up_set: Path, tmp_path: Path) -> None:
+        out = Path(shutil.copytree(made_up_set, tmp_path / "set"))
+        before = (out / "train" / "manifest.json").read_bytes()
+        with pytest.raises(Interrupted):
+            pack(fail, out, dataset="made-up", split="", block_size=64, seed=1, force=True)
+        assert (out / "train" / "manifest.json").read_bytes() == before
+        assert_stands_alone(out)
+
+    def test_images_that_cannot_be_read_leave_nothing(self, tmp_path: Path) -> None:
+        """The failure happens in a thread that writes a shard."""
+        parts = tuple(dataclasses.replace(part, read=fail) for part in made_up_parts())
+        with pytest.raises(Interrupted):
+            pack_parts(parts, tmp_path / "set")
+        assert list(tmp_path.iterdir()) == []
+
+
+def fail(*_: object) -> NoReturn:
+    raise Interrupted

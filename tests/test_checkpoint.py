@@ -1,0 +1,148 @@
+"""A checkpoint is whole or not there, runs no code, and is resumed only by what it fits."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+from shards import UserError
+from trainer import checkpoint
+from trainer.config import Config, load
+
+CLASSES = ("a", "b", "c")
+BYCLASS = ROOT / "configs" / "byclass.yaml"
+
+
+def state_of(config: Config, **changes: Any) -> dict[str, Any]:
+    state = {
+        "classes": list(CLASSES),
+        "data": "digest",
+        "recipe": config.recipe(),
+        "model": {"weight": torch.arange(1000.0)},
+        "history": [{"epoch": 1, "lr": 1e-4, "validation": None}],
+        "best": 0.5,
+    }
+    return state | changes
+
+
+@pytest.fixture
+def config() -> Config:
+    return load(BYCLASS, [])
+
+
+def refusal(state: dict[str, Any], config: Config, classes: tuple[str, ...] = CLASSES, data: str = "digest"):
+    with pytest.raises(UserError) as caught:
+        checkpoint.check_fits(state, config, classes, data, Path("runs/x/last.pt"))
+    return caught.value
+
+
+def test_comes_back_as_it_was_saved(tmp_path: Path, config: Config) -> None:
+    path = tmp_path / checkpoint.LAST
+    state = state_of(config)
+    checkpoint.save(path, state)
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded["model"].pop("weight"), state["model"].pop("weight"))
+    assert loaded == state
+    assert [entry.name for entry in tmp_path.iterdir()] == [checkpoint.LAST]
+
+
+def test_a_missing_checkpoint_is_the_users_to_know_of(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint") as caught:
+        checkpoint.load(tmp_path / "none.pt")
+    assert "resume=auto" in caught.value.hint
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999])
+def test_a_cut_checkpoint_is_refused(tmp_path: Path, config: Config, share: float) -> None:
+    path = tmp_path / checkpoint.LAST
+    checkpoint.save(path, state_of(config))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        checkpoint.load(path)
+    assert str(path) in caught.value.found
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.LAST
+    torch.save({"model": Trap(tmp_path / "trapped")}, path)
+    with pytest.raises(UserError):
+        checkpoint.load(path)
+    assert not (tmp_path / "trapped").exists()
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.LAST
+    checkpoint.save(path, {"epoch": 1})
+    with pytest.raises((TypeError, AttributeError)):
+        checkpoint.save(path, {"epoch": 2, "weights": torch.zeros(10_000), "never": (number for number in ())})
+    assert checkpoint.load(path) == {"epoch": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == [checkpoint.LAST]
+
+
+def test_what_fits_is_accepted_wherever_it_lies_and_runs(config: Config) -> None:
+    elsewhere = load(BYCLASS, ["data.shards=x", "run.dir=y", "device=cpu", "resume=auto", "loader.backend=torch"])
+    checkpoint.check_fits(state_of(config), elsewhere, CLASSES, "digest", Path("last.pt"))
+
+
+def test_another_number_of_classes_is_refused(config: Config) -> None:
+    error = refusal(state_of(config), config, classes=("a", "b"))
+    assert "2 classes" in error.found and str(config.data.shards) in error.found
+    assert "3 classes" in error.expected
+    assert "run.dir" in error.hint
+
+
+def test_other_classes_or_another_order_of_them_are_refused(config: Config) -> None:
+    refusal(state_of(config), config, classes=("a", "c", "b"))
+
+
+def test_another_pack_is_refused(config: Config) -> None:
+    error = refusal(state_of(config), config, data="another digest")
+    assert f"data.shards={config.data.shards}" in error.found
+    assert "same pack" in error.expected
+
+
+def test_another_recipe_is_refused_with_the_settings_that_differ(config: Config) -> None:
+    now = load(BYCLASS, ["optim.lr=1e-5", "trainer.epochs=20"])
+    error = refusal(state_of(config), now)
+    assert "optim.lr=1e-05" in error.found and "trainer.epochs=20" in error.found
+    assert "optim.lr=0.0003" in error.expected and "trainer.epochs=13" in error.expected
+    assert "optim.weight_decay" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.lr=1e-5",
+        "optim.clip_norm=null",
+        "model.head_hidden=null",
+        "trainer.channels_last=false",
+        "model.pretrained=false",
+        "model.drop_rate=0.125",
+        "optim.name=adamw",
+        "model.weights=my weights.pth",
+        "schedule.min_lr=1e-12",
+    ],
+)
+@pytest.mark.parametrize("reverse", [False, True], ids=["changed now", "changed then"])
+def test_the_overrides_of_the_hint_are_those_that_make_it_fit(override: str, reverse: bool) -> None:
+    then, now = [override] if reverse else [], [] if reverse else [override]
+    state = state_of(load(BYCLASS, then))
+    hint = refusal(state, load(BYCLASS, now)).hint
+    command = hint.removeprefix("add ").partition(" to the command")[0]
+    checkpoint.check_fits(state, load(BYCLASS, [*now, *shlex.split(command)]), CLASSES, "digest", Path("last.pt"))

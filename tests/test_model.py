@@ -1,0 +1,211 @@
+"""Models by name, with the channels, classes, head and first weights that the settings ask for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from shards import UserError
+from trainer import model as model_module
+from trainer.config import Model
+from trainer.model import SMALL_CNN, load_weights, make_average, make_model
+
+TINY = "test_efficientnet"  # 0.4 M parameters
+CLASSES = 7
+
+
+def output(model: nn.Module, channels: int, size: int) -> torch.Tensor:
+    return model.eval()(torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(0)))
+
+
+def dropouts(model: nn.Module) -> list[float]:
+    return [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+
+
+def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published weights cannot be fetched, whether there is a network here or not; all else is timm's."""
+    create = timm.create_model
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("We couldn't connect to the hub\nmore about that")
+
+    def create_model(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+        return refuse() if pretrained else create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(model_module.timm, "create_model", create_model)
+    monkeypatch.setattr(model_module.socket, "create_connection", refuse)
+
+
+@pytest.mark.parametrize("hidden", [None, 11])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [8, 20, 28, 56])
+def test_the_small_network_takes_images_of_any_size(size: int, channels: int, hidden: int | None) -> None:
+    model = make_model(Model(name=SMALL_CNN, head_hidden=hidden), channels, CLASSES)
+    assert output(model, channels, size).shape == (3, CLASSES)
+
+
+def test_the_small_network_is_the_one_described() -> None:
+    model = make_model(Model(name=SMALL_CNN, drop_rate=0.4), 1, 10)
+    assert [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)] == [32, 64, 128]
+    assert [layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)] == [128, 10]
+    assert dropouts(model) == [0.4]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_timm_model_by_name(channels: int) -> None:
+    model = make_model(Model(name=TINY, drop_rate=0.25, drop_path_rate=0.5), channels, CLASSES)
+    assert output(model, channels, 32).shape == (3, CLASSES)
+    assert model.drop_rate == 0.25
+    assert max(getattr(module, "drop_prob", 0) or 0 for module in model.modules()) > 0
+
+
+@pytest.mark.parametrize("name", [SMALL_CNN, TINY])
+def test_a_hidden_layer_stands_between_features_and_classes(name: str) -> None:
+    model = make_model(Model(name=name, head_hidden=11, drop_rate=0.25), 1, CLASSES)
+    assert output(model, 1, 32).shape == (3, CLASSES)
+    dropout, hidden, activation, classifier = model.head
+    assert (hidden.in_features, hidden.out_features) == (output(model.backbone, 1, 32).shape[1], 11)
+    assert isinstance(activation, nn.ReLU)
+    assert (classifier.in_features, classifier.out_features) == (11, CLASSES)
+    assert dropout.p == 0.25
+    assert getattr(model.backbone, "drop_rate", 0.0) == 0.0, "dropout stands in one place"
+
+
+def test_an_unknown_name_suggests_one() -> None:
+    for name, meant in (("efficientnet_b22", "efficientnet_b2"), ("three_block_cn", SMALL_CNN)):
+        with pytest.raises(UserError) as caught:
+            make_model(Model(name=name), 1, CLASSES)
+        assert caught.value.found == f"model.name={name}"
+        assert meant in caught.value.hint
+    with pytest.raises(UserError, match="list_models"):
+        make_model(Model(name="???"), 1, CLASSES)
+
+
+def test_published_weights_that_must_be_had_and_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_network(monkeypatch)
+    with pytest.raises(UserError) as caught:
+        make_model(Model(name=TINY, pretrained=True), 1, CLASSES)
+    assert "We couldn't connect to the hub" in caught.value.found
+    assert "more about that" not in caught.value.found
+    assert "model.weights=FILE" in caught.value.hint
+
+
+def test_published_weights_that_may_be_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_network(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        model = make_model(Model(name=TINY, pretrained="auto"), 1, CLASSES)
+    assert output(model, 1, 32).shape == (3, CLASSES)
+    assert "beginning with random ones" in caplog.text
+    assert TINY in caplog.text
+
+
+def test_published_weights_are_asked_for_only_where_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    without_network(monkeypatch)
+    path = tmp_path / "weights.pth"
+    torch.save(make_model(Model(name=TINY), 1, CLASSES).state_dict(), path)
+    make_model(Model(name=TINY, pretrained="auto", weights=path), 1, CLASSES)
+    assert caplog.text == ""
+
+
+def test_published_weights_in_the_cache_are_taken_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A stem for gray images is the sum of the published one over its three channels."""
+    published = timm.create_model(TINY)
+    path = tmp_path / "model.safetensors"
+    save_file(published.state_dict(), path)
+    monkeypatch.setattr(model_module.huggingface_hub, "try_to_load_from_cache", lambda repository, name: str(path))
+    monkeypatch.setattr(model_module.socket, "create_connection", None)
+    model = make_model(Model(name=TINY, pretrained=True), 1, CLASSES)
+    assert torch.allclose(model.conv_stem.weight, published.conv_stem.weight.sum(dim=1, keepdim=True), atol=1e-6)
+    assert torch.equal(model.conv_head.weight, published.conv_head.weight)
+    assert output(model, 1, 32).shape == (3, CLASSES)
+
+
+def test_a_model_that_was_never_published_has_no_weights_to_begin_with() -> None:
+    with pytest.raises(UserError, match="there are none"):
+        make_model(Model(name="efficientnet_b6", pretrained=True), 1, CLASSES)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "best.pt"])
+def test_begins_with_the_weights_of_a_file(tmp_path: Path, name: str) -> None:
+    trained = make_model(Model(name=SMALL_CNN), 1, CLASSES)
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        save_file(trained.state_dict(), path)
+    else:
+        torch.save({"model": trained.state_dict(), "epoch": 3} if path.suffix == ".pt" else trained.state_dict(), path)
+    begun = make_model(Model(name=SMALL_CNN, weights=path), 1, CLASSES)
+    assert torch.equal(output(begun, 1, 28), output(trained, 1, 28))
+    assert not torch.equal(output(make_model(Model(name=SMALL_CNN), 1, CLASSES), 1, 28), output(trained, 1, 28))
+
+
+def test_weights_of_another_model_or_number_of_classes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(make_model(Model(name=SMALL_CNN), 1, CLASSES + 1).state_dict(), path)
+    for settings in (Model(name=SMALL_CNN, weights=path), Model(name=TINY, weights=path)):
+        with pytest.raises(UserError, match="do not fit") as caught:
+            make_model(settings, 1, CLASSES)
+        assert str(path) in caught.value.found
+        assert "\n" not in caught.value.found
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 cut"], ids=["empty", "text", "cut"])
+def test_what_is_no_file_of_weights_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_weights(nn.Linear(1, 1), path)
+    assert str(path) in caught.value.found
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_missing_file_of_weights_is_said_to_be_missing(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(UserError, match="no file"):
+        load_weights(nn.Linear(1, 1), tmp_path / f"none{suffix}")
+
+
+def test_weights_are_read_without_running_code(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"model": Trap(tmp_path / "trapped")}, path)
+    with pytest.raises(UserError):
+        load_weights(nn.Linear(1, 1), path)
+    assert not (tmp_path / "trapped").exists()
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_the_average_follows_fast_at_first_and_slowly_later() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average = make_average(model, decay=0.99)
+    nn.init.ones_(model.weight)
+    kept = []
+    for update in range(1, 2001):
+        nn.init.zeros_(average.module.weight)
+        average.update(model, step=update)
+        kept.append(1 - float(average.module.weight.detach()))
+    assert kept[0] == 0, "the first update takes the model's weights whole"
+    assert kept[5] < 0.8
+    assert kept == sorted(kept)
+    assert kept[-1] == pytest.approx(0.99)

@@ -1,0 +1,250 @@
+"""`python -m pipeline.shard` as a user meets it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_user_error, run_module
+
+from pipeline import shard
+from shards import Manifest, UserError, open_part
+from shards.errors import run_command
+from shards.verify import check_part
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command in this process, through the same `run_command` as a process of its own."""
+    monkeypatch.setattr(sys, "argv", ["pipeline.shard", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run_command(shard.main)
+    return ended.value.code
+
+
+class Command:
+    """The command in this process, and what it printed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> subprocess.CompletedProcess:
+        self._capsys.readouterr()
+        status = run_here(self._monkeypatch, *arguments)
+        output = self._capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, status, output.out, output.err)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Command:
+    return Command(monkeypatch, capsys)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of change and content of everything below a directory."""
+    return {
+        str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in directory.rglob("*")
+    }
+
+
+class TestByProcess:
+    def test_packs_then_finds_it_packed_and_touches_nothing(self, tmp_path: Path) -> None:
+        """Into the default place, below the directory in which the command is run."""
+        first = run_module("pipeline.shard", "digits", cwd=tmp_path)
+        assert first.returncode == 0, first.stderr
+        assert re.search(r"digits: packed 1,797 images in .* images/s\)", first.stdout)
+        out = tmp_path / "data" / "shards" / "digits"
+        assert [entry.name for entry in out.parent.iterdir()] == ["digits"]
+        for part, samples in (("train", 1438), ("test", 359)):
+            manifest, faults = check_part(out / part)
+            assert (faults, manifest.samples, manifest.dataset, manifest.split) == ([], samples, "digits", "")
+            assert re.search(rf"{part} +{samples:,} images of 10 classes in 1 shards", first.stdout)
+
+        before = snapshot(tmp_path)
+        second = run_module("pipeline.shard", "digits", cwd=tmp_path)
+        assert second.returncode == 0, second.stderr
+        assert "already packed" in second.stdout
+        assert snapshot(tmp_path) == before
+
+    def test_a_mistake_ends_in_one_message(self, tmp_path: Path) -> None:
+        process = run_module("pipeline.shard", "minst", "--out", tmp_path / "out")
+        assert_user_error(process, "'minst'", "digits, emnist, mnist")
+        assert len(process.stderr.splitlines()) == 3
+        assert process.stdout == ""
+        assert list(tmp_path.iterdir()) == []
+
+    def test_help_loads_neither_torch_nor_dali(self) -> None:
+        code = """
+import runpy, sys
+sys.argv = ["pipeline.shard", "--help"]
+try:
+    runpy.run_module("pipeline.shard", run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code
+print("LOADED", *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+        process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert process.returncode == 0, process.stderr
+        text, _, loaded = process.stdout.rpartition("LOADED")
+        for words in ("--split", "--raw", "--out", "--block-size", "--seed", "--dry-run", "--force", "emnist:"):
+            assert words in text
+        assert {"pipeline", "shards", "numpy"} <= set(loaded.split())
+        assert not {"torch", "torchvision", "timm", "nvidia", "sklearn", "wandb"} & set(loaded.split())
+
+
+@pytest.fixture
+def out(command: Command, tmp_path: Path) -> Path:
+    """A pack of the digits with seed 0, to be changed."""
+    out = tmp_path / "packs" / "digits"
+    assert command("digits", "--out", out).returncode == 0
+    return out
+
+
+class TestExistingPack:
+    @pytest.mark.parametrize(
+        "option, value, found", [("--seed", 7, "with seed 0"), ("--block-size", 64, "with block size 512")]
+    )
+    def test_other_settings_are_refused_unless_forced(
+        self, command: Command, out: Path, option: str, value: int, found: str
+    ) -> None:
+        before = snapshot(out)
+        assert_user_error(command("digits", "--out", out, option, value), str(out), found, "--force")
+        assert snapshot(out) == before
+
+        assert command("digits", "--out", out, option, value, "--force").returncode == 0
+        manifest, faults = check_part(out / "train")
+        assert faults == []
+        assert value in (manifest.seed, manifest.block_size)
+        assert [entry.name for entry in out.parent.iterdir()] == ["digits"]
+
+    def test_force_packs_again_even_with_the_same_settings(self, command: Command, out: Path) -> None:
+        """The bytes are the same, the files are new."""
+        shard_path = out / "train" / "shard-00000.tar"
+        before = shard_path.stat().st_ino, shard_path.read_bytes()
+        with open(shard_path, "rb"):  # keeps the inode's number from being used again
+            assert "packed 1,797 images" in command("digits", "--out", out, "--force").stdout
+            assert shard_path.stat().st_ino != before[0]
+        assert shard_path.read_bytes() == before[1]
+
+    def test_another_data_set_is_refused(self, command: Command, out: Path, tmp_path: Path) -> None:
+        process = command("mnist", "--out", out, "--raw", tmp_path / "none")
+        assert_user_error(process, str(out), "data set 'digits'", "--force")
+        assert not (tmp_path / "none").exists()
+
+    def test_an_open_store_outlives_the_replacement_of_its_pack(self, command: Command, out: Path) -> None:
+        store = open_part(out, "train")
+        rows = store.rows.tolist()
+        assert command("digits", "--out", out, "--seed", 1, "--force").returncode == 0
+        assert store.rows.tolist() == rows
+        assert open_part(out, "train").rows.tolist() != rows
+
+    def test_a_pack_without_one_manifest_is_not_taken_for_complete(self, command: Command, out: Path) -> None:
+        (out / "test" / "manifest.json").unlink()
+        with pytest.raises(UserError):
+            open_part(out, "test")
+        assert_user_error(command("digits", "--out", out), str(out), "not a complete pack")
+        assert_user_error(command("digits", "--out", out, "--force"), str(out), "not a complete pack")
+
+
+class TestOut:
+    def test_an_empty_directory_is_filled(self, command: Command, tmp_path: Path) -> None:
+        out = tmp_path / "empty"
+        out.mkdir()
+        assert command("digits", "--out", out).returncode == 0
+        assert Manifest.read(out / "train").samples == 1438
+
+    @pytest.mark.parametrize("options", [(), ("--force",)])
+    def test_a_directory_of_something_else_is_refused(
+        self, command: Command, tmp_path: Path, options: tuple[str, ...]
+    ) -> None:
+        out = tmp_path / "thesis"
+        out.mkdir()
+        (out / "chapter.tex").write_text("two years of work")
+        process = command("digits", "--out", out, *options)
+        assert_user_error(process, str(out), "not a complete pack", "choose another --out")
+        assert snapshot(tmp_path).keys() == {"thesis", "thesis/chapter.tex"}
+
+    @pytest.mark.parametrize("options", [(), ("--force",)])
+    def test_a_file_is_refused(self, command: Command, tmp_path: Path, options: tuple[str, ...]) -> None:
+        out = tmp_path / "file"
+        out.write_text("text")
+        assert_user_error(command("digits", "--out", out, *options), str(out))
+        assert out.read_text() == "text"
+
+    def test_below_a_file_is_refused(self, command: Command, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("text")
+        assert_user_error(command("digits", "--out", tmp_path / "file" / "set"), str(tmp_path / "file"))
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="no place that refuses root as well")
+    @pytest.mark.parametrize("options", [(), ("--force",), ("--dry-run",)])
+    @pytest.mark.parametrize("out", ["/proc/none", "/proc/none/deeper/set", "/proc", "/"])
+    def test_a_place_where_nobody_may_write_is_refused(
+        self, command: Command, out: str, options: tuple[str, ...]
+    ) -> None:
+        process = command("digits", "--out", out, *options)
+        if options == ("--dry-run",) and "none" in out:
+            assert process.returncode == 0
+        else:
+            assert_user_error(process, f"found {Path(out).parent}" if "deeper" in out else f"found {out}")
+
+
+class TestDryRun:
+    def test_writes_nothing(self, command: Command, tmp_path: Path) -> None:
+        process = command("emnist", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--dry-run")
+        assert process.returncode == 0
+        assert "would download https://" in process.stdout
+        assert f"would write {tmp_path}/out/train" in process.stdout
+        assert list(tmp_path.iterdir()) == []
+
+    def test_says_that_a_complete_pack_would_be_left_alone(self, command: Command, out: Path) -> None:
+        before = snapshot(out)
+        process = command("digits", "--out", out, "--dry-run")
+        assert (process.returncode, process.stdout) == (0, "digits: would leave the complete pack alone\n")
+        forced = command("digits", "--out", out, "--dry-run", "--force")
+        assert f"would write {out}/train" in forced.stdout
+        assert snapshot(out) == before
+
+    def test_refuses_what_the_run_would_refuse(self, command: Command, out: Path) -> None:
+        assert_user_error(command("digits", "--out", out, "--seed", 1, "--dry-run"), "with seed 0", "--force")
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        "arguments, words",
+        [
+            (("emnist", "--split", "byclas"), ("'byclas'", "byclass, bymerge, balanced", "--split byclass")),
+            (("digits", "--split", "train"), ("'train'", "no --split: digits has none")),
+            (("digits", "--block-size", 0), ("--block-size 0", "1 ..")),
+            (("digits", "--block-size", -512), ("--block-size -512",)),
+            (("digits", "--block-size", 2**21), ("--block-size 2097152",)),
+            (("digits", "--seed", -1), ("--seed -1", "0 ..")),
+            (("digits", "--seed", 2**63), (f"--seed {2**63}",)),
+        ],
+    )
+    def test_a_wrong_one_is_named(
+        self, command: Command, tmp_path: Path, arguments: tuple[object, ...], words: tuple[str, ...]
+    ) -> None:
+        assert_user_error(command(*arguments, "--out", tmp_path / "out", "--raw", tmp_path / "raw"), *words)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_raw_that_is_a_file_is_named(self, command: Command, tmp_path: Path) -> None:
+        archive = tmp_path / "gzip.zip"
+        archive.write_bytes(b"PK")
+        process = command("emnist", "--raw", archive, "--out", tmp_path / "out")
+        assert_user_error(process, str(archive), "a directory", f"--raw {tmp_path}")
+
+    @pytest.mark.parametrize("arguments", [("digits", "--block-size", "many"), ("digits", "--blocksize", "5"), ()])
+    def test_what_cannot_be_parsed_shows_the_usage(self, command: Command, arguments: tuple[str, ...]) -> None:
+        process = command(*arguments)
+        assert process.returncode == 2
+        assert process.stderr.startswith("usage: python -m pipeline.shard")
+
+    def test_the_largest_seed_and_the_smallest_block_work(self, command: Command, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        assert command("digits", "--out", out, "--seed", 2**63 - 1, "--block-size", 1).returncode == 0
+        manifest, faults = check_part(out / "test")
+        assert (faults, manifest.seed, len(manifest.shards[0].blocks_crc32)) == ([], 2**63 - 1, 359)
