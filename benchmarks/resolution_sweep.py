@@ -37,6 +37,7 @@ from trainer.data import open_data
 from trainer.distributed import join
 from trainer.environment import environment
 from trainer.run_directory import RunDirectory
+from trainer.training import make_training
 
 DEFAULT_OUT = Path("benchmarks/out")
 PACKED_EMNIST = Path("data/shards/emnist-byclass")
@@ -66,7 +67,7 @@ def measure(shards: Path, resolution: int, subset: float, epochs: int, model: st
             return images
 
         loader = rates({"loader": load}, runs=LOADER_RUNS)["loader"]
-        training = engine.make_training(settings, data, world)
+        training = make_training(settings, data, world)
         directory = RunDirectory(Path(run))
         directory.begin(settings, {})
         start = time.perf_counter()

@@ -123,7 +123,7 @@ def test_modules_stay_small() -> None:
 
 def test_global_generators_are_seeded_in_one_place() -> None:
     found = {name_of(path) for path in MODULES if GLOBAL_SEEDS & set(calls(path))}
-    assert found == {"trainer/engine.py"}
+    assert found == {"trainer/randomness.py"}
 
 
 def test_nothing_draws_from_numpys_or_pythons_global_generator() -> None:

@@ -12,7 +12,8 @@ from conftest import ROOT
 
 from shards import UserError
 from trainer import checkpoint
-from trainer.config import Config, load
+from trainer.config import load
+from trainer.settings import Config
 
 CLASSES = ("a", "b", "c")
 BYCLASS = ROOT / "configs" / "byclass.yaml"

@@ -9,7 +9,8 @@ import yaml
 from conftest import ROOT
 
 from shards import UserError
-from trainer.config import Config, load, settings
+from trainer.config import load, settings
+from trainer.settings import Config
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer.config import Loss
 from trainer.loss import class_weights, weighted_kl
 from trainer.mixing import soft_targets
+from trainer.settings import Loss
 
 BATCH, CLASSES = 7, 5
 

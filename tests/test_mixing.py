@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import Mixing
 from trainer.mixing import cut_box, mix, soft_targets
+from trainer.settings import Mixing
 
 MIXUP = Mixing(probability=1, mixup_alpha=0.4, cutmix_alpha=0)
 CUTMIX = Mixing(probability=1, mixup_alpha=0, cutmix_alpha=0.7)

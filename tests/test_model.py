@@ -14,8 +14,8 @@ from torch import nn
 
 from shards import UserError
 from trainer import model as model_module
-from trainer.config import Model
 from trainer.model import SMALL_CNN, load_weights, make_average, make_model
+from trainer.settings import Model
 
 TINY = "test_efficientnet"  # 0.4 M parameters
 CLASSES = 7

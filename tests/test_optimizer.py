@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from trainer.config import Config, Optim, load
+from trainer.config import load
 from trainer.optimizer import LearningRate, make_optimizer
+from trainer.settings import Config, Optim
 
 OPTIMIZERS = ("adam", "adamw", "lion", "sgd_lookahead")
 SCHEDULES = ("constant", "cosine", "warm_restarts", "one_cycle", "plateau")

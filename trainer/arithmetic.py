@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.config import Config, Trainer
+from trainer.settings import Config, Trainer
 
 
 def with_precision(config: Config, device: torch.device) -> Config:

@@ -10,7 +10,7 @@ import torch
 
 from shards.atomic import replace_file
 from shards.errors import UserError, first_line
-from trainer.config import Config
+from trainer.settings import Config
 
 LAST = "last.pt"
 BEST = "best.pt"

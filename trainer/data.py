@@ -16,8 +16,8 @@ from pipeline.partition import stratified
 from pipeline.statistics import cached
 from shards import Manifest, Store, UserError, open_part
 from shards.verify import check_hashes
-from trainer.config import Config
 from trainer.distributed import World
+from trainer.settings import Config
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,8 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,17 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.loader import Batch
 from trainer import checkpoint
 from trainer.arithmetic import autocast, memory_format
-from trainer.config import Config
-from trainer.data import TrainingData
-from trainer.distributed import StopVote, World
+from trainer.distributed import StopVote
 from trainer.evaluate import Evaluation, evaluate, model_of
-from trainer.loss import class_weights, weighted_kl
+from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
-from trainer.model import Average, make_average, make_model
-from trainer.optimizer import LearningRate, make_optimizer
 from trainer.progress import Progress, duration
+from trainer.randomness import seed_step
 from trainer.run_directory import RunDirectory
 from trainer.sinks import Sink
+from trainer.training import Totals, Training
 
 log = logging.getLogger(__name__)
 
@@ -41,132 +37,6 @@ class Stopped(Exception):
         self.signum = signum
         self.epoch = epoch
         self.step = step
-
-
-@dataclass
-class Totals:
-    """Sums over the training steps of an epoch (or of all epochs): loss over samples, samples, seconds."""
-
-    loss: float = 0.0
-    samples: int = 0
-    seconds: float = 0.0
-    wait_seconds: float = 0.0
-
-    def add(self, other: Totals) -> None:
-        self.loss += other.loss
-        self.samples += other.samples
-        self.seconds += other.seconds
-        self.wait_seconds += other.wait_seconds
-
-    @property
-    def images_per_second(self) -> float:
-        return self.samples / self.seconds if self.seconds else 0.0
-
-    @property
-    def wait_share(self) -> float:
-        return self.wait_seconds / self.seconds if self.seconds else 0.0
-
-
-@dataclass
-class Training:
-    """Everything that a run changes as it learns, and what it needs to do so."""
-
-    config: Config
-    world: World
-    data: TrainingData
-    model: nn.Module
-    """The network itself, as it is saved."""
-    forward: nn.Module
-    """What is called: the network, compiled and wrapped for several ranks if need be."""
-    average: Average | None
-    optimizer: torch.optim.Optimizer
-    learning_rate: LearningRate
-    class_weights: torch.Tensor
-    epoch: int = 0
-    step: int = 0
-    updates: int = 0
-    so_far: Totals = field(default_factory=Totals)
-    """Of the current epoch, before a stop."""
-    finished: Totals = field(default_factory=Totals)
-    """Of the epochs that are over; its loss means nothing."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: float = -1.0
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The weights that are judged and kept: the moving average where there is one."""
-        return self.average.module if self.average is not None else self.model
-
-    def state(self) -> dict[str, Any]:
-        """Everything that a later process needs to go on exactly here; tensors and plain values only."""
-        return {
-            **self._identity(),
-            "model": self.model.state_dict(),
-            "average": self.average.module.state_dict() if self.average is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "learning_rate": self.learning_rate.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "updates": self.updates,
-            "so_far": vars(self.so_far).copy(),
-            "finished": vars(self.finished).copy(),
-            "history": self.history,
-            "best": self.best,
-        }
-
-    def best_state(self) -> dict[str, Any]:
-        """What is needed to use the model: its weights, settings, classes and input statistics."""
-        return {
-            **self._identity(),
-            "model": self.evaluated.state_dict(),
-            "config": self.config.model_dump(mode="json"),
-            "epoch": self.epoch,
-            "image_shape": list(self.data.spec.image_shape),
-            "mean": list(self.data.spec.mean),
-            "std": list(self.data.spec.std),
-        }
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "classes": list(self.data.classes),
-            "data": self.data.digest,
-            "recipe": self.config.recipe(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.learning_rate.load_state_dict(state["learning_rate"])
-        self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
-        self.so_far, self.finished = Totals(**state["so_far"]), Totals(**state["finished"])
-        self.history, self.best = state["history"], state["best"]
-
-
-def make_training(config: Config, data: TrainingData, world: World) -> Training:
-    """Build the model and what trains it, with first weights that depend on the seed alone."""
-    # Layers are initialised, and dropout draws, from torch's global generator; they offer no other.
-    torch.manual_seed(config.seed)
-    model = make_model(config.model, data.spec.image_shape[2], len(data.classes))
-    model.to(world.device, memory_format=memory_format(config.trainer))
-    forward: nn.Module = torch.compile(model) if config.trainer.compile else model
-    if world.size > 1:
-        gpu = [world.device.index] if world.device.type == "cuda" else None
-        forward = DistributedDataParallel(forward, device_ids=gpu)
-    optimizer = make_optimizer(model, config.optim)
-    updates_per_epoch = -(-data.train.order.steps_per_epoch // config.optim.accumulation)
-    return Training(
-        config=config,
-        world=world,
-        data=data,
-        model=model,
-        forward=forward,
-        average=make_average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
-        optimizer=optimizer,
-        learning_rate=LearningRate(optimizer, config, updates_per_epoch),
-        class_weights=class_weights(data.counts, config.loss).to(world.device),
-    )
 
 
 def fit(training: Training, directory: RunDirectory, sinks: list[Sink]) -> Evaluation:
@@ -239,7 +109,7 @@ def train_step(training: Training, batch: Batch, window: int, updates: bool) -> 
     Returns this rank's loss, summed over its samples (a scalar on the device, without waiting for it).
     """
     config, world = training.config, training.world
-    mixing_draws = _seed_step(config.seed, training.epoch, batch.step, world.rank)
+    mixing_draws = seed_step(config.seed, training.epoch, batch.step, world.rank)
     targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
     images, targets = mix(batch.images, targets, config.mixing, mixing_draws)
     images = images.to(memory_format=memory_format(config.trainer))
@@ -264,15 +134,6 @@ def _update(training: Training) -> None:
     training.updates += 1
     if training.average is not None:
         training.average.update(training.model, step=training.updates)
-
-
-def _seed_step(seed: int, epoch: int, step: int, rank: int) -> np.random.Generator:
-    """Seed dropout for this step and rank, and return the draws for mixing, the same on every rank.
-
-    Randomness that depends on (seed, epoch, step) alone is what makes a resumed run exact without saving states.
-    """
-    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0]))
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, step))))
 
 
 @contextlib.contextmanager

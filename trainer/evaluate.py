@@ -29,11 +29,12 @@ from shards.errors import run_command
 from shards.manifest import MANIFEST_NAME
 from trainer.arithmetic import autocast, memory_format
 from trainer.checkpoint import BEST, load
-from trainer.config import Config, Trainer, validate
+from trainer.config import validate
 from trainer.data import EVALUATION_BATCH, evaluation_loader
 from trainer.distributed import World, join
 from trainer.metrics import Confusion
 from trainer.model import make_model
+from trainer.settings import Config, Trainer
 
 
 @dataclass(frozen=True)

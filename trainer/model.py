@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3 as Average
 from torch import nn
 
 from shards.errors import UserError, first_line
-from trainer.config import Model
+from trainer.settings import Model
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from trainer.config import Config, Optim, Schedule
+from trainer.settings import Config, Optim, Schedule
 
 _TIMM_NAMES = {"adam": "adam", "adamw": "adamw", "lion": "lion", "sgd_lookahead": "lookahead_sgd"}
 

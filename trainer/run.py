@@ -21,13 +21,14 @@ import numpy as np
 from shards.errors import USER_ERROR_STATUS, UserError, run_command
 from trainer import checkpoint, config, engine, report, run_directory
 from trainer.arithmetic import with_precision
-from trainer.config import Config
 from trainer.data import TrainingData, open_data
 from trainer.distributed import World, join
 from trainer.environment import environment
 from trainer.evaluate import Evaluation
 from trainer.run_directory import RunDirectory
+from trainer.settings import Config
 from trainer.sinks import open_sinks
+from trainer.training import Training, make_training
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,7 +74,7 @@ def run(settings: Config, data: TrainingData, world: World) -> int:
             print(f"{directory.path} is finished already")
             print_summary(directory.read_summary(), directory)
         return 0
-    training = engine.make_training(settings, data, world)
+    training = make_training(settings, data, world)
     sinks = []
     if state is not None:
         training.restore(state)
@@ -115,7 +116,7 @@ def run(settings: Config, data: TrainingData, world: World) -> int:
     return 0
 
 
-def summarise(training: engine.Training, evaluation: Evaluation, seconds: float) -> dict[str, Any]:
+def summarise(training: Training, evaluation: Evaluation, seconds: float) -> dict[str, Any]:
     """The figures of `summary.json`: of the test part, with those of the best epoch's validation beside them."""
     finished = training.finished
     judged = [record for record in training.history if "validation" in record]
@@ -137,7 +138,7 @@ def summarise(training: engine.Training, evaluation: Evaluation, seconds: float)
     }
 
 
-def print_head(training: engine.Training, directory: RunDirectory, resuming: bool) -> None:
+def print_head(training: Training, directory: RunDirectory, resuming: bool) -> None:
     data, settings = training.data, training.config
     validation = len(data.validation.order.samples) if data.validation else 0
     print(
@@ -172,7 +173,7 @@ def print_summary(summary: dict[str, Any], directory: RunDirectory) -> None:
 
 def dry_run(settings: Config, data: TrainingData, world: World) -> int:
     """Print what would run, take one step on real data, and stop; nothing is written but the statistics."""
-    training = engine.make_training(settings, data, world)
+    training = make_training(settings, data, world)
     if world.speaks:
         print(settings.to_yaml())
         order = data.train.order
@@ -212,7 +213,7 @@ def _last_checkpoint(directory: RunDirectory, settings: Config, data: TrainingDa
     return state
 
 
-def _parameters(training: engine.Training) -> int:
+def _parameters(training: Training) -> int:
     return sum(parameter.numel() for parameter in training.model.parameters())
 
 

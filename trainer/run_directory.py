@@ -10,7 +10,7 @@ from typing import Any
 from shards.atomic import make_directory, write_file
 from shards.errors import UserError
 from trainer import checkpoint
-from trainer.config import Config
+from trainer.settings import Config
 
 DEFAULT_ROOT = Path("runs")
 _CONFIG = "config.yaml"

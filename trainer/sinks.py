@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.config import Config
+from trainer.settings import Config
 
 
 class Sink(Protocol):

@@ -1,0 +1,231 @@
+"""All settings: typed, with a sentence each, and checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_all_defaults(cls, content: Any) -> Any:
+        """A section without settings (`mixing:`, all of it commented out) is None in YAML."""
+        return {} if content is None else content
+
+
+class Run(Section):
+    name: str = ""
+    """Name of the run, the configuration file's by default."""
+    dir: Path | None = None
+    """The run's own directory; by default runs/NAME/DATE_TIME."""
+
+
+class Data(Section):
+    shards: Path
+    """The packed set: the directory that holds its train and test parts."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the train part set aside, by class, for every choice. With 0 the last epoch is taken as the best."""
+    subset: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of what remains of the train part to train on, by class."""
+    resolution: Annotated[int, Field(ge=1, le=4096)] = 112
+    """Side in pixels of the model's square input."""
+    interpolation: Literal["linear", "cubic", "nearest"] = "linear"
+    """How images are resized."""
+    verify: bool = True
+    """Compare every shard with its hash before training (about a second for each gigabyte)."""
+
+
+class Loader(Section):
+    backend: Literal["auto", "dali", "torch"] = "auto"
+    """What turns bytes into model input; auto takes DALI with a GPU and torch without."""
+    batch_size: Annotated[int, Field(ge=1)] = 512
+    """Images of a global batch, over all ranks together."""
+
+
+class Model(Section):
+    name: str = "efficientnet_b2"
+    """A timm model, or three_block_cnn (32-64-128 channels, for small images and CPU-sized runs)."""
+    pretrained: bool | Literal["auto"] = False
+    """Begin with published weights; auto does so if they are at hand or can be fetched, and says so if not."""
+    weights: Path | None = None
+    """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run)."""
+    drop_rate: Share = 0.0
+    """Dropout before the classifier."""
+    drop_path_rate: Share = 0.0
+    """Stochastic depth: share of residual branches left out in the last block."""
+    head_hidden: Annotated[int, Field(ge=1)] | None = None
+    """Width of a hidden layer (with ReLU) between features and classes; null for none."""
+
+
+class Loss(Section):
+    class_weights: Literal["none", "inverse", "minmax", "effective"] = "none"
+    """Weights by class: inverse frequency, that scaled to 1 .. 2, or by effective number of samples."""
+    effective_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Beta of the effective number of samples, (1 - beta^n) / (1 - beta)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread evenly over all classes."""
+
+
+class Mixing(Section):
+    probability: Share = 0.0
+    """Share of batches that are mixed."""
+    mixup_alpha: Annotated[float, Field(ge=0)] = 0.2
+    """MixUp: parameter of the Beta distribution of the weight; 0 for none."""
+    cutmix_alpha: Annotated[float, Field(ge=0)] = 1.0
+    """CutMix: parameter of the Beta distribution of the area; 0 for none."""
+    switch_probability: Share = 0.5
+    """Share of mixed batches that take CutMix, where both are on."""
+
+
+class Optim(Section):
+    name: Literal["adam", "adamw", "lion", "sgd_lookahead"] = "adamw"
+    """Optimiser; sgd_lookahead is SGD with Nesterov momentum inside Lookahead."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate at its highest."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay, of weight matrices and kernels only (decoupled, except in adam and sgd_lookahead)."""
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Momentum of sgd_lookahead."""
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients are averaged for one update."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient; null for no clipping."""
+
+
+class Schedule(Section):
+    name: Literal["constant", "cosine", "warm_restarts", "one_cycle", "plateau"] = "cosine"
+    """How the learning rate goes: one cosine, cosines with restarts, one cycle, or down when validation stalls."""
+    unit: Literal["step", "epoch"] = "step"
+    """Whether it moves after every update or after every epoch."""
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs of linear warm-up."""
+    period: Annotated[float, Field(gt=0)] = 8.0
+    """warm_restarts: epochs to the first restart after the warm-up."""
+    multiplier: Annotated[int, Field(ge=1)] = 1
+    """warm_restarts: factor by which the period grows at every restart."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the trough."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """plateau: factor by which the learning rate falls."""
+    patience: Annotated[int, Field(ge=0)] = 2
+    """plateau: epochs without improvement before it falls."""
+
+
+class Trainer(Section):
+    epochs: Annotated[int, Field(ge=1)] = 15
+    """Passes over the training data."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the model: fp32, or bf16 where autocast finds it safe; auto is bf16 on devices made for it."""
+    channels_last: bool = True
+    """Keep images and kernels in the NHWC layout, which convolutions prefer."""
+    compile: bool = False
+    """Compile the model with torch.compile; the first steps then take minutes."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, which is then what is evaluated; null for none."""
+    select: Literal["accuracy", "macro_f1"] = "accuracy"
+    """Validation figure by which the best epoch is chosen, and that plateau watches."""
+
+
+class Logging(Section):
+    # YAML reads an unquoted off as false.
+    wandb: Annotated[Literal["off", "auto"], BeforeValidator(lambda value: "off" if value is False else value)] = "off"
+    """Weights & Biases beside metrics.jsonl: auto is online with an API key and offline without."""
+    wandb_project: str = "inkstream"
+    """Project in Weights & Biases."""
+
+
+class Config(Section):
+    """A complete recipe."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides the parts, the order, the mixing, the first weights and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU if there is one."""
+    resume: Literal["never", "auto"] = "never"
+    """auto continues run.dir (or the newest unfinished run of this name) from its last checkpoint, if there is one."""
+    run: Run = Run()
+    data: Data
+    loader: Loader = Loader()
+    model: Model = Model()
+    loss: Loss = Loss()
+    mixing: Mixing = Mixing()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    trainer: Trainer = Trainer()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Config:
+        if self.mixing.probability > 0 and self.mixing.mixup_alpha == 0 and self.mixing.cutmix_alpha == 0:
+            raise ValueError("mixing.probability is above 0, but mixup_alpha and cutmix_alpha are both 0")
+        if self.schedule.name == "plateau" and self.data.validation == 0:
+            raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
+        if self.schedule.warmup >= self.trainer.epochs and self.schedule.name in ("cosine", "warm_restarts"):
+            raise ValueError(f"schedule.warmup takes all {self.trainer.epochs} epochs (trainer.epochs)")
+        if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
+            raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
+        if self.model.name == "three_block_cnn" and self.data.resolution < 4:
+            raise ValueError(f"data.resolution={self.data.resolution}, and three_block_cnn halves its input twice")
+        if self.model.pretrained is True and self.model.weights is not None:
+            raise ValueError("model.pretrained and model.weights both say what to begin with")
+        return self
+
+    def without_effect(self) -> Iterator[str]:
+        """A line for each setting that was given and changes nothing."""
+        given = self.model_fields_set_by_section()
+        used_by = {
+            "schedule.warmup": ("constant", "cosine", "warm_restarts", "one_cycle"),
+            "schedule.period": ("warm_restarts",),
+            "schedule.multiplier": ("warm_restarts",),
+            "schedule.min_lr": ("cosine", "warm_restarts", "plateau"),
+            "schedule.factor": ("plateau",),
+            "schedule.patience": ("plateau",),
+        }
+        for setting, names in used_by.items():
+            if setting in given and self.schedule.name not in names:
+                yield f"{setting} has no effect with schedule.name={self.schedule.name}"
+        if "schedule.unit" in given and self.schedule.name == "plateau" and self.schedule.unit == "step":
+            yield "schedule.unit=step has no effect with schedule.name=plateau, which moves after an epoch"
+        if "optim.momentum" in given and self.optim.name != "sgd_lookahead":
+            yield f"optim.momentum has no effect with optim.name={self.optim.name}"
+        if "loss.effective_beta" in given and self.loss.class_weights != "effective":
+            yield f"loss.effective_beta has no effect with loss.class_weights={self.loss.class_weights}"
+        if self.mixing.probability == 0 and given & {"mixing.mixup_alpha", "mixing.cutmix_alpha"}:
+            yield "mixing.mixup_alpha and mixing.cutmix_alpha have no effect with mixing.probability=0"
+        if self.model.name == "three_block_cnn" and self.model.drop_path_rate > 0:
+            yield "model.drop_path_rate has no effect on three_block_cnn, which has no residual branches"
+
+    def model_fields_set_by_section(self) -> set[str]:
+        """Dotted names of the settings that were given, not left at their default."""
+        return {
+            f"{section}.{field}"
+            for section in type(self).model_fields
+            if isinstance(getattr(self, section), Section)
+            for field in getattr(self, section).model_fields_set
+        }
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the resulting weights, flat and by dotted name; a resumed run must agree in all of it."""
+        free = dict.fromkeys(("run", "resume", "logging", "device"), True)
+        content = self.model_dump(mode="json", exclude={**free, "data": {"shards", "verify"}, "loader": {"backend"}})
+        return dict(_flatten(content))
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

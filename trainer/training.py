@@ -1,0 +1,144 @@
+"""What a run changes as it learns: the model and what trains it, where it stands, and how that is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.arithmetic import memory_format
+from trainer.data import TrainingData
+from trainer.distributed import World
+from trainer.loss import class_weights
+from trainer.model import Average, make_average, make_model
+from trainer.optimizer import LearningRate, make_optimizer
+from trainer.randomness import seed_weights
+from trainer.settings import Config
+
+
+@dataclass
+class Totals:
+    """Sums over the training steps of an epoch (or of all epochs): loss over samples, samples, seconds."""
+
+    loss: float = 0.0
+    samples: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    def add(self, other: Totals) -> None:
+        self.loss += other.loss
+        self.samples += other.samples
+        self.seconds += other.seconds
+        self.wait_seconds += other.wait_seconds
+
+    @property
+    def images_per_second(self) -> float:
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def wait_share(self) -> float:
+        return self.wait_seconds / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Training:
+    """Everything that a run changes as it learns, and what it needs to do so."""
+
+    config: Config
+    world: World
+    data: TrainingData
+    model: nn.Module
+    """The network itself, as it is saved."""
+    forward: nn.Module
+    """What is called: the network, compiled and wrapped for several ranks if need be."""
+    average: Average | None
+    optimizer: torch.optim.Optimizer
+    learning_rate: LearningRate
+    class_weights: torch.Tensor
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    so_far: Totals = field(default_factory=Totals)
+    """Of the current epoch, before a stop."""
+    finished: Totals = field(default_factory=Totals)
+    """Of the epochs that are over; its loss means nothing."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: float = -1.0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are judged and kept: the moving average where there is one."""
+        return self.average.module if self.average is not None else self.model
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a later process needs to go on exactly here; tensors and plain values only."""
+        return {
+            **self._identity(),
+            "model": self.model.state_dict(),
+            "average": self.average.module.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "updates": self.updates,
+            "so_far": vars(self.so_far).copy(),
+            "finished": vars(self.finished).copy(),
+            "history": self.history,
+            "best": self.best,
+        }
+
+    def best_state(self) -> dict[str, Any]:
+        """What is needed to use the model: its weights, settings, classes and input statistics."""
+        return {
+            **self._identity(),
+            "model": self.evaluated.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+            "epoch": self.epoch,
+            "image_shape": list(self.data.spec.image_shape),
+            "mean": list(self.data.spec.mean),
+            "std": list(self.data.spec.std),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "classes": list(self.data.classes),
+            "data": self.data.digest,
+            "recipe": self.config.recipe(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.learning_rate.load_state_dict(state["learning_rate"])
+        self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
+        self.so_far, self.finished = Totals(**state["so_far"]), Totals(**state["finished"])
+        self.history, self.best = state["history"], state["best"]
+
+
+def make_training(config: Config, data: TrainingData, world: World) -> Training:
+    """Build the model and what trains it, with first weights that depend on the seed alone."""
+    seed_weights(config.seed)
+    model = make_model(config.model, data.spec.image_shape[2], len(data.classes))
+    model.to(world.device, memory_format=memory_format(config.trainer))
+    forward: nn.Module = torch.compile(model) if config.trainer.compile else model
+    if world.size > 1:
+        gpu = [world.device.index] if world.device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, device_ids=gpu)
+    optimizer = make_optimizer(model, config.optim)
+    updates_per_epoch = -(-data.train.order.steps_per_epoch // config.optim.accumulation)
+    return Training(
+        config=config,
+        world=world,
+        data=data,
+        model=model,
+        forward=forward,
+        average=make_average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
+        optimizer=optimizer,
+        learning_rate=LearningRate(optimizer, config, updates_per_epoch),
+        class_weights=class_weights(data.counts, config.loss).to(world.device),
+    )
