@@ -164,7 +164,8 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
         record["validation"] = judged.summary()
         figure = record["validation"][config.trainer.select]
     training.learning_rate.after_epoch(figure)
-    is_best = figure > training.best
+    # Of equals the later one, which has learned longer.
+    is_best = figure >= training.best
     training.best = max(figure, training.best)
     training.epoch += 1
     training.step = 0

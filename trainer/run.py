@@ -121,7 +121,7 @@ def summarise(training: Training, evaluation: Evaluation, seconds: float) -> dic
     finished = training.finished
     judged = [record for record in training.history if "validation" in record]
     select = training.config.trainer.select
-    best = max(judged, key=lambda record: record["validation"][select], default=training.history[-1])
+    best = max(reversed(judged), key=lambda record: record["validation"][select], default=training.history[-1])
     return {
         **evaluation.summary(),
         "epochs": training.epoch,
