@@ -14,6 +14,7 @@ import contextlib
 import io
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.harness import in_process, rates, size, table, write_lines
+from pipeline.graph import make_graph
 from pipeline.pack import pack
 from pipeline.sources import find_source
 from shards import Manifest, UserError, open_part
@@ -33,7 +35,7 @@ from shards.manifest import is_packed_set
 from trainer import engine
 from trainer.arithmetic import with_precision
 from trainer.config import validate
-from trainer.data import open_data
+from trainer.data import evaluation_loader, open_data
 from trainer.distributed import join
 from trainer.environment import environment
 from trainer.run_directory import RunDirectory
@@ -44,6 +46,7 @@ PACKED_EMNIST = Path("data/shards/emnist-byclass")
 PACKED_DIGITS = Path("data/shards/digits")
 RESOLUTIONS = (28, 56, 112)
 TRAINING_IMAGES = 2_000
+TEST_IMAGES = 10_000  # of a larger test part the first in packed order, which is random
 EPOCHS = 5
 LOADER_RUNS = 5
 LOADER_IMAGES = 8_192  # of one run, in as many passes over the training part as that takes
@@ -55,6 +58,9 @@ def measure(shards: Path, resolution: int, subset: float, epochs: int, model: st
     with join("auto") as world, tempfile.TemporaryDirectory() as run:
         settings = with_precision(settings, world.device)
         data = open_data(settings, world)
+        test_samples = data.test.order.samples[:TEST_IMAGES]
+        graph = make_graph(data.spec, data.backend, world.device, settings.loader.batch_size)
+        data = replace(data, test=evaluation_loader(data.test_store, test_samples, graph, settings, world))
         passes = max(1, LOADER_IMAGES // len(data.train.order.samples))
 
         def load() -> int:

@@ -21,8 +21,7 @@ from trainer.settings import Config
 
 log = logging.getLogger(__name__)
 
-# Evaluation batches do not depend on the number of ranks, so that predictions are the same to the last bit.
-EVALUATION_BATCH = 512
+_MOST_IN_EVALUATION = 512  # images of an evaluation batch
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def open_data(config: Config, world: World) -> TrainingData:
     statistics = cached(train_store, directory / "train", spec, backend, world.device) if world.speaks else None
     statistics = world.share(statistics)
     spec = spec.normalised(statistics.mean, statistics.std)
-    graph = make_graph(spec, backend, world.device, max(config.loader.batch_size, EVALUATION_BATCH))
+    graph = make_graph(spec, backend, world.device, config.loader.batch_size)
 
     ranks = {"rank": world.rank, "world_size": world.size}
     train_order = TrainingOrder(train, config.loader.batch_size, config.seed)
@@ -81,8 +80,8 @@ def open_data(config: Config, world: World) -> TrainingData:
         backend_reason=reason,
         counts=np.bincount(train_store.labels[train], minlength=len(train_store.manifest.classes)),
         train=Loader(train_store, train_order, graph, world.device, **ranks),
-        validation=evaluation_loader(train_store, validation, graph, world) if len(validation) else None,
-        test=evaluation_loader(test_store, np.arange(len(test_store)), graph, world),
+        validation=evaluation_loader(train_store, validation, graph, config, world) if len(validation) else None,
+        test=evaluation_loader(test_store, np.arange(len(test_store)), graph, config, world),
         test_store=test_store,
     )
 
@@ -100,9 +99,13 @@ def carve(
     return rest[stratified(labels[rest], subset, seed)], np.flatnonzero(aside)
 
 
-def evaluation_loader(store: Store, samples: NDArray[np.int64], graph: Graph, world: World) -> Loader:
-    """A loader that gives every sample once, dealt to the ranks."""
-    order = EvaluationOrder(samples, EVALUATION_BATCH)
+def evaluation_loader(store: Store, samples: NDArray[np.int64], graph: Graph, config: Config, world: World) -> Loader:
+    """A loader that gives every sample once, dealt to the ranks.
+
+    The size of its batches follows from the settings, not from the number of ranks, so that predictions are the same
+    to the last bit on any number.
+    """
+    order = EvaluationOrder(samples, min(config.loader.batch_size, _MOST_IN_EVALUATION))
     return Loader(store, order, graph, world.device, rank=world.rank, world_size=world.size)
 
 

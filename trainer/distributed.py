@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.device import choose_device
+from trainer.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def join(device_name: str) -> Iterator[World]:
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if size == 1:
         yield World(rank=0, size=1, device=device)
         return

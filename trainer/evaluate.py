@@ -30,7 +30,7 @@ from shards.manifest import MANIFEST_NAME
 from trainer.arithmetic import autocast, memory_format
 from trainer.checkpoint import BEST, load
 from trainer.config import validate
-from trainer.data import EVALUATION_BATCH, evaluation_loader
+from trainer.data import evaluation_loader
 from trainer.distributed import World, join
 from trainer.metrics import Confusion
 from trainer.model import make_model
@@ -133,9 +133,9 @@ def evaluate_run(run: Path, shards: Path, world: World) -> dict[str, Any]:
     backend, _ = choose_backend(config.loader.backend, world.device)
     spec = GraphSpec.of(store.manifest, config.data.resolution, config.data.interpolation)
     spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
-    graph = make_graph(spec, backend, world.device, EVALUATION_BATCH)
+    graph = make_graph(spec, backend, world.device, config.loader.batch_size)
     model = model_of(state, config, world.device)
-    loader = evaluation_loader(store, np.arange(len(store)), graph, world)
+    loader = evaluation_loader(store, np.arange(len(store)), graph, config, world)
     start = time.perf_counter()
     evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world)
     seconds = time.perf_counter() - start
