@@ -169,8 +169,6 @@ class Config(Section):
             raise ValueError("mixing.probability is above 0, but mixup_alpha and cutmix_alpha are both 0")
         if self.schedule.name == "plateau" and self.data.validation == 0:
             raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
-        if self.schedule.warmup >= self.trainer.epochs and self.schedule.name in ("cosine", "warm_restarts"):
-            raise ValueError(f"schedule.warmup takes all {self.trainer.epochs} epochs (trainer.epochs)")
         if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
             raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
         if self.model.name == "three_block_cnn" and self.data.resolution < 4:
@@ -180,7 +178,7 @@ class Config(Section):
         return self
 
     def without_effect(self) -> Iterator[str]:
-        """A line for each setting that was given and changes nothing."""
+        """A line for each setting that was given and does not do what one would expect of it."""
         given = self.model_fields_set_by_section()
         used_by = {
             "schedule.warmup": ("constant", "cosine", "warm_restarts", "one_cycle"),
@@ -193,6 +191,8 @@ class Config(Section):
         for setting, names in used_by.items():
             if setting in given and self.schedule.name not in names:
                 yield f"{setting} has no effect with schedule.name={self.schedule.name}"
+        if self.schedule.warmup >= self.trainer.epochs and self.schedule.name in ("cosine", "warm_restarts"):
+            yield f"schedule.warmup takes all {self.trainer.epochs} epochs: the learning rate only rises"
         if "schedule.unit" in given and self.schedule.name == "plateau" and self.schedule.unit == "step":
             yield "schedule.unit=step has no effect with schedule.name=plateau, which moves after an epoch"
         if "optim.momentum" in given and self.optim.name != "sgd_lookahead":
