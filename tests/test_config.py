@@ -256,8 +256,6 @@ def test_everything_else_must_stay_when_a_run_is_resumed() -> None:
         (["schedule.factor=0.5"], "schedule.factor"),
         (["schedule.patience=1", "schedule.name=cosine"], "schedule.patience"),
         (["schedule.name=plateau"], "schedule.warmup"),  # the file gives one
-        (["schedule.name=cosine", "schedule.warmup=8"], "takes all 8 epochs"),
-        (["schedule.name=warm_restarts", "schedule.warmup=9"], "takes all 8 epochs"),
         (["schedule.name=plateau", "schedule.unit=step"], "schedule.unit"),
         (["optim.momentum=0.8"], "optim.momentum"),
         (["loss.effective_beta=0.9"], "loss.effective_beta"),
@@ -267,6 +265,13 @@ def test_everything_else_must_stay_when_a_run_is_resumed() -> None:
 )
 def test_a_setting_without_effect_is_told(overrides: list[str], setting: str) -> None:
     assert any(setting in line and "no effect" in line for line in quickstart(*overrides).without_effect())
+
+
+@pytest.mark.parametrize("name", ["cosine", "warm_restarts"])
+@pytest.mark.parametrize("warmup", [8, 9])
+def test_a_warm_up_without_an_end_is_told(name: str, warmup: int) -> None:
+    lines = quickstart(f"schedule.name={name}", f"schedule.warmup={warmup}").without_effect()
+    assert "schedule.warmup takes all 8 epochs: the learning rate only rises" in lines
 
 
 @pytest.mark.parametrize(
