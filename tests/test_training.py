@@ -304,17 +304,20 @@ def test_a_tampered_shard_is_never_trained_on(recipe: Path, tmp_path: Path) -> N
     assert_user_error(train(recipe, tmp_path / "run", f"data.shards={shards}"), "shard-00000.tar", "shards.verify")
 
 
-def test_weights_and_biases_runs_offline_without_a_key(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["", "0" * 40])
+def test_weights_and_biases_runs_offline_without_a_key_or_a_server(recipe: Path, tmp_path: Path, key: str) -> None:
     process = run_module(
         "trainer.run",
         recipe,
         f"run.dir={tmp_path / 'run'}",
         "logging.wandb=auto",
         "trainer.epochs=2",
-        WANDB_API_KEY="",
+        WANDB_API_KEY=key,
+        WANDB_BASE_URL="http://127.0.0.1:9",
         HOME=str(tmp_path),
     )
     assert process.returncode == 0, process.stdout + process.stderr
+    assert ("runs offline" in process.stderr) == bool(key)
     assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.settings import Config
+
+log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -23,13 +26,16 @@ class WandbSink:
     def __init__(self, config: Config, directory: Path) -> None:
         import wandb
 
-        key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-        mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+        try:
+            mode = "online" if wandb.login(prompt=False) else "offline"
+        except wandb.Error as error:  # a key, and no way to use it now
+            log.warning("Weights & Biases runs offline (%s); `wandb sync` sends it later", error)
+            mode = "offline"
         self._run = wandb.init(
             project=config.logging.wandb_project,
             name=directory.name if config.run.dir else f"{config.run.name} {directory.name}",
             dir=directory,
-            mode=mode,
+            mode=os.environ.get("WANDB_MODE", mode),
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
         )
