@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.harness import in_process, rates, size, table, write_lines
+from benchmarks.harness import Spread, in_process, rates, size, table, write_lines
 from pipeline.graph import make_graph
 from pipeline.pack import pack
 from pipeline.sources import find_source
@@ -75,16 +75,18 @@ def measure(shards: Path, resolution: int, subset: float, epochs: int, model: st
         loader = rates({"loader": load}, runs=LOADER_RUNS)["loader"]
         training = make_training(settings, data, world)
         directory = RunDirectory(Path(run))
-        directory.begin(settings, {})
         start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
+        with directory.held(), contextlib.redirect_stdout(io.StringIO()):
             evaluation = engine.fit(training, directory, sinks=[])
         device_memory = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else None
         return {
             "loader_images_per_second": loader.to_json(),
             "loader_backend": data.backend,
             "training_images": len(data.train.order.samples),
-            "training_images_per_second": training.finished.images_per_second,
+            "training_images_per_second": Spread.of(
+                # The first epoch warms up; of a single one there is nothing else.
+                [record["images_per_second"] for record in training.history[1:] or training.history]
+            ).to_json(),
             "data_wait_share": training.finished.wait_share,
             "seconds": time.perf_counter() - start,
             "peak_device_memory_bytes": device_memory,
@@ -131,8 +133,8 @@ def sweep(shards: Path, resolutions: list[int], subset: float, epochs: int, mode
 def markdown(records: list[dict[str, Any]]) -> str:
     head = [
         "resolution",
-        "loader images/s",
-        "training images/s",
+        "loader images/s (range)",
+        "training images/s (range)",
         "data wait",
         "peak memory",
         "at rest",
@@ -150,8 +152,8 @@ def markdown(records: list[dict[str, Any]]) -> str:
         rows.append(
             [
                 str(record["resolution"]),
-                f"{record['loader_images_per_second']['median']:,.0f}",
-                f"{record['training_images_per_second']:,.0f}",
+                _spread(record["loader_images_per_second"]),
+                _spread(record["training_images_per_second"]),
                 f"{record['data_wait_share']:.1%}",
                 size(record["peak_memory_bytes"]),
                 size(record["bytes_at_rest"]),
@@ -163,10 +165,14 @@ def markdown(records: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
+def _spread(measured: dict[str, float]) -> str:
+    return f"{measured['median']:,.0f} ({measured['low']:,.0f} .. {measured['high']:,.0f})"
+
+
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against training throughput, a point for each resolution, with one standard error of the accuracy."""
     measured = [record for record in records if "failed" not in record]
-    speed = [record["training_images_per_second"] for record in measured]
+    speed = [record["training_images_per_second"]["median"] for record in measured]
     accuracy = [100 * record["accuracy"] for record in measured]
     errors = [100 * (record["accuracy"] * (1 - record["accuracy"]) / record["samples"]) ** 0.5 for record in measured]
     figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=160, layout="constrained")
@@ -215,7 +221,7 @@ def choose_set(shards: Path | None) -> Path:
     if is_packed_set(PACKED_EMNIST):
         return PACKED_EMNIST
     source = find_source("digits")
-    pack(lambda: source.load(PACKED_DIGITS, ""), PACKED_DIGITS, dataset=source.name)
+    pack(lambda: source.load(Path(), ""), PACKED_DIGITS, dataset=source.name)
     return PACKED_DIGITS
 
 

@@ -7,8 +7,8 @@ import torch
 from shards.errors import UserError
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device for `auto`, `cpu` or `cuda`; ranks of one machine take its GPUs in turn."""
+def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The torch device for `auto`, `cpu` or `cuda`; the `local_size` ranks of one machine take a GPU each."""
     gpus = torch.cuda.device_count() if name != "cpu" else 0
     if name == "cpu" or (name == "auto" and not gpus):
         return torch.device("cpu")
@@ -18,9 +18,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             expected="a CUDA device that torch can see",
             hint="use device=auto or device=cpu; nvidia-smi shows what the driver sees",
         )
-    if local_rank >= gpus:
+    if local_size > gpus:
         raise UserError(
-            found=f"local rank {local_rank} and {gpus} CUDA devices",
+            found=f"{local_size} processes on a machine with {gpus} CUDA devices",
             expected="one process for each GPU",
             hint=f"torchrun --nproc_per_node={gpus} ...",
         )

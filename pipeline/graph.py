@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from shards.errors import UserError
 from shards.manifest import Manifest
 
-BACKENDS = ("auto", "dali", "torch")
 MAX_RESOLUTION = 4096
 
 

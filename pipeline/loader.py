@@ -62,7 +62,13 @@ class Loader:
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from global step `first_step` on."""
         steps = self.order.steps(epoch, self._rank, self._world_size, first_step)
-        return run_ahead((self._load(step) for step in steps), _AHEAD)
+        return run_ahead(self._prepare(steps), _AHEAD)
+
+    def _prepare(self, steps: Iterator[Step]) -> Iterator[Batch]:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # the current device is a property of the thread
+        for step in steps:
+            yield self._load(step)
 
     def _load(self, step: Step) -> Batch:
         images = np.empty((len(step.samples), *self._store.manifest.image_shape), np.uint8)

@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.graph import GraphSpec, make_graph
 from pipeline.order import permutation
-from shards import Store, UserError, open_part, open_store
-from shards.atomic import write_file
+from shards import Store
+from shards.atomic import check_writable, write_file
 from shards.errors import run_command
-from shards.manifest import MANIFEST_NAME
+from shards.store import open_either
 
 _PAIRS = 4  # examples of a class
 _TILE = 56  # side of a picture on the sheet, pixels
@@ -112,14 +112,9 @@ def main() -> int:
     parser.add_argument("--resolution", type=int, default=112, metavar="N", help="side of the processed image")
     arguments = parser.parse_args()
     directory = arguments.directory
-    store = open_store(directory) if (directory / MANIFEST_NAME).is_file() else open_part(directory, "train")
+    store = open_either(directory, "train")
     out = arguments.out or directory / "preview.png"
-    if out.is_dir():
-        raise UserError(found=f"--out {out}, a directory", expected="a file", hint=f"--out {out / 'preview.png'}")
-    if not out.absolute().parent.is_dir():
-        raise UserError(
-            found=f"no directory {out.parent}", expected="a place to write the sheet", hint=f"mkdir -p {out.parent}"
-        )
+    check_writable(out)
     content = io.BytesIO()
     contact_sheet(store, arguments.resolution).save(content, "PNG")
     write_file(out, content.getvalue())

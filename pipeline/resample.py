@@ -10,11 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-INTERPOLATIONS = ("linear", "cubic", "nearest")
-
 
 def nearest_nudge(target: int) -> float:
-    """A shift in output-free units, 1 / (8 * target) of a pixel, that settles ties of the nearest pixel upwards.
+    """A shift of 1 / (8 * target) input pixels that settles ties of the nearest pixel upwards.
 
     Positions are multiples of 1 / (2 * target), so nothing else is changed by it, while rounding errors of
     float32 (which fall differently along x and y in DALI) no longer decide.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,18 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise no_permission(error, path) from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UserError` now if a file could not be written at `path` later."""
+    if path.is_dir():
+        raise UserError(found=f"{path}, a directory", expected="a file to write", hint=f"name a file in it: {path}/...")
+    if not path.absolute().parent.is_dir():
+        raise UserError(
+            found=f"no directory {path.parent}", expected="a place to write a file", hint=f"mkdir -p {path.parent}"
+        )
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise no_permission(PermissionError(errno.EACCES, "Permission denied"), path)
 
 
 @contextmanager

@@ -92,8 +92,9 @@ class Manifest(_Record):
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
-        """SHA-256 (hex) that stands for the whole content of the part."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256 (hex) that stands for the content of the part, whichever versions packed it."""
+        content = self.model_dump(mode="json", exclude={"versions"})
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def write(self, directory: Path) -> None:
         write_file(directory / MANIFEST_NAME, self.to_json())

@@ -41,6 +41,11 @@ def open_store(directory: Path | str) -> Store:
     return TarStore(directory, Manifest.read(directory))
 
 
+def open_either(directory: Path, part: str) -> Store:
+    """Open a directory that is a part itself, or the named part of a packed set."""
+    return open_store(directory) if (directory / MANIFEST_NAME).is_file() else open_part(directory, part)
+
+
 def open_part(directory: Path | str, part: str) -> Store:
     """Open the `train` or `test` part of a packed set (the directory that holds both)."""
     directory = Path(directory)
@@ -51,5 +56,11 @@ def open_part(directory: Path | str, part: str) -> Store:
             hint=f"name {directory.absolute().parent}",
         )
     if directory.is_dir() and not (directory / part).is_dir():
+        if any((directory / other).is_dir() for other in PARTS):
+            raise UserError(
+                found=f"{directory} without its {part} part",
+                expected=f"a packed set: a directory that holds {' and '.join(PARTS)}",
+                hint="pack the set again: python -m pipeline.shard SOURCE --out DIR",
+            )
         Manifest.read(directory)  # says what is there instead
     return open_store(directory / part)

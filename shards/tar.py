@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.atomic import write_file
 from shards.errors import UserError
 from shards.manifest import Manifest, Shard
 
@@ -103,8 +104,9 @@ class ShardWriter:
         self._write(_END_OF_ARCHIVE)
         self._file.flush()
         os.fsync(self._file.fileno())
-        index = self._path.with_suffix(".idx")
-        index.write_text("\n".join([f"{INDEX_VERSION} {len(self._index)}", *self._index]) + "\n")
+        write_file(
+            self._path.with_suffix(".idx"), "\n".join([f"{INDEX_VERSION} {len(self._index)}", *self._index]) + "\n"
+        )
         self.entry = Shard(
             name=self._path.name,
             samples=self._samples,

@@ -92,7 +92,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(path, {"epoch": 1})
     with pytest.raises((TypeError, AttributeError)):
         checkpoint.save(path, {"epoch": 2, "weights": torch.zeros(10_000), "never": (number for number in ())})
-    assert checkpoint.load(path) == {"epoch": 1}
+    assert checkpoint.load(path, needed=("epoch",)) == {"epoch": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == [checkpoint.LAST]
 
 

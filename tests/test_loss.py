@@ -97,9 +97,10 @@ def test_is_computed_in_float32_whatever_the_model_computes_in() -> None:
         ("inverse", [8, 8, 8], [1, 1, 1]),
         ("minmax", [8, 8, 8], [1, 1, 1]),
         ("effective", [8, 8, 8], [1, 1, 1]),
-        ("inverse", [0, 1, 4], [2, 2, 1 / 2]),
-        ("minmax", [0, 1, 4], [2, 2, 1]),
-        ("effective", [0, 2, 3], [63 / 47, 42 / 47, 36 / 47]),
+        ("inverse", [0, 1, 4], [1, 5 / 2, 5 / 8]),
+        ("minmax", [0, 1, 4], [1, 2, 1]),
+        # 2/3 and 4/7, whose mean is 13/21; a class without samples takes no part.
+        ("effective", [0, 2, 3], [1, 14 / 13, 12 / 13]),
     ],
 )
 def test_class_weights_are_what_was_computed_by_hand(kind: str, counts: list[int], by_hand: list[float]) -> None:

@@ -334,3 +334,21 @@ def test_every_source_keeps_its_contract() -> None:
         assert source.name == name
         assert source.description
         assert len(set(source.splits)) == len(source.splits)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "word"),
+    [
+        (np.zeros((4, 8, 8, 1), np.float32), np.zeros(4, int), "float32"),
+        (np.zeros((4, 8, 8), np.uint8), np.zeros(4, int), "[4, 8, 8]"),
+        (np.zeros((4, 8, 8, 2), np.uint8), np.zeros(4, int), "2 channels"),
+        (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(3, int), "4 images and 3 labels"),
+        (np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, 0]), "labels 0 .. 2"),
+        (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4), "labels of float64"),
+        (np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, int), "not empty"),
+    ],
+)
+def test_arrays_that_could_not_be_loaded_are_not_packed(images: np.ndarray, labels: np.ndarray, word: str) -> None:
+    with pytest.raises(UserError) as caught:
+        RawPart.from_arrays("train", images, labels, ("a", "b"))
+    assert word in str(caught.value)

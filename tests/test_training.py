@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,10 @@ import torch
 import yaml
 from conftest import ROOT, assert_user_error, made_up_parts, pack_parts, run_module
 
+from shards import UserError
+from trainer import engine
 from trainer.run import main as run_main
+from trainer.run_directory import RunDirectory
 
 QUICK = {
     "data": {"validation": 0.1, "resolution": 20},
@@ -80,12 +84,12 @@ def assert_same_run(first: Path, second: Path) -> None:
         # Ranks add up their losses separately, so several ranks may differ in the last digits of a double.
         assert found_record.pop("train_loss") == pytest.approx(expected_record.pop("train_loss"), rel=1e-12)
         assert found_record == expected_record
-    figures = ("accuracy", "macro_f1", "weighted_f1", "samples", "loss", "best_epoch", "validation")
+    figures = ("accuracy", "macro_f1", "weighted_f1", "samples", "loss", "epochs", "best_epoch", "validation")
     first_summary, second_summary = (json.loads((path / "summary.json").read_text()) for path in (first, second))
     assert [first_summary[figure] for figure in figures] == [second_summary[figure] for figure in figures]
 
 
-def stop_in_epoch(recipe: Path, directory: Path, epoch: int, how: int, delay: float) -> int:
+def stop_in_epoch(recipe: Path, directory: Path, epoch: int, how: int, delay: float, *overrides: str) -> int:
     """Start a run, send it a signal some time after it finished an epoch, and return its exit status.
 
     Batches are slowed down by a wrapper so that the signal meets the middle of an epoch.
@@ -102,7 +106,7 @@ def stop_in_epoch(recipe: Path, directory: Path, epoch: int, how: int, delay: fl
         "run_command(main)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", slow, str(recipe), f"run.dir={directory}"],
+        [sys.executable, "-c", slow, str(recipe), f"run.dir={directory}", *overrides],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -254,8 +258,20 @@ def test_evaluate_writes_the_summary_figures_of_any_set_with_the_same_classes(
     process = run_module("trainer.evaluate", finished, made_up_set, "--json", out)
     assert process.returncode == 0, process.stderr
     summary, metrics = json.loads((finished / "summary.json").read_text()), json.loads(out.read_text())
-    for figure in ("accuracy", "macro_f1", "weighted_f1", "samples", "loss", "resolution", "parameters"):
+    same = (
+        "accuracy",
+        "macro_f1",
+        "weighted_f1",
+        "samples",
+        "loss",
+        "epochs",
+        "best_epoch",
+        "resolution",
+        "parameters",
+    )
+    for figure in same:
         assert metrics[figure] == summary[figure]
+    assert set(metrics) >= {"seconds", "images_per_second", "data_wait_share"}
     assert_user_error(run_module("trainer.evaluate", finished, digits_set), "classes")
     assert_user_error(run_module("trainer.evaluate", tmp_path, made_up_set), "best.pt")
 
@@ -263,8 +279,6 @@ def test_evaluate_writes_the_summary_figures_of_any_set_with_the_same_classes(
 def test_resuming_refuses_other_classes_and_other_recipes(
     finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shards import UserError
-
     more_classes = pack_parts(made_up_parts(classes=7), tmp_path / "seven")
     other_pack = pack_parts(made_up_parts(), tmp_path / "other", seed=5)
     for overrides, words in (
@@ -292,6 +306,83 @@ def test_mistakes_end_in_one_message(recipe: Path, tmp_path: Path, made_up_set: 
     assert_user_error(train(recipe, tmp_path / "run", f"data.shards={tmp_path}"), "manifest.json")
     assert_user_error(train(recipe, Path("/proc/none/run")), "/proc/none")
     assert not (tmp_path / "run").exists()
+
+
+def test_several_ranks_meet_a_mistake_with_one_message(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """Whether all ranks meet it (a model's name) or the first alone (a directory that holds a run)."""
+    for directory, override, words in (
+        (tmp_path / "run", "model.name=efficientnet_bb", "did you mean"),
+        (finished, "seed=0", "resume=auto"),
+    ):
+        process = train(recipe, directory, override, ranks=2)
+        assert process.returncode != 0
+        assert process.stderr.count("error: found") == 1, process.stderr
+        assert words in process.stderr
+        assert "UserError" not in process.stderr, "no rank ends in a traceback of its own"
+
+
+def test_a_signal_while_it_validates_the_last_epoch_loses_nothing(
+    finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+    evaluate, calls = engine.evaluate, []
+
+    def signalled(*arguments: object) -> object:
+        calls.append(torch.load(directory / "checkpoints" / "last.pt", weights_only=True)["step"])
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "evaluate", signalled)
+        assert train_here(patch, recipe, directory) == 128 + signal.SIGTERM
+    assert calls == [19, 19, 19], "the epoch's training is saved before it is validated"
+    assert not (directory / "summary.json").exists(), "the test part is not touched after the signal"
+    assert train_here(monkeypatch, recipe, directory, "resume=auto") == 0
+    assert_same_run(finished, directory)
+
+
+def test_resuming_needs_no_first_weights(
+    finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_weights, directory = tmp_path / "first.pth", tmp_path / "run"
+    torch.save(weights(finished), first_weights)
+    override = f"model.weights={first_weights}"
+    assert stop_in_epoch(recipe, directory, 1, signal.SIGTERM, 0.1, override) == 128 + signal.SIGTERM
+    first_weights.unlink()
+    assert train_here(monkeypatch, recipe, directory, "resume=auto", override) == 0
+
+
+def test_a_directory_in_use_is_refused(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "run"
+    with RunDirectory(directory).held(), pytest.raises(UserError, match="another process"):
+        train_here(monkeypatch, recipe, directory)
+
+
+def test_checkpoints_of_others_and_parts_that_are_missing_are_named(
+    finished: Path, recipe: Path, made_up_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    for name in ("last.pt", "best.pt"):
+        torch.save({"other": torch.zeros(1)}, run / "checkpoints" / name)
+    with pytest.raises(UserError, match="it holds no"):
+        train_here(monkeypatch, recipe, run, "resume=auto")
+    assert_user_error(run_module("trainer.evaluate", run, made_up_set), "it holds no")
+    half = tmp_path / "half"
+    shutil.copytree(made_up_set / "train", half / "train")
+    with pytest.raises(UserError, match="without its test part"):
+        train_here(monkeypatch, recipe, tmp_path / "new", f"data.shards={half}")
+    with pytest.raises(UserError, match="which is none"):
+        train_here(monkeypatch, recipe, tmp_path / "new", "data.validation=0.0001")
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_evaluating(finished: Path, made_up_set: Path) -> None:
+    for place, words in (("/nonexistent/x.json", "mkdir -p /nonexistent"), ("/tmp", "/tmp, a directory")):
+        process = run_module("trainer.evaluate", finished, made_up_set, "--json", place)
+        assert_user_error(process, words)
+        assert "accuracy" not in process.stdout
 
 
 def test_a_tampered_shard_is_never_trained_on(recipe: Path, tmp_path: Path) -> None:

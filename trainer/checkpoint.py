@@ -22,10 +22,17 @@ def save(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint into the CPU's memory; raises `UserError` if it is missing or damaged."""
+def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "recipe")) -> dict[str, Any]:
+    """Read a checkpoint into the CPU's memory; raises `UserError` if it is missing, damaged or none of ours.
+
+    needed: what it must hold.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = [name for name in needed if name not in state]
+        if missing:
+            raise ValueError(f"it holds no {missing[0]}")
+        return state
     except FileNotFoundError:
         raise UserError(
             found=f"no checkpoint {path}",

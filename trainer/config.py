@@ -17,7 +17,7 @@ def load(path: Path, overrides: list[str]) -> Config:
     """Read a YAML file and apply `key.key=value` overrides. Raises `UserError` for whatever is wrong."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(
             found=f"no configuration file {path}",
             expected="a YAML file of settings",
@@ -83,7 +83,7 @@ def settings() -> list[tuple[str, str]]:
 
 def _apply(content: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
-    if not equals or not name:
+    if not equals or not all(name.split(".")):
         raise UserError(
             found=f"{override!r}", expected="an override like optim.lr=1e-4", hint="write setting=value, without spaces"
         )

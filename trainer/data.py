@@ -53,8 +53,8 @@ def open_data(config: Config, world: World) -> TrainingData:
     directory = config.data.shards
     train_store, test_store = open_part(directory, "train"), open_part(directory, "test")
     _check_parts_agree(train_store.manifest, test_store.manifest, directory)
-    if config.data.verify and world.speaks:
-        _check_hashes(directory, train_store, test_store)
+    if config.data.verify:
+        world.on_first(lambda: _check_hashes(directory, train_store, test_store))
 
     train, validation = carve(train_store.labels, config.data.validation, config.data.subset, config.seed)
     if min(len(train), config.loader.batch_size) < 2 * world.size:
@@ -63,10 +63,15 @@ def open_data(config: Config, world: World) -> TrainingData:
             expected="at least two samples of every batch for each rank, which batch normalisation needs",
             hint="raise loader.batch_size or data.subset, or start fewer ranks",
         )
+    if config.data.validation > 0 and not len(validation):
+        raise UserError(
+            found=f"data.validation={config.data.validation} of {len(train_store)} samples, which is none",
+            expected="a part that holds at least one sample",
+            hint="raise it, or data.validation=0 to train without",
+        )
     backend, reason = choose_backend(config.loader.backend, world.device)
     spec = GraphSpec.of(train_store.manifest, config.data.resolution, config.data.interpolation)
-    statistics = cached(train_store, directory / "train", spec, backend, world.device) if world.speaks else None
-    statistics = world.share(statistics)
+    statistics = world.on_first(lambda: cached(train_store, directory / "train", spec, backend, world.device))
     spec = spec.normalised(statistics.mean, statistics.std)
     graph = make_graph(spec, backend, world.device, config.loader.batch_size)
 

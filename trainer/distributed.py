@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipeline.device import choose_device
+from shards.errors import USER_ERROR_STATUS, UserError
 from trainer.allocator import keep_freed_memory
+
+T = TypeVar("T")
+
+_LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))  # set by torchrun: of the processes on this machine
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,19 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do something; its result, or the `UserError` that it met, on every rank."""
+        outcome: tuple[T | None, UserError | None] = (None, None)
+        if self.speaks:
+            try:
+                outcome = (work(), None)
+            except UserError as error:
+                outcome = (None, error)
+        result, error = self.share(outcome)
+        if error is not None:
+            raise error
+        return result
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of a CPU tensor, on every rank."""
         if self.control is not None:
@@ -62,13 +81,25 @@ class World:
 
 
 @contextmanager
+def spoken_once() -> Iterator[None]:
+    """Let rank 0 alone speak of a mistake that every rank meets; the others end without a word."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        sys.exit(USER_ERROR_STATUS)
+
+
+@contextmanager
 def join(device_name: str) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone), and leave them at the end.
 
     device_name: `auto`, `cpu` or `cuda`. NCCL carries gradients between GPUs, gloo between CPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, local_size = (int(os.environ.get(name, default)) for name, default in _LOCAL)
+    device = choose_device(device_name, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

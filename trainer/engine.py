@@ -48,6 +48,8 @@ def fit(training: Training, directory: RunDirectory, sinks: list[Sink]) -> Evalu
         while training.epoch < training.config.trainer.epochs:
             train_epoch(training, directory, received)
             _end_epoch(training, directory, sinks)
+            if int(training.world.sum(torch.tensor(len(received)))):
+                raise _stopped(training, received)
     return test(training, directory)
 
 
@@ -96,10 +98,15 @@ def train_epoch(training: Training, directory: RunDirectory, received: list[int]
     here.seconds = time.perf_counter() - start
     training.so_far.add(here)
     training.so_far.loss = total_loss
-    if stopping and training.step < steps:
+    if stopping:
         if world.speaks:
             checkpoint.save(directory.last, training.state())
-        raise Stopped(world.share(received[0] if received else signal.SIGTERM), training.epoch, training.step)
+        raise _stopped(training, received)
+
+
+def _stopped(training: Training, received: list[int]) -> Stopped:
+    signum = training.world.share(received[0] if received else signal.SIGTERM)
+    return Stopped(signum, training.epoch, training.step)
 
 
 def train_step(training: Training, batch: Batch, window: int, updates: bool) -> torch.Tensor:
@@ -130,6 +137,7 @@ def _update(training: Training) -> None:
         nn.utils.clip_grad_norm_(training.model.parameters(), clip)
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
+    training.lr = training.learning_rate.now
     training.learning_rate.after_update()
     training.updates += 1
     if training.average is not None:
@@ -148,17 +156,22 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
     """Validate, move the schedule, keep the best weights, write the checkpoint and the epoch's record."""
     config, world, done = training.config, training.world, training.so_far
     # Batch norm's running statistics differ between ranks; what is judged and saved are rank 0's.
-    world.share_tensors([*training.model.buffers(), *training.evaluated.buffers()])
+    world.share_tensors(list(training.model.buffers()))
+    if training.average is not None:
+        world.share_tensors(list(training.average.module.buffers()))
     record: dict[str, Any] = {
         "epoch": training.epoch + 1,
         "train_loss": done.loss / done.samples,
-        "lr": training.learning_rate.now,
+        "lr": training.lr,
         "seconds": done.seconds,
         "images_per_second": done.images_per_second,
         "data_wait_share": done.wait_share,
     }
     figure = float(training.epoch + 1)  # without a validation part every epoch is the best so far
     if training.data.validation is not None:
+        if world.speaks:
+            # Killed while it validates, the run has this epoch's training.
+            checkpoint.save(directory.last, training.state())
         classes = len(training.data.classes)
         judged = evaluate(training.evaluated, training.data.validation, classes, config.trainer, world)
         record["validation"] = judged.summary()
@@ -166,8 +179,9 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
     training.learning_rate.after_epoch(figure)
     # Of equals the later one, which has learned longer.
     is_best = figure >= training.best
-    training.best = max(figure, training.best)
     training.epoch += 1
+    if is_best:
+        training.best, training.best_epoch = figure, training.epoch
     training.step = 0
     training.finished.add(done)
     training.so_far = Totals()

@@ -23,15 +23,15 @@ from torch import nn
 
 from pipeline.graph import GraphSpec, choose_backend, make_graph
 from pipeline.loader import Loader
-from shards import Store, UserError, open_part, open_store
-from shards.atomic import write_file
+from shards import UserError
+from shards.atomic import check_writable, write_file
 from shards.errors import run_command
-from shards.manifest import MANIFEST_NAME
+from shards.store import open_either
 from trainer.arithmetic import autocast, memory_format
 from trainer.checkpoint import BEST, load
 from trainer.config import validate
 from trainer.data import evaluation_loader
-from trainer.distributed import World, join
+from trainer.distributed import World, join, spoken_once
 from trainer.metrics import Confusion
 from trainer.model import make_model
 from trainer.settings import Config, Trainer
@@ -50,11 +50,16 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """confusion: over all ranks. loss: mean cross-entropy in nats. predictions: on rank 0, None elsewhere."""
+    """confusion: over all ranks. loss: mean cross-entropy in nats. predictions: on rank 0, None elsewhere.
+
+    seconds, wait_seconds: how long it took on this rank, and how much of that it waited for data.
+    """
 
     confusion: Confusion
     loss: float
     predictions: Predictions | None
+    seconds: float
+    wait_seconds: float
 
     def summary(self) -> dict[str, float | int]:
         return {**self.confusion.summary(), "loss": self.loss}
@@ -66,7 +71,10 @@ def evaluate(model: nn.Module, loader: Loader, classes: int, settings: Trainer, 
     model.eval()
     rows, labels, predicted, confidence = [], [], [], []
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    wait_seconds = 0.0
+    start = before = time.perf_counter()
     for batch in loader.batches():
+        wait_seconds += time.perf_counter() - before
         images = batch.images.to(memory_format=memory_format(settings))
         with autocast(settings, world.device):
             logits = model(images)
@@ -77,6 +85,7 @@ def evaluate(model: nn.Module, loader: Loader, classes: int, settings: Trainer, 
         labels.append(batch.labels)
         predicted.append(top.indices)
         confidence.append(top.values)
+        before = time.perf_counter()
     mine = [_joined(parts) for parts in (rows, labels, predicted, confidence)]
     confusion = Confusion.of(mine[1].astype(np.int64), mine[2].astype(np.int64), classes)
     counts = world.sum(torch.from_numpy(confusion.counts)).numpy()
@@ -87,7 +96,7 @@ def evaluate(model: nn.Module, loader: Loader, classes: int, settings: Trainer, 
         together = [np.concatenate(columns) for columns in zip(*gathered, strict=True)]
         by_row = np.argsort(together[0], kind="stable")
         predictions = Predictions(*(column[by_row] for column in together))
-    return Evaluation(Confusion(counts), total_loss, predictions)
+    return Evaluation(Confusion(counts), total_loss, predictions, time.perf_counter() - start, wait_seconds)
 
 
 def _joined(parts: list[torch.Tensor]) -> NDArray:
@@ -97,7 +106,7 @@ def _joined(parts: list[torch.Tensor]) -> NDArray:
 
 def load_run(directory: Path) -> tuple[Config, dict[str, Any]]:
     """The settings and the best checkpoint of a run directory."""
-    state = load(directory / "checkpoints" / BEST)
+    state = load(directory / "checkpoints" / BEST, needed=("config", "model", "classes", "image_shape", "mean", "std"))
     return validate(state["config"], str(directory)), state
 
 
@@ -110,14 +119,10 @@ def model_of(state: dict[str, Any], config: Config, device: torch.device) -> nn.
     return model.to(device, memory_format=memory_format(config.trainer))
 
 
-def _open(directory: Path) -> Store:
-    return open_store(directory) if (directory / MANIFEST_NAME).is_file() else open_part(directory, "test")
-
-
 def evaluate_run(run: Path, shards: Path, world: World) -> dict[str, Any]:
     """The metrics of a run's best checkpoint on a packed set, as in `summary.json`."""
     config, state = load_run(run)
-    store = _open(shards)
+    store = open_either(shards, "test")
     if list(store.manifest.classes) != state["classes"]:
         raise UserError(
             found=f"{shards} with classes {' '.join(store.manifest.classes)}",
@@ -136,14 +141,14 @@ def evaluate_run(run: Path, shards: Path, world: World) -> dict[str, Any]:
     graph = make_graph(spec, backend, world.device, config.loader.batch_size)
     model = model_of(state, config, world.device)
     loader = evaluation_loader(store, np.arange(len(store)), graph, config, world)
-    start = time.perf_counter()
     evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world)
-    seconds = time.perf_counter() - start
     return {
         **evaluation.summary(),
-        "epochs": state["epoch"],
-        "seconds": seconds,
-        "images_per_second": evaluation.confusion.samples / seconds,
+        "epochs": config.trainer.epochs,
+        "best_epoch": state["epoch"],
+        "seconds": evaluation.seconds,
+        "images_per_second": evaluation.confusion.samples / evaluation.seconds,
+        "data_wait_share": evaluation.wait_seconds / evaluation.seconds,
         "resolution": config.data.resolution,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dataset": f"{store.manifest.name}/{store.manifest.part}",
@@ -159,7 +164,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here as well")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
     arguments = parser.parse_args()
-    with join(arguments.device) as world:
+    if arguments.json:
+        check_writable(arguments.json)
+    with spoken_once(), join(arguments.device) as world:
         metrics = evaluate_run(arguments.run, arguments.shards, world)
         if world.speaks:
             print(

@@ -26,17 +26,20 @@ def class_weights(counts: NDArray[np.int64], settings: Loss) -> torch.Tensor:
 
     inverse: total / (classes * count). minmax: those scaled linearly to 1 .. 2. effective: (1 - beta) /
     (1 - beta^count), scaled to a mean of 1 (Cui et al. 2019, https://arxiv.org/abs/1901.05555).
-    A class without samples is weighted as if it had one.
+    A class without samples takes no part and is weighted 1.
     """
-    counts = np.maximum(counts, 1).astype(np.float64)
+    present = counts > 0
+    counts = counts[present].astype(np.float64)
     if settings.class_weights == "none":
-        weights = np.ones_like(counts)
+        found = np.ones_like(counts)
     elif settings.class_weights == "effective":
-        weights = (1 - settings.effective_beta) / (1 - settings.effective_beta**counts)
-        weights /= weights.mean()
+        found = (1 - settings.effective_beta) / (1 - settings.effective_beta**counts)
+        found /= found.mean()
     else:
-        weights = counts.sum() / (len(counts) * counts)
+        found = counts.sum() / (len(counts) * counts)
         if settings.class_weights == "minmax":
-            spread = weights.max() - weights.min()
-            weights = 1 + (weights - weights.min()) / spread if spread > 0 else np.ones_like(weights)
+            spread = found.max() - found.min()
+            found = 1 + (found - found.min()) / spread if spread > 0 else np.ones_like(found)
+    weights = np.ones(len(present))
+    weights[present] = found
     return torch.from_numpy(weights).float()

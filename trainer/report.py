@@ -57,10 +57,10 @@ def write(directory: Path, store: Store, summary: dict[str, Any], history: list[
 def _charts(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Title, legend and SVG of each curve."""
     judged = [record["validation"] for record in history if "validation" in record]
-    losses = [Line("training", [record["train_loss"] for record in history], "first")]
+    losses = [Line("training objective", [record["train_loss"] for record in history], "first")]
     charts = []
     if judged:
-        losses.append(Line("validation", [record["loss"] for record in judged], "second"))
+        losses.append(Line("validation cross-entropy", [record["loss"] for record in judged], "second"))
         figures = [
             Line("accuracy", [record["accuracy"] for record in judged], "first"),
             Line("macro F1", [record["macro_f1"] for record in judged], "second"),
@@ -68,7 +68,7 @@ def _charts(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
         charts.append({"title": "Validation", "lines": figures, "percent": True})
     charts.insert(0, {"title": "Loss", "lines": losses, "percent": False})
     rates = [Line("learning rate", [record["lr"] for record in history], "first")]
-    charts.append({"title": "Learning rate after the epoch", "lines": rates, "percent": False})
+    charts.append({"title": "Learning rate at the end of the epoch", "lines": rates, "percent": False})
     for chart in charts:
         chart["svg"] = line_chart(chart["lines"], f"{chart['title']} by epoch", chart["percent"])
     return charts

@@ -12,17 +12,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shards.errors import USER_ERROR_STATUS, UserError, run_command
+from shards.errors import run_command
 from trainer import checkpoint, config, engine, report, run_directory
 from trainer.arithmetic import with_precision
 from trainer.data import TrainingData, open_data
-from trainer.distributed import World, join
+from trainer.distributed import World, join, spoken_once
 from trainer.environment import environment
 from trainer.evaluate import Evaluation
 from trainer.run_directory import RunDirectory
@@ -49,61 +48,67 @@ def main() -> int:
     arguments = parse_arguments()
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(levelname)s: %(message)s")
-    with _one_message(first):
+    with spoken_once():
         settings = config.load(arguments.config, arguments.overrides)
-    if first:
-        for line in settings.without_effect():
-            print(f"warning: {line}", file=sys.stderr)
-    with join(settings.device) as world:
-        settings = with_precision(settings, world.device)
-        with _one_message(first):
+        if first:
+            for line in settings.without_effect():
+                print(f"warning: {line}", file=sys.stderr)
+        with join(settings.device) as world:
+            settings = with_precision(settings, world.device)
             data = open_data(settings, world)
-        if arguments.dry_run:
-            return dry_run(settings, data, world)
-        return run(settings, data, world)
+            if arguments.dry_run:
+                return dry_run(settings, data, world)
+            return run(settings, data, world)
 
 
 def run(settings: Config, data: TrainingData, world: World) -> int:
     """Train in a new run directory, or go on in one that is there; returns the exit status."""
-    # Rank 0 looks at the disk, so that all agree.
-    path, resuming = world.share(_chosen(settings) if world.speaks else None)
-    directory = RunDirectory(path)
-    state = world.share(_last_checkpoint(directory, settings, data) if world.speaks and resuming else None)
-    if resuming and world.share(directory.summary_path.exists()):
+    directory, resuming = world.on_first(lambda: run_directory.choose(settings))
+    state = world.on_first(lambda: _last_checkpoint(directory, settings, data)) if resuming else None
+    if resuming and world.on_first(directory.summary_path.exists):
         if world.speaks:
             print(f"{directory.path} is finished already")
             print_summary(directory.read_summary(), directory)
         return 0
-    training = make_training(settings, data, world)
-    sinks = []
-    if state is not None:
-        training.restore(state)
-    if world.speaks:
-        stamp = environment(world.device) | {
-            "ranks": world.size,
-            "backend": f"{data.backend} ({data.backend_reason})",
-            "data": data.digest,
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        }
-        directory.begin(settings, stamp)
-        directory.write_history(training.history)
-        sinks = open_sinks(settings, directory.path)
-        print_head(training, directory, resuming)
-    start = time.perf_counter()
+    with contextlib.ExitStack() as held:
+        world.on_first(lambda: held.enter_context(directory.held()))
+        training = make_training(settings, data, world, resuming)
+        if state is not None:
+            training.restore(state)
+        world.on_first(lambda: _begin(training, directory, resuming))
+        return _fit_and_report(training, directory)
+
+
+def _begin(training: Training, directory: RunDirectory, resuming: bool) -> None:
+    """Write down what is about to run, and say it."""
+    stamp = environment(training.world.device) | {
+        "ranks": training.world.size,
+        "backend": f"{training.data.backend} ({training.data.backend_reason})",
+        "data": training.data.digest,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    directory.begin(training.config, stamp)
+    directory.write_history(training.history)
+    print_head(training, directory, resuming)
+
+
+def _fit_and_report(training: Training, directory: RunDirectory) -> int:
+    speaks = training.world.speaks
+    sinks = open_sinks(training.config, directory.path) if speaks else []
     try:
         evaluation = engine.fit(training, directory, sinks)
-        if world.speaks:
-            summary = summarise(training, evaluation, time.perf_counter() - start)
+        if speaks:
+            summary = summarise(training, evaluation)
             predictions = evaluation.predictions
             assert predictions is not None
             np.savez_compressed(directory.predictions, **vars(predictions))
-            report.write(directory.path, data.test_store, summary, training.history)
+            report.write(directory.path, training.data.test_store, summary, training.history)
             for sink in sinks:
                 sink.summary(summary)
             directory.write_summary(summary)  # last: where it stands, the run is finished
             print_summary(summary, directory)
     except engine.Stopped as stop:
-        if world.speaks:
+        if speaks:
             print(
                 f"stopped in epoch {stop.epoch + 1} after step {stop.step}; go on with: resume=auto "
                 f"run.dir={directory.path}",
@@ -116,18 +121,15 @@ def run(settings: Config, data: TrainingData, world: World) -> int:
     return 0
 
 
-def summarise(training: Training, evaluation: Evaluation, seconds: float) -> dict[str, Any]:
+def summarise(training: Training, evaluation: Evaluation) -> dict[str, Any]:
     """The figures of `summary.json`: of the test part, with those of the best epoch's validation beside them."""
     finished = training.finished
-    judged = [record for record in training.history if "validation" in record]
-    select = training.config.trainer.select
-    best = max(reversed(judged), key=lambda record: record["validation"][select], default=training.history[-1])
     return {
         **evaluation.summary(),
         "epochs": training.epoch,
-        "best_epoch": best["epoch"],
-        "validation": best.get("validation"),
-        "seconds": seconds,
+        "best_epoch": training.best_epoch,
+        "validation": training.history[training.best_epoch - 1].get("validation"),
+        "seconds": training.elapsed,
         "training_seconds": finished.seconds,
         "images_per_second": finished.images_per_second,
         "data_wait_share": finished.wait_share,
@@ -140,10 +142,17 @@ def summarise(training: Training, evaluation: Evaluation, seconds: float) -> dic
 
 def print_head(training: Training, directory: RunDirectory, resuming: bool) -> None:
     data, settings = training.data, training.config
+    if settings.loader.batch_size > len(data.train.order.samples):
+        print(
+            f"warning: loader.batch_size={settings.loader.batch_size} is more than all training images; an epoch is "
+            "one smaller batch",
+            file=sys.stderr,
+        )
     validation = len(data.validation.order.samples) if data.validation else 0
     print(
         f"{data.manifest.name}: {len(data.train.order.samples):,} training, {validation:,} validation, "
         f"{len(data.test.order.samples):,} test images of {len(data.classes)} classes\n"
+        f"{data.train.order.steps_per_epoch:,} steps an epoch, {settings.loader.batch_size} images each\n"
         f"{settings.model.name} at {settings.data.resolution}x{settings.data.resolution}, "
         f"{_parameters(training):,} parameters, on {training.world.device} in {settings.trainer.precision} "
         f"({training.world.size} {'rank' if training.world.size == 1 else 'ranks'}); "
@@ -202,11 +211,6 @@ def dry_run(settings: Config, data: TrainingData, world: World) -> int:
     return 0
 
 
-def _chosen(settings: Config) -> tuple[Path, bool]:
-    directory, resuming = run_directory.choose(settings)
-    return directory.path, resuming
-
-
 def _last_checkpoint(directory: RunDirectory, settings: Config, data: TrainingData) -> dict[str, Any]:
     state = checkpoint.load(directory.last)
     checkpoint.check_fits(state, settings, data.classes, data.digest, directory.last)
@@ -219,17 +223,6 @@ def _parameters(training: Training) -> int:
 
 def _numbers(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:.4f}" for value in values)
-
-
-@contextlib.contextmanager
-def _one_message(first: bool) -> Iterator[None]:
-    """Let rank 0 alone speak of a mistake that every rank meets."""
-    try:
-        yield
-    except UserError:
-        if first:
-            raise
-        sys.exit(USER_ERROR_STATUS)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from shards.atomic import make_directory, write_file
 from shards.errors import UserError
@@ -15,6 +19,7 @@ from trainer.settings import Config
 DEFAULT_ROOT = Path("runs")
 _CONFIG = "config.yaml"
 _SUMMARY = "summary.json"
+_LOCK = ".lock"
 
 
 class RunDirectory:
@@ -29,9 +34,27 @@ class RunDirectory:
         self.report = path / "report.html"
         self.predictions = path / "predictions.npz"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory and keep other processes from training in it."""
+        make_directory(self.last.parent)
+        lock = FileLock(self.last.parent / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                found=f"another process that trains in {self.path}",
+                expected="one run in a directory at a time",
+                hint="wait for it to end, or choose another run.dir",
+            ) from None
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
-        """Make the directory and write down the settings and the environment."""
-        make_directory(self.path / "checkpoints")
+        """Write down the settings and the environment."""
         write_file(self.path / _CONFIG, config.to_yaml())
         write_file(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
 
@@ -62,7 +85,7 @@ def choose(config: Config) -> tuple[RunDirectory, bool]:
                 expected="a new directory",
                 hint="resume=auto continues it; another run.dir begins anew",
             )
-        if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
+        if directory.path.exists() and not _is_unused(directory.path):
             raise UserError(
                 found=f"run.dir={directory.path}, which exists and is no run",
                 expected="a new or empty directory",
@@ -84,3 +107,8 @@ def choose(config: Config) -> tuple[RunDirectory, bool]:
         directory = RunDirectory(root / f"{stamp}_{number}")
         number += 1
     return directory, False
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether a directory holds no file, or only the lock of a run that was killed before it began."""
+    return path.is_dir() and all(inner.is_dir() or inner.name == _LOCK for inner in path.rglob("*"))

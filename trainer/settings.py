@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pipeline.graph import MAX_RESOLUTION
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -36,7 +38,7 @@ class Data(Section):
     """Share of the train part set aside, by class, for every choice. With 0 the last epoch is taken as the best."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of what remains of the train part to train on, by class."""
-    resolution: Annotated[int, Field(ge=1, le=4096)] = 112
+    resolution: Annotated[int, Field(ge=1, le=MAX_RESOLUTION)] = 112
     """Side in pixels of the model's square input."""
     interpolation: Literal["linear", "cubic", "nearest"] = "linear"
     """How images are resized."""
@@ -193,6 +195,9 @@ class Config(Section):
                 yield f"{setting} has no effect with schedule.name={self.schedule.name}"
         if self.schedule.warmup >= self.trainer.epochs and self.schedule.name in ("cosine", "warm_restarts"):
             yield f"schedule.warmup takes all {self.trainer.epochs} epochs: the learning rate only rises"
+        for setting, epochs in (("warmup", self.schedule.warmup), ("period", self.schedule.period)):
+            if self.schedule.unit == "epoch" and not float(epochs).is_integer():
+                yield f"schedule.{setting}={epochs} is rounded to whole epochs by schedule.unit=epoch"
         if "schedule.unit" in given and self.schedule.name == "plateau" and self.schedule.unit == "step":
             yield "schedule.unit=step has no effect with schedule.name=plateau, which moves after an epoch"
         if "optim.momentum" in given and self.optim.name != "sgd_lookahead":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,18 @@ class Training:
     """Of the epochs that are over; its loss means nothing."""
     history: list[dict[str, Any]] = field(default_factory=list)
     best: float = -1.0
+    """The best validation figure so far, and the epoch (from 1) that reached it."""
+    best_epoch: int = 0
+    lr: float = 0.0
+    """Learning rate of the last update."""
+    earlier_seconds: float = 0.0
+    """Of the processes that this one continues."""
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began, without the time it was stopped."""
+        return self.earlier_seconds + time.perf_counter() - self.started
 
     @property
     def evaluated(self) -> nn.Module:
@@ -88,6 +101,9 @@ class Training:
             "finished": vars(self.finished).copy(),
             "history": self.history,
             "best": self.best,
+            "best_epoch": self.best_epoch,
+            "lr": self.lr,
+            "elapsed": self.elapsed,
         }
 
     def best_state(self) -> dict[str, Any]:
@@ -117,13 +133,18 @@ class Training:
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
         self.so_far, self.finished = Totals(**state["so_far"]), Totals(**state["finished"])
-        self.history, self.best = state["history"], state["best"]
+        self.history, self.best, self.best_epoch = state["history"], state["best"], state["best_epoch"]
+        self.lr, self.earlier_seconds = state["lr"], state["elapsed"]
 
 
-def make_training(config: Config, data: TrainingData, world: World) -> Training:
-    """Build the model and what trains it, with first weights that depend on the seed alone."""
+def make_training(config: Config, data: TrainingData, world: World, resuming: bool = False) -> Training:
+    """Build the model and what trains it, with first weights that depend on the seed alone.
+
+    resuming: the weights will be those of a checkpoint, so published or given ones need not be at hand.
+    """
     seed_weights(config.seed)
-    model = make_model(config.model, data.spec.image_shape[2], len(data.classes))
+    settings = config.model.model_copy(update={"pretrained": False, "weights": None}) if resuming else config.model
+    model = make_model(settings, data.spec.image_shape[2], len(data.classes))
     model.to(world.device, memory_format=memory_format(config.trainer))
     forward: nn.Module = torch.compile(model) if config.trainer.compile else model
     if world.size > 1:

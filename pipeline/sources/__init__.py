@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import UserError
 from shards.manifest import RawFile
 
 
@@ -38,6 +39,21 @@ class RawPart:
     read: Callable[[NDArray[np.int64]], NDArray[np.uint8]]
     files: tuple[RawFile, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what could be packed but not be loaded; raises `UserError`."""
+        faults = (
+            (len(self.image_shape) != 3, f"images of shape {self.image_shape}", "height, width and channels"),
+            (self.image_shape[-1] not in (1, 3), f"{self.image_shape[-1]} channels", "1 (gray) or 3 (RGB)"),
+            (min(self.image_shape) < 1, f"images of shape {self.image_shape}", "at least one pixel"),
+            (self.labels.ndim != 1 or not len(self.labels), f"labels of shape {self.labels.shape}", "[N], not empty"),
+        )
+        for wrong, found, expected in faults:
+            if wrong:
+                raise _unfit(self.name, found, expected)
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise _unfit(self.name, f"labels {low} .. {high}", f"0 .. {len(self.classes) - 1}, as there are classes")
+
     @classmethod
     def from_arrays(
         cls,
@@ -49,7 +65,13 @@ class RawPart:
         transposed: bool = False,
         files: tuple[RawFile, ...] = (),
     ) -> RawPart:
-        """A part that lies in memory: images uint8 [N, H, W, C], labels [N]."""
+        """A part that lies in memory: images uint8 [N, H, W, C], labels [N], integers. Raises `UserError`."""
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise _unfit(name, f"images of {images.dtype} {list(images.shape)}", "uint8 [N, H, W, C]")
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise _unfit(name, f"labels of {labels.dtype}", "integers")
+        if len(images) != len(labels):
+            raise _unfit(name, f"{len(images)} images and {len(labels)} labels", "as many labels as images")
         return cls(
             name=name,
             classes=classes,
@@ -59,6 +81,10 @@ class RawPart:
             read=images.__getitem__,
             files=files,
         )
+
+
+def _unfit(part: str, found: str, expected: str) -> UserError:
+    return UserError(found=f"{found} in the {part} part", expected=expected, hint="convert them before packing")
 
 
 @dataclass(frozen=True)
