@@ -29,7 +29,7 @@ class Progress:
             desc=self._head,
             leave=False,
             disable=not self._on_terminal,
-            bar_format="{desc} {bar:20} {n_fmt}/{total_fmt} {postfix}",
+            bar_format="{desc} {bar:20} {n_fmt}/{total_fmt}{postfix}",
         )
 
     def step(self, done: int, loss: Callable[[], float], rate: float, images: int, wait: float) -> None:
