@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.harness import Spread, in_process, rates, size, table, write_lines
-from pipeline.graph import make_graph
+from pipeline.backend import make_graph
 from pipeline.pack import pack
 from pipeline.sources import find_source
 from shards import Manifest, UserError, open_part

@@ -9,16 +9,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock
 from tqdm import tqdm
 
-from shards.atomic import made_directory, sync_directory
+from shards.atomic import locked, made_directory, sync_directory
 from shards.errors import UserError, no_permission
 
 _CHUNK = 1 << 20
@@ -54,7 +51,8 @@ def fetch(download: Download, directory: Path, or_else: str) -> Path:
     """
     target = download.path(directory)
     partial = target.with_name(f"{download.name}.part")
-    with made_directory(directory), _alone(target):
+    # One at a time: processes that want the same file would write the same part of it.
+    with made_directory(directory), locked(target.with_name(f".{target.name}.lock")):
         if target.exists():
             return target  # another process was here first
         try:
@@ -75,21 +73,6 @@ def fetch(download: Download, directory: Path, or_else: str) -> Path:
             if partial.exists() and partial.stat().st_size == 0:
                 partial.unlink()
     return target
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Wait until no other process downloads the same file."""
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        lock.acquire()
-    except OSError as error:
-        raise no_permission(error, target) from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def _receive_all(download: Download, partial: Path, or_else: str) -> None:

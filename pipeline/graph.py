@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -76,32 +75,3 @@ class Graph(Protocol):
         Returns float32 [B, C, R, R] on the device: upright, resized, (x / 255 - mean) / std.
         """
         ...
-
-
-def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
-    """The backend that does the work (`dali` or `torch`) and why, in words."""
-    has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    if name == "dali" and not has_dali:
-        raise UserError(
-            found="loader.backend: dali, and DALI is not installed",
-            expected="the package nvidia-dali-cuda120 (Linux only)",
-            hint="use loader.backend=auto or loader.backend=torch",
-        )
-    if name != "auto":
-        return name, "asked for"
-    if device.type == "cpu":
-        return "torch", "on a CPU it is the faster one for raw blocks"
-    if not has_dali:
-        return "torch", "DALI is not installed"
-    return "dali", "there is a GPU"
-
-
-def make_graph(spec: GraphSpec, backend: str, device: torch.device, batch_size: int) -> Graph:
-    """Build a graph. backend: `dali` or `torch`; batch_size: the most images of one call."""
-    if backend == "dali":
-        from pipeline.graph_dali import DaliGraph
-
-        return DaliGraph(spec, device, batch_size)
-    from pipeline.graph_torch import TorchGraph
-
-    return TorchGraph(spec, device)

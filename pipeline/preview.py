@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.graph import GraphSpec, make_graph
+from pipeline.backend import make_graph
+from pipeline.graph import GraphSpec
 from pipeline.order import permutation
 from shards import Store
 from shards.atomic import check_writable, write_file

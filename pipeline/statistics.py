@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.graph import GraphSpec, make_graph
+from pipeline.backend import make_graph
+from pipeline.graph import GraphSpec
 from pipeline.loader import Loader
 from pipeline.order import EvaluationOrder
 from shards.atomic import write_file

@@ -48,6 +48,27 @@ def made_directory(path: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
+@contextmanager
+def locked(path: Path, busy: UserError | None = None) -> Iterator[None]:
+    """Hold a lock file, and remove it at the end.
+
+    busy: raised if another process holds it; without one, wait until it is free. A killed holder's lock is free.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0 if busy else -1)
+    except Timeout:
+        assert busy is not None
+        raise busy from None
+    except OSError as error:
+        raise no_permission(error, path) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
 def sync_directory(path: Path) -> None:
     """Make renames inside a directory survive a power cut."""
     if os.name == "nt":
@@ -128,33 +149,22 @@ def replace_directory(target: Path) -> Iterator[Replacement]:
     is cleaned up by the next one. Without a commit the target stays as it was.
     """
     staging = staging_directory(target)
-    with made_directory(staging.parent), _locked(staging, target):
-        replacement = Replacement(target)
+    busy = UserError(
+        found=f"another process that is writing {target}",
+        expected="one writer at a time",
+        hint="wait for it to end, or choose another --out",
+    )
+    with made_directory(staging.parent):
         try:
-            replacement.start_clean()
-            yield replacement
-        finally:
-            replacement.put_back()
-
-
-@contextmanager
-def _locked(staging: Path, target: Path) -> Iterator[None]:
-    """Hold the staging directory of a target, and remove it at the end."""
-    lock = FileLock(staging / "lock")
-    try:
-        staging.mkdir(exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            found=f"another process that is writing {target}",
-            expected="one writer at a time",
-            hint="wait for it to end, or choose another --out",
-        ) from None
-    except OSError as error:
-        raise no_permission(error, target) from None
-    try:
-        yield
-    finally:
-        # Before the release: a writer that comes now is refused, instead of losing its files to this removal.
-        shutil.rmtree(staging, ignore_errors=True)
-        lock.release()
+            staging.mkdir(exist_ok=True)
+        except OSError as error:
+            raise no_permission(error, target) from None
+        with locked(staging / "lock", busy):
+            replacement = Replacement(target)
+            try:
+                replacement.start_clean()
+                yield replacement
+            finally:
+                replacement.put_back()
+                # Still locked: a writer that comes now is refused, instead of losing its files to this removal.
+                shutil.rmtree(staging, ignore_errors=True)

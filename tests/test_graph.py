@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from reference import model_input, resize_axis
 
-from pipeline.graph import Graph, GraphSpec, choose_backend, make_graph
+from pipeline.backend import choose_backend, make_graph
+from pipeline.graph import Graph, GraphSpec
 from pipeline.resample import resize_weights
 from shards import UserError, open_part
 

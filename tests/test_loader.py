@@ -15,7 +15,8 @@ from conftest import made_up_parts
 from numpy.typing import NDArray
 from reference import model_input
 
-from pipeline.graph import GraphSpec, make_graph
+from pipeline.backend import make_graph
+from pipeline.graph import GraphSpec
 from pipeline.loader import Batch, Loader, run_ahead
 from pipeline.order import EvaluationOrder, Order, TrainingOrder
 from shards import Store, open_part

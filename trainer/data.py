@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.graph import Graph, GraphSpec, choose_backend, make_graph
+from pipeline.backend import choose_backend, make_graph
+from pipeline.graph import Graph, GraphSpec
 from pipeline.loader import Loader
 from pipeline.order import EvaluationOrder, TrainingOrder
 from pipeline.partition import stratified

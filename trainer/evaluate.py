@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.graph import GraphSpec, choose_backend, make_graph
+from pipeline.backend import choose_backend, make_graph
+from pipeline.graph import GraphSpec
 from pipeline.loader import Loader
 from shards import UserError
 from shards.atomic import check_writable, write_file

@@ -9,9 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from shards.atomic import make_directory, write_file
+from shards.atomic import locked, make_directory, write_file
 from shards.errors import UserError
 from trainer import checkpoint
 from trainer.settings import Config
@@ -38,20 +36,13 @@ class RunDirectory:
     def held(self) -> Iterator[None]:
         """Make the directory and keep other processes from training in it."""
         make_directory(self.last.parent)
-        lock = FileLock(self.last.parent / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                found=f"another process that trains in {self.path}",
-                expected="one run in a directory at a time",
-                hint="wait for it to end, or choose another run.dir",
-            ) from None
-        try:
+        busy = UserError(
+            found=f"another process that trains in {self.path}",
+            expected="one run in a directory at a time",
+            hint="wait for it to end, or choose another run.dir",
+        )
+        with locked(self.last.parent / _LOCK, busy):
             yield
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
         """Write down the settings and the environment."""
