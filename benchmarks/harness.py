@@ -17,6 +17,8 @@ from typing import Any
 
 from shards.atomic import make_directory, write_file
 
+DEFAULT_OUT = Path("benchmarks/out")
+
 
 @dataclass(frozen=True)
 class Spread:

@@ -27,7 +27,7 @@ import torch
 from benchmarks.harness import Spread, in_process, rates, size, table, write_lines
 from pipeline.backend import make_graph
 from pipeline.pack import pack
-from pipeline.sources import find_source
+from pipeline.sources import Request, find_source
 from shards import Manifest, UserError, open_part
 from shards.atomic import write_file
 from shards.errors import run_command
@@ -221,7 +221,7 @@ def choose_set(shards: Path | None) -> Path:
     if is_packed_set(PACKED_EMNIST):
         return PACKED_EMNIST
     source = find_source("digits")
-    pack(lambda: source.load(Path(), ""), PACKED_DIGITS, dataset=source.name)
+    pack(lambda: source.load(Request(Path())), PACKED_DIGITS, dataset=source.name)
     return PACKED_DIGITS
 
 

@@ -11,7 +11,7 @@ from pipeline.graph_torch import TorchGraph
 from shards.errors import UserError
 
 
-def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
+def choose_backend(name: str, device: torch.device, spec: GraphSpec) -> tuple[str, str]:
     """The backend that does the work (`dali` or `torch`) and why, in words."""
     has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "dali" and not has_dali:
@@ -22,6 +22,8 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
         )
     if name != "auto":
         return name, "asked for"
+    if spec.encoded and has_dali:
+        return "dali", "it decodes pictures"
     if device.type == "cpu":
         return "torch", "on a CPU it is the faster one for raw blocks"
     if not has_dali:
@@ -32,7 +34,7 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
 def make_graph(spec: GraphSpec, backend: str, device: torch.device, batch_size: int) -> Graph:
     """Build a graph. backend: `dali` or `torch`; batch_size: the most images of one call."""
     if backend == "dali":
-        from pipeline.graph_dali import DaliGraph  # not there on every system
+        from pipeline.graph_dali import DaliGraph, DaliPictureGraph  # not there on every system
 
-        return DaliGraph(spec, device, batch_size)
+        return (DaliPictureGraph if spec.encoded else DaliGraph)(spec, device, batch_size)
     return TorchGraph(spec, device)

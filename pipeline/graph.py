@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.manifest import Manifest
+from shards.store import Images
 
 MAX_RESOLUTION = 4096
 
@@ -19,12 +18,13 @@ MAX_RESOLUTION = 4096
 class GraphSpec:
     """Everything that decides what a graph computes.
 
-    image_shape: (H, W, C) of the raw images. transposed: rows and columns are exchanged in them.
+    image_shape: (H, W, C) of the raw images, (None, None, C) for picture files of differing sizes. transposed: rows and
+    columns are exchanged in them.
     resolution: side of the square output, in pixels. interpolation: `linear`, `cubic` or `nearest`.
     mean, std: for each channel, of the resized images with pixels scaled to 0 .. 1.
     """
 
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int | None, int | None, int]
     transposed: bool
     resolution: int
     interpolation: str = "linear"
@@ -54,6 +54,11 @@ class GraphSpec:
         return replace(self, mean=mean, std=std)
 
     @property
+    def encoded(self) -> bool:
+        """Whether the raw images are picture files."""
+        return self.image_shape[0] is None
+
+    @property
     def resizes(self) -> bool:
         """Whether the output has another size than the raw images."""
         height, width, _ = self.image_shape
@@ -63,15 +68,26 @@ class GraphSpec:
     def enlarges(self) -> bool:
         """Whether the output has more pixels, so that normalising first is cheaper (resizing commutes with it)."""
         height, width, _ = self.image_shape
+        assert height and width, "picture files have no one size"
         return self.resolution * self.resolution > height * width
+
+
+class UndecodableImage(Exception):
+    """A picture file of a batch that cannot be decoded. position: in the batch. reason: what it is instead."""
+
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(position, reason)
+        self.position = position
+        self.reason = reason
 
 
 class Graph(Protocol):
     """Raw images to model input. Built for one spec and device; not to be called from two threads at once."""
 
-    def __call__(self, images: NDArray[np.uint8]) -> torch.Tensor:
-        """images: uint8 [B, H, W, C], C-contiguous, B up to the graph's batch size; not changed and not kept.
+    def __call__(self, images: Images) -> torch.Tensor:
+        """images: uint8 [B, H, W, C], C-contiguous, or B picture files of uint8 [bytes]; B is up to the graph's batch
+        size. They are not changed and not kept.
 
-        Returns float32 [B, C, R, R] on the device: upright, resized, (x / 255 - mean) / std.
+        Returns float32 [B, C, R, R] on the device: upright, resized, (x / 255 - mean) / std. Raises `UndecodableImage`.
         """
         ...

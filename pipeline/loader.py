@@ -10,14 +10,17 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from pipeline.graph import Graph
+from pipeline.buffers import Buffers
+from pipeline.graph import Graph, UndecodableImage
 from pipeline.order import Order, Step
-from shards.store import Store
+from shards.errors import UserError
+from shards.store import EncodedStore, Images, Store
 
 T = TypeVar("T")
 
-_AHEAD = 2  # batches prepared before they are asked for
+_AHEAD = 2  # batches prepared for a GPU before they are asked for
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,10 @@ class Batch:
 
 
 class Loader:
-    """Iterates over the batches of an epoch, prepared ahead by one thread.
+    """Iterates over the batches of an epoch.
 
+    For a GPU they are prepared ahead by a thread. On a CPU model and loader share the cores, and a thread would only
+    make them get in each other's way: there a batch is prepared when it is asked for.
     It keeps no state: `batches(epoch, first_step)` is a pure function of its arguments and the order's seed.
     rank, world_size: this process among those that share the work.
     """
@@ -57,12 +62,14 @@ class Loader:
         self._device = device
         self._rank = rank
         self._world_size = world_size
+        self._buffers = Buffers()
         self.order = order
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from global step `first_step` on."""
         steps = self.order.steps(epoch, self._rank, self._world_size, first_step)
-        return run_ahead(self._prepare(steps), _AHEAD)
+        prepared = self._prepare(steps)
+        return run_ahead(prepared, _AHEAD) if self._device.type == "cuda" else prepared
 
     def _prepare(self, steps: Iterator[Step]) -> Iterator[Batch]:
         if self._device.type == "cuda":
@@ -71,15 +78,34 @@ class Loader:
             yield self._load(step)
 
     def _load(self, step: Step) -> Batch:
-        images = np.empty((len(step.samples), *self._store.manifest.image_shape), np.uint8)
-        self._store.gather(step.samples, images)
+        images = self._read(step.samples)
+        try:
+            model_input = self._graph(images)
+        except UndecodableImage as error:
+            raise damaged_picture(self._store, int(step.samples[error.position]), error.reason) from None
         return Batch(
-            images=self._graph(images),
+            images=model_input,
             labels=torch.from_numpy(self._store.labels[step.samples]).to(self._device, non_blocking=True),
             rows=torch.from_numpy(self._store.rows[step.samples]).to(self._device, non_blocking=True),
             step=step.number,
             global_size=step.global_size,
         )
+
+    def _read(self, samples: NDArray[np.int64]) -> Images:
+        if self._store.manifest.encoded:
+            return self._store.read(samples)
+        images = self._buffers.array((len(samples), *self._store.manifest.image_shape))
+        self._store.gather(samples, images)
+        return images
+
+
+def damaged_picture(store: EncodedStore, sample: int, reason: str) -> UserError:
+    """The message about a picture that was found damaged when it was to be used."""
+    return UserError(
+        found=f"{store.place(sample)} (row {store.rows[sample]}): {reason}",
+        expected="a picture that can be decoded",
+        hint="python -m shards.verify DIR names all that are damaged; then pack or fetch the shards again",
+    )
 
 
 def run_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
@@ -87,26 +113,24 @@ def run_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
 
     An exception there is raised here. The thread ends when the iteration ends or the iterator is closed.
     """
-    ready: queue.Queue = queue.Queue(maxsize=depth)
+    # SimpleQueue, whose hand-over costs a few microseconds, has no bound: a token stands for each item that may wait.
+    ready: queue.SimpleQueue = queue.SimpleQueue()
+    tokens: queue.SimpleQueue = queue.SimpleQueue()
     closed = threading.Event()
-
-    def put(message: tuple[str, object]) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(message, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    for _ in range(depth):
+        tokens.put(None)
 
     def work() -> None:
         try:
             for item in items:
-                if not put(("item", item)):
+                tokens.get()
+                if closed.is_set():
                     return
-            put(("end", None))
+                ready.put(("item", item))
+                del item  # whoever takes it holds it alone, and may let go of it
+            ready.put(("end", None))
         except BaseException as error:
-            put(("error", error))
+            ready.put(("error", error))
 
     thread = threading.Thread(target=work, name="loader", daemon=True)
     thread.start()
@@ -117,7 +141,9 @@ def run_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
                 return
             if kind == "error":
                 raise value
+            tokens.put(None)
             yield value
     finally:
         closed.set()
+        tokens.put(None)
         thread.join()

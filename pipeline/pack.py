@@ -1,136 +1,363 @@
-"""Pack the parts of a raw data set into a packed set: permuted once, block records, all or nothing."""
+"""Pack the parts of a raw data set into a packed set: permuted once, in blocks, all or nothing."""
 
 from __future__ import annotations
 
-import os
+import csv
+import hashlib
+import io
 import platform
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline.order import PACKING_STREAM, permutation
-from pipeline.sources import RawPart
-from shards.atomic import replace_directory, staging_directory
+from pipeline.sources import RawPart, UnreadableImages
+from pipeline.target import Target, find_target
+from pipeline.team import Team
+from pipeline.workers import Advance, default_workers, map_in_processes
+from shards.atomic import write_file
 from shards.errors import UserError
-from shards.manifest import PARTS, Manifest, Shard, is_packed_set
-from shards.tar import ShardWriter
+from shards.manifest import ALL_PARTS, MOST_BLOCK_BYTES, Manifest, RawFile, Shard, StoreKind
+from shards.writer import Block, Layout, make_writer
 
 SHARD_BYTES = 32 << 20  # pixels of one shard: large enough to stream, small enough to fetch again
 DEFAULT_BLOCK_SIZE = 512  # the smallest power of two at which 28x28 images cost less than 1.03 times their pixels
+ORIGINS = "origins.csv"
+UNREADABLE = "unreadable.csv"
+_WRITTEN_WITH = {"tar": ("numpy",), "zarr": ("numpy", "zarr", "numcodecs"), "records": ("pillow",)}
+_RECORDS_PER_SHARD = 1024
+_RECORDS_AT_ONCE = 32  # image files read before they are written
+_NAMED = 20  # unreadable pictures named in a message; all of them are in the report
 
 
-def find_pack(out: Path, dataset: str, split: str, block_size: int, seed: int) -> tuple[Manifest, ...] | None:
-    """The manifests of the complete pack at `out`, None if there is none.
+T = TypeVar("T")
+Written: TypeAlias = tuple[Shard, tuple[RawFile, ...]]
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """What decides the bytes of a pack besides the images; two packs of the same settings are the same pack.
+
+    compression: `zstd` or `none`, of a zarr store. options: how the images were chosen and brought to size.
+    """
+
+    dataset: str
+    split: str = ""
+    block_size: int = DEFAULT_BLOCK_SIZE
+    seed: int = 0
+    store: StoreKind = "tar"
+    compression: str = "zstd"
+    options: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def recorded_options(self) -> dict[str, str | int | float]:
+        """The options as the manifest holds them."""
+        return {**self.options, **({"compression": self.compression} if self.store == "zarr" else {})}
+
+    def check_same(self, manifest: Manifest, out: Path | str) -> None:
+        """Raise `UserError` if a pack that stands at `out` is another than these settings ask for."""
+        pairs = [
+            ("data set", manifest.dataset, self.dataset),
+            ("split", manifest.split, self.split),
+            ("seed", manifest.seed, self.seed),
+            ("store", manifest.store, self.store),
+        ]
+        if self.store != "records":
+            pairs.append(("block size", manifest.block_size, self.block_size))
+        asked = self.recorded_options
+        pairs += [(name, manifest.options.get(name), asked.get(name)) for name in {**manifest.options, **asked}]
+        for what, found, wanted in pairs:
+            if wanted != found:
+                raise UserError(
+                    found=f"{out}, packed with {what} {'not set' if found is None else repr(found)}",
+                    expected=f"{what} {'not set' if wanted is None else repr(wanted)}, as asked",
+                    hint="add --force to replace it, or choose another --out",
+                )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` has done. manifests: of train, test and perhaps val; now: whether they were packed by this call;
+    skipped: unreadable pictures that were left out."""
+
+    manifests: tuple[Manifest, ...]
+    now: bool
+    skipped: int = 0
+
+
+def find_pack(target: Target, settings: PackSettings, out: Path | str) -> tuple[Manifest, ...]:
+    """The manifests of the complete pack that stands at the target, none if there is none.
 
     Raises `UserError` if what stands there is another pack than the one asked for, or no pack at all.
     """
-    check_is_ours(out)
-    if not is_packed_set(out):
-        return None
-    manifests = tuple(Manifest.read(out / part) for part in PARTS)
-    asked = {"data set": dataset, "split": split, "block size": block_size, "seed": seed}
+    manifests = target.manifests()
     for manifest in manifests:
-        there = (manifest.dataset, manifest.split, manifest.block_size, manifest.seed)
-        for (what, wanted), found in zip(asked.items(), there, strict=True):
-            if wanted != found:
-                raise UserError(
-                    found=f"{out}, packed with {what} {found!r}",
-                    expected=f"{what} {wanted!r}, as asked",
-                    hint="add --force to replace it, or choose another --out",
-                )
+        settings.check_same(manifest, out)
     return manifests
-
-
-def check_is_ours(out: Path) -> None:
-    """Raise `UserError` if something stands at `out` that no packer wrote, which is never replaced."""
-    if is_packed_set(out) or not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    raise UserError(
-        found=f"{out}, which exists and is not a complete pack",
-        expected="a new or empty directory, or a complete pack",
-        hint="choose another --out, or remove it if nothing in it is needed",
-    )
-
-
-def needs_recovery(out: Path) -> bool:
-    """Whether a killed writer left something beside `out` that the next pack has to clean up."""
-    return staging_directory(out).exists()
 
 
 def pack(
     load: Callable[[], tuple[RawPart, ...]],
-    out: Path,
+    out: Path | str,
     *,
     dataset: str,
     split: str = "",
     block_size: int = DEFAULT_BLOCK_SIZE,
     seed: int = 0,
+    store: StoreKind = "tar",
+    compression: str = "zstd",
+    options: Mapping[str, str | int | float] | None = None,
+    skip_bad: bool = False,
+    workers: int | None = None,
+    team: Team | None = None,
     force: bool = False,
-) -> tuple[tuple[Manifest, ...], bool]:
-    """Pack a data set into `out`, or leave a complete pack of the same settings alone.
+) -> Packed:
+    """Pack a data set into `out` (a directory, or an address that fsspec knows), or leave a complete pack alone.
 
-    load: reads the raw parts; called only if they are needed.
-    Returns the manifests and whether they were packed now. The directory appears whole, by a rename; killed at any
-    moment, this leaves what was there before, and the next call cleans up.
+    load: reads the raw parts; called only if they are needed. skip_bad: leave unreadable pictures out, instead of
+    failing with all their names. workers: processes of this rank, by default as many as it may use cores. team: the
+    ranks that share the work; every one calls this with the same arguments. The bytes are the same for any number of
+    workers and ranks.
+    The pack appears whole; killed at any moment, this leaves what was there before, and the next call cleans up.
     """
-    if not force and not needs_recovery(out):
-        found = find_pack(out, dataset, split, block_size, seed)
+    settings = PackSettings(dataset, split, block_size, seed, store, compression, options or {})
+    team = team or Team()
+    target = find_target(out)
+
+    def look() -> tuple[Manifest, ...]:
+        if force or target.needs_recovery():
+            return ()
+        return find_pack(target, settings, out)
+
+    found = team.first(look)
+    if found:
+        return Packed(found, now=False)
+    with target.staging(team) as directory:
+        # Under the lock now: another writer may have finished meanwhile, or a killed one's pack been put back.
+        found = team.first(lambda: () if force else find_pack(target, settings, out))
         if found:
-            return found, False
-    check_is_ours(out)
-    with replace_directory(out) as replacement:
-        if not force and (found := find_pack(out, dataset, split, block_size, seed)):
-            return found, False
-        parts = load()
-        manifests = []
-        for part in parts:
-            directory = replacement.path / part.name
-            directory.mkdir()
-            manifests.append(_pack_part(part, directory, dataset, split, block_size, seed))
-        # Manifests last: where one stands, its part is complete.
-        for manifest in manifests:
-            manifest.write(replacement.path / manifest.part)
-        replacement.commit()
-    return tuple(manifests), True
+            return Packed(found, now=False)
+        if force:
+            team.first(target.manifests)  # refuses what is no pack
+        parts = team.each(load)
+        packing = _Packing(settings, directory, workers or default_workers(), team)
+        outcomes = [packing.write(part) for part in parts]
+        unreadable = {
+            part.name: outcome for part, outcome in zip(parts, outcomes, strict=True) if isinstance(outcome, dict)
+        }
+        if unreadable and not skip_bad:
+            raise team.first(lambda: _all_unreadable(unreadable, out))
+        if unreadable:
+            outcomes = [
+                packing.write(_without(part, outcome)) if isinstance(outcome, dict) else outcome
+                for part, outcome in zip(parts, outcomes, strict=True)
+            ]
+            team.first(lambda: write_file(directory / UNREADABLE, _unreadable_lines(unreadable)))
+        manifests = tuple(outcome for outcome in outcomes if isinstance(outcome, Manifest))
+        assert len(manifests) == len(parts), "pictures that could be read can no longer"
+        if unreadable:
+            team.each(lambda: _remove_others(directory, manifests))
+        target.complete(team, directory, manifests)
+    return Packed(manifests, now=True, skipped=sum(map(len, unreadable.values())))
 
 
-def _pack_part(part: RawPart, directory: Path, dataset: str, split: str, block_size: int, seed: int) -> Manifest:
-    rows = permutation(len(part.labels), seed, PACKING_STREAM + PARTS.index(part.name))
-    image_bytes = int(np.prod(part.image_shape))
-    blocks_per_shard = max(1, SHARD_BYTES // (block_size * image_bytes))
-    shard_size = blocks_per_shard * block_size
-    bar = tqdm(total=len(rows), desc=f"packing {part.name}", unit=" images", unit_scale=True, disable=None)
+@dataclass(frozen=True)
+class _Packing:
+    settings: PackSettings
+    directory: Path
+    workers: int
+    team: Team
 
-    def write_shard(number: int) -> Shard:
-        first_block = number * blocks_per_shard
-        mine = rows[number * shard_size : (number + 1) * shard_size]
-        with ShardWriter(directory, number) as writer:
-            for block, start in enumerate(range(0, len(mine), block_size), start=first_block):
-                block_rows = mine[start : start + block_size]
-                writer.add(block, part.read(block_rows), part.labels[block_rows], block_rows)
-                bar.update(len(block_rows))
-        return writer.entry
+    def write(self, part: RawPart) -> Manifest | dict[int, str]:
+        """Write a part's files; its manifest, or why which raw rows cannot be read. The same on every rank."""
+        directory = self.directory / part.name
+        layout = self._layout(part)
+        order = permutation(layout.samples, self.settings.seed, PACKING_STREAM + ALL_PARTS.index(part.name))
+        writer = make_writer(self.settings.store, directory, layout, self.settings.compression)
 
-    # A shard's content depends on its number alone, so they may be written side by side.
-    with bar, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        shards = tuple(pool.map(write_shard, range(-(-len(rows) // shard_size))))
-    counts = np.bincount(part.labels, minlength=len(part.classes))
-    return Manifest(
-        dataset=dataset,
-        split=split,
-        part=part.name,
-        classes=part.classes,
-        counts=tuple(counts.tolist()),
-        image_shape=part.image_shape,
-        transposed=part.transposed,
-        samples=len(rows),
-        block_size=block_size,
-        seed=seed,
-        shards=shards,
-        raw=part.files,
-        versions={"inkstream": version("inkstream"), "numpy": np.__version__, "python": platform.python_version()},
+        def start() -> tuple[RawFile, ...]:
+            directory.mkdir(exist_ok=True)
+            return (*writer.start(), *_write_origins(part, directory))
+
+        files = self.team.each(start)  # on every rank, as their directories may differ; the files do not
+        mine = range(self.team.rank, layout.shards, self.team.size)
+        total = sum(len(layout.samples_of(number)) for number in mine)
+        bar = tqdm(
+            total=total,
+            desc=f"packing {part.name}",
+            unit=" images",
+            unit_scale=True,
+            disable=True if self.team.rank else None,
+        )
+
+        def write_shard(number: int, advance: Advance) -> tuple[int, Written | dict[int, str]]:
+            try:
+                return number, writer.write_shard(number, self._blocks(part, order, layout, number, advance))
+            except UnreadableImages as error:
+                return number, error.reasons
+
+        def write_mine() -> list[tuple[int, Written | dict[int, str]]]:
+            with bar:
+                return map_in_processes(write_shard, mine, self.workers, bar)
+
+        shards = dict(shard for shards in self.team.all(write_mine) for shard in shards)
+        reasons = {row: why for shard in shards.values() if isinstance(shard, dict) for row, why in shard.items()}
+        if reasons:
+            return dict(sorted(reasons.items()))
+        written = [shards[number] for number in range(layout.shards)]
+        return self._manifest(part, layout, written, files)
+
+    def _layout(self, part: RawPart) -> Layout:
+        if part.encoded != (self.settings.store == "records"):
+            raise UserError(
+                found=f"--store {self.settings.store} for images of shape {list(part.image_shape)}",
+                expected="records for picture files of differing sizes, tar or zarr for images of one size",
+                hint="leave --store out, or name a --size",
+            )
+        if part.encoded:
+            return Layout(len(part.labels), part.image_shape, 1, _RECORDS_PER_SHARD)
+        block_size = self.settings.block_size
+        block_bytes = block_size * int(np.prod(part.image_shape))
+        if block_bytes > MOST_BLOCK_BYTES:
+            height, width, channels = part.image_shape
+            raise UserError(
+                found=f"images of {height}x{width}x{channels}, {block_bytes / 1e9:.1f} GB a block of {block_size}",
+                expected=f"blocks of at most {MOST_BLOCK_BYTES / 1e9:.1f} GB, which are read whole",
+                hint="store them smaller (--size 224), fewer together (--block-size 32), or as files (--store records)",
+            )
+        blocks = max(1, SHARD_BYTES // block_bytes)
+        return Layout(len(part.labels), part.image_shape, block_size, blocks * block_size)
+
+    def _blocks(
+        self, part: RawPart, order: NDArray[np.int64], layout: Layout, number: int, advance: Advance
+    ) -> Iterator[Block]:
+        """Read the blocks of a shard one by one; at its end raise `UnreadableImages` for all that could not be read."""
+        samples = layout.samples_of(number)
+        size = _RECORDS_AT_ONCE if part.encoded else layout.block_size
+        unreadable: dict[int, str] = {}
+
+        def read(first: int) -> tuple[Block | None, dict[int, str]]:
+            positions = order[first : min(first + size, samples.stop)]
+            rows = part.rows[positions]
+            try:
+                return Block(first, part.read(rows), part.labels[positions], rows), {}
+            except UnreadableImages as error:
+                return None, error.reasons
+            finally:
+                advance(len(positions))
+
+        # With fewer shards than workers, the workers decode with several threads each.
+        threads = -(-self.workers // max(1, layout.shards // self.team.size))
+        with ThreadPoolExecutor(threads) as pool:
+            for block, reasons in _in_order(pool, read, range(samples.start, samples.stop, size), 2 * threads):
+                unreadable |= reasons
+                # After a bad one the shard is of no use, and is only read on to find all of them.
+                if block is not None and not unreadable:
+                    yield block
+        if unreadable:
+            raise UnreadableImages(unreadable)
+
+    def _manifest(self, part: RawPart, layout: Layout, written: list[Written], files: tuple[RawFile, ...]) -> Manifest:
+        settings = self.settings
+        counts = np.bincount(part.labels, minlength=len(part.classes))
+        return Manifest(
+            store=settings.store,
+            dataset=settings.dataset,
+            split=settings.split,
+            part=part.name,
+            classes=part.classes,
+            counts=tuple(counts.tolist()),
+            image_shape=part.image_shape,
+            transposed=part.transposed,
+            samples=layout.samples,
+            block_size=layout.block_size,
+            seed=settings.seed,
+            options=settings.recorded_options,
+            shards=tuple(shard for shard, _ in written),
+            files=(*(file for _, files_of_shard in written for file in files_of_shard), *files),
+            raw=part.files,
+            versions={
+                **{package: version(package) for package in ("inkstream", *_WRITTEN_WITH[settings.store])},
+                "python": platform.python_version(),
+            },
+        )
+
+
+def _in_order(pool: Executor, work: Callable[[int], T], items: Iterable[int], ahead: int) -> Iterator[T]:
+    """`map(work, items)` by a pool, with no more than `ahead` results waiting."""
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _write_origins(part: RawPart, directory: Path) -> tuple[RawFile, ...]:
+    """Write `origins.csv`, where the images of a part came from, if the source tells."""
+    if not part.columns:
+        return ()
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["row", *part.columns])
+    columns = [part.rows.tolist(), *(values.tolist() for values in part.columns.values())]
+    lines.writerows(sorted(zip(*columns, strict=True)))
+    content = text.getvalue().encode()
+    # Not by a rename: several ranks may write it at once, all with the same bytes.
+    (directory / ORIGINS).write_bytes(content)
+    return (RawFile(name=ORIGINS, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()),)
+
+
+def _without(part: RawPart, unreadable: Mapping[int, str]) -> RawPart:
+    """The part without the raw rows that cannot be read."""
+    readable = np.flatnonzero(~np.isin(part.rows, list(unreadable)))
+    if not len(readable):
+        raise UserError(
+            found=f"no readable picture in the {part.name} part: {next(iter(unreadable.values()))}",
+            expected="at least one",
+            hint="look at the files: are they pictures (PNG, JPEG, WebP, BMP)?",
+        )
+    return part.select(readable)
+
+
+def _remove_others(directory: Path, manifests: tuple[Manifest, ...]) -> None:
+    """Remove files of the first attempt that the second, with fewer images, has not overwritten."""
+    for manifest in manifests:
+        part = directory / manifest.part
+        named = {part / file.name for file in manifest.everything}
+        for path in part.rglob("*"):
+            if path.is_file() and path not in named:
+                path.unlink(missing_ok=True)
+
+
+def _unreadable_lines(unreadable: Mapping[str, Mapping[int, str]]) -> str:
+    """The report of unreadable pictures: part, raw row and reason, as CSV."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["part", "row", "reason"])
+    lines.writerows((part, row, reason) for part, reasons in unreadable.items() for row, reason in reasons.items())
+    return text.getvalue()
+
+
+def _all_unreadable(unreadable: Mapping[str, Mapping[int, str]], out: Path | str) -> UserError:
+    """The message that names the unreadable pictures; where they are many, a report beside `out` names the others."""
+    reasons = [reason for part in unreadable.values() for reason in part.values()]
+    named = "\n           ".join(reasons[:_NAMED])
+    if len(reasons) > _NAMED:
+        report = Path(f"{Path(str(out)).name}.{UNREADABLE}").absolute()
+        write_file(report, _unreadable_lines(unreadable))
+        named += f"\n           and {len(reasons) - _NAMED:,} more, all of them in {report}"
+    return UserError(
+        found=f"{len(reasons):,} unreadable pictures:\n           {named}",
+        expected="pictures that can be decoded",
+        hint="mend or remove them, or leave them out with --skip-bad",
     )

@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipeline.backend import make_graph
+from pipeline.backend import choose_backend, make_graph
 from pipeline.graph import GraphSpec
-from pipeline.order import permutation
+from pipeline.loader import Loader, damaged_picture
+from pipeline.order import EvaluationOrder, permutation
 from shards import Store
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
+from shards.pictures import decode
 from shards.store import open_either
 
 _PAIRS = 4  # examples of a class
@@ -35,16 +37,23 @@ _MUTED = (113, 113, 122)
 _PAPER = (250, 250, 250)
 
 
-def read_images(store: Store, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Raw images as stored, uint8 [n, H, W, C]."""
-    images = np.empty((len(samples), *store.manifest.image_shape), np.uint8)
-    store.gather(samples, images)
-    return images
+def read_images(store: Store, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    """Raw images as stored, each uint8 [H, W, C]; picture files are decoded. Raises `UserError`."""
+    images = store.read(samples)
+    if isinstance(images, np.ndarray):
+        return list(images)
+    pixels = []
+    for sample, image in zip(samples.tolist(), images, strict=True):
+        try:
+            pixels.append(decode(image, store.manifest.image_shape[2]))
+        except ValueError as error:
+            raise damaged_picture(store, sample, str(error)) from None
+    return pixels
 
 
-def upright(images: NDArray[np.uint8], transposed: bool) -> NDArray[np.uint8]:
-    """Images [n, H, W, C] the way a person reads them."""
-    return images.swapaxes(1, 2) if transposed else images
+def upright(image: NDArray[np.uint8], transposed: bool) -> NDArray[np.uint8]:
+    """An image [H, W, C] the way a person reads it."""
+    return image.swapaxes(0, 1) if transposed else image
 
 
 def to_picture(image: NDArray[np.uint8]) -> Image.Image:
@@ -67,13 +76,13 @@ def contact_sheet(store: Store, resolution: int) -> Image.Image:
     stored = "rows and columns exchanged" if manifest.transposed else "upright"
     draw.text((_MARGIN, 16), f"{manifest.name}, {manifest.part}", _INK, ImageFont.load_default(20))
     height, width, _ = manifest.image_shape
-    note = (
-        f"pairs: raw {height}x{width} (stored {stored}), and processed {resolution}x{resolution} as the model sees it"
-    )
+    size = "at its own size" if manifest.encoded else f"{height}x{width} (stored {stored})"
+    note = f"pairs: raw {size}, and processed {resolution}x{resolution} as the model sees it"
     draw.text((_MARGIN, 42), note, _MUTED, ImageFont.load_default(13))
 
+    cpu = torch.device("cpu")
     spec = GraphSpec.of(manifest, resolution)
-    graph = make_graph(spec, "torch", torch.device("cpu"), _PAIRS)
+    graph = make_graph(spec, choose_backend("auto", cpu, spec)[0], cpu, _PAIRS)
     for place, (label, samples) in enumerate(examples):
         left = _MARGIN + place // rows * (block_width + _COLUMN_GAP)
         top = _HEADER + place % rows * row_height
@@ -81,12 +90,19 @@ def contact_sheet(store: Store, resolution: int) -> Image.Image:
         draw.text((left, top + 6), _fitted(name), _INK, ImageFont.load_default(26 if len(name) < 4 else 13))
         draw.text((left, top + _TILE - 16), f"{manifest.counts[label]:,}", _MUTED, ImageFont.load_default(12))
         raw = read_images(store, samples)
-        processed = graph(raw).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        (batch,) = Loader(store, EvaluationOrder(samples, _PAIRS), graph, cpu).batches()
+        processed = batch.images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
         for number, (before, after) in enumerate(zip(raw, processed, strict=True)):
             x = left + _LABEL + number * (pair_width + _PAIR_GAP)
-            sheet.paste(to_picture(before).resize((_TILE, _TILE), Image.Resampling.NEAREST), (x, top))
+            sheet.paste(_raw_tile(to_picture(before), keep_shape=manifest.encoded), (x, top))
             sheet.paste(to_picture(after).resize((_TILE, _TILE), Image.Resampling.LANCZOS), (x + _TILE + _GAP, top))
     return sheet
+
+
+def _raw_tile(picture: Image.Image, keep_shape: bool) -> Image.Image:
+    if keep_shape:
+        return ImageOps.pad(picture, (_TILE, _TILE), Image.Resampling.LANCZOS, color=_PAPER)
+    return picture.resize((_TILE, _TILE), Image.Resampling.NEAREST)
 
 
 def _examples(store: Store) -> list[tuple[int, NDArray[np.int64]]]:

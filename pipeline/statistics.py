@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.backend import make_graph
 from pipeline.graph import GraphSpec
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 # Samples were permuted at packing, so a prefix is a fair sample; with so many, the error of the mean is below
 # a thousandth of the standard deviation.
 _MOST_SAMPLES = 65_536
+# Decoding takes a hundred times as long.
+_MOST_PICTURES = 16_384
 _BATCH = 512
 
 
@@ -35,10 +38,10 @@ class Statistics:
 
 
 def measure(store: Store, spec: GraphSpec, backend: str, device: torch.device) -> Statistics:
-    """Run the first images of a store through the graph (without normalisation) and take mean and deviation."""
+    """Run images of a store through the graph (without normalisation) and take mean and deviation."""
     channels = spec.image_shape[2]
     raw_spec = spec.normalised((0.0,) * channels, (1.0,) * channels)
-    samples = np.arange(min(len(store), _MOST_SAMPLES))
+    samples = _choose(store)
     graph = make_graph(raw_spec, backend, device, _BATCH)
     total = torch.zeros(channels, dtype=torch.float64, device=device)
     squares = torch.zeros_like(total)
@@ -51,6 +54,14 @@ def measure(store: Store, spec: GraphSpec, backend: str, device: torch.device) -
     # A constant channel (blank images) has nothing to scale.
     std = torch.where(std < 1e-6, torch.ones_like(std), std)
     return Statistics(tuple(mean.tolist()), tuple(std.tolist()), len(samples))
+
+
+def _choose(store: Store) -> NDArray[np.int64]:
+    """The samples to measure: the first ones, or some from everywhere, as shards of others may be sorted by class."""
+    if store.manifest.encoded:
+        count = min(len(store), _MOST_PICTURES)
+        return np.arange(count) * len(store) // count
+    return np.arange(min(len(store), _MOST_SAMPLES))
 
 
 def cached(store: Store, directory: Path, spec: GraphSpec, backend: str, device: torch.device) -> Statistics:

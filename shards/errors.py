@@ -48,6 +48,15 @@ def no_permission(error: OSError, path: object) -> UserError:
     )
 
 
+def damaged(place: object, reason: str) -> UserError:
+    """The message for a packed file that is not what its packer wrote; place: the file, and what in it."""
+    return UserError(
+        found=f"{place}: {reason}",
+        expected="the shard as it was packed",
+        hint="see what else is damaged: python -m shards.verify DIR; then pack again with --force",
+    )
+
+
 class Terminated(BaseException):
     """SIGTERM, raised as an exception so that `finally` clauses leave nothing half-written."""
 

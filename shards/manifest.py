@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from shards.atomic import write_file
 from shards.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 PARTS = ("train", "test")
+VALIDATION = "val"  # a third part, which a set may have
+ALL_PARTS = (*PARTS, VALIDATION)
+StoreKind = Literal["tar", "zarr", "records"]
+MOST_BLOCK_BYTES = 1 << 30  # of pixels: what a reader of blocks has to have room for
 
 
 class _Record(BaseModel):
@@ -21,7 +25,7 @@ class _Record(BaseModel):
 
 
 class RawFile(_Record):
-    """A raw file that the part was packed from: its name, size in bytes and SHA-256 (hex)."""
+    """A file as it was when the part was packed: its name, size in bytes and SHA-256 (hex)."""
 
     name: str
     bytes: int = Field(ge=0)
@@ -29,7 +33,7 @@ class RawFile(_Record):
 
 
 class Shard(_Record):
-    """A tar file: its size in bytes, SHA-256 (hex), samples, and a CRC-32 for each block record in it."""
+    """A file of images: its size in bytes, SHA-256 (hex), samples, and a CRC-32 for each block in it."""
 
     name: str
     samples: int = Field(gt=0)
@@ -39,21 +43,24 @@ class Shard(_Record):
 
 
 class Manifest(_Record):
-    """A packed part (train or test) of a data set. `FORMAT.md` gives the meaning of every field."""
+    """A packed part (train, test or val) of a data set. `FORMAT.md` gives the meaning of every field."""
 
     format: Literal["inkstream-blocks"] = "inkstream-blocks"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
+    store: StoreKind = "tar"
     dataset: str
     split: str
     part: str
     classes: tuple[str, ...]
-    counts: tuple[int, ...]
-    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    counts: tuple[NonNegativeInt, ...]
+    image_shape: tuple[PositiveInt | None, PositiveInt | None, PositiveInt]
     transposed: bool
     samples: int = Field(gt=0)
     block_size: int = Field(gt=0)
     seed: int
+    options: dict[str, str | int | float] = {}
     shards: tuple[Shard, ...]
+    files: tuple[RawFile, ...] = ()
     raw: tuple[RawFile, ...]
     versions: dict[str, str]
 
@@ -65,12 +72,30 @@ class Manifest(_Record):
             raise ValueError(f"counts by class add up to {sum(self.counts)}, samples is {self.samples}")
         if sum(shard.samples for shard in self.shards) != self.samples:
             raise ValueError("the shards' samples do not add up to samples")
-        if len({shard.name for shard in self.shards}) != len(self.shards):
-            raise ValueError("a shard is named twice")
+        if len({file.name for file in self.everything}) != len(self.everything):
+            raise ValueError("a file is named twice")
+        if self.encoded != (self.store == "records") or (self.image_shape[1] is None) != self.encoded:
+            raise ValueError(f"images of shape {list(self.image_shape)} in a store of {self.store}")
+        for name in (file.name for file in self.everything):
+            path = PurePosixPath(name)
+            inside = path.parts and not path.is_absolute() and ".." not in path.parts
+            if not inside or not name.isprintable() or "\\" in name or PureWindowsPath(name).drive:
+                raise ValueError(f"a file {name!r} outside the part")
+        if not self.encoded:
+            self._check_blocks()
+        return self
+
+    def _check_blocks(self) -> None:
+        """Raise ValueError for shards that cannot hold what they claim: readers allocate by these numbers."""
+        if min(self.block_size, self.samples) * max(self.image_bytes, 8) > MOST_BLOCK_BYTES:
+            raise ValueError(f"blocks of {self.block_size:,} images of {self.image_bytes:,} bytes")
         for shard in self.shards:
             if len(shard.blocks_crc32) != -(-shard.samples // self.block_size):
                 raise ValueError(f"{shard.name}: number of blocks does not fit its {shard.samples} samples")
-        return self
+            if self.store == "tar" and shard.samples * self.image_bytes > shard.bytes:
+                raise ValueError(f"{shard.name}: {shard.bytes:,} bytes are too few for its {shard.samples:,} samples")
+        if any(shard.samples % self.block_size for shard in self.shards[:-1]):
+            raise ValueError("a shard other than the last ends inside a block")
 
     @property
     def name(self) -> str:
@@ -78,15 +103,26 @@ class Manifest(_Record):
         return f"{self.dataset}-{self.split}" if self.split else self.dataset
 
     @property
+    def encoded(self) -> bool:
+        """Whether the images are files (JPEG, PNG, ...) of differing sizes, image_shape [None, None, C]."""
+        return self.image_shape[0] is None
+
+    @property
     def image_bytes(self) -> int:
-        """Bytes of one raw image, height x width x channels."""
+        """Bytes of one raw image, height x width x channels. Not for encoded images."""
         height, width, channels = self.image_shape
+        assert height and width, "encoded images have no one size"
         return height * width * channels
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all shards together."""
-        return sum(shard.bytes for shard in self.shards)
+        """Bytes of all files of the part together, but for the manifest."""
+        return sum(file.bytes for file in self.everything)
+
+    @property
+    def everything(self) -> tuple[Shard | RawFile, ...]:
+        """All files of the part but the manifest itself, with sizes and hashes."""
+        return (*self.shards, *self.files)
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
@@ -102,22 +138,28 @@ class Manifest(_Record):
     @classmethod
     def read(cls, directory: Path) -> Manifest:
         """Read a part's manifest; a missing or damaged one is a `UserError`."""
-        path = directory / MANIFEST_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and content.get("version", 1) != 1:
-                raise UserError(
-                    found=f"{path} of format version {content['version']}",
-                    expected="format version 1",
-                    hint="use the version of Inkstream that packed it, or pack again with --force",
-                )
-            return cls.model_validate(content)
+            content = (directory / MANIFEST_NAME).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise _missing(directory) from None
-        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        return cls.parse(content, directory / MANIFEST_NAME)
+
+    @classmethod
+    def parse(cls, content: bytes, place: object) -> Manifest:
+        """A manifest from the content of its file. place: where that is, for the `UserError` about a damaged one."""
+        try:
+            fields = json.loads(content.decode("utf-8"))
+            if isinstance(fields, dict) and fields.get("version", 1) not in (1, 2):
+                raise UserError(
+                    found=f"{place} of format version {fields['version']}",
+                    expected="format version 1 or 2",
+                    hint="use the version of Inkstream that packed it, or pack again with --force",
+                )
+            return cls.model_validate(fields)
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, not a manifest
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise UserError(
-                found=f"{path}, which is damaged: {reason}",
+                found=f"{place}, which is damaged: {reason}",
                 expected="the manifest that the packer wrote",
                 hint="pack again: python -m pipeline.shard SOURCE --out DIR --force",
             ) from None
@@ -125,7 +167,12 @@ class Manifest(_Record):
 
 def is_packed_set(directory: Path) -> bool:
     """Whether a directory holds complete parts (each of `train` and `test` has a manifest)."""
-    return all((directory / part / MANIFEST_NAME).is_file() for part in PARTS)
+    return all(has_part(directory, part) for part in PARTS)
+
+
+def has_part(directory: Path, part: str) -> bool:
+    """Whether a directory holds the named part, complete."""
+    return (directory / part / MANIFEST_NAME).is_file()
 
 
 def _missing(directory: Path) -> UserError:
@@ -135,9 +182,12 @@ def _missing(directory: Path) -> UserError:
             expected=f"a packed part: a directory with {MANIFEST_NAME} and shards",
             hint="pack a data set first: python -m pipeline.shard emnist (or mnist, or digits)",
         )
-    parts = [part for part in PARTS if (directory / part / MANIFEST_NAME).is_file()]
+    parts = [part for part in ALL_PARTS if has_part(directory, part)]
     inside = sorted(path.parent.parent for path in directory.glob(f"*/train/{MANIFEST_NAME}"))
-    if parts:
+    if any(directory.glob("*.tar")):
+        whole = directory.parent if directory.name in ALL_PARTS else directory
+        hint = f"if others wrote these shards, a picture a record: python -m shards.index {whole}; if not, pack again"
+    elif parts:
         hint = f"name one part: {directory / parts[0]}"
     elif inside:
         hint = f"name the packed set inside it: {inside[0]}"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import mmap
 import os
 import tarfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.atomic import write_file
-from shards.errors import UserError
-from shards.manifest import Manifest, Shard
+from shards.cache import BlockCache
+from shards.errors import UserError, damaged
+from shards.manifest import Manifest, RawFile, Shard
+from shards.writer import Block, Layout
 
 COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
 INDEX_VERSION = "v1.2"
@@ -53,10 +58,12 @@ def _member(name: str, header: bytes, array: NDArray) -> tuple[list[bytes | memo
 class ShardWriter:
     """Writes one tar shard and, beside it, the index that DALI's `wds2idx` would write.
 
-    `with ShardWriter(directory, number) as writer: writer.add(...)`, then `writer.entry` is its manifest line.
+    `with ShardWriter(directory, number) as writer: writer.add(...)`, then `writer.entry` and `writer.index` are what
+    the manifest tells of the two files.
     """
 
     entry: Shard
+    index: RawFile
 
     def __init__(self, directory: Path, number: int) -> None:
         self._path = directory / shard_name(number)
@@ -67,7 +74,7 @@ class ShardWriter:
         self._index: list[str] = []
 
     def __enter__(self) -> ShardWriter:
-        self._file = open(self._path, "xb")
+        self._file = open(self._path, "wb")
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -104,9 +111,10 @@ class ShardWriter:
         self._write(_END_OF_ARCHIVE)
         self._file.flush()
         os.fsync(self._file.fileno())
-        write_file(
-            self._path.with_suffix(".idx"), "\n".join([f"{INDEX_VERSION} {len(self._index)}", *self._index]) + "\n"
-        )
+        lines = "\n".join([f"{INDEX_VERSION} {len(self._index)}", *self._index, ""]).encode()
+        index = self._path.with_suffix(".idx")
+        write_file(index, lines)
+        self.index = RawFile(name=index.name, bytes=len(lines), sha256=hashlib.sha256(lines).hexdigest())
         self.entry = Shard(
             name=self._path.name,
             samples=self._samples,
@@ -114,6 +122,23 @@ class ShardWriter:
             sha256=self._sha256.hexdigest(),
             blocks_crc32=tuple(self._crcs),
         )
+
+
+class TarWriter:
+    """The `shards.writer.PartWriter` of block records."""
+
+    def __init__(self, directory: Path, layout: Layout) -> None:
+        self._directory = directory
+        self._layout = layout
+
+    def start(self) -> tuple[RawFile, ...]:
+        return ()
+
+    def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
+        with ShardWriter(self._directory, number) as writer:
+            for block in blocks:
+                writer.add(block.first // self._layout.block_size, block.images, block.labels, block.rows)
+        return writer.entry, (writer.index,)
 
 
 @dataclass(frozen=True)
@@ -147,27 +172,36 @@ def read_index(path: Path) -> list[dict[str, Component]]:
 
 
 class TarStore:
-    """The `Store` over tar shards: each is mapped into memory, so an image is an address, not a read."""
+    """The `Store` over tar shards: each is mapped into memory, so an image is an address, not a read.
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    memory: most bytes of images to hold. Where the images are more, blocks are read into a cache of that size instead
+    of being mapped, so that the process stays within the bound whatever it touches.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, memory: int | None = None) -> None:
         self.manifest = manifest
+        self._paths = [directory / shard.name for shard in manifest.shards]
+        mapped = memory is None or manifest.samples * manifest.image_bytes <= memory
+        opened = [
+            (_map if mapped else _Bytes)(path, shard) for path, shard in zip(self._paths, manifest.shards, strict=True)
+        ]
+        # Only now that the files are known to be as large as the manifest says is anything allocated by its numbers.
         self.labels = np.empty(manifest.samples, np.int64)
         self.rows = np.empty(manifest.samples, np.int64)
         # For every block: its shard, and the byte at which its first image begins.
         self._shard_of_block: list[int] = []
         self._first_image: list[int] = []
-        # For every shard: [bytes - image_bytes + 1, image_bytes], the image that would begin at each byte.
-        self._windows: list[NDArray[np.uint8]] = []
+        self._cache = None if mapped else BlockCache(manifest, self._read_blocks, memory)
         start = 0
-        for number, shard in enumerate(manifest.shards):
-            data = _map(directory / shard.name, shard)
-            self._windows.append(np.lib.stride_tricks.sliding_window_view(data, manifest.image_bytes))
+        for number, (shard, data) in enumerate(zip(manifest.shards, opened, strict=True)):
             for block in self._blocks(directory, shard, data):
                 start = self._add_block(number, block, data, shard, start)
-        self._blocks_to_shards = np.asarray(self._shard_of_block)
-        self._blocks_to_bytes = np.asarray(self._first_image)
+        if mapped:
+            self._maps = opened
+            self._images, places = _images_at_every_byte(self._maps, manifest.image_bytes)
+            self._image_of_block = places[self._shard_of_block] + np.asarray(self._first_image)
 
-    def _blocks(self, directory: Path, shard: Shard, data: NDArray[np.uint8]) -> list[dict[str, Component]]:
+    def _blocks(self, directory: Path, shard: Shard, data: NDArray[np.uint8] | _Bytes) -> list[dict[str, Component]]:
         index = (directory / shard.name).with_suffix(".idx")
         blocks = read_index(index)
         fits = all(
@@ -176,11 +210,11 @@ class TarStore:
             for block in blocks
         )
         if len(blocks) != len(shard.blocks_crc32) or not fits:
-            raise _damaged(index, f"an index that does not fit {shard.name}")
+            raise damaged(index, f"an index that does not fit {shard.name}")
         return blocks
 
     def _add_block(
-        self, number: int, block: dict[str, Component], data: NDArray[np.uint8], shard: Shard, start: int
+        self, number: int, block: dict[str, Component], data: NDArray[np.uint8] | _Bytes, shard: Shard, start: int
     ) -> int:
         """Check a block's three headers, take in its labels and rows, and return the next sample's number."""
         count = min(self.manifest.block_size, self.manifest.samples - start)
@@ -193,7 +227,9 @@ class TarStore:
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             if data[place.offset : payload].tobytes() != header or place.size != len(header) + size:
                 key = block_key(len(self._first_image))
-                raise _damaged(shard.name, f"block {key}: {component} is not the array that the manifest tells of")
+                raise damaged(
+                    f"{self._paths[number]}: block {key}", f"{component} is not the array that the manifest tells of"
+                )
             payloads.append((payload, size))
         (images, _), (labels, size), (rows, _) = payloads
         stop = start + count
@@ -202,7 +238,9 @@ class TarStore:
         taken = self.labels[start:stop]
         if taken.min() < 0 or taken.max() >= len(self.manifest.classes):
             key = block_key(len(self._first_image))
-            raise _damaged(shard.name, f"block {key}: a label outside 0 .. {len(self.manifest.classes) - 1}")
+            raise damaged(
+                f"{self._paths[number]}: block {key}", f"a label outside 0 .. {len(self.manifest.classes) - 1}"
+            )
         self._shard_of_block.append(number)
         self._first_image.append(images)
         return stop
@@ -210,38 +248,84 @@ class TarStore:
     def __len__(self) -> int:
         return self.manifest.samples
 
+    def read(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images uint8 [n, H, W, C]; see `Store.read`."""
+        images = np.empty((len(samples), *self.manifest.image_shape), np.uint8)
+        self.gather(samples, images)
+        return images
+
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Copy images into the caller's buffer; see `Store.gather`."""
+        """Copy images into the caller's buffer; see `ImageStore.gather`."""
+        if self._cache is not None:
+            self._cache.gather(samples, out)
+            return
         if len(samples) and (samples.min() < 0 or samples.max() >= len(self)):
             raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {len(self) - 1}")
         assert out.flags.c_contiguous and out.shape == (len(samples), *self.manifest.image_shape)
         flat = out.reshape(len(samples), self.manifest.image_bytes)
         blocks, places = np.divmod(samples, self.manifest.block_size)
-        first_bytes = self._blocks_to_bytes[blocks] + places * self.manifest.image_bytes
-        if len(self._windows) == 1:
-            flat[...] = self._windows[0][first_bytes]
-            return
-        shards = self._blocks_to_shards[blocks]
-        for shard in np.unique(shards):
-            mine = np.flatnonzero(shards == shard)
-            flat[mine] = self._windows[shard][first_bytes[mine]]
+        flat[...] = self._images[self._image_of_block[blocks] + places * self.manifest.image_bytes]
+
+    def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
+        """Read the images of whole blocks from the disk; see `shards.cache.LoadBlocks`."""
+        for block, buffer in zip(blocks, buffers, strict=True):
+            shard = self._shard_of_block[block]
+            path = self._paths[shard]
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    file.seek(self._first_image[block])
+                    read = file.readinto(memoryview(buffer).cast("B"))
+            except OSError as error:
+                raise damaged(path, error.strerror or str(error)) from None
+            if read != buffer.nbytes:
+                raise damaged(f"{path}: block {block_key(block)}", "the shard ends inside it")
+
+
+def _open(path: Path, shard: Shard) -> BinaryIO:
+    """Open a shard. Raises `UserError` if it is missing or has another size."""
+    if not path.is_file():
+        raise damaged(path, "no such shard, though the manifest names it")
+    file = open(path, "rb", buffering=0)
+    size = os.fstat(file.fileno()).st_size
+    if size != shard.bytes:
+        file.close()
+        raise damaged(path, f"{size:,} bytes where the manifest says {shard.bytes:,}")
+    return file
 
 
 def _map(path: Path, shard: Shard) -> NDArray[np.uint8]:
-    """Map a shard read-only: uint8 [bytes]. Raises `UserError` if it is missing or has another size."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != shard.bytes:
-                raise _damaged(path, f"{size:,} bytes where the manifest says {shard.bytes:,}")
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except FileNotFoundError:
-        raise _damaged(path, "no such shard, though the manifest names it") from None
+    """Map a shard read-only: uint8 [bytes]."""
+    with _open(path, shard) as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def _damaged(place: object, reason: str) -> UserError:
-    return UserError(
-        found=f"{place}: {reason}",
-        expected="the shard as it was packed",
-        hint="see what else is damaged: python -m shards.verify DIR; then pack again with --force",
-    )
+class _Bytes:
+    """The bytes of a shard like those of `_map`, but read when asked for: pages of a map that were touched count as
+    memory of the process."""
+
+    def __init__(self, path: Path, shard: Shard) -> None:
+        self._file = _open(path, shard)
+        self._size = shard.bytes
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: slice) -> NDArray[np.uint8]:
+        self._file.seek(place.start)
+        return np.frombuffer(self._file.read(place.stop - place.start), np.uint8)
+
+
+def _images_at_every_byte(
+    maps: list[NDArray[np.uint8]], image_bytes: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """One view over all maps, so that a single indexing call gathers from all of them.
+
+    Returns uint8 [bytes, image_bytes], the image that would begin at each byte from the lowest mapped address to the
+    highest, and int64 [maps], where in it each map begins. What lies between the maps is not ours to read: callers
+    index only what lies inside one, and keep the maps.
+    """
+    addresses = np.array([data.__array_interface__["data"][0] for data in maps])
+    start = int(addresses.min())
+    end = max(int(address) + len(data) for address, data in zip(addresses, maps, strict=True))
+    everything = np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
+    return np.lib.stride_tricks.sliding_window_view(everything, image_bytes), addresses - start

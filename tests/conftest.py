@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.pack import pack
-from pipeline.sources import RawPart, find_source
-from shards.manifest import RawFile
+from pipeline.sources import RawPart, Request, find_source
+from shards.manifest import RawFile, StoreKind
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -51,8 +51,16 @@ def made_up_parts(
     return tuple(parts)
 
 
-def pack_parts(parts: tuple[RawPart, ...], out: Path, block_size: int = 64, seed: int = 0) -> Path:
-    pack(lambda: parts, out, dataset="made-up", block_size=block_size, seed=seed)
+def pack_parts(
+    parts: tuple[RawPart, ...],
+    out: Path,
+    block_size: int = 64,
+    seed: int = 0,
+    store: StoreKind = "tar",
+    compression: str = "zstd",
+) -> Path:
+    settings = {"block_size": block_size, "seed": seed, "store": store, "compression": compression}
+    pack(lambda: parts, out, dataset="made-up", **settings)
     return out
 
 
@@ -67,7 +75,7 @@ def digits_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packed digits of scikit-learn. Not to be changed."""
     out = tmp_path_factory.mktemp("digits") / "digits"
     source = find_source("digits")
-    pack(lambda: source.load(out, ""), out, dataset="digits")
+    pack(lambda: source.load(Request(out)), out, dataset="digits")
     return out
 
 

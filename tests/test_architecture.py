@@ -23,9 +23,12 @@ FORBIDDEN = {
 }
 # Where the library is imported, and nowhere else in the packages that are the product.
 OWNERS = {
+    "fsspec": {"shards/remote_fsspec.py"},
     "nvidia": {"pipeline/graph_dali.py"},
     "wandb": {"trainer/sinks.py"},
     "timm": {"trainer/model.py", "trainer/optimizer.py"},
+    "zarr": {"shards/zarr_arrays.py"},
+    "numcodecs": {"shards/zarr_store.py"},
 }
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all", "np.random.seed", "random.seed"}
 
@@ -104,7 +107,7 @@ def test_nothing_is_called_utils() -> None:
     assert [name_of(path) for path in MODULES if "util" in path.stem or "helper" in path.stem] == []
 
 
-@pytest.mark.parametrize("package", [*PACKAGES, "pipeline/sources"])
+@pytest.mark.parametrize("package", [*PACKAGES, "pipeline/raw", "pipeline/sources"])
 def test_a_package_says_which_question_it_answers(package: str) -> None:
     docstring = ast.get_docstring(tree_of(ROOT / package / "__init__.py"))
     assert docstring, f"{package} has no docstring"

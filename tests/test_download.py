@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error
 
-import pipeline.download
-from pipeline.download import Download, fetch
+import pipeline.raw.download
+from pipeline.raw.download import Download, fetch
 from shards import UserError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -86,7 +86,7 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(pipeline.download, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(pipeline.raw.download, "_FIRST_PAUSE", 0.001)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = Server()
@@ -250,7 +250,7 @@ def test_a_full_disk_is_not_taken_for_a_broken_network(server: Server, tmp_path:
         f"""
         import resource
         from pathlib import Path
-        from pipeline.download import Download, fetch
+        from pipeline.raw.download import Download, fetch
         from shards.errors import run_command
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         run_command(lambda: fetch({server.download!r}, Path({str(tmp_path / "raw")!r}), "") and 0)

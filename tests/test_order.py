@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.order import (
+    BLOCK_STREAM,
     PACKING_STREAM,
     PARTITION_STREAM,
     EvaluationOrder,
@@ -18,7 +22,9 @@ from pipeline.order import (
     TrainingOrder,
     permutation,
     random_keys,
+    window_within,
 )
+from shards.manifest import Manifest
 
 seeds = st.integers(0, 2**63 - 1)
 streams = st.one_of(st.integers(0, 1000), st.sampled_from([PACKING_STREAM, PACKING_STREAM + 1, PARTITION_STREAM]))
@@ -69,7 +75,7 @@ def test_golden_permutations() -> None:
 
 def test_golden_training_batches() -> None:
     steps = list(TrainingOrder(np.arange(10), batch_size=4, seed=3).steps(epoch=2, rank=1, world_size=2))
-    assert [step.samples.tolist() for step in steps] == [[4, 1], [5, 0]]
+    assert [step.samples.tolist() for step in steps] == [[2, 4], [3, 6], [7, 9]]
 
 
 def test_seeds_and_streams_are_independent() -> None:
@@ -100,16 +106,24 @@ def test_training_batches_are_the_same_on_any_number_of_ranks(
         assert global_batches(order, epoch, ranks) == alone
 
 
-@given(count=st.integers(1, 300), batch_size=st.integers(1, 70), seed=seeds, epoch=st.integers(0, 10_000))
-def test_a_training_epoch_has_no_sample_twice_and_batches_of_one_size(
-    count: int, batch_size: int, seed: int, epoch: int
+@given(
+    count=st.integers(1, 300),
+    batch_size=st.integers(1, 70),
+    seed=seeds,
+    epoch=st.integers(0, 10_000),
+    window=st.one_of(st.none(), st.integers(1, 40)),
+)
+def test_a_training_epoch_has_every_sample_once_in_batches_of_one_size(
+    count: int, batch_size: int, seed: int, epoch: int, window: int | None
 ) -> None:
-    batches = global_batches(TrainingOrder(positions(count), batch_size, seed), epoch, 1)
-    seen = joined(batches)
-    assert len(set(seen)) == len(seen)
-    assert set(seen) <= set(positions(count).tolist())
-    assert {len(batch) for batch in batches.values()} == {min(batch_size, count)}
-    assert count - len(seen) < batch_size
+    order = TrainingOrder(positions(count), batch_size, seed, block_size=16, window=window)
+    for ranks in (1, 2, 3, 5):
+        batches = global_batches(order, epoch, ranks)
+        assert sorted(joined(batches)) == positions(count).tolist()
+        sizes = [len(batch) for batch in batches.values()]
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= batch_size
+        assert len(sizes) == order.steps_per_epoch == math.ceil(count / batch_size)
 
 
 @given(count=st.integers(8, 300), batch_size=st.integers(8, 70), ranks=st.integers(1, 8))
@@ -138,13 +152,95 @@ def test_resuming_at_a_step_is_the_tail_of_the_epoch(
             assert tail == {number: samples for number, samples in whole.items() if number >= first}
 
 
-def test_epochs_differ_and_leave_out_different_samples() -> None:
-    order = TrainingOrder(positions(1000), 64, 0)
-    epochs = [joined(global_batches(order, epoch, 1)) for epoch in range(6)]
-    left_out = [frozenset(positions(1000).tolist()) - set(epoch) for epoch in epochs]
-    assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert {len(samples) for samples in left_out} == {1000 % 64}
-    assert len(set(left_out)) == 6
+@pytest.mark.parametrize("window", [None, 12])
+def test_epochs_and_seeds_differ(window: int | None) -> None:
+    orders = [
+        tuple(TrainingOrder(positions(1000), 64, seed, 16, window).shuffled(epoch).tolist())
+        for seed in range(3)
+        for epoch in range(4)
+    ]
+    assert len(set(orders)) == 12
+
+
+BLOCK = 32
+
+
+@dataclass
+class Reads:
+    """What a cache that lets go of the blocks that came in first reads for an order."""
+
+    total: int
+    distinct: int
+    first_batch: int
+
+
+def reads(order: TrainingOrder, slots: int, rank: int = 0, ranks: int = 1) -> Reads:
+    held: OrderedDict[int, None] = OrderedDict()
+    read: list[int] = []
+    first_batch = 0
+    for step in order.steps(3, rank, ranks):
+        needed = np.unique(step.samples // BLOCK).tolist()
+        for block in needed:
+            if block not in held:
+                held[block] = None
+                read.append(block)
+        first_batch = first_batch or len(read)
+        while len(held) > slots:
+            held.popitem(last=False)
+    return Reads(len(read), len(set(read)), first_batch)
+
+
+def manifest_of(samples: int, block_size: int = BLOCK) -> Manifest:
+    """As much of a manifest as an order asks for: one of a part of 1x1 gray images."""
+    return Manifest.model_construct(samples=samples, block_size=block_size, image_shape=(1, 1, 1))
+
+
+@pytest.mark.parametrize("batch_size", [8, 32, 100, 256])
+@pytest.mark.parametrize("slots", [40, 100, 250])
+def test_a_windowed_order_reads_every_block_once(slots: int, batch_size: int) -> None:
+    samples = 600 * BLOCK
+    window = window_within(manifest_of(samples), slots * BLOCK, batch_size)
+    assert window is not None
+    assert slots - 2 * (2 * slots * batch_size / BLOCK) ** 0.5 - 4 < window < slots
+    order = TrainingOrder(np.arange(samples), batch_size, 0, BLOCK, window)
+    alone = reads(order, slots)
+    assert alone.distinct == 600
+    assert alone.total <= 600 * 1.01
+    assert alone.first_batch <= min(slots, batch_size)
+    for rank in range(3):
+        assert reads(order, slots, rank, 3).total <= 600 * 1.01
+
+
+def test_a_set_that_fits_has_no_window() -> None:
+    assert window_within(manifest_of(1000), 1000, 64) is None
+    assert window_within(manifest_of(1000), 999, 64) is not None
+
+
+def test_memory_for_hardly_a_block_still_gives_an_order() -> None:
+    window = window_within(manifest_of(1000), BLOCK, 512)
+    assert window == 1
+    order = TrainingOrder(positions(200), 64, 0, BLOCK, window)
+    assert sorted(joined(global_batches(order, 0, 1))) == positions(200).tolist()
+
+
+def test_a_windowed_order_draws_from_all_of_its_window() -> None:
+    """In the middle of an epoch a batch comes from about as many blocks as it would if drawn from the window at random,
+    and from no other than those whose turn it is."""
+    samples, window = 400 * BLOCK, 100
+    order = TrainingOrder(np.arange(samples), 256, 0, BLOCK, window)
+    turns = np.empty(400, np.int64)
+    turns[permutation(400, 0, BLOCK_STREAM + 3)] = np.arange(400)
+    middle = [step for step in order.steps(3, 0, 1) if 20 < step.number < 30]
+    for step in middle:
+        turn = turns[step.samples // BLOCK]
+        assert turn.max() - turn.min() <= window + 256 // BLOCK + 2
+        expected = window * (1 - (1 - 1 / window) ** 256)
+        assert len(np.unique(turn)) > 0.85 * expected
+
+
+def test_golden_windowed_batches() -> None:
+    steps = list(TrainingOrder(np.arange(12), 4, 3, block_size=2, window=3).steps(epoch=2, rank=0, world_size=1))
+    assert [step.samples.tolist() for step in steps] == [[11, 1, 0, 10], [2, 3, 6, 4], [7, 8, 5, 9]]
 
 
 @given(count=st.integers(0, 300), batch_size=st.integers(1, 70))

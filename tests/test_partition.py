@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipeline.order import PARTITION_STREAM
 from pipeline.partition import stratified
 from trainer.data import carve
 
@@ -26,6 +27,54 @@ def test_size_is_exact_and_every_class_has_its_share(labels: NDArray[np.int64], 
     shares = np.bincount(labels) * fraction
     given_by_class = np.bincount(labels[chosen], minlength=len(shares))
     assert np.abs(given_by_class - shares).max() < 1 + 1e-9
+
+
+@given(labels=labellings, fraction=st.floats(0, 0.99), seed=seeds)
+def test_a_class_gives_its_last_sample_only_if_no_other_has_some_to_give(
+    labels: NDArray[np.int64], fraction: float, seed: int
+) -> None:
+    chosen = stratified(labels, fraction, seed)
+    counts = np.bincount(labels)
+    given_by_class = np.bincount(labels[chosen], minlength=len(counts))
+    could_give = (given_by_class == np.floor(counts * fraction)) & (given_by_class + 1 < counts)
+    if set(labels[~chosen]) != set(labels):
+        assert not could_give.any()
+
+
+def test_single_samples_stay_where_they_are() -> None:
+    labels = np.array([7] * 10 + [-3, 1 << 40])
+    for seed in range(20):
+        assert stratified(labels, 0.5, seed)[-2:].tolist() == [False, False]
+        assert stratified(labels, 0.5, seed).sum() == 6
+
+
+@given(data=st.data(), fraction=fractions, seed=seeds)
+def test_groups_within_a_class_have_their_share_of_what_it_gives(
+    data: st.DataObject, fraction: float, seed: int
+) -> None:
+    labels = data.draw(labellings)
+    groups = np.array(data.draw(st.lists(st.integers(-5, 5), min_size=len(labels), max_size=len(labels))))
+    chosen = stratified(labels, fraction, seed, within=groups)
+    alone = stratified(labels, fraction, seed)
+    np.testing.assert_array_equal(np.bincount(labels[chosen]), np.bincount(labels[alone]))
+    for label in np.unique(labels):
+        mine = labels == label
+        for group in np.unique(groups[mine]):
+            both = mine & (groups == group)
+            assert abs(chosen[both].sum() - chosen[mine].mean() * both.sum()) < 1
+
+
+def test_of_groups_of_one_sample_each_any_is_chosen() -> None:
+    """2,000 draws of 3 of 12, each its own group: each sample comes about 500 times."""
+    labels = np.repeat([0, 1], [12, 12])
+    counts = np.sum([stratified(labels, 0.25, seed, within=np.arange(24)) for seed in range(2000)], axis=0)
+    assert np.abs(counts - 500).max() < 5 * (2000 * 0.25 * 0.75) ** 0.5
+
+
+def test_streams_choose_independently() -> None:
+    labels = np.zeros(10_000, np.int64)
+    one, other = (stratified(labels, 0.5, 3, PARTITION_STREAM + number) for number in (1, 2))
+    assert abs((one & other).mean() - 0.25) < 0.02
 
 
 @given(labels=labellings, fraction=fractions, seed=seeds)

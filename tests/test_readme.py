@@ -19,7 +19,7 @@ def test_the_code_runs_in_order(tmp_path: Path) -> None:
         [sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert process.returncode == 0, process.stderr
-    assert "torch.Size([64, 3, 112, 112])" in process.stdout
+    assert "torch.Size([50, 3, 112, 112])" in process.stdout
     assert "(400, 32, 32, 3)" in process.stdout
 
 

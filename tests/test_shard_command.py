@@ -62,7 +62,7 @@ class TestByProcess:
         for part, samples in (("train", 1438), ("test", 359)):
             manifest, faults = check_part(out / part)
             assert (faults, manifest.samples, manifest.dataset, manifest.split) == ([], samples, "digits", "")
-            assert re.search(rf"{part} +{samples:,} images of 10 classes in 1 shards", first.stdout)
+            assert re.search(rf"{part} +{samples:,} images of 10 classes in 1 shard,", first.stdout)
 
         before = snapshot(tmp_path)
         second = run_module("pipeline.shard", "digits", cwd=tmp_path)
@@ -72,7 +72,7 @@ class TestByProcess:
 
     def test_a_mistake_ends_in_one_message(self, tmp_path: Path) -> None:
         process = run_module("pipeline.shard", "minst", "--out", tmp_path / "out")
-        assert_user_error(process, "'minst'", "digits, emnist, mnist")
+        assert_user_error(process, "'minst'", "emnist, fashionmnist", "did you mean mnist?")
         assert len(process.stderr.splitlines()) == 3
         assert process.stdout == ""
         assert list(tmp_path.iterdir()) == []

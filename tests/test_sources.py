@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from raw_files import idx, load, refusal, write_tree, write_zip
 
-from pipeline.idx import decode, decode_pair
-from pipeline.raw import RawContent
-from pipeline.sources import RawPart, find_source, source_names
+from pipeline.raw.directory import RawContent
+from pipeline.raw.idx import decode, decode_pair
+from pipeline.sources import RawPart, Request, find_source, source_names
 from pipeline.sources.emnist import parse_mapping
 from shards import UserError
 
@@ -23,19 +22,8 @@ LABELS = np.arange(12, dtype=np.uint8) % 3
 MAPPING = b"0 48\r\n1 65\r\n2 97\r\n"
 
 
-def idx(array: NDArray, kind: int = 8) -> bytes:
-    """An idx file as the format's page describes it, written independently of the code under test."""
-    return struct.pack(f">HBB{array.ndim}I", 0, kind, array.ndim, *array.shape) + array.tobytes()
-
-
 def raw(content: bytes, name: str = "some-idx") -> RawContent:
     return RawContent(name, f"/there/{name}", content)
-
-
-def refusal(action: Callable[[], object]) -> UserError:
-    with pytest.raises(UserError) as caught:
-        action()
-    return caught.value
 
 
 class TestIdx:
@@ -149,22 +137,10 @@ def emnist_files(split: str = "byclass", first_label: int = 0, mapping: bytes = 
     return files
 
 
-def write_loose(directory: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
-    return directory
-
-
 def write_archive(directory: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
     """The official `gzip.zip`: every file in a folder `gzip`."""
-    with zipfile.ZipFile(directory / "gzip.zip", "w", compression) as archive:
-        for name, content in files.items():
-            archive.writestr(f"gzip/{name}", content)
+    write_zip(directory / "gzip.zip", {f"gzip/{name}": content for name, content in files.items()}, compression)
     return directory
-
-
-def load(source: str, directory: Path, split: str = "") -> tuple[RawPart, ...]:
-    return find_source(source).load(directory, split)
 
 
 def assert_is_made_up_emnist(parts: tuple[RawPart, ...], classes: tuple[str, ...] = ("0", "A", "a")) -> None:
@@ -180,14 +156,14 @@ def assert_is_made_up_emnist(parts: tuple[RawPart, ...], classes: tuple[str, ...
 
 class TestEmnist:
     def test_from_loose_files(self, tmp_path: Path) -> None:
-        assert_is_made_up_emnist(load("emnist", write_loose(tmp_path, emnist_files()), "byclass"))
+        assert_is_made_up_emnist(load("emnist", write_tree(tmp_path, emnist_files()), "byclass"))
 
     def test_from_loose_files_that_were_decompressed(self, tmp_path: Path) -> None:
         files = {
             name.removesuffix(".gz"): gzip.decompress(content) if name.endswith(".gz") else content
             for name, content in emnist_files().items()
         }
-        assert_is_made_up_emnist(load("emnist", write_loose(tmp_path, files), "byclass"))
+        assert_is_made_up_emnist(load("emnist", write_tree(tmp_path, files), "byclass"))
 
     def test_from_the_official_archive(self, tmp_path: Path) -> None:
         write_archive(tmp_path, emnist_files("balanced") | emnist_files("byclass"))
@@ -199,24 +175,24 @@ class TestEmnist:
         files = emnist_files()
         name = "emnist-byclass-mapping.txt"
         write_archive(tmp_path, {**files, name: b"0 1\n1 2\n2 3\n"})
-        write_loose(tmp_path, {name: MAPPING})
+        write_tree(tmp_path, {name: MAPPING})
         assert_is_made_up_emnist(load("emnist", tmp_path, "byclass"))
 
     def test_letters_are_numbered_from_one(self, tmp_path: Path) -> None:
-        write_loose(tmp_path, emnist_files("letters", first_label=1, mapping=b"1 65 97\n2 66 98\n3 67 99\n"))
+        write_tree(tmp_path, emnist_files("letters", first_label=1, mapping=b"1 65 97\n2 66 98\n3 67 99\n"))
         assert_is_made_up_emnist(load("emnist", tmp_path, "letters"), classes=("Aa", "Bb", "Cc"))
 
     def test_raw_files_are_recorded_with_their_hashes(self, tmp_path: Path) -> None:
         loose, archived = tmp_path / "loose", tmp_path / "archived"
         loose.mkdir(), archived.mkdir()
-        parts = load("emnist", write_loose(loose, emnist_files()), "byclass")
+        parts = load("emnist", write_tree(loose, emnist_files()), "byclass")
         assert {file.name: file.bytes for file in parts[1].files} == {
             name: len(content) for name, content in emnist_files().items() if "train" not in name
         }
         assert load("emnist", write_archive(archived, emnist_files()), "byclass")[0].files == parts[0].files
 
     @pytest.mark.parametrize("missing", list(emnist_files()))
-    @pytest.mark.parametrize("write", [write_loose, write_archive])
+    @pytest.mark.parametrize("write", [write_tree, write_archive])
     def test_a_missing_file_is_named(
         self, tmp_path: Path, missing: str, write: Callable[[Path, dict[str, bytes]], Path]
     ) -> None:
@@ -265,16 +241,16 @@ class TestEmnist:
     def test_a_damaged_file_is_named(self, tmp_path: Path, part: str, what: str) -> None:
         name = f"emnist-byclass-{part}-{what}-ubyte.gz"
         files = emnist_files()
-        write_loose(tmp_path, {**files, name: files[name][:-5]})
+        write_tree(tmp_path, {**files, name: files[name][:-5]})
         assert refusal(lambda: load("emnist", tmp_path, "byclass")).found.startswith(f"{tmp_path / name}, ")
 
     def test_plan_says_what_would_be_done(self, tmp_path: Path) -> None:
         plan = find_source("emnist").plan
-        assert "download https://biometrics.nist.gov" in plan(tmp_path / "none", "byclass")
-        write_loose(tmp_path, emnist_files())
-        assert plan(tmp_path, "byclass") == f"read the byclass files in {tmp_path}"
+        assert "download https://biometrics.nist.gov" in plan(Request(tmp_path / "none", "byclass"))
+        write_tree(tmp_path, emnist_files())
+        assert plan(Request(tmp_path, "byclass")) == f"read the byclass files in {tmp_path}"
         (tmp_path / "emnist-byclass-mapping.txt").unlink()
-        assert plan(tmp_path, "byclass") == f"fail: emnist-byclass-mapping.txt not in {tmp_path}"
+        assert plan(Request(tmp_path, "byclass")) == f"fail: emnist-byclass-mapping.txt not in {tmp_path}"
 
 
 class TestDigits:

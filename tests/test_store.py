@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 import pipeline.pack
 from pipeline.sources import RawPart
 from shards import Manifest, Store, UserError, open_part
-from shards.manifest import PARTS
+from shards.manifest import MANIFEST_NAME, PARTS
 from shards.store import open_store
 from shards.tar import TarStore
+from shards.zarr_store import ZarrStore
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,24 @@ class StoreContract:
     def test_gather_of_nothing_is_no_mistake(self, packed: Packed) -> None:
         packed.store.gather(np.array([], np.int64), np.empty((0, *packed.store.manifest.image_shape), np.uint8))
 
+    def test_read_gives_what_gather_gives(self, packed: Packed) -> None:
+        samples = np.random.default_rng(1).integers(0, len(packed.store), 50)
+        images = packed.store.read(samples)
+        assert images.dtype == np.uint8
+        np.testing.assert_array_equal(images, gathered(packed.store, samples))
+
+    def test_read_of_nothing_is_no_mistake(self, packed: Packed) -> None:
+        assert packed.store.read(np.array([], np.int64)).shape == (0, *packed.store.manifest.image_shape)
+
+    def test_read_outside_raises_index_error(self, packed: Packed) -> None:
+        with pytest.raises(IndexError, match=str(len(packed.store))):
+            packed.store.read(np.array([len(packed.store)]))
+
+    def test_several_threads_may_gather(self, packed: Packed) -> None:
+        orders = [np.random.default_rng(seed).permutation(len(packed.store)) for seed in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda order: assert_traces_back(packed, order), orders))
+
     @pytest.mark.parametrize("beyond", [-1, 0, 1_000_000_000])
     def test_gather_outside_raises_index_error(self, packed: Packed, beyond: int) -> None:
         """-1 must not mean the last image, as it would in NumPy; 0 is the first position past the end."""
@@ -106,39 +126,69 @@ class StoreContract:
         assert_traces_back(packed, samples)
 
 
-@pytest.fixture(scope="module", params=PARTS)
-def in_one_shard(request: pytest.FixtureRequest, made_up_set: Path) -> Packed:
-    return Packed(open_part(made_up_set, request.param), made_up_parts()[PARTS.index(request.param)])
+KINDS: dict[str, dict[str, str]] = {
+    "tar": {"store": "tar"},
+    "zarr": {"store": "zarr"},
+    "zarr not compressed": {"store": "zarr", "compression": "none"},
+}
+STORES = {"tar": TarStore, "zarr": ZarrStore}
+# Blocks of images that may be in memory; of some, so few that those of a batch come and go.
+BOUNDS = (None, 3, 1)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> dict[str, str]:
+    return KINDS[request.param]
+
+
+@pytest.fixture(params=BOUNDS, ids=lambda blocks: f"{blocks or 'all'} blocks in memory")
+def blocks_in_memory(request: pytest.FixtureRequest) -> int | None:
+    return request.param
+
+
+def open_bounded(directory: Path, part: str, blocks: int | None) -> Store:
+    manifest = Manifest.read(directory / part)
+    return open_part(directory, part, blocks and blocks * manifest.block_size * manifest.image_bytes)
 
 
 @pytest.fixture(scope="module")
-def in_many_shards(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+def one_shard(kind: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_parts(made_up_parts(), tmp_path_factory.mktemp("one") / "set", **kind)
+
+
+@pytest.fixture(scope="module")
+def many_shards(kind: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """701 images in blocks of 16, three blocks a shard: the last shard and its last block are short."""
-    parts = made_up_parts(train=701, shape=(9, 14, 3))
     out = tmp_path_factory.mktemp("many") / "set"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.pack, "SHARD_BYTES", 3 * 16 * 9 * 14 * 3)
-        pack_parts(parts, out, block_size=16)
-    return Packed(open_part(out, "train"), parts[0])
+        return pack_parts(made_up_parts(train=701, shape=(9, 14, 3)), out, block_size=16, **kind)
 
 
-class TestTarStoreOfOneShard(StoreContract):
-    @pytest.fixture
-    def packed(self, in_one_shard: Packed) -> Packed:
-        return in_one_shard
+class TestStoreOfOneShard(StoreContract):
+    @pytest.fixture(params=PARTS)
+    def packed(self, request: pytest.FixtureRequest, one_shard: Path, blocks_in_memory: int | None) -> Packed:
+        raw = made_up_parts()[PARTS.index(request.param)]
+        return Packed(open_bounded(one_shard, request.param, blocks_in_memory), raw)
 
-    def test_is_a_tar_store_of_one_shard(self, packed: Packed) -> None:
-        assert isinstance(packed.store, TarStore)
+    def test_is_a_store_of_one_shard(self, packed: Packed, kind: dict[str, str]) -> None:
+        assert isinstance(packed.store, STORES[kind["store"]])
         assert [shard.samples for shard in packed.store.manifest.shards] == [len(packed.store)]
 
 
-class TestTarStoreOfManyShards(StoreContract):
+class TestStoreOfManyShards(StoreContract):
     @pytest.fixture
-    def packed(self, in_many_shards: Packed) -> Packed:
-        return in_many_shards
+    def packed(self, many_shards: Path, blocks_in_memory: int | None) -> Packed:
+        raw = made_up_parts(train=701, shape=(9, 14, 3))[0]
+        return Packed(open_bounded(many_shards, "train", blocks_in_memory), raw)
 
     def test_the_last_shard_and_its_last_block_are_short(self, packed: Packed) -> None:
         assert [shard.samples for shard in packed.store.manifest.shards] == [48] * 14 + [29]
+
+    def test_every_file_is_in_the_manifest(self, packed: Packed, many_shards: Path) -> None:
+        part = many_shards / "train"
+        there = {path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file()}
+        assert there == {*(file.name for file in packed.store.manifest.everything), MANIFEST_NAME}
 
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3]))
@@ -152,6 +202,9 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3])
     blocks_per_shard=st.integers(1, 5),
     seed=st.integers(0, 2**63 - 1),
     wanted=st.lists(st.integers(0, 59), max_size=80),
+    classes=st.integers(1, 7),
+    kind=st.sampled_from(list(KINDS.values())),
+    blocks_in_memory=st.one_of(st.none(), st.integers(1, 5)),
 )
 def test_what_is_packed_is_read(
     monkeypatch: pytest.MonkeyPatch,
@@ -161,13 +214,16 @@ def test_what_is_packed_is_read(
     blocks_per_shard: int,
     seed: int,
     wanted: list[int],
+    classes: int,
+    kind: dict[str, str],
+    blocks_in_memory: int | None,
 ) -> None:
     monkeypatch.setattr(pipeline.pack, "SHARD_BYTES", blocks_per_shard * block_size * int(np.prod(shape)))
-    parts = made_up_parts(train=samples, test=1, classes=3, shape=shape, seed=seed)
+    parts = made_up_parts(train=samples, test=1, classes=classes, shape=shape, seed=seed)
     with tempfile.TemporaryDirectory() as directory:
-        out = pack_parts(parts, Path(directory) / "set", block_size=block_size, seed=seed)
+        out = pack_parts(parts, Path(directory) / "set", block_size=block_size, seed=seed, **kind)
         for raw in parts:
-            packed = Packed(open_part(out, raw.name), raw)
+            packed = Packed(open_bounded(out, raw.name, blocks_in_memory), raw)
             blocks = -(-len(raw.labels) // block_size)
             assert len(packed.store.manifest.shards) == -(-blocks // blocks_per_shard)
             np.testing.assert_array_equal(np.sort(packed.store.rows), np.arange(len(raw.labels)))
@@ -198,3 +254,13 @@ def test_opening_the_directory_above_a_set_names_the_set(made_up_set: Path) -> N
     with pytest.raises(UserError) as caught:
         open_part(made_up_set.parent, "train")
     assert str(made_up_set) in caught.value.hint
+
+
+def test_blocks_larger_than_any_reader_takes_are_not_written(tmp_path: Path) -> None:
+    parts = made_up_parts(train=30, test=1, shape=(4, 4, 1))
+    huge = replace(parts[0], image_shape=(40_000, 40_000, 1))
+    with pytest.raises(UserError) as caught:
+        pack_parts((huge, parts[1]), tmp_path / "set")
+    assert "40000x40000x1" in caught.value.found
+    assert "--block-size" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []

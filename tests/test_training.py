@@ -295,7 +295,7 @@ def test_dry_run_shows_and_writes_nothing(
 ) -> None:
     assert train_here(monkeypatch, recipe, tmp_path / "run", "--dry-run") == 0
     output = capsys.readouterr().out
-    for words in ("lr: 0.001", "[32, 1, 20, 20]", "parameters", "19 an epoch, 10 updates", "one step      loss"):
+    for words in ("lr: 0.001", "[32, 1, 20, 20]", "parameters", "20 an epoch, 10 updates", "one step      loss"):
         assert words in output
     assert not (tmp_path / "run").exists()
 
@@ -336,7 +336,7 @@ def test_a_signal_while_it_validates_the_last_epoch_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(engine, "evaluate", signalled)
         assert train_here(patch, recipe, directory) == 128 + signal.SIGTERM
-    assert calls == [19, 19, 19], "the epoch's training is saved before it is validated"
+    assert calls == [20, 20, 20], "the epoch's training is saved before it is validated"
     assert not (directory / "summary.json").exists(), "the test part is not touched after the signal"
     assert train_here(monkeypatch, recipe, directory, "resume=auto") == 0
     assert_same_run(finished, directory)

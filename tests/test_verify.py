@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,12 @@ from numpy.typing import NDArray
 
 import pipeline.pack
 from shards import UserError, open_part
-from shards.manifest import MANIFEST_NAME
+from shards.convert import convert
+from shards.manifest import MANIFEST_NAME, StoreKind
 from shards.tar import COMPONENTS, block_key, npy_header
 from shards.verify import check_part
+from shards.zarr_arrays import GROUP
+from shards.zarr_store import ShardFile
 
 SHAPE = (4, 5, 1)
 BLOCK_SIZE = 20
@@ -167,6 +172,115 @@ class TestVerify:
                 assert_names_only(faults_of(pack), path.name, 0)
                 path.write_bytes(content)
 
+    @pytest.mark.parametrize("store", ["tar", "zarr"])
+    def test_a_row_that_comes_twice_is_found(self, tmp_path: Path, store: StoreKind) -> None:
+        train, test = made_up_parts(train=50, test=1, shape=SHAPE)
+        rows = np.arange(50)
+        rows[7] = 8
+        out = pack_parts((replace(train, rows=rows), test), tmp_path / "set", BLOCK_SIZE, store=store)
+        assert check_part(out / "train")[1] == [f"{out}/train: a source row is packed twice"]
+
+    @pytest.mark.parametrize("store", ["tar", "zarr"])
+    def test_a_shard_need_not_fit_into_memory(self, tmp_path: Path, store: StoreKind) -> None:
+        """One shard of 4 MB, in 80 blocks of 50 KB."""
+        out = pack_parts(made_up_parts(train=1280, test=1, shape=(32, 32, 3)), tmp_path / "set", 16, store=store)
+        check_part(out / "test")  # imports, caches
+        tracemalloc.start()
+        try:
+            assert check_part(out / "train")[1] == []
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 1_000_000
+
+
+ZARR_FILES = ("zarr.json", *(f"{name}/zarr.json" for name in ("images", "labels", "rows")))
+
+
+class TestVerifyZarr:
+    @pytest.fixture
+    def zarr_pack(self, whole: Path, tmp_path: Path) -> Path:
+        """The same samples in zarr arrays, to be damaged."""
+        convert(whole, tmp_path / "zarr", "zarr")
+        return tmp_path / "zarr"
+
+    def test_a_whole_pack_has_no_faults(self, zarr_pack: Path) -> None:
+        for part in ("train", "test"):
+            assert check_part(zarr_pack / part)[1] == []
+
+    @pytest.mark.parametrize("block", range(5))
+    @pytest.mark.parametrize("array, dimensions", [("images", 4), ("labels", 1), ("rows", 1)])
+    def test_a_flipped_byte_names_file_and_block(
+        self, zarr_pack: Path, array: str, dimensions: int, block: int
+    ) -> None:
+        path = zarr_pack / "train" / GROUP / array / "c" / str(block // 2) / "/".join("0" * (dimensions - 1))
+        blocks = 1 if block == 4 else 2
+        index = np.frombuffer(path.read_bytes()[-4 - 16 * 2 : -4], "<u8").reshape(2, 2)
+        offset, length = index[block % blocks].tolist()
+        flip(path, offset + length - 1)  # of the checksum
+        flip(path, offset + length // 2)
+        [of_hash, of_block] = faults_of(zarr_pack)
+        assert of_hash.startswith(f"{path}: SHA-256")
+        assert of_block.startswith(f"{path}: block {block_key(block)}: ")
+
+    @pytest.mark.parametrize("place", [-1, -5, -30])
+    def test_a_flipped_byte_of_an_index_names_the_file(self, zarr_pack: Path, place: int) -> None:
+        path = zarr_pack / "train" / GROUP / "images" / "c" / "1" / "0" / "0" / "0"
+        flip(path, path.stat().st_size + place)
+        assert [fault.partition(": ")[0] for fault in faults_of(zarr_pack)] == [str(path)] * 2
+
+    @pytest.mark.parametrize("name", ZARR_FILES)
+    def test_changed_metadata_are_named(self, zarr_pack: Path, name: str) -> None:
+        path = zarr_pack / "train" / GROUP / name
+        path.write_text(path.read_text() + " ")
+        [fault] = faults_of(zarr_pack)
+        assert fault.startswith(f"{path}: ")
+        path.write_text(path.read_text().replace("3", "2", 1))
+        assert all(fault.startswith(f"{path}: ") for fault in faults_of(zarr_pack))
+
+    def test_every_missing_or_shortened_file_is_named(self, zarr_pack: Path) -> None:
+        manifest, _ = check_part(zarr_pack / "train")
+        assert len(manifest.everything) == 4 + 3 * 3
+        for file in manifest.everything:
+            path = zarr_pack / "train" / file.name
+            content = path.read_bytes()
+            path.unlink()
+            assert f"{path}: missing" in faults_of(zarr_pack)
+            path.write_bytes(content[:-1])
+            assert f"{path}: {len(content) - 1:,} bytes, the manifest says {len(content):,}" in faults_of(zarr_pack)
+            path.write_bytes(content)
+        assert faults_of(zarr_pack) == []
+
+    def test_swapped_shards_name_their_blocks(self, zarr_pack: Path, tmp_path: Path) -> None:
+        """Without compression shards are equally long, so that only what is in them can tell."""
+        convert(zarr_pack, tmp_path / "none", "zarr", "none")
+        first, second = (tmp_path / "none" / "train" / GROUP / "images" / "c" / f"{n}/0/0/0" for n in (0, 1))
+        contents = first.read_bytes(), second.read_bytes()
+        first.write_bytes(contents[1])
+        second.write_bytes(contents[0])
+        faults = faults_of(tmp_path / "none")
+        assert {fault.partition(": SHA")[0] for fault in faults if "SHA" in fault} == {str(first), str(second)}
+        for path, block in ((first, 0), (first, 1), (second, 2), (second, 3)):
+            assert f"{path}: block {block_key(block)} was changed (CRC-32 differs)" in faults
+
+    def test_zarr_python_itself_decodes(self, zarr_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If our own reader were wrong, and all hashes right, this would tell."""
+        read = ShardFile.read
+        monkeypatch.setattr(ShardFile, "read", lambda self, block: read(self, block) ^ (block == 3))
+        text = "\n".join(faults_of(zarr_pack))
+        assert text.count("block 00000003: zarr-python decodes it otherwise") == 3
+
+    def test_the_command_checks_all_parts(self, zarr_pack: Path) -> None:
+        process = run_module("shards.verify", zarr_pack)
+        assert process.returncode == 0, process.stderr
+        assert re.search(r"whole .*train: 95 samples of 5 classes in 3 shards", process.stdout)
+        shutil.copytree(zarr_pack / "test", zarr_pack / "val")
+        path = zarr_pack / "val" / GROUP / "rows" / "c" / "0"
+        flip(path, 20)
+        process = run_module("shards.verify", zarr_pack)
+        assert_user_error(process, f"{path}: block 00000000: ")
+        assert process.stdout.count("whole") == 2
+
 
 class TestVerifyCommand:
     """By real processes, each of which looks at several things."""
@@ -257,7 +371,7 @@ def cut_manifest(part: Path) -> None:
 
 def future_manifest(part: Path) -> None:
     path = part / MANIFEST_NAME
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
 
 
 class TestOpening:
@@ -274,7 +388,7 @@ class TestOpening:
             (put_label_below_zero, "shard-00000.tar: block 00000000"),
             (remove_manifest, MANIFEST_NAME),
             (cut_manifest, MANIFEST_NAME),
-            (future_manifest, "format version 2"),
+            (future_manifest, "format version 3"),
         ],
     )
     def test_a_damaged_pack_is_refused_by_name(self, pack: Path, damage, named: str) -> None:

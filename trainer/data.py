@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from pipeline.backend import choose_backend, make_graph
 from pipeline.graph import Graph, GraphSpec
 from pipeline.loader import Loader
-from pipeline.order import EvaluationOrder, TrainingOrder
+from pipeline.order import EvaluationOrder, TrainingOrder, window_within
 from pipeline.partition import stratified
 from pipeline.statistics import cached
 from shards import Manifest, Store, UserError, open_part
+from shards.manifest import VALIDATION, has_part
+from shards.places import local_set
 from shards.verify import check_hashes
 from trainer.distributed import World
 from trainer.settings import Config
@@ -23,13 +28,15 @@ from trainer.settings import Config
 log = logging.getLogger(__name__)
 
 _MOST_IN_EVALUATION = 512  # images of an evaluation batch
+_TRAIN_SHARE = 0.75  # of the memory for images, the rest is for the other parts
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """What a run learns from and is judged by.
 
-    train: loader over what remains of the train part; validation: over the part set aside, None if there is none;
+    train: loader over what remains of the train part; validation: over the part set aside or packed so, None if there
+    is none;
     test: over the test part. counts: int64 [C], training samples of each class. digest: stands for both parts.
     """
 
@@ -50,46 +57,77 @@ class TrainingData:
 
 
 def open_data(config: Config, world: World) -> TrainingData:
-    """Open a packed set, check it, carve the validation part and measure the statistics of the model input."""
-    directory = config.data.shards
-    train_store, test_store = open_part(directory, "train"), open_part(directory, "test")
-    _check_parts_agree(train_store.manifest, test_store.manifest, directory)
+    """Open a packed set, check it, take or carve the validation part and measure the statistics of the model input."""
+    directory = local_set(config.data.shards)
+    memory = _memory(config.loader.memory)
+    train_store = open_part(directory, "train", int(memory * _TRAIN_SHARE))
+    # Evaluation goes through a part in order, and gains nothing from holding more of it.
+    others = {"memory": int(memory * (1 - _TRAIN_SHARE) / 2)}
+    test_store = open_part(directory, "test", **others)
+    stores = [train_store, test_store]
+    own_validation = has_part(directory, VALIDATION)
+    if own_validation:
+        stores.append(open_part(directory, VALIDATION, **others))
+    for store in stores[1:]:
+        _check_parts_agree(train_store.manifest, store.manifest, directory)
     if config.data.verify:
-        world.on_first(lambda: _check_hashes(directory, train_store, test_store))
+        world.on_first(lambda: _check_hashes(directory, *stores))
 
-    train, validation = carve(train_store.labels, config.data.validation, config.data.subset, config.seed)
+    aside = 0 if own_validation else config.data.validation
+    train, validation = carve(train_store.labels, aside, config.data.subset, config.seed)
+    validation_store = stores[2] if own_validation else train_store
+    if own_validation:
+        validation = np.arange(len(validation_store))
     if min(len(train), config.loader.batch_size) < 2 * world.size:
         raise UserError(
             found=f"{len(train)} training samples in batches of {config.loader.batch_size} for {world.size} ranks",
             expected="at least two samples of every batch for each rank, which batch normalisation needs",
             hint="raise loader.batch_size or data.subset, or start fewer ranks",
         )
-    if config.data.validation > 0 and not len(validation):
+    if aside > 0 and not len(validation):
         raise UserError(
             found=f"data.validation={config.data.validation} of {len(train_store)} samples, which is none",
             expected="a part that holds at least one sample",
             hint="raise it, or data.validation=0 to train without",
         )
-    backend, reason = choose_backend(config.loader.backend, world.device)
-    spec = GraphSpec.of(train_store.manifest, config.data.resolution, config.data.interpolation)
+    manifest = train_store.manifest
+    spec = GraphSpec.of(manifest, config.data.resolution, config.data.interpolation)
+    backend, reason = choose_backend(config.loader.backend, world.device, spec)
     statistics = world.on_first(lambda: cached(train_store, directory / "train", spec, backend, world.device))
     spec = spec.normalised(statistics.mean, statistics.std)
     graph = make_graph(spec, backend, world.device, config.loader.batch_size)
 
     ranks = {"rank": world.rank, "world_size": world.size}
-    train_order = TrainingOrder(train, config.loader.batch_size, config.seed)
+    window = world.share(window_within(manifest, int(memory * _TRAIN_SHARE), config.loader.batch_size))
+    order = TrainingOrder(train, config.loader.batch_size, config.seed, manifest.block_size, window)
     return TrainingData(
-        manifest=train_store.manifest,
-        digest=train_store.manifest.digest() + test_store.manifest.digest(),
+        manifest=manifest,
+        digest="".join(store.manifest.digest() for store in stores),
         spec=spec,
         backend=backend,
         backend_reason=reason,
-        counts=np.bincount(train_store.labels[train], minlength=len(train_store.manifest.classes)),
-        train=Loader(train_store, train_order, graph, world.device, **ranks),
-        validation=evaluation_loader(train_store, validation, graph, config, world) if len(validation) else None,
+        counts=np.bincount(train_store.labels[train], minlength=len(manifest.classes)),
+        train=Loader(train_store, order, graph, world.device, **ranks),
+        validation=evaluation_loader(validation_store, validation, graph, config, world) if len(validation) else None,
         test=evaluation_loader(test_store, np.arange(len(test_store)), graph, config, world),
         test_store=test_store,
     )
+
+
+def _memory(setting: float | Literal["auto"]) -> int:
+    """Bytes of images that this process may hold."""
+    if setting != "auto":
+        return int(setting * 1e9)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min([psutil.virtual_memory().total, *_container_limits()]) // 2 // local_ranks
+
+
+def _container_limits() -> list[int]:
+    """The memory in bytes that a Linux control group grants this process, if one does."""
+    try:
+        return [int(Path("/sys/fs/cgroup/memory.max").read_text())]
+    except (OSError, ValueError):  # no control groups here, or "max"
+        return []
 
 
 def carve(
@@ -123,8 +161,8 @@ def _check_parts_agree(train: Manifest, test: Manifest, directory: Path) -> None
     ):
         if in_train != in_test:
             raise UserError(
-                found=f"{directory}: {what} {in_train} in train, {in_test} in test",
-                expected="two parts of one data set",
+                found=f"{directory}: {what} {in_train} in {train.part}, {in_test} in {test.part}",
+                expected="parts of one data set",
                 hint="pack the set again: python -m pipeline.shard SOURCE --out DIR --force",
             )
 

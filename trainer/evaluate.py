@@ -120,7 +120,7 @@ def model_of(state: dict[str, Any], config: Config, device: torch.device) -> nn.
     return model.to(device, memory_format=memory_format(config.trainer))
 
 
-def evaluate_run(run: Path, shards: Path, world: World) -> dict[str, Any]:
+def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
     """The metrics of a run's best checkpoint on a packed set, as in `summary.json`."""
     config, state = load_run(run)
     store = open_either(shards, "test")
@@ -136,8 +136,8 @@ def evaluate_run(run: Path, shards: Path, world: World) -> dict[str, Any]:
             expected=f"{state['image_shape'][2]}, as the run was trained on",
             hint="name a packed set of such images",
         )
-    backend, _ = choose_backend(config.loader.backend, world.device)
     spec = GraphSpec.of(store.manifest, config.data.resolution, config.data.interpolation)
+    backend, _ = choose_backend(config.loader.backend, world.device, spec)
     spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
     graph = make_graph(spec, backend, world.device, config.loader.batch_size)
     model = model_of(state, config, world.device)
@@ -161,7 +161,7 @@ def main() -> int:
         prog="python -m trainer.evaluate", description="Evaluate a finished run on a packed set with the same classes."
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
-    parser.add_argument("shards", type=Path, metavar="SHARD_DIR", help="packed set (its test part), or one part")
+    parser.add_argument("shards", metavar="SHARDS", help="packed set (its test part) or one part, or its address")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here as well")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
     arguments = parser.parse_args()

@@ -24,6 +24,7 @@ from trainer.progress import duration
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _PAIRS = 12  # of most confused classes
 _PICTURES = 8  # of each pair
+_LARGEST = 128  # side of a picture on the page, pixels
 
 
 def write(directory: Path, store: Store, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
@@ -91,7 +92,7 @@ def _pair_rows(confusion: Confusion, predictions: Any, store: Store) -> list[dic
         errors = np.flatnonzero((labels == true) & (predicted == said))
         errors = errors[np.argsort(-confidence[errors], kind="stable")][:_PICTURES]
         samples = by_row[np.searchsorted(store.rows[by_row], predictions["rows"][errors])]
-        images = upright(read_images(store, samples), store.manifest.transposed)
+        images = [upright(image, store.manifest.transposed) for image in read_images(store, samples)]
         rows.append(
             {
                 "true": store.manifest.classes[true],
@@ -108,8 +109,9 @@ def _pair_rows(confusion: Confusion, predictions: Any, store: Store) -> list[dic
 
 
 def _data_address(image: NDArray[np.uint8]) -> str:
-    """A PNG inside the page: a `data:` address of an image [H, W, C]."""
+    """A PNG inside the page: a `data:` address of an image [H, W, C], made smaller if it is large."""
     content = io.BytesIO()
     picture: Image.Image = to_picture(image)
+    picture.thumbnail((_LARGEST, _LARGEST))
     picture.save(content, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()

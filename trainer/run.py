@@ -188,9 +188,10 @@ def dry_run(settings: Config, data: TrainingData, world: World) -> int:
         order = data.train.order
         updates = -(-order.steps_per_epoch // settings.optim.accumulation)
         height, width, channels = data.spec.image_shape
+        raw = f"picture files, {channels} channels" if data.spec.encoded else f"{height}x{width}x{channels}"
         side = data.spec.resolution
         print(
-            f"raw images    {height}x{width}x{channels}, {'transposed' if data.spec.transposed else 'upright'}\n"
+            f"raw images    {raw}, {'transposed' if data.spec.transposed else 'upright'}\n"
             f"model input   [{-(-settings.loader.batch_size // world.size)}, {channels}, {side}, {side}] a rank, "
             f"mean {_numbers(data.spec.mean)}, deviation {_numbers(data.spec.std)}\n"
             f"classes       {len(data.classes)}, weights {float(training.class_weights.min()):.3f} .. "

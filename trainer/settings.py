@@ -32,10 +32,11 @@ class Run(Section):
 
 
 class Data(Section):
-    shards: Path
-    """The packed set: the directory that holds its train and test parts."""
+    shards: str
+    """The packed set: the directory that holds its train and test parts, or an address such as s3://bucket/name."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the train part set aside, by class, for every choice. With 0 the last epoch is taken as the best."""
+    """Share of the train part set aside, by class, for every choice, unless the set was packed with a val part. Without
+    any of both the last epoch is taken as the best."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of what remains of the train part to train on, by class."""
     resolution: Annotated[int, Field(ge=1, le=MAX_RESOLUTION)] = 112
@@ -51,6 +52,9 @@ class Loader(Section):
     """What turns bytes into model input; auto takes DALI with a GPU and torch without."""
     batch_size: Annotated[int, Field(ge=1)] = 512
     """Images of a global batch, over all ranks together."""
+    memory: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Gigabytes of images that a process may hold; auto is half of the machine's memory, shared among its processes.
+    Larger sets are drawn from a window of blocks that slides through a random order of them."""
 
 
 class Model(Section):
@@ -224,7 +228,8 @@ class Config(Section):
     def recipe(self) -> dict[str, Any]:
         """What decides the resulting weights, flat and by dotted name; a resumed run must agree in all of it."""
         free = dict.fromkeys(("run", "resume", "logging", "device"), True)
-        content = self.model_dump(mode="json", exclude={**free, "data": {"shards", "verify"}, "loader": {"backend"}})
+        free_in_sections = {"data": {"shards", "verify"}, "loader": {"backend", "memory"}}
+        content = self.model_dump(mode="json", exclude={**free, **free_in_sections})
         return dict(_flatten(content))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,6 +90,7 @@ class Training:
         """Everything that a later process needs to go on exactly here; tensors and plain values only."""
         return {
             **self._identity(),
+            "window": self.data.train.order.window,
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict(),
@@ -126,6 +127,8 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        # The order that was begun with goes on, whatever the memory of this machine would allow.
+        self.data.train.order = replace(self.data.train.order, window=state["window"])
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])

@@ -7,12 +7,11 @@ https://doi.org/10.24432/C50P49). It has no official parts; ours are a fixed str
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 
 from pipeline.partition import stratified
-from pipeline.sources import RawPart, Source
+from pipeline.sources import RawPart, Request, Source
 from shards.manifest import RawFile
 
 _TEST_FRACTION = 0.2
@@ -20,11 +19,11 @@ _TEST_SEED = 0
 _INK_LEVELS = 16  # the pixels count the dark points of a 4x4 cell
 
 
-def _plan(directory: Path, split: str) -> str:
+def _plan(request: Request) -> str:
     return "read the digits inside scikit-learn"
 
 
-def _load(directory: Path, split: str) -> tuple[RawPart, ...]:
+def _load(request: Request) -> tuple[RawPart, ...]:
     from sklearn.datasets import load_digits  # takes a second, so only when needed
 
     digits = load_digits()

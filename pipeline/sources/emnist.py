@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from pipeline.download import Download, fetch
-from pipeline.idx import decode_pair
-from pipeline.raw import RawContent, RawDirectory
-from pipeline.sources import RawPart, Source
+from pipeline.raw.directory import RawContent, RawDirectory
+from pipeline.raw.download import Download, fetch
+from pipeline.raw.idx import decode_pair
+from pipeline.sources import RawPart, Request, Source
 from shards.errors import UserError
 
 ARCHIVE = Download(
@@ -50,7 +48,8 @@ def parse_mapping(raw: RawContent) -> tuple[tuple[str, ...], int]:
     return names, labels[0]
 
 
-def _plan(directory: Path, split: str) -> str:
+def _plan(request: Request) -> str:
+    directory, split = request.raw, request.split
     files = RawDirectory(directory, ARCHIVE.name)
     missing = files.missing(list(_names(split).values()))
     if not missing:
@@ -60,7 +59,8 @@ def _plan(directory: Path, split: str) -> str:
     return f"download {ARCHIVE.url} ({ARCHIVE.bytes / 1e6:,.0f} MB) to {directory}"
 
 
-def _load(directory: Path, split: str) -> tuple[RawPart, ...]:
+def _load(request: Request) -> tuple[RawPart, ...]:
+    directory, split = request.raw, request.split
     names = _names(split)
     files = RawDirectory(directory, ARCHIVE.name)
     if not files.has_any(list(names.values())) and not ARCHIVE.path(directory).exists():

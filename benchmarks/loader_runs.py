@@ -1,0 +1,221 @@
+"""Measures loaders against each other: packs, tries numbers of workers, and runs them in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.loader_setting import Setting
+from benchmarks.measured_loader import MeasuredLoader, Packer, Trial
+from benchmarks.peers import IMPORT_FAILURES, Listing, absent
+from benchmarks.peers.peer import Task, Variant
+from benchmarks.processes import KeptProcess, ProcessFailed, peak_memory, wait_until_quiet, workers_memory
+from benchmarks.verification import tolerance
+from trainer.environment import environment
+
+_PEERS_PACKAGES = ("webdataset", "litdata", "mosaicml-streaming", "datasets", "ffcv", "numba", "zarr", "tensorstore")
+_TRIAL_SECONDS = 0.4
+_GPU_BATCHES = 20
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A variant of a loader, packed and ready to be measured. packed: seconds and bytes of its form."""
+
+    listing: Listing
+    variant: Variant
+    directory: Path
+    packed: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        return f"{self.listing.name} {self.variant.name}"
+
+
+@dataclass
+class Results:
+    """records: a measurement each, as in the JSON lines. skipped, failed: why, by loader (and variant)."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def fail(self, title: str, error: ProcessFailed) -> None:
+        self.failed[title] = error.reason
+        print(f"{title}: FAILED, {error.reason}", flush=True)
+
+
+def measure_all(loaders: Sequence[Listing], setting: Setting, scratch: Path) -> Results:
+    """Measure all loaders at all resolutions. What fails is told, and the others go on."""
+    results = Results()
+    source = setting.source(scratch / "source")
+    print(f"{setting.dataset}: {len(source):,} images, batches of {setting.batch_size} on {setting.device}", flush=True)
+    entrants = [entrant for listing in loaders for entrant in _packed(listing, setting, scratch, results)]
+    stamp = _stamp(setting)
+    for resolution in setting.resolutions:
+        task = setting.task(source, resolution)
+        # Reading alone knows no resolution: it is measured once.
+        racing = [entrant for entrant in entrants if not entrant.variant.raw or resolution == setting.resolutions[0]]
+        for record in _race(racing, task, setting, scratch, results):
+            results.records.append(record | {"environment": stamp})
+            print(f"  {record['name']} {record['variant']}: {record['images_per_second']:,.0f} images/s", flush=True)
+    return results
+
+
+def _packed(listing: Listing, setting: Setting, scratch: Path, results: Results) -> list[Entrant]:
+    """Pack the images for a loader; its variants, or none if it is not there or fails."""
+    reason = absent(listing)
+    if reason is None:
+        directory = scratch / listing.name
+        arguments = (listing.name, scratch / "source", directory, setting.batch_size)
+        with KeptProcess(Packer, *arguments, log=scratch / "log") as process:
+            try:
+                variants = process.call("variants")
+                packed = {form: process.call("pack", form) for form in dict.fromkeys(one.form for one in variants)}
+                return [Entrant(listing, variant, directory, packed[variant.form]) for variant in variants]
+            except ProcessFailed as error:
+                if error.kind not in IMPORT_FAILURES:
+                    results.fail(listing.name, error)
+                    return []
+                reason = f"{error.reason} ({listing.install})"
+    results.skipped[listing.name] = reason
+    print(f"{listing.name}: skipped, {reason}", flush=True)
+    return []
+
+
+def _race(
+    entrants: Sequence[Entrant], task: Task, setting: Setting, scratch: Path, results: Results
+) -> Iterator[dict[str, Any]]:
+    """Measure loaders in turn at one resolution, each in a process that is kept until all are through."""
+    print(f"{task.resolution}x{task.resolution} ...", flush=True)
+    with contextlib.ExitStack() as stack:
+        runners = []
+        for entrant in entrants:
+            with _told(entrant, results):
+                moment = min(_TRIAL_SECONDS, setting.seconds)
+                chosen = replace(task, workers=_best_workers(entrant, task, scratch, moment))
+                runner = Runner(entrant, chosen, scratch)
+                stack.enter_context(runner.process)
+                runner.warm_up(moment)
+                runners.append(runner)
+        for _ in range(setting.runs):
+            for runner in list(runners):
+                with _told(runner.entrant, results) as told:
+                    runner.run(setting.seconds)
+                if told.failed:
+                    runners.remove(runner)
+        for runner in runners:
+            with _told(runner.entrant, results) as told:
+                record = runner.record(setting)
+            if not told.failed:
+                yield record
+
+
+@dataclass
+class _Told:
+    failed: bool = False
+
+
+@contextlib.contextmanager
+def _told(entrant: Entrant, results: Results) -> Iterator[_Told]:
+    """Take in the failure of one loader, so that the others go on."""
+    told = _Told()
+    try:
+        yield told
+    except ProcessFailed as error:
+        results.fail(entrant.title, error)
+        told.failed = True
+
+
+def _best_workers(entrant: Entrant, task: Task, scratch: Path, seconds: float) -> int:
+    """The number of worker processes with which a loader is fastest, among a few tried for a moment each."""
+    if not entrant.variant.processes:
+        return 0
+    cores = len(os.sched_getaffinity(0))
+    arguments = (entrant.listing.name, entrant.variant.name, scratch / "source", entrant.directory, task)
+    speeds = {}
+    with KeptProcess(Trial, *arguments, seconds, log=scratch / "log") as process:
+        for workers in sorted({0, 1, 2, cores, 2 * cores}):
+            speeds[workers] = process.call("images_per_second", workers)
+    return max(speeds, key=speeds.__getitem__)
+
+
+class Runner:
+    """A loader in its process, and what was measured of it so far."""
+
+    def __init__(self, entrant: Entrant, task: Task, scratch: Path) -> None:
+        self.entrant = entrant
+        self._task = task
+        self.process = KeptProcess(
+            MeasuredLoader,
+            entrant.listing.name,
+            entrant.variant.name,
+            scratch / "source",
+            entrant.directory,
+            task,
+            log=scratch / "log",
+        )
+        self._runs: list[dict[str, Any]] = []
+        self._workers_memory = 0
+
+    def warm_up(self, seconds: float) -> None:
+        """Open, take the first batch and make a run that counts for memory only."""
+        self._first = self.process.call("start", meanwhile=self._see_memory)
+        self._warm = self.process.call("run", seconds, meanwhile=self._see_memory)
+        wait_until_quiet(self.process.pid)
+
+    def _see_memory(self) -> None:
+        self._workers_memory = max(self._workers_memory, workers_memory(self.process.pid))
+
+    def run(self, seconds: float) -> None:
+        self._runs.append(self.process.call("run", seconds))
+        wait_until_quiet(self.process.pid)
+
+    def record(self, setting: Setting) -> dict[str, Any]:
+        """All that was measured."""
+        variant, task = self.entrant.variant, self._task
+        speeds = [run["images_per_second"] for run in self._runs]
+        record = {
+            "name": self.entrant.listing.name,
+            "variant": variant.name,
+            "note": variant.note,
+            "dataset": setting.dataset,
+            "samples": task.samples,
+            # Raw images are as large as they are, whichever resolution is measured around them.
+            "resolution": task.image_shape[0] if variant.raw else task.resolution,
+            "batch_size": task.batch_size,
+            "device": str(task.device),
+            "images_per_second": statistics.median(speeds),
+            "images_per_second_low": min(speeds),
+            "images_per_second_high": max(speeds),
+            "runs": len(speeds),
+            "cpu_seconds_per_thousand": 1000
+            * sum(run["cpu_seconds"] for run in self._runs)
+            / sum(run["images"] for run in self._runs),
+            "bytes_per_image": self.entrant.packed["bytes"] / task.samples,
+            "pack_seconds": self.entrant.packed["seconds"],
+            "first_batch_seconds": self._first["first_batch_seconds"],
+            "peak_memory_bytes": peak_memory(self.process.pid) + self._workers_memory,
+            "reach": self._first["reach"],
+            "max_error": max(measured["error"] for measured in (self._first, self._warm, *self._runs)),
+            "tolerance": 0.0 if variant.raw else tolerance(variant, task),
+            "workers": task.workers,
+        }
+        if task.device.type == "cuda":
+            record["gpu_milliseconds_per_thousand"] = self.process.call("gpu_milliseconds", _GPU_BATCHES)
+        return record
+
+
+def _stamp(setting: Setting) -> dict[str, Any]:
+    """The environment, with the versions of the other loaders that are installed."""
+    stamp = environment(setting.device)
+    for package in _PEERS_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            stamp["packages"][package] = version(package)
+    return stamp

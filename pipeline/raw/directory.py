@@ -1,0 +1,105 @@
+"""Raw files where people have them: loose in a directory, compressed or not, or inside an archive there."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.raw.archives import open_tree
+from pipeline.raw.files import BadFile
+from pipeline.raw.trees import FileTree
+from shards.errors import UserError, no_permission
+from shards.manifest import RawFile
+
+MOST_RAW_BYTES = 2 << 30  # of one file, as it lies there; the largest one known here has 0.6 GB
+
+
+@dataclass(frozen=True)
+class RawContent:
+    """The bytes of a raw file as they lie on the disk (or in the archive), and where they came from."""
+
+    name: str
+    place: str
+    content: bytes
+
+    def record(self) -> RawFile:
+        digest = hashlib.sha256(self.content).hexdigest()
+        return RawFile(name=self.name, bytes=len(self.content), sha256=digest)
+
+
+class RawDirectory:
+    """A directory of raw files, with or without an archive that holds them.
+
+    unpacked: the directory in it to which the archive unpacks; loose files are looked for there too.
+    """
+
+    def __init__(self, directory: Path, archive: str | None = None, unpacked: str = "") -> None:
+        self.directory = directory
+        self._archive = directory / archive if archive else None
+        self._folders = (directory, directory / unpacked) if unpacked else (directory,)
+        self._opened: FileTree | None = None
+
+    def missing(self, names: list[str]) -> list[str]:
+        """Those of the names that are neither loose nor in the archive."""
+        return [name for name in names if self._loose(name) is None and self._member(name) is None]
+
+    def has_any(self, names: list[str]) -> bool:
+        return len(self.missing(names)) < len(names)
+
+    def has_loose(self, names: list[str]) -> bool:
+        """Whether all of the names are loose files, so that the archive is not needed."""
+        return all(self._loose(name) for name in names)
+
+    def read(self, name: str) -> RawContent:
+        """Read a file that is there, loose ones first. Raises `UserError` if it cannot be read."""
+        path = self._loose(name)
+        if path is not None:
+            return RawContent(path.name, str(path), _read_loose(path))
+        member, tree = self._member(name), self._tree()
+        assert member is not None and tree is not None
+        try:
+            content = tree.read(member, MOST_RAW_BYTES)
+        except BadFile as error:
+            raise self._bad_archive(error) from None
+        return RawContent(Path(member).name, tree.place_of(member), content)
+
+    def _loose(self, name: str) -> Path | None:
+        candidates = (folder / f"{name}{suffix}" for folder in self._folders for suffix in (".gz", ""))
+        return next((path for path in candidates if path.is_file()), None)
+
+    def _member(self, name: str) -> str | None:
+        wanted = {name, f"{name}.gz"}
+        tree = self._tree()
+        members = tree.names if tree else []
+        return next((member for member in members if member.rpartition("/")[2] in wanted), None)
+
+    def _tree(self) -> FileTree | None:
+        """The archive, opened once it is there."""
+        if self._opened is None and self._archive is not None and self._archive.is_file():
+            try:
+                self._opened = open_tree(self._archive)
+            except BadFile as error:
+                raise self._bad_archive(error) from None
+        return self._opened
+
+    def _bad_archive(self, error: BadFile) -> UserError:
+        return UserError(
+            found=f"{self._archive}, a damaged archive: {error}",
+            expected="the whole archive, as published",
+            hint=f"remove it and run again, so that it is downloaded anew: rm {self._archive}",
+        )
+
+
+def _read_loose(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size <= MOST_RAW_BYTES:
+            return path.read_bytes()
+    except OSError as error:
+        raise no_permission(error, path) from None
+    raise UserError(
+        found=f"{path} of {size:,} bytes",
+        expected=f"at most {MOST_RAW_BYTES:,}, as such files have",
+        hint="is it another file of that name? Remove it, and the right one is downloaded",
+    )

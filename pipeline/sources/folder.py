@@ -1,0 +1,50 @@
+"""Anyone's picture files: PNG, JPEG, WebP, BMP or GIF in a directory, or in a zip or tar archive as it is.
+
+`--raw` names the directory or archive. Its files say which picture belongs where, in one of these ways:
+- `CLASS/...`: a directory for each class, with directories in it as one likes. All is one part, train.
+- `train/CLASS/...`, `test/CLASS/...` and perhaps `val/CLASS/...` (or `training`, `testing`, `valid`, `validation`).
+- `labels.csv`, or `train.csv` with `test.csv` and perhaps `val.csv`: columns path (or file, filename, image) and label
+  (or class, target), separated by commas, semicolons or tabs; others by --image-column and --label-column. Paths start
+  from the directory of the table, or from one in it that is called like the table.
+
+Classes are numbered in natural order (`2` before `10`), over all parts; a class without training images is an error.
+Hidden files and what is no picture are passed over. The column `path` keeps the name of each picture.
+
+A compressed tar is decompressed once, into a temporary file (TMPDIR) of the size of its content; a zip and a plain tar
+are read where they are. The manifest records an archive, and a CSV table, by its SHA-256; of a directory, whose
+pictures are read once for this, the SHA-256 of what `sha256sum` prints for the pictures of a part in natural order.
+"""
+
+from __future__ import annotations
+
+from pipeline.raw.layout import find_pictures
+from pipeline.raw.naming import in_order_of_parts, number_labels
+from pipeline.raw.picture_parts import TABLE_OPTIONS, files_of_tree, open_pictures, picture_parts
+from pipeline.sources import RawPart, Request, Source
+
+
+def _plan(request: Request) -> str:
+    return f"read the pictures in {request.raw}"
+
+
+def _load(request: Request) -> tuple[RawPart, ...]:
+    tree = open_pictures(request.raw)
+    listings = find_pictures(tree, request.image_column, request.label_column)
+    classes, labels = number_labels({part: listing.labels for part, listing in listings.items()}, tree.place)
+    sets = [
+        files_of_tree(tree, part, labels[part], listings[part].names, listings[part].tables)
+        for part in in_order_of_parts(listings)
+    ]
+    return picture_parts(sets, classes, request)
+
+
+SOURCE = Source(
+    name="folder",
+    description="pictures of your own, in class directories or listed in a CSV table; a directory, zip or tar",
+    splits=(),
+    raw_files=True,
+    plan=_plan,
+    load=_load,
+    options=TABLE_OPTIONS,
+    generic=True,
+)

@@ -1,0 +1,71 @@
+"""QMNIST: MNIST made anew from the NIST forms, with its lost 50,000 test digits (Yadav and Bottou 2019).
+
+https://arxiv.org/abs/1905.10498, https://github.com/facebookresearch/qmnist. The training digits and the first 10,000
+test digits match those of MNIST one by one; `--split test10k` keeps these of the test part. The columns `writer` and
+`series` tell who wrote a digit, and in which series of forms (0 and 1: employees, 4: students).
+Sizes and hashes as in the checksums of TensorFlow Datasets.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.raw.idx import check_pair, decode, decode_table
+from pipeline.raw.idx_source import have_files, idx_downloads, plan_download
+from pipeline.raw.naming import text_column
+from pipeline.sources import RawPart, Request, Source
+from shards.manifest import PARTS
+
+CLASSES = tuple("0123456789")
+DOWNLOADS = idx_downloads(
+    "https://raw.githubusercontent.com/facebookresearch/qmnist/master/",
+    [f"qmnist-{part}-{what}" for part in PARTS for what in ("images-idx3-ubyte", "labels-idx2-int")],
+    (
+        (9_704_059, "9e26a7bf1683614e065d7b76460ccd52807165b3f22561fb782bd9f38c52b51d"),
+        (463_024, "2c05dc77f6b916b38e455e97ab129a42a444f3dbef09b278a366f82904e0dd9f"),
+        (9_742_279, "43fc22bf7498b8fc98de98369d72f752d0deabc280a43a7bcc364ab19e57b375"),
+        (526_800, "9fbcbe594c3766fdf4f0b15c5165dc0d1e57ac604e01422608bb72c906030d06"),
+    ),
+)
+_COLUMNS = 8  # class, series, writer, number of the digit with this writer, ... (section 2.2 of its page)
+_SERIES, _WRITER = 1, 2
+_OF_MNIST = 10_000
+
+
+def _plan(request: Request) -> str:
+    return plan_download(request, DOWNLOADS)
+
+
+def _load(request: Request) -> tuple[RawPart, ...]:
+    files = have_files(request, DOWNLOADS)
+    parts = []
+    for part in PARTS:
+        raw_images = files.read(f"qmnist-{part}-images-idx3-ubyte")
+        raw_labels = files.read(f"qmnist-{part}-labels-idx2-int")
+        images, table = decode(raw_images, 3)[..., None], decode_table(raw_labels, _COLUMNS)
+        check_pair(raw_images, len(images), raw_labels, table[:, 0], len(CLASSES))
+        parts.append(
+            RawPart.from_arrays(
+                part,
+                images,
+                table[:, 0],
+                CLASSES,
+                files=(raw_images.record(), raw_labels.record()),
+                columns={
+                    "writer": text_column(map(str, table[:, _WRITER].tolist())),
+                    "series": text_column(map(str, table[:, _SERIES].tolist())),
+                },
+            )
+        )
+    train, test = parts
+    return train, test.select(np.arange(len(test.labels))[:_OF_MNIST]) if request.split == "test10k" else test
+
+
+SOURCE = Source(
+    name="qmnist",
+    description="QMNIST, MNIST with all its 60,000 test digits and their writers, 28x28 gray",
+    splits=("test60k", "test10k"),
+    raw_files=True,
+    plan=_plan,
+    load=_load,
+)

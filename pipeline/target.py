@@ -1,0 +1,123 @@
+"""Where a pack goes: a local directory, which appears whole by a rename, or a remote place."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.team import Team
+from shards.atomic import Replacement, replace_directory, staging_directory
+from shards.errors import UserError
+from shards.manifest import ALL_PARTS, PARTS, Manifest, has_part, is_packed_set
+from shards.places import is_remote, remote_manifests, remove_manifests, upload_files, upload_manifests
+
+
+class Target(Protocol):
+    """A place for a packed set."""
+
+    def manifests(self) -> tuple[Manifest, ...]:
+        """Those of the complete pack that stands there, none if there is none.
+
+        Raises `UserError` if something else stands there, which is never replaced.
+        """
+        ...
+
+    def needs_recovery(self) -> bool:
+        """Whether a killed writer left something behind that the next pack has to clean up."""
+        ...
+
+    def staging(self, team: Team) -> AbstractContextManager[Path]:
+        """The directory in which this rank writes its files; nothing of it stays."""
+        ...
+
+    def complete(self, team: Team, directory: Path, manifests: tuple[Manifest, ...]) -> None:
+        """Let what all ranks have written take the place of what stood there, manifests last."""
+        ...
+
+
+def find_target(out: Path | str) -> Target:
+    return RemoteTarget(str(out)) if is_remote(out) else LocalTarget(Path(out))
+
+
+class LocalTarget:
+    """A directory. All ranks write into one staging directory beside it, so they have to share a file system."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._replacement: Replacement | None = None
+
+    def manifests(self) -> tuple[Manifest, ...]:
+        out = self._out
+        if is_packed_set(out):
+            return tuple(Manifest.read(out / part) for part in ALL_PARTS if has_part(out, part))
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return ()
+        raise UserError(
+            found=f"{out}, which exists and is not a complete pack",
+            expected="a new or empty directory, or a complete pack",
+            hint="choose another --out, or remove it if nothing in it is needed",
+        )
+
+    def needs_recovery(self) -> bool:
+        return staging_directory(self._out).exists()
+
+    @contextmanager
+    def staging(self, team: Team) -> Iterator[Path]:
+        with ExitStack() as stack:
+            self._replacement = team.first(lambda: stack.enter_context(replace_directory(self._out)))
+            path = self._replacement.path
+            team.each(lambda: _check_shared(path))
+            yield path
+
+    def complete(self, team: Team, directory: Path, manifests: tuple[Manifest, ...]) -> None:
+        def commit() -> None:
+            assert self._replacement is not None
+            _write_manifests(directory, manifests)
+            self._replacement.commit()
+
+        team.first(commit)
+
+
+class RemoteTarget:
+    """An address that fsspec knows, such as s3://bucket/name. Every rank uploads what it has packed."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def manifests(self) -> tuple[Manifest, ...]:
+        found = remote_manifests(self._address)
+        return tuple(found[part] for part in ALL_PARTS if part in found) if set(PARTS) <= set(found) else ()
+
+    def needs_recovery(self) -> bool:
+        return False  # without manifests it is no pack, and files are overwritten
+
+    @contextmanager
+    def staging(self, team: Team) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="inkstream-pack-") as directory:
+            yield Path(directory)
+
+    def complete(self, team: Team, directory: Path, manifests: tuple[Manifest, ...]) -> None:
+        def finish() -> None:
+            _write_manifests(directory, manifests)
+            upload_manifests(directory, self._address)
+
+        team.first(lambda: remove_manifests(self._address))
+        team.each(lambda: upload_files(directory, self._address))
+        team.first(finish)
+
+
+def _write_manifests(directory: Path, manifests: tuple[Manifest, ...]) -> None:
+    for manifest in manifests:
+        manifest.write(directory / manifest.part)
+
+
+def _check_shared(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(
+            found=f"no directory {path}, which rank 0 has made",
+            expected="an --out on a file system that all ranks share",
+            hint="name a shared directory, or a remote place: --out s3://bucket/name",
+        )

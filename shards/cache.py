@@ -1,0 +1,108 @@
+"""Blocks held in memory: how a store whose images cannot simply be mapped (compressed, or too many) is read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import UserError
+from shards.manifest import Manifest
+
+LoadBlocks: TypeAlias = Callable[[NDArray[np.int64], list[NDArray[np.uint8]]], None]
+
+
+class BlockCache:
+    """Images by sample, from whole blocks kept in one buffer; the blocks that came in first make room for others.
+
+    load: given block numbers int64 [k] and k buffers uint8 [samples of the block, H * W * C], fills each buffer.
+    memory: most bytes of images to hold, None for all of them. The buffer is reserved at once but takes real memory
+    only as blocks come in.
+    """
+
+    def __init__(self, manifest: Manifest, load: LoadBlocks, memory: int | None) -> None:
+        self._load = load
+        self._samples = manifest.samples
+        self._block_size = min(manifest.block_size, manifest.samples)
+        self._image_shape = manifest.image_shape
+        self._image_bytes = manifest.image_bytes
+        blocks = -(-manifest.samples // self._block_size)
+        block_bytes = self._block_size * self._image_bytes
+        self.slots = blocks if memory is None else min(blocks, memory // block_bytes)
+        if self.slots < 1:
+            raise UserError(
+                found=f"{memory:,} bytes of memory for blocks of {block_bytes:,} bytes",
+                expected="room for at least one block",
+                hint="raise loader.memory",
+            )
+        try:
+            self._buffer = np.empty((self.slots * self._block_size, self._image_bytes), np.uint8)
+        except (MemoryError, ValueError, OverflowError):
+            raise UserError(
+                found=f"{self.slots * block_bytes:,} bytes of images, more memory than this machine gives",
+                expected="images that fit into it, or a bound on how many are held",
+                hint="set loader.memory",
+            ) from None
+        self._slot_of_block = np.full(blocks, -1, np.int64)
+        self._block_in_slot = np.full(self.slots, -1, np.int64)
+        self._came_in = np.zeros(self.slots, np.int64)  # the how-manieth load brought what is in each slot
+        self._loads = 0
+        self._lock = threading.Lock()  # a training and a validation loader may share the store
+
+    def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Copy images into the caller's buffer; see `shards.store.ImageStore.gather`."""
+        if len(samples) and (samples.min() < 0 or samples.max() >= self._samples):
+            raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {self._samples - 1}")
+        assert out.flags.c_contiguous and out.shape == (len(samples), *self._image_shape)
+        flat = out.reshape(len(samples), self._image_bytes)
+        blocks, places = np.divmod(samples, self._block_size)
+        with self._lock:
+            slots = self._slot_of_block[blocks]
+            if len(slots) and slots.min() < 0:
+                # What is there before what is not, or bringing the one would drive out the other.
+                for some in self._roomfuls(blocks):
+                    self._bring(np.unique(blocks[some]))
+                    flat[some] = self._buffer[self._slot_of_block[blocks[some]] * self._block_size + places[some]]
+                return
+            # `clip` because only so does NumPy write straight into `out`; no index is outside.
+            np.take(self._buffer, slots * self._block_size + places, axis=0, out=flat, mode="clip")
+
+    def _roomfuls(self, blocks: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Indices into `blocks`, each once, in groups that have no more blocks than there are slots."""
+        needed, of_needed = np.unique(blocks, return_inverse=True)
+        order = np.argsort(self._slot_of_block[needed] < 0, kind="stable")
+        roomful_of = np.empty(len(needed), np.int64)
+        roomful_of[order] = np.arange(len(needed)) // self.slots
+        for number in range(-(-len(needed) // self.slots)):
+            yield np.flatnonzero(roomful_of[of_needed] == number)
+
+    def _bring(self, needed: NDArray[np.int64]) -> None:
+        """Have these blocks (no more than there are slots) in the buffer.
+
+        First in, first out is the best there is for an order that draws from a sliding window of blocks: a block is
+        needed for the length of the window after it came in, however long it may not be touched in between.
+        """
+        there = self._slot_of_block[needed]
+        missing = needed[there < 0]
+        if not len(missing):
+            return
+        age = self._came_in.copy()
+        age[there[there >= 0]] = np.iinfo(np.int64).max
+        slots = np.argpartition(age, len(missing) - 1)[: len(missing)]
+        leaving = self._block_in_slot[slots]
+        self._slot_of_block[leaving[leaving >= 0]] = -1
+        self._block_in_slot[slots] = -1
+        self._came_in[slots] = 0
+        self._load(missing, [self._slot(slot, block) for slot, block in zip(slots, missing, strict=True)])
+        self._loads += 1
+        self._block_in_slot[slots] = missing
+        self._slot_of_block[missing] = slots
+        self._came_in[slots] = self._loads
+
+    def _slot(self, slot: int, block: int) -> NDArray[np.uint8]:
+        count = min(self._block_size, self._samples - block * self._block_size)
+        start = slot * self._block_size
+        return self._buffer[start : start + count]

@@ -1,0 +1,290 @@
+"""Make tar shards that others have written, with one picture a record, a set that trains, without repacking them.
+
+    python -m shards.index DIR [--classes FILE]
+
+DIR holds train/*.tar and test/*.tar (and val/*.tar, if there is such a part), or is one part. The shards are ordinary
+WebDataset: a picture (.jpg, .jpeg, .png, .webp or .bmp) and a class number (.cls) under each key; other components are
+passed over. The shards stay as they are; written are an index (.idx) beside each and, at the end, a manifest a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from shards.atomic import write_file
+from shards.errors import UserError, no_permission, run_command
+from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest, Shard
+from shards.pictures import MAX_BYTES, read_header
+from shards.record_index import (
+    NotANumber,
+    bad_record,
+    choose,
+    index_content,
+    index_line,
+    name_in_index,
+    read_numbers,
+    read_places,
+    read_records,
+)
+from shards.records import index_file, index_name
+from shards.tar import INDEX_VERSION
+
+_MOST_CLASSES = 1_000_000
+_MOST_HEADER = 16 << 20  # bytes of a picture in which its size must be found
+
+
+class _Scan(NamedTuple):
+    """A shard, its index, the int64 [n] labels of its records, and whether all its pictures are without colour."""
+
+    shard: Shard
+    index: bytes
+    labels: NDArray[np.int64]
+    with_rows: bool
+    gray: bool
+
+
+def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifest, ...]:
+    """Index a set or a part; its manifests. Raises `UserError`, and then nothing was written.
+
+    class_names: in the order of the labels; None for the numbers themselves.
+    """
+    parts = _find_parts(directory)
+    scans = {part: _scan_part(path, part) for part, path in parts.items()}
+    everything = [scan for part in parts for scan in scans[part]]
+    highest = max(int(scan.labels.max()) for scan in everything)
+    classes = class_names or tuple(map(str, range(highest + 1)))
+    if highest >= len(classes):
+        raise UserError(
+            found=f"label {highest} in {directory}",
+            expected=f"0 .. {len(classes) - 1}, as there are names of {len(classes)} classes",
+            hint="give a name for each class: --classes FILE, one a line",
+        )
+    # Pictures of all parts make one kind of model input.
+    channels = 1 if all(scan.gray for scan in everything) else 3
+    place = directory.absolute()
+    dataset = place.parent.name if list(parts.values()) == [directory] and place.name in parts else place.name
+    manifests = {part: _manifest(dataset, part, classes, channels, scans[part]) for part in parts}
+    for part, path in parts.items():
+        _check_manifest(path, manifests[part])
+    for part, path in parts.items():
+        for scan in scans[part]:
+            _write(path / index_name(scan.shard), scan.index)
+    for part, path in parts.items():
+        _write(path / MANIFEST_NAME, manifests[part].to_json().encode())
+    return tuple(manifests.values())
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Names of classes from a text file, one a line; raises `UserError`."""
+    try:
+        names = path.read_text(encoding="utf-8").rstrip().split("\n")
+        names = [name.strip() for name in names]
+    except FileNotFoundError:
+        raise UserError(
+            found=f"no file {path}", expected="a text file with the name of a class in each line", hint="name another"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            found=f"{path}, which is no UTF-8 text: {error}", expected="a class in each line", hint="convert it"
+        ) from None
+    seen: set[str] = set()
+    for number, name in enumerate(names, start=1):
+        if not name or name in seen:
+            raise UserError(
+                found=f"{path}: line {number} {'is empty' if not name else f'names {name!r} again'}",
+                expected="another class in each line, in the order of the labels",
+                hint="give each class a name of its own",
+            )
+        seen.add(name)
+    return tuple(names)
+
+
+def _find_parts(directory: Path) -> dict[str, Path]:
+    """The parts by name: those in a set, or the directory itself."""
+    if not directory.is_dir():
+        raise UserError(
+            found=f"no directory {directory}", expected="a directory of tar shards", hint="name the one that holds them"
+        )
+    parts = {part: directory / part for part in ALL_PARTS if (directory / part).is_dir()}
+    missing = [part for part in PARTS if part not in parts]
+    if parts and missing:
+        raise UserError(
+            found=f"{directory} with {' and '.join(parts)}, but without {' and '.join(missing)}",
+            expected=f"the parts {' and '.join(PARTS)}, and val if there is one",
+            hint=f"add or rename one: {directory / missing[0]}; or index one part alone: {directory / min(parts)}",
+        )
+    return parts or {directory.absolute().name if directory.absolute().name in ALL_PARTS else PARTS[0]: directory}
+
+
+def _scan_part(directory: Path, part: str) -> list[_Scan]:
+    paths = sorted(path for path in directory.glob("*.tar") if not path.name.startswith("."))
+    if not paths:
+        compressed = next((path for kind in ("*.tar.*", "*.tgz") for path in sorted(directory.glob(kind))), None)
+        raise UserError(
+            found=f"{directory} without .tar files" + (f", but with {compressed.name}" if compressed else ""),
+            expected="uncompressed tar shards, in which any picture can be read by its place",
+            hint="uncompress them" if compressed else "name the directory that holds the shards, or train/ and test/",
+        )
+    # Reading and hashing run side by side.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        scans = list(tqdm(pool.map(_scan, paths), f"indexing {part}", len(paths), unit=" shards", disable=None))
+    for scan in scans:
+        if scan.with_rows != scans[0].with_rows:
+            with_rows, without = (scan, scans[0]) if scan.with_rows else (scans[0], scan)
+            raise UserError(
+                found=f"{directory}: {with_rows.shard.name} with rows (.row), {without.shard.name} without",
+                expected="a row in every record, or in none",
+                hint="index shards of different origin as different sets",
+            )
+    return scans
+
+
+def _scan(path: Path) -> _Scan:
+    """Read through a shard; raises `UserError` for whatever could not be trained on."""
+    with open(path, "rb", buffering=0) as file:
+        lines, with_rows, gray = _read_through(file, path)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
+    content = index_content(lines)
+    places = read_places(content)
+    data = np.memmap(path, np.uint8, mode="r")
+    try:
+        labels = read_numbers(data, places.labels)
+        if places.rows is not None:
+            read_numbers(data, places.rows)
+    except NotANumber as fault:
+        name = name_in_index(content, fault.record)
+        raise bad_record(path, name, f"has the label or row {fault.text!r}, which is no number") from None
+    too_high = np.flatnonzero(labels >= _MOST_CLASSES)
+    if len(too_high):
+        name = name_in_index(content, int(too_high[0]))
+        raise bad_record(path, name, f"has the label {labels[too_high[0]]}, {_MOST_CLASSES:,} or more")
+    shard = Shard(name=path.name, samples=len(lines), bytes=size, sha256=digest, blocks_crc32=())
+    return _Scan(shard, _settled_index(path, content), labels, with_rows, gray)
+
+
+def _read_through(file: BinaryIO, path: Path) -> tuple[list[str], bool, bool]:
+    """The lines of a shard's index, whether its records have rows, and whether all pictures are without colour."""
+    lines: list[str] = []
+    with_rows, gray = False, True
+    for key, components in read_records(path):
+        try:
+            choice = choose(tuple(components))
+        except ValueError as error:
+            raise bad_record(path, key, f"has {error}") from None
+        if lines and (choice.row is not None) != with_rows:
+            raise bad_record(path, key, f"{'lacks' if with_rows else 'has'} a row, unlike others")
+        with_rows = choice.row is not None
+        picture = list(components.values())[choice.picture]
+        if picture.size > MAX_BYTES:
+            raise bad_record(path, picture.name, f"is of {picture.size:,} bytes, more than {MAX_BYTES:,}")
+        file.seek(picture.offset)
+        try:
+            gray &= read_header(file.read(min(picture.size, _MOST_HEADER))).gray
+        except ValueError as error:
+            raise bad_record(path, picture.name, f"is {error}") from None
+        lines.append(index_line(components))
+    if not lines:
+        raise UserError(
+            found=f"{path} without any record", expected="pictures with labels", hint="remove it, or fetch it again"
+        )
+    return lines, with_rows, gray
+
+
+def _settled_index(shard: Path, content: bytes) -> bytes:
+    """The index that stands beside a shard, by `wds2idx` perhaps, if it says what ours (`content`) says; or else ours.
+
+    Raises `UserError` if it says something else, which may be of use to someone.
+    """
+    path = shard.with_suffix(".idx")
+    if not path.exists():
+        return content
+    found = path.read_bytes() if path.stat().st_size < 4 * len(content) else b""
+    try:
+        ours, theirs = read_places(content), read_places(found)
+    except ValueError:
+        same = False
+    else:
+        same = all(np.array_equal(our, their) for our, their in zip(ours, theirs, strict=True))
+    if not same:
+        raise UserError(
+            found=f"{path}, which is not the {INDEX_VERSION} index of {shard.name} as it is now",
+            expected="that index, or none",
+            hint=f"remove it (what an index says is in the shard, too): rm {path}",
+        )
+    return found
+
+
+def _manifest(dataset: str, part: str, classes: tuple[str, ...], channels: int, scans: list[_Scan]) -> Manifest:
+    labels = np.concatenate([scan.labels for scan in scans])
+    return Manifest(
+        store="records",
+        dataset=dataset,
+        split="",
+        part=part,
+        classes=classes,
+        counts=tuple(np.bincount(labels, minlength=len(classes)).tolist()),
+        image_shape=(None, None, channels),
+        transposed=False,
+        samples=len(labels),
+        block_size=1,
+        seed=0,
+        shards=tuple(scan.shard for scan in scans),
+        files=tuple(index_file(scan.shard, scan.index) for scan in scans),
+        raw=(),
+        versions={"inkstream": version("inkstream"), "numpy": np.__version__, "python": platform.python_version()},
+    )
+
+
+def _check_manifest(directory: Path, manifest: Manifest) -> None:
+    """Raise `UserError` if another manifest than this one stands in a part."""
+    path = directory / MANIFEST_NAME
+    if path.exists() and Manifest.read(directory).digest() != manifest.digest():
+        raise UserError(
+            found=f"{path}, which tells of something else than the shards that are there",
+            expected="the manifest of these shards (and classes), or none",
+            hint=f"if they are to be indexed as they are: rm {path}",
+        )
+
+
+def _write(path: Path, content: bytes) -> None:
+    if path.exists():
+        return  # and was found to say the same
+    try:
+        write_file(path, content)
+    except OSError as error:
+        raise no_permission(error, path) from None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m shards.index",
+        description="Make WebDataset shards that others have written a set that trains, without repacking them.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="holds train/*.tar and test/*.tar, or is one part")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line (else: numbers)")
+    arguments = parser.parse_args()
+    for manifest in index(arguments.directory, read_classes(arguments.classes) if arguments.classes else None):
+        print(
+            f"{manifest.part}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
+            f"{len(manifest.shards)} shards, {manifest.packed_bytes:,} bytes, "
+            f"{'gray' if manifest.image_shape[2] == 1 else 'in colour'}"
+        )
+    print(f"train on them with data.shards={arguments.directory}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

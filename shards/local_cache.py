@@ -1,0 +1,256 @@
+"""The cache of fetched files: one directory an entry, bounded in size, shared by all processes of a machine.
+
+CACHE/sets/KEY/NAME        what was fetched
+CACHE/sets/KEY/.parts/     what is not whole yet
+CACHE/sets/KEY/.use        locked (shared) by every process that uses the entry, for as long as it lives; its time
+                           is that of the last use, its content the bytes that the entry will have
+CACHE/sets/.KEY.lock       held by the one process that fetches
+CACHE/.room.lock           held while room is made
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.atomic import locked, make_directory
+from shards.errors import UserError, no_permission
+
+try:
+    import fcntl
+except ImportError:  # Windows: there a directory with open files cannot be moved, so it is not evicted either
+    fcntl = None
+
+log = logging.getLogger(__name__)
+
+DIRECTORY_VARIABLE = "INKSTREAM_CACHE"
+SIZE_VARIABLE = "INKSTREAM_CACHE_SIZE"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_EVICTED = ".evicted-"
+_NOTICE_AFTER = 2.0  # seconds; those who only look wait for one another for less
+
+_held: dict[Path, int] = {}
+"""Open descriptors of the `.use` files that this process has locked."""
+
+
+def cache_directory() -> Path:
+    """$INKSTREAM_CACHE, or `inkstream` in $XDG_CACHE_HOME, or ~/.cache/inkstream."""
+    named = os.environ.get(DIRECTORY_VARIABLE)
+    if named:
+        return Path(named).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "inkstream"
+
+
+def most_bytes() -> int | None:
+    """The bound that $INKSTREAM_CACHE_SIZE sets, for instance 200GB, 1.5TB, 300GiB; None if it sets none."""
+    text = os.environ.get(SIZE_VARIABLE, "").strip()
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.upper())
+    if match is None or (match[3] and not match[2]) or float(match[1]) == 0:
+        raise UserError(
+            found=f"{SIZE_VARIABLE}={text}",
+            expected="a size such as 200GB, 1.5TB or 300GiB",
+            hint=f"export {SIZE_VARIABLE}=200GB, or unset it: half of the disk's room is the bound then",
+        )
+    return int(float(match[1]) * (_BINARY_UNITS if match[3] else _UNITS)[match[2]])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A fetched thing. content: the directory for it; partials: for files that are not whole yet."""
+
+    directory: Path
+    content: Path
+
+    @property
+    def partials(self) -> Path:
+        return self.directory / ".parts"
+
+    def make_room(self, total: int, what: str) -> None:
+        """Evict other entries until this one can grow to `total` bytes, those used longest ago first.
+
+        what: its name in a message. Raises `UserError` with the numbers, before anything is evicted, if it will not
+        fit beneath the bound or on the disk.
+        """
+        root = cache_directory()
+        with locked(root / ".room.lock"):
+            try:
+                _make_room(root, self.directory, total, what)
+            except OSError as error:
+                raise no_permission(error, error.filename or root) from None
+
+    @contextlib.contextmanager
+    def alone(self, busy: UserError) -> Iterator[None]:
+        """Change what is there already; raises `busy` if another process uses it."""
+        descriptor = _held[self.directory / ".use"]
+        try:
+            _lock(descriptor, exclusive=True)
+        except BlockingIOError:
+            _lock(descriptor)  # what failed has given up the lock that was held
+            raise busy from None
+        try:
+            yield
+        finally:
+            _lock(descriptor)
+
+
+@contextlib.contextmanager
+def open_entry(kind: str, key: str, name: str) -> Iterator[Entry]:
+    """An entry, new or there already, to look at and to fill: by one process at a time, the others wait.
+
+    From here on to the end of this process it is in use, and not evicted.
+    """
+    root = cache_directory() / kind
+    make_directory(root)
+    waiting = threading.Timer(_NOTICE_AFTER, log.warning, ["waiting for another process that fetches %s", name])
+    waiting.start()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(root / f".{key}.lock"))
+        finally:
+            waiting.cancel()
+        try:
+            _use(root / key)
+        except OSError as error:
+            raise no_permission(error, root / key) from None
+        yield Entry(root / key, root / key / name)
+
+
+def _use(directory: Path) -> None:
+    """Lock an entry for this process's life, and note the time."""
+    path = directory / ".use"
+    while True:
+        directory.mkdir(exist_ok=True)
+        descriptor = _held.get(path)
+        if descriptor is None:
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:
+                continue  # evicted since the line above
+            _lock(descriptor)
+        if _is(descriptor, path):
+            _held[path] = descriptor
+            os.utime(path)
+            return
+        # Evicted while we waited, or removed by hand: the lock is on a file that is no more.
+        _held.pop(path, None)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, exclusive: bool = False) -> None:
+    """Share the lock, waiting for it, or have it alone; raises BlockingIOError if others share it."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@dataclass(frozen=True)
+class _Usage:
+    """Of one entry: its bytes now and when it is whole, the time of its last use, and whether it is in use."""
+
+    directory: Path
+    bytes: int
+    promised: int
+    last_use: float
+    in_use: bool
+
+
+def _make_room(root: Path, directory: Path, total: int, what: str) -> None:
+    for leftover in root.glob(f"*/{_EVICTED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    there = _bytes_in(directory)
+    others = [_usage(path) for path in root.glob("*/[!.]*/") if path != directory and (path / ".use").exists()]
+    idle = sorted((other for other in others if not other.in_use), key=lambda other: other.last_use)
+    free = shutil.disk_usage(root).free
+    used = sum(other.bytes for other in others)
+    # What others are fetching at this moment, and have made room for.
+    promised = sum(max(0, other.promised - other.bytes) for other in others if other.in_use)
+    bound = most_bytes() or (free + used + there) // 2
+
+    if total > bound:
+        raise UserError(
+            found=f"{what} of {_size(total)}, and a cache of at most {_size(bound)} in {root}",
+            expected="a cache that it fits into",
+            hint=f"export {SIZE_VARIABLE}={_size(total + total // 10)} (the default is half of the disk's room), "
+            f"or {DIRECTORY_VARIABLE}=DIR on a larger disk",
+        )
+    evictable = sum(other.bytes for other in idle)
+    over_bound = used + promised + total - bound
+    over_disk = total - there + promised - free
+    if over_disk > evictable:
+        raise UserError(
+            found=f"{_size(free + evictable)} of room for {what} on the disk of {root}",
+            expected=f"{_size(total - there + promised)}",
+            hint=f"free some room, or export {DIRECTORY_VARIABLE}=DIR on a larger disk",
+        )
+    over = max(over_bound, over_disk)
+    if over <= evictable:
+        for other in idle:
+            if over > 0 and _evict(other.directory):
+                over -= other.bytes
+    if over > 0:
+        raise UserError(
+            found=f"{_size(used - evictable + promised)} of the cache in {root} in use by running processes",
+            expected=f"room for {what} of {_size(total)} beneath the bound of {_size(bound)}",
+            hint=f"wait for them to end, or export {SIZE_VARIABLE}={_size((total + used + promised) * 11 // 10)}",
+        )
+    (directory / ".use").write_text(str(total), encoding="ascii")
+
+
+def _usage(directory: Path) -> _Usage:
+    path = directory / ".use"
+    content = path.read_text(encoding="ascii")
+    with open(path, "rb+") as file:
+        try:
+            _lock(file.fileno(), exclusive=True)
+            in_use = False
+        except BlockingIOError:
+            in_use = True
+    return _Usage(directory, _bytes_in(directory), int(content or 0), path.stat().st_mtime, in_use)
+
+
+def _evict(directory: Path) -> bool:
+    """Remove an entry at once, unless somebody has begun to use it."""
+    aside = directory.with_name(f"{_EVICTED}{directory.name}")
+    with contextlib.ExitStack() as stack:
+        try:
+            if fcntl is not None:
+                _lock(stack.enter_context(open(directory / ".use", "rb+")).fileno(), exclusive=True)
+            directory.rename(aside)
+        except OSError:  # locked, or (Windows) open
+            return False
+        shutil.rmtree(aside, ignore_errors=True)
+    log.info("evicted %s from the cache", directory)
+    return True
+
+
+def _bytes_in(directory: Path) -> int:
+    total = 0
+    for path, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # another process is filling it
+                total += os.lstat(os.path.join(path, name)).st_size
+    return total
+
+
+def _size(count: int) -> str:
+    """Bytes as 1.23GB, in the form that $INKSTREAM_CACHE_SIZE takes."""
+    for unit, factor in reversed(_UNITS.items()):
+        if count >= factor:
+            return f"{count / factor:.2f}{unit}B" if unit else f"{count}B"
+    return f"{count}B"

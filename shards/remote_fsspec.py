@@ -1,0 +1,174 @@
+"""Places that fsspec has a file system for: s3://, gs://, hf://, memory:// and more."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shards import remote
+from shards.errors import UserError, first_line
+from shards.remote import Listed, Missing, Named, Refused, RemoteError, Unreachable
+
+PIECE = 4 << 20  # bytes of one range request
+SMALLEST_PIECE = 64 << 10  # what a slow line must bring within STALL_SECONDS
+_SLOWEST_UPLOAD = 100e3  # bytes/s; slower ones are given up
+_LONGEST_LISTING = 3600.0  # seconds; a thousand files come with each of its answers
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+# By name, because the libraries that raise them may not be there: no credentials at all, or useless ones.
+_NO_CREDENTIALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "TokenRetrievalError",
+    "SSOTokenLoadError",
+    "UnauthorizedSSOTokenError",
+    "DefaultCredentialsError",
+    "RefreshError",
+}
+# S3's names for requests that were spoilt on the way, which it answers as if they had been wrong.
+_PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
+# What file systems call that which changes with the content of a file, the surest first.
+_VERSIONS = ("ETag", "etag", "md5Hash", "xet_hash", "blob_id", "LastModified", "last_modified", "updated", "mtime")
+
+
+class FsspecPlace(Named):
+    """Any address that fsspec has a file system for; see `shards.remote.Place`."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self._fs, root = self._connect(address)
+        self._root = root.rstrip("/")
+        self._piece = PIECE
+
+    def _connect(self, address: str) -> tuple[Any, str]:
+        import fsspec
+
+        protocol = address.partition("://")[0]
+        try:
+            file_system, root = fsspec.url_to_fs(address, skip_instance_cache=True)
+        except ImportError as error:
+            extra = _EXTRAS.get(protocol)
+            raise UserError(
+                found=f"{self.shown}, and no package here for {protocol}://",
+                expected=f"the package that reaches {protocol}://",
+                hint=f"pip install 'inkstream[{extra}]'" if extra else first_line(error),
+            ) from None
+        except ValueError as error:
+            raise UserError(
+                found=f"{self.shown}: {self.reason(error)}",
+                expected="an address such as s3://bucket/name, gs://..., hf://datasets/user/name or https://...",
+                hint="check its spelling; a path needs no protocol",
+            ) from None
+        except Exception as error:
+            raise self._translated(error, "").explained() from None
+        # Attempts are counted by our caller; s3fs and botocore would each multiply them.
+        if _EXTRAS.get(protocol) == "s3":
+            file_system.retries = 1
+            file_system.config_kwargs = {"retries": {"max_attempts": 0}, **file_system.config_kwargs}
+        if _EXTRAS.get(protocol) == "gs":
+            # It logs a traceback for every failed attempt; what matters is raised as well.
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+        return file_system, root
+
+    def read(self, name: str) -> bytes:
+        # From 0: s3fs would ask for the size first, if it were not told where to begin.
+        return self._call(name, "cat_file", self._path(name), start=0)
+
+    def stream(self, name: str, start: int, size: int) -> Iterator[bytes]:
+        while start < size:
+            try:
+                end = min(start + self._piece, size)
+                data = self._call(name, "cat_file", self._path(name), start=start, end=end)
+            except Unreachable as error:
+                if isinstance(error.__cause__, TimeoutError):
+                    # A line too slow for a piece of this size: smaller ones bring it forward.
+                    self._piece = max(self._piece // 2, SMALLEST_PIECE)
+                raise
+            if not data:
+                raise Unreachable(self.show(name), f"it ends after {start:,} of {size:,} bytes")
+            yield data[: size - start]
+            start += len(data)
+
+    def find(self) -> dict[str, Listed]:
+        found = self._call("", "find", self._root, detail=True, more_seconds=_LONGEST_LISTING)
+        listed = {
+            path[len(self._root) :].strip("/"): _listed(info)
+            for path, info in found.items()
+            if info["type"] == "file" and not path.endswith("/")  # S3's consoles make such files for directories
+        }
+        if not listed:
+            raise Missing(self.shown, "no such file or directory, or an empty one")
+        return listed
+
+    def info(self, name: str) -> Listed:
+        return _listed(self._call(name, "info", self._path(name)))
+
+    def put(self, path: Path, name: str) -> None:
+        patience = path.stat().st_size / _SLOWEST_UPLOAD
+        self._call(name, "put_file", str(path), self._path(name), more_seconds=patience)
+
+    def remove(self, name: str) -> None:
+        self._call(name, "rm_file", self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _call(self, name: str, method: str, *arguments: Any, more_seconds: float = 0, **named: Any) -> Any:
+        from fsspec.asyn import sync
+
+        try:
+            if self._fs.async_impl:
+                function, seconds = getattr(self._fs, f"_{method}"), remote.STALL_SECONDS + more_seconds
+                return sync(self._fs.loop, function, *arguments, timeout=seconds, **named)
+            return getattr(self._fs, method)(*arguments, **named)
+        except Exception as error:
+            raise self._translated(error, name) from error
+
+    def _translated(self, error: Exception, name: str) -> RemoteError:
+        """Libraries raise what they like; three kinds of it make a difference."""
+        status, code = _answer(error)
+        place, reason = self.show(name), self.reason(error)
+        if isinstance(error, TimeoutError):
+            return Unreachable(place, f"no answer within {remote.STALL_SECONDS:g} seconds")
+        if isinstance(error, FileNotFoundError) or status == 404:
+            return Missing(place, reason)
+        kinds = (PermissionError, ValueError, NotImplementedError)
+        if isinstance(error, kinds) or type(error).__name__ in {*_NO_CREDENTIALS, "ParamValidationError"}:
+            return Refused(place, reason)
+        if reason.startswith("Forbidden"):  # gcsfs, which keeps no status
+            return Refused(place, reason)
+        if status and 400 <= status < 500 and status not in remote.PASSING_STATUS and code not in _PASSING_CODES:
+            return Refused(place, reason)
+        return Unreachable(place, reason)
+
+
+def _answer(error: BaseException) -> tuple[int | None, str]:
+    """The HTTP status and S3's code of an error, as botocore, gcsfs and huggingface_hub carry them."""
+    for carrier in (error, error.__cause__):
+        response = getattr(carrier, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status, response.get("Error", {}).get("Code", "")
+        if isinstance(status := getattr(response, "status_code", None), int):
+            return status, ""
+    # Not that of the cause: aiohttp gives a connection that was cut the code 400.
+    code = getattr(error, "code", None)
+    return (code if isinstance(code, int) else None), ""
+
+
+def _listed(info: dict[str, Any]) -> Listed:
+    version = next((str(info[key]) for key in (*_VERSIONS, "created") if info.get(key) is not None), "")
+    return Listed(bytes=int(info["size"] or 0), version=version, md5=_md5(info))
+
+
+def _md5(info: dict[str, Any]) -> str | None:
+    """MD5 (hex) of a file where it is told: by Google, and by S3 as the tag of what came in one piece."""
+    if info.get("md5Hash"):
+        return base64.b64decode(info["md5Hash"]).hex()
+    tag = str(info.get("ETag", "")).strip('"')
+    return tag if len(tag) == 32 else None

@@ -1,0 +1,36 @@
+"""What a full check counts while it decodes a part: samples by class, and that no raw row comes twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.manifest import Manifest
+
+
+class Tally:
+    """Labels and rows of a part, block after block, to be compared with its manifest at the end."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._counts = np.zeros(len(manifest.classes), np.int64)
+        self._rows: list[NDArray[np.int64]] = []
+
+    def add(self, labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[str]:
+        """Count the samples of one block, labels and rows int64 [n]; yields what is wrong with their values."""
+        if len(labels) and (labels.min() < 0 or labels.max() >= len(self._counts)):
+            yield f"a label outside 0 .. {len(self._counts) - 1}"
+        elif len(rows) and rows.min() < 0:
+            yield "a row below 0"
+        else:
+            self._counts += np.bincount(labels, minlength=len(self._counts))
+            self._rows.append(rows)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the whole; meaningful only if every block could be added."""
+        if self._counts.tolist() != list(self._manifest.counts):
+            yield "counts by class differ from the manifest"
+        if len(np.unique(np.concatenate(self._rows))) != self._manifest.samples:
+            yield "a source row is packed twice"

@@ -1,0 +1,130 @@
+"""The full check of tar shards: `tarfile` and `numpy.load`, record by record."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from shards.errors import first_line
+from shards.manifest import Manifest, Shard
+from shards.tally import Tally
+from shards.tar import COMPONENTS, INDEX_VERSION, block_key
+
+_MOST_NPY_HEADER = 16 << 10
+
+
+class _Member(NamedTuple):
+    """A component of a block: its name, and where its content begins and how long it is, in bytes."""
+
+    component: str
+    begin: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Where the next member's header lies."""
+        return self.begin + -(-self.length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def check_store(directory: Path, manifest: Manifest, tally: Tally) -> Iterator[str]:
+    """See `shards.verify.CheckStore`."""
+    first_block = 0
+    for shard in manifest.shards:
+        path = directory / shard.name
+        if path.is_file():
+            index_lines: list[str] = []
+            with open(path, "rb") as file:
+                for place, fault in _check_blocks(file, shard, manifest, first_block, tally, index_lines):
+                    yield f"{path}: block {place}{fault}"
+            yield from _check_index(path, shard, first_block, index_lines)
+        first_block += len(shard.blocks_crc32)
+
+
+def _check_blocks(
+    file: BinaryIO, shard: Shard, manifest: Manifest, first_block: int, tally: Tally, index_lines: list[str]
+) -> Iterator[tuple[str, str]]:
+    """Decode a shard's blocks; yields key and fault, and adds the index line of each block that could be found."""
+    start = 0
+    remaining = shard.samples
+    for number, crc in enumerate(shard.blocks_crc32, start=first_block):
+        size = min(manifest.block_size, remaining)
+        remaining -= size
+        key = block_key(number)
+        shapes = ((size, *manifest.image_shape), (size,), (size,))
+        try:
+            members = _find_block(file, start, key, most=max(8, manifest.image_bytes) * size + _MOST_NPY_HEADER)
+        except (tarfile.TarError, ValueError) as error:
+            # Without a readable header the places of the blocks behind it are unknown.
+            yield key, f" cannot be read: {error}"
+            return
+        index_lines.append(" ".join(f"{name} {begin} {length} {key}.{name}" for name, begin, length in members))
+        file.seek(start)
+        content = file.read(members[-1].end - start)
+        start, before = members[-1].end, start
+        if zlib.crc32(content) != crc:
+            yield key, " was changed (CRC-32 differs)"
+            continue
+        try:
+            _, labels, rows = (
+                _load(content[member.begin - before :][: member.length], member.component, dtype, shape)
+                for member, dtype, shape in zip(members, (np.uint8, np.int64, np.int64), shapes, strict=True)
+            )
+        except Exception as error:  # whatever NumPy makes of a header that was made to mislead it
+            yield key, f": {first_line(error)}"
+            continue
+        for fault in tally.add(labels, rows):
+            yield key, f": {fault}"
+
+
+def _find_block(file: BinaryIO, start: int, key: str, most: int) -> list[_Member]:
+    """The members of the block whose first header lies at a byte; ValueError if one claims more bytes than `most`."""
+    length = os.fstat(file.fileno()).st_size
+    members = []
+    for component in COMPONENTS:
+        file.seek(start)
+        header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+        if header.name != f"{key}.{component}":
+            raise ValueError(f"found {header.name!r} where {key}.{component} should be")
+        if not 0 <= header.size <= most:
+            raise ValueError(f"{component} claims {header.size:,} bytes")
+        members.append(_Member(component, start + tarfile.BLOCKSIZE, header.size))
+        start = members[-1].end
+        if start > length:
+            raise ValueError("the shard ends inside it")
+    return members
+
+
+def _load(content: bytes, component: str, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray:
+    """Decode a .npy file; ValueError, before any memory is taken, if it is not the array of this type and shape."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{component} is not of .npy format 1.0")
+    found_shape, fortran_order, found_dtype = np.lib.format.read_array_header_1_0(file)
+    if (found_shape, found_dtype) != (shape, dtype) or fortran_order:
+        raise ValueError(f"{component} is {found_dtype} {list(found_shape)}, not {np.dtype(dtype)} {list(shape)}")
+    file.seek(0)
+    return np.load(file, allow_pickle=False)
+
+
+def _check_index(path: Path, shard: Shard, first_block: int, expected: list[str]) -> list[str]:
+    """Compare the index byte for byte with the lines that the blocks ask for (of those that could be read)."""
+    index = path.with_suffix(".idx")
+    if not index.is_file():
+        return [f"{index}: missing"]
+    blocks = len(shard.blocks_crc32)
+    first, *lines = index.read_bytes().decode(errors="replace").split("\n")
+    if first != f"{INDEX_VERSION} {blocks}" or len(lines) != blocks + 1 or lines[-1]:
+        return [f"{index}: not an {INDEX_VERSION} index of {blocks} blocks"]
+    return [
+        f"{index}: block {block_key(number)} lies elsewhere in {path.name}"
+        for number, (line, wanted) in enumerate(zip(lines, expected, strict=False), start=first_block)
+        if line != wanted
+    ]

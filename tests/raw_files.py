@@ -1,0 +1,124 @@
+"""Made-up raw files for the tests of sources: pictures, archives, idx files, and what was refused of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import settings
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.sources import RawPart, Request, UnreadableImages, find_source
+from shards import UserError
+
+# How long a thing takes is not what these tests ask, and other processes want the cores too.
+settings.register_profile("raw files", deadline=None)
+settings.load_profile("raw files")
+
+
+def refusal(action: Callable[[], object]) -> UserError:
+    with pytest.raises(UserError) as caught:
+        action()
+    return caught.value
+
+
+def load(source: str, raw: Path, split: str = "", **options: object) -> tuple[RawPart, ...]:
+    return find_source(source).load(Request(raw, split, **options))
+
+
+def read_all(part: RawPart) -> NDArray[np.uint8]:
+    return part.read(part.rows)
+
+
+def unreadable(part: RawPart) -> dict[int, str]:
+    with pytest.raises(UnreadableImages) as caught:
+        read_all(part)
+    return caught.value.reasons
+
+
+def in_a_process(code: str) -> tuple[list[str], int]:
+    """Lines that some code prints in a process of its own, and the most memory it took, in MB."""
+    ending = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    process = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{ending}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    *lines, memory = process.stdout.splitlines()
+    return lines, int(memory) >> 10
+
+
+def idx(array: NDArray, kind: int = 8) -> bytes:
+    """An idx file as the format's page describes it, written independently of the code under test."""
+    return struct.pack(f">HBB{array.ndim}I", 0, kind, array.ndim, *array.shape) + array.tobytes()
+
+
+def pixels(height: int = 8, width: int = 8, channels: int = 1, seed: int = 0) -> NDArray[np.uint8]:
+    """A random picture, uint8 [H, W, C]."""
+    return np.random.default_rng([seed, height, width, channels]).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def picture(image: NDArray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """A picture file of an array [H, W, C] (gray, gray and alpha, RGB or RGBA) or an image."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_claiming(height: int, width: int) -> bytes:
+    """A whole PNG of a few bytes whose header promises so many gray pixels."""
+    pieces = (
+        (b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(100))),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in pieces
+    )
+
+
+def write_tree(directory: Path, files: Mapping[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return directory
+
+
+def write_zip(path: Path, files: Mapping[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def write_tar(path: Path, files: Mapping[str, bytes | tarfile.TarInfo], mode: str = "w") -> Path:
+    """A tar of these files; a TarInfo in place of the bytes is written as it is, without content."""
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            if isinstance(content, tarfile.TarInfo):
+                content.name = name
+                archive.addfile(content)
+            else:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path

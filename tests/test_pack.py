@@ -1,0 +1,280 @@
+"""Packing by many processes: the same bytes as by one, all unreadable pictures named, and nobody left behind."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT, assert_user_error, made_up_parts
+from numpy.typing import NDArray
+
+import pipeline.pack
+from pipeline.pack import pack
+from pipeline.sources import RawPart, UnreadableImages
+from pipeline.workers import map_in_processes
+from shards import UserError, open_part
+from shards.verify import check_part
+
+BLOCK = 16
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.pack, "SHARD_BYTES", 3 * BLOCK * 28 * 28)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory, by its path in it."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def packed(parts: tuple[RawPart, ...], out: Path, **settings: object) -> dict[str, bytes]:
+    pack(lambda: parts, out, dataset="made-up", block_size=BLOCK, **settings)
+    return content(out)
+
+
+def with_bad(part: RawPart, bad: set[int]) -> RawPart:
+    """A part in which some rows cannot be read."""
+
+    def read(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        found = {int(row): f"{part.name}/{row}.png: cut short" for row in rows if int(row) in bad}
+        if found:
+            raise UnreadableImages(found)
+        return part.read(rows)
+
+    return replace(part, read=read)
+
+
+class Tick:
+    """A bar that only counts."""
+
+    n = 0
+
+    def update(self, count: int) -> None:
+        self.n += count
+
+
+@pytest.mark.parametrize("store", ["tar", "zarr"])
+@pytest.mark.parametrize("workers", [2, 5])
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, workers: int, store: str) -> None:
+    parts = made_up_parts()
+    alone = packed(parts, tmp_path / "alone", workers=1, store=store)
+    assert len(alone) > 30
+    assert packed(parts, tmp_path / "many", workers=workers, store=store) == alone
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_torchrun_writes_the_same_bytes(tmp_path: Path, ranks: int) -> None:
+    """The digits in many small shards, packed by the command on several ranks and by one process."""
+    run = "import sys, pipeline.pack as p; p.SHARD_BYTES = 2000; from pipeline.shard import *; run_command(main)"
+    (tmp_path / "shard.py").write_text(run)
+    options = [str(tmp_path / "shard.py"), "digits", "--block-size", "16"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    alone = subprocess.run(
+        [sys.executable, *options, "--out", str(tmp_path / "alone")], env=environment, capture_output=True, timeout=120
+    )
+    assert alone.returncode == 0, alone.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    many = subprocess.run(
+        [*torchrun, *options, "--out", str(tmp_path / "many")], env=environment, capture_output=True, timeout=180
+    )
+    assert many.returncode == 0, many.stderr
+    assert many.stdout.decode().count("packed 1,797 images") == 1
+    assert content(tmp_path / "many") == content(tmp_path / "alone")
+    assert len(content(tmp_path / "alone")) > 30
+
+
+def test_ranks_meet_a_mistake_with_one_message(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "pipeline.shard", "digits", "--out", str(tmp_path / "out")]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.stderr.count("error: found") == 1
+    assert "not a complete pack" in process.stderr
+    assert content(tmp_path) == {"out/precious": b"mine"}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+class TestUnreadable:
+    BAD = frozenset({0, 5, 333, 699})
+
+    def test_all_of_them_are_named_and_nothing_is_written(self, tmp_path: Path, workers: int) -> None:
+        train, test = made_up_parts()
+        parts = (with_bad(train, self.BAD), with_bad(test, {7}))
+        with pytest.raises(UserError) as caught:
+            packed(parts, tmp_path / "out", workers=workers)
+        assert caught.value.found.startswith("5 unreadable pictures")
+        for name in ("train/0.png", "train/5.png", "train/333.png", "train/699.png", "test/7.png: cut short"):
+            assert name in caught.value.found
+        assert "--skip-bad" in caught.value.hint
+        assert list(tmp_path.iterdir()) == []
+
+    def test_many_are_named_in_a_report(self, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        train, test = made_up_parts()
+        with pytest.raises(UserError) as caught:
+            packed((with_bad(train, set(range(100, 150))), test), tmp_path / "out", workers=workers)
+        report = tmp_path / "out.unreadable.csv"
+        assert str(report) in caught.value.found
+        lines = list(csv.reader(report.open()))
+        assert lines[0] == ["part", "row", "reason"]
+        assert [int(row) for _, row, _ in lines[1:]] == list(range(100, 150))
+        assert [path.name for path in tmp_path.iterdir()] == [report.name]
+
+    def test_skipped_when_asked_and_listed(self, tmp_path: Path, workers: int) -> None:
+        train, test = made_up_parts()
+        out = tmp_path / "out"
+        done = pack(
+            lambda: (with_bad(train, self.BAD), test),
+            out,
+            dataset="made-up",
+            block_size=BLOCK,
+            skip_bad=True,
+            workers=workers,
+        )
+        assert done.skipped == 4
+        assert check_part(out / "train")[1] == []
+        store = open_part(out, "train")
+        assert set(store.rows.tolist()) == set(range(700)) - self.BAD
+        assert np.array_equal(store.read(np.arange(len(store))), train.read(store.rows))
+        assert np.array_equal(store.labels, train.labels[store.rows])
+        assert [line.split(",")[1] for line in (out / "unreadable.csv").read_text().splitlines()[1:]] == [
+            "0",
+            "5",
+            "333",
+            "699",
+        ]
+        named = {out / "train" / file.name for file in store.manifest.everything}
+        assert {path for path in (out / "train").rglob("*") if path.is_file()} == {
+            *named,
+            out / "train" / "manifest.json",
+        }
+
+    def test_a_part_without_a_readable_picture_is_refused(self, tmp_path: Path, workers: int) -> None:
+        train, test = made_up_parts()
+        with pytest.raises(UserError, match="no readable picture in the test part"):
+            packed((train, with_bad(test, set(range(90)))), tmp_path / "out", workers=workers, skip_bad=True)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_origins_tell_where_each_picture_came_from(tmp_path: Path) -> None:
+    train, test = made_up_parts(train=40)
+    paths = np.array([f'odd "name", {row}.png' for row in range(40)])
+    chosen = replace(train, columns={"path": paths}).select(np.arange(39, -1, -3))
+    packed((chosen, test), tmp_path / "out")
+    store = open_part(tmp_path / "out", "train")
+    lines = list(csv.DictReader((tmp_path / "out/train/origins.csv").open()))
+    assert [int(line["row"]) for line in lines] == sorted(store.rows.tolist()) == list(range(0, 40, 3))
+    assert [line["path"] for line in lines] == paths[::3].tolist()
+    assert check_part(tmp_path / "out/train")[1] == []
+    (tmp_path / "out/train/origins.csv").write_text("row,path\n")
+    assert any("origins.csv" in fault for fault in check_part(tmp_path / "out/train")[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"store": "zarr"}, "store 'tar'"),
+        ({"options": {"size": "28x28"}}, "size not set"),
+        ({"seed": 5}, "seed 0"),
+    ],
+)
+def test_another_pack_is_not_taken_for_this_one(tmp_path: Path, settings: dict, word: str) -> None:
+    parts = made_up_parts(train=60)
+    packed(parts, tmp_path / "out")
+    with pytest.raises(UserError) as caught:
+        packed(parts, tmp_path / "out", **settings)
+    assert word in caught.value.found
+    assert "--force" in caught.value.hint
+
+
+def test_work_done_by_processes_comes_back_in_order() -> None:
+    bar = Tick()
+
+    def work(item: int, advance) -> tuple[int, int]:
+        time.sleep(0.02 * (item % 3))
+        advance(10)
+        return item, os.getpid()
+
+    results = map_in_processes(work, range(12), 3, bar)
+    assert [item for item, _ in results] == list(range(12))
+    assert len({process for _, process in results} - {os.getpid()}) > 1
+    assert bar.n == 120
+
+
+def test_an_exception_in_a_process_is_raised_here() -> None:
+    def work(item: int, advance) -> None:
+        if item == 3:
+            raise UserError("a picture", "another", "none")
+
+    with pytest.raises(UserError, match="a picture"):
+        map_in_processes(work, range(8), 3, Tick())
+
+
+def test_a_killed_process_ends_in_a_message() -> None:
+    def work(item: int, advance) -> None:
+        if item == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(UserError, match="was killed") as caught:
+        map_in_processes(work, range(8), 2, Tick())
+    assert "--workers" in caught.value.hint
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_packing_leaves_no_process_and_no_file(tmp_path: Path, number: int) -> None:
+    """A packer whose workers are in the midst of slow pictures is stopped, in every way there is."""
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from dataclasses import replace
+import pipeline.pack
+from conftest import made_up_parts, Path
+from shards.errors import run_command
+pipeline.pack.SHARD_BYTES = 16 * 784
+def slow(part):
+    def read(rows):
+        print("reading", flush=True)
+        time.sleep(0.3)
+        return part.read(rows)
+    return replace(part, read=read)
+def main():
+    parts = tuple(map(slow, made_up_parts()))
+    pipeline.pack.pack(lambda: parts, Path({str(tmp_path / "out")!r}), dataset="slow", block_size=16, workers=3)
+run_command(main)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    children = psutil.Process(process.pid).children()
+    assert len(children) >= 2
+    process.send_signal(number)
+    process.wait(timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    if number != signal.SIGKILL:
+        assert list(tmp_path.iterdir()) == []
+        assert process.returncode == 128 + number
+
+
+def test_fewer_than_one_worker_is_refused() -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "pipeline.shard", "digits", "--workers", "0"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert_user_error(process, "--workers 0")

@@ -1,0 +1,282 @@
+"""Picture files: their pixels are right, whatever their kind, and damaged ones are refused in bounded memory."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from raw_files import in_a_process, picture, pixels, png_claiming
+
+from pipeline.raw.files import BadFile
+from pipeline.raw.pictures import Header, check_record, decode, header
+
+# As `pipeline.raw.pictures` wants it; pytest puts its own filters in place of those of modules.
+pytestmark = pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+
+GRAY, COLOR = pixels(channels=1), pixels(channels=3)
+LOSSLESS = {"PNG": {}, "BMP": {}, "WEBP": {"lossless": True}}
+
+
+def refused(content: bytes) -> str:
+    with pytest.raises(BadFile) as caught:
+        decode(content, 1, None)
+    return str(caught.value)
+
+
+def turned_exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+class TestPixels:
+    @pytest.mark.parametrize("kind", LOSSLESS)
+    def test_of_lossless_kinds_are_the_same(self, kind: str) -> None:
+        np.testing.assert_array_equal(decode(picture(COLOR, kind, **LOSSLESS[kind]), 3, None), COLOR)
+        np.testing.assert_array_equal(decode(picture(GRAY, kind, **LOSSLESS[kind]), 1, None), GRAY)
+
+    @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3]), st.integers(0, 9))
+    def test_of_any_size_survive_a_png(self, height: int, width: int, channels: int, seed: int) -> None:
+        image = pixels(height, width, channels, seed)
+        content = picture(image)
+        assert header(content) == Header(height, width, gray=channels == 1)
+        np.testing.assert_array_equal(decode(content, channels, None), image)
+        assert check_record(content) == "png"
+
+    def test_of_a_jpeg_are_close(self) -> None:
+        smooth = np.add.outer(np.arange(16), np.arange(16)).astype(np.uint8)[..., None] * 8
+        decoded = decode(picture(smooth, "JPEG", quality=95), 1, None)
+        assert np.abs(decoded.astype(int) - smooth).max() <= 3
+
+    def test_gray_is_stored_as_color_and_color_as_gray(self) -> None:
+        np.testing.assert_array_equal(decode(picture(GRAY), 3, None), np.repeat(GRAY, 3, axis=2))
+        luma = COLOR.astype(float) @ [0.299, 0.587, 0.114]  # ITU-R BT.601
+        assert np.abs(decode(picture(COLOR), 1, None)[..., 0] - luma).max() <= 1
+
+    def test_sixteen_bits_are_scaled(self) -> None:
+        levels = np.array([[0, 128, 129, 256, 32768, 65406, 65407, 65535]], np.uint16)
+        decoded = decode(picture(Image.fromarray(levels)), 1, None)
+        assert decoded[0, :, 0].tolist() == [0, 0, 1, 1, 128, 254, 255, 255]
+
+    def test_what_is_transparent_is_white(self) -> None:
+        half = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 128]]], np.uint8)
+        assert decode(picture(half), 3, None)[0].tolist() == [[10, 20, 30], [255, 255, 255], [127, 127, 127]]
+        gray = np.array([[[7, 255], [7, 0]]], np.uint8)
+        assert decode(picture(gray), 1, None)[0, :, 0].tolist() == [7, 255]
+
+    def test_a_transparent_color_of_a_palette_is_white(self) -> None:
+        image = Image.new("P", (2, 1))
+        image.putpalette([9, 9, 9, 200, 0, 0])
+        image.putdata([0, 1])
+        assert decode(picture(image, transparency=1), 3, None)[0].tolist() == [[9, 9, 9], [255, 255, 255]]
+
+    def test_of_an_animation_are_the_first_frame(self) -> None:
+        frames = [Image.fromarray(COLOR), Image.new("RGB", (8, 8))]
+        content = picture(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+        np.testing.assert_array_equal(decode(content, 3, None), COLOR)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_are_turned_as_exif_says(self, orientation: int) -> None:
+        """The eight orientations of the EXIF standard: where row 0 and column 0 of the stored picture are seen."""
+        image = pixels(4, 6, 3)
+        seen = {
+            1: image,
+            2: image[:, ::-1],
+            3: image[::-1, ::-1],
+            4: image[::-1],
+            5: image.swapaxes(0, 1),
+            6: image.swapaxes(0, 1)[:, ::-1],
+            7: image.swapaxes(0, 1)[::-1, ::-1],
+            8: image.swapaxes(0, 1)[::-1],
+        }[orientation]
+        content = picture(image, exif=turned_exif(orientation))
+        assert header(content)[:2] == seen.shape[:2]
+        np.testing.assert_array_equal(decode(content, 3, None), seen)
+
+
+class TestHeaders:
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16", "P"])
+    def test_gray_kinds_are_gray(self, mode: str) -> None:
+        gray = Image.fromarray(GRAY[..., 0])
+        image = Image.fromarray(GRAY[..., 0].astype(np.uint16)) if mode == "I;16" else gray.convert(mode)
+        assert header(picture(image)).gray
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+    def test_color_kinds_are_not(self, mode: str) -> None:
+        assert not header(picture(Image.fromarray(COLOR).convert(mode))).gray
+
+    def test_cmyk_is_color(self) -> None:
+        assert not header(picture(Image.fromarray(COLOR).convert("CMYK"), "JPEG")).gray
+
+
+class TestFit:
+    def test_the_size_that_it_has_changes_nothing(self) -> None:
+        for fit in ("pad", "crop", "stretch"):
+            np.testing.assert_array_equal(decode(picture(COLOR), 3, (8, 8), fit), COLOR)
+
+    @pytest.mark.parametrize("ink, paper", [(255, 0), (0, 255), (30, 200)])
+    def test_pad_keeps_all_and_fills_with_the_background(self, ink: int, paper: int) -> None:
+        image = np.full((20, 10, 1), paper, np.uint8)
+        image[4:16, 3:7] = ink
+        image[0, 0] = ink  # a speck on the border does not count
+        padded = decode(picture(image), 1, (20, 20), "pad")
+        assert (padded[:, :5] == paper).all() and (padded[:, 15:] == paper).all()
+        np.testing.assert_array_equal(padded[:, 5:15], image)
+
+    def test_pad_fills_each_channel(self) -> None:
+        image = np.full((4, 8, 3), (10, 20, 30), np.uint8)
+        assert np.unique(decode(picture(image), 3, (8, 8), "pad").reshape(-1, 3), axis=0).tolist() == [[10, 20, 30]]
+
+    def test_crop_takes_the_middle(self) -> None:
+        image = pixels(8, 20, 3)
+        np.testing.assert_array_equal(decode(picture(image), 3, (8, 8), "crop"), image[:, 6:14])
+
+    def test_stretch_takes_all(self) -> None:
+        image = np.repeat(np.array([0, 200], np.uint8), 16)[None, :, None].repeat(4, axis=0)
+        stretched = decode(picture(image), 1, (8, 8), "stretch")
+        assert stretched.shape == (8, 8, 1)
+        assert (stretched[:, 0] == 0).all() and (stretched[:, -1] == 200).all()
+
+    def test_reducing_averages(self) -> None:
+        """Antialiased: a fine checkerboard becomes gray."""
+        board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None]
+        assert np.abs(decode(picture(board), 1, (8, 8), "stretch").astype(int) - 128).max() <= 2
+
+    def test_a_thin_picture_keeps_a_pixel(self) -> None:
+        assert decode(picture(pixels(1, 500)), 1, (8, 8), "pad").shape == (8, 8, 1)
+        assert decode(picture(pixels(500, 1)), 1, (8, 8), "crop").shape == (8, 8, 1)
+
+    @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.integers(1, 20))
+    def test_any_picture_gets_any_size(self, height: int, width: int, to_height: int, to_width: int) -> None:
+        content = picture(np.full((height, width, 1), 77, np.uint8))
+        for fit in ("pad", "crop", "stretch"):
+            image = decode(content, 1, (to_height, to_width), fit)
+            assert image.shape == (to_height, to_width, 1)
+            assert (image == 77).all()
+
+    def test_a_large_jpeg_decoded_smaller_looks_the_same(self) -> None:
+        """The fast way (decoding at a fraction of the size) against the slow one."""
+        rows, columns = np.indices((512, 640))
+        image = np.stack([rows // 2, columns // 3, (rows + columns) // 5], axis=2).astype(np.uint8)
+        content = picture(image, "JPEG", quality=95)
+        slow = np.asarray(Image.fromarray(decode(content, 3, None)).resize((32, 32), Image.Resampling.BILINEAR))
+        fast = decode(content, 3, (32, 32), "stretch")
+        assert np.abs(fast.astype(int) - slow).max() <= 4
+
+
+class TestBadPictures:
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+    def test_a_cut_one_is_refused_wherever_it_is_cut(self, kind: str) -> None:
+        content = picture(COLOR, kind)
+        end = -2 if kind == "GIF" else 0  # all of a GIF's picture is there before its two end marks
+        for kept in range(len(content) + end):
+            with pytest.raises(BadFile):
+                decode(content[:kept], 3, (16, 16))
+
+    def test_a_changed_byte_of_a_png_is_refused(self) -> None:
+        content = picture(COLOR)
+        for place in range(len(content)):
+            damaged = bytearray(content)
+            damaged[place] ^= 0x10
+            try:
+                np.testing.assert_array_equal(decode(bytes(damaged), 3, None), COLOR)
+            except BadFile:
+                continue
+
+    @given(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF"]), st.data())
+    def test_whatever_is_changed_nothing_but_a_refusal_comes_of_it(self, kind: str, data: st.DataObject) -> None:
+        content = bytearray(picture(COLOR, kind))
+        for _ in range(data.draw(st.integers(1, 6))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        try:
+            assert decode(bytes(content), 3, (8, 8)).shape == (8, 8, 3)
+        except BadFile as error:
+            assert str(error)
+
+    @given(st.binary(max_size=200))
+    def test_noise_is_refused(self, content: bytes) -> None:
+        for head in (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"BM", b"RIFF\x10\0\0\0WEBP", b"GIF89a"):
+            for read in (header, check_record):
+                try:
+                    read(head + content)
+                except BadFile as error:
+                    assert str(error)
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"not a picture", b"<html></html>", b"\x80\x04\x95cos\nsystem\n(S'true'\ntR.", b"%PDF-1.4"]
+    )
+    def test_something_else_is_told_from_a_picture(self, content: bytes) -> None:
+        assert refused(content) == "not a PNG, JPEG, WebP, BMP or GIF picture"
+
+    def test_kinds_that_are_not_listed_are_refused(self) -> None:
+        """Pillow knows many more, some of which run other programs."""
+        for kind in ("TIFF", "PPM", "ICO", "EPS"):
+            assert "not a PNG" in refused(picture(COLOR, kind))
+
+    @pytest.mark.parametrize("height, width", [(60_000, 60_000), (8193, 8192), (1, 0x7FFFFFFF)])
+    def test_a_picture_that_claims_to_be_huge_is_refused(self, height: int, width: int) -> None:
+        assert "pixels" in refused(png_claiming(height, width))
+        with pytest.raises(BadFile, match="pixels"):
+            header(png_claiming(height, width))
+
+    def test_a_bomb_takes_no_memory(self) -> None:
+        """The claimed pixels would be 3.6 GB."""
+        code = """
+from raw_files import png_claiming
+from pipeline.raw.files import BadFile
+from pipeline.raw.pictures import check_record, decode, header
+for read in (header, check_record, lambda content: decode(content, 3, (32, 32))):
+    try:
+        read(png_claiming(60_000, 60_000))
+    except BadFile as error:
+        print(error)
+"""
+        lines, memory = in_a_process(code)
+        assert len(lines) == 3 and all("pixels" in line for line in lines)
+        assert memory < 400
+
+    def test_a_text_that_grows_without_end_is_refused(self) -> None:
+        """A compressed comment of a gigabyte inside a small PNG."""
+        content = picture(GRAY)
+        text = b"Comment\0\0" + zlib.compress(bytes(1 << 27))
+        chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+        assert "text" in refused(content[:33] + chunk + content[33:]).lower()
+
+
+class TestRecords:
+    @pytest.mark.parametrize("kind, extension", [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("BMP", "bmp")])
+    def test_the_content_tells_the_extension(self, kind: str, extension: str) -> None:
+        assert check_record(picture(COLOR, kind)) == extension
+
+    def test_what_dali_cannot_decode_is_refused(self) -> None:
+        with pytest.raises(BadFile, match="GIF"):
+            check_record(picture(COLOR, "GIF"))
+
+    def test_transparency_that_dali_would_not_heed_is_refused(self) -> None:
+        opaque = np.concatenate([COLOR, np.full((8, 8, 1), 255, np.uint8)], axis=2)
+        assert check_record(picture(opaque)) == "png"
+        opaque[3, 3, 3] = 254
+        with pytest.raises(BadFile, match="transparent"):
+            check_record(picture(opaque))
+
+    def test_a_cut_one_is_refused(self) -> None:
+        with pytest.raises(BadFile):
+            check_record(picture(COLOR, "JPEG")[:-20])
+
+
+def test_genuine_pictures_have_the_pixels_that_pillow_sees(shared_data: Path) -> None:
+    import io
+    import zipfile
+
+    with zipfile.ZipFile(shared_data / "cifar10" / "cifar10-jpg-subset.zip") as archive:
+        for name in archive.namelist()[::1000]:
+            content = archive.read(name)
+            expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+            np.testing.assert_array_equal(decode(content, 3, None), expected)
+            assert header(content) == Header(32, 32, gray=False)

@@ -1,0 +1,369 @@
+"""Published data sets, from made-up copies in their official layouts: CIFAR, the MNIST family, NumtaDB."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from raw_files import (
+    idx,
+    in_a_process,
+    load,
+    picture,
+    pixels,
+    read_all,
+    refusal,
+    unreadable,
+    write_tar,
+    write_tree,
+    write_zip,
+)
+
+from pipeline.raw.cifar import read_records
+from pipeline.raw.directory import RawContent
+from pipeline.raw.idx import decode, decode_table
+from pipeline.sources import Request, find_source, source_names
+from shards import UserError
+
+TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FINE = tuple(f"fine_{number}" for number in range(100))
+COARSE = tuple(f"coarse_{number}" for number in range(20))
+
+
+def cifar_records(count: int, kinds: int, seed: int) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """A file as the CIFAR page describes it, record by record; its pictures [N, 32, 32, 3], its labels [N, kinds]."""
+    random = np.random.default_rng(seed)
+    images = random.integers(0, 256, (count, 32, 32, 3), np.uint8)
+    labels = np.stack([random.integers(0, most, count) for most in ((10,), (20, 100))[kinds - 1]], axis=1)
+    content = b"".join(
+        bytes(label.tolist()) + b"".join(image[:, :, channel].tobytes() for channel in range(3))
+        for image, label in zip(images, labels, strict=True)
+    )
+    return content, images, labels
+
+
+def cifar10_files() -> dict[str, bytes]:
+    files = {f"data_batch_{number}.bin": cifar_records(6, 1, number)[0] for number in range(1, 6)}
+    names = "\n".join(TEN).encode() + b"\n\n"
+    return {**files, "test_batch.bin": cifar_records(4, 1, 9)[0], "batches.meta.txt": names, "readme.html": b"<html>"}
+
+
+def cifar100_files() -> dict[str, bytes]:
+    return {
+        "train.bin": cifar_records(9, 2, 0)[0],
+        "test.bin": cifar_records(5, 2, 1)[0],
+        "fine_label_names.txt": "\n".join(FINE).encode() + b"\n",
+        "coarse_label_names.txt": "\n".join(COARSE).encode() + b"\n",
+    }
+
+
+def place_cifar(directory: Path, name: str, files: dict[str, bytes], how: str) -> Path:
+    """The files as the archive, as the directory it unpacks to, or loose."""
+    inner = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[name]
+    if how == "loose":
+        return write_tree(directory, files)
+    if how == "unpacked":
+        return write_tree(directory, {f"{inner}/{file}": content for file, content in files.items()})
+    archive = {"cifar10": "cifar-10-binary.tar.gz", "cifar100": "cifar-100-binary.tar.gz"}[name]
+    write_tar(directory / archive, {f"{inner}/{file}": content for file, content in files.items()}, "w:gz")
+    return directory
+
+
+class TestCifar:
+    @pytest.mark.parametrize("how", ["archive", "unpacked", "loose"])
+    def test_ten(self, tmp_path: Path, how: str) -> None:
+        train, test = load("cifar10", place_cifar(tmp_path, "cifar10", cifar10_files(), how))
+        assert train.classes == test.classes == TEN
+        batches = [cifar_records(6, 1, number) for number in range(1, 6)]
+        np.testing.assert_array_equal(read_all(train), np.concatenate([images for _, images, _ in batches]))
+        assert train.labels.tolist() == [int(label) for _, _, labels in batches for label in labels[:, 0]]
+        np.testing.assert_array_equal(read_all(test), cifar_records(4, 1, 9)[1])
+        assert [file.name for file in test.files] == ["batches.meta.txt", "test_batch.bin"]
+
+    @pytest.mark.parametrize("how", ["archive", "unpacked", "loose"])
+    def test_hundred(self, tmp_path: Path, how: str) -> None:
+        place_cifar(tmp_path, "cifar100", cifar100_files(), how)
+        _, images, labels = cifar_records(9, 2, 0)
+        for split, classes, column in (("fine", FINE, 1), ("coarse", COARSE, 0)):
+            train, test = load("cifar100", tmp_path, split)
+            assert train.classes == test.classes == classes
+            assert train.labels.tolist() == labels[:, column].tolist()
+            np.testing.assert_array_equal(read_all(train), images)
+            (other,) = train.columns
+            names = {"fine": FINE, "coarse": COARSE}[other]
+            assert train.columns[other].tolist() == [names[label] for label in labels[:, 1 - column]]
+
+    @given(st.integers(1, 5), st.integers(1, 2), st.integers(0, 9))
+    def test_records_survive(self, count: int, kinds: int, seed: int) -> None:
+        content, images, labels = cifar_records(count, kinds, seed)
+        found = read_records(RawContent("x", "/there/x", content), [10] if kinds == 1 else [20, 100])
+        np.testing.assert_array_equal(found[0], images)
+        np.testing.assert_array_equal(found[1], labels)
+
+    @pytest.mark.parametrize(
+        "name, content, words",
+        [
+            ("data_batch_3.bin", b"", "data_batch_3.bin of 0 bytes"),
+            ("data_batch_3.bin", bytes(3072), "data_batch_3.bin of 3,072 bytes"),
+            ("data_batch_3.bin", bytes(3073 * 2 - 1), "of 6,145 bytes"),
+            ("test_batch.bin", bytes(3073) + b"\x0a" + bytes(3072), "test_batch.bin with label 10 in record 1"),
+            ("test_batch.bin", b"\x80\x04\x95cos\nsystem\n", "test_batch.bin of"),
+            ("batches.meta.txt", b"cat\ndog\n", "batches.meta.txt with 2 names"),
+            ("batches.meta.txt", b"\xff\0" * 30, "batches.meta.txt with 1 names"),
+        ],
+    )
+    @pytest.mark.parametrize("how", ["archive", "loose"])
+    def test_damaged_files_are_named(self, tmp_path: Path, name: str, content: bytes, words: str, how: str) -> None:
+        place_cifar(tmp_path, "cifar10", {**cifar10_files(), name: content}, how)
+        assert words in refusal(lambda: load("cifar10", tmp_path)).found
+
+    def test_a_damaged_archive_is_named(self, tmp_path: Path) -> None:
+        archive = place_cifar(tmp_path, "cifar10", cifar10_files(), "archive") / "cifar-10-binary.tar.gz"
+        content = archive.read_bytes()
+        archive.write_bytes(content[: len(content) // 2])
+        error = refusal(lambda: load("cifar10", tmp_path))
+        assert f"{archive}, a damaged archive" in error.found and f"rm {archive}" in error.hint
+
+    @pytest.mark.parametrize("missing", ["test_batch.bin", "batches.meta.txt"])
+    def test_a_missing_file_is_named(self, tmp_path: Path, missing: str) -> None:
+        files = cifar10_files()
+        del files[missing]
+        place_cifar(tmp_path, "cifar10", files, "archive")
+        assert f"no {missing} in" in refusal(lambda: load("cifar10", tmp_path)).found
+
+    def test_the_pickled_files_are_not_looked_at(self, tmp_path: Path) -> None:
+        """They would be next to the others in the directory of someone who has both."""
+        bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+        place_cifar(tmp_path, "cifar10", {**cifar10_files(), "data_batch_1": bomb, "batches.meta": bomb}, "archive")
+        load("cifar10", tmp_path)
+        assert not (tmp_path / "ran").exists()
+
+
+def idx_files(images: str, labels: str, count: int, seed: int = 0) -> dict[str, bytes]:
+    content = np.random.default_rng(seed).integers(0, 256, (count, 28, 28), np.uint8)
+    return {
+        f"{images}.gz": gzip.compress(idx(content)),
+        f"{labels}.gz": gzip.compress(idx(np.arange(count, dtype=np.uint8) % 10)),
+    }
+
+
+class TestIdxFamily:
+    @pytest.mark.parametrize(
+        "name, first, last", [("mnist", "0", "9"), ("fashionmnist", "T-shirt/top", "Ankle boot"), ("kmnist", "o", "wo")]
+    )
+    def test_four_files(self, tmp_path: Path, name: str, first: str, last: str) -> None:
+        write_tree(tmp_path, idx_files("train-images-idx3-ubyte", "train-labels-idx1-ubyte", 20))
+        write_tree(tmp_path, idx_files("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", 11, seed=1))
+        train, test = load(name, tmp_path)
+        assert (train.name, len(train.labels), test.name, len(test.labels)) == ("train", 20, "test", 11)
+        assert (len(set(train.classes)), train.classes[0], train.classes[-1]) == (10, first, last)
+        assert train.image_shape == (28, 28, 1) and not train.transposed
+        assert test.labels.tolist() == [*range(10), 0]
+        expected = np.random.default_rng(1).integers(0, 256, (11, 28, 28), np.uint8)
+        np.testing.assert_array_equal(read_all(test)[..., 0], expected)
+        assert find_source(name).plan(Request(tmp_path)) == f"read the 4 files in {tmp_path}"
+
+    def test_plan_names_what_is_absent(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, idx_files("train-images-idx3-ubyte", "train-labels-idx1-ubyte", 20))
+        plan = find_source("kmnist").plan(Request(tmp_path))
+        assert plan.startswith("download t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz (3.0 MB)")
+
+
+def qmnist_files(**tables: np.ndarray) -> dict[str, bytes]:
+    files = {}
+    for part, count in (("train", 7), ("test", 12)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
+        table = tables.get(part, qmnist_table(count))
+        files[f"qmnist-{part}-images-idx3-ubyte.gz"] = gzip.compress(idx(images))
+        files[f"qmnist-{part}-labels-idx2-int.gz"] = gzip.compress(idx(table.astype(">i4"), kind=12))
+    return files
+
+
+def qmnist_table(count: int) -> np.ndarray:
+    table = np.zeros((count, 8), int)
+    table[:, 0] = np.arange(count) % 10
+    table[:, 1] = 4
+    table[:, 2] = 2100 + np.arange(count)
+    return table
+
+
+class TestQmnist:
+    def test_labels_and_writers(self, tmp_path: Path) -> None:
+        train, test = load("qmnist", write_tree(tmp_path, qmnist_files()), "test60k")
+        assert (len(train.labels), test.labels.tolist()) == (7, [*range(10), 0, 1])
+        assert test.columns["writer"].tolist() == [str(2100 + number) for number in range(12)]
+        assert test.columns["series"].tolist() == ["4"] * 12
+
+    def test_the_test_part_of_mnist_comes_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.sources.qmnist._OF_MNIST", 5)
+        write_tree(tmp_path, qmnist_files())
+        assert load("qmnist", tmp_path, "test10k")[1].rows.tolist() == [0, 1, 2, 3, 4]
+        assert len(load("qmnist", tmp_path, "test60k")[1].labels) == 12
+
+    @pytest.mark.parametrize(
+        "table, words",
+        [
+            (qmnist_table(11), "12 images in"),
+            (qmnist_table(12) + 5, "labels 5 .. 14 in"),
+            (qmnist_table(12) - 1, "labels -1 .. 8 in"),
+            (qmnist_table(12)[:, :7], "with 7 columns where 8 belong"),
+        ],
+    )
+    def test_a_wrong_table_is_refused(self, tmp_path: Path, table: np.ndarray, words: str) -> None:
+        error = refusal(lambda: load("qmnist", write_tree(tmp_path, qmnist_files(test=table)), "test60k"))
+        assert words in error.found and "qmnist-test-labels-idx2-int.gz" in error.found
+
+
+class TestIdxAttacks:
+    def raw(self, content: bytes) -> RawContent:
+        return RawContent("x", "/there/x", content)
+
+    @given(st.integers(1, 5), st.integers(1, 6))
+    def test_tables_survive(self, rows: int, columns: int) -> None:
+        table = np.random.default_rng(rows).integers(-(2**31), 2**31, (rows, columns))
+        found = decode_table(self.raw(idx(table.astype(">i4"), kind=12)), columns)
+        np.testing.assert_array_equal(found, table)
+
+    def test_a_header_that_claims_terabytes_is_refused(self) -> None:
+        content = b"\0\0\x08\x03" + b"\xff" * 12 + bytes(100)
+        found = refusal(lambda: decode(self.raw(content), 3)).found
+        assert found.startswith("/there/x, with 100 values where its header says 79,228,162,")
+
+    def test_compressed_zeros_without_end_are_refused_in_little_memory(self, tmp_path: Path) -> None:
+        """Half a gigabyte of zeros in half a megabyte."""
+        compressor = zlib.compressobj(1, zlib.DEFLATED, 31)
+        content = b"".join(compressor.compress(bytes(1 << 20)) for _ in range(500)) + compressor.flush()
+        path = write_tree(tmp_path, {"bomb": content}) / "bomb"
+        code = f"""
+from pipeline.raw.idx import decode
+from pipeline.raw.directory import RawContent
+from shards import UserError
+try:
+    decode(RawContent("x", "/there/x", open({str(path)!r}, "rb").read()), 3)
+except UserError as error:
+    print(error.found)
+"""
+        (found,), memory = in_a_process(code)
+        assert "/there/x, which expands to more than" in found
+        assert memory < 800
+
+    @given(st.binary(max_size=40))
+    def test_noise_is_refused(self, content: bytes) -> None:
+        for head in (b"", b"\0\0\x08\x03", b"\0\0\x0c\x02", b"\x1f\x8b\x08\0", b"BZh9", b"\xfd7zXZ\0"):
+            for dimensions, kind in ((1, 8), (3, 8), (2, 12)):
+                try:
+                    decode(self.raw(head + content), dimensions, kind)
+                except UserError as error:
+                    assert error.found.startswith("/there/x, ")
+
+
+SETS = "abcde"
+
+
+def numtadb_table(letter: str, rows: int, digits: list[str] | None = None) -> bytes:
+    header = "filename,original filename,scanid,digit,database name original,contributing team,database name"
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(header.split(","))
+    for row in range(rows):
+        digit = digits[row] if digits else str((row * 3) % 10)
+        lines.writerow(
+            [f"{letter}{row:05}.png", "Scan 1, x.png", row, digit, f"DB{row % 2}", "Team", f"training-{letter}"]
+        )
+    return text.getvalue().encode()
+
+
+def numtadb_files(folder: str = "training-{0}") -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for seed, letter in enumerate(SETS):
+        files[f"training-{letter}.csv"] = numtadb_table(letter, 10)
+        for row in range(10):
+            channels = 3 if letter == "c" else 1
+            image = pixels(20 + row, 20 + 2 * seed, channels, seed)
+            files[f"{folder.format(letter)}/{letter}{row:05}.png"] = picture(image)
+        files[f"testing-{letter}/x.png"] = b"not looked at"
+    return files
+
+
+class TestNumtadb:
+    @pytest.mark.parametrize("folder", ["training-{0}", "training-{0}/training-{0}"])
+    def test_sets_a_b_c_train_and_d_tests(self, tmp_path: Path, folder: str) -> None:
+        train, test = load("numtadb", write_tree(tmp_path, numtadb_files(folder)), "abc-d")
+        assert train.classes == tuple("0123456789")
+        assert train.image_shape == (48, 48, 3)
+        assert train.labels.tolist() == [(row * 3) % 10 for row in range(10)] * 3
+        assert train.columns["set"].tolist() == [letter for letter in "abc" for _ in range(10)]
+        assert train.columns["database"].tolist() == ["DB0", "DB1"] * 15
+        assert train.columns["path"].tolist()[::10] == [f"{folder.format(x)}/{x}00000.png" for x in "abc"]
+        assert set(test.columns["set"].tolist()) == {"d"}
+        assert read_all(test).shape == (10, 48, 48, 3)
+        assert [file.name for file in test.files] == ["training-d.csv", f"pictures of {tmp_path.name}"]
+
+    def test_other_sets_and_sizes(self, tmp_path: Path) -> None:
+        place = write_zip(tmp_path / "numta.zip", numtadb_files())
+        train, _ = load("numtadb", place, "abce-d", size=(20, 30), color="gray")
+        assert (len(train.labels), train.image_shape) == (40, (20, 30, 1))
+        assert set(load("numtadb", place, "abc-e")[1].columns["set"].tolist()) == {"e"}
+        assert load("numtadb", place, "abc-d", encoded=True)[0].encoded
+
+    @pytest.mark.parametrize("missing", ["training-b.csv", "training-d.csv"])
+    def test_a_missing_table_is_named(self, tmp_path: Path, missing: str) -> None:
+        files = numtadb_files()
+        del files[missing]
+        error = refusal(lambda: load("numtadb", write_tree(tmp_path, files), "abc-d"))
+        assert f"no {missing}" in error.found and "kaggle.com" in error.hint
+
+    def test_no_directory_names_where_to_get_it(self, tmp_path: Path) -> None:
+        assert "kaggle.com" in refusal(lambda: load("numtadb", tmp_path / "none", "abc-d")).hint
+
+    def test_a_missing_picture_is_named(self, tmp_path: Path) -> None:
+        files = numtadb_files()
+        del files["training-b/b00004.png"]
+        error = refusal(lambda: load("numtadb", write_tree(tmp_path, files), "abc-d"))
+        assert "training-b.csv line 6: the path 'b00004.png', where no picture is" in error.found
+
+    def test_a_digit_that_is_none_is_named(self, tmp_path: Path) -> None:
+        files = {**numtadb_files(), "training-a.csv": numtadb_table("a", 3, ["1", "x", "2"])}
+        error = refusal(lambda: load("numtadb", write_tree(tmp_path, files), "abc-d"))
+        assert "training-a.csv line 3: digit 'x'" in error.found
+
+    def test_damaged_pictures_are_named(self, tmp_path: Path) -> None:
+        files = {**numtadb_files(), "training-d/d00001.png": b"text", "training-d/d00003.png": b""}
+        _, test = load("numtadb", write_tree(tmp_path, files), "abc-d")
+        assert list(unreadable(test)) == [1, 3]
+
+
+class TestContract:
+    @pytest.mark.parametrize("name", source_names())
+    def test_plan_reads_nothing_and_says_something(self, name: str, tmp_path: Path) -> None:
+        source = find_source(name)
+        plan = source.plan(Request(tmp_path / "none", source.splits[0] if source.splits else ""))
+        assert plan and list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("name", source_names())
+    def test_options_are_of_a_request(self, name: str) -> None:
+        source = find_source(name)
+        assert set(source.options) <= set(Request.__dataclass_fields__) - {"raw", "split"}
+        assert source.raw_files or not (source.generic or source.raw_file)
+
+    @pytest.mark.parametrize("name", [name for name in source_names() if find_source(name).generic])
+    def test_what_is_not_there_is_named(self, name: str, tmp_path: Path) -> None:
+        assert str(tmp_path / "none") in refusal(lambda: load(name, tmp_path / "none")).found
+
+    def test_listing_them_loads_nothing_heavy(self) -> None:
+        code = """
+import sys
+from pipeline.sources import find_source, source_names
+names = [find_source(name).name for name in source_names()]
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+        (loaded,), _ = in_a_process(code)
+        assert "pipeline" in loaded.split()
+        assert not {"torch", "nvidia", "pyarrow", "sklearn", "pandas", "scipy"} & set(loaded.split())

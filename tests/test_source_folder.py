@@ -1,0 +1,471 @@
+"""The source `folder`: every way in which pictures lie about, and every way in which that goes wrong."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_module
+from hypothesis import given
+from hypothesis import strategies as st
+from raw_files import (
+    load,
+    picture,
+    pixels,
+    png_claiming,
+    read_all,
+    refusal,
+    unreadable,
+    write_tar,
+    write_tree,
+    write_zip,
+)
+
+from pipeline.pack import pack
+from pipeline.raw.naming import natural_order
+from pipeline.sources import RawPart
+from shards import UserError, open_part
+from shards.manifest import RawFile
+from shards.writer import EncodedImage
+
+IMAGES = {name: pixels(seed=seed) for seed, name in enumerate(("cat/2", "cat/10", "dog/a/1", "dog/b"))}
+CLASSES = {f"{name}.png": picture(image) for name, image in IMAGES.items()}
+PARTS = {f"{part}/{name}": content for part in ("train", "test") for name, content in CLASSES.items()}
+
+
+def folder(raw: Path, **options: object) -> tuple[RawPart, ...]:
+    return load("folder", raw, **options)
+
+
+def paths(part: RawPart) -> list[str]:
+    return part.columns["path"].tolist()
+
+
+def table(*rows: tuple[str, ...], separator: str = ",") -> bytes:
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator, lineterminator="\r\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+class TestDirectories:
+    def test_a_directory_for_each_class_is_a_train_part(self, tmp_path: Path) -> None:
+        (train,) = folder(write_tree(tmp_path, CLASSES))
+        assert (train.name, train.classes, train.image_shape) == ("train", ("cat", "dog"), (8, 8, 1))
+        assert paths(train) == ["cat/2.png", "cat/10.png", "dog/a/1.png", "dog/b.png"]
+        assert train.labels.tolist() == [0, 0, 1, 1]
+        np.testing.assert_array_equal(read_all(train), np.stack(list(IMAGES.values())))
+        np.testing.assert_array_equal(train.read(np.array([3, 0, 3])), [list(IMAGES.values())[n] for n in (3, 0, 3)])
+
+    @pytest.mark.parametrize(
+        "names", [("train", "test", "val"), ("training", "testing", "validation"), ("Train", "TEST", "Valid")]
+    )
+    def test_parts_are_directories_around_the_classes(self, tmp_path: Path, names: tuple[str, ...]) -> None:
+        files = {f"{name}/{path}": content for name in names for path, content in CLASSES.items()}
+        parts = folder(write_tree(tmp_path, files))
+        assert [part.name for part in parts] == ["train", "test", "val"]
+        for part in parts:
+            assert (part.classes, part.labels.tolist()) == (("cat", "dog"), [0, 0, 1, 1])
+
+    def test_a_train_directory_alone_is_a_part(self, tmp_path: Path) -> None:
+        (train,) = folder(write_tree(tmp_path, {f"train/{name}": content for name, content in CLASSES.items()}))
+        assert (train.name, train.classes) == ("train", ("cat", "dog"))
+
+    def test_a_class_may_be_called_train(self, tmp_path: Path) -> None:
+        content = picture(pixels())
+        (train,) = folder(write_tree(tmp_path, {"bus/1.png": content, "train/1.png": content, "test/1.png": content}))
+        assert train.classes == ("bus", "test", "train")
+
+    def test_numbers_come_in_their_order(self, tmp_path: Path) -> None:
+        content = picture(pixels())
+        (train,) = folder(write_tree(tmp_path, {f"{name}/x.png": content for name in ("10", "9", "100", "b", "1")}))
+        assert train.classes == ("1", "9", "10", "100", "b")
+
+    def test_what_is_no_picture_is_passed_over(self, tmp_path: Path) -> None:
+        clutter = {
+            "README.txt": b"text",
+            ".DS_Store": b"\0",
+            "cat/Thumbs.db": b"\0",
+            "cat/.hidden.png": b"\0",
+            "__MACOSX/cat/._2.png": b"\0",
+            ".git/x.png": b"\0",
+            "cat/notes.md": b"text",
+        }
+        (train,) = folder(write_tree(tmp_path, {**CLASSES, **clutter}))
+        assert paths(train) == list(CLASSES)
+
+    def test_extensions_in_capitals_count(self, tmp_path: Path) -> None:
+        files = {"a/1.PNG": picture(pixels()), "b/1.JPeG": picture(pixels(), "JPEG")}
+        (train,) = folder(write_tree(tmp_path, files))
+        assert train.classes == ("a", "b")
+
+    def test_a_link_to_a_directory_is_followed(self, tmp_path: Path) -> None:
+        write_tree(tmp_path / "elsewhere", CLASSES)
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "train").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (train,) = folder(tmp_path / "set")
+        assert len(train.labels) == 4
+
+    def test_a_link_in_a_circle_ends(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, CLASSES)
+        for name in ("up", "up again"):
+            (tmp_path / "cat" / name).symlink_to(tmp_path, target_is_directory=True)
+        assert "symbolic link" in refusal(lambda: folder(tmp_path)).hint
+
+    def test_a_link_that_leads_nowhere_is_named(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, CLASSES)
+        (tmp_path / "cat" / "1.png").symlink_to(tmp_path / "gone.png")
+        assert unreadable(folder(tmp_path)[0]) == {0: f"{tmp_path}/cat/1.png: No such file or directory"}
+
+    def test_a_pipe_called_like_a_picture_is_not_waited_for(self, tmp_path: Path) -> None:
+        import os
+
+        write_tree(tmp_path, CLASSES)
+        os.mkfifo(tmp_path / "cat" / "pipe.png")
+        assert len(folder(tmp_path)[0].labels) == 4
+
+    def test_names_that_are_no_text_are_escaped(self, tmp_path: Path) -> None:
+        (tmp_path / "cat").mkdir()
+        with open(bytes(tmp_path / "cat") + b"/\xff\x1b[31m.png", "wb") as file:
+            file.write(b"no picture")
+        write_tree(tmp_path, {"dog/1.png": picture(pixels())})
+        (train,) = folder(tmp_path)
+        assert paths(train)[0] == r"cat/\udcff\x1b[31m.png"
+        assert r"\udcff\x1b[31m.png: not a PNG" in unreadable(train)[0]
+
+    def test_the_pictures_are_hashed_as_sha256sum_prints_them(self, tmp_path: Path) -> None:
+        (train,) = folder(write_tree(tmp_path, CLASSES))
+        listing = subprocess.run(["sha256sum", *paths(train)], cwd=tmp_path, capture_output=True, check=True).stdout
+        size = sum(map(len, CLASSES.values()))
+        expected = RawFile(name=f"pictures of {tmp_path.name}", bytes=size, sha256=hashlib.sha256(listing).hexdigest())
+        assert train.files == (expected,)
+
+    @pytest.mark.parametrize(
+        "files, words",
+        [
+            ({}, "but nothing"),
+            ({"a/readme.txt": b"", "b/x.csv": b""}, "2 files (.csv, .txt)"),
+            ({"1.png": b"", "a/2.png": b""}, "1.png, a picture outside any class"),
+            ({"train/1.png": b"", "train/a/2.png": b""}, "train/1.png, a picture outside any class"),
+            ({"train/a/1.png": b"", "dog/b/1.png": b""}, "dog beside train"),
+            ({"train/a/1.png": b"", "val/a/1.png": b"", "valid/a/1.png": b""}, "train, val, valid"),
+            ({"a/1.png": b"", "a/2.tif": b"", "b/3.HEIC": b""}, "2 pictures of a kind that is not read: a/2.tif"),
+            (
+                {"train/a/1.png": b"", "test/a/1.png": b"", "test/b/1.png": b""},
+                "no training images of b, which the test",
+            ),
+        ],
+    )
+    def test_what_is_unclear_is_refused(self, tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+        assert words in refusal(lambda: folder(write_tree(tmp_path, files))).found
+
+    def test_a_place_that_is_not_there_is_named(self, tmp_path: Path) -> None:
+        assert str(tmp_path / "none") in refusal(lambda: folder(tmp_path / "none")).found
+
+
+class TestArchives:
+    @pytest.mark.parametrize("kind", ["zip", "tar", "gz", "bz2", "xz"])
+    @pytest.mark.parametrize("top", ["", "set/", "./", "deep/er/"])
+    def test_are_read_like_directories(self, tmp_path: Path, kind: str, top: str) -> None:
+        files = {f"{top}{name}": content for name, content in PARTS.items()}
+        place = tmp_path / f"set.{kind}"
+        if kind == "zip":
+            write_zip(place, files)
+        else:
+            write_tar(place, files, "w" if kind == "tar" else f"w:{kind}")
+        parts = folder(place)
+        assert [part.name for part in parts] == ["train", "test"]
+        for part in parts:
+            assert part.classes == ("cat", "dog")
+            np.testing.assert_array_equal(read_all(part), np.stack(list(IMAGES.values())))
+        digest = hashlib.sha256(place.read_bytes()).hexdigest()
+        assert parts[1].files == (RawFile(name=place.name, bytes=place.stat().st_size, sha256=digest),)
+
+    def test_tables_in_archives(self, tmp_path: Path) -> None:
+        files = {"set/x/1.png": CLASSES["cat/2.png"], "set/labels.csv": table(("path", "label"), ("x/1.png", "cat"))}
+        (train,) = folder(write_zip(tmp_path / "set.zip", files))
+        assert (train.classes, paths(train)) == (("cat",), ["set/x/1.png"])
+
+    def test_readmes_beside_the_top_directory_do_not_hide_it(self, tmp_path: Path) -> None:
+        files = {"LICENSE": b"text", "set/readme.md": b"text", **{f"set/{name}": c for name, c in CLASSES.items()}}
+        assert folder(write_zip(tmp_path / "set.zip", files))[0].classes == ("cat", "dog")
+
+    def test_threads_and_processes_share_an_archive(self, tmp_path: Path) -> None:
+        """As the packer's workers do, after a fork."""
+        images = {f"{seed % 3}/{seed}.png": pixels(seed=seed) for seed in range(300)}
+        files = {name: picture(image) for name, image in images.items()}
+        for place in (write_zip(tmp_path / "a.zip", files), write_tar(tmp_path / "a.tgz", files, "w:gz")):
+            out = tmp_path / f"{place.name}-packed"
+            pack(
+                lambda place=place: (*folder(place), ten_for_testing(place)), out, dataset="a", block_size=16, workers=3
+            )
+            store = open_part(out, "train")
+            stored = np.empty((300, 8, 8, 1), np.uint8)
+            store.gather(np.arange(300), stored)
+            expected = [images[name] for name in paths(folder(place)[0])]
+            np.testing.assert_array_equal(stored, np.stack(expected)[store.rows])
+
+
+def ten_for_testing(place: Path) -> RawPart:
+    (train,) = folder(place)
+    return train.select(np.arange(10), "test")
+
+
+LISTED = {"x/1.png": CLASSES["cat/2.png"], "x/2.png": CLASSES["dog/b.png"], "3.png": CLASSES["cat/10.png"]}
+
+
+class TestTables:
+    def listed(self, tmp_path: Path, **tables: bytes) -> tuple[RawPart, ...]:
+        files = {f"{name}.csv": content for name, content in tables.items()}
+        return folder(write_tree(tmp_path, {**LISTED, **files}))
+
+    @pytest.mark.parametrize("separator", [",", ";", "\t"])
+    @pytest.mark.parametrize(
+        "header", [("path", "label"), ("File", "Class"), ("filename", "target"), ("IMAGE", "label")]
+    )
+    def test_a_lone_table_is_a_train_part(self, tmp_path: Path, header: tuple[str, str], separator: str) -> None:
+        rows = (header, ("x/1.png", "cat"), ("3.png", "a, dog"), ("x\\2.png", "cat"))
+        (train,) = self.listed(tmp_path, labels=table(*rows, separator=separator))
+        assert (train.classes, train.labels.tolist()) == (("a, dog", "cat"), [1, 0, 1])
+        assert paths(train) == ["x/1.png", "3.png", "x/2.png"]
+        assert [file.name for file in train.files] == ["labels.csv", f"pictures of {tmp_path.name}"]
+
+    def test_tables_of_parts(self, tmp_path: Path) -> None:
+        parts = self.listed(
+            tmp_path,
+            train=table(("path", "label"), ("x/1.png", "10"), ("x/2.png", "9")),
+            validation=table(("label", "path", "note"), ("9", "3.png", "")),
+        )
+        assert [part.name for part in parts] == ["train", "val"]
+        assert parts[1].classes == ("9", "10") and parts[1].labels.tolist() == [0]
+
+    def test_pictures_may_lie_in_the_directory_of_the_part(self, tmp_path: Path) -> None:
+        files = {"train/1.png": CLASSES["cat/2.png"], "train.csv": table(("path", "label"), ("1.png", "cat"))}
+        assert paths(folder(write_tree(tmp_path, files))[0]) == ["train/1.png"]
+
+    def test_other_columns_are_named(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, {**LISTED, "labels.csv": table(("id", "digit"), ("3.png", "7"))})
+        (train,) = folder(tmp_path, image_column="id", label_column="digit")
+        assert train.classes == ("7",)
+        error = refusal(lambda: folder(tmp_path, image_column="id"))
+        assert "columns id, digit" in error.found and "--label-column" in error.hint
+        (tmp_path / "labels.csv").unlink()
+        assert "without a CSV table" in refusal(lambda: folder(tmp_path, label_column="digit")).found
+
+    def test_excel_writes_a_mark_before_the_header(self, tmp_path: Path) -> None:
+        (train,) = self.listed(tmp_path, labels=b"\xef\xbb\xbf" + table(("path", "label"), ("3.png", "café")))
+        assert train.classes == ("café",)
+
+    @pytest.mark.parametrize("path", ["../3.png", "/etc/3.png", "x/../../3.png", "C:/3.png", "..\\3.png", ""])
+    def test_a_path_that_leads_outside_is_refused(self, tmp_path: Path, path: str) -> None:
+        content = table(("path", "label"), ("3.png", "a"), (path, "b"))
+        error = refusal(lambda: self.listed(tmp_path / "in", labels=content))
+        assert "labels.csv line 3: the path" in error.found and "leads out of the directory" in error.found
+
+    @pytest.mark.parametrize(
+        "content, words",
+        [
+            (b"", "labels.csv: nothing in it"),
+            (b"path,label\n", "labels.csv: only one line in it"),
+            (b"path,label\n3.png,\n", "line 2: no label for '3.png'"),
+            (b"path,label\n3.png,a\n4.png,a\n", "line 3: the path '4.png', where no picture is"),
+            (b"path,label\nlabels.csv,a\n", "line 2: the path 'labels.csv', where no picture is"),
+            (b"path,label\n3.png,a\n\n3.png,b\n", "line 4: '3.png' again, after line 2"),
+            (b"path,label\n3.png\n", "line 2: 1 fields where the first line has 2"),
+            (b"path,label\n3.png,a,b\n", "line 2: 3 fields where the first line has 2"),
+            (b"path,label,Label\n3.png,a,b\n", "line 1: two columns named 'Label'"),
+            (b"name,label\n3.png,a\n", "with the columns name, label"),
+            (b"path\n3.png\n", "with the columns path"),
+            (b"path,label\n3.png,\0a\n", "line 2: a zero byte"),
+            (b"path,label\n3.png,\xff\xfe\n", "line 2: byte 0xff, which is not UTF-8"),
+            (b'path,label\n"3.png,a\n', "unexpected end of data"),
+            (b"\x1f\x8b\x08\0\0\0\0\0\0\3", "byte 0x8b, which is not UTF-8"),
+            (b"path,label\n3.png," + b"a" * 200_000 + b"\n", "field larger than field limit"),
+        ],
+    )
+    def test_anything_else_is_refused_by_its_line(self, tmp_path: Path, content: bytes, words: str) -> None:
+        assert words in refusal(lambda: self.listed(tmp_path, labels=content)).found
+
+    def test_a_picture_in_two_parts_is_refused(self, tmp_path: Path) -> None:
+        content = table(("path", "label"), ("3.png", "a"))
+        error = refusal(lambda: self.listed(tmp_path, train=content, test=content))
+        assert "'3.png', which" in error.found and "train.csv lists as well" in error.found
+
+    def test_a_class_without_training_images_is_refused(self, tmp_path: Path) -> None:
+        train, test = table(("path", "label"), ("3.png", "a")), table(("path", "label"), ("x/1.png", "b"))
+        assert "no training images of b" in refusal(lambda: self.listed(tmp_path, train=train, test=test)).found
+
+    def test_a_test_table_alone_is_refused(self, tmp_path: Path) -> None:
+        content = table(("path", "label"), ("3.png", "a"))
+        assert "without a train.csv" in refusal(lambda: self.listed(tmp_path, test=content)).found
+
+    def test_two_tables_of_a_part_are_refused(self, tmp_path: Path) -> None:
+        content = table(("path", "label"), ("3.png", "a"))
+        assert (
+            "two tables of the train part"
+            in refusal(lambda: self.listed(tmp_path, train=content, labels=content)).found
+        )
+
+    @given(st.binary(max_size=60))
+    def test_noise_is_refused(self, tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+        directory = write_tree(tmp_path_factory.mktemp("noise"), {"1.png": b"", "labels.csv": content})
+        assert "labels.csv" in refusal(lambda: folder(directory)).found
+
+
+SIZES = {
+    "a/1.png": picture(pixels(8, 8)),
+    "a/2.png": picture(pixels(8, 8, seed=1)),
+    "b/3.png": picture(pixels(20, 10)),
+}
+
+
+class TestSizes:
+    def test_that_differ_are_refused_naming_two(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, SIZES)
+        error = refusal(lambda: folder(tmp_path))
+        assert f"{tmp_path}/a/1.png of 8 x 8 pixels, {tmp_path}/b/3.png of 20 x 10" in error.found
+        assert "--size 64" in error.hint and "--store records" in error.hint
+
+    def test_are_made_one(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, SIZES)
+        for fit in ("pad", "crop", "stretch"):
+            (train,) = folder(tmp_path, size=(16, 12), fit=fit)
+            assert train.image_shape == (16, 12, 1)
+            assert read_all(train).shape == (3, 16, 12, 1)
+
+    def test_between_parts_count_too(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, {"train/a/1.png": picture(pixels(8, 8)), "test/a/1.png": picture(pixels(8, 9))})
+        assert "test/a/1.png of 8 x 9" in refusal(lambda: folder(tmp_path)).found
+
+    def test_are_those_after_turning(self, tmp_path: Path) -> None:
+        from test_pictures import turned_exif
+
+        files = {"a/1.png": picture(pixels(8, 6)), "b/2.png": picture(pixels(6, 8), exif=turned_exif(6))}
+        assert folder(write_tree(tmp_path, files))[0].image_shape == (8, 6, 1)
+
+
+class TestColor:
+    def test_one_colored_picture_makes_the_set_colored(self, tmp_path: Path) -> None:
+        gray = {"train/a/1.png": picture(pixels()), "test/a/1.png": picture(pixels())}
+        assert [part.image_shape for part in folder(write_tree(tmp_path, gray))] == [(8, 8, 1)] * 2
+        write_tree(tmp_path, {"test/a/2.png": picture(pixels(channels=3))})
+        assert [part.image_shape for part in folder(tmp_path)] == [(8, 8, 3)] * 2
+
+    def test_it_can_be_chosen(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, {"a/1.png": picture(pixels()), "b/2.png": picture(pixels(channels=3))})
+        assert folder(tmp_path, color="gray")[0].image_shape == (8, 8, 1)
+        assert folder(tmp_path, color="rgb", size=(9, 9))[0].image_shape == (9, 9, 3)
+
+
+class TestRecords:
+    def test_files_are_kept_as_they_are(self, tmp_path: Path) -> None:
+        files = {"a/1.jpeg": picture(pixels(9, 9, 3), "JPEG"), "a/2.png": picture(pixels(5, 7)), "b/3.png": b"\0"}
+        files["b/3.png"] = picture(pixels(4, 4, 3), "WEBP")  # the content tells, not the name
+        (train,) = folder(write_tree(tmp_path, files), encoded=True)
+        assert train.encoded and train.image_shape == (None, None, 3)
+        extensions = ("jpg", "png", "webp")
+        assert read_all(train) == list(map(EncodedImage, files.values(), extensions))
+
+    def test_a_size_is_refused(self, tmp_path: Path) -> None:
+        error = refusal(lambda: folder(write_tree(tmp_path, CLASSES), encoded=True, size=(8, 8)))
+        assert "--size 8x8 with --store records" in error.found
+
+    def test_bad_ones_are_named(self, tmp_path: Path) -> None:
+        files = {**CLASSES, "cat/5.gif": picture(pixels(), "GIF"), "cat/6.jpg": picture(pixels(), "JPEG")[:-30]}
+        (train,) = folder(write_tree(tmp_path, files), encoded=True)
+        reasons = unreadable(train)
+        assert [paths(train)[row] for row in reasons] == ["cat/5.gif", "cat/6.jpg"]
+        assert "cannot be stored as a record" in reasons[1]
+
+
+BAD = {
+    "cat/3.png": b"a text",
+    "cat/4.png": b"",
+    "dog/5.jpg": picture(pixels(channels=1), "JPEG")[:-10],
+    "dog/6.png": png_claiming(60_000, 60_000),
+    "dog/7.png": picture(pixels())[:-30],
+}
+
+
+class TestUnreadablePictures:
+    def test_all_of_them_are_named_with_what_is_wrong(self, tmp_path: Path) -> None:
+        (train,) = folder(write_tree(tmp_path, {**CLASSES, **BAD}))
+        reasons = unreadable(train)
+        assert [paths(train)[row] for row in reasons] == natural_order(BAD)
+        for row, words in zip(reasons, ("not a PNG", "not a PNG", "truncated", "pixels", "truncated"), strict=True):
+            assert reasons[row].startswith(f"{tmp_path}/{paths(train)[row]}: ") and words in reasons[row]
+        good = np.setdiff1d(train.rows, list(reasons))
+        np.testing.assert_array_equal(train.read(good), np.stack(list(IMAGES.values())))
+
+    def test_the_pack_fails_with_all_their_names_and_leaves_nothing(self, tmp_path: Path) -> None:
+        write_tree(
+            tmp_path / "set", {f"{part}/{n}": c for part in ("train", "test") for n, c in {**CLASSES, **BAD}.items()}
+        )
+        with pytest.raises(UserError) as caught:
+            pack(lambda: folder(tmp_path / "set"), tmp_path / "out", dataset="set", workers=2, block_size=2)
+        for name in BAD:
+            assert f"train/{name}: " in caught.value.found and f"test/{name}: " in caught.value.found
+        assert not (tmp_path / "out").exists()
+
+    def test_those_in_archives_are_named(self, tmp_path: Path) -> None:
+        place = write_zip(tmp_path / "set.zip", {**CLASSES, **BAD})
+        assert unreadable(folder(place)[0])[2].startswith(f"{place}:cat/4.png: ")
+
+    def test_where_there_are_no_others_all_are_named(self, tmp_path: Path) -> None:
+        (train,) = folder(write_tree(tmp_path, BAD))
+        assert len(unreadable(train)) == len(BAD)
+
+    def test_a_picture_that_vanishes_is_named(self, tmp_path: Path) -> None:
+        (train,) = folder(write_tree(tmp_path, CLASSES))
+        (tmp_path / "cat" / "2.png").unlink()
+        assert unreadable(train) == {0: f"{tmp_path}/cat/2.png: No such file or directory"}
+
+    def test_a_picture_that_changes_its_size_is_named(self, tmp_path: Path) -> None:
+        (train,) = folder(write_tree(tmp_path, CLASSES))
+        write_tree(tmp_path, {"cat/2.png": picture(pixels(9, 9))})
+        assert unreadable(train) == {0: f"{tmp_path}/cat/2.png: of 9 x 9 pixels, where others have 8 x 8"}
+
+
+class TestNaturalOrder:
+    def test_numbers_count_by_value(self) -> None:
+        names = ["a10", "a9", "a09", "b", "a", "10", "9", "a1b2", "a1b10", "a/2", "a/10", "a-1", ""]
+        assert natural_order(names) == [
+            "",
+            "9",
+            "10",
+            "a",
+            "a/2",
+            "a/10",
+            "a1b2",
+            "a1b10",
+            "a09",
+            "a9",
+            "a10",
+            "a-1",
+            "b",
+        ]
+
+    @given(st.lists(st.text(alphabet="a0129/-", max_size=6), unique=True), st.randoms())
+    def test_it_is_one_order(self, names: list[str], random) -> None:
+        shuffled = names.copy()
+        random.shuffle(shuffled)
+        assert natural_order(shuffled) == natural_order(names)
+
+    def test_a_number_of_any_length_is_compared(self) -> None:
+        huge = "9" * 10_000
+        assert natural_order([huge, "8" * 10_000, "1" + "0" * 10_000])[-1].startswith("10")
+
+
+class TestCommand:
+    def test_packs_genuine_pictures(self, shared_data: Path, tmp_path: Path) -> None:
+        place = shared_data / "cifar10" / "cifar10-jpg-subset.zip"
+        process = run_module("pipeline.shard", "folder", "--raw", place, "--out", tmp_path / "out", cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        store = open_part(tmp_path / "out", "train")
+        assert (len(store), store.manifest.image_shape) == (10_000, (32, 32, 3))
+        assert store.manifest.counts == (1000,) * 10
+        assert store.manifest.classes[:3] == ("airplane", "automobile", "bird")

@@ -1,0 +1,265 @@
+"""Sets and raw files from web servers: with ranges and without, that cut, stall, refuse and redirect."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+
+import shards.remote as remote
+from shards import Manifest, UserError, open_part
+from shards.places import local_files, local_set, remote_manifests, upload_set
+
+
+@dataclass
+class Behaviour:
+    """What the server does wrong, and what it was asked."""
+
+    ranges: bool = True
+    sizes: bool = True
+    status: int = 200
+    password: str | None = None
+    redirect: str | None = None
+    cuts: list[int] = field(default_factory=list)
+    """For each long answer in turn, after how many bytes the connection is cut."""
+    stalls: int = 0
+    """Long answers that stop without an end, after `stall_after` bytes."""
+    stall_after: int = 1000
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
+    """Path and Range header of each request."""
+    authorizations: list[str | None] = field(default_factory=list)
+    sent: int = 0
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        behaviour = self.server.behaviour
+        asked = self.headers.get("Range")
+        behaviour.requests.append((self.path, asked))
+        behaviour.authorizations.append(self.headers.get("Authorization"))
+        self.close_connection = True
+        path = self.server.root / unquote(urlsplit(self.path).path).lstrip("/")
+        if behaviour.redirect:
+            self.send_response(302)
+            self.send_header("Location", behaviour.redirect + self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif behaviour.status != 200:
+            self.send_error(behaviour.status)
+        elif behaviour.password and self.headers.get("Authorization") != behaviour.password:
+            self.send_error(401)
+        elif not path.is_file():
+            self.send_error(404)
+        else:
+            self._send(path.read_bytes(), asked if behaviour.ranges else None)
+
+    def _send(self, content: bytes, asked: str | None) -> None:
+        behaviour = self.server.behaviour
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        body = content[start:]
+        self.send_response(206 if asked else 200)
+        if behaviour.sizes:
+            self.send_header("Content-Length", str(len(body)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("ETag", f'"{hash(content)}"')
+        self.end_headers()
+        long = len(body) > 50_000
+        if long and behaviour.stalls:
+            behaviour.stalls -= 1
+            self.wfile.write(body[: behaviour.stall_after])
+            self.server.end.wait(20)
+            return
+        cut = behaviour.cuts.pop(0) if long and behaviour.cuts else len(body)
+        self.wfile.write(body[:cut])
+        behaviour.sent += cut
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root = root
+        self.behaviour = Behaviour()
+        self.end = threading.Event()
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that go away are not worth a traceback."""
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("INKSTREAM_CACHE_SIZE", raising=False)
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def serving(root: Path) -> Iterator[Server]:
+    server = Server(root)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.end.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def server(made_up_set: Path, tmp_path: Path) -> Iterator[Server]:
+    """Serves a packed set at /my%20sets/set, and a raw file."""
+    (tmp_path / "web").mkdir()
+    shutil.copytree(made_up_set, tmp_path / "web" / "my sets" / "set")
+    (tmp_path / "web" / "raw.zip").write_bytes(bytes(range(256)) * 1000)
+    yield from serving(tmp_path / "web")
+
+
+def address(server: Server, path: str = "my%20sets/set", user: str = "") -> str:
+    return f"http://{user}127.0.0.1:{server.server_port}/{path}"
+
+
+def test_a_set(server: Server, made_up_set: Path) -> None:
+    ours, theirs = open_part(address(server), "train"), open_part(made_up_set, "train")
+    samples = np.arange(len(theirs))
+    np.testing.assert_array_equal(ours.read(samples), theirs.read(samples))
+    assert ours.manifest == theirs.manifest
+    server.behaviour = Behaviour()
+    assert local_set(address(server)) == local_set(address(server) + "/")
+    assert all(path.endswith("manifest.json") for path, _ in server.behaviour.requests)
+
+
+def test_a_single_part(server: Server) -> None:
+    assert (local_set(address(server, "my%20sets/set/train")) / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_cut_connections(server: Server, made_up_set: Path, ranges: bool) -> None:
+    """Without ranges a file comes from its beginning again, and what is there is passed over."""
+    shard = Manifest.read(made_up_set / "train").shards[0]
+    local_set(address(server, "my%20sets/set/test"))
+    server.behaviour = Behaviour(ranges=ranges, cuts=[100_000, 100_000 if ranges else 200_000, 300_000])
+    directory = local_set(address(server, "my%20sets/set/train"))
+    assert (directory / shard.name).read_bytes() == (made_up_set / "train" / shard.name).read_bytes()
+    asked = [header for path, header in server.behaviour.requests if path.endswith(shard.name)]
+    assert asked[:3] == [None, "bytes=100000-", "bytes=200000-"]
+    if ranges:
+        assert server.behaviour.sent < shard.bytes + 50_000
+
+
+def test_a_server_that_stops_in_the_middle(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "STALL_SECONDS", 0.3)
+    server.behaviour.stalls = 3
+    local_set(address(server))
+    server.behaviour = Behaviour(stalls=10**6, stall_after=0)
+    with pytest.raises(UserError, match=r"not a byte for 0\.3 seconds"):
+        local_files(address(server, "raw.zip"))
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "requests"),
+    [(404, "nothing at", 4), (403, "no permission", 4), (401, "no permission", 4), (503, "no way to reach", 20)],
+)
+def test_refusals(server: Server, status: int, words: str, requests: int) -> None:
+    server.behaviour.status = status
+    with pytest.raises(UserError, match=words) as caught:
+        local_set(address(server))
+    assert address(server) in caught.value.found
+    assert len(server.behaviour.requests) == requests
+
+
+def test_a_user_with_a_password(server: Server, tmp_path: Path) -> None:
+    server.behaviour.password = "Basic " + base64.b64encode(b"anna:hunter two").decode()
+    with pytest.raises(UserError, match="no permission") as caught:
+        local_set(address(server))
+    assert "USER:PASSWORD@HOST" in caught.value.hint
+    assert local_set(address(server, user="anna:hunter%20two@")).is_dir()
+    with pytest.raises(UserError) as caught:
+        local_set(address(server, user="anna:wrongone@"))
+    assert "wrongone" not in str(caught.value)
+    for path in (tmp_path / "cache").rglob("*"):
+        assert "hunter" not in str(path)
+        assert not path.is_file() or b"hunter" not in path.read_bytes()
+
+
+def test_a_password_is_not_told_to_whom_one_is_sent_on(server: Server, tmp_path: Path) -> None:
+    for other in serving(tmp_path / "web"):
+        server.behaviour.redirect = f"http://127.0.0.1:{other.server_port}"
+        local_set(address(server, user="anna:hunter@"))
+        assert set(server.behaviour.authorizations) == {"Basic " + base64.b64encode(b"anna:hunter").decode()}
+        assert set(other.behaviour.authorizations) == {None}
+
+
+def test_a_signed_address_keeps_its_signature(server: Server) -> None:
+    local_set(address(server, "my%20sets/set?sig=c2VjcmV0"))
+    assert {urlsplit(path).query for path, _ in server.behaviour.requests} == {"sig=c2VjcmV0"}
+
+
+def test_a_raw_file(server: Server, tmp_path: Path) -> None:
+    path = local_files(address(server, "raw.zip?sig=c2VjcmV0"))
+    assert path.name == "raw.zip"
+    assert path.read_bytes() == (tmp_path / "web" / "raw.zip").read_bytes()
+    (tmp_path / "web" / "raw.zip").write_bytes(b"changed")
+    assert local_files(address(server, "raw.zip?sig=c2VjcmV0")).read_bytes() == b"changed"
+
+
+def test_raw_files_have_no_list(server: Server) -> None:
+    with pytest.raises(UserError, match="gives no list"):
+        local_files(address(server, "raw/"))
+
+
+def test_a_raw_file_of_unknown_size(server: Server) -> None:
+    server.behaviour.sizes = False
+    with pytest.raises(UserError, match="does not tell the size"):
+        local_files(address(server, "raw.zip"))
+    assert local_set(address(server)).is_dir(), "a manifest tells the sizes"
+
+
+def test_a_web_server_is_no_place_to_write_to(server: Server, made_up_set: Path) -> None:
+    assert set(remote_manifests(address(server))) == {"train", "test"}
+    with pytest.raises(UserError, match="as a place to write to"):
+        upload_set(made_up_set, address(server))
+
+
+def test_pages_in_place_of_files(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "web" / "my sets" / "set" / "train" / "manifest.json").write_text("<html>Log in first</html>")
+    with pytest.raises(UserError, match="damaged"):
+        local_set(address(server))
+
+
+def test_https(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-days", "1", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run([*command, *names], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    for secure in serving(tmp_path / "web"):
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        where = address(secure).replace("http:", "https:")
+        with pytest.raises(UserError, match="CERTIFICATE_VERIFY_FAILED"):
+            local_set(where)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert local_set(where).is_dir()
