@@ -32,6 +32,7 @@ from shards import Manifest, UserError, open_part
 from shards.atomic import write_file
 from shards.errors import run_command
 from shards.manifest import is_packed_set
+from shards.places import local_set
 from trainer import engine
 from trainer.arithmetic import with_precision
 from trainer.config import validate
@@ -214,10 +215,10 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def choose_set(shards: Path | None) -> Path:
+def choose_set(shards: str | None) -> Path:
     """The packed set to measure: the one named, a packed EMNIST, or the embedded digits, packed if need be."""
     if shards is not None:
-        return shards
+        return local_set(shards)
     if is_packed_set(PACKED_EMNIST):
         return PACKED_EMNIST
     source = find_source("digits")
@@ -239,7 +240,9 @@ def _resolutions(text: str) -> list[int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="What does each resolution cost, and what does it buy?")
-    parser.add_argument("--shards", type=Path, metavar="DIR", help="packed set (default: EMNIST ByClass, or digits)")
+    parser.add_argument(
+        "--shards", metavar="DIR", help="packed set or its address (default: EMNIST ByClass, or digits)"
+    )
     parser.add_argument("--resolutions", default=",".join(map(str, RESOLUTIONS)), help="sides in pixels, with commas")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs at every resolution")
     parser.add_argument("--images", type=int, default=TRAINING_IMAGES, help="most training images, chosen by class")

@@ -22,6 +22,7 @@ from shards import Store
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
 from shards.pictures import decode
+from shards.places import is_remote, local_set
 from shards.store import open_either
 
 _PAIRS = 4  # examples of a class
@@ -124,13 +125,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.preview", description="Draw a contact sheet of a packed set: raw beside processed."
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="packed set (its train part), or one part")
+    parser.add_argument(
+        "place", metavar="DIR", help="packed set (its train part) or one part, a directory or an address"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default DIR/preview.png)")
     parser.add_argument("--resolution", type=int, default=112, metavar="N", help="side of the processed image")
     arguments = parser.parse_args()
-    directory = arguments.directory
-    store = open_either(directory, "train")
-    out = arguments.out or directory / "preview.png"
+    store = open_either(arguments.place, "train")
+    # What was fetched is not ours to write into.
+    out = arguments.out or (Path() if is_remote(arguments.place) else local_set(arguments.place)) / "preview.png"
     check_writable(out)
     content = io.BytesIO()
     contact_sheet(store, arguments.resolution).save(content, "PNG")

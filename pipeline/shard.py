@@ -25,11 +25,10 @@ from pipeline.target import find_target
 from pipeline.team import Team, join_team
 from shards.errors import USER_ERROR_STATUS, UserError, run_command
 from shards.manifest import Manifest
-from shards.places import is_remote, local_files
+from shards.places import is_remote, local_files, local_set
 
 MAX_SEED = 2**63 - 1
 MAX_SIDE = 4096
-_SHARED_BY_ALL_SOURCES = ("test_fraction", "val_fraction", "stratify", "subset", "near_duplicates")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -158,6 +157,8 @@ def heeded_options(arguments: argparse.Namespace, source: Source) -> tuple[dict[
     for name in given:
         if name not in source.options:
             warn(f"--{name.replace('_', '-')} has no effect on {source.name}")
+    if arguments.stratify and not (arguments.val_fraction or arguments.test_fraction) and arguments.subset == 1:
+        warn("--stratify has no effect without --test-fraction, --val-fraction or --subset")
     if arguments.compression != "zstd" and arguments.store != "zarr":
         warn("--compression has no effect without --store zarr")
     heeded = {name: value for name, value in asked.items() if name in source.options}
@@ -190,7 +191,7 @@ def describe(manifest: Manifest) -> str:
 
 
 def loading(
-    arguments: argparse.Namespace, source: Source, request: Request, say: Callable[[str], None]
+    arguments: argparse.Namespace, source: Source, request: Request, name: str, team: Team, say: Callable[[str], None]
 ) -> Callable[[], tuple[RawPart, ...]]:
     """What reads the raw parts and arranges them as asked."""
 
@@ -204,13 +205,14 @@ def loading(
             seed=arguments.seed,
         )
         if arguments.near_duplicates:
-            found = duplicates.find(parts)
+            # Once for all ranks: on unlike processors they might differ over a borderline pair.
+            found = team.first(lambda: duplicates.find(parts))
             say(f"  {found.summary()}")
             if arguments.near_duplicates == "remove":
                 parts = duplicates.remove(parts, found)
             else:
-                report = Path(f"{source.name}.near-duplicates.csv")
-                duplicates.write_report(found, report)
+                report = Path(f"{name}.near-duplicates.csv")
+                team.first(lambda: duplicates.write_report(found, report))
                 say(f"  listed in {report}")
         return parts
 
@@ -230,7 +232,8 @@ def run(arguments: argparse.Namespace, team: Team) -> None:
             raise UserError(found=f"--raw {raw}, a file", expected="a directory", hint=f"--raw {raw.parent}")
     dataset = Path(arguments.raw).name.partition(".")[0] or source.name if source.generic else source.name
     name = f"{dataset}-{split}" if split else dataset
-    out = arguments.out if arguments.out and is_remote(arguments.out) else Path(arguments.out or f"data/shards/{name}")
+    out = arguments.out or f"data/shards/{name}"
+    out = out if is_remote(out) else local_set(out)
     request = Request(raw, split, **heeded)
     settings = {
         "dataset": dataset,
@@ -255,7 +258,7 @@ def run(arguments: argparse.Namespace, team: Team) -> None:
         return
     start = time.perf_counter()
     packed = pack(
-        loading(arguments, source, request, say),
+        loading(arguments, source, request, name, team, say),
         out,
         **settings,
         skip_bad=arguments.skip_bad,

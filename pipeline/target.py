@@ -12,7 +12,15 @@ from pipeline.team import Team
 from shards.atomic import Replacement, replace_directory, staging_directory
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, PARTS, Manifest, has_part, is_packed_set
-from shards.places import is_remote, remote_manifests, remove_manifests, upload_files, upload_manifests
+from shards.places import (
+    check_upload,
+    is_remote,
+    local_set,
+    remote_manifests,
+    remove_manifests,
+    upload_files,
+    upload_manifests,
+)
 
 
 class Target(Protocol):
@@ -39,7 +47,7 @@ class Target(Protocol):
 
 
 def find_target(out: Path | str) -> Target:
-    return RemoteTarget(str(out)) if is_remote(out) else LocalTarget(Path(out))
+    return RemoteTarget(str(out)) if is_remote(out) else LocalTarget(local_set(out))
 
 
 class LocalTarget:
@@ -96,6 +104,7 @@ class RemoteTarget:
 
     @contextmanager
     def staging(self, team: Team) -> Iterator[Path]:
+        team.first(lambda: check_upload(self._address))  # now, not after hours of packing
         with tempfile.TemporaryDirectory(prefix="inkstream-pack-") as directory:
             yield Path(directory)
 

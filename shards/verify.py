@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 from shards.errors import UserError, run_command
 from shards.manifest import ALL_PARTS, PARTS, Manifest, StoreKind
+from shards.places import local_set
 from shards.tally import Tally
 
 CheckStore: TypeAlias = Callable[[Path, Manifest, Tally], Iterator[str]]
@@ -72,8 +73,8 @@ def parts_of(directory: Path) -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m shards.verify", description=__doc__.split("\n")[0])
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a packed set, or one part of it")
-    directory = parser.parse_args().directory
+    parser.add_argument("place", metavar="DIR", help="a packed set or one part of it, a directory or an address")
+    directory = local_set(parser.parse_args().place)
     all_faults = []
     for part in parts_of(directory):
         manifest, faults = check_part(part)
@@ -86,7 +87,7 @@ def main() -> int:
         raise UserError(
             found="\n           ".join(all_faults),
             expected="every byte as the manifest tells",
-            hint="pack again: python -m pipeline.shard SOURCE --out DIR --force",
+            hint="pack again (python -m pipeline.shard SOURCE --out DIR --force), or get the files again",
         )
     return 0
 

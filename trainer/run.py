@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from shards.errors import run_command
+from shards.places import local_set
 from trainer import checkpoint, config, engine, report, run_directory
 from trainer.arithmetic import with_precision
 from trainer.data import TrainingData, open_data
@@ -53,6 +54,7 @@ def main() -> int:
         if first:
             for line in settings.without_effect():
                 print(f"warning: {line}", file=sys.stderr)
+        local_set(settings.data.shards)  # fetching takes its time, and ranks that have joined wait only so long
         with join(settings.device) as world:
             settings = with_precision(settings, world.device)
             data = open_data(settings, world)
