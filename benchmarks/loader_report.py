@@ -24,12 +24,16 @@ _FLOOR = "#b45309"
 _BATCHED = "batched"
 
 
+def write_records(results: Results, setting: Setting) -> None:
+    """Write loader_throughput.jsonl, and the further file of lines if asked for."""
+    for path in (setting.out / "loader_throughput.jsonl", setting.json):
+        if path is not None:
+            write_lines(path, results.records)
+
+
 def write(results: Results, setting: Setting) -> None:
-    """Print the tables and write loader_throughput.jsonl, .md and .png, and the further file of lines if asked for."""
+    """Print the tables and write loader_throughput.md and .png."""
     out = setting.out / "loader_throughput"
-    write_lines(out.with_suffix(".jsonl"), results.records)
-    if setting.json is not None:
-        write_lines(setting.json, results.records)
     text = markdown(results)
     write_file(out.with_suffix(".md"), text + "\n")
     print(f"\n{text}\n")

@@ -11,8 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
 from benchmarks.loader_setting import Setting
-from benchmarks.measured_loader import MeasuredLoader, Packer, Trial
+from benchmarks.measured_loader import MeasuredLoader, Packer
 from benchmarks.peers import IMPORT_FAILURES, Listing, absent
 from benchmarks.peers.peer import Task, Variant
 from benchmarks.processes import KeptProcess, ProcessFailed, peak_memory, wait_until_quiet, workers_memory
@@ -51,21 +54,27 @@ class Results:
         print(f"{title}: FAILED, {error.reason}", flush=True)
 
 
-def measure_all(loaders: Sequence[Listing], setting: Setting, scratch: Path) -> Results:
-    """Measure all loaders at all resolutions. What fails is told, and the others go on."""
+def measure_all(loaders: Sequence[Listing], setting: Setting, scratch: Path) -> Iterator[Results]:
+    """Measure all loaders, one resolution after another, and give what there is so far after each of them.
+
+    What fails is told, and the others go on.
+    """
     results = Results()
     source = setting.source(scratch / "source")
     print(f"{setting.dataset}: {len(source):,} images, batches of {setting.batch_size} on {setting.device}", flush=True)
     entrants = [entrant for listing in loaders for entrant in _packed(listing, setting, scratch, results)]
     stamp = _stamp(setting)
-    for resolution in setting.resolutions:
-        task = setting.task(source, resolution)
-        # Reading alone knows no resolution: it is measured once.
-        racing = [entrant for entrant in entrants if not entrant.variant.raw or resolution == setting.resolutions[0]]
-        for record in _race(racing, task, setting, scratch, results):
-            results.records.append(record | {"environment": stamp})
-            print(f"  {record['name']} {record['variant']}: {record['images_per_second']:,.0f} images/s", flush=True)
-    return results
+    with contextlib.ExitStack() as stack:
+        runners = []
+        for entrant in entrants:
+            runner = Runner(entrant, scratch, setting.device)
+            stack.enter_context(runner.process)
+            runners.append(runner)
+            with _told(runner, results, runners):
+                runner.process.call("ready")
+        for resolution in setting.resolutions:
+            _race(runners, setting.task(source, resolution), setting, results, stamp)
+            yield results
 
 
 def _packed(listing: Listing, setting: Setting, scratch: Path, results: Results) -> list[Entrant]:
@@ -89,86 +98,73 @@ def _packed(listing: Listing, setting: Setting, scratch: Path, results: Results)
     return []
 
 
-def _race(
-    entrants: Sequence[Entrant], task: Task, setting: Setting, scratch: Path, results: Results
-) -> Iterator[dict[str, Any]]:
-    """Measure loaders in turn at one resolution, each in a process that is kept until all are through."""
+def _race(runners: list[Runner], task: Task, setting: Setting, results: Results, stamp: dict[str, Any]) -> None:
+    """Measure loaders in turn at one resolution. One that fails leaves the list."""
     print(f"{task.resolution}x{task.resolution} ...", flush=True)
-    with contextlib.ExitStack() as stack:
-        runners = []
-        for entrant in entrants:
-            with _told(entrant, results):
-                moment = min(_TRIAL_SECONDS, setting.seconds)
-                chosen = replace(task, workers=_best_workers(entrant, task, scratch, moment))
-                runner = Runner(entrant, chosen, scratch)
-                stack.enter_context(runner.process)
-                runner.warm_up(moment)
-                runners.append(runner)
-        for _ in range(setting.runs):
-            for runner in list(runners):
-                with _told(runner.entrant, results) as told:
-                    runner.run(setting.seconds)
-                if told.failed:
-                    runners.remove(runner)
-        for runner in runners:
-            with _told(runner.entrant, results) as told:
-                record = runner.record(setting)
-            if not told.failed:
-                yield record
-
-
-@dataclass
-class _Told:
-    failed: bool = False
+    # Reading alone knows no resolution: it is measured once.
+    racing = [one for one in runners if not one.entrant.variant.raw or task.resolution == setting.resolutions[0]]
+    moment = min(_TRIAL_SECONDS, setting.seconds)
+    rounds = [lambda runner: runner.warm_up(task, moment), *[lambda runner: runner.run(setting.seconds)] * setting.runs]
+    with tqdm(total=len(rounds) * len(racing), leave=False, disable=None) as bar:
+        for measure in rounds:
+            for runner in list(racing):
+                bar.set_description(runner.entrant.title)
+                with _told(runner, results, racing, runners):
+                    measure(runner)
+                bar.update()
+    for runner in list(racing):
+        with _told(runner, results, racing, runners):
+            record = runner.record(setting) | {"environment": stamp}
+            results.records.append(record)
+            print(f"  {runner.entrant.title}: {record['images_per_second']:,.0f} images/s", flush=True)
 
 
 @contextlib.contextmanager
-def _told(entrant: Entrant, results: Results) -> Iterator[_Told]:
-    """Take in the failure of one loader, so that the others go on."""
-    told = _Told()
+def _told(runner: Runner, results: Results, *lists: list[Runner]) -> Iterator[None]:
+    """Take in the failure of one loader, which leaves the lists, so that the others go on."""
     try:
-        yield told
+        yield
     except ProcessFailed as error:
-        results.fail(entrant.title, error)
-        told.failed = True
-
-
-def _best_workers(entrant: Entrant, task: Task, scratch: Path, seconds: float) -> int:
-    """The number of worker processes with which a loader is fastest, among a few tried for a moment each."""
-    if not entrant.variant.processes:
-        return 0
-    cores = len(os.sched_getaffinity(0))
-    arguments = (entrant.listing.name, entrant.variant.name, scratch / "source", entrant.directory, task)
-    speeds = {}
-    with KeptProcess(Trial, *arguments, seconds, log=scratch / "log") as process:
-        for workers in sorted({0, 1, 2, cores, 2 * cores}):
-            speeds[workers] = process.call("images_per_second", workers)
-    return max(speeds, key=speeds.__getitem__)
+        results.fail(runner.entrant.title, error)
+        for runners in lists:
+            runners.remove(runner)
 
 
 class Runner:
-    """A loader in its process, and what was measured of it so far."""
+    """A loader in its process, which is kept for all resolutions, and what was measured at the present one."""
 
-    def __init__(self, entrant: Entrant, task: Task, scratch: Path) -> None:
+    def __init__(self, entrant: Entrant, scratch: Path, device: torch.device) -> None:
         self.entrant = entrant
-        self._task = task
-        self.process = KeptProcess(
-            MeasuredLoader,
-            entrant.listing.name,
-            entrant.variant.name,
-            scratch / "source",
-            entrant.directory,
-            task,
-            log=scratch / "log",
-        )
+        self._workers: tuple[int, ...] = (0,)
+        if entrant.variant.processes:
+            cores = len(os.sched_getaffinity(0))
+            self._workers = tuple(sorted({0, 1, 2, cores, 2 * cores}))
+        arguments = (entrant.listing.name, entrant.variant.name, scratch / "source", entrant.directory, device)
+        self.process = KeptProcess(MeasuredLoader, *arguments, log=scratch / "log")
+
+    def warm_up(self, task: Task, seconds: float) -> None:
+        """Open with the best number of workers, take the first batch and make a run that counts for memory only."""
+        self._task = replace(task, workers=self._best_workers(task, seconds))
         self._runs: list[dict[str, Any]] = []
         self._workers_memory = 0
-
-    def warm_up(self, seconds: float) -> None:
-        """Open, take the first batch and make a run that counts for memory only."""
-        self._first = self.process.call("start", meanwhile=self._see_memory)
+        self._first = self.process.call("start", self._task, meanwhile=self._see_memory)
         self._warm = self.process.call("run", seconds, meanwhile=self._see_memory)
         wait_until_quiet(self.process.pid)
+
+    def _best_workers(self, task: Task, seconds: float) -> int:
+        """The number of worker processes with which the loader is fastest, each tried for a moment.
+
+        From the second resolution on only the two that were best before.
+        """
+        if len(self._workers) == 1:
+            return self._workers[0]
+        speeds = {}
+        for workers in self._workers:
+            self.process.call("start", replace(task, workers=workers))
+            speeds[workers] = self.process.call("run", seconds)["images_per_second"]
+        *_, second, best = sorted(speeds, key=speeds.__getitem__)
+        self._workers = (second, best)
+        return best
 
     def _see_memory(self) -> None:
         self._workers_memory = max(self._workers_memory, workers_memory(self.process.pid))

@@ -5,7 +5,7 @@
 Without arguments: a packed EMNIST ByClass if there is one, the digits inside scikit-learn otherwise. Every loader packs
 the same images in its own form and gives shuffled batches of the same model input, as its documentation shows it and at
 its best, with the number of worker processes that a short trial finds best. Each is measured in a fresh process of its
-own; those of a resolution run in turn (A B C A B C ...), and every batch that begins or ends a run is held against a
+own; they run in turn (A B C A B C ...), and every batch that begins or ends a run is held against a
 float64 reference. Loaders that are not installed are skipped. Writes loader_throughput.jsonl, .md and .png.
 """
 
@@ -71,7 +71,8 @@ def main() -> int:
 
     setting = choose(arguments)
     with tempfile.TemporaryDirectory(prefix="inkstream-loaders-") as scratch:
-        results = measure_all(loaders, setting, Path(scratch))
+        for results in measure_all(loaders, setting, Path(scratch)):
+            loader_report.write_records(results, setting)  # of a run that is cut off, what was measured stays
     loader_report.write(results, setting)
     return 1 if results.failed else 0
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 
 from benchmarks.peers import load
 from benchmarks.peers.peer import Batch, Rows, Source, Task
-from benchmarks.processes import cpu_seconds
+from benchmarks.processes import cpu_seconds, forget_peak_memory
 from benchmarks.verification import check, check_no_repeats, reach
 
 _LEAST_BATCHES = 6  # of a run, however slow the loader
@@ -48,19 +47,28 @@ class Packer:
 
 
 class MeasuredLoader:
-    """A loader's variant for one task. directory: with the form that the variant reads, as `Packer` wrote it."""
+    """A loader's variant, for one task after another.
 
-    def __init__(self, name: str, variant: str, source: Path, directory: Path, task: Task) -> None:
+    directory: with the form that the variant reads, as `Packer` wrote it.
+    """
+
+    def __init__(self, name: str, variant: str, source: Path, directory: Path, device: torch.device) -> None:
         self._peer = load(name)  # imports the library, before any clock runs
         self._variant = next(known for known in self._peer.variants if known.name == variant)
         self._source = Source(source)
         self._directory = directory / self._variant.form
-        self._task = task
-        self._epoch = 0
-        torch.zeros(1, device=task.device)  # CUDA starts here, not in the first batch
+        self._epochs: Any = None
+        torch.zeros(1, device=device)  # CUDA starts here, not in the first batch
 
-    def start(self) -> dict[str, Any]:
+    def ready(self) -> None:
+        """Nothing: whoever asks knows by the answer that the process is there and has imported its library."""
+
+    def start(self, task: Task) -> dict[str, Any]:
         """Open the store and take the first batch: how long that takes, and how far the batch reaches."""
+        self._epochs = None
+        gc.collect()  # what the task before has left, workers among it
+        forget_peak_memory()
+        self._task = task
         start = time.perf_counter()
         self._epochs = self._peer.open(self._directory, self._variant.name, self._task)
         batches = self._epochs(0)
@@ -155,23 +163,6 @@ class Stream:
     def close(self) -> None:
         _close(self._batches)
         self._batches = None
-
-
-class Trial:
-    """Which number of worker processes is best for a loader: each is run for a moment, in this process."""
-
-    def __init__(self, name: str, variant: str, source: Path, directory: Path, task: Task, seconds: float) -> None:
-        self._arguments = (name, variant, source, directory)
-        self._task = task
-        self._seconds = seconds
-
-    def images_per_second(self, workers: int) -> float:
-        loader = MeasuredLoader(*self._arguments, replace(self._task, workers=workers))
-        loader.start()
-        speed = loader.run(self._seconds)["images_per_second"]
-        del loader
-        gc.collect()  # its workers end with it
-        return speed
 
 
 def _close(batches: Any) -> None:

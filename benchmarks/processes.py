@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class KeptProcess:
     """A fresh process that holds one object and calls its methods on request.
 
     make, arguments: a function of a module and what it gets, to make the object there; both are pickled.
-    log: a file that takes what the process and its libraries print.
+    log: a file that takes what the process and its libraries print. Beside it go their temporary files.
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any, log: Path) -> None:
@@ -87,6 +88,7 @@ class KeptProcess:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.join(5)
+        psutil.wait_procs(left, timeout=5)
 
     def __enter__(self) -> KeptProcess:
         return self
@@ -100,6 +102,7 @@ def _serve(
 ) -> None:
     # What this process starts in its turn (workers of loaders) is started as in any program, not as it was itself.
     multiprocessing.set_start_method(start_method, force=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(log.parent)  # some libraries leave lock files and caches there
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
@@ -138,6 +141,12 @@ def cpu_seconds(pid: int) -> float:
         with contextlib.suppress(psutil.NoSuchProcess):
             total += sum(process.cpu_times()[:4])  # user, system, and the same of children that have ended
     return total
+
+
+def forget_peak_memory() -> None:
+    """Have `peak_memory` of this process count from now on, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(pid: int) -> int:

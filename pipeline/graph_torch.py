@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline.buffers import Buffers
@@ -13,7 +14,7 @@ from shards.errors import UserError
 
 
 class TorchGraph:
-    """See `pipeline.graph.Graph`. Orientation is a matter of strides; the normalisation is folded into A."""
+    """See `pipeline.graph.Graph`. The normalisation is folded into A."""
 
     def __init__(self, spec: GraphSpec, device: torch.device) -> None:
         if spec.encoded:
@@ -34,36 +35,48 @@ class TorchGraph:
         scale = 1 / (255 * torch.tensor(spec.std, dtype=torch.float64))
         rows = torch.from_numpy(resize_weights(height, spec.resolution, spec.interpolation))  # [R, H]
         columns = torch.from_numpy(resize_weights(width, spec.resolution, spec.interpolation))  # [R, W]
-        # First along the axis that is stored last, for all images in one product; then along the other.
-        first, second = (rows, columns) if spec.transposed else (columns, rows)
-        self._first = first.T.contiguous().float().to(device)  # [H or W, R]
-        self._second = (scale[:, None, None] * second).float().to(device)  # [C, R, W or H]
-        self._scale = scale.float().view(-1, 1, 1).to(device)
+        self._columns = columns.T.contiguous().float().to(device)  # [W, R]
+        self._rows = (scale[:, None, None] * rows).float().to(device)  # [C, R, H]
         self._offset = (255 * torch.tensor(spec.mean, dtype=torch.float64)).float().view(-1, 1, 1).to(device)
+        # Without resizing: X / (255 std) - mean / std.
+        shifts = (-torch.tensor(spec.mean, dtype=torch.float64) / torch.tensor(spec.std)).float().to(device)
+        self._shifts_and_scales = list(zip(shifts, scale.tolist(), strict=True))
 
     def __call__(self, images: NDArray[np.uint8]) -> torch.Tensor:
         raw = torch.from_numpy(images)
         if self._device.type == "cuda":
             raw = raw.pin_memory().to(self._device, non_blocking=True)
-        stored = raw.permute(0, 3, 1, 2)
+        pixels = self._as_floats(self._upright(raw))
         if not self._resizes:
-            return self._centred(stored.mT if self._transposed else stored).mul_(self._scale)
-        pixels = self._centred(stored)
-        batch, channels, lines, _ = pixels.shape
-        resolution = self._first.shape[1]
-        halfway = torch.matmul(pixels, self._first, out=self._empty(batch, channels, lines, resolution))
-        output = self._empty(batch, channels, resolution, resolution)
-        if self._transposed:
-            # (A (X A^T))^T = (X A^T)^T A^T: exchanging rows and columns costs nothing here.
-            return torch.matmul(halfway.mT, self._second.mT, out=output)
-        return torch.matmul(self._second, halfway, out=output)
+            for channel, (shift, scale) in enumerate(self._shifts_and_scales):
+                plane = pixels[:, channel]
+                torch.add(shift, plane, alpha=scale, out=plane)  # in one pass over the memory
+            return pixels
+        pixels.sub_(self._offset)
+        batch, channels, height, _ = pixels.shape
+        resolution = self._columns.shape[1]
+        # X A^T is one large product for all images together; then A from the left, image by image.
+        wide = torch.matmul(pixels, self._columns, out=self._empty(batch, channels, height, resolution))
+        return torch.matmul(self._rows, wide, out=self._empty(batch, channels, resolution, resolution))
 
-    def _centred(self, images: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [B, C, H, W] of any strides as contiguous floats, less the mean."""
+    def _upright(self, raw: torch.Tensor) -> torch.Tensor:
+        """Images uint8 [B, H, W, C] as they lie at rest as uint8 [B, C, H, W] of any strides, orientation fixed."""
+        batch, height, width, channels = raw.shape
+        if self._transposed and channels == 1 and self._device.type == "cpu":
+            # H x W channels that lie last, shuffled in H groups, are rows and columns exchanged: vectorised, and
+            # four times as fast as copying through strides.
+            pixels = height * width
+            stored = raw.as_strided((batch, pixels, 1, 1), (pixels, 1, pixels, pixels))
+            return F.channel_shuffle(stored, height).view(batch, 1, width, height)
+        planes = raw.permute(0, 3, 1, 2)
+        return planes.mT if self._transposed else planes
+
+    def _as_floats(self, images: torch.Tensor) -> torch.Tensor:
+        """Images uint8 [B, C, H, W] of any strides as contiguous float32."""
         if not images.is_contiguous() and images.device.type == "cpu":
             # Moving pixels is cheaper as bytes than as floats.
             images = torch.from_numpy(self._buffers.array(tuple(images.shape))).copy_(images)
-        return self._empty(*images.shape).copy_(images).sub_(self._offset)
+        return self._empty(*images.shape).copy_(images)
 
     def _empty(self, *shape: int) -> torch.Tensor:
         if self._device.type == "cuda":

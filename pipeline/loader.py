@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -63,6 +64,7 @@ class Loader:
         self._rank = rank
         self._world_size = world_size
         self._buffers = Buffers()
+        self._table: tuple[NDArray[np.uint8], torch.Tensor] | None = None
         self.order = order
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
@@ -85,8 +87,8 @@ class Loader:
             raise damaged_picture(self._store, int(step.samples[error.position]), error.reason) from None
         return Batch(
             images=model_input,
-            labels=torch.from_numpy(self._store.labels[step.samples]).to(self._device, non_blocking=True),
-            rows=torch.from_numpy(self._store.rows[step.samples]).to(self._device, non_blocking=True),
+            labels=torch.from_numpy(self._store.labels.take(step.samples)).to(self._device, non_blocking=True),
+            rows=torch.from_numpy(self._store.rows.take(step.samples)).to(self._device, non_blocking=True),
             step=step.number,
             global_size=step.global_size,
         )
@@ -95,8 +97,21 @@ class Loader:
         if self._store.manifest.encoded:
             return self._store.read(samples)
         images = self._buffers.array((len(samples), *self._store.manifest.image_shape))
-        self._store.gather(samples, images)
+        located = self._store.locate(samples)
+        if located is None:
+            self._store.gather(samples, images)
+        else:
+            # The same on all cores, which also leaves each core the images that it goes on with.
+            table, rows = self._as_tensor(located.table), torch.from_numpy(located.rows)
+            torch.index_select(table, 0, rows, out=torch.from_numpy(images).view(len(rows), -1))
         return images
+
+    def _as_tensor(self, table: NDArray[np.uint8]) -> torch.Tensor:
+        if self._table is None or self._table[0] is not table:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+                self._table = table, torch.from_numpy(table)
+        return self._table[1]
 
 
 def damaged_picture(store: EncodedStore, sample: int, reason: str) -> UserError:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.manifest import Manifest
+from shards.store import Located
 
 LoadBlocks: TypeAlias = Callable[[NDArray[np.int64], list[NDArray[np.uint8]]], None]
 
@@ -54,8 +55,7 @@ class BlockCache:
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into the caller's buffer; see `shards.store.ImageStore.gather`."""
-        if len(samples) and (samples.min() < 0 or samples.max() >= self._samples):
-            raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {self._samples - 1}")
+        self._check(samples)
         assert out.flags.c_contiguous and out.shape == (len(samples), *self._image_shape)
         flat = out.reshape(len(samples), self._image_bytes)
         blocks, places = np.divmod(samples, self._block_size)
@@ -69,6 +69,20 @@ class BlockCache:
                 return
             # `clip` because only so does NumPy write straight into `out`; no index is outside.
             np.take(self._buffer, slots * self._block_size + places, axis=0, out=flat, mode="clip")
+
+    def locate(self, samples: NDArray[np.int64]) -> Located | None:
+        """Where images are in the buffer, if it has room for all there are; see `shards.store.ImageStore.locate`."""
+        self._check(samples)
+        if self.slots < len(self._slot_of_block):
+            return None
+        blocks, places = np.divmod(samples, self._block_size)
+        with self._lock:
+            self._bring(np.unique(blocks))
+            return Located(self._buffer, self._slot_of_block[blocks] * self._block_size + places)
+
+    def _check(self, samples: NDArray[np.int64]) -> None:
+        if len(samples) and (samples.min() < 0 or samples.max() >= self._samples):
+            raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {self._samples - 1}")
 
     def _roomfuls(self, blocks: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Indices into `blocks`, each once, in groups that have no more blocks than there are slots."""

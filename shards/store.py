@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,14 @@ from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest
 from shards.places import local_set
 
 Images: TypeAlias = NDArray[np.uint8] | list[NDArray[np.uint8]]
+
+
+class Located(NamedTuple):
+    """Images in memory. table: uint8 [M, H * W * C], not to be written to; its rows may overlap. rows: int64 [n], the
+    row of the table that is each image."""
+
+    table: NDArray[np.uint8]
+    rows: NDArray[np.int64]
 
 
 class Store(Protocol):
@@ -37,6 +45,13 @@ class Store(Protocol):
 
 class ImageStore(Store, Protocol):
     """A store of images of one size."""
+
+    def locate(self, samples: NDArray[np.int64]) -> Located | None:
+        """Where the images of samples (as in `read`) lie in memory; None if they may have to make room for others.
+
+        Raises IndexError for a position outside the store.
+        """
+        ...
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into the caller's buffer.

@@ -21,6 +21,7 @@ from shards.atomic import write_file
 from shards.cache import BlockCache
 from shards.errors import UserError, damaged
 from shards.manifest import Manifest, RawFile, Shard
+from shards.store import Located
 from shards.writer import Block, Layout
 
 COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
@@ -198,8 +199,8 @@ class TarStore:
                 start = self._add_block(number, block, data, shard, start)
         if mapped:
             self._maps = opened
-            self._images, places = _images_at_every_byte(self._maps, manifest.image_bytes)
-            self._image_of_block = places[self._shard_of_block] + np.asarray(self._first_image)
+            self._table, starts = _images_at_every_byte(self._maps, manifest.image_bytes)
+            self._row_of_block = starts[self._shard_of_block] + np.asarray(self._first_image)
 
     def _blocks(self, directory: Path, shard: Shard, data: NDArray[np.uint8] | _Bytes) -> list[dict[str, Component]]:
         index = (directory / shard.name).with_suffix(".idx")
@@ -259,12 +260,18 @@ class TarStore:
         if self._cache is not None:
             self._cache.gather(samples, out)
             return
+        assert out.flags.c_contiguous and out.shape == (len(samples), *self.manifest.image_shape)
+        out.reshape(len(samples), self.manifest.image_bytes)[...] = self._table[self._rows_of_table(samples)]
+
+    def locate(self, samples: NDArray[np.int64]) -> Located | None:
+        """Images in the maps; see `ImageStore.locate`."""
+        return None if self._cache is not None else Located(self._table, self._rows_of_table(samples))
+
+    def _rows_of_table(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         if len(samples) and (samples.min() < 0 or samples.max() >= len(self)):
             raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {len(self) - 1}")
-        assert out.flags.c_contiguous and out.shape == (len(samples), *self.manifest.image_shape)
-        flat = out.reshape(len(samples), self.manifest.image_bytes)
-        blocks, places = np.divmod(samples, self.manifest.block_size)
-        flat[...] = self._images[self._image_of_block[blocks] + places * self.manifest.image_bytes]
+        blocks, within = np.divmod(samples, self.manifest.block_size)
+        return self._row_of_block[blocks] + within * self.manifest.image_bytes
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
         """Read the images of whole blocks from the disk; see `shards.cache.LoadBlocks`."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from shards.cache import BlockCache
 from shards.errors import damaged, first_line
 from shards.manifest import Manifest
+from shards.store import Located
 from shards.tar import block_key
 from shards.zarr_arrays import ArrayCut, cut_of, open_arrays
 
@@ -157,6 +158,10 @@ class ZarrStore:
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into the caller's buffer; see `ImageStore.gather`."""
         self._cache.gather(samples, out)
+
+    def locate(self, samples: NDArray[np.int64]) -> Located | None:
+        """Images among those decoded; see `ImageStore.locate`."""
+        return self._cache.locate(samples)
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
         """Decode the images of whole blocks; see `shards.cache.LoadBlocks`."""

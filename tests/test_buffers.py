@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import numpy as np
 import torch
@@ -60,6 +61,21 @@ def test_a_smaller_last_batch_takes_the_same_memory() -> None:
     whole = address(buffers.array((512, 784)))
     assert address(buffers.array((17, 784))) == whole
     assert buffers.array((17, 784)).shape == (17, 784)
+
+
+def test_memory_is_aligned() -> None:
+    buffers = Buffers()
+    held = [buffers.tensor((size,)) for size in (1, 7, 1000, 1_000_003)]
+    assert [address(tensor) % 64 for tensor in held] == [0] * 4
+
+
+def test_sizes_that_went_out_of_use_are_let_go() -> None:
+    buffers = Buffers()
+    gone = weakref.ref(buffers.array((1,)).base)
+    assert gone() is not None
+    for megabytes in range(3, 20, 2):
+        buffers.array((megabytes << 20,))
+    assert gone() is None
 
 
 def test_types_and_shapes() -> None:

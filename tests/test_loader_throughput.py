@@ -233,8 +233,8 @@ class Faulty:
 def test_a_run_is_checked_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     source, task = made_up_task(tmp_path, 28)
     monkeypatch.setattr(measured_loader, "load", lambda name: Faulty(source, fault))
-    loader = MeasuredLoader("faulty", "best", tmp_path / "source", tmp_path, task)
-    assert loader.start()["error"] < 1e-5
+    loader = MeasuredLoader("faulty", "best", tmp_path / "source", tmp_path, task.device)
+    assert loader.start(task)["error"] < 1e-5
     # Two batches warm up, and the eight that follow end with the last one of the second epoch.
     monkeypatch.setattr(measured_loader, "_LEAST_BATCHES", 8)
     if fault == "none":

@@ -107,6 +107,18 @@ class StoreContract:
         with pytest.raises(IndexError, match=str(len(packed.store))):
             packed.store.read(np.array([len(packed.store)]))
 
+    def test_located_images_are_those_gathered(self, packed: Packed, blocks_in_memory: int | None) -> None:
+        samples = np.random.default_rng(2).integers(0, len(packed.store), 50)
+        located = packed.store.locate(samples)
+        if blocks_in_memory and blocks_in_memory * packed.store.manifest.block_size < len(packed.store):
+            assert located is None
+            return
+        assert located is not None
+        images = located.table[located.rows].reshape(50, *packed.store.manifest.image_shape)
+        np.testing.assert_array_equal(images, gathered(packed.store, samples))
+        with pytest.raises(IndexError, match=str(len(packed.store))):
+            packed.store.locate(np.array([len(packed.store)]))
+
     def test_several_threads_may_gather(self, packed: Packed) -> None:
         orders = [np.random.default_rng(seed).permutation(len(packed.store)) for seed in range(4)]
         with ThreadPoolExecutor(4) as pool:
