@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from shards.atomic import make_directory, write_file
 from shards.errors import UserError
-from shards.fetch import THREADS, Wanted, check_names, disk_trouble, fetch_files
-from shards.local_cache import Entry, cache_directory, open_entry
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest
-from shards.remote import Listed, Missing, Place, Refused, Unreachable, explained, open_place, patiently
+from shards.remote.fetch import THREADS, Wanted, check_names, disk_trouble, fetch_files
+from shards.remote.local_cache import Entry, cache_directory, open_entry
+from shards.remote.place import Listed, Missing, Place, Refused, Unreachable, explained, open_place, patiently
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGES = ("shards", "pipeline", "trainer", "benchmarks")
+INNER_PACKAGES = ("shards/remote", "pipeline/raw", "pipeline/sources", "benchmarks/peers")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MOST_LINES = 400
 
@@ -23,7 +25,7 @@ FORBIDDEN = {
 }
 # Where the library is imported, and nowhere else in the packages that are the product.
 OWNERS = {
-    "fsspec": {"shards/remote_fsspec.py"},
+    "fsspec": {"shards/remote/fsspec_place.py"},
     "nvidia": {"pipeline/graph_dali.py"},
     "wandb": {"trainer/sinks.py"},
     "timm": {"trainer/model.py", "trainer/optimizer.py"},
@@ -75,6 +77,13 @@ def test_the_packages_are_where_they_are_looked_for() -> None:
         assert ROOT / package / "__init__.py" in MODULES
 
 
+def test_all_packages_are_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(
+        name_of(path.parent).replace("/", ".") for path in MODULES if path.stem == "__init__"
+    )
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_point_one_way(package: str) -> None:
     found = {
@@ -107,7 +116,7 @@ def test_nothing_is_called_utils() -> None:
     assert [name_of(path) for path in MODULES if "util" in path.stem or "helper" in path.stem] == []
 
 
-@pytest.mark.parametrize("package", [*PACKAGES, "pipeline/raw", "pipeline/sources"])
+@pytest.mark.parametrize("package", [*PACKAGES, *INNER_PACKAGES])
 def test_a_package_says_which_question_it_answers(package: str) -> None:
     docstring = ast.get_docstring(tree_of(ROOT / package / "__init__.py"))
     assert docstring, f"{package} has no docstring"

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 
-import shards.remote as remote
+import shards.remote.place as remote
 from shards import Manifest, UserError, open_part
 from shards.places import local_files, local_set, remote_manifests, upload_set
 

@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from shards import remote
 from shards.errors import UserError
-from shards.remote import Listed, Missing, Named, Refused, Unreachable
+from shards.remote import place as remote
+from shards.remote.place import Listed, Missing, Named, Refused, Unreachable
 
 _CHUNK = 256 << 10
 
 
 class WebPlace(Named):
-    """An http:// or https:// address; see `shards.remote.Place`.
+    """An http:// or https:// address; see `shards.remote.place.Place`.
 
     fsspec's own HTTP file system holds a whole file in memory where a server ignores ranges, and has no limit of
     seconds without a byte.

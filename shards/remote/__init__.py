@@ -1,0 +1,1 @@
+"""How do files come from the network into the local cache, and go there? `shards.places` is its public side."""
