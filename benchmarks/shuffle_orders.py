@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +43,19 @@ def rules(source: Source, scratch: Path, batch_size: int, epochs: int) -> Iterat
 
     order = TrainingOrder(samples, batch_size, seed=0)
     yield Given("inkstream", "a uniform permutation of the packed samples", ours(order))
-    if {"block_size", "window"} <= {known.name for known in fields(TrainingOrder)}:
-        block = max(1, batch_size // 8)
-        window = max(1, round(_WINDOW * len(source) / block))
-        order = TrainingOrder(samples, batch_size, seed=0, block_size=block, window=window)
-        note = f"for sets larger than memory: a sliding window of {window * block:,} of them"
-        yield Given("inkstream windowed", note, ours(order))
+    block = max(1, batch_size // 8)
+    window = max(1, round(_WINDOW * len(source) / block))
+    order = TrainingOrder(samples, batch_size, seed=0, block_size=block, window=window)
+    note = f"for sets larger than memory: a sliding window of {window * block:,} of them"
+    yield Given("inkstream windowed", note, ours(order))
     torch_random = torch.Generator().manual_seed(0)
-    for name, sampler in (
-        ("torch RandomSampler", RandomSampler(samples, generator=torch_random)),
-        ("sequential", SequentialSampler(samples)),
+    for name, note, sampler in (
+        ("torch RandomSampler", "a uniform permutation", RandomSampler(samples, generator=torch_random)),
+        ("sequential", "no shuffling at all", SequentialSampler(samples)),
     ):
         batches = BatchSampler(sampler, batch_size, drop_last=True)
         epochs_given = [[np.array(rows) for rows in batches] for _ in range(epochs)]
-        yield Given(name, "torch's sampler, no library around it", epochs_given)
+        yield Given(name, note, epochs_given)
 
 
 class OrderOf:
