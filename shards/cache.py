@@ -77,8 +77,11 @@ class BlockCache:
             return None
         blocks, places = np.divmod(samples, self._block_size)
         with self._lock:
-            self._bring(np.unique(blocks))
-            return Located(self._buffer, self._slot_of_block[blocks] * self._block_size + places)
+            slots = self._slot_of_block[blocks]
+            if len(slots) and slots.min() < 0:
+                self._bring(np.unique(blocks))
+                slots = self._slot_of_block[blocks]
+            return Located(self._buffer, slots * self._block_size + places)
 
     def _check(self, samples: NDArray[np.int64]) -> None:
         if len(samples) and (samples.min() < 0 or samples.max() >= self._samples):
