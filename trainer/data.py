@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from shards.manifest import VALIDATION, has_part
 from shards.places import local_set
 from shards.verify import check_hashes
 from trainer.distributed import World
+from trainer.phases import Phase, TrainingLoader, phases
 from trainer.settings import Config
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ _TRAIN_SHARE = 0.75  # of the memory for images, the rest is for the other parts
 class TrainingData:
     """What a run learns from and is judged by.
 
-    train: loader over what remains of the train part; validation: over the part set aside or packed so, None if there
+    spec: of the model input that is evaluated.
+    train: over what remains of the train part; validation: over the part set aside or packed so, None if there
     is none;
     test: over the test part. counts: int64 [C], training samples of each class. digest: stands for both parts.
     """
@@ -46,7 +48,7 @@ class TrainingData:
     backend: str
     backend_reason: str
     counts: NDArray[np.int64]
-    train: Loader
+    train: TrainingLoader
     validation: Loader | None
     test: Loader
     test_store: Store
@@ -91,14 +93,24 @@ def open_data(config: Config, world: World) -> TrainingData:
             hint="raise it, or data.validation=0 to train without",
         )
     manifest = train_store.manifest
-    spec = GraphSpec.of(manifest, config.data.resolution, config.data.interpolation)
+    parts = phases(config)
+    spec = GraphSpec.of(manifest, parts[-1].resolution, config.data.interpolation)
     backend, reason = choose_backend(config.loader.backend, world.device, spec)
-    statistics = world.on_first(lambda: cached(train_store, directory / "train", spec, backend, world.device))
-    spec = spec.normalised(statistics.mean, statistics.std)
-    graph = make_graph(spec, backend, world.device, config.loader.batch_size)
+    specs = {
+        resolution: _normalised(replace(spec, resolution=resolution), train_store, directory, backend, world)
+        for resolution in sorted({phase.resolution for phase in parts})
+    }
+    spec = specs[parts[-1].resolution]
+    largest_batch = max(phase.batch_size for phase in parts)
+    graph = make_graph(spec, backend, world.device, parts[-1].batch_size)
+
+    def graph_of(phase: Phase) -> Graph:
+        if phase[1:] == parts[-1][1:]:
+            return graph
+        return make_graph(specs[phase.resolution], backend, world.device, phase.batch_size)
 
     ranks = {"rank": world.rank, "world_size": world.size}
-    window = world.share(window_within(manifest, int(memory * _TRAIN_SHARE), config.loader.batch_size))
+    window = world.share(window_within(manifest, int(memory * _TRAIN_SHARE), largest_batch))
     order = TrainingOrder(train, config.loader.batch_size, config.seed, manifest.block_size, window)
     return TrainingData(
         manifest=manifest,
@@ -107,11 +119,17 @@ def open_data(config: Config, world: World) -> TrainingData:
         backend=backend,
         backend_reason=reason,
         counts=np.bincount(train_store.labels[train], minlength=len(manifest.classes)),
-        train=Loader(train_store, order, graph, world.device, **ranks),
+        train=TrainingLoader(train_store, order, parts, graph_of, world.device, **ranks),
         validation=evaluation_loader(validation_store, validation, graph, config, world) if len(validation) else None,
         test=evaluation_loader(test_store, np.arange(len(test_store)), graph, config, world),
         test_store=test_store,
     )
+
+
+def _normalised(spec: GraphSpec, store: Store, directory: Path, backend: str, world: World) -> GraphSpec:
+    """A spec with the mean and deviation of the train part at its resolution."""
+    statistics = world.on_first(lambda: cached(store, directory / "train", spec, backend, world.device))
+    return spec.normalised(statistics.mean, statistics.std)
 
 
 def _memory(setting: float | Literal["auto"]) -> int:

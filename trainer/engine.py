@@ -63,10 +63,10 @@ def test(training: Training, directory: RunDirectory) -> Evaluation:
 def train_epoch(training: Training, directory: RunDirectory, received: list[int]) -> None:
     """The steps of an epoch from where the training stands; their sums are left in `training.so_far`."""
     config, world = training.config, training.world
-    steps = training.data.train.order.steps_per_epoch
+    steps = training.data.train.steps(training.epoch)
     accumulation = config.optim.accumulation
-    epochs_after = config.trainer.epochs - training.epoch - 1
-    progress = Progress(training.epoch, config.trainer.epochs, steps, training.step, epochs_after * steps)
+    ahead = training.data.train.steps_ahead(training.epoch, config.trainer.epochs)
+    progress = Progress(training.epoch, config.trainer.epochs, steps, training.step, ahead)
     vote = StopVote(world)
     here = Totals()
     # Added up in one sequence across a stop, so that a resumed epoch has the loss of one that was not stopped.
@@ -161,6 +161,7 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
         world.share_tensors(list(training.average.module.buffers()))
     record: dict[str, Any] = {
         "epoch": training.epoch + 1,
+        "resolution": training.data.train.phase(training.epoch).resolution,
         "train_loss": done.loss / done.samples,
         "lr": training.lr,
         "seconds": done.seconds,

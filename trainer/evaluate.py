@@ -136,7 +136,7 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
             expected=f"{state['image_shape'][2]}, as the run was trained on",
             hint="name a packed set of such images",
         )
-    spec = GraphSpec.of(store.manifest, config.data.resolution, config.data.interpolation)
+    spec = GraphSpec.of(store.manifest, config.data.final_resolution, config.data.interpolation)
     backend, _ = choose_backend(config.loader.backend, world.device, spec)
     spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
     graph = make_graph(spec, backend, world.device, config.loader.batch_size)
@@ -150,7 +150,7 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
         "seconds": evaluation.seconds,
         "images_per_second": evaluation.confusion.samples / evaluation.seconds,
         "data_wait_share": evaluation.wait_seconds / evaluation.seconds,
-        "resolution": config.data.resolution,
+        "resolution": config.data.final_resolution,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dataset": f"{store.manifest.name}/{store.manifest.part}",
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import timm.optim
@@ -33,19 +36,34 @@ def make_optimizer(model: torch.nn.Module, settings: Optim) -> torch.optim.Optim
 class LearningRate:
     """The schedule of a run: told of every update and every epoch, it moves at those it follows."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: Config, updates_per_epoch: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, config: Config, updates: Sequence[int]) -> None:
+        """updates: of each epoch. Where they differ, an epoch of fewer moves the schedule as far, in larger moves."""
         self._optimizer = optimizer
         self._by_update = config.schedule.unit == "step" and config.schedule.name != "plateau"
-        per_epoch = updates_per_epoch if self._by_update else 1
-        self._scheduler = _make_scheduler(optimizer, config.schedule, config.trainer.epochs, per_epoch)
+        self._moves_per_epoch = max(updates) if self._by_update else 1
+        self._ends = list(itertools.accumulate(updates))
+        self._updates = 0
+        self._scheduler = _make_scheduler(optimizer, config.schedule, config.trainer.epochs, self._moves_per_epoch)
 
     @property
     def now(self) -> float:
         return self._optimizer.param_groups[0]["lr"]
 
     def after_update(self) -> None:
+        before = self._moves()
+        self._updates += 1
         if self._by_update:
-            self._scheduler.step()
+            for _ in range(self._moves() - before):
+                self._scheduler.step()
+
+    def _moves(self) -> int:
+        """How far the schedule is to have moved after the updates so far."""
+        epoch = bisect.bisect_right(self._ends, self._updates)
+        if epoch == len(self._ends):
+            return epoch * self._moves_per_epoch
+        first = self._ends[epoch - 1] if epoch else 0
+        in_epoch = (self._updates - first) * self._moves_per_epoch // (self._ends[epoch] - first)
+        return epoch * self._moves_per_epoch + in_epoch
 
     def after_epoch(self, validation_figure: float) -> None:
         """validation_figure: the one that chooses the best epoch; higher is better."""
@@ -55,10 +73,11 @@ class LearningRate:
             self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._scheduler.state_dict()
+        return {"scheduler": self._scheduler.state_dict(), "updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._scheduler.load_state_dict(state)
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._updates = state["updates"]
 
 
 def _make_scheduler(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class Training:
         """Everything that a later process needs to go on exactly here; tensors and plain values only."""
         return {
             **self._identity(),
-            "window": self.data.train.order.window,
+            "window": self.data.train.window,
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict(),
@@ -128,7 +128,7 @@ class Training:
 
     def restore(self, state: dict[str, Any]) -> None:
         # The order that was begun with goes on, whatever the memory of this machine would allow.
-        self.data.train.order = replace(self.data.train.order, window=state["window"])
+        self.data.train.window = state["window"]
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
@@ -154,7 +154,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         gpu = [world.device.index] if world.device.type == "cuda" else None
         forward = DistributedDataParallel(forward, device_ids=gpu)
     optimizer = make_optimizer(model, config.optim)
-    updates_per_epoch = -(-data.train.order.steps_per_epoch // config.optim.accumulation)
+    updates = [-(-data.train.steps(epoch) // config.optim.accumulation) for epoch in range(config.trainer.epochs)]
     return Training(
         config=config,
         world=world,
@@ -163,6 +163,6 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         forward=forward,
         average=make_average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
         optimizer=optimizer,
-        learning_rate=LearningRate(optimizer, config, updates_per_epoch),
+        learning_rate=LearningRate(optimizer, config, updates),
         class_weights=class_weights(data.counts, config.loss).to(world.device),
     )
