@@ -141,7 +141,7 @@ def _update(training: Training) -> None:
     training.learning_rate.after_update()
     training.updates += 1
     if training.average is not None:
-        training.average.update(training.model, step=training.updates)
+        training.average.update(training.updates)
 
 
 @contextlib.contextmanager

@@ -20,17 +20,37 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from trainer.lion import Lion
 from trainer.settings import Config, Optim, Schedule
 
-_TIMM_NAMES = {"adam": "adam", "adamw": "adamw", "lion": "lion", "sgd_lookahead": "lookahead_sgd"}
+_SLOW = "lookahead_slow_buff"  # as timm names it
 
 
 def make_optimizer(model: torch.nn.Module, settings: Optim) -> torch.optim.Optimizer:
-    """timm's optimiser over a model's parameters; biases and norms are not decayed."""
-    options = {"momentum": settings.momentum} if settings.name == "sgd_lookahead" else {}
-    return timm.optim.create_optimizer_v2(
-        model, opt=_TIMM_NAMES[settings.name], lr=settings.lr, weight_decay=settings.weight_decay, **options
-    )
+    """The optimiser over a model's parameters, all of them in few kernels; biases and norms are not decayed."""
+    # Some of timm's models name further parameters that are not to be decayed.
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = timm.optim.param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
+    if settings.name == "lion":
+        return Lion(groups, lr=settings.lr)
+    if settings.name == "sgd_lookahead":
+        return Lookahead(torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=True, fused=True))
+    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return kind(groups, settings.lr, fused=True)
+
+
+class Lookahead(timm.optim.Lookahead):
+    """timm's Lookahead, with all parameters of a group at once."""
+
+    @torch.no_grad()
+    def update_slow(self, group: dict[str, Any]) -> None:
+        fast = [weight for weight in group["params"] if weight.grad is not None]
+        states = [self._base_optimizer.state[weight] for weight in fast]
+        for weight, state in zip(fast, states, strict=True):
+            state.setdefault(_SLOW, weight.detach().clone())
+        slow = [state[_SLOW] for state in states]
+        torch._foreach_add_(slow, torch._foreach_sub(fast, slow), alpha=group["lookahead_alpha"])
+        torch._foreach_copy_(fast, slow)
 
 
 class LearningRate:

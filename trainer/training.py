@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.arithmetic import memory_format
+from trainer.average import Average
 from trainer.data import TrainingData
 from trainer.distributed import World
 from trainer.loss import class_weights
-from trainer.model import Average, make_average, make_model
+from trainer.model import make_model
 from trainer.optimizer import LearningRate, make_optimizer
 from trainer.randomness import seed_weights
 from trainer.settings import Config
@@ -152,7 +153,15 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     forward: nn.Module = torch.compile(model) if config.trainer.compile else model
     if world.size > 1:
         gpu = [world.device.index] if world.device.type == "cuda" else None
-        forward = DistributedDataParallel(forward, device_ids=gpu)
+        forward = DistributedDataParallel(
+            forward,
+            device_ids=gpu,
+            # A static graph has to exchange gradients in its first backward pass, which accumulation puts off.
+            static_graph=config.optim.accumulation == 1,
+            gradient_as_bucket_view=True,
+            # Batch norm trains on each rank's own batch; rank 0's running statistics are shared when they are used.
+            forward_sync_buffers=False,
+        )
     optimizer = make_optimizer(model, config.optim)
     updates = [-(-data.train.steps(epoch) // config.optim.accumulation) for epoch in range(config.trainer.epochs)]
     return Training(
@@ -161,7 +170,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         data=data,
         model=model,
         forward=forward,
-        average=make_average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
+        average=Average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
         optimizer=optimizer,
         learning_rate=LearningRate(optimizer, config, updates),
         class_weights=class_weights(data.counts, config.loss).to(world.device),
