@@ -22,6 +22,7 @@ from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
 from trainer.progress import Progress, duration
 from trainer.randomness import seed_step
+from trainer.readback import Readback
 from trainer.run_directory import RunDirectory
 from trainer.sinks import Sink
 from trainer.training import Totals, Training
@@ -44,13 +45,16 @@ def fit(training: Training, directory: RunDirectory, sinks: list[Sink]) -> Evalu
 
     Rank 0 writes checkpoints, metrics and figures into the directory. Raises `Stopped` after a SIGINT or SIGTERM.
     """
+    training.profile.mark("start")
     with _signals() as received:
         while training.epoch < training.config.trainer.epochs:
             train_epoch(training, directory, received)
             _end_epoch(training, directory, sinks)
             if int(training.world.sum(torch.tensor(len(received)))):
                 raise _stopped(training, received)
-    return test(training, directory)
+    evaluation = test(training, directory)
+    training.profile.mark("test")
+    return evaluation
 
 
 def test(training: Training, directory: RunDirectory) -> Evaluation:
@@ -72,11 +76,13 @@ def train_epoch(training: Training, directory: RunDirectory, received: list[int]
     # Added up in one sequence across a stop, so that a resumed epoch has the loss of one that was not stopped.
     before_stop = training.so_far.loss if world.speaks else 0.0
     loss = torch.tensor(before_stop, dtype=torch.float64, device=world.device)
+    shown = Readback(world.device)
     training.forward.train()
     start = before = time.perf_counter()
     with contextlib.closing(training.data.train.batches(training.epoch, training.step)) as batches:
-        for batch in batches:
+        for batch in training.trace.over(batches, directory.trace):
             here.wait_seconds += time.perf_counter() - before
+            training.profile.mark("data wait")
             window_start = batch.step - batch.step % accumulation
             window = min(accumulation, steps - window_start)
             updates = batch.step - window_start + 1 == window
@@ -87,10 +93,11 @@ def train_epoch(training: Training, directory: RunDirectory, received: list[int]
             here.samples += batch.global_size
             training.step = batch.step + 1
             if world.speaks:
-                shown = _Lazy(batch_loss, len(batch.labels))
+                shown.offer(batch_loss, len(batch.labels))
                 progress.step(training.step, shown, training.learning_rate.now, here.samples, here.wait_seconds)
             if updates and vote.cast(bool(received)):
                 break
+            training.profile.mark("logging")
             before = time.perf_counter()
     progress.close()
     stopping = vote.finish() or (world.size == 1 and bool(received))
@@ -120,12 +127,15 @@ def train_step(training: Training, batch: Batch, window: int, updates: bool) -> 
     targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
     images, targets = mix(batch.images, targets, config.mixing, mixing_draws)
     images = images.to(memory_format=memory_format(config.trainer))
+    training.profile.mark("mixing")
     with _gradients_shared(training.forward, updates):
         with autocast(config.trainer, world.device):
             logits = training.forward(images)
         loss = weighted_kl(logits, targets, training.class_weights)
+        training.profile.mark("forward")
         # The mean over the global batch; ranks of unequal shares are averaged by DDP, hence the factor.
         (loss * (world.size / (batch.global_size * window))).backward()
+        training.profile.mark("backward")
     if updates:
         _update(training)
     return loss.detach()
@@ -140,8 +150,10 @@ def _update(training: Training) -> None:
     training.lr = training.learning_rate.now
     training.learning_rate.after_update()
     training.updates += 1
+    training.profile.mark("optimiser")
     if training.average is not None:
         training.average.update(training.updates)
+        training.profile.mark("average")
 
 
 @contextlib.contextmanager
@@ -173,9 +185,11 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
         if world.speaks:
             # Killed while it validates, the run has this epoch's training.
             checkpoint.save(directory.last, training.state())
+            training.profile.mark("checkpoint")
         classes = len(training.data.classes)
         judged = evaluate(training.evaluated, training.data.validation, classes, config.trainer, world)
         record["validation"] = judged.summary()
+        training.profile.mark("validation")
         figure = record["validation"][config.trainer.select]
     training.learning_rate.after_epoch(figure)
     # Of equals the later one, which has learned longer.
@@ -195,6 +209,7 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
         for sink in sinks:
             sink.epoch(record)
         print(_line(record, config.trainer.epochs, is_best), flush=True)
+    training.profile.mark("end of epoch")
 
 
 def _line(record: dict[str, Any], epochs: int, is_best: bool) -> str:
@@ -207,17 +222,6 @@ def _line(record: dict[str, Any], epochs: int, is_best: bool) -> str:
         f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
         f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}"
     )
-
-
-class _Lazy:
-    """The mean loss of a batch, read from the device only when it is shown."""
-
-    def __init__(self, total: torch.Tensor, count: int) -> None:
-        self._total = total
-        self._count = count
-
-    def __call__(self) -> float:
-        return float(self._total) / self._count
 
 
 @contextlib.contextmanager

@@ -65,6 +65,8 @@ class TrainingLoader:
         self._graph = graph
         self._device = device
         self._ranks = {"rank": rank, "world_size": world_size}
+        self.timed: Callable[[Graph], Graph] | None = None
+        """Wraps graphs, to take their time."""
         self._open: tuple[Phase, Loader] | None = None
 
     @property
@@ -87,6 +89,8 @@ class TrainingLoader:
         if self._open is None or self._open[0] != phase:
             self._open = None  # the memory of the phase before
             graph = self._graph(phase)
+            if self.timed is not None:
+                graph = self.timed(graph)
             self._open = (phase, Loader(self._store, self.order(epoch), graph, self._device, **self._ranks))
         return self._open[1].batches(epoch, first_step)
 

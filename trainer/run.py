@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.atomic import write_file
 from shards.errors import run_command
 from shards.places import local_set
 from trainer import checkpoint, config, engine, report, run_directory
@@ -27,6 +29,7 @@ from trainer.distributed import World, join, spoken_once
 from trainer.environment import environment
 from trainer.evaluate import Evaluation
 from trainer.phases import Phase
+from trainer.profiling import TimeProfile, table
 from trainer.run_directory import RunDirectory
 from trainer.settings import Config
 from trainer.sinks import open_sinks
@@ -102,6 +105,7 @@ def _fit_and_report(training: Training, directory: RunDirectory) -> int:
     try:
         evaluation = engine.fit(training, directory, sinks)
         if speaks:
+            _write_profile(training, directory)
             summary = summarise(training, evaluation)
             predictions = evaluation.predictions
             assert predictions is not None
@@ -113,6 +117,7 @@ def _fit_and_report(training: Training, directory: RunDirectory) -> int:
             print_summary(summary, directory)
     except engine.Stopped as stop:
         if speaks:
+            _write_profile(training, directory)
             print(
                 f"stopped in epoch {stop.epoch + 1} after step {stop.step}; go on with: resume=auto "
                 f"run.dir={directory.path}",
@@ -123,6 +128,14 @@ def _fit_and_report(training: Training, directory: RunDirectory) -> int:
         for sink in sinks:
             sink.close()
     return 0
+
+
+def _write_profile(training: Training, directory: RunDirectory) -> None:
+    training.trace.finish(directory.trace)
+    if isinstance(training.profile, TimeProfile):
+        figures = training.profile.figures()
+        write_file(directory.profile, json.dumps(figures, indent=1) + "\n")
+        print(table(figures), flush=True)
 
 
 def summarise(training: Training, evaluation: Evaluation) -> dict[str, Any]:

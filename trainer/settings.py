@@ -155,6 +155,10 @@ class Schedule(Section):
     """plateau: epochs without improvement before it falls."""
 
 
+def _compile_mode(value: Any) -> Any:
+    return ("default" if value else "off") if isinstance(value, bool) else value
+
+
 class Trainer(Section):
     epochs: Annotated[int, Field(ge=1)] = 15
     """Passes over the training data."""
@@ -162,12 +166,25 @@ class Trainer(Section):
     """Arithmetic of the model: fp32, or bf16 where autocast finds it safe; auto is bf16 on devices made for it."""
     channels_last: bool = True
     """Keep images and kernels in the NHWC layout, which convolutions prefer."""
-    compile: bool = False
-    """Compile the model with torch.compile; the first steps then take minutes."""
+    # YAML reads an unquoted off as false.
+    compile: Annotated[
+        Literal["off", "auto", "default", "reduce-overhead", "max-autotune"], BeforeValidator(_compile_mode)
+    ] = "off"
+    """Compile the model with torch.compile, in this mode of it; the first steps then take minutes. auto is default with
+    a GPU and off without; true is default. The last two use CUDA graphs."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which is then what is evaluated; null for none."""
     select: Literal["accuracy", "macro_f1"] = "accuracy"
     """Validation figure by which the best epoch is chosen, and that plateau watches."""
+    profile: bool = False
+    """Take the time of each part of a step, and show and keep it at the end (profile.json)."""
+    trace: bool | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = False
+    """Trace all that is done in some steps, with torch's profiler (trace.json.gz): [first, last], counted from the
+    start of the process; true is [6, 10]."""
+
+    @property
+    def traced_steps(self) -> tuple[int, int] | None:
+        return (6, 10) if self.trace is True else self.trace or None
 
 
 class Logging(Section):
@@ -214,6 +231,13 @@ class Config(Section):
             raise ValueError(
                 f"data.resolution goes on to epoch {starts[-1][0]}, but trainer.epochs is {self.trainer.epochs}"
             )
+        if self.trainer.compile in ("reduce-overhead", "max-autotune") and self.optim.accumulation > 1:
+            raise ValueError(
+                f"trainer.compile={self.trainer.compile} uses the memory of gradients again in every step, but "
+                f"optim.accumulation={self.optim.accumulation} adds them up"
+            )
+        if self.trainer.traced_steps and self.trainer.traced_steps[0] > self.trainer.traced_steps[1]:
+            raise ValueError(f"trainer.trace={list(self.trainer.traced_steps)} ends before it begins")
         if self.model.pretrained is True and self.model.weights is not None:
             raise ValueError("model.pretrained and model.weights both say what to begin with")
         return self
@@ -265,7 +289,11 @@ class Config(Section):
     def recipe(self) -> dict[str, Any]:
         """What decides the resulting weights, flat and by dotted name; a resumed run must agree in all of it."""
         free = dict.fromkeys(("run", "resume", "logging", "device"), True)
-        free_in_sections = {"data": {"shards", "verify"}, "loader": {"backend", "memory"}}
+        free_in_sections = {
+            "data": {"shards", "verify"},
+            "loader": {"backend", "memory"},
+            "trainer": {"profile", "trace"},
+        }
         content = self.model_dump(mode="json", exclude={**free, **free_in_sections})
         return dict(_flatten(content))
 

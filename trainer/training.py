@@ -12,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.arithmetic import memory_format
 from trainer.average import Average
+from trainer.compiled import compiled
 from trainer.data import TrainingData
 from trainer.distributed import World
 from trainer.loss import class_weights
 from trainer.model import make_model
 from trainer.optimizer import LearningRate, make_optimizer
+from trainer.profiling import NoProfile, Profile, TimeProfile, Trace
 from trainer.randomness import seed_weights
 from trainer.settings import Config
 
@@ -60,6 +62,8 @@ class Training:
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     class_weights: torch.Tensor
+    profile: Profile
+    trace: Trace
     epoch: int = 0
     step: int = 0
     updates: int = 0
@@ -150,7 +154,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     settings = config.model.model_copy(update={"pretrained": False, "weights": None}) if resuming else config.model
     model = make_model(settings, data.spec.image_shape[2], len(data.classes))
     model.to(world.device, memory_format=memory_format(config.trainer))
-    forward: nn.Module = torch.compile(model) if config.trainer.compile else model
+    forward = compiled(model, config.trainer, world.device, len(data.train.phases))
     if world.size > 1:
         gpu = [world.device.index] if world.device.type == "cuda" else None
         forward = DistributedDataParallel(
@@ -164,6 +168,10 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         )
     optimizer = make_optimizer(model, config.optim)
     updates = [-(-data.train.steps(epoch) // config.optim.accumulation) for epoch in range(config.trainer.epochs)]
+    profile: Profile = NoProfile()
+    if config.trainer.profile:
+        profile = TimeProfile(world.device)
+        data.train.timed = profile.timed
     return Training(
         config=config,
         world=world,
@@ -174,4 +182,6 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         optimizer=optimizer,
         learning_rate=LearningRate(optimizer, config, updates),
         class_weights=class_weights(data.counts, config.loss).to(world.device),
+        profile=profile,
+        trace=Trace(config.trainer.traced_steps if world.speaks else None, world.device),
     )
