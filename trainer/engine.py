@@ -17,7 +17,7 @@ from pipeline.loader import Batch
 from trainer import checkpoint
 from trainer.arithmetic import autocast, memory_format
 from trainer.distributed import StopVote
-from trainer.evaluate import Evaluation, evaluate, model_of
+from trainer.evaluate import Evaluation, evaluate, model_of, temperature_of
 from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
 from trainer.progress import Progress, duration
@@ -58,10 +58,15 @@ def fit(training: Training, directory: RunDirectory, sinks: list[Sink]) -> Evalu
 
 
 def test(training: Training, directory: RunDirectory) -> Evaluation:
-    """Evaluate the best checkpoint on the test part."""
-    state = training.world.share(checkpoint.load(directory.best) if training.world.speaks else None)
-    model = model_of(state, training.config, training.world.device)
-    return evaluate(model, training.data.test, len(training.data.classes), training.config.trainer, training.world)
+    """Evaluate the best checkpoint on the test part, with the temperature that suits it on the validation part."""
+    data, settings, world = training.data, training.config.trainer, training.world
+    state = world.share(checkpoint.load(directory.best) if world.speaks else None)
+    model = model_of(state, training.config, world.device)
+    if data.validation is not None:
+        state["temperature"] = temperature_of(model, data.validation, settings, world)
+        if world.speaks:
+            checkpoint.save(directory.best, state)
+    return evaluate(model, data.test, len(data.classes), settings, world, state["temperature"])
 
 
 def train_epoch(training: Training, directory: RunDirectory, received: list[int]) -> None:

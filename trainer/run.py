@@ -143,6 +143,7 @@ def summarise(training: Training, evaluation: Evaluation) -> dict[str, Any]:
     finished = training.finished
     return {
         **evaluation.summary(),
+        "calibration": evaluation.calibration(),
         "epochs": training.epoch,
         "best_epoch": training.best_epoch,
         "validation": training.history[training.best_epoch - 1].get("validation"),
@@ -187,6 +188,9 @@ def print_summary(summary: dict[str, Any], directory: RunDirectory) -> None:
         f"test        accuracy {summary['accuracy']:.2%}  macro F1 {summary['macro_f1']:.2%}  "
         f"weighted F1 {summary['weighted_f1']:.2%}  ({summary['samples']:,} images)"
     )
+    calibration = summary["calibration"]
+    before = f" ({calibration['ece_before']:.2%} before the temperature {calibration['temperature']:.2f})"
+    print(f"calibration error {calibration['ece']:.2%}{before if calibration['temperature'] != 1 else ''}")
     if validation:
         print(
             f"validation  accuracy {validation['accuracy']:.2%}  macro F1 {validation['macro_f1']:.2%}  "

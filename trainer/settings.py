@@ -176,6 +176,9 @@ class Trainer(Section):
     """Decay of an exponential moving average of the weights, which is then what is evaluated; null for none."""
     select: Literal["accuracy", "macro_f1"] = "accuracy"
     """Validation figure by which the best epoch is chosen, and that plateau watches."""
+    test_time_augmentation: Literal["none", "shifts", "shifts_scales"] = "none"
+    """Evaluate by the mean probability over each image and slightly shifted (5 views) or also resized (7 views) copies;
+    evaluation takes that many times as long."""
     profile: bool = False
     """Take the time of each part of a step, and show and keep it at the end (profile.json)."""
     trace: bool | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = False

@@ -113,7 +113,7 @@ class Training:
         }
 
     def best_state(self) -> dict[str, Any]:
-        """What is needed to use the model: its weights, settings, classes and input statistics."""
+        """What is needed to use the model: its weights, settings, classes, input statistics and temperature."""
         return {
             **self._identity(),
             "model": self.evaluated.state_dict(),
@@ -122,6 +122,7 @@ class Training:
             "image_shape": list(self.data.spec.image_shape),
             "mean": list(self.data.spec.mean),
             "std": list(self.data.spec.std),
+            "temperature": 1.0,
         }
 
     def _identity(self) -> dict[str, Any]:
