@@ -87,7 +87,7 @@ def test_an_update_takes_few_kernels(name: str, most: int) -> None:
     assert 0 < len(kernels) < most
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_ranks_learn_what_one_does(
     accumulation: int, made_up_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from test_training import train_here
 
 from shards import UserError
 from trainer import compiled, engine
+from trainer.arithmetic import with_precision
 from trainer.compiled import compile_mode
 from trainer.config import load
 from trainer.data import open_data
@@ -217,6 +218,26 @@ def test_compiling_automatically_is_for_gpus_with_a_compiler(monkeypatch: pytest
 def test_cuda_graphs_are_not_for_accumulated_gradients() -> None:
     with pytest.raises(UserError, match=r"optim\.accumulation=2 adds them up"):
         load(ROOT / "configs" / "quickstart.yaml", ["trainer.compile=reduce-overhead", "optim.accumulation=2"])
+
+
+@pytest.mark.gpu
+def test_the_large_recipe_makes_use_of_a_gpu(made_up_set: Path) -> None:
+    """EfficientNet-B2 at 112x112 as configs/byclass.yaml has it: compiled, in bf16, channels last, never waiting."""
+    gpu = torch.device("cuda", 0)
+    given = (f"data.shards={made_up_set}", "loader.batch_size=64", "model.pretrained=false", "optim.accumulation=1")
+    config = with_precision(load(ROOT / "configs" / "byclass.yaml", list(given)), gpu)
+    assert (config.trainer.precision, compile_mode(config.trainer, gpu)) == ("bf16", "default")
+    world = World(rank=0, size=1, device=gpu)
+    learner = make_training(config, open_data(config, world), world)
+    kernels = [weight for weight in learner.model.parameters() if weight.ndim == 4]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    learner.forward.train()
+    batches = list(learner.data.train.batches())
+    losses = [engine.train_step(learner, batch, window=1, updates=True) for batch in batches[:2]]
+    torch.cuda.synchronize()
+    with no_waiting():
+        losses += [engine.train_step(learner, batch, window=1, updates=True) for batch in batches[2:6]]
+    assert torch.stack(losses).isfinite().all()
 
 
 @pytest.mark.gpu

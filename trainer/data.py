@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from pipeline.backend import choose_backend, make_graph
@@ -23,6 +22,7 @@ from shards.manifest import VALIDATION, has_part
 from shards.places import local_set
 from shards.verify import check_hashes
 from trainer.distributed import World
+from trainer.memory import granted
 from trainer.phases import Phase, TrainingLoader, phases
 from trainer.settings import Config
 
@@ -137,15 +137,7 @@ def _memory(setting: float | Literal["auto"]) -> int:
     if setting != "auto":
         return int(setting * 1e9)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min([psutil.virtual_memory().total, *_container_limits()]) // 2 // local_ranks
-
-
-def _container_limits() -> list[int]:
-    """The memory in bytes that a Linux control group grants this process, if one does."""
-    try:
-        return [int(Path("/sys/fs/cgroup/memory.max").read_text())]
-    except (OSError, ValueError):  # no control groups here, or "max"
-        return []
+    return granted() // 2 // local_ranks
 
 
 def carve(
