@@ -44,13 +44,17 @@ def test_nothing_may_fit() -> None:
     assert search(lambda size: None, 1000) == []
 
 
-def test_the_command_reports_every_size_and_the_largest(digits_set: Path) -> None:
-    given = (QUICKSTART, f"data.shards={digits_set}", "data.subset=0.1")
-    process = run_module("trainer.find_batch", *given, timeout=300)
-    assert process.returncode == 0, process.stderr
-    sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) images  +[\d,]+ images/s", process.stdout)]
+def test_the_command_reports_every_size_and_the_largest(
+    digits_set: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    given = [str(QUICKSTART), f"data.shards={digits_set}", "data.subset=0.1"]
+    monkeypatch.setattr(sys, "argv", ["find_batch", *given])
+    monkeypatch.setattr(find_batch, "_SECONDS", 0.05)
+    assert find_batch.main() == 0
+    said = capsys.readouterr().out
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) images  +[\d,]+ images/s", said)]
     assert sizes == [16, 32, 64, 128, 129], "up to all training images"
-    assert "largest  loader.batch_size=129" in process.stdout
+    assert "largest  loader.batch_size=129" in said
 
 
 def test_on_a_cpu_it_stops_before_the_memory_ends(digits_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,13 @@ from test_training import train_here
 
 from shards import UserError
 from trainer import compiled, engine
-from trainer.arithmetic import with_precision
+from trainer.arithmetic import laid_out, memory_format, with_precision
 from trainer.compiled import compile_mode
 from trainer.config import load
 from trainer.data import open_data
 from trainer.distributed import World
 from trainer.profiling import LOADING, TimeProfile, table
+from trainer.randomness import seed_step
 from trainer.readback import Readback
 from trainer.settings import Config, Trainer
 from trainer.training import Training, make_training
@@ -250,3 +251,24 @@ def test_a_compiled_step_on_a_gpu_learns_what_a_plain_one_does(recipe: Path, mod
         learner.forward.train()
         losses.append([float(engine.train_step(learner, batch, 1, True)) for batch in learner.data.train.batches()])
     assert np.allclose(losses[0], losses[1], rtol=2e-2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_are_laid_out_as_asked_and_a_single_channel_is_not_copied(
+    channels: int, channels_last: bool, device: torch.device
+) -> None:
+    images = torch.rand(4, channels, 6, 5, device=device)
+    settings = Trainer(channels_last=channels_last)
+    found = laid_out(images, settings)
+    assert torch.equal(found, images)
+    assert found.stride() == images.to(memory_format=memory_format(settings)).stride()
+    assert (found.data_ptr() == images.data_ptr()) == (channels == 1 or not channels_last)
+
+
+def test_a_step_is_seeded_as_torch_would(device: torch.device) -> None:
+    torch.zeros(1, device=device)  # begins to use the device
+    seed_step(3, 1, 2, 0)
+    drawn = torch.rand(5, device=device)
+    torch.manual_seed(int(np.random.SeedSequence((3, 1, 2, 0)).generate_state(1, np.uint64)[0]))
+    assert torch.equal(drawn, torch.rand(5, device=device))

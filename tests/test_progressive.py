@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from test_training import QUICK, assert_same_run, history, stop_in_epoch, train, train_here
+from test_training import QUICK, assert_same_run, history, stop_in_epoch, train_here
 
 from shards import UserError
 from trainer.arithmetic import with_precision
@@ -46,10 +47,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "whole"
-    process = train(recipe, directory)
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert "at 8x8, from epoch 2 on 12x12, from epoch 3 on 20x20" in process.stdout
-    assert "96 images each, from epoch 2 on 40 images each, from epoch 3 on 16 images each" in process.stdout
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        assert train_here(patch, recipe, directory) == 0
+    assert "at 8x8, from epoch 2 on 12x12, from epoch 3 on 20x20" in said.getvalue()
+    assert "96 images each, from epoch 2 on 40 images each, from epoch 3 on 16 images each" in said.getvalue()
     return directory
 
 
@@ -136,6 +138,8 @@ def test_a_run_tells_of_its_resolutions_and_learns(finished: Path) -> None:
     assert [record["resolution"] for record in records] == [8, 12, 20]
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["resolution"] == 20
+    page = " ".join((finished / "report.html").read_text().replace("\N{MULTIPLICATION SIGN}", "x").split())
+    assert "trained at 8x8, 12x12 from epoch 2 on, 20x20 from epoch 3 on, 3 epochs" in page
     assert summary["accuracy"] > 0.9
     best = torch.load(finished / "checkpoints" / "best.pt", weights_only=True)
     last = torch.load(finished / "checkpoints" / "last.pt", weights_only=True)

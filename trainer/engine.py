@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loader import Batch
 from trainer import checkpoint
-from trainer.arithmetic import autocast, memory_format
+from trainer.arithmetic import autocast, laid_out
 from trainer.distributed import StopVote
 from trainer.evaluate import Evaluation, evaluate, model_of, temperature_of
 from trainer.loss import weighted_kl
@@ -131,7 +131,7 @@ def train_step(training: Training, batch: Batch, window: int, updates: bool) -> 
     mixing_draws = seed_step(config.seed, training.epoch, batch.step, world.rank)
     targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
     images, targets = mix(batch.images, targets, config.mixing, mixing_draws)
-    images = images.to(memory_format=memory_format(config.trainer))
+    images = laid_out(images, config.trainer)
     training.profile.mark("mixing")
     with _gradients_shared(training.forward, updates):
         with autocast(config.trainer, world.device):

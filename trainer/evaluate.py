@@ -28,7 +28,7 @@ from shards import UserError
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
 from shards.store import open_either
-from trainer.arithmetic import autocast, memory_format
+from trainer.arithmetic import autocast, laid_out, memory_format
 from trainer.calibration import calibration_error, fit_temperature
 from trainer.checkpoint import BEST, load
 from trainer.config import validate
@@ -138,7 +138,7 @@ def temperature_of(model: nn.Module, loader: Loader, settings: Trainer, world: W
 
 def _logits(model: nn.Module, batch: Batch, settings: Trainer, world: World) -> torch.Tensor:
     """float32 [n, classes], over the views of `trainer.test_time_augmentation`."""
-    images = batch.images.to(memory_format=memory_format(settings))
+    images = laid_out(batch.images, settings)
     with autocast(settings, world.device):
         return mean_logits(model, images, settings.test_time_augmentation)
 
