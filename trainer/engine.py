@@ -66,7 +66,7 @@ def test(training: Training, directory: RunDirectory) -> Evaluation:
         state["temperature"] = temperature_of(model, data.validation, settings, world)
         if world.speaks:
             checkpoint.save(directory.best, state)
-    return evaluate(model, data.test, len(data.classes), settings, world, state["temperature"])
+    return evaluate(model, data.test, len(data.classes), settings, world, temperature=state["temperature"])
 
 
 def train_epoch(training: Training, directory: RunDirectory, received: list[int]) -> None:

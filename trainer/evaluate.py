@@ -89,7 +89,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Loader, classes: int, settings: Trainer, world: World, temperature: float = 1.0
+    model: nn.Module, loader: Loader, classes: int, settings: Trainer, world: World, *, temperature: float = 1.0
 ) -> Evaluation:
     """Run a model over all batches of a loader; the same figures on any number of ranks.
 
@@ -193,7 +193,7 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
     graph = make_graph(spec, backend, world.device, config.loader.batch_size)
     model = model_of(state, config, world.device)
     loader = evaluation_loader(store, np.arange(len(store)), graph, config, world)
-    evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world, state["temperature"])
+    evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world, temperature=state["temperature"])
     return {
         **evaluation.summary(),
         "calibration": evaluation.calibration() if world.speaks else None,
