@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.atomic import make_directory, write_file
+from trainer.memory import peak
 
 DEFAULT_OUT = Path("benchmarks/out")
 
@@ -69,17 +68,7 @@ def in_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
 
 
 def _with_peak_memory(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    return work(*arguments) | {"peak_memory_bytes": _peak_memory()}
-
-
-def _peak_memory() -> int:
-    """Most bytes of memory that this process ever held."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage, whose maximum a process inherits from the one that started it.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return work(*arguments) | {"peak_memory_bytes": peak()}
 
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -62,7 +62,7 @@ def measure(shards: Path, resolution: int, subset: float, epochs: int, model: st
         test_samples = data.test.order.samples[:TEST_IMAGES]
         graph = make_graph(data.spec, data.backend, world.device, settings.loader.batch_size)
         data = replace(data, test=evaluation_loader(data.test_store, test_samples, graph, settings, world))
-        passes = max(1, LOADER_IMAGES // len(data.train.order.samples))
+        passes = max(1, LOADER_IMAGES // len(data.train.samples))
 
         def load() -> int:
             images = 0
@@ -83,7 +83,7 @@ def measure(shards: Path, resolution: int, subset: float, epochs: int, model: st
         return {
             "loader_images_per_second": loader.to_json(),
             "loader_backend": data.backend,
-            "training_images": len(data.train.order.samples),
+            "training_images": len(data.train.samples),
             "training_images_per_second": Spread.of(
                 # The first epoch warms up; of a single one there is nothing else.
                 [record["images_per_second"] for record in training.history[1:] or training.history]

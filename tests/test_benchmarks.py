@@ -8,14 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
+from torch import nn
 
+from benchmarks.bandwidth import describe, measure_bandwidth
 from benchmarks.harness import Spread, in_process, rates, size, table
+from benchmarks.train_throughput import settings_of
+from benchmarks.training_loop import Setting
+from shards import UserError
+from trainer.model import make_model
+from trainer.settings import Model
 
 
 def test_the_sweep_measures_draws_and_tabulates(digits_set: Path, tmp_path: Path) -> None:
@@ -105,3 +114,89 @@ def test_spread_table_and_size() -> None:
         "| long | 22 |",
     ]
     assert [size(count) for count in (12, 1500, 39.5e9)] == ["12 B", "1.5 kB", "39.5 GB"]
+
+
+def run_benchmark(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, f"benchmarks/{name}.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def test_the_training_loop_is_measured_beside_one_without_a_loader(digits_set: Path, tmp_path: Path) -> None:
+    lists = ("--resolutions", "8", "--models", "three_block_cnn", "--batches", "64", "--precisions", "fp32")
+    size_of_it = ("--compile", "off", "--images", 300, "--runs", 2, "--seconds", 0.05)
+    process = run_benchmark(
+        "train_throughput", *lists, *size_of_it, "--device", "cpu", "--shards", digits_set, "--out", tmp_path
+    )
+    assert process.returncode == 0, process.stderr
+    records = [json.loads(line) for line in (tmp_path / "train_throughput.jsonl").read_text().splitlines()]
+    (record,) = records
+    for loop in ("whole", "synthetic"):
+        assert record[f"{loop}_images_per_second"]["n"] == 2
+        assert record[f"{loop}_images_per_second"]["low"] > 0
+    assert record["whole_of_synthetic"]["low"] > 0
+    assert 0 < record["data_wait_share"]["median"] < 0.9
+    assert record["peak_memory_bytes"] > 1e8
+    assert record["environment"]["processor"]
+    assert (tmp_path / "train_throughput.md").read_text().strip() in process.stdout
+    assert Image.open(tmp_path / "train_throughput.png").width > 1000
+
+
+@pytest.mark.slow
+def test_ranks_are_measured_side_by_side(digits_set: Path, tmp_path: Path) -> None:
+    small = ("--resolution", 8, "--batch", 32, "--images", 300, "--runs", 1, "--seconds", 0.05, "--precision", "fp32")
+    process = run_benchmark(
+        "scaling", "--ranks", 2, *small, "--device", "cpu", "--shards", digits_set, "--out", tmp_path
+    )
+    assert process.returncode == 0, process.stderr
+    (record,) = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
+    assert "failed" not in record, record
+    assert (record["ranks"], record["batch_size"]) == (2, 64)
+    assert record["whole_images_per_second"]["median"] > 0
+    assert (tmp_path / "scaling.png").exists()
+
+
+def test_settings_are_measured_one_change_at_a_time() -> None:
+    lists = {"resolutions": "28,56", "models": "a,b", "batches": "128", "precisions": "auto", "compile": "off,default"}
+    found = settings_of(lists)
+    base = Setting(28, "a", 128, "auto", "off")
+    assert found == [
+        base,
+        replace(base, resolution=56),
+        replace(base, model="b"),
+        replace(base, compile="default"),
+    ]
+    with pytest.raises(UserError, match="28,0"):
+        settings_of(lists | {"resolutions": "28,0"})
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_the_bandwidth_of_depthwise_convolutions_is_that_of_their_shapes(digits_set: Path, device: str) -> None:
+    setting = Setting(32, "test_efficientnet", 32, "fp32", "off")
+    found = measure_bandwidth(digits_set, setting, device, subset=0.1)
+    model = make_model(Model(name="test_efficientnet"), 1, 10)
+    moved = 0
+
+    def add(layer: nn.Conv2d, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal moved
+        moved += 4 * (3 * inputs[0].numel() + 3 * output.numel() + 3 * layer.weight.numel())
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.groups > 1]
+    for layer in layers:
+        layer.register_forward_hook(add)
+    steps = 1294 * 0.1 // 32 + 1
+    model.eval()(torch.zeros(round(1294 * 0.1 / steps), 1, 32, 32))
+    assert found["depthwise_calls"] == 5 * 2 * len(layers)
+    assert found["depthwise_bytes_a_step"] == pytest.approx(moved, rel=0.2)
+    assert 0 < found["depthwise_seconds_a_step"] < found["step_seconds"] * 3
+    assert found["copy_bytes_per_second"] > 1e8
+    assert "depthwise convolutions" in describe({**found, "model": "m", "resolution": 32, "batch_size": 32})

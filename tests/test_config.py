@@ -233,6 +233,8 @@ FREE = {
     "data.verify=false",
     "loader.backend=dali",
     "loader.memory=2.5",
+    "trainer.profile=true",
+    "trainer.trace=true",
 }
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from shards import UserError
 from trainer import model as model_module
-from trainer.model import SMALL_CNN, load_weights, make_average, make_model
+from trainer.average import Average
+from trainer.model import SMALL_CNN, load_weights, make_model
 from trainer.settings import Model
 
 TINY = "test_efficientnet"  # 0.4 M parameters
@@ -198,12 +199,12 @@ class Trap:
 def test_the_average_follows_fast_at_first_and_slowly_later() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    average = make_average(model, decay=0.99)
+    average = Average(model, decay=0.99)
     nn.init.ones_(model.weight)
     kept = []
     for update in range(1, 2001):
         nn.init.zeros_(average.module.weight)
-        average.update(model, step=update)
+        average.update(update)
         kept.append(1 - float(average.module.weight.detach()))
     assert kept[0] == 0, "the first update takes the model's weights whole"
     assert kept[5] < 0.8

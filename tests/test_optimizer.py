@@ -51,7 +51,7 @@ def rates(config: Config, figures: Callable[[int], float] = lambda epoch: NO_FIG
     """The learning rate of every update of a run, moved as the engine moves it."""
     parameter = nn.Parameter(torch.zeros(2, 2))
     optimizer = torch.optim.SGD([parameter], lr=config.optim.lr)
-    learning_rate = LearningRate(optimizer, config, UPDATES)
+    learning_rate = LearningRate(optimizer, config, [UPDATES] * config.trainer.epochs)
     found = []
     for epoch in range(config.trainer.epochs):
         for _ in range(UPDATES):
@@ -226,7 +226,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.model = small_model()
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.learning_rate = LearningRate(self.optimizer, config, UPDATES)
+        self.learning_rate = LearningRate(self.optimizer, config, [UPDATES] * config.trainer.epochs)
         self.rates: list[float] = []
 
     def updates(self, first: int, last: int) -> None:

@@ -24,6 +24,15 @@ def autocast(settings: Trainer, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
 
 
+def laid_out(images: torch.Tensor, settings: Trainer) -> torch.Tensor:
+    """Images [B, C, H, W] in the layout by `trainer.channels_last`."""
+    _, channels, height, width = images.shape
+    if settings.channels_last and channels == 1 and images.is_contiguous():
+        # Of a single channel both layouts are the same bytes. Only torch does not know, and would copy them one by one.
+        return images.as_strided(images.shape, (height * width, 1, width, 1))
+    return images.to(memory_format=memory_format(settings))
+
+
 def memory_format(settings: Trainer) -> torch.memory_format:
-    """The layout of images and kernels, by `trainer.channels_last`."""
+    """The layout of kernels and activations, by `trainer.channels_last`."""
     return torch.channels_last if settings.channels_last else torch.contiguous_format

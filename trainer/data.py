@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from pipeline.backend import choose_backend, make_graph
@@ -23,6 +22,8 @@ from shards.manifest import VALIDATION, has_part
 from shards.places import local_set
 from shards.verify import check_hashes
 from trainer.distributed import World
+from trainer.memory import granted
+from trainer.phases import Phase, TrainingLoader, phases
 from trainer.settings import Config
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ _TRAIN_SHARE = 0.75  # of the memory for images, the rest is for the other parts
 class TrainingData:
     """What a run learns from and is judged by.
 
-    train: loader over what remains of the train part; validation: over the part set aside or packed so, None if there
+    spec: of the model input that is evaluated.
+    train: over what remains of the train part; validation: over the part set aside or packed so, None if there
     is none;
     test: over the test part. counts: int64 [C], training samples of each class. digest: stands for both parts.
     """
@@ -46,7 +48,7 @@ class TrainingData:
     backend: str
     backend_reason: str
     counts: NDArray[np.int64]
-    train: Loader
+    train: TrainingLoader
     validation: Loader | None
     test: Loader
     test_store: Store
@@ -91,14 +93,24 @@ def open_data(config: Config, world: World) -> TrainingData:
             hint="raise it, or data.validation=0 to train without",
         )
     manifest = train_store.manifest
-    spec = GraphSpec.of(manifest, config.data.resolution, config.data.interpolation)
+    parts = phases(config)
+    spec = GraphSpec.of(manifest, parts[-1].resolution, config.data.interpolation)
     backend, reason = choose_backend(config.loader.backend, world.device, spec)
-    statistics = world.on_first(lambda: cached(train_store, directory / "train", spec, backend, world.device))
-    spec = spec.normalised(statistics.mean, statistics.std)
-    graph = make_graph(spec, backend, world.device, config.loader.batch_size)
+    specs = {
+        resolution: _normalised(replace(spec, resolution=resolution), train_store, directory, backend, world)
+        for resolution in sorted({phase.resolution for phase in parts})
+    }
+    spec = specs[parts[-1].resolution]
+    largest_batch = max(phase.batch_size for phase in parts)
+    graph = make_graph(spec, backend, world.device, parts[-1].batch_size)
+
+    def graph_of(phase: Phase) -> Graph:
+        if phase[1:] == parts[-1][1:]:
+            return graph
+        return make_graph(specs[phase.resolution], backend, world.device, phase.batch_size)
 
     ranks = {"rank": world.rank, "world_size": world.size}
-    window = world.share(window_within(manifest, int(memory * _TRAIN_SHARE), config.loader.batch_size))
+    window = world.share(window_within(manifest, int(memory * _TRAIN_SHARE), largest_batch))
     order = TrainingOrder(train, config.loader.batch_size, config.seed, manifest.block_size, window)
     return TrainingData(
         manifest=manifest,
@@ -107,11 +119,17 @@ def open_data(config: Config, world: World) -> TrainingData:
         backend=backend,
         backend_reason=reason,
         counts=np.bincount(train_store.labels[train], minlength=len(manifest.classes)),
-        train=Loader(train_store, order, graph, world.device, **ranks),
+        train=TrainingLoader(train_store, order, parts, graph_of, world.device, **ranks),
         validation=evaluation_loader(validation_store, validation, graph, config, world) if len(validation) else None,
         test=evaluation_loader(test_store, np.arange(len(test_store)), graph, config, world),
         test_store=test_store,
     )
+
+
+def _normalised(spec: GraphSpec, store: Store, directory: Path, backend: str, world: World) -> GraphSpec:
+    """A spec with the mean and deviation of the train part at its resolution."""
+    statistics = world.on_first(lambda: cached(store, directory / "train", spec, backend, world.device))
+    return spec.normalised(statistics.mean, statistics.std)
 
 
 def _memory(setting: float | Literal["auto"]) -> int:
@@ -119,15 +137,7 @@ def _memory(setting: float | Literal["auto"]) -> int:
     if setting != "auto":
         return int(setting * 1e9)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min([psutil.virtual_memory().total, *_container_limits()]) // 2 // local_ranks
-
-
-def _container_limits() -> list[int]:
-    """The memory in bytes that a Linux control group grants this process, if one does."""
-    try:
-        return [int(Path("/sys/fs/cgroup/memory.max").read_text())]
-    except (OSError, ValueError):  # no control groups here, or "max"
-        return []
+    return granted() // 2 // local_ranks
 
 
 def carve(

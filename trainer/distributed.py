@@ -102,6 +102,8 @@ def join(device_name: str) -> Iterator[World]:
     device = choose_device(device_name, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # cuDNN finds the fastest of its algorithms for a shape by trying them; there are few shapes and many steps.
+        torch.backends.cudnn.benchmark = True
     else:
         keep_freed_memory()
     if size == 1:

@@ -15,13 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loader import Batch
 from trainer import checkpoint
-from trainer.arithmetic import autocast, memory_format
+from trainer.arithmetic import autocast, laid_out
 from trainer.distributed import StopVote
-from trainer.evaluate import Evaluation, evaluate, model_of
+from trainer.evaluate import Evaluation, evaluate, model_of, temperature_of
 from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
 from trainer.progress import Progress, duration
 from trainer.randomness import seed_step
+from trainer.readback import Readback
 from trainer.run_directory import RunDirectory
 from trainer.sinks import Sink
 from trainer.training import Totals, Training
@@ -44,39 +45,49 @@ def fit(training: Training, directory: RunDirectory, sinks: list[Sink]) -> Evalu
 
     Rank 0 writes checkpoints, metrics and figures into the directory. Raises `Stopped` after a SIGINT or SIGTERM.
     """
+    training.profile.mark("start")
     with _signals() as received:
         while training.epoch < training.config.trainer.epochs:
             train_epoch(training, directory, received)
             _end_epoch(training, directory, sinks)
             if int(training.world.sum(torch.tensor(len(received)))):
                 raise _stopped(training, received)
-    return test(training, directory)
+    evaluation = test(training, directory)
+    training.profile.mark("test")
+    return evaluation
 
 
 def test(training: Training, directory: RunDirectory) -> Evaluation:
-    """Evaluate the best checkpoint on the test part."""
-    state = training.world.share(checkpoint.load(directory.best) if training.world.speaks else None)
-    model = model_of(state, training.config, training.world.device)
-    return evaluate(model, training.data.test, len(training.data.classes), training.config.trainer, training.world)
+    """Evaluate the best checkpoint on the test part, with the temperature that suits it on the validation part."""
+    data, settings, world = training.data, training.config.trainer, training.world
+    state = world.share(checkpoint.load(directory.best) if world.speaks else None)
+    model = model_of(state, training.config, world.device)
+    if data.validation is not None:
+        state["temperature"] = temperature_of(model, data.validation, settings, world)
+        if world.speaks:
+            checkpoint.save(directory.best, state)
+    return evaluate(model, data.test, len(data.classes), settings, world, temperature=state["temperature"])
 
 
 def train_epoch(training: Training, directory: RunDirectory, received: list[int]) -> None:
     """The steps of an epoch from where the training stands; their sums are left in `training.so_far`."""
     config, world = training.config, training.world
-    steps = training.data.train.order.steps_per_epoch
+    steps = training.data.train.steps(training.epoch)
     accumulation = config.optim.accumulation
-    epochs_after = config.trainer.epochs - training.epoch - 1
-    progress = Progress(training.epoch, config.trainer.epochs, steps, training.step, epochs_after * steps)
+    ahead = training.data.train.steps_ahead(training.epoch, config.trainer.epochs)
+    progress = Progress(training.epoch, config.trainer.epochs, steps, training.step, ahead)
     vote = StopVote(world)
     here = Totals()
     # Added up in one sequence across a stop, so that a resumed epoch has the loss of one that was not stopped.
     before_stop = training.so_far.loss if world.speaks else 0.0
     loss = torch.tensor(before_stop, dtype=torch.float64, device=world.device)
+    shown = Readback(world.device)
     training.forward.train()
     start = before = time.perf_counter()
     with contextlib.closing(training.data.train.batches(training.epoch, training.step)) as batches:
-        for batch in batches:
+        for batch in training.trace.over(batches, directory.trace):
             here.wait_seconds += time.perf_counter() - before
+            training.profile.mark("data wait")
             window_start = batch.step - batch.step % accumulation
             window = min(accumulation, steps - window_start)
             updates = batch.step - window_start + 1 == window
@@ -87,10 +98,11 @@ def train_epoch(training: Training, directory: RunDirectory, received: list[int]
             here.samples += batch.global_size
             training.step = batch.step + 1
             if world.speaks:
-                shown = _Lazy(batch_loss, len(batch.labels))
+                shown.offer(batch_loss, len(batch.labels))
                 progress.step(training.step, shown, training.learning_rate.now, here.samples, here.wait_seconds)
             if updates and vote.cast(bool(received)):
                 break
+            training.profile.mark("logging")
             before = time.perf_counter()
     progress.close()
     stopping = vote.finish() or (world.size == 1 and bool(received))
@@ -119,13 +131,16 @@ def train_step(training: Training, batch: Batch, window: int, updates: bool) -> 
     mixing_draws = seed_step(config.seed, training.epoch, batch.step, world.rank)
     targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
     images, targets = mix(batch.images, targets, config.mixing, mixing_draws)
-    images = images.to(memory_format=memory_format(config.trainer))
+    images = laid_out(images, config.trainer)
+    training.profile.mark("mixing")
     with _gradients_shared(training.forward, updates):
         with autocast(config.trainer, world.device):
             logits = training.forward(images)
         loss = weighted_kl(logits, targets, training.class_weights)
+        training.profile.mark("forward")
         # The mean over the global batch; ranks of unequal shares are averaged by DDP, hence the factor.
         (loss * (world.size / (batch.global_size * window))).backward()
+        training.profile.mark("backward")
     if updates:
         _update(training)
     return loss.detach()
@@ -140,8 +155,10 @@ def _update(training: Training) -> None:
     training.lr = training.learning_rate.now
     training.learning_rate.after_update()
     training.updates += 1
+    training.profile.mark("optimiser")
     if training.average is not None:
-        training.average.update(training.model, step=training.updates)
+        training.average.update(training.updates)
+        training.profile.mark("average")
 
 
 @contextlib.contextmanager
@@ -161,6 +178,7 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
         world.share_tensors(list(training.average.module.buffers()))
     record: dict[str, Any] = {
         "epoch": training.epoch + 1,
+        "resolution": training.data.train.phase(training.epoch).resolution,
         "train_loss": done.loss / done.samples,
         "lr": training.lr,
         "seconds": done.seconds,
@@ -172,9 +190,11 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
         if world.speaks:
             # Killed while it validates, the run has this epoch's training.
             checkpoint.save(directory.last, training.state())
+            training.profile.mark("checkpoint")
         classes = len(training.data.classes)
         judged = evaluate(training.evaluated, training.data.validation, classes, config.trainer, world)
         record["validation"] = judged.summary()
+        training.profile.mark("validation")
         figure = record["validation"][config.trainer.select]
     training.learning_rate.after_epoch(figure)
     # Of equals the later one, which has learned longer.
@@ -194,6 +214,7 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
         for sink in sinks:
             sink.epoch(record)
         print(_line(record, config.trainer.epochs, is_best), flush=True)
+    training.profile.mark("end of epoch")
 
 
 def _line(record: dict[str, Any], epochs: int, is_best: bool) -> str:
@@ -206,17 +227,6 @@ def _line(record: dict[str, Any], epochs: int, is_best: bool) -> str:
         f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
         f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}"
     )
-
-
-class _Lazy:
-    """The mean loss of a batch, read from the device only when it is shown."""
-
-    def __init__(self, total: torch.Tensor, count: int) -> None:
-        self._total = total
-        self._count = count
-
-    def __call__(self) -> float:
-        return float(self._total) / self._count
 
 
 @contextlib.contextmanager

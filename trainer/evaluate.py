@@ -23,12 +23,13 @@ from torch import nn
 
 from pipeline.backend import choose_backend, make_graph
 from pipeline.graph import GraphSpec
-from pipeline.loader import Loader
+from pipeline.loader import Batch, Loader
 from shards import UserError
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
 from shards.store import open_either
-from trainer.arithmetic import autocast, memory_format
+from trainer.arithmetic import autocast, laid_out, memory_format
+from trainer.calibration import calibration_error, fit_temperature
 from trainer.checkpoint import BEST, load
 from trainer.config import validate
 from trainer.data import evaluation_loader
@@ -36,28 +37,35 @@ from trainer.distributed import World, join, spoken_once
 from trainer.metrics import Confusion
 from trainer.model import make_model
 from trainer.settings import Config, Trainer
+from trainer.views import mean_logits
+
+_IN_BEST = ("config", "model", "classes", "image_shape", "mean", "std", "temperature")
 
 
 @dataclass(frozen=True)
 class Predictions:
     """For every sample, in the order of rows: its row in the raw source, true class, predicted class (int64 [N]),
-    and the probability float32 [N] that the model gave to its prediction."""
+    and the probability float32 [N] of its prediction, at the temperature and as the model gave it."""
 
     rows: NDArray[np.int64]
     labels: NDArray[np.int64]
     predicted: NDArray[np.int64]
     confidence: NDArray[np.float32]
+    uncalibrated: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """confusion: over all ranks. loss: mean cross-entropy in nats. predictions: on rank 0, None elsewhere.
 
+    temperature: by which the logits were divided. calibrated_loss: the cross-entropy then.
     seconds, wait_seconds: how long it took on this rank, and how much of that it waited for data.
     """
 
     confusion: Confusion
     loss: float
+    temperature: float
+    calibrated_loss: float
     predictions: Predictions | None
     seconds: float
     wait_seconds: float
@@ -65,39 +73,82 @@ class Evaluation:
     def summary(self) -> dict[str, float | int]:
         return {**self.confusion.summary(), "loss": self.loss}
 
+    def calibration(self) -> dict[str, float]:
+        """How well confidence tells accuracy before and after the temperature; on rank 0."""
+        found = self.predictions
+        assert found is not None
+        correct = found.predicted == found.labels
+        return {
+            "temperature": self.temperature,
+            "ece_before": calibration_error(found.uncalibrated, correct),
+            "ece": calibration_error(found.confidence, correct),
+            "nll_before": self.loss,
+            "nll": self.calibrated_loss,
+        }
+
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Loader, classes: int, settings: Trainer, world: World) -> Evaluation:
-    """Run a model over all batches of a loader; the same figures on any number of ranks."""
+def evaluate(
+    model: nn.Module, loader: Loader, classes: int, settings: Trainer, world: World, *, temperature: float = 1.0
+) -> Evaluation:
+    """Run a model over all batches of a loader; the same figures on any number of ranks.
+
+    temperature: divides the logits before they become probabilities.
+    """
     model.eval()
-    rows, labels, predicted, confidence = [], [], [], []
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    rows, labels, predicted, confidence, uncalibrated = [], [], [], [], []
+    loss = torch.zeros(2, dtype=torch.float64, device=world.device)
     wait_seconds = 0.0
     start = before = time.perf_counter()
     for batch in loader.batches():
         wait_seconds += time.perf_counter() - before
-        images = batch.images.to(memory_format=memory_format(settings))
-        with autocast(settings, world.device):
-            logits = model(images)
-        probabilities = logits.float().softmax(dim=1)
-        top = probabilities.max(dim=1)
-        loss += F.cross_entropy(logits.float(), batch.labels, reduction="sum").double()
+        logits = _logits(model, batch, settings, world)
+        top = logits.softmax(dim=1).max(dim=1)
+        calibrated = logits / temperature
+        losses = [F.cross_entropy(each, batch.labels, reduction="sum") for each in (logits, calibrated)]
+        loss += torch.stack(losses).double()
         rows.append(batch.rows)
         labels.append(batch.labels)
         predicted.append(top.indices)
-        confidence.append(top.values)
+        confidence.append(calibrated.softmax(dim=1).amax(dim=1))
+        uncalibrated.append(top.values)
         before = time.perf_counter()
-    mine = [_joined(parts) for parts in (rows, labels, predicted, confidence)]
+    mine = [_joined(parts) for parts in (rows, labels, predicted, confidence, uncalibrated)]
     confusion = Confusion.of(mine[1].astype(np.int64), mine[2].astype(np.int64), classes)
     counts = world.sum(torch.from_numpy(confusion.counts)).numpy()
-    total_loss = float(world.sum(loss.cpu())) / int(counts.sum())
-    gathered = world.gather(mine)
-    predictions = None
-    if gathered:
-        together = [np.concatenate(columns) for columns in zip(*gathered, strict=True)]
-        by_row = np.argsort(together[0], kind="stable")
-        predictions = Predictions(*(column[by_row] for column in together))
-    return Evaluation(Confusion(counts), total_loss, predictions, time.perf_counter() - start, wait_seconds)
+    mean_loss, calibrated_loss = (world.sum(loss.cpu()) / int(counts.sum())).tolist()
+    gathered = _by_row(world.gather(mine))
+    predictions = Predictions(*gathered) if gathered else None
+    seconds = time.perf_counter() - start
+    return Evaluation(Confusion(counts), mean_loss, temperature, calibrated_loss, predictions, seconds, wait_seconds)
+
+
+@torch.inference_mode()
+def temperature_of(model: nn.Module, loader: Loader, settings: Trainer, world: World) -> float:
+    """The temperature that suits a model best on the samples of a loader, the same on any number of ranks."""
+    model.eval()
+    rows, labels, logits = [], [], []
+    for batch in loader.batches():
+        rows.append(batch.rows)
+        labels.append(batch.labels)
+        logits.append(_logits(model, batch, settings, world))
+    gathered = _by_row(world.gather([_joined(parts) for parts in (rows, labels, logits)]))
+    return world.share(fit_temperature(gathered[2], gathered[1]) if gathered else None)
+
+
+def _logits(model: nn.Module, batch: Batch, settings: Trainer, world: World) -> torch.Tensor:
+    """float32 [n, classes], over the views of `trainer.test_time_augmentation`."""
+    images = laid_out(batch.images, settings)
+    with autocast(settings, world.device):
+        return mean_logits(model, images, settings.test_time_augmentation)
+
+
+def _by_row(gathered: list[list[NDArray]]) -> list[NDArray]:
+    """Columns of all ranks together, in the order of the first one, the rows; nothing of nothing."""
+    # A rank without a batch has empty columns of no width.
+    full = [columns for columns in gathered if len(columns[0])]
+    together = [np.concatenate(columns) for columns in zip(*full, strict=True)]
+    return [column[np.argsort(together[0], kind="stable")] for column in together]
 
 
 def _joined(parts: list[torch.Tensor]) -> NDArray:
@@ -107,7 +158,7 @@ def _joined(parts: list[torch.Tensor]) -> NDArray:
 
 def load_run(directory: Path) -> tuple[Config, dict[str, Any]]:
     """The settings and the best checkpoint of a run directory."""
-    state = load(directory / "checkpoints" / BEST, needed=("config", "model", "classes", "image_shape", "mean", "std"))
+    state = load(directory / "checkpoints" / BEST, needed=_IN_BEST)
     return validate(state["config"], str(directory)), state
 
 
@@ -136,21 +187,22 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
             expected=f"{state['image_shape'][2]}, as the run was trained on",
             hint="name a packed set of such images",
         )
-    spec = GraphSpec.of(store.manifest, config.data.resolution, config.data.interpolation)
+    spec = GraphSpec.of(store.manifest, config.data.final_resolution, config.data.interpolation)
     backend, _ = choose_backend(config.loader.backend, world.device, spec)
     spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
     graph = make_graph(spec, backend, world.device, config.loader.batch_size)
     model = model_of(state, config, world.device)
     loader = evaluation_loader(store, np.arange(len(store)), graph, config, world)
-    evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world)
+    evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world, temperature=state["temperature"])
     return {
         **evaluation.summary(),
+        "calibration": evaluation.calibration() if world.speaks else None,
         "epochs": config.trainer.epochs,
         "best_epoch": state["epoch"],
         "seconds": evaluation.seconds,
         "images_per_second": evaluation.confusion.samples / evaluation.seconds,
         "data_wait_share": evaluation.wait_seconds / evaluation.seconds,
-        "resolution": config.data.resolution,
+        "resolution": config.data.final_resolution,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dataset": f"{store.manifest.name}/{store.manifest.part}",
     }

@@ -14,7 +14,6 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from timm.utils import ModelEmaV3 as Average
 from torch import nn
 
 from shards.errors import UserError, first_line
@@ -49,11 +48,6 @@ def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
     if settings.weights is not None:
         load_weights(model, settings.weights)
     return model
-
-
-def make_average(model: nn.Module, decay: float) -> Average:
-    """A moving average of a model's weights and buffers, with a warm-up so that short runs are not held back."""
-    return Average(model, decay=decay, use_warmup=True)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

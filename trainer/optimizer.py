@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import timm.optim
@@ -17,35 +20,70 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from trainer.lion import Lion
 from trainer.settings import Config, Optim, Schedule
 
-_TIMM_NAMES = {"adam": "adam", "adamw": "adamw", "lion": "lion", "sgd_lookahead": "lookahead_sgd"}
+_SLOW = "lookahead_slow_buff"  # as timm names it
 
 
 def make_optimizer(model: torch.nn.Module, settings: Optim) -> torch.optim.Optimizer:
-    """timm's optimiser over a model's parameters; biases and norms are not decayed."""
-    options = {"momentum": settings.momentum} if settings.name == "sgd_lookahead" else {}
-    return timm.optim.create_optimizer_v2(
-        model, opt=_TIMM_NAMES[settings.name], lr=settings.lr, weight_decay=settings.weight_decay, **options
-    )
+    """The optimiser over a model's parameters, all of them in few kernels; biases and norms are not decayed."""
+    # Some of timm's models name further parameters that are not to be decayed.
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = timm.optim.param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
+    if settings.name == "lion":
+        return Lion(groups, lr=settings.lr)
+    if settings.name == "sgd_lookahead":
+        return Lookahead(torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=True, fused=True))
+    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return kind(groups, settings.lr, fused=True)
+
+
+class Lookahead(timm.optim.Lookahead):
+    """timm's Lookahead, with all parameters of a group at once."""
+
+    @torch.no_grad()
+    def update_slow(self, group: dict[str, Any]) -> None:
+        fast = [weight for weight in group["params"] if weight.grad is not None]
+        states = [self._base_optimizer.state[weight] for weight in fast]
+        for weight, state in zip(fast, states, strict=True):
+            state.setdefault(_SLOW, weight.detach().clone())
+        slow = [state[_SLOW] for state in states]
+        torch._foreach_add_(slow, torch._foreach_sub(fast, slow), alpha=group["lookahead_alpha"])
+        torch._foreach_copy_(fast, slow)
 
 
 class LearningRate:
     """The schedule of a run: told of every update and every epoch, it moves at those it follows."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: Config, updates_per_epoch: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, config: Config, updates: Sequence[int]) -> None:
+        """updates: of each epoch. Where they differ, an epoch of fewer moves the schedule as far, in larger moves."""
         self._optimizer = optimizer
         self._by_update = config.schedule.unit == "step" and config.schedule.name != "plateau"
-        per_epoch = updates_per_epoch if self._by_update else 1
-        self._scheduler = _make_scheduler(optimizer, config.schedule, config.trainer.epochs, per_epoch)
+        self._moves_per_epoch = max(updates) if self._by_update else 1
+        self._ends = list(itertools.accumulate(updates))
+        self._updates = 0
+        self._scheduler = _make_scheduler(optimizer, config.schedule, config.trainer.epochs, self._moves_per_epoch)
 
     @property
     def now(self) -> float:
         return self._optimizer.param_groups[0]["lr"]
 
     def after_update(self) -> None:
+        before = self._moves()
+        self._updates += 1
         if self._by_update:
-            self._scheduler.step()
+            for _ in range(self._moves() - before):
+                self._scheduler.step()
+
+    def _moves(self) -> int:
+        """How far the schedule is to have moved after the updates so far."""
+        epoch = bisect.bisect_right(self._ends, self._updates)
+        if epoch == len(self._ends):
+            return epoch * self._moves_per_epoch
+        first = self._ends[epoch - 1] if epoch else 0
+        in_epoch = (self._updates - first) * self._moves_per_epoch // (self._ends[epoch] - first)
+        return epoch * self._moves_per_epoch + in_epoch
 
     def after_epoch(self, validation_figure: float) -> None:
         """validation_figure: the one that chooses the best epoch; higher is better."""
@@ -55,10 +93,11 @@ class LearningRate:
             self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._scheduler.state_dict()
+        return {"scheduler": self._scheduler.state_dict(), "updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._scheduler.load_state_dict(state)
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._updates = state["updates"]
 
 
 def _make_scheduler(

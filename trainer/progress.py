@@ -15,7 +15,7 @@ _BAR_EVERY = 0.5
 class Progress:
     """Progress of one epoch. Reading the loss waits for the device, so it is read only when something is shown."""
 
-    def __init__(self, epoch: int, epochs: int, steps: int, first_step: int, steps_ahead: int) -> None:
+    def __init__(self, epoch: int, epochs: int, steps: int, first_step: int, steps_ahead: float) -> None:
         """steps_ahead: steps of the epochs that follow this one, for the time left."""
         self._head = f"epoch {epoch + 1}/{epochs}"
         self._steps = steps

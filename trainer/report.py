@@ -19,6 +19,7 @@ from shards import Store
 from shards.atomic import write_file
 from trainer.charts import Line, confusion_chart, line_chart
 from trainer.metrics import Confusion
+from trainer.profiling import table
 from trainer.progress import duration
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -36,6 +37,7 @@ def write(directory: Path, store: Store, summary: dict[str, Any], history: list[
     predictions = np.load(directory / "predictions.npz")
     labels, predicted = predictions["labels"], predictions["predicted"]
     confusion = Confusion.of(labels, predicted, len(classes))
+    profile = directory / "profile.json"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -51,6 +53,7 @@ def write(directory: Path, store: Store, summary: dict[str, Any], history: list[
         config=yaml.safe_load((directory / "config.yaml").read_text()),
         environment=json.loads((directory / "env.json").read_text()),
         name=directory.name,
+        profile=table(json.loads(profile.read_text())) if profile.exists() else None,
     )
     write_file(directory / "report.html", page)
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from shards.atomic import write_file
 from shards.errors import run_command
 from shards.places import local_set
 from trainer import checkpoint, config, engine, report, run_directory
@@ -25,6 +28,8 @@ from trainer.data import TrainingData, open_data
 from trainer.distributed import World, join, spoken_once
 from trainer.environment import environment
 from trainer.evaluate import Evaluation
+from trainer.phases import Phase
+from trainer.profiling import TimeProfile, table
 from trainer.run_directory import RunDirectory
 from trainer.settings import Config
 from trainer.sinks import open_sinks
@@ -100,6 +105,7 @@ def _fit_and_report(training: Training, directory: RunDirectory) -> int:
     try:
         evaluation = engine.fit(training, directory, sinks)
         if speaks:
+            _write_profile(training, directory)
             summary = summarise(training, evaluation)
             predictions = evaluation.predictions
             assert predictions is not None
@@ -111,6 +117,7 @@ def _fit_and_report(training: Training, directory: RunDirectory) -> int:
             print_summary(summary, directory)
     except engine.Stopped as stop:
         if speaks:
+            _write_profile(training, directory)
             print(
                 f"stopped in epoch {stop.epoch + 1} after step {stop.step}; go on with: resume=auto "
                 f"run.dir={directory.path}",
@@ -123,11 +130,20 @@ def _fit_and_report(training: Training, directory: RunDirectory) -> int:
     return 0
 
 
+def _write_profile(training: Training, directory: RunDirectory) -> None:
+    training.trace.finish(directory.trace)
+    if isinstance(training.profile, TimeProfile):
+        figures = training.profile.figures()
+        write_file(directory.profile, json.dumps(figures, indent=1) + "\n")
+        print(table(figures), flush=True)
+
+
 def summarise(training: Training, evaluation: Evaluation) -> dict[str, Any]:
     """The figures of `summary.json`: of the test part, with those of the best epoch's validation beside them."""
     finished = training.finished
     return {
         **evaluation.summary(),
+        "calibration": evaluation.calibration(),
         "epochs": training.epoch,
         "best_epoch": training.best_epoch,
         "validation": training.history[training.best_epoch - 1].get("validation"),
@@ -135,7 +151,7 @@ def summarise(training: Training, evaluation: Evaluation) -> dict[str, Any]:
         "training_seconds": finished.seconds,
         "images_per_second": finished.images_per_second,
         "data_wait_share": finished.wait_share,
-        "resolution": training.config.data.resolution,
+        "resolution": training.config.data.final_resolution,
         "parameters": _parameters(training),
         "model": training.config.model.name,
         "dataset": training.data.manifest.name,
@@ -144,7 +160,7 @@ def summarise(training: Training, evaluation: Evaluation) -> dict[str, Any]:
 
 def print_head(training: Training, directory: RunDirectory, resuming: bool) -> None:
     data, settings = training.data, training.config
-    if settings.loader.batch_size > len(data.train.order.samples):
+    if settings.loader.batch_size > len(data.train.samples):
         print(
             f"warning: loader.batch_size={settings.loader.batch_size} is more than all training images; an epoch is "
             "one smaller batch",
@@ -152,10 +168,11 @@ def print_head(training: Training, directory: RunDirectory, resuming: bool) -> N
         )
     validation = len(data.validation.order.samples) if data.validation else 0
     print(
-        f"{data.manifest.name}: {len(data.train.order.samples):,} training, {validation:,} validation, "
+        f"{data.manifest.name}: {len(data.train.samples):,} training, {validation:,} validation, "
         f"{len(data.test.order.samples):,} test images of {len(data.classes)} classes\n"
-        f"{data.train.order.steps_per_epoch:,} steps an epoch, {settings.loader.batch_size} images each\n"
-        f"{settings.model.name} at {settings.data.resolution}x{settings.data.resolution}, "
+        f"{_by_phase(data, lambda phase: f'{data.train.steps(phase.first):,} steps an epoch')}, "
+        f"{_by_phase(data, lambda phase: f'{phase.batch_size:,} images each')}\n"
+        f"{settings.model.name} at {_by_phase(data, lambda phase: f'{phase.resolution}x{phase.resolution}')}, "
         f"{_parameters(training):,} parameters, on {training.world.device} in {settings.trainer.precision} "
         f"({training.world.size} {'rank' if training.world.size == 1 else 'ranks'}); "
         f"loader {data.backend}: {data.backend_reason}\n"
@@ -171,6 +188,9 @@ def print_summary(summary: dict[str, Any], directory: RunDirectory) -> None:
         f"test        accuracy {summary['accuracy']:.2%}  macro F1 {summary['macro_f1']:.2%}  "
         f"weighted F1 {summary['weighted_f1']:.2%}  ({summary['samples']:,} images)"
     )
+    calibration = summary["calibration"]
+    before = f" ({calibration['ece_before']:.2%} before the temperature {calibration['temperature']:.2f})"
+    print(f"calibration error {calibration['ece']:.2%}{before if calibration['temperature'] != 1 else ''}")
     if validation:
         print(
             f"validation  accuracy {validation['accuracy']:.2%}  macro F1 {validation['macro_f1']:.2%}  "
@@ -187,20 +207,27 @@ def dry_run(settings: Config, data: TrainingData, world: World) -> int:
     training = make_training(settings, data, world)
     if world.speaks:
         print(settings.to_yaml())
-        order = data.train.order
-        updates = -(-order.steps_per_epoch // settings.optim.accumulation)
+        epochs = range(settings.trainer.epochs)
         height, width, channels = data.spec.image_shape
         raw = f"picture files, {channels} channels" if data.spec.encoded else f"{height}x{width}x{channels}"
-        side = data.spec.resolution
+
+        def model_input(phase: Phase) -> str:
+            share = -(-phase.batch_size // world.size)
+            return f"[{share}, {channels}, {phase.resolution}, {phase.resolution}] a rank"
+
+        def steps(phase: Phase) -> str:
+            count = data.train.steps(phase.first)
+            return f"{count:,} an epoch, {-(-count // settings.optim.accumulation):,} updates"
+
         print(
             f"raw images    {raw}, {'transposed' if data.spec.transposed else 'upright'}\n"
-            f"model input   [{-(-settings.loader.batch_size // world.size)}, {channels}, {side}, {side}] a rank, "
+            f"model input   {_by_phase(data, model_input)}, "
             f"mean {_numbers(data.spec.mean)}, deviation {_numbers(data.spec.std)}\n"
             f"classes       {len(data.classes)}, weights {float(training.class_weights.min()):.3f} .. "
             f"{float(training.class_weights.max()):.3f}\n"
             f"parameters    {_parameters(training):,}\n"
-            f"steps         {order.steps_per_epoch:,} an epoch, {updates:,} updates; "
-            f"{order.steps_per_epoch * settings.trainer.epochs:,} in {settings.trainer.epochs} epochs\n"
+            f"steps         {_by_phase(data, steps)}; "
+            f"{sum(map(data.train.steps, epochs)):,} in {settings.trainer.epochs} epochs\n"
             f"loader        {data.backend}: {data.backend_reason}",
             flush=True,
         )
@@ -212,6 +239,13 @@ def dry_run(settings: Config, data: TrainingData, world: World) -> int:
     if world.speaks:
         print(f"one step      loss {loss:.4f}, {time.perf_counter() - start:.1f} s")
     return 0
+
+
+def _by_phase(data: TrainingData, describe: Callable[[Phase], str]) -> str:
+    """A phrase about each phase that says another than the one before it: `48x48, from epoch 5 on 112x112`."""
+    said = [(phase.first, describe(phase)) for phase in data.train.phases]
+    new = [words for before, words in zip([None, *said], said, strict=False) if before is None or before[1] != words[1]]
+    return ", ".join(words if first == 0 else f"from epoch {first + 1} on {words}" for first, words in new)
 
 
 def _last_checkpoint(directory: RunDirectory, settings: Config, data: TrainingData) -> dict[str, Any]:

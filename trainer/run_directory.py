@@ -31,6 +31,8 @@ class RunDirectory:
         self.summary_path = path / _SUMMARY
         self.report = path / "report.html"
         self.predictions = path / "predictions.npz"
+        self.trace = path / "trace.json.gz"
+        self.profile = path / "profile.json"
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -12,6 +12,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pipeline.graph import MAX_RESOLUTION
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
+
+
+def _well_formed(resolution: Any) -> Any:
+    """Check a schedule of resolutions; a single one is checked by its type."""
+    if not isinstance(resolution, list | tuple):
+        return resolution
+    pairs = [pair for pair in resolution if isinstance(pair, list | tuple) and len(pair) == 2]
+    epochs = [epoch for epoch, _ in pairs]
+    if len(pairs) != len(resolution) or not all(type(number) is int for pair in pairs for number in pair):
+        raise ValueError("Pairs of an epoch and a side, as in [[1, 48], [5, 112]]")
+    if epochs[:1] != [1] or epochs != sorted(set(epochs)):
+        raise ValueError("Epochs that begin with 1 and rise, as in [[1, 48], [5, 112]]")
+    if not all(1 <= side <= MAX_RESOLUTION for _, side in pairs):
+        raise ValueError(f"Sides of 1 .. {MAX_RESOLUTION} pixels")
+    return resolution
 
 
 class Section(BaseModel):
@@ -39,12 +55,23 @@ class Data(Section):
     any of both the last epoch is taken as the best."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of what remains of the train part to train on, by class."""
-    resolution: Annotated[int, Field(ge=1, le=MAX_RESOLUTION)] = 112
-    """Side in pixels of the model's square input."""
+    resolution: Annotated[Side | tuple[tuple[int, int], ...], BeforeValidator(_well_formed)] = 112
+    """Side in pixels of the model's square input; or a schedule, pairs of an epoch (from 1) and the side from then on:
+    [[1, 48], [5, 80], [9, 112]]. The last one is what is evaluated, from
+    the first epoch on."""
     interpolation: Literal["linear", "cubic", "nearest"] = "linear"
     """How images are resized."""
     verify: bool = True
     """Compare every shard with its hash before training (about a second for each gigabyte)."""
+
+    def resolution_by_epoch(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of an epoch (from 1) and the resolution from then on."""
+        return ((1, self.resolution),) if isinstance(self.resolution, int) else self.resolution
+
+    @property
+    def final_resolution(self) -> int:
+        """The one that is evaluated."""
+        return self.resolution_by_epoch()[-1][1]
 
 
 class Loader(Section):
@@ -52,6 +79,9 @@ class Loader(Section):
     """What turns bytes into model input; auto takes DALI with a GPU and torch without."""
     batch_size: Annotated[int, Field(ge=1)] = 512
     """Images of a global batch, over all ranks together."""
+    scale_batch: bool = False
+    """With a schedule of resolutions, keep the pixels of a batch: batch_size images where the resolution is largest,
+    more where it is smaller. The learning rate stays."""
     memory: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Gigabytes of images that a process may hold; auto is half of the machine's memory, shared among its processes.
     Larger sets are drawn from a window of blocks that slides through a random order of them."""
@@ -126,6 +156,10 @@ class Schedule(Section):
     """plateau: epochs without improvement before it falls."""
 
 
+def _compile_mode(value: Any) -> Any:
+    return ("default" if value else "off") if isinstance(value, bool) else value
+
+
 class Trainer(Section):
     epochs: Annotated[int, Field(ge=1)] = 15
     """Passes over the training data."""
@@ -133,12 +167,28 @@ class Trainer(Section):
     """Arithmetic of the model: fp32, or bf16 where autocast finds it safe; auto is bf16 on devices made for it."""
     channels_last: bool = True
     """Keep images and kernels in the NHWC layout, which convolutions prefer."""
-    compile: bool = False
-    """Compile the model with torch.compile; the first steps then take minutes."""
+    # YAML reads an unquoted off as false.
+    compile: Annotated[
+        Literal["off", "auto", "default", "reduce-overhead", "max-autotune"], BeforeValidator(_compile_mode)
+    ] = "off"
+    """Compile the model with torch.compile, in this mode of it; the first steps then take minutes. auto is default with
+    a GPU and off without; true is default. The last two use CUDA graphs."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which is then what is evaluated; null for none."""
     select: Literal["accuracy", "macro_f1"] = "accuracy"
     """Validation figure by which the best epoch is chosen, and that plateau watches."""
+    test_time_augmentation: Literal["none", "shifts", "shifts_scales"] = "none"
+    """Evaluate by the mean probability over each image and slightly shifted (5 views) or also resized (7 views) copies;
+    evaluation takes that many times as long."""
+    profile: bool = False
+    """Take the time of each part of a step, and show and keep it at the end (profile.json)."""
+    trace: bool | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = False
+    """Trace all that is done in some steps, with torch's profiler (trace.json.gz): [first, last], counted from the
+    start of the process; true is [6, 10]."""
+
+    @property
+    def traced_steps(self) -> tuple[int, int] | None:
+        return (6, 10) if self.trace is True else self.trace or None
 
 
 class Logging(Section):
@@ -177,8 +227,21 @@ class Config(Section):
             raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
         if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
             raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
-        if self.model.name == "three_block_cnn" and self.data.resolution < 4:
-            raise ValueError(f"data.resolution={self.data.resolution}, and three_block_cnn halves its input twice")
+        starts = self.data.resolution_by_epoch()
+        smallest = min(resolution for _, resolution in starts)
+        if self.model.name == "three_block_cnn" and smallest < 4:
+            raise ValueError(f"data.resolution={smallest}, and three_block_cnn halves its input twice")
+        if starts[-1][0] > self.trainer.epochs:
+            raise ValueError(
+                f"data.resolution goes on to epoch {starts[-1][0]}, but trainer.epochs is {self.trainer.epochs}"
+            )
+        if self.trainer.compile in ("reduce-overhead", "max-autotune") and self.optim.accumulation > 1:
+            raise ValueError(
+                f"trainer.compile={self.trainer.compile} uses the memory of gradients again in every step, but "
+                f"optim.accumulation={self.optim.accumulation} adds them up"
+            )
+        if self.trainer.traced_steps and self.trainer.traced_steps[0] > self.trainer.traced_steps[1]:
+            raise ValueError(f"trainer.trace={list(self.trainer.traced_steps)} ends before it begins")
         if self.model.pretrained is True and self.model.weights is not None:
             raise ValueError("model.pretrained and model.weights both say what to begin with")
         return self
@@ -204,6 +267,8 @@ class Config(Section):
                 yield f"schedule.{setting}={epochs} is rounded to whole epochs by schedule.unit=epoch"
         if "schedule.unit" in given and self.schedule.name == "plateau" and self.schedule.unit == "step":
             yield "schedule.unit=step has no effect with schedule.name=plateau, which moves after an epoch"
+        if self.loader.scale_batch and isinstance(self.data.resolution, int):
+            yield "loader.scale_batch has no effect without a schedule of resolutions (data.resolution)"
         if "optim.momentum" in given and self.optim.name != "sgd_lookahead":
             yield f"optim.momentum has no effect with optim.name={self.optim.name}"
         if "loss.effective_beta" in given and self.loss.class_weights != "effective":
@@ -228,7 +293,11 @@ class Config(Section):
     def recipe(self) -> dict[str, Any]:
         """What decides the resulting weights, flat and by dotted name; a resumed run must agree in all of it."""
         free = dict.fromkeys(("run", "resume", "logging", "device"), True)
-        free_in_sections = {"data": {"shards", "verify"}, "loader": {"backend", "memory"}}
+        free_in_sections = {
+            "data": {"shards", "verify"},
+            "loader": {"backend", "memory"},
+            "trainer": {"profile", "trace"},
+        }
         content = self.model_dump(mode="json", exclude={**free, **free_in_sections})
         return dict(_flatten(content))
 

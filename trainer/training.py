@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +11,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.arithmetic import memory_format
+from trainer.average import Average
+from trainer.compiled import compiled
 from trainer.data import TrainingData
 from trainer.distributed import World
 from trainer.loss import class_weights
-from trainer.model import Average, make_average, make_model
+from trainer.model import make_model
 from trainer.optimizer import LearningRate, make_optimizer
+from trainer.profiling import NoProfile, Profile, TimeProfile, Trace
 from trainer.randomness import seed_weights
 from trainer.settings import Config
 
@@ -59,6 +62,8 @@ class Training:
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     class_weights: torch.Tensor
+    profile: Profile
+    trace: Trace
     epoch: int = 0
     step: int = 0
     updates: int = 0
@@ -90,7 +95,7 @@ class Training:
         """Everything that a later process needs to go on exactly here; tensors and plain values only."""
         return {
             **self._identity(),
-            "window": self.data.train.order.window,
+            "window": self.data.train.window,
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict(),
@@ -108,7 +113,7 @@ class Training:
         }
 
     def best_state(self) -> dict[str, Any]:
-        """What is needed to use the model: its weights, settings, classes and input statistics."""
+        """What is needed to use the model: its weights, settings, classes, input statistics and temperature."""
         return {
             **self._identity(),
             "model": self.evaluated.state_dict(),
@@ -117,6 +122,7 @@ class Training:
             "image_shape": list(self.data.spec.image_shape),
             "mean": list(self.data.spec.mean),
             "std": list(self.data.spec.std),
+            "temperature": 1.0,
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -128,7 +134,7 @@ class Training:
 
     def restore(self, state: dict[str, Any]) -> None:
         # The order that was begun with goes on, whatever the memory of this machine would allow.
-        self.data.train.order = replace(self.data.train.order, window=state["window"])
+        self.data.train.window = state["window"]
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
@@ -149,20 +155,34 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     settings = config.model.model_copy(update={"pretrained": False, "weights": None}) if resuming else config.model
     model = make_model(settings, data.spec.image_shape[2], len(data.classes))
     model.to(world.device, memory_format=memory_format(config.trainer))
-    forward: nn.Module = torch.compile(model) if config.trainer.compile else model
+    forward = compiled(model, config.trainer, world.device, len(data.train.phases))
     if world.size > 1:
         gpu = [world.device.index] if world.device.type == "cuda" else None
-        forward = DistributedDataParallel(forward, device_ids=gpu)
+        forward = DistributedDataParallel(
+            forward,
+            device_ids=gpu,
+            # A static graph has to exchange gradients in its first backward pass, which accumulation puts off.
+            static_graph=config.optim.accumulation == 1,
+            gradient_as_bucket_view=True,
+            # Batch norm trains on each rank's own batch; rank 0's running statistics are shared when they are used.
+            forward_sync_buffers=False,
+        )
     optimizer = make_optimizer(model, config.optim)
-    updates_per_epoch = -(-data.train.order.steps_per_epoch // config.optim.accumulation)
+    updates = [-(-data.train.steps(epoch) // config.optim.accumulation) for epoch in range(config.trainer.epochs)]
+    profile: Profile = NoProfile()
+    if config.trainer.profile:
+        profile = TimeProfile(world.device)
+        data.train.timed = profile.timed
     return Training(
         config=config,
         world=world,
         data=data,
         model=model,
         forward=forward,
-        average=make_average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
+        average=Average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
         optimizer=optimizer,
-        learning_rate=LearningRate(optimizer, config, updates_per_epoch),
+        learning_rate=LearningRate(optimizer, config, updates),
         class_weights=class_weights(data.counts, config.loss).to(world.device),
+        profile=profile,
+        trace=Trace(config.trainer.traced_steps if world.speaks else None, world.device),
     )

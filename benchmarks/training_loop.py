@@ -1,0 +1,142 @@
+"""The whole training loop, and the same loop over batches that lie on the device already."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Spread
+from pipeline.loader import Batch
+from shards.errors import UserError
+from trainer import engine
+from trainer.arithmetic import with_precision
+from trainer.compiled import compile_mode
+from trainer.config import validate
+from trainer.data import open_data
+from trainer.distributed import World, join
+from trainer.environment import environment
+from trainer.phases import TrainingLoader
+from trainer.run_directory import RunDirectory
+from trainer.training import Totals, Training, make_training
+
+_RESIDENT = 4  # batches that the synthetic loop goes round
+_WARM_UP = 2  # rounds that are not counted
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured. batch_size: of all ranks together."""
+
+    resolution: int
+    model: str
+    batch_size: int
+    precision: str
+    compile: str
+
+
+class ResidentLoader:
+    """Stands in for a `TrainingLoader`: as many steps of as many images, out of a few batches kept on the device."""
+
+    def __init__(self, loader: TrainingLoader) -> None:
+        self._loader = loader
+        self.phases = loader.phases
+        with contextlib.closing(loader.batches()) as batches:
+            pairs = zip(range(_RESIDENT), batches, strict=False)
+            self._kept = [replace(batch, images=batch.images.clone()) for _, batch in pairs]
+
+    def steps(self, epoch: int) -> int:
+        return self._loader.steps(epoch)
+
+    def steps_ahead(self, epoch: int, epochs: int) -> float:
+        return self._loader.steps_ahead(epoch, epochs)
+
+    def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
+        for step in range(first_step, self.steps(epoch)):
+            yield replace(self._kept[step % len(self._kept)], step=step)
+
+
+def recipe(shards: Path, setting: Setting, subset: float) -> dict[str, Any]:
+    return {
+        "data": {"shards": str(shards), "resolution": setting.resolution, "subset": subset, "validation": 0},
+        "loader": {"batch_size": setting.batch_size},
+        "model": {"name": setting.model},
+        "optim": {"name": "lion", "lr": 1e-4, "clip_norm": 1.0},
+        "schedule": {"name": "constant"},
+        "trainer": {"epochs": 1, "precision": setting.precision, "compile": setting.compile, "ema_decay": 0.999},
+    }
+
+
+def measure(
+    shards: Path, setting: Setting, device: str, subset: float, runs: int, seconds: float
+) -> dict[str, Any] | None:
+    """Both loops in turn, `runs` times each, for at least `seconds` a time; the result on rank 0, None elsewhere."""
+    with join(device) as world:
+        return measure_in(world, shards, setting, subset, runs, seconds)
+
+
+def measure_in(
+    world: World, shards: Path, setting: Setting, subset: float, runs: int, seconds: float
+) -> dict[str, Any] | None:
+    settings = with_precision(validate(recipe(shards, setting, subset), "the benchmark"), world.device)
+    data = open_data(settings, world)
+    if data.train.steps(0) < 2:
+        raise UserError(
+            found=f"{len(data.train.samples)} training images in batches of {setting.batch_size}",
+            expected="at least two batches",
+            hint="a smaller batch, or --shards DIR with more images",
+        )
+    training = make_training(settings, data, world)
+    start = time.perf_counter()
+    resident = replace(data, train=ResidentLoader(data.train))
+    _epoch(training, resident)
+    first = time.perf_counter() - start
+    took = _epoch(training, resident).seconds
+    passes = world.share(max(1, round(seconds / took)))
+    loops: dict[str, list[Totals]] = {"whole": [], "synthetic": []}
+    for number in range(_WARM_UP + runs):
+        for name, source in (("whole", data), ("synthetic", resident)):
+            together = Totals()
+            for _ in range(passes):
+                together.add(_epoch(training, source))
+            if number >= _WARM_UP:
+                loops[name].append(together)
+    if not world.speaks:
+        return None
+    steps = passes * data.train.steps(0)
+    ratios = [
+        whole.images_per_second / synthetic.images_per_second
+        for whole, synthetic in zip(loops["whole"], loops["synthetic"], strict=True)
+    ]
+    on_gpu = world.device.type == "cuda"
+    return {
+        **asdict(setting),
+        "precision": settings.trainer.precision,
+        "compile": compile_mode(settings.trainer, world.device),
+        "ranks": world.size,
+        "whole_images_per_second": Spread.of([loop.images_per_second for loop in loops["whole"]]).to_json(),
+        "synthetic_images_per_second": Spread.of([loop.images_per_second for loop in loops["synthetic"]]).to_json(),
+        "whole_of_synthetic": Spread.of(ratios).to_json(),
+        "data_wait_share": Spread.of([loop.wait_share for loop in loops["whole"]]).to_json(),
+        "step_milliseconds": Spread.of([1000 * loop.seconds / steps for loop in loops["whole"]]).to_json(),
+        "first_epoch_seconds": first,
+        "steps_a_run": steps,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(world.device) if on_gpu else None,
+        "loader_backend": data.backend,
+        "environment": environment(world.device),
+    }
+
+
+def _epoch(training: Training, data: Any) -> Totals:
+    """One pass of the trainer's own loop over the data."""
+    training.data, training.step, training.so_far = data, 0, Totals()
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
+        engine.train_epoch(training, RunDirectory(Path(directory)), received=[])
+    return training.so_far

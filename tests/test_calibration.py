@@ -1,0 +1,171 @@
+"""Temperatures and calibration errors against their definitions, and in a run: fitted on the validation part alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import run_module
+from numpy.typing import NDArray
+from test_training import free_port
+
+from trainer import engine
+from trainer.calibration import calibration_error, fit_temperature
+from trainer.distributed import World
+from trainer.evaluate import evaluate_run
+from trainer.run import main as run_main
+from trainer.views import mean_logits
+
+
+def drawn(count: int, temperature: float, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Logits, and labels drawn from the probabilities that they have at a temperature."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 3, (count, 6))
+    probabilities = np.exp(logits / temperature)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    labels = (probabilities.cumsum(axis=1) < random.random((count, 1))).sum(axis=1)
+    return logits.astype(np.float32), labels.astype(np.int64)
+
+
+def cross_entropy(logits: NDArray[np.float32], labels: NDArray[np.int64], temperature: float) -> float:
+    return float(F.cross_entropy(torch.from_numpy(logits).double() / temperature, torch.from_numpy(labels)))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7, 6.0])
+def test_the_temperature_is_found_that_labels_were_drawn_at(temperature: float) -> None:
+    logits, labels = drawn(20_000, temperature)
+    found = fit_temperature(logits, labels)
+    assert found == pytest.approx(temperature, rel=0.05)
+    least = cross_entropy(logits, labels, found)
+    for other in (found * 0.999, found * 1.001):
+        assert cross_entropy(logits, labels, other) > least
+    assert fit_temperature(3 * logits + 100, labels) == pytest.approx(3 * found, rel=1e-4)
+
+
+def test_temperatures_that_no_minimum_bounds() -> None:
+    logits, _ = drawn(300, 1.0)
+    assert fit_temperature(logits, logits.argmax(axis=1)) == 1.0, "without an error there is nothing to learn from"
+    assert fit_temperature(logits, logits.argmin(axis=1)) == pytest.approx(20.0, rel=1e-3), "always wrong: know nothing"
+    almost = logits.argmax(axis=1)
+    almost[0] = logits[0].argsort()[-2]
+    assert 1 / 20 <= fit_temperature(100 * logits, almost) <= 20
+
+
+def test_the_calibration_error_is_its_definition() -> None:
+    random = np.random.default_rng(0)
+    confidence = random.random(2000).astype(np.float32)
+    confidence[:3] = (0.0, 1.0, 1 / 3)
+    correct = random.random(2000) < confidence**2
+    expected = 0.0
+    for number in range(15):
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+        if number == 0:
+            inside |= confidence == 0
+        if inside.any():
+            expected += inside.mean() * abs(correct[inside].mean() - confidence[inside].astype(np.float64).mean())
+    assert calibration_error(confidence, correct) == pytest.approx(expected, rel=1e-6)
+    assert calibration_error(np.ones(4, np.float32), np.ones(4, bool)) == 0
+    assert calibration_error(np.ones(4, np.float32), np.zeros(4, bool)) == 1
+
+
+def test_the_right_temperature_calibrates() -> None:
+    logits, labels = drawn(50_000, 2.5)
+
+    def error(temperature: float) -> float:
+        probabilities = torch.from_numpy(logits / temperature).softmax(dim=1).numpy()
+        return calibration_error(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels)
+
+    assert error(1.0) > 0.1
+    assert error(fit_temperature(logits, labels)) < 0.01
+
+
+def test_views_are_the_image_and_its_shifts() -> None:
+    seen: list[torch.Tensor] = []
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return torch.stack([images.sum(dim=(1, 2, 3)), images[:, 0, 9, 20]], dim=1)
+
+    images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    whole = mean_logits(model, images, "shifts_scales")
+    assert len(seen) == 7
+    assert seen[0] is images
+    torch.testing.assert_close(seen[1][..., 1:], images[..., :-1], atol=1e-5, rtol=0)  # to the right
+    torch.testing.assert_close(seen[2][..., :-1], images[..., 1:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen[3][..., 1:, :], images[..., :-1, :], atol=1e-5, rtol=0)  # down
+    torch.testing.assert_close(seen[1][..., 0], images[..., 0], atol=1e-5, rtol=0)  # the edge repeats
+    blob = torch.zeros(1, 1, 28, 28)
+    blob[..., 10:18, 10:18] = 1
+    seen.clear()
+    mean_logits(model, blob, "shifts_scales")
+    smaller, larger = (float(view.sum()) / 64 for view in seen[5:])
+    assert smaller == pytest.approx(1 / 1.06**2, rel=0.02)
+    assert larger == pytest.approx(1.06**2, rel=0.02)
+    probabilities = torch.stack([model(view).softmax(dim=1) for view in list(seen)]).mean(dim=0)
+    torch.testing.assert_close(mean_logits(model, blob, "shifts_scales").exp(), probabilities)
+    assert whole.shape == (3, 2)
+    assert torch.equal(mean_logits(model, images, "none"), model(images))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
+    """A run that learned a little from genuine digits, evaluated with views."""
+    directory = tmp_path_factory.mktemp("calibrated") / "run"
+    recipe = directory.parent / "few.yaml"
+    content = {
+        "data": {"shards": str(digits_set), "resolution": 16, "validation": 0.2},
+        "loader": {"batch_size": 64},
+        "model": {"name": "three_block_cnn"},
+        "optim": {"lr": 3e-4},
+        "trainer": {"epochs": 2, "precision": "fp32", "test_time_augmentation": "shifts"},
+    }
+    recipe.write_text(yaml.safe_dump(content))
+    fitted_on: list[int] = []
+
+    def counted(*arguments: object) -> float:
+        fitted_on.append(len(arguments[1].order.samples))  # type: ignore[attr-defined]
+        return original(*arguments)  # type: ignore[arg-type]
+
+    original = engine.temperature_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "temperature_of", counted)
+        patch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory}"])
+        assert run_main() == 0
+    assert fitted_on == [288], "the validation part, once"
+    return directory
+
+
+def test_a_run_calibrates_and_says_so(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    found = summary["calibration"]
+    assert found["ece"] < found["ece_before"]
+    assert found["nll"] < found["nll_before"] == summary["loss"]
+    predictions = np.load(run / "predictions.npz")
+    correct = predictions["labels"] == predictions["predicted"]
+    assert calibration_error(predictions["confidence"], correct) == found["ece"]
+    assert calibration_error(predictions["uncalibrated"], correct) == found["ece_before"]
+    best = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    assert best["temperature"] == found["temperature"] != 1
+    assert f"{100 * found['ece']:.2f} %" in (run / "report.html").read_text()
+
+
+def test_evaluating_again_gives_the_same(run: Path, digits_set: Path) -> None:
+    alone = World(rank=0, size=1, device=torch.device("cpu"))
+    found = evaluate_run(run, str(digits_set), alone)
+    assert found["calibration"] == json.loads((run / "summary.json").read_text())["calibration"]
+
+
+@pytest.mark.slow
+def test_several_ranks_calibrate_alike(run: Path, digits_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "metrics.json"
+    launcher = ("torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "-m")
+    process = run_module(*launcher, "trainer.evaluate", run, digits_set, "--json", out, timeout=300)
+    assert process.returncode == 0, process.stderr
+    expected = json.loads((run / "summary.json").read_text())["calibration"]
+    assert json.loads(out.read_text())["calibration"] == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,274 @@
+"""Where the time goes is told truly, and telling it (or training at all) never waits for the device in a step."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from test_training import train_here
+
+from shards import UserError
+from trainer import compiled, engine
+from trainer.arithmetic import laid_out, memory_format, with_precision
+from trainer.compiled import compile_mode
+from trainer.config import load
+from trainer.data import open_data
+from trainer.distributed import World
+from trainer.profiling import LOADING, TimeProfile, table
+from trainer.randomness import seed_step
+from trainer.readback import Readback
+from trainer.settings import Config, Trainer
+from trainer.training import Training, make_training
+
+CPU = torch.device("cpu")
+EVERYTHING = {
+    "mixing": {"probability": 1.0},
+    "loss": {"label_smoothing": 0.1, "class_weights": "minmax"},
+    "trainer": {"epochs": 2, "precision": "fp32", "ema_decay": 0.9},
+    "schedule": {"name": "cosine", "warmup": 1},
+}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param, 0) if request.param == "cuda" else CPU
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
+    content = EVERYTHING | {
+        "data": {"shards": str(made_up_set), "validation": 0.1, "resolution": 16},
+        "loader": {"batch_size": 64},
+        "model": {"name": "three_block_cnn", "drop_rate": 0.2},
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def training_on(recipe: Path, device: torch.device, *overrides: str) -> Training:
+    config: Config = load(recipe, [*overrides, f"device={device.type}"])
+    world = World(rank=0, size=1, device=device)
+    return make_training(config, open_data(config, world), world)
+
+
+def test_a_profile_adds_up_and_a_trace_tells_of_its_steps(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    slow, learn = 0.02, engine.weighted_kl
+
+    def slow_loss(*arguments: torch.Tensor) -> torch.Tensor:
+        time.sleep(slow)
+        return learn(*arguments)
+
+    monkeypatch.setattr(engine, "weighted_kl", slow_loss)
+    directory = tmp_path / "run"
+    start = time.perf_counter()
+    assert train_here(monkeypatch, recipe, directory, "trainer.profile=true", "trainer.trace=[2, 3]") == 0
+    seconds = time.perf_counter() - start
+    found = {record["part"]: record for record in json.loads((directory / "profile.json").read_text())}
+    steps = 2 * 10
+    for part in ("data wait", "mixing", "forward", "backward", "optimiser", "average", "logging", LOADING):
+        assert found[part]["times"] == steps, part
+    assert found["validation"]["times"] == found["end of epoch"]["times"] == 2
+    assert found["forward"]["seconds"] > slow * steps
+    assert found["forward"]["median_ms"] > 1000 * slow > found["optimiser"]["median_ms"]
+    assert found[LOADING]["seconds"] < found["data wait"]["seconds"]
+    inside = [record for part, record in found.items() if part != LOADING]
+    assert sum(record["share"] for record in inside) == pytest.approx(1)
+    assert sum(record["seconds"] for record in inside) < seconds
+    output = capsys.readouterr().out
+    assert table(list(found.values())) in output
+    assert "Where the time went" in (directory / "report.html").read_text()
+
+    events = json.loads(gzip.decompress((directory / "trace.json.gz").read_bytes()))["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert names.count("aten::cross_entropy_loss") == 0, "evaluation is not in the trace"
+    assert names.count("aten::log_softmax") == 2, "two steps are"
+
+
+def test_without_being_asked_for_there_is_neither(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_here(monkeypatch, recipe, tmp_path / "run", "trainer.epochs=1", "schedule.warmup=0") == 0
+    assert not list((tmp_path / "run").glob("profile*")) + list((tmp_path / "run").glob("trace*"))
+
+
+def test_a_trace_that_ends_before_it_begins_is_refused(recipe: Path) -> None:
+    with pytest.raises(UserError, match="ends before it begins"):
+        load(recipe, ["trainer.trace=[5, 2]"])
+
+
+@contextmanager
+def no_reading() -> Iterator[None]:
+    """Fail whoever turns a tensor into a number, which on a GPU would wait for all work before it."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("the step reads a tensor")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        yield
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lion", "sgd_lookahead"])
+def test_a_step_never_waits_for_the_device(recipe: Path, device: torch.device, optimizer: str) -> None:
+    learner = training_on(recipe, device, f"optim.name={optimizer}", "optim.clip_norm=1.0", "trainer.profile=true")
+    learner.forward.train()
+    batches = list(learner.data.train.batches())
+    shown = Readback(device)
+    engine.train_step(learner, batches[0], window=1, updates=True)
+    with no_waiting() if device.type == "cuda" else no_reading():
+        for batch in batches[1:8]:
+            loss = engine.train_step(learner, batch, window=1, updates=True)
+            shown.offer(loss, len(batch.labels))
+    assert learner.updates == 8
+
+
+def test_the_check_of_reading_finds_it() -> None:
+    with no_reading(), pytest.raises(AssertionError, match="reads a tensor"):
+        float(torch.ones(()))
+
+
+def test_a_figure_arrives_by_itself(device: torch.device) -> None:
+    shown = Readback(device)
+    for number in range(5):
+        shown.offer(torch.full((), 6.0 * (number + 1), device=device), 2)
+    if device.type == "cuda":
+        assert math.isnan(shown()) or shown() in (3.0, 6.0, 9.0, 12.0, 15.0)
+        torch.cuda.synchronize()
+        shown.offer(torch.zeros((), device=device), 2)  # takes what has arrived meanwhile
+        assert shown() in (3.0, 6.0, 9.0, 12.0, 15.0)
+    else:
+        assert shown() == 15.0
+
+
+def test_a_profile_of_the_device_tells_of_its_own_time(device: torch.device) -> None:
+    profile = TimeProfile(device)
+    matrix = torch.rand(512, 512, device=device)
+    for _ in range(3):
+        (matrix @ matrix).sum()
+        profile.mark("product")
+    (record,) = profile.figures()
+    assert (record["times"], record["share"]) == (3, pytest.approx(1))
+    assert ("device_seconds" in record) == (device.type == "cuda")
+
+
+def test_all_batch_sizes_of_a_resolution_share_one_compilation(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a back end that builds nothing, to count how often dynamo asks it to."""
+    asked: list[int] = []
+
+    def build(graph: torch.fx.GraphModule, examples: list[object]) -> object:
+        asked.append(len(examples))
+        return graph.forward
+
+    whole = torch.compile
+    monkeypatch.setattr(compiled.torch, "compile", lambda model, **options: whole(model, backend=build, **options))
+    torch._dynamo.reset()
+    learner = training_on(
+        recipe, CPU, "trainer.compile=default", "data.resolution=[[1, 16], [2, 20]]", "loader.batch_size=61"
+    )
+    plain = training_on(recipe, CPU, "data.resolution=[[1, 16], [2, 20]]", "loader.batch_size=61")
+    sizes = set()
+    for epoch in range(2):
+        for learns in (learner, plain):
+            learns.epoch = epoch
+            learns.forward.train()
+        for batch in learner.data.train.batches(epoch):
+            sizes.add((len(batch.labels), batch.images.shape[2]))
+            losses = [float(engine.train_step(learns, batch, 1, True)) for learns in (learner, plain)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len(sizes) == 4
+    assert len(asked) == 2
+
+
+def test_compiling_automatically_is_for_gpus_with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    automatic, asked = Trainer(compile="auto"), Trainer(compile="reduce-overhead")
+    assert (compile_mode(automatic, CPU), compile_mode(automatic, gpu)) == ("off", "default")
+    assert compile_mode(asked, gpu) == "reduce-overhead"
+    assert (Trainer(compile=True).compile, Trainer(compile=False).compile) == ("default", "off")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    assert compile_mode(automatic, gpu) == "off"
+    with pytest.raises(UserError, match="no C compiler"):
+        compile_mode(asked, gpu)
+
+
+def test_cuda_graphs_are_not_for_accumulated_gradients() -> None:
+    with pytest.raises(UserError, match=r"optim\.accumulation=2 adds them up"):
+        load(ROOT / "configs" / "quickstart.yaml", ["trainer.compile=reduce-overhead", "optim.accumulation=2"])
+
+
+@pytest.mark.gpu
+def test_the_large_recipe_makes_use_of_a_gpu(made_up_set: Path) -> None:
+    """EfficientNet-B2 at 112x112 as configs/byclass.yaml has it: compiled, in bf16, channels last, never waiting."""
+    gpu = torch.device("cuda", 0)
+    given = (f"data.shards={made_up_set}", "loader.batch_size=64", "model.pretrained=false", "optim.accumulation=1")
+    config = with_precision(load(ROOT / "configs" / "byclass.yaml", list(given)), gpu)
+    assert (config.trainer.precision, compile_mode(config.trainer, gpu)) == ("bf16", "default")
+    world = World(rank=0, size=1, device=gpu)
+    learner = make_training(config, open_data(config, world), world)
+    kernels = [weight for weight in learner.model.parameters() if weight.ndim == 4]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    learner.forward.train()
+    batches = list(learner.data.train.batches())
+    losses = [engine.train_step(learner, batch, window=1, updates=True) for batch in batches[:2]]
+    torch.cuda.synchronize()
+    with no_waiting():
+        losses += [engine.train_step(learner, batch, window=1, updates=True) for batch in batches[2:6]]
+    assert torch.stack(losses).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_on_a_gpu_learns_what_a_plain_one_does(recipe: Path, mode: str) -> None:
+    gpu = torch.device("cuda", 0)
+    learners = [training_on(recipe, gpu, f"trainer.compile={chosen}") for chosen in ("off", mode)]
+    losses = []
+    for learner in learners:
+        learner.forward.train()
+        losses.append([float(engine.train_step(learner, batch, 1, True)) for batch in learner.data.train.batches()])
+    assert np.allclose(losses[0], losses[1], rtol=2e-2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_are_laid_out_as_asked_and_a_single_channel_is_not_copied(
+    channels: int, channels_last: bool, device: torch.device
+) -> None:
+    images = torch.rand(4, channels, 6, 5, device=device)
+    settings = Trainer(channels_last=channels_last)
+    found = laid_out(images, settings)
+    assert torch.equal(found, images)
+    assert found.stride() == images.to(memory_format=memory_format(settings)).stride()
+    assert (found.data_ptr() == images.data_ptr()) == (channels == 1 or not channels_last)
+
+
+def test_a_step_is_seeded_as_torch_would(device: torch.device) -> None:
+    torch.zeros(1, device=device)  # begins to use the device
+    seed_step(3, 1, 2, 0)
+    drawn = torch.rand(5, device=device)
+    torch.manual_seed(int(np.random.SeedSequence((3, 1, 2, 0)).generate_state(1, np.uint64)[0]))
+    assert torch.equal(drawn, torch.rand(5, device=device))

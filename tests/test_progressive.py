@@ -1,0 +1,176 @@
+"""Progressive resizing: every epoch at its own resolution, and all else as exact as without."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from test_training import QUICK, assert_same_run, history, stop_in_epoch, train_here
+
+from shards import UserError
+from trainer.arithmetic import with_precision
+from trainer.config import load
+from trainer.data import open_data
+from trainer.distributed import World
+from trainer.optimizer import LearningRate
+from trainer.phases import Phase, phases
+from trainer.settings import Config
+
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def config(*overrides: str) -> Config:
+    return with_precision(load(QUICKSTART, list(overrides)), ALONE.device)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+    """An epoch at each of three resolutions, in batches of other sizes, with all that has a state."""
+    path = tmp_path_factory.mktemp("recipe") / "growing.yaml"
+    changed = {
+        "data": QUICK["data"] | {"shards": str(made_up_set), "resolution": [[1, 8], [2, 12], [3, 20]]},
+        "loader": {"batch_size": 16, "scale_batch": True},
+    }
+    path.write_text(yaml.safe_dump(QUICK | changed))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        assert train_here(patch, recipe, directory) == 0
+    assert "at 8x8, from epoch 2 on 12x12, from epoch 3 on 20x20" in said.getvalue()
+    assert "96 images each, from epoch 2 on 40 images each, from epoch 3 on 16 images each" in said.getvalue()
+    return directory
+
+
+def test_phases_follow_the_schedule_and_keep_the_pixels_of_a_batch() -> None:
+    given = ("data.resolution=[[1, 48], [5, 80], [9, 112]]", "trainer.epochs=12", "loader.batch_size=512")
+    assert phases(config(*given)) == (Phase(0, 48, 512), Phase(4, 80, 512), Phase(8, 112, 512))
+    scaled = phases(config(*given, "loader.scale_batch=true"))
+    assert scaled == (Phase(0, 48, 2784), Phase(4, 80, 1000), Phase(8, 112, 512))
+    assert all(phase.batch_size * phase.resolution**2 <= 512 * 112**2 for phase in scaled)
+    assert phases(config("data.resolution=28")) == (Phase(0, 28, 64),)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.resolution=[[2, 48]]", "begin with 1"),
+        ("data.resolution=[]", "begin with 1"),
+        ("data.resolution=[[1, 48], [1, 56]]", "begin with 1 and rise"),
+        ("data.resolution=[48, 56]", "pairs of an epoch and a side"),
+        ("data.resolution=[[1, 48.5]]", "pairs of an epoch and a side"),
+        ("data.resolution=[[1, 0]]", "sides of 1 .. 4096 pixels"),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused(override: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(QUICKSTART, [override])
+    assert words in caught.value.expected
+    assert caught.value.hint.startswith("data.resolution: ")
+
+
+def test_a_schedule_agrees_with_the_other_settings() -> None:
+    with pytest.raises(UserError, match=r"goes on to epoch 9, but trainer\.epochs is 8"):
+        load(QUICKSTART, ["data.resolution=[[1, 8], [9, 28]]"])
+    with pytest.raises(UserError, match="halves its input twice"):
+        load(QUICKSTART, ["data.resolution=[[1, 3], [2, 28]]"])
+    assert "loader.scale_batch has no effect" in "".join(config("loader.scale_batch=true").without_effect())
+
+
+def test_every_epoch_has_its_resolution_with_its_own_statistics(made_up_set: Path) -> None:
+    given = ("data.resolution=[[1, 8], [2, 28], [3, 40]]", f"data.shards={made_up_set}", "loader.batch_size=32")
+    data = open_data(config(*given, "loader.scale_batch=true", "trainer.epochs=3", "loader.backend=torch"), ALONE)
+    for epoch, (side, batch_size) in enumerate([(8, 800), (28, 64), (40, 32)]):
+        seen, total, squares = [], 0.0, 0.0
+        for batch in data.train.batches(epoch):
+            assert batch.images.shape[1:] == (1, side, side)
+            assert batch_size - 1 <= batch.global_size <= batch_size or batch.global_size == len(data.train.samples)
+            seen.append(batch.rows)
+            total += float(batch.images.double().mean(dim=(1, 2, 3)).sum())
+            squares += float(batch.images.double().square().mean(dim=(1, 2, 3)).sum())
+        rows = np.sort(torch.cat(seen).numpy())
+        assert len(np.unique(rows)) == len(rows) == len(data.train.samples), "every sample once an epoch"
+        # Measured over the whole part; what is trained on is 90 % of it.
+        assert total / len(rows) == pytest.approx(0, abs=0.02)
+        assert squares / len(rows) == pytest.approx(1, abs=0.02)
+    assert data.spec.resolution == 40
+    assert {batch.images.shape[2] for batch in data.test.batches()} == {40}
+    with contextlib.closing(data.train.batches(1, 3)) as later, contextlib.closing(data.train.batches(1)) as whole:
+        assert torch.equal(next(later).rows, [next(whole) for _ in range(4)][-1].rows)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle", "warm_restarts", "constant"])
+def test_the_learning_rate_goes_by_epochs_whatever_their_number_of_updates(schedule: str) -> None:
+    given = (f"schedule.name={schedule}", "trainer.epochs=6", "schedule.warmup=1", "schedule.period=2")
+
+    def ends(updates: list[int]) -> list[float]:
+        """The learning rate with which each epoch begins, the last one's end included."""
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        rate = LearningRate(optimizer, config(*given), updates)
+        found = [rate.now]
+        for count in updates:
+            for _ in range(count):
+                optimizer.step()
+                rate.after_update()
+            rate.after_epoch(0.0)
+            found.append(rate.now)
+        return found
+
+    uneven, even = ends([2, 2, 5, 5, 7, 12]), ends([12] * 6)
+    assert uneven == pytest.approx(even, rel=1e-9)
+
+
+def test_a_run_tells_of_its_resolutions_and_learns(finished: Path) -> None:
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [record["resolution"] for record in records] == [8, 12, 20]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["resolution"] == 20
+    page = " ".join((finished / "report.html").read_text().replace("\N{MULTIPLICATION SIGN}", "x").split())
+    assert "trained at 8x8, 12x12 from epoch 2 on, 20x20 from epoch 3 on, 3 epochs" in page
+    assert summary["accuracy"] > 0.9
+    best = torch.load(finished / "checkpoints" / "best.pt", weights_only=True)
+    last = torch.load(finished / "checkpoints" / "last.pt", weights_only=True)
+    assert last["updates"] == 4 + 8 + 20, "630 images in batches of 96, 40 and 16, two batches an update"
+    assert best["config"]["data"]["resolution"] == [[1, 8], [2, 12], [3, 20]]
+
+
+@pytest.mark.parametrize("epoch", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_stopped_within_a_phase_and_resumed_is_bit_identical(
+    epoch: int, finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+    assert stop_in_epoch(recipe, directory, epoch, signal.SIGTERM, 0.2) == 128 + signal.SIGTERM
+    state = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)
+    assert state["epoch"] == epoch and state["step"] > 0
+    assert train_here(monkeypatch, recipe, directory, "resume=auto") == 0
+    assert_same_run(finished, directory)
+
+
+def test_resuming_with_another_schedule_is_refused_with_the_override_that_fits(
+    finished: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError) as caught:
+        train_here(monkeypatch, recipe, finished, "resume=auto", "data.resolution=20")
+    assert "'data.resolution=[[1, 8], [2, 12], [3, 20]]'" in caught.value.hint
+
+
+def test_the_other_backend_changes_size_too(
+    finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_here(monkeypatch, recipe, tmp_path / "run", "loader.backend=dali") == 0
+    for expected, found in zip(history(finished), history(tmp_path / "run"), strict=True):
+        assert found["resolution"] == expected["resolution"]
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)

@@ -1,0 +1,42 @@
+"""How much memory there is, how much of it is free, and how much this process ever took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+_GROUP = Path("/sys/fs/cgroup")  # of this process, where a container has one
+
+
+def granted() -> int:
+    """Bytes of memory that this machine has, or fewer where a Linux control group grants fewer."""
+    limit = _of_group("memory.max")
+    whole = psutil.virtual_memory().total
+    return whole if limit is None else min(whole, limit)
+
+
+def free() -> int:
+    """Bytes that this process could still take."""
+    limit, used = _of_group("memory.max"), _of_group("memory.current")
+    available = psutil.virtual_memory().available
+    return available if limit is None or used is None else min(available, limit - used)
+
+
+def peak() -> int:
+    """Most bytes of memory that this process ever held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage, whose maximum a process inherits from the one that started it.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _of_group(name: str) -> int | None:
+    try:
+        return int((_GROUP / name).read_text())
+    except (OSError, ValueError):  # no control groups here, or "max"
+        return None
