@@ -145,6 +145,7 @@ def test_a_run_leaves_what_the_design_says_and_learns(finished: Path) -> None:
         "predictions.npz",
         "report.html",
         "checkpoints/last.pt",
+        "checkpoints/previous.pt",
         "checkpoints/best.pt",
     }
     summary = json.loads((finished / "summary.json").read_text())
@@ -328,7 +329,7 @@ def test_a_signal_while_it_validates_the_last_epoch_loses_nothing(
     evaluate, calls = engine.evaluate, []
 
     def signalled(*arguments: object) -> object:
-        calls.append(torch.load(directory / "checkpoints" / "last.pt", weights_only=True)["step"])
+        calls.append(arguments)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments)
@@ -336,7 +337,9 @@ def test_a_signal_while_it_validates_the_last_epoch_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(engine, "evaluate", signalled)
         assert train_here(patch, recipe, directory) == 128 + signal.SIGTERM
-    assert calls == [20, 20, 20], "the epoch's training is saved before it is validated"
+    state = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (2, 20), "the epoch's training is saved before it is validated"
+    assert len(history(directory)) == 2, "and not validated after the signal"
     assert not (directory / "summary.json").exists(), "the test part is not touched after the signal"
     assert train_here(monkeypatch, recipe, directory, "resume=auto") == 0
     assert_same_run(finished, directory)
@@ -365,7 +368,7 @@ def test_checkpoints_of_others_and_parts_that_are_missing_are_named(
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "summary.json").unlink()
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.pt", "previous.pt", "best.pt"):
         torch.save({"other": torch.zeros(1)}, run / "checkpoints" / name)
     with pytest.raises(UserError, match="it holds no"):
         train_here(monkeypatch, recipe, run, "resume=auto")

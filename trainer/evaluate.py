@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from trainer.distributed import World, join, spoken_once
 from trainer.metrics import Confusion
 from trainer.model import make_model
 from trainer.settings import Config, Trainer
+from trainer.signals import Interrupted
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,21 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Loader, classes: int, settings: Trainer, world: World) -> Evaluation:
-    """Run a model over all batches of a loader; the same figures on any number of ranks."""
+def evaluate(
+    model: nn.Module, loader: Loader, classes: int, settings: Trainer, world: World, received: Sequence[int] = ()
+) -> Evaluation:
+    """Run a model over all batches of a loader; the same figures on any number of ranks.
+
+    received: signals that came, which end it with `Interrupted` on every rank.
+    """
     model.eval()
     rows, labels, predicted, confidence = [], [], [], []
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     wait_seconds = 0.0
     start = before = time.perf_counter()
     for batch in loader.batches():
+        if received:
+            break
         wait_seconds += time.perf_counter() - before
         images = batch.images.to(memory_format=memory_format(settings))
         with autocast(settings, world.device):
@@ -87,6 +96,8 @@ def evaluate(model: nn.Module, loader: Loader, classes: int, settings: Trainer, 
         predicted.append(top.indices)
         confidence.append(top.values)
         before = time.perf_counter()
+    if world.largest(len(received)):
+        raise Interrupted
     mine = [_joined(parts) for parts in (rows, labels, predicted, confidence)]
     confusion = Confusion.of(mine[1].astype(np.int64), mine[2].astype(np.int64), classes)
     counts = world.sum(torch.from_numpy(confusion.counts)).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import timm.optim
@@ -53,6 +54,15 @@ class LearningRate:
             self._scheduler.step(validation_figure)
         elif not self._by_update:
             self._scheduler.step()
+
+    def replay(self, updates: int, epochs: int, validation_figures: list[float]) -> None:
+        """Move a schedule that has not moved yet as if told of all these updates, epochs and figures of epochs."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of moving without an update between
+            for _ in range(updates):
+                self.after_update()
+            for epoch in range(epochs):
+                self.after_epoch(validation_figures[epoch] if epoch < len(validation_figures) else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         return self._scheduler.state_dict()

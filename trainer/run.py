@@ -19,7 +19,7 @@ import numpy as np
 
 from shards.errors import run_command
 from shards.places import local_set
-from trainer import checkpoint, config, engine, report, run_directory
+from trainer import checkpoint, config, engine, job, report, resume, run_directory
 from trainer.arithmetic import with_precision
 from trainer.data import TrainingData, open_data
 from trainer.distributed import World, join, spoken_once
@@ -55,7 +55,7 @@ def main() -> int:
             for line in settings.without_effect():
                 print(f"warning: {line}", file=sys.stderr)
         local_set(settings.data.shards)  # fetching takes its time, and ranks that have joined wait only so long
-        with join(settings.device) as world:
+        with join(settings.device, settings.trainer.timeout_minutes) as world:
             settings = with_precision(settings, world.device)
             data = open_data(settings, world)
             if arguments.dry_run:
@@ -65,8 +65,8 @@ def main() -> int:
 
 def run(settings: Config, data: TrainingData, world: World) -> int:
     """Train in a new run directory, or go on in one that is there; returns the exit status."""
-    directory, resuming = world.on_first(lambda: run_directory.choose(settings))
-    state = world.on_first(lambda: _last_checkpoint(directory, settings, data)) if resuming else None
+    directory, resuming = world.on_first(lambda: run_directory.choose(settings, job.recall_directory()))
+    state, source = world.on_first(lambda: _newest(directory, settings, data)) if resuming else (None, None)
     if resuming and world.on_first(directory.summary_path.exists):
         if world.speaks:
             print(f"{directory.path} is finished already")
@@ -74,15 +74,16 @@ def run(settings: Config, data: TrainingData, world: World) -> int:
         return 0
     with contextlib.ExitStack() as held:
         world.on_first(lambda: held.enter_context(directory.held()))
+        world.on_first(lambda: job.remember_directory(directory.path))
         training = make_training(settings, data, world, resuming)
         if state is not None:
-            training.restore(state)
-        world.on_first(lambda: _begin(training, directory, resuming))
-        return _fit_and_report(training, directory)
+            resume.restore(training, state)
+        world.on_first(lambda: _begin(training, directory, source))
+        return _fit_and_report(training, directory, source)
 
 
-def _begin(training: Training, directory: RunDirectory, resuming: bool) -> None:
-    """Write down what is about to run, and say it."""
+def _begin(training: Training, directory: RunDirectory, source: Path | None) -> None:
+    """Write down what is about to run, and say it. source: the checkpoint that it goes on from."""
     stamp = environment(training.world.device) | {
         "ranks": training.world.size,
         "backend": f"{training.data.backend} ({training.data.backend_reason})",
@@ -91,14 +92,14 @@ def _begin(training: Training, directory: RunDirectory, resuming: bool) -> None:
     }
     directory.begin(training.config, stamp)
     directory.write_history(training.history)
-    print_head(training, directory, resuming)
+    print_head(training, directory, source)
 
 
-def _fit_and_report(training: Training, directory: RunDirectory) -> int:
+def _fit_and_report(training: Training, directory: RunDirectory, source: Path | None) -> int:
     speaks = training.world.speaks
     sinks = open_sinks(training.config, directory.path) if speaks else []
     try:
-        evaluation = engine.fit(training, directory, sinks)
+        evaluation = engine.fit(training, directory, sinks, source)
         if speaks:
             summary = summarise(training, evaluation)
             predictions = evaluation.predictions
@@ -142,7 +143,7 @@ def summarise(training: Training, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def print_head(training: Training, directory: RunDirectory, resuming: bool) -> None:
+def print_head(training: Training, directory: RunDirectory, source: Path | None) -> None:
     data, settings = training.data, training.config
     if settings.loader.batch_size > len(data.train.order.samples):
         print(
@@ -160,7 +161,7 @@ def print_head(training: Training, directory: RunDirectory, resuming: bool) -> N
         f"({training.world.size} {'rank' if training.world.size == 1 else 'ranks'}); "
         f"loader {data.backend}: {data.backend_reason}\n"
         f"{directory.path}"
-        + (f", going on from epoch {training.epoch + 1} after step {training.step}" if resuming else ""),
+        + (f", going on from epoch {training.epoch + 1} after step {training.step} ({source.name})" if source else ""),
         flush=True,
     )
 
@@ -214,10 +215,11 @@ def dry_run(settings: Config, data: TrainingData, world: World) -> int:
     return 0
 
 
-def _last_checkpoint(directory: RunDirectory, settings: Config, data: TrainingData) -> dict[str, Any]:
-    state = checkpoint.load(directory.last)
-    checkpoint.check_fits(state, settings, data.classes, data.digest, directory.last)
-    return state
+def _newest(directory: RunDirectory, settings: Config, data: TrainingData) -> tuple[dict[str, Any], Path]:
+    """The checkpoint to go on from, and its path."""
+    state, path = checkpoint.load_newest(directory.checkpoints)
+    checkpoint.check_fits(state, settings, data.classes, data.digest, path)
+    return state, path
 
 
 def _parameters(training: Training) -> int:
