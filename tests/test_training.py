@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, assert_user_error, made_up_parts, pack_parts, run_module
+from conftest import ROOT, assert_user_error, free_port, made_up_parts, pack_parts, run_module
 
 from shards import UserError
 from trainer import engine
@@ -56,12 +55,6 @@ def train_here(monkeypatch: pytest.MonkeyPatch, recipe: Path, directory: Path, *
     """Train in this process, which saves the start of another."""
     monkeypatch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory}", *overrides])
     return run_main()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def weights(directory: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
@@ -226,30 +219,6 @@ def test_two_ranks_train_and_three_evaluate_the_same(recipe: Path, tmp_path: Pat
         found[ranks] = json.loads(out.read_text())
     for figure in ("accuracy", "macro_f1", "weighted_f1", "samples"):
         assert found[1][figure] == found[3][figure] == summary[figure]
-
-
-def test_two_ranks_stopped_and_resumed_are_bit_identical(recipe: Path, tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert train(recipe, whole, ranks=2).returncode == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    process = subprocess.Popen(
-        [*launcher, "-m", "trainer.run", str(recipe), f"run.dir={stopped}"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 90
-    while not (stopped / "metrics.jsonl").exists() or not (stopped / "metrics.jsonl").read_text():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode != 0
-    assert "go on with: resume=auto" in output or (stopped / "summary.json").exists()
-    resumed = train(recipe, stopped, "resume=auto", ranks=2)
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_run(whole, stopped)
 
 
 def test_evaluate_writes_the_summary_figures_of_any_set_with_the_same_classes(

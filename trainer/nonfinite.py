@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -96,7 +96,7 @@ class Watch:
         self._read()
         self._take()
         self._read()
-        if self._bad is None and self._last is not None and not _finite(self._training.model.parameters()):
+        if self._bad is None and self._last is not None and not _finite(_learned(self._training)):
             self._bad = self._last
         self.heed(self._training.world.largest(self.word))
 
@@ -211,5 +211,12 @@ def _save(path: Path, training: Training, batch: Batch, shares: list[dict[str, t
     return path
 
 
+def _learned(training: Training) -> Iterator[torch.Tensor]:
+    """Weights and moments: a moment that is not a number would stop its weights from learning, and no loss tells."""
+    yield from training.model.parameters()
+    for moments in training.optimizer.state_dict()["state"].values():
+        yield from (value for value in moments.values() if isinstance(value, torch.Tensor))
+
+
 def _finite(tensors: Iterable[torch.Tensor]) -> bool:
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -112,11 +112,9 @@ def _fit_and_report(training: Training, directory: RunDirectory, source: Path | 
             print_summary(summary, directory)
     except engine.Stopped as stop:
         if speaks:
-            print(
-                f"stopped in epoch {stop.epoch + 1} after step {stop.step}; go on with: resume=auto "
-                f"run.dir={directory.path}",
-                flush=True,
-            )
+            ended = stop.epoch == training.config.trainer.epochs
+            place = "before the test" if ended else f"in epoch {stop.epoch + 1} after step {stop.step}"
+            print(f"stopped {place}; go on with: resume=auto run.dir={directory.path}", flush=True)
         return 128 + stop.signum
     finally:
         for sink in sinks:
