@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from pipeline.order import Step, TrainingOrder
 from shards import UserError, open_part
 from trainer import checkpoint, engine, reproduce
 from trainer.data import carve
+from trainer.distributed import World
+from trainer.nonfinite import Watch
 from trainer.run import main as run_main
 
 SMALL = {
@@ -214,3 +217,26 @@ def test_a_learning_rate_that_is_too_high_ends_the_run(run: Callable[..., Path])
     with pytest.raises(UserError, match="not finite in epoch 1 step 2") as caught:
         run("optim.lr=1e30", "optim.name=adamw")
     assert "optim.lr" in caught.value.hint
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_no_step_waits_for_its_loss(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, run: Callable[..., Path]
+) -> None:
+    device = torch.device("cuda")
+    order = SimpleNamespace(steps_per_epoch=1000)
+    watched = SimpleNamespace(
+        world=World(0, 1, device), epoch=0, data=SimpleNamespace(train=SimpleNamespace(order=order))
+    )
+    watch, losses = Watch(watched), torch.ones(100, device=device)
+    losses[40] = float("nan")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        words = [(watch.note(step, loss), watch.word)[1] for step, loss in enumerate(losses.unbind())]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert words[:95] == [0] * 95 and words[95:] == [960] * 5
+
+    spoil_images(monkeypatch, rows_at(recipe, 0, 5)[3])
+    with pytest.raises(UserError, match="a loss that is not finite in epoch 1 step 6"):
+        run("device=cuda", "trainer.epochs=1", "loader.backend=torch")

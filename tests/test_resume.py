@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import made_up_parts, pack_parts
+from conftest import free_port, made_up_parts, pack_parts, run_module
 
 from shards import UserError
 from trainer import checkpoint, engine
@@ -383,3 +383,20 @@ def test_another_batch_or_pack_goes_on_after_the_same_share_of_the_epoch(recipe:
 def test_a_name_that_allows_nothing_is_refused(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"optim\.rate, which no checkpoint is compared by"):
         load(recipe, ["checkpoint.allow_changed=[optim.rate]"])
+
+
+def test_two_ranks_go_on_where_one_was_stopped(recipe: Path, tmp_path: Path) -> None:
+    """With a model whose arithmetic does not depend on how a batch is shared out, but for rounding."""
+    settings = ["model.name=test_convnext", "model.drop_rate=0", "data.resolution=32"]
+    settings += ["optim.name=sgd_lookahead", "optim.lr=0.05"]
+    assert train(recipe, tmp_path / "whole", *settings) == 0
+    stop_at(recipe, tmp_path / "run", (1, 5), *settings)
+    launcher = ("torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "trainer.run")
+    process = run_module(*launcher, recipe, f"run.dir={tmp_path / 'run'}", "resume=auto", *settings, timeout=600)
+    assert process.returncode == 0, process.stderr
+    assert "going on from epoch 2 after step 4" in process.stdout
+    expected, found = newest(tmp_path / "whole"), newest(tmp_path / "run")
+    for name, tensor in expected["model"].items():
+        torch.testing.assert_close(found["model"][name], tensor, rtol=1e-4, atol=1e-5)
+    for one, other in zip(history(tmp_path / "whole"), history(tmp_path / "run"), strict=True):
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)

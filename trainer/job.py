@@ -13,23 +13,29 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-_KEY = "inkstream/run_directory"
+from trainer.settings import Run
+
 _TIMEOUT = timedelta(seconds=60)
 
 
-def recall_directory() -> Path | None:
-    """The run directory that this job has been given; None for a first start, or without torchrun."""
+def recall_directory(run: Run) -> Path | None:
+    """The directory that this job has given to a run; None for a first start, or without torchrun."""
     store = _store()
-    if store is None or not store.check([_KEY]):
+    if store is None or not store.check([_key(run)]):
         return None
-    return Path(store.get(_KEY).decode())
+    return Path(store.get(_key(run)).decode())
 
 
-def remember_directory(path: Path) -> None:
-    """Note the run directory of this job."""
+def remember_directory(run: Run, path: Path) -> None:
+    """Note the directory of a run."""
     store = _store()
     if store is not None:
-        store.set(_KEY, str(path.absolute()))
+        store.set(_key(run), str(path.absolute()))
+
+
+def _key(run: Run) -> str:
+    """A job may train several runs, one after another."""
+    return f"inkstream/run_directory/{run.name}/{run.dir or ''}"
 
 
 def _store() -> dist.Store | None:

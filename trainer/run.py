@@ -65,7 +65,7 @@ def main() -> int:
 
 def run(settings: Config, data: TrainingData, world: World) -> int:
     """Train in a new run directory, or go on in one that is there; returns the exit status."""
-    directory, resuming = world.on_first(lambda: run_directory.choose(settings, job.recall_directory()))
+    directory, resuming = world.on_first(lambda: run_directory.choose(settings, job.recall_directory(settings.run)))
     state, source = world.on_first(lambda: _newest(directory, settings, data)) if resuming else (None, None)
     if resuming and world.on_first(directory.summary_path.exists):
         if world.speaks:
@@ -74,7 +74,7 @@ def run(settings: Config, data: TrainingData, world: World) -> int:
         return 0
     with contextlib.ExitStack() as held:
         world.on_first(lambda: held.enter_context(directory.held()))
-        world.on_first(lambda: job.remember_directory(directory.path))
+        world.on_first(lambda: job.remember_directory(settings.run, directory.path))
         training = make_training(settings, data, world, resuming)
         if state is not None:
             resume.restore(training, state)
