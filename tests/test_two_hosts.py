@@ -78,7 +78,9 @@ class Host:
         self.output = place / f"{name}-{time.time_ns()}.txt"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
         launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint={ADDRESSES[0]}:{PORT}", "--rdzv_id=two-hosts"]
-        launcher += [f"--local_addr={address}", "--max-restarts=20", "--monitor-interval=0.2"]
+        # A host knows itself as the one to rendezvous at by its name, and these have none.
+        launcher += [f"--rdzv_conf=is_host={int(address == ADDRESSES[0])}", f"--local_addr={address}"]
+        launcher += ["--max-restarts=20", "--monitor-interval=0.2"]
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
