@@ -23,8 +23,10 @@ from trainer.config import validate
 from trainer.data import open_data
 from trainer.distributed import World, join
 from trainer.environment import environment
+from trainer.keeper import Keeper
 from trainer.phases import TrainingLoader
 from trainer.run_directory import RunDirectory
+from trainer.settings import Checkpoint
 from trainer.training import Totals, Training, make_training
 
 _RESIDENT = 4  # batches that the synthetic loop goes round
@@ -105,7 +107,7 @@ def measure_in(
         for name, source in (("whole", data), ("synthetic", resident)):
             together = Totals()
             for _ in range(passes):
-                together.add(_epoch(training, source))
+                together = together.plus(_epoch(training, source))
             if number >= _WARM_UP:
                 loops[name].append(together)
     if not world.speaks:
@@ -136,7 +138,11 @@ def measure_in(
 
 def _epoch(training: Training, data: Any) -> Totals:
     """One pass of the trainer's own loop over the data."""
-    training.data, training.step, training.so_far = data, 0, Totals()
-    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
-        engine.train_epoch(training, RunDirectory(Path(directory)), received=[])
+    training.data, training.step, training.so_far, training.losses = data, 0, Totals(), []
+    never = Checkpoint(every_minutes=None)
+    with contextlib.ExitStack() as stack:
+        directory = RunDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        keeper = stack.enter_context(Keeper(directory, never, step=0, keeps_last=False))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        engine.train_epoch(training, directory, keeper, received=[])
     return training.so_far

@@ -39,7 +39,7 @@ def test_every_recipe_loads_and_is_complete(path: Path) -> None:
     assert config.run.name == path.stem
     assert list(config.without_effect()) == []
     given = config.model_fields_set_by_section()
-    for section in ("data", "loader", "model", "loss", "trainer"):
+    for section in ("data", "loader", "model", "loss", "trainer", "checkpoint"):
         missing = {f"{section}.{name}" for name in type(getattr(config, section)).model_fields} - given
         assert missing <= {"loss.effective_beta"}, "a recipe says all that it uses"
 
@@ -235,6 +235,12 @@ FREE = {
     "loader.memory=2.5",
     "trainer.profile=true",
     "trainer.trace=true",
+    "trainer.skip_nonfinite=2",
+    "trainer.timeout_minutes=3",
+    "checkpoint.every_minutes=3",
+    "checkpoint.every_steps=3",
+    "checkpoint.grace_seconds=3",
+    "checkpoint.allow_changed=[optim.lr]",
 }
 
 

@@ -2,24 +2,71 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shlex
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shards.atomic import replace_file
+from shards.atomic import replace_file, sync_directory
 from shards.errors import UserError, first_line
-from trainer.settings import Config
+from trainer.settings import PACK, Config
+
+log = logging.getLogger(__name__)
 
 LAST = "last.pt"
+PREVIOUS = "previous.pt"
 BEST = "best.pt"
+# What the weights and the optimiser's state take their form from.
+_FIXED = ("model.name", "model.head_hidden", "optim.name")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values; whoever reads `path` sees the old checkpoint or the whole new one."""
-    with replace_file(path) as file:
-        torch.save(state, file)
+    """Write tensors and plain values; whoever reads `path` sees the old checkpoint or the whole new one.
+
+    Raises `OSError` if the disk does not take it.
+    """
+    try:
+        with replace_file(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        # torch's writer meets its own unfinished archive while it passes on that the disk is full.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def save_last(directory: Path, state: dict[str, Any], keep: bool) -> None:
+    """Write `last.pt` into a directory. keep: the one that is there becomes `previous.pt`, else it is overwritten."""
+    last, next_last = directory / LAST, directory / f".next-{LAST}"
+    save(next_last, state)
+    if keep and last.exists():
+        os.replace(last, directory / PREVIOUS)
+    os.replace(next_last, last)
+    sync_directory(directory)
+
+
+def is_there(directory: Path) -> bool:
+    """Whether a directory holds a checkpoint to go on from; killed between two renames, it may be `previous.pt`."""
+    return (directory / LAST).exists() or (directory / PREVIOUS).exists()
+
+
+def load_newest(directory: Path) -> tuple[dict[str, Any], Path]:
+    """The newest whole checkpoint to go on from, and its path; one that is damaged is passed over with a warning.
+
+    Raises `UserError` if there is none.
+    """
+    paths = [path for path in (directory / LAST, directory / PREVIOUS) if path.exists()]
+    for path in paths[:-1]:
+        try:
+            return load(path), path
+        except UserError as error:
+            log.warning("%s; going on from %s, the one before it", error.found, paths[-1])
+    path = paths[-1] if paths else directory / LAST
+    return load(path), path
 
 
 def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "recipe")) -> dict[str, Any]:
@@ -28,6 +75,11 @@ def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "rec
     needed: what it must hold.
     """
     try:
+        # torch reads tensors without comparing them with the checksums that it wrote.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = [name for name in needed if name not in state]
         if missing:
@@ -48,29 +100,47 @@ def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "rec
 
 
 def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], data_digest: str, path: Path) -> None:
-    """Refuse to resume what does not match: classes, data or recipe. Raises `UserError` naming what to change."""
+    """Refuse to resume what does not match: classes, data or recipe. Raises `UserError` naming what to change.
+
+    What `checkpoint.allow_changed` names may differ, if weights and optimiser keep their form.
+    """
     if tuple(state["classes"]) != classes:
         raise UserError(
             found=f"{len(classes)} classes in data.shards={config.data.shards}",
             expected=f"the {len(state['classes'])} classes that {path} was trained on",
             hint="name the packed set of that run, or begin anew with another run.dir",
         )
-    if state["data"] != data_digest:
+    allowed = set(config.checkpoint.allow_changed)
+    if state["data"] != data_digest and PACK not in allowed:
         raise UserError(
             found=f"data.shards={config.data.shards}, packed otherwise than the data of {path}",
             expected="the same pack (manifest digests are compared)",
-            hint="name that pack, or begin anew with another run.dir",
+            hint=f"name that pack, go on with this one by {_allowing(allowed | {PACK})}, or begin anew with another "
+            "run.dir",
         )
     recipe = config.recipe()
-    differing = [name for name in recipe if recipe[name] != state["recipe"].get(name)]
+    differing = [name for name in changed_settings(state, config) if name not in allowed or name in _FIXED]
     if differing:
         was = " ".join(_override(name, state["recipe"].get(name)) for name in differing)
         now = " ".join(_override(name, recipe[name]) for name in differing)
+        fixed = [name for name in differing if name in _FIXED]
+        go_on = f"go on with the change by {_allowing(allowed.union(differing))}"
         raise UserError(
             found=f"{now}, resuming {path}",
             expected=f"the settings it was begun with: {was}",
-            hint=f"add {was} to the command, or begin anew with another run.dir",
+            hint=f"add {was} to the command, {f'as {fixed[0]} cannot change' if fixed else go_on}, or begin anew with "
+            "another run.dir",
         )
+
+
+def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
+    """Names of the settings that decide the weights and are not what the checkpoint was made with."""
+    recipe = config.recipe()
+    return [name for name in recipe if recipe[name] != state["recipe"].get(name)]
+
+
+def _allowing(names: set[str]) -> str:
+    return shlex.quote(f"checkpoint.allow_changed=[{', '.join(sorted(names))}]")
 
 
 def _override(name: str, value: Any) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,19 @@ class World:
             raise error
         return result
 
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values, on every rank."""
+        box = torch.tensor(value)
+        if self.control is not None:
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+        return int(box)
+
+    def each(self, value: float) -> list[float]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        values = torch.zeros(self.size, dtype=torch.float64)
+        values[self.rank] = value
+        return self.sum(values).tolist()
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of a CPU tensor, on every rank."""
         if self.control is not None:
@@ -92,10 +106,11 @@ def spoken_once() -> Iterator[None]:
 
 
 @contextmanager
-def join(device_name: str) -> Iterator[World]:
+def join(device_name: str, timeout_minutes: float = 10) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone), and leave them at the end.
 
     device_name: `auto`, `cpu` or `cuda`. NCCL carries gradients between GPUs, gloo between CPUs.
+    timeout_minutes: how long ranks wait for one another before they take the others for lost, and fail.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in _LOCAL)
@@ -109,38 +124,40 @@ def join(device_name: str) -> Iterator[World]:
     if size == 1:
         yield World(rank=0, size=1, device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        apart = device.type == "cuda"
+        control = dist.new_group(backend="gloo", timeout=timeout) if apart else dist.group.WORLD
         yield World(rank=dist.get_rank(), size=size, device=device, control=control)
     finally:
         dist.destroy_process_group()
 
 
-class StopVote:
-    """Do all ranks stop? Asked every update, answered one update later, so that nobody waits for the answer."""
+class Vote:
+    """What ranks tell one another at every update, answered one update later, so that nobody waits for the answer."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, words: int) -> None:
         self._world = world
+        self._nothing = [0] * words
         self._ballot: torch.Tensor | None = None
         self._work: dist.Work | None = None
 
-    def cast(self, stop: bool) -> bool:
-        """Vote, and learn whether anyone wanted to stop: now if alone, at the update before otherwise."""
+    def cast(self, *words: int) -> list[int]:
+        """Say some numbers (0 for nothing), and learn the largest of each among the ranks: of now if alone, of the
+        update before otherwise."""
         if self._world.control is None:
-            return stop
-        answer = False
-        if self._work is not None:
-            self._work.wait()
-            answer = bool(self._ballot)
-        self._ballot = torch.tensor(int(stop))
+            return list(words)
+        answer = self.finish()
+        self._ballot = torch.tensor(words)
         self._work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
         return answer
 
-    def finish(self) -> bool:
-        """Wait for the vote that is still open; whether anyone wanted to stop."""
+    def finish(self) -> list[int]:
+        """Wait for the vote that is still open, and learn its answer."""
         if self._work is None:
-            return False
+            return self._nothing
+        assert self._ballot is not None
         self._work.wait()
         self._work = None
-        return bool(self._ballot)
+        return self._ballot.tolist()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.loader import Batch
 from trainer import checkpoint
 from trainer.arithmetic import autocast, laid_out
-from trainer.distributed import StopVote
+from trainer.distributed import Vote
 from trainer.evaluate import Evaluation, evaluate, model_of, temperature_of
+from trainer.keeper import Keeper
 from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
+from trainer.nonfinite import NonFinite, Watch, go_back, look_closely
 from trainer.progress import Progress, duration
 from trainer.randomness import seed_step
 from trainer.readback import Readback
 from trainer.run_directory import RunDirectory
+from trainer.signals import Interrupted, noted
 from trainer.sinks import Sink
 from trainer.training import Totals, Training
 
@@ -40,50 +45,75 @@ class Stopped(Exception):
         self.step = step
 
 
-def fit(training: Training, directory: RunDirectory, sinks: list[Sink]) -> Evaluation:
+def fit(training: Training, directory: RunDirectory, sinks: list[Sink], source: Path | None = None) -> Evaluation:
     """Train from where the training stands to the last epoch, then evaluate the best epoch on the test part.
 
-    Rank 0 writes checkpoints, metrics and figures into the directory. Raises `Stopped` after a SIGINT or SIGTERM.
+    Rank 0 writes checkpoints, metrics and figures into the directory. source: the checkpoint that it goes on from.
+    Raises `Stopped` after a SIGINT or SIGTERM, and `UserError` when more batches than allowed are not finite.
     """
     training.profile.mark("start")
-    with _signals() as received:
-        while training.epoch < training.config.trainer.epochs:
-            train_epoch(training, directory, received)
-            _end_epoch(training, directory, sinks)
-            if int(training.world.sum(torch.tensor(len(received)))):
-                raise _stopped(training, received)
-    evaluation = test(training, directory)
-    training.profile.mark("test")
-    return evaluation
+    settings = training.config.checkpoint
+    last_is_whole = source is None or source.name == checkpoint.LAST
+    with (
+        noted(settings.grace_seconds) as received,
+        Keeper(directory, settings, training.step, last_is_whole) as keeper,
+    ):
+        if source is None and training.world.speaks:
+            keeper.save(training.state())
+        try:
+            while training.epoch < training.config.trainer.epochs:
+                try:
+                    train_epoch(training, directory, keeper, received)
+                except NonFinite as found:
+                    go_back(training, directory, keeper, found)
+                    continue
+                _end_epoch(training, keeper, sinks, received)
+                if training.world.largest(len(received)):
+                    raise Interrupted
+            evaluation = test(training, keeper, received)
+            training.profile.mark("test")
+            return evaluation
+        except Interrupted:
+            raise _stopped(training, received) from None
 
 
-def test(training: Training, directory: RunDirectory) -> Evaluation:
+def test(training: Training, keeper: Keeper, received: list[int]) -> Evaluation:
     """Evaluate the best checkpoint on the test part, with the temperature that suits it on the validation part."""
     data, settings, world = training.data, training.config.trainer, training.world
-    state = world.share(checkpoint.load(directory.best) if world.speaks else None)
+    state = world.on_first(keeper.best)
     model = model_of(state, training.config, world.device)
     if data.validation is not None:
-        state["temperature"] = temperature_of(model, data.validation, settings, world)
+        state["temperature"] = temperature_of(model, data.validation, settings, world, received)
         if world.speaks:
-            checkpoint.save(directory.best, state)
-    return evaluate(model, data.test, len(data.classes), settings, world, temperature=state["temperature"])
+            keeper.replace_best(state)
+    temperature = state["temperature"]
+    return evaluate(model, data.test, len(data.classes), settings, world, received, temperature=temperature)
 
 
-def train_epoch(training: Training, directory: RunDirectory, received: list[int]) -> None:
+def train_epoch(training: Training, directory: RunDirectory, keeper: Keeper, received: list[int]) -> None:
     """The steps of an epoch from where the training stands; their sums are left in `training.so_far`."""
     config, world = training.config, training.world
     steps = training.data.train.steps(training.epoch)
     accumulation = config.optim.accumulation
     ahead = training.data.train.steps_ahead(training.epoch, config.trainer.epochs)
     progress = Progress(training.epoch, config.trainer.epochs, steps, training.step, ahead)
-    vote = StopVote(world)
-    here = Totals()
+    vote = Vote(world, words=3)
+    watch = Watch(training)
+    earlier, here = training.so_far, Totals()
     # Added up in one sequence across a stop, so that a resumed epoch has the loss of one that was not stopped.
-    before_stop = training.so_far.loss if world.speaks else 0.0
-    loss = torch.tensor(before_stop, dtype=torch.float64, device=world.device)
+    loss = torch.tensor(training.loss_here, dtype=torch.float64, device=world.device)
     shown = Readback(world.device)
     training.forward.train()
     start = before = time.perf_counter()
+
+    def take_stock() -> None:
+        """Leave the sums so far in the training; waits for the device, so that the seconds are true."""
+        watch.settle()
+        training.losses = world.each(float(loss))
+        here.seconds = time.perf_counter() - start
+        training.so_far = earlier.plus(here)
+        training.so_far.loss = sum(training.losses)
+
     with contextlib.closing(training.data.train.batches(training.epoch, training.step)) as batches:
         for batch in training.trace.over(batches, directory.trace):
             here.wait_seconds += time.perf_counter() - before
@@ -92,27 +122,41 @@ def train_epoch(training: Training, directory: RunDirectory, received: list[int]
             window = min(accumulation, steps - window_start)
             updates = batch.step - window_start + 1 == window
 
-            batch_loss = train_step(training, batch, window, updates)
+            if (training.epoch, window_start) in training.skipped:
+                if updates:
+                    _count_update(training)
+            else:
+                closely = training.look_until is not None and (training.epoch, batch.step) <= training.look_until
+                look = functools.partial(look_closely, training, directory, batch) if closely else None
 
-            loss += batch_loss
-            here.samples += batch.global_size
+                batch_loss = train_step(training, batch, window, updates, look)
+
+                loss += batch_loss
+                watch.note(batch.step, batch_loss)
+                here.samples += batch.global_size
+                if world.speaks:
+                    shown.offer(batch_loss, len(batch.labels))
+                    done = batch.step + 1
+                    progress.step(done, shown, training.learning_rate.now, here.samples, here.wait_seconds)
             training.step = batch.step + 1
-            if world.speaks:
-                shown.offer(batch_loss, len(batch.labels))
-                progress.step(training.step, shown, training.learning_rate.now, here.samples, here.wait_seconds)
-            if updates and vote.cast(bool(received)):
-                break
+            if updates:
+                stop, save, bad = vote.cast(bool(received), keeper.is_due(training.step), watch.word)
+                watch.heed(bad)
+                if stop:
+                    break
+                if save:
+                    take_stock()
+                    if world.speaks:
+                        keeper.save(training.state())
+                    training.profile.mark("checkpoint")
             training.profile.mark("logging")
             before = time.perf_counter()
     progress.close()
-    stopping = vote.finish() or (world.size == 1 and bool(received))
-    total_loss = float(world.sum(loss.cpu()))  # waits for the device, so that the seconds below are true
-    here.seconds = time.perf_counter() - start
-    training.so_far.add(here)
-    training.so_far.loss = total_loss
+    stopping = vote.finish()[0] or (world.size == 1 and bool(received))
+    take_stock()
     if stopping:
         if world.speaks:
-            checkpoint.save(directory.last, training.state())
+            keeper.save(training.state())
         raise _stopped(training, received)
 
 
@@ -121,10 +165,17 @@ def _stopped(training: Training, received: list[int]) -> Stopped:
     return Stopped(signum, training.epoch, training.step)
 
 
-def train_step(training: Training, batch: Batch, window: int, updates: bool) -> torch.Tensor:
+def train_step(
+    training: Training,
+    batch: Batch,
+    window: int,
+    updates: bool,
+    look: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
     """Learn from one batch: mix, forward, loss, backward, and at the end of a window the update.
 
     window: batches whose gradients are averaged for one update; updates: whether this is the last of them.
+    look: given the loss after the backward pass, to refuse the update.
     Returns this rank's loss, summed over its samples (a scalar on the device, without waiting for it).
     """
     config, world = training.config, training.world
@@ -141,6 +192,8 @@ def train_step(training: Training, batch: Batch, window: int, updates: bool) -> 
         # The mean over the global batch; ranks of unequal shares are averaged by DDP, hence the factor.
         (loss * (world.size / (batch.global_size * window))).backward()
         training.profile.mark("backward")
+    if look is not None:
+        look(loss)
     if updates:
         _update(training)
     return loss.detach()
@@ -152,13 +205,18 @@ def _update(training: Training) -> None:
         nn.utils.clip_grad_norm_(training.model.parameters(), clip)
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
-    training.lr = training.learning_rate.now
-    training.learning_rate.after_update()
-    training.updates += 1
+    _count_update(training)
     training.profile.mark("optimiser")
     if training.average is not None:
         training.average.update(training.updates)
         training.profile.mark("average")
+
+
+def _count_update(training: Training) -> None:
+    """Move the schedule by an update, made or left out."""
+    training.lr = training.learning_rate.now
+    training.learning_rate.after_update()
+    training.updates += 1
 
 
 @contextlib.contextmanager
@@ -169,7 +227,7 @@ def _gradients_shared(forward: nn.Module, now: bool) -> Iterator[None]:
         yield
 
 
-def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -> None:
+def _end_epoch(training: Training, keeper: Keeper, sinks: list[Sink], received: list[int]) -> None:
     """Validate, move the schedule, keep the best weights, write the checkpoint and the epoch's record."""
     config, world, done = training.config, training.world, training.so_far
     # Batch norm's running statistics differ between ranks; what is judged and saved are rank 0's.
@@ -179,7 +237,7 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
     record: dict[str, Any] = {
         "epoch": training.epoch + 1,
         "resolution": training.data.train.phase(training.epoch).resolution,
-        "train_loss": done.loss / done.samples,
+        "train_loss": done.loss / max(done.samples, 1),
         "lr": training.lr,
         "seconds": done.seconds,
         "images_per_second": done.images_per_second,
@@ -189,10 +247,10 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
     if training.data.validation is not None:
         if world.speaks:
             # Killed while it validates, the run has this epoch's training.
-            checkpoint.save(directory.last, training.state())
+            keeper.save(training.state())
             training.profile.mark("checkpoint")
         classes = len(training.data.classes)
-        judged = evaluate(training.evaluated, training.data.validation, classes, config.trainer, world)
+        judged = evaluate(training.evaluated, training.data.validation, classes, config.trainer, world, received)
         record["validation"] = judged.summary()
         training.profile.mark("validation")
         figure = record["validation"][config.trainer.select]
@@ -203,14 +261,11 @@ def _end_epoch(training: Training, directory: RunDirectory, sinks: list[Sink]) -
     if is_best:
         training.best, training.best_epoch = figure, training.epoch
     training.step = 0
-    training.finished.add(done)
-    training.so_far = Totals()
+    training.finished = training.finished.plus(done)
+    training.so_far, training.losses = Totals(), []
     training.history.append(record)
     if world.speaks:
-        if is_best:
-            checkpoint.save(directory.best, training.best_state())
-        checkpoint.save(directory.last, training.state())
-        directory.write_history(training.history)
+        keeper.save(training.state(), training.best_state() if is_best else None)
         for sink in sinks:
             sink.epoch(record)
         print(_line(record, config.trainer.epochs, is_best), flush=True)
@@ -227,21 +282,3 @@ def _line(record: dict[str, Any], epochs: int, is_best: bool) -> str:
         f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
         f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}"
     )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM instead of dying; the list holds what came. A second one ends at once."""
-    received: list[int] = []
-
-    def note(signum: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from trainer.distributed import World, join, spoken_once
 from trainer.metrics import Confusion
 from trainer.model import make_model
 from trainer.settings import Config, Trainer
+from trainer.signals import Interrupted
 from trainer.views import mean_logits
 
 _IN_BEST = ("config", "model", "classes", "image_shape", "mean", "std", "temperature")
@@ -89,10 +91,18 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Loader, classes: int, settings: Trainer, world: World, *, temperature: float = 1.0
+    model: nn.Module,
+    loader: Loader,
+    classes: int,
+    settings: Trainer,
+    world: World,
+    received: Sequence[int] = (),
+    *,
+    temperature: float = 1.0,
 ) -> Evaluation:
     """Run a model over all batches of a loader; the same figures on any number of ranks.
 
+    received: signals that came, which end it with `Interrupted` on every rank.
     temperature: divides the logits before they become probabilities.
     """
     model.eval()
@@ -101,6 +111,8 @@ def evaluate(
     wait_seconds = 0.0
     start = before = time.perf_counter()
     for batch in loader.batches():
+        if received:
+            break
         wait_seconds += time.perf_counter() - before
         logits = _logits(model, batch, settings, world)
         top = logits.softmax(dim=1).max(dim=1)
@@ -113,6 +125,8 @@ def evaluate(
         confidence.append(calibrated.softmax(dim=1).amax(dim=1))
         uncalibrated.append(top.values)
         before = time.perf_counter()
+    if world.largest(len(received)):
+        raise Interrupted
     mine = [_joined(parts) for parts in (rows, labels, predicted, confidence, uncalibrated)]
     confusion = Confusion.of(mine[1].astype(np.int64), mine[2].astype(np.int64), classes)
     counts = world.sum(torch.from_numpy(confusion.counts)).numpy()
@@ -124,14 +138,23 @@ def evaluate(
 
 
 @torch.inference_mode()
-def temperature_of(model: nn.Module, loader: Loader, settings: Trainer, world: World) -> float:
-    """The temperature that suits a model best on the samples of a loader, the same on any number of ranks."""
+def temperature_of(
+    model: nn.Module, loader: Loader, settings: Trainer, world: World, received: Sequence[int] = ()
+) -> float:
+    """The temperature that suits a model best on the samples of a loader, the same on any number of ranks.
+
+    received: as in `evaluate`.
+    """
     model.eval()
     rows, labels, logits = [], [], []
     for batch in loader.batches():
+        if received:
+            break
         rows.append(batch.rows)
         labels.append(batch.labels)
         logits.append(_logits(model, batch, settings, world))
+    if world.largest(len(received)):
+        raise Interrupted
     gathered = _by_row(world.gather([_joined(parts) for parts in (rows, labels, logits)]))
     return world.share(fit_temperature(gathered[2], gathered[1]) if gathered else None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,15 @@ class LearningRate:
             self._scheduler.step(validation_figure)
         elif not self._by_update:
             self._scheduler.step()
+
+    def replay(self, updates: int, epochs: int, validation_figures: list[float]) -> None:
+        """Move a schedule that has not moved yet as if told of all these updates, epochs and figures of epochs."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of moving without an update between
+            for _ in range(updates):
+                self.after_update()
+            for epoch in range(epochs):
+                self.after_epoch(validation_figures[epoch] if epoch < len(validation_figures) else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scheduler": self._scheduler.state_dict(), "updates": self._updates}

@@ -22,7 +22,7 @@ import numpy as np
 from shards.atomic import write_file
 from shards.errors import run_command
 from shards.places import local_set
-from trainer import checkpoint, config, engine, report, run_directory
+from trainer import checkpoint, config, engine, job, report, resume, run_directory
 from trainer.arithmetic import with_precision
 from trainer.data import TrainingData, open_data
 from trainer.distributed import World, join, spoken_once
@@ -60,7 +60,7 @@ def main() -> int:
             for line in settings.without_effect():
                 print(f"warning: {line}", file=sys.stderr)
         local_set(settings.data.shards)  # fetching takes its time, and ranks that have joined wait only so long
-        with join(settings.device) as world:
+        with join(settings.device, settings.trainer.timeout_minutes) as world:
             settings = with_precision(settings, world.device)
             data = open_data(settings, world)
             if arguments.dry_run:
@@ -70,8 +70,8 @@ def main() -> int:
 
 def run(settings: Config, data: TrainingData, world: World) -> int:
     """Train in a new run directory, or go on in one that is there; returns the exit status."""
-    directory, resuming = world.on_first(lambda: run_directory.choose(settings))
-    state = world.on_first(lambda: _last_checkpoint(directory, settings, data)) if resuming else None
+    directory, resuming = world.on_first(lambda: run_directory.choose(settings, job.recall_directory(settings.run)))
+    state, source = world.on_first(lambda: _newest(directory, settings, data)) if resuming else (None, None)
     if resuming and world.on_first(directory.summary_path.exists):
         if world.speaks:
             print(f"{directory.path} is finished already")
@@ -79,15 +79,16 @@ def run(settings: Config, data: TrainingData, world: World) -> int:
         return 0
     with contextlib.ExitStack() as held:
         world.on_first(lambda: held.enter_context(directory.held()))
+        world.on_first(lambda: job.remember_directory(settings.run, directory.path))
         training = make_training(settings, data, world, resuming)
         if state is not None:
-            training.restore(state)
-        world.on_first(lambda: _begin(training, directory, resuming))
-        return _fit_and_report(training, directory)
+            resume.restore(training, state)
+        world.on_first(lambda: _begin(training, directory, source))
+        return _fit_and_report(training, directory, source)
 
 
-def _begin(training: Training, directory: RunDirectory, resuming: bool) -> None:
-    """Write down what is about to run, and say it."""
+def _begin(training: Training, directory: RunDirectory, source: Path | None) -> None:
+    """Write down what is about to run, and say it. source: the checkpoint that it goes on from."""
     stamp = environment(training.world.device) | {
         "ranks": training.world.size,
         "backend": f"{training.data.backend} ({training.data.backend_reason})",
@@ -96,14 +97,14 @@ def _begin(training: Training, directory: RunDirectory, resuming: bool) -> None:
     }
     directory.begin(training.config, stamp)
     directory.write_history(training.history)
-    print_head(training, directory, resuming)
+    print_head(training, directory, source)
 
 
-def _fit_and_report(training: Training, directory: RunDirectory) -> int:
+def _fit_and_report(training: Training, directory: RunDirectory, source: Path | None) -> int:
     speaks = training.world.speaks
     sinks = open_sinks(training.config, directory.path) if speaks else []
     try:
-        evaluation = engine.fit(training, directory, sinks)
+        evaluation = engine.fit(training, directory, sinks, source)
         if speaks:
             _write_profile(training, directory)
             summary = summarise(training, evaluation)
@@ -118,11 +119,9 @@ def _fit_and_report(training: Training, directory: RunDirectory) -> int:
     except engine.Stopped as stop:
         if speaks:
             _write_profile(training, directory)
-            print(
-                f"stopped in epoch {stop.epoch + 1} after step {stop.step}; go on with: resume=auto "
-                f"run.dir={directory.path}",
-                flush=True,
-            )
+            ended = stop.epoch == training.config.trainer.epochs
+            place = "before the test" if ended else f"in epoch {stop.epoch + 1} after step {stop.step}"
+            print(f"stopped {place}; go on with: resume=auto run.dir={directory.path}", flush=True)
         return 128 + stop.signum
     finally:
         for sink in sinks:
@@ -158,7 +157,7 @@ def summarise(training: Training, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def print_head(training: Training, directory: RunDirectory, resuming: bool) -> None:
+def print_head(training: Training, directory: RunDirectory, source: Path | None) -> None:
     data, settings = training.data, training.config
     if settings.loader.batch_size > len(data.train.samples):
         print(
@@ -177,7 +176,7 @@ def print_head(training: Training, directory: RunDirectory, resuming: bool) -> N
         f"({training.world.size} {'rank' if training.world.size == 1 else 'ranks'}); "
         f"loader {data.backend}: {data.backend_reason}\n"
         f"{directory.path}"
-        + (f", going on from epoch {training.epoch + 1} after step {training.step}" if resuming else ""),
+        + (f", going on from epoch {training.epoch + 1} after step {training.step} ({source.name})" if source else ""),
         flush=True,
     )
 
@@ -248,10 +247,11 @@ def _by_phase(data: TrainingData, describe: Callable[[Phase], str]) -> str:
     return ", ".join(words if first == 0 else f"from epoch {first + 1} on {words}" for first, words in new)
 
 
-def _last_checkpoint(directory: RunDirectory, settings: Config, data: TrainingData) -> dict[str, Any]:
-    state = checkpoint.load(directory.last)
-    checkpoint.check_fits(state, settings, data.classes, data.digest, directory.last)
-    return state
+def _newest(directory: RunDirectory, settings: Config, data: TrainingData) -> tuple[dict[str, Any], Path]:
+    """The checkpoint to go on from, and its path."""
+    state, path = checkpoint.load_newest(directory.checkpoints)
+    checkpoint.check_fits(state, settings, data.classes, data.digest, path)
+    return state, path
 
 
 def _parameters(training: Training) -> int:

@@ -25,8 +25,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.last = path / "checkpoints" / checkpoint.LAST
-        self.best = path / "checkpoints" / checkpoint.BEST
+        self.checkpoints = path / "checkpoints"
+        self.best = self.checkpoints / checkpoint.BEST
         self.metrics = path / "metrics.jsonl"
         self.summary_path = path / _SUMMARY
         self.report = path / "report.html"
@@ -37,13 +37,13 @@ class RunDirectory:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Make the directory and keep other processes from training in it."""
-        make_directory(self.last.parent)
+        make_directory(self.checkpoints)
         busy = UserError(
             found=f"another process that trains in {self.path}",
             expected="one run in a directory at a time",
             hint="wait for it to end, or choose another run.dir",
         )
-        with locked(self.last.parent / _LOCK, busy):
+        with locked(self.checkpoints / _LOCK, busy):
             yield
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
@@ -62,17 +62,21 @@ class RunDirectory:
         return json.loads(self.summary_path.read_text())
 
 
-def choose(config: Config) -> tuple[RunDirectory, bool]:
+def choose(config: Config, earlier: Path | None = None) -> tuple[RunDirectory, bool]:
     """The directory of this run, and whether it continues what is there.
 
+    earlier: the directory that this run was given before its processes were started again; then it is that one.
     Raises `UserError` if run.dir holds a run (or anything else) and resume is not asked for.
     """
+    if earlier is not None:
+        directory = RunDirectory(earlier)
+        return directory, checkpoint.is_there(directory.checkpoints)
     resume = config.resume == "auto"
     if config.run.dir is not None:
         directory = RunDirectory(config.run.dir)
         if (directory.path / _CONFIG).exists():
             if resume:
-                return directory, directory.last.exists()
+                return directory, checkpoint.is_there(directory.checkpoints)
             raise UserError(
                 found=f"run.dir={directory.path}, which holds a run",
                 expected="a new directory",
@@ -89,10 +93,12 @@ def choose(config: Config) -> tuple[RunDirectory, bool]:
     if resume:
         # Names are dates, so the last in order is the newest.
         unfinished = [
-            path for path in sorted(root.glob("*/checkpoints/last.pt")) if not (path.parent.parent / _SUMMARY).exists()
+            path.parent
+            for path in sorted(root.glob("*/checkpoints"))
+            if checkpoint.is_there(path) and not (path.parent / _SUMMARY).exists()
         ]
         if unfinished:
-            return RunDirectory(unfinished[-1].parent.parent), True
+            return RunDirectory(unfinished[-1]), True
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     directory = RunDirectory(root / stamp)
     number = 2

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pipeline.graph import MAX_RESOLUTION
 
 Share = Annotated[float, Field(ge=0, le=1)]
+PACK = "data.shards"  # the setting that names the pack, which is compared by its digest
 Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 
 
@@ -185,10 +186,26 @@ class Trainer(Section):
     trace: bool | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = False
     """Trace all that is done in some steps, with torch's profiler (trace.json.gz): [first, last], counted from the
     start of the process; true is [6, 10]."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """Updates that a run may leave out because a batch's loss or gradient is not finite; one more ends it."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """Minutes that ranks wait for one another before they take the others for lost."""
 
     @property
     def traced_steps(self) -> tuple[int, int] | None:
         return (6, 10) if self.trace is True else self.trace or None
+
+
+class Checkpoint(Section):
+    every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    """Minutes between checkpoints within an epoch, besides those at its end; null for none."""
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps of an epoch between checkpoints, besides those at its end; null for none."""
+    grace_seconds: Annotated[float, Field(gt=0)] = 25.0
+    """Seconds from a SIGTERM or SIGINT to the end of the process, whatever it is at; torchrun kills after 30."""
+    allow_changed: list[str] = []
+    """Settings that may differ from the checkpoint's when a run is resumed, such as [optim.lr]; data.shards stands for
+    another pack of the same classes."""
 
 
 class Logging(Section):
@@ -217,6 +234,7 @@ class Config(Section):
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     trainer: Trainer = Trainer()
+    checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
 
     @model_validator(mode="after")
@@ -244,6 +262,9 @@ class Config(Section):
             raise ValueError(f"trainer.trace={list(self.trainer.traced_steps)} ends before it begins")
         if self.model.pretrained is True and self.model.weights is not None:
             raise ValueError("model.pretrained and model.weights both say what to begin with")
+        unknown = set(self.checkpoint.allow_changed) - {*self.recipe(), PACK}
+        if unknown:
+            raise ValueError(f"checkpoint.allow_changed names {min(unknown)}, which no checkpoint is compared by")
         return self
 
     def without_effect(self) -> Iterator[str]:
@@ -292,11 +313,11 @@ class Config(Section):
 
     def recipe(self) -> dict[str, Any]:
         """What decides the resulting weights, flat and by dotted name; a resumed run must agree in all of it."""
-        free = dict.fromkeys(("run", "resume", "logging", "device"), True)
+        free = dict.fromkeys(("run", "resume", "checkpoint", "logging", "device"), True)
         free_in_sections = {
             "data": {"shards", "verify"},
             "loader": {"backend", "memory"},
-            "trainer": {"profile", "trace"},
+            "trainer": {"profile", "trace", "skip_nonfinite", "timeout_minutes"},
         }
         content = self.model_dump(mode="json", exclude={**free, **free_in_sections})
         return dict(_flatten(content))

@@ -32,11 +32,13 @@ class Totals:
     seconds: float = 0.0
     wait_seconds: float = 0.0
 
-    def add(self, other: Totals) -> None:
-        self.loss += other.loss
-        self.samples += other.samples
-        self.seconds += other.seconds
-        self.wait_seconds += other.wait_seconds
+    def plus(self, other: Totals) -> Totals:
+        return Totals(
+            self.loss + other.loss,
+            self.samples + other.samples,
+            self.seconds + other.seconds,
+            self.wait_seconds + other.wait_seconds,
+        )
 
     @property
     def images_per_second(self) -> float:
@@ -69,6 +71,8 @@ class Training:
     updates: int = 0
     so_far: Totals = field(default_factory=Totals)
     """Of the current epoch, before a stop."""
+    losses: list[float] = field(default_factory=list)
+    """What each rank added to the loss of `so_far`, so that each of them adds up in one sequence across a stop."""
     finished: Totals = field(default_factory=Totals)
     """Of the epochs that are over; its loss means nothing."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -77,6 +81,10 @@ class Training:
     best_epoch: int = 0
     lr: float = 0.0
     """Learning rate of the last update."""
+    skipped: set[tuple[int, int]] = field(default_factory=set)
+    """(epoch, first step) of the updates that are left out because a batch's loss or gradient is not finite."""
+    look_until: tuple[int, int] | None = None
+    """(epoch, step) up to which every batch is looked at before its update, to find such a batch."""
     earlier_seconds: float = 0.0
     """Of the processes that this one continues."""
     started: float = field(default_factory=time.perf_counter)
@@ -94,7 +102,7 @@ class Training:
     def state(self) -> dict[str, Any]:
         """Everything that a later process needs to go on exactly here; tensors and plain values only."""
         return {
-            **self._identity(),
+            **self.identity(),
             "window": self.data.train.window,
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None,
@@ -102,8 +110,11 @@ class Training:
             "learning_rate": self.learning_rate.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
+            "steps": self.data.train.steps(self.epoch),
             "updates": self.updates,
             "so_far": vars(self.so_far).copy(),
+            "losses": self.losses,
+            "skipped": sorted(self.skipped),
             "finished": vars(self.finished).copy(),
             "history": self.history,
             "best": self.best,
@@ -115,7 +126,7 @@ class Training:
     def best_state(self) -> dict[str, Any]:
         """What is needed to use the model: its weights, settings, classes, input statistics and temperature."""
         return {
-            **self._identity(),
+            **self.identity(),
             "model": self.evaluated.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "epoch": self.epoch,
@@ -125,25 +136,35 @@ class Training:
             "temperature": 1.0,
         }
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint is compared by."""
         return {
             "classes": list(self.data.classes),
             "data": self.data.digest,
             "recipe": self.config.recipe(),
         }
 
+    @property
+    def loss_here(self) -> float:
+        """What this rank goes on adding the epoch's losses to."""
+        if len(self.losses) == self.world.size:
+            return self.losses[self.world.rank]
+        return self.so_far.loss if self.world.speaks else 0.0
+
     def restore(self, state: dict[str, Any]) -> None:
         # The order that was begun with goes on, whatever the memory of this machine would allow.
         self.data.train.window = state["window"]
         self.model.load_state_dict(state["model"])
         if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
+            self.average.module.load_state_dict(state["average"] or state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
         self.so_far, self.finished = Totals(**state["so_far"]), Totals(**state["finished"])
+        self.losses, self.skipped = state["losses"], {tuple(place) for place in state["skipped"]}
         self.history, self.best, self.best_epoch = state["history"], state["best"], state["best_epoch"]
         self.lr, self.earlier_seconds = state["lr"], state["elapsed"]
+        self.started = time.perf_counter()
 
 
 def make_training(config: Config, data: TrainingData, world: World, resuming: bool = False) -> Training:

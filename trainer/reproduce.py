@@ -1,0 +1,97 @@
+"""Take the step again that ended a run because a loss or gradient was not finite, and say where it arises.
+
+    python -m trainer.reproduce runs/NAME/DATE/nonfinite/epoch-2-step-17.pt
+
+The file holds what the step took: under `shares` each rank's images (float32 [n, C, R, R], the model input before
+mixing), labels and rows (int64 [n]); under `model` the weights before the step; and `config`, `class_weights`, `epoch`
+and `step` (from 0). `torch.load(FILE, weights_only=True)` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.device import choose_device
+from shards.errors import run_command
+from trainer import checkpoint
+from trainer.arithmetic import autocast, laid_out, memory_format
+from trainer.config import validate
+from trainer.loss import weighted_kl
+from trainer.mixing import mix, soft_targets
+from trainer.model import make_model
+from trainer.randomness import seed_step
+from trainer.settings import Config
+
+_NEEDED = ("config", "model", "class_weights", "channels", "classes", "epoch", "step", "shares")
+
+
+def take_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[float, list[str]]:
+    """One rank's part of a saved step, up to the gradients.
+
+    Returns its loss, summed over its samples, and what is not finite: layers' outputs in the order in which they were
+    computed, then parameters with such gradients.
+    """
+    config = validate(state["config"], "the saved step")
+    model = _model(state, config, device)
+    share = {name: tensor.to(device) for name, tensor in state["shares"][rank].items()}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(_noting(f"output of {name} ({type(module).__name__})", found))
+    draws = seed_step(config.seed, state["epoch"], state["step"], rank)
+    targets = soft_targets(share["labels"], len(state["classes"]), config.loss.label_smoothing)
+    images, targets = mix(share["images"], targets, config.mixing, draws)
+    if not images.isfinite().all():
+        found.append("images")
+    with autocast(config.trainer, device):
+        logits = model(laid_out(images, config.trainer))
+    loss = weighted_kl(logits, targets, state["class_weights"].to(device))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            found.append(f"gradient of {name}")
+    return float(loss.detach()), found
+
+
+def _model(state: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
+    settings = config.model.model_copy(update={"pretrained": False, "weights": None})
+    model = make_model(settings, state["channels"], len(state["classes"]))
+    model.load_state_dict(state["model"])
+    return model.to(device, memory_format=memory_format(config.trainer)).train()
+
+
+def _noting(what: str, found: list[str]) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and not output.isfinite().all():
+            found.append(what)
+
+    return hook
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.reproduce",
+        description="Take a saved step again whose loss or gradient was not finite.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="what the run saved under nonfinite/")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    arguments = parser.parse_args()
+    state = checkpoint.load(arguments.file, needed=_NEEDED)
+    device = choose_device(arguments.device, 0, 1)
+    print(f"epoch {state['epoch'] + 1} step {state['step'] + 1}, on {device}")
+    for rank, share in enumerate(state["shares"]):
+        loss, found = take_step(state, rank, device)
+        print(f"rank {rank}: rows {', '.join(map(str, share['rows'].tolist()))}")
+        print(f"  loss {loss / len(share['rows']):.6g}; " + ("all is finite here" if not found else "not finite:"))
+        for what in found:
+            print(f"    {what}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
