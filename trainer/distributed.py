@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pipeline.device import choose_device
 from shards.errors import USER_ERROR_STATUS, UserError
 from trainer.allocator import keep_freed_memory
+from trainer.meeting import agent_store, meet
 
 T = TypeVar("T")
 
@@ -125,7 +126,14 @@ def join(device_name: str, timeout_minutes: float = 10) -> Iterator[World]:
         yield World(rank=0, size=1, device=device)
         return
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = agent_store(timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        rank = int(os.environ["RANK"])
+        store = meet(store, rank, size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     try:
         apart = device.type == "cuda"
         control = dist.new_group(backend="gloo", timeout=timeout) if apart else dist.group.WORLD

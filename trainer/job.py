@@ -7,12 +7,10 @@ started again would not tell: torchrun does not count the starts after a host ha
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
-
+from trainer.meeting import agent_store
 from trainer.settings import Run
 
 _TIMEOUT = timedelta(seconds=60)
@@ -20,7 +18,7 @@ _TIMEOUT = timedelta(seconds=60)
 
 def recall_directory(run: Run) -> Path | None:
     """The directory that this job has given to a run; None for a first start, or without torchrun."""
-    store = _store()
+    store = agent_store(_TIMEOUT)
     if store is None or not store.check([_key(run)]):
         return None
     return Path(store.get(_key(run)).decode())
@@ -28,7 +26,7 @@ def recall_directory(run: Run) -> Path | None:
 
 def remember_directory(run: Run, path: Path) -> None:
     """Note the directory of a run."""
-    store = _store()
+    store = agent_store(_TIMEOUT)
     if store is not None:
         store.set(_key(run), str(path.absolute()))
 
@@ -36,11 +34,3 @@ def remember_directory(run: Run, path: Path) -> None:
 def _key(run: Run) -> str:
     """A job may train several runs, one after another."""
     return f"inkstream/run_directory/{run.name}/{run.dir or ''}"
-
-
-def _store() -> dist.Store | None:
-    """The agent's store; None where nothing outlives the processes."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False, timeout=_TIMEOUT)
