@@ -9,7 +9,7 @@ demo: .venv/.installed  ## pack the embedded data set, train configs/quickstart.
 	@$(RUN) -m trainer.run configs/quickstart.yaml
 
 test: .venv/.installed  ## the tests, in under ten minutes on two cores
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile
 
 test-slow: .venv/.installed  ## the tests that take minutes
 	@$(RUN) -m pytest -m slow

@@ -169,6 +169,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     return place / "run"
 
 
+@pytest.mark.slow
 def test_stopped_by_sigterm_and_resumed_is_bit_identical(whole: Path, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with job(tmp_path / "first", recipe, f"run.dir={run}") as running:

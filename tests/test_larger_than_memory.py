@@ -109,6 +109,7 @@ def run(recipe: Path, directory: Path, *overrides: str) -> dict:
     return torch.load(directory / "checkpoints/last.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_training_resumes_in_its_window_on_a_machine_with_more_memory(small_blocks: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"data": RECIPE["data"] | {"shards": str(small_blocks)}}))

@@ -385,6 +385,7 @@ def test_a_name_that_allows_nothing_is_refused(recipe: Path) -> None:
         load(recipe, ["checkpoint.allow_changed=[optim.rate]"])
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_where_one_was_stopped(recipe: Path, tmp_path: Path) -> None:
     """With a model whose arithmetic does not depend on how a batch is shared out, but for rounding."""
     settings = ["model.name=test_convnext", "model.drop_rate=0", "data.resolution=32"]
