@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     damage(last)
     if damage is not Path.unlink:  # what a kill between two renames leaves is nobody's fault
         with pytest.raises(Killed):
-            train(recipe, damaged, "resume=auto", die_at=(1, 5))
+            train(recipe, damaged, "resume=auto", die_at=(1, 7))
         assert f"{last}, which cannot be read" in caplog.text and str(previous) in caplog.text
         assert checkpoint.load(previous)["step"] == 4, "and a damaged one does not take the place of a whole one"
     assert train(recipe, damaged, "resume=auto") == 0
