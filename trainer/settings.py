@@ -57,8 +57,8 @@ class Data(Section):
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of what remains of the train part to train on, by class."""
     resolution: Annotated[Side | tuple[tuple[int, int], ...], BeforeValidator(_well_formed)] = 112
-    """Side in pixels of the model's square input; or a schedule, pairs of an epoch (from 1) and the side from then on, as in
-    [[1, 48], [5, 80], [9, 112]]. The last one is what is evaluated, from the first epoch on."""
+    """Side in pixels of the model's square input; or a schedule, pairs of an epoch (from 1) and the side from then on,
+    as in [[1, 48], [5, 80], [9, 112]]. The last one is what is evaluated, from the first epoch on."""
     interpolation: Literal["linear", "cubic", "nearest"] = "linear"
     """How images are resized."""
     verify: bool = True
