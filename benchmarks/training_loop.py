@@ -30,7 +30,8 @@ from trainer.settings import Checkpoint
 from trainer.training import Totals, Training, make_training
 
 _RESIDENT = 4  # batches that the synthetic loop goes round
-_WARM_UP = 2  # rounds that are not counted
+_WARM_UP = 1  # rounds that are not counted
+_FEWEST_STEPS = 6  # of a run
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,22 @@ class Setting:
 
 
 class ResidentLoader:
-    """Stands in for a `TrainingLoader`: as many steps of as many images, out of a few batches kept on the device."""
+    """Stands in for a `TrainingLoader`: as many steps of as many images, out of a few batches kept on the device.
 
-    def __init__(self, loader: TrainingLoader) -> None:
+    steps: at most so many.
+    """
+
+    def __init__(self, loader: TrainingLoader, steps: int | None = None) -> None:
         self._loader = loader
+        self._most = steps
         self.phases = loader.phases
         with contextlib.closing(loader.batches()) as batches:
             pairs = zip(range(_RESIDENT), batches, strict=False)
             self._kept = [replace(batch, images=batch.images.clone()) for _, batch in pairs]
 
     def steps(self, epoch: int) -> int:
-        return self._loader.steps(epoch)
+        steps = self._loader.steps(epoch)
+        return steps if self._most is None else min(steps, self._most)
 
     def steps_ahead(self, epoch: int, epochs: int) -> float:
         return self._loader.steps_ahead(epoch, epochs)
@@ -97,11 +103,16 @@ def measure_in(
         )
     training = make_training(settings, data, world)
     start = time.perf_counter()
-    resident = replace(data, train=ResidentLoader(data.train))
-    _epoch(training, resident)
+    _epoch(training, replace(data, train=ResidentLoader(data.train, steps=2)))  # compiles, if that is asked for
     first = time.perf_counter() - start
-    took = _epoch(training, resident).seconds
-    passes = world.share(max(1, round(seconds / took)))
+    trial = _epoch(training, replace(data, train=ResidentLoader(data.train, steps=_FEWEST_STEPS)))
+    # As many images as take the time asked for, of a large set only a part.
+    images = max(seconds * trial.images_per_second, _FEWEST_STEPS * setting.batch_size)
+    share = world.share(min(1.0, images / len(data.train.samples)))
+    passes = world.share(max(1, round(images / len(data.train.samples))))
+    section = settings.data.model_copy(update={"subset": subset * share})
+    data = open_data(settings.model_copy(update={"data": section}), world)
+    resident = replace(data, train=ResidentLoader(data.train))
     loops: dict[str, list[Totals]] = {"whole": [], "synthetic": []}
     for number in range(_WARM_UP + runs):
         for name, source in (("whole", data), ("synthetic", resident)):
@@ -128,7 +139,7 @@ def measure_in(
         "whole_of_synthetic": Spread.of(ratios).to_json(),
         "data_wait_share": Spread.of([loop.wait_share for loop in loops["whole"]]).to_json(),
         "step_milliseconds": Spread.of([1000 * loop.seconds / steps for loop in loops["whole"]]).to_json(),
-        "first_epoch_seconds": first,
+        "first_steps_seconds": first,
         "steps_a_run": steps,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(world.device) if on_gpu else None,
         "loader_backend": data.backend,
