@@ -25,7 +25,7 @@ class Line:
 def line_chart(lines: list[Line], label: str, percent: bool = False) -> str:
     """Series over epochs. label: what is shown, for those who cannot see it. percent: values are shares."""
     values = [value for line in lines for value in line.values if math.isfinite(value)]
-    ticks = _ticks(min(values), max(values))
+    ticks = ticks_of(min(values), max(values))
     low, high = min(ticks[0], *values), max(ticks[-1], *values)
     epochs = max(len(line.values) for line in lines)
 
@@ -53,7 +53,7 @@ def line_chart(lines: list[Line], label: str, percent: bool = False) -> str:
     return "".join(parts)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks_of(low: float, high: float) -> list[float]:
     """Three to six round numbers that span low .. high."""
     if high - low < 1e-12:
         margin = abs(high) / 10 or 1.0
