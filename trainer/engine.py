@@ -82,9 +82,7 @@ def _kept(training: Training, directory: RunDirectory, source: Path | None) -> I
             raise _stopped(training, received) from None
 
 
-def _learn(
-    training: Training, directory: RunDirectory, keeper: Keeper, sinks: list[Sink], received: list[int]
-) -> None:
+def _learn(training: Training, directory: RunDirectory, keeper: Keeper, sinks: list[Sink], received: list[int]) -> None:
     while training.epoch < training.config.trainer.epochs:
         try:
             train_epoch(training, directory, keeper, received)

@@ -123,8 +123,9 @@ class Search(Section):
     """Directory of the study and its trials, by default runs/search/NAME; one that is there goes on."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides what is drawn."""
-    settings: dict[str, Any] = {}
-    """Settings of the recipe that are different in every trial and in the best one's recipe, by dotted name."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings that every trial has instead of the recipe's, by dotted name; so has the best one's recipe, but for
+    data.validation."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the train part, by class, that trials learn from (data.subset); they are judged by the whole validation
     part."""
@@ -135,7 +136,7 @@ class Search(Section):
     budget: Budget
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
     """What is searched: a range or choices for each setting, by dotted name."""
-    first: list[dict[str, Any]] = []
+    first: list[dict[str, Any]] = Field(default_factory=list)
     """Values that are tried before any are drawn, for instance published ones: each gives every setting of the space
     that it needs."""
 
@@ -280,7 +281,9 @@ def _validate(content: dict[str, Any], place: str) -> Search:
             ) from None
         if first["type"] in ("missing", "union_tag_not_found"):
             name = f"{name}.type" if first["type"] == "union_tag_not_found" else name
-            raise UserError(found=f"no {name} in {place}", expected="a value for it", hint=f"compare it with {EXAMPLE}")
+            raise UserError(
+                found=f"no {name} in {place}", expected="a value for it", hint=f"compare it with {EXAMPLE}"
+            ) from None
         reason = first["msg"].removeprefix("Value error, ")
         given = first["input"] if isinstance(first["input"], str | int | float | bool | None) else "..."
         raise UserError(
@@ -303,9 +306,12 @@ def _near(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else "remove it"
 
 
-def best_recipe(base: Config, values: dict[str, Any], name: str, head: list[str]) -> str:
+def best_recipe(search: Search, base: Config, values: dict[str, Any], name: str, head: list[str]) -> str:
     """The text of a complete recipe with the best values; head: lines about where they are from."""
-    found = config.changed(base, values | {"run.name": name}, "the best trial")
+    own = {"run.name": name}
+    if "data.validation" in search.settings:
+        own["data.validation"] = config.load(search.recipe, []).data.validation
+    found = config.changed(base, values | own, "the best trial")
     content = found.model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from html import escape
@@ -18,7 +19,7 @@ class _Frame:
     """The axes of a chart: counts from left to right, shares from bottom to top."""
 
     def __init__(self, figures: list[float], first: float, last: float, title: str, label: str) -> None:
-        ticks = ticks_of(min(figures), max(figures))
+        ticks = [tick for tick in ticks_of(min(figures), max(figures)) if tick <= 1]
         self._low, self._high = min(ticks[0], *figures), max(ticks[-1], *figures)
         self._first, self._last = first, last
         self.parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">']
@@ -43,6 +44,8 @@ class _Frame:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * share
 
     def y(self, figure: float) -> float:
+        """Where a figure lies; those below the scale lie at its foot."""
+        figure = max(figure, self._low)
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (figure - self._low) / (self._high - self._low)
 
     def done(self) -> str:
@@ -51,14 +54,16 @@ class _Frame:
 
 def history_chart(results: list[Result], label: str) -> str:
     """The figure of each trial by its number: complete ones as dots with their deviation, those given up as hollow
-    ones at their last figure; the best so far as a line."""
+    ones at their last figure; the best so far as a line. What is far behind lies at the foot of the chart."""
     placed = [(result, _last_figure(result)) for result in results]
     known = [(result, figure) for result, figure in placed if figure is not None]
+    floor = _floor(results)
     reach = [
-        figure + sign * (result.std or 0) for result, figure in known for sign in (-1, 1) if result.mean is not None
+        max(floor, min(1.0, figure + sign * (result.std or 0)))
+        for result, figure in known
+        for sign in ((-1, 1) if result.mean is not None else (0,))
     ]
-    figures = [figure for _, figure in known]
-    frame = _Frame(figures + reach, results[0].number, results[-1].number, "trial", label)
+    frame = _Frame(reach, results[0].number, results[-1].number, "trial", label)
     best, path = -math.inf, ""
     for result, figure in known:
         if result.mean is not None and figure > best:
@@ -73,7 +78,7 @@ def history_chart(results: list[Result], label: str) -> str:
             frame.parts.append(f'<circle class="hollow" cx="{x:.1f}" cy="{y:.1f}" r="3">{title}</circle>')
             continue
         if result.std:
-            low, high = frame.y(figure - result.std), frame.y(figure + result.std)
+            low, high = frame.y(figure - result.std), frame.y(min(1.0, figure + result.std))
             frame.parts.append(f'<path class="spread" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
         frame.parts.append(f'<circle class="dot first" cx="{x:.1f}" cy="{y:.1f}" r="3.4">{title}</circle>')
     return frame.done()
@@ -84,7 +89,8 @@ def curves_chart(results: list[Result], ranked: list[int], label: str) -> str:
     drawn = [result for result in results if result.curve]
     if not drawn:
         return ""
-    figures = [figure for result in drawn for _, figure in result.curve]
+    floor = _floor(results)
+    figures = [max(floor, figure) for result in drawn for _, figure in result.curve]
     last = max(epoch for result in drawn for epoch, _ in result.curve)
     frame = _Frame(figures, 1, last, "epochs trained, over all repeats", label)
     best = ranked[0] if ranked else None
@@ -101,10 +107,10 @@ def curves_chart(results: list[Result], ranked: list[int], label: str) -> str:
 
 def bar_chart(shares: dict[str, float], label: str) -> str:
     """Shares of one as bars, the largest first."""
-    row, left = 30, 12 + 7.2 * max(map(len, shares))
-    width = _WIDTH - left - 60
+    row, left, whole = 30, 12 + 7.6 * max(map(len, shares)), 1000
+    width = whole - left - 60
     largest = max([*shares.values(), 1e-9])
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {row * len(shares) + 6}" role="img" aria-label="{escape(label)}">']
+    parts = [f'<svg viewBox="0 0 {whole} {row * len(shares) + 6}" role="img" aria-label="{escape(label)}">']
     for place, (name, share) in enumerate(shares.items()):
         y = place * row + 6
         length = max(width * share / largest, 1)
@@ -123,14 +129,17 @@ def parallel_chart(ranked: list[Result], table: dict[str, list[Any]], figure: st
     table: the value of each setting in each of the ranked trials.
     """
     axes: dict[str, list[Any]] = {**table, figure: [result.mean for result in ranked]}
-    width, height, top, bottom, side = 1000, 380, 46, 30, 76
+    width, height, top, bottom = 1000, 380, 46, 30
+    # Room for the marks beside the first axis and half of its name, at about 7 units a letter.
+    first_name, first = next(iter(axes.items()))
+    side = max(76.0, 14 + 6.4 * max(len(_plain(value, False)) for value in first), 4 * len(first_name))
     parts = [
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Parallel coordinates: '
         f'{escape(", ".join(axes))} of {len(ranked)} complete trials">'
     ]
     places, heights = [], []
     for number, (name, column) in enumerate(axes.items()):
-        x = side + (width - 2 * side) * number / max(len(axes) - 1, 1)
+        x = side + (width - side - 76) * number / max(len(axes) - 1, 1)
         spread, marks = _axis(column, percent=name == figure)
         places.append(x)
         heights.append([height - bottom - (height - top - bottom) * spread(value) for value in column])
@@ -150,7 +159,7 @@ def parallel_chart(ranked: list[Result], table: dict[str, list[Any]], figure: st
         points = list(zip(places, (column[place] for column in heights), strict=True))
         middle = [
             f"C{(x0 + x1) / 2:.1f} {y0:.1f} {(x0 + x1) / 2:.1f} {y1:.1f} {x1:.1f} {y1:.1f}"
-            for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False)
+            for (x0, y0), (x1, y1) in itertools.pairwise(points)
         ]
         kind = "way best" if place == 0 else "way"
         opacity = 1 if place == 0 else 0.7 - 0.58 * rank
@@ -188,6 +197,12 @@ def _plain(value: Any, percent: bool) -> str:
     if percent:
         return f"{100 * value:.2f} %"
     return "null" if value is None else f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def _floor(results: list[Result]) -> float:
+    """The figure below which trials are too far behind to be told apart, lest they flatten all others."""
+    last = sorted(figure for result in results if (figure := _last_figure(result)) is not None)
+    return min(last[len(last) // 4], last[-1] - 0.02) if last else 0.0
 
 
 def _last_figure(result: Result) -> float | None:

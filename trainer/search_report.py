@@ -41,12 +41,13 @@ def line(result: Result) -> str:
     return f"trial {result.number} {result.state}{figure}: {said(result.values)}"
 
 
-def table(results: list[Result], search: Search, rows: int = 5) -> str:
+def table(results: list[Result], rows: int = 5) -> str:
     """The best trials as lines, and how many there are of which kind."""
     states = [result.state for result in results]
     counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
     lines = [f"trials      {', '.join(counts) or 'none'}"]
-    lines += [f"{shown(result):<20}  trial {result.number}: {said(result.values)}" for result in ranking(results)[:rows]]
+    best = ranking(results)[:rows]
+    lines += [f"{shown(result):<20}  trial {result.number}: {said(result.values)}" for result in best]
     return "\n".join(lines)
 
 
@@ -68,7 +69,7 @@ def shown(result: Result) -> str:
 def _best(best: Result, results: list[Result], search: Search, base: Config) -> str:
     assert search.dir is not None
     name = f"{search.dir.name}_best"
-    part = f"{search.fraction:.0%} of the train part" if search.fraction < 1 else "the train part"
+    part = f"{100 * search.fraction:.4g} % of the train part" if search.fraction < 1 else "the train part"
     head = [
         f"The best of {len(results)} trials of a search around {search.recipe}: trial {best.number}, "
         f"{_FIGURES[base.trainer.select]}",
@@ -76,7 +77,7 @@ def _best(best: Result, results: list[Result], search: Search, base: Config) -> 
         "",
         f"  python -m trainer.run {search.dir / BEST}",
     ]
-    return best_recipe(base, best.values, name, head)
+    return best_recipe(search, base, best.values, name, head)
 
 
 def _repeats(search: Search) -> str:

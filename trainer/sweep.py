@@ -1,7 +1,7 @@
 """A search space as Weights & Biases sweeps: the same settings, ranges and budget, drawn by its own service.
 
 A sweep knows no conditional ranges, so a space with some becomes a sweep for each choice that they depend on. Each run
-of a sweep is an ordinary one: its validation figure is what the sweep goes by, and the test part is evaluated at its end.
+of a sweep is an ordinary one: the sweep goes by its validation figure, and the test part is evaluated at its end.
 The format: https://docs.wandb.ai/guides/sweeps/define-sweep-configuration
 """
 

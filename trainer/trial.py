@@ -20,6 +20,7 @@ from trainer.data import TrainingData, open_data
 from trainer.distributed import World
 from trainer.environment import environment
 from trainer.nonfinite import Diverged
+from trainer.search import Search
 from trainer.settings import Config
 from trainer.sinks import Sink
 from trainer.study import Study, Trial
@@ -72,12 +73,12 @@ class Reports:
 
 
 def train_trial(
-    study: Study, trial: Trial, base: Config, repeats: int, world: World, is_over: Callable[[], bool]
+    study: Study, trial: Trial, wanted: Search, base: Config, world: World, is_over: Callable[[], bool]
 ) -> None:
     """Train a trial in its directory, or go on there, and tell the study how it ended.
 
-    base: the settings but for those that are searched. is_over: whether to leave it unfinished after an epoch.
-    Raises `OutOfTime` then, and `Stopped` after a signal; both leave it to be gone on with.
+    base: the settings but for those that are searched and the fraction. is_over: whether to leave it unfinished after
+    an epoch. Raises `OutOfTime` then, and `Stopped` after a signal; both leave it to be gone on with.
     """
     summaries: list[dict[str, Any]] = []
     try:
@@ -86,13 +87,14 @@ def train_trial(
         trial.fail(error.found)  # each value is a good one, and together they contradict each other
         return
     try:
-        for repeat in range(repeats):
+        for repeat in range(wanted.repeats):
             directory = trial.directory / f"repeat-{repeat + 1}"
-            own = {"seed": base.seed + repeat, "run.dir": str(directory), "resume": "auto"}
+            own = {"seed": base.seed + repeat, "data.subset": wanted.fraction}
+            own |= {"run.dir": str(directory), "resume": "auto"}
             own["checkpoint.allow_changed"] = ["trainer.precision"]  # it may go on on another device
             settings = config.changed(base, trial.values | own, f"trial {trial.number}")
             settings = with_precision(settings, world.device)
-            sink = Reports(trial, [summary["figures"] for summary in summaries], settings, repeats, is_over)
+            sink = Reports(trial, [summary["figures"] for summary in summaries], settings, wanted.repeats, is_over)
             summaries.append(_train(settings, study, world, [sink]))
             trial.note(
                 figures=[summary["figure"] for summary in summaries],
@@ -169,4 +171,3 @@ def _into(log: TextIO) -> Any:
     """Write what a training says into its log; bars belong to a person at a terminal."""
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield
-

@@ -97,7 +97,7 @@ def main() -> int:
 
         with study.alone():
             search_report.write(study, wanted, base)
-        print(search_report.table(study.results(), wanted))
+        print(search_report.table(study.results()))
         print(f"page        {study.directory / search_report.PAGE}")
         if (study.directory / search_report.BEST).exists():
             print(f"best        python -m trainer.run {study.directory / search_report.BEST}")
@@ -126,7 +126,7 @@ def work(wanted: Search, base: Config, deadline: float) -> int:
                     break
                 print(f"trial {trial.number} begins: {search_report.said(trial.values)}", flush=True)
                 try:
-                    train_trial(study, trial, base, wanted.repeats, world, is_over)
+                    train_trial(study, trial, wanted, base, world, is_over)
                 except OutOfTime:
                     print(f"trial {trial.number} is left for later: the time is up", flush=True)
                     break
@@ -210,7 +210,7 @@ def _told(wanted: Search) -> str:
     trials = f"up to {budget.trials} trials" if budget.trials is not None else "trials"
     minutes = f" within {duration(60 * budget.minutes)}" if budget.minutes is not None else ""
     repeats = f" of {wanted.repeats} trainings each" if wanted.repeats > 1 else ""
-    part = f" on {wanted.fraction:.0%} of the train part" if wanted.fraction < 1 else ""
+    part = f" on {100 * wanted.fraction:.4g} % of the train part" if wanted.fraction < 1 else ""
     return f"{trials}{minutes}{repeats}{part}, over {', '.join(wanted.space)}"
 
 
