@@ -30,6 +30,7 @@ OWNERS = {
     "wandb": {"trainer/sinks.py"},
     "timm": {"trainer/model.py", "trainer/optimizer.py"},
     "zarr": {"shards/zarr_arrays.py"},
+    "optuna": {"trainer/study.py"},
     "numcodecs": {"shards/zarr_store.py"},
 }
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all", "np.random.seed", "random.seed"}

@@ -60,7 +60,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
     return path
 
 
-def written(directory: Path, recipe: Path, **changes: Any) -> Path:
+def written(directory: Path, recipe: Path, /, **changes: Any) -> Path:
     """A search file; its study lies beside it."""
     path = directory / "mine.yaml"
     path.write_text(yaml.safe_dump({"recipe": str(recipe), "dir": str(directory / "study"), **SEARCH, **changes}))
