@@ -29,6 +29,10 @@ class Unusable(Exception):
     """A picture that cannot be shown to a model: damaged, or with nothing on it. The text says why."""
 
 
+class Blank(Unusable):
+    """A whole picture with nothing on it."""
+
+
 class Taken(NamedTuple):
     """image: uint8 [H, W, C] upright, as the set has them, or a picture file uint8 [bytes] where it holds those.
 
@@ -87,8 +91,10 @@ class Intake:
             if height is None or width is None:
                 return Taken(_as_png(pictures.decode(content, channels, None)), "taken as it is")
             image = pictures.decode(content, channels, (height, width), self.fit)
-        except (BadFile, NoInk) as error:
+        except BadFile as error:
             raise Unusable(str(error)) from None
+        except NoInk as error:
+            raise Blank(str(error)) from None
         if (header.height, header.width) == (height, width):
             return Taken(image, "taken as it is")
         return Taken(image, f"{header.width}x{header.height} brought to {width}x{height} ({self.fit})")

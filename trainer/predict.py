@@ -137,7 +137,8 @@ def print_table(answers: Answers, classes: tuple[str, ...]) -> None:
 def print_metrics(found: dict[str, Any]) -> None:
     print(
         f"\naccuracy {found['accuracy']:.2%}, macro F1 {found['macro_f1']:.2%}, "
-        f"weighted F1 {found['weighted_f1']:.2%}, calibration error {found['calibration_error']:.2%} on {found['samples']:,} samples"
+        f"weighted F1 {found['weighted_f1']:.2%}, "
+        f"calibration error {found['calibration_error']:.2%} on {found['samples']:,} samples"
     )
     width = max(len("class"), *(len(row["name"]) for row in found["classes"]))
     print(f"\n{'class':<{width}}  {'samples':>9}  precision   recall       F1")
