@@ -30,6 +30,7 @@ _CLEAN = 0.15  # of the contrast: so much noise of the background, or of the ink
 _SPECK = 0.005  # of the ink: what is smaller and lies apart is dust
 _UNCLEAR = 0.35  # of the border: if the smaller class has more of it, the larger one of the whole is the background
 _PLAIN = 0.7  # of the border of images of ink is background
+_ASTRAY = 0.25  # of the side: ink that lies further from its usual place lies anywhere
 _OUTLIERS = 0.5  # percent of the images of a set at either end
 
 
@@ -94,7 +95,8 @@ class InkFrame:
 
     @classmethod
     def measured(cls, images: NDArray[np.uint8]) -> InkFrame | None:
-        """The frame of some images of a set, upright, [N, H, W]; None if they are not ink on a plain background."""
+        """The frame of some images of a set, upright, [N, H, W]; None if they are not ink on a plain
+        background, in one place."""
         found = []
         for image in images:
             try:
@@ -113,6 +115,8 @@ class InkFrame:
             reach = float(np.percentile(np.abs(off - centre).max(axis=1), 100 - _OUTLIERS))
             ways.append((reach, by_mass, tuple(centre.tolist())))
         reach, by_mass, centre = min(ways)
+        if reach > _ASTRAY * max(images.shape[1:]):
+            return None
         sides = [ink.side for ink in found]
         least, most = np.percentile(sides, [_OUTLIERS, 100 - _OUTLIERS]).tolist()
         return cls(light, by_mass, float(np.mean(sides)), centre, least, most, reach)
