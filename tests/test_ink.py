@@ -143,8 +143,8 @@ def test_how_ink_lies_is_measured_on_the_set(digits_set: Path, made_up_set: Path
     assert Intake.of(open_part(made_up_set, "train")).frame is None, "noise with a band is not ink"
 
 
-def test_emnist_and_mnist_are_told_apart(shared_data: Path, tmp_path: Path) -> None:
-    train, _ = find_source("emnist").load(Request(tmp_path, raw=shared_data / "emnist", split="byclass"))
+def test_emnist_and_mnist_are_told_apart(shared_data: Path) -> None:
+    train, _ = find_source("emnist").load(Request(shared_data / "emnist", split="byclass"))
     emnist = InkFrame.measured(np.asarray(train.read(np.arange(0, 90_000, 200)))[..., 0].swapaxes(1, 2))
     assert emnist is not None
     assert not emnist.by_mass
