@@ -5,7 +5,7 @@
 
 The first value of each list makes the base; every other value is measured with the base of the others, each in a fresh
 process. Without arguments: a packed EMNIST ByClass if there is one, the digits inside scikit-learn otherwise; a small
-network on a CPU (under five minutes on two cores), EfficientNet-B2 at 112x112 on a GPU. --depthwise also measures how
+network on a CPU (about five minutes on two cores), EfficientNet-B2 at 112x112 on a GPU. --depthwise also measures how
 near the depthwise convolutions of the base come to the memory's bandwidth. Writes train_throughput.jsonl, .md, .png.
 """
 
