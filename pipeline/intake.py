@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.ink import InkFrame, NoInk, find_ink, frame_ink, within
+from pipeline.lighting import evenly_lit
 from pipeline.raw import pictures
 from pipeline.raw.files import BadFile
 from shards import Store
@@ -104,7 +105,7 @@ class Intake:
         height, width, _ = self.image_shape
         assert height and width, "ink is in images of one size"
         own_height, own_width, _ = picture.shape
-        ink = find_ink(within(picture[..., 0]))
+        ink = find_ink(evenly_lit(within(picture[..., 0])))
         if (own_height, own_width) == (height, width) and self.frame.holds(ink):
             return Taken(picture, "taken as it is")
         image = frame_ink(ink, self.frame, (height, width))[..., None]

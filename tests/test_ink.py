@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.ink import SCAN_SIDE, Ink, InkFrame, NoInk, find_ink, frame_ink
 from pipeline.intake import Blank, Intake, Unusable
+from pipeline.lighting import evenly_lit
 from pipeline.resample import resize_weights
 from pipeline.sources import Request, find_source
 from shards import open_part
@@ -117,6 +118,31 @@ def test_dust_and_noise_do_not_move_the_ink() -> None:
     picture[5:7, 280:282] = 0
     found = find_ink(picture)
     assert np.abs(np.subtract(found.box, clean.box)).max() <= 1
+
+
+@pytest.mark.parametrize("angle", [0.0, 1.0, 3.0])
+def test_shaded_paper_counts_as_even(angle: float) -> None:
+    box = (100, 200, 120, 170)
+    inked = stroke(300, 240, box, ink=1, paper=0)
+    y, x = np.mgrid[:300, :240]
+    place = (y / 300 - 0.5) * np.sin(angle) + (x / 240 - 0.5) * np.cos(angle)
+    paper = 150 - 130 * place + np.random.default_rng(0).normal(0, 2, inked.shape)
+    photograph = (paper * (1 - 0.7 * inked)).clip(0, 255).astype(np.uint8)
+    assert find_ink(photograph).box != box, "one threshold for all of it does not do"
+    ink = find_ink(evenly_lit(photograph))
+    assert np.abs(np.subtract(ink.box, box)).max() <= 1
+    assert not ink.light
+    with pytest.raises(NoInk):
+        find_ink(evenly_lit(paper.clip(0, 255).astype(np.uint8)))
+
+
+def test_evenly_lit_pictures_stay_as_they_are(digits_set: Path) -> None:
+    for picture in (
+        stroke(300, 240, (100, 200, 120, 170)),
+        stroke(100, 90, (0, 100, 0, 90)),  # much ink and nothing around it
+        *open_part(digits_set, "test").read(np.arange(50))[..., 0],
+    ):
+        np.testing.assert_array_equal(evenly_lit(picture), picture)
 
 
 def test_a_dot_that_belongs_to_the_character_stays() -> None:
