@@ -7,16 +7,19 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from pipeline.augmentation import NO_AUGMENTATION, Augmentation, Draws
 from pipeline.buffers import Buffers
 from pipeline.graph import GraphSpec
+from pipeline.raw_steps import RawSteps
 from pipeline.resample import resize_weights
+from pipeline.warp import Warp
 from shards.errors import UserError
 
 
 class TorchGraph:
     """See `pipeline.graph.Graph`. The normalisation is folded into A."""
 
-    def __init__(self, spec: GraphSpec, device: torch.device) -> None:
+    def __init__(self, spec: GraphSpec, device: torch.device, augmentation: Augmentation = NO_AUGMENTATION) -> None:
         if spec.encoded:
             raise UserError(
                 found="pictures of differing sizes, and the torch backend",
@@ -24,34 +27,47 @@ class TorchGraph:
                 hint="install nvidia-dali-cuda120 (Linux only) and use loader.backend=auto; or pack the pictures at "
                 "one size: python -m pipeline.shard ... --size N",
             )
-        height, width, _ = spec.image_shape
-        if spec.transposed:
-            height, width = width, height
+        height, width = spec.upright
         self._device = device
         self._buffers = Buffers()
         self._transposed = spec.transposed
-        self._resizes = spec.resizes
-        # ((A X A^T) / 255 - mean) / std = (A / (255 std)) (X - 255 mean) A^T, as the rows of A add up to 1.
+        self._raw_steps = RawSteps(spec, augmentation)
+        self._augmentation = augmentation
+        self._shape = height, width
+        self._warp = Warp(augmentation, spec, device) if augmentation.warps else None
+        self._resizes = spec.resizes and not (self._warp and spec.warps_directly)
+        # ((A X A^T) / 255 - ground) / std = (A / (255 std)) (X - 255 ground) A^T, as the rows of A add up to 1.
         scale = 1 / (255 * torch.tensor(spec.std, dtype=torch.float64))
+        ground = torch.tensor(augmentation.ground(spec.mean), dtype=torch.float64)
         rows = torch.from_numpy(resize_weights(height, spec.resolution, spec.interpolation))  # [R, H]
         columns = torch.from_numpy(resize_weights(width, spec.resolution, spec.interpolation))  # [R, W]
         self._columns = columns.T.contiguous().float().to(device)  # [W, R]
         self._rows = (scale[:, None, None] * rows).float().to(device)  # [C, R, H]
-        self._offset = (255 * torch.tensor(spec.mean, dtype=torch.float64)).float().view(-1, 1, 1).to(device)
-        # Without resizing: X / (255 std) - mean / std.
-        shifts = (-torch.tensor(spec.mean, dtype=torch.float64) / torch.tensor(spec.std)).float().to(device)
+        self._offset = (255 * ground).float().view(-1, 1, 1).to(device)
+        # Without resizing: X / (255 std) - ground / std.
+        shifts = (-ground / torch.tensor(spec.std)).float().to(device)
         self._shifts_and_scales = list(zip(shifts, scale.tolist(), strict=True))
 
-    def __call__(self, images: NDArray[np.uint8]) -> torch.Tensor:
+    def __call__(self, images: NDArray[np.uint8], draws: Draws | None = None) -> torch.Tensor:
+        assert (draws is not None) == bool(self._augmentation)
         raw = torch.from_numpy(images)
         if self._device.type == "cuda":
             raw = raw.pin_memory().to(self._device, non_blocking=True)
-        pixels = self._as_floats(self._upright(raw))
-        if not self._resizes:
-            for channel, (shift, scale) in enumerate(self._shifts_and_scales):
-                plane = pixels[:, channel]
-                torch.add(shift, plane, alpha=scale, out=plane)  # in one pass over the memory
-            return pixels
+        pixels = self._as_floats(self._upright(self._raw_steps(raw, draws)))
+        if draws is not None and self._augmentation.colours:
+            pixels = recoloured(pixels, self._augmentation.colours_of(draws, pixels.shape[1]))
+        pixels = self._resized(pixels) if self._resizes else self._normalised(pixels)
+        if draws is not None and self._warp:
+            pixels = self._warp(pixels, self._augmentation.matrices(draws, self._shape), draws)
+        return pixels
+
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        for channel, (shift, scale) in enumerate(self._shifts_and_scales):
+            plane = pixels[:, channel]
+            torch.add(shift, plane, alpha=scale, out=plane)  # in one pass over the memory
+        return pixels
+
+    def _resized(self, pixels: torch.Tensor) -> torch.Tensor:
         pixels.sub_(self._offset)
         batch, channels, height, _ = pixels.shape
         resolution = self._columns.shape[1]
@@ -82,3 +98,12 @@ class TorchGraph:
         if self._device.type == "cuda":
             return torch.empty(shape, device=self._device)  # whose allocator keeps memory by itself
         return self._buffers.tensor(shape)
+
+
+def recoloured(pixels: torch.Tensor, colours: NDArray[np.float64]) -> torch.Tensor:
+    """pixels: float32 [B, C, H, W], 0 .. 255. colours: float64 [B, C, C + 1], of `Augmentation.colours_of`. Nothing is
+    cut off at the ends of the range."""
+    batch, channels, height, width = pixels.shape
+    mixing = torch.from_numpy(colours).float().to(pixels.device)
+    flat = torch.baddbmm(255 * mixing[:, :, channels:], mixing[:, :, :channels], pixels.view(batch, channels, -1))
+    return flat.view(batch, channels, height, width)

@@ -82,7 +82,7 @@ class Loader:
     def _load(self, step: Step) -> Batch:
         images = self._read(step.samples)
         try:
-            model_input = self._graph(images)
+            model_input = self._graph(images, step.draws)
         except UndecodableImage as error:
             raise damaged_picture(self._store, int(step.samples[error.position]), error.reason) from None
         return Batch(

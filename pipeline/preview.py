@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pipeline.backend import choose_backend, make_graph
 from pipeline.graph import GraphSpec
 from pipeline.loader import Loader, damaged_picture
-from pipeline.order import EvaluationOrder, permutation
+from pipeline.order import EvaluationOrder
+from pipeline.randomness import permutation
 from shards import Store
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.order import PARTITION_STREAM
+from pipeline.randomness import PARTITION_STREAM
 from pipeline.partition import stratified
 from trainer.data import carve
 

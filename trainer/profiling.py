@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pipeline.augmentation import Draws
 from pipeline.graph import Graph
 from pipeline.loader import Batch
 from shards.atomic import replace_file
@@ -64,9 +65,9 @@ class TimeProfile:
     def timed(self, graph: Graph) -> Graph:
         """The graph, with its time taken as a part of its own."""
 
-        def call(images: Images) -> torch.Tensor:
+        def call(images: Images, draws: Draws | None = None) -> torch.Tensor:
             start, event = time.perf_counter(), self._event()
-            output = graph(images)
+            output = graph(images, draws)
             self._host[LOADING].append(time.perf_counter() - start)
             if event is not None:
                 self._add(LOADING, event, self._event())
