@@ -98,7 +98,8 @@ class Augmentation:
     saturation: float = 0.0
     hue: float = 0.0
     erase: float = 0.0
-    erase_area: tuple[float, float] = (0.02, 0.2)
+    erase_smallest: float = 0.02
+    erase_largest: float = 0.2
     erase_at: Literal["anywhere", "contour"] = "anywhere"
     erase_value: int = 0
 
@@ -200,8 +201,7 @@ class Augmentation:
         """What is erased in each image: [B, 4], two numbers 0 .. 1 that say where (down, across) and the box's height
         and width as shares of the image's; height and width 0 for nothing."""
         numbers = draws.numbers
-        smallest, largest = self.erase_area
-        area = smallest + (largest - smallest) * numbers[:, _Number.ERASE_AREA]
+        area = self.erase_smallest + (self.erase_largest - self.erase_smallest) * numbers[:, _Number.ERASE_AREA]
         aspect = _ASPECT ** (2 * numbers[:, _Number.ERASE_ASPECT] - 1)
         sides = np.sqrt(np.stack([area * aspect, area / aspect], axis=1)).clip(max=1)
         sides[numbers[:, _Number.ERASE] >= self.erase] = 0

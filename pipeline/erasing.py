@@ -7,7 +7,9 @@ import torch
 from pipeline.ink import contour, ink
 
 
-def erased(images: torch.Tensor, boxes: torch.Tensor, value: int, *, on_contour: bool, transposed: bool) -> torch.Tensor:
+def erased(
+    images: torch.Tensor, boxes: torch.Tensor, value: int, *, on_contour: bool, transposed: bool
+) -> torch.Tensor:
     """Boxes of one value in uint8 images [B, H, W, C] as stored; the input is not changed.
 
     boxes: float64 [B, 4] of `Augmentation.boxes`. The box lies anywhere within the image (Zhong et al. 2017,

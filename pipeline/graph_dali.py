@@ -38,6 +38,8 @@ class DaliGraph:
     """See `pipeline.graph.Graph`, of images of one size. A pure function of its input: whatever is random comes in from
     outside."""
 
+    worth_joining = 0
+
     def __init__(
         self,
         spec: GraphSpec,
@@ -79,6 +81,8 @@ def _packed(array: NDArray, packs: int, pack: int) -> NDArray:
 
 class DaliPictureGraph:
     """See `pipeline.graph.Graph`, of picture files of differing sizes: decoded on the device, turned as EXIF asks."""
+
+    worth_joining = 0
 
     def __init__(
         self,
@@ -131,7 +135,9 @@ class DaliPictureGraph:
             try:
                 self._pipeline.run(images=[image], **{name: each[position, None] for name, each in arguments.items()})
             except RuntimeError as error:
-                raise UndecodableImage(start + position, _what_is_wrong(image, self._spec.image_shape[2], error)) from None
+                raise UndecodableImage(
+                    start + position, _what_is_wrong(image, self._spec.image_shape[2], error)
+                ) from None
 
 
 class Changes:

@@ -68,7 +68,7 @@ def cropped_to_ink(images: torch.Tensor, margin: float) -> torch.Tensor:
     margin: left around it on each side, as a share of its side. Linear interpolation, the border repeated beyond it.
     An image without ink stays.
     """
-    batch, height, width, channels = images.shape
+    height, width = images.shape[1:3]
     found = ink(images)
     some = found.any(dim=2).any(dim=1)
     starts, sides = zip(*(_extent(found.any(dim=axis), some) for axis in (2, 1)), strict=True)
