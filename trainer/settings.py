@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.augmentation import Augmentation
 from pipeline.graph import MAX_RESOLUTION
 from pipeline.preparation import Preparation
+from trainer.augment import Augment
+from trainer.section import Section, Share
 
-Share = Annotated[float, Field(ge=0, le=1)]
 PACK = "data.shards"  # the setting that names the pack, which is compared by its digest
 Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 
@@ -31,16 +31,6 @@ def _well_formed(resolution: Any) -> Any:
     if not all(1 <= side <= MAX_RESOLUTION for _, side in pairs):
         raise ValueError(f"Sides of 1 .. {MAX_RESOLUTION} pixels")
     return resolution
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_all_defaults(cls, content: Any) -> Any:
-        """A section without settings (`mixing:`, all of it commented out) is None in YAML."""
-        return {} if content is None else content
 
 
 class Run(Section):
@@ -125,54 +115,6 @@ class Loss(Section):
     """Beta of the effective number of samples, (1 - beta^n) / (1 - beta)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread evenly over all classes."""
-
-
-class Augment(Section):
-    """Random changes of training images, drawn for each of them by seed, epoch and step; all off by default."""
-
-    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Degrees, up to, that images are turned either way."""
-    shear: Annotated[float, Field(ge=0, lt=90)] = 0.0
-    """Degrees, up to, that upright lines are slanted either way."""
-    translation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the side, up to, that images are moved along each axis."""
-    scale: Annotated[float, Field(ge=0)] = 0.0
-    """Images become larger or smaller by up to 1 + this factor."""
-    flip: Share = 0.0
-    """Share of images that are mirrored, left to right; not for characters."""
-    crop_padding: Annotated[int, Field(ge=0)] = 0
-    """Raw pixels that are added on each side before a part of the old size is cut out."""
-    elastic: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Elastic distortion: how far pixels are displaced (root mean square along each axis), as a share of the side.
-    Simard et al. (2003) take 0.048 for digits."""
-    elastic_smoothness: Annotated[float, Field(ge=0.02, le=1)] = 0.14
-    """Standard deviation of the Gaussian that smooths the displacements, as a share of the side."""
-    fill: Literal["border"] | Annotated[int, Field(ge=0, le=255)] = "border"
-    """What moves in from outside: a grey value, or the pixels of the border over and over."""
-    stroke: Annotated[float, Field(ge=0, le=16)] = 0.0
-    """Raw pixels, up to, that bright strokes become thicker or thinner on each side."""
-    brightness: Share = 0.0
-    """Colours are multiplied by 1 plus or minus up to this."""
-    contrast: Share = 0.0
-    """Colours are stretched about mid-grey by 1 plus or minus up to this."""
-    saturation: Share = 0.0
-    """Colours are stretched about their own grey by 1 plus or minus up to this."""
-    hue: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Degrees, up to, that hues are turned either way."""
-    erase: Share = 0.0
-    """Share of images of which a box is erased."""
-    erase_smallest: Share = 0.02
-    """Smallest share of the image that the box takes."""
-    erase_largest: Share = 0.2
-    """Largest share of the image that the box takes."""
-    erase_at: Literal["anywhere", "contour"] = "anywhere"
-    """Where the box is: anywhere, or around a pixel of the ink's contour."""
-    erase_value: Annotated[int, Field(ge=0, le=255)] = 0
-    """Grey value of what is erased."""
-
-    def augmentation(self) -> Augmentation:
-        """The same as the pipeline knows it."""
-        return Augmentation(**{name: getattr(self, name) for name in type(self).model_fields})
 
 
 class Mixing(Section):
@@ -309,11 +251,6 @@ class Config(Section):
             raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
         if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
             raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
-        if self.augment.erase_smallest > self.augment.erase_largest:
-            raise ValueError(
-                f"augment.erase_smallest={self.augment.erase_smallest} is more than "
-                f"augment.erase_largest={self.augment.erase_largest}"
-            )
         starts = self.data.resolution_by_epoch()
         smallest = min(resolution for _, resolution in starts)
         if self.model.name == "three_block_cnn" and smallest < 4:
@@ -361,22 +298,13 @@ class Config(Section):
             yield "loader.scale_batch has no effect without a schedule of resolutions (data.resolution)"
         if "optim.momentum" in given and self.optim.name != "sgd_lookahead":
             yield f"optim.momentum has no effect with optim.name={self.optim.name}"
-        yield from self._without_effect_in_augment(given)
+        yield from self.augment.without_effect()
         if "loss.effective_beta" in given and self.loss.class_weights != "effective":
             yield f"loss.effective_beta has no effect with loss.class_weights={self.loss.class_weights}"
         if self.mixing.probability == 0 and given & {"mixing.mixup_alpha", "mixing.cutmix_alpha"}:
             yield "mixing.mixup_alpha and mixing.cutmix_alpha have no effect with mixing.probability=0"
         if self.model.name == "three_block_cnn" and self.model.drop_path_rate > 0:
             yield "model.drop_path_rate has no effect on three_block_cnn, which has no residual branches"
-
-    def _without_effect_in_augment(self, given: set[str]) -> Iterator[str]:
-        if "augment.elastic_smoothness" in given and self.augment.elastic == 0:
-            yield "augment.elastic_smoothness has no effect with augment.elastic=0"
-        if self.augment.fill != "border" and not self.augment.augmentation().warps:
-            yield "augment.fill has no effect where nothing is moved: augment.rotation and others are 0"
-        for setting in ("erase_smallest", "erase_largest", "erase_at", "erase_value"):
-            if f"augment.{setting}" in given and self.augment.erase == 0:
-                yield f"augment.{setting} has no effect with augment.erase=0"
 
     def model_fields_set_by_section(self) -> set[str]:
         """Dotted names of the settings that were given, not left at their default."""
