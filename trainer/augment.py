@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.augmentation import Augmentation
 from trainer.section import Section, Share
@@ -57,12 +57,6 @@ class Augment(Section):
     def augmentation(self) -> Augmentation:
         """The same as the pipeline knows it."""
         return Augmentation(**{name: getattr(self, name) for name in type(self).model_fields})
-
-    @model_validator(mode="after")
-    def _settings_agree(self) -> Augment:
-        if self.erase_smallest > self.erase_largest:
-            raise ValueError(f"erase_smallest={self.erase_smallest} is more than erase_largest={self.erase_largest}")
-        return self
 
     def without_effect(self) -> Iterator[str]:
         """A line for each setting that was given and changes nothing."""

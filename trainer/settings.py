@@ -208,7 +208,7 @@ class Checkpoint(Section):
     """Steps of an epoch between checkpoints, besides those at its end; null for none."""
     grace_seconds: Annotated[float, Field(gt=0)] = 25.0
     """Seconds from a SIGTERM or SIGINT to the end of the process, whatever it is at; torchrun kills after 30."""
-    allow_changed: list[str] = []
+    allow_changed: list[str] = Field(default_factory=list)
     """Settings that may differ from the checkpoint's when a run is resumed, such as [optim.lr]; data.shards stands for
     another pack of the same classes."""
 
@@ -251,6 +251,11 @@ class Config(Section):
             raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
         if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
             raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
+        if self.augment.erase_smallest > self.augment.erase_largest:
+            raise ValueError(
+                f"augment.erase_smallest={self.augment.erase_smallest} is more than "
+                f"augment.erase_largest={self.augment.erase_largest}"
+            )
         starts = self.data.resolution_by_epoch()
         smallest = min(resolution for _, resolution in starts)
         if self.model.name == "three_block_cnn" and smallest < 4:
