@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.randomness import AUGMENTATION_STREAM, ELASTIC_STREAM, random_keys
 
 
-class _Number(IntEnum):
+class Number(IntEnum):
     """Which of an image's numbers decides what."""
 
     ROTATION = 0
@@ -150,11 +150,11 @@ class Augmentation:
         An image is scaled and sheared (along x), turned and moved, as it is seen in the square output; before that
         mirrored, and before that cropped out of its own, padded on all sides. shape: (H, W) of the raw, upright image.
         """
-        angle = np.deg2rad(self._spread(draws, _Number.ROTATION, self.rotation))
-        shear = np.tan(np.deg2rad(self._spread(draws, _Number.SHEAR, self.shear)))
-        scale = np.exp(self._spread(draws, _Number.SCALE, math.log1p(self.scale)))
-        across = 2 * self._spread(draws, _Number.ACROSS, self.translation)
-        down = 2 * self._spread(draws, _Number.DOWN, self.translation)
+        angle = np.deg2rad(self._spread(draws, Number.ROTATION, self.rotation))
+        shear = np.tan(np.deg2rad(self._spread(draws, Number.SHEAR, self.shear)))
+        scale = np.exp(self._spread(draws, Number.SCALE, math.log1p(self.scale)))
+        across = 2 * self._spread(draws, Number.ACROSS, self.translation)
+        down = 2 * self._spread(draws, Number.DOWN, self.translation)
         sine, cosine = np.sin(angle) / scale, np.cos(angle) / scale
         linear = np.empty((len(draws), 2, 3))
         # The inverse of (turn)(1 shear; 0 1)(scale), of positions less the translation.
@@ -162,8 +162,8 @@ class Augmentation:
         linear[:, 1, 0], linear[:, 1, 1] = -sine, cosine
         linear[:, 0, 2] = -(linear[:, 0, 0] * across + linear[:, 0, 1] * down)
         linear[:, 1, 2] = -(linear[:, 1, 0] * across + linear[:, 1, 1] * down)
-        linear[draws.numbers[:, _Number.FLIP] < self.flip, 0] *= -1
-        for axis, number, length in ((0, _Number.CROP_ACROSS, shape[1]), (1, _Number.CROP_DOWN, shape[0])):
+        linear[draws.numbers[:, Number.FLIP] < self.flip, 0] *= -1
+        for axis, number, length in ((0, Number.CROP_ACROSS, shape[1]), (1, Number.CROP_DOWN, shape[0])):
             offset = np.floor(draws.numbers[:, number] * (2 * self.crop_padding + 1)) - self.crop_padding
             linear[:, axis, 2] += 2 * offset / length
         return linear
@@ -174,8 +174,8 @@ class Augmentation:
         Hue turns and saturation stretches the plane of colour, luminance stays; contrast stretches about mid-grey;
         brightness multiplies all. Images of one channel only know the last two.
         """
-        contrast = 1 + self._spread(draws, _Number.CONTRAST, self.contrast)
-        brightness = 1 + self._spread(draws, _Number.BRIGHTNESS, self.brightness)
+        contrast = 1 + self._spread(draws, Number.CONTRAST, self.contrast)
+        brightness = 1 + self._spread(draws, Number.BRIGHTNESS, self.brightness)
         mixed = np.zeros((len(draws), channels, channels + 1))
         mixed[:, :, :channels] = np.eye(channels) if channels != 3 else self._turned(draws)
         mixed[:, :, :channels] *= (contrast * brightness)[:, None, None]
@@ -184,8 +184,8 @@ class Augmentation:
 
     def _turned(self, draws: Draws) -> NDArray[np.float64]:
         """Hue and saturation, [B, 3, 3]."""
-        angle = np.deg2rad(self._spread(draws, _Number.HUE, self.hue))
-        saturation = 1 + self._spread(draws, _Number.SATURATION, self.saturation)
+        angle = np.deg2rad(self._spread(draws, Number.HUE, self.hue))
+        saturation = 1 + self._spread(draws, Number.SATURATION, self.saturation)
         inner = np.zeros((len(draws), 3, 3))
         inner[:, 0, 0] = 1
         inner[:, 1, 1] = inner[:, 2, 2] = saturation * np.cos(angle)
@@ -195,19 +195,19 @@ class Augmentation:
 
     def strokes(self, draws: Draws) -> NDArray[np.float64]:
         """By how many pixels each image's strokes become thicker on each side: [B]."""
-        return self._spread(draws, _Number.STROKE, self.stroke)
+        return self._spread(draws, Number.STROKE, self.stroke)
 
     def boxes(self, draws: Draws) -> NDArray[np.float64]:
         """What is erased in each image: [B, 4], two numbers 0 .. 1 that say where (down, across) and the box's height
         and width as shares of the image's; height and width 0 for nothing."""
         numbers = draws.numbers
-        area = self.erase_smallest + (self.erase_largest - self.erase_smallest) * numbers[:, _Number.ERASE_AREA]
-        aspect = _ASPECT ** (2 * numbers[:, _Number.ERASE_ASPECT] - 1)
+        area = self.erase_smallest + (self.erase_largest - self.erase_smallest) * numbers[:, Number.ERASE_AREA]
+        aspect = _ASPECT ** (2 * numbers[:, Number.ERASE_ASPECT] - 1)
         sides = np.sqrt(np.stack([area * aspect, area / aspect], axis=1)).clip(max=1)
-        sides[numbers[:, _Number.ERASE] >= self.erase] = 0
-        return np.concatenate([numbers[:, [_Number.ERASE_DOWN, _Number.ERASE_ACROSS]], sides], axis=1)
+        sides[numbers[:, Number.ERASE] >= self.erase] = 0
+        return np.concatenate([numbers[:, [Number.ERASE_DOWN, Number.ERASE_ACROSS]], sides], axis=1)
 
-    def _spread(self, draws: Draws, number: _Number, most: float) -> NDArray[np.float64]:
+    def _spread(self, draws: Draws, number: Number, most: float) -> NDArray[np.float64]:
         return (2 * draws.numbers[:, number] - 1) * most
 
 

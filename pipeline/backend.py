@@ -9,7 +9,6 @@ import torch
 from pipeline.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.graph import Graph, GraphSpec
 from pipeline.graph_torch import TorchGraph
-from pipeline.preparation import NOTHING
 from shards.errors import UserError
 
 
@@ -55,8 +54,8 @@ def make_graph(
 
 def _check_pictures(spec: GraphSpec, augmentation: Augmentation) -> None:
     """Refuse what is done to raw pixels, which picture files have only once they are decoded."""
-    found = [spec.preparation.name.replace("_", ", ")] if spec.preparation != NOTHING else []
-    found += [name for name in ("stroke", "erase", "crop_padding") if getattr(augmentation, name)]
+    on_pixels = ("stroke", "erase", "crop_padding")
+    found = [*spec.preparation.steps, *(name for name in on_pixels if getattr(augmentation, name))]
     if found:
         raise UserError(
             found=f"pictures of differing sizes, and {', '.join(found)}",

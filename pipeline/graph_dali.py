@@ -164,7 +164,7 @@ class Changes:
             channels = self._spec.image_shape[2]
             colours = augmentation.colours_of(draws, channels).swapaxes(1, 2)  # [B, C + 1, C]
             colours[:, channels] *= 255
-            found["colours"] = colours[:, None, None].astype(np.float32)
+            found["colours"] = np.ascontiguousarray(colours[:, None, None], np.float32)
         if draws is not None and augmentation.warps and not self._warp:
             found["matrices"] = self._in_pixels(self._matrices(draws)).astype(np.float32)
         return found

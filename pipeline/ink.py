@@ -15,7 +15,7 @@ def equalised(images: torch.Tensor) -> torch.Tensor:
     """Histogram equalisation of each channel of uint8 images [B, H, W, C]: of n pixels of which n0 have the lowest
     value, those of a value become 255 (m - n0) / (n - n0), where m pixels are not brighter, rounded to even.
 
-    As OpenCV's equalizeHist and DALI's equalize; a channel of a single value stays.
+    As OpenCV's equalizeHist and DALI's equalize, which may round 1/2 otherwise; a channel of a single value stays.
     """
     batch, height, width, channels = images.shape
     planes = images.permute(0, 3, 1, 2).reshape(batch * channels, height * width)
@@ -23,8 +23,8 @@ def equalised(images: torch.Tensor) -> torch.Tensor:
     up_to = counts.cumsum(dim=1)
     lowest = up_to.gather(1, (up_to > 0).int().argmax(dim=1, keepdim=True))
     pixels = height * width
-    scale = 255 / (pixels - lowest).clamp_min(1).float()
-    table = ((up_to - lowest).clamp_min(0).float() * scale).round().to(torch.uint8)
+    ranks = (up_to - lowest).clamp_min(0).double() * 255 / (pixels - lowest).clamp_min(1)
+    table = ranks.round().to(torch.uint8)
     table = torch.where(lowest == pixels, torch.arange(256, dtype=torch.uint8, device=images.device), table)
     equal = table.gather(1, planes.long()).view(batch, channels, height, width)
     return equal.permute(0, 2, 3, 1).contiguous()

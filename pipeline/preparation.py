@@ -27,11 +27,11 @@ class Preparation:
     equalize: bool = False
 
     @property
-    def name(self) -> str:
-        """Short, for file names: the steps that differ from the default, `invert_opening1`; empty for none."""
-        changed = [field for field in fields(self) if getattr(self, field.name) != field.default]
-        values = {field.name: getattr(self, field.name) for field in changed}
-        return "_".join(name if value is True else f"{name}{value}" for name, value in values.items())
+    def steps(self) -> tuple[str, ...]:
+        """What it does, in words that are part of file names: `invert`, `opening1`."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        changed = {name: value for name, (value, default) in values.items() if value != default}
+        return tuple(name if value is True else f"{name}{value}" for name, value in changed.items())
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, C], as stored and on any device, to the same; the input is not changed."""
