@@ -150,6 +150,7 @@ class Changes:
         self._spec = spec
         self._augmentation = augmentation
         self._framed = framed
+        self._on_gpu = device.type == "cuda"
         self._layout = "FHWC" if framed else "HWC"
         self.warps_directly = augmentation.warps and spec.warps_directly
         # DALI has no displacement of single pixels on CPUs. Its output is torch's without a copy, on both.
@@ -174,6 +175,8 @@ class Changes:
             return images
         every = (slice(None),) * (3 if self._framed else 2)
         colours = fn.external_source(name="colours", batch=True, dtype=types.FLOAT, ndim=len(every) + 2)
+        if self._on_gpu:
+            colours = colours.gpu()
         pixels = fn.cast(images, dtype=types.FLOAT)
         channels = self._spec.image_shape[2]
         mixed = colours[(*every, channels)]

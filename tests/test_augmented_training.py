@@ -62,6 +62,13 @@ def test_only_training_is_augmented_and_statistics_are_free_of_it(digits_set: Pa
     assert np.isfinite(data.spec.mean).all()
 
 
+def test_colours_of_grey_images_are_warned_about(digits_set: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for override, lines in (("augment.hue=10", 1), ("augment.contrast=0.1", 0)):
+        caplog.clear()
+        open_data(load(RECIPE, [f"data.shards={digits_set}", override]), WORLD)
+        assert len(caplog.messages) == lines, override
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

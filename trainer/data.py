@@ -96,6 +96,8 @@ def open_data(config: Config, world: World) -> TrainingData:
     parts = phases(config)
     spec = GraphSpec.of(manifest, parts[-1].resolution, config.data.interpolation, config.data.preparation())
     augmentation = config.augment.augmentation()
+    if manifest.image_shape[2] == 1 and (augmentation.saturation or augmentation.hue):
+        log.warning("augment.saturation and augment.hue have no effect on images without colour")
     backend, reason = choose_backend(config.loader.backend, world.device, spec)
     specs = {
         resolution: _normalised(replace(spec, resolution=resolution), train_store, directory, backend, world)
