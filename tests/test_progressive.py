@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from test_training import QUICK, assert_same_run, history, stop_in_epoch, train_here
+from run_outcome import assert_same_run, history
+from test_training import QUICK, stop_in_epoch, train_here
 
 from shards import UserError
 from trainer.arithmetic import with_precision

@@ -89,7 +89,9 @@ def curves_chart(results: list[Result], ranked: list[int], label: str) -> str:
     drawn = [result for result in results if result.curve]
     if not drawn:
         return ""
-    floor = _floor(results)
+    floor = min(
+        [_floor(results), *(figure for result in drawn if result.number in ranked[:1] for _, figure in result.curve)]
+    )
     figures = [max(floor, figure) for result in drawn for _, figure in result.curve]
     last = max(epoch for result in drawn for epoch, _ in result.curve)
     frame = _Frame(figures, 1, last, "epochs trained, over all repeats", label)
@@ -128,7 +130,8 @@ def parallel_chart(ranked: list[Result], table: dict[str, list[Any]], figure: st
 
     table: the value of each setting in each of the ranked trials.
     """
-    axes: dict[str, list[Any]] = {**table, figure: [result.mean for result in ranked]}
+    floor = _floor(ranked)
+    axes: dict[str, list[Any]] = {**table, figure: [max(floor, result.mean or 0.0) for result in ranked]}
     width, height, top, bottom = 1000, 380, 46, 30
     # Room for the marks beside the first axis and half of its name, at about 7 units a letter.
     first_name, first = next(iter(axes.items()))
@@ -141,6 +144,8 @@ def parallel_chart(ranked: list[Result], table: dict[str, list[Any]], figure: st
     for number, (name, column) in enumerate(axes.items()):
         x = side + (width - side - 76) * number / max(len(axes) - 1, 1)
         spread, marks = _axis(column, percent=name == figure)
+        if name == figure and (ranked[-1].mean or 0.0) < floor:
+            marks[0] = (marks[0][0], f"≤ {marks[0][1]}")
         places.append(x)
         heights.append([height - bottom - (height - top - bottom) * spread(value) for value in column])
         parts.append(f'<path class="axis-line" d="M{x:.1f} {top}V{height - bottom}"/>')
@@ -163,9 +168,8 @@ def parallel_chart(ranked: list[Result], table: dict[str, list[Any]], figure: st
         ]
         kind = "way best" if place == 0 else "way"
         opacity = 1 if place == 0 else 0.7 - 0.58 * rank
-        title = f"trial {ranked[place].number}: " + ", ".join(
-            f"{name} {_plain(column[place], name == figure)}" for name, column in axes.items()
-        )
+        said = [f"{name} {_plain(column[place], False)}" for name, column in table.items()]
+        title = f"trial {ranked[place].number}: {', '.join(said)}, {figure} {_plain(ranked[place].mean, True)}"
         lines.append(
             f'<path class="{kind}" stroke-opacity="{opacity:.2f}" d="M{points[0][0]:.1f} {points[0][1]:.1f}'
             f'{"".join(middle)}"><title>{escape(title)}</title></path>'
