@@ -30,7 +30,7 @@ except ImportError:
     raise UserError(
         found="no package optuna, by which python -m trainer.tune searches",
         expected="Inkstream with its extra `tune`",
-        hint="pip install 'inkstream[tune]' (here: pip install --constraint constraints.txt --editable '.[tune]')",
+        hint="pip install 'inkstream[tune]'",
     ) from None
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
