@@ -29,8 +29,7 @@ class _Frame:
             self.parts.append(
                 f'<text class="tick" x="{_LEFT - 8}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{text}</text>'
             )
-        steps = {round(first + (last - first) * part / 5) for part in range(6)}
-        for count in sorted(steps):
+        for count in range(round(first), round(last) + 1, max(1, math.ceil((last - first) / 8))):
             self.parts.append(
                 f'<text class="tick" x="{self.x(count):.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{count}</text>'
             )
