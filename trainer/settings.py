@@ -59,7 +59,7 @@ class Data(Section):
     resolution: Annotated[Side | tuple[tuple[int, int], ...], BeforeValidator(_well_formed)] = 112
     """Side in pixels of the model's square input; or a schedule, pairs of an epoch (from 1) and the side from then on,
     as in [[1, 48], [5, 80], [9, 112]]. The last one is what is evaluated, from the first epoch on."""
-    interpolation: Literal["linear", "cubic", "nearest"] = "linear"
+    interpolation: Literal["linear", "cubic", "lanczos", "nearest"] = "linear"
     """How images are resized."""
     verify: bool = True
     """Compare every shard with its hash before training (about a second for each gigabyte)."""
