@@ -17,6 +17,8 @@ from shards.atomic import make_directory, write_file
 from trainer.memory import peak
 
 DEFAULT_OUT = Path("benchmarks/out")
+# Imported once, by the process that all others are forked from: a fresh process is there in a moment.
+_PRELOADED = ["timm", "torch", "torchvision"]
 KILLED = "the process was killed, most likely out of memory"
 
 
@@ -60,7 +62,10 @@ def in_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
     work: a function of a module, with picklable arguments and result. If the process is killed (out of memory) the
     result is `{"failed": reason}`; an exception of the function is raised here. A signal ends the process, too.
     """
-    context = multiprocessing.get_context("spawn")
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(_PRELOADED)
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         try:
             return pool.submit(_with_peak_memory, work, arguments).result()
