@@ -97,10 +97,9 @@ def write_results(
     """
     write_lines(path.with_suffix(".jsonl"), records)
     write_file(path.with_suffix(".md"), text + "\n")
-    print(f"\n{text}\n")
     if draw is not None:
         draw(path.with_suffix(".png"))
-        print(f"{path}.jsonl, .md, .png")
+    print(f"\n{text}\n\n{path}.jsonl, .md{', .png' if draw is not None else ''}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -29,6 +29,7 @@ COLOURS = {
     "fourth": "#9d174d",
 }
 _SERIES = [COLOURS[name] for name in ("first", "second", "third", "fourth")]
+_MARGINS = {"h_pad": 0.1, "w_pad": 0.12}  # inches around each chart
 _STYLE = {
     "font.size": 10,
     "text.color": COLOURS["ink"],
@@ -59,6 +60,7 @@ def write_png(findings: Findings, path: Path) -> None:
         upper, lower = figure.subfigures(2, 1, height_ratios=(3.7 * rows, 3.4))
         for each in (upper, lower):
             each.set_facecolor("none")
+        figure.get_layout_engine().set(**_MARGINS)
         first = findings.first
         figure.suptitle(
             f"{first['dataset']}: what each resolution costs and buys", x=0.012, ha="left", fontsize=14, weight="bold"
@@ -89,14 +91,17 @@ def svgs(findings: Findings) -> dict[str, str]:
         "sizes": _svg(1, 1, (5.6, 3.6), lambda axes: _sizes(axes[0], findings)),
     }
     if found := findings.interpolations():
-        drawn["interpolation"] = _svg(1, 1, (7, 0.5 * len(found) + 0.9), lambda axes: _interpolations(axes[0], found))
-    return drawn
+        inches = (7, 0.5 * len(found) + 0.9)
+        drawn["interpolation"] = _svg(1, 1, inches, lambda axes: _interpolations(axes[0], found))
+    # Names within a picture, made so that no other picture of the page has them.
+    return {name: re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{name}-", text) for name, text in drawn.items()}
 
 
 def _svg(rows: int, columns: int, inches: tuple[float, float], draw: Callable[[list[Axes]], None]) -> str:
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=inches, layout="constrained", squeeze=False)
         figure.set_facecolor("none")
+        figure.get_layout_engine().set(**_MARGINS)
         draw(list(axes.flat))
         text = _as_svg(figure)
         plt.close(figure)

@@ -80,8 +80,8 @@ def measure_point(
     """Measure a point: yields words about every attempt that ran out of memory, and the record at the end.
 
     After such an attempt the batch is halved, with twice as many to an update where that is possible, so that the
-    updates stay what they were. A point that cannot be measured has `failed` in its record. work: in place of
-    `measure`.
+    updates stay what they were. A point that cannot be measured has `failed` in its record. work: what is done in the
+    process, `measure` by default.
     """
     settings = study.settings
     batch_size, accumulation = settings.loader.batch_size, settings.optim.accumulation
@@ -92,7 +92,7 @@ def measure_point(
     while True:
         head = {"batch_size": batch_size, "accumulation": accumulation, "out_of_memory": attempts}
         try:
-            found = in_process(work or measure, study, point, batch_size, accumulation)
+            found = in_process(_within_memory, work or measure, study, point, batch_size, accumulation)
         except UserError:
             raise
         except Exception as error:  # of this point alone: a model that does not take images so small, for instance
@@ -124,10 +124,10 @@ def size_of(study: Study, point: Point) -> dict[str, Any]:
     }
 
 
-def measure(study: Study, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
-    """The figures of a point, or `out_of_memory` with the reason; called in a process of its own."""
+def _within_memory(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What the work returns, or `out_of_memory` with the reason; called in a process of its own."""
     try:
-        return _measure(study, point, study.config(point, batch_size, accumulation))
+        return work(*arguments)
     except (MemoryError, RuntimeError) as error:  # torch's and DALI's are RuntimeErrors
         if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or _speaks_of_memory(error):
             return {"out_of_memory": first_line(error)}
@@ -138,7 +138,9 @@ def _speaks_of_memory(error: RuntimeError) -> bool:
     return any(words in str(error).lower() for words in _MEMORY_WORDS)
 
 
-def _measure(study: Study, point: Point, settings: Config) -> dict[str, Any]:
+def measure(study: Study, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
+    """The figures of a point, with such a batch and so many of them to an update."""
+    settings = study.config(point, batch_size, accumulation)
     with join(settings.device) as world:
         settings = with_precision(settings, world.device)
         data = open_data(settings, world)
