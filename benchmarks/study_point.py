@@ -68,10 +68,15 @@ class Stretched:
         step = first_step
         while step < self._steps:
             number, first = divmod(epoch * self._steps + step, in_pass)
+            last = min(self._steps, step + in_pass - first)
             with contextlib.closing(self._loader.batches(number, first)) as batches:
-                for batch in itertools.islice(batches, self._steps - step):
-                    yield replace(batch, step=step)
-                    step += 1
+                # By map, which holds no batch while the next one is made.
+                yield from map(_renumbered, batches, range(step, last))
+            step = last
+
+
+def _renumbered(batch: Batch, step: int) -> Batch:
+    return replace(batch, step=step)
 
 
 def measure_point(
@@ -182,7 +187,8 @@ def _loader_figures(data: TrainingData, world: World) -> dict[str, Any]:
     rates, costs = [], []
     for run in range(1 + LOADER_RUNS):
         start, cpu = time.perf_counter(), time.process_time()
-        images = sum(len(batch.labels) for number in range(passes) for batch in data.train.batches(number))
+        # By map, which holds no batch while the next one is made.
+        images = sum(sum(map(_size, data.train.batches(number))) for number in range(passes))
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         if run:  # the first one warms up
@@ -192,6 +198,10 @@ def _loader_figures(data: TrainingData, world: World) -> dict[str, Any]:
         "loader_images_per_second": Spread.of(rates).to_json(),
         "loader_cpu_seconds_per_thousand": Spread.of(costs).to_json(),
     }
+
+
+def _size(batch: Batch) -> int:
+    return len(batch.labels)
 
 
 def _train(settings: Config, data: TrainingData, world: World) -> tuple[dict[str, Any], list[dict[str, Any]], Training]:

@@ -58,7 +58,7 @@ class Findings:
 
     @property
     def first(self) -> dict[str, Any]:
-        return self.cells[0].records[0]
+        return self.panels[0].cells[0].records[0]
 
     @property
     def main(self) -> Panel:
@@ -86,9 +86,10 @@ class Findings:
 
 
 def run_name(run: str, record: dict[str, Any]) -> str:
-    """`5 epochs` or `10 s of training`."""
+    """`5 epochs`, `10 s of training` or `30 min of training`."""
     if run == BY_TIME:
-        return f"{record['seconds']:g} s of training"
+        seconds = record["seconds"]
+        return f"{seconds / 60:.3g} min of training" if seconds >= 120 else f"{seconds:g} s of training"
     return f"{record['epochs']} {'epoch' if record['epochs'] == 1 else 'epochs'}"
 
 
@@ -244,7 +245,7 @@ def notes(findings: Findings) -> list[str]:
     if timed:
         took = [record["by_time"]["training_seconds"] for record in timed]
         lines.append(
-            f"{first['seconds']:g} s of training: as many updates as fit by the measured throughput, so that the "
+            f"{run_name(BY_TIME, first)}: as many updates as fit by the measured throughput, so that the "
             f"schedule ends at its trough; they took {min(took):.1f} .. {max(took):.1f} s"
         )
     for record in findings.records:

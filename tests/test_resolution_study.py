@@ -333,6 +333,14 @@ def test_the_smallest_resolution_within_one_standard_error_is_chosen() -> None:
     assert alone is not None and alone.larger is None
 
 
+def test_points_that_only_compare_interpolations_come_beside_the_others() -> None:
+    record = made_up_record(28, 0.97)
+    others = [made_up_record(28, 0.96, interpolation=name, by_time=None, seconds=None) for name in ("cubic", "nearest")]
+    text = markdown(Findings([*others, record], "linear"))
+    assert text.index("### Interpolation at 28x28") < text.index("| nearest") < text.index("| linear")
+    assert "After 1 s of training: 28x28" in text
+
+
 def test_failures_and_smaller_batches_are_told() -> None:
     smaller = made_up_record(56, 0.98, batch_size=16, accumulation=4, out_of_memory=[{"batch_size": 64, "reason": "x"}])
     failed = {**vars(replace(POINT, resolution=112)), **made_up_study().identity(), "failed": "no room"}
