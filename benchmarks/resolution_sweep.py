@@ -63,7 +63,7 @@ class Defaults:
     test_images: int | None
 
 
-QUICK = Defaults(None, "28,56,84,112", None, 3, 10.0, 15.0, SMALL_TEST_IMAGES)
+QUICK = Defaults(None, "28,56,84,112", None, 3, 10.0, 14.0, SMALL_TEST_IMAGES)
 FULL = Defaults(Path("configs/byclass.yaml"), "28,56,84,112,140,168,224", (0.002, 1.0), 3, 1800.0, None, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -62,6 +63,29 @@ def test_in_process_tells_peak_memory_death_and_errors() -> None:
     assert "killed" in in_process(_be_killed)["failed"]
     with pytest.raises(ValueError, match="a bug"):
         in_process(_fail)
+
+
+class _Stopped(Exception):
+    """What a signal raises."""
+
+
+def _sleep() -> dict[str, int]:
+    time.sleep(600)
+    return {}
+
+
+def test_a_signal_ends_the_process_too() -> None:
+    def stop(signum: int, frame: object) -> None:
+        raise _Stopped
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 3)
+    try:
+        with pytest.raises(_Stopped):
+            in_process(_sleep)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert multiprocessing.active_children() == []
 
 
 def test_spread_table_and_size() -> None:

@@ -341,6 +341,13 @@ def test_points_that_only_compare_interpolations_come_beside_the_others() -> Non
     assert "After 1 s of training: 28x28" in text
 
 
+def test_interpolations_are_not_compared_where_nothing_is_resized() -> None:
+    stored = [made_up_record(side, 0.98, image_shape=[28, 28, 1]) for side in (28, 56)]
+    at = Findings(stored, "linear").to_interpolate()
+    assert at is not None and at.resolution == 56
+    assert Findings(stored[:1], "linear").to_interpolate() is None
+
+
 def test_failures_and_smaller_batches_are_told() -> None:
     smaller = made_up_record(56, 0.98, batch_size=16, accumulation=4, out_of_memory=[{"batch_size": 64, "reason": "x"}])
     failed = {**vars(replace(POINT, resolution=112)), **made_up_study().identity(), "failed": "no room"}
