@@ -40,6 +40,7 @@ from trainer.settings import Config
 
 SMALL_IMAGES = 2_000  # to train on without arguments
 SMALL_TEST_IMAGES = 10_000
+_SHARE_OF_RESOLUTIONS = 0.8  # of the time; the rest is kept for the interpolations
 SMALL_RECIPE = {
     "data": {"shards": "", "validation": 0.1},
     "loader": {"batch_size": 64},
@@ -73,25 +74,27 @@ class Sweep:
     def __init__(self, study: Study, journal: Journal, minutes: float | None) -> None:
         self._study = study
         self._journal = journal
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._seconds = None if minutes is None else 60 * minutes
+        self._start = time.monotonic()
         self.left_out: list[str] = []
 
-    def run(self, wanted: Sequence[Point]) -> None:
+    def run(self, wanted: Sequence[Point], share: float = 1.0) -> None:
+        """share: of the time, from the start of the study on, until which these points have to end."""
         for number, point in enumerate(wanted, 1):
             place = f"[{number}/{len(wanted)}] {point}"
             if self._journal.has(point):
                 print(f"{place}: measured already")
-            elif not self._fits(point):
+            elif not self._fits(point, share):
                 self.left_out.append(str(point))
                 print(f"{place}: left out, it would not fit into the time that is left", flush=True)
             else:
                 print(f"{place} ...", flush=True)
                 self._measure(point)
 
-    def _fits(self, point: Point) -> bool:
-        if self._end is None:
+    def _fits(self, point: Point, share: float) -> bool:
+        if self._seconds is None:
             return True
-        left = self._end - time.monotonic()
+        left = self._start + share * self._seconds - time.monotonic()
         return left > 0 and (expected_seconds(point, self._journal.records) or 0) < left
 
     def _measure(self, point: Point) -> None:
@@ -124,7 +127,7 @@ def sweep(
         if journal.others:
             print(f"{journal.others} lines of other settings or another set stay in {out}.jsonl and are not shown")
         running = Sweep(study, journal, minutes)
-        running.run(wanted)
+        running.run(wanted, _SHARE_OF_RESOLUTIONS)
         # Here and not above: every process that is measured imports this file, and is to hold nothing but its work.
         from benchmarks.study_words import Findings, markdown
 
