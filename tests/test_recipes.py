@@ -9,12 +9,18 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from official_layouts import cifar10_files, write_emnist, write_mnist, write_numtadb
 from raw_files import write_tar
 
 from pipeline.shard import main as pack_main
+from shards import open_part
+from trainer.config import load
+from trainer.data import open_data
+from trainer.distributed import World
 from trainer.run import main as run_main
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
@@ -90,6 +96,18 @@ def test_takes_a_step_on_data_in_the_official_layout(
     called(monkeypatch, run_main, ROOT / "configs" / f"{recipe}.yaml", "--dry-run", f"data.shards={shards}", *SMALL)
     loss = float(re.search(r"one step\s+loss ([\d.]+)", capsys.readouterr().out)[1])
     assert math.isfinite(loss) and loss > 0
+
+
+def test_pixels_go_from_minus_one_to_one(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = packed("mnist", monkeypatch=monkeypatch)
+    config = load(ROOT / "configs" / "mnist_sgd.yaml", [f"data.shards={shards}", *SMALL])
+    data = open_data(config, World(rank=0, size=1, device=torch.device("cpu")))
+    images = torch.cat([batch.images for batch in data.test.batches()])
+    assert (float(images.min()), float(images.max())) == pytest.approx((-1, 1), abs=1e-6)
+    store = open_part(shards, "test")
+    raw = np.empty((len(store), *store.manifest.image_shape), np.uint8)
+    store.gather(np.arange(len(store)), raw)
+    assert float(images.mean()) == pytest.approx(raw.mean() / 127.5 - 1, abs=1e-4)
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, recipe: str, shards: Path, run: Path, *overrides: str) -> dict:
