@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.backend import choose_backend, make_graph
 from pipeline.graph import Graph, GraphSpec
+from pipeline.intake import Intake
 from pipeline.loader import Loader
 from pipeline.order import EvaluationOrder, TrainingOrder, window_within
 from pipeline.partition import stratified
@@ -36,7 +37,7 @@ _TRAIN_SHARE = 0.75  # of the memory for images, the rest is for the other parts
 class TrainingData:
     """What a run learns from and is judged by.
 
-    spec: of the model input that is evaluated.
+    spec: of the model input that is evaluated. intake: how other pictures are brought to the set's images.
     train: over what remains of the train part; validation: over the part set aside or packed so, None if there
     is none;
     test: over the test part. counts: int64 [C], training samples of each class. digest: stands for both parts.
@@ -45,6 +46,7 @@ class TrainingData:
     manifest: Manifest
     digest: str
     spec: GraphSpec
+    intake: Intake
     backend: str
     backend_reason: str
     counts: NDArray[np.int64]
@@ -116,6 +118,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         manifest=manifest,
         digest="".join(store.manifest.digest() for store in stores),
         spec=spec,
+        intake=Intake.of(train_store),
         backend=backend,
         backend_reason=reason,
         counts=np.bincount(train_store.labels[train], minlength=len(manifest.classes)),
