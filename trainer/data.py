@@ -96,7 +96,10 @@ def open_data(config: Config, world: World) -> TrainingData:
         )
     manifest = train_store.manifest
     parts = phases(config)
-    spec = GraphSpec.of(manifest, parts[-1].resolution, config.data.interpolation)
+    spec = GraphSpec.of(manifest, parts[-1].resolution, config.data.interpolation, config.data.preparation())
+    augmentation = config.augment.augmentation()
+    if manifest.image_shape[2] == 1 and (augmentation.saturation or augmentation.hue):
+        log.warning("augment.saturation and augment.hue have no effect on images without colour")
     backend, reason = choose_backend(config.loader.backend, world.device, spec)
     specs = {
         resolution: _normalised(replace(spec, resolution=resolution), config, train_store, directory, backend, world)
@@ -107,13 +110,13 @@ def open_data(config: Config, world: World) -> TrainingData:
     graph = make_graph(spec, backend, world.device, parts[-1].batch_size)
 
     def graph_of(phase: Phase) -> Graph:
-        if phase[1:] == parts[-1][1:]:
+        if phase[1:] == parts[-1][1:] and not augmentation:
             return graph
-        return make_graph(specs[phase.resolution], backend, world.device, phase.batch_size)
+        return make_graph(specs[phase.resolution], backend, world.device, phase.batch_size, augmentation)
 
     ranks = {"rank": world.rank, "world_size": world.size}
     window = world.share(window_within(manifest, int(memory * _TRAIN_SHARE), largest_batch))
-    order = TrainingOrder(train, config.loader.batch_size, config.seed, manifest.block_size, window)
+    order = TrainingOrder(train, config.loader.batch_size, config.seed, manifest.block_size, window, augmentation)
     return TrainingData(
         manifest=manifest,
         digest="".join(store.manifest.digest() for store in stores),

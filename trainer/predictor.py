@@ -53,6 +53,7 @@ class Predictor:
             interpolation=self._config.data.interpolation,
             mean=tuple(state["mean"]),
             std=tuple(state["std"]),
+            preparation=self._config.data.preparation(),
         )
         backend, _ = choose_backend(self._config.loader.backend, self._device, self._spec)
         self._graph = make_graph(self._spec, backend, self._device, self.batch_size)
