@@ -126,7 +126,7 @@ def test_runs_to_its_report(recipe: str, packed: Packed, tmp_path: Path, monkeyp
 def test_bengali_digits_begin_with_weights_from_emnist(
     packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the head of numtadb_model2.yaml says; at next to no learning rate the weights stay those that were begun with."""
+    """As the head of numtadb_model2.yaml says; at next to no learning rate the weights stay what they were."""
     digits = packed("emnist", "--split", "digits", monkeypatch=monkeypatch)
     trained(monkeypatch, "numtadb_model2", digits, tmp_path / "digits", "data.opening=0")
     bengali = packed(*packing_of("numtadb_model2"), monkeypatch=monkeypatch)
