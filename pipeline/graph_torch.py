@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,22 @@ from pipeline.resample import resize_weights
 from shards.errors import UserError
 
 
-class TorchGraph:
-    """See `pipeline.graph.Graph`. The normalisation is folded into A."""
+class Folded(NamedTuple):
+    """A graph's numbers, float32: rows @ ((X - offset) @ columns) of pixels X [C, H, W] in 0 .. 255, upright; or, where
+    nothing is resized, scale * X + shift.
 
-    def __init__(self, spec: GraphSpec, device: torch.device) -> None:
+    rows: [C, R, H]. columns: [W, R]. offset, scale, shift: [C, 1, 1].
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    offset: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def of(cls, spec: GraphSpec) -> Folded:
+        """Raises `UserError` for picture files of differing sizes, which have no one matrix."""
         if spec.encoded:
             raise UserError(
                 found="pictures of differing sizes, and the torch backend",
@@ -27,20 +41,29 @@ class TorchGraph:
         height, width, _ = spec.image_shape
         if spec.transposed:
             height, width = width, height
+        mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (spec.mean, spec.std))
+        # ((A X A^T) / 255 - mean) / std = (A / (255 std)) (X - 255 mean) A^T, as the rows of A add up to 1.
+        scale = 1 / (255 * std)
+        rows = torch.from_numpy(resize_weights(height, spec.resolution, spec.interpolation))  # [R, H]
+        columns = torch.from_numpy(resize_weights(width, spec.resolution, spec.interpolation))  # [R, W]
+        numbers = (scale * rows, columns.T.contiguous(), 255 * mean, scale, -mean / std)
+        return cls(*(each.float() for each in numbers))
+
+
+class TorchGraph:
+    """See `pipeline.graph.Graph`. The normalisation is folded into A."""
+
+    def __init__(self, spec: GraphSpec, device: torch.device) -> None:
+        folded = Folded.of(spec)
         self._device = device
         self._buffers = Buffers()
         self._transposed = spec.transposed
         self._resizes = spec.resizes
-        # ((A X A^T) / 255 - mean) / std = (A / (255 std)) (X - 255 mean) A^T, as the rows of A add up to 1.
-        scale = 1 / (255 * torch.tensor(spec.std, dtype=torch.float64))
-        rows = torch.from_numpy(resize_weights(height, spec.resolution, spec.interpolation))  # [R, H]
-        columns = torch.from_numpy(resize_weights(width, spec.resolution, spec.interpolation))  # [R, W]
-        self._columns = columns.T.contiguous().float().to(device)  # [W, R]
-        self._rows = (scale[:, None, None] * rows).float().to(device)  # [C, R, H]
-        self._offset = (255 * torch.tensor(spec.mean, dtype=torch.float64)).float().view(-1, 1, 1).to(device)
-        # Without resizing: X / (255 std) - mean / std.
-        shifts = (-torch.tensor(spec.mean, dtype=torch.float64) / torch.tensor(spec.std)).float().to(device)
-        self._shifts_and_scales = list(zip(shifts, scale.tolist(), strict=True))
+        self._rows, self._columns = folded.rows.to(device), folded.columns.to(device)
+        self._offset = folded.offset.to(device)
+        self._shifts_and_scales = list(
+            zip(folded.shift.flatten().to(device), folded.scale.flatten().tolist(), strict=True)
+        )
 
     def __call__(self, images: NDArray[np.uint8]) -> torch.Tensor:
         raw = torch.from_numpy(images)

@@ -135,6 +135,12 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
     return timm.create_model(settings.name, pretrained=False, **options)
 
 
+def published_licence(name: str) -> str | None:
+    """What timm notes as the licence of a model's published weights; None if it notes none."""
+    published = timm.get_pretrained_cfg(name)
+    return published.license if published is not None else None
+
+
 def _published(name: str, options: dict[str, Any]) -> nn.Module:
     """A timm model with its published weights: from the hub's cache, else from the network.
 
