@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.graph import GraphSpec
-from shards import Manifest, Store, UserError, open_part
+from shards import Manifest, UserError
 from shards.atomic import check_writable, made_directory, write_file
 from shards.errors import run_command
-from shards.places import local_set
 from trainer import export_formats, model_card, parity
 from trainer.classifier import Classifier
-from trainer.evaluate import load_run, model_of
-from trainer.run_directory import RunDirectory
+from trainer.evaluate import model_of
+from trainer.finished import FinishedRun
 from trainer.settings import Config
 from trainer.views import mean_logits
 
@@ -41,16 +39,10 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
 
     Returns the file and how it compares with the trainer. Raises `UserError`, and then leaves no file.
     """
-    directory = RunDirectory(run)
-    config, state = load_run(run)
-    if not directory.summary_path.exists():
-        raise UserError(
-            found=f"{run}, a run that is not finished",
-            expected="one that was tested (summary.json), and so has its temperature and its figures",
-            hint=f"go on with it: python -m trainer.run CONFIG resume=auto run.dir={run}",
-        )
+    finished = FinishedRun.open(run)
+    config, state = finished.config, finished.state
     target = _target(run, form, out)
-    train, store = _data(config, state, shards)
+    train, store = finished.data(shards)
     spec = GraphSpec.of(store.manifest, config.data.final_resolution, config.data.interpolation)
     spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
     if spec.encoded and form != "safetensors":
@@ -61,11 +53,11 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
             "and train on those",
         )
     expected = parity.reference(config, spec, _model(state, config), state["temperature"], store)
-    metadata = describe(directory, config, state, train, store.manifest)
+    metadata = describe(finished, train, store.manifest)
     with made_directory(target.parent):
         content, found = _written(form, config, state, spec, expected, metadata)
         agreement = parity.compare(expected.probabilities, found)
-        card = model_card.Card(directory, config, state, metadata, train, store.manifest, form, target.name, agreement)
+        card = model_card.Card(finished, metadata, train, store.manifest, form, target.name, agreement)
         page = card.render(hashlib.sha256(content).hexdigest(), len(content), _model(state, config), expected)
         write_file(target, content)
         write_file(target.with_name(CARD), page)
@@ -102,10 +94,9 @@ def _model(state: dict[str, Any], config: Config) -> nn.Module:
     return model_of(state, config, _CPU).requires_grad_(False).to(memory_format=torch.contiguous_format)
 
 
-def describe(
-    directory: RunDirectory, config: Config, state: dict[str, Any], train: Manifest, test: Manifest
-) -> dict[str, Any]:
+def describe(run: FinishedRun, train: Manifest, test: Manifest) -> dict[str, Any]:
     """What a program has to know to use the model, as plain values; it stands inside the file."""
+    config, state = run.config, run.state
     return {
         "classes": state["classes"],
         "image_shape": state["image_shape"],  # height, width, channels of a raw image
@@ -120,29 +111,9 @@ def describe(
         "run": config.run.name,
         "dataset": test.name,
         "data_sha256": {"train": train.digest(), "test": test.digest()},
-        "checkpoint_sha256": hashlib.sha256(directory.best.read_bytes()).hexdigest(),
-        "versions": json.loads(directory.environment.read_text())["packages"],
+        "checkpoint_sha256": hashlib.sha256(run.directory.best.read_bytes()).hexdigest(),
+        "versions": run.environment["packages"],
     }
-
-
-def _data(config: Config, state: dict[str, Any], shards: str | None) -> tuple[Manifest, Store]:
-    """The manifest of the run's train part, and its test part."""
-    place = shards or config.data.shards
-    try:
-        directory = local_set(place)
-        train, store = Manifest.read(directory / "train"), open_part(directory, "test")
-    except UserError as error:
-        if shards:
-            raise
-        hint = f"name the place where the run's packed set is now: --shards DIR ({error.hint})"
-        raise UserError(found=error.found, expected=error.expected, hint=hint) from None
-    if not state["data"].startswith(train.digest() + store.manifest.digest()):
-        raise UserError(
-            found=f"{place}, another packed set than the run was trained on",
-            expected="that one, whose test part the exported model is held against",
-            hint="name the place where it is now: --shards DIR",
-        )
-    return train, store
 
 
 def _target(run: Path, form: str, out: Path | None) -> Path:

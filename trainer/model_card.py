@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from torch import nn
 
 from shards import Manifest
 from trainer import model_code
+from trainer.finished import FinishedRun
 from trainer.metrics import Confusion
 from trainer.model import published_licence
 from trainer.parity import TOLERANCE, Parity, Reference
-from trainer.run_directory import RunDirectory
-from trainer.settings import Config
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _MARK = re.compile(r"<!-- the card of (.+), by python -m trainer.export -->")
@@ -29,12 +27,10 @@ _WORST = 8  # pairs of classes that are most often confused
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is about. state: of the run's best checkpoint. metadata: as inside the file. train, test: manifests.
+    """What a card is about. metadata: as inside the file. train, test: manifests.
     form, file: the format and name of the file. parity: how it compares with the trainer."""
 
-    directory: RunDirectory
-    config: Config
-    state: dict[str, Any]
+    run: FinishedRun
     metadata: dict[str, Any]
     train: Manifest
     test: Manifest
@@ -52,8 +48,8 @@ class Card:
             undefined=jinja2.StrictUndefined,
         )
         environment.filters["percent"] = lambda share: f"{100 * share:.2f} %"
-        channels, classes = self.state["image_shape"][2], self.state["classes"]
-        predictions = np.load(self.directory.predictions)
+        channels, classes = self.run.state["image_shape"][2], self.run.state["classes"]
+        predictions = np.load(self.run.directory.predictions)
         confusion = Confusion.of(predictions["labels"], predictions["predicted"], len(classes))
         return environment.get_template(_TEMPLATE.name).render(
             file=self.file,
@@ -61,20 +57,20 @@ class Card:
             size=size,
             sha256=sha256,
             meta=self.metadata,
-            config=self.config,
-            settings=self.directory.config.read_text(),
-            environment=json.loads(self.directory.environment.read_text()),
-            summary=self.directory.read_summary(),
+            config=self.run.config,
+            settings=self.run.directory.config.read_text(),
+            environment=self.run.environment,
+            summary=self.run.summary,
             parts=[self.train, self.test],
             raw={file.name: file for part in (self.train, self.test) for file in part.raw}.values(),
             confused=[(classes[true], classes[said], count) for true, said, count in confusion.most_confused(_WORST)],
             parity=self.parity,
             tolerance=TOLERANCE,
             recorded=recorded_agreement(predictions, reference),
-            licence=published_licence(self.config.model.name) if self.config.model.pretrained else None,
-            code=model_code.construction(self.config, model, channels, len(classes)),
-            needs_timm=model_code.needs_timm(self.config),
-            resize=model_code.RESIZE[self.config.data.interpolation],
+            licence=published_licence(self.run.config.model.name) if self.run.config.model.pretrained else None,
+            code=model_code.construction(self.run.config, model, channels, len(classes)),
+            needs_timm=model_code.needs_timm(self.run.config),
+            resize=model_code.RESIZE[self.run.config.data.interpolation],
             plain=self._plain(model, reference) if self.form == "safetensors" and not self.test.encoded else None,
         )
 
