@@ -30,6 +30,7 @@ OWNERS = {
     "onnx": {"trainer/export_formats.py"},
     "onnxruntime": {"trainer/export_formats.py"},
     "wandb": {"trainer/sinks.py"},
+    "torch.utils.tensorboard": {"trainer/sinks.py"},
     "timm": {"trainer/model.py", "trainer/optimizer.py"},
     "zarr": {"shards/zarr_arrays.py"},
     "numcodecs": {"shards/zarr_store.py"},

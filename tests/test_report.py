@@ -173,8 +173,8 @@ def test_the_page_fits_and_can_be_read(run: Path, browser: Browser) -> None:
         assert shown.evaluate("document.documentElement.scrollWidth") == width
         for place in (".muted", ".tick", "th", "a"):
             assert contrast(shown, place) >= 4.5, (scheme, place)
-        picture = Image.open(io.BytesIO(shown.screenshot(full_page=True))).convert("RGB")
-        assert len(np.unique(np.asarray(picture).reshape(-1, 3) // 16, axis=0)) > 50, "more than an empty page"
+        picture = Image.open(io.BytesIO(shown.screenshot())).convert("P")
+        assert len(picture.getcolors()) > 20, "more than an empty page"
         shown.emulate_media(media="print")
         assert contrast(shown, ".muted") >= 4.5
         assert shown.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--paper')") == "#fafaf9"
