@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from conftest import made_up_parts, pack_parts
 from PIL import Image
 
 from shards import UserError, open_part
@@ -230,6 +231,26 @@ def test_runs_are_compared(
     assert shown.locator("#curves ~ .charts figure").first.locator("path.line").count() == 2
     assert faults == []
     Page(out.read_text())
+
+
+def test_runs_without_validation_and_of_other_classes_have_pages_too(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = pack_parts(made_up_parts(120, 30, 3, (16, 20, 3), transposed=False), tmp_path / "set")
+    other = tmp_path / "other"
+    recipe = tmp_path / "colour.yaml"
+    recipe.write_text(
+        f"data: {{shards: '{shards}', resolution: 12, validation: 0}}\nmodel: {{name: three_block_cnn}}\n"
+        "loader: {batch_size: 32}\noptim: {lr: 1.0e-5}\ntrainer: {epochs: 1, precision: fp32}\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={other}"])
+    assert run_main() == 0
+    page = Page((other / "report.html").read_text())
+    assert "Validation accuracy" not in page.text
+    compared = Page(comparison_page([FinishedRun.open(run), FinishedRun.open(other)]))
+    assert "Not on the same packed set" in compared.text
+    assert "tell different classes apart" in compared.text
+    assert "only this run recognises" not in compared.text
 
 
 def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
