@@ -17,13 +17,12 @@ class GraphModule(nn.Module):
         super().__init__()
         assert not spec.encoded
         self._transposed = spec.transposed
+        self._preparation = spec.preparation
         self._resizes = spec.resizes
         mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (spec.mean, spec.std))
         numbers = {"scale": 1 / (255 * std), "shift": -mean / std}
         if spec.resizes:
-            height, width, _ = spec.image_shape
-            if spec.transposed:
-                height, width = width, height
+            height, width = spec.upright
             numbers["rows"] = torch.from_numpy(resize_weights(height, spec.resolution, spec.interpolation))  # [R, H]
             columns = resize_weights(width, spec.resolution, spec.interpolation)  # [R, W]
             numbers["columns"] = torch.from_numpy(columns.T.copy())
@@ -31,6 +30,6 @@ class GraphModule(nn.Module):
             self.register_buffer(name, each.float())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        planes = images.permute(0, 3, 1, 2)
+        planes = self._preparation(images).permute(0, 3, 1, 2)
         pixels = (planes.mT if self._transposed else planes).float() * self.scale + self.shift
         return self.rows @ (pixels @ self.columns) if self._resizes else pixels

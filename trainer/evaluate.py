@@ -210,7 +210,8 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
             expected=f"{state['image_shape'][2]}, as the run was trained on",
             hint="name a packed set of such images",
         )
-    spec = GraphSpec.of(store.manifest, config.data.final_resolution, config.data.interpolation)
+    data = config.data
+    spec = GraphSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preparation())
     backend, _ = choose_backend(config.loader.backend, world.device, spec)
     spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
     graph = make_graph(spec, backend, world.device, config.loader.batch_size)

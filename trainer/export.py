@@ -43,7 +43,8 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
     config, state = finished.config, finished.state
     target = _target(run, form, out)
     train, store = finished.data(shards)
-    spec = GraphSpec.of(store.manifest, config.data.final_resolution, config.data.interpolation)
+    data = config.data
+    spec = GraphSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preparation())
     spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
     if spec.encoded and form != "safetensors":
         raise UserError(

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.graph import MAX_RESOLUTION
+from pipeline.preparation import Preparation
+from trainer.augment import Augment
+from trainer.section import Section, Share
 
-Share = Annotated[float, Field(ge=0, le=1)]
 PACK = "data.shards"  # the setting that names the pack, which is compared by its digest
 Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 
@@ -29,16 +31,6 @@ def _well_formed(resolution: Any) -> Any:
     if not all(1 <= side <= MAX_RESOLUTION for _, side in pairs):
         raise ValueError(f"Sides of 1 .. {MAX_RESOLUTION} pixels")
     return resolution
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_all_defaults(cls, content: Any) -> Any:
-        """A section without settings (`mixing:`, all of it commented out) is None in YAML."""
-        return {} if content is None else content
 
 
 class Run(Section):
@@ -61,12 +53,26 @@ class Data(Section):
     as in [[1, 48], [5, 80], [9, 112]]. The last one is what is evaluated, from the first epoch on."""
     interpolation: Literal["linear", "cubic", "nearest"] = "linear"
     """How images are resized."""
+    invert: bool | Literal["auto"] = False
+    """Make raw images negative: all of them, or (auto) those whose border is brighter than half, so that ink is bright
+    on dark."""
+    opening: Annotated[int, Field(ge=0, le=16)] = 0
+    """Radius in raw pixels of a grey opening, which takes away bright specks smaller than that; 0 for none."""
+    crop_to_ink: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Cut the smallest square around the (bright) ink out of each raw image, with this margin on each side as a share
+    of the square's side; null for none."""
+    equalize: bool = False
+    """Equalise the histogram of each raw image, channel by channel."""
     verify: bool = True
     """Compare every shard with its hash before training (about a second for each gigabyte)."""
 
     def resolution_by_epoch(self) -> tuple[tuple[int, int], ...]:
         """Pairs of an epoch (from 1) and the resolution from then on."""
         return ((1, self.resolution),) if isinstance(self.resolution, int) else self.resolution
+
+    def preparation(self) -> Preparation:
+        """What is done to raw images, in training and evaluation alike."""
+        return Preparation(self.invert, self.opening, self.crop_to_ink, self.equalize)
 
     @property
     def final_resolution(self) -> int:
@@ -202,7 +208,7 @@ class Checkpoint(Section):
     """Steps of an epoch between checkpoints, besides those at its end; null for none."""
     grace_seconds: Annotated[float, Field(gt=0)] = 25.0
     """Seconds from a SIGTERM or SIGINT to the end of the process, whatever it is at; torchrun kills after 30."""
-    allow_changed: list[str] = []
+    allow_changed: list[str] = Field(default_factory=list)
     """Settings that may differ from the checkpoint's when a run is resumed, such as [optim.lr]; data.shards stands for
     another pack of the same classes."""
 
@@ -221,7 +227,7 @@ class Config(Section):
     """A complete recipe."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Decides the parts, the order, the mixing, the first weights and dropout."""
+    """Decides the parts, the order, augmentation and mixing, the first weights and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU if there is one."""
     resume: Literal["never", "auto"] = "never"
@@ -231,6 +237,7 @@ class Config(Section):
     loader: Loader = Loader()
     model: Model = Model()
     loss: Loss = Loss()
+    augment: Augment = Augment()
     mixing: Mixing = Mixing()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
@@ -246,6 +253,11 @@ class Config(Section):
             raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
         if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
             raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
+        if self.augment.erase_smallest > self.augment.erase_largest:
+            raise ValueError(
+                f"augment.erase_smallest={self.augment.erase_smallest} is more than "
+                f"augment.erase_largest={self.augment.erase_largest}"
+            )
         starts = self.data.resolution_by_epoch()
         smallest = min(resolution for _, resolution in starts)
         if self.model.name == "three_block_cnn" and smallest < 4:
@@ -293,6 +305,7 @@ class Config(Section):
             yield "loader.scale_batch has no effect without a schedule of resolutions (data.resolution)"
         if "optim.momentum" in given and self.optim.name != "sgd_lookahead":
             yield f"optim.momentum has no effect with optim.name={self.optim.name}"
+        yield from self.augment.without_effect()
         if "loss.effective_beta" in given and self.loss.class_weights != "effective":
             yield f"loss.effective_beta has no effect with loss.class_weights={self.loss.class_weights}"
         if self.mixing.probability == 0 and given & {"mixing.mixup_alpha", "mixing.cutmix_alpha"}:
