@@ -102,6 +102,7 @@ def describe(run: FinishedRun, train: Manifest, test: Manifest) -> dict[str, Any
         "classes": state["classes"],
         "image_shape": state["image_shape"],  # height, width, channels of a raw image
         "transposed": test.transposed,  # rows and columns are exchanged in a raw image
+        "preparation": list(config.data.preparation().steps),  # of raw images, before anything else
         "resolution": config.data.final_resolution,
         "interpolation": config.data.interpolation,
         "mean": state["mean"],

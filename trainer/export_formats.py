@@ -51,10 +51,13 @@ def to_onnx(classifier: Classifier, image_shape: tuple[int, int, int], metadata:
     import onnx
     import onnxruntime
 
+    traced = _traced(classifier, image_shape)
     with _quiet():
-        program = torch.onnx.export(
-            _traced(classifier, image_shape), input_names=[_INPUT], output_names=_OUTPUTS, dynamo=True, verbose=False
-        )
+        try:
+            names = {"input_names": [_INPUT], "output_names": _OUTPUTS}
+            program = torch.onnx.export(traced, **names, dynamo=True, verbose=False)
+        except Exception as error:  # the exporter raises many kinds
+            raise _refused(error, "onnx") from None
     assert program is not None
     proto = program.model_proto
     for value in (*proto.graph.input, *proto.graph.output):
@@ -92,7 +95,19 @@ def as_text(metadata: dict[str, Any]) -> dict[str, str]:
 def _traced(classifier: Classifier, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
     """The classifier as a graph of tensor operations, for any number of images."""
     example = torch.zeros((_EXAMPLES, *image_shape), dtype=torch.uint8)
-    return torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("N")},))
+    try:
+        return torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("N")},))
+    except Exception as error:  # the tracer raises many kinds
+        raise _refused(error, "torch-export") from None
+
+
+def _refused(error: Exception, form: str) -> UserError:
+    reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return UserError(
+        found=f"a model that cannot be written as {form}: {reason.strip()}",
+        expected="one whose every step is known to the format, for any number of images",
+        hint="--format safetensors, for the weights alone",
+    )
 
 
 @contextlib.contextmanager

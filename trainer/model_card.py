@@ -71,8 +71,13 @@ class Card:
             code=model_code.construction(self.run.config, model, channels, len(classes)),
             needs_timm=model_code.needs_timm(self.run.config),
             resize=model_code.RESIZE[self.run.config.data.interpolation],
-            plain=self._plain(model, reference) if self.form == "safetensors" and not self.test.encoded else None,
+            plain=self._plain(model, reference) if self._has_plain else None,
         )
+
+    @property
+    def _has_plain(self) -> bool:
+        """Whether a few lines of torch bring raw images to what the weights alone take."""
+        return self.form == "safetensors" and not self.test.encoded and not self.metadata["preparation"]
 
     def _plain(self, model: nn.Module, reference: Reference) -> Parity:
         """How the card's own few lines of preprocessing compare with the trainer's."""
