@@ -22,7 +22,7 @@ class GraphSpec:
 
     image_shape: (H, W, C) of the raw images, (None, None, C) for picture files of differing sizes. transposed: rows and
     columns are exchanged in them.
-    resolution: side of the square output, in pixels. interpolation: `linear`, `cubic` or `nearest`.
+    resolution: side of the square output, in pixels. interpolation: `linear`, `cubic`, `lanczos` or `nearest`.
     mean, std: for each channel, of the resized images with pixels scaled to 0 .. 1.
     preparation: of the raw images, in training and evaluation alike.
     """

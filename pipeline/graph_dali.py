@@ -23,6 +23,7 @@ from shards.pictures import decode, read_header
 _INTERPOLATIONS = {
     "linear": types.INTERP_LINEAR,
     "cubic": types.INTERP_CUBIC,
+    "lanczos": types.INTERP_LANCZOS3,
     "nearest": types.INTERP_NN,
 }
 # A batch enters as packs of images (layout FHWC): handing over every 784-byte image on its own costs more

@@ -102,7 +102,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         log.warning("augment.saturation and augment.hue have no effect on images without colour")
     backend, reason = choose_backend(config.loader.backend, world.device, spec)
     specs = {
-        resolution: _normalised(replace(spec, resolution=resolution), train_store, directory, backend, world)
+        resolution: _normalised(replace(spec, resolution=resolution), config, train_store, directory, backend, world)
         for resolution in sorted({phase.resolution for phase in parts})
     }
     spec = specs[parts[-1].resolution]
@@ -132,8 +132,13 @@ def open_data(config: Config, world: World) -> TrainingData:
     )
 
 
-def _normalised(spec: GraphSpec, store: Store, directory: Path, backend: str, world: World) -> GraphSpec:
-    """A spec with the mean and deviation of the train part at its resolution."""
+def _normalised(
+    spec: GraphSpec, config: Config, store: Store, directory: Path, backend: str, world: World
+) -> GraphSpec:
+    """A spec with the mean and deviation of the train part at its resolution, or that brings pixels to -1 .. 1."""
+    if config.data.normalize == "half":
+        half = (0.5,) * spec.image_shape[2]
+        return spec.normalised(half, half)
     statistics = world.on_first(lambda: cached(store, directory / "train", spec, backend, world.device))
     return spec.normalised(statistics.mean, statistics.std)
 

@@ -12,8 +12,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from pipeline.graph import MAX_RESOLUTION
 from pipeline.preparation import Preparation
 from trainer.augment import Augment
+from trainer.networks import SMALLEST
+from trainer.networks.plain import PLAIN, Plain
 from trainer.section import Section, Share
 
+OWN = (*SMALLEST, *PLAIN)  # networks that are written down in trainer.networks, by name
 PACK = "data.shards"  # the setting that names the pack, which is compared by its digest
 Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 
@@ -51,7 +54,7 @@ class Data(Section):
     resolution: Annotated[Side | tuple[tuple[int, int], ...], BeforeValidator(_well_formed)] = 112
     """Side in pixels of the model's square input; or a schedule, pairs of an epoch (from 1) and the side from then on,
     as in [[1, 48], [5, 80], [9, 112]]. The last one is what is evaluated, from the first epoch on."""
-    interpolation: Literal["linear", "cubic", "nearest"] = "linear"
+    interpolation: Literal["linear", "cubic", "lanczos", "nearest"] = "linear"
     """How images are resized."""
     invert: bool | Literal["auto"] = False
     """Make raw images negative: all of them, or (auto) those whose border is brighter than half, so that ink is bright
@@ -63,6 +66,9 @@ class Data(Section):
     of the square's side; null for none."""
     equalize: bool = False
     """Equalise the histogram of each raw image, channel by channel."""
+    normalize: Literal["measured", "half"] = "measured"
+    """How pixels are scaled: measured takes off the mean and divides by the deviation of each channel over the train
+    part, half brings them from 0 .. 255 to -1 .. 1."""
     verify: bool = True
     """Compare every shard with its hash before training (about a second for each gigabyte)."""
 
@@ -95,17 +101,34 @@ class Loader(Section):
 
 class Model(Section):
     name: str = "efficientnet_b2"
-    """A timm model, or three_block_cnn (32-64-128 channels, for small images and CPU-sized runs)."""
+    """A timm model, or one of our own: three_block_cnn (32-64-128 channels, for small images and CPU-sized runs), those
+    of earlier systems (cifar_cnn, cifar_cnn_batchnorm, cifar_efficientnet, lenet, numtadb_model1, numtadb_model2,
+    numtadb_model3), squeezenet1_1."""
     pretrained: bool | Literal["auto"] = False
     """Begin with published weights; auto does so if they are at hand or can be fetched, and says so if not."""
     weights: Path | None = None
     """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run)."""
     drop_rate: Share = 0.0
-    """Dropout before the classifier."""
+    """Dropout before the classifier; in cifar_cnn, lenet and their like before every dense layer."""
     drop_path_rate: Share = 0.0
     """Stochastic depth: share of residual branches left out in the last block."""
     head_hidden: Annotated[int, Field(ge=1)] | None = None
     """Width of a hidden layer (with ReLU) between features and classes; null for none."""
+    filters: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Output channels of each convolution of cifar_cnn, lenet and their like, as in [32, 64]; null for their own."""
+    kernel: Annotated[int, Field(ge=1)] | None = None
+    """Side of all kernels of cifar_cnn, lenet and their like; null for their own."""
+    dense: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Widths of the dense layers before the classifier of cifar_cnn, lenet and their like; null for their own."""
+    gray_stem: Literal["summed", "random", "repeated"] = "summed"
+    """How published weights for RGB take gray images: the first convolution summed over its channels, drawn anew, or
+    left as it is and given the image three times."""
+
+    @property
+    def plain(self) -> Plain | None:
+        """The network of convolutions and dense layers that these settings describe, if it is one."""
+        network = PLAIN.get(self.name)
+        return network and network.changed(self.filters, self.kernel, self.dense)
 
 
 class Loss(Section):
@@ -129,14 +152,14 @@ class Mixing(Section):
 
 
 class Optim(Section):
-    name: Literal["adam", "adamw", "lion", "sgd_lookahead"] = "adamw"
-    """Optimiser; sgd_lookahead is SGD with Nesterov momentum inside Lookahead."""
+    name: Literal["adam", "adamw", "lion", "sgd", "sgd_lookahead"] = "adamw"
+    """Optimiser; sgd has momentum, sgd_lookahead is SGD with Nesterov momentum inside Lookahead."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate at its highest."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay, of weight matrices and kernels only (decoupled, except in adam and sgd_lookahead)."""
+    """Weight decay, of weight matrices and kernels only (decoupled in adamw and lion)."""
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """Momentum of sgd_lookahead."""
+    """Momentum of sgd and sgd_lookahead."""
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are averaged for one update."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -259,9 +282,11 @@ class Config(Section):
                 f"augment.erase_largest={self.augment.erase_largest}"
             )
         starts = self.data.resolution_by_epoch()
-        smallest = min(resolution for _, resolution in starts)
-        if self.model.name == "three_block_cnn" and smallest < 4:
-            raise ValueError(f"data.resolution={smallest}, and three_block_cnn halves its input twice")
+        for side in (resolution for _, resolution in starts):
+            if (least := SMALLEST.get(self.model.name, 1)) > side:
+                raise ValueError(f"data.resolution={side}, and {self.model.name} takes {least} or more")
+            if self.model.plain and side != self.model.plain.side:
+                raise ValueError(f"data.resolution={side}, and {self.model.name} takes {self.model.plain.side} only")
         if starts[-1][0] > self.trainer.epochs:
             raise ValueError(
                 f"data.resolution goes on to epoch {starts[-1][0]}, but trainer.epochs is {self.trainer.epochs}"
@@ -303,15 +328,18 @@ class Config(Section):
             yield "schedule.unit=step has no effect with schedule.name=plateau, which moves after an epoch"
         if self.loader.scale_batch and isinstance(self.data.resolution, int):
             yield "loader.scale_batch has no effect without a schedule of resolutions (data.resolution)"
-        if "optim.momentum" in given and self.optim.name != "sgd_lookahead":
+        if "optim.momentum" in given and self.optim.name not in ("sgd", "sgd_lookahead"):
             yield f"optim.momentum has no effect with optim.name={self.optim.name}"
         yield from self.augment.without_effect()
         if "loss.effective_beta" in given and self.loss.class_weights != "effective":
             yield f"loss.effective_beta has no effect with loss.class_weights={self.loss.class_weights}"
         if self.mixing.probability == 0 and given & {"mixing.mixup_alpha", "mixing.cutmix_alpha"}:
             yield "mixing.mixup_alpha and mixing.cutmix_alpha have no effect with mixing.probability=0"
-        if self.model.name == "three_block_cnn" and self.model.drop_path_rate > 0:
-            yield "model.drop_path_rate has no effect on three_block_cnn, which has no residual branches"
+        if self.model.name in OWN and self.model.name != "cifar_efficientnet" and self.model.drop_path_rate > 0:
+            yield f"model.drop_path_rate has no effect on {self.model.name}, which has no residual branches"
+        for setting in sorted(given & {"model.filters", "model.kernel", "model.dense"}):
+            if self.model.plain is None:
+                yield f"{setting} has no effect on {self.model.name}, which takes no such change"
 
     def model_fields_set_by_section(self) -> set[str]:
         """Dotted names of the settings that were given, not left at their default."""
