@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,13 +22,15 @@ from pipeline.graph_module import GraphModule
 from pipeline.graph_torch import TorchGraph
 from pipeline.preparation import Preparation
 from shards import UserError, open_part
-from trainer import export_formats
+from trainer import export_formats, model_code
 from trainer.classifier import Classifier, _MaxPoolTo
 from trainer.evaluate import load_run, model_of
 from trainer.export import export
 from trainer.export import main as export_main
+from trainer.model import make_model
 from trainer.randomness import seed_weights
 from trainer.run import main as run_main
+from trainer.settings import Model
 
 
 def trained(directory: Path, shards: Path, **sections: str) -> Path:
@@ -235,6 +238,40 @@ def test_the_module_computes_what_the_graph_computes(
         spec = GraphSpec(shape, transposed, resolution, interpolation, (0.3,) * shape[2], (0.2,) * shape[2])
         expected = TorchGraph(spec, torch.device("cpu"))(images)
         torch.testing.assert_close(GraphModule(spec)(torch.from_numpy(images)), expected, atol=1e-6, rtol=1e-5)
+
+
+NETWORKS = [
+    (Model(name="three_block_cnn", head_hidden=5), 9),
+    (Model(name="lenet", drop_rate=0.2), 28),
+    (Model(name="cifar_cnn_batchnorm", filters=(4, 6), dense=()), 32),
+    (Model(name="cifar_efficientnet"), 16),
+    (Model(name="squeezenet1_1", head_hidden=5), 20),
+    (Model(name="test_efficientnet", gray_stem="repeated"), 32),
+]
+
+
+@pytest.mark.parametrize(("settings", "side"), NETWORKS, ids=lambda each: getattr(each, "name", None))
+def test_every_kind_of_network_is_made_by_the_cards_code(settings: Model, side: int) -> None:
+    model = make_model(settings, 1, 7).eval()
+    code = model_code.construction(settings, model, 1, 7)
+    names: dict[str, Any] = {"__name__": "card"}
+    exec(f"{code.definitions}\nimport timm\nfrom torch import nn\nfrom collections import OrderedDict", names)
+    rebuilt = eval(code.model, names).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    images = torch.rand(3, 1, side, side, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rebuilt(images), model(images))
+    assert "trainer" not in code.definitions + code.model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "side"), NETWORKS, ids=lambda each: getattr(each, "name", None))
+def test_every_kind_of_network_is_known_to_onnx(settings: Model, side: int) -> None:
+    model = make_model(settings, 1, 7).eval().requires_grad_(False)
+    raw = np.random.default_rng(0).integers(0, 256, (3, side, side, 1), dtype=np.uint8)
+    classifier = Classifier(GraphSpec((side, side, 1), False, side), model, "none", 1.0).eval()
+    expected = classifier(torch.from_numpy(raw))[0].numpy()
+    found = export_formats.to_onnx(classifier, (side, side, 1), {}).answers(raw)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_what_is_done_to_raw_images_is_within_the_graph() -> None:

@@ -159,7 +159,7 @@ def _begin(settings: Model, published: Callable[[], T], random: Callable[[], T])
 
 def published_licence(name: str) -> str | None:
     """What timm notes as the licence of a model's published weights; None if it notes none."""
-    published = timm.get_pretrained_cfg(name)
+    published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return published.license if published is not None else None
 
 

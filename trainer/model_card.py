@@ -67,17 +67,19 @@ class Card:
             parity=self.parity,
             tolerance=TOLERANCE,
             recorded=recorded_agreement(predictions, reference),
+            publisher="timm" if model_code.needs_timm(self.run.config.model) else "torchvision",
             licence=published_licence(self.run.config.model.name) if self.run.config.model.pretrained else None,
-            code=model_code.construction(self.run.config, model, channels, len(classes)),
-            needs_timm=model_code.needs_timm(self.run.config),
-            resize=model_code.RESIZE[self.run.config.data.interpolation],
+            code=model_code.construction(self.run.config.model, model, channels, len(classes)),
+            needs_timm=model_code.needs_timm(self.run.config.model),
+            resize=model_code.RESIZE.get(self.run.config.data.interpolation),
             plain=self._plain(model, reference) if self._has_plain else None,
         )
 
     @property
     def _has_plain(self) -> bool:
         """Whether a few lines of torch bring raw images to what the weights alone take."""
-        return self.form == "safetensors" and not self.test.encoded and not self.metadata["preparation"]
+        known = self.metadata["interpolation"] in model_code.RESIZE and not self.metadata["preparation"]
+        return self.form == "safetensors" and not self.test.encoded and known
 
     def _plain(self, model: nn.Module, reference: Reference) -> Parity:
         """How the card's own few lines of preprocessing compare with the trainer's."""
