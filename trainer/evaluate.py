@@ -114,7 +114,7 @@ def evaluate(
         if received:
             break
         wait_seconds += time.perf_counter() - before
-        logits = _logits(model, batch, settings, world)
+        logits = model_logits(model, batch, settings, world)
         top = logits.softmax(dim=1).max(dim=1)
         calibrated = logits / temperature
         losses = [F.cross_entropy(each, batch.labels, reduction="sum") for each in (logits, calibrated)]
@@ -152,14 +152,14 @@ def temperature_of(
             break
         rows.append(batch.rows)
         labels.append(batch.labels)
-        logits.append(_logits(model, batch, settings, world))
+        logits.append(model_logits(model, batch, settings, world))
     if world.largest(len(received)):
         raise Interrupted
     gathered = _by_row(world.gather([_joined(parts) for parts in (rows, labels, logits)]))
     return world.share(fit_temperature(gathered[2], gathered[1]) if gathered else None)
 
 
-def _logits(model: nn.Module, batch: Batch, settings: Trainer, world: World) -> torch.Tensor:
+def model_logits(model: nn.Module, batch: Batch, settings: Trainer, world: World) -> torch.Tensor:
     """float32 [n, classes], over the views of `trainer.test_time_augmentation`."""
     images = laid_out(batch.images, settings)
     with autocast(settings, world.device):

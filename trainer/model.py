@@ -157,6 +157,12 @@ def _begin(settings: Model, published: Callable[[], T], random: Callable[[], T])
     return random()
 
 
+def published_licence(name: str) -> str | None:
+    """What timm notes as the licence of a model's published weights; None if it notes none."""
+    published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return published.license if published is not None else None
+
+
 def _published(name: str, options: dict[str, Any]) -> nn.Module:
     """A timm model with its published weights: from the hub's cache, else from the network.
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from shards.atomic import write_file
-from trainer.progress import duration
+from trainer.pages import render
 from trainer.search import Search, best_recipe
 from trainer.search_charts import bar_chart, curves_chart, history_chart, parallel_chart
 from trainer.settings import Config
@@ -86,14 +83,13 @@ def _repeats(search: Search) -> str:
 
 def _page(results: list[Result], ranked: list[Result], search: Search, base: Config) -> str:
     assert search.dir is not None
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"duration": duration, "plain": plain, "shown": shown}
     figure = _FIGURES[base.trainer.select]
     shares = importances(results, search, base)
     numbers = [result.number for result in ranked]
-    return environment.get_template("study.html.j2").render(
+    return render(
+        "study.html.j2",
+        plain=plain,
+        shown=shown,
         name=search.dir.name,
         search=search,
         base=base,
