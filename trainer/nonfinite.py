@@ -197,6 +197,7 @@ def _save(path: Path, training: Training, batch: Batch, shares: list[dict[str, t
         "config": training.config.model_dump(mode="json"),
         "model": training.model.state_dict(),
         "class_weights": training.class_weights.cpu(),
+        "logit_shift": training.logit_shift.cpu(),
         "channels": training.data.spec.image_shape[2],
         "epoch": training.epoch,
         "step": batch.step,

@@ -3,8 +3,8 @@
     python -m trainer.reproduce runs/NAME/DATE/nonfinite/epoch-2-step-17.pt
 
 The file holds what the step took: under `shares` each rank's images (float32 [n, C, R, R], the model input before
-mixing), labels and rows (int64 [n]); under `model` the weights before the step; and `config`, `class_weights`, `epoch`
-and `step` (from 0). `torch.load(FILE, weights_only=True)` reads it.
+mixing), labels and rows (int64 [n]); under `model` the weights before the step; and `config`, `class_weights`,
+`logit_shift`, `epoch` and `step` (from 0). `torch.load(FILE, weights_only=True)` reads it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer.model import make_model
 from trainer.randomness import seed_step
 from trainer.settings import Config
 
-_NEEDED = ("config", "model", "class_weights", "channels", "classes", "epoch", "step", "shares")
+_NEEDED = ("config", "model", "class_weights", "logit_shift", "channels", "classes", "epoch", "step", "shares")
 
 
 def take_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[float, list[str]]:
@@ -50,6 +50,7 @@ def take_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[f
         found.append("images")
     with autocast(config.trainer, device):
         logits = model(laid_out(images, config.trainer))
+    logits = logits + state["logit_shift"].to(device)
     loss = weighted_kl(logits, targets, state["class_weights"].to(device))
     loss.backward()
     for name, parameter in model.named_parameters():

@@ -109,6 +109,16 @@ class Loss(Section):
     """Beta of the effective number of samples, (1 - beta^n) / (1 - beta)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread evenly over all classes."""
+    logit_adjustment: Annotated[float, Field(ge=0)] = 0.0
+    """Train on logits raised by this many times the logarithm of the class frequencies, so that rare classes count as
+    much as others; 1 is the balanced softmax."""
+
+
+class Decision(Section):
+    tau: Annotated[float, Field(ge=-4, le=4)] | Literal["auto"] = 0.0
+    """How far the class weights w of the loss are undone to predict, argmax(z - tau log w): 0 not at all, 1 wholly,
+    which suits accuracy; below that macro F1. auto is what suits trainer.select on the validation part. Where the loss
+    has no weights they are inverse frequencies: 0 suits accuracy, down to -1 macro F1."""
 
 
 class Mixing(Section):
@@ -229,6 +239,7 @@ class Config(Section):
     loader: Loader = Loader()
     model: Model = Model()
     loss: Loss = Loss()
+    decision: Decision = Decision()
     mixing: Mixing = Mixing()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
@@ -242,6 +253,8 @@ class Config(Section):
             raise ValueError("mixing.probability is above 0, but mixup_alpha and cutmix_alpha are both 0")
         if self.schedule.name == "plateau" and self.data.validation == 0:
             raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
+        if self.decision.tau == "auto" and self.data.validation == 0:
+            raise ValueError("decision.tau=auto is tuned on the validation part, but data.validation is 0")
         if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
             raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
         starts = self.data.resolution_by_epoch()
