@@ -101,16 +101,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             color = _ACCENT if row["helps"] or row["together"] else _QUIET
             judged, _ = mean_and_error([100 * gain for gain in gains(row, recipe, "validation", name)])
             mean, error = mean_and_error([100 * gain for gain in gains(row, recipe, "test", name)])
-            axes.plot(judged, place + 0.26, "o", color="white", markeredgecolor=color, markersize=4.5)
-            axes.errorbar(
-                mean, place - 0.06, xerr=error, fmt="o", color=color, markersize=6.5, capsize=3, linewidth=1.6
-            )
+            axes.plot(judged, place + 0.17, "o", color="white", markeredgecolor=color, markersize=4.5)
+            axes.errorbar(mean, place - 0.1, xerr=error, fmt="o", color=color, markersize=6.5, capsize=3, linewidth=1.6)
         shown = [one["test"][name] for one in recipe["records"].values()]
         axes.set_title(f"{label}, the recipe: {_shown(shown)} %", loc="left", fontsize=10.5, weight="bold")
         axes.set_xlabel("gain over the recipe, points")
         axes.margins(x=0.08)
         axes.grid(axis="x", color="#e7e5e4")
-        axes.grid(axis="y", color="#f5f5f4", linewidth=14)
+        axes.grid(axis="y", color="#f5f5f4", linewidth=20)
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)

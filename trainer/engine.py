@@ -184,13 +184,17 @@ def train_step(
     config, world = training.config, training.world
     mixing_draws = seed_step(config.seed, training.epoch, batch.step, world.rank)
     targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
-    images, targets = mix(batch.images, targets, config.mixing, mixing_draws)
+    mixing = config.mixing.at(training.epoch, config.trainer.epochs)
+    images, targets = mix(batch.images, targets, mixing, mixing_draws)
     images = laid_out(images, config.trainer)
     training.profile.mark("mixing")
     with _gradients_shared(training.forward, updates):
         with autocast(config.trainer, world.device):
             logits = training.forward(images)
-        loss = weighted_kl(logits + training.logit_shift, targets, training.class_weights)
+        logits = logits + training.logit_shift
+        loss = weighted_kl(logits, targets, training.class_weights)
+        if training.teacher is not None:
+            loss = training.teacher.teach(loss, logits, images, training.class_weights)
         training.profile.mark("forward")
         # The mean over the global batch; ranks of unequal shares are averaged by DDP, hence the factor.
         (loss * (world.size / (batch.global_size * window))).backward()

@@ -188,8 +188,13 @@ def _joined(parts: list[torch.Tensor]) -> NDArray:
 
 def load_run(directory: Path) -> tuple[Config, dict[str, Any]]:
     """The settings and the best checkpoint of a run directory."""
-    state = load(directory / "checkpoints" / BEST, needed=_IN_BEST)
-    return validate(state["config"], str(directory)), state
+    return load_best(directory / "checkpoints" / BEST)
+
+
+def load_best(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The settings in a best checkpoint, and the checkpoint."""
+    state = load(path, needed=_IN_BEST)
+    return validate(state["config"], str(path)), state
 
 
 def deciding(state: dict[str, Any]) -> dict[str, Any]:

@@ -34,10 +34,18 @@ def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
     """
     hidden = settings.head_hidden
     if settings.name == SMALL_CNN:
+        if settings.stem_stride is not None:
+            raise UserError(
+                found=f"model.stem_stride={settings.stem_stride} for {SMALL_CNN}",
+                expected="a timm model",
+                hint=f"leave it out: the first convolution of {SMALL_CNN} steps by one pixel already",
+            )
         backbone: nn.Module = _small_cnn(channels, 0 if hidden else classes, settings.drop_rate)
         features = _SMALL_CNN_FEATURES
     else:
         backbone = _timm_model(settings, channels, 0 if hidden else classes)
+        if settings.stem_stride is not None:
+            _step_by_one(backbone, settings.name)
         features = backbone.num_features
     model = backbone
     if hidden:
@@ -51,7 +59,11 @@ def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict from a .safetensors file, a .pth file or one of our checkpoints."""
+    """Load a state dict from a .safetensors file, a .pth file or one of our checkpoints.
+
+    A classifier (the last linear layer) for another number of classes is left out, and the log says so; all else has to
+    fit.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -60,7 +72,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("model", state)
-        model.load_state_dict(state)
+        model.load_state_dict(_fitting(model, state, path))
     except FileNotFoundError:
         raise UserError(
             found=f"no file {path}", expected="a file of weights (model.weights)", hint="check the path"
@@ -71,6 +83,26 @@ def load_weights(model: nn.Module, path: Path) -> None:
             expected=f"a state dict of {type(model).__name__} with this number of classes and channels",
             hint="check model.name, or that the file is whole",
         ) from None
+
+
+def _fitting(model: nn.Module, state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A state dict with the model's own classifier where that in it is for another number of classes."""
+    own = model.state_dict()
+    last = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1:]
+    classifier = {f"{name}.{tensor}" for name in last for tensor in ("weight", "bias")} & own.keys() & state.keys()
+    differing = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
+    features = {name: own[name].shape[1:] == state[name].shape[1:] for name in classifier}
+    if not differing or not differing <= classifier or not all(features.values()):
+        return state
+    there, here = (len(tensors[min(classifier)]) for tensors in (state, own))
+    log.warning(
+        "model.weights=%s is for %d classes: its classifier (%s) is left out, that for %d classes begins anew",
+        path,
+        there,
+        ", ".join(sorted(classifier)),
+        here,
+    )
+    return state | {name: own[name] for name in classifier}
 
 
 def _small_cnn(channels: int, classes: int, drop_rate: float) -> nn.Sequential:
@@ -133,6 +165,20 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
                 reason,
             )
     return timm.create_model(settings.name, pretrained=False, **options)
+
+
+def _step_by_one(model: nn.Module, name: str) -> None:
+    """Have a model's first convolution step by one pixel; its weights, and all that follows, stay as they are."""
+    place = model.pretrained_cfg.get("first_conv")
+    stem = model.get_submodule(place) if isinstance(place, str) and place else None
+    if not isinstance(stem, nn.Conv2d) or stem.stride != (2, 2):
+        raise UserError(
+            found=f"model.stem_stride=1 for {name}"
+            + (f", whose first convolution steps by {stem.stride[0]}" if isinstance(stem, nn.Conv2d) else ""),
+            expected="a model that begins with a convolution of stride 2, as EfficientNets do",
+            hint="leave it out, or choose another model.name",
+        )
+    stem.stride = (1, 1)
 
 
 def _published(name: str, options: dict[str, Any]) -> nn.Module:

@@ -199,6 +199,8 @@ def _save(path: Path, training: Training, batch: Batch, shares: list[dict[str, t
         "class_weights": training.class_weights.cpu(),
         "logit_shift": training.logit_shift.cpu(),
         "channels": training.data.spec.image_shape[2],
+        "mean": list(training.data.spec.mean),
+        "std": list(training.data.spec.std),
         "epoch": training.epoch,
         "step": batch.step,
         "shares": shares,

@@ -93,11 +93,15 @@ class Model(Section):
     pretrained: bool | Literal["auto"] = False
     """Begin with published weights; auto does so if they are at hand or can be fetched, and says so if not."""
     weights: Path | None = None
-    """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run)."""
+    """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run); a classifier
+    for another number of classes is left out."""
     drop_rate: Share = 0.0
     """Dropout before the classifier."""
     drop_path_rate: Share = 0.0
     """Stochastic depth: share of residual branches left out in the last block."""
+    stem_stride: Literal[1] | None = None
+    """1 has the first convolution of a timm model step by one pixel instead of two, for small images: features of twice
+    the size, at four times the work. null for the model's own."""
     head_hidden: Annotated[int, Field(ge=1)] | None = None
     """Width of a hidden layer (with ReLU) between features and classes; null for none."""
 
@@ -121,6 +125,16 @@ class Decision(Section):
     has no weights they are inverse frequencies: 0 suits accuracy, down to -1 macro F1."""
 
 
+class Teacher(Section):
+    run: Path | None = None
+    """A run to learn from beside the labels: its directory, or a best.pt. It sees the same images, mixed as they are;
+    null for none."""
+    weight: Share = 0.5
+    """Share of the loss that is the divergence from the teacher's probabilities."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """By which the logits of both are divided for that divergence."""
+
+
 class Mixing(Section):
     probability: Share = 0.0
     """Share of batches that are mixed."""
@@ -130,6 +144,12 @@ class Mixing(Section):
     """CutMix: parameter of the Beta distribution of the area; 0 for none."""
     switch_probability: Share = 0.5
     """Share of mixed batches that take CutMix, where both are on."""
+    off_last_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the end of the training whose batches are not mixed."""
+
+    def at(self, epoch: int, epochs: int) -> Mixing:
+        """What holds in an epoch (from 0) of so many."""
+        return self.model_copy(update={"probability": 0.0}) if epoch >= epochs - self.off_last_epochs else self
 
 
 class Optim(Section):
@@ -184,7 +204,8 @@ class Trainer(Section):
     """Compile the model with torch.compile, in this mode of it; the first steps then take minutes. auto is default with
     a GPU and off without; true is default. The last two use CUDA graphs."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights, which is then what is evaluated; null for none."""
+    """Decay of an exponential moving average of the weights, which is then what is evaluated; null for none. The decay
+    of an update is at most 1 - update^(-2/3), so that short runs forget their first weights."""
     select: Literal["accuracy", "macro_f1"] = "accuracy"
     """Validation figure by which the best epoch is chosen, and that plateau watches."""
     test_time_augmentation: Literal["none", "shifts", "shifts_scales"] = "none"
@@ -240,6 +261,7 @@ class Config(Section):
     model: Model = Model()
     loss: Loss = Loss()
     decision: Decision = Decision()
+    teacher: Teacher = Teacher()
     mixing: Mixing = Mixing()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
@@ -308,6 +330,12 @@ class Config(Section):
             yield f"loss.effective_beta has no effect with loss.class_weights={self.loss.class_weights}"
         if self.mixing.probability == 0 and given & {"mixing.mixup_alpha", "mixing.cutmix_alpha"}:
             yield "mixing.mixup_alpha and mixing.cutmix_alpha have no effect with mixing.probability=0"
+        if self.mixing.probability > 0 and self.mixing.off_last_epochs >= self.trainer.epochs:
+            yield f"mixing.off_last_epochs takes all {self.trainer.epochs} epochs: no batch is mixed"
+        if self.mixing.probability == 0 and self.mixing.off_last_epochs:
+            yield "mixing.off_last_epochs has no effect with mixing.probability=0"
+        if self.teacher.run is None and given & {"teacher.weight", "teacher.temperature"}:
+            yield "teacher.weight and teacher.temperature have no effect without teacher.run"
         if self.model.name == "three_block_cnn" and self.model.drop_path_rate > 0:
             yield "model.drop_path_rate has no effect on three_block_cnn, which has no residual branches"
 

@@ -24,6 +24,7 @@ from trainer.optimizer import LearningRate, make_optimizer
 from trainer.profiling import NoProfile, Profile, TimeProfile, Trace
 from trainer.randomness import seed_weights
 from trainer.settings import Config
+from trainer.teacher import Teacher, open_teacher
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Training:
     """float32 [C], what is added to the logits in training (`loss.logit_adjustment`)."""
     log_weights: NDArray[np.float32]
     """[C], of the weights that `decision.tau` undoes."""
+    teacher: Teacher | None
     profile: Profile
     trace: Trace
     epoch: int = 0
@@ -227,6 +229,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         class_weights=class_weights(data.counts, config.loss).to(world.device),
         logit_shift=(config.loss.logit_adjustment * log_priors(data.counts)).to(world.device),
         log_weights=log_weights(data.counts, config.loss),
+        teacher=open_teacher(config, data.classes, data.spec.mean, data.spec.std, world.device),
         profile=profile,
         trace=Trace(config.trainer.traced_steps if world.speaks else None, world.device),
     )
