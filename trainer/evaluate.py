@@ -28,7 +28,7 @@ from pipeline.loader import Batch, Loader
 from shards import UserError
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
-from shards.store import open_either
+from shards.store import Store, open_either
 from trainer.arithmetic import autocast, laid_out, memory_format
 from trainer.calibration import calibration_error
 from trainer.checkpoint import BEST, load
@@ -215,6 +215,22 @@ def model_of(state: dict[str, Any], config: Config, device: torch.device) -> nn.
     return model.to(device, memory_format=memory_format(config.trainer))
 
 
+def loader_for(store: Store, config: Config, state: dict[str, Any], world: World) -> Loader:
+    """The images of a part as the model of a best checkpoint takes them. Raises `UserError` for another kind."""
+    manifest = store.manifest
+    if manifest.image_shape[2] != state["image_shape"][2]:
+        raise UserError(
+            found=f"{manifest.name}/{manifest.part} with {manifest.image_shape[2]} channels",
+            expected=f"{state['image_shape'][2]}, as the run was trained on",
+            hint="name a packed set of such images",
+        )
+    spec = GraphSpec.of(manifest, config.data.final_resolution, config.data.interpolation)
+    backend, _ = choose_backend(config.loader.backend, world.device, spec)
+    spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
+    graph = make_graph(spec, backend, world.device, config.loader.batch_size)
+    return evaluation_loader(store, np.arange(len(store)), graph, config, world)
+
+
 def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
     """The metrics of a run's best checkpoint on a packed set, as in `summary.json`."""
     config, state = load_run(run)
@@ -225,18 +241,8 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
             expected=f"the classes of the run: {' '.join(state['classes'])}",
             hint="name a packed set of the same data set and split",
         )
-    if store.manifest.image_shape[2] != state["image_shape"][2]:
-        raise UserError(
-            found=f"{shards} with {store.manifest.image_shape[2]} channels",
-            expected=f"{state['image_shape'][2]}, as the run was trained on",
-            hint="name a packed set of such images",
-        )
-    spec = GraphSpec.of(store.manifest, config.data.final_resolution, config.data.interpolation)
-    backend, _ = choose_backend(config.loader.backend, world.device, spec)
-    spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
-    graph = make_graph(spec, backend, world.device, config.loader.batch_size)
+    loader = loader_for(store, config, state, world)
     model = model_of(state, config, world.device)
-    loader = evaluation_loader(store, np.arange(len(store)), graph, config, world)
     evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world, **deciding(state))
     return {
         **evaluation.summary(),
