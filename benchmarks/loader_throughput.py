@@ -5,8 +5,9 @@
 Without arguments: a packed EMNIST ByClass if there is one, the digits inside scikit-learn otherwise. Every loader packs
 the same images in its own form and gives shuffled batches of the same model input, as its documentation shows it and at
 its best, with the number of worker processes that a short trial finds best. Each is measured in a fresh process of its
-own; they run in turn (A B C A B C ...), and every batch that begins or ends a run is held against a
-float64 reference. Loaders that are not installed are skipped. Writes loader_throughput.jsonl, .md and .png.
+own; they run in turn (A B C A B C ...), each batch is let go before the next is asked for, as training does, and every
+batch that begins or ends a run is held against a float64 reference. Loaders that are not installed are skipped. Writes
+loader_throughput.jsonl, .md and .png.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from shards.errors import UserError, run_command
 RESOLUTIONS = (28, 56, 112, 224)
 BATCH_SIZE = 512
 RUNS = 3
-SECONDS = 1.0
+SECONDS = 0.5
 
 
 def chosen_loaders(text: str | None) -> list[Listing]:

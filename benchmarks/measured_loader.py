@@ -91,6 +91,7 @@ class MeasuredLoader:
             cpu = cpu_seconds(os.getpid())
             start = time.perf_counter()
             while True:
+                images = rows = None  # let go of first, so that its memory may be the next one's
                 images, rows = next(stream)
                 images_done += len(rows)
                 batches += 1

@@ -3,8 +3,9 @@
     python benchmarks/scaling.py [--ranks 1,2,4] [--device auto] [--batch N] [--shards DIR] [--out DIR]
 
 The training loop on 1 .. N ranks of this machine, each rank with a batch of its own of the same size, beside the same
-loop over batches that lie on the device already. Without arguments: one rank for each GPU, or for each core; a packed
-EMNIST ByClass if there is one, the digits inside scikit-learn otherwise. Writes scaling.jsonl, .md and .png.
+loop over batches that lie on the device already. On a CPU the cores are shared out evenly among the most ranks, and
+fewer ranks leave the others idle. Without arguments: one rank for each GPU, or for each core; a packed EMNIST ByClass
+if there is one, the digits inside scikit-learn otherwise. Writes scaling.jsonl, .md and .png.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ from shards.errors import UserError, run_command
 _MOST_SECONDS = 1800  # for one number of ranks
 
 
-def measure_ranks(shards: Path, setting: Setting, ranks: int, device: str, subset: float, runs: int, seconds: float):
-    """Start the ranks by torchrun and return what their first one measured."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def measure_ranks(
+    shards: Path, setting: Setting, ranks: int, threads: int, device: str, subset: float, runs: int, seconds: float
+) -> dict[str, Any]:
+    """Start the ranks by torchrun, each with so many threads, and return what their first one measured."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "result.json"
         work = {"shards": str(shards), "setting": vars(setting), "device": device, "subset": subset}
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         process = subprocess.run(
             [*launcher, __file__, "--rank-of", json.dumps(work | {"runs": runs, "seconds": seconds, "out": str(out)})],
-            env={**os.environ, "OMP_NUM_THREADS": str(max(1, cores // ranks))},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             capture_output=True,
             text=True,
             timeout=_MOST_SECONDS,
@@ -156,8 +158,10 @@ def main() -> int:
     if arguments.rank_of:
         return be_a_rank(arguments.rank_of)
     device = choose_device(arguments.device).type
-    places = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    places = torch.cuda.device_count() if device == "cuda" else cores
     ranks = _ranks(arguments.ranks) if arguments.ranks else list(range(1, places + 1))
+    threads = max(1, cores // max(ranks))
     base = {name: text.split(",")[0] for name, text in LISTS[device].items()}
     shards = choose_set(arguments.shards)
     samples = Manifest.read(shards / "train").samples
@@ -172,8 +176,8 @@ def main() -> int:
             compile=base["compile"],
         )
         print(f"{count} {'rank' if count == 1 else 'ranks'} ...", flush=True)
-        found = measure_ranks(shards, setting, count, device, subset, arguments.runs, arguments.seconds)
-        records.append({"name": "scaling", "ranks": count, **vars(setting), **found})
+        found = measure_ranks(shards, setting, count, threads, device, subset, arguments.runs, arguments.seconds)
+        records.append({"name": "scaling", "ranks": count, "threads": threads, **vars(setting), **found})
     text = markdown(records)
     out = arguments.out / "scaling"
     write_lines(out.with_suffix(".jsonl"), records)

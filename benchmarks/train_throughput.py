@@ -5,7 +5,7 @@
 
 The first value of each list makes the base; every other value is measured with the base of the others, each in a fresh
 process. Without arguments: a packed EMNIST ByClass if there is one, the digits inside scikit-learn otherwise; a small
-network on a CPU (under five minutes on two cores), EfficientNet-B2 at 112x112 on a GPU. --depthwise also measures how
+network on a CPU (about five minutes on two cores), EfficientNet-B2 at 112x112 on a GPU. --depthwise also measures how
 near the depthwise convolutions of the base come to the memory's bandwidth. Writes train_throughput.jsonl, .md, .png.
 """
 
@@ -29,8 +29,8 @@ from shards import Manifest
 from shards.atomic import write_file
 from shards.errors import UserError, run_command
 
-RUNS = 5
-SECONDS = 1.0
+RUNS = 15
+SECONDS = 0.5
 TARGET = 0.99
 LISTS = {
     "cpu": {
@@ -72,7 +72,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
-    head = ["model, resolution, batch, precision, compile", "whole loop images/s (range)"]
+    head = ["setting", "whole loop images/s (range)"]
     head += ["synthetic images/s (range)", "whole of synthetic (range)", "data wait", "ms a step", "memory"]
     rows = []
     for record in records:
@@ -95,8 +95,10 @@ def markdown(records: list[dict[str, Any]]) -> str:
 
 
 def name_of(record: dict[str, Any]) -> str:
-    names = ("model", "resolution", "batch_size", "precision", "compile")
-    return ", ".join(str(record[name]) for name in names)
+    compiled = "" if record["compile"] == "off" else f", compiled ({record['compile']})"
+    return (
+        f"{record['model']}, {record['resolution']} px, batch {record['batch_size']}, {record['precision']}{compiled}"
+    )
 
 
 def _range(measured: dict[str, float]) -> str:

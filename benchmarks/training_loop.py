@@ -114,8 +114,10 @@ def measure_in(
     data = open_data(settings.model_copy(update={"data": section}), world)
     resident = replace(data, train=ResidentLoader(data.train))
     loops: dict[str, list[Totals]] = {"whole": [], "synthetic": []}
+    pair = [("whole", data), ("synthetic", resident)]
     for number in range(_WARM_UP + runs):
-        for name, source in (("whole", data), ("synthetic", resident)):
+        # In turn first and second, so that a machine that speeds up or slows down favours neither.
+        for name, source in pair[:: 1 if number % 2 else -1]:
             together = Totals()
             for _ in range(passes):
                 together = together.plus(_epoch(training, source))

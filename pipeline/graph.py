@@ -82,7 +82,13 @@ class UndecodableImage(Exception):
 
 
 class Graph(Protocol):
-    """Raw images to model input. Built for one spec and device; not to be called from two threads at once."""
+    """Raw images to model input. Built for one spec and device; not to be called from two threads at once.
+
+    worth_joining: images up to which one call is faster than several smaller ones; 0 where they are to be kept apart.
+    """
+
+    @property
+    def worth_joining(self) -> int: ...
 
     def __call__(self, images: Images) -> torch.Tensor:
         """images: uint8 [B, H, W, C], C-contiguous, or B picture files of uint8 [bytes]; B is up to the graph's batch

@@ -35,6 +35,8 @@ class DaliGraph:
     """See `pipeline.graph.Graph`, of images of one size. A pure function of its input: whatever is random comes in from
     outside."""
 
+    worth_joining = 0
+
     def __init__(self, spec: GraphSpec, device: torch.device, batch_size: int) -> None:
         self._pipeline = _empty_pipeline(device, -(-batch_size // _PACK))
         with self._pipeline:
@@ -62,6 +64,8 @@ class DaliGraph:
 
 class DaliPictureGraph:
     """See `pipeline.graph.Graph`, of picture files of differing sizes: decoded on the device, turned as EXIF asks."""
+
+    worth_joining = 0
 
     def __init__(self, spec: GraphSpec, device: torch.device, batch_size: int) -> None:
         self._spec = spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import warnings
@@ -43,7 +44,8 @@ class Loader:
     """Iterates over the batches of an epoch.
 
     For a GPU they are prepared ahead by a thread. On a CPU model and loader share the cores, and a thread would only
-    make them get in each other's way: there a batch is prepared when it is asked for.
+    make them get in each other's way: there a batch is prepared when it is asked for. Small batches for training are
+    prepared several at a time, which costs about as much as one of them.
     It keeps no state: `batches(epoch, first_step)` is a pure function of its arguments and the order's seed.
     rank, world_size: this process among those that share the work.
     """
@@ -66,32 +68,45 @@ class Loader:
         self._buffers = Buffers()
         self._table: tuple[NDArray[np.uint8], torch.Tensor] | None = None
         self.order = order
+        # Which steps are prepared together follows from their numbers, so that a resumed epoch has the same calls.
+        self._joined = max(1, graph.worth_joining * world_size // order.batch_size) if order.joinable else 1
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from global step `first_step` on."""
-        steps = self.order.steps(epoch, self._rank, self._world_size, first_step)
-        prepared = self._prepare(steps)
+        steps = self.order.steps(epoch, self._rank, self._world_size, first_step - first_step % self._joined)
+        prepared = self._prepare(steps, first_step)
         return run_ahead(prepared, _AHEAD) if self._device.type == "cuda" else prepared
 
-    def _prepare(self, steps: Iterator[Step]) -> Iterator[Batch]:
+    def _prepare(self, steps: Iterator[Step], first_step: int) -> Iterator[Batch]:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is a property of the thread
-        for step in steps:
-            yield self._load(step)
+        while together := list(itertools.islice(steps, self._joined)):
+            batches = self._load(together)[::-1]
+            while batches:
+                batch = batches.pop()
+                if batch.step >= first_step:
+                    yield batch
+                del batch  # whoever took it holds it alone
 
-    def _load(self, step: Step) -> Batch:
-        images = self._read(step.samples)
+    def _load(self, steps: list[Step]) -> list[Batch]:
+        """The batches of some steps, out of one call of the graph."""
+        samples = steps[0].samples if len(steps) == 1 else np.concatenate([step.samples for step in steps])
+        images = self._read(samples)
         try:
             model_input = self._graph(images)
         except UndecodableImage as error:
-            raise damaged_picture(self._store, int(step.samples[error.position]), error.reason) from None
-        return Batch(
-            images=model_input,
-            labels=torch.from_numpy(self._store.labels.take(step.samples)).to(self._device, non_blocking=True),
-            rows=torch.from_numpy(self._store.rows.take(step.samples)).to(self._device, non_blocking=True),
-            step=step.number,
-            global_size=step.global_size,
-        )
+            raise damaged_picture(self._store, int(samples[error.position]), error.reason) from None
+        sizes = [len(step.samples) for step in steps]
+        return [
+            Batch(images, labels, rows, step.number, step.global_size)
+            for step, images, labels, rows in zip(
+                steps,
+                model_input.split(sizes),
+                torch.from_numpy(self._store.labels.take(samples)).to(self._device, non_blocking=True).split(sizes),
+                torch.from_numpy(self._store.rows.take(samples)).to(self._device, non_blocking=True).split(sizes),
+                strict=True,
+            )
+        ]
 
     def _read(self, samples: NDArray[np.int64]) -> Images:
         if self._store.manifest.encoded:

@@ -57,10 +57,16 @@ class Step:
 
 
 class Order(Protocol):
-    """How many steps an epoch has, and what each of them loads on each rank."""
+    """How many steps an epoch has, and what each of them loads on each rank.
+
+    joinable: whether the model input of several steps may be computed in one call.
+    """
 
     samples: NDArray[np.int64]
     batch_size: int
+
+    @property
+    def joinable(self) -> bool: ...
 
     def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[Step]: ...
 
@@ -88,6 +94,11 @@ class TrainingOrder:
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.samples) // self.batch_size)
+
+    @property
+    def joinable(self) -> bool:
+        """Not with a window, which is no larger than the memory for the blocks of one batch allows."""
+        return self.window is None
 
     def shuffled(self, epoch: int) -> NDArray[np.int64]:
         """The samples as int64 [N] in the order of an epoch."""
@@ -133,6 +144,7 @@ class EvaluationOrder:
 
     samples: NDArray[np.int64]
     batch_size: int
+    joinable = False  # or calls would hold other images on another number of ranks
 
     @property
     def steps_per_epoch(self) -> int:

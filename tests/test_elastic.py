@@ -18,6 +18,7 @@ import torch
 import yaml
 from conftest import ROOT, free_port
 
+from runs import assert_same_run, history, weights
 from trainer import signals
 
 QUICK = {
@@ -52,12 +53,12 @@ if "SPOIL" in os.environ:  # let batches that hold a row be infinite on the rank
     from dataclasses import replace
     import torch
     from pipeline.loader import Loader
-    load = Loader._load
-    def spoiled(loader, step):
-        batch = load(loader, step)
-        here = (batch.rows == int(os.environ["SPOIL"])) & hasattr(loader.order, "seed")
-        return replace(batch, images=torch.where(here[:, None, None, None], float("inf"), batch.images))
-    Loader._load = spoiled
+    batches = Loader.batches
+    def spoiled(loader, *place):
+        for batch in batches(loader, *place):
+            here = (batch.rows == int(os.environ["SPOIL"])) & hasattr(loader.order, "seed")
+            yield replace(batch, images=torch.where(here[:, None, None, None], float("inf"), batch.images))
+    Loader.batches = spoiled
 from shards.errors import run_command
 from trainer.run import main
 run_command(main)
@@ -129,27 +130,6 @@ def job(
         if started.process.poll() is None:
             os.killpg(started.process.pid, signal.SIGTERM)
             started.process.wait()
-
-
-def weights(directory: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
-    return torch.load(directory / "checkpoints" / name, weights_only=True)["model"]
-
-
-def history(directory: Path) -> list[dict]:
-    """The epochs' records without what a clock decides."""
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    clocked = {"seconds", "images_per_second", "data_wait_share"}
-    return [{name: value for name, value in record.items() if name not in clocked} for record in records]
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    for name in ("last.pt", "best.pt"):
-        expected, found = weights(first, name), weights(second, name)
-        assert all(torch.equal(expected[key], found[key]) for key in expected)
-    assert history(first) == history(second)
-    figures = ("accuracy", "macro_f1", "weighted_f1", "samples", "loss", "epochs", "best_epoch", "validation")
-    first_summary, second_summary = (json.loads((path / "summary.json").read_text()) for path in (first, second))
-    assert [first_summary[figure] for figure in figures] == [second_summary[figure] for figure in figures]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 from reference import model_input
 
 from pipeline.backend import make_graph
-from pipeline.graph import GraphSpec
+from pipeline.graph import Graph, GraphSpec
 from pipeline.loader import Batch, Loader, run_ahead
 from pipeline.order import EvaluationOrder, Order, TrainingOrder
 from shards import Store, open_part
+from shards.store import Images
 
 RESOLUTION = 20
 TOLERANCE = 5e-6  # see test_graph
@@ -100,6 +102,60 @@ def test_batches_depend_on_epoch_and_step_alone(store: Store, device: torch.devi
     assert_same(list(loader.batches(epoch=5)), whole)
     assert_same(list(loader.batches(epoch=5, first_step=4)), whole[4:])
     assert not torch.equal(next(loader.batches(epoch=6)).rows, whole[0].rows)
+
+
+class Counted:
+    """A graph that tells how many images each of its calls had."""
+
+    def __init__(self, graph: Graph, worth_joining: int) -> None:
+        self._graph = graph
+        self.worth_joining = worth_joining
+        self.calls: list[int] = []
+
+    def __call__(self, images: Images) -> torch.Tensor:
+        self.calls.append(len(images))
+        return self._graph(images)
+
+
+@pytest.mark.parametrize(
+    ("worth_joining", "world_size", "joined"), [(0, 1, 1), (63, 1, 1), (200, 1, 3), (100, 2, 3), (10**6, 1, 12)]
+)
+def test_small_batches_are_prepared_together(store: Store, worth_joining: int, world_size: int, joined: int) -> None:
+    order, cpu = training_order(store, batch_size=64), torch.device("cpu")
+    graph = Counted(make_graph(GraphSpec.of(store.manifest, RESOLUTION), "torch", cpu, 64), worth_joining)
+    loader = Loader(store, order, graph, cpu, rank=0, world_size=world_size)
+    whole = list(loader.batches(3))
+    assert len(graph.calls) == -(-len(whole) // joined)
+    assert sum(graph.calls) == sum(len(batch.rows) for batch in whole)
+    for first in range(len(whole)):
+        calls = graph.calls.copy()
+        graph.calls.clear()
+        assert_same(list(loader.batches(3, first)), whole[first:])
+        # Whole calls, as an epoch from its beginning has them, so that nothing differs even in the last bit.
+        assert graph.calls == calls[-len(graph.calls) :]
+        graph.calls[:] = calls
+
+
+def test_evaluation_and_windows_keep_batches_apart(store: Store) -> None:
+    cpu = torch.device("cpu")
+    for order in (EvaluationOrder(np.arange(len(store)), 64), replace(training_order(store), window=3)):
+        graph = Counted(make_graph(GraphSpec.of(store.manifest, RESOLUTION), "torch", cpu, 64), 10**6)
+        batches = list(Loader(store, order, graph, cpu).batches())
+        assert graph.calls == [len(batch.rows) for batch in batches]
+
+
+def test_a_batch_that_was_let_go_gives_its_memory_to_a_later_one(store: Store) -> None:
+    order, cpu = training_order(store, batch_size=64), torch.device("cpu")
+    graph = Counted(make_graph(GraphSpec.of(store.manifest, RESOLUTION), "torch", cpu, 64), 0)
+    places, kept = [], []
+    for batch in Loader(store, order, graph, cpu).batches():
+        places.append(batch.images.data_ptr())
+        del batch
+    assert len(set(places)) == 1
+    for batch in Loader(store, order, graph, cpu).batches():
+        kept.append((batch.images, batch.images.clone()))
+    assert len({images.data_ptr() for images, _ in kept}) == len(kept) > 3
+    assert all(torch.equal(images, copy) for images, copy in kept)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,8 @@ import yaml
 from conftest import made_up_parts, pack_parts
 
 from pipeline.loader import Batch, Loader
-from pipeline.order import Step, TrainingOrder
+from pipeline.order import TrainingOrder
+from runs import assert_same_weights, weights
 from shards import UserError, open_part
 from trainer import checkpoint, engine, reproduce
 from trainer.data import carve
@@ -73,33 +74,33 @@ def step_with(recipe: Path, epoch: int, row: int) -> int:
 
 def spoil_images(monkeypatch: pytest.MonkeyPatch, row: int, times: int = 1_000_000) -> None:
     """Let a picture that is trained on be infinite, whenever or the first few times it comes."""
-    load, left = Loader._load, [times]
+    batches, left = Loader.batches, [times]
 
-    def spoiled(loader: Loader, step: Step) -> Batch:
-        batch = load(loader, step)
-        here = batch.rows == row
-        if isinstance(loader.order, TrainingOrder) and bool(here.any()) and left[0]:
-            left[0] -= 1
-            batch = replace(batch, images=torch.where(here[:, None, None, None], float("inf"), batch.images))
-        return batch
+    def spoiled(loader: Loader, *place: int) -> Iterator[Batch]:
+        for batch in batches(loader, *place):
+            here = batch.rows == row
+            if isinstance(loader.order, TrainingOrder) and bool(here.any()) and left[0]:
+                left[0] -= 1
+                batch = replace(batch, images=torch.where(here[:, None, None, None], float("inf"), batch.images))
+            yield batch
 
-    monkeypatch.setattr(Loader, "_load", spoiled)
+    monkeypatch.setattr(Loader, "batches", spoiled)
 
 
 def spoil_gradient(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
     """Let the loss of batches that hold a picture be finite, and its gradient not."""
-    load, divergence, holds = Loader._load, engine.weighted_kl, [False]
+    batches, divergence, holds = Loader.batches, engine.weighted_kl, [False]
 
-    def noted(loader: Loader, step: Step) -> Batch:
-        batch = load(loader, step)
-        holds[0] = bool((batch.rows == row).any())
-        return batch
+    def noted(loader: Loader, *place: int) -> Iterator[Batch]:
+        for batch in batches(loader, *place):
+            holds[0] = bool((batch.rows == row).any())
+            yield batch
 
     def spoiled(logits: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         loss = divergence(logits, *others)
         return loss + (0 * logits.sum()).sqrt() if holds[0] else loss
 
-    monkeypatch.setattr(Loader, "_load", noted)
+    monkeypatch.setattr(Loader, "batches", noted)
     monkeypatch.setattr(engine, "weighted_kl", spoiled)
 
 
@@ -112,14 +113,6 @@ def leave_out(monkeypatch: pytest.MonkeyPatch, places: set[tuple[int, int]]) -> 
         epoch(training, *others)
 
     monkeypatch.setattr(engine, "train_epoch", without)
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_newest(directory / "checkpoints")[0]["model"]
-
-
-def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_it_ends_the_run_with_the_step_the_rows_and_what_it_takes_to_see_it_again(
@@ -149,7 +142,7 @@ def test_it_ends_the_run_with_the_step_the_rows_and_what_it_takes_to_see_it_agai
     assert share["rows"].tolist() == rows
     assert [int(row) for row, image in zip(rows, share["images"], strict=True) if image.isinf().any()] == [rows[3]]
     trained = {name for name in clean if "running" not in name and "num_batches" not in name}
-    assert_equal({name: clean[name] for name in trained}, state["model"])
+    assert all(torch.equal(clean[name], state["model"][name]) for name in trained)
 
     monkeypatch.setattr(sys, "argv", ["trainer.reproduce", str(file)])
     assert reproduce.main() == 0
@@ -192,7 +185,7 @@ def test_as_many_updates_as_allowed_are_left_out_and_nothing_else_changes(
     with monkeypatch.context() as patch:
         leave_out(patch, places)
         expected = run(*overrides, name="expected")
-    assert_equal(weights(expected), weights(found))
+    assert_same_weights(weights(expected), weights(found))
     assert (found / "metrics.jsonl").read_text().count("NaN") == 0
     state = checkpoint.load_newest(found / "checkpoints")[0]
     assert {tuple(place) for place in state["skipped"]} == places
@@ -209,7 +202,7 @@ def test_what_does_not_happen_again_costs_nothing(
 ) -> None:
     clean = run(name="clean")
     spoil_images(monkeypatch, rows_at(recipe, 0, 5)[0], times=1)
-    assert_equal(weights(clean), weights(run()))
+    assert_same_weights(weights(clean), weights(run()))
     assert "taking its steps one by one" in caplog.text
 
 

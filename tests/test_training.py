@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import ROOT, assert_user_error, free_port, made_up_parts, pack_parts, run_module
 
+from runs import assert_same_run, history, weights
 from shards import UserError
 from trainer import engine
 from trainer.run import main as run_main
@@ -55,31 +56,6 @@ def train_here(monkeypatch: pytest.MonkeyPatch, recipe: Path, directory: Path, *
     """Train in this process, which saves the start of another."""
     monkeypatch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory}", *overrides])
     return run_main()
-
-
-def weights(directory: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
-    return torch.load(directory / "checkpoints" / name, weights_only=True)["model"]
-
-
-def history(directory: Path) -> list[dict]:
-    """The epochs' records without what a clock decides."""
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    clocked = {"seconds", "images_per_second", "data_wait_share"}
-    return [{name: value for name, value in record.items() if name not in clocked} for record in records]
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    for name in ("last.pt", "best.pt"):
-        expected, found = weights(first, name), weights(second, name)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected)
-    for expected_record, found_record in zip(history(first), history(second), strict=True):
-        # Ranks add up their losses separately, so several ranks may differ in the last digits of a double.
-        assert found_record.pop("train_loss") == pytest.approx(expected_record.pop("train_loss"), rel=1e-12)
-        assert found_record == expected_record
-    figures = ("accuracy", "macro_f1", "weighted_f1", "samples", "loss", "epochs", "best_epoch", "validation")
-    first_summary, second_summary = (json.loads((path / "summary.json").read_text()) for path in (first, second))
-    assert [first_summary[figure] for figure in figures] == [second_summary[figure] for figure in figures]
 
 
 def stop_in_epoch(recipe: Path, directory: Path, epoch: int, how: int, delay: float, *overrides: str) -> int:

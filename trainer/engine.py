@@ -153,6 +153,7 @@ def train_epoch(training: Training, directory: RunDirectory, keeper: Keeper, rec
                         keeper.save(training.state())
                     training.profile.mark("checkpoint")
             training.profile.mark("logging")
+            del batch  # whose memory may be the next one's
             before = time.perf_counter()
     progress.close()
     stopping = vote.finish()[0] or (world.size == 1 and bool(received))

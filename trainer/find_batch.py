@@ -3,7 +3,8 @@
     python -m trainer.find_batch configs/byclass.yaml [key=value ...]
 
 takes training steps of a recipe with made-up images of its size, with more and more of them: twice as many each time
-until the memory is not enough, then in between. Nothing is written.
+until the memory is not enough, then in between. Nothing is written but the input statistics beside the set, where there
+are none yet.
 """
 
 from __future__ import annotations

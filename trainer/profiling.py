@@ -64,15 +64,15 @@ class TimeProfile:
     def timed(self, graph: Graph) -> Graph:
         """The graph, with its time taken as a part of its own."""
 
-        def call(images: Images) -> torch.Tensor:
-            start, event = time.perf_counter(), self._event()
-            output = graph(images)
-            self._host[LOADING].append(time.perf_counter() - start)
-            if event is not None:
-                self._add(LOADING, event, self._event())
-            return output
+        return _TimedGraph(graph, self)
 
-        return call
+    def time_graph(self, graph: Graph, images: Images) -> torch.Tensor:
+        start, event = time.perf_counter(), self._event()
+        output = graph(images)
+        self._host[LOADING].append(time.perf_counter() - start)
+        if event is not None:
+            self._add(LOADING, event, self._event())
+        return output
 
     def _event(self) -> torch.cuda.Event | None:
         if self.device.type != "cuda":
@@ -117,6 +117,18 @@ class TimeProfile:
         return found
 
 
+class _TimedGraph:
+    """A graph whose calls a profile takes the time of."""
+
+    def __init__(self, graph: Graph, profile: TimeProfile) -> None:
+        self._graph = graph
+        self._profile = profile
+        self.worth_joining = graph.worth_joining
+
+    def __call__(self, images: Images) -> torch.Tensor:
+        return self._profile.time_graph(self._graph, images)
+
+
 def table(figures: list[dict[str, Any]]) -> str:
     """The figures of a profile as text."""
     on_device = any("device_seconds" in record for record in figures)
@@ -155,6 +167,7 @@ class Trace:
                 self._profiler.start()
                 self._runs = True
             yield batch
+            del batch  # whose memory may be the next one's
             if self._step == self._last:
                 self.finish(path)
 

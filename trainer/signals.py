@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -49,13 +50,13 @@ def _deadline(grace: float) -> Iterator[None]:
     told of the signal even while the main thread waits in a library.
     """
     left = threading.Event()
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+    reading, writing = socket.socketpair()  # which signals can be written to on every system
+    writing.setblocking(False)
 
     def watch() -> None:
         signum = 0
         while signum not in _NOTED:
-            signum = os.read(reading, 1)[0]
+            signum = reading.recv(1)[0]
             if left.is_set():
                 return
         if not left.wait(grace):
@@ -69,13 +70,13 @@ def _deadline(grace: float) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, name="deadline", daemon=True)
     thread.start()
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
         left.set()
-        os.write(writing, b"\0")
+        writing.send(b"\0")
         thread.join()
-        os.close(reading)
-        os.close(writing)
+        reading.close()
+        writing.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +65,8 @@ class Inkstream:
         loader = Loader(store, order, graph, task.device)
 
         def epoch(number: int) -> Iterator[Batch]:
-            batches = loader.batches(number)
-            try:
-                for batch in batches:
-                    yield batch.images, batch.rows
-            finally:
-                batches.close()
+            with contextlib.closing(loader.batches(number)) as batches:
+                yield from map(attrgetter("images", "rows"), batches)  # which holds no batch
 
         return epoch
 
