@@ -75,8 +75,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     notes = (
         f"{first['images_seen']:,} images seen in each run, mean and standard error over seeds, in percent; gains in "
         "points, between runs of the same seed.\n"
-        "* helps: the mean of both gains on the validation part is above its standard error. The test part was "
-        "evaluated once a run and chose nothing.\n"
+        "* taken: the mean of both gains on the validation part is above its standard error, and no better one sets "
+        "the same thing otherwise. The test part was evaluated once a run and chose nothing.\n"
         f"{first['environment']['cores']} cores of {first['environment']['processor']}, "
         f"{first['environment']['device']}."
     )
@@ -118,7 +118,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.suptitle("What each addition brings at equal compute", x=0.01, ha="left", fontsize=13, weight="bold")
     figure.supxlabel(
         f"Full dot: test part, mean of {seeds} {'seed' if seeds == 1 else 'seeds'} and its standard error; hollow: "
-        "validation part, by which those that help were chosen (blue)",
+        "validation part, by which those in blue were chosen",
         fontsize=8.5,
         color=_GRAY,
     )
