@@ -84,8 +84,8 @@ def test_it_goes_on_where_it_was_stopped(
 
 
 def test_the_plan_beside_it_is_one() -> None:
-    plan = read_plan(ROOT / DEFAULT_PLAN, ["trainer.epochs=1"])
-    assert plan.common == {"trainer.epochs": 1}
+    plan = read_plan(ROOT / DEFAULT_PLAN, ["trainer.precision=fp32"])
+    assert plan.common == {"trainer.precision": "fp32"}
     for variant in plan.variants:
         settings = variant.settings(plan, 3, Path("set"), Path("kept"))
         assert settings.seed == 3 and settings.data.shards == "set"
