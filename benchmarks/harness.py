@@ -17,6 +17,9 @@ from shards.atomic import make_directory, write_file
 from trainer.memory import peak
 
 DEFAULT_OUT = Path("benchmarks/out")
+# Imported once, by the process that all others are forked from: a fresh process is there in a moment.
+_PRELOADED = ["timm", "torch", "torchvision"]
+KILLED = "the process was killed, most likely out of memory"
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,22 @@ def in_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
     """Run a function in a fresh process and return its result with `peak_memory_bytes` of that process added.
 
     work: a function of a module, with picklable arguments and result. If the process is killed (out of memory) the
-    result is `{"failed": reason}`; an exception of the function is raised here.
+    result is `{"failed": reason}`; an exception of the function is raised here. A signal ends the process, too.
     """
-    context = multiprocessing.get_context("spawn")
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(_PRELOADED)
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         try:
             return pool.submit(_with_peak_memory, work, arguments).result()
         except BrokenProcessPool:
-            return {"failed": "the process was killed, most likely out of memory"}
+            return {"failed": KILLED}
+        except BaseException:
+            # Stopped: otherwise leaving the pool would wait until the work is done.
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def _with_peak_memory(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -75,6 +86,20 @@ def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Write one JSON object a line."""
     make_directory(path.parent)
     write_file(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_results(
+    path: Path, records: Sequence[Mapping[str, Any]], text: str, draw: Callable[[Path], None] | None
+) -> None:
+    """Write the records as PATH.jsonl, the table as PATH.md and the plot as PATH.png, and print the table.
+
+    path: without an ending. draw: makes the picture; None where nothing was measured that could be drawn.
+    """
+    write_lines(path.with_suffix(".jsonl"), records)
+    write_file(path.with_suffix(".md"), text + "\n")
+    if draw is not None:
+        draw(path.with_suffix(".png"))
+    print(f"\n{text}\n\n{path}.jsonl, .md{', .png' if draw is not None else ''}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.harness import size, table, write_lines
+from benchmarks.harness import size, table, write_lines, write_results
 from benchmarks.loader_runs import Results
 from benchmarks.loader_setting import Setting
 from benchmarks.peers import LISTINGS
-from shards.atomic import write_file
 
 _OURS = "#1d4ed8"
 _OTHERS = "#78716c"
@@ -32,14 +32,10 @@ def write_records(results: Results, setting: Setting) -> None:
 
 
 def write(results: Results, setting: Setting) -> None:
-    """Print the tables and write loader_throughput.md and .png."""
-    out = setting.out / "loader_throughput"
-    text = markdown(results)
-    write_file(out.with_suffix(".md"), text + "\n")
-    print(f"\n{text}\n")
-    if any(record["variant"] != "reading" for record in results.records):
-        draw(results.records, out.with_suffix(".png"))
-        print(f"{out}.jsonl, .md, .png")
+    """Print the tables and write loader_throughput.jsonl, .md and .png."""
+    loading = any(record["variant"] != "reading" for record in results.records)
+    picture = functools.partial(draw, results.records) if loading else None
+    write_results(setting.out / "loader_throughput", results.records, markdown(results), picture)
 
 
 def markdown(results: Results) -> str:

@@ -1,268 +1,272 @@
 """What does each resolution cost, and what does it buy?
 
-    python benchmarks/resolution_sweep.py [--shards DIR] [--resolutions 28,56,112] [--epochs N] [--out DIR]
+    python benchmarks/resolution_sweep.py [--config FILE] [--resolutions 28,56,112] [--subset 0.002 --subset 1.0]
+                                          [--models A,B] [--seeds N] [--seconds S] [--budget-minutes M] [--resume]
+    python benchmarks/resolution_sweep.py --full
+    python benchmarks/resolution_sweep.py --compare A.jsonl B.jsonl
 
-Without arguments: a packed EMNIST ByClass if there is one, the digits inside scikit-learn otherwise; at most 2,000
-training images and a small network, in under five minutes on two cores. Every resolution is measured in a fresh
-process. Writes resolution_sweep.jsonl, .md and .png.
+Every point (model, resolution, subset of the training images, seed) is measured in a fresh process: the loader, the
+training, memory, and what was learned after the recipe's epochs and after the same seconds of training. At the end the
+interpolations are compared at the resolution that the figures recommend. Lines are written as points finish, so a study
+that was stopped goes on with --resume; one that ran before is kept as resolution_sweep.previous.jsonl.
+
+Without arguments: a packed EMNIST ByClass if there is one (about 2,000 training images of it), the digits inside
+scikit-learn otherwise, a small network, three seeds, at most 15 minutes on two cores. --full is configs/byclass.yaml at
+seven resolutions on 0.2 % of the images and on all of them, for a GPU. Writes resolution_sweep.jsonl, .md, .png, .html.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import tempfile
+import dataclasses
+import functools
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
-
-from benchmarks.harness import Spread, in_process, rates, size, table, write_lines
-from pipeline.backend import make_graph
-from pipeline.pack import pack
-from pipeline.sources import Request, find_source
-from shards import Manifest, UserError, open_part
-from shards.atomic import write_file
+from benchmarks.harness import DEFAULT_OUT, write_results
+from benchmarks.packed_set import choose_set
+from benchmarks.study_plan import INTERPOLATIONS, NAME, Journal, Point, Study, expected_seconds, points
+from benchmarks.study_point import measure_point
+from shards import Manifest, UserError
+from shards.atomic import locked, make_directory
 from shards.errors import run_command
-from shards.manifest import is_packed_set
+from shards.manifest import PARTS, VALIDATION, has_part
 from shards.places import local_set
-from trainer import engine
-from trainer.arithmetic import with_precision
+from trainer import config
 from trainer.config import validate
-from trainer.data import evaluation_loader, open_data
-from trainer.distributed import join
-from trainer.environment import environment
-from trainer.run_directory import RunDirectory
-from trainer.training import make_training
+from trainer.settings import Config
 
-DEFAULT_OUT = Path("benchmarks/out")
-PACKED_EMNIST = Path("data/shards/emnist-byclass")
-PACKED_DIGITS = Path("data/shards/digits")
-RESOLUTIONS = (28, 56, 112)
-TRAINING_IMAGES = 2_000
-TEST_IMAGES = 10_000  # of a larger test part the first in packed order, which is random
-EPOCHS = 5
-LOADER_RUNS = 5
-LOADER_IMAGES = 32_768  # of one run, in as many passes over the training part as that takes
+SMALL_IMAGES = 2_000  # to train on without arguments
+SMALL_TEST_IMAGES = 10_000
+_SHARE_OF_RESOLUTIONS = 0.8  # of the time; the rest is kept for the interpolations
+SMALL_RECIPE = {
+    "data": {"shards": "", "validation": 0.1},
+    "loader": {"batch_size": 64},
+    "model": {"name": "three_block_cnn", "drop_rate": 0.3},
+    "optim": {"name": "adamw", "lr": 3e-3},
+    "schedule": {"name": "one_cycle", "warmup": 1},
+    "trainer": {"epochs": 5},
+}
 
 
-def measure(shards: Path, resolution: int, subset: float, epochs: int, model: str) -> dict[str, Any]:
-    """Everything about one resolution; called in a process of its own."""
-    settings = validate(_recipe(shards, resolution, subset, epochs, model), "the sweep")
-    with join("auto") as world, tempfile.TemporaryDirectory() as run:
-        settings = with_precision(settings, world.device)
-        data = open_data(settings, world)
-        test_samples = data.test.order.samples[:TEST_IMAGES]
-        graph = make_graph(data.spec, data.backend, world.device, settings.loader.batch_size)
-        data = replace(data, test=evaluation_loader(data.test_store, test_samples, graph, settings, world))
-        passes = max(1, LOADER_IMAGES // len(data.train.samples))
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What is measured where nothing else is said."""
 
-        def load() -> int:
-            images = 0
-            for epoch in range(passes):
-                for batch in data.train.batches(epoch):
-                    images += len(batch.labels)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize(world.device)
-            return images
-
-        loader = rates({"loader": load}, runs=LOADER_RUNS)["loader"]
-        training = make_training(settings, data, world)
-        directory = RunDirectory(Path(run))
-        start = time.perf_counter()
-        with directory.held(), contextlib.redirect_stdout(io.StringIO()):
-            evaluation = engine.fit(training, directory, sinks=[])
-        device_memory = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else None
-        return {
-            "loader_images_per_second": loader.to_json(),
-            "loader_backend": data.backend,
-            "training_images": len(data.train.samples),
-            "training_images_per_second": Spread.of(
-                # The first epoch warms up; of a single one there is nothing else.
-                [record["images_per_second"] for record in training.history[1:] or training.history]
-            ).to_json(),
-            "data_wait_share": training.finished.wait_share,
-            "seconds": time.perf_counter() - start,
-            "peak_device_memory_bytes": device_memory,
-            "precision": settings.trainer.precision,
-            "environment": environment(world.device),
-            **evaluation.summary(),
-        }
+    config: Path | None
+    resolutions: str
+    subsets: tuple[float, ...] | None
+    seeds: int
+    seconds: float
+    budget_minutes: float | None
+    test_images: int | None
 
 
-def _recipe(shards: Path, resolution: int, subset: float, epochs: int, model: str) -> dict[str, Any]:
-    return {
-        "data": {"shards": str(shards), "resolution": resolution, "subset": subset, "validation": 0.1},
-        "loader": {"batch_size": 64},
-        "model": {"name": model, "drop_rate": 0.3},
-        "optim": {"name": "adamw", "lr": 3e-3},
-        "schedule": {"name": "one_cycle", "warmup": 1},
-        "trainer": {"epochs": epochs},
-    }
+QUICK = Defaults(None, "28,56,84,112", None, 3, 10.0, 14.0, SMALL_TEST_IMAGES)
+FULL = Defaults(Path("configs/byclass.yaml"), "28,56,84,112,140,168,224", (0.002, 1.0), 3, 1800.0, None, None)
 
 
-def sweep(shards: Path, resolutions: list[int], subset: float, epochs: int, model: str) -> list[dict[str, Any]]:
-    """Measure each resolution in turn; a point that runs out of memory is kept as such, and the sweep goes on."""
-    manifests = [open_part(shards, part).manifest for part in ("train", "test")]
-    samples = sum(manifest.samples for manifest in manifests)
-    channels = manifests[0].image_shape[2]
-    records = []
-    for resolution in resolutions:
-        print(f"{resolution}x{resolution} ...", flush=True)
-        record = {
-            "name": "resolution_sweep",
-            "dataset": manifests[0].name,
-            "model": model,
-            "resolution": resolution,
-            "epochs": epochs,
-            "subset": subset,
-            "bytes_at_rest": sum(manifest.packed_bytes for manifest in manifests),
-            "bytes_pre_resized_uint8": samples * resolution**2 * channels,
-            "bytes_pre_resized_float32": samples * resolution**2 * channels * 4,
-        }
-        records.append(record | in_process(measure, shards, resolution, subset, epochs, model))
-    return records
+class Sweep:
+    """A study that runs: measures the points that are not there yet and still fit into its time."""
+
+    def __init__(self, study: Study, journal: Journal, minutes: float | None) -> None:
+        self._study = study
+        self._journal = journal
+        self._seconds = None if minutes is None else 60 * minutes
+        self._start = time.monotonic()
+        self.left_out: list[str] = []
+
+    def run(self, wanted: Sequence[Point], share: float = 1.0) -> None:
+        """share: of the time, from the start of the study on, until which these points have to end."""
+        for number, point in enumerate(wanted, 1):
+            place = f"[{number}/{len(wanted)}] {point}"
+            if self._journal.has(point):
+                print(f"{place}: measured already")
+            elif not self._fits(point, share):
+                self.left_out.append(str(point))
+                print(f"{place}: left out, it would not fit into the time that is left", flush=True)
+            else:
+                print(f"{place} ...", flush=True)
+                self._measure(point)
+
+    def _fits(self, point: Point, share: float) -> bool:
+        if self._seconds is None:
+            return True
+        left = self._start + share * self._seconds - time.monotonic()
+        return left > 0 and (expected_seconds(point, self._journal.records) or 0) < left
+
+    def _measure(self, point: Point) -> None:
+        for found in measure_point(self._study, point):
+            if isinstance(found, str):
+                print(f"    {found}", flush=True)
+                continue
+            self._journal.append(point, found)
+            if "failed" in found:
+                print(f"    FAILED: {found['failed']}", flush=True)
+            else:
+                print(
+                    f"    accuracy {found['by_epochs']['accuracy']:.2%}, "
+                    f"{found['training_images_per_second']['median']:,.0f} images/s, {found['point_seconds']:.0f} s",
+                    flush=True,
+                )
 
 
-def markdown(records: list[dict[str, Any]]) -> str:
-    head = [
-        "resolution",
-        "loader images/s (range)",
-        "training images/s (range)",
-        "data wait",
-        "peak memory",
-        "at rest",
-        "pre-resized (uint8 / float32)",
-        "accuracy",
-        "macro F1",
-    ]
-    rows = []
-    for record in records:
-        pre_resized = f"{size(record['bytes_pre_resized_uint8'])} / {size(record['bytes_pre_resized_float32'])}"
-        if "failed" in record:
-            failed = [record["failed"], "", "", ""]
-            rows.append([str(record["resolution"]), *failed, size(record["bytes_at_rest"]), pre_resized, "", ""])
-            continue
-        rows.append(
-            [
-                str(record["resolution"]),
-                _spread(record["loader_images_per_second"]),
-                _spread(record["training_images_per_second"]),
-                f"{record['data_wait_share']:.1%}",
-                size(record["peak_memory_bytes"]),
-                size(record["bytes_at_rest"]),
-                pre_resized,
-                f"{record['accuracy']:.2%}",
-                f"{record['macro_f1']:.2%}",
-            ]
-        )
-    return table(head, rows)
-
-
-def _spread(measured: dict[str, float]) -> str:
-    return f"{measured['median']:,.0f} ({measured['low']:,.0f} .. {measured['high']:,.0f})"
-
-
-def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against training throughput, a point for each resolution, with one standard error of the accuracy."""
-    measured = [record for record in records if "failed" not in record]
-    speed = [record["training_images_per_second"]["median"] for record in measured]
-    accuracy = [100 * record["accuracy"] for record in measured]
-    errors = [100 * (record["accuracy"] * (1 - record["accuracy"]) / record["samples"]) ** 0.5 for record in measured]
-    figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=160, layout="constrained")
-    axes.errorbar(speed, accuracy, yerr=errors, color="#1d4ed8", marker="o", markersize=7, capsize=3, linewidth=1.5)
-    for record, x, y in zip(measured, speed, accuracy, strict=True):
-        axes.annotate(
-            f"{record['resolution']} px",
-            (x, y),
-            xytext=(10, 10),
-            textcoords="offset points",
-            fontsize=11,
-            weight="bold",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-        )
-    axes.set_xscale("log")
-    axes.set_xlim(min(speed) / 1.4, max(speed) * 1.7)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "25" else "")
-    axes.set_xlabel("training throughput, images/s (log scale)")
-    axes.set_ylabel("test accuracy, %")
-    first = measured[0]
-    axes.set_title(
-        f"{first['dataset']}: what each resolution costs and buys", loc="left", fontsize=13, weight="bold", pad=24
+def sweep(
+    study: Study, wanted: Sequence[Point], seeds: int, out: Path, resume: bool, minutes: float | None
+) -> dict[str, Any]:
+    """Measure a study and write what it found. Returns the failed points with their reasons."""
+    make_directory(out.parent)
+    busy = UserError(
+        found=f"another study that writes {out}.jsonl", expected="one at a time", hint="wait for it, or another --out"
     )
-    axes.text(
-        0,
-        1.03,
-        f"{first['model']}, {first['training_images']:,} training images, {first['epochs']} epochs each; "
-        f"bars: one standard error",
-        transform=axes.transAxes,
-        fontsize=9.5,
-        color="#57534e",
+    interpolation = study.settings.data.interpolation
+    with locked(out.with_name(f".{out.name}.lock"), busy):
+        journal = Journal(out.with_suffix(".jsonl"), study, resume)
+        if journal.others:
+            print(f"{journal.others} lines of other settings or another set stay in {out}.jsonl and are not shown")
+        running = Sweep(study, journal, minutes)
+        running.run(wanted, _SHARE_OF_RESOLUTIONS)
+        # Here and not above: every process that is measured imports this file, and is to hold nothing but its work.
+        from benchmarks.study_words import Findings, markdown
+
+        place = Findings(journal.records, interpolation).to_interpolate()
+        if place is not None:
+            print(f"interpolations at {place.resolution}x{place.resolution}:")
+            chosen = (place.model, place.subset, place.resolution)
+            numbers = [study.settings.seed + number for number in range(seeds)]
+            running.run([Point(*chosen, name, seed) for seed in numbers for name in INTERPOLATIONS])
+        failed = {str(point): reason for point, reason in journal.failures()}
+        findings = Findings(journal.records, interpolation, running.left_out)
+        if not findings.panels:
+            print("nothing could be measured")
+            return failed
+        from benchmarks.study_charts import write_png
+        from benchmarks.study_page import write_page
+
+        write_page(findings, out.with_suffix(".html"))
+        picture = functools.partial(write_png, findings)
+        write_results(out, journal.lines, markdown(findings), picture)
+        print(f"{out}.html")
+    return failed
+
+
+def make_study(arguments: argparse.Namespace, defaults: Defaults) -> tuple[Study, Config]:
+    """The study that a command line asks for, and its recipe. Raises `UserError`."""
+    path = arguments.config or defaults.config
+    if path is None:
+        shards = choose_set(arguments.shards)
+        settings = validate(SMALL_RECIPE, "the sweep")
+    else:
+        settings = config.load(path, [])
+        shards = local_set(arguments.shards or settings.data.shards)
+    if arguments.epochs is not None:
+        trainer = {**settings.trainer.model_dump(mode="json"), "epochs": arguments.epochs}
+        settings = validate({**settings.model_dump(mode="json"), "trainer": trainer}, "--epochs")
+    manifests = [Manifest.read(shards / part) for part in PARTS]
+    if settings.data.validation == 0 and not has_part(shards, VALIDATION):
+        raise UserError(
+            found=f"data.validation=0 in {path}, and no val part in {shards}",
+            expected="a validation part, by which resolutions are chosen",
+            hint="data.validation: 0.05",
+        )
+    # A schedule of resolutions gives way to the resolution of the point.
+    data = settings.data.model_copy(update={"resolution": manifests[0].image_shape[0] or 28})
+    study = Study(
+        shards=shards,
+        dataset=manifests[0].name,
+        digest="".join(manifest.digest() for manifest in manifests),
+        recipe=settings.model_copy(update={"data": data}).model_dump(mode="json"),
+        seconds=arguments.seconds or defaults.seconds,
+        test_images=defaults.test_images,
     )
-    axes.grid(color="#e7e5e4")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    with path.open("wb") as file:
-        figure.savefig(file, format="png")
-    plt.close(figure)
+    return study, settings
 
 
-def choose_set(shards: str | None) -> Path:
-    """The packed set to measure: the one named, a packed EMNIST, or the embedded digits, packed if need be."""
-    if shards is not None:
-        return local_set(shards)
-    if is_packed_set(PACKED_EMNIST):
-        return PACKED_EMNIST
-    source = find_source("digits")
-    pack(lambda: source.load(Request(Path())), PACKED_DIGITS, dataset=source.name)
-    return PACKED_DIGITS
+def _numbers(text: str, option: str, expected: str, hint: str, most: float = float("inf")) -> list[float]:
+    try:
+        numbers = [float(word) for word in text.split(",")]
+        if not all(0 < number <= most for number in numbers):
+            raise ValueError
+    except ValueError:
+        raise UserError(found=f"{option} {text}", expected=expected, hint=hint) from None
+    return list(dict.fromkeys(numbers))
 
 
 def _resolutions(text: str) -> list[int]:
-    try:
-        resolutions = [int(word) for word in text.split(",")]
-        if min(resolutions) < 1:
-            raise ValueError
-    except ValueError:
-        raise UserError(
-            found=f"--resolutions {text}", expected="sides in pixels with commas", hint="--resolutions 28,56,112"
-        ) from None
-    return resolutions
+    expected, hint = "sides in pixels with commas", "--resolutions 28,56,112"
+    numbers = _numbers(text, "--resolutions", expected, hint)
+    if not all(number.is_integer() for number in numbers):
+        raise UserError(found=f"--resolutions {text}", expected=expected, hint=hint)
+    return [int(number) for number in numbers]
+
+
+def _subsets(given: list[str] | None, defaults: Defaults, shards: Path) -> list[float]:
+    if given is not None:
+        expected = "a share of the training images, above 0 and up to 1"
+        return [share for text in given for share in _numbers(text, "--subset", expected, "--subset 0.002", 1)]
+    return list(defaults.subsets or [min(1.0, SMALL_IMAGES / Manifest.read(shards / "train").samples)])
+
+
+def _positive(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        if not 0 < kind(text) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return kind(text)
+
+    return parse
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What does each resolution cost, and what does it buy?")
+    number, share = _positive(int), _positive(float)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="recipe to train by (default: a small network's)")
+    parser.add_argument("--shards", metavar="DIR", help="packed set or its address (default: the recipe's, or digits)")
+    parser.add_argument("--resolutions", metavar="28,56", help=f"sides in pixels (default: {QUICK.resolutions})")
+    parser.add_argument(
+        "--subset", action="append", metavar="SHARE", help="of the training images; may be given several times"
+    )
+    parser.add_argument("--models", metavar="A,B", help="three_block_cnn or timm models (default: the recipe's)")
+    parser.add_argument("--seeds", type=number, metavar="N", help=f"at every point (default: {QUICK.seeds})")
+    parser.add_argument("--epochs", type=number, metavar="N", help="at every resolution (default: the recipe's)")
+    parser.add_argument(
+        "--seconds", type=share, metavar="S", help="of training at every resolution, beside the epochs (default: 10)"
+    )
+    parser.add_argument("--budget-minutes", type=share, metavar="M", help="begin no point that would not fit into this")
+    parser.add_argument("--resume", action="store_true", help="go on with the lines that are there")
+    parser.add_argument(
+        "--full", action="store_true", help="the full study, for a GPU: configs/byclass.yaml, 28 .. 224"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="FILE", help="compare two files of lines; status 1 for a regression"
+    )
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write the results")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What does each resolution cost, and what does it buy?")
-    parser.add_argument(
-        "--shards", metavar="DIR", help="packed set or its address (default: EMNIST ByClass, or digits)"
-    )
-    parser.add_argument("--resolutions", default=",".join(map(str, RESOLUTIONS)), help="sides in pixels, with commas")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs at every resolution")
-    parser.add_argument("--images", type=int, default=TRAINING_IMAGES, help="most training images, chosen by class")
-    parser.add_argument("--model", default="three_block_cnn", help="three_block_cnn or a timm model")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write the results")
-    arguments = parser.parse_args()
-    resolutions = _resolutions(arguments.resolutions)
-    shards = choose_set(arguments.shards)
-    available = Manifest.read(shards / "train").samples
-    subset = min(1.0, arguments.images / available)
-    records = sweep(shards, resolutions, subset, arguments.epochs, arguments.model)
-    out = arguments.out / "resolution_sweep"
-    write_lines(out.with_suffix(".jsonl"), records)
-    text = markdown(records)
-    write_file(out.with_suffix(".md"), text + "\n")
-    print(text)
-    if any("failed" not in record for record in records):
-        draw(records, out.with_suffix(".png"))
-        print(f"\n{out}.jsonl, .md, .png")
-    return 0
+    arguments = parse()
+    if arguments.compare:
+        from benchmarks.study_comparison import compare
+
+        text, worse = compare(*arguments.compare)
+        print(text)
+        return 1 if worse else 0
+    defaults = FULL if arguments.full else QUICK
+    resolutions = _resolutions(arguments.resolutions or defaults.resolutions)
+    study, settings = make_study(arguments, defaults)
+    subsets = _subsets(arguments.subset, defaults, study.shards)
+    models = arguments.models.split(",") if arguments.models else [settings.model.name]
+    seeds = arguments.seeds or defaults.seeds
+    minutes = arguments.budget_minutes or defaults.budget_minutes
+    wanted = points(study, models, subsets, resolutions, seeds)
+    for point in wanted:  # a mistake ends it before anything is measured
+        study.config(point, settings.loader.batch_size, settings.optim.accumulation)
+    failed = sweep(study, wanted, seeds, arguments.out / NAME, arguments.resume, minutes)
+    for point, reason in failed.items():
+        print(f"{point}: {reason}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

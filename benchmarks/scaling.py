@@ -11,6 +11,7 @@ if there is one, the digits inside scikit-learn otherwise. Writes scaling.jsonl,
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -25,13 +26,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.harness import DEFAULT_OUT, table, write_lines
-from benchmarks.resolution_sweep import choose_set
+from benchmarks.harness import DEFAULT_OUT, table, write_results
+from benchmarks.packed_set import choose_set
 from benchmarks.train_throughput import LISTS, RUNS, SECONDS
 from benchmarks.training_loop import Setting, measure
 from pipeline.device import choose_device
 from shards import Manifest
-from shards.atomic import write_file
 from shards.errors import UserError, run_command
 
 _MOST_SECONDS = 1800  # for one number of ranks
@@ -178,14 +178,9 @@ def main() -> int:
         print(f"{count} {'rank' if count == 1 else 'ranks'} ...", flush=True)
         found = measure_ranks(shards, setting, count, threads, device, subset, arguments.runs, arguments.seconds)
         records.append({"name": "scaling", "ranks": count, "threads": threads, **vars(setting), **found})
-    text = markdown(records)
-    out = arguments.out / "scaling"
-    write_lines(out.with_suffix(".jsonl"), records)
-    write_file(out.with_suffix(".md"), text + "\n")
-    print(text)
-    if any("failed" not in record for record in records):
-        draw(records, out.with_suffix(".png"))
-        print(f"\n{out}.jsonl, .md, .png")
+    measured = any("failed" not in record for record in records)
+    picture = functools.partial(draw, records) if measured else None
+    write_results(arguments.out / "scaling", records, markdown(records), picture)
     return 0
 
 

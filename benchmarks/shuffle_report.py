@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from benchmarks.harness import DEFAULT_OUT, table, write_lines
+from benchmarks.harness import DEFAULT_OUT, table, write_lines, write_results
 from benchmarks.shuffle_measures import Epoch, quality
 from benchmarks.shuffle_orders import Found, Given
-from shards.atomic import write_file
 from trainer.environment import environment
 
 _DRAWS = 20  # of a uniform order, to tell chance from fault
@@ -37,16 +37,11 @@ _HEAD = {
 
 def write(found: Found, batch_size: int, out: Path | None, json: Path | None) -> None:
     """Print the table and write shuffle_quality.jsonl, .md and .png, and the further file of lines if asked for."""
-    path = (out or DEFAULT_OUT) / "shuffle_quality"
     records = measure(found, batch_size)
-    write_lines(path.with_suffix(".jsonl"), records)
     if json is not None:
         write_lines(json, records)
-    text = markdown(records, found)
-    write_file(path.with_suffix(".md"), text + "\n")
-    print(f"\n{text}\n")
-    draw(found, records, path.with_suffix(".png"))
-    print(f"{path}.jsonl, .md, .png")
+    picture = functools.partial(draw, found, records)
+    write_results((out or DEFAULT_OUT) / "shuffle_quality", records, markdown(records, found), picture)
 
 
 def measure(found: Found, batch_size: int) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ near the depthwise convolutions of the base come to the memory's bandwidth. Writ
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.bandwidth import describe, measure_bandwidth
-from benchmarks.harness import DEFAULT_OUT, in_process, size, table, write_lines
-from benchmarks.resolution_sweep import choose_set
+from benchmarks.harness import DEFAULT_OUT, in_process, size, table, write_results
+from benchmarks.packed_set import choose_set
 from benchmarks.training_loop import Setting, measure
 from pipeline.device import choose_device
 from shards import Manifest
-from shards.atomic import write_file
 from shards.errors import UserError, run_command
 
 RUNS = 15
@@ -159,14 +159,9 @@ def main() -> int:
         found = in_process(measure_bandwidth, shards, settings[0], device, subset)
         records.append({"name": "depthwise_bandwidth", **vars(settings[0]), **found})
         text += "\n\n" + describe(records[-1])
-    out = arguments.out / "train_throughput"
-    write_lines(out.with_suffix(".jsonl"), records)
-    write_file(out.with_suffix(".md"), text + "\n")
-    print(text)
     drawn = [record for record in records if record["name"] == "train_throughput" and "failed" not in record]
-    if drawn:
-        draw(drawn, out.with_suffix(".png"))
-        print(f"\n{out}.jsonl, .md, .png")
+    picture = functools.partial(draw, drawn) if drawn else None
+    write_results(arguments.out / "train_throughput", records, text, picture)
     return 0
 
 

@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 
+from pipeline.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.graph import Graph, GraphSpec
 from pipeline.graph_torch import TorchGraph
 from shards.errors import UserError
@@ -31,10 +32,33 @@ def choose_backend(name: str, device: torch.device, spec: GraphSpec) -> tuple[st
     return "dali", "there is a GPU"
 
 
-def make_graph(spec: GraphSpec, backend: str, device: torch.device, batch_size: int) -> Graph:
-    """Build a graph. backend: `dali` or `torch`; batch_size: the most images of one call."""
+def make_graph(
+    spec: GraphSpec,
+    backend: str,
+    device: torch.device,
+    batch_size: int,
+    augmentation: Augmentation = NO_AUGMENTATION,
+) -> Graph:
+    """Build a graph. backend: `dali` or `torch`; batch_size: the most images of one call.
+
+    augmentation: of training images; a graph that changes anything wants draws with each batch.
+    """
+    if spec.encoded:
+        _check_pictures(spec, augmentation)
     if backend == "dali":
         from pipeline.graph_dali import DaliGraph, DaliPictureGraph  # not there on every system
 
-        return (DaliPictureGraph if spec.encoded else DaliGraph)(spec, device, batch_size)
-    return TorchGraph(spec, device)
+        return (DaliPictureGraph if spec.encoded else DaliGraph)(spec, device, batch_size, augmentation)
+    return TorchGraph(spec, device, augmentation)
+
+
+def _check_pictures(spec: GraphSpec, augmentation: Augmentation) -> None:
+    """Refuse what is done to raw pixels, which picture files have only once they are decoded."""
+    on_pixels = ("stroke", "erase", "crop_padding")
+    found = [*spec.preparation.steps, *(name for name in on_pixels if getattr(augmentation, name))]
+    if found:
+        raise UserError(
+            found=f"pictures of differing sizes, and {', '.join(found)}",
+            expected="images of one size, which these steps work on before they are resized",
+            hint="pack the pictures at one size: python -m pipeline.shard ... --size N",
+        )

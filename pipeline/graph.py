@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from pipeline.augmentation import Draws
+from pipeline.preparation import NOTHING, Preparation
 from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.store import Images
@@ -20,8 +22,9 @@ class GraphSpec:
 
     image_shape: (H, W, C) of the raw images, (None, None, C) for picture files of differing sizes. transposed: rows and
     columns are exchanged in them.
-    resolution: side of the square output, in pixels. interpolation: `linear`, `cubic` or `nearest`.
+    resolution: side of the square output, in pixels. interpolation: `linear`, `cubic`, `lanczos` or `nearest`.
     mean, std: for each channel, of the resized images with pixels scaled to 0 .. 1.
+    preparation: of the raw images, in training and evaluation alike.
     """
 
     image_shape: tuple[int | None, int | None, int]
@@ -30,9 +33,12 @@ class GraphSpec:
     interpolation: str = "linear"
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    preparation: Preparation = NOTHING
 
     @classmethod
-    def of(cls, manifest: Manifest, resolution: int, interpolation: str = "linear") -> GraphSpec:
+    def of(
+        cls, manifest: Manifest, resolution: int, interpolation: str = "linear", preparation: Preparation = NOTHING
+    ) -> GraphSpec:
         """The spec for a packed part, without normalisation (mean 0, standard deviation 1)."""
         if not 1 <= resolution <= MAX_RESOLUTION:
             raise UserError(
@@ -48,6 +54,7 @@ class GraphSpec:
             interpolation=interpolation,
             mean=(0.0,) * channels,
             std=(1.0,) * channels,
+            preparation=preparation,
         )
 
     def normalised(self, mean: tuple[float, ...], std: tuple[float, ...]) -> GraphSpec:
@@ -57,6 +64,13 @@ class GraphSpec:
     def encoded(self) -> bool:
         """Whether the raw images are picture files."""
         return self.image_shape[0] is None
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Height and width of the raw images, orientation fixed."""
+        height, width, _ = self.image_shape
+        assert height and width, "picture files have no one size"
+        return (width, height) if self.transposed else (height, width)
 
     @property
     def resizes(self) -> bool:
@@ -70,6 +84,12 @@ class GraphSpec:
         height, width, _ = self.image_shape
         assert height and width, "picture files have no one size"
         return self.resolution * self.resolution > height * width
+
+    @property
+    def warps_directly(self) -> bool:
+        """Whether pixels are moved straight from the raw image to the output, in one interpolation; otherwise images
+        are resized first, which takes another one or makes several pixels one."""
+        return not self.encoded and self.interpolation == "linear" and self.resolution >= max(self.upright)
 
 
 class UndecodableImage(Exception):
@@ -90,9 +110,9 @@ class Graph(Protocol):
     @property
     def worth_joining(self) -> int: ...
 
-    def __call__(self, images: Images) -> torch.Tensor:
+    def __call__(self, images: Images, draws: Draws | None = None) -> torch.Tensor:
         """images: uint8 [B, H, W, C], C-contiguous, or B picture files of uint8 [bytes]; B is up to the graph's batch
-        size. They are not changed and not kept.
+        size. They are not changed and not kept. draws: of B images, for a graph that augments.
 
         Returns float32 [B, C, R, R] on the device: upright, resized, (x / 255 - mean) / std. Raises `UndecodableImage`.
         """

@@ -13,13 +13,17 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
+from pipeline.augmentation import NO_AUGMENTATION, Augmentation, Draws
 from pipeline.graph import GraphSpec, UndecodableImage
+from pipeline.raw_steps import RawSteps
 from pipeline.resample import nearest_nudge
+from pipeline.warp import Warp, shifts_to_mean
 from shards.pictures import decode, read_header
 
 _INTERPOLATIONS = {
     "linear": types.INTERP_LINEAR,
     "cubic": types.INTERP_CUBIC,
+    "lanczos": types.INTERP_LANCZOS3,
     "nearest": types.INTERP_NN,
 }
 # A batch enters as packs of images (layout FHWC): handing over every 784-byte image on its own costs more
@@ -37,7 +41,15 @@ class DaliGraph:
 
     worth_joining = 0
 
-    def __init__(self, spec: GraphSpec, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self,
+        spec: GraphSpec,
+        device: torch.device,
+        batch_size: int,
+        augmentation: Augmentation = NO_AUGMENTATION,
+    ) -> None:
+        self._raw_steps = RawSteps(spec, augmentation)
+        self._changes = Changes(spec, augmentation, device, framed=True)
         self._pipeline = _empty_pipeline(device, -(-batch_size // _PACK))
         with self._pipeline:
             images = fn.external_source(
@@ -45,21 +57,27 @@ class DaliGraph:
             )
             if device.type == "cuda":
                 images = images.gpu()
-            self._pipeline.set_outputs(_model_input(images, spec, batch_size))
+            self._pipeline.set_outputs(_model_input(images, spec, batch_size, self._changes))
         self._pipeline.build()
 
-    def __call__(self, images: NDArray[np.uint8]) -> torch.Tensor:
+    def __call__(self, images: NDArray[np.uint8], draws: Draws | None = None) -> torch.Tensor:
+        prepared = self._raw_steps(torch.from_numpy(images), draws).numpy()
         count = len(images)
         packs = -(-count // _PACK)
         pack = -(-count // packs)
-        if packs * pack != count:
-            # Round up to whole packs (fewer than `packs` blank images) and cut them off again below.
-            padded = np.zeros((packs * pack, *images.shape[1:]), np.uint8)
-            padded[:count] = images
-            images = padded
-        (output,) = self._pipeline.run(images=images.reshape(packs, pack, *images.shape[1:]))
+        inputs = {"images": prepared, **self._changes.arguments(draws)}
+        (output,) = self._pipeline.run(**{name: _packed(each, packs, pack) for name, each in inputs.items()})
         resized = torch.from_dlpack(output.as_tensor())  # [packs, pack, R, R, C], no copy
-        return resized.flatten(0, 1)[:count].permute(0, 3, 1, 2)
+        return self._changes.distorted(resized.flatten(0, 1)[:count].permute(0, 3, 1, 2), draws)
+
+
+def _packed(array: NDArray, packs: int, pack: int) -> NDArray:
+    """[N, ...] as [packs, pack, ...], rounded up to whole packs with zeros: fewer than `packs` blank images."""
+    if packs * pack != len(array):
+        padded = np.zeros((packs * pack, *array.shape[1:]), array.dtype)
+        padded[: len(array)] = array
+        array = padded
+    return array.reshape(packs, pack, *array.shape[1:])
 
 
 class DaliPictureGraph:
@@ -67,16 +85,27 @@ class DaliPictureGraph:
 
     worth_joining = 0
 
-    def __init__(self, spec: GraphSpec, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self,
+        spec: GraphSpec,
+        device: torch.device,
+        batch_size: int,
+        augmentation: Augmentation = NO_AUGMENTATION,
+    ) -> None:
         self._spec = spec
         self._device = device
         self._batch_size = batch_size
+        self._changes = Changes(spec, augmentation, device, framed=False)
         self._pipeline = self._build()
 
-    def __call__(self, images: list[NDArray[np.uint8]]) -> torch.Tensor:
-        parts = [self._run(images[run], run.start) for run in _runs([*map(_pixels, range(len(images)), images)])]
+    def __call__(self, images: list[NDArray[np.uint8]], draws: Draws | None = None) -> torch.Tensor:
+        arguments = self._changes.arguments(draws)
+        parts = [
+            self._run(images[run], {name: each[run] for name, each in arguments.items()}, run.start)
+            for run in _runs([*map(_pixels, range(len(images)), images)])
+        ]
         resized = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return resized.permute(0, 3, 1, 2)
+        return self._changes.distorted(resized.permute(0, 3, 1, 2), draws)
 
     def _build(self) -> Pipeline:
         pipeline = _empty_pipeline(self._device, self._batch_size)
@@ -88,26 +117,124 @@ class DaliPictureGraph:
                 output_type=types.GRAY if self._spec.image_shape[2] == 1 else types.RGB,
                 jpeg_fancy_upsampling=True,  # on a GPU too, as libjpeg does it on a CPU
             )
-            pipeline.set_outputs(_model_input_of_pictures(images, self._spec, self._batch_size))
+            pipeline.set_outputs(_model_input_of_pictures(images, self._spec, self._batch_size, self._changes))
         pipeline.build()
         return pipeline
 
-    def _run(self, images: list[NDArray[np.uint8]], start: int) -> torch.Tensor:
+    def _run(self, images: list[NDArray[np.uint8]], arguments: dict[str, NDArray], start: int) -> torch.Tensor:
         try:
-            (output,) = self._pipeline.run(images=images)
+            (output,) = self._pipeline.run(images=images, **arguments)
         except RuntimeError:
-            self._find_undecodable(images, start)
+            self._find_undecodable(images, arguments, start)
             raise
         return torch.from_dlpack(output.as_tensor())  # [n, R, R, C], no copy
 
-    def _find_undecodable(self, images: list[NDArray[np.uint8]], start: int) -> None:
+    def _find_undecodable(self, images: list[NDArray[np.uint8]], arguments: dict[str, NDArray], start: int) -> None:
         """Raise `UndecodableImage` for the first picture that fails alone, too."""
         self._pipeline = self._build()  # after an error a pipeline is no longer valid
-        for position, image in enumerate(images, start):
+        for position, image in enumerate(images):
             try:
-                self._pipeline.run(images=[image])
+                self._pipeline.run(images=[image], **{name: each[position, None] for name, each in arguments.items()})
             except RuntimeError as error:
-                raise UndecodableImage(position, _what_is_wrong(image, self._spec.image_shape[2], error)) from None
+                raise UndecodableImage(
+                    start + position, _what_is_wrong(image, self._spec.image_shape[2], error)
+                ) from None
+
+
+class Changes:
+    """An augmentation within a graph: the operators, and what the draws of a batch become as their arguments.
+
+    framed: whether a sample of the pipeline is a pack of images, each with arguments of its own.
+    """
+
+    def __init__(self, spec: GraphSpec, augmentation: Augmentation, device: torch.device, *, framed: bool) -> None:
+        self._spec = spec
+        self._augmentation = augmentation
+        self._framed = framed
+        self._on_gpu = device.type == "cuda"
+        self._layout = "FHWC" if framed else "HWC"
+        self.warps_directly = augmentation.warps and spec.warps_directly
+        # DALI has no displacement of single pixels on CPUs. Its output is torch's without a copy, on both.
+        self._warp = Warp(augmentation, spec, device) if augmentation.elastic else None
+
+    def arguments(self, draws: Draws | None) -> dict[str, NDArray[np.float32]]:
+        """What to feed to the pipeline beside the images, each [B, ...]."""
+        augmentation = self._augmentation
+        assert (draws is not None) == bool(augmentation)
+        found = {}
+        if draws is not None and augmentation.colours:
+            channels = self._spec.image_shape[2]
+            colours = augmentation.colours_of(draws, channels).swapaxes(1, 2)  # [B, C + 1, C]
+            colours[:, channels] *= 255
+            found["colours"] = np.ascontiguousarray(colours[:, None, None], np.float32)
+        if draws is not None and augmentation.warps and not self._warp:
+            found["matrices"] = self._in_pixels(self._matrices(draws)).astype(np.float32)
+        return found
+
+    def recoloured(self, images):
+        if not self._augmentation.colours:
+            return images
+        every = (slice(None),) * (3 if self._framed else 2)
+        colours = fn.external_source(name="colours", batch=True, dtype=types.FLOAT, ndim=len(every) + 2)
+        if self._on_gpu:
+            colours = colours.gpu()
+        pixels = fn.cast(images, dtype=types.FLOAT)
+        channels = self._spec.image_shape[2]
+        mixed = colours[(*every, channels)]
+        for channel in range(channels):
+            mixed = mixed + pixels[(*every, slice(channel, channel + 1))] * colours[(*every, channel)]
+        return fn.reshape(mixed, layout=self._layout)
+
+    def normalised(self, images):
+        """(x / 255 - ground) / std."""
+        return fn.crop_mirror_normalize(
+            images,
+            dtype=types.FLOAT,
+            output_layout=self._layout,
+            mean=[255 * level for level in self._augmentation.ground(self._spec.mean)],
+            std=[255 * std for std in self._spec.std],
+        )
+
+    def moved(self, images):
+        """Normalised images at the resolution, moved by the affine part, unless that is left to `distorted`."""
+        augmentation = self._augmentation
+        if not augmentation.warps or self._warp:
+            return images
+        matrices = fn.external_source(name="matrices", batch=True, dtype=types.FLOAT, ndim=3 if self._framed else 2)
+        images = fn.warp_affine(
+            images,
+            matrix=fn.per_frame(matrices) if self._framed else matrices,
+            size=[self._spec.resolution] * 2,
+            interp_type=types.INTERP_LINEAR,
+            inverse_map=True,
+            dtype=types.FLOAT,
+            **({} if augmentation.fill == "border" else {"fill_value": 0}),
+        )
+        shifts = shifts_to_mean(augmentation, self._spec)
+        if not shifts:
+            return images
+        less = [-shift for shift in shifts]
+        return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=self._layout, mean=less, std=1)
+
+    def distorted(self, images: torch.Tensor, draws: Draws | None) -> torch.Tensor:
+        """The pipeline's output float32 [B, C, H, W], with the elastic distortion and the affine part in one."""
+        if self._warp is None or draws is None:
+            return images
+        return self._warp(images, self._matrices(draws), draws)
+
+    def _matrices(self, draws: Draws) -> NDArray[np.float64]:
+        spec = self._spec
+        return self._augmentation.matrices(draws, (spec.resolution,) * 2 if spec.encoded else spec.upright)
+
+    def _in_pixels(self, matrices: NDArray[np.float64]) -> NDArray[np.float64]:
+        """As DALI takes them: from pixels of the output to pixels of the input, whose centres are at one half."""
+        resolution = self._spec.resolution
+        height, width = self._spec.upright if self.warps_directly else (resolution, resolution)
+        half = np.array([width, height])[None, :, None] / 2
+        pixels = matrices * half
+        pixels[:, :, 2] += half[:, :, 0] - pixels[:, :, :2].sum(axis=2)
+        pixels[:, :, :2] *= 2 / resolution
+        return pixels
 
 
 def _pixels(position: int, image: NDArray[np.uint8]) -> int:
@@ -150,24 +277,26 @@ def _empty_pipeline(device: torch.device, batch_size: int) -> Pipeline:
     )
 
 
-def _model_input(images, spec: GraphSpec, batch_size: int):
+def _model_input(images, spec: GraphSpec, batch_size: int, changes: Changes):
     """The graph itself: raw packs uint8 [F, H, W, C] to normalised float32 [F, R, R, C]."""
-    height, width, _ = spec.image_shape
+    height, width = spec.upright
     if spec.transposed:
         images = fn.transpose(images, perm=[0, 2, 1, 3], transpose_layout=False)
-        height, width = width, height
+    images = changes.recoloured(images)
     region = {}
     if spec.interpolation == "nearest":
         nudge = nearest_nudge(spec.resolution)
         region = {"roi_start": [nudge, nudge], "roi_end": [height + nudge, width + nudge]}
-    if not spec.resizes:
-        return _normalise(images, spec, "FHWC")
-    if spec.enlarges:
-        return _resize(_normalise(images, spec, "FHWC"), spec, batch_size, region)
-    return _normalise(_resize(images, spec, batch_size, region), spec, "FHWC")
+    if not spec.resizes or changes.warps_directly:
+        images = changes.normalised(images)
+    elif spec.enlarges:
+        images = _resize(changes.normalised(images), spec, batch_size, region)
+    else:
+        images = changes.normalised(_resize(images, spec, batch_size, region))
+    return changes.moved(images)
 
 
-def _model_input_of_pictures(images, spec: GraphSpec, batch_size: int):
+def _model_input_of_pictures(images, spec: GraphSpec, batch_size: int, changes: Changes):
     """The graph behind the decoder: uint8 [H, W, C], each of its own size, to normalised float32 [R, R, C]."""
     if spec.transposed:
         images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
@@ -175,17 +304,9 @@ def _model_input_of_pictures(images, spec: GraphSpec, batch_size: int):
     if spec.interpolation == "nearest":
         nudge = nearest_nudge(spec.resolution)
         region = {"roi_start": [nudge, nudge], "roi_end": images.shape(dtype=types.FLOAT)[:2] + nudge}
-    return _normalise(_resize(images, spec, batch_size, region), spec, "HWC")
-
-
-def _normalise(images, spec: GraphSpec, layout: str):
-    return fn.crop_mirror_normalize(
-        images,
-        dtype=types.FLOAT,
-        output_layout=layout,
-        mean=[255 * mean for mean in spec.mean],
-        std=[255 * std for std in spec.std],
-    )
+    # Colours after resizing, which leaves fewer pixels; they commute.
+    resized = changes.recoloured(_resize(images, spec, batch_size, region))
+    return changes.moved(changes.normalised(resized))
 
 
 def _resize(images, spec: GraphSpec, batch_size: int, region: dict[str, Any]):

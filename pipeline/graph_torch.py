@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from pipeline.augmentation import NO_AUGMENTATION, Augmentation, Draws
 from pipeline.buffers import Buffers
 from pipeline.graph import GraphSpec
+from pipeline.raw_steps import RawSteps
 from pipeline.resample import resize_weights
+from pipeline.warp import Warp
 from shards.errors import UserError
 
 _WORTH_JOINING = 8 << 20  # bytes of model input; from there on the calls themselves no longer matter
@@ -18,7 +21,7 @@ _WORTH_JOINING = 8 << 20  # bytes of model input; from there on the calls themse
 class TorchGraph:
     """See `pipeline.graph.Graph`."""
 
-    def __init__(self, spec: GraphSpec, device: torch.device) -> None:
+    def __init__(self, spec: GraphSpec, device: torch.device, augmentation: Augmentation = NO_AUGMENTATION) -> None:
         if spec.encoded:
             raise UserError(
                 found="pictures of differing sizes, and the torch backend",
@@ -26,33 +29,44 @@ class TorchGraph:
                 hint="install nvidia-dali-cuda120 (Linux only) and use loader.backend=auto; or pack the pictures at "
                 "one size: python -m pipeline.shard ... --size N",
             )
-        height, width, _ = spec.image_shape
-        if spec.transposed:
-            height, width = width, height
+        height, width = spec.upright
         self.worth_joining = _WORTH_JOINING // (4 * spec.image_shape[2] * spec.resolution**2)
         self._device = device
         self._buffers = Buffers()
         self._transposed = spec.transposed
-        self._resizes = spec.resizes
+        self._raw_steps = RawSteps(spec, augmentation)
+        self._augmentation = augmentation
+        self._shape = height, width
+        self._warp = Warp(augmentation, spec, device) if augmentation.warps else None
+        self._resizes = spec.resizes and not (self._warp and spec.warps_directly)
         rows = resize_weights(height, spec.resolution, spec.interpolation)  # [R, H]
         columns = resize_weights(width, spec.resolution, spec.interpolation)  # [R, W]
         first, second = (rows, columns) if spec.transposed else (columns, rows)  # in the order of their products
         self._first = torch.from_numpy(first.T.copy()).float().to(device)
         self._second = torch.from_numpy(second.T.copy() if spec.transposed else second).float().to(device)
-        # (X / 255 - mean) / std = X / (255 std) - mean / std, before the resize, as the rows of A add up to 1.
+        # (X / 255 - ground) / std = X / (255 std) - ground / std, before the resize, as the rows of A add up to 1.
         std = torch.tensor(spec.std, dtype=torch.float64)
-        shifts = (-torch.tensor(spec.mean, dtype=torch.float64) / std).float().to(device)
+        ground = torch.tensor(augmentation.ground(spec.mean), dtype=torch.float64)
+        shifts = (-ground / std).float().to(device)
         self._shifts_and_scales = list(zip(shifts, (1 / (255 * std)).tolist(), strict=True))
 
-    def __call__(self, images: NDArray[np.uint8]) -> torch.Tensor:
+    def __call__(self, images: NDArray[np.uint8], draws: Draws | None = None) -> torch.Tensor:
+        assert (draws is not None) == bool(self._augmentation)
         raw = torch.from_numpy(images)
         if self._device.type == "cuda":
             raw = raw.pin_memory().to(self._device, non_blocking=True)
+        raw = self._raw_steps(raw, draws)
         pixels = self._as_floats(raw.permute(0, 3, 1, 2) if self._resizes else self._upright(raw))
+        if draws is not None and self._augmentation.colours:
+            pixels = recoloured(pixels, self._augmentation.colours_of(draws, pixels.shape[1]))
         for channel, (shift, scale) in enumerate(self._shifts_and_scales):
             plane = pixels[:, channel]
             torch.add(shift, plane, alpha=scale, out=plane)  # in one pass over the memory
-        return self._resized(pixels) if self._resizes else pixels
+        if self._resizes:
+            pixels = self._resized(pixels)
+        if draws is not None and self._warp:
+            pixels = self._warp(pixels, self._augmentation.matrices(draws, self._shape), draws)
+        return pixels
 
     def _resized(self, pixels: torch.Tensor) -> torch.Tensor:
         """Images [B, C, H, W] as they lie at rest as [B, C, R, R], orientation fixed."""
@@ -91,3 +105,12 @@ class TorchGraph:
         if self._device.type == "cuda":
             return torch.empty(shape, device=self._device)  # whose allocator keeps memory by itself
         return self._buffers.tensor(shape)
+
+
+def recoloured(pixels: torch.Tensor, colours: NDArray[np.float64]) -> torch.Tensor:
+    """pixels: float32 [B, C, H, W], 0 .. 255. colours: float64 [B, C, C + 1], of `Augmentation.colours_of`. Nothing is
+    cut off at the ends of the range."""
+    batch, channels, height, width = pixels.shape
+    mixing = torch.from_numpy(colours).float().to(pixels.device)
+    flat = torch.baddbmm(255 * mixing[:, :, channels:], mixing[:, :, :channels], pixels.view(batch, channels, -1))
+    return flat.view(batch, channels, height, width)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.augmentation import Draws
 from pipeline.buffers import Buffers
 from pipeline.graph import Graph, UndecodableImage
 from pipeline.order import Order, Step
@@ -92,8 +93,9 @@ class Loader:
         """The batches of some steps, out of one call of the graph."""
         samples = steps[0].samples if len(steps) == 1 else np.concatenate([step.samples for step in steps])
         images = self._read(samples)
+        draws = [step.draws for step in steps if step.draws is not None]
         try:
-            model_input = self._graph(images)
+            model_input = self._graph(images, Draws.concatenated(draws) if draws else None)
         except UndecodableImage as error:
             raise damaged_picture(self._store, int(samples[error.position]), error.reason) from None
         sizes = [len(step.samples) for step in steps]

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from pipeline.hamming import HashIndex, Near
 from pipeline.likeness import SHIFTS, SIDE, UNREADABLE, Miniatures, hashes, spectra
-from pipeline.order import permutation
+from pipeline.randomness import permutation
 from pipeline.workers import Advance, default_workers, map_in_processes
 
 T = TypeVar("T")

@@ -12,35 +12,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.augmentation import Augmentation, Draws
+from pipeline.randomness import BLOCK_STREAM, permutation, random_keys
 from shards.manifest import Manifest
-
-# A seed has many independent streams: an epoch's number for its order, and these for what is drawn once.
-PACKING_STREAM = 1 << 62  # plus the number of the part
-PARTITION_STREAM = 1 << 63
-BLOCK_STREAM = 1 << 61  # plus the epoch: the order of blocks, where samples are drawn within a window of them
-
-
-def random_keys(seed: int, stream: int, count: int) -> NDArray[np.uint64]:
-    """[count] independent uniform 64-bit words of a (seed, stream), from the counter-based generator Philox.
-
-    Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. NumPy guarantees the raw words of its bit
-    generators for all time, which it does not for the numbers that its distributions make of them.
-    """
-    key = np.array([seed, stream], np.uint64)
-    return np.random.Philox(key=key).random_raw(count)
-
-
-def permutation(count: int, seed: int, stream: int) -> NDArray[np.int64]:
-    """A uniform permutation of 0 .. count-1 as int64 [count], the same on every machine and NumPy."""
-    keys = random_keys(seed, stream, count)
-    # Sorting words that carry their place in the low bits is several times as fast as argsort. It is the same unless
-    # two words agree in all the high bits.
-    low = np.uint64(max(1, int(count - 1).bit_length()))
-    marked = np.sort((keys >> low << low) | np.arange(count, dtype=np.uint64))
-    high = marked >> low
-    if (high[1:] == high[:-1]).any():
-        return np.argsort(keys, kind="stable")
-    return (marked & np.uint64((1 << int(low)) - 1)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -48,12 +22,13 @@ class Step:
     """What one rank loads in one step.
 
     number: 0 .. steps-1 within the epoch. samples: int64 [n], this rank's positions in the store.
-    global_size: samples of the step over all ranks.
+    global_size: samples of the step over all ranks. draws: for their augmentation, if there is one.
     """
 
     number: int
     samples: NDArray[np.int64]
     global_size: int
+    draws: Draws | None = None
 
 
 class Order(Protocol):
@@ -83,6 +58,7 @@ class TrainingOrder:
     for a uniform permutation of all. Blocks come in a random order, and each sample is put off by a uniform share of
     the window after its block's turn. So the window slides: every batch lets in as many samples as it takes out, each
     block is read once an epoch, and there is no moment at which a whole window has to be read.
+    augmentation: what to draw for each image, if any.
     """
 
     samples: NDArray[np.int64]
@@ -90,6 +66,7 @@ class TrainingOrder:
     seed: int
     block_size: int = 1
     window: int | None = None
+    augmentation: Augmentation | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -116,7 +93,8 @@ class TrainingOrder:
         for number in range(first, steps):
             batch = shuffled[len(shuffled) * number // steps : len(shuffled) * (number + 1) // steps]
             share = slice(len(batch) * rank // world_size, len(batch) * (rank + 1) // world_size)
-            yield Step(number, batch[share], len(batch))
+            draws = self.augmentation.draw(self.seed, epoch, number, share) if self.augmentation else None
+            yield Step(number, batch[share], len(batch), draws)
 
 
 def window_within(manifest: Manifest, memory: int, batch_size: int) -> int | None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.order import PACKING_STREAM, permutation
+from pipeline.randomness import PACKING_STREAM, permutation
 from pipeline.sources import RawPart, UnreadableImages
 from pipeline.target import Target, find_target
 from pipeline.team import Team

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.order import PARTITION_STREAM, permutation
 from pipeline.partition import stratified
+from pipeline.randomness import PARTITION_STREAM, permutation
 from pipeline.sources import RawPart
 from shards.errors import UserError
 from shards.manifest import PARTS, VALIDATION

@@ -14,10 +14,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from pipeline.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.backend import choose_backend, make_graph
 from pipeline.graph import GraphSpec
 from pipeline.loader import Loader, damaged_picture
-from pipeline.order import EvaluationOrder, permutation
+from pipeline.order import EvaluationOrder
+from pipeline.preparation import NOTHING, Preparation
+from pipeline.randomness import permutation
 from shards import Store
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
@@ -26,6 +29,8 @@ from shards.places import is_remote, local_set
 from shards.store import open_either
 
 _PAIRS = 4  # examples of a class
+_AUGMENTED = 2  # examples of a class with an augmentation, each in so many versions:
+_VERSIONS = 4
 _TILE = 56  # side of a picture on the sheet, pixels
 _GAP = 6
 _PAIR_GAP = 14
@@ -62,14 +67,22 @@ def to_picture(image: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert("RGB")
 
 
-def contact_sheet(store: Store, resolution: int) -> Image.Image:
-    """A picture: for every class its name and a few examples, each raw (left) and processed (right)."""
+def contact_sheet(
+    store: Store,
+    resolution: int,
+    interpolation: str = "linear",
+    preparation: Preparation = NOTHING,
+    augmentation: Augmentation = NO_AUGMENTATION,
+) -> Image.Image:
+    """A picture: for every class its name and a few examples, each raw (left) and processed (right), in several
+    versions if they are augmented."""
     manifest = store.manifest
-    examples = _examples(store)
+    count, versions = (_AUGMENTED, _VERSIONS) if augmentation else (_PAIRS, 1)
+    examples = _examples(store, count)
     columns = 1 if len(examples) <= 12 else 2 if len(examples) <= 64 else 3
     rows = -(-len(examples) // columns)
-    pair_width = 2 * _TILE + _GAP
-    block_width = _LABEL + _PAIRS * (pair_width + _PAIR_GAP)
+    strip_width = (1 + versions) * (_TILE + _GAP) - _GAP
+    block_width = _LABEL + count * (strip_width + _PAIR_GAP)
     row_height = _TILE + 2 * _GAP
     size = (2 * _MARGIN + columns * block_width + (columns - 1) * _COLUMN_GAP, _HEADER + _MARGIN + rows * row_height)
     sheet = Image.new("RGB", size, _PAPER)
@@ -78,12 +91,14 @@ def contact_sheet(store: Store, resolution: int) -> Image.Image:
     draw.text((_MARGIN, 16), f"{manifest.name}, {manifest.part}", _INK, ImageFont.load_default(20))
     height, width, _ = manifest.image_shape
     size = "at its own size" if manifest.encoded else f"{height}x{width} (stored {stored})"
-    note = f"pairs: raw {size}, and processed {resolution}x{resolution} as the model sees it"
+    side = f"{resolution}x{resolution}"
+    seen = f"augmented in {versions} ways, {side}," if augmentation else f"processed {side}"
+    note = f"{'strips' if augmentation else 'pairs'}: raw {size}, and {seen} as the model sees it"
     draw.text((_MARGIN, 42), note, _MUTED, ImageFont.load_default(13))
 
     cpu = torch.device("cpu")
-    spec = GraphSpec.of(manifest, resolution)
-    graph = make_graph(spec, choose_backend("auto", cpu, spec)[0], cpu, _PAIRS)
+    spec = GraphSpec.of(manifest, resolution, interpolation, preparation)
+    graph = make_graph(spec, choose_backend("auto", cpu, spec)[0], cpu, count, augmentation)
     for place, (label, samples) in enumerate(examples):
         left = _MARGIN + place // rows * (block_width + _COLUMN_GAP)
         top = _HEADER + place % rows * row_height
@@ -91,13 +106,24 @@ def contact_sheet(store: Store, resolution: int) -> Image.Image:
         draw.text((left, top + 6), _fitted(name), _INK, ImageFont.load_default(26 if len(name) < 4 else 13))
         draw.text((left, top + _TILE - 16), f"{manifest.counts[label]:,}", _MUTED, ImageFont.load_default(12))
         raw = read_images(store, samples)
-        (batch,) = Loader(store, EvaluationOrder(samples, _PAIRS), graph, cpu).batches()
-        processed = batch.images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-        for number, (before, after) in enumerate(zip(raw, processed, strict=True)):
-            x = left + _LABEL + number * (pair_width + _PAIR_GAP)
+        if augmentation:
+            draws = [augmentation.draw(0, version, label, slice(0, len(samples))) for version in range(versions)]
+            processed = [_pixels(graph(store.read(samples), each)) for each in draws]
+        else:
+            (batch,) = Loader(store, EvaluationOrder(samples, count), graph, cpu).batches()
+            processed = [_pixels(batch.images)]
+        for number, before in enumerate(raw):
+            x = left + _LABEL + number * (strip_width + _PAIR_GAP)
             sheet.paste(_raw_tile(to_picture(before), keep_shape=manifest.encoded), (x, top))
-            sheet.paste(to_picture(after).resize((_TILE, _TILE), Image.Resampling.LANCZOS), (x + _TILE + _GAP, top))
+            for version in processed:
+                x += _TILE + _GAP
+                sheet.paste(to_picture(version[number]).resize((_TILE, _TILE), Image.Resampling.LANCZOS), (x, top))
     return sheet
+
+
+def _pixels(images: torch.Tensor) -> NDArray[np.uint8]:
+    """Model input float32 [B, C, R, R] of 0 .. 1 as uint8 [B, R, R, C]."""
+    return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _raw_tile(picture: Image.Image, keep_shape: bool) -> Image.Image:
@@ -106,12 +132,12 @@ def _raw_tile(picture: Image.Image, keep_shape: bool) -> Image.Image:
     return picture.resize((_TILE, _TILE), Image.Resampling.NEAREST)
 
 
-def _examples(store: Store) -> list[tuple[int, NDArray[np.int64]]]:
+def _examples(store: Store, count: int) -> list[tuple[int, NDArray[np.int64]]]:
     """For every class that has samples: its number and a few of their positions."""
     shuffled = permutation(len(store), seed=0, stream=0)
     found = []
     for label in range(len(store.manifest.classes)):
-        samples = shuffled[store.labels[shuffled] == label][:_PAIRS]
+        samples = shuffled[store.labels[shuffled] == label][:count]
         if len(samples):
             found.append((label, samples))
     return found
@@ -135,11 +161,16 @@ def main() -> int:
     # What was fetched is not ours to write into.
     out = arguments.out or (Path() if is_remote(arguments.place) else local_set(arguments.place)) / "preview.png"
     check_writable(out)
+    save(contact_sheet(store, arguments.resolution), out)
+    return 0
+
+
+def save(sheet: Image.Image, out: Path) -> None:
+    """Write a contact sheet as PNG, and say where it is."""
     content = io.BytesIO()
-    contact_sheet(store, arguments.resolution).save(content, "PNG")
+    sheet.save(content, "PNG")
     write_file(out, content.getvalue())
     print(out)
-    return 0
 
 
 if __name__ == "__main__":

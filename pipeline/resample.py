@@ -7,8 +7,12 @@ take the border pixel; the kernel is widened by source / target when reducing (a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
+
+Kernel = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 def nearest_nudge(target: int) -> float:
@@ -49,13 +53,23 @@ def _catmull_rom(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(x < 1, near, np.where(x < 2, far, 0))
 
 
-# DALI tabulates its cubic kernel at steps of 1/32 and interpolates linearly between them; so do we.
-_CUBIC_NODES = np.linspace(-2, 2, 129)
-_CUBIC_VALUES = _catmull_rom(_CUBIC_NODES)
+def _lanczos(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """sinc(x) * sinc(x / 3) for |x| < 3, with sinc(x) = sin(pi x) / (pi x).
+
+    Duchon 1979, https://doi.org/10.1175/1520-0450(1979)018<1016:LFIOAT>2.0.CO;2, with three lobes on either side.
+    """
+    return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
 
 
-def _tabulated_cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.interp(x, _CUBIC_NODES, _CUBIC_VALUES, left=0, right=0)
+def _tabulated(kernel: Kernel, radius: int) -> Kernel:
+    """DALI tabulates these kernels at steps of 1/32 and interpolates linearly between them; so do we."""
+    nodes = np.linspace(-radius, radius, 2 * radius * 32 + 1)
+    values = kernel(nodes)
+    return lambda x: np.interp(x, nodes, values, left=0, right=0)
 
 
-_KERNELS = {"linear": (_triangle, 1.0), "cubic": (_tabulated_cubic, 2.0)}
+_KERNELS: dict[str, tuple[Kernel, int]] = {
+    "linear": (_triangle, 1),
+    "cubic": (_tabulated(_catmull_rom, 2), 2),
+    "lanczos": (_tabulated(_lanczos, 3), 3),
+}

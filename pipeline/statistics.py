@@ -69,7 +69,8 @@ def cached(store: Store, directory: Path, spec: GraphSpec, backend: str, device:
 
     directory: of the part. Where it cannot be written, they are measured each time.
     """
-    path = directory / "statistics" / f"{spec.resolution}-{spec.interpolation}.json"
+    kind = (str(spec.resolution), spec.interpolation, *spec.preparation.steps)
+    path = directory / "statistics" / f"{'-'.join(kind)}.json"
     digest = store.manifest.digest()
     try:
         content = json.loads(path.read_text())

@@ -85,6 +85,23 @@ def digits_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
+    """A run on the digits at 16x16, some seconds long, that has learned them. Not to be changed."""
+    from trainer.run import main as run_main
+
+    directory = tmp_path_factory.mktemp("digits-run") / "run"
+    recipe = directory.parent / "digits.yaml"
+    recipe.write_text(
+        f"data: {{shards: '{digits_set}', resolution: 16}}\nmodel: {{name: three_block_cnn}}\n"
+        "loader: {batch_size: 64}\noptim: {lr: 3.0e-3}\ntrainer: {epochs: 3, precision: fp32}\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory}"])
+        assert run_main() == 0
+    return directory
+
+
 def run_module(module: str, *arguments: object, cwd: Path | None = None, timeout: float = 120, **env: str):
     """Run `python -m module arguments` as a user does; returns the finished process with its output as text."""
     return subprocess.run(

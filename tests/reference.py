@@ -10,7 +10,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-_CUBIC_STEPS = 32  # DALI tabulates its cubic kernel at steps of 1/32 of a pixel
+_STEPS = 32  # DALI tabulates its cubic and Lanczos kernels at steps of 1/32 of a pixel
+_REACH = {"linear": 1, "cubic": 2, "lanczos": 3}
 
 
 def model_input(
@@ -43,7 +44,7 @@ def resize_axis(planes: NDArray[np.float64], axis: int, target: int, interpolati
             continue
         centre = (pixel + 0.5) * source / target - 0.5
         widening = max(1.0, source / target)
-        reach = (1 if interpolation == "linear" else 2) * widening
+        reach = _REACH[interpolation] * widening
         total = 0.0
         for tap in range(math.floor(centre - reach), math.ceil(centre + reach) + 1):
             weight = kernel(abs(tap - centre) / widening, interpolation)
@@ -57,9 +58,10 @@ def kernel(distance: float, interpolation: str) -> float:
     """Weight of a pixel at a distance >= 0 from the centre."""
     if interpolation == "linear":
         return max(0.0, 1.0 - distance)
-    node = math.floor(distance * _CUBIC_STEPS)
-    share = distance * _CUBIC_STEPS - node
-    return (1 - share) * catmull_rom(node / _CUBIC_STEPS) + share * catmull_rom((node + 1) / _CUBIC_STEPS)
+    exact = catmull_rom if interpolation == "cubic" else lanczos
+    node = math.floor(distance * _STEPS)
+    share = distance * _STEPS - node
+    return (1 - share) * exact(node / _STEPS) + share * exact((node + 1) / _STEPS)
 
 
 def catmull_rom(distance: float) -> float:
@@ -69,3 +71,13 @@ def catmull_rom(distance: float) -> float:
     if distance >= 1:
         return ((5 - distance) * distance - 8) * distance / 2 + 2
     return (3 * distance - 5) * distance * distance / 2 + 1
+
+
+def lanczos(distance: float) -> float:
+    """Duchon 1979: sin(pi x) / (pi x) under the middle arch of the same three times as wide."""
+    if distance == 0:
+        return 1.0
+    if distance >= 3:
+        return 0.0
+    angle = math.pi * distance
+    return 3 * math.sin(angle) * math.sin(angle / 3) / angle**2

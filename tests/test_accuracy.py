@@ -28,6 +28,17 @@ def test_byclass_on_a_cpu(shared_data: Path, tmp_path: Path) -> None:
     assert accuracy(shared_data, tmp_path, "emnist", "byclass_cpu.yaml") >= 0.86
 
 
+def test_cifar10_subset(shared_data: Path, tmp_path: Path) -> None:
+    """The plain network on a fifth of the training pictures; the standard error is one point."""
+    packed, run = tmp_path / "set", tmp_path / "run"
+    raw = shared_data / "cifar10" / "cifar10-jpg-subset.zip"
+    assert run_module("pipeline.shard", "folder", "--raw", raw, "--size", 32, "--out", packed).returncode == 0
+    overrides = (f"data.shards={packed}", f"run.dir={run}", "trainer.epochs=20")
+    process = run_module("trainer.run", ROOT / "configs" / "cifar10_plain.yaml", *overrides, timeout=1200)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((run / "summary.json").read_text())["accuracy"] >= 0.62
+
+
 def test_a_compiled_model_learns(digits_set: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = (f"data.shards={digits_set}", f"run.dir={run}", "trainer.compile=true", "trainer.epochs=3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -25,47 +26,6 @@ from benchmarks.training_loop import Setting
 from shards import UserError
 from trainer.model import make_model
 from trainer.settings import Model
-
-
-def test_the_sweep_measures_draws_and_tabulates(digits_set: Path, tmp_path: Path) -> None:
-    process = subprocess.run(
-        f"{sys.executable} benchmarks/resolution_sweep.py --resolutions 8,16 --epochs 1 --images 300".split()
-        + ["--shards", digits_set, "--out", tmp_path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert process.returncode == 0, process.stderr
-    records = [json.loads(line) for line in (tmp_path / "resolution_sweep.jsonl").read_text().splitlines()]
-    assert [record["resolution"] for record in records] == [8, 16]
-    for record in records:
-        assert record["loader_images_per_second"]["n"] == 5
-        assert record["loader_images_per_second"]["median"] > record["training_images_per_second"]["median"] > 0
-        assert record["peak_memory_bytes"] > 1e8
-        assert 0 <= record["data_wait_share"] < 1
-        assert record["samples"] == 359
-        assert record["bytes_pre_resized_uint8"] == 1797 * record["resolution"] ** 2
-        assert record["bytes_at_rest"] == records[0]["bytes_at_rest"] > 1797 * 64
-        assert record["environment"]["processor"]
-    text = (tmp_path / "resolution_sweep.md").read_text()
-    assert text.strip() in process.stdout
-    assert len(text.splitlines()) == 4
-    picture = np.asarray(Image.open(tmp_path / "resolution_sweep.png").convert("RGB"))
-    assert picture.shape[1] > 1000
-    assert len(np.unique(picture.reshape(-1, 3) // 32, axis=0)) > 5
-
-
-def test_the_sweep_refuses_resolutions_that_are_none(tmp_path: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, "benchmarks/resolution_sweep.py", "--resolutions", "28,0"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert process.returncode == 2
-    assert "HINT: --resolutions 28,56,112" in process.stderr
 
 
 def test_rates_interleave_and_leave_out_the_warm_up() -> None:
@@ -103,6 +63,29 @@ def test_in_process_tells_peak_memory_death_and_errors() -> None:
     assert "killed" in in_process(_be_killed)["failed"]
     with pytest.raises(ValueError, match="a bug"):
         in_process(_fail)
+
+
+class _Stopped(Exception):
+    """What a signal raises."""
+
+
+def _sleep() -> dict[str, int]:
+    time.sleep(600)
+    return {}
+
+
+def test_a_signal_ends_the_process_too() -> None:
+    def stop(signum: int, frame: object) -> None:
+        raise _Stopped
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 3)
+    try:
+        with pytest.raises(_Stopped):
+            in_process(_sleep)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert multiprocessing.active_children() == []
 
 
 def test_spread_table_and_size() -> None:

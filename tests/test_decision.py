@@ -14,10 +14,12 @@ from conftest import pack_parts
 from numpy.typing import NDArray
 
 from pipeline.sources import Request, find_source
+from shards import open_part
 from trainer.decision import best_tau, decide, log_weights
 from trainer.distributed import World
 from trainer.evaluate import evaluate_run, load_run
 from trainer.loss import class_weights, log_priors, weighted_kl
+from trainer.predictor import Predictor, upright_images
 from trainer.run import main as run_main
 from trainer.settings import Loss
 
@@ -129,6 +131,12 @@ def test_the_decision_goes_with_the_checkpoint(run: Path) -> None:
         name: summary[name] for name in ("accuracy", "macro_f1", "loss")
     }
     assert again["tau"] == state["tau"]
+    answered = np.load(run / "predictions.npz")
+    store = open_part(shards, "test")
+    samples = np.argsort(store.rows)[:32]
+    seen = Predictor(run).predict(upright_images(store, samples)).probabilities
+    assert np.array_equal(seen.argmax(axis=1), answered["predicted"][:32])
+    assert seen.max(axis=1) == pytest.approx(answered["confidence"][:32], rel=1e-4)
     without = dict(state)
     del without["offsets"], without["tau"]
     torch.save(without, run / "checkpoints" / "best.pt")  # as earlier versions wrote it

@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, free_port
+from run_outcome import assert_same_run, history, weights
 
-from runs import assert_same_run, history, weights
 from trainer import signals
 
 QUICK = {

@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 import yaml
+from run_outcome import weights
 from test_training import train, train_here
 from torch import nn
 
-from runs import weights
 from trainer.average import Average
 from trainer.model import make_model
 from trainer.optimizer import make_optimizer

@@ -67,7 +67,7 @@ def largest_error(result: torch.Tensor, reference: NDArray[np.float64]) -> float
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["upright", "transposed"])
 @pytest.mark.parametrize("shape", [GRAY, RGB], ids=["gray", "rgb"])
-@pytest.mark.parametrize("interpolation", ["linear", "cubic", "nearest"])
+@pytest.mark.parametrize("interpolation", ["linear", "cubic", "lanczos", "nearest"])
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
 def test_computes_the_reference(
     backend: str,
@@ -91,7 +91,7 @@ def test_rounding_does_not_choose_the_nearest_pixel(backend: str, device: torch.
     assert largest_error(result, expected(3, GRAY, resolution, "nearest", False)) <= TOLERANCE
 
 
-@given(st.integers(1, 70), st.integers(1, 140), st.sampled_from(["linear", "cubic", "nearest"]))
+@given(st.integers(1, 70), st.integers(1, 140), st.sampled_from(["linear", "cubic", "lanczos", "nearest"]))
 def test_the_matrix_of_an_axis_is_the_reference_at_any_size(source: int, target: int, interpolation: str) -> None:
     matrix = resize_weights(source, target, interpolation)
     assert np.abs(matrix - resize_axis(np.eye(source), 0, target, interpolation)).max() < 1e-12
@@ -231,8 +231,13 @@ def test_reference_takes_the_nearest_pixel_as_torch_does(resolution: int) -> Non
 
 @pytest.mark.parametrize(
     ("interpolation", "pil", "tolerance"),
-    # The kernel as DALI tabulates it lies within 1/32^2 / 8 * max|k''| = 6e-4 of the cubic itself at each tap.
-    [("linear", Image.Resampling.BILINEAR, 1e-6), ("cubic", Image.Resampling.BICUBIC, 3e-3)],
+    # The kernels as DALI tabulates them lie within 1/32^2 / 8 * max|k''| = 6e-4 of the cubic itself, and of the Lanczos
+    # kernel itself, at each tap.
+    [
+        ("linear", Image.Resampling.BILINEAR, 1e-6),
+        ("cubic", Image.Resampling.BICUBIC, 3e-3),
+        ("lanczos", Image.Resampling.LANCZOS, 3e-3),
+    ],
 )
 @pytest.mark.parametrize("target", [9, 20, 40, 112])
 def test_reference_agrees_with_pil_away_from_the_border(
@@ -262,6 +267,16 @@ def test_reference_gives_what_was_computed_by_hand(
     interpolation: str, line: list[float], target: int, by_hand: list[float]
 ) -> None:
     assert resize_axis(np.array(line, np.float64), 0, target, interpolation) == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_reference_gives_the_lanczos_kernel_that_was_computed_by_hand() -> None:
+    """At quarters of a pixel, nodes of the table, all sines are those of multiples of 15 degrees: with a = sqrt(3) - 1
+    and b = sqrt(3) + 1 the kernel at 1/4, 3/4 .. 11/4 is a, 2/9, -b/25, -b/49, 2/81, a/121, times 12 / pi^2."""
+    a, b = 3**0.5 - 1, 3**0.5 + 1
+    near = np.array([a, 2 / 9, -b / 25, -b / 49, 2 / 81])
+    shares = near / (near.sum() + a / 121)
+    resized = resize_axis(np.array([0, 0, 1, 0, 0], np.float64), 0, 10, "lanczos")
+    assert resized == pytest.approx([*shares[::-1], *shares], abs=1e-12)
 
 
 def test_reference_turns_transposed_images_upright() -> None:

@@ -16,6 +16,7 @@ from conftest import made_up_parts
 from numpy.typing import NDArray
 from reference import model_input
 
+from pipeline.augmentation import Draws
 from pipeline.backend import make_graph
 from pipeline.graph import Graph, GraphSpec
 from pipeline.loader import Batch, Loader, run_ahead
@@ -112,9 +113,9 @@ class Counted:
         self.worth_joining = worth_joining
         self.calls: list[int] = []
 
-    def __call__(self, images: Images) -> torch.Tensor:
+    def __call__(self, images: Images, draws: Draws | None = None) -> torch.Tensor:
         self.calls.append(len(images))
-        return self._graph(images)
+        return self._graph(images, draws)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 from conftest import made_up_parts, pack_parts
+from run_outcome import assert_same_weights, weights
 
 from pipeline.loader import Batch, Loader
 from pipeline.order import TrainingOrder
-from runs import assert_same_weights, weights
 from shards import UserError, open_part
 from trainer import checkpoint, engine, reproduce
 from trainer.data import carve

@@ -15,7 +15,7 @@ from trainer.config import load
 from trainer.optimizer import LearningRate, make_optimizer
 from trainer.settings import Config, Optim
 
-OPTIMIZERS = ("adam", "adamw", "lion", "sgd_lookahead")
+OPTIMIZERS = ("adam", "adamw", "lion", "sgd", "sgd_lookahead")
 SCHEDULES = ("constant", "cosine", "warm_restarts", "one_cycle", "plateau")
 # Torch warns of a schedule that moves before its optimiser, and of calls that it will drop.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -118,10 +118,10 @@ def test_decay_is_decoupled_where_the_settings_say_so(name: str, decoupled: bool
 
 
 def test_momentum_is_that_of_the_settings() -> None:
-    def travelled(momentum: float) -> float:
+    def travelled(momentum: float, name: str = "sgd_lookahead") -> float:
         layer = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(layer.weight)
-        optimizer = make_optimizer(layer, Optim(name="sgd_lookahead", lr=0.01, weight_decay=0, momentum=momentum))
+        optimizer = make_optimizer(layer, Optim(name=name, lr=0.01, weight_decay=0, momentum=momentum))
         for _ in range(2):
             layer.weight.grad = torch.ones_like(layer.weight)
             optimizer.step()
@@ -130,6 +130,7 @@ def test_momentum_is_that_of_the_settings() -> None:
     # Nesterov: g + m v with v = 1, then v = 1 + m.
     for momentum in (0.5, 0.9):
         assert travelled(momentum) == pytest.approx(0.01 * (1 + momentum + 1 + momentum * (1 + momentum)))
+        assert travelled(momentum, "sgd") == pytest.approx(0.01 * (1 + 1 + momentum))
 
 
 @pytest.mark.parametrize("unit", ["step", "epoch"])

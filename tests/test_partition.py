@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.order import PARTITION_STREAM
 from pipeline.partition import stratified
+from pipeline.randomness import PARTITION_STREAM
 from trainer.data import carve
 
 seeds = st.integers(0, 2**63 - 1)

@@ -10,6 +10,8 @@ from conftest import run_module
 from PIL import Image
 
 from pipeline import preview
+from pipeline.augmentation import Augmentation
+from pipeline.preparation import Preparation
 from pipeline.preview import contact_sheet, upright
 from shards import UserError, open_part
 
@@ -62,6 +64,29 @@ def test_the_command_writes_a_picture_beside_the_set_or_where_it_is_told(made_up
         expected = contact_sheet(open_part(made_up_set, "train"), resolution=28)
         assert np.array_equal(np.asarray(sheet), np.asarray(expected))
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_what_a_recipe_trains_on_is_shown_beside_the_raw_images(made_up_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    overrides = (f"data.shards={made_up_set}", "data.invert=true", "augment.rotation=20", "data.resolution=28")
+    process = run_module("trainer.preview", "configs/quickstart.yaml", *overrides, "--out", out)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == str(out)
+    store = open_part(made_up_set, "train")
+    steps, augmentation = Preparation(invert=True), Augmentation(rotation=20)
+    expected = contact_sheet(store, 28, "linear", steps, augmentation)
+    with Image.open(out) as sheet:
+        assert np.array_equal(np.asarray(sheet), np.asarray(expected))
+    raw, first = tiles(expected, 2)
+    versions = [first]
+    gray = np.asarray(expected.convert("L"))
+    left, top = preview._MARGIN + preview._LABEL, preview._HEADER + 2 * (preview._TILE + 2 * preview._GAP)
+    for version in range(2, 5):
+        x = left + version * (preview._TILE + preview._GAP)
+        versions.append(gray[top : top + preview._TILE, x : x + preview._TILE])
+    assert len({each.tobytes() for each in versions}) == 4, "each in another way"
+    for each in versions:
+        assert each.mean() == pytest.approx(255 - raw.mean(), abs=12), "inverted"
 
 
 def test_one_part_can_be_shown(made_up_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,7 +224,7 @@ def test_cuda_graphs_are_not_for_accumulated_gradients() -> None:
 
 @pytest.mark.gpu
 def test_the_large_recipe_makes_use_of_a_gpu(made_up_set: Path) -> None:
-    """EfficientNet-B2 at 112x112 as configs/byclass.yaml has it: compiled, in bf16, channels last, never waiting."""
+    """EfficientNet-B3 at 112x112 as configs/byclass.yaml has it: compiled, in bf16, channels last, never waiting."""
     gpu = torch.device("cuda", 0)
     given = (f"data.shards={made_up_set}", "loader.batch_size=64", "model.pretrained=false", "optim.accumulation=1")
     config = with_precision(load(ROOT / "configs" / "byclass.yaml", list(given)), gpu)

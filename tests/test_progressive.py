@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from run_outcome import assert_same_run, history
 from test_training import QUICK, stop_in_epoch, train_here
 
-from runs import assert_same_run, history
 from shards import UserError
 from trainer.arithmetic import with_precision
 from trainer.config import load

@@ -111,7 +111,7 @@ def test_a_browser_shows_it(run: Path) -> None:
 
 
 def test_line_chart_survives_one_epoch_and_equal_values() -> None:
-    for values in ([0.5], [0.5, 0.5], [1e-9, 2e-9], [float("nan"), 1.0]):
+    for values in ([0.5], [0.5, 0.5], [1e-9, 2e-9], [1e-12], [0.0, 1e-15], [float("nan"), 1.0]):
         chart = line_chart([Line("loss", values, "first")], "loss by epoch")
         assert "nan" not in chart
         Page(chart)

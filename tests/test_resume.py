@@ -53,6 +53,10 @@ EXTRAS = {
     "ema": ["trainer.ema_decay=0.9"],
     "mixing": ["mixing.probability=0.7"],
     "accumulation": ["optim.accumulation=2", "optim.clip_norm=1.0"],
+    "augmentation": [
+        *("augment.rotation=10", "augment.shear=5", "augment.translation=0.05", "augment.scale=0.1"),
+        *("augment.elastic=0.05", "augment.stroke=0.7", "augment.erase=0.5", "augment.erase_at=contour"),
+    ],
     "depth": ["model.name=test_efficientnet", "model.drop_path_rate=0.4"],
 }
 ALL = [override for overrides in EXTRAS.values() for override in overrides]

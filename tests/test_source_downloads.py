@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import zlib
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from official_layouts import TEN, cifar10_files, cifar_records, numtadb_table
 from raw_files import (
     idx,
     in_a_process,
@@ -32,27 +31,8 @@ from pipeline.raw.idx import decode, decode_table
 from pipeline.sources import Request, find_source, source_names
 from shards import UserError
 
-TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FINE = tuple(f"fine_{number}" for number in range(100))
 COARSE = tuple(f"coarse_{number}" for number in range(20))
-
-
-def cifar_records(count: int, kinds: int, seed: int) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """A file as the CIFAR page describes it, record by record; its pictures [N, 32, 32, 3], its labels [N, kinds]."""
-    random = np.random.default_rng(seed)
-    images = random.integers(0, 256, (count, 32, 32, 3), np.uint8)
-    labels = np.stack([random.integers(0, most, count) for most in ((10,), (20, 100))[kinds - 1]], axis=1)
-    content = b"".join(
-        bytes(label.tolist()) + b"".join(image[:, :, channel].tobytes() for channel in range(3))
-        for image, label in zip(images, labels, strict=True)
-    )
-    return content, images, labels
-
-
-def cifar10_files() -> dict[str, bytes]:
-    files = {f"data_batch_{number}.bin": cifar_records(6, 1, number)[0] for number in range(1, 6)}
-    names = "\n".join(TEN).encode() + b"\n\n"
-    return {**files, "test_batch.bin": cifar_records(4, 1, 9)[0], "batches.meta.txt": names, "readme.html": b"<html>"}
 
 
 def cifar100_files() -> dict[str, bytes]:
@@ -265,19 +245,6 @@ except UserError as error:
 
 
 SETS = "abcde"
-
-
-def numtadb_table(letter: str, rows: int, digits: list[str] | None = None) -> bytes:
-    header = "filename,original filename,scanid,digit,database name original,contributing team,database name"
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(header.split(","))
-    for row in range(rows):
-        digit = digits[row] if digits else str((row * 3) % 10)
-        lines.writerow(
-            [f"{letter}{row:05}.png", "Scan 1, x.png", row, digit, f"DB{row % 2}", "Team", f"training-{letter}"]
-        )
-    return text.getvalue().encode()
 
 
 def numtadb_files(folder: str = "training-{0}") -> dict[str, bytes]:

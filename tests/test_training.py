@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, assert_user_error, free_port, made_up_parts, pack_parts, run_module
+from run_outcome import assert_same_run, history, weights
 
-from runs import assert_same_run, history, weights
 from shards import UserError
 from trainer import engine
 from trainer.run import main as run_main

@@ -55,7 +55,7 @@ def line_chart(lines: list[Line], label: str, percent: bool = False) -> str:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers that span low .. high."""
-    if high - low < 1e-12:
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
         margin = abs(high) / 10 or 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / 4
@@ -63,7 +63,7 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
 def confusion_chart(counts: NDArray[np.int64], classes: tuple[str, ...]) -> str:

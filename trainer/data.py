@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.backend import choose_backend, make_graph
 from pipeline.graph import Graph, GraphSpec
+from pipeline.intake import Intake
 from pipeline.loader import Loader
 from pipeline.order import EvaluationOrder, TrainingOrder, window_within
 from pipeline.partition import stratified
@@ -36,7 +37,7 @@ _TRAIN_SHARE = 0.75  # of the memory for images, the rest is for the other parts
 class TrainingData:
     """What a run learns from and is judged by.
 
-    spec: of the model input that is evaluated.
+    spec: of the model input that is evaluated. intake: how other pictures are brought to the set's images.
     train: over what remains of the train part; validation: over the part set aside or packed so, None if there
     is none;
     test: over the test part. counts: int64 [C], training samples of each class. digest: stands for both parts.
@@ -45,6 +46,7 @@ class TrainingData:
     manifest: Manifest
     digest: str
     spec: GraphSpec
+    intake: Intake
     backend: str
     backend_reason: str
     counts: NDArray[np.int64]
@@ -94,10 +96,13 @@ def open_data(config: Config, world: World) -> TrainingData:
         )
     manifest = train_store.manifest
     parts = phases(config)
-    spec = GraphSpec.of(manifest, parts[-1].resolution, config.data.interpolation)
+    spec = GraphSpec.of(manifest, parts[-1].resolution, config.data.interpolation, config.data.preparation())
+    augmentation = config.augment.augmentation()
+    if manifest.image_shape[2] == 1 and (augmentation.saturation or augmentation.hue):
+        log.warning("augment.saturation and augment.hue have no effect on images without colour")
     backend, reason = choose_backend(config.loader.backend, world.device, spec)
     specs = {
-        resolution: _normalised(replace(spec, resolution=resolution), train_store, directory, backend, world)
+        resolution: _normalised(replace(spec, resolution=resolution), config, train_store, directory, backend, world)
         for resolution in sorted({phase.resolution for phase in parts})
     }
     spec = specs[parts[-1].resolution]
@@ -105,17 +110,18 @@ def open_data(config: Config, world: World) -> TrainingData:
     graph = make_graph(spec, backend, world.device, parts[-1].batch_size)
 
     def graph_of(phase: Phase) -> Graph:
-        if phase[1:] == parts[-1][1:]:
+        if phase[1:] == parts[-1][1:] and not augmentation:
             return graph
-        return make_graph(specs[phase.resolution], backend, world.device, phase.batch_size)
+        return make_graph(specs[phase.resolution], backend, world.device, phase.batch_size, augmentation)
 
     ranks = {"rank": world.rank, "world_size": world.size}
     window = world.share(window_within(manifest, int(memory * _TRAIN_SHARE), largest_batch))
-    order = TrainingOrder(train, config.loader.batch_size, config.seed, manifest.block_size, window)
+    order = TrainingOrder(train, config.loader.batch_size, config.seed, manifest.block_size, window, augmentation)
     return TrainingData(
         manifest=manifest,
         digest="".join(store.manifest.digest() for store in stores),
         spec=spec,
+        intake=Intake.of(train_store),
         backend=backend,
         backend_reason=reason,
         counts=np.bincount(train_store.labels[train], minlength=len(manifest.classes)),
@@ -126,8 +132,13 @@ def open_data(config: Config, world: World) -> TrainingData:
     )
 
 
-def _normalised(spec: GraphSpec, store: Store, directory: Path, backend: str, world: World) -> GraphSpec:
-    """A spec with the mean and deviation of the train part at its resolution."""
+def _normalised(
+    spec: GraphSpec, config: Config, store: Store, directory: Path, backend: str, world: World
+) -> GraphSpec:
+    """A spec with the mean and deviation of the train part at its resolution, or that brings pixels to -1 .. 1."""
+    if config.data.normalize == "half":
+        half = (0.5,) * spec.image_shape[2]
+        return spec.normalised(half, half)
     statistics = world.on_first(lambda: cached(store, directory / "train", spec, backend, world.device))
     return spec.normalised(statistics.mean, statistics.std)
 

@@ -224,7 +224,8 @@ def loader_for(store: Store, config: Config, state: dict[str, Any], world: World
             expected=f"{state['image_shape'][2]}, as the run was trained on",
             hint="name a packed set of such images",
         )
-    spec = GraphSpec.of(manifest, config.data.final_resolution, config.data.interpolation)
+    data = config.data
+    spec = GraphSpec.of(manifest, data.final_resolution, data.interpolation, data.preparation())
     backend, _ = choose_backend(config.loader.backend, world.device, spec)
     spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
     graph = make_graph(spec, backend, world.device, config.loader.batch_size)

@@ -1,4 +1,4 @@
-"""Models by name: timm's, and a small three-block network for small images on a CPU."""
+"""Models by name: timm's, and those written down in `trainer.networks`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import socket
 import urllib.parse
 import urllib.request
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
 import timm
@@ -17,13 +18,17 @@ import torch
 from torch import nn
 
 from shards.errors import UserError, first_line
-from trainer.settings import Model
+from trainer.networks.efficientnet import efficientnet_b0
+from trainer.networks.plain import plain
+from trainer.networks.squeezenet import PUBLISHED as SQUEEZENET_WEIGHTS
+from trainer.networks.squeezenet import squeezenet1_1
+from trainer.networks.three_block_cnn import three_block_cnn
+from trainer.settings import OWN, Model
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SMALL_CNN = "three_block_cnn"
-_SMALL_CNN_CHANNELS = (32, 64, 128)
-_SMALL_CNN_FEATURES = 128
 _HUB_TIMEOUT = 5.0  # seconds
 
 
@@ -33,26 +38,20 @@ def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
     Raises `UserError` for an unknown name and for weights that cannot be had or do not fit.
     """
     hidden = settings.head_hidden
-    if settings.name == SMALL_CNN:
-        if settings.stem_stride is not None:
-            raise UserError(
-                found=f"model.stem_stride={settings.stem_stride} for {SMALL_CNN}",
-                expected="a timm model",
-                hint=f"leave it out: the first convolution of {SMALL_CNN} steps by one pixel already",
-            )
-        backbone: nn.Module = _small_cnn(channels, 0 if hidden else classes, settings.drop_rate)
-        features = _SMALL_CNN_FEATURES
-    else:
-        backbone = _timm_model(settings, channels, 0 if hidden else classes)
-        if settings.stem_stride is not None:
-            _step_by_one(backbone, settings.name)
-        features = backbone.num_features
-    model = backbone
+    repeats = settings.gray_stem == "repeated" and channels == 1
+    backbone, features = _backbone(settings, 3 if repeats else channels, 0 if hidden else classes)
+    if settings.stem_stride is not None:
+        _step_by_one(backbone, settings.name)
+    if settings.gray_stem == "random" and channels == 1:
+        _first_convolution(backbone).reset_parameters()
+    layers = OrderedDict(backbone=backbone)
+    if repeats:
+        layers = OrderedDict(repeat=RepeatChannels(3), **layers)
     if hidden:
-        head = nn.Sequential(
+        layers["head"] = nn.Sequential(
             nn.Dropout(settings.drop_rate), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)
         )
-        model = nn.Sequential(OrderedDict(backbone=backbone, head=head))
+    model = nn.Sequential(layers) if len(layers) > 1 else backbone
     if settings.weights is not None:
         load_weights(model, settings.weights)
     return model
@@ -105,31 +104,38 @@ def _fitting(model: nn.Module, state: dict[str, Any], path: Path) -> dict[str, A
     return state | {name: own[name] for name in classifier}
 
 
-def _small_cnn(channels: int, classes: int, drop_rate: float) -> nn.Sequential:
-    """Three blocks of convolution, batch norm, ReLU and pooling; a hidden layer; a classifier.
+class RepeatChannels(nn.Module):
+    """Gray images as several equal channels, for a network of RGB."""
 
-    channels of the blocks: 32, 64, 128. Images of any size from 8x8 up: the last feature map is pooled to 3x3
-    (its size for 28x28 images). classes 0: no classifier, the 128 features come out.
-    """
-    layers: list[nn.Module] = []
-    width = channels
-    for number, block_width in enumerate(_SMALL_CNN_CHANNELS):
-        layers += [
-            nn.Conv2d(width, block_width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(block_width),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(2) if number < 2 else nn.AdaptiveMaxPool2d(3),
-        ]
-        width = block_width
-    layers += [
-        nn.Flatten(),
-        nn.Linear(9 * width, _SMALL_CNN_FEATURES, bias=False),
-        nn.BatchNorm1d(_SMALL_CNN_FEATURES),
-        nn.ReLU(inplace=True),
-    ]
-    if classes:
-        layers += [nn.Dropout(drop_rate), nn.Linear(_SMALL_CNN_FEATURES, classes)]
-    return nn.Sequential(*layers)
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """float [B, 1, H, W] to [B, channels, H, W], without a copy."""
+        return images.expand(-1, self.channels, -1, -1)
+
+
+def _first_convolution(model: nn.Module) -> nn.Conv2d:
+    return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+def _backbone(settings: Model, channels: int, classes: int) -> tuple[nn.Module, int]:
+    """A network, and the width of its features, which come out where classes is 0."""
+    if settings.name not in OWN:
+        model = _timm_model(settings, channels, classes)
+        return model, model.num_features
+    if settings.plain:
+        return plain(settings.plain, channels, classes, settings.drop_rate)
+    if settings.name == SMALL_CNN:
+        return three_block_cnn(channels, classes, settings.drop_rate)
+    if settings.name == "cifar_efficientnet":
+        return efficientnet_b0(channels, classes, settings.drop_rate, settings.drop_path_rate)
+    return _begin(
+        settings,
+        published=lambda: _published_squeezenet(channels, classes, settings.drop_rate),
+        random=lambda: squeezenet1_1(channels, classes, settings.drop_rate),
+    )
 
 
 def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
@@ -141,41 +147,51 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
         "drop_path_rate": settings.drop_path_rate,
     }
     if not timm.is_model(settings.name):
-        near = difflib.get_close_matches(settings.name, [SMALL_CNN, *timm.list_models()], n=3)
+        near = difflib.get_close_matches(settings.name, [*OWN, *timm.list_models()], n=3)
         raise UserError(
             found=f"model.name={settings.name}",
-            expected=f"{SMALL_CNN} or a timm model",
+            expected=f"{', '.join(OWN)} or a timm model",
             hint=f"did you mean {' or '.join(near)}?" if near else 'python -c "import timm; print(timm.list_models())"',
         )
-    if settings.pretrained and settings.weights is None:
-        try:
-            return _published(settings.name, options)
-        except Exception as error:  # hub libraries raise many kinds: no network, no such weights, a full disk
-            reason = first_line(error)
-            if settings.pretrained != "auto":
-                raise UserError(
-                    found=f"no way to fetch the published weights of {settings.name}: {reason}",
-                    expected="a network, or the weights in the cache of the Hugging Face hub",
-                    hint="model.weights=FILE for weights that you have, or model.pretrained=false to begin without",
-                ) from None
-            log.warning(
-                "model.pretrained=auto: the published weights of %s cannot be fetched here (%s); beginning with "
-                "random ones, which needs more epochs for the same accuracy",
-                settings.name,
-                reason,
-            )
-    return timm.create_model(settings.name, pretrained=False, **options)
+    return _begin(
+        settings,
+        published=lambda: _published(settings.name, options),
+        random=lambda: timm.create_model(settings.name, pretrained=False, **options),
+    )
+
+
+def _begin(settings: Model, published: Callable[[], T], random: Callable[[], T]) -> T:
+    """A network with published weights, where the settings ask for them and they can be had, or with random ones."""
+    if not settings.pretrained or settings.weights is not None:
+        return random()
+    try:
+        return published()
+    except Exception as error:  # hub libraries raise many kinds: no network, no such weights, a full disk
+        reason = first_line(error)
+        if settings.pretrained != "auto":
+            raise UserError(
+                found=f"no way to fetch the published weights of {settings.name}: {reason}",
+                expected="a network, or the weights in the cache of the hub that they are published on",
+                hint="model.weights=FILE for weights that you have, or model.pretrained=false to begin without",
+            ) from None
+        log.warning(
+            "model.pretrained=auto: the published weights of %s cannot be fetched here (%s); beginning with "
+            "random ones, which needs more epochs for the same accuracy",
+            settings.name,
+            reason,
+        )
+    return random()
 
 
 def _step_by_one(model: nn.Module, name: str) -> None:
     """Have a model's first convolution step by one pixel; its weights, and all that follows, stay as they are."""
-    place = model.pretrained_cfg.get("first_conv")
+    place = model.pretrained_cfg.get("first_conv") if name not in OWN else None
     stem = model.get_submodule(place) if isinstance(place, str) and place else None
     if not isinstance(stem, nn.Conv2d) or stem.stride != (2, 2):
         raise UserError(
             found=f"model.stem_stride=1 for {name}"
             + (f", whose first convolution steps by {stem.stride[0]}" if isinstance(stem, nn.Conv2d) else ""),
-            expected="a model that begins with a convolution of stride 2, as EfficientNets do",
+            expected="a timm model that begins with a convolution of stride 2, as EfficientNets do",
             hint="leave it out, or choose another model.name",
         )
     stem.stride = (1, 1)
@@ -194,8 +210,19 @@ def _published(name: str, options: dict[str, Any]) -> nn.Module:
     cached = huggingface_hub.try_to_load_from_cache(published.hf_hub_id, "model.safetensors")
     if isinstance(cached, str):
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}, **options)
-    if not urllib.request.getproxies():
-        hub = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
-        address = (hub.hostname, hub.port or (443 if hub.scheme == "https" else 80))
-        socket.create_connection(address, timeout=_HUB_TIMEOUT).close()
+    _check_reachable(huggingface_hub.constants.ENDPOINT)
     return timm.create_model(name, pretrained=True, **options)
+
+
+def _published_squeezenet(channels: int, classes: int, drop_rate: float) -> tuple[nn.Module, int]:
+    """SqueezeNet with its published weights: from the cache of torch's hub, else from the network."""
+    if not Path(torch.hub.get_dir(), "checkpoints", SQUEEZENET_WEIGHTS.rpartition("/")[2]).exists():
+        _check_reachable(SQUEEZENET_WEIGHTS)
+    return squeezenet1_1(channels, classes, drop_rate, published=True)
+
+
+def _check_reachable(address: str) -> None:
+    if not urllib.request.getproxies():
+        host = urllib.parse.urlsplit(address)
+        place = (host.hostname, host.port or (443 if host.scheme == "https" else 80))
+        socket.create_connection(place, timeout=_HUB_TIMEOUT).close()

@@ -34,6 +34,8 @@ def make_optimizer(model: torch.nn.Module, settings: Optim) -> torch.optim.Optim
     groups = timm.optim.param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
     if settings.name == "lion":
         return Lion(groups, lr=settings.lr)
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
     if settings.name == "sgd_lookahead":
         return Lookahead(torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=True, fused=True))
     kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pipeline.augmentation import Draws
 from pipeline.graph import Graph
 from pipeline.loader import Batch
 from shards.atomic import replace_file
@@ -66,9 +67,9 @@ class TimeProfile:
 
         return _TimedGraph(graph, self)
 
-    def time_graph(self, graph: Graph, images: Images) -> torch.Tensor:
+    def time_graph(self, graph: Graph, images: Images, draws: Draws | None) -> torch.Tensor:
         start, event = time.perf_counter(), self._event()
-        output = graph(images)
+        output = graph(images, draws)
         self._host[LOADING].append(time.perf_counter() - start)
         if event is not None:
             self._add(LOADING, event, self._event())
@@ -125,8 +126,8 @@ class _TimedGraph:
         self._profile = profile
         self.worth_joining = graph.worth_joining
 
-    def __call__(self, images: Images) -> torch.Tensor:
-        return self._profile.time_graph(self._graph, images)
+    def __call__(self, images: Images, draws: Draws | None = None) -> torch.Tensor:
+        return self._profile.time_graph(self._graph, images, draws)
 
 
 def table(figures: list[dict[str, Any]]) -> str:

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.graph import MAX_RESOLUTION
+from pipeline.preparation import Preparation
+from trainer.augment import Augment
+from trainer.networks import SMALLEST
+from trainer.networks.plain import PLAIN, Plain
+from trainer.objective import Decision, Loss, Mixing, Teacher
+from trainer.section import Section, Share
 
-Share = Annotated[float, Field(ge=0, le=1)]
+OWN = (*SMALLEST, *PLAIN)  # networks that are written down in trainer.networks, by name
 PACK = "data.shards"  # the setting that names the pack, which is compared by its digest
 Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 
@@ -29,16 +35,6 @@ def _well_formed(resolution: Any) -> Any:
     if not all(1 <= side <= MAX_RESOLUTION for _, side in pairs):
         raise ValueError(f"Sides of 1 .. {MAX_RESOLUTION} pixels")
     return resolution
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_all_defaults(cls, content: Any) -> Any:
-        """A section without settings (`mixing:`, all of it commented out) is None in YAML."""
-        return {} if content is None else content
 
 
 class Run(Section):
@@ -59,14 +55,31 @@ class Data(Section):
     resolution: Annotated[Side | tuple[tuple[int, int], ...], BeforeValidator(_well_formed)] = 112
     """Side in pixels of the model's square input; or a schedule, pairs of an epoch (from 1) and the side from then on,
     as in [[1, 48], [5, 80], [9, 112]]. The last one is what is evaluated, from the first epoch on."""
-    interpolation: Literal["linear", "cubic", "nearest"] = "linear"
+    interpolation: Literal["linear", "cubic", "lanczos", "nearest"] = "linear"
     """How images are resized."""
+    invert: bool | Literal["auto"] = False
+    """Make raw images negative: all of them, or (auto) those whose border is brighter than half, so that ink is bright
+    on dark."""
+    opening: Annotated[int, Field(ge=0, le=16)] = 0
+    """Radius in raw pixels of a grey opening, which takes away bright specks smaller than that; 0 for none."""
+    crop_to_ink: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Cut the smallest square around the (bright) ink out of each raw image, with this margin on each side as a share
+    of the square's side; null for none."""
+    equalize: bool = False
+    """Equalise the histogram of each raw image, channel by channel."""
+    normalize: Literal["measured", "half"] = "measured"
+    """How pixels are scaled: measured takes off the mean and divides by the deviation of each channel over the train
+    part, half brings them from 0 .. 255 to -1 .. 1."""
     verify: bool = True
     """Compare every shard with its hash before training (about a second for each gigabyte)."""
 
     def resolution_by_epoch(self) -> tuple[tuple[int, int], ...]:
         """Pairs of an epoch (from 1) and the resolution from then on."""
         return ((1, self.resolution),) if isinstance(self.resolution, int) else self.resolution
+
+    def preparation(self) -> Preparation:
+        """What is done to raw images, in training and evaluation alike."""
+        return Preparation(self.invert, self.opening, self.crop_to_ink, self.equalize)
 
     @property
     def final_resolution(self) -> int:
@@ -89,14 +102,16 @@ class Loader(Section):
 
 class Model(Section):
     name: str = "efficientnet_b2"
-    """A timm model, or three_block_cnn (32-64-128 channels, for small images and CPU-sized runs)."""
+    """A timm model, or one of our own: three_block_cnn (32-64-128 channels, for small images and CPU-sized runs), those
+    of earlier systems (cifar_cnn, cifar_cnn_batchnorm, cifar_efficientnet, lenet, numtadb_model1, numtadb_model2,
+    numtadb_model3), squeezenet1_1."""
     pretrained: bool | Literal["auto"] = False
     """Begin with published weights; auto does so if they are at hand or can be fetched, and says so if not."""
     weights: Path | None = None
     """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run); a classifier
     for another number of classes is left out."""
     drop_rate: Share = 0.0
-    """Dropout before the classifier."""
+    """Dropout before the classifier; in cifar_cnn, lenet and their like before every dense layer."""
     drop_path_rate: Share = 0.0
     """Stochastic depth: share of residual branches left out in the last block."""
     stem_stride: Literal[1] | None = None
@@ -104,63 +119,32 @@ class Model(Section):
     the size, at four times the work. null for the model's own."""
     head_hidden: Annotated[int, Field(ge=1)] | None = None
     """Width of a hidden layer (with ReLU) between features and classes; null for none."""
+    filters: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Output channels of each convolution of cifar_cnn, lenet and their like, as in [32, 64]; null for their own."""
+    kernel: Annotated[int, Field(ge=1)] | None = None
+    """Side of all kernels of cifar_cnn, lenet and their like; null for their own."""
+    dense: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Widths of the dense layers before the classifier of cifar_cnn, lenet and their like; null for their own."""
+    gray_stem: Literal["summed", "random", "repeated"] = "summed"
+    """How published weights for RGB take gray images: the first convolution summed over its channels, drawn anew, or
+    left as it is and given the image three times."""
 
-
-class Loss(Section):
-    class_weights: Literal["none", "inverse", "minmax", "effective"] = "none"
-    """Weights by class: inverse frequency, that scaled to 1 .. 2, or by effective number of samples."""
-    effective_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    """Beta of the effective number of samples, (1 - beta^n) / (1 - beta)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target spread evenly over all classes."""
-    logit_adjustment: Annotated[float, Field(ge=0)] = 0.0
-    """Train on logits raised by this many times the logarithm of the class frequencies, so that rare classes count as
-    much as others; 1 is the balanced softmax."""
-
-
-class Decision(Section):
-    tau: Annotated[float, Field(ge=-4, le=4)] | Literal["auto"] = 0.0
-    """How far the class weights w of the loss are undone to predict, argmax(z - tau log w): 0 not at all, 1 wholly,
-    which suits accuracy; below that macro F1. auto is what suits trainer.select on the validation part. Where the loss
-    has no weights they are inverse frequencies: 0 suits accuracy, down to -1 macro F1."""
-
-
-class Teacher(Section):
-    run: Path | None = None
-    """A run to learn from beside the labels: its directory, or a best.pt. It sees the same images, mixed as they are;
-    null for none."""
-    weight: Share = 0.5
-    """Share of the loss that is the divergence from the teacher's probabilities."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    """By which the logits of both are divided for that divergence."""
-
-
-class Mixing(Section):
-    probability: Share = 0.0
-    """Share of batches that are mixed."""
-    mixup_alpha: Annotated[float, Field(ge=0)] = 0.2
-    """MixUp: parameter of the Beta distribution of the weight; 0 for none."""
-    cutmix_alpha: Annotated[float, Field(ge=0)] = 1.0
-    """CutMix: parameter of the Beta distribution of the area; 0 for none."""
-    switch_probability: Share = 0.5
-    """Share of mixed batches that take CutMix, where both are on."""
-    off_last_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs at the end of the training whose batches are not mixed."""
-
-    def at(self, epoch: int, epochs: int) -> Mixing:
-        """What holds in an epoch (from 0) of so many."""
-        return self.model_copy(update={"probability": 0.0}) if epoch >= epochs - self.off_last_epochs else self
+    @property
+    def plain(self) -> Plain | None:
+        """The network of convolutions and dense layers that these settings describe, if it is one."""
+        network = PLAIN.get(self.name)
+        return network and network.changed(self.filters, self.kernel, self.dense)
 
 
 class Optim(Section):
-    name: Literal["adam", "adamw", "lion", "sgd_lookahead"] = "adamw"
-    """Optimiser; sgd_lookahead is SGD with Nesterov momentum inside Lookahead."""
+    name: Literal["adam", "adamw", "lion", "sgd", "sgd_lookahead"] = "adamw"
+    """Optimiser; sgd has momentum, sgd_lookahead is SGD with Nesterov momentum inside Lookahead."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate at its highest."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay, of weight matrices and kernels only (decoupled, except in adam and sgd_lookahead)."""
+    """Weight decay, of weight matrices and kernels only (decoupled in adamw and lion)."""
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """Momentum of sgd_lookahead."""
+    """Momentum of sgd and sgd_lookahead."""
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are averaged for one update."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -233,7 +217,7 @@ class Checkpoint(Section):
     """Steps of an epoch between checkpoints, besides those at its end; null for none."""
     grace_seconds: Annotated[float, Field(gt=0)] = 25.0
     """Seconds from a SIGTERM or SIGINT to the end of the process, whatever it is at; torchrun kills after 30."""
-    allow_changed: list[str] = []
+    allow_changed: list[str] = Field(default_factory=list)
     """Settings that may differ from the checkpoint's when a run is resumed, such as [optim.lr]; data.shards stands for
     another pack of the same classes."""
 
@@ -250,7 +234,7 @@ class Config(Section):
     """A complete recipe."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Decides the parts, the order, the mixing, the first weights and dropout."""
+    """Decides the parts, the order, augmentation and mixing, the first weights and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU if there is one."""
     resume: Literal["never", "auto"] = "never"
@@ -262,6 +246,7 @@ class Config(Section):
     loss: Loss = Loss()
     decision: Decision = Decision()
     teacher: Teacher = Teacher()
+    augment: Augment = Augment()
     mixing: Mixing = Mixing()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
@@ -279,10 +264,17 @@ class Config(Section):
             raise ValueError("decision.tau=auto is tuned on the validation part, but data.validation is 0")
         if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
             raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
+        if self.augment.erase_smallest > self.augment.erase_largest:
+            raise ValueError(
+                f"augment.erase_smallest={self.augment.erase_smallest} is more than "
+                f"augment.erase_largest={self.augment.erase_largest}"
+            )
         starts = self.data.resolution_by_epoch()
-        smallest = min(resolution for _, resolution in starts)
-        if self.model.name == "three_block_cnn" and smallest < 4:
-            raise ValueError(f"data.resolution={smallest}, and three_block_cnn halves its input twice")
+        for side in (resolution for _, resolution in starts):
+            if (least := SMALLEST.get(self.model.name, 1)) > side:
+                raise ValueError(f"data.resolution={side}, and {self.model.name} takes {least} or more")
+            if self.model.plain and side != self.model.plain.side:
+                raise ValueError(f"data.resolution={side}, and {self.model.name} takes {self.model.plain.side} only")
         if starts[-1][0] > self.trainer.epochs:
             raise ValueError(
                 f"data.resolution goes on to epoch {starts[-1][0]}, but trainer.epochs is {self.trainer.epochs}"
@@ -324,8 +316,9 @@ class Config(Section):
             yield "schedule.unit=step has no effect with schedule.name=plateau, which moves after an epoch"
         if self.loader.scale_batch and isinstance(self.data.resolution, int):
             yield "loader.scale_batch has no effect without a schedule of resolutions (data.resolution)"
-        if "optim.momentum" in given and self.optim.name != "sgd_lookahead":
+        if "optim.momentum" in given and self.optim.name not in ("sgd", "sgd_lookahead"):
             yield f"optim.momentum has no effect with optim.name={self.optim.name}"
+        yield from self.augment.without_effect()
         if "loss.effective_beta" in given and self.loss.class_weights != "effective":
             yield f"loss.effective_beta has no effect with loss.class_weights={self.loss.class_weights}"
         if self.mixing.probability == 0 and given & {"mixing.mixup_alpha", "mixing.cutmix_alpha"}:
@@ -336,8 +329,11 @@ class Config(Section):
             yield "mixing.off_last_epochs has no effect with mixing.probability=0"
         if self.teacher.run is None and given & {"teacher.weight", "teacher.temperature"}:
             yield "teacher.weight and teacher.temperature have no effect without teacher.run"
-        if self.model.name == "three_block_cnn" and self.model.drop_path_rate > 0:
-            yield "model.drop_path_rate has no effect on three_block_cnn, which has no residual branches"
+        if self.model.name in OWN and self.model.name != "cifar_efficientnet" and self.model.drop_path_rate > 0:
+            yield f"model.drop_path_rate has no effect on {self.model.name}, which has no residual branches"
+        for setting in sorted(given & {"model.filters", "model.kernel", "model.dense"}):
+            if self.model.plain is None:
+                yield f"{setting} has no effect on {self.model.name}, which takes no such change"
 
     def model_fields_set_by_section(self) -> set[str]:
         """Dotted names of the settings that were given, not left at their default."""

@@ -98,4 +98,10 @@ def open_teacher(
                 expected=f"those that are learned here: {needed if what == 'channels' else ' '.join(needed)}",
                 hint="name a run on the same data set and split; model.weights begins with the weights of another",
             )
+    if config.data.preparation() != student.data.preparation():
+        raise UserError(
+            found=f"teacher.run={place} that learned from {config.data.preparation()}",
+            expected=f"images prepared as here: {student.data.preparation()}",
+            hint="set data.invert, opening, crop_to_ink and equalize as that run had them",
+        )
     return Teacher(state, config, student, mean, std, device)

@@ -145,7 +145,8 @@ class Training:
         }
 
     def best_state(self) -> dict[str, Any]:
-        """What is needed to use the model: its weights, settings, classes, input statistics and decision."""
+        """What is needed to use the model: its weights, settings, classes, input statistics and decision, and how
+        pictures are brought to it."""
         return {
             **self.identity(),
             "model": self.evaluated.state_dict(),
@@ -154,6 +155,7 @@ class Training:
             "image_shape": list(self.data.spec.image_shape),
             "mean": list(self.data.spec.mean),
             "std": list(self.data.spec.std),
+            "intake": self.data.intake.state(),
             "temperature": 1.0,
             "tau": self.tau,
             "offsets": self.offsets.tolist(),

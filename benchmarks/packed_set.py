@@ -1,0 +1,24 @@
+"""On which packed set a benchmark runs when none is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.pack import pack
+from pipeline.sources import Request, find_source
+from shards.manifest import is_packed_set
+from shards.places import local_set
+
+PACKED_EMNIST = Path("data/shards/emnist-byclass")
+PACKED_DIGITS = Path("data/shards/digits")
+
+
+def choose_set(shards: str | None) -> Path:
+    """The packed set to measure: the one named, a packed EMNIST, or the embedded digits, packed if need be."""
+    if shards is not None:
+        return local_set(shards)
+    if is_packed_set(PACKED_EMNIST):
+        return PACKED_EMNIST
+    source = find_source("digits")
+    pack(lambda: source.load(Request(Path())), PACKED_DIGITS, dataset=source.name)
+    return PACKED_DIGITS

@@ -1,0 +1,38 @@
+"""What is done to raw images before either backend: preparation, stroke thickness and erasing, all on bytes."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.augmentation import Augmentation, Draws
+from pipeline.erasing import erased
+from pipeline.graph import GraphSpec
+from pipeline.morphology import thickened
+
+
+class RawSteps:
+    """uint8 [B, H, W, C] as stored, to the same; on any device, and the same on each to the bit."""
+
+    def __init__(self, spec: GraphSpec, augmentation: Augmentation) -> None:
+        self._preparation = spec.preparation
+        self._augmentation = augmentation
+        self._transposed = spec.transposed
+
+    def __call__(self, images: torch.Tensor, draws: Draws | None) -> torch.Tensor:
+        """The images themselves where there is nothing to do; they are not changed."""
+        images = self._preparation(images)
+        if draws is None:
+            return images
+        changes = self._augmentation
+        if changes.stroke:
+            amounts = torch.from_numpy(changes.strokes(draws)).to(images.device)
+            images = thickened(images, amounts, changes.stroke)
+        if changes.erase:
+            images = erased(
+                images,
+                torch.from_numpy(changes.boxes(draws)).to(images.device),
+                changes.erase_value,
+                on_contour=changes.erase_at == "contour",
+                transposed=self._transposed,
+            )
+        return images

@@ -1,0 +1,334 @@
+"""Augmentation: what is drawn is a pure function of seed, epoch, step and place; what it does is what is described."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import fields, replace
+from pathlib import Path
+
+import augmentation_reference as reference
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from reference import model_input
+from test_loader import assert_same
+from test_picture_graph import SIZES, as_array, picture, pixels
+
+from pipeline.augmentation import NO_AUGMENTATION, Augmentation, Draws, Number
+from pipeline.backend import make_graph
+from pipeline.erasing import erased
+from pipeline.graph import GraphSpec
+from pipeline.ink_mask import contour, ink
+from pipeline.loader import Loader
+from pipeline.order import TrainingOrder
+from pipeline.warp import smoothing
+from shards import Store, UserError, open_part
+from trainer.augment import Augment
+
+GRAY = (28, 28, 1)
+RGB = (20, 31, 3)
+# Of the pixel range, for images of noise, whose neighbours differ by all of it. torch stays below 2e-5; DALI sums up
+# positions along a line in float32.
+TOLERANCE = 1e-4
+CPU = torch.device("cpu")
+COUNT = 37
+
+AFFINE = Augmentation(rotation=25, shear=15, translation=0.15, scale=0.3)
+KINDS = {
+    "affine": AFFINE,
+    "onto grey": replace(AFFINE, fill=77),
+    "mirrored crop": Augmentation(flip=0.5, crop_padding=4, fill=0),
+    "elastic": replace(AFFINE, elastic=0.05),
+    "elastic onto white": Augmentation(elastic=0.08, elastic_smoothness=0.2, fill=255),
+    "colours": Augmentation(brightness=0.3, contrast=0.4, saturation=0.5, hue=30),
+    "colours moved": replace(AFFINE, brightness=0.3, contrast=0.4, saturation=0.5, hue=30, fill=20),
+}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["torch", "dali"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def store(made_up_set: Path) -> Store:
+    return open_part(made_up_set, "train")
+
+
+def noise(count: int, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    return np.random.default_rng([count, *shape]).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def spec_of(
+    shape: tuple[int | None, int | None, int], resolution: int, interpolation: str = "linear", transposed: bool = False
+) -> GraphSpec:
+    return GraphSpec(shape, transposed, resolution, interpolation, (0.0,) * shape[2], (1.0,) * shape[2])
+
+
+def drawn(augmentation: Augmentation, count: int, seed: int = 0) -> Draws:
+    return augmentation.draw(seed, 3, 5, slice(0, count))
+
+
+# What is drawn.
+
+
+def test_draws_never_change() -> None:
+    """A seed means the same images on every machine and in every version."""
+    draws = Augmentation(elastic=0.1, elastic_smoothness=0.5).draw(7, 2, 11, slice(3, 5))
+    assert draws.numbers.shape == (2, 20)
+    assert draws.noise.shape == (2, 2, 3, 3)
+    content = draws.numbers.tobytes() + draws.noise.tobytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == "296794764b7bf8d4"
+
+
+@pytest.mark.parametrize("augmentation", [AFFINE, Augmentation(elastic=0.1)], ids=["numbers", "and noise"])
+def test_ranks_draw_what_one_would(augmentation: Augmentation) -> None:
+    whole = augmentation.draw(1, 2, 3, slice(0, 50))
+    for cuts in ([0, 50], [0, 16, 33, 50], [0, 1, 2, 50]):
+        parts = [augmentation.draw(1, 2, 3, slice(*pair)) for pair in itertools.pairwise(cuts)]
+        together = Draws.concatenated(parts)
+        assert np.array_equal(together.numbers, whole.numbers)
+        assert together.noise is whole.noise is None or np.array_equal(together.noise, whole.noise)
+        assert [len(part) for part in parts] == np.diff(cuts).tolist()
+
+
+def test_every_seed_epoch_step_and_place_draws_anew() -> None:
+    places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (0, 2, 0), (0, 0, 2**20)]
+    augmentation = Augmentation(elastic=0.1)
+    found = [augmentation.draw(*place, slice(0, 30)) for place in places]
+    numbers = np.concatenate([draws.numbers.ravel() for draws in found])
+    assert len(np.unique(numbers)) == numbers.size
+    beginnings = {draws.noise[image].tobytes() for draws in found for image in range(30)}
+    assert len(beginnings) == 30 * len(places)
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    draws = Augmentation(elastic=0.1, elastic_smoothness=0.5).draw(0, 0, 0, slice(0, 20_000))
+    for column in draws.numbers.T:
+        counts = np.histogram(column, 20, (0, 1))[0]
+        assert ((counts - 1000) ** 2 / 1000).sum() < 60  # chi-squared of 19 degrees: one in a million
+    correlations = np.corrcoef(draws.numbers.T) - np.eye(20)
+    assert np.abs(correlations).max() < 5 / np.sqrt(20_000)
+    assert abs(draws.noise.mean()) < 5 / np.sqrt(draws.noise.size)
+    assert draws.noise.std() == pytest.approx(1, abs=0.01)
+    assert np.abs(draws.noise).max() <= np.sqrt(3)
+
+
+def test_amounts_reach_the_ones_given_and_no_further() -> None:
+    augmentation = Augmentation(scale=0.25, translation=0.1, stroke=0.5, flip=0.3, crop_padding=2, erase=0.4)
+    draws = drawn(augmentation, 20_000)
+    matrices = augmentation.matrices(draws, (28, 28))
+    sizes = 1 / matrices[:, 1, 1]
+    assert sizes.min() == pytest.approx(1 / 1.25, abs=1e-3)
+    assert sizes.max() == pytest.approx(1.25, abs=1e-3)
+    assert np.median(sizes) == pytest.approx(1, abs=0.01), "as often larger as smaller"
+    assert (matrices[:, 0, 0] < 0).mean() == pytest.approx(0.3, abs=0.02)
+    strokes = augmentation.strokes(draws)
+    assert [strokes.min(), strokes.max()] == pytest.approx([-0.5, 0.5], abs=1e-3)
+    only_crop = Augmentation(crop_padding=2)
+    moves = only_crop.matrices(draws, (28, 14))[:, :, 2] * (14 / 2, 28 / 2)
+    values, counts = np.unique(moves.round(9), return_counts=True)
+    assert values.tolist() == [-2, -1, 0, 1, 2]
+    assert counts / counts.sum() == pytest.approx([0.2] * 5, abs=0.01)
+    heights, widths = augmentation.boxes(draws)[:, 2:].T
+    hidden = heights > 0
+    assert hidden.mean() == pytest.approx(0.4, abs=0.02)
+    areas = (heights * widths)[hidden]
+    assert [areas.min(), areas.max()] == pytest.approx([0.02, 0.2], abs=1e-3)
+    aspects = heights[hidden] / widths[hidden]
+    assert [aspects.min(), aspects.max()] == pytest.approx([0.3, 10 / 3], rel=0.01)
+
+
+def test_displacements_have_the_size_asked_for_everywhere_and_are_smooth() -> None:
+    places = (np.arange(56) + 0.5) / 28 - 1
+    for smoothness in (0.05, 0.14, 0.4):
+        augmentation = Augmentation(elastic=0.04, elastic_smoothness=smoothness)
+        weights = smoothing(places, augmentation.lattice, smoothness)
+        noise = drawn(augmentation, 1000).noise
+        field = weights @ noise @ weights.T  # [B, 2, 56, 56]
+        assert field.std(axis=(0, 1)) == pytest.approx(np.ones((56, 56)), abs=0.12)
+        # Of white noise under a Gaussian of deviation s, points d apart correlate by exp(-(d / 2s)^2).
+        apart = int(smoothness * 56)
+        correlation = (field[:, :, :, :-apart] * field[:, :, :, apart:]).mean()
+        assert correlation == pytest.approx(np.exp(-((apart / 56 / smoothness) ** 2) / 4), abs=0.1)
+
+
+# What becomes of it.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("shape", "resolution", "interpolation", "transposed"),
+    [
+        (GRAY, 28, "linear", True),
+        (GRAY, 40, "linear", False),
+        (GRAY, 14, "linear", True),
+        (RGB, 40, "linear", True),
+        (RGB, 31, "cubic", False),
+        (RGB, 16, "nearest", True),
+    ],
+)
+def test_computes_the_reference(
+    backend: str,
+    device: torch.device,
+    kind: str,
+    shape: tuple[int, int, int],
+    resolution: int,
+    interpolation: str,
+    transposed: bool,
+) -> None:
+    augmentation, images = KINDS[kind], noise(COUNT, shape)
+    draws = drawn(augmentation, COUNT)
+    spec = spec_of(shape, resolution, interpolation, transposed)
+    before = images.copy()
+    result = make_graph(spec, backend, device, COUNT, augmentation)(images, draws)
+    assert np.array_equal(images, before)
+    some = slice(0, 4)
+    expected = reference.augmented(images[some], resolution, augmentation, draws, interpolation, transposed)
+    assert result.shape == (COUNT, shape[2], resolution, resolution)
+    assert np.abs(result[some].cpu().numpy() - expected).max() <= TOLERANCE
+    # The last ones share a pack with padding.
+    last = make_graph(spec, backend, device, COUNT, augmentation)(images[-3:], draws[-3:])
+    assert float((last - result[-3:]).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["onto grey", "elastic", "colours moved"])
+def test_normalises_after_all_that(backend: str, device: torch.device, kind: str) -> None:
+    augmentation, images = KINDS[kind], noise(5, RGB)
+    mean, std = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+    draws = drawn(augmentation, 5)
+    plain = make_graph(spec_of(RGB, 40), backend, device, 5, augmentation)(images, draws).cpu().numpy()
+    spec = spec_of(RGB, 40).normalised(mean, std)
+    result = make_graph(spec, backend, device, 5, augmentation)(images, draws).cpu().numpy()
+    expected = (plain - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
+    assert np.abs(result - expected).max() <= 2e-5
+
+
+@pytest.mark.parametrize("resolution", [14, 28, 50])
+def test_at_no_strength_images_are_those_of_evaluation(backend: str, device: torch.device, resolution: int) -> None:
+    images = noise(5, GRAY)
+    least = Augmentation(rotation=1e-9, elastic=1e-9, stroke=1e-9, brightness=1e-9)
+    result = make_graph(spec_of(GRAY, resolution), backend, device, 5, least)(images, drawn(least, 5))
+    assert np.abs(result.cpu().numpy() - model_input(images, resolution)).max() <= 2e-5
+    spec = spec_of(GRAY, resolution)
+    assert not NO_AUGMENTATION
+    assert torch.equal(
+        make_graph(spec, backend, device, 5, NO_AUGMENTATION)(images), make_graph(spec, backend, device, 5)(images)
+    )
+
+
+def test_strokes_and_boxes_are_done_before_the_images_are_moved(backend: str, device: torch.device) -> None:
+    images = noise(COUNT, GRAY)
+    augmentation = replace(AFFINE, stroke=0.8, erase=0.7, erase_value=99)
+    draws = drawn(augmentation, COUNT)
+    changed = np.stack(
+        [
+            reference.thickened(image[..., 0], amount)
+            for image, amount in zip(images, augmentation.strokes(draws), strict=True)
+        ]
+    )
+    hidden = np.zeros(COUNT, int)
+    for number, (down, across, height, width) in enumerate(augmentation.boxes(draws)):
+        tall, wide = round(height * 28), round(width * 28)
+        top, left = int(down * (28 - tall + 1)), int(across * (28 - wide + 1))
+        changed[number, top : top + tall, left : left + wide] = 99
+        hidden[number] = tall * wide
+    assert 0.5 < (hidden > 0).mean() < 0.9
+    graph = make_graph(spec_of(GRAY, 40), backend, device, COUNT, augmentation)
+    result = graph(images, draws).cpu().numpy()
+    moved = make_graph(spec_of(GRAY, 40), "torch", CPU, COUNT, AFFINE)
+    expected = moved(changed.round().astype(np.uint8)[..., None], draws).numpy()
+    assert np.abs(result - expected).max() <= 1.5 / 255 + TOLERANCE
+    # Of what is stored with rows and columns exchanged, the same part of the upright image is hidden.
+    stored = np.ascontiguousarray(images.swapaxes(1, 2))
+    exchanged = make_graph(spec_of(GRAY, 40, transposed=True), backend, device, COUNT, augmentation)(stored, draws)
+    assert np.abs(exchanged.cpu().numpy() - result).max() <= TOLERANCE
+
+
+def test_a_box_on_the_contour_hides_a_piece_of_stroke(device: torch.device) -> None:
+    images = np.zeros((200, 28, 20, 1), np.uint8)
+    images[:-1, 5:20, 4:9] = 200
+    images[:-1, 10:14, 9:16] = 180
+    augmentation = Augmentation(erase=1, erase_smallest=0.02, erase_largest=0.05, erase_at="contour")
+    boxes = torch.from_numpy(augmentation.boxes(drawn(augmentation, len(images)))).to(device)
+    result = erased(torch.from_numpy(images).to(device), boxes, 77, on_contour=True, transposed=False).cpu().numpy()
+    edge = contour(ink(torch.from_numpy(images))).numpy()
+    for image, found, around in zip(images[:-1], result[:-1], edge[:-1], strict=True):
+        box = found[..., 0] == 77
+        assert box.any()
+        assert np.array_equal(found[~box], image[~box])
+        assert (box & around).any()
+    assert (result[-1] == 77).any(), "without ink it lies anywhere"
+    places = {tuple(np.argwhere(found[..., 0] == 77)[0]) for found in result}
+    assert len(places) > 50
+
+
+@pytest.mark.parametrize("kind", ["affine", "onto grey", "elastic", "colours moved"])
+def test_pictures_of_any_size_are_moved_and_coloured_alike(device: torch.device, kind: str) -> None:
+    images = [pixels(*size, 3) for size in SIZES]
+    augmentation, spec = KINDS[kind], spec_of((None, None, 3), 24)
+    draws = drawn(augmentation, len(images))
+    graph = make_graph(spec, "dali", device, len(images), augmentation)
+    result = graph([as_array(picture(image)) for image in images], draws).cpu().numpy()
+    for number, image in enumerate(images):
+        one = model_input(image[None], 24, "linear", False, (0.0,) * 3, (1.0,) * 3)
+        one = reference.recoloured(one[0], augmentation, draws, number) if augmentation.colours else one[0]
+        expected = reference.moved(one, 24, (24, 24), augmentation, draws, number)
+        assert np.abs(result[number] - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["stroke", "erase", "crop_padding"])
+def test_what_needs_raw_pixels_is_refused_for_picture_files(name: str) -> None:
+    with pytest.raises(UserError, match=name) as caught:
+        make_graph(spec_of((None, None, 3), 24), "dali", CPU, 4, Augmentation(**{name: 1}))
+    assert "--size N" in caught.value.hint
+
+
+# On the way to training.
+
+
+@pytest.mark.parametrize("batch_size", [16, 300])
+def test_batches_are_augmented_alike_on_any_number_of_ranks_and_from_any_step(store: Store, batch_size: int) -> None:
+    augmentation = replace(KINDS["elastic"], stroke=0.5, erase=0.5)
+    order = TrainingOrder(np.arange(len(store)), batch_size, 4, augmentation=augmentation)
+    graph = make_graph(GraphSpec.of(store.manifest, 28), "torch", CPU, batch_size, augmentation)
+    whole = [replace(batch, images=batch.images.clone()) for batch in Loader(store, order, graph, CPU).batches(2)]
+    for first in (1, len(whole) - 1):
+        assert_same(list(Loader(store, order, graph, CPU).batches(2, first)), whole[first:])
+    ranks = [list(Loader(store, order, graph, CPU, rank=rank, world_size=3).batches(2)) for rank in range(3)]
+    for number, batch in enumerate(whole):
+        shares = torch.cat([batches[number].images for batches in ranks])
+        # Matrix products of other sizes may round otherwise.
+        assert float((shares - batch.images).abs().max()) <= 2e-5
+    other = next(Loader(store, order, graph, CPU).batches(3)).images
+    assert not torch.equal(other[: len(whole[0].images)], whole[0].images)
+
+
+def test_each_image_gets_the_draws_of_its_place(store: Store) -> None:
+    augmentation = KINDS["affine"]
+    order = TrainingOrder(np.arange(len(store)), 64, 4, augmentation=augmentation)
+    graph = make_graph(GraphSpec.of(store.manifest, 28), "torch", CPU, 64, augmentation)
+    batches = list(Loader(store, order, graph, CPU).batches(1))
+    for step in list(order.steps(1, 0, 1))[::5]:
+        draws = augmentation.draw(4, 1, step.number, slice(0, len(step.samples)))
+        expected = graph(store.read(step.samples), draws)
+        assert float((batches[step.number].images - expected).abs().max()) <= 2e-5
+
+
+def test_the_settings_are_those_of_the_pipeline() -> None:
+    names = [field.name for field in fields(Augmentation)]
+    assert list(Augment.model_fields) == names
+    assert Augment().augmentation() == NO_AUGMENTATION
+    values = dict.fromkeys(names, 1) | {"fill": 7, "erase_at": "contour"}
+    assert Augment(**values).augmentation() == Augmentation(**values)
+
+
+def test_the_numbers_of_an_image_have_room() -> None:
+    assert [number.value for number in Number] == list(range(18))

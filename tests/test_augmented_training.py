@@ -1,0 +1,95 @@
+"""A recipe with preparation and augmentation: what is evaluated is prepared alike and not augmented."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from pipeline.augmentation import Augmentation
+from shards import UserError
+from trainer.config import load
+from trainer.data import open_data
+from trainer.distributed import World
+from trainer.evaluate import evaluate_run
+from trainer.run import main
+
+RECIPE = ROOT / "configs" / "quickstart.yaml"
+WORLD = World(0, 1, torch.device("cpu"))
+OVERRIDES = (
+    *("data.resolution=12", "data.subset=0.3", "trainer.epochs=2", "trainer.precision=fp32", "loader.batch_size=64"),
+    *("data.invert=true", "data.equalize=true", "augment.rotation=10", "augment.elastic=0.04", "augment.stroke=0.4"),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("augmented") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        settings = (f"data.shards={digits_set}", f"run.dir={directory}")
+        patch.setattr(sys, "argv", ["trainer.run", str(RECIPE), *settings, *OVERRIDES])
+        assert main() == 0
+    return directory
+
+
+def test_evaluation_prepares_images_as_training_did(trained: Path, digits_set: Path) -> None:
+    found = evaluate_run(trained, str(digits_set), WORLD)
+    summary = json.loads((trained / "summary.json").read_text())
+    assert found["accuracy"] == summary["accuracy"]
+    assert found["loss"] == pytest.approx(summary["loss"], rel=1e-6)
+
+
+def test_only_training_is_augmented_and_statistics_are_free_of_it(digits_set: Path) -> None:
+    settings = [f"data.shards={digits_set}", *OVERRIDES]
+    data = open_data(load(RECIPE, settings), WORLD)
+    off = [f"augment.{name}=0" for name in ("rotation", "elastic", "stroke")]
+    plain = open_data(load(RECIPE, [*settings, *off]), WORLD)
+    assert (data.spec, data.spec.preparation.invert) == (plain.spec, True)
+    for mine, other in ((data.validation, plain.validation), (data.test, plain.test)):
+        assert torch.equal(next(mine.batches()).images, next(other.batches()).images)
+    one, other = next(data.train.batches(0)), next(plain.train.batches(0))
+    assert torch.equal(one.rows, other.rows)
+    assert (one.images - other.images).abs().amax(dim=(1, 2, 3)).min() > 0.1, "every image is changed"
+    again = [next(data.train.batches(epoch)).images for epoch in (0, 1)]
+    assert torch.equal(again[0], one.images)
+    assert not torch.equal(again[1][: len(one.rows)], one.images)
+    assert isinstance(data.train.order(0).augmentation, Augmentation)
+    assert np.isfinite(data.spec.mean).all()
+
+
+def test_colours_of_grey_images_are_warned_about(digits_set: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for override, lines in (("augment.hue=10", 1), ("augment.contrast=0.1", 0)):
+        caplog.clear()
+        open_data(load(RECIPE, [f"data.shards={digits_set}", override]), WORLD)
+        assert len(caplog.messages) == lines, override
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("augment.erase_smallest=0.5", "augment.erase_largest=0.2"),
+        ("augment.flip=3", "augment.flip=3"),
+        ("augment.rotate=3", "unknown setting augment.rotate"),
+        ("data.invert=maybe", "data.invert=maybe"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(RECIPE, ["data.shards=x", override])
+    assert said in caught.value.found
+
+
+def test_settings_without_effect_are_said() -> None:
+    config = load(RECIPE, ["augment.fill=3", "augment.erase_at=contour", "augment.elastic_smoothness=0.2"])
+    lines = list(config.without_effect())
+    assert [line.split()[0] for line in lines] == [
+        "augment.elastic_smoothness",
+        "augment.fill=3",
+        "augment.erase_at",
+    ]
+    assert not list(load(RECIPE, ["augment.fill=3", "augment.rotation=3"]).without_effect())

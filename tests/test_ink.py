@@ -1,0 +1,249 @@
+"""Ink is found in pictures of any kind, and laid as the images of the set have it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import made_up_parts, pack_parts
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.ink import SCAN_SIDE, Ink, InkFrame, NoInk, find_ink, frame_ink
+from pipeline.intake import Blank, Intake, Unusable
+from pipeline.lighting import evenly_lit
+from pipeline.resample import resize_weights
+from pipeline.sources import Request, find_source
+from shards import open_part
+
+EMNIST = InkFrame.of_emnist(28)
+
+
+def stroke(height: int, width: int, box: tuple[int, int, int, int], ink: int = 0, paper: int = 255) -> NDArray:
+    """A letter L of a third of its box's width: uint8 [height, width]."""
+    picture = np.full((height, width), paper, np.uint8)
+    top, bottom, left, right = box
+    thick = max(1, (right - left) // 3)
+    picture[top:bottom, left : left + thick] = ink
+    picture[bottom - thick : bottom, left:right] = ink
+    return picture
+
+
+def slow_frame(ink: Ink, frame: InkFrame, size: int) -> NDArray[np.float64]:
+    """The definition, pixel by pixel in float64: scaled to the scan, blurred with sigma 1, resized by the cubic."""
+    scan_size = round(size * SCAN_SIDE / frame.side)
+    scan = scan_size / size
+    zoom = frame.side / ink.side * scan
+    width = max(1.0, 1 / zoom)
+    centre = ink.centre(frame.by_mass)
+
+    def pixel(row: int, column: int) -> float:
+        return ink.values[row, column] if 0 <= row < len(ink.values) and 0 <= column < len(ink.values[0]) else 0.0
+
+    def taps(place: float) -> list[tuple[int, float]]:
+        around = range(int(np.floor(place - width)) - 1, int(np.ceil(place + width)) + 2)
+        weights = [(one, max(0.0, 1 - abs(one + 0.5 - place) / width)) for one in around]
+        total = sum(weight for _, weight in weights)
+        return [(one, weight / total) for one, weight in weights if weight]
+
+    def source(number: int, axis: int) -> float:
+        return centre[axis] + ((number + 0.5 - scan_size / 2) / scan - frame.centre[axis]) / (zoom / scan)
+
+    scanned = np.zeros((scan_size, scan_size))
+    for y in range(scan_size):
+        for x in range(scan_size):
+            for row, down in taps(source(y, 0)):
+                for column, across in taps(source(x, 1)):
+                    scanned[y, x] += down * across * pixel(row, column)
+    norm = sum(np.exp(-(d**2) / 2) for d in range(-4, 5))
+    blurred = np.zeros_like(scanned)
+    for y in range(scan_size):
+        for x in range(scan_size):
+            for dy in range(-4, 5):
+                for dx in range(-4, 5):
+                    if 0 <= y + dy < scan_size and 0 <= x + dx < scan_size:
+                        blurred[y, x] += np.exp(-(dy**2 + dx**2) / 2) / norm**2 * scanned[y + dy, x + dx]
+    cubic = resize_weights(scan_size, size, "cubic")
+    laid = (cubic @ blurred @ cubic.T).clip(0, None)
+    return laid * 255 / laid.max()
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "frame"),
+    [
+        ((60, 90), (10, 40, 50, 70), EMNIST),
+        ((24, 20), (0, 24, 3, 20), EMNIST),  # touches the border, and is enlarged
+        ((70, 50), (5, 30, 20, 30), InkFrame(True, True, 20.0, (0.5, 0.5), 19, 20, 0.7)),  # MNIST's, by mass
+    ],
+)
+def test_the_geometry_is_that_of_the_definition(shape: tuple, box: tuple, frame: InkFrame) -> None:
+    ink = find_ink(stroke(*shape, box))
+    assert ink.box == box
+    assert not ink.light
+    assert np.abs(frame_ink(ink, frame, (28, 28)) - slow_frame(ink, frame, 28)).max() <= 0.5 + 1e-6
+
+
+def test_emnist_leaves_a_border_of_two_pixels_of_the_scan() -> None:
+    image = frame_ink(find_ink(stroke(300, 200, (50, 250, 60, 160))), EMNIST, (28, 28))
+    rows, columns = np.flatnonzero((image > 127).any(axis=1)), np.flatnonzero((image > 127).any(axis=0))
+    assert abs(len(rows) - 22.4) <= 1
+    assert abs(len(columns) - 11.2) <= 1, "the proportions are kept"
+    assert abs(rows.mean() - 13.5) <= 0.5
+    assert abs(columns.mean() - 13.5) <= 0.5
+    assert not image[:1].any()
+    assert not image[-1:].any()
+    assert image.max() == 255
+
+
+def test_size_place_and_polarity_of_the_picture_do_not_matter() -> None:
+    plain = frame_ink(find_ink(stroke(100, 100, (20, 80, 30, 60))), EMNIST, (28, 28))
+    for picture in (
+        stroke(640, 480, (300, 540, 10, 130)),
+        stroke(100, 100, (20, 80, 30, 60), ink=255, paper=0),
+        stroke(100, 100, (20, 80, 30, 60), ink=90, paper=170),
+        stroke(60, 30, (0, 60, 0, 30)),  # nothing around the ink
+    ):
+        difference = np.abs(frame_ink(find_ink(picture), EMNIST, (28, 28)).astype(int) - plain)
+        assert difference.mean() < 2
+
+
+def test_dust_and_noise_do_not_move_the_ink() -> None:
+    picture = stroke(300, 300, (100, 200, 120, 170))
+    clean = find_ink(picture)
+    noise = np.random.default_rng(0).normal(0, 12, picture.shape)
+    picture = (picture * 0.7 + 40 + noise).clip(0, 255).astype(np.uint8)
+    picture[5:7, 280:282] = 0
+    found = find_ink(picture)
+    assert np.abs(np.subtract(found.box, clean.box)).max() <= 1
+
+
+@pytest.mark.parametrize("angle", [0.0, 1.0, 3.0])
+def test_shaded_paper_counts_as_even(angle: float) -> None:
+    box = (100, 200, 120, 170)
+    inked = stroke(300, 240, box, ink=1, paper=0)
+    y, x = np.mgrid[:300, :240]
+    place = (y / 300 - 0.5) * np.sin(angle) + (x / 240 - 0.5) * np.cos(angle)
+    paper = 150 - 130 * place + np.random.default_rng(0).normal(0, 2, inked.shape)
+    photograph = (paper * (1 - 0.7 * inked)).clip(0, 255).astype(np.uint8)
+    assert find_ink(photograph).box != box, "one threshold for all of it does not do"
+    ink = find_ink(evenly_lit(photograph))
+    assert np.abs(np.subtract(ink.box, box)).max() <= 1
+    assert not ink.light
+    with pytest.raises(NoInk):
+        find_ink(evenly_lit(paper.clip(0, 255).astype(np.uint8)))
+
+
+def test_evenly_lit_pictures_stay_as_they_are(digits_set: Path) -> None:
+    for picture in (
+        stroke(300, 240, (100, 200, 120, 170)),
+        stroke(100, 90, (0, 100, 0, 90)),  # much ink and nothing around it
+        *open_part(digits_set, "test").read(np.arange(50))[..., 0],
+    ):
+        np.testing.assert_array_equal(evenly_lit(picture), picture)
+
+
+def test_a_dot_that_belongs_to_the_character_stays() -> None:
+    picture = stroke(200, 200, (80, 160, 95, 107))
+    picture[50:62, 95:107] = 0
+    assert find_ink(picture).box[0] == 50
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_a_blank_picture_has_no_ink(level: int) -> None:
+    with pytest.raises(NoInk, match="0 of 255"):
+        find_ink(np.full((30, 40), level, np.uint8))
+    grain = np.random.default_rng(0).integers(-4, 5, (30, 40))
+    with pytest.raises(NoInk, match="stands out"):
+        find_ink((np.full((30, 40), level) + grain).clip(0, 255).astype(np.uint8))
+
+
+def test_how_ink_lies_is_measured_on_the_set(digits_set: Path, made_up_set: Path) -> None:
+    digits = Intake.of(open_part(digits_set, "train"))
+    assert digits.image_shape == (8, 8, 1)
+    assert digits.frame is not None
+    assert (digits.frame.light, digits.frame.side) == (True, 8)
+    assert Intake.of_state(digits.state()) == digits
+    assert Intake.of(open_part(made_up_set, "train")).frame is None, "noise with a band is not ink"
+
+
+def test_emnist_and_mnist_are_told_apart(shared_data: Path) -> None:
+    train, _ = find_source("emnist").load(Request(shared_data / "emnist", split="byclass"))
+    emnist = InkFrame.measured(np.asarray(train.read(np.arange(0, 90_000, 200)))[..., 0].swapaxes(1, 2))
+    assert emnist is not None
+    assert not emnist.by_mass
+    assert emnist.side == pytest.approx(EMNIST.side, abs=0.5), "as the paper has it"
+    assert emnist.centre == (0, 0)
+    images = read_idx(shared_data / "mnist" / "t10k-images-idx3-ubyte.gz")
+    mnist = InkFrame.measured(images[:400])
+    assert mnist is not None
+    assert mnist.by_mass
+    assert mnist.side == pytest.approx(20, abs=0.2), "normalised to fit in a 20x20 box, and centred by mass"
+    assert mnist.centre == pytest.approx((0.5, 0.5), abs=0.1)
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
+
+
+def png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def test_every_kind_of_picture_file_gives_the_same_image() -> None:
+    intake = Intake((28, 28, 1), "pad", EMNIST)
+    gray = stroke(120, 90, (30, 100, 20, 60))
+    plain = Image.fromarray(gray)
+    expected = intake.take(png(plain))
+    assert "dark ink inverted" in expected.done
+    assert "90x120" in expected.done
+    clear = Image.merge("LA", (Image.new("L", plain.size, 0), Image.fromarray(255 - gray)))
+    wide = Image.fromarray(gray.astype(np.uint16) * 257)
+    for picture in (plain.convert("RGB"), plain.convert("P"), clear, clear.convert("RGBA"), wide, plain.convert("1")):
+        taken = intake.take(png(picture))
+        assert np.abs(taken.image.astype(int) - expected.image).max() <= 1, picture.mode
+    light = intake.take(png(Image.fromarray(255 - gray)))
+    assert "inverted" not in light.done
+    np.testing.assert_array_equal(light.image, expected.image)
+
+
+def test_an_image_of_the_set_is_taken_as_it_is(digits_set: Path) -> None:
+    store = open_part(digits_set, "test")
+    intake = Intake.of(store)
+    images = store.read(np.arange(len(store)))
+    for image in images:
+        taken = intake.take(png(Image.fromarray(image[..., 0])))
+        assert taken.done == "taken as it is"
+        np.testing.assert_array_equal(taken.image, image)
+    inverted = intake.take(png(Image.fromarray(255 - images[0, ..., 0])))
+    assert "dark ink inverted" in inverted.done
+    off_centre = np.zeros((28, 28), np.uint8)
+    off_centre[2:12, 3:6] = 255
+    assert "centred" in Intake((28, 28, 1), "pad", EMNIST).take(png(Image.fromarray(off_centre))).done
+
+
+def test_pictures_for_other_sets_are_brought_to_size(tmp_path: Path) -> None:
+    parts = made_up_parts(train=70, shape=(12, 16, 3), transposed=False)
+    intake = Intake.of(open_part(pack_parts(parts, tmp_path / "set"), "train"))
+    assert intake.frame is None
+    picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    taken = intake.take(png(Image.fromarray(picture)))
+    np.testing.assert_array_equal(taken.image, picture)
+    assert taken.done == "taken as it is"
+    taken = intake.take(png(Image.fromarray(picture).resize((50, 70))))
+    assert taken.image.shape == (12, 16, 3)
+    assert taken.done == "50x70 brought to 16x12 (pad)"
+
+
+def test_what_cannot_be_used_says_why() -> None:
+    intake = Intake((28, 28, 1), "pad", EMNIST)
+    with pytest.raises(Blank, match="stands out"):
+        intake.take(png(Image.new("L", (50, 50), 255)))
+    whole = png(Image.fromarray(stroke(120, 90, (30, 100, 20, 60))))
+    for content in (b"", b"hello", whole[: len(whole) // 2]):
+        with pytest.raises(Unusable):
+            intake.take(content)

@@ -1,0 +1,234 @@
+"""The networks that are written down here are those of their sources, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from shards import UserError
+from trainer import model as model_module
+from trainer.model import make_model
+from trainer.networks import SMALLEST, efficientnet, plain, squeezenet, three_block_cnn
+from trainer.networks.efficientnet import STRIDES_224, SqueezeExcitation, StochasticDepth, efficientnet_b0
+from trainer.networks.plain import PLAIN
+from trainer.settings import OWN, Model
+
+CLASSES = 10
+
+
+def made(name: str, channels: int = 3, classes: int = CLASSES, **settings: object) -> nn.Module:
+    torch.manual_seed(0)
+    return make_model(Model(name=name, **settings), channels, classes).eval()
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def described(model: nn.Module) -> list[str]:
+    """Convolutions, dense layers, dropouts and norms of a network, as the systems' tables name them."""
+    found = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            padding = f" pad {layer.padding[0]}" if layer.padding[0] else ""
+            found.append(f"Conv {layer.out_channels} ({layer.kernel_size[0]}x{layer.kernel_size[1]}){padding}")
+        elif isinstance(layer, nn.Linear):
+            found.append(f"Linear {layer.in_features}-{layer.out_features}")
+        elif isinstance(layer, nn.MaxPool2d):
+            found.append(f"pool {layer.kernel_size}")
+        elif isinstance(layer, nn.Dropout):
+            found.append(f"dropout {layer.p}")
+        elif isinstance(layer, nn.BatchNorm2d | nn.ReLU):
+            found.append({nn.BatchNorm2d: "norm", nn.ReLU: "ReLU"}[type(layer)])
+    return found
+
+
+def block(convolution: str, *norm: str) -> list[str]:
+    return [convolution, *norm, "ReLU", "pool 2"]
+
+
+CNN = [*block("Conv 32 (3x3) pad 1"), *block("Conv 64 (3x3) pad 1"), "Linear 4096-128", "ReLU", "Linear 128-10"]
+THREE = [piece for width in (16, 32, 32) for piece in block(f"Conv {width} (3x3) pad 1")]
+LAYERS = {
+    "cifar_cnn": CNN,
+    "cifar_cnn_batchnorm": [
+        *block("Conv 32 (3x3) pad 1", "norm"),
+        *block("Conv 64 (3x3) pad 1", "norm"),
+        *("dropout 0.5", "Linear 4096-256", "ReLU", "dropout 0.5", "Linear 256-10"),
+    ],
+    "lenet": [
+        *block("Conv 6 (5x5)"),
+        *block("Conv 16 (5x5)"),
+        *("Linear 256-120", "ReLU", "Linear 120-84", "ReLU", "Linear 84-10"),
+    ],
+    "numtadb_model1": [*THREE, "Linear 2048-1024", "ReLU", "Linear 1024-512", "ReLU", "Linear 512-10"],
+    "numtadb_model2": [
+        *block("Conv 6 (5x5)"),
+        *block("Conv 16 (5x5)"),
+        *block("Conv 32 (3x3) pad 1"),
+        *("Linear 512-120", "ReLU", "Linear 120-84", "ReLU", "Linear 84-10"),
+    ],
+    "numtadb_model3": [*THREE, "Linear 1152-1024", "ReLU", "Linear 1024-512", "ReLU", "Linear 512-10"],
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_network_has_the_layers_of_the_earlier_system(name: str) -> None:
+    model = made(name, drop_rate=0.5 if "batchnorm" in name else 0.0)
+    assert described(model) == LAYERS[name]
+    side = PLAIN[name].side
+    assert model(torch.rand(2, 3, side, side)).shape == (2, CLASSES)
+
+
+def test_filters_kernels_and_dense_layers_are_settings() -> None:
+    model = made("cifar_cnn", filters=[48, 40], kernel=5, dense=[200, 50], drop_rate=0.25)
+    assert described(model) == [
+        *block("Conv 48 (5x5) pad 2"),
+        *block("Conv 40 (5x5) pad 2"),
+        *("dropout 0.25", "Linear 2560-200", "ReLU", "dropout 0.25", "Linear 200-50", "ReLU"),
+        *("dropout 0.25", "Linear 50-10"),
+    ]
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, CLASSES)
+    unpadded = made("lenet", channels=1, kernel=3, dense=[])
+    assert described(unpadded)[-1] == "Linear 400-10"
+    assert unpadded(torch.rand(2, 1, 28, 28)).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_smallest_side_is_the_smallest(name: str) -> None:
+    model, side = made(name), SMALLEST[name]
+    assert model(torch.rand(2, 3, side, side)).shape == (2, CLASSES)
+    if side > 1:
+        with pytest.raises(RuntimeError):
+            model(torch.rand(2, 3, side - 1, side - 1))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_features_come_out_below_a_head(name: str) -> None:
+    model = made(name, channels=1, head_hidden=11)
+    side = PLAIN[name].side if name in PLAIN else 32
+    assert model(torch.rand(2, 1, side, side)).shape == (2, CLASSES)
+    assert model.backbone(torch.rand(2, 1, side, side)).shape == (2, model.head[1].in_features)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [(plain, [*PLAIN]), (efficientnet, ["cifar_efficientnet"]), (squeezenet, ["squeezenet1_1"])],
+    ids=["plain", "efficientnet", "squeezenet"],
+)
+def test_the_documentation_counts_the_parameters(module: object, names: list[str]) -> None:
+    text = Path(module.__file__).read_text()
+    for name in names:
+        row = next((line for line in text.splitlines() if line.startswith(f"| {name} |")), text)
+        assert f"{parameters(made(name)):,}" in row, name
+    small = parameters(made("three_block_cnn", channels=1))
+    assert f"{small:,}" in three_block_cnn.three_block_cnn.__doc__
+
+
+def test_the_blocks_are_those_of_efficientnet() -> None:
+    """With the strides and the weights of timm's EfficientNet-B0, the outputs are the same."""
+    torch.manual_seed(0)
+    theirs = timm.create_model("efficientnet_b0", num_classes=CLASSES).eval().double()
+    ours = efficientnet_b0(3, CLASSES, strides=STRIDES_224)[0].eval().double()
+    state = {}
+    for (own, mine), (name, value) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert mine.shape == value.shape
+        # Statistics and scales that are not all 0 and 1, so that a norm in another place would show.
+        drawn = name.endswith(("running_mean", "running_var", "bias")) or mine.ndim == 1
+        state[own] = torch.rand_like(value) * 0.5 + 0.75 if drawn else value
+    ours.load_state_dict(state)
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), state.values(), strict=True)))
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    expected = theirs(images)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(ours(images), expected)
+
+
+def test_the_stem_for_small_images_leaves_something_to_see() -> None:
+    blocks = made("cifar_efficientnet")[:-4]
+    assert blocks(torch.rand(2, 3, 32, 32)).shape[2:] == (4, 4)
+    coarse = efficientnet_b0(3, CLASSES, strides=STRIDES_224)[0].eval()[:-4]
+    assert coarse(torch.rand(2, 3, 32, 32)).shape[2:] == (1, 1)
+
+
+def test_stochastic_depth_leaves_out_whole_branches_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    depth = StochasticDepth(0.25)
+    branch = torch.ones(4000, 2, 3, 3)
+    out = depth.train()(branch)
+    kept = out[:, 0, 0, 0] > 0
+    torch.testing.assert_close(out, (kept.float() / 0.75).view(-1, 1, 1, 1).expand_as(out))
+    assert out.mean() == pytest.approx(1, abs=0.05)
+    assert torch.equal(depth.eval()(branch), branch)
+    assert not StochasticDepth(1.0).train()(branch).any()
+
+
+def test_deeper_branches_are_left_out_more_often() -> None:
+    model = efficientnet_b0(3, CLASSES, drop_path_rate=0.2)[0]
+    rates = [module.rate for module in model.modules() if isinstance(module, StochasticDepth)]
+    assert rates == pytest.approx([0.2 * depth / 16 for depth in range(16)])
+
+
+def test_squeeze_and_excitation_scales_channels_by_their_means() -> None:
+    torch.manual_seed(0)
+    layer = SqueezeExcitation(4, 2)
+    features = torch.rand(3, 4, 5, 5)
+    scales = layer(features) / features
+    torch.testing.assert_close(scales, scales[:, :, :1, :1].expand_as(scales))
+    permuted = features.flatten(2)[:, :, torch.randperm(25)].view_as(features)
+    torch.testing.assert_close(layer(permuted) / permuted, scales)
+    assert ((scales > 0) & (scales < 1)).all()
+
+
+def test_squeezenet_has_a_new_head() -> None:
+    model = made("squeezenet1_1", classes=7, drop_rate=0.5)
+    dropout, classifier, *_ = model.classifier
+    assert (dropout.p, classifier.out_channels) == (0.5, 7)
+
+
+def test_squeezenet_begins_with_published_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All but the classifier is theirs; one channel takes the sum over three."""
+    published = squeezenet.torchvision_squeezenet()
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / squeezenet.PUBLISHED.rpartition("/")[2]).write_bytes(b"there")
+    monkeypatch.setattr(model_module.torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(model_module.socket, "create_connection", None)
+    monkeypatch.setattr(squeezenet, "torchvision_squeezenet", lambda weights: weights and published)
+    stem = published.features[0].weight.sum(dim=1, keepdim=True)
+    model = made("squeezenet1_1", channels=1, pretrained=True)
+    torch.testing.assert_close(model.features[0].weight, stem)
+    assert model.features[3] is published.features[3]
+    assert model(torch.rand(2, 1, 32, 32)).shape == (2, CLASSES)
+
+
+def test_squeezenet_without_a_network_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("no network here")
+
+    monkeypatch.setattr(model_module.torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(model_module.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(model_module.socket, "create_connection", refuse)
+    with pytest.raises(UserError, match="no network here"):
+        made("squeezenet1_1", pretrained=True)
+    assert parameters(made("squeezenet1_1", pretrained="auto")) == parameters(made("squeezenet1_1"))
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "squeezenet1_1"])
+def test_gray_images_enter_a_network_of_rgb_in_three_ways(name: str) -> None:
+    gray = torch.rand(2, 1, 32, 32)
+    summed, random = made(name, channels=1), made(name, channels=1, gray_stem="random")
+    first = [next(module for module in model.modules() if isinstance(module, nn.Conv2d)) for model in (summed, random)]
+    assert first[0].weight.shape == first[1].weight.shape
+    assert not torch.equal(first[0].weight, first[1].weight)
+    repeated = made(name, channels=1, gray_stem="repeated")
+    rgb = made(name, channels=3)
+    rgb.load_state_dict(repeated.backbone.state_dict())
+    torch.testing.assert_close(repeated(gray), rgb(gray.expand(-1, 3, -1, -1)))
+    assert torch.equal(
+        made(name, channels=3, gray_stem="repeated")(gray.expand(-1, 3, -1, -1)), made(name)(gray.expand(-1, 3, -1, -1))
+    )

@@ -1,0 +1,223 @@
+"""A finished run put to use: pictures in, classes and probabilities out, the same as in training."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_module
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.ink import InkFrame
+from shards import UserError, open_part
+from trainer.predict import main
+from trainer.predictor import Predictor, upright_images
+
+Predict = Callable[..., int]
+
+
+@pytest.fixture
+def predict(monkeypatch: pytest.MonkeyPatch) -> Predict:
+    """The command, in this process; its exit status."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["trainer.predict", *map(str, arguments)])
+        return main()
+
+    return run
+
+
+def drawn_large(image: NDArray[np.uint8], random: np.random.Generator) -> Image.Image:
+    """A light character as dark ink, enlarged, somewhere on a larger sheet of another shape."""
+    side = int(random.integers(60, 240))
+    width, height = (side + random.integers(20, 200, 2)).tolist()
+    sheet = Image.new("L", (width, height), 0)
+    place = (int(random.integers(5, width - side - 4)), int(random.integers(5, height - side - 4)))
+    sheet.paste(Image.fromarray(image[..., 0]).resize((side, side), Image.Resampling.BICUBIC), place)
+    return Image.fromarray(255 - np.asarray(sheet))
+
+
+def said(predictor: Predictor, images: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
+    size = predictor.batch_size
+    parts = [predictor.predict(images[start : start + size]) for start in range(0, len(images), size)]
+    return np.concatenate([part.probabilities for part in parts]).argmax(axis=1)
+
+
+@pytest.fixture(scope="module")
+def pictures(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve digits drawn large, in a directory of a directory, with a table of truth."""
+    directory = tmp_path_factory.mktemp("pictures")
+    store = open_part(digits_set, "test")
+    random = np.random.default_rng(0)
+    (directory / "inner").mkdir()
+    lines = ["Label;FILENAME"]
+    for number, image in enumerate(upright_images(store, np.arange(12))):
+        drawn_large(image, random).save(directory / "inner" / f"{number}.png")
+        lines.append(f"{store.manifest.classes[store.labels[number]]};inner/{number}.png")
+    (directory / "truth.csv").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def test_it_predicts_what_the_run_predicted(digits_run: Path, digits_set: Path) -> None:
+    """The same graph, model and temperature: the run's own answers to the test part come out, to rounding."""
+    predictor = Predictor(digits_run)
+    store = open_part(digits_set, "test")
+    probabilities = []
+    images = upright_images(store, np.arange(len(store)))
+    for start in range(0, len(images), predictor.batch_size):
+        probabilities.append(predictor.predict(images[start : start + predictor.batch_size]).probabilities)
+    found = np.concatenate(probabilities)
+    kept = np.load(digits_run / "predictions.npz")
+    order = np.argsort(store.rows)
+    np.testing.assert_array_equal(found.argmax(axis=1)[order], kept["predicted"])
+    np.testing.assert_allclose(found.max(axis=1)[order], kept["confidence"], atol=1e-5)
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+
+
+def test_digits_drawn_large_are_read_as_they_were(digits_run: Path, digits_set: Path, tmp_path: Path) -> None:
+    predictor = Predictor(digits_run)
+    store = open_part(digits_set, "test")
+    images = upright_images(store, np.arange(len(store)))
+    random = np.random.default_rng(1)
+    taken = []
+    for image in images:
+        drawn_large(image, random).save(tmp_path / "drawn.png", compress_level=1)
+        taken.append(predictor.intake.take((tmp_path / "drawn.png").read_bytes()).image)
+    agree = said(predictor, taken) == said(predictor, images)
+    assert agree.mean() > 0.94
+    raw = [np.asarray(drawn_large(image, random).resize((8, 8)))[..., None] for image in images]
+    assert (said(predictor, raw) == said(predictor, images)).mean() < 0.5, "without the ink processing"
+
+
+@pytest.mark.slow
+def test_genuine_characters_drawn_large_are_read_as_they_were(shared_data: Path, tmp_path: Path) -> None:
+    """EMNIST ByClass, 62 classes of which many differ in size alone (O and o), which is lost in the drawing."""
+    shards, run = tmp_path / "emnist", tmp_path / "run"
+    raw = ("--raw", shared_data / "emnist", "--out", shards)
+    assert run_module("pipeline.shard", "emnist", *raw).returncode == 0
+    settings = (f"data.shards={shards}", f"run.dir={run}", "data.subset=0.3", "trainer.epochs=2")
+    assert run_module("trainer.run", "configs/byclass_cpu.yaml", *settings, timeout=1200).returncode == 0
+    predictor = Predictor(run)
+    store = open_part(shards, "test")
+    images = upright_images(store, np.arange(1000))
+    random = np.random.default_rng(1)
+    taken = []
+    for image in images:
+        drawn_large(image, random).save(tmp_path / "drawn.png", compress_level=1)
+        taken.append(predictor.intake.take((tmp_path / "drawn.png").read_bytes()).image)
+    before, after, labels = said(predictor, images), said(predictor, taken), store.labels[:1000]
+    assert (before == after).mean() > 0.88
+    assert (after == labels).mean() > (before == labels).mean() - 0.06
+
+
+def test_files_are_predicted_and_faults_are_told(digits_run: Path, pictures: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "white").save(tmp_path / "blank.png")
+    (tmp_path / "broken.png").write_bytes((pictures / "inner" / "0.png").read_bytes()[:200])
+    (tmp_path / "text.png").write_text("no picture")
+    outputs = ("--csv", tmp_path / "out.csv", "--json", tmp_path / "out.json", "--sheet", tmp_path / "out.sheet")
+    process = run_module("trainer.predict", digits_run, tmp_path, pictures, *outputs)
+    assert process.returncode == 1, process.stderr
+    assert process.stderr == ""
+    lines = {line.split()[0].rpartition("/")[2]: line for line in process.stdout.splitlines() if ".png" in line}
+    assert "not predicted: nothing stands out" in lines["blank.png"]
+    assert "truncated" in lines["broken.png"]
+    assert "not a PNG" in lines["text.png"]
+    assert "dark ink inverted" in lines["7.png"]
+    assert "3 of 15 pictures could not be used" in process.stdout
+    assert "accuracy" not in process.stdout, "nobody told the truth"
+
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["metrics"] is None
+    assert found["classes"] == list("0123456789")
+    assert len(found["predictions"]) == 15
+    names = [one["file"].rpartition("/")[2] for one in found["predictions"]]
+    assert names == ["blank.png", "broken.png", "text.png", *(f"{number}.png" for number in range(12))]
+    for one in found["predictions"][3:]:
+        assert sum(one["probabilities"]) == pytest.approx(1, abs=1e-4)
+        assert one["predicted"] == found["classes"][int(np.argmax(one["probabilities"]))]
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["predicted"] for row in rows] == [one["predicted"] or "" for one in found["predictions"]]
+    assert float(rows[5]["p(3)"]) == found["predictions"][5]["probabilities"][3]
+    sheet = Image.open(tmp_path / "out.sheet")
+    assert sheet.format == "PNG"
+    assert len(np.unique(np.asarray(sheet.convert("L")))) > 50
+
+
+def test_a_table_of_truth_brings_the_figures(
+    predict: Predict, digits_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(digits_run, pictures / "truth.csv", "--json", tmp_path / "out.json") == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())
+    right = sum(one["label"] == one["predicted"] for one in found["predictions"])
+    assert right >= 10
+    assert found["metrics"]["accuracy"] == pytest.approx(right / 12)
+    assert found["metrics"]["samples"] == 12
+    assert f"accuracy {right / 12:.2%}" in printed
+    assert "most often taken" in printed or right == 12
+
+
+def test_a_table_without_a_head_and_a_pattern(
+    predict: Predict, digits_run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line.split(";") for line in (pictures / "truth.csv").read_text().splitlines()[1:]]
+    table = pictures / "plain.csv"
+    table.write_text("".join(f"{name},{label}\n" for label, name in lines))
+    assert predict(digits_run, table) == 0
+    assert "on 12 samples" in capsys.readouterr().out
+    assert predict(digits_run, pictures / "**" / "1*.png") == 0
+    printed = capsys.readouterr().out
+    assert [number for number in range(12) if f"/{number}.png" in printed] == [1, 10, 11]
+
+
+def test_a_packed_set_gives_the_figures_of_the_run(
+    predict: Predict, digits_run: Path, digits_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((digits_run / "summary.json").read_text())
+    for place in (digits_set, digits_set / "test"):
+        assert predict(digits_run, place, "--json", tmp_path / "out.json") == 0
+        found = json.loads((tmp_path / "out.json").read_text())["metrics"]
+        for name in ("accuracy", "macro_f1", "weighted_f1", "samples"):
+            assert found[name] == summary[name]
+        assert found["calibration_error"] == pytest.approx(summary["calibration"]["ece"], abs=1e-4)
+        assert [row["f1"] for row in found["classes"]] != []
+    assert "and 259 more" in capsys.readouterr().out
+
+
+def test_mistakes_are_told(
+    predict: Predict, digits_run: Path, made_up_set: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.csv").write_text("file,label\nx.png,Q\n")
+    (tmp_path / "away.csv").write_text("file,label\nx.png,7\n")
+    (tmp_path / "bare.csv").write_text("a,b\nx.png,7\n")
+    (tmp_path / "empty").mkdir()
+    for images, words in (
+        ((tmp_path / "no.png",), r"no.png\n.*packed set"),
+        ((tmp_path / "empty",), "no picture"),
+        ((tmp_path / "*.jpg",), "no file that matches"),
+        ((tmp_path / "labels.csv",), "line 2: class 'Q'"),
+        ((tmp_path / "away.csv",), "none is there"),
+        ((tmp_path / "bare.csv",), "columns a, b"),
+        ((made_up_set,), "with classes class 0"),
+        ((pictures, "--csv", tmp_path / "no" / "out.csv"), "no directory"),
+    ):
+        with pytest.raises(UserError, match=words):
+            predict(digits_run, *images)
+    with pytest.raises(UserError, match="no checkpoint"):
+        predict(tmp_path, pictures)
+
+
+def test_a_run_from_before_pictures_were_known_of_takes_ink_as_emnist(digits_run: Path, tmp_path: Path) -> None:
+    state = torch.load(digits_run / "checkpoints" / "best.pt", weights_only=True)
+    del state["intake"]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state, tmp_path / "checkpoints" / "best.pt")
+    assert Predictor(tmp_path).intake.frame == InkFrame.of_emnist(8)

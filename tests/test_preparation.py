@@ -1,0 +1,188 @@
+"""Steps on raw images are what SciPy, DALI and plain loops make of them, on any device."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import augmentation_reference as reference
+import numpy as np
+import nvidia.dali.fn as fn
+import pytest
+import torch
+from conftest import made_up_parts, pack_parts
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline
+from scipy import ndimage
+
+from pipeline import statistics
+from pipeline.backend import make_graph
+from pipeline.graph import GraphSpec
+from pipeline.ink_mask import contour, ink
+from pipeline.morphology import opened, thickened
+from pipeline.preparation import Preparation
+from shards import UserError, open_part
+
+SHAPES = {"gray": (28, 28, 1), "rgb": (20, 31, 3)}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["gray", "rgb"])
+def images(request: pytest.FixtureRequest) -> NDArray[np.uint8]:
+    return drawings(12, SHAPES[request.param])
+
+
+def drawings(count: int, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Bright blobs on a dark, noisy ground; the last image is noise, the one before is of one value."""
+    random = np.random.default_rng([count, *shape])
+    height, width, channels = shape
+    down, across = np.mgrid[:height, :width]
+    found = np.zeros((count, *shape))
+    for image in found:
+        for _ in range(3):
+            centre, radius = random.uniform(0.25, 0.75, 2) * (height, width), random.uniform(1.5, 4)
+            inside = np.hypot(down - centre[0], across - centre[1]) < radius
+            image[inside] = random.uniform(150, 255, channels)
+    found += random.uniform(0, 40, found.shape)
+    found[-1] = random.uniform(0, 255, shape)
+    found[-2] = 77
+    return found.clip(0, 255).astype(np.uint8)
+
+
+def prepared(images: NDArray[np.uint8], device: torch.device, **steps: object) -> NDArray[np.uint8]:
+    before = images.copy()
+    result = Preparation(**steps)(torch.from_numpy(images).to(device))
+    assert np.array_equal(images, before)
+    assert result.dtype == torch.uint8
+    assert result.is_contiguous()
+    return result.cpu().numpy()
+
+
+def planes(images: NDArray) -> NDArray:
+    """[B, H, W, C] as [B * C, H, W]."""
+    return images.transpose(0, 3, 1, 2).reshape(-1, *images.shape[1:3])
+
+
+def test_inverts_all_or_those_with_a_bright_border(images: NDArray[np.uint8], device: torch.device) -> None:
+    assert np.array_equal(prepared(images, device, invert=True), 255 - images)
+    dark = images[:-2]
+    mixed = np.concatenate([dark, 255 - dark])
+    assert np.array_equal(prepared(mixed, device, invert="auto"), np.concatenate([dark, dark]))
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+def test_opens_as_scipy_does(images: NDArray[np.uint8], device: torch.device, radius: int) -> None:
+    diamond = ndimage.iterate_structure(reference.CROSS, radius)
+    for ours, plane in zip(planes(prepared(images, device, opening=radius)), planes(images), strict=True):
+        eroded = ndimage.minimum_filter(plane, footprint=diamond, mode="constant", cval=255)
+        assert np.array_equal(ours, ndimage.maximum_filter(eroded, footprint=diamond, mode="constant", cval=0))
+    assert torch.equal(opened(torch.from_numpy(images), 0), torch.from_numpy(images))
+
+
+@pytest.mark.parametrize("most", [0.7, 1.0, 2.5])
+def test_strokes_become_thicker_and_thinner_as_scipy_makes_them(
+    images: NDArray[np.uint8], device: torch.device, most: float
+) -> None:
+    amounts = np.linspace(-most, most, len(images))
+    ours = thickened(torch.from_numpy(images).to(device), torch.from_numpy(amounts).to(device), most).cpu().numpy()
+    for image, result, amount in zip(images, ours, amounts, strict=True):
+        for plane, found in zip(planes(image[None]), planes(result[None]), strict=True):
+            # Half a level for rounding and one for the amount, which is a multiple of 1/128, in each step.
+            assert np.abs(found - reference.thickened(plane, amount)).max() <= 1.5 * np.ceil(most)
+    whole = thickened(torch.from_numpy(images), torch.full((len(images),), 2.0), 2).numpy()
+    assert all(np.array_equal(a, reference.thickened(b, 2)) for a, b in zip(planes(whole), planes(images), strict=True))
+    still = thickened(torch.from_numpy(images), torch.zeros(len(images)), most)
+    assert torch.equal(still, torch.from_numpy(images))
+
+
+def test_equalises_as_dali_and_by_rank(images: NDArray[np.uint8], device: torch.device) -> None:
+    ours = prepared(images, device, equalize=True)
+    pipeline = Pipeline(batch_size=len(images), num_threads=1, device_id=None, prefetch_queue_depth=1)
+    with pipeline:
+        pipeline.set_outputs(fn.equalize(fn.external_source(name="images", layout="HWC")))
+    pipeline.build()
+    (dalis,) = pipeline.run(images=list(images))
+    difference = np.abs(ours.astype(int) - dalis.as_array())
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01, "where float32 falls beside one half"
+    for found, plane in zip(planes(ours), planes(images), strict=True):
+        assert np.array_equal(found, reference.equalised(plane))
+
+
+def test_equalised_emnist_has_the_moments_that_are_known(shared_data: Path) -> None:
+    """0.171 and 0.285 of all ByClass images at 112 pixels; the raw ones have 0.174 and 0.317."""
+    path = shared_data / "emnist" / "emnist-byclass-train-images-idx3-ubyte.gz"
+    with gzip.open(path) as file:
+        raw = np.frombuffer(file.read(16 + 5000 * 784), np.uint8, offset=16).reshape(-1, 28, 28, 1).copy()
+    spec = GraphSpec((28, 28, 1), True, 112, preparation=Preparation(equalize=True))
+    found = make_graph(spec, "torch", torch.device("cpu"), len(raw))(raw)
+    assert float(found.mean()) == pytest.approx(0.171, abs=0.003)
+    assert float(found.std()) == pytest.approx(0.285, abs=0.003)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_crops_to_the_ink(images: NDArray[np.uint8], device: torch.device, margin: float) -> None:
+    ours = prepared(images, device, crop_to_ink=margin)
+    found = ink(torch.from_numpy(images)).numpy()
+    for image, result, marked in zip(images, ours, found, strict=True):
+        gray = image[..., 0] if image.shape[2] == 1 else image.astype(np.float32).mean(axis=2).round().astype(np.uint8)
+        assert np.array_equal(marked, reference.otsu(gray))
+        for plane, cropped in zip(planes(image[None]), planes(result[None]), strict=True):
+            assert np.abs(cropped - reference.cropped(plane, marked, margin)).max() <= 0.5 + 1e-3
+    assert np.array_equal(ours[-2], images[-2]), "without ink"
+
+
+def test_the_contour_is_what_erosion_takes_away(images: NDArray[np.uint8]) -> None:
+    for found in ink(torch.from_numpy(images)):
+        inner = ndimage.binary_erosion(found.numpy(), reference.CROSS, border_value=1)
+        assert np.array_equal(contour(found[None])[0].numpy(), found.numpy() & ~inner)
+
+
+def test_steps_follow_one_another(images: NDArray[np.uint8], device: torch.device) -> None:
+    together = prepared(255 - images, device, invert="auto", opening=1, crop_to_ink=0.1, equalize=True)
+    for step in ({"invert": "auto"}, {"opening": 1}, {"crop_to_ink": 0.1}, {"equalize": True}):
+        images = prepared(255 - images if "invert" in step else images, device, **step)
+    assert np.array_equal(together, images)
+
+
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["upright", "transposed"])
+def test_graphs_prepare_before_they_resize(
+    images: NDArray[np.uint8], device: torch.device, backend: str, transposed: bool
+) -> None:
+    steps = Preparation(invert=True, opening=1, crop_to_ink=0.1, equalize=True)
+    channels = images.shape[3]
+    plain = GraphSpec(images.shape[1:], transposed, 40, "linear", (0.0,) * channels, (1.0,) * channels)
+    whole = GraphSpec(plain.image_shape, transposed, 40, "linear", plain.mean, plain.std, steps)
+    before = images.copy()
+    result = make_graph(whole, backend, device, 16)(images)
+    assert np.array_equal(images, before)
+    by_hand = make_graph(plain, backend, device, 16)(steps(torch.from_numpy(images)).numpy())
+    assert torch.equal(result, by_hand)
+
+
+def test_statistics_are_those_of_prepared_images_and_kept_apart(tmp_path: Path) -> None:
+    packed = pack_parts(made_up_parts(train=60, test=10), tmp_path / "set")
+    store, cpu = open_part(packed, "train"), torch.device("cpu")
+    found = {}
+    for steps in (Preparation(), Preparation(invert=True), Preparation(crop_to_ink=0.1, equalize=True)):
+        spec = GraphSpec.of(store.manifest, 20, "linear", steps)
+        found[steps] = statistics.cached(store, packed / "train", spec, "torch", cpu)
+        assert found[steps] == statistics.cached(store, packed / "train", spec, "torch", cpu)
+        assert found[steps] == statistics.measure(store, spec, "torch", cpu)
+    plain, inverted, _ = found.values()
+    assert inverted.mean[0] == pytest.approx(1 - plain.mean[0], abs=1e-6)
+    names = {path.name for path in (packed / "train" / "statistics").iterdir()}
+    assert names == {"20-linear.json", "20-linear-invert.json", "20-linear-crop_to_ink0.1-equalize.json"}
+
+
+@pytest.mark.parametrize("steps", [{"equalize": True}, {"crop_to_ink": 0.0}, {"invert": "auto", "opening": 1}])
+def test_picture_files_are_refused(steps: dict[str, object]) -> None:
+    spec = GraphSpec((None, None, 3), False, 28, mean=(0.0,) * 3, std=(1.0,) * 3, preparation=Preparation(**steps))
+    with pytest.raises(UserError, match=next(iter(steps))) as caught:
+        make_graph(spec, "dali", torch.device("cpu"), 8)
+    assert "--size N" in caught.value.hint

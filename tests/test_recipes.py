@@ -1,0 +1,139 @@
+"""Every recipe runs on data in the official layout: on small made-up copies, packed as its head says."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from official_layouts import cifar10_files, write_emnist, write_mnist, write_numtadb
+from raw_files import write_tar
+
+from pipeline.shard import main as pack_main
+from shards import open_part
+from trainer.config import load
+from trainer.data import open_data
+from trainer.distributed import World
+from trainer.run import main as run_main
+
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
+BATCH = 8
+# Of a copy of a few images a share that is at least one of each class; no network, and nothing compiled.
+SMALL = (
+    "device=cpu",
+    f"loader.batch_size={BATCH}",
+    "data.validation=0.25",
+    "trainer.epochs=1",
+    "trainer.precision=fp32",
+    "model.pretrained=false",
+    "logging.wandb=off",
+)
+
+
+def packing_of(recipe: str) -> list[str]:
+    """Arguments of the packing command in the head of a recipe."""
+    head = (ROOT / "configs" / f"{recipe}.yaml").read_text().partition("\nseed:")[0]
+    return shlex.split(re.search(r"python -m pipeline\.shard (.*)", head)[1])
+
+
+def write_raw(source: str, split: str, directory: Path) -> Path:
+    """A made-up copy of what the packing command reads."""
+    if source == "cifar10":
+        directory.mkdir()
+        files = {f"cifar-10-batches-bin/{name}": content for name, content in cifar10_files(24, 20).items()}
+        write_tar(directory / "cifar-10-binary.tar.gz", files, "w:gz")
+        return directory
+    if source == "numtadb":
+        return write_numtadb(directory, 40)
+    if source == "mnist":
+        return write_mnist(directory, 120, 20)
+    return write_emnist(directory, split, 4 * 62, 62)
+
+
+class Packed:
+    """Sets packed from made-up raw files by the commands of recipes, each once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __call__(self, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+        arguments = [*arguments]
+        source = arguments[0]
+        split = arguments[arguments.index("--split") + 1] if "--split" in arguments else "byclass"
+        out = self.directory / f"{source}-{split}"
+        if not out.exists():
+            raw = write_raw(source, split, self.directory / f"raw-{source}-{split}")
+            if "--raw" in arguments:
+                arguments[arguments.index("--raw") + 1] = str(raw)
+            else:
+                arguments += ["--raw", str(raw)]
+            called(monkeypatch, pack_main, *arguments, "--out", out)
+        return out
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    return Packed(tmp_path_factory.mktemp("packed"))
+
+
+def called(monkeypatch: pytest.MonkeyPatch, main: object, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    assert main() in (0, None)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_takes_a_step_on_data_in_the_official_layout(
+    recipe: str, packed: Packed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = packed(*packing_of(recipe), monkeypatch=monkeypatch)
+    called(monkeypatch, run_main, ROOT / "configs" / f"{recipe}.yaml", "--dry-run", f"data.shards={shards}", *SMALL)
+    loss = float(re.search(r"one step\s+loss ([\d.]+)", capsys.readouterr().out)[1])
+    assert math.isfinite(loss) and loss > 0
+
+
+def test_pixels_go_from_minus_one_to_one(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = packed("mnist", monkeypatch=monkeypatch)
+    config = load(ROOT / "configs" / "mnist_sgd.yaml", [f"data.shards={shards}", *SMALL])
+    data = open_data(config, World(rank=0, size=1, device=torch.device("cpu")))
+    images = torch.cat([batch.images for batch in data.test.batches()])
+    assert (float(images.min()), float(images.max())) == pytest.approx((-1, 1), abs=1e-6)
+    store = open_part(shards, "test")
+    raw = np.empty((len(store), *store.manifest.image_shape), np.uint8)
+    store.gather(np.arange(len(store)), raw)
+    assert float(images.mean()) == pytest.approx(raw.mean() / 127.5 - 1, abs=1e-4)
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, recipe: str, shards: Path, run: Path, *overrides: str) -> dict:
+    arguments = (ROOT / "configs" / f"{recipe}.yaml", f"data.shards={shards}", f"run.dir={run}", *SMALL, *overrides)
+    called(monkeypatch, run_main, *arguments)
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("recipe", ["cifar10_batchnorm", "mnist_sgd"])
+def test_runs_to_its_report(recipe: str, packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = packed(*packing_of(recipe), monkeypatch=monkeypatch)
+    assert trained(monkeypatch, recipe, shards, tmp_path / "run")["samples"] == 20
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_bengali_digits_begin_with_weights_from_emnist(
+    packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the head of numtadb_model2.yaml says; at next to no learning rate the weights stay what they were."""
+    digits = packed("emnist", "--split", "digits", monkeypatch=monkeypatch)
+    trained(monkeypatch, "numtadb_model2", digits, tmp_path / "digits", "data.opening=0")
+    bengali = packed(*packing_of("numtadb_model2"), monkeypatch=monkeypatch)
+    begun = tmp_path / "digits" / "checkpoints" / "best.pt"
+    overrides = (f"model.weights={begun}", "optim.lr=1e-12")
+    summary = trained(monkeypatch, "numtadb_model2", bengali, tmp_path / "run", *overrides)
+    assert summary["samples"] == 40
+    before = torch.load(begun, weights_only=True)["model"]
+    after = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)["model"]
+    torch.testing.assert_close(after, before, atol=1e-8, rtol=0)

@@ -1,0 +1,122 @@
+"""A finished run put to use: images as its set has them in, probabilities out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.backend import choose_backend, make_graph
+from pipeline.device import choose_device
+from pipeline.graph import GraphSpec
+from pipeline.ink import InkFrame
+from pipeline.intake import Intake
+from shards import Store, UserError
+from trainer.arithmetic import autocast, laid_out
+from trainer.evaluate import deciding, load_run, model_of
+from trainer.views import mean_logits
+
+_MOST_AT_ONCE = 512
+
+
+class Seen(NamedTuple):
+    """probabilities: float32 [n, classes], each row adding up to 1. images: uint8 [n, R, R, C], what the model saw."""
+
+    probabilities: NDArray[np.float32]
+    images: NDArray[np.uint8]
+
+
+class Predictor:
+    """The best checkpoint of a run with the graph that it was trained through, by its decision and temperature.
+
+    intake: how pictures are brought to the images that `predict` takes. Not to be called from two threads at once.
+    """
+
+    def __init__(self, run: Path, device: str = "auto") -> None:
+        """Raises `UserError` for a run that has no best checkpoint."""
+        self.run = run
+        self._config, state = load_run(run)
+        self._device = choose_device(device)
+        self.classes: tuple[str, ...] = tuple(state["classes"])
+        self.temperature: float = state["temperature"]
+        offsets = deciding(state)["offsets"]
+        self._offsets = torch.zeros(len(self.classes)) if offsets is None else torch.from_numpy(offsets)
+        self._offsets = self._offsets.to(self._device)
+        self.resolution: int = self._config.data.final_resolution
+        self.intake = _intake_of(state)
+        self.batch_size = min(self._config.loader.batch_size, _MOST_AT_ONCE)
+        # The intake gives upright images, whichever way round those of the set lie.
+        self._spec = GraphSpec(
+            image_shape=self.intake.image_shape,
+            transposed=False,
+            resolution=self.resolution,
+            interpolation=self._config.data.interpolation,
+            mean=tuple(state["mean"]),
+            std=tuple(state["std"]),
+            preparation=self._config.data.preparation(),
+        )
+        backend, _ = choose_backend(self._config.loader.backend, self._device, self._spec)
+        self._graph = make_graph(self._spec, backend, self._device, self.batch_size)
+        self._model = model_of(state, self._config, self._device).eval()
+
+    @torch.inference_mode()
+    def predict(self, images: list[NDArray[np.uint8]]) -> Seen:
+        """Up to `batch_size` images as `Intake.take` gives them.
+
+        Raises `pipeline.graph.UndecodableImage` for a picture file that the graph cannot decode.
+        """
+        batch = images if self._spec.encoded else np.stack(images)
+        model_input = self._graph(batch)
+        pixels = self._pixels(model_input)
+        with autocast(self._config.trainer, self._device):
+            logits = mean_logits(
+                self._model, laid_out(model_input, self._config.trainer), self._config.trainer.test_time_augmentation
+            )
+        return Seen(((logits - self._offsets) / self.temperature).softmax(dim=1).cpu().numpy(), pixels)
+
+    def _pixels(self, model_input: torch.Tensor) -> NDArray[np.uint8]:
+        """Model input [n, C, R, R] as pictures, uint8 [n, R, R, C]."""
+        mean, std = (
+            torch.tensor(values, device=model_input.device).view(-1, 1, 1)
+            for values in (self._spec.mean, self._spec.std)
+        )
+        pixels = (model_input * std + mean).clamp(0, 1).mul(255).round().byte()
+        return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def check_store(self, store: Store, place: str) -> None:
+        """Raise `UserError` for a packed part whose images or classes are not those of the run."""
+        if store.manifest.classes != self.classes:
+            raise UserError(
+                found=f"{place} with classes {' '.join(store.manifest.classes)}",
+                expected=f"the classes of the run: {' '.join(self.classes)}",
+                hint="name a packed set of the same data set and split",
+            )
+        if upright_shape(store) != self.intake.image_shape:
+            raise UserError(
+                found=f"{place} with images of shape {upright_shape(store)}",
+                expected=f"{self.intake.image_shape}, as the run was trained on",
+                hint="name a packed set of such images, or picture files, which may have any size",
+            )
+
+
+def upright_shape(store: Store) -> tuple[int | None, int | None, int]:
+    height, width, channels = store.manifest.image_shape
+    return (width, height, channels) if store.manifest.transposed else (height, width, channels)
+
+
+def upright_images(store: Store, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    """Images of a part as `Predictor.predict` takes them."""
+    images = list(store.read(samples))
+    return [image.swapaxes(0, 1) for image in images] if store.manifest.transposed else images
+
+
+def _intake_of(state: dict[str, Any]) -> Intake:
+    if "intake" in state:
+        return Intake.of_state(state["intake"])
+    # Of a run from before it was kept. Light ink on dark is the only one-channel set whose mean is so low.
+    height, width, channels = state["image_shape"]
+    ink = channels == 1 and height is not None and state["mean"][0] < 0.5
+    return Intake((height, width, channels), "pad", InkFrame.of_emnist(min(height, width)) if ink else None)

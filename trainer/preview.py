@@ -1,0 +1,39 @@
+"""One look at what a recipe trains on: raw images beside what preparation and augmentation make of them, by class.
+
+python -m trainer.preview CONFIG [key=value ...] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipeline.preview import contact_sheet, save
+from shards.atomic import check_writable
+from shards.errors import run_command
+from shards.places import local_set
+from shards.store import open_part
+from trainer import config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.preview",
+        description="Draw a contact sheet of what a recipe trains on: raw beside prepared and augmented.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings, for instance configs/...")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default ./preview.png)")
+    arguments = parser.parse_intermixed_args()
+    settings = config.load(arguments.config, arguments.overrides)
+    out = arguments.out or Path("preview.png")
+    check_writable(out)
+    data = settings.data
+    store = open_part(local_set(data.shards), "train")
+    changes = data.interpolation, data.preparation(), settings.augment.augmentation()
+    save(contact_sheet(store, data.final_resolution, *changes), out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
