@@ -31,7 +31,7 @@ import yaml
 
 from benchmarks.ablation_report import draw, markdown, overrides_that_help
 from benchmarks.harness import in_process
-from benchmarks.resolution_sweep import choose_set
+from benchmarks.packed_set import choose_set
 from shards.atomic import make_directory, replace_file, write_file
 from shards.errors import UserError, run_command
 from shards.store import open_part

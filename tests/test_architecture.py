@@ -27,7 +27,10 @@ FORBIDDEN = {
 OWNERS = {
     "fsspec": {"shards/remote/fsspec_place.py"},
     "nvidia": {"pipeline/graph_dali.py"},
+    "onnx": {"trainer/export_formats.py"},
+    "onnxruntime": {"trainer/export_formats.py"},
     "wandb": {"trainer/sinks.py"},
+    "torch.utils.tensorboard": {"trainer/sinks.py"},
     "timm": {"trainer/model.py", "trainer/optimizer.py"},
     "torchvision": {"trainer/networks/squeezenet.py"},
     "zarr": {"shards/zarr_arrays.py"},

@@ -238,6 +238,7 @@ FREE = {
     "resume=auto",
     "logging.wandb=auto",
     "logging.wandb_project=x",
+    "logging.tensorboard=true",
     "device=cpu",
     "data.shards=x",
     "data.verify=false",

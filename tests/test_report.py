@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
-import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from conftest import made_up_parts, pack_parts
+from PIL import Image
 
-from trainer.charts import Line, confusion_chart, line_chart
+from shards import UserError, open_part
+from trainer import explorer as explorer_module
+from trainer.calibration import calibration_error, reliability
+from trainer.charts import Bins, Line, confusion_chart, line_chart, reliability_chart
+from trainer.comparison import page as comparison_page
+from trainer.evaluate import load_run
+from trainer.finished import FinishedRun
+from trainer.report import main as report_main
 from trainer.run import main as run_main
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from playwright.sync_api import Page as BrowserPage
 
 
 class Page(HTMLParser):
@@ -26,6 +41,7 @@ class Page(HTMLParser):
         super().__init__()
         self.addresses: list[str] = []
         self.tags: list[str] = []
+        self.of_scripts: set[str] = set()
         self.text = ""
         self._open: list[str] = []
         self.feed(source)
@@ -33,7 +49,10 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attributes if name in ("src", "href")]
+        given = [value or "" for name, value in attributes if name in ("src", "href")]
+        self.addresses += [value for value in given if not value.startswith("#")]
+        if tag == "script":
+            self.of_scripts |= {name for name, _ in attributes}
         if tag == "img":
             assert dict(attributes).get("alt")
         if tag not in self._VOID:
@@ -66,7 +85,7 @@ def test_the_page_is_whole_in_itself_and_true(run: Path) -> None:
     page = Page((run / "report.html").read_text())
     assert page.addresses
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert "script" not in page.tags
+    assert not {"src", "href"} & page.of_scripts
     assert "link" not in page.tags
     summary = json.loads((run / "summary.json").read_text())
     assert f"{100 * summary['accuracy']:.2f} %" in page.text
@@ -89,30 +108,184 @@ def test_the_most_confused_pair_is_shown_with_its_count(run: Path) -> None:
     assert f"{true} taken for {said} {counts.max()} times" in text
 
 
-def test_a_browser_shows_it(run: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
         pytest.skip("no Chromium on this machine")
-    picture = run / "report.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    profile = f"--user-data-dir={run / 'profile'}"
-    shot = f"--screenshot={picture}"
-    subprocess.run(
-        [browser, *options, profile, shot, "--window-size=1100,2400", (run / "report.html").as_uri()],
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
-    from PIL import Image
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
-    pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
-    colours = np.unique(pixels // 16, axis=0)
-    assert len(colours) > 50, "more than an empty page"
+
+def show(browser: Browser, page: Path, **options: Any) -> tuple[BrowserPage, list[str]]:
+    """A page in a browser, and a list of what it complains of or asks for from elsewhere, which goes on growing."""
+    shown = browser.new_page(**options)
+    faults: list[str] = []
+    shown.on("console", lambda message: faults.append(message.text))
+    shown.on("pageerror", lambda error: faults.append(str(error)))
+    shown.on("request", lambda request: faults.append(request.url) if request.url.startswith("http") else None)
+    shown.goto(page.as_uri())
+    return shown, faults
+
+
+def test_the_explorer_shows_the_pictures_of_a_choice(run: Path, browser: Browser) -> None:
+    predictions = np.load(run / "predictions.npz")
+    labels, predicted = predictions["labels"], predictions["predicted"]
+    shown, faults = show(browser, run / "report.html")
+    truth, said = shown.locator("#explorer select").all()
+    told = shown.locator("#explorer output")
+    wrong, counts = np.unique((labels * 10 + predicted)[labels != predicted], return_counts=True)
+    assert told.inner_text().startswith(f"{counts.max()} error"), "the most confused pair comes first"
+
+    pair = wrong[counts.argmin()]
+    truth.select_option(str(pair // 10))
+    said.select_option(str(pair % 10))
+    pictures = shown.locator("#explorer li img")
+    assert pictures.count() == counts.min()
+    rows = predictions["rows"][(labels == pair // 10) & (predicted == pair % 10)]
+    found = {pictures.nth(number).get_attribute("alt") for number in range(pictures.count())}
+    assert found == {f"{pair // 10} taken for {pair % 10}, row {row}" for row in rows}
+    assert shown.locator("rect.chosen").get_attribute("data-said") == str(pair % 10)
+    assert all(shown.evaluate("[...document.images].map((image) => image.complete && image.naturalWidth > 0)"))
+
+    said.select_option("")
+    assert told.inner_text().startswith(f"{((labels == pair // 10) & (predicted != labels)).sum()} error")
+    shown.locator("#matrix rect.hit").first.click()
+    assert "recognised" in told.inner_text()
+    shown.get_by_role("button", name="F1").click()
+    values = shown.locator("table.sortable tbody td:nth-child(5)").all_inner_texts()
+    assert values == sorted(values, key=lambda text: -float(text.split()[0]))
+    assert faults == []
+
+
+def test_the_page_is_whole_without_scripts(run: Path, browser: Browser) -> None:
+    shown, _ = show(browser, run / "report.html", java_script_enabled=False)
+    assert not shown.locator("#explorer").is_visible()
+    assert shown.locator(".pair img").first.is_visible()
+    assert shown.locator("#matrix svg").is_visible()
+
+
+def test_the_page_fits_and_can_be_read(run: Path, browser: Browser) -> None:
+    for width, scheme in ((380, "light"), (1100, "dark")):
+        shown, _ = show(browser, run / "report.html", viewport={"width": width, "height": 800}, color_scheme=scheme)
+        assert shown.evaluate("document.documentElement.scrollWidth") == width
+        for place in (".muted", ".tick", "th", "a"):
+            assert contrast(shown, place) >= 4.5, (scheme, place)
+        picture = Image.open(io.BytesIO(shown.screenshot())).convert("P")
+        assert len(picture.getcolors()) > 20, "more than an empty page"
+        shown.emulate_media(media="print")
+        assert contrast(shown, ".muted") >= 4.5
+        assert shown.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--paper')") == "#fafaf9"
+        shown.close()
+
+
+def contrast(shown: BrowserPage, place: str) -> float:
+    """Of a text to the card that it stands on. WCAG 2.2, section 1.4.3: (L1 + 0.05) / (L2 + 0.05)."""
+    colours = shown.evaluate(
+        """(place) => {
+          const style = getComputedStyle(document.querySelector(place));
+          const card = getComputedStyle(document.querySelector("figure")).backgroundColor;
+          return [document.querySelector(place).closest("svg") ? style.fill : style.color, card];
+        }""",
+        place,
+    )
+    high, low = sorted(map(luminance, colours), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    """Of a colour rgb(r, g, b)."""
+    shares = np.array([int(number) for number in re.findall(r"\d+", colour)[:3]]) / 255
+    linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_it_is_written_again_as_it_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    monkeypatch.setattr(sys, "argv", ["trainer.report", str(run)])
+    assert report_main() == 0
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_runs_are_compared(
+    run: Path, tmp_path: Path, digits_set: Path, monkeypatch: pytest.MonkeyPatch, browser: Browser
+) -> None:
+    other = tmp_path / "other"
+    recipe = run.parent / "a <b> name.yaml"
+    monkeypatch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={other}", "optim.lr=0.002"])
+    assert run_main() == 0
+    out = tmp_path / "compared.html"
+    monkeypatch.setattr(sys, "argv", ["trainer.report", str(run), str(other), "--out", str(out)])
+    assert report_main() == 0
+    shown, faults = show(browser, out)
+    settings = shown.locator("#settings ~ div table").first
+    assert settings.locator("tbody tr").all_inner_texts() == ["optim.lr\t0.0003\t0.002"]
+    figures = shown.locator("#figures ~ div tbody tr").all_inner_texts()
+    first, second = (np.load(each / "predictions.npz") for each in (run, other))
+    only_other = ((first["labels"] != first["predicted"]) & (second["labels"] == second["predicted"])).sum()
+    assert [row for row in figures if "only this run" in row and row.endswith(f"\t{only_other}")]
+    assert shown.locator("#curves ~ .charts figure").first.locator("path.line").count() == 2
+    assert faults == []
+    Page(out.read_text())
+
+
+def test_runs_without_validation_and_of_other_classes_have_pages_too(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = pack_parts(made_up_parts(120, 30, 3, (16, 20, 3), transposed=False), tmp_path / "set")
+    other = tmp_path / "other"
+    recipe = tmp_path / "colour.yaml"
+    recipe.write_text(
+        f"data: {{shards: '{shards}', resolution: 12, validation: 0}}\nmodel: {{name: three_block_cnn}}\n"
+        "loader: {batch_size: 32}\noptim: {lr: 1.0e-5}\ntrainer: {epochs: 1, precision: fp32}\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={other}"])
+    assert run_main() == 0
+    page = Page((other / "report.html").read_text())
+    assert "Validation accuracy" not in page.text
+    compared = Page(comparison_page([FinishedRun.open(run), FinishedRun.open(other)]))
+    assert "Not on the same packed set" in compared.text
+    assert "tell different classes apart" in compared.text
+    assert "only this run recognises" not in compared.text
+
+
+def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="named twice"):
+        comparison_page([FinishedRun.open(run), FinishedRun.open(run)])
+    with pytest.raises(UserError, match="9 runs"):
+        comparison_page([FinishedRun.open(run)] * 9)
+
+
+def test_pictures_stay_within_their_bound(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_part(load_run(run)[0].data.shards, "test")
+    predictions = dict(np.load(run / "predictions.npz"))
+    full = explorer_module.explorer(store, predictions)
+    assert full["shown"] == full["errors"] == (predictions["labels"] != predictions["predicted"]).sum()
+    monkeypatch.setattr(explorer_module, "_MOST_BYTES", 4000)
+    small = explorer_module.explorer(store, predictions)
+    pictures = [picture for cell in small["cells"] for picture in cell["pictures"]]
+    assert 0 < sum(len(address) for address, _, _ in pictures) <= 4000
+    most = max((cell for cell in small["cells"] if cell["true"] != cell["said"]), key=lambda cell: cell["count"])
+    assert most["pictures"], "the most frequent error has a picture before others have two"
+    assert max(len(cell["pictures"]) for cell in small["cells"]) <= 2 or small["shown"] == full["shown"]
+
+
+def test_a_reliability_diagram_names_its_bins() -> None:
+    confidence = np.array([0.95] * 30 + [0.5] * 10, np.float32)
+    correct = np.array([True] * 27 + [False] * 3 + [True] * 5 + [False] * 5)
+    chart = reliability_chart([Bins("<after>", reliability(confidence, correct), "series1")], "accuracy by confidence")
+    Page(chart)
+    assert "&lt;after&gt;: 30 images, confidence 95.00 %, accuracy 90.00 %" in chart
+    assert calibration_error(confidence, correct) == pytest.approx(30 / 40 * 0.05, abs=1e-6)
 
 
 def test_line_chart_survives_one_epoch_and_equal_values() -> None:
     for values in ([0.5], [0.5, 0.5], [1e-9, 2e-9], [1e-12], [0.0, 1e-15], [float("nan"), 1.0]):
-        chart = line_chart([Line("loss", values, "first")], "loss by epoch")
+        chart = line_chart([Line("loss", values, "series1")], "loss by epoch")
         assert "nan" not in chart
         Page(chart)
 

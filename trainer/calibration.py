@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,13 +39,31 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
     return float(1 / inverse)
 
 
+@dataclass(frozen=True)
+class Reliability:
+    """Over bins of equal width of the confidence: samples (int64), mean confidence and accuracy (float64, 0 in an empty
+    bin), each [15]."""
+
+    samples: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+
+
+def reliability(confidence: NDArray[np.float32], correct: NDArray[np.bool_]) -> Reliability:
+    """What a reliability diagram shows. confidence: [N], 0 .. 1, of the predicted class; correct: [N].
+
+    Guo et al. 2017, section 2, with bins ((b - 1) / 15, b / 15].
+    """
+    bins = np.clip(np.ceil(confidence.astype(np.float64) * _BINS).astype(np.int64) - 1, 0, _BINS - 1)
+    samples = np.bincount(bins, minlength=_BINS)
+    sure, right = np.bincount(bins, confidence, _BINS), np.bincount(bins, correct, _BINS)
+    return Reliability(samples, sure / np.maximum(samples, 1), right / np.maximum(samples, 1))
+
+
 def calibration_error(confidence: NDArray[np.float32], correct: NDArray[np.bool_]) -> float:
     """Expected calibration error: the mean distance between confidence and accuracy over 15 bins of equal width.
 
-    confidence: [N], 0 .. 1, of the predicted class; correct: [N]. Guo et al. 2017, equation 3: sum_b n_b / N *
-    |accuracy_b - confidence_b|, with bins ((b - 1) / 15, b / 15].
+    confidence, correct: as in `reliability`. Guo et al. 2017, equation 3: sum_b n_b / N * |accuracy_b - confidence_b|.
     """
-    bins = np.clip(np.ceil(confidence.astype(np.float64) * _BINS).astype(np.int64) - 1, 0, _BINS - 1)
-    sure = np.bincount(bins, confidence, _BINS)
-    right = np.bincount(bins, correct, _BINS)
-    return float(np.abs(right - sure).sum() / len(confidence))
+    bins = reliability(confidence, correct)
+    return float((bins.samples * np.abs(bins.accuracy - bins.confidence)).sum() / len(confidence))

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from trainer.calibration import fit_temperature
 from trainer.loss import class_weights, log_priors
@@ -50,6 +52,18 @@ class Decision:
             "validation_as_learned": self.as_learned.summary(),
             "curve": self.curve,
         }
+
+
+class Decided(nn.Module):
+    """Logits [N, C] to probabilities [N, C], by the offsets and the temperature of a decision."""
+
+    def __init__(self, offsets: NDArray[np.float32], temperature: float) -> None:
+        super().__init__()
+        self.register_buffer("offsets", torch.from_numpy(offsets))
+        self._temperature = temperature
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return ((logits - self.offsets) / self._temperature).softmax(dim=1)
 
 
 def log_weights(counts: NDArray[np.int64], settings: Loss) -> NDArray[np.float32]:

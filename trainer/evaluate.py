@@ -118,7 +118,7 @@ def evaluate(
         if received:
             break
         wait_seconds += time.perf_counter() - before
-        logits = _logits(model, batch, settings, world)
+        logits = model_logits(model, batch, settings, world)
         if taken is not None:
             logits = logits - taken
         top = logits.softmax(dim=1).max(dim=1)
@@ -159,14 +159,14 @@ def logits_of(
             break
         rows.append(batch.rows)
         labels.append(batch.labels)
-        logits.append(_logits(model, batch, settings, world))
+        logits.append(model_logits(model, batch, settings, world))
     if world.largest(len(received)):
         raise Interrupted
     gathered = _by_row(world.gather([_joined(parts) for parts in (rows, labels, logits)]))
     return (gathered[2], gathered[1]) if gathered else None
 
 
-def _logits(model: nn.Module, batch: Batch, settings: Trainer, world: World) -> torch.Tensor:
+def model_logits(model: nn.Module, batch: Batch, settings: Trainer, world: World) -> torch.Tensor:
     """float32 [n, classes], over the views of `trainer.test_time_augmentation`."""
     images = laid_out(batch.images, settings)
     with autocast(settings, world.device):
@@ -199,11 +199,8 @@ def load_best(path: Path) -> tuple[Config, dict[str, Any]]:
 
 def deciding(state: dict[str, Any]) -> dict[str, Any]:
     """What a best checkpoint says of how its logits become a class and a confidence, as `evaluate` takes it."""
-    offsets = state.get("offsets")  # earlier checkpoints have none
-    return {
-        "temperature": state["temperature"],
-        "offsets": None if offsets is None else np.array(offsets, np.float32),
-    }
+    offsets = state.get("offsets") or [0.0] * len(state["classes"])  # earlier checkpoints have none
+    return {"temperature": state["temperature"], "offsets": np.array(offsets, np.float32)}
 
 
 def model_of(state: dict[str, Any], config: Config, device: torch.device) -> nn.Module:

@@ -183,6 +183,12 @@ def _begin(settings: Model, published: Callable[[], T], random: Callable[[], T])
     return random()
 
 
+def published_licence(name: str) -> str | None:
+    """What timm notes as the licence of a model's published weights; None if it notes none."""
+    published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return published.license if published is not None else None
+
+
 def _step_by_one(model: nn.Module, name: str) -> None:
     """Have a model's first convolution step by one pixel; its weights, and all that follows, stay as they are."""
     place = model.pretrained_cfg.get("first_conv") if name not in OWN else None

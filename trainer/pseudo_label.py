@@ -32,6 +32,7 @@ from shards.errors import UserError, run_command
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, Manifest
 from shards.places import local_set
 from shards.store import Store, open_store
+from trainer.decision import Decided
 from trainer.distributed import World, join
 from trainer.evaluate import deciding, load_run, loader_for, logits_of, model_of
 
@@ -55,11 +56,7 @@ def predict(run: Path, store: Store, world: World) -> PseudoLabels:
     model = model_of(state, config, world.device)
     found = logits_of(model, loader_for(store, config, state, world), config.trainer, world)
     assert found is not None, "one rank"
-    decision = deciding(state)
-    logits = torch.from_numpy(found[0])
-    if decision["offsets"] is not None:
-        logits = logits - torch.from_numpy(decision["offsets"])
-    top = (logits / decision["temperature"]).softmax(dim=1).max(dim=1)
+    top = Decided(**deciding(state))(torch.from_numpy(found[0])).max(dim=1)
     return PseudoLabels(np.sort(store.rows), top.indices.numpy(), top.values.numpy())
 
 

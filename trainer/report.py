@@ -1,81 +1,76 @@
-"""`report.html`: one self-contained page about a run."""
+"""`report.html`: one self-contained page about a run, or about several side by side.
+
+python -m trainer.report RUN [--shards SHARDS]
+python -m trainer.report RUN RUN ... [--out FILE.html]
+"""
 
 from __future__ import annotations
 
-import base64
-import io
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from PIL import Image
 
-from pipeline.preview import read_images, to_picture, upright
 from shards import Store
-from shards.atomic import write_file
-from trainer.charts import Line, confusion_chart, line_chart
+from shards.atomic import check_writable, write_file
+from shards.errors import UserError, run_command
+from trainer import comparison, pages
+from trainer.calibration import reliability
+from trainer.charts import Bins, confusion_chart, reliability_chart
+from trainer.explorer import explorer, pictures
+from trainer.finished import FinishedRun
 from trainer.metrics import Confusion
 from trainer.profiling import table
-from trainer.progress import duration
+from trainer.run_directory import RunDirectory
 
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
 _PAIRS = 12  # of most confused classes
 _PICTURES = 8  # of each pair
 _LARGEST = 128  # side of a picture on the page, pixels
 
 
-def write(directory: Path, store: Store, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
+def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """Write the page into a run directory.
 
     store: the part that `predictions.npz` is about. summary, history: as in summary.json and metrics.jsonl.
     """
+    directory = RunDirectory(path)
     classes = store.manifest.classes
-    predictions = np.load(directory / "predictions.npz")
-    labels, predicted = predictions["labels"], predictions["predicted"]
-    confusion = Confusion.of(labels, predicted, len(classes))
-    profile = directory / "profile.json"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["duration"] = duration
-    page = environment.get_template(_TEMPLATE.name).render(
+    predictions = dict(np.load(directory.predictions))
+    confusion = Confusion.of(predictions["labels"], predictions["predicted"], len(classes))
+    profile, settings = directory.profile, directory.config.read_text()
+    page = pages.render(
+        "report.html.j2",
         summary=summary,
         history=history,
-        charts=_charts(history),
+        charts=pages.curves(history),
+        calibration=_calibration(predictions, summary["calibration"]["temperature"]),
         confusion=confusion_chart(confusion.counts, classes),
+        explorer=explorer(store, predictions),
         classes=_class_rows(confusion, classes),
         pairs=_pair_rows(confusion, predictions, store),
-        settings=(directory / "config.yaml").read_text(),
-        config=yaml.safe_load((directory / "config.yaml").read_text()),
-        environment=json.loads((directory / "env.json").read_text()),
-        name=directory.name,
+        settings=settings,
+        config=yaml.safe_load(settings),
+        environment=json.loads(directory.environment.read_text()),
         profile=table(json.loads(profile.read_text())) if profile.exists() else None,
     )
-    write_file(directory / "report.html", page)
+    write_file(directory.report, page)
 
 
-def _charts(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Title, legend and SVG of each curve."""
-    judged = [record["validation"] for record in history if "validation" in record]
-    losses = [Line("training objective", [record["train_loss"] for record in history], "first")]
-    charts = []
-    if judged:
-        losses.append(Line("validation cross-entropy", [record["loss"] for record in judged], "second"))
-        figures = [
-            Line("accuracy", [record["accuracy"] for record in judged], "first"),
-            Line("macro F1", [record["macro_f1"] for record in judged], "second"),
-        ]
-        charts.append({"title": "Validation", "lines": figures, "percent": True})
-    charts.insert(0, {"title": "Loss", "lines": losses, "percent": False})
-    rates = [Line("learning rate", [record["lr"] for record in history], "first")]
-    charts.append({"title": "Learning rate at the end of the epoch", "lines": rates, "percent": False})
-    for chart in charts:
-        chart["svg"] = line_chart(chart["lines"], f"{chart['title']} by epoch", chart["percent"])
-    return charts
+def _calibration(predictions: dict[str, NDArray], temperature: float) -> dict[str, Any]:
+    """The reliability diagram, after the temperature and before it."""
+    correct = predictions["predicted"] == predictions["labels"]
+    wanted = {"confidence": f"at the temperature {temperature:.2f}", "uncalibrated": "before it"}
+    if temperature == 1:
+        del wanted["uncalibrated"]
+    series = [
+        Bins(name, reliability(predictions[which], correct), pages.style(number))
+        for number, (which, name) in enumerate(wanted.items())
+    ]
+    return {"series": series, "svg": reliability_chart(series, "Accuracy of the test part by bins of confidence")}
 
 
 def _class_rows(confusion: Confusion, classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -86,16 +81,14 @@ def _class_rows(confusion: Confusion, classes: tuple[str, ...]) -> list[dict[str
     ]
 
 
-def _pair_rows(confusion: Confusion, predictions: Any, store: Store) -> list[dict[str, Any]]:
+def _pair_rows(confusion: Confusion, predictions: dict[str, NDArray], store: Store) -> list[dict[str, Any]]:
     """The most confused pairs, each with pictures of its errors, the most confident first."""
-    by_row = np.argsort(store.rows)
     labels, predicted, confidence = predictions["labels"], predictions["predicted"], predictions["confidence"]
     rows = []
     for true, said, count in confusion.most_confused(_PAIRS):
         errors = np.flatnonzero((labels == true) & (predicted == said))
         errors = errors[np.argsort(-confidence[errors], kind="stable")][:_PICTURES]
-        samples = by_row[np.searchsorted(store.rows[by_row], predictions["rows"][errors])]
-        images = [upright(image, store.manifest.transposed) for image in read_images(store, samples)]
+        sources = pictures(store, predictions["rows"][errors], _LARGEST)
         rows.append(
             {
                 "true": store.manifest.classes[true],
@@ -103,18 +96,47 @@ def _pair_rows(confusion: Confusion, predictions: Any, store: Store) -> list[dic
                 "count": count,
                 "share": count / confusion.support[true],
                 "pictures": [
-                    {"source": _data_address(image), "confidence": float(share), "row": int(row)}
-                    for image, share, row in zip(images, confidence[errors], predictions["rows"][errors], strict=True)
+                    {"source": source, "confidence": float(share), "row": int(row)}
+                    for source, share, row in zip(sources, confidence[errors], predictions["rows"][errors], strict=True)
                 ],
             }
         )
     return rows
 
 
-def _data_address(image: NDArray[np.uint8]) -> str:
-    """A PNG inside the page: a `data:` address of an image [H, W, C], made smaller if it is large."""
-    content = io.BytesIO()
-    picture: Image.Image = to_picture(image)
-    picture.thumbnail((_LARGEST, _LARGEST))
-    picture.save(content, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.report",
+        description="Write a finished run's report.html again, or one page that compares several runs.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="page that compares (default comparison.html here)")
+    parser.add_argument("--shards", metavar="SHARDS", help="the run's packed set, if it is elsewhere now")
+    arguments = parser.parse_args()
+    if len(arguments.runs) == 1:
+        if arguments.out:
+            raise UserError(
+                found=f"--out {arguments.out} with a single run",
+                expected="several runs to compare; the page about one is in its directory",
+                hint=f"leave --out away: python -m trainer.report {arguments.runs[0]}",
+            )
+        run = FinishedRun.open(arguments.runs[0])
+        _, store = run.data(arguments.shards)
+        write(run.directory.path, store, run.summary, run.history)
+        print(run.directory.report)
+        return 0
+    if arguments.shards:
+        raise UserError(
+            found=f"--shards {arguments.shards} with several runs",
+            expected="one run, whose pictures it has; a comparison shows none",
+            hint="leave --shards away",
+        )
+    out = arguments.out or Path("comparison.html")
+    check_writable(out)
+    write_file(out, comparison.page([FinishedRun.open(path) for path in arguments.runs]))
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

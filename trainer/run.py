@@ -32,7 +32,7 @@ from trainer.phases import Phase
 from trainer.profiling import TimeProfile, table
 from trainer.run_directory import RunDirectory
 from trainer.settings import Config
-from trainer.sinks import open_sinks
+from trainer.sinks import check_installed, open_sinks
 from trainer.training import Training, make_training
 
 
@@ -59,6 +59,7 @@ def main() -> int:
         if first:
             for line in settings.without_effect():
                 print(f"warning: {line}", file=sys.stderr)
+        check_installed(settings)
         local_set(settings.data.shards)  # fetching takes its time, and ranks that have joined wait only so long
         with join(settings.device, settings.trainer.timeout_minutes) as world:
             settings = with_precision(settings, world.device)
@@ -102,7 +103,7 @@ def _begin(training: Training, directory: RunDirectory, source: Path | None) -> 
 
 def _fit_and_report(training: Training, directory: RunDirectory, source: Path | None) -> int:
     speaks = training.world.speaks
-    sinks = open_sinks(training.config, directory.path) if speaks else []
+    sinks = open_sinks(training.config, directory.path, training.history) if speaks else []
     try:
         evaluation = engine.fit(training, directory, sinks, source)
         if speaks:

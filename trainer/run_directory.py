@@ -28,6 +28,8 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.best = self.checkpoints / checkpoint.BEST
         self.metrics = path / "metrics.jsonl"
+        self.environment = path / "env.json"
+        self.config = path / _CONFIG
         self.summary_path = path / _SUMMARY
         self.report = path / "report.html"
         self.predictions = path / "predictions.npz"
@@ -48,8 +50,8 @@ class RunDirectory:
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
         """Write down the settings and the environment."""
-        write_file(self.path / _CONFIG, config.to_yaml())
-        write_file(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
+        write_file(self.config, config.to_yaml())
+        write_file(self.environment, json.dumps(environment, indent=1) + "\n")
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Replace metrics.jsonl by the epochs that a checkpoint tells of."""

@@ -228,6 +228,8 @@ class Logging(Section):
     """Weights & Biases beside metrics.jsonl: auto is online with an API key and offline without."""
     wandb_project: str = "inkstream"
     """Project in Weights & Biases."""
+    tensorboard: bool = False
+    """TensorBoard's event files in the run directory, beside metrics.jsonl."""
 
 
 class Config(Section):

@@ -39,7 +39,7 @@ def _views(images: torch.Tensor, scales: bool) -> Iterator[torch.Tensor]:
 def _moved(images: torch.Tensor, scale: float, right: float, down: float) -> torch.Tensor:
     """Images enlarged around their centre and shifted, in units of half their side."""
     lines = [[1 / scale, 0.0, -right], [0.0, 1 / scale, -down]]
-    matrix = torch.tensor(lines, dtype=images.dtype, device=images.device).expand(len(images), 2, 3)
+    matrix = torch.tensor(lines, dtype=images.dtype, device=images.device).expand(images.shape[0], 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format

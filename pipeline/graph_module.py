@@ -1,0 +1,35 @@
+"""The graph as a module of plain tensor operations, which travels inside an exported model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.graph import GraphSpec
+from pipeline.resample import resize_weights
+
+
+class GraphModule(nn.Module):
+    """Images uint8 [N, H, W, C] as they lie at rest to float32 [N, C, R, R]: what `TorchGraph` computes, written for
+    other programs to run. Not for picture files of differing sizes."""
+
+    def __init__(self, spec: GraphSpec) -> None:
+        super().__init__()
+        assert not spec.encoded
+        self._transposed = spec.transposed
+        self._preparation = spec.preparation
+        self._resizes = spec.resizes
+        mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (spec.mean, spec.std))
+        numbers = {"scale": 1 / (255 * std), "shift": -mean / std}
+        if spec.resizes:
+            height, width = spec.upright
+            numbers["rows"] = torch.from_numpy(resize_weights(height, spec.resolution, spec.interpolation))  # [R, H]
+            columns = resize_weights(width, spec.resolution, spec.interpolation)  # [R, W]
+            numbers["columns"] = torch.from_numpy(columns.T.copy())
+        for name, each in numbers.items():
+            self.register_buffer(name, each.float())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        planes = self._preparation(images).permute(0, 3, 1, 2)
+        pixels = (planes.mT if self._transposed else planes).float() * self.scale + self.shift
+        return self.rows @ (pixels @ self.columns) if self._resizes else pixels

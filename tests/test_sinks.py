@@ -1,0 +1,132 @@
+"""Where figures go besides metrics.jsonl: once each, and into the same run after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from shards import UserError
+from trainer import sinks
+from trainer.config import validate
+from trainer.run import main as run_main
+from trainer.settings import Config
+from trainer.sinks import TensorBoardSink, WandbSink, check_installed, open_sinks
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "sinks.yaml"
+    content = {
+        "data": {"shards": str(made_up_set), "resolution": 12},
+        "loader": {"batch_size": 32, "backend": "torch"},
+        "model": {"name": "three_block_cnn"},
+        "trainer": {"epochs": 3, "precision": "fp32"},
+        "logging": {"tensorboard": True},
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag to (step, value), as TensorBoard shows them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def record(epoch: int, loss: float) -> dict[str, Any]:
+    return {"epoch": epoch, "train_loss": loss, "validation": {"accuracy": loss / 2}}
+
+
+def test_tensorboard_has_every_epoch_once_after_a_kill(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-u", "-m", "trainer.run", str(recipe), f"run.dir={run}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 2/3"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert [step for step, _ in scalars(run)["training/train_loss"]][:2] == [1, 2]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={run}", "resume=auto"])
+        assert run_main() == 0
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    found = scalars(run)
+    for tag, figure in (
+        ("training/train_loss", lambda each: each["train_loss"]),
+        ("validation/accuracy", lambda each: each["validation"]["accuracy"]),
+        ("training/images_per_second", lambda each: each["images_per_second"]),
+    ):
+        assert [step for step, _ in found[tag]] == [1, 2, 3], tag
+        assert [value for _, value in found[tag]] == pytest.approx([figure(each) for each in history], rel=1e-5)
+    assert found["test/accuracy"] == [(3, pytest.approx(summary["accuracy"], rel=1e-5))]
+    assert found["calibration/ece"] == [(3, pytest.approx(summary["calibration"]["ece"], rel=1e-4))]
+
+
+@pytest.mark.parametrize(("written", "kept"), [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 0), (2, 1), (3, 2)])
+def test_tensorboard_follows_the_checkpoint(written: int, kept: int, tmp_path: Path) -> None:
+    """written: epochs with an event when the run was killed; kept: those of its checkpoint."""
+    pytest.importorskip("tensorboard")
+    first = TensorBoardSink(tmp_path, [])
+    for epoch in range(1, written + 1):
+        first.epoch(record(epoch, 10.0 * epoch))
+    # TensorBoard reads files in the order of their names, which begin with the second of their start.
+    for file in (tmp_path / "tensorboard").iterdir():
+        file.rename(file.with_name(re.sub(r"\d+", "0000000001", file.name, count=1)))
+    second = TensorBoardSink(tmp_path, [record(epoch, 10.0 * epoch) for epoch in range(1, kept + 1)])
+    for epoch in range(kept + 1, 5):
+        second.epoch(record(epoch, 10.0 * epoch + 1))
+    second.close()
+    first.close()
+    expected = [(epoch, 10.0 * epoch + (epoch > kept)) for epoch in range(1, 5)]
+    assert scalars(tmp_path)["training/train_loss"] == expected
+
+
+def test_a_missing_package_is_named_before_anything_runs(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = validate(yaml.safe_load(recipe.read_text()), str(recipe))
+    check_installed(config)
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        check_installed(config)
+    assert caught.value.hint == "pip install 'inkstream[tensorboard]'"
+    check_installed(Config(data={"shards": "x"}))
+
+
+def test_weights_and_biases_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Quiet:
+        def finish(self) -> None: ...
+
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options) or Quiet())
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config = Config(data={"shards": "x"}, logging={"wandb": "auto"})
+    for place, logged_in in (("a", True), ("a", True), ("a", False), ("b", True)):
+        (tmp_path / place).mkdir(exist_ok=True)
+        monkeypatch.setattr(wandb, "login", lambda logged_in=logged_in, **_: logged_in)
+        (sink,) = open_sinks(config, tmp_path / place, [])
+        assert isinstance(sink, WandbSink)
+        sink.close()
+    first, again, offline, other = asked
+    assert first["id"] == again["id"] == offline["id"] == (tmp_path / "a" / "wandb_id").read_text()
+    assert other["id"] != first["id"]
+    assert first["resume"] == again["resume"] == "allow", "a run that the server knows goes on, another begins"
+    assert offline["resume"] is None, "there is no server to ask"

@@ -1,0 +1,167 @@
+"""Export a finished run's model, with a model card, after holding it against the trainer on real samples.
+
+    python -m trainer.export RUN --format onnx|safetensors|torch-export [--out FILE_OR_DIR] [--shards SHARDS]
+
+onnx and torch-export hold everything between raw uint8 images as they lie at rest and probabilities: orientation,
+resize, normalisation, the model, its decision and temperature. safetensors holds the weights, for timm or plain torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.graph import GraphSpec
+from shards import Manifest, UserError
+from shards.atomic import check_writable, made_directory, write_file
+from shards.errors import run_command
+from trainer import export_formats, model_card, parity
+from trainer.classifier import Classifier
+from trainer.decision import Decided
+from trainer.evaluate import deciding, model_of
+from trainer.finished import FinishedRun
+from trainer.settings import Config
+from trainer.views import mean_logits
+
+SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
+CARD = "README.md"
+_CPU = torch.device("cpu")
+
+
+def export(run: Path, form: str, out: Path | None = None, shards: str | None = None) -> tuple[Path, parity.Parity]:
+    """Write a run's model and its card. form: a key of `SUFFIXES`. shards: where the run's packed set is now.
+
+    Returns the file and how it compares with the trainer. Raises `UserError`, and then leaves no file.
+    """
+    finished = FinishedRun.open(run)
+    config, state = finished.config, finished.state
+    target = _target(run, form, out)
+    train, store = finished.data(shards)
+    data = config.data
+    spec = GraphSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preparation())
+    spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
+    if spec.encoded and form != "safetensors":
+        raise UserError(
+            found=f"a run on picture files of differing sizes, and --format {form}",
+            expected="images of one size, which a graph from raw images to probabilities begins with",
+            hint="--format safetensors; or pack the pictures at one size (python -m pipeline.shard ... --size N) "
+            "and train on those",
+        )
+    expected = parity.reference(config, spec, _model(state, config), Decided(**deciding(state)), store)
+    metadata = describe(finished, train, store.manifest)
+    with made_directory(target.parent):
+        content, found = _written(form, config, state, spec, expected, metadata)
+        agreement = parity.compare(expected.probabilities, found)
+        card = model_card.Card(finished, metadata, train, store.manifest, form, target.name, agreement)
+        page = card.render(hashlib.sha256(content).hexdigest(), len(content), _model(state, config), expected)
+        write_file(target, content)
+        write_file(target.with_name(CARD), page)
+    return target, agreement
+
+
+def _written(
+    form: str,
+    config: Config,
+    state: dict[str, Any],
+    spec: GraphSpec,
+    expected: parity.Reference,
+    metadata: dict[str, Any],
+) -> tuple[bytes, NDArray[np.float32]]:
+    """The content of the file, and the probabilities of a model that was read back from it."""
+    views, decided = config.trainer.test_time_augmentation, Decided(**deciding(state))
+    if form == "safetensors":
+        weights = state["model"].items()
+        rebuilt = _model(state | {"model": {name: torch.zeros_like(each) for name, each in weights}}, config)
+        content = export_formats.to_safetensors(_model(state, config), rebuilt, metadata)
+        with torch.inference_mode():
+            logits = mean_logits(rebuilt.eval(), expected.inputs, views)
+        return content, decided(logits).numpy()
+    classifier = Classifier(spec, _model(state, config), views, decided).eval()
+    write = export_formats.to_onnx if form == "onnx" else export_formats.to_torch_export
+    exported = write(classifier, tuple(state["image_shape"]), metadata)
+    assert isinstance(expected.images, np.ndarray)
+    answers = [exported.answers(expected.images[part]) for part in parity.parts(len(expected.images))]
+    return exported.content, np.concatenate(answers)
+
+
+def _model(state: dict[str, Any], config: Config) -> nn.Module:
+    """For use alone: without gradients, its kernels in the plain layout."""
+    return model_of(state, config, _CPU).requires_grad_(False).to(memory_format=torch.contiguous_format)
+
+
+def describe(run: FinishedRun, train: Manifest, test: Manifest) -> dict[str, Any]:
+    """What a program has to know to use the model, as plain values; it stands inside the file."""
+    config, state = run.config, run.state
+    return {
+        "classes": state["classes"],
+        "image_shape": state["image_shape"],  # height, width, channels of a raw image
+        "transposed": test.transposed,  # rows and columns are exchanged in a raw image
+        "preparation": list(config.data.preparation().steps),  # of raw images, before anything else
+        "resolution": config.data.final_resolution,
+        "interpolation": config.data.interpolation,
+        "mean": state["mean"],
+        "std": state["std"],
+        "temperature": state["temperature"],
+        "offsets": state.get("offsets") if any(state.get("offsets") or ()) else None,
+        "test_time_augmentation": config.trainer.test_time_augmentation,
+        "model": config.model.name,
+        "run": config.run.name,
+        "dataset": test.name,
+        "data_sha256": {"train": train.digest(), "test": test.digest()},
+        "checkpoint_sha256": hashlib.sha256(run.directory.best.read_bytes()).hexdigest(),
+        "versions": run.environment["packages"],
+    }
+
+
+def _target(run: Path, form: str, out: Path | None) -> Path:
+    """The file to write; its directory may have to be made."""
+    suffix = SUFFIXES[form]
+    out = out or run / "export" / form
+    target = out if out.suffix == suffix else out / f"model{suffix}"
+    if out != target and out.exists() and not out.is_dir():
+        raise UserError(
+            found=f"--out {out} for --format {form}",
+            expected=f"a directory, or a file that ends in {suffix}",
+            hint=f"--out {out.with_suffix(suffix)}",
+        )
+    card = target.with_name(CARD)
+    if card.exists() and model_card.subject(card) != target.name:
+        raise UserError(
+            found=f"{card}, which is not the card of {target.name}",
+            expected="a place where a model card takes nothing away",
+            hint=f"a directory of its own: --out {target.parent / form}",
+        )
+    if target.parent.exists():
+        check_writable(target)
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.export",
+        description="Export a finished run's model, held against the trainer on images of its test part.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument("--format", choices=tuple(SUFFIXES), required=True, help="what to write")
+    parser.add_argument("--out", type=Path, metavar="FILE_OR_DIR", help="where (default RUN/export/FORMAT)")
+    parser.add_argument("--shards", metavar="SHARDS", help="the run's packed set, if it is elsewhere now")
+    arguments = parser.parse_args()
+    target, agreement = export(arguments.run, arguments.format, arguments.out, arguments.shards)
+    print(
+        f"{target}  {target.stat().st_size / 1e6:.1f} MB\n"
+        f"{target.with_name(CARD)}\n"
+        f"as the trainer: the same class for {agreement.same} of {agreement.samples} test images, probabilities within "
+        f"{agreement.difference:.1g} (allowed {parity.TOLERANCE:g})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
