@@ -34,6 +34,7 @@ OWNERS = {
     "timm": {"trainer/model.py", "trainer/optimizer.py"},
     "torchvision": {"trainer/networks/squeezenet.py"},
     "zarr": {"shards/zarr_arrays.py"},
+    "optuna": {"trainer/study.py"},
     "numcodecs": {"shards/zarr_store.py"},
 }
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all", "np.random.seed", "random.seed"}

@@ -31,7 +31,7 @@ def line_chart(lines: list[Line], label: str, percent: bool = False, from_zero: 
     the scale begins at 0, where small differences mean nothing."""
     values = [value for line in lines for value in line.values if math.isfinite(value)]
     values += [0.0] if from_zero else []
-    ticks = _ticks(min(values), max(values))
+    ticks = ticks_of(min(values), max(values))
     low, high = min(ticks[0], *values), max(ticks[-1], *values)
     epochs = max(len(line.values) for line in lines)
 
@@ -133,7 +133,7 @@ def reliability_chart(series: list[Bins], label: str) -> str:
     return "".join(parts)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks_of(low: float, high: float) -> list[float]:
     """Three to six round numbers that span low .. high."""
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         margin = abs(high) / 10 or 1.0

@@ -15,33 +15,42 @@ from trainer.settings import Config, Section
 
 def load(path: Path, overrides: list[str]) -> Config:
     """Read a YAML file and apply `key.key=value` overrides. Raises `UserError` for whatever is wrong."""
+    content = read(path, overrides, Path("configs/quickstart.yaml"))
+    config = validate(content, f"{path} or the command line" if overrides else str(path))
+    if not config.run.name:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
+    return config
+
+
+def read(path: Path, overrides: list[str], example: Path) -> dict[str, Any]:
+    """The content of a YAML file with `key.key=value` overrides. Raises `UserError` for what is not settings at all.
+
+    example: a file of the same kind, which a user can compare with.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(
             found=f"no configuration file {path}",
             expected="a YAML file of settings",
-            hint=f"those that come with Inkstream: {', '.join(map(str, sorted(Path('configs').glob('*.yaml'))))}",
+            hint=f"those that come with Inkstream: {', '.join(map(str, sorted(example.parent.glob('*.yaml'))))}",
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = str(error).replace("\n", " ")
         raise UserError(
             found=f"{path}, which is not YAML: {reason}",
             expected="a YAML file of settings",
-            hint="compare it with configs/quickstart.yaml",
+            hint=f"compare it with {example}",
         ) from None
     if not isinstance(content, dict):
         raise UserError(
             found=f"{path}, which holds no settings",
             expected="sections of settings (data, model, ...)",
-            hint="compare it with configs/quickstart.yaml",
+            hint=f"compare it with {example}",
         )
     for override in overrides:
         _apply(content, override)
-    config = validate(content, f"{path} or the command line" if overrides else str(path))
-    if not config.run.name:
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
-    return config
+    return content
 
 
 def validate(content: dict[str, Any], place: str) -> Config:
@@ -56,7 +65,7 @@ def validate(content: dict[str, Any], place: str) -> Config:
         while first["type"] != "extra_forbidden" and name not in known and "." in name:
             name = name.rpartition(".")[0]
         if first["type"] == "extra_forbidden":
-            raise _unknown(name, place) from None
+            raise unknown_setting(name, place) from None
         if first["type"] == "missing":
             raise UserError(
                 found=f"no {name} in {place}", expected="a value for it", hint=f"add it, or pass {name}=..."
@@ -67,6 +76,20 @@ def validate(content: dict[str, Any], place: str) -> Config:
             expected=reason[0].lower() + reason[1:] if name else "settings that agree with each other",
             hint=f"{name}: {dict(settings())[name]}" if name in dict(settings()) else f"change one of them in {place}",
         ) from None
+
+
+def changed(config: Config, values: dict[str, Any], place: str) -> Config:
+    """The same settings with others in some places, by dotted name; checked as `validate` does, and given as in it."""
+    content = config.model_dump(mode="json", exclude_unset=True)
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        inner = content
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise unknown_setting(name, place)
+        inner[last] = value
+    return validate(content, place)
 
 
 def settings() -> list[tuple[str, str]]:
@@ -98,11 +121,11 @@ def _apply(content: dict[str, Any], override: str) -> None:
             place[section] = {}
         place = place[section]
         if not isinstance(place, dict):
-            raise _unknown(name, "the command line")
+            raise unknown_setting(name, "the command line")
     place[last] = value
 
 
-def _unknown(name: str, place: str) -> UserError:
+def unknown_setting(name: str, place: str) -> UserError:
     known = [setting for setting, _ in settings()]
     same_end = [setting for setting in known if setting.rpartition(".")[2] == name.rpartition(".")[2]]
     near = (

@@ -52,6 +52,22 @@ def fit(training: Training, directory: RunDirectory, sinks: list[Sink], source: 
     Rank 0 writes checkpoints, metrics and figures into the directory. source: the checkpoint that it goes on from.
     Raises `Stopped` after a SIGINT or SIGTERM, and `UserError` when more batches than allowed are not finite.
     """
+    with _kept(training, directory, source) as (keeper, received):
+        _learn(training, directory, keeper, sinks, received)
+        evaluation = test(training, keeper, received)
+        training.profile.mark("test")
+        return evaluation
+
+
+def learn(training: Training, directory: RunDirectory, sinks: list[Sink], source: Path | None = None) -> None:
+    """Train as `fit` does, and leave the test part alone. What a sink raises ends it, with the epoch's checkpoint."""
+    with _kept(training, directory, source) as (keeper, received):
+        _learn(training, directory, keeper, sinks, received)
+
+
+@contextlib.contextmanager
+def _kept(training: Training, directory: RunDirectory, source: Path | None) -> Iterator[tuple[Keeper, list[int]]]:
+    """A keeper of checkpoints, with a first one written, and the signals that come; one of them ends in `Stopped`."""
     training.profile.mark("start")
     settings = training.config.checkpoint
     last_is_whole = source is None or source.name == checkpoint.LAST
@@ -62,20 +78,21 @@ def fit(training: Training, directory: RunDirectory, sinks: list[Sink], source: 
         if source is None and training.world.speaks:
             keeper.save(training.state())
         try:
-            while training.epoch < training.config.trainer.epochs:
-                try:
-                    train_epoch(training, directory, keeper, received)
-                except NonFinite as found:
-                    go_back(training, directory, keeper, found)
-                    continue
-                _end_epoch(training, keeper, sinks, received)
-                if training.world.largest(len(received)):
-                    raise Interrupted
-            evaluation = test(training, keeper, received)
-            training.profile.mark("test")
-            return evaluation
+            yield keeper, received
         except Interrupted:
             raise _stopped(training, received) from None
+
+
+def _learn(training: Training, directory: RunDirectory, keeper: Keeper, sinks: list[Sink], received: list[int]) -> None:
+    while training.epoch < training.config.trainer.epochs:
+        try:
+            train_epoch(training, directory, keeper, received)
+        except NonFinite as found:
+            go_back(training, directory, keeper, found)
+            continue
+        _end_epoch(training, keeper, sinks, received)
+        if training.world.largest(len(received)):
+            raise Interrupted
 
 
 def test(training: Training, keeper: Keeper, received: list[int]) -> Evaluation:

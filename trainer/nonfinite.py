@@ -27,6 +27,10 @@ _EVERY = 32  # steps whose losses are read from a GPU together
 _ROWS_SHOWN = 16
 
 
+class Diverged(UserError):
+    """The end of a run whose losses or gradients are not finite."""
+
+
 class NonFinite(Exception):
     """A batch's loss, or a gradient, is not finite, as every rank knows.
 
@@ -173,12 +177,12 @@ def go_back(training: Training, directory: RunDirectory, keeper: Keeper, found: 
     )
 
 
-def _end(training: Training, found: NonFinite) -> UserError:
+def _end(training: Training, found: NonFinite) -> Diverged:
     shown = ", ".join(map(str, found.rows[:_ROWS_SHOWN]))
     more = f" and {len(found.rows) - _ROWS_SHOWN} more" if len(found.rows) > _ROWS_SHOWN else ""
     limit = training.config.trainer.skip_nonfinite
     study = f"python -m trainer.reproduce {found.file} shows where it arises; " if found.file else ""
-    return UserError(
+    return Diverged(
         found=f"{_described(found)}, of rows {shown}{more}",
         expected="finite losses and gradients" + (f", but for {limit} updates" if limit else ""),
         hint=f"{study}a lower optim.lr or trainer.precision=fp32 may help; resume=auto trainer.skip_nonfinite="

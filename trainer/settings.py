@@ -358,12 +358,13 @@ class Config(Section):
             "trainer": {"profile", "trace", "skip_nonfinite", "timeout_minutes"},
         }
         content = self.model_dump(mode="json", exclude={**free, **free_in_sections})
-        return dict(_flatten(content))
+        return dict(flatten(content))
 
 
-def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of a dotted name and a value from nested sections."""
     for name, value in content.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

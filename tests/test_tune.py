@@ -1,0 +1,533 @@
+"""A search: judged by the validation part alone, gone on with after any death, its best recipe one that trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT
+
+from shards import UserError
+from shards.errors import run_command
+from trainer import config, engine, search, sweep
+from trainer.run import main as run_main
+from trainer.run_directory import RunDirectory
+from trainer.search_report import ranking
+from trainer.study import Result, Study, importances
+from trainer.tune import main, work
+
+SEARCHES = sorted((ROOT / "configs" / "search").glob("*.yaml"))
+RECIPE = {
+    "data": {"validation": 0.2, "resolution": 8, "verify": False},
+    "loader": {"batch_size": 64},
+    "model": {"name": "three_block_cnn"},
+    "optim": {"name": "adamw", "lr": 3e-3},
+    "trainer": {"epochs": 1, "precision": "fp32"},
+    "device": "cpu",
+}
+LR = {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}
+SEARCH = {
+    "fraction": 0.5,
+    "budget": {"trials": 2},
+    "pruner": {"name": "none"},
+    "space": {"optim.lr": LR},
+}
+BY_OPTIMIZER = {
+    "optim.name": {"type": "categorical", "choices": ["adamw", "lion", "sgd_lookahead"]},
+    "optim.lr": {
+        "type": "conditional",
+        "of": "optim.name",
+        "cases": {"adamw": LR, "lion": LR | {"low": 1e-4, "high": 1e-3}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"data": RECIPE["data"] | {"shards": str(digits_set)}}))
+    return path
+
+
+def written(directory: Path, recipe: Path, /, **changes: Any) -> Path:
+    """A search file; its study lies beside it."""
+    path = directory / "mine.yaml"
+    path.write_text(yaml.safe_dump({"recipe": str(recipe), "dir": str(directory / "study"), **SEARCH, **changes}))
+    return path
+
+
+def tune_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Search in this process, which saves the start of another."""
+    monkeypatch.setattr(sys, "argv", ["trainer.tune", *map(str, arguments)])
+    return main()
+
+
+def results(path: Path) -> list[Result]:
+    wanted, base = search.load(path, [])
+    return Study(wanted, base).results()
+
+
+def metrics_of(path: Path) -> list[str]:
+    """The epochs of a search's first training."""
+    return (path.parent / "study/trials/0000/repeat-1/metrics.jsonl").read_text().splitlines()
+
+
+def start(*arguments: object, slowed: float = 0.0) -> subprocess.Popen:
+    """A search by a real process, each of its steps slowed down by some seconds."""
+    code = (
+        "import time, trainer.engine as engine\n"
+        "step = engine.train_step\n"
+        "def slow_step(*arguments, **options):\n"
+        f"    time.sleep({slowed})\n"
+        "    return step(*arguments, **options)\n"
+        "engine.train_step = slow_step\n"
+        "from trainer.tune import main\n"
+        "from shards.errors import run_command\n"
+        "run_command(main)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition: Any, process: subprocess.Popen, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    """The file of a search of three trials with two repeats each, finished; the test part was watched."""
+    directory = tmp_path_factory.mktemp("searched")
+    path = written(directory, recipe, repeats=2, budget={"trials": 3}, space=BY_OPTIMIZER)
+    with pytest.MonkeyPatch.context() as patch:
+        judged = []
+        evaluate = engine.evaluate
+
+        def watched(model: Any, loader: Any, *arguments: Any, **options: Any) -> Any:
+            judged.append(len(loader.order.samples))
+            return evaluate(model, loader, *arguments, **options)
+
+        patch.setattr(engine, "evaluate", watched)
+        patch.setattr(engine, "test", lambda *_: pytest.fail("the test part was evaluated"))
+        assert tune_here(patch, path) == 0
+    assert judged == [judged[0]] * 6  # after each epoch
+    assert judged[0] == pytest.approx(0.2 * 1438, abs=10)  # the validation part; the test part has 359 images
+    return path
+
+
+def test_a_search_leaves_trials_a_page_and_the_best_recipe(searched: Path) -> None:
+    study = searched.parent / "study"
+    found = results(searched)
+    assert [(result.number, result.state, len(result.figures)) for result in found] == [
+        (number, "complete", 2) for number in range(3)
+    ]
+    for result in found:
+        case = result.values["optim.name"]
+        assert ("optim.lr" in result.values) == (case != "sgd_lookahead")
+        for repeat, figure in enumerate(result.figures, 1):
+            run = study / "trials" / f"{result.number:04}" / f"repeat-{repeat}"
+            summary = json.loads((run / "summary.json").read_text())
+            settings = config.load(run / "config.yaml", [])
+            assert summary["figure"] == figure == max(summary["figures"]) == summary["validation"]["accuracy"]
+            assert summary["validation"]["samples"] == pytest.approx(0.2 * 1438, abs=10)
+            assert (settings.seed, settings.data.subset, settings.optim.name) == (repeat - 1, 0.5, case)
+            assert not (run / "checkpoints").exists()
+            assert not (run / "predictions.npz").exists()
+    best = ranking(found)[0]
+    assert best.mean == max(sum(result.figures) / 2 for result in found)
+    page = (study / "study.html").read_text()
+    assert f"{100 * best.mean:.2f} ± {100 * best.std:.2f} %" in page
+    assert not re.findall(r"(?:src|href)=|url\(|@import", page)
+    assert page.count('role="img"') == page.count("aria-label=") == page.count("<svg ")
+
+
+def test_the_best_recipe_is_complete_and_trains(
+    searched: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = searched.parent / "study" / "best.yaml"
+    found, base = config.load(path, []), config.load(recipe, [])
+    best = ranking(results(searched))[0].values
+    expected = base.recipe() | best
+    assert found.recipe() == expected
+    assert yaml.safe_load(path.read_text()).keys() == RECIPE.keys() | {"run"}
+    monkeypatch.setattr(sys, "argv", ["trainer.run", str(path), f"run.dir={tmp_path / 'run'}", "data.subset=0.2"])
+    assert run_main() == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_finished_search_trains_no_more_and_a_larger_budget_goes_on(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = results(searched)
+    assert tune_here(monkeypatch, searched) == 0
+    assert results(searched) == before
+    assert "begins" not in capsys.readouterr().out
+    monkeypatch.setattr("trainer.trial.engine.learn", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(pytest.fail.Exception):
+        tune_here(monkeypatch, searched, "budget.trials=4")
+
+
+def test_another_search_does_not_go_on_in_the_same_directory(searched: Path, recipe: Path) -> None:
+    for changes, name in (({"fraction": 0.4}, "fraction"), ({"settings.trainer.epochs": 2}, "trainer.epochs")):
+        overrides = [f"{key}={value}" for key, value in changes.items()]
+        wanted, base = search.load(searched, overrides)
+        with pytest.raises(UserError) as caught:
+            Study(wanted, base)
+        assert name in caught.value.found
+        assert "dir=" in caught.value.hint
+
+
+def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.tune.join", lambda device: pytest.MonkeyPatch.context())
+    monkeypatch.setattr(
+        "trainer.trial.train_trial", lambda study, trial, *_: trial.complete([trial.values["optim.lr"]])
+    )
+
+    def drawn(name: str, *budgets: int, seed: int = 0) -> list[Any]:
+        for trials in budgets:  # each in a process of its own, as it were
+            changes = {"budget": {"trials": trials}, "sampler": {"startup_trials": 3}, "seed": seed}
+            (tmp_path / name).mkdir(exist_ok=True)
+            path = written(tmp_path / name, recipe, **changes)
+            wanted, base = search.load(path, [])
+            assert work(wanted, base, float("inf")) == 0
+        return [result.values["optim.lr"] for result in results(path)]
+
+    whole = drawn("whole", 8)
+    assert len(set(whole)) == 8
+    assert all(1e-3 <= rate <= 1e-2 for rate in whole)
+    assert drawn("in-parts", 1, 4, 8) == whole
+    assert drawn("other-seed", 3, seed=1) != whole[:3]
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_from_its_checkpoint(tmp_path: Path, recipe: Path) -> None:
+    path = written(tmp_path, recipe, settings={"trainer.epochs": 3}, budget={"trials": 1})
+    run = tmp_path / "study" / "trials" / "0000" / "repeat-1"
+    metrics = run / "metrics.jsonl"
+
+    process = start(path, slowed=0.05)
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 1, process)
+    process.kill()
+    process.wait()
+    (left,) = results(path)
+    assert left.state == "running"
+    epochs = metrics.read_text().splitlines()
+
+    process = start(path)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    (found,) = results(path)
+    assert (found.state, found.values) == ("complete", left.values)
+    assert metrics.read_text().splitlines()[: len(epochs)] == epochs  # not trained again
+    assert len(found.curve) == 3
+
+
+def test_a_stopped_search_goes_on(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, recipe, budget={"trials": 1}, settings={"trainer.epochs": 2})
+    step, stopped = engine.train_step, []
+
+    def interrupted(training: Any, batch: Any, *arguments: Any) -> Any:
+        if (training.epoch, batch.step) == (1, 2) and not stopped:
+            stopped.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(training, batch, *arguments)
+
+    monkeypatch.setattr(engine, "train_step", interrupted)
+    assert tune_here(monkeypatch, path) == 130
+    (left,) = results(path)
+    assert left.state == "running"
+    first_epoch = metrics_of(path)
+    assert len(first_epoch) == 1
+    with open(tmp_path / "study" / "study.journal", "ab") as journal:
+        journal.write(b'{"op_code": 4, "torn')  # a line that a dying machine did not finish
+    assert tune_here(monkeypatch, path) == 0
+    (found,) = results(path)
+    assert (found.state, found.values, len(found.curve)) == ("complete", left.values, 2)
+    assert metrics_of(path)[:1] == first_epoch  # not trained again
+
+
+def test_workers_share_a_study_and_a_killed_one_is_replaced(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = written(tmp_path, recipe, budget={"trials": 3})
+    trials = tmp_path / "study" / "trials"
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 300
+        while len(list(trials.glob("*/repeat-1/config.yaml"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+        workers[0].kill()
+        killed.append(len(workers))
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert tune_here(monkeypatch, path, "--workers", 2) == 0
+    killer.join()
+    assert killed == [2]
+    assert "was killed by signal 9" in capsys.readouterr().err
+    found = results(path)
+    assert [result.state for result in found] == ["complete"] * 3
+    assert len({result.values["optim.lr"] for result in found}) == 3
+
+
+def test_a_trial_that_always_kills_its_process_fails(tmp_path: Path, recipe: Path) -> None:
+    wanted, base = search.load(written(tmp_path, recipe), [])
+    for _ in range(3):
+        study = Study(wanted, base)
+        with study.next_trial() as trial:
+            assert trial is not None and trial.number == 0  # and is left without a word, as by a death
+    with study.next_trial() as trial:
+        assert trial is not None and trial.number == 1
+        assert study.unfinished() == []  # it is held
+    assert study.unfinished() == [1]
+    first, _ = study.results()
+    assert (first.state, first.note) == ("failed", "its process died 3 times")
+
+
+def test_a_trial_that_is_behind_is_given_up(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [{"optim.lr": rate} for rate in (4e-3, 5e-3, 1e-6)]
+    path = written(
+        tmp_path,
+        recipe,
+        budget={"trials": 3},
+        settings={"trainer.epochs": 3},
+        pruner={"name": "median", "startup_trials": 2, "warmup_epochs": 1},
+        space={"optim.lr": LR | {"low": 1e-6}},
+        first=first,
+    )
+    assert tune_here(monkeypatch, path) == 0
+    found = results(path)
+    assert [result.values for result in found] == first
+    assert [result.state for result in found] == ["complete", "complete", "pruned"]
+    assert 1 <= len(found[2].curve) < 3
+    assert (found[2].mean, found[2].note) == (None, "behind the others")
+    assert not list((tmp_path / "study" / "trials").glob("*/*/checkpoints"))
+
+
+def test_a_trial_that_diverges_is_given_up_and_the_search_goes_on(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"optim.lr": LR | {"high": 1e30}}
+    path = written(tmp_path, recipe, space=space, first=[{"optim.lr": 1e30}, {"optim.lr": 3e-3}])
+    assert tune_here(monkeypatch, path) == 0
+    diverged, fine = results(path)
+    assert (diverged.state, fine.state) == ("pruned", "complete")
+    assert "not finite" in diverged.note
+
+
+def test_values_that_contradict_each_other_fail_alone(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {
+        name: {"type": "categorical", "choices": [0, 0.2]} for name in ("mixing.mixup_alpha", "mixing.cutmix_alpha")
+    }
+    both = {"mixing.mixup_alpha": 0, "mixing.cutmix_alpha": 0}
+    path = written(tmp_path, recipe, settings={"mixing.probability": 0.5}, space=space, budget={"trials": 1})
+    path.write_text(path.read_text() + yaml.safe_dump({"first": [both | {"mixing.mixup_alpha": 0.2}]}))
+    wanted, base = search.load(path, [])
+    study = Study(wanted, base)
+    with study.next_trial() as trial:
+        assert trial is not None
+        trial.values = both
+        from trainer.trial import train_trial
+
+        train_trial(study, trial, wanted, base, None, lambda: False)  # type: ignore[arg-type]
+    (found,) = study.results()
+    assert found.state == "failed"
+    assert "are both 0" in found.note
+
+
+def test_the_time_ends_a_search_and_the_trial_goes_on_later(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, recipe, budget={"trials": 1}, settings={"trainer.epochs": 2})
+    learn = engine.learn
+    now = time.time()
+
+    def slowly(*given: Any) -> None:
+        monkeypatch.setattr(time, "time", lambda: now + 3600)
+        learn(*given)
+
+    monkeypatch.setattr("trainer.trial.engine.learn", slowly)
+    assert tune_here(monkeypatch, path, "budget.minutes=30") == 0
+    (found,) = results(path)
+    assert (found.state, len(found.curve)) == ("running", 1)
+    assert not (RunDirectory(tmp_path / "study" / "trials" / "0000" / "repeat-1")).summary_path.exists()
+
+
+def test_importance_belongs_to_the_setting_that_matters(recipe: Path, tmp_path: Path) -> None:
+    space = BY_OPTIMIZER | {"optim.weight_decay": {"type": "float", "low": 0.001, "high": 0.1, "log": True}}
+    wanted, base = search.load(written(tmp_path, recipe, space=space), [])
+    found = []
+    for number in range(24):
+        name = ("adamw", "lion", "sgd_lookahead")[number % 3]
+        values = {"optim.name": name, "optim.weight_decay": 0.001 * 1.2**number}
+        if name != "sgd_lookahead":
+            values["optim.lr"] = 1e-3
+        found.append(Result(number, "complete", values, [0.9 if name == "lion" else 0.5], [], 1.0, ""))
+    shares = importances(found, wanted, base)
+    assert shares.keys() == space.keys()
+    assert sum(shares.values()) == pytest.approx(1)
+    assert next(iter(shares)) == "optim.name"
+    assert shares["optim.weight_decay"] < 0.2
+    assert importances(found[:3], wanted, base) == {}
+    same = [Result(number, "complete", found[number].values, [0.5], [], 1.0, "") for number in range(9)]
+    assert importances(same, wanted, base) == {}
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_every_search_that_comes_with_inkstream_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    wanted, base = search.load(path, [])
+    assert wanted.dir == Path("runs/search") / path.stem
+    given = set(yaml.safe_load(path.read_text()))
+    assert given == set(search.Search.model_fields), "a search says all that it is"
+    assert list(base.without_effect()) == []
+
+
+def test_the_emnist_search_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    wanted, base = search.load(ROOT / "configs" / "search" / "optimizers.yaml", [])
+    assert (wanted.fraction, base.trainer.epochs, wanted.repeats) == (0.2, 20, 10)
+    assert wanted.choices("optim.name") == ["adam", "adamw", "lion", "sgd_lookahead"]
+    assert base.data.validation > 0
+
+
+MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"budgte": {"trials": 1}}, ("unknown key budgte", "did you mean budget?")),
+    ({"budget": {"trails": 1}}, ("unknown key budget.trails", "did you mean trials?")),
+    ({"budget": {}}, ("budget", "trials, minutes or both")),
+    ({"budget": {"trials": 0}}, ("budget.trials: 0", "greater than or equal to 1")),
+    ({"fraction": 0}, ("fraction: 0", "greater than 0", "Share of the train part")),
+    ({"repeats": "many"}, ("repeats: many", "valid integer")),
+    ({"space": {}}, ("space", "at least 1")),
+    ({"space": {"optim.learning_rate": LR}}, ("unknown setting optim.learning_rate", "did you mean optim.lr?")),
+    ({"space": {"optim.lr": {"low": 1, "high": 2}}}, ("no space.optim.lr.type",)),
+    ({"space": {"optim.lr": {"type": "float", "low": 1}}}, ("no space.optim.lr.high",)),
+    ({"space": {"optim.lr": LR | {"hihg": 1}}}, ("unknown key space.optim.lr.hihg", "did you mean high?")),
+    ({"space": {"optim.lr": LR | {"low": 1}}}, ("space.optim.lr", "low below high")),
+    ({"space": {"optim.lr": LR | {"low": -1}}}, ("space.optim.lr", "low above 0 with log")),
+    ({"space": {"optim.lr": {"type": "float", "low": -1, "high": 1}}}, ("optim.lr=-1", "greater than 0")),
+    (
+        {"space": {"optim.name": {"type": "categorical", "choices": ["adam", "adamax"]}}},
+        ("optim.name=adamax", "'lion'"),
+    ),
+    ({"space": {"optim.name": {"type": "categorical", "choices": ["adam"]}}}, ("choices", "at least 2")),
+    ({"space": {"optim.lr": BY_OPTIMIZER["optim.lr"]}}, ("conditional on optim.name", "categorical setting")),
+    (
+        {"space": BY_OPTIMIZER | {"optim.lr": BY_OPTIMIZER["optim.lr"] | {"cases": {"adamm": LR}}}},
+        ("case adamm of optim.lr", "did you mean adamw?"),
+    ),
+    ({"space": {"seed": {"type": "int", "low": 0, "high": 9}}}, ("seed in the space", "raise repeats")),
+    ({"space": {"data.subset": {"type": "float", "low": 0.1, "high": 1}}}, ("data.subset", "set fraction")),
+    ({"space": {"data.validation": {"type": "float", "low": 0.1, "high": 0.2}}}, ("data.validation in the space",)),
+    ({"settings": {"run.dir": "x"}}, ("run.dir", "set dir")),
+    ({"settings": {"trainer.epochs": 0}}, ("trainer.epochs=0", "greater than or equal to 1")),
+    ({"first": [{"optim.lr": 1.0}]}, ("optim.lr=1.0", "outside of the space")),
+    ({"first": [{"optim.rl": 1e-3}]}, ("optim.rl", "did you mean optim.lr?")),
+    ({"first": [{}]}, ("no optim.lr",)),
+    ({"recipe": "none.yaml"}, ("no configuration file none.yaml",)),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_in_a_search_is_told(
+    tmp_path: Path, recipe: Path, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        search.load(written(tmp_path, recipe, **changes), [])
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_mistake_ends_in_one_message(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: tune_here(monkeypatch, written(tmp_path, recipe), "fractoin=1"))
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(
+        r"error: found unknown key fractoin in .*\n    expected: .*\n    HINT: did you mean fraction\?\n", said.err
+    )
+
+
+def test_a_recipe_without_a_validation_part_is_refused(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, recipe, settings={"data.validation": 0})
+    with pytest.raises(UserError) as caught:
+        tune_here(monkeypatch, path)
+    assert "data.validation" in caught.value.hint
+
+
+def test_without_optuna_the_extra_is_named(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "trainer.study")
+    monkeypatch.delattr("trainer.study")
+    with pytest.raises(UserError) as caught:
+        tune_here(monkeypatch, written(tmp_path, recipe))
+    assert "inkstream[tune]" in caught.value.hint
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_space_is_exported_as_a_sweep(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = {
+        "optim.lr": LR,
+        "loader.batch_size": {"type": "int", "low": 32, "high": 128, "step": 32},
+        "model.head_hidden": {"type": "categorical", "choices": [None, 64]},
+        "model.drop_rate": {"type": "float", "low": 0, "high": 0.5},
+    }
+    path = written(tmp_path, recipe, space=space, repeats=3, settings={"trainer.epochs": 2})
+    assert tune_here(monkeypatch, path, "--wandb-sweep", tmp_path / "sweep.yaml") == 0
+    assert not (tmp_path / "study").exists()
+    found = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
+    assert found["metric"] == {"name": "validation.accuracy", "goal": "maximize"}
+    assert (found["method"], found["run_cap"], found["program"]) == ("bayes", 2, "trainer/run.py")
+    assert found["command"][2:] == ["-m", "trainer.run", str(recipe), "${args_no_hyphens}", "logging.wandb=auto"]
+    assert found["parameters"] == {
+        "trainer.epochs": {"value": 2},
+        "data.subset": {"value": 0.5},
+        "seed": {"values": [0, 1, 2]},
+        "optim.lr": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-2},
+        "loader.batch_size": {"distribution": "q_uniform", "q": 32, "min": 32, "max": 128},
+        "model.head_hidden": {"values": ["null", 64]},
+        "model.drop_rate": {"distribution": "uniform", "min": 0.0, "max": 0.5},
+    }
+    # What an agent would pass on is what the command line takes.
+    drawn = ["optim.lr=0.002", "loader.batch_size=64.0", "model.head_hidden=null", "seed=2", "data.subset=0.5"]
+    assert config.load(recipe, drawn).loader.batch_size == 64
+
+
+def test_a_conditional_space_becomes_a_sweep_for_each_choice(tmp_path: Path, recipe: Path) -> None:
+    wanted, base = search.load(written(tmp_path, recipe, space=BY_OPTIMIZER), [])
+    paths = sweep.write(tmp_path / "sweep.yaml", wanted, base)
+    assert [path.name for path in paths] == ["sweep_adamw.yaml", "sweep_lion.yaml", "sweep_sgd_lookahead.yaml"]
+    rates = [yaml.safe_load(path.read_text())["parameters"].get("optim.lr", {}).get("max") for path in paths]
+    assert rates == [1e-2, 1e-3, None]
