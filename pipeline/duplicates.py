@@ -24,7 +24,8 @@ _KEPT_FIRST = ("test", "val", "train")  # what is in two parts is left out of th
 class Overlap:
     """Images of one part that are also in another, which keeps them; each once, with the closest there.
 
-    rows, labels, kept_rows, kept_labels: int64 [P], raw rows and labels of both. identical: bool [P], whether they are
+    rows, labels, kept_rows, kept_labels: int64 [P], raw rows and labels of both, which are numbers in classes and
+    kept_classes. identical: bool [P], whether they are
     equal to the last byte. likeness: float32 [P], the cosine of their spectra (see `pipeline.likeness`).
     kept_found: how many images of the other part are met in this one, out of kept_count. crowded: images of the part
     that look like too many of the other to be compared with all of these.
@@ -33,6 +34,7 @@ class Overlap:
     part: str
     kept_part: str
     classes: tuple[str, ...]
+    kept_classes: tuple[str, ...]
     rows: NDArray[np.int64]
     labels: NDArray[np.int64]
     kept_rows: NDArray[np.int64]
@@ -45,7 +47,8 @@ class Overlap:
 
     def __str__(self) -> str:
         identical = int(self.identical.sum())
-        differing = int((self.labels != self.kept_labels).sum())
+        names, kept_names = np.array(self.classes)[self.labels], np.array(self.kept_classes)[self.kept_labels]
+        differing = int((names != kept_names).sum())
         text = (
             f"{len(self.rows):,} {self.part} images are in {self.kept_part} ({identical:,} identical, {differing:,} "
             f"under another label; they are {self.kept_found:,} of the {self.kept_count:,} {self.kept_part} images)"
@@ -84,6 +87,7 @@ def find(parts: tuple[RawPart, ...]) -> Duplicates:
                     part=part.name,
                     kept_part=kept.name,
                     classes=part.classes,
+                    kept_classes=kept.classes,
                     rows=part.rows[found.first],
                     labels=part.labels[found.first],
                     kept_rows=kept.rows[found.second],
@@ -131,7 +135,7 @@ def write_report(duplicates: Duplicates, path: Path) -> None:
                     one.classes[one.labels[place]],
                     one.kept_part,
                     one.kept_rows[place],
-                    one.classes[one.kept_labels[place]],
+                    one.kept_classes[one.kept_labels[place]],
                     "yes" if one.identical[place] else "no",
                     f"{one.likeness[place]:.4f}",
                 ]

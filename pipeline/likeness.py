@@ -52,14 +52,21 @@ def shrink_arrays(images: NDArray[np.uint8], transposed: bool) -> Miniatures:
     transposed: their rows and columns are exchanged, which is undone first.
     """
     upright = np.ascontiguousarray(images.swapaxes(1, 2) if transposed else images)
-    digests = [_digest(image.data) for image in upright]
+    digests = _digests(upright)
     gray = upright[..., 0].astype(np.float32) if images.shape[3] == 1 else upright @ _LUMA
     height, width = gray.shape[1:]
     down = resize_weights(height, SIDE, "linear").astype(np.float32)
     across = resize_weights(width, SIDE, "linear").astype(np.float32)
-    return Miniatures(
-        down @ (gray.reshape(-1, width) @ across.T).reshape(-1, height, SIDE), np.array(digests, np.uint64)
-    )
+    return Miniatures(down @ (gray.reshape(-1, width) @ across.T).reshape(-1, height, SIDE), digests)
+
+
+def digests_of(images: NDArray[np.uint8], transposed: bool) -> NDArray[np.uint64]:
+    """The digests uint64 [n] of pixels, as `shrink_arrays` gives them."""
+    return _digests(np.ascontiguousarray(images.swapaxes(1, 2) if transposed else images))
+
+
+def _digests(upright: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    return np.array([_digest(image.data) for image in upright], np.uint64)
 
 
 def shrink_files(contents: list[bytes]) -> Miniatures:

@@ -128,13 +128,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
     recipe.write_text(yaml.safe_dump(content))
     fitted_on: list[int] = []
 
-    def counted(*arguments: object) -> float:
+    def counted(*arguments: object) -> object:
         fitted_on.append(len(arguments[1].order.samples))  # type: ignore[attr-defined]
         return original(*arguments)  # type: ignore[arg-type]
 
-    original = engine.temperature_of
+    original = engine.logits_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "temperature_of", counted)
+        patch.setattr(engine, "logits_of", counted)
         patch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory}"])
         assert run_main() == 0
     assert fitted_on == [288], "the validation part, once"

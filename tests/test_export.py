@@ -41,6 +41,7 @@ def trained(directory: Path, shards: Path, **sections: str) -> Path:
         f"data: {{shards: '{shards}', {sections.get('data', 'resolution: 34')}}}\n"
         f"model: {{{sections.get('model', 'name: three_block_cnn')}}}\nloader: {{batch_size: 64, backend: torch}}\n"
         f"trainer: {{epochs: 1, precision: fp32, {sections.get('trainer', '')}}}\n"
+        f"loss: {{{sections.get('loss', '')}}}\ndecision: {{{sections.get('decision', '')}}}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory / 'run'}"])
@@ -56,11 +57,13 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Pa
 
 @pytest.fixture(scope="module")
 def timm_run(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
-    """Prepared transposed images, a timm model with a head of its own, answers that are means over five views."""
+    """Prepared transposed images, a timm model with a head of its own, means over five views, class weights undone."""
     sections = {
         "data": "resolution: 20, interpolation: cubic, equalize: true, opening: 1",
         "model": "name: test_efficientnet, head_hidden: 9",
         "trainer": "test_time_augmentation: shifts",
+        "loss": "class_weights: inverse",
+        "decision": "tau: 1.0",
     }
     return trained(tmp_path_factory.mktemp("export"), made_up_set, **sections)
 

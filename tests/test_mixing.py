@@ -34,6 +34,12 @@ def is_cutmix(mixed: torch.Tensor) -> bool:
     return bool(((mixed == 0) | (mixed == 1)).all())
 
 
+def test_mixing_is_off_in_the_last_epochs() -> None:
+    settings = Mixing(probability=0.8, off_last_epochs=2)
+    assert [settings.at(epoch, 5).probability for epoch in range(5)] == [0.8, 0.8, 0.8, 0, 0]
+    assert settings.at(1, 5) == settings
+
+
 def test_soft_targets_spread_the_smoothing_over_all_classes() -> None:
     labels = torch.tensor([2, 0])
     assert soft_targets(labels, 4, 0.0).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]

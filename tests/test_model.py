@@ -152,9 +152,40 @@ def test_begins_with_the_weights_of_a_file(tmp_path: Path, name: str) -> None:
     assert not torch.equal(output(make_model(Model(name=SMALL_CNN), 1, CLASSES), 1, 28), output(trained, 1, 28))
 
 
-def test_weights_of_another_model_or_number_of_classes_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "hidden"), [(SMALL_CNN, None), (SMALL_CNN, 5), (TINY, None)])
+def test_a_classifier_of_another_size_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, hidden: int | None
+) -> None:
+    path = tmp_path / "best.pt"
+    trained = make_model(Model(name=name, head_hidden=hidden), 1, CLASSES + 3)
+    torch.save({"model": trained.state_dict(), "epoch": 3}, path)
+    begun = make_model(Model(name=name, head_hidden=hidden, weights=path), 1, CLASSES)
+    differing = [
+        key
+        for key, tensor in begun.state_dict().items()
+        if tensor.shape != trained.state_dict()[key].shape or not torch.equal(tensor, trained.state_dict()[key])
+    ]
+    assert len(differing) == 2 and output(begun, 1, 32).shape == (3, CLASSES)
+    (line,) = caplog.messages
+    assert f"is for {CLASSES + 3} classes" in line and all(key in line for key in differing)
+
+
+def test_a_smaller_step_of_the_stem_doubles_the_features() -> None:
+    plain, fine = (make_model(Model(name=TINY, stem_stride=stride), 1, CLASSES).eval() for stride in (None, 1))
+    fine.load_state_dict(plain.state_dict())
+    images = torch.rand(1, 1, 32, 32)
+    assert [2 * side for side in plain.forward_features(images).shape[2:]] == list(
+        fine.forward_features(images).shape[2:]
+    )
+    assert output(fine, 1, 32).shape == (3, CLASSES)
+    for name in (SMALL_CNN, "convnext_atto", "vit_tiny_patch16_224"):
+        with pytest.raises(UserError, match="stem_stride=1"):
+            make_model(Model(name=name, stem_stride=1), 1, CLASSES)
+
+
+def test_weights_of_another_model_or_number_of_channels_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
-    torch.save(make_model(Model(name=SMALL_CNN), 1, CLASSES + 1).state_dict(), path)
+    torch.save(make_model(Model(name=SMALL_CNN), 3, CLASSES + 1).state_dict(), path)
     for settings in (Model(name=SMALL_CNN, weights=path), Model(name=TINY, weights=path)):
         with pytest.raises(UserError, match="do not fit") as caught:
             make_model(settings, 1, CLASSES)

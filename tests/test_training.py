@@ -273,11 +273,11 @@ def test_a_signal_while_it_validates_the_last_epoch_loses_nothing(
     directory = tmp_path / "run"
     evaluate, calls = engine.evaluate, []
 
-    def signalled(*arguments: object) -> object:
+    def signalled(*arguments: object, **options: object) -> object:
         calls.append(arguments)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "evaluate", signalled)

@@ -13,7 +13,9 @@ _WARM_UP_POWER = 2 / 3
 class Average:
     """An exponential moving average of a model's weights and buffers (Polyak and Juditsky 1992).
 
-    The decay rises to its value as 1 - step^(-2/3), so that short runs are not held back by their first weights.
+    The decay rises to its value as 1 - step^(-2/3), so that short runs are not held back by their first weights: the
+    warm-up of timm's `ModelEmaV3`, which has it from Katherine Crowson,
+    https://github.com/huggingface/pytorch-image-models/blob/main/timm/utils/model_ema.py.
     module: the model with the averaged weights, in evaluation mode. The model's tensors have to stay where they are.
     """
 

@@ -7,25 +7,26 @@ from torch import nn
 
 from pipeline.graph import GraphSpec
 from pipeline.graph_module import GraphModule
+from trainer.decision import Decided
 from trainer.views import mean_logits
 
 
 class Classifier(nn.Module):
-    """Orientation, resize and normalisation, then the model, then its temperature."""
+    """Orientation, resize and normalisation, then the model, then its decision and temperature."""
 
-    def __init__(self, spec: GraphSpec, model: nn.Module, views: str, temperature: float) -> None:
+    def __init__(self, spec: GraphSpec, model: nn.Module, views: str, decided: Decided) -> None:
         """model: from float32 [N, C, R, R] to logits; changed so that it can be exported. views: see `mean_logits`."""
         super().__init__()
         self.preprocessing = GraphModule(spec)
         self.model = _exportable(model)
         self._views = views
-        self._temperature = temperature
+        self.decided = decided
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """images: uint8 [N, H, W, C] as they lie at rest. Returns probabilities [N, classes], at the temperature, and
-        logits [N, classes], before it."""
+        """images: uint8 [N, H, W, C] as they lie at rest. Returns probabilities [N, classes], by the
+        decision, and logits [N, classes], before it."""
         logits = mean_logits(self.model, self.preprocessing(images), self._views)
-        return (logits / self._temperature).softmax(dim=1), logits
+        return self.decided(logits), logits
 
 
 class _MaxPoolTo(nn.Module):

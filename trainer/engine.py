@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.loader import Batch
 from trainer import checkpoint
 from trainer.arithmetic import autocast, laid_out
+from trainer.decision import decide
 from trainer.distributed import Vote
-from trainer.evaluate import Evaluation, evaluate, model_of, temperature_of
+from trainer.evaluate import Evaluation, deciding, evaluate, logits_of, model_of
 from trainer.keeper import Keeper
 from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
@@ -95,16 +96,18 @@ def _learn(training: Training, directory: RunDirectory, keeper: Keeper, sinks: l
 
 
 def test(training: Training, keeper: Keeper, received: list[int]) -> Evaluation:
-    """Evaluate the best checkpoint on the test part, with the temperature that suits it on the validation part."""
+    """Evaluate the best checkpoint on the test part, by the decision that suits it on the validation part."""
     data, settings, world = training.data, training.config.trainer, training.world
     state = world.on_first(keeper.best)
     model = model_of(state, training.config, world.device)
     if data.validation is not None:
-        state["temperature"] = temperature_of(model, data.validation, settings, world, received)
+        found = logits_of(model, data.validation, settings, world, received)
+        tau = training.config.decision.tau
+        training.decision = world.share(decide(*found, training.log_weights, tau, settings.select) if found else None)
+        state |= training.decision.kept()
         if world.speaks:
             keeper.replace_best(state)
-    temperature = state["temperature"]
-    return evaluate(model, data.test, len(data.classes), settings, world, received, temperature=temperature)
+    return evaluate(model, data.test, len(data.classes), settings, world, received, **deciding(state))
 
 
 def train_epoch(training: Training, directory: RunDirectory, keeper: Keeper, received: list[int]) -> None:
@@ -199,13 +202,17 @@ def train_step(
     config, world = training.config, training.world
     mixing_draws = seed_step(config.seed, training.epoch, batch.step, world.rank)
     targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
-    images, targets = mix(batch.images, targets, config.mixing, mixing_draws)
+    mixing = config.mixing.at(training.epoch, config.trainer.epochs)
+    images, targets = mix(batch.images, targets, mixing, mixing_draws)
     images = laid_out(images, config.trainer)
     training.profile.mark("mixing")
     with _gradients_shared(training.forward, updates):
         with autocast(config.trainer, world.device):
             logits = training.forward(images)
+        logits = logits + training.logit_shift
         loss = weighted_kl(logits, targets, training.class_weights)
+        if training.teacher is not None:
+            loss = training.teacher.teach(loss, logits, images, training.class_weights)
         training.profile.mark("forward")
         # The mean over the global batch; ranks of unequal shares are averaged by DDP, hence the factor.
         (loss * (world.size / (batch.global_size * window))).backward()
@@ -268,7 +275,15 @@ def _end_epoch(training: Training, keeper: Keeper, sinks: list[Sink], received: 
             keeper.save(training.state())
             training.profile.mark("checkpoint")
         classes = len(training.data.classes)
-        judged = evaluate(training.evaluated, training.data.validation, classes, config.trainer, world, received)
+        judged = evaluate(
+            training.evaluated,
+            training.data.validation,
+            classes,
+            config.trainer,
+            world,
+            received,
+            offsets=training.offsets,
+        )
         record["validation"] = judged.summary()
         training.profile.mark("validation")
         figure = record["validation"][config.trainer.select]

@@ -28,9 +28,9 @@ from pipeline.loader import Batch, Loader
 from shards import UserError
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
-from shards.store import open_either
+from shards.store import Store, open_either
 from trainer.arithmetic import autocast, laid_out, memory_format
-from trainer.calibration import calibration_error, fit_temperature
+from trainer.calibration import calibration_error
 from trainer.checkpoint import BEST, load
 from trainer.config import validate
 from trainer.data import evaluation_loader
@@ -58,7 +58,8 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """confusion: over all ranks. loss: mean cross-entropy in nats. predictions: on rank 0, None elsewhere.
+    """confusion: over all ranks. loss: mean cross-entropy in nats, of the logits that are decided by. predictions: on
+    rank 0, None elsewhere.
 
     temperature: by which the logits were divided. calibrated_loss: the cross-entropy then.
     seconds, wait_seconds: how long it took on this rank, and how much of that it waited for data.
@@ -99,15 +100,18 @@ def evaluate(
     received: Sequence[int] = (),
     *,
     temperature: float = 1.0,
+    offsets: NDArray[np.float32] | None = None,
 ) -> Evaluation:
     """Run a model over all batches of a loader; the same figures on any number of ranks.
 
     received: signals that came, which end it with `Interrupted` on every rank.
+    offsets: [C], taken from the logits before all else (see `trainer.decision`); None for none.
     temperature: divides the logits before they become probabilities.
     """
     model.eval()
     rows, labels, predicted, confidence, uncalibrated = [], [], [], [], []
     loss = torch.zeros(2, dtype=torch.float64, device=world.device)
+    taken = None if offsets is None else torch.from_numpy(offsets).to(world.device)
     wait_seconds = 0.0
     start = before = time.perf_counter()
     for batch in loader.batches():
@@ -115,6 +119,8 @@ def evaluate(
             break
         wait_seconds += time.perf_counter() - before
         logits = model_logits(model, batch, settings, world)
+        if taken is not None:
+            logits = logits - taken
         top = logits.softmax(dim=1).max(dim=1)
         calibrated = logits / temperature
         losses = [F.cross_entropy(each, batch.labels, reduction="sum") for each in (logits, calibrated)]
@@ -138,10 +144,11 @@ def evaluate(
 
 
 @torch.inference_mode()
-def temperature_of(
+def logits_of(
     model: nn.Module, loader: Loader, settings: Trainer, world: World, received: Sequence[int] = ()
-) -> float:
-    """The temperature that suits a model best on the samples of a loader, the same on any number of ranks.
+) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+    """A model's logits [N, C] for the samples of a loader and their labels [N], in the order of rows; on rank 0, None
+    elsewhere. The same on any number of ranks.
 
     received: as in `evaluate`.
     """
@@ -156,7 +163,7 @@ def temperature_of(
     if world.largest(len(received)):
         raise Interrupted
     gathered = _by_row(world.gather([_joined(parts) for parts in (rows, labels, logits)]))
-    return world.share(fit_temperature(gathered[2], gathered[1]) if gathered else None)
+    return (gathered[2], gathered[1]) if gathered else None
 
 
 def model_logits(model: nn.Module, batch: Batch, settings: Trainer, world: World) -> torch.Tensor:
@@ -181,8 +188,19 @@ def _joined(parts: list[torch.Tensor]) -> NDArray:
 
 def load_run(directory: Path) -> tuple[Config, dict[str, Any]]:
     """The settings and the best checkpoint of a run directory."""
-    state = load(directory / "checkpoints" / BEST, needed=_IN_BEST)
-    return validate(state["config"], str(directory)), state
+    return load_best(directory / "checkpoints" / BEST)
+
+
+def load_best(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The settings in a best checkpoint, and the checkpoint."""
+    state = load(path, needed=_IN_BEST)
+    return validate(state["config"], str(path)), state
+
+
+def deciding(state: dict[str, Any]) -> dict[str, Any]:
+    """What a best checkpoint says of how its logits become a class and a confidence, as `evaluate` takes it."""
+    offsets = state.get("offsets") or [0.0] * len(state["classes"])  # earlier checkpoints have none
+    return {"temperature": state["temperature"], "offsets": np.array(offsets, np.float32)}
 
 
 def model_of(state: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
@@ -192,6 +210,23 @@ def model_of(state: dict[str, Any], config: Config, device: torch.device) -> nn.
     model = make_model(settings, state["image_shape"][2], len(state["classes"]))
     model.load_state_dict(state["model"])
     return model.to(device, memory_format=memory_format(config.trainer))
+
+
+def loader_for(store: Store, config: Config, state: dict[str, Any], world: World) -> Loader:
+    """The images of a part as the model of a best checkpoint takes them. Raises `UserError` for another kind."""
+    manifest = store.manifest
+    if manifest.image_shape[2] != state["image_shape"][2]:
+        raise UserError(
+            found=f"{manifest.name}/{manifest.part} with {manifest.image_shape[2]} channels",
+            expected=f"{state['image_shape'][2]}, as the run was trained on",
+            hint="name a packed set of such images",
+        )
+    data = config.data
+    spec = GraphSpec.of(manifest, data.final_resolution, data.interpolation, data.preparation())
+    backend, _ = choose_backend(config.loader.backend, world.device, spec)
+    spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
+    graph = make_graph(spec, backend, world.device, config.loader.batch_size)
+    return evaluation_loader(store, np.arange(len(store)), graph, config, world)
 
 
 def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
@@ -204,23 +239,13 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
             expected=f"the classes of the run: {' '.join(state['classes'])}",
             hint="name a packed set of the same data set and split",
         )
-    if store.manifest.image_shape[2] != state["image_shape"][2]:
-        raise UserError(
-            found=f"{shards} with {store.manifest.image_shape[2]} channels",
-            expected=f"{state['image_shape'][2]}, as the run was trained on",
-            hint="name a packed set of such images",
-        )
-    data = config.data
-    spec = GraphSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preparation())
-    backend, _ = choose_backend(config.loader.backend, world.device, spec)
-    spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
-    graph = make_graph(spec, backend, world.device, config.loader.batch_size)
+    loader = loader_for(store, config, state, world)
     model = model_of(state, config, world.device)
-    loader = evaluation_loader(store, np.arange(len(store)), graph, config, world)
-    evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world, temperature=state["temperature"])
+    evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world, **deciding(state))
     return {
         **evaluation.summary(),
         "calibration": evaluation.calibration() if world.speaks else None,
+        "tau": state.get("tau", 0.0),
         "epochs": config.trainer.epochs,
         "best_epoch": state["epoch"],
         "seconds": evaluation.seconds,

@@ -3,7 +3,7 @@
     python -m trainer.export RUN --format onnx|safetensors|torch-export [--out FILE_OR_DIR] [--shards SHARDS]
 
 onnx and torch-export hold everything between raw uint8 images as they lie at rest and probabilities: orientation,
-resize, normalisation, the model and its temperature. safetensors holds the weights, for timm or plain torch.
+resize, normalisation, the model, its decision and temperature. safetensors holds the weights, for timm or plain torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from shards.atomic import check_writable, made_directory, write_file
 from shards.errors import run_command
 from trainer import export_formats, model_card, parity
 from trainer.classifier import Classifier
-from trainer.evaluate import model_of
+from trainer.decision import Decided
+from trainer.evaluate import deciding, model_of
 from trainer.finished import FinishedRun
 from trainer.settings import Config
 from trainer.views import mean_logits
@@ -53,7 +54,7 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
             hint="--format safetensors; or pack the pictures at one size (python -m pipeline.shard ... --size N) "
             "and train on those",
         )
-    expected = parity.reference(config, spec, _model(state, config), state["temperature"], store)
+    expected = parity.reference(config, spec, _model(state, config), Decided(**deciding(state)), store)
     metadata = describe(finished, train, store.manifest)
     with made_directory(target.parent):
         content, found = _written(form, config, state, spec, expected, metadata)
@@ -74,15 +75,15 @@ def _written(
     metadata: dict[str, Any],
 ) -> tuple[bytes, NDArray[np.float32]]:
     """The content of the file, and the probabilities of a model that was read back from it."""
-    views, temperature = config.trainer.test_time_augmentation, state["temperature"]
+    views, decided = config.trainer.test_time_augmentation, Decided(**deciding(state))
     if form == "safetensors":
         weights = state["model"].items()
         rebuilt = _model(state | {"model": {name: torch.zeros_like(each) for name, each in weights}}, config)
         content = export_formats.to_safetensors(_model(state, config), rebuilt, metadata)
         with torch.inference_mode():
             logits = mean_logits(rebuilt.eval(), expected.inputs, views)
-        return content, (logits / temperature).softmax(dim=1).numpy()
-    classifier = Classifier(spec, _model(state, config), views, temperature).eval()
+        return content, decided(logits).numpy()
+    classifier = Classifier(spec, _model(state, config), views, decided).eval()
     write = export_formats.to_onnx if form == "onnx" else export_formats.to_torch_export
     exported = write(classifier, tuple(state["image_shape"]), metadata)
     assert isinstance(expected.images, np.ndarray)
@@ -108,6 +109,7 @@ def describe(run: FinishedRun, train: Manifest, test: Manifest) -> dict[str, Any
         "mean": state["mean"],
         "std": state["std"],
         "temperature": state["temperature"],
+        "offsets": state.get("offsets") if any(state.get("offsets") or ()) else None,
         "test_time_augmentation": config.trainer.test_time_augmentation,
         "model": config.model.name,
         "run": config.run.name,

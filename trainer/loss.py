@@ -21,6 +21,18 @@ def weighted_kl(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tens
     return (divergence * weights).sum()
 
 
+def log_priors(counts: NDArray[np.int64]) -> torch.Tensor:
+    """Logarithms float32 [C] of the classes' shares of the training samples, int64 [C].
+
+    Added to the logits in training, tau times, they make logit adjustment (Menon et al. 2021,
+    https://arxiv.org/abs/2007.07314, equation 10), once the balanced softmax (Ren et al. 2020,
+    https://arxiv.org/abs/2007.10740, equation 3): the model then learns what it would of equally frequent classes.
+    A class without samples counts as one with a single sample.
+    """
+    present = np.maximum(counts, 1).astype(np.float64)
+    return torch.from_numpy(np.log(present / present.sum())).float()
+
+
 def class_weights(counts: NDArray[np.int64], settings: Loss) -> torch.Tensor:
     """Weights float32 [C] from the training samples of each class, int64 [C].
 

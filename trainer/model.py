@@ -40,6 +40,8 @@ def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
     hidden = settings.head_hidden
     repeats = settings.gray_stem == "repeated" and channels == 1
     backbone, features = _backbone(settings, 3 if repeats else channels, 0 if hidden else classes)
+    if settings.stem_stride is not None:
+        _step_by_one(backbone, settings.name)
     if settings.gray_stem == "random" and channels == 1:
         _first_convolution(backbone).reset_parameters()
     layers = OrderedDict(backbone=backbone)
@@ -56,7 +58,11 @@ def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict from a .safetensors file, a .pth file or one of our checkpoints."""
+    """Load a state dict from a .safetensors file, a .pth file or one of our checkpoints.
+
+    A classifier (the last linear layer) for another number of classes is left out, and the log says so; all else has to
+    fit.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -65,7 +71,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("model", state)
-        model.load_state_dict(state)
+        model.load_state_dict(_fitting(model, state, path))
     except FileNotFoundError:
         raise UserError(
             found=f"no file {path}", expected="a file of weights (model.weights)", hint="check the path"
@@ -76,6 +82,26 @@ def load_weights(model: nn.Module, path: Path) -> None:
             expected=f"a state dict of {type(model).__name__} with this number of classes and channels",
             hint="check model.name, or that the file is whole",
         ) from None
+
+
+def _fitting(model: nn.Module, state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A state dict with the model's own classifier where that in it is for another number of classes."""
+    own = model.state_dict()
+    last = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1:]
+    classifier = {f"{name}.{tensor}" for name in last for tensor in ("weight", "bias")} & own.keys() & state.keys()
+    differing = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
+    features = {name: own[name].shape[1:] == state[name].shape[1:] for name in classifier}
+    if not differing or not differing <= classifier or not all(features.values()):
+        return state
+    there, here = (len(tensors[min(classifier)]) for tensors in (state, own))
+    log.warning(
+        "model.weights=%s is for %d classes: its classifier (%s) is left out, that for %d classes begins anew",
+        path,
+        there,
+        ", ".join(sorted(classifier)),
+        here,
+    )
+    return state | {name: own[name] for name in classifier}
 
 
 class RepeatChannels(nn.Module):
@@ -161,6 +187,20 @@ def published_licence(name: str) -> str | None:
     """What timm notes as the licence of a model's published weights; None if it notes none."""
     published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return published.license if published is not None else None
+
+
+def _step_by_one(model: nn.Module, name: str) -> None:
+    """Have a model's first convolution step by one pixel; its weights, and all that follows, stay as they are."""
+    place = model.pretrained_cfg.get("first_conv") if name not in OWN else None
+    stem = model.get_submodule(place) if isinstance(place, str) and place else None
+    if not isinstance(stem, nn.Conv2d) or stem.stride != (2, 2):
+        raise UserError(
+            found=f"model.stem_stride=1 for {name}"
+            + (f", whose first convolution steps by {stem.stride[0]}" if isinstance(stem, nn.Conv2d) else ""),
+            expected="a timm model that begins with a convolution of stride 2, as EfficientNets do",
+            hint="leave it out, or choose another model.name",
+        )
+    stem.stride = (1, 1)
 
 
 def _published(name: str, options: dict[str, Any]) -> nn.Module:

@@ -98,7 +98,8 @@ def plain_probabilities(metadata: dict[str, Any], model: nn.Module, reference: R
     side = metadata["resolution"]
     if inputs.shape[2:] != (side, side):
         inputs = F.interpolate(inputs, size=(side, side), **model_code.RESIZE[metadata["interpolation"]])
-    return (model.eval()(inputs) / metadata["temperature"]).softmax(dim=1).numpy()
+    offsets = torch.tensor(metadata["offsets"]) if metadata["offsets"] else 0.0
+    return ((model.eval()(inputs) - offsets) / metadata["temperature"]).softmax(dim=1).numpy()
 
 
 def recorded_agreement(predictions: Any, reference: Reference) -> int:

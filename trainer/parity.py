@@ -16,6 +16,7 @@ from shards import Store
 from shards.errors import UserError
 from shards.store import Images
 from trainer.data import evaluation_loader
+from trainer.decision import Decided
 from trainer.distributed import World
 from trainer.evaluate import model_logits
 from trainer.settings import Config
@@ -46,7 +47,7 @@ class Parity:
 
 
 @torch.inference_mode()
-def reference(config: Config, spec: GraphSpec, model: nn.Module, temperature: float, store: Store) -> Reference:
+def reference(config: Config, spec: GraphSpec, model: nn.Module, decided: Decided, store: Store) -> Reference:
     """Answers of the trainer's own graph and evaluation, on the first samples of a part, on this processor in fp32."""
     cpu = World(rank=0, size=1, device=torch.device("cpu"))
     settings = config.trainer.model_copy(update={"precision": "fp32"})
@@ -55,7 +56,7 @@ def reference(config: Config, spec: GraphSpec, model: nn.Module, temperature: fl
     inputs, probabilities, rows = [], [], []
     for batch in evaluation_loader(store, samples, graph, config, cpu).batches():
         inputs.append(batch.images.clone(memory_format=torch.contiguous_format))
-        probabilities.append((model_logits(model.eval(), batch, settings, cpu) / temperature).softmax(dim=1))
+        probabilities.append(decided(model_logits(model.eval(), batch, settings, cpu)))
         rows.append(batch.rows)
     return Reference(store.read(samples), torch.cat(inputs), torch.cat(probabilities).numpy(), torch.cat(rows).numpy())
 

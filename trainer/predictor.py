@@ -16,7 +16,8 @@ from pipeline.ink import InkFrame
 from pipeline.intake import Intake
 from shards import Store, UserError
 from trainer.arithmetic import autocast, laid_out
-from trainer.evaluate import load_run, model_of
+from trainer.decision import Decided
+from trainer.evaluate import deciding, load_run, model_of
 from trainer.views import mean_logits
 
 _MOST_AT_ONCE = 512
@@ -30,7 +31,7 @@ class Seen(NamedTuple):
 
 
 class Predictor:
-    """The best checkpoint of a run with the graph that it was trained through, calibrated by its temperature.
+    """The best checkpoint of a run with the graph that it was trained through, by its decision and temperature.
 
     intake: how pictures are brought to the images that `predict` takes. Not to be called from two threads at once.
     """
@@ -42,6 +43,7 @@ class Predictor:
         self._device = choose_device(device)
         self.classes: tuple[str, ...] = tuple(state["classes"])
         self.temperature: float = state["temperature"]
+        self._decided = Decided(**deciding(state)).to(self._device)
         self.resolution: int = self._config.data.final_resolution
         self.intake = _intake_of(state)
         self.batch_size = min(self._config.loader.batch_size, _MOST_AT_ONCE)
@@ -72,7 +74,7 @@ class Predictor:
             logits = mean_logits(
                 self._model, laid_out(model_input, self._config.trainer), self._config.trainer.test_time_augmentation
             )
-        return Seen((logits / self.temperature).softmax(dim=1).cpu().numpy(), pixels)
+        return Seen(self._decided(logits).cpu().numpy(), pixels)
 
     def _pixels(self, model_input: torch.Tensor) -> NDArray[np.uint8]:
         """Model input [n, C, R, R] as pictures, uint8 [n, R, R, C]."""

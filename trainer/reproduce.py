@@ -3,8 +3,8 @@
     python -m trainer.reproduce runs/NAME/DATE/nonfinite/epoch-2-step-17.pt
 
 The file holds what the step took: under `shares` each rank's images (float32 [n, C, R, R], the model input before
-mixing), labels and rows (int64 [n]); under `model` the weights before the step; and `config`, `class_weights`, `epoch`
-and `step` (from 0). `torch.load(FILE, weights_only=True)` reads it.
+mixing), labels and rows (int64 [n]); under `model` the weights before the step; and `config`, `class_weights`,
+`logit_shift`, `epoch` and `step` (from 0). `torch.load(FILE, weights_only=True)` reads it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from trainer.mixing import mix, soft_targets
 from trainer.model import make_model
 from trainer.randomness import seed_step
 from trainer.settings import Config
+from trainer.teacher import open_teacher
 
-_NEEDED = ("config", "model", "class_weights", "channels", "classes", "epoch", "step", "shares")
+_NEEDED = (
+    *("config", "model", "class_weights", "logit_shift", "channels", "mean", "std"),
+    *("classes", "epoch", "step", "shares"),
+)
 
 
 def take_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[float, list[str]]:
@@ -45,12 +49,17 @@ def take_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[f
             module.register_forward_hook(_noting(f"output of {name} ({type(module).__name__})", found))
     draws = seed_step(config.seed, state["epoch"], state["step"], rank)
     targets = soft_targets(share["labels"], len(state["classes"]), config.loss.label_smoothing)
-    images, targets = mix(share["images"], targets, config.mixing, draws)
+    images, targets = mix(share["images"], targets, config.mixing.at(state["epoch"], config.trainer.epochs), draws)
     if not images.isfinite().all():
         found.append("images")
     with autocast(config.trainer, device):
         logits = model(laid_out(images, config.trainer))
-    loss = weighted_kl(logits, targets, state["class_weights"].to(device))
+    logits = logits + state["logit_shift"].to(device)
+    weights = state["class_weights"].to(device)
+    loss = weighted_kl(logits, targets, weights)
+    teacher = open_teacher(config, tuple(state["classes"]), state["mean"], state["std"], device)
+    if teacher is not None:
+        loss = teacher.teach(loss, logits, images, weights)
     loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():

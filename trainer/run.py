@@ -144,6 +144,7 @@ def summarise(training: Training, evaluation: Evaluation) -> dict[str, Any]:
     return {
         **evaluation.summary(),
         "calibration": evaluation.calibration(),
+        "decision": training.decision.summary() if training.decision else None,
         "epochs": training.epoch,
         "best_epoch": training.best_epoch,
         "validation": training.history[training.best_epoch - 1].get("validation"),
@@ -195,6 +196,13 @@ def print_summary(summary: dict[str, Any], directory: RunDirectory) -> None:
         print(
             f"validation  accuracy {validation['accuracy']:.2%}  macro F1 {validation['macro_f1']:.2%}  "
             f"weighted F1 {validation['weighted_f1']:.2%}  (epoch {summary['best_epoch']}, the best)"
+        )
+    decision = summary.get("decision")
+    if decision and decision["tau"]:
+        before, after = decision["validation_as_learned"], decision["validation"]
+        print(
+            f"decision    tau {decision['tau']:g}: validation accuracy {before['accuracy']:.2%} to "
+            f"{after['accuracy']:.2%}, macro F1 {before['macro_f1']:.2%} to {after['macro_f1']:.2%}"
         )
     print(
         f"training    {summary['images_per_second']:,.0f} images/s  data wait {summary['data_wait_share']:.1%}  "

@@ -14,6 +14,7 @@ from pipeline.preparation import Preparation
 from trainer.augment import Augment
 from trainer.networks import SMALLEST
 from trainer.networks.plain import PLAIN, Plain
+from trainer.objective import Decision, Loss, Mixing, Teacher
 from trainer.section import Section, Share
 
 OWN = (*SMALLEST, *PLAIN)  # networks that are written down in trainer.networks, by name
@@ -107,11 +108,15 @@ class Model(Section):
     pretrained: bool | Literal["auto"] = False
     """Begin with published weights; auto does so if they are at hand or can be fetched, and says so if not."""
     weights: Path | None = None
-    """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run)."""
+    """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run); a classifier
+    for another number of classes is left out."""
     drop_rate: Share = 0.0
     """Dropout before the classifier; in cifar_cnn, lenet and their like before every dense layer."""
     drop_path_rate: Share = 0.0
     """Stochastic depth: share of residual branches left out in the last block."""
+    stem_stride: Literal[1] | None = None
+    """1 has the first convolution of a timm model step by one pixel instead of two, for small images: features of twice
+    the size, at four times the work. null for the model's own."""
     head_hidden: Annotated[int, Field(ge=1)] | None = None
     """Width of a hidden layer (with ReLU) between features and classes; null for none."""
     filters: tuple[Annotated[int, Field(ge=1)], ...] | None = None
@@ -129,26 +134,6 @@ class Model(Section):
         """The network of convolutions and dense layers that these settings describe, if it is one."""
         network = PLAIN.get(self.name)
         return network and network.changed(self.filters, self.kernel, self.dense)
-
-
-class Loss(Section):
-    class_weights: Literal["none", "inverse", "minmax", "effective"] = "none"
-    """Weights by class: inverse frequency, that scaled to 1 .. 2, or by effective number of samples."""
-    effective_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    """Beta of the effective number of samples, (1 - beta^n) / (1 - beta)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target spread evenly over all classes."""
-
-
-class Mixing(Section):
-    probability: Share = 0.0
-    """Share of batches that are mixed."""
-    mixup_alpha: Annotated[float, Field(ge=0)] = 0.2
-    """MixUp: parameter of the Beta distribution of the weight; 0 for none."""
-    cutmix_alpha: Annotated[float, Field(ge=0)] = 1.0
-    """CutMix: parameter of the Beta distribution of the area; 0 for none."""
-    switch_probability: Share = 0.5
-    """Share of mixed batches that take CutMix, where both are on."""
 
 
 class Optim(Section):
@@ -203,7 +188,8 @@ class Trainer(Section):
     """Compile the model with torch.compile, in this mode of it; the first steps then take minutes. auto is default with
     a GPU and off without; true is default. The last two use CUDA graphs."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights, which is then what is evaluated; null for none."""
+    """Decay of an exponential moving average of the weights, which is then what is evaluated; null for none. The decay
+    of an update is at most 1 - update^(-2/3), so that short runs forget their first weights."""
     select: Literal["accuracy", "macro_f1"] = "accuracy"
     """Validation figure by which the best epoch is chosen, and that plateau watches."""
     test_time_augmentation: Literal["none", "shifts", "shifts_scales"] = "none"
@@ -260,6 +246,8 @@ class Config(Section):
     loader: Loader = Loader()
     model: Model = Model()
     loss: Loss = Loss()
+    decision: Decision = Decision()
+    teacher: Teacher = Teacher()
     augment: Augment = Augment()
     mixing: Mixing = Mixing()
     optim: Optim = Optim()
@@ -274,6 +262,8 @@ class Config(Section):
             raise ValueError("mixing.probability is above 0, but mixup_alpha and cutmix_alpha are both 0")
         if self.schedule.name == "plateau" and self.data.validation == 0:
             raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
+        if self.decision.tau == "auto" and self.data.validation == 0:
+            raise ValueError("decision.tau=auto is tuned on the validation part, but data.validation is 0")
         if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
             raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
         if self.augment.erase_smallest > self.augment.erase_largest:
@@ -335,6 +325,12 @@ class Config(Section):
             yield f"loss.effective_beta has no effect with loss.class_weights={self.loss.class_weights}"
         if self.mixing.probability == 0 and given & {"mixing.mixup_alpha", "mixing.cutmix_alpha"}:
             yield "mixing.mixup_alpha and mixing.cutmix_alpha have no effect with mixing.probability=0"
+        if self.mixing.probability > 0 and self.mixing.off_last_epochs >= self.trainer.epochs:
+            yield f"mixing.off_last_epochs takes all {self.trainer.epochs} epochs: no batch is mixed"
+        if self.mixing.probability == 0 and self.mixing.off_last_epochs:
+            yield "mixing.off_last_epochs has no effect with mixing.probability=0"
+        if self.teacher.run is None and given & {"teacher.weight", "teacher.temperature"}:
+            yield "teacher.weight and teacher.temperature have no effect without teacher.run"
         if self.model.name in OWN and self.model.name != "cifar_efficientnet" and self.model.drop_path_rate > 0:
             yield f"model.drop_path_rate has no effect on {self.model.name}, which has no residual branches"
         for setting in sorted(given & {"model.filters", "model.kernel", "model.dense"}):

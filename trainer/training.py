@@ -6,7 +6,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,13 +16,15 @@ from trainer.arithmetic import memory_format
 from trainer.average import Average
 from trainer.compiled import compiled
 from trainer.data import TrainingData
+from trainer.decision import Decision, log_weights
 from trainer.distributed import World
-from trainer.loss import class_weights
+from trainer.loss import class_weights, log_priors
 from trainer.model import make_model
 from trainer.optimizer import LearningRate, make_optimizer
 from trainer.profiling import NoProfile, Profile, TimeProfile, Trace
 from trainer.randomness import seed_weights
 from trainer.settings import Config
+from trainer.teacher import Teacher, open_teacher
 
 
 @dataclass
@@ -64,6 +68,11 @@ class Training:
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     class_weights: torch.Tensor
+    logit_shift: torch.Tensor
+    """float32 [C], what is added to the logits in training (`loss.logit_adjustment`)."""
+    log_weights: NDArray[np.float32]
+    """[C], of the weights that `decision.tau` undoes."""
+    teacher: Teacher | None
     profile: Profile
     trace: Trace
     epoch: int = 0
@@ -81,6 +90,8 @@ class Training:
     best_epoch: int = 0
     lr: float = 0.0
     """Learning rate of the last update."""
+    decision: Decision | None = None
+    """By which the best weights are tested; None before the test and without a validation part."""
     skipped: set[tuple[int, int]] = field(default_factory=set)
     """(epoch, first step) of the updates that are left out because a batch's loss or gradient is not finite."""
     look_until: tuple[int, int] | None = None
@@ -98,6 +109,16 @@ class Training:
     def evaluated(self) -> nn.Module:
         """The weights that are judged and kept: the moving average where there is one."""
         return self.average.module if self.average is not None else self.model
+
+    @property
+    def tau(self) -> float:
+        """That epochs are judged by; one that is tuned is so at the end."""
+        return 0.0 if self.config.decision.tau == "auto" else self.config.decision.tau
+
+    @property
+    def offsets(self) -> NDArray[np.float32]:
+        """[C], taken from the logits to judge an epoch."""
+        return np.float32(self.tau) * self.log_weights
 
     def state(self) -> dict[str, Any]:
         """Everything that a later process needs to go on exactly here; tensors and plain values only."""
@@ -124,8 +145,8 @@ class Training:
         }
 
     def best_state(self) -> dict[str, Any]:
-        """What is needed to use the model: its weights, settings, classes, input statistics and temperature, and
-        how pictures are brought to it."""
+        """What is needed to use the model: its weights, settings, classes, input statistics and decision, and how
+        pictures are brought to it."""
         return {
             **self.identity(),
             "model": self.evaluated.state_dict(),
@@ -136,6 +157,8 @@ class Training:
             "std": list(self.data.spec.std),
             "intake": self.data.intake.state(),
             "temperature": 1.0,
+            "tau": self.tau,
+            "offsets": self.offsets.tolist(),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -206,6 +229,9 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         optimizer=optimizer,
         learning_rate=LearningRate(optimizer, config, updates),
         class_weights=class_weights(data.counts, config.loss).to(world.device),
+        logit_shift=(config.loss.logit_adjustment * log_priors(data.counts)).to(world.device),
+        log_weights=log_weights(data.counts, config.loss),
+        teacher=open_teacher(config, data.classes, data.spec.mean, data.spec.std, world.device),
         profile=profile,
         trace=Trace(config.trainer.traced_steps if world.speaks else None, world.device),
     )

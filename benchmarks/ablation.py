@@ -1,0 +1,306 @@
+"""What does each addition to a recipe bring, at equal compute?
+
+    python benchmarks/ablation.py [key=value ...] [--plan benchmarks/ablation.yaml] [--shards DIR] [--seeds 3]
+                                  [--budget-minutes M] [--out DIR]
+
+A plan names a base configuration, the overrides that make it the recipe to be compared with, and additions, each of
+them a name and more overrides. Every one is trained once for each seed, in turn, in a fresh process, over the same
+images, from the same first weights, with the same validation part. Additions whose gain on the validation part is
+larger than its standard error are then trained together. The test part is evaluated once a run, and chooses nothing.
+
+What has been run with the same settings on the same data is not run again, so that a stopped ablation goes on; further
+overrides (key=value) hold for all runs. Writes ablation.jsonl, a line as soon as a run is over, then .md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.ablation_report import draw, markdown, overrides_that_help
+from benchmarks.harness import in_process
+from benchmarks.packed_set import choose_set
+from shards.atomic import make_directory, replace_file, write_file
+from shards.errors import UserError, run_command
+from shards.store import open_part
+from trainer import config, engine
+from trainer.arithmetic import with_precision
+from trainer.data import open_data
+from trainer.distributed import join
+from trainer.environment import environment
+from trainer.run_directory import RunDirectory
+from trainer.settings import Config
+from trainer.training import make_training
+
+DEFAULT_OUT = Path("benchmarks/out")
+DEFAULT_PLAN = Path("benchmarks/ablation.yaml")
+RECIPE = "recipe"
+TOGETHER = "all that help"
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """overrides: of the base, by dotted name. teacher: the variant whose run of the same seed teaches this one."""
+
+    name: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+
+    def settings(self, plan: Plan, seed: int, shards: Path, kept: Path) -> Config:
+        """Its complete settings. kept: where the checkpoints of teachers are."""
+        overrides = plan.recipe | self.overrides | plan.common | {"seed": seed, "data.shards": str(shards)}
+        if self.teacher is not None:
+            overrides["teacher.run"] = str(checkpoint_of(kept, self.teacher, seed))
+        return config.load(plan.base, [f"{name}={json.dumps(value)}" for name, value in overrides.items()])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """base: a configuration file. recipe: overrides of it. additions: each on top of the recipe. common: overrides that
+    hold for all."""
+
+    base: Path
+    recipe: dict[str, Any]
+    additions: tuple[Variant, ...]
+    common: dict[str, Any]
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        return (Variant(RECIPE), *self.additions)
+
+    @property
+    def teachers(self) -> set[str]:
+        return {variant.teacher for variant in self.additions if variant.teacher is not None}
+
+
+def read_plan(path: Path, common: list[str]) -> Plan:
+    """A plan from its file (see `benchmarks/ablation.yaml`). Raises `UserError` for what is none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        additions = [
+            Variant(one["name"], dict(one.get("set") or {}), one.get("teacher")) for one in content["additions"]
+        ]
+        overrides = dict(override.split("=", 1) for override in common)
+        plan = Plan(
+            base=Path(content["base"]),
+            recipe=dict(content.get("recipe") or {}),
+            additions=tuple(additions),
+            common={name: yaml.safe_load(value) for name, value in overrides.items()},
+        )
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            found=f"{path}, which is no plan: {type(error).__name__} {error}".replace("\n", " "),
+            expected="base, recipe and additions, each of these with a name and overrides under set",
+            hint=f"compare it with {DEFAULT_PLAN}",
+        ) from None
+    names = [variant.name for variant in plan.variants]
+    strange = plan.teachers - set(names)
+    if len(set(names)) < len(names) or TOGETHER in names or strange:
+        raise UserError(
+            found=f"{path} with additions {', '.join(names)}" + (f" taught by {min(strange)}" if strange else ""),
+            expected=f"names that differ, none of them {TOGETHER}, and teachers among them",
+            hint="rename one",
+        )
+    return plan
+
+
+def measure(settings: Config, keep: Path | None) -> dict[str, Any]:
+    """Train and test once; called in a process of its own. keep: where to copy the best checkpoint to."""
+    start = time.perf_counter()
+    with join(settings.device) as world, tempfile.TemporaryDirectory() as run:
+        settings = with_precision(settings, world.device)
+        data = open_data(settings, world)
+        training = make_training(settings, data, world)
+        directory = RunDirectory(Path(run))
+        with directory.held(), contextlib.redirect_stdout(io.StringIO()):
+            evaluation = engine.fit(training, directory, sinks=[])
+        if keep is not None:
+            make_directory(keep.parent)
+            with directory.best.open("rb") as source, replace_file(keep) as target:
+                shutil.copyfileobj(source, target)
+        decision = training.decision
+        assert decision is not None, "an ablation chooses by a validation part"
+        return {
+            "tau": decision.tau,
+            "best_epoch": training.best_epoch,
+            "validation": decision.validation.summary(),
+            "test": evaluation.summary(),
+            "training_images": len(data.train.samples),
+            "images_seen": training.finished.samples,
+            "training_seconds": training.finished.seconds,
+            "seconds": time.perf_counter() - start,
+            "device": str(world.device),
+            "environment": environment(world.device),
+        }
+
+
+def checkpoint_of(kept: Path, variant: str, seed: int) -> Path:
+    """Where the best checkpoint of a variant that teaches others is kept."""
+    return kept / f"{variant.replace(' ', '-')}-{seed}.pt"
+
+
+class Results:
+    """The records of an ablation, each appended to a file as soon as it is there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.records: list[dict[str, Any]] = []
+        make_directory(path.parent)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines:
+            # A process that was killed while it wrote leaves half a line.
+            with contextlib.suppress(json.JSONDecodeError):
+                self.records.append(json.loads(line))
+        if len(self.records) < len(lines):
+            write_file(path, "".join(json.dumps(record) + "\n" for record in self.records))
+
+    def find(self, settings: Config, data: str) -> dict[str, Any] | None:
+        """The newest record of a run with these settings on this data."""
+        identity = identity_of(settings, data)
+        return next((one for one in reversed(self.records) if one["identity"] == identity), None)
+
+    def append(self, record: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+
+
+def identity_of(settings: Config, data: str) -> dict[str, Any]:
+    """What a run's figures depend on. data: the digest of the packed set. A teacher is known by its name alone."""
+    recipe = settings.recipe()
+    if recipe.get("teacher.run"):
+        recipe["teacher.run"] = Path(recipe["teacher.run"]).name
+    return json.loads(json.dumps({"data": data, **recipe}))
+
+
+@dataclass
+class Ablation:
+    """Runs what a plan asks for and is not in the results yet."""
+
+    plan: Plan
+    shards: Path
+    seeds: int
+    results: Results
+    kept: Path
+    until: float = float("inf")
+    """Seconds of `time.monotonic()` after which no run is begun."""
+
+    def __post_init__(self) -> None:
+        self._data = "".join(open_part(self.shards, part).manifest.digest() for part in ("train", "test"))
+        for variant in self.plan.variants:  # what is wrong in one is told before anything runs
+            variant.settings(self.plan, 0, self.shards, self.kept)
+
+    def run(self) -> bool:
+        """Run all, seed by seed, then what helps together; whether it was done before the time was over."""
+        if not all(self._run(variant, seed) for seed in range(self.seeds) for variant in self.plan.variants):
+            return False
+        together = self.together()
+        return together is None or all(self._run(together, seed) for seed in range(self.seeds))
+
+    def together(self) -> Variant | None:
+        """The additions that help, in one, once all have been run; None if fewer than two do."""
+        rows = self.rows(self.plan.variants)
+        if any(len(row["records"]) < self.seeds for row in rows):
+            return None
+        by_name = {variant.name: variant for variant in self.plan.additions}
+        chosen = overrides_that_help(rows, {name: variant.overrides for name, variant in by_name.items()})
+        if len(chosen) < 2:
+            return None
+        merged = {key: value for name in chosen for key, value in by_name[name].overrides.items()}
+        teachers = [by_name[name].teacher for name in chosen if by_name[name].teacher]
+        return Variant(TOGETHER, merged, teachers[0] if teachers else None)
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each variant that has been run: its name, its records by seed, and whether it helps."""
+        together = self.together()
+        rows = self.rows([*self.plan.variants, *([together] if together else [])])
+        chosen = overrides_that_help(rows, {one.name: one.overrides for one in self.plan.additions})
+        return [
+            row | {"helps": row["name"] in chosen, "together": row["name"] == TOGETHER}
+            for row in rows
+            if row["records"]
+        ]
+
+    def rows(self, variants: Any) -> list[dict[str, Any]]:
+        return [{"name": variant.name, "records": dict(self._found(variant))} for variant in variants]
+
+    def _found(self, variant: Variant) -> Iterator[tuple[int, dict[str, Any]]]:
+        for seed in range(self.seeds):
+            record = self.results.find(variant.settings(self.plan, seed, self.shards, self.kept), self._data)
+            if record is not None:
+                yield seed, record
+
+    def _run(self, variant: Variant, seed: int) -> bool:
+        settings = variant.settings(self.plan, seed, self.shards, self.kept)
+        keep = checkpoint_of(self.kept, variant.name, seed) if variant.name in self.plan.teachers else None
+        if self.results.find(settings, self._data) and (keep is None or keep.exists()):
+            return True
+        if time.monotonic() > self.until:
+            return False
+        print(f"{variant.name}, seed {seed} ...", end=" ", flush=True)
+        found = in_process(measure, settings, keep)
+        if "failed" in found:
+            raise UserError(
+                found=f"{variant.name} with seed {seed}: {found['failed']}",
+                expected="a run that fits in the memory",
+                hint="a smaller loader.batch_size or data.resolution, as a further override; what ran is kept",
+            )
+        names = {"name": "ablation", "variant": variant.name, "seed": seed, "overrides": variant.overrides}
+        self.results.append({**names, "identity": identity_of(settings, self._data), **found})
+        judged = found["validation"]
+        print(f"validation {judged['accuracy']:.2%}, macro F1 {judged['macro_f1']:.2%}  ({found['seconds']:.0f} s)")
+        return True
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What does each addition to a recipe bring, at equal compute?")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that hold for all runs")
+    parser.add_argument("--plan", type=Path, default=DEFAULT_PLAN, metavar="FILE", help=f"default: {DEFAULT_PLAN}")
+    parser.add_argument(
+        "--shards", metavar="DIR", help="packed set or its address (default: EMNIST ByClass, or digits)"
+    )
+    parser.add_argument("--seeds", type=positive, default=SEEDS, help="runs of each, with seeds 0, 1, ...")
+    parser.add_argument("--budget-minutes", type=float, metavar="M", help="begin no run after so many minutes")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write the results")
+    arguments = parser.parse_intermixed_args()
+    out = arguments.out / "ablation"
+    plan = read_plan(arguments.plan, arguments.overrides)
+    shards = choose_set(arguments.shards)
+    ablation = Ablation(plan, shards, arguments.seeds, Results(out.with_suffix(".jsonl")), arguments.out / "teachers")
+    if arguments.budget_minutes is not None:
+        ablation = replace(ablation, until=time.monotonic() + 60 * arguments.budget_minutes)
+    complete = ablation.run()
+    rows = ablation.table()
+    if rows:
+        text = markdown(rows)
+        write_file(out.with_suffix(".md"), text + "\n")
+        draw(rows, out.with_suffix(".png"))
+        print(f"\n{text}\n\n{out}.jsonl, .md, .png")
+    if not complete:
+        print("the time is over; the same command goes on")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,164 @@
+"""Tell which images of one packed set are in another, and write the set without them.
+
+    python -m pipeline.overlap A B                    how many images of each part of A are in each part of B
+    python -m pipeline.overlap A B --csv FILE         a line for each of them
+    python -m pipeline.overlap A B --near             also those that are changed a little (see pipeline.matching)
+    python -m pipeline.overlap A B --remove OUT       write A without what B is judged by
+
+Before a model is trained on A and then fine-tuned on B, what of B's test and val parts lies in A's train and val parts
+has to go: `--remove` leaves those images out (A's own test part stays whole, as nothing is learned from it). Images
+are the same if their upright pixels are, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.duplicates import Duplicates, Overlap, pictures_of, remove, write_report
+from pipeline.likeness import digests_of
+from pipeline.matching import hash_pictures, match
+from pipeline.pack import pack
+from pipeline.repack import packed_parts
+from pipeline.sources import RawPart
+from shards.atomic import check_writable
+from shards.errors import UserError, run_command
+from shards.manifest import PARTS, VALIDATION, Manifest
+from shards.places import local_set
+
+_JUDGED_BY = (PARTS[1], VALIDATION)
+_LEARNED_FROM = (PARTS[0], VALIDATION)
+_AT_ONCE = 8192  # images that are read together
+
+
+def overlaps(ours: tuple[RawPart, ...], theirs: tuple[RawPart, ...], near: bool = False) -> tuple[Overlap, ...]:
+    """What of each part of one set is in each part of another. A pure function of the images.
+
+    near: also what is alike, by the spectra of the images; otherwise only what is equal in all pixels.
+    """
+    if near:
+        hashed = [[hash_pictures(pictures_of(part)) for part in parts] for parts in (ours, theirs)]
+    equal = [[digests(part) for part in parts] for parts in (ours, theirs)]
+    found = []
+    for place, part in enumerate(ours):
+        for other_place, other in enumerate(theirs):
+            if near:
+                matches = match(hashed[0][place], hashed[1][other_place])
+                columns = (matches.first, matches.second, matches.identical, matches.likeness)
+                met, crowded = len(matches.seconds), matches.crowded
+            else:
+                first, second, met = _equal(equal[0][place], equal[1][other_place])
+                columns = (first, second, np.ones(len(first), bool), np.ones(len(first), np.float32))
+                crowded = 0
+            first, second, identical, likeness = columns
+            found.append(
+                Overlap(
+                    part=part.name,
+                    kept_part=other.name,
+                    classes=part.classes,
+                    kept_classes=other.classes,
+                    rows=part.rows[first],
+                    labels=part.labels[first],
+                    kept_rows=other.rows[second],
+                    kept_labels=other.labels[second],
+                    identical=identical,
+                    likeness=likeness,
+                    kept_found=met,
+                    kept_count=len(other.labels),
+                    crowded=crowded,
+                )
+            )
+    return tuple(found)
+
+
+def digests(part: RawPart) -> NDArray[np.uint64]:
+    """Digests uint64 [N] of the upright images of a part."""
+    starts = range(0, len(part.rows), _AT_ONCE)
+    images = (part.read(part.rows[start : start + _AT_ONCE]) for start in starts)
+    return np.concatenate([digests_of(some, part.transposed) for some in images])
+
+
+def _equal(ours: NDArray[np.uint64], theirs: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Positions of ours that are in theirs, the first place of each there, and how many of theirs are in ours."""
+    known, first_of = np.unique(theirs, return_index=True)
+    here = np.flatnonzero(np.isin(ours, known))
+    return here, first_of[np.searchsorted(known, ours[here])], int(np.isin(theirs, ours).sum())
+
+
+def without(ours: tuple[RawPart, ...], found: Sequence[Overlap]) -> tuple[tuple[RawPart, ...], int]:
+    """The parts of a set without what they share with the judging parts of the other, and how many images that is."""
+    left_out = tuple(one for one in found if one.part in _LEARNED_FROM and one.kept_part in _JUDGED_BY)
+    kept = remove(ours, Duplicates(left_out))
+    return kept, sum(len(part.rows) for part in ours) - sum(len(part.rows) for part in kept)
+
+
+def _pack_again(
+    directory: Path, other: Path, parts: tuple[RawPart, ...], out: Path | str, near: bool, force: bool
+) -> None:
+    first = Manifest.read(directory / PARTS[0])
+    pack(
+        lambda: parts,
+        out,
+        dataset=first.dataset,
+        split=first.split,
+        block_size=first.block_size,
+        seed=first.seed,
+        store=first.store,
+        options={
+            "packed_from": _identity(directory),
+            "without": f"{Manifest.read(other / PARTS[1]).name} {_identity(other)}",
+            "near": int(near),
+        },
+        force=force,
+    )
+
+
+def _identity(directory: Path) -> str:
+    """Stands for the content of a packed set."""
+    return "-".join(Manifest.read(directory / part).digest()[:12] for part in PARTS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.overlap",
+        description="Tell which images of a packed set are in another, and write the set without them.",
+    )
+    add = parser.add_argument
+    add("set", metavar="A", help="packed set, or its address")
+    add("other", metavar="B", help="packed set that A is compared with, or its address")
+    add("--near", action="store_true", help="also images that are changed a little")
+    add("--csv", type=Path, metavar="FILE", help="write a line for each image")
+    add("--remove", metavar="OUT", help="write A without what of B's test and val parts is in its train and val parts")
+    add("--force", action="store_true", help="replace a complete pack at OUT")
+    arguments = parser.parse_args()
+    if arguments.csv:
+        check_writable(arguments.csv)
+    directory, other = local_set(arguments.set), local_set(arguments.other)
+    ours, theirs = packed_parts(directory), packed_parts(other)
+    sizes = [parts[0].image_shape for parts in (ours, theirs)]
+    if sizes[0] != sizes[1] and not arguments.near:
+        raise UserError(
+            found=f"images of shape {list(sizes[0])} in {arguments.set}, {list(sizes[1])} in {arguments.other}",
+            expected="images of one shape, as others are never equal",
+            hint="--near finds those that are alike whatever their size",
+        )
+    found = overlaps(ours, theirs, arguments.near)
+    print(f"{Manifest.read(directory / PARTS[0]).name} in {Manifest.read(other / PARTS[0]).name}:")
+    for one in found:
+        print(f"  {one}")
+    if arguments.csv:
+        write_report(Duplicates(found), arguments.csv)
+    if arguments.remove:
+        kept, count = without(ours, found)
+        _pack_again(directory, other, kept, arguments.remove, arguments.near, arguments.force)
+        sizes_left = ", ".join(f"{len(part.rows):,} {part.name}" for part in kept)
+        print(f"left out {count:,} images; {sizes_left} images in {arguments.remove}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,150 @@
+"""An ablation runs what its plan asks for once, goes on where it was stopped, and chooses by validation alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from PIL import Image
+
+from benchmarks import ablation
+from benchmarks.ablation import DEFAULT_PLAN, RECIPE, TOGETHER, read_plan
+from benchmarks.ablation_report import FIGURES, markdown, mean_and_error, overrides_that_help
+from shards import UserError
+
+SMALL = {
+    "data.resolution": 8,
+    "data.validation": 0.3,
+    "data.subset": 0.2,
+    "trainer.epochs": 1,
+    "trainer.precision": "fp32",
+    "loader.batch_size": 32,
+}
+
+
+def write_plan(path: Path, additions: list[dict[str, Any]], recipe: dict[str, Any]) -> Path:
+    base = str(ROOT / "configs" / "quickstart.yaml")
+    path.write_text(yaml.safe_dump({"base": base, "recipe": recipe, "additions": additions}))
+    return path
+
+
+def test_it_goes_on_where_it_was_stopped(
+    digits_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    additions = [
+        {"name": "faster", "set": {"optim.lr": 3e-3}},
+        {"name": "no dropout", "set": {"model.drop_rate": 0.0, "optim.lr": 2e-3}},
+    ]
+    plan = write_plan(tmp_path / "plan.yaml", additions, SMALL | {"optim.lr": 1e-5})
+    calls: list[tuple[float, int]] = []
+    cut = [3]
+
+    def here(work: Callable[..., dict[str, Any]], settings: Any, keep: Path | None) -> dict[str, Any]:
+        if len(calls) == cut[0]:
+            raise KeyboardInterrupt
+        calls.append((settings.optim.lr, settings.seed))
+        return work(settings, keep)
+
+    monkeypatch.setattr(ablation, "in_process", here)
+
+    def run(*arguments: str) -> str:
+        options = ["--plan", str(plan), "--shards", str(digits_set), "--seeds", "2", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["ablation.py", *options, *arguments])
+        assert ablation.main() == 0
+        return capsys.readouterr().out
+
+    assert "the same command goes on" in run("--budget-minutes", "0")
+    assert not calls
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert calls == [(1e-5, 0), (3e-3, 0), (2e-3, 0)], "seed by seed"
+    lines = tmp_path / "ablation.jsonl"
+    with lines.open("a") as file:
+        file.write('{"name": "ablation", "vari')  # killed as it wrote
+    cut[0] = -1
+    shown = run()
+    assert calls[3:6] == [(1e-5, 1), (3e-3, 1), (2e-3, 1)]
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(records) == len(calls) == (8 if TOGETHER in shown else 6)
+    assert len({record["images_seen"] for record in records}) == 1, "equal compute"
+    for record in records:
+        assert record["environment"]["processor"] and record["test"]["samples"] == 359
+    assert run() == shown.replace(shown[: shown.index("\n| ")], "", 1), "nothing is run again"
+    assert len(calls) == len(records)
+    assert (tmp_path / "ablation.md").read_text().strip() in shown
+    assert Image.open(tmp_path / "ablation.png").width > 1000
+    run("trainer.epochs=1", "data.subset=0.1", "--budget-minutes", "0")
+    assert len(calls) == len(records), "other settings are other runs, for which there was no time"
+
+
+def test_the_plan_beside_it_is_one() -> None:
+    plan = read_plan(ROOT / DEFAULT_PLAN, ["trainer.precision=fp32"])
+    assert plan.common == {"trainer.precision": "fp32"}
+    for variant in plan.variants:
+        settings = variant.settings(plan, 3, Path("set"), Path("kept"))
+        assert settings.seed == 3 and settings.data.shards == "set"
+    names = [variant.name for variant in plan.variants]
+    assert names[0] == RECIPE and len(names) > 4
+
+
+@pytest.mark.parametrize(
+    ("additions", "word"),
+    [
+        ([{"name": RECIPE}], RECIPE),
+        ([{"name": TOGETHER}], TOGETHER),
+        ([{"name": "a", "teacher": "b"}], "taught by b"),
+        ([{"set": {}}], "name"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path: Path, additions: list[dict[str, Any]], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        read_plan(write_plan(tmp_path / "plan.yaml", additions, {}), [])
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        read_plan(tmp_path / "none.yaml", [])
+
+
+def row(name: str, validation: list[tuple[float, float]], test: float = 0.5) -> dict[str, Any]:
+    records = {
+        seed: {
+            "validation": dict(zip(FIGURES, figures, strict=True)),
+            "test": dict.fromkeys(FIGURES, test),
+            "training_seconds": 1.0,
+            "images_seen": 100,
+            "environment": {"cores": 2, "processor": "one", "device": "cpu"},
+        }
+        for seed, figures in enumerate(validation)
+    }
+    return {"name": name, "records": records, "helps": False}
+
+
+def test_what_helps_is_what_gains_more_than_its_error_on_validation() -> None:
+    recipe = [(0.80, 0.60), (0.82, 0.64), (0.81, 0.62)]  # seeds differ by more than additions gain
+    rows = [
+        row("recipe", recipe, test=0.9),
+        row("both", [(a + 0.01, f + 0.01) for a, f in recipe], test=0.1),  # test does not matter
+        row("one for another", [(a - 0.01, f + 0.03) for a, f in recipe]),
+        row("noise", [(0.84, 0.66), (0.80, 0.62), (0.81, 0.62)]),
+        row("worse", [(a - 0.01, f) for a, f in recipe], test=1.0),
+        row("more of it", [(a + 0.02, f + 0.02) for a, f in recipe]),
+    ]
+    overrides = {
+        "both": {"a": 1},
+        "one for another": {"b": 1},
+        "noise": {"c": 1},
+        "worse": {"d": 1},
+        "more of it": {"a": 2},
+    }
+    assert overrides_that_help(rows, overrides) == ["more of it", "one for another"], "a=2 is better than a=1"
+    text = markdown(rows)
+    assert "| +1" not in text and "-80.00 ± 0.00" in text
+
+
+def test_the_standard_error_is_that_of_a_mean() -> None:
+    assert mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / 3**0.5))
+    assert mean_and_error([5.0]) == (5.0, 0.0)

@@ -1,0 +1,122 @@
+"""Images that two packed sets share, however they lie in them, and a set without them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import assert_user_error, pack_parts, run_module
+from numpy.typing import NDArray
+
+from pipeline.overlap import overlaps, without
+from pipeline.repack import joined, packed_parts
+from pipeline.sources import RawPart
+from shards import UserError, open_part
+from shards.verify import check_hashes
+
+
+def some(name: str, images: NDArray[np.uint8], labels: list[int], classes: str, transposed: bool = False) -> RawPart:
+    pixels = np.ascontiguousarray(images.swapaxes(1, 2) if transposed else images)
+    return RawPart.from_arrays(name, pixels, np.array(labels), tuple(classes), transposed=transposed)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (30, 12, 12, 1), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def sets(pixels: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A: train 0-9, val 10-13, test 14-17; B stores them transposed: train 8-11 and new ones, test 2, 3, 12, 15."""
+    directory = tmp_path_factory.mktemp("overlap")
+    ours = (
+        some("train", pixels[:10], [0, 1] * 5, "ab"),
+        some("test", pixels[14:18], [0, 1] * 2, "ab"),
+        some("val", pixels[10:14], [0, 1] * 2, "ab"),
+    )
+    theirs = (
+        some("train", pixels[[8, 9, 10, 11, 20, 21]], [1, 0, 1, 0, 0, 0], "ba", transposed=True),
+        some("test", pixels[[2, 3, 12, 15, 22]], [1, 1, 1, 0, 0], "ba", transposed=True),
+    )
+    return pack_parts(ours, directory / "a"), pack_parts(theirs, directory / "b", seed=7)
+
+
+def test_shared_images_are_counted_by_part(sets: tuple[Path, Path]) -> None:
+    found = overlaps(*map(packed_parts, sets))
+    rows = {(one.part, one.kept_part): one.rows.tolist() for one in found}
+    assert rows == {
+        ("train", "train"): [8, 9],
+        ("train", "test"): [2, 3],
+        ("val", "train"): [0, 1],
+        ("val", "test"): [2],
+        ("test", "train"): [],
+        ("test", "test"): [1],
+    }
+    by_parts = {(one.part, one.kept_part): one for one in found}
+    one = by_parts["train", "test"]
+    assert one.kept_rows.tolist() == [0, 1] and (one.kept_found, one.kept_count) == (2, 5)
+    # 2 is an a in both, 3 a b here and an a there, although class 1 in both.
+    line = "2 train images are in test (2 identical, 1 under another label; they are 2 of the 5 test images)"
+    assert str(one) == line
+
+
+def test_images_that_are_changed_a_little_are_found_when_asked_for(tmp_path: Path, digits_set: Path) -> None:
+    store = open_part(digits_set, "test")
+    images = store.read(np.arange(60))
+    brighter = np.clip(images.astype(int) + 6, 0, 255).astype(np.uint8)
+    labels = store.labels[:60].tolist()
+    classes = "0123456789"
+    parts = (some("train", brighter[:40], labels[:40], classes), some("test", images[40:], labels[40:], classes))
+    changed = packed_parts(pack_parts(parts, tmp_path / "changed"))
+    digits = packed_parts(digits_set)
+    for near, fewest, most in ((False, 0, 0), (True, 36, 40)):
+        found = {(one.part, one.kept_part): len(one.rows) for one in overlaps(changed, digits, near)}
+        assert fewest <= found["train", "test"] <= most
+        assert found["test", "test"] == 20
+
+
+def test_a_set_is_written_without_what_the_other_is_judged_by(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    ours, theirs = sets
+    out, report = tmp_path / "clean", tmp_path / "shared.csv"
+    process = run_module("pipeline.overlap", ours, theirs, "--remove", out, "--csv", report)
+    assert process.returncode == 0, process.stderr
+    assert "left out 3 images; 8 train, 4 test, 3 val images" in process.stdout
+    lines = list(csv.DictReader(report.open()))
+    assert {(line["part"], line["row"], line["label"], line["in_part"], line["in_label"]) for line in lines} >= {
+        ("train", "3", "b", "test", "a"),
+        ("train", "2", "a", "test", "a"),
+    }
+    for part, rows in (("train", [0, 1, 4, 5, 6, 7, 8, 9]), ("val", [0, 1, 3]), ("test", [0, 1, 2, 3])):
+        before, after = open_part(ours, part), open_part(out, part)
+        assert sorted(after.rows.tolist()) == rows, part
+        places = [before.rows.tolist().index(row) for row in after.rows.tolist()]
+        assert np.array_equal(after.read(np.arange(len(after))), before.read(np.array(places)))
+        assert np.array_equal(after.labels, before.labels[places])
+        assert list(check_hashes(out / part, after.manifest)) == []
+    assert "0 train images are in test" in run_module("pipeline.overlap", out, theirs).stdout
+    again = run_module("pipeline.overlap", theirs, ours, "--remove", out)
+    assert_user_error(again, str(out), "--force")
+
+
+def test_a_set_that_would_be_empty_is_refused(sets: tuple[Path, Path], pixels: NDArray[np.uint8]) -> None:
+    everything = (some("train", pixels[:3], [0, 1, 0], "ab"), some("test", pixels[:10], [0, 1] * 5, "ab"))
+    with pytest.raises(UserError, match="all of them in another part"):
+        without(everything, overlaps(everything, everything))
+
+
+def test_sets_of_other_sizes_are_never_equal(sets: tuple[Path, Path], made_up_set: Path) -> None:
+    assert_user_error(run_module("pipeline.overlap", sets[0], made_up_set), "[28, 28, 1]", "--near")
+
+
+def test_parts_are_joined_with_rows_of_their_own(sets: tuple[Path, Path], pixels: NDArray[np.uint8]) -> None:
+    train, test, _ = packed_parts(sets[0])
+    both = joined(train, test)
+    assert both.rows.tolist() == list(range(14))
+    wanted = np.array([13, 0, 10, 9])
+    assert np.array_equal(both.read(wanted), pixels[[17, 0, 14, 9]])
+    assert both.columns["from"].tolist() == ["train"] * 10 + ["test"] * 4
+    assert both.columns["from_row"].tolist()[8:12] == ["8", "9", "0", "1"]
+    with pytest.raises(UserError, match="transposed"):
+        joined(train, packed_parts(sets[1])[0])

@@ -1,0 +1,111 @@
+"""Predictions that a run is sure of, as labels: listed, and packed beside the images that have some."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import pack_parts
+from test_training import train_here
+
+from pipeline.pack import ORIGINS
+from pipeline.repack import packed_parts
+from shards import UserError, open_part
+from trainer import pseudo_label
+
+
+@pytest.fixture(scope="module")
+def sets(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Digits with labels, and others of which all are said to be 0, ten of them also in the test part."""
+    directory = tmp_path_factory.mktemp("pseudo")
+    train, test = packed_parts(digits_set)
+    labelled = train.select(np.arange(700))
+    rest = train.select(np.arange(700, 1100))
+    images = np.concatenate([rest.read(rest.rows), test.read(test.rows[:10])])
+    unlabelled = type(train).from_arrays(
+        "train", images, np.zeros(len(images), np.int64), train.classes, transposed=train.transposed
+    )
+    return (
+        pack_parts((labelled, test), directory / "labelled"),
+        pack_parts((unlabelled, test), directory / "unlabelled"),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(sets: tuple[Path, Path]) -> Path:
+    recipe = sets[0].parent / "few.yaml"
+    content = {
+        "data": {"shards": str(sets[0]), "resolution": 12, "validation": 0.2},
+        "loader": {"batch_size": 32},
+        "model": {"name": "three_block_cnn"},
+        "decision": {"tau": 0.5},
+        "loss": {"class_weights": "inverse"},
+        "trainer": {"epochs": 3, "precision": "fp32"},
+    }
+    recipe.write_text(yaml.safe_dump(content))
+    with pytest.MonkeyPatch.context() as patch:
+        assert train_here(patch, recipe, sets[0].parent / "run") == 0
+    return sets[0].parent / "run"
+
+
+def label(*arguments: object) -> None:
+    """Run the command in this process, which saves the start of another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["trainer.pseudo_label", *map(str, arguments)])
+        assert pseudo_label.main() == 0
+
+
+def test_what_it_is_sure_of_is_listed_and_packed(
+    run: Path, sets: tuple[Path, Path], digits_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    labelled, unlabelled = sets
+    table, out = tmp_path / "labels.csv", tmp_path / "more"
+    command = (run, unlabelled, "--confidence", 0.8, "--csv", table, "--add-to", labelled, "--out", out)
+    label(*command)
+    said = capsys.readouterr().out
+    lines = list(csv.DictReader(table.open()))
+    assert 150 < len(lines) < 410
+    assert f"{len(lines):,} of 410 images labelled" in said
+    assert min(float(line["confidence"]) for line in lines) >= 0.8
+    truth = packed_parts(digits_set)
+    known = np.concatenate([truth[0].labels[700:1100], truth[1].labels[:10]])
+    right = np.mean([known[int(line["row"])] == int(line["label"]) for line in lines])
+    assert right > 0.9, "the labels 0 that they came with are not looked at"
+
+    held = sum(int(line["row"]) >= 400 for line in lines)
+    assert held > 0 and f"{held} left out that its other parts hold" in said
+    train = open_part(out, "train")
+    assert len(train) == 700 + len(lines) - held
+    assert (
+        open_part(out, "test").manifest.digest()
+        == open_part(labelled, "test")
+        .manifest.model_copy(update={"options": open_part(out, "test").manifest.options})
+        .digest()
+    )
+    origins = list(csv.DictReader((out / "train" / ORIGINS).open()))
+    added = [line for line in origins if line["from"] == "pseudo-labelled"]
+    by_row = {line["row"]: line for line in lines}
+    label_of = dict(zip(train.rows.tolist(), train.labels.tolist(), strict=True))
+    for line in added:
+        assert by_row[line["from_row"]]["label"] == str(label_of[int(line["row"])])
+        assert by_row[line["from_row"]]["confidence"] == line["confidence"]
+    assert {line["confidence"] for line in origins if line["from"] == "train"} == {""}
+    label(*command)
+    assert "packed already" in capsys.readouterr().out
+
+
+def test_what_cannot_be_labelled_is_refused(
+    run: Path, sets: tuple[Path, Path], made_up_set: Path, tmp_path: Path
+) -> None:
+    command = (run, sets[1], "--confidence", 0.8)
+    with pytest.raises(UserError, match="--csv FILE"):
+        label(*command)
+    with pytest.raises(UserError, match="other classes"):
+        label(*command, "--add-to", made_up_set, "--out", tmp_path / "out")
+    with pytest.raises(UserError, match="without --add-to"):
+        label(*command, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,155 @@
+"""A run that teaches another: what it says of a student's images, how that enters the loss, and who may teach whom."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_training import train_here
+
+from pipeline.loader import Batch
+from shards import UserError, open_part
+from trainer import checkpoint, engine, nonfinite
+from trainer.config import load
+from trainer.data import open_data
+from trainer.distributed import World
+from trainer.evaluate import load_run, model_of
+from trainer.loss import weighted_kl
+from trainer.reproduce import take_step
+from trainer.teacher import open_teacher
+from trainer.training import Training, make_training
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "few.yaml"
+    content = {
+        "data": {"shards": str(digits_set), "resolution": 12, "validation": 0.1, "subset": 0.5},
+        "loader": {"batch_size": 64},
+        "model": {"name": "three_block_cnn"},
+        "loss": {"class_weights": "inverse", "logit_adjustment": 0.5},
+        "decision": {"tau": 1.0},
+        "mixing": {"probability": 1.0, "off_last_epochs": 1},
+        "optim": {"lr": 2e-3},
+        "trainer": {"epochs": 2, "precision": "fp32"},
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(recipe: Path) -> Path:
+    """A run directory; it learned digits at 12x12."""
+    directory = recipe.parent / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert train_here(patch, recipe, directory, "mixing.probability=0") == 0
+    return directory
+
+
+def student_of(recipe: Path, teacher: Path, *overrides: str) -> Training:
+    config = load(recipe, [f"teacher.run={teacher}", *overrides])
+    return make_training(config, open_data(config, ALONE), ALONE)
+
+
+def first_batch(training: Training, epoch: int = 0) -> Batch:
+    return next(iter(training.data.train.batches(epoch)))
+
+
+def test_it_sees_the_images_as_it_was_trained_on_them(recipe: Path, teacher: Path) -> None:
+    config, state = load_run(teacher)
+    pixels = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    student = load(recipe, [f"teacher.run={teacher}", "teacher.temperature=3"])
+    mean, std = (0.7,), (0.2,)
+    one = open_teacher(student, tuple(state["classes"]), mean, std, CPU)
+    assert one is not None
+    found = one.probabilities((pixels - mean[0]) / std[0])
+    model = model_of(state, config, CPU).eval()
+    with torch.no_grad():
+        logits = model((pixels - state["mean"][0]) / state["std"][0]) - torch.tensor(state["offsets"])
+    torch.testing.assert_close(found, (logits / 3).softmax(dim=1), rtol=1e-4, atol=1e-5)
+    constant = one.probabilities(torch.full((1, 1, 30, 30), 0.4))
+    torch.testing.assert_close(constant, one.probabilities(torch.full((1, 1, 12, 12), 0.4)))
+    assert not constant.requires_grad
+
+
+def test_the_loss_is_a_share_of_both(recipe: Path, teacher: Path) -> None:
+    training = student_of(recipe, teacher, "teacher.weight=0.3", "teacher.temperature=4")
+    images = first_batch(training).images
+    logits = torch.randn(len(images), 10, generator=torch.Generator().manual_seed(1))
+    weights = torch.linspace(0.5, 2, 10)
+    assert training.teacher is not None
+    taught = training.teacher.probabilities(images)
+    expected = 0.7 * 5 + 0.3 * 16 * float(weighted_kl(logits / 4, taught, weights))
+    assert float(training.teacher.teach(torch.tensor(5.0), logits, images, weights)) == pytest.approx(expected)
+    assert float(training.teacher.teach(torch.tensor(0.0), 4 * taught.log(), images, weights)) == pytest.approx(
+        0, abs=1e-3
+    ), "nothing to learn for who says the same"
+
+
+def test_it_alone_is_learned_from_on_the_mixed_images(
+    recipe: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all of the weight, labels do not matter; the images are those that the student sees."""
+    losses = []
+    for turned in (0, 3):
+        training = student_of(recipe, teacher, "teacher.weight=1", "seed=5")
+        seen: list[torch.Tensor] = []
+        assert training.teacher is not None
+        look = training.teacher.probabilities
+        monkeypatch.setattr(
+            training.teacher, "probabilities", lambda images, seen=seen, look=look: seen.append(images) or look(images)
+        )
+        forward = training.forward
+        given: list[torch.Tensor] = []
+        forward.register_forward_pre_hook(lambda _, inputs, given=given: given.append(inputs[0]))
+        batch = first_batch(training)
+        raw = batch.images.clone()
+        batch = replace(batch, labels=(batch.labels + turned) % 10)
+        losses.append(float(engine.train_step(training, batch, 1, True)))
+        assert torch.equal(seen[0], given[0]) and not torch.equal(seen[0], raw)
+        training.epoch = 1  # the last one, in which nothing is mixed
+        batch = first_batch(training, 1)
+        raw = batch.images.clone()
+        engine.train_step(training, batch, 1, True)
+        assert torch.equal(seen[1], raw)
+    assert losses[0] == losses[1]
+
+
+def test_a_student_learns_what_its_teacher_says(
+    recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [f"teacher.run={teacher}", "teacher.weight=1", "mixing.probability=0", "seed=1"]
+    overrides += ["trainer.epochs=6", "data.subset=0.5", "loss.class_weights=none", "decision.tau=0"]
+    assert train_here(monkeypatch, recipe, tmp_path / "run", *overrides) == 0
+    said, by_teacher = (np.load(run / "predictions.npz")["predicted"] for run in (tmp_path / "run", teacher))
+    assert (said == by_teacher).mean() > 0.6
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_step_with_a_teacher_can_be_taken_again(recipe: Path, teacher: Path, tmp_path: Path, epoch: int) -> None:
+    training = student_of(recipe, teacher)
+    training.epoch = epoch
+    batch = first_batch(training, epoch)
+    share = {"images": batch.images.clone(), "labels": batch.labels, "rows": batch.rows}
+    nonfinite._save(tmp_path / "step" / "step.pt", training, batch, [share])
+    loss = float(engine.train_step(training, batch, 1, True))
+    again, found = take_step(checkpoint.load(tmp_path / "step" / "step.pt"), 0, CPU)
+    assert again == pytest.approx(loss, rel=1e-6) and found == []
+
+
+def test_who_may_not_teach(recipe: Path, teacher: Path, made_up_set: Path, tmp_path: Path) -> None:
+    student = load(recipe, [f"teacher.run={teacher}"])
+    names = open_part(made_up_set, "train").manifest.classes
+    with pytest.raises(UserError, match=r"teacher\.run=.* with classes 0 1 2"):
+        open_teacher(student, names, (0.0,), (1.0,), CPU)
+    with pytest.raises(UserError, match="with channels 1"):
+        open_teacher(student, tuple("0123456789"), (0.0,) * 3, (1.0,) * 3, CPU)
+    with pytest.raises(UserError, match=r"best\.pt"):
+        student_of(recipe, tmp_path)

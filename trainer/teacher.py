@@ -1,0 +1,107 @@
+"""A run that is over teaches another: its probabilities for the very images that the student learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from shards.errors import UserError
+from trainer.arithmetic import autocast, laid_out
+from trainer.checkpoint import BEST
+from trainer.evaluate import load_best, model_of
+from trainer.loss import weighted_kl
+from trainer.settings import Config
+
+
+class Teacher:
+    """The best model of a run, looking at a student's images: augmented, mixed, at the student's resolution or its own.
+
+    A teacher that sees what the student sees is the consistent one of Beyer et al. 2022,
+    https://arxiv.org/abs/2106.05237.
+    """
+
+    def __init__(
+        self,
+        state: dict[str, Any],
+        config: Config,
+        student: Config,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+    ) -> None:
+        """state, config: of the teacher's best checkpoint. student: its settings; mean, std: of its model input."""
+        self._model = model_of(state, config, device).eval().requires_grad_(False)
+        self._resolution = config.data.final_resolution
+        self._trainer = student.trainer
+        self._settings = student.teacher
+        self._device = device
+        theirs, spread, own, own_spread = (
+            torch.tensor(values, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
+            for values in (mean, std, state["mean"], state["std"])
+        )
+        # From the student's normalisation to the teacher's.
+        self._scale, self._shift = spread / own_spread, (theirs - own) / own_spread
+        self._offsets = torch.tensor(state.get("offsets") or [0.0] * len(state["classes"]), device=device)
+
+    @torch.no_grad()
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 [B, C], at `teacher.temperature`, of the student's input [B, channels, R, R].
+
+        They are those of the logits that the teacher decides by (see `trainer.decision`).
+        """
+        images = images * self._scale + self._shift
+        if images.shape[3] != self._resolution:
+            images = F.interpolate(images, size=[self._resolution] * 2, mode="bilinear", antialias=True)
+        with autocast(self._trainer, self._device):
+            logits = self._model(laid_out(images, self._trainer))
+        return ((logits.float() - self._offsets) / self._settings.temperature).softmax(dim=1)
+
+    def teach(
+        self, loss: torch.Tensor, logits: torch.Tensor, images: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """A share of the loss on the targets, and for the rest the divergence from the teacher, times temperature^2.
+
+        Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2. loss: the sum over the batch. logits, weights:
+        as `weighted_kl` takes them.
+        """
+        temperature, share = self._settings.temperature, self._settings.weight
+        distance = weighted_kl(logits.float() / temperature, self.probabilities(images), weights)
+        return (1 - share) * loss + share * temperature**2 * distance
+
+
+def open_teacher(
+    student: Config,
+    classes: tuple[str, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+) -> Teacher | None:
+    """The teacher that the settings name, None if they name none. Raises `UserError` if it teaches something else.
+
+    student, mean, std: as in `Teacher`. classes: what is learned.
+    """
+    place = student.teacher.run
+    if place is None:
+        return None
+    path = place / "checkpoints" / BEST if place.is_dir() else Path(place)
+    config, state = load_best(path)
+    for what, has, needed in (
+        ("classes", state["classes"], list(classes)),
+        ("channels", state["image_shape"][2], len(mean)),
+    ):
+        if has != needed:
+            raise UserError(
+                found=f"teacher.run={place} with {what} {has if what == 'channels' else ' '.join(has)}",
+                expected=f"those that are learned here: {needed if what == 'channels' else ' '.join(needed)}",
+                hint="name a run on the same data set and split; model.weights begins with the weights of another",
+            )
+    if config.data.preparation() != student.data.preparation():
+        raise UserError(
+            found=f"teacher.run={place} that learned from {config.data.preparation()}",
+            expected=f"images prepared as here: {student.data.preparation()}",
+            hint="set data.invert, opening, crop_to_ink and equalize as that run had them",
+        )
+    return Teacher(state, config, student, mean, std, device)
