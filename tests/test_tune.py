@@ -158,7 +158,7 @@ def test_a_search_leaves_trials_a_page_and_the_best_recipe(searched: Path) -> No
     page = (study / "study.html").read_text()
     assert f"{100 * best.mean:.2f} ± {100 * best.std:.2f} %" in page
     assert not re.findall(r"(?:src|href)=|url\(|@import", page)
-    assert len(re.findall('<svg [^>]*role="img" aria-label=', page)) == page.count('<svg ') == 3
+    assert len(re.findall('<svg [^>]*role="img" aria-label=', page)) == page.count("<svg ") == 3
 
 
 def test_the_best_recipe_is_complete_and_trains(
