@@ -24,6 +24,7 @@ from pipeline.preparation import Preparation
 from shards import UserError, open_part
 from trainer import export_formats, model_code
 from trainer.classifier import Classifier, _MaxPoolTo
+from trainer.decision import Decided
 from trainer.evaluate import load_run, model_of
 from trainer.export import export
 from trainer.export import main as export_main
@@ -285,7 +286,7 @@ def test_what_is_done_to_raw_images_is_within_the_graph() -> None:
     spec = GraphSpec(shape, True, 20, "linear", (0.3,) * 3, (0.2,) * 3, preparation)
     seed_weights(0)
     model = nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(27, 4))
-    classifier = Classifier(spec, model.requires_grad_(False), "none", 1.5).eval()
+    classifier = Classifier(spec, model.requires_grad_(False), "none", Decided(np.zeros(4, np.float32), 1.5)).eval()
     expected = TorchGraph(spec, torch.device("cpu"))(images)
     torch.testing.assert_close(classifier.preprocessing(torch.from_numpy(images)), expected, atol=1e-6, rtol=1e-5)
     exported = export_formats.to_onnx(classifier, shape, {})

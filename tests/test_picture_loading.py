@@ -28,7 +28,7 @@ from pipeline.preview import _GAP, _HEADER, _LABEL, _MARGIN, _TILE, contact_shee
 from shards import Store, UserError, open_part
 from shards.index import index
 from shards.pictures import decode
-from trainer import report
+from trainer import explorer
 from trainer.evaluate import main as evaluate_main
 from trainer.run import main as run_main
 
@@ -194,9 +194,9 @@ def test_a_set_of_pictures_trains_and_is_reported(
 
 
 def test_the_report_shows_confused_pictures_small() -> None:
-    address = report._data_address(pixels(900, 300, 3))
+    address = explorer._data_address(pixels(900, 300, 3), 128)
     shown = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
-    assert shown.size == (round(report._LARGEST / 3), report._LARGEST)
+    assert shown.size == (43, 128)
 
 
 def test_the_torch_backend_is_refused_before_anything_runs(

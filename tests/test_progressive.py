@@ -86,7 +86,7 @@ def test_a_schedule_that_is_none_is_refused(override: str, words: str) -> None:
 def test_a_schedule_agrees_with_the_other_settings() -> None:
     with pytest.raises(UserError, match=r"goes on to epoch 9, but trainer\.epochs is 8"):
         load(QUICKSTART, ["data.resolution=[[1, 8], [9, 28]]"])
-    with pytest.raises(UserError, match="halves its input twice"):
+    with pytest.raises(UserError, match="three_block_cnn takes 4 or more"):
         load(QUICKSTART, ["data.resolution=[[1, 3], [2, 28]]"])
     assert "loader.scale_batch has no effect" in "".join(config("loader.scale_batch=true").without_effect())
 

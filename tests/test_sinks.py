@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_tensorboard_has_every_epoch_once_after_a_kill(recipe: Path, tmp_path: P
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert [step for step, _ in scalars(run)["training/train_loss"]][:2] == [1, 2]
+    time.sleep(1.1)  # the files' names, by which they are read, tell their second
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={run}", "resume=auto"])
