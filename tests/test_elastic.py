@@ -18,20 +18,11 @@ import torch
 import yaml
 from conftest import ROOT, free_port
 from run_outcome import assert_same_run, history, weights
+from test_training import QUICK
 
 from trainer import signals
 
-QUICK = {
-    "data": {"validation": 0.1, "resolution": 20},
-    "loader": {"batch_size": 32},
-    "model": {"name": "three_block_cnn", "drop_rate": 0.2},
-    "loss": {"label_smoothing": 0.1, "class_weights": "minmax"},
-    "mixing": {"probability": 0.6},
-    "optim": {"name": "lion", "lr": 1e-3, "accumulation": 2, "clip_norm": 1.0},
-    "schedule": {"name": "warm_restarts", "unit": "step", "warmup": 1, "period": 1},
-    "trainer": {"epochs": 3, "precision": "fp32", "ema_decay": 0.9},
-    "checkpoint": {"every_steps": 4},
-}
+RECIPE = QUICK | {"checkpoint": {"every_steps": 4}}
 
 # What torchrun starts in place of trainer.run: every step takes a little time and is noted with the rows of its share,
 # in a file named after rank and process; every file takes a little time to reach the disk.
@@ -135,7 +126,7 @@ def job(
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
-    path.write_text(yaml.safe_dump(QUICK | {"data": QUICK["data"] | {"shards": str(made_up_set)}}))
+    path.write_text(yaml.safe_dump(RECIPE | {"data": QUICK["data"] | {"shards": str(made_up_set)}}))
     return path
 
 
