@@ -10,7 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from shards.errors import UserError
-from trainer.settings import Config, Section
+from trainer.section import described
+from trainer.settings import Config
 
 
 def load(path: Path, overrides: list[str]) -> Config:
@@ -94,14 +95,7 @@ def changed(config: Config, values: dict[str, Any], place: str) -> Config:
 
 def settings() -> list[tuple[str, str]]:
     """Every setting's dotted name and the sentence about it."""
-    found = []
-    for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            section = field.annotation.model_fields.items()
-            found += [(f"{name}.{inner}", inner_field.description or "") for inner, inner_field in section]
-        else:
-            found.append((name, field.description or ""))
-    return found
+    return described(Config)
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

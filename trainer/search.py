@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from shards.errors import UserError
 from trainer import config
-from trainer.settings import Config, Section, flatten
+from trainer.section import Section, described
+from trainer.settings import Config, flatten
 
 EXAMPLE = Path("configs/search/optimizers_cpu.yaml")
 DEFAULT_ROOT = Path("runs/search")
@@ -188,14 +189,7 @@ def dimensions(search: Search) -> Iterator[tuple[str, Any, FloatRange | IntRange
 
 def describe() -> list[tuple[str, str]]:
     """Every key of a search file and the sentence about it."""
-    found = []
-    for name, field in Search.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            inner = field.annotation.model_fields.items()
-            found += [(f"{name}.{key}", inner_field.description or "") for key, inner_field in inner]
-        else:
-            found.append((name, field.description or ""))
-    return found
+    return described(Search)
 
 
 def _check_space(search: Search, base: Config, place: str) -> None:

@@ -17,3 +17,14 @@ class Section(BaseModel):
     def _empty_is_all_defaults(cls, content: Any) -> Any:
         """A section without settings (`mixing:`, all of it commented out) is None in YAML."""
         return {} if content is None else content
+
+
+def described(settings: type[Section]) -> list[tuple[str, str]]:
+    """Every setting's name, dotted where it stands in a section, and the sentence about it."""
+    found = []
+    for name, field in settings.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found += [(f"{name}.{inner}", sentence) for inner, sentence in described(field.annotation)]
+        else:
+            found.append((name, field.description or ""))
+    return found
