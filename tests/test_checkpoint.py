@@ -53,9 +53,20 @@ def test_comes_back_as_it_was_saved(tmp_path: Path, config: Config) -> None:
 
 
 def test_a_missing_checkpoint_is_the_users_to_know_of(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint") as caught:
-        checkpoint.load(tmp_path / "none.pt")
-    assert "resume=auto" in caught.value.hint
+    def hint(run: Path) -> str:
+        with pytest.raises(UserError, match="no checkpoint") as caught:
+            checkpoint.load(run / "checkpoints" / checkpoint.BEST)
+        return caught.value.hint
+
+    assert "runs/RECIPE/DATE" in hint(tmp_path / "runs" / "mine")
+    begun, finished = tmp_path / "runs" / "digits" / "begun", tmp_path / "runs" / "digits" / "finished"
+    (finished / "checkpoints").mkdir(parents=True)
+    (finished / "checkpoints" / checkpoint.BEST).touch()
+    for guess in (tmp_path / "runs" / "mine", finished.parent):
+        assert f"did you mean {finished}, the newest" in hint(guess)
+    begun.mkdir()
+    (begun / "config.yaml").touch()
+    assert "resume=auto" in hint(begun)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999])

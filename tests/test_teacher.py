@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import free_port, run_module
+from run_outcome import weights
 from test_training import train_here
 
 from pipeline.loader import Batch
@@ -130,6 +133,24 @@ def test_a_student_learns_what_its_teacher_says(
     assert train_here(monkeypatch, recipe, tmp_path / "run", *overrides) == 0
     said, by_teacher = (np.load(run / "predictions.npz")["predicted"] for run in (tmp_path / "run", teacher))
     assert (said == by_teacher).mean() > 0.6
+
+
+def test_two_ranks_are_taught_and_decide_as_one(
+    recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a model whose arithmetic does not depend on how a batch is shared out, but for rounding."""
+    overrides = [f"teacher.run={teacher}", "model.name=lenet", "data.resolution=28", "decision.tau=auto"]
+    overrides += ["mixing.probability=0", "trainer.select=macro_f1", "trainer.epochs=1"]
+    assert train_here(monkeypatch, recipe, tmp_path / "one", *overrides) == 0
+    launcher = ("torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "trainer.run")
+    process = run_module(*launcher, recipe, f"run.dir={tmp_path / 'two'}", *overrides)
+    assert process.returncode == 0, process.stderr
+    one, two = (weights(tmp_path / name, "best.pt") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert two["decision"] == one["decision"] and one["decision"]["tau"] != 0
+    assert two["accuracy"] == one["accuracy"]
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

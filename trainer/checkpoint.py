@@ -88,8 +88,8 @@ def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "rec
     except FileNotFoundError:
         raise UserError(
             found=f"no checkpoint {path}",
-            expected="a run that has finished an epoch",
-            hint="let the run go on: the same command with resume=auto",
+            expected="the directory of a run that has finished an epoch",
+            hint=_where_runs_are(path),
         ) from None
     except Exception as error:  # zip, pickle and tensor readers each raise their own
         raise UserError(
@@ -146,3 +146,16 @@ def _allowing(names: set[str]) -> str:
 def _override(name: str, value: Any) -> str:
     """A setting as the command line takes it."""
     return shlex.quote(f"{name}={'null' if value is None else value}")
+
+
+def _where_runs_are(missing: Path) -> str:
+    """What to do about a checkpoint RUN/checkpoints/NAME that is not there."""
+    run = missing.parent.parent
+    if (run / "config.yaml").exists():
+        return "let the run go on: the same command with resume=auto"
+    directory = run if run.is_dir() else run.parent
+    places = [place for depth in ("", "*/", "*/*/") for place in directory.glob(f"{depth}{missing.parent.name}/{BEST}")]
+    if places:
+        newest = max(places, key=lambda place: place.stat().st_mtime).parent.parent
+        return f"did you mean {newest}, the newest run below {directory}?"
+    return "training prints the directory of its run, runs/RECIPE/DATE unless run.dir names another"

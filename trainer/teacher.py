@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ def open_teacher(
     place = student.teacher.run
     if place is None:
         return None
-    path = place / "checkpoints" / BEST if place.is_dir() else Path(place)
+    path = place if place.suffix == ".pt" else place / "checkpoints" / BEST
     config, state = load_best(path)
     for what, has, needed in (
         ("classes", state["classes"], list(classes)),
