@@ -5,11 +5,13 @@
 
 A plan names a base configuration, the overrides that make it the recipe to be compared with, and additions, each of
 them a name and more overrides. Every one is trained once for each seed, in turn, in a fresh process, over the same
-images, from the same first weights, with the same validation part. Additions whose gain on the validation part is
-larger than its standard error are then trained together. The test part is evaluated once a run, and chooses nothing.
+images, from the same first weights, with the same validation part. Additions that gain more than the standard error on
+the validation part, in accuracy or macro F1 and not one at the cost of the other, are then trained together. The test
+part is evaluated once a run, and chooses nothing.
 
 What has been run with the same settings on the same data is not run again, so that a stopped ablation goes on; further
-overrides (key=value) hold for all runs. Writes ablation.jsonl, a line as soon as a run is over, then .md and .png.
+overrides (key=value) hold for all runs. Writes .jsonl, a line as soon as a run is over, then .md and .png, all of them
+named as the plan.
 """
 
 from __future__ import annotations
@@ -284,7 +286,7 @@ def main() -> int:
     parser.add_argument("--budget-minutes", type=float, metavar="M", help="begin no run after so many minutes")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write the results")
     arguments = parser.parse_intermixed_args()
-    out = arguments.out / "ablation"
+    out = arguments.out / arguments.plan.stem
     plan = read_plan(arguments.plan, arguments.overrides)
     shards = choose_set(arguments.shards)
     ablation = Ablation(plan, shards, arguments.seeds, Results(out.with_suffix(".jsonl")), arguments.out / "teachers")

@@ -36,7 +36,8 @@ def overrides_that_help(rows: list[dict[str, Any]], overrides: dict[str, dict[st
     """Names of the additions that help, the most helpful first.
 
     An addition helps if the mean of its gains in accuracy and macro F1 on the validation part is above its standard
-    error between seeds. Of two that set the same thing differently the more helpful one is taken.
+    error between seeds, and neither falls by more than its own: what buys one with the other is no help. Of two that
+    set the same thing differently the more helpful one is taken.
     """
     recipe = rows[0]
     helpful = []
@@ -45,7 +46,8 @@ def overrides_that_help(rows: list[dict[str, Any]], overrides: dict[str, dict[st
             continue
         by_figure = [gains(row, recipe, "validation", figure) for figure in FIGURES]
         mean, error = mean_and_error([statistics.mean(pair) for pair in zip(*by_figure, strict=True)])
-        if mean > error:
+        falls = any(gain < -spread for gain, spread in map(mean_and_error, by_figure))
+        if mean > error and not falls:
             helpful.append((mean, row["name"]))
     chosen: list[str] = []
     settled: dict[str, Any] = {}
@@ -75,8 +77,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     notes = (
         f"{first['images_seen']:,} images seen in each run, mean and standard error over seeds, in percent; gains in "
         "points, between runs of the same seed.\n"
-        "* taken: the mean of both gains on the validation part is above its standard error, and no better one sets "
-        "the same thing otherwise. The test part was evaluated once a run and chose nothing.\n"
+        "* taken: the mean of both gains on the validation part is above its standard error, neither falls by more "
+        "than its own, and no better one sets the same thing otherwise. The test part was evaluated once a run and "
+        "chose nothing.\n"
         f"{first['environment']['cores']} cores of {first['environment']['processor']}, "
         f"{first['environment']['device']}."
     )

@@ -41,7 +41,7 @@ def test_it_goes_on_where_it_was_stopped(
         {"name": "faster", "set": {"optim.lr": 3e-3}},
         {"name": "no dropout", "set": {"model.drop_rate": 0.0, "optim.lr": 2e-3}},
     ]
-    plan = write_plan(tmp_path / "plan.yaml", additions, SMALL | {"optim.lr": 1e-5})
+    plan = write_plan(tmp_path / "ours.yaml", additions, SMALL | {"optim.lr": 1e-5})
     calls: list[tuple[float, int]] = []
     cut = [3]
 
@@ -64,7 +64,7 @@ def test_it_goes_on_where_it_was_stopped(
     with pytest.raises(KeyboardInterrupt):
         run()
     assert calls == [(1e-5, 0), (3e-3, 0), (2e-3, 0)], "seed by seed"
-    lines = tmp_path / "ablation.jsonl"
+    lines = tmp_path / "ours.jsonl"
     with lines.open("a") as file:
         file.write('{"name": "ablation", "vari')  # killed as it wrote
     cut[0] = -1
@@ -77,8 +77,8 @@ def test_it_goes_on_where_it_was_stopped(
         assert record["environment"]["processor"] and record["test"]["samples"] == 359
     assert run() == shown.replace(shown[: shown.index("\n| ")], "", 1), "nothing is run again"
     assert len(calls) == len(records)
-    assert (tmp_path / "ablation.md").read_text().strip() in shown
-    assert Image.open(tmp_path / "ablation.png").width > 1000
+    assert (tmp_path / "ours.md").read_text().strip() in shown
+    assert Image.open(tmp_path / "ours.png").width > 1000
     run("trainer.epochs=1", "data.subset=0.1", "--budget-minutes", "0")
     assert len(calls) == len(records), "other settings are other runs, for which there was no time"
 
@@ -128,19 +128,21 @@ def test_what_helps_is_what_gains_more_than_its_error_on_validation() -> None:
     rows = [
         row("recipe", recipe, test=0.9),
         row("both", [(a + 0.01, f + 0.01) for a, f in recipe], test=0.1),  # test does not matter
-        row("one for another", [(a - 0.01, f + 0.03) for a, f in recipe]),
+        row("one at the other's cost", [(a - 0.01, f + 0.03) for a, f in recipe]),
+        row("one alone", [(a - e, f + 0.02) for (a, f), e in zip(recipe, (0.01, -0.01, 0.0), strict=True)]),
         row("noise", [(0.84, 0.66), (0.80, 0.62), (0.81, 0.62)]),
         row("worse", [(a - 0.01, f) for a, f in recipe], test=1.0),
         row("more of it", [(a + 0.02, f + 0.02) for a, f in recipe]),
     ]
     overrides = {
         "both": {"a": 1},
-        "one for another": {"b": 1},
+        "one at the other's cost": {"b": 1},
+        "one alone": {"e": 1},
         "noise": {"c": 1},
         "worse": {"d": 1},
         "more of it": {"a": 2},
     }
-    assert overrides_that_help(rows, overrides) == ["more of it", "one for another"], "a=2 is better than a=1"
+    assert overrides_that_help(rows, overrides) == ["more of it", "one alone"], "a=2 is better than a=1"
     text = markdown(rows)
     assert "| +1" not in text and "-80.00 ± 0.00" in text
 
