@@ -291,7 +291,9 @@ def test_workers_share_a_study_and_a_killed_one_is_replaced(
     assert "was killed by signal 9" in capsys.readouterr().err
     found = results(path)
     assert [result.state for result in found] == ["complete"] * 3
-    assert len({result.values["optim.lr"] for result in found}) == 3
+    rates = {result.values["optim.lr"] for result in found}
+    assert len(rates) == 3 and rates == {float(f"{rate:.6g}") for rate in rates}
+    assert config.load(tmp_path / "study" / "best.yaml", []).loader.memory == "auto", "not a worker's share"
 
 
 def test_a_trial_that_always_kills_its_process_fails(tmp_path: Path, recipe: Path) -> None:

@@ -312,7 +312,7 @@ def _suggest(trial: optuna.Trial, search: Search) -> dict[str, Any]:
         else:
             assert isinstance(dimension, FloatRange)
             span = {"step": dimension.step, "log": dimension.log}
-            found[name] = trial.suggest_float(key, dimension.low, dimension.high, **span)
+            found[name] = _rounded(trial.suggest_float(key, dimension.low, dimension.high, **span), dimension)
     return {name: found[name] for name in search.space if name in found}
 
 
@@ -322,8 +322,17 @@ def _values(parameters: dict[str, Any], search: Search) -> dict[str, Any]:
         key = _key(name, search.space[name], case)
         if key in parameters:
             value = parameters[key]
-            found[name] = _choice(dimension, value) if isinstance(dimension, Choices) else value
+            if isinstance(dimension, Choices):
+                value = _choice(dimension, value)
+            elif isinstance(dimension, FloatRange):
+                value = _rounded(value, dimension)
+            found[name] = value
     return found
+
+
+def _rounded(value: float, dimension: FloatRange) -> float:
+    """As many digits of what was drawn as a person would write into a recipe."""
+    return min(max(float(f"{value:.6g}"), dimension.low), dimension.high)
 
 
 def _parameters(values: dict[str, Any], search: Search) -> dict[str, Any]:

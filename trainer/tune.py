@@ -78,9 +78,10 @@ def main() -> int:
 
     local_set(base.data.shards)  # fetched once, not by every worker
     study = Study(wanted, base)
+    shared = base  # among the workers; the best recipe has the memory to itself again
     if base.loader.memory == "auto" and arguments.workers > 1:
         share = granted() / 2 / 1e9 / arguments.workers
-        base = config.changed(base, {"loader.memory": share}, "a share of the memory")
+        shared = config.changed(base, {"loader.memory": share}, "a share of the memory")
     minutes = wanted.budget.minutes
     deadline = time.time() + 60 * minutes if minutes is not None else float("inf")
     print(f"{study.directory}: {_told(wanted)}", flush=True)
@@ -88,7 +89,7 @@ def main() -> int:
         if arguments.workers == 1:
             status = work(wanted, base, deadline)
         else:
-            status = _supervise(wanted, base, deadline, arguments.workers)
+            status = _supervise(wanted, shared, deadline, arguments.workers)
     except (KeyboardInterrupt, Terminated):
         print("stopped; the same command goes on", flush=True)
         raise
