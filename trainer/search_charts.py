@@ -123,32 +123,35 @@ def bar_chart(shares: dict[str, float], label: str) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def parallel_chart(ranked: list[Result], table: dict[str, list[Any]], figure: str) -> str:
+def parallel_chart(ranked: list[Result], table: dict[str, list[Any]], logarithmic: frozenset[str], figure: str) -> str:
     """Parallel coordinates: an axis for each setting and one for the figure, a line for each complete trial; the
     better the trial, the stronger its line.
 
-    table: the value of each setting in each of the ranked trials.
+    table: the value of each setting in each of the ranked trials. logarithmic: settings to be laid out by ratios.
     """
     floor = _floor(ranked)
     axes: dict[str, list[Any]] = {**table, figure: [max(floor, result.mean or 0.0) for result in ranked]}
-    width, height, top, bottom = 1000, 380, 46, 30
-    # Room for the marks beside the first axis and half of its name, at about 7 units a letter.
-    first_name, first = next(iter(axes.items()))
-    side = max(76.0, 14 + 6.4 * max(len(_plain(value, False)) for value in first), 4 * len(first_name))
+    # A name takes two lines, section and setting, at about 7 units a letter.
+    room = max(7.4 * max(len(name.split(".")[-1]) for name in axes), 76.0)
+    width, height, top, bottom = max(1000.0, (len(axes) + 0.5) * room), 400, 64, 30
+    first = next(iter(axes.values()))
+    side = max(room / 2, 14 + 6.4 * max(len(_plain(value, False)) for value in first))  # and marks beside an axis
     parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Parallel coordinates: '
+        f'<svg viewBox="0 0 {width:.0f} {height}" role="img" aria-label="Parallel coordinates: '
         f'{escape(", ".join(axes))} of {len(ranked)} complete trials">'
     ]
     places, heights = [], []
     for number, (name, column) in enumerate(axes.items()):
         x = side + (width - side - 76) * number / max(len(axes) - 1, 1)
-        spread, marks = _axis(column, percent=name == figure)
+        spread, marks = _axis(column, name in logarithmic, percent=name == figure)
         if name == figure and (ranked[-1].mean or 0.0) < floor:
             marks[0] = (marks[0][0], f"≤ {marks[0][1]}")
         places.append(x)
         heights.append([height - bottom - (height - top - bottom) * spread(value) for value in column])
         parts.append(f'<path class="axis-line" d="M{x:.1f} {top}V{height - bottom}"/>')
-        parts.append(f'<text class="setting" x="{x:.1f}" y="20" text-anchor="middle">{escape(name)}</text>')
+        section, dot, setting = name.rpartition(".")
+        for y, text in ((20, section + dot), (36, setting)):
+            parts.append(f'<text class="setting" x="{x:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>')
         last = number == len(axes) - 1
         for share, text in marks:
             y = height - bottom - (height - top - bottom) * share
@@ -176,16 +179,19 @@ def parallel_chart(ranked: list[Result], table: dict[str, list[Any]], figure: st
     return "".join([parts[0], *lines, *parts[1:], "</svg>"])
 
 
-def _axis(column: list[Any], percent: bool) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
+def _axis(
+    column: list[Any], logarithmic: bool, percent: bool
+) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
     """Where a value lies on its axis, 0 .. 1, and the marks beside it."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
         low, high = min(column), max(column)
         if low == high:
             return lambda value: 0.5, [(0.5, _plain(low, percent))]
-        if low > 0 and high / low >= 10:
+        if logarithmic and low > 0:
             span = math.log(high / low)
             powers = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
             inner = [power for power in powers if 0.08 < math.log(power / low) / span < 0.92]
+            inner = inner or [math.sqrt(low * high)]
             marks = [(math.log(value / low) / span, _plain(value, percent)) for value in (low, *inner, high)]
             return lambda value: math.log(value / low) / span, marks
         middle = (low + high) / 2

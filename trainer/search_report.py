@@ -9,7 +9,7 @@ from trainer.pages import render
 from trainer.search import Search, best_recipe
 from trainer.search_charts import bar_chart, curves_chart, history_chart, parallel_chart
 from trainer.settings import Config
-from trainer.study import Result, Study, full_values, importances
+from trainer.study import Result, Study, full_values, importances, logarithmic
 
 PAGE = "study.html"
 BEST = "best.yaml"
@@ -102,7 +102,9 @@ def _page(results: list[Result], ranked: list[Result], search: Search, base: Con
         history=history_chart(results, f"Validation {figure} of each trial, and the best so far") if ranked else "",
         curves=curves_chart(results, numbers, f"Validation {figure} of each trial by epochs trained"),
         importance=bar_chart(shares, "Importance of each setting") if shares else "",
-        parallel=parallel_chart(ranked, full_values(ranked, search, base), figure) if ranked else "",
+        parallel=parallel_chart(ranked, full_values(ranked, search, base), logarithmic(search), figure)
+        if ranked
+        else "",
         settings=list(search.space),
         shown_trials=_SHOWN,
         repeats=_repeats(search),

@@ -257,7 +257,8 @@ def importances(results: list[Result], search: Search, base: Config) -> dict[str
     if len(done) < 4 or len({result.mean for result in done}) < 2:
         return {}
     table = full_values(done, search, base)
-    scales = {name: _scale(column) for name, column in table.items()}
+    by_ratio = logarithmic(search)
+    scales = {name: _scale(column, name in by_ratio) for name, column in table.items()}
     flat = optuna.create_study(direction="maximize")
     for place, result in enumerate(done):
         params = {name: float(scales[name](column[place])) for name, column in table.items()}
@@ -281,11 +282,17 @@ def full_values(results: list[Result], search: Search, base: Config) -> dict[str
     return {name: [result.values.get(name, recipe[name]) for result in results] for name in search.space}
 
 
-def _scale(column: list[Any]) -> Any:
+def logarithmic(search: Search) -> frozenset[str]:
+    """The settings that are drawn from a logarithmic range; choices, too, where they are numbers, differ by ratios."""
+    return frozenset(
+        name for name, _, dimension in dimensions(search) if isinstance(dimension, Choices) or dimension.log
+    )
+
+
+def _scale(column: list[Any], logarithmic: bool) -> Any:
     """How values are laid on a line: numbers by their (logarithmic) size, others by their order of appearance."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
-        positive = min(column) > 0 and max(column) / min(column) >= 10
-        return (lambda value: math.log10(value)) if positive else float
+        return math.log10 if logarithmic and min(column) > 0 else float
     order = list(dict.fromkeys(map(label, column)))
     return lambda value: float(order.index(label(value)))
 
