@@ -6,7 +6,8 @@
 A plan names a base configuration, the overrides that make it the recipe to be compared with, and additions, each of
 them a name and more overrides. Every one is trained once for each seed, in turn, in a fresh process, over the same
 images, from the same first weights, with the same validation part. Additions that gain more than the standard error on
-the validation part, in accuracy or macro F1 and not one at the cost of the other, are then trained together. The test
+the validation part, in accuracy or macro F1 and not one at the cost of the other, are then trained together. A teacher
+takes a run of its own and is no part of that; if one helps, the runs of all that help teach others like them. The test
 part is evaluated once a run, and chooses nothing.
 
 What has been run with the same settings on the same data is not run again, so that a stopped ablation goes on; further
@@ -50,6 +51,7 @@ DEFAULT_OUT = Path("benchmarks/out")
 DEFAULT_PLAN = Path("benchmarks/ablation.yaml")
 RECIPE = "recipe"
 TOGETHER = "all that help"
+TAUGHT = "all that help, taught by such a run"
 SEEDS = 3
 
 
@@ -85,6 +87,7 @@ class Plan:
 
     @property
     def teachers(self) -> set[str]:
+        """Names of the variants that teach others."""
         return {variant.teacher for variant in self.additions if variant.teacher is not None}
 
 
@@ -110,10 +113,10 @@ def read_plan(path: Path, common: list[str]) -> Plan:
         ) from None
     names = [variant.name for variant in plan.variants]
     strange = plan.teachers - set(names)
-    if len(set(names)) < len(names) or TOGETHER in names or strange:
+    if len(set(names)) < len(names) or {TOGETHER, TAUGHT} & set(names) or strange:
         raise UserError(
             found=f"{path} with additions {', '.join(names)}" + (f" taught by {min(strange)}" if strange else ""),
-            expected=f"names that differ, none of them {TOGETHER}, and teachers among them",
+            expected=f"names that differ, none of them {TOGETHER} or {TAUGHT}, and teachers among them",
             hint="rename one",
         )
     return plan
@@ -211,32 +214,38 @@ class Ablation:
         """Run all, seed by seed, then what helps together; whether it was done before the time was over."""
         if not all(self._run(variant, seed) for seed in range(self.seeds) for variant in self.plan.variants):
             return False
-        together = self.together()
-        return together is None or all(self._run(together, seed) for seed in range(self.seeds))
+        return all(self._run(variant, seed) for variant in self.together() for seed in range(self.seeds))
 
-    def together(self) -> Variant | None:
-        """The additions that help, in one, once all have been run; None if fewer than two do."""
+    def together(self) -> list[Variant]:
+        """The additions that help, in one, once all have been run, and the same taught by it if a teacher helps.
+
+        Empty if fewer than two help.
+        """
         rows = self.rows(self.plan.variants)
         if any(len(row["records"]) < self.seeds for row in rows):
-            return None
-        by_name = {variant.name: variant for variant in self.plan.additions}
-        chosen = overrides_that_help(rows, {name: variant.overrides for name, variant in by_name.items()})
-        if len(chosen) < 2:
-            return None
-        merged = {key: value for name in chosen for key, value in by_name[name].overrides.items()}
-        teachers = [by_name[name].teacher for name in chosen if by_name[name].teacher]
-        return Variant(TOGETHER, merged, teachers[0] if teachers else None)
+            return []
+        chosen = [one for name in self._that_help(rows) for one in self.plan.additions if one.name == name]
+        alone = [one for one in chosen if one.teacher is None]
+        if len(alone) < 2:
+            return []
+        merged = {key: value for one in alone for key, value in one.overrides.items()}
+        taught = [Variant(TAUGHT, merged | one.overrides, TOGETHER) for one in chosen if one.teacher is not None]
+        return [Variant(TOGETHER, merged), *taught[:1]]
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each variant that has been run: its name, its records by seed, and whether it helps."""
         together = self.together()
-        rows = self.rows([*self.plan.variants, *([together] if together else [])])
-        chosen = overrides_that_help(rows, {one.name: one.overrides for one in self.plan.additions})
+        rows = self.rows([*self.plan.variants, *together])
+        chosen = self._that_help(rows)
+        combined = {one.name for one in together}
         return [
-            row | {"helps": row["name"] in chosen, "together": row["name"] == TOGETHER}
+            row | {"helps": row["name"] in chosen, "together": row["name"] in combined}
             for row in rows
             if row["records"]
         ]
+
+    def _that_help(self, rows: list[dict[str, Any]]) -> list[str]:
+        return overrides_that_help(rows, {one.name: one.overrides for one in self.plan.additions})
 
     def rows(self, variants: Any) -> list[dict[str, Any]]:
         return [{"name": variant.name, "records": dict(self._found(variant))} for variant in variants]
@@ -249,7 +258,8 @@ class Ablation:
 
     def _run(self, variant: Variant, seed: int) -> bool:
         settings = variant.settings(self.plan, seed, self.shards, self.kept)
-        keep = checkpoint_of(self.kept, variant.name, seed) if variant.name in self.plan.teachers else None
+        teaches = variant.name in self.plan.teachers or (variant.name == TOGETHER and self.plan.teachers)
+        keep = checkpoint_of(self.kept, variant.name, seed) if teaches else None
         if self.results.find(settings, self._data) and (keep is None or keep.exists()):
             return True
         if time.monotonic() > self.until:

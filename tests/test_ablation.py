@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 from benchmarks import ablation
-from benchmarks.ablation import DEFAULT_PLAN, RECIPE, TOGETHER, read_plan
+from benchmarks.ablation import DEFAULT_PLAN, RECIPE, TAUGHT, TOGETHER, read_plan
 from benchmarks.ablation_report import FIGURES, markdown, mean_and_error, overrides_that_help
 from shards import UserError
 
@@ -145,6 +145,38 @@ def test_what_helps_is_what_gains_more_than_its_error_on_validation() -> None:
     assert overrides_that_help(rows, overrides) == ["more of it", "one alone"], "a=2 is better than a=1"
     text = markdown(rows)
     assert "| +1" not in text and "-80.00 ± 0.00" in text
+
+
+def test_a_teacher_is_no_part_of_equal_compute(
+    digits_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    additions = [
+        {"name": "faster", "set": {"optim.lr": 3e-3}},
+        {"name": "little dropout", "set": {"model.drop_rate": 0.1}},
+        {"name": "taught", "teacher": "faster", "set": {"teacher.weight": 0.3}},
+    ]
+    plan = write_plan(tmp_path / "ours.yaml", additions, {"optim.lr": 1e-3, "model.drop_rate": 0.4})
+    taught_by: list[str | None] = []
+
+    def made_up(work: Callable[..., Any], settings: Any, keep: Path | None) -> dict[str, Any]:
+        teacher = settings.teacher.run
+        assert teacher is None or teacher.exists()
+        taught_by.append(teacher and teacher.name)
+        if keep is not None:
+            keep.parent.mkdir(exist_ok=True)
+            keep.touch()
+        gains = (settings.optim.lr == 3e-3) + (settings.model.drop_rate == 0.1) + (settings.teacher.weight == 0.3)
+        return {"seconds": 1.0, **row("", [(0.5 + 0.01 * gains,) * 2], test=0.6)["records"][0]}
+
+    monkeypatch.setattr(ablation, "in_process", made_up)
+    options = ["--plan", str(plan), "--shards", str(digits_set), "--seeds", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *options])
+    assert ablation.main() == 0
+    records = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
+    assert [record["variant"] for record in records[-2:]] == [TOGETHER, TAUGHT]
+    assert taught_by == [None, None, None, "faster-0.pt", None, "all-that-help-0.pt"]
+    assert records[-2]["overrides"] == {"optim.lr": 3e-3, "model.drop_rate": 0.1}
+    assert records[-1]["validation"]["accuracy"] == pytest.approx(0.53)
 
 
 def test_the_standard_error_is_that_of_a_mean() -> None:
