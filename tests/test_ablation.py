@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 from benchmarks import ablation
-from benchmarks.ablation import DEFAULT_PLAN, RECIPE, TAUGHT, TOGETHER, read_plan
+from benchmarks.ablation import RECIPE, TAUGHT, TOGETHER, read_plan
 from benchmarks.ablation_report import FIGURES, markdown, mean_and_error, overrides_that_help
 from shards import UserError
 
@@ -83,8 +83,9 @@ def test_it_goes_on_where_it_was_stopped(
     assert len(calls) == len(records), "other settings are other runs, for which there was no time"
 
 
-def test_the_plan_beside_it_is_one() -> None:
-    plan = read_plan(ROOT / DEFAULT_PLAN, ["trainer.precision=fp32"])
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_beside_it_are_ones(path: Path) -> None:
+    plan = read_plan(path, ["trainer.precision=fp32"])
     assert plan.common == {"trainer.precision": "fp32"}
     for variant in plan.variants:
         settings = variant.settings(plan, 3, Path("set"), Path("kept"))
