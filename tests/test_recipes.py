@@ -30,7 +30,6 @@ SMALL = (
     "device=cpu",
     f"loader.batch_size={BATCH}",
     "data.validation=0.25",
-    "trainer.epochs=1",
     "trainer.precision=fp32",
     "model.pretrained=false",
     "logging.wandb=off",
@@ -111,7 +110,14 @@ def test_pixels_go_from_minus_one_to_one(packed: Packed, monkeypatch: pytest.Mon
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, recipe: str, shards: Path, run: Path, *overrides: str) -> dict:
-    arguments = (ROOT / "configs" / f"{recipe}.yaml", f"data.shards={shards}", f"run.dir={run}", *SMALL, *overrides)
+    arguments = (
+        ROOT / "configs" / f"{recipe}.yaml",
+        f"data.shards={shards}",
+        f"run.dir={run}",
+        "trainer.epochs=1",
+        *SMALL,
+        *overrides,
+    )
     called(monkeypatch, run_main, *arguments)
     return json.loads((run / "summary.json").read_text())
 
