@@ -170,6 +170,28 @@ def test_a_classifier_of_another_size_is_left_out(
     assert f"is for {CLASSES + 3} classes" in line and all(key in line for key in differing)
 
 
+def test_classes_of_the_same_name_keep_their_part_of_a_classifier(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "best.pt"
+    known, names = list("abcdef"), list("fxbay")
+    trained = make_model(Model(name=TINY), 1, len(known), known)
+    torch.save({"model": trained.state_dict(), "classes": known}, path)
+    trained.eval()
+    begun = make_model(Model(name=TINY, weights=path), 1, len(names), names).eval()
+    images = torch.rand(4, 1, 32, 32)
+    with torch.no_grad():
+        before, after = trained(images), begun(images)
+    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [5, 1, 0]])
+    assert "keeps 3 of the 5 that are learned here" in caplog.messages[0]
+    moved = make_model(Model(name=TINY, weights=path), 1, len(known), known[::-1]).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(moved(images), before.flip(1), msg="as many classes, in another order")
+    caplog.clear()
+    make_model(Model(name=TINY, weights=path), 1, len(known), known)
+    assert not caplog.messages, "the same classes"
+
+
 def test_a_smaller_step_of_the_stem_doubles_the_features() -> None:
     plain, fine = (make_model(Model(name=TINY, stem_stride=stride), 1, CLASSES).eval() for stride in (None, 1))
     fine.load_state_dict(plain.state_dict())

@@ -8,7 +8,7 @@ import socket
 import urllib.parse
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,9 +32,10 @@ SMALL_CNN = "three_block_cnn"
 _HUB_TIMEOUT = 5.0  # seconds
 
 
-def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
+def make_model(settings: Model, channels: int, classes: int, names: Sequence[str] = ()) -> nn.Module:
     """A model of images float [B, channels, R, R] to logits [B, classes].
 
+    names: of the classes, by which those that `model.weights` knows keep their part of its classifier.
     Raises `UserError` for an unknown name and for weights that cannot be had or do not fit.
     """
     hidden = settings.head_hidden
@@ -53,25 +54,28 @@ def make_model(settings: Model, channels: int, classes: int) -> nn.Module:
         )
     model = nn.Sequential(layers) if len(layers) > 1 else backbone
     if settings.weights is not None:
-        load_weights(model, settings.weights)
+        load_weights(model, settings.weights, names)
     return model
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, names: Sequence[str] = ()) -> None:
     """Load a state dict from a .safetensors file, a .pth file or one of our checkpoints.
 
-    A classifier (the last linear layer) for another number of classes is left out, and the log says so; all else has to
-    fit.
+    Of a classifier (the last linear layer) for other classes, those rows are kept that a checkpoint of ours has for
+    classes of the same name, and the others begin anew; so do all where the classes have no names but another number.
+    The log says so; all else has to fit. names: of the model's classes, empty for none.
     """
+    known: Sequence[str] = ()
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state: dict[str, Any] = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("model", state)
-        model.load_state_dict(_fitting(model, state, path))
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            state = content.get("model", content)
+            known = content.get("classes", ()) if "model" in content else ()
+        model.load_state_dict(_fitting(model, state, path, names, known))
     except FileNotFoundError:
         raise UserError(
             found=f"no file {path}", expected="a file of weights (model.weights)", hint="check the path"
@@ -84,24 +88,34 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ) from None
 
 
-def _fitting(model: nn.Module, state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A state dict with the model's own classifier where that in it is for another number of classes."""
+def _fitting(
+    model: nn.Module, state: dict[str, Any], path: Path, names: Sequence[str], known: Sequence[str]
+) -> dict[str, Any]:
+    """A state dict for a model with classes of these names, from one for the known ones."""
     own = model.state_dict()
     last = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1:]
     classifier = {f"{name}.{tensor}" for name in last for tensor in ("weight", "bias")} & own.keys() & state.keys()
     differing = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
     features = {name: own[name].shape[1:] == state[name].shape[1:] for name in classifier}
-    if not differing or not differing <= classifier or not all(features.values()):
+    named = bool(names and known)
+    same = list(names) == list(known) if named else not differing
+    if same or not classifier or not differing <= classifier or not all(features.values()):
         return state
-    there, here = (len(tensors[min(classifier)]) for tensors in (state, own))
+    shared = [name for name in names if name in known] if named else []
+    here, there = ([of.index(name) for name in shared] for of in (list(names), list(known)))
+    fitted = {name: own[name].clone() for name in classifier}
+    for name, tensor in fitted.items():
+        tensor[here] = state[name][there].to(tensor)
     log.warning(
-        "model.weights=%s is for %d classes: its classifier (%s) is left out, that for %d classes begins anew",
+        "model.weights=%s is for %d classes: its classifier (%s) keeps %d of the %d that are learned here, the others "
+        "begin anew",
         path,
-        there,
+        len(state[min(classifier)]),
         ", ".join(sorted(classifier)),
-        here,
+        len(shared),
+        len(own[min(classifier)]),
     )
-    return state | {name: own[name] for name in classifier}
+    return state | fitted
 
 
 class RepeatChannels(nn.Module):

@@ -108,8 +108,8 @@ class Model(Section):
     pretrained: bool | Literal["auto"] = False
     """Begin with published weights; auto does so if they are at hand or can be fetched, and says so if not."""
     weights: Path | None = None
-    """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run); a classifier
-    for another number of classes is left out."""
+    """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run); of its classifier,
+    classes of the same name are kept."""
     drop_rate: Share = 0.0
     """Dropout before the classifier; in cifar_cnn, lenet and their like before every dense layer."""
     drop_path_rate: Share = 0.0

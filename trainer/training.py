@@ -199,7 +199,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     """
     seed_weights(config.seed)
     settings = config.model.model_copy(update={"pretrained": False, "weights": None}) if resuming else config.model
-    model = make_model(settings, data.spec.image_shape[2], len(data.classes))
+    model = make_model(settings, data.spec.image_shape[2], len(data.classes), data.classes)
     model.to(world.device, memory_format=memory_format(config.trainer))
     forward = compiled(model, config.trainer, world.device, len(data.train.phases))
     if world.size > 1:
