@@ -183,7 +183,7 @@ def test_classes_of_the_same_name_keep_their_part_of_a_classifier(
     with torch.no_grad():
         before, after = trained(images), begun(images)
     torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [5, 1, 0]])
-    assert "keeps 3 of the 5 that are learned here" in caplog.messages[0]
+    assert "keeps 3 of them, and begins anew for 2" in caplog.messages[0]
     moved = make_model(Model(name=TINY, weights=path), 1, len(known), known[::-1]).eval()
     with torch.no_grad():
         torch.testing.assert_close(moved(images), before.flip(1), msg="as many classes, in another order")

@@ -106,14 +106,14 @@ def _fitting(
     fitted = {name: own[name].clone() for name in classifier}
     for name, tensor in fitted.items():
         tensor[here] = state[name][there].to(tensor)
+    fresh = len(own[min(classifier)]) - len(shared)
     log.warning(
-        "model.weights=%s is for %d classes: its classifier (%s) keeps %d of the %d that are learned here, the others "
-        "begin anew",
+        "model.weights=%s is for %d classes: its classifier (%s) keeps %d of them%s",
         path,
         len(state[min(classifier)]),
         ", ".join(sorted(classifier)),
         len(shared),
-        len(own[min(classifier)]),
+        f", and begins anew for {fresh} that it does not know" if fresh else "",
     )
     return state | fitted
 
