@@ -78,8 +78,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"{first['images_seen']:,} images seen in each run, mean and standard error over seeds, in percent; gains in "
         "points, between runs of the same seed.\n"
         "* taken: the mean of both gains on the validation part is above its standard error, neither falls by more "
-        "than its own, and no better one sets the same thing otherwise. The test part was evaluated once a run and "
-        "chose nothing.\n"
+        "than its own, and no better one sets the same thing otherwise; a teacher in the last row alone. The test part "
+        "was evaluated once a run and chose no addition.\n"
         f"{first['environment']['cores']} cores of {first['environment']['processor']}, "
         f"{first['environment']['device']}."
     )
