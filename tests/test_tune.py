@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -452,6 +453,7 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"first": [{"optim.lr": 1.0}]}, ("optim.lr=1.0", "outside of the space")),
     ({"first": [{"optim.rl": 1e-3}]}, ("optim.rl", "did you mean optim.lr?")),
     ({"first": [{}]}, ("no optim.lr",)),
+    ({"data": {"shards": "x"}}, ("unknown key data", "settings.data.shards=...")),
     ({"recipe": "none.yaml"}, ("no configuration file none.yaml",)),
 ]
 
@@ -487,6 +489,36 @@ def test_a_recipe_without_a_validation_part_is_refused(
     with pytest.raises(UserError) as caught:
         tune_here(monkeypatch, path)
     assert "data.validation" in caught.value.hint
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_set_that_is_packed_later_is_searched_by_the_same_command(
+    tmp_path: Path, recipe: Path, digits_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "packed"
+    path = written(tmp_path, recipe, settings={"data.shards": str(packed)}, budget={"trials": 1})
+    with pytest.raises(UserError, match="pack a data set first"):
+        tune_here(monkeypatch, path)
+    assert not (tmp_path / "study").exists()
+    shutil.copytree(digits_set, packed)
+    assert tune_here(monkeypatch, path) == 0
+    assert [result.state for result in results(path)] == ["complete"]
+
+
+def test_a_search_goes_on_after_a_damaged_shard_is_repaired(
+    tmp_path: Path, recipe: Path, digits_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "packed"
+    shutil.copytree(digits_set, packed)
+    shard = next(packed.glob("train/*.tar"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    path = written(tmp_path, recipe, settings={"data.shards": str(packed), "data.verify": True}, budget={"trials": 1})
+    with pytest.raises(UserError, match=shard.name):
+        tune_here(monkeypatch, path)
+    shard.write_bytes(whole)
+    assert tune_here(monkeypatch, path) == 0
+    assert [result.state for result in results(path)] == ["complete"]
 
 
 def test_without_optuna_the_extra_is_named(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,10 +268,13 @@ def _validate(content: dict[str, Any], place: str) -> Search:
         loc = [str(part) for part in first["loc"]]
         name = ".".join(part for part in loc if part not in ("float", "int", "categorical", "conditional"))
         if first["type"] == "extra_forbidden":
+            settings = [setting for setting, _ in config.settings() if setting.split(".")[0] == name]
             raise UserError(
                 found=f"unknown key {name} in {place}",
                 expected="one of the keys that python -m trainer.tune --help lists",
-                hint=_near(loc[-1], _keys(loc)),
+                hint=f"the recipe's are set for all trials: settings.{settings[0]}=..."
+                if settings
+                else _near(loc[-1], _keys(loc)),
             ) from None
         if first["type"] in ("missing", "union_tag_not_found"):
             name = f"{name}.type" if first["type"] == "union_tag_not_found" else name

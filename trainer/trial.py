@@ -121,7 +121,8 @@ def _train(settings: Config, study: Study, world: World, sinks: list[Sink]) -> d
     directory, resuming = run_directory.choose(settings)
     if directory.summary_path.exists():
         return directory.read_summary()
-    with directory.held(), open(directory.path / "log.txt", "a") as log, _into(log):
+    # Beside the directory: one that holds a file and no settings would be taken for something else than a run.
+    with directory.held(), open(directory.path.with_suffix(".log"), "a") as log, _into(log):
         data = _open(settings, study, world)
         training = make_training(settings, data, world, resuming)
         source: Path | None = None
@@ -156,12 +157,6 @@ def _train(settings: Config, study: Study, world: World, sinks: list[Sink]) -> d
 def _open(settings: Config, study: Study, world: World) -> TrainingData:
     with study.alone():  # statistics of the model input are measured once and written by one
         data = open_data(settings, world)
-    if data.validation is None:
-        raise UserError(
-            found=f"data.validation=0, and no val part in {settings.data.shards}",
-            expected="a validation part, by which trials are judged",
-            hint="settings: {data.validation: 0.1}",
-        )
     study.check_data(data.digest)
     return data
 

@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 
 from pipeline.workers import default_workers
+from shards import open_part
 from shards.errors import Terminated, UserError, run_command
+from shards.manifest import VALIDATION, has_part
 from shards.places import local_set
 from trainer import config, search, sweep
 from trainer.distributed import join
@@ -76,7 +78,7 @@ def main() -> int:
         )
     from trainer.study import Study  # with Optuna, which only a search needs
 
-    local_set(base.data.shards)  # fetched once, not by every worker
+    _check_set(base)
     study = Study(wanted, base)
     shared = base  # among the workers; the best recipe has the memory to itself again
     if base.loader.memory == "auto" and arguments.workers > 1:
@@ -106,6 +108,18 @@ def main() -> int:
         if left:
             print(f"unfinished  {', '.join(map(str, left))}; the same command goes on with them")
     return status
+
+
+def _check_set(base: Config) -> None:
+    """Refuse data that no trial could learn from, before there is a study; a remote set is fetched once, by this."""
+    directory = local_set(base.data.shards)
+    open_part(directory, "train")
+    if base.data.validation == 0 and not has_part(directory, VALIDATION):
+        raise UserError(
+            found=f"data.validation=0, and no val part in {base.data.shards}",
+            expected="a validation part, by which trials are judged",
+            hint="settings: {data.validation: 0.1}",
+        )
 
 
 def work(wanted: Search, base: Config, deadline: float) -> int:
