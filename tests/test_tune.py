@@ -212,7 +212,9 @@ def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(
             (tmp_path / name).mkdir(exist_ok=True)
             path = written(tmp_path / name, recipe, **changes)
             wanted, base = search.load(path, [])
-            assert work(wanted, base, float("inf")) == 0
+            assert work(wanted, base, float("inf"), workers=2) == 0
+            best = config.load(tmp_path / name / "study" / "best.yaml", [])
+            assert best.loader.memory == "auto", "not a worker's share"
         return [result.values["optim.lr"] for result in results(path)]
 
     whole = drawn("whole", 8)
@@ -294,7 +296,6 @@ def test_workers_share_a_study_and_a_killed_one_is_replaced(
     assert [result.state for result in found] == ["complete"] * 3
     rates = {result.values["optim.lr"] for result in found}
     assert len(rates) == 3 and rates == {float(f"{rate:.6g}") for rate in rates}
-    assert config.load(tmp_path / "study" / "best.yaml", []).loader.memory == "auto", "not a worker's share"
 
 
 def test_a_trial_that_always_kills_its_process_fails(tmp_path: Path, recipe: Path) -> None:

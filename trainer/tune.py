@@ -80,10 +80,6 @@ def main() -> int:
 
     _check_set(base)
     study = Study(wanted, base)
-    shared = base  # among the workers; the best recipe has the memory to itself again
-    if base.loader.memory == "auto" and arguments.workers > 1:
-        share = granted() / 2 / 1e9 / arguments.workers
-        shared = config.changed(base, {"loader.memory": share}, "a share of the memory")
     minutes = wanted.budget.minutes
     deadline = time.time() + 60 * minutes if minutes is not None else float("inf")
     print(f"{study.directory}: {_told(wanted)}", flush=True)
@@ -91,7 +87,7 @@ def main() -> int:
         if arguments.workers == 1:
             status = work(wanted, base, deadline)
         else:
-            status = _supervise(wanted, shared, deadline, arguments.workers)
+            status = _supervise(wanted, base, deadline, arguments.workers)
     except (KeyboardInterrupt, Terminated):
         print("stopped; the same command goes on", flush=True)
         raise
@@ -122,8 +118,11 @@ def _check_set(base: Config) -> None:
         )
 
 
-def work(wanted: Search, base: Config, deadline: float) -> int:
-    """Train trials until none is left or the time (seconds since 1970) is up; returns the exit status."""
+def work(wanted: Search, base: Config, deadline: float, workers: int = 1) -> int:
+    """Train trials until none is left or the time is up, as one of some workers of this machine.
+
+    deadline: seconds since 1970. Returns the exit status.
+    """
     from trainer import search_report
     from trainer.study import Study
     from trainer.trial import OutOfTime, train_trial
@@ -134,6 +133,10 @@ def work(wanted: Search, base: Config, deadline: float) -> int:
         return time.time() >= deadline or (parent is not None and not parent.is_alive())
 
     study = Study(wanted, base)
+    trained = base  # how trials are trained; the best recipe has the memory to itself, and compares hashes
+    if base.loader.memory == "auto" and workers > 1:
+        share = granted() / 2 / 1e9 / workers
+        trained = config.changed(base, {"loader.memory": share}, "a share of the memory")
     with join(base.device) as world:
         while not is_over():
             with study.next_trial() as trial:
@@ -141,7 +144,7 @@ def work(wanted: Search, base: Config, deadline: float) -> int:
                     break
                 print(f"trial {trial.number} begins: {search_report.said(trial.values)}", flush=True)
                 try:
-                    train_trial(study, trial, wanted, base, world, is_over)
+                    train_trial(study, trial, wanted, trained, world, is_over)
                 except OutOfTime:
                     print(f"trial {trial.number} is left for later: the time is up", flush=True)
                     break
@@ -152,7 +155,7 @@ def work(wanted: Search, base: Config, deadline: float) -> int:
             print(search_report.line(next(result for result in results if result.number == trial.number)), flush=True)
             with study.alone():
                 search_report.write(study, wanted, base)
-            base = config.changed(base, {"data.verify": False}, "the search")  # once is enough
+            trained = config.changed(trained, {"data.verify": False}, "the search")  # once is enough
     return 0
 
 
@@ -168,7 +171,7 @@ def _supervise(wanted: Search, base: Config, deadline: float, workers: int) -> i
             own["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
         before = {name: os.environ.get(name) for name in own}
         os.environ.update(own)
-        process = context.Process(target=_worker, args=(wanted, base, deadline), name=f"worker {index + 1}")
+        process = context.Process(target=_worker, args=(wanted, base, deadline, workers), name=f"worker {index + 1}")
         process.start()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
@@ -198,9 +201,9 @@ def _supervise(wanted: Search, base: Config, deadline: float, workers: int) -> i
     return status
 
 
-def _worker(wanted: Search, base: Config, deadline: float) -> None:
+def _worker(wanted: Search, base: Config, deadline: float, workers: int) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    run_command(lambda: work(wanted, base, deadline))
+    run_command(lambda: work(wanted, base, deadline, workers))
 
 
 def _stop(processes: list[BaseProcess], base: Config) -> None:
