@@ -24,6 +24,7 @@ from shards.errors import run_command
 from trainer import config, engine, search, sweep
 from trainer.run import main as run_main
 from trainer.run_directory import RunDirectory
+from trainer.search_charts import parallel_chart
 from trainer.search_report import ranking
 from trainer.study import Result, Study, importances
 from trainer.tune import main, work
@@ -327,6 +328,7 @@ def test_a_trial_that_is_behind_is_given_up(tmp_path: Path, recipe: Path, monkey
     found = results(path)
     assert [result.values for result in found] == first
     assert [result.state for result in found] == ["complete", "complete", "pruned"]
+    assert all(result.seconds > 0 for result in found), "time spent on what was given up is time, too"
     assert 1 <= len(found[2].curve) < 3
     assert (found[2].mean, found[2].note) == (None, "behind the others")
     assert not list((tmp_path / "study" / "trials").glob("*/*/checkpoints"))
@@ -401,6 +403,14 @@ def test_importance_belongs_to_the_setting_that_matters(recipe: Path, tmp_path: 
     assert importances(found[:3], wanted, base) == {}
     same = [Result(number, "complete", found[number].values, [0.5], [], 1.0, "") for number in range(9)]
     assert importances(same, wanted, base) == {}
+
+
+def test_whole_numbers_on_an_axis_are_marked_themselves() -> None:
+    results = [Result(number, "complete", {}, [0.5 + number / 100], [], 1.0, "") for number in range(4)]
+    chart = parallel_chart(results, {"loader.batch_size": [32, 64, 128, 256]}, frozenset({"loader.batch_size"}), "f")
+    assert [mark in chart for mark in (">32<", ">64<", ">128<", ">256<", ">91<")] == [True] * 4 + [False]
+    chart = parallel_chart(results, {"optim.lr": [1e-4, 2e-3, 3e-3, 1e-2]}, frozenset({"optim.lr"}), "f")
+    assert [mark in chart for mark in (">0.0001<", ">0.001<", ">0.01<", ">0.002<")] == [True] * 3 + [False]
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)

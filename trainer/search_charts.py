@@ -187,19 +187,30 @@ def _axis(
         low, high = min(column), max(column)
         if low == high:
             return lambda value: 0.5, [(0.5, _plain(low, percent))]
-        if logarithmic and low > 0:
-            span = math.log(high / low)
-            powers = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-            inner = [power for power in powers if 0.08 < math.log(power / low) / span < 0.92]
-            inner = inner or [math.sqrt(low * high)]
-            marks = [(math.log(value / low) / span, _plain(value, percent)) for value in (low, *inner, high)]
-            return lambda value: math.log(value / low) / span, marks
-        middle = (low + high) / 2
-        marks = [((value - low) / (high - low), _plain(value, percent)) for value in (low, middle, high)]
-        return lambda value: (value - low) / (high - low), marks
+        place = (lambda value: math.log(value)) if logarithmic and low > 0 else float
+
+        def share_of(value: float) -> float:
+            return (place(value) - place(low)) / (place(high) - place(low))
+
+        marked = [low]
+        for value in _between(column, logarithmic and low > 0):
+            if share_of(value) - share_of(marked[-1]) > 0.08 and share_of(value) < 0.92:
+                marked.append(value)
+        return share_of, [(share_of(value), _plain(value, percent)) for value in (*marked, high)]
     order = sorted(dict.fromkeys(map(label, column)), key=str)
     share = {value: (place + 0.5) / len(order) for place, value in enumerate(order)}
     return lambda value: share[label(value)], [(place, _plain(value, False)) for value, place in share.items()]
+
+
+def _between(column: list[Any], logarithmic: bool) -> list[float]:
+    """What may be marked between the ends of an axis: whole numbers if they are few, powers of ten, else the middle."""
+    low, high = min(column), max(column)
+    if all(isinstance(value, int) for value in column) and len(set(column)) <= 6:
+        return sorted(set(column))[1:-1]
+    if not logarithmic:
+        return [(low + high) / 2]
+    powers = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    return [power for power in powers if low < power < high] or [math.sqrt(low * high)]
 
 
 def _plain(value: Any, percent: bool) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -47,7 +48,8 @@ class Result:
 
     state: `complete`, `pruned`, `failed` or `running`. values: the searched settings that it was given. figures: the
     best validation figure of each finished repeat; mean, std: of them (std None of a single one). curve: pairs of the
-    epochs trained so far and the mean figure then. note: why it failed or was given up.
+    epochs trained so far and the mean figure then. seconds: spent on it up to its last epoch. note: why it failed or
+    was given up.
     """
 
     number: int
@@ -75,9 +77,12 @@ class Trial:
         self.number = trial.number
         self.directory = directory
         self.values = _suggest(trial, search)
+        self._earlier = float(self._known().user_attrs.get("seconds", 0.0))  # of processes that held it before
+        self._taken = time.perf_counter()
 
     def report(self, epochs: int, figure: float) -> bool:
         """Tell the mean figure after so many epochs; whether the trial is to be given up."""
+        self.note(seconds=self._earlier + time.perf_counter() - self._taken)
         if epochs not in self._known().intermediate_values:
             self._trial.report(figure, epochs)
         return self._trial.should_prune()

@@ -96,10 +96,7 @@ def train_trial(
             settings = with_precision(settings, world.device)
             sink = Reports(trial, [summary["figures"] for summary in summaries], settings, wanted.repeats, is_over)
             summaries.append(_train(settings, study, world, [sink]))
-            trial.note(
-                figures=[summary["figure"] for summary in summaries],
-                seconds=sum(summary["seconds"] for summary in summaries),
-            )
+            trial.note(figures=[summary["figure"] for summary in summaries])
     except GivenUp:
         trial.give_up("behind the others")
     except Diverged as error:
