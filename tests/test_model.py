@@ -15,7 +15,7 @@ from torch import nn
 from shards import UserError
 from trainer import model as model_module
 from trainer.average import Average
-from trainer.model import SMALL_CNN, load_weights, make_model
+from trainer.model import SMALL_CNN, check_sides, load_weights, make_model
 from trainer.settings import Model
 
 TINY = "test_efficientnet"  # 0.4 M parameters
@@ -87,6 +87,24 @@ def test_an_unknown_name_suggests_one() -> None:
         assert meant in caught.value.hint
     with pytest.raises(UserError, match="list_models"):
         make_model(Model(name="???"), 1, CLASSES)
+
+
+def test_a_model_without_shortcuts_takes_no_stochastic_depth() -> None:
+    assert output(make_model(Model(name="densenet121"), 1, CLASSES), 1, 32).shape == (3, CLASSES)
+    with pytest.raises(UserError) as caught:
+        make_model(Model(name="densenet121", drop_path_rate=0.1), 1, CLASSES)
+    assert caught.value.hint == "model.drop_path_rate=0"
+
+
+@pytest.mark.parametrize(("name", "sides", "refused"), [("test_vit", (160, 28), 28), ("densenet121", (64, 16), 16)])
+def test_sides_that_a_model_does_not_take_are_refused(name: str, sides: tuple[int, ...], refused: int) -> None:
+    model = make_model(Model(name=name), 1, CLASSES)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    check_sides(model, name, 1, sides[:1])
+    assert model.training
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items()), "only tried"
+    with pytest.raises(UserError, match=f"data.resolution={refused} for model.name={name}"):
+        check_sides(model, name, 1, sides)
 
 
 def test_published_weights_that_must_be_had_and_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

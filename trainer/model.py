@@ -8,7 +8,7 @@ import socket
 import urllib.parse
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +56,27 @@ def make_model(settings: Model, channels: int, classes: int, names: Sequence[str
     if settings.weights is not None:
         load_weights(model, settings.weights, names)
     return model
+
+
+def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int]) -> None:
+    """Raise `UserError` for a side of its input, in pixels, that a model (on the CPU) does not take.
+
+    Many pool until nothing is left of a small image, and some transformers take one size only. What a model takes is
+    written down nowhere, so each side is tried with an empty image.
+    """
+    training = model.training
+    model.eval()
+    for side in sides:
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, channels, side, side))
+        except Exception as error:  # assertions, shapes that do not fit, sizes of 0
+            raise UserError(
+                found=f"data.resolution={side} for model.name={name}, which says: {first_line(error)}",
+                expected="images of a size that the model takes",
+                hint="another data.resolution, or another model.name",
+            ) from None
+    model.train(training)
 
 
 def load_weights(model: nn.Module, path: Path, names: Sequence[str] = ()) -> None:
@@ -158,7 +179,8 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
         "num_classes": classes,
         # With a head of our own the dropout stands there.
         "drop_rate": 0.0 if settings.head_hidden else settings.drop_rate,
-        "drop_path_rate": settings.drop_path_rate,
+        # timm leaves out what is None; models without shortcuts do not know this one.
+        "drop_path_rate": settings.drop_path_rate or None,
     }
     if not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, [*OWN, *timm.list_models()], n=3)
@@ -167,11 +189,18 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
             expected=f"{', '.join(OWN)} or a timm model",
             hint=f"did you mean {' or '.join(near)}?" if near else 'python -c "import timm; print(timm.list_models())"',
         )
-    return _begin(
-        settings,
-        published=lambda: _published(settings.name, options),
-        random=lambda: timm.create_model(settings.name, pretrained=False, **options),
-    )
+    try:
+        return _begin(
+            settings,
+            published=lambda: _published(settings.name, options),
+            random=lambda: timm.create_model(settings.name, pretrained=False, **options),
+        )
+    except TypeError as error:
+        raise UserError(
+            found=f"model.name={settings.name}, which does not take some of our settings: {first_line(error)}",
+            expected="a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, shortcuts",
+            hint="model.drop_path_rate=0" if settings.drop_path_rate else "choose another model.name",
+        ) from None
 
 
 def _begin(settings: Model, published: Callable[[], T], random: Callable[[], T]) -> T:

@@ -19,7 +19,7 @@ from trainer.data import TrainingData
 from trainer.decision import Decision, log_weights
 from trainer.distributed import World
 from trainer.loss import class_weights, log_priors
-from trainer.model import make_model
+from trainer.model import check_sides, make_model
 from trainer.optimizer import LearningRate, make_optimizer
 from trainer.profiling import NoProfile, Profile, TimeProfile, Trace
 from trainer.randomness import seed_weights
@@ -199,7 +199,9 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     """
     seed_weights(config.seed)
     settings = config.model.model_copy(update={"pretrained": False, "weights": None}) if resuming else config.model
-    model = make_model(settings, data.spec.image_shape[2], len(data.classes), data.classes)
+    channels = data.spec.image_shape[2]
+    model = make_model(settings, channels, len(data.classes), data.classes)
+    check_sides(model, settings.name, channels, {side for _, side in config.data.resolution_by_epoch()})
     model.to(world.device, memory_format=memory_format(config.trainer))
     forward = compiled(model, config.trainer, world.device, len(data.train.phases))
     if world.size > 1:
