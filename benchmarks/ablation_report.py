@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks.harness import table
 
 FIGURES = {"accuracy": "accuracy", "macro_f1": "macro F1"}
 _ACCENT, _QUIET, _GRAY = "#1d4ed8", "#a8a29e", "#57534e"
+_LABEL_WIDTH = 36  # letters of a name beside the plot, in a line
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -100,25 +102,44 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     places = list(range(len(others)))
     for axes, (name, label) in zip(panels, FIGURES.items(), strict=True):
         axes.axvline(0, color="#1c1917", linewidth=1)
-        for place, row in zip(places, others, strict=True):
+        found = [mean_and_error([100 * gain for gain in gains(row, recipe, "test", name)]) for row in others]
+        far = far_off([mean for mean, _ in found])
+        for place, row, (mean, error) in zip(places, others, found, strict=True):
             color = _ACCENT if row["helps"] or row["together"] else _QUIET
+            if place == far:  # it would squeeze all others
+                side = "left" if mean < 0 else "right"
+                axes.annotate(
+                    f"◂ {mean:+.2f}" if mean < 0 else f"{mean:+.2f} ▸",
+                    (0.0 if mean < 0 else 1.0, place),
+                    xycoords=("axes fraction", "data"),
+                    ha=side,
+                    va="center",
+                    color=_GRAY,
+                    fontsize=9,
+                )
+                continue
             judged, _ = mean_and_error([100 * gain for gain in gains(row, recipe, "validation", name)])
-            mean, error = mean_and_error([100 * gain for gain in gains(row, recipe, "test", name)])
             axes.plot(judged, place + 0.17, "o", color="white", markeredgecolor=color, markersize=4.5)
             axes.errorbar(mean, place - 0.1, xerr=error, fmt="o", color=color, markersize=6.5, capsize=3, linewidth=1.6)
         shown = [one["test"][name] for one in recipe["records"].values()]
-        axes.set_title(f"{label}, the recipe: {_shown(shown)} %", loc="left", fontsize=10.5, weight="bold")
-        axes.set_xlabel("gain over the recipe, points")
+        axes.set_title(label, loc="left", fontsize=10.5, weight="bold")
+        axes.set_xlabel(f"gain over the recipe's {_shown(shown)} %, points")
         axes.margins(x=0.08)
         axes.grid(axis="x", color="#e7e5e4")
         axes.grid(axis="y", color="#f5f5f4", linewidth=20)
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-    panels[0].set_yticks(places, [row["name"] for row in others])
+    panels[0].set_yticks(places, [textwrap.fill(row["name"], _LABEL_WIDTH) for row in others])
     panels[0].set_ylim(len(others) - 0.5, -0.5)
     seeds = len(recipe["records"])
-    figure.suptitle("What each addition brings at equal compute", x=0.01, ha="left", fontsize=13, weight="bold")
+    figure.suptitle(
+        "What each addition brings over the recipe, with as many images seen",
+        x=0.01,
+        ha="left",
+        fontsize=13,
+        weight="bold",
+    )
     figure.supxlabel(
         f"Full dot: test part, mean of {seeds} {'seed' if seeds == 1 else 'seeds'} and its standard error; hollow: "
         "validation part, by which those in blue were chosen",
@@ -128,3 +149,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     with path.open("wb") as file:
         figure.savefig(file, format="png")
     plt.close(figure)
+
+
+def far_off(gains: list[float]) -> int | None:
+    """The place of a gain that is more than twice as far from 0 as any other, if there is one."""
+    by_size = sorted(range(len(gains)), key=lambda place: abs(gains[place]), reverse=True)
+    if len(gains) < 3 or abs(gains[by_size[0]]) <= 2 * abs(gains[by_size[1]]):
+        return None
+    return by_size[0]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks import ablation
 from benchmarks.ablation import RECIPE, TAUGHT, TOGETHER, read_plan
-from benchmarks.ablation_report import FIGURES, markdown, mean_and_error, overrides_that_help
+from benchmarks.ablation_report import FIGURES, far_off, markdown, mean_and_error, overrides_that_help
 from shards import UserError
 
 SMALL = {
@@ -81,6 +81,13 @@ def test_it_goes_on_where_it_was_stopped(
     assert Image.open(tmp_path / "ours.png").width > 1000
     run("trainer.epochs=1", "data.subset=0.1", "--budget-minutes", "0")
     assert len(calls) == len(records), "other settings are other runs, for which there was no time"
+
+
+@pytest.mark.parametrize(
+    ("gains", "place"), [([0.1, -19.0, 4.8], 1), ([9.7, 4.8, -4.8], 0), ([9.5, 4.8, 0.0], None), ([5.0, 0.1], None)]
+)
+def test_one_gain_far_from_the_others_is_not_drawn_to_scale(gains: list[float], place: int | None) -> None:
+    assert far_off(gains) == place
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
