@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -263,6 +264,21 @@ def test_who_waits_is_told(cache: Path, caplog: pytest.LogCaptureFixture, monkey
     fill("a", 10)
     time.sleep(0.2)
     assert caplog.text == ""
+
+
+def test_an_entry_that_is_evicted_while_it_is_made_is_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, met = os.mkdir, []
+
+    def evicted_meanwhile(path: Any, *arguments: Any) -> None:
+        if Path(path).name == "a" and not met:
+            met.append(path)
+            raise FileExistsError(path)  # and is gone when one looks again
+        make(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", evicted_meanwhile)
+    with open_entry("sets", "a", "name") as entry:
+        assert entry.directory.is_dir()
+    assert met
 
 
 @posix

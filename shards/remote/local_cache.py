@@ -129,12 +129,16 @@ def _use(directory: Path) -> None:
     """Lock an entry for this process's life, and note the time."""
     path = directory / ".use"
     while True:
-        directory.mkdir(exist_ok=True)
+        # Not exist_ok, which looks again and takes a directory that was evicted in between for a file.
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir()
         descriptor = _held.get(path)
         if descriptor is None:
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:
+                if directory.is_symlink():
+                    raise  # to nowhere
                 continue  # evicted since the line above
             _lock(descriptor)
         if _is(descriptor, path):
