@@ -94,7 +94,8 @@ def _shown(values: list[float], sign: str = "") -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The gain of each variant over the recipe: on test with its standard error, on validation hollow."""
+    """The gain of each variant over the recipe: on test with its standard error, on validation hollow; one that is far
+    from all others as a number at the edge."""
     recipe, others = rows[0], rows[1:]
     figure, panels = plt.subplots(
         1, 2, figsize=(9.6, 1.7 + 0.42 * max(1, len(others))), dpi=160, layout="constrained", sharey=True
