@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side: threads of each would only be in the way of the others. Read when torch is loaded.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,10 @@ import pytest
 from pipeline.pack import pack
 from pipeline.sources import RawPart, Request, find_source
 from shards.manifest import RawFile, StoreKind
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has what it starts in the background ignore Ctrl-C, and so would every command that the tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

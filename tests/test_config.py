@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from shards import UserError
 from trainer.config import load, settings
+from trainer.section import listing
 from trainer.settings import Config
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -356,3 +357,12 @@ def test_the_emnist_recipes_hold_the_published_figures(name: str, model: str, lr
 def test_recipes_inherit_from_nothing() -> None:
     for path in RECIPES:
         assert not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_text()))
+
+
+def test_every_setting_is_explained_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = listing(settings()).splitlines()
+    names = [line.strip() for line in lines if line.startswith("  ") and line[2] != " "]
+    assert names == [name for name, _ in settings()]
+    assert max(map(len, lines)) <= 60
+    assert {len(line) - len(line.lstrip()) for line in lines} == {2, 6}

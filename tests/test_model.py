@@ -14,9 +14,10 @@ from torch import nn
 
 from shards import UserError
 from trainer import model as model_module
+from trainer.arithmetic import with_precision
 from trainer.average import Average
 from trainer.model import SMALL_CNN, check_sides, load_weights, make_model
-from trainer.settings import Model
+from trainer.settings import Config, Model
 
 TINY = "test_efficientnet"  # 0.4 M parameters
 CLASSES = 7
@@ -281,3 +282,29 @@ def test_the_average_follows_fast_at_first_and_slowly_later() -> None:
     assert kept[5] < 0.8
     assert kept == sorted(kept)
     assert kept[-1] == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize(
+    ("name", "by_channel"),
+    [
+        (SMALL_CNN, False),
+        ("resnet18", False),
+        ("squeezenet1_1", False),
+        ("vit_tiny_patch16_224", False),
+        ("regnety_002", False),  # groups of eight channels
+        ("cifar_efficientnet", True),
+        ("efficientnet_b2", True),
+        ("mobilenetv2_100", True),
+    ],
+)
+def test_a_processor_multiplies_in_bf16_what_has_matrices(
+    name: str, by_channel: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    asked = Config(model=Model(name=name), data={"shards": "set"})
+    decided = with_precision(asked, torch.device("cpu"))
+    assert decided.trainer.precision == ("bf16" if amx and not by_channel else "fp32")
+    for precision in ("fp32", "bf16"):
+        said = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"precision": precision})})
+        assert with_precision(said, torch.device("cpu")) == said

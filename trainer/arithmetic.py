@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from trainer.model import convolves_by_channel
 from trainer.settings import Config, Trainer
 
 
 def with_precision(config: Config, device: torch.device) -> Config:
-    """The settings with `trainer.precision: auto` decided: bf16 where the device computes it natively."""
+    """The settings with `trainer.precision: auto` decided: bf16 where the device computes this model natively in it.
+
+    AMX multiplies matrices, of which a convolution channel by channel makes none: a network with such ones is faster
+    in fp32 on a CPU (`benchmarks/train_throughput.py --precisions bf16,fp32`). Raises `UserError` for an unknown model.
+    """
     if config.trainer.precision != "auto":
         return config
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu.get_capabilities().get("amx_bf16", False)
+        native = torch.cpu.get_capabilities().get("amx_bf16", False) and not convolves_by_channel(config.model)
     trainer = config.trainer.model_copy(update={"precision": "bf16" if native else "fp32"})
     return config.model_copy(update={"trainer": trainer})
 

@@ -58,6 +58,16 @@ def make_model(settings: Model, channels: int, classes: int, names: Sequence[str
     return model
 
 
+def convolves_by_channel(settings: Model) -> bool:
+    """Whether a network has convolutions of single channels (depthwise ones), as EfficientNets have.
+
+    Makes the network, with random weights, to look. Raises `UserError` for an unknown name.
+    """
+    network, _ = _backbone(settings.model_copy(update={"pretrained": False}), channels=3, classes=0)
+    convolutions = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    return any(layer.groups == layer.in_channels > 1 for layer in convolutions)
+
+
 def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int]) -> None:
     """Raise `UserError` for a side of its input, in pixels, that a model (on the CPU) does not take.
 

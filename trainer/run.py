@@ -31,17 +31,17 @@ from trainer.evaluate import Evaluation
 from trainer.phases import Phase
 from trainer.profiling import TimeProfile, table
 from trainer.run_directory import RunDirectory
+from trainer.section import listing
 from trainer.settings import Config
 from trainer.sinks import check_installed, open_sinks
 from trainer.training import Training, make_training
 
 
 def parse_arguments() -> argparse.Namespace:
-    listing = "\n".join(f"  {name}\n      {sentence}" for name, sentence in config.settings())
     parser = argparse.ArgumentParser(
         prog="python -m trainer.run",
         description="Train a recipe and report.",
-        epilog=f"settings (in the file, or key=value):\n{listing}",
+        epilog=f"settings (in the file, or key=value):\n{listing(config.settings())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings, for instance configs/...")

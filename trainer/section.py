@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -28,3 +31,13 @@ def described(settings: type[Section]) -> list[tuple[str, str]]:
         else:
             found.append((name, field.description or ""))
     return found
+
+
+def listing(described: Iterable[tuple[str, str]]) -> str:
+    """Names, each with its sentence below it, as wide as the terminal: for `--help`."""
+    width = shutil.get_terminal_size().columns - 2  # as argparse has it
+    indent = " " * 6
+    return "\n".join(
+        f"  {name}\n{textwrap.fill(sentence, width, initial_indent=indent, subsequent_indent=indent)}"
+        for name, sentence in described
+    )

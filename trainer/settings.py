@@ -178,7 +178,8 @@ class Trainer(Section):
     epochs: Annotated[int, Field(ge=1)] = 15
     """Passes over the training data."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the model: fp32, or bf16 where autocast finds it safe; auto is bf16 on devices made for it."""
+    """Arithmetic of the model: fp32, or bf16 where autocast finds it safe; auto is bf16 on devices made for it, but
+    fp32 on a CPU for models that convolve channel by channel, such as EfficientNets."""
     channels_last: bool = True
     """Keep images and kernels in the NHWC layout, which convolutions prefer."""
     # YAML reads an unquoted off as false.

@@ -30,6 +30,7 @@ from trainer.engine import Stopped
 from trainer.memory import granted
 from trainer.progress import duration
 from trainer.search import Search
+from trainer.section import listing
 from trainer.settings import Config
 
 _MOST_DEATHS = 3  # for each worker, before the search is given up
@@ -37,11 +38,10 @@ _PATIENCE = 10.0  # seconds for workers that were told to stop, beyond checkpoin
 
 
 def parse_arguments() -> argparse.Namespace:
-    listing = "\n".join(f"  {name}\n      {sentence}" for name, sentence in search.describe())
     parser = argparse.ArgumentParser(
         prog="python -m trainer.tune",
         description="Search for better settings of a recipe, by trials that are judged on the validation part.",
-        epilog=f"keys (in the file, or key=value):\n{listing}",
+        epilog=f"keys (in the file, or key=value):\n{listing(search.describe())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("search", type=Path, metavar="SEARCH", help="YAML file, for instance configs/search/...")
