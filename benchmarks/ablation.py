@@ -44,7 +44,7 @@ from trainer.data import open_data
 from trainer.distributed import join
 from trainer.environment import environment
 from trainer.run_directory import RunDirectory
-from trainer.settings import Config
+from trainer.settings import Config, Data
 from trainer.training import make_training
 
 DEFAULT_OUT = Path("benchmarks/out")
@@ -173,9 +173,11 @@ class Results:
             write_file(path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def find(self, settings: Config, data: str) -> dict[str, Any] | None:
-        """The newest record of a run with these settings on this data."""
+        """The newest record of a run with these settings on this data; what it says nothing of, being older than the
+        setting, was at its default."""
         identity = identity_of(settings, data)
-        return next((one for one in reversed(self.records) if one["identity"] == identity), None)
+        defaults = identity_of(Config(data=Data(shards=settings.data.shards)), data)
+        return next((one for one in reversed(self.records) if defaults | one["identity"] == identity), None)
 
     def append(self, record: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

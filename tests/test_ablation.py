@@ -14,9 +14,10 @@ from conftest import ROOT
 from PIL import Image
 
 from benchmarks import ablation
-from benchmarks.ablation import RECIPE, TAUGHT, TOGETHER, read_plan
+from benchmarks.ablation import RECIPE, TAUGHT, TOGETHER, Results, identity_of, read_plan
 from benchmarks.ablation_report import FIGURES, far_off, markdown, mean_and_error, overrides_that_help
 from shards import UserError
+from trainer.config import load
 
 SMALL = {
     "data.resolution": 8,
@@ -81,6 +82,19 @@ def test_it_goes_on_where_it_was_stopped(
     assert Image.open(tmp_path / "ours.png").width > 1000
     run("trainer.epochs=1", "data.subset=0.1", "--budget-minutes", "0")
     assert len(calls) == len(records), "other settings are other runs, for which there was no time"
+
+
+def test_records_from_before_a_setting_was_there_still_count(tmp_path: Path) -> None:
+    settings = load(ROOT / "configs" / "quickstart.yaml", ["optim.lr=0.5"])
+    known = identity_of(settings, "digest")
+    at_default, changed = (
+        {name: known[name] for name in known if name != left} for left in ("augment.hue", "optim.lr")
+    )
+    (tmp_path / "ours.jsonl").write_text(json.dumps({"identity": at_default}) + "\n")
+    (tmp_path / "theirs.jsonl").write_text(json.dumps({"identity": changed}) + "\n")
+    assert Results(tmp_path / "ours.jsonl").find(settings, "digest") == {"identity": at_default}
+    assert Results(tmp_path / "ours.jsonl").find(settings, "other") is None
+    assert Results(tmp_path / "theirs.jsonl").find(settings, "digest") is None
 
 
 @pytest.mark.parametrize(

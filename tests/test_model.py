@@ -308,3 +308,33 @@ def test_a_processor_multiplies_in_bf16_what_has_matrices(
     for precision in ("fp32", "bf16"):
         said = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"precision": precision})})
         assert with_precision(said, torch.device("cpu")) == said
+
+
+@pytest.mark.parametrize("hidden", [None, 256])
+@pytest.mark.parametrize("name", [TINY, SMALL_CNN, "cifar_efficientnet", "vit_tiny_patch16_224"])
+def test_the_classifier_begins_as_small_as_asked(name: str, hidden: int | None) -> None:
+    model = make_model(Model(name=name, head_hidden=hidden, head_std=0.01), 3, CLASSES)
+    *_, classifier = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    assert classifier.out_features == CLASSES
+    assert float(classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.1)
+    assert float(classifier.weight.detach().mean()) == pytest.approx(0, abs=0.002)
+    assert not classifier.bias.any()
+
+
+@pytest.mark.parametrize("name", [TINY, "mobilenetv2_100", "cifar_efficientnet"])
+def test_without_asking_it_is_the_networks_own(name: str) -> None:
+    *_, classifier = (layer for layer in make_model(Model(name=name), 3, 10).modules() if isinstance(layer, nn.Linear))
+    assert float(classifier.weight.detach().std()) == pytest.approx((1 / 3 / 10) ** 0.5, rel=0.05)
+
+
+def test_weights_that_are_given_stand_before_a_deviation(tmp_path: Path) -> None:
+    path = tmp_path / "trained.pth"
+    trained = make_model(Model(name=SMALL_CNN), 1, CLASSES)
+    torch.save(trained.state_dict(), path)
+    begun = make_model(Model(name=SMALL_CNN, weights=path, head_std=0.01), 1, CLASSES)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(begun.parameters(), trained.parameters(), strict=True))
+
+
+def test_a_classifier_that_is_a_convolution_has_a_deviation_of_its_own() -> None:
+    with pytest.raises(UserError, match=r"head_std=0\.01 for squeezenet1_1"):
+        make_model(Model(name="squeezenet1_1", head_std=0.01), 3, CLASSES)

@@ -53,6 +53,8 @@ def make_model(settings: Model, channels: int, classes: int, names: Sequence[str
             nn.Dropout(settings.drop_rate), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)
         )
     model = nn.Sequential(layers) if len(layers) > 1 else backbone
+    if settings.head_std is not None:
+        _draw_classifier(model, settings.head_std, settings.name)
     if settings.weights is not None:
         load_weights(model, settings.weights, names)
     return model
@@ -124,8 +126,8 @@ def _fitting(
 ) -> dict[str, Any]:
     """A state dict for a model with classes of these names, from one for the known ones."""
     own = model.state_dict()
-    last = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1:]
-    classifier = {f"{name}.{tensor}" for name in last for tensor in ("weight", "bias")} & own.keys() & state.keys()
+    last = _classifier(model)
+    classifier = {f"{last}.{tensor}" for tensor in ("weight", "bias")} & own.keys() & state.keys()
     differing = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
     features = {name: own[name].shape[1:] == state[name].shape[1:] for name in classifier}
     named = bool(names and known)
@@ -147,6 +149,26 @@ def _fitting(
         f", and begins anew for {fresh} that it does not know" if fresh else "",
     )
     return state | fitted
+
+
+def _classifier(model: nn.Module) -> str | None:
+    """The name of the last linear layer; None for networks that end in a convolution."""
+    return next((name for name, layer in reversed([*model.named_modules()]) if isinstance(layer, nn.Linear)), None)
+
+
+def _draw_classifier(model: nn.Module, std: float, name: str) -> None:
+    """Have a model's classifier begin with normal weights of this deviation, and no bias."""
+    classifier = _classifier(model)
+    if classifier is None:
+        raise UserError(
+            found=f"model.head_std={std} for {name}, which ends in no linear layer",
+            expected="a network with a linear classifier",
+            hint="leave it out, or choose another model.name",
+        )
+    layer = model.get_submodule(classifier)
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 class RepeatChannels(nn.Module):
