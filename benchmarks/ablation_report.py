@@ -39,7 +39,8 @@ def overrides_that_help(rows: list[dict[str, Any]], overrides: dict[str, dict[st
 
     An addition helps if the mean of its gains in accuracy and macro F1 on the validation part is above its standard
     error between seeds, and neither falls by more than its own: what buys one with the other is no help. Of two that
-    set the same thing differently the more helpful one is taken.
+    set the same thing differently the more helpful one is taken; so is it alone where the other sets all that it does,
+    and more.
     """
     recipe = rows[0]
     helpful = []
@@ -54,7 +55,8 @@ def overrides_that_help(rows: list[dict[str, Any]], overrides: dict[str, dict[st
     chosen: list[str] = []
     settled: dict[str, Any] = {}
     for _, name in sorted(helpful, key=lambda pair: -pair[0]):
-        if all(settled.get(key, value) == value for key, value in overrides[name].items()):
+        agrees = all(settled.get(key, value) == value for key, value in overrides[name].items())
+        if agrees and not any(overrides[better].items() <= overrides[name].items() for better in chosen):
             settled |= overrides[name]
             chosen.append(name)
     return chosen
@@ -80,8 +82,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"{first['images_seen']:,} images seen in each run, mean and standard error over seeds, in percent; gains in "
         "points, between runs of the same seed.\n"
         "* taken: the mean of both gains on the validation part is above its standard error, neither falls by more "
-        "than its own, and no better one sets the same thing otherwise; a teacher in the last row alone. The test part "
-        "was evaluated once a run and chose no addition.\n"
+        "than its own, and no better one sets the same otherwise or is part of it; a teacher in the last row alone. "
+        "The test part was evaluated once a run and chose no addition.\n"
         f"{first['environment']['cores']} cores of {first['environment']['processor']}, "
         f"{first['environment']['device']}."
     )

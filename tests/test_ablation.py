@@ -155,6 +155,7 @@ def test_what_helps_is_what_gains_more_than_its_error_on_validation() -> None:
         row("noise", [(0.84, 0.66), (0.80, 0.62), (0.81, 0.62)]),
         row("worse", [(a - 0.01, f) for a, f in recipe], test=1.0),
         row("more of it", [(a + 0.02, f + 0.02) for a, f in recipe]),
+        row("that with something worse", [(a + 0.015, f + 0.015) for a, f in recipe]),
     ]
     overrides = {
         "both": {"a": 1},
@@ -163,6 +164,7 @@ def test_what_helps_is_what_gains_more_than_its_error_on_validation() -> None:
         "noise": {"c": 1},
         "worse": {"d": 1},
         "more of it": {"a": 2},
+        "that with something worse": {"a": 2, "f": [1, 2]},
     }
     assert overrides_that_help(rows, overrides) == ["more of it", "one alone"], "a=2 is better than a=1"
     text = markdown(rows)
