@@ -272,7 +272,8 @@ def test_every_kind_of_network_is_made_by_the_cards_code(settings: Model, side: 
 def test_every_kind_of_network_is_known_to_onnx(settings: Model, side: int) -> None:
     model = make_model(settings, 1, 7).eval().requires_grad_(False)
     raw = np.random.default_rng(0).integers(0, 256, (3, side, side, 1), dtype=np.uint8)
-    classifier = Classifier(GraphSpec((side, side, 1), False, side), model, "none", 1.0).eval()
+    decided = Decided(np.zeros(7, np.float32), 1.0)
+    classifier = Classifier(GraphSpec((side, side, 1), False, side), model, "none", decided).eval()
     expected = classifier(torch.from_numpy(raw))[0].numpy()
     found = export_formats.to_onnx(classifier, (side, side, 1), {}).answers(raw)
     np.testing.assert_allclose(found, expected, atol=1e-5)
