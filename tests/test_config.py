@@ -317,7 +317,7 @@ def test_a_setting_with_effect_is_not(overrides: list[str]) -> None:
 def test_every_setting_has_a_sentence() -> None:
     assert len(settings()) > 40
     for name, sentence in settings():
-        assert sentence.endswith(".") and len(sentence.split()) >= 3, name
+        assert sentence.endswith(".") and len(sentence.split()) >= 3 and "\n" not in sentence, name
 
 
 PUBLISHED = {

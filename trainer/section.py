@@ -29,7 +29,7 @@ def described(settings: type[Section]) -> list[tuple[str, str]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             found += [(f"{name}.{inner}", sentence) for inner, sentence in described(field.annotation)]
         else:
-            found.append((name, field.description or ""))
+            found.append((name, " ".join((field.description or "").split())))
     return found
 
 
