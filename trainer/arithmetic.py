@@ -9,10 +9,11 @@ from trainer.settings import Config, Trainer
 
 
 def with_precision(config: Config, device: torch.device) -> Config:
-    """The settings with `trainer.precision: auto` decided: bf16 where the device computes this model natively in it.
+    """The settings with `trainer.precision: auto` decided: bf16 where the device is made for it and for this model.
 
-    AMX multiplies matrices, of which a convolution channel by channel makes none: a network with such ones is faster
-    in fp32 on a CPU (`benchmarks/train_throughput.py --precisions bf16,fp32`). Raises `UserError` for an unknown model.
+    AMX multiplies matrices, of which a convolution channel by channel makes none: most networks with such ones are
+    faster in fp32 on a CPU, though not all (XCiT is not); `benchmarks/train_throughput.py --precisions bf16,fp32` tells
+    for one. Raises `UserError` for an unknown model.
     """
     if config.trainer.precision != "auto":
         return config
