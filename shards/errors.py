@@ -34,6 +34,26 @@ class UserError(Exception):
         return f"error: found {self.found}\n    expected: {self.expected}\n    HINT: {self.hint}"
 
 
+class NotFoundError(UserError):
+    """A file, directory or remote object that does not exist."""
+
+
+class CorruptError(UserError):
+    """A file whose content is not what its writer wrote."""
+
+
+class MismatchError(UserError):
+    """Two things that do not fit each other, such as a file and its manifest."""
+
+
+class AccessDeniedError(UserError):
+    """A place that this user may not read or write."""
+
+
+class DiskFullError(UserError):
+    """A disk or quota without room for what has to be written."""
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
