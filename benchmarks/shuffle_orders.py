@@ -17,7 +17,7 @@ from benchmarks.peers.inkstream import pack_as_stored
 from benchmarks.peers.peer import Source, Task
 from benchmarks.processes import KeptProcess, ProcessFailed
 from benchmarks.shuffle_measures import Epoch
-from pipeline.order import TrainingOrder
+from pipeline.sampler import TrainingOrder
 from shards import open_part
 
 _SIDE = 8  # of the made-up images, in pixels: only their order matters

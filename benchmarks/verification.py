@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.peers.peer import Rows, Source, Task, Variant
-from pipeline.resample import resize_weights
+from pipeline.transforms.ops.resize import resize_weights
 
 IMAGES = 64  # of a batch, from its beginning and its end
 _FLOAT32 = 2e-5  # of pixels in 0 .. 1: sums of four products of float32, some in a lower precision's accumulators

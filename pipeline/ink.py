@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from pipeline.resample import resize_weights
+from pipeline.transforms.ops.resize import resize_weights
 
 SCAN_SIDE = 40
 """Pixels of the longer side of the ink in a scan, at which its blur has sigma 1: with 3 pixels of blur and 2 of border

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.raw.files import BadFile
 from pipeline.raw.pictures import decode
-from pipeline.resample import resize_weights
+from pipeline.transforms.ops.resize import resize_weights
 
 SIDE = 32  # of a miniature, pixels
 WORDS = 2  # of a hash, 64 bits each

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.augmentation import Draws
 from pipeline.buffers import Buffers
-from pipeline.graph import Graph, UndecodableImage
-from pipeline.order import Order, Step
+from pipeline.sampler import Order, Step
+from pipeline.transforms.augmentation import Draws
+from pipeline.transforms.spec import Graph, UndecodableImage
 from shards.errors import UserError
 from shards.store import EncodedStore, Images, Store
 

@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipeline.augmentation import NO_AUGMENTATION, Augmentation
-from pipeline.backend import choose_backend, make_graph
-from pipeline.graph import GraphSpec
 from pipeline.loader import Loader, damaged_picture
-from pipeline.order import EvaluationOrder
-from pipeline.preparation import NOTHING, Preparation
 from pipeline.randomness import permutation
+from pipeline.sampler import EvaluationOrder
+from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
+from pipeline.transforms.build import choose_backend, make_graph
+from pipeline.transforms.preprocess import NOTHING, Preparation
+from pipeline.transforms.spec import GraphSpec
 from shards import Store
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from reference import resize_axis
 from scipy import ndimage
 
-from pipeline.augmentation import Augmentation, Draws, Number
+from pipeline.transforms.augmentation import Augmentation, Draws, Number
 
 CROSS = ndimage.generate_binary_structure(2, 1)
 

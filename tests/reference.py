@@ -1,4 +1,4 @@
-"""What a graph must compute, in float64 and slowly, written from the description in `pipeline.resample`.
+"""What a graph must compute, in float64 and slowly, written from the description in `pipeline.transforms.ops.resize`.
 
 It shares no code with the product and uses no matrix: one output pixel after another, along one axis at a time.
 """

@@ -16,14 +16,14 @@ from reference import model_input
 from test_loader import assert_same
 from test_picture_graph import SIZES, as_array, picture, pixels
 
-from pipeline.augmentation import NO_AUGMENTATION, Augmentation, Draws, Number
-from pipeline.backend import make_graph
-from pipeline.erasing import erased
-from pipeline.graph import GraphSpec
-from pipeline.ink_mask import contour, ink
 from pipeline.loader import Loader
-from pipeline.order import TrainingOrder
-from pipeline.warp import smoothing
+from pipeline.sampler import TrainingOrder
+from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, Draws, Number
+from pipeline.transforms.build import make_graph
+from pipeline.transforms.ops.erasing import erased
+from pipeline.transforms.ops.foreground import contour, ink
+from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.warp import smoothing
 from shards import Store, UserError, open_part
 from trainer.augment import Augment
 

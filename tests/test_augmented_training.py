@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from pipeline.augmentation import Augmentation
+from pipeline.transforms.augmentation import Augmentation
 from shards import UserError
 from trainer.config import load
 from trainer.data import open_data

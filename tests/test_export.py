@@ -17,10 +17,10 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from pipeline.graph import GraphSpec
-from pipeline.graph_module import GraphModule
-from pipeline.graph_torch import TorchGraph
-from pipeline.preparation import Preparation
+from pipeline.transforms.export_module import GraphModule
+from pipeline.transforms.preprocess import Preparation
+from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.torch_backend import TorchGraph
 from shards import UserError, open_part
 from trainer import export_formats, model_code
 from trainer.classifier import Classifier, _MaxPoolTo

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from reference import model_input, resize_axis
 
-from pipeline.backend import choose_backend, make_graph
-from pipeline.graph import Graph, GraphSpec
-from pipeline.resample import resize_weights
+from pipeline.transforms.build import choose_backend, make_graph
+from pipeline.transforms.ops.resize import resize_weights
+from pipeline.transforms.spec import Graph, GraphSpec
 from shards import UserError, open_part
 
 RESOLUTIONS = (7, 9, 14, 20, 28, 31, 40, 56, 64, 84, 96, 112, 140, 224)

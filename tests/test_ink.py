@@ -15,8 +15,8 @@ from PIL import Image
 from pipeline.ink import SCAN_SIDE, Ink, InkFrame, NoInk, find_ink, frame_ink
 from pipeline.intake import Blank, Intake, Unusable
 from pipeline.lighting import evenly_lit
-from pipeline.resample import resize_weights
 from pipeline.sources import Request, find_source
+from pipeline.transforms.ops.resize import resize_weights
 from shards import open_part
 
 EMNIST = InkFrame.of_emnist(28)

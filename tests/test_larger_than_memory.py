@@ -27,7 +27,7 @@ READER = f"""
 import sys
 from pathlib import Path
 import numpy as np
-from pipeline.order import TrainingOrder, window_within
+from pipeline.sampler import TrainingOrder, window_within
 from shards import open_part
 
 def high_water():

@@ -16,11 +16,11 @@ from conftest import made_up_parts
 from numpy.typing import NDArray
 from reference import model_input
 
-from pipeline.augmentation import Draws
-from pipeline.backend import make_graph
-from pipeline.graph import Graph, GraphSpec
 from pipeline.loader import Batch, Loader, run_ahead
-from pipeline.order import EvaluationOrder, Order, TrainingOrder
+from pipeline.sampler import EvaluationOrder, Order, TrainingOrder
+from pipeline.transforms.augmentation import Draws
+from pipeline.transforms.build import make_graph
+from pipeline.transforms.spec import Graph, GraphSpec
 from shards import Store, open_part
 from shards.store import Images
 

@@ -18,7 +18,7 @@ from conftest import made_up_parts, pack_parts
 from run_outcome import assert_same_weights, weights
 
 from pipeline.loader import Batch, Loader
-from pipeline.order import TrainingOrder
+from pipeline.sampler import TrainingOrder
 from shards import UserError, open_part
 from trainer import checkpoint, engine, reproduce
 from trainer.data import carve

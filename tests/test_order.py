@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.order import EvaluationOrder, Order, TrainingOrder, window_within
 from pipeline.randomness import BLOCK_STREAM, PACKING_STREAM, PARTITION_STREAM, permutation, random_keys
+from pipeline.sampler import EvaluationOrder, Order, TrainingOrder, window_within
 from shards.manifest import Manifest
 
 seeds = st.integers(0, 2**63 - 1)

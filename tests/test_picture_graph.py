@@ -14,10 +14,10 @@ from PIL import Image
 from raw_files import picture, pixels
 from reference import model_input
 
-from pipeline import graph_dali
-from pipeline.backend import choose_backend, make_graph
-from pipeline.graph import Graph, GraphSpec, UndecodableImage
-from pipeline.graph_dali import DaliPictureGraph
+from pipeline.transforms import dali_backend
+from pipeline.transforms.build import choose_backend, make_graph
+from pipeline.transforms.dali_backend import DaliPictureGraph
+from pipeline.transforms.spec import Graph, GraphSpec, UndecodableImage
 from shards import UserError
 from shards.pictures import decode
 
@@ -171,7 +171,7 @@ def test_a_batch_of_large_pictures_is_taken_in_several_runs(
     files = [as_array(picture(pixels(*size, 3))) for size in SIZES]
     together = graph_of(device)(files)
     for most in (1, 900, 4000, 40 * 90, 1 << 20):
-        monkeypatch.setattr(graph_dali, "_MOST_PIXELS", most)
+        monkeypatch.setattr(dali_backend, "_MOST_PIXELS", most)
         assert_alike(graph_of(device)(files), together)
 
 
@@ -188,8 +188,8 @@ def test_a_batch_of_large_pictures_is_taken_in_several_runs(
 def test_runs_hold_as_many_pictures_as_fit(
     monkeypatch: pytest.MonkeyPatch, counts: list[int], runs: list[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr(graph_dali, "_MOST_PIXELS", 10)
-    assert [(run.start, run.stop) for run in graph_dali._runs(counts)] == runs
+    monkeypatch.setattr(dali_backend, "_MOST_PIXELS", 10)
+    assert [(run.start, run.stop) for run in dali_backend._runs(counts)] == runs
 
 
 PNG, JPEG = picture(pixels(30, 30, 3)), picture(pixels(30, 30, 3), "JPEG")
@@ -214,7 +214,7 @@ def test_a_picture_that_cannot_be_decoded_is_found_in_its_batch(
     content, words = DAMAGED[case]
     good = [as_array(made_up_file(number, 0).content) for number in range(6)]
     bad = [*good[:position], as_array(content) if content else np.empty(0, np.uint8), *good[position + 1 :]]
-    monkeypatch.setattr(graph_dali, "_MOST_PIXELS", 4000)  # so that some lie in later runs
+    monkeypatch.setattr(dali_backend, "_MOST_PIXELS", 4000)  # so that some lie in later runs
     graph = graph_of(device)
     before = graph(good)
     with pytest.raises(UndecodableImage) as caught:
@@ -228,7 +228,7 @@ def test_what_only_dali_cannot_decode_is_told_in_its_words(monkeypatch: pytest.M
     def fine(content: bytes, channels: int) -> NDArray[np.uint8]:
         return np.zeros((1, 1, channels), np.uint8)
 
-    monkeypatch.setattr(graph_dali, "decode", fine)
+    monkeypatch.setattr(dali_backend, "decode", fine)
     with pytest.raises(UndecodableImage) as caught:
         graph_of(CPU)([as_array(PNG[: len(PNG) // 2])])
     assert caught.value.reason.startswith("a picture that DALI cannot decode: ")

@@ -19,12 +19,12 @@ from PIL import Image
 from raw_files import picture, pixels, refusal
 from reference import model_input
 
-from pipeline import statistics
-from pipeline.backend import make_graph
-from pipeline.graph import GraphSpec
+from pipeline import normalization
 from pipeline.loader import Loader
-from pipeline.order import EvaluationOrder, Order, TrainingOrder
 from pipeline.preview import _GAP, _HEADER, _LABEL, _MARGIN, _TILE, contact_sheet, read_images
+from pipeline.sampler import EvaluationOrder, Order, TrainingOrder
+from pipeline.transforms.build import make_graph
+from pipeline.transforms.spec import GraphSpec
 from shards import Store, UserError, open_part
 from shards.index import index
 from shards.pictures import decode
@@ -114,7 +114,7 @@ def test_a_picture_damaged_after_packing_is_named(packed: Path, tmp_path: Path, 
 
 def test_statistics_are_those_of_the_reference(set_of_pictures: Path, device: torch.device) -> None:
     store = open_part(set_of_pictures, "train")
-    measured = statistics.measure(store, GraphSpec.of(store.manifest, RESOLUTION), "dali", device)
+    measured = normalization.measure(store, GraphSpec.of(store.manifest, RESOLUTION), "dali", device)
     reference = expected(store, np.arange(len(store)))
     # Each picture counts the same, whatever its size.
     np.testing.assert_allclose(measured.mean, reference.mean(axis=(0, 2, 3)), atol=1e-5)
@@ -125,11 +125,11 @@ def test_statistics_are_those_of_the_reference(set_of_pictures: Path, device: to
 def test_statistics_of_a_sorted_set_are_taken_from_everywhere(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_part(foreign, "train")
     assert np.all(np.diff(store.labels) >= 0), "sorted by class"
-    monkeypatch.setattr(statistics, "_MOST_PICTURES", 30)
-    samples = statistics._choose(store)
+    monkeypatch.setattr(normalization, "_MOST_PICTURES", 30)
+    samples = normalization._choose(store)
     assert len(samples) == len(set(samples.tolist())) == 30
     assert np.bincount(store.labels[samples]).tolist() == [15, 15]
-    assert statistics.measure(store, GraphSpec.of(store.manifest, 8), "dali", CPU).samples == 30
+    assert normalization.measure(store, GraphSpec.of(store.manifest, 8), "dali", CPU).samples == 30
 
 
 def test_a_contact_sheet_shows_pictures_in_their_own_shape(tmp_path: Path) -> None:

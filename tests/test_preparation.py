@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from scipy import ndimage
 
-from pipeline import statistics
-from pipeline.backend import make_graph
-from pipeline.graph import GraphSpec
-from pipeline.ink_mask import contour, ink
-from pipeline.morphology import opened, thickened
-from pipeline.preparation import Preparation
+from pipeline import normalization
+from pipeline.transforms.build import make_graph
+from pipeline.transforms.ops.foreground import contour, ink
+from pipeline.transforms.ops.morphology import opened, thickened
+from pipeline.transforms.preprocess import Preparation
+from pipeline.transforms.spec import GraphSpec
 from shards import UserError, open_part
 
 SHAPES = {"gray": (28, 28, 1), "rgb": (20, 31, 3)}
@@ -171,9 +171,9 @@ def test_statistics_are_those_of_prepared_images_and_kept_apart(tmp_path: Path) 
     found = {}
     for steps in (Preparation(), Preparation(invert=True), Preparation(crop_to_ink=0.1, equalize=True)):
         spec = GraphSpec.of(store.manifest, 20, "linear", steps)
-        found[steps] = statistics.cached(store, packed / "train", spec, "torch", cpu)
-        assert found[steps] == statistics.cached(store, packed / "train", spec, "torch", cpu)
-        assert found[steps] == statistics.measure(store, spec, "torch", cpu)
+        found[steps] = normalization.cached(store, packed / "train", spec, "torch", cpu)
+        assert found[steps] == normalization.cached(store, packed / "train", spec, "torch", cpu)
+        assert found[steps] == normalization.measure(store, spec, "torch", cpu)
     plain, inverted, _ = found.values()
     assert inverted.mean[0] == pytest.approx(1 - plain.mean[0], abs=1e-6)
     names = {path.name for path in (packed / "train" / "statistics").iterdir()}

@@ -10,9 +10,9 @@ from conftest import run_module
 from PIL import Image
 
 from pipeline import preview
-from pipeline.augmentation import Augmentation
-from pipeline.preparation import Preparation
 from pipeline.preview import contact_sheet, upright
+from pipeline.transforms.augmentation import Augmentation
+from pipeline.transforms.preprocess import Preparation
 from shards import UserError, open_part
 
 CLASSES = 5

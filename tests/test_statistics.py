@@ -13,9 +13,9 @@ import torch
 from conftest import made_up_parts, pack_parts
 from reference import model_input
 
-from pipeline import statistics
-from pipeline.graph import GraphSpec
-from pipeline.statistics import Statistics, cached, measure
+from pipeline import normalization
+from pipeline.normalization import Statistics, cached, measure
+from pipeline.transforms.spec import GraphSpec
 from shards import Store, open_part
 
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def test_is_measured_once_and_then_read(packed: Path, store: Store, monkeypatch:
     spec = GraphSpec.of(store.manifest, 20)
     first = cached(store, packed / "train", spec, "torch", CPU)
     assert first == measure(store, spec, "torch", CPU)
-    monkeypatch.setattr(statistics, "measure", _must_not_measure)
+    monkeypatch.setattr(normalization, "measure", _must_not_measure)
     assert cached(store, packed / "train", spec, "torch", CPU) == first
 
 
@@ -140,7 +140,7 @@ def test_a_place_that_cannot_be_written_only_warns(
     def refuse(path: Path, content: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(statistics, "write_file", refuse)
+    monkeypatch.setattr(normalization, "write_file", refuse)
     spec = GraphSpec.of(store.manifest, 20)
     with caplog.at_level(logging.WARNING):
         assert cached(store, packed / "train", spec, "torch", CPU) == measure(store, spec, "torch", CPU)

@@ -1,4 +1,4 @@
-"""Settings of augmentation; `pipeline.augmentation` is what does it."""
+"""Settings of augmentation; `pipeline.transforms.augmentation` is what does it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.augmentation import Augmentation
+from pipeline.transforms.augmentation import Augmentation
 from trainer.section import Section, Share
 
 

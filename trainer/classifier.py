@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.graph import GraphSpec
-from pipeline.graph_module import GraphModule
+from pipeline.transforms.export_module import GraphModule
+from pipeline.transforms.spec import GraphSpec
 from trainer.decision import Decided
 from trainer.views import mean_logits
 

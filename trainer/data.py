@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.backend import choose_backend, make_graph
-from pipeline.graph import Graph, GraphSpec
 from pipeline.intake import Intake
 from pipeline.loader import Loader
-from pipeline.order import EvaluationOrder, TrainingOrder, window_within
+from pipeline.normalization import cached
 from pipeline.partition import stratified
-from pipeline.statistics import cached
+from pipeline.sampler import EvaluationOrder, TrainingOrder, window_within
+from pipeline.transforms.build import choose_backend, make_graph
+from pipeline.transforms.spec import Graph, GraphSpec
 from shards import Manifest, Store, UserError, open_part
 from shards.manifest import VALIDATION, has_part
 from shards.places import local_set

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.backend import choose_backend, make_graph
-from pipeline.graph import GraphSpec
 from pipeline.loader import Batch, Loader
+from pipeline.transforms.build import choose_backend, make_graph
+from pipeline.transforms.spec import GraphSpec
 from shards import UserError
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.graph import GraphSpec
+from pipeline.transforms.spec import GraphSpec
 from shards import Manifest, UserError
 from shards.atomic import check_writable, made_directory, write_file
 from shards.errors import run_command

@@ -17,7 +17,7 @@ from trainer.settings import OWN, Model
 
 # Networks that are more than a sequence of torch's own layers. Their modules need torch and torchvision alone.
 _BUILT = {"cifar_efficientnet": efficientnet_b0, "squeezenet1_1": squeezenet1_1}
-# Of `torch.nn.functional.interpolate`; close to `pipeline/resample.py` inside, and at the border where images grow.
+# Of `torch.nn.functional.interpolate`; close to `transforms/ops/resize.py` inside, and at the border where images grow.
 RESIZE = {
     "linear": {"mode": "bilinear", "antialias": True},
     "cubic": {"mode": "bicubic", "antialias": True},

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.backend import choose_backend, make_graph
-from pipeline.graph import GraphSpec
+from pipeline.transforms.build import choose_backend, make_graph
+from pipeline.transforms.spec import GraphSpec
 from shards import Store
 from shards.errors import UserError
 from shards.store import Images

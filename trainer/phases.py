@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.graph import Graph
 from pipeline.loader import Batch, Loader
-from pipeline.order import TrainingOrder
+from pipeline.sampler import TrainingOrder
+from pipeline.transforms.spec import Graph
 from shards.store import Store
 from trainer.settings import Config
 

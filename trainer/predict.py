@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.graph import UndecodableImage
+from pipeline.transforms.spec import UndecodableImage
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
 from trainer.calibration import calibration_error

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.backend import choose_backend, make_graph
 from pipeline.device import choose_device
-from pipeline.graph import GraphSpec
 from pipeline.ink import InkFrame
 from pipeline.intake import Intake
+from pipeline.transforms.build import choose_backend, make_graph
+from pipeline.transforms.spec import GraphSpec
 from shards import Store, UserError
 from trainer.arithmetic import autocast, laid_out
 from trainer.decision import Decided
@@ -65,7 +65,7 @@ class Predictor:
     def predict(self, images: list[NDArray[np.uint8]]) -> Seen:
         """Up to `batch_size` images as `Intake.take` gives them.
 
-        Raises `pipeline.graph.UndecodableImage` for a picture file that the graph cannot decode.
+        Raises `pipeline.transforms.spec.UndecodableImage` for a picture file that the graph cannot decode.
         """
         batch = images if self._spec.encoded else np.stack(images)
         model_input = self._graph(batch)

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.augmentation import Draws
-from pipeline.graph import Graph
 from pipeline.loader import Batch
+from pipeline.transforms.augmentation import Draws
+from pipeline.transforms.spec import Graph
 from shards.atomic import replace_file
 from shards.store import Images
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.graph import MAX_RESOLUTION
-from pipeline.preparation import Preparation
+from pipeline.transforms.preprocess import Preparation
+from pipeline.transforms.spec import MAX_RESOLUTION
 from trainer.augment import Augment
 from trainer.networks import SMALLEST
 from trainer.networks.plain import PLAIN, Plain

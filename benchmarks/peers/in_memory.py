@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from benchmarks.peers.peer import Batch, Epochs, Source, Task, Variant
 from benchmarks.peers.transforms import BatchTransform
-from pipeline.resample import resize_weights
+from pipeline.transforms.ops.resize import resize_weights
 
 
 class InMemory:

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.peers.peer import Batch, Epochs, Source, Task, Variant
-from pipeline.backend import make_graph
-from pipeline.graph import GraphSpec
 from pipeline.loader import Loader
-from pipeline.order import TrainingOrder
 from pipeline.pack import pack
+from pipeline.sampler import TrainingOrder
 from pipeline.sources import RawPart
+from pipeline.transforms.build import make_graph
+from pipeline.transforms.spec import GraphSpec
 from shards import open_part
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.ink_mask import contour, ink
+from pipeline.transforms.ops.foreground import contour, ink
 
 
 def erased(

@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augmentation import Augmentation, Draws
 from pipeline.randomness import BLOCK_STREAM, permutation, random_keys
+from pipeline.transforms.augmentation import Augmentation, Draws
 from shards.manifest import Manifest
 
 

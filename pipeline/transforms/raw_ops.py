@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.augmentation import Augmentation, Draws
-from pipeline.erasing import erased
-from pipeline.graph import GraphSpec
-from pipeline.morphology import thickened
+from pipeline.transforms.augmentation import Augmentation, Draws
+from pipeline.transforms.ops.erasing import erased
+from pipeline.transforms.ops.morphology import thickened
+from pipeline.transforms.spec import GraphSpec
 
 
 class RawSteps:

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
-from pipeline.augmentation import NO_AUGMENTATION, Augmentation, Draws
-from pipeline.graph import GraphSpec, UndecodableImage
-from pipeline.raw_steps import RawSteps
-from pipeline.resample import nearest_nudge
-from pipeline.warp import Warp, shifts_to_mean
+from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, Draws
+from pipeline.transforms.ops.resize import nearest_nudge
+from pipeline.transforms.raw_ops import RawSteps
+from pipeline.transforms.spec import GraphSpec, UndecodableImage
+from pipeline.transforms.warp import Warp, shifts_to_mean
 from shards.pictures import decode, read_header
 
 _INTERPOLATIONS = {
@@ -36,8 +36,8 @@ _MOST_PIXELS = 1 << 28
 
 
 class DaliGraph:
-    """See `pipeline.graph.Graph`, of images of one size. A pure function of its input: whatever is random comes in from
-    outside."""
+    """See `pipeline.transforms.spec.Graph`, of images of one size. A pure function of its input: whatever is random
+    comes in from outside."""
 
     worth_joining = 0
 
@@ -81,7 +81,8 @@ def _packed(array: NDArray, packs: int, pack: int) -> NDArray:
 
 
 class DaliPictureGraph:
-    """See `pipeline.graph.Graph`, of picture files of differing sizes: decoded on the device, turned as EXIF asks."""
+    """See `pipeline.transforms.spec.Graph`, of picture files of differing sizes: decoded on the device, turned as EXIF
+    asks."""
 
     worth_joining = 0
 

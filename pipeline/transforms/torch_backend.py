@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.augmentation import NO_AUGMENTATION, Augmentation, Draws
 from pipeline.buffers import Buffers
-from pipeline.graph import GraphSpec
-from pipeline.raw_steps import RawSteps
-from pipeline.resample import resize_weights
-from pipeline.warp import Warp
+from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, Draws
+from pipeline.transforms.ops.resize import resize_weights
+from pipeline.transforms.raw_ops import RawSteps
+from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.warp import Warp
 from shards.errors import UserError
 
 _WORTH_JOINING = 8 << 20  # bytes of model input; from there on the calls themselves no longer matter
 
 
 class TorchGraph:
-    """See `pipeline.graph.Graph`."""
+    """See `pipeline.transforms.spec.Graph`."""
 
     def __init__(self, spec: GraphSpec, device: torch.device, augmentation: Augmentation = NO_AUGMENTATION) -> None:
         if spec.encoded:

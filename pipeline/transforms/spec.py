@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from pipeline.augmentation import Draws
-from pipeline.preparation import NOTHING, Preparation
+from pipeline.transforms.augmentation import Draws
+from pipeline.transforms.preprocess import NOTHING, Preparation
 from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.store import Images

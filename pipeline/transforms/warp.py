@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.augmentation import Augmentation, Draws
 from pipeline.buffers import Buffers
-from pipeline.graph import GraphSpec
+from pipeline.transforms.augmentation import Augmentation, Draws
+from pipeline.transforms.spec import GraphSpec
 
 # Pixels of the output whose positions (8 bytes each) are worked on at a time, so that they stay in a core's cache.
 _AT_ONCE = 1 << 18

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from pipeline.ink_mask import cropped_to_ink, equalised
-from pipeline.morphology import opened
+from pipeline.transforms.ops.foreground import cropped_to_ink, equalised
+from pipeline.transforms.ops.morphology import opened
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.backend import make_graph
-from pipeline.graph import GraphSpec
 from pipeline.loader import Loader
-from pipeline.order import EvaluationOrder
+from pipeline.sampler import EvaluationOrder
+from pipeline.transforms.build import make_graph
+from pipeline.transforms.spec import GraphSpec
 from shards.atomic import write_file
 from shards.store import Store
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.graph import GraphSpec
-from pipeline.resample import resize_weights
+from pipeline.transforms.ops.resize import resize_weights
+from pipeline.transforms.spec import GraphSpec
 
 
 class GraphModule(nn.Module):

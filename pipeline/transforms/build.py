@@ -6,9 +6,9 @@ import importlib.util
 
 import torch
 
-from pipeline.augmentation import NO_AUGMENTATION, Augmentation
-from pipeline.graph import Graph, GraphSpec
-from pipeline.graph_torch import TorchGraph
+from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
+from pipeline.transforms.spec import Graph, GraphSpec
+from pipeline.transforms.torch_backend import TorchGraph
 from shards.errors import UserError
 
 
@@ -46,7 +46,7 @@ def make_graph(
     if spec.encoded:
         _check_pictures(spec, augmentation)
     if backend == "dali":
-        from pipeline.graph_dali import DaliGraph, DaliPictureGraph  # not there on every system
+        from pipeline.transforms.dali_backend import DaliGraph, DaliPictureGraph  # not there on every system
 
         return (DaliPictureGraph if spec.encoded else DaliGraph)(spec, device, batch_size, augmentation)
     return TorchGraph(spec, device, augmentation)

@@ -1,0 +1,1 @@
+"""How do raw images become model input? One specification, computed by DALI or by torch."""
