@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.harness import DEFAULT_OUT
 from benchmarks.packed_set import choose_set
 from benchmarks.peers.peer import Source, Task
-from pipeline.device import choose_device
+from pipeline.common.device import choose_device
 from shards import Store, UserError, open_part
 from shards.atomic import check_writable
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.pack import pack
-from pipeline.sources import Request, find_source
+from pipeline.datasets import Request, find_source
+from pipeline.packing.pack import pack
 from shards.manifest import is_packed_set
 from shards.places import local_set
 

@@ -30,7 +30,7 @@ from benchmarks.harness import DEFAULT_OUT, table, write_results
 from benchmarks.packed_set import choose_set
 from benchmarks.train_throughput import LISTS, RUNS, SECONDS
 from benchmarks.training_loop import Setting, measure
-from pipeline.device import choose_device
+from pipeline.common.device import choose_device
 from shards import Manifest
 from shards.errors import UserError, run_command
 

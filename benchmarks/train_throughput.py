@@ -25,7 +25,7 @@ from benchmarks.bandwidth import describe, measure_bandwidth
 from benchmarks.harness import DEFAULT_OUT, in_process, size, table, write_results
 from benchmarks.packed_set import choose_set
 from benchmarks.training_loop import Setting, measure
-from pipeline.device import choose_device
+from pipeline.common.device import choose_device
 from shards import Manifest
 from shards.errors import UserError, run_command
 

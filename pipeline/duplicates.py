@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.datasets import RawPart, UnreadableImages
 from pipeline.likeness import SIDE, UNREADABLE, Miniatures, shrink_arrays, shrink_files
 from pipeline.matching import Pictures, hash_pictures, match
-from pipeline.sources import RawPart, UnreadableImages
 from shards.atomic import write_file
 from shards.errors import UserError
 

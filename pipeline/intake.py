@@ -18,8 +18,8 @@ from PIL import Image
 
 from pipeline.ink import InkFrame, NoInk, find_ink, frame_ink, within
 from pipeline.lighting import evenly_lit
-from pipeline.raw import pictures
-from pipeline.raw.files import BadFile
+from pipeline.readers.archives.files import BadFile
+from pipeline.readers.formats import image as pictures
 from shards import Store
 
 _MEASURED = 256  # images of the set
@@ -49,7 +49,7 @@ class Intake:
     """What is known of a set's images, and decides how pictures are brought to it.
 
     image_shape: (H, W, C) of the upright images, (None, None, C) where the set holds picture files. fit: how pictures
-    get that size, as in `pipeline.raw.pictures.decode`. frame: how ink lies in the images, None if they are not ink.
+    get that size, as in `readers.formats.image.decode`. frame: how ink lies in the images, None if they are not ink.
     """
 
     image_shape: tuple[int | None, int | None, int]

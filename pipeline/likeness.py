@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.raw.files import BadFile
-from pipeline.raw.pictures import decode
+from pipeline.readers.archives.files import BadFile
+from pipeline.readers.formats.image import decode
 from pipeline.transforms.ops.resize import resize_weights
 
 SIDE = 32  # of a miniature, pixels

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.buffers import Buffers
+from pipeline.common.buffer_pool import Buffers
 from pipeline.sampler import Order, Step
 from pipeline.transforms.augmentation import Draws
 from pipeline.transforms.spec import Graph, UndecodableImage

@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from pipeline.common.process_pool import Advance, default_workers, map_in_processes
+from pipeline.common.rng import permutation
 from pipeline.hamming import HashIndex, Near
 from pipeline.likeness import SHIFTS, SIDE, UNREADABLE, Miniatures, hashes, spectra
-from pipeline.randomness import permutation
-from pipeline.workers import Advance, default_workers, map_in_processes
 
 T = TypeVar("T")
 

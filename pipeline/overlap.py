@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.datasets import RawPart
 from pipeline.duplicates import Duplicates, Overlap, pictures_of, remove, write_report
 from pipeline.likeness import digests_of
 from pipeline.matching import hash_pictures, match
-from pipeline.pack import pack
-from pipeline.repack import packed_parts
-from pipeline.sources import RawPart
+from pipeline.packing.pack import pack
+from pipeline.packing.repack import packed_parts
 from shards.atomic import check_writable
 from shards.errors import UserError, run_command
 from shards.manifest import PARTS, VALIDATION, Manifest

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from pipeline.common.rng import permutation
 from pipeline.loader import Loader, damaged_picture
-from pipeline.randomness import permutation
 from pipeline.sampler import EvaluationOrder
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.build import choose_backend, make_graph

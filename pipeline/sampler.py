@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.randomness import BLOCK_STREAM, permutation, random_keys
+from pipeline.common.rng import BLOCK_STREAM, permutation, random_keys
 from pipeline.transforms.augmentation import Augmentation, Draws
 from shards.manifest import Manifest
 

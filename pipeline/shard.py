@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import duplicates
-from pipeline.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSettings, find_pack, pack
-from pipeline.parts import arrange
-from pipeline.sources import RawPart, Request, Source, find_source, source_names
-from pipeline.target import find_target
-from pipeline.team import Team, join_team
+from pipeline.datasets import RawPart, Request, Source, find_source, source_names
+from pipeline.packing.output import find_target
+from pipeline.packing.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSettings, find_pack, pack
+from pipeline.packing.ranks import Team, join_team
+from pipeline.packing.splits import arrange
 from shards.errors import USER_ERROR_STATUS, UserError, run_command
 from shards.manifest import Manifest
 from shards.places import is_remote, local_files, local_set

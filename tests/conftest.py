@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.pack import pack
-from pipeline.sources import RawPart, Request, find_source
+from pipeline.datasets import RawPart, Request, find_source
+from pipeline.packing.pack import pack
 from shards.manifest import RawFile, StoreKind
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

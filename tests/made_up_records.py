@@ -9,9 +9,9 @@ import webdataset
 from numpy.typing import NDArray
 from raw_files import picture
 
-import pipeline.pack
-from pipeline.pack import pack
-from pipeline.sources import RawPart
+import pipeline.packing.pack
+from pipeline.datasets import RawPart
+from pipeline.packing.pack import pack
 from shards.manifest import RawFile
 from shards.writer import EncodedImage
 
@@ -56,12 +56,12 @@ def picture_parts(train: int = 120, test: int = 40, classes: int = 2) -> tuple[R
 
 def pack_pictures(out: Path, records_per_shard: int = 50, workers: int = 1, **counts: int) -> Path:
     """Pack made-up pictures; three shards of train and one of test unless told otherwise."""
-    before = pipeline.pack._RECORDS_PER_SHARD
-    pipeline.pack._RECORDS_PER_SHARD = records_per_shard
+    before = pipeline.packing.pack._RECORDS_PER_SHARD
+    pipeline.packing.pack._RECORDS_PER_SHARD = records_per_shard
     try:
         pack(lambda: picture_parts(**counts), out, dataset="made-up", store="records", workers=workers)
     finally:
-        pipeline.pack._RECORDS_PER_SHARD = before
+        pipeline.packing.pack._RECORDS_PER_SHARD = before
     return out
 
 

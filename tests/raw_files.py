@@ -20,7 +20,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.sources import RawPart, Request, UnreadableImages, find_source
+from pipeline.datasets import RawPart, Request, UnreadableImages, find_source
 from shards import UserError
 
 # How long a thing takes is not what these tests ask, and other processes want the cores too.

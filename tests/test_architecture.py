@@ -14,8 +14,6 @@ from conftest import ROOT
 PACKAGES = ("shards", "pipeline", "trainer", "benchmarks")
 INNER_PACKAGES = (
     "shards/remote",
-    "pipeline/raw",
-    "pipeline/sources",
     "pipeline/transforms",
     "pipeline/transforms/ops",
     "trainer/networks",

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, assert_user_error, made_up_parts, pack_parts, run_module
 
 import shards.atomic
-from pipeline.pack import pack
+from pipeline.packing.pack import pack
 from shards import UserError
 from shards.atomic import replace_directory, replace_file, staging_directory, write_file
 from shards.manifest import PARTS, is_packed_set

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.buffers import Buffers
+from pipeline.common.buffer_pool import Buffers
 
 
 def address(array: np.ndarray | torch.Tensor) -> int:

@@ -20,9 +20,9 @@ from conftest import ROOT, assert_user_error, made_up_parts, pack_parts, run_mod
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pipeline.pack
+import pipeline.packing.pack
 import shards.convert
-from pipeline.pack import pack
+from pipeline.packing.pack import pack
 from shards import Manifest, UserError, open_part
 from shards.atomic import staging_directory
 from shards.convert import convert
@@ -45,7 +45,7 @@ def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     out = tmp_path_factory.mktemp("convert") / "tar"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.pack, "SHARD_BYTES", 3 * BLOCK_SIZE * int(np.prod(SHAPE)))
+        patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 3 * BLOCK_SIZE * int(np.prod(SHAPE)))
         pack(lambda: parts, out, dataset="made-up", block_size=BLOCK_SIZE, options={"size": 6})
     return out
 
@@ -152,7 +152,7 @@ class TestRoundTrip:
         first: StoreKind,
         compression: str,
     ) -> None:
-        monkeypatch.setattr(pipeline.pack, "SHARD_BYTES", blocks_per_shard * block_size * int(np.prod(shape)))
+        monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", blocks_per_shard * block_size * int(np.prod(shape)))
         parts = made_up_parts(train=samples, test=1, classes=classes, shape=shape)
         second: StoreKind = "zarr" if first == "tar" else "tar"
         with tempfile.TemporaryDirectory() as directory:
@@ -166,7 +166,7 @@ class TestRoundTrip:
     def test_holds_no_more_than_a_shard_in_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """3,200 images of 3 KB in shards of 128; zarr-python has several copies of the shard that it writes."""
         raw, shard = 3200 * 3072, 128 * 3072
-        monkeypatch.setattr(pipeline.pack, "SHARD_BYTES", shard)
+        monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", shard)
         source = pack_parts(made_up_parts(train=3200, test=1, shape=(32, 32, 3)), tmp_path / "tar", 16)
         convert(source / "test", tmp_path / "warm", "zarr")  # imports, caches
         tracemalloc.start()

@@ -13,7 +13,7 @@ import yaml
 from conftest import pack_parts
 from numpy.typing import NDArray
 
-from pipeline.sources import Request, find_source
+from pipeline.datasets import Request, find_source
 from shards import open_part
 from trainer.decision import best_tau, decide, log_weights
 from trainer.distributed import World

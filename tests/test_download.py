@@ -264,7 +264,7 @@ def test_packing_emnist_without_a_network_ends_in_one_message_and_leaves_nothing
     process = run_code(
         """
         import dataclasses
-        import pipeline.sources.emnist as emnist
+        import pipeline.datasets.emnist as emnist
         from pipeline.shard import main
         from shards.errors import run_command
         emnist.ARCHIVE = dataclasses.replace(emnist.ARCHIVE, url="http://127.0.0.1:1/gzip.zip")

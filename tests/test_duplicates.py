@@ -17,9 +17,9 @@ from test_likeness import png, smooth
 
 import pipeline.matching
 from pipeline import duplicates
+from pipeline.datasets import RawPart, Request, UnreadableImages, find_source
 from pipeline.likeness import shrink_arrays
 from pipeline.matching import Matches, Pictures, hash_pictures, match
-from pipeline.sources import RawPart, Request, UnreadableImages, find_source
 from shards import UserError
 from shards.writer import EncodedImage
 

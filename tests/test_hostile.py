@@ -22,7 +22,7 @@ import pytest
 from conftest import made_up_parts, pack_parts
 from numpy.typing import NDArray
 
-import pipeline.pack
+import pipeline.packing.pack
 from shards import Manifest, UserError
 from shards.convert import convert
 from shards.manifest import MANIFEST_NAME, StoreKind
@@ -41,7 +41,7 @@ def pack_whole(store: StoreKind, directory: Path) -> Path:
     """One part of 95 small images in three shards of two blocks."""
     parts = made_up_parts(train=95, test=1, shape=SHAPE, transposed=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
+        patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
         return pack_parts(parts, directory / "set", block_size=BLOCK_SIZE, store=store) / "train"
 
 

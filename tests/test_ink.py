@@ -12,10 +12,10 @@ from conftest import made_up_parts, pack_parts
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.datasets import Request, find_source
 from pipeline.ink import SCAN_SIDE, Ink, InkFrame, NoInk, find_ink, frame_ink
 from pipeline.intake import Blank, Intake, Unusable
 from pipeline.lighting import evenly_lit
-from pipeline.sources import Request, find_source
 from pipeline.transforms.ops.resize import resize_weights
 from shards import open_part
 

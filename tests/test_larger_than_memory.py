@@ -13,8 +13,8 @@ import torch
 import yaml
 from conftest import ROOT, made_up_parts, pack_parts, run_module
 
-from pipeline.pack import pack
-from pipeline.sources import RawPart
+from pipeline.datasets import RawPart
+from pipeline.packing.pack import pack
 from shards import open_part
 from shards.convert import convert
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.randomness import BLOCK_STREAM, PACKING_STREAM, PARTITION_STREAM, permutation, random_keys
+from pipeline.common.rng import BLOCK_STREAM, PACKING_STREAM, PARTITION_STREAM, permutation, random_keys
 from pipeline.sampler import EvaluationOrder, Order, TrainingOrder, window_within
 from shards.manifest import Manifest
 

@@ -10,9 +10,9 @@ import pytest
 from conftest import assert_user_error, pack_parts, run_module
 from numpy.typing import NDArray
 
+from pipeline.datasets import RawPart
 from pipeline.overlap import overlaps, without
-from pipeline.repack import joined, packed_parts
-from pipeline.sources import RawPart
+from pipeline.packing.repack import joined, packed_parts
 from shards import UserError, open_part
 from shards.verify import check_hashes
 

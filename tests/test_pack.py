@@ -17,10 +17,10 @@ import pytest
 from conftest import ROOT, assert_user_error, made_up_parts
 from numpy.typing import NDArray
 
-import pipeline.pack
-from pipeline.pack import pack
-from pipeline.sources import RawPart, UnreadableImages
-from pipeline.workers import map_in_processes
+import pipeline.packing.pack
+from pipeline.common.process_pool import map_in_processes
+from pipeline.datasets import RawPart, UnreadableImages
+from pipeline.packing.pack import pack
 from shards import UserError, open_part
 from shards.verify import check_part
 
@@ -29,7 +29,7 @@ BLOCK = 16
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.pack, "SHARD_BYTES", 3 * BLOCK * 28 * 28)
+    monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", 3 * BLOCK * 28 * 28)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, workers: in
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_torchrun_writes_the_same_bytes(tmp_path: Path, ranks: int) -> None:
     """The digits in many small shards, packed by the command on several ranks and by one process."""
-    run = "import sys, pipeline.pack as p; p.SHARD_BYTES = 2000; from pipeline.shard import *; run_command(main)"
+    run = "import pipeline.packing.pack as p; p.SHARD_BYTES = 2000; from pipeline.shard import *; run_command(main)"
     (tmp_path / "shard.py").write_text(run)
     options = [str(tmp_path / "shard.py"), "digits", "--block-size", "16"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -240,10 +240,10 @@ def test_stopped_packing_leaves_no_process_and_no_file(tmp_path: Path, number: i
 import sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from dataclasses import replace
-import pipeline.pack
+import pipeline.packing.pack
 from conftest import made_up_parts, Path
 from shards.errors import run_command
-pipeline.pack.SHARD_BYTES = 16 * 784
+pipeline.packing.pack.SHARD_BYTES = 16 * 784
 def slow(part):
     def read(rows):
         print("reading", flush=True)
@@ -252,7 +252,7 @@ def slow(part):
     return replace(part, read=read)
 def main():
     parts = tuple(map(slow, made_up_parts()))
-    pipeline.pack.pack(lambda: parts, Path({str(tmp_path / "out")!r}), dataset="slow", block_size=16, workers=3)
+    pipeline.packing.pack.pack(lambda: parts, Path({str(tmp_path / "out")!r}), dataset="slow", block_size=16, workers=3)
 run_command(main)
 """
     process = subprocess.Popen(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.partition import stratified
-from pipeline.randomness import PARTITION_STREAM
+from pipeline.common.rng import PARTITION_STREAM
+from pipeline.common.stratified import stratified
 from trainer.data import carve
 
 seeds = st.integers(0, 2**63 - 1)

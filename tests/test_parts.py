@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.parts import arrange
-from pipeline.sources import RawPart
+from pipeline.datasets import RawPart
+from pipeline.packing.splits import arrange
 from shards import UserError
 
 CLASSES = tuple("abcde")

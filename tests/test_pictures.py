@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from raw_files import in_a_process, picture, pixels, png_claiming
 
-from pipeline.raw.files import BadFile
-from pipeline.raw.pictures import Header, check_record, decode, header
+from pipeline.readers.archives.files import BadFile
+from pipeline.readers.formats.image import Header, check_record, decode, header
 
-# As `pipeline.raw.pictures` wants it; pytest puts its own filters in place of those of modules.
+# As `pipeline.readers.formats.image` wants it; pytest puts its own filters in place of those of modules.
 pytestmark = pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 
 GRAY, COLOR = pixels(channels=1), pixels(channels=3)
@@ -229,8 +229,8 @@ class TestBadPictures:
         """The claimed pixels would be 3.6 GB."""
         code = """
 from raw_files import png_claiming
-from pipeline.raw.files import BadFile
-from pipeline.raw.pictures import check_record, decode, header
+from pipeline.readers.archives.files import BadFile
+from pipeline.readers.formats.image import check_record, decode, header
 for read in (header, check_record, lambda content: decode(content, 3, (32, 32))):
     try:
         read(png_claiming(60_000, 60_000))

@@ -12,8 +12,8 @@ import yaml
 from conftest import pack_parts
 from test_training import train_here
 
-from pipeline.pack import ORIGINS
-from pipeline.repack import packed_parts
+from pipeline.packing.pack import ORIGINS
+from pipeline.packing.repack import packed_parts
 from shards import UserError, open_part
 from trainer import pseudo_label
 

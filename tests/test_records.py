@@ -22,7 +22,7 @@ from nvidia.dali import fn, pipeline_def
 from raw_files import refusal
 from wds2idx import IndexCreator
 
-from pipeline.sources import RawPart
+from pipeline.datasets import RawPart
 from shards import Manifest, Store, UserError, open_part
 from shards.manifest import MANIFEST_NAME
 from shards.pictures import MAX_BYTES

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_files import load, picture, pixels, read_all, refusal, unreadable, write_tar, write_zip
 
-from pipeline.raw import files
-from pipeline.raw.compression import decompressed, is_compressed
-from pipeline.raw.files import BadFile, Spool, StoredFile, most_expanded
-from pipeline.raw.trees import inner_name
-from pipeline.sources import UnreadableImages
+from pipeline.datasets import UnreadableImages
+from pipeline.readers.archives import files
+from pipeline.readers.archives.compression import decompressed, is_compressed
+from pipeline.readers.archives.file_trees import inner_name
+from pipeline.readers.archives.files import BadFile, Spool, StoredFile, most_expanded
 from shards import UserError
 
 IMAGES = [pixels(seed=seed) for seed in range(4)]

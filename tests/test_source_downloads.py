@@ -25,10 +25,10 @@ from raw_files import (
     write_zip,
 )
 
+from pipeline.datasets import Request, find_source, source_names
 from pipeline.raw.cifar import read_records
-from pipeline.raw.directory import RawContent
-from pipeline.raw.idx import decode, decode_table
-from pipeline.sources import Request, find_source, source_names
+from pipeline.readers.formats.idx import decode, decode_table
+from pipeline.readers.raw_dir import RawContent
 from shards import UserError
 
 FINE = tuple(f"fine_{number}" for number in range(100))
@@ -182,7 +182,7 @@ class TestQmnist:
         assert test.columns["series"].tolist() == ["4"] * 12
 
     def test_the_test_part_of_mnist_comes_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("pipeline.sources.qmnist._OF_MNIST", 5)
+        monkeypatch.setattr("pipeline.datasets.qmnist._OF_MNIST", 5)
         write_tree(tmp_path, qmnist_files())
         assert load("qmnist", tmp_path, "test10k")[1].rows.tolist() == [0, 1, 2, 3, 4]
         assert len(load("qmnist", tmp_path, "test60k")[1].labels) == 12
@@ -222,8 +222,8 @@ class TestIdxAttacks:
         content = b"".join(compressor.compress(bytes(1 << 20)) for _ in range(500)) + compressor.flush()
         path = write_tree(tmp_path, {"bomb": content}) / "bomb"
         code = f"""
-from pipeline.raw.idx import decode
-from pipeline.raw.directory import RawContent
+from pipeline.readers.formats.idx import decode
+from pipeline.readers.raw_dir import RawContent
 from shards import UserError
 try:
     decode(RawContent("x", "/there/x", open({str(path)!r}, "rb").read()), 3)
@@ -327,7 +327,7 @@ class TestContract:
     def test_listing_them_loads_nothing_heavy(self) -> None:
         code = """
 import sys
-from pipeline.sources import find_source, source_names
+from pipeline.datasets import find_source, source_names
 names = [find_source(name).name for name in source_names()]
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """

@@ -26,9 +26,9 @@ from raw_files import (
     write_zip,
 )
 
-from pipeline.pack import pack
-from pipeline.raw.naming import natural_order
-from pipeline.sources import RawPart
+from pipeline.datasets import RawPart
+from pipeline.packing.pack import pack
+from pipeline.readers.naming import natural_order
 from shards import UserError, open_part
 from shards.manifest import RawFile
 from shards.writer import EncodedImage

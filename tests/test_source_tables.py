@@ -27,7 +27,7 @@ from raw_files import (
     write_zip,
 )
 
-from pipeline.sources import RawPart, UnreadableImages
+from pipeline.datasets import RawPart, UnreadableImages
 from shards import UserError
 
 GRAY = np.random.default_rng(0).integers(0, 256, (20, 8, 9), np.uint8)
@@ -266,7 +266,7 @@ class TestHostileNpz:
             archive.writestr("y.npy", npy_header((500,)) + bytes(500))
         code = f"""
 from pathlib import Path
-from pipeline.sources import Request, find_source
+from pipeline.datasets import Request, find_source
 from shards import UserError
 try:
     find_source("npz").load(Request(Path({str(tmp_path / "a.npz")!r})))
@@ -410,7 +410,7 @@ class TestParquet:
 
     def test_without_pyarrow_it_is_told_how_to_get_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
-        monkeypatch.delitem(sys.modules, "pipeline.raw.parquet_table", raising=False)
+        monkeypatch.delitem(sys.modules, "pipeline.readers.parquet", raising=False)
         (tmp_path / "a.parquet").touch()
         assert "inkstream[parquet]" in refusal(lambda: load("parquet", tmp_path / "a.parquet")).hint
 
@@ -457,7 +457,7 @@ class TestHostileParquet:
 
     def test_one_picture_a_million_times_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A dictionary makes it small in the file; unpacked it would fill the disk."""
-        monkeypatch.setattr("pipeline.raw.files._FLOOR", 1 << 20)
+        monkeypatch.setattr("pipeline.readers.archives.files._FLOOR", 1 << 20)
         large = picture(pixels(200, 200))
         path = write_parquet(tmp_path / "a.parquet", arrow.table({"image": [large] * 3000, "label": [0] * 3000}))
         assert path.stat().st_size < 1 << 20
@@ -471,7 +471,7 @@ class TestHostileParquet:
         path = write_parquet(tmp_path / "a.parquet", table, **options)
         code = f"""
 from pathlib import Path
-from pipeline.sources import Request, find_source
+from pipeline.datasets import Request, find_source
 (train,) = find_source("parquet").load(Request(Path({str(path)!r}), color="gray", size=(8, 8)))
 print(len(train.labels))
 """

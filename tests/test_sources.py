@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from raw_files import idx, load, refusal, write_tree, write_zip
 
-from pipeline.raw.directory import RawContent
-from pipeline.raw.idx import decode, decode_pair
-from pipeline.sources import RawPart, Request, find_source, source_names
-from pipeline.sources.emnist import parse_mapping
+from pipeline.datasets import RawPart, Request, find_source, source_names
+from pipeline.datasets.emnist import parse_mapping
+from pipeline.readers.formats.idx import decode, decode_pair
+from pipeline.readers.raw_dir import RawContent
 from shards import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)

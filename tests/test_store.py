@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import pipeline.pack
-from pipeline.sources import RawPart
+import pipeline.packing.pack
+from pipeline.datasets import RawPart
 from shards import Manifest, Store, UserError, open_part
 from shards.manifest import MANIFEST_NAME, PARTS
 from shards.store import open_store
@@ -173,7 +173,7 @@ def many_shards(kind: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     """701 images in blocks of 16, three blocks a shard: the last shard and its last block are short."""
     out = tmp_path_factory.mktemp("many") / "set"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.pack, "SHARD_BYTES", 3 * 16 * 9 * 14 * 3)
+        patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 3 * 16 * 9 * 14 * 3)
         return pack_parts(made_up_parts(train=701, shape=(9, 14, 3)), out, block_size=16, **kind)
 
 
@@ -230,7 +230,7 @@ def test_what_is_packed_is_read(
     kind: dict[str, str],
     blocks_in_memory: int | None,
 ) -> None:
-    monkeypatch.setattr(pipeline.pack, "SHARD_BYTES", blocks_per_shard * block_size * int(np.prod(shape)))
+    monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", blocks_per_shard * block_size * int(np.prod(shape)))
     parts = made_up_parts(train=samples, test=1, classes=classes, shape=shape, seed=seed)
     with tempfile.TemporaryDirectory() as directory:
         out = pack_parts(parts, Path(directory) / "set", block_size=block_size, seed=seed, **kind)

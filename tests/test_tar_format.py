@@ -14,8 +14,8 @@ from conftest import made_up_parts, pack_parts
 from nvidia.dali import fn, pipeline_def
 from wds2idx import IndexCreator
 
-import pipeline.pack
-from pipeline.pack import DEFAULT_BLOCK_SIZE
+import pipeline.packing.pack
+from pipeline.packing.pack import DEFAULT_BLOCK_SIZE
 from shards import Manifest, Store, open_part
 from shards.tar import COMPONENTS, block_key, read_index
 
@@ -31,7 +31,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pack_small(out: Path, seed: int) -> Path:
     parts = made_up_parts(train=300, test=40, shape=(12, 10, 3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * 12 * 10 * 3)
+        patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * 12 * 10 * 3)
         return pack_parts(parts, out, block_size=BLOCK_SIZE, seed=seed)
 
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import assert_user_error, made_up_parts, pack_parts, run_module
 from numpy.typing import NDArray
 
-import pipeline.pack
+import pipeline.packing.pack
 from shards import UserError, open_part
 from shards.convert import convert
 from shards.manifest import MANIFEST_NAME, StoreKind
@@ -34,7 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """95 small images in three shards: blocks 0 and 1, 2 and 3, and 4 with 15 images. Not to be changed."""
     parts = made_up_parts(train=95, test=30, shape=SHAPE, transposed=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
+        patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
         return pack_parts(parts, tmp_path_factory.mktemp("verify") / "set", block_size=BLOCK_SIZE)
 
 

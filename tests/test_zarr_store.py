@@ -17,9 +17,9 @@ import zarr
 from conftest import made_up_parts, pack_parts
 from numpy.typing import NDArray
 
-import pipeline.pack
-from pipeline.pack import pack
-from pipeline.sources import Request, find_source
+import pipeline.packing.pack
+from pipeline.datasets import Request, find_source
+from pipeline.packing.pack import pack
 from shards import Manifest, Store, UserError, open_part
 from shards.store import open_store
 from shards.writer import Block, Layout, make_writer
@@ -35,7 +35,7 @@ def pack_small(out: Path, compression: str = "zstd", **settings: object) -> Path
     """300 colour images in shards of two blocks of 32: five shards, the last block of 12."""
     parts = made_up_parts(train=300, test=40, shape=SHAPE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
+        patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
         return pack_parts(parts, out, BLOCK_SIZE, **{"store": "zarr", "compression": compression, **settings})
 
 
@@ -158,7 +158,7 @@ class TestBytes:
         open_part(packed, "train").read(np.arange(300))
         parts = made_up_parts(train=300, test=40, shape=SHAPE)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
+            patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
             settings = {"compression": str(Manifest.read(packed / "train").options["compression"])}
             pack(
                 lambda: parts,

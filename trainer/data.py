@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.stratified import stratified
 from pipeline.intake import Intake
 from pipeline.loader import Loader
 from pipeline.normalization import cached
-from pipeline.partition import stratified
 from pipeline.sampler import EvaluationOrder, TrainingOrder, window_within
 from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.spec import Graph, GraphSpec

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.device import choose_device
+from pipeline.common.device import choose_device
 from shards.errors import USER_ERROR_STATUS, UserError
 from trainer.allocator import keep_freed_memory
 from trainer.meeting import agent_store, meet

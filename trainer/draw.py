@@ -27,8 +27,8 @@ from PIL import Image
 
 from pipeline.intake import Blank, Unusable
 from pipeline.preview import to_picture
-from pipeline.raw import pictures
-from pipeline.raw.files import BadFile
+from pipeline.readers.archives.files import BadFile
+from pipeline.readers.formats import image as pictures
 from shards import UserError
 from shards.errors import no_permission, run_command
 from trainer.predictor import Predictor

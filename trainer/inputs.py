@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.intake import Intake, Unusable
-from pipeline.raw.csv_table import read_csv
-from pipeline.raw.naming import natural_key, printable, some_of
-from pipeline.raw.pictures import EXTENSIONS
+from pipeline.readers.formats.csv import read_csv
+from pipeline.readers.formats.image import EXTENSIONS
+from pipeline.readers.naming import natural_key, printable, some_of
 from shards import Store, UserError
 from shards.errors import no_permission
 from shards.manifest import MANIFEST_NAME, PARTS

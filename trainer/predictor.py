@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.device import choose_device
+from pipeline.common.device import choose_device
 from pipeline.ink import InkFrame
 from pipeline.intake import Intake
 from pipeline.transforms.build import choose_backend, make_graph

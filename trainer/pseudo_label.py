@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.datasets import RawPart
 from pipeline.overlap import digests
-from pipeline.pack import pack
-from pipeline.repack import joined, packed_part, packed_parts
-from pipeline.sources import RawPart
+from pipeline.packing.pack import pack
+from pipeline.packing.repack import joined, packed_part, packed_parts
 from shards.atomic import check_writable, write_file
 from shards.errors import UserError, run_command
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, Manifest

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.device import choose_device
+from pipeline.common.device import choose_device
 from shards.errors import run_command
 from trainer import checkpoint
 from trainer.arithmetic import autocast, laid_out, memory_format

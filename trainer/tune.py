@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.workers import default_workers
+from pipeline.common.process_pool import default_workers
 from shards import open_part
 from shards.errors import Terminated, UserError, run_command
 from shards.manifest import VALIDATION, has_part

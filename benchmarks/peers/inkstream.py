@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.peers.peer import Batch, Epochs, Source, Task, Variant
+from pipeline.datasets import RawPart
 from pipeline.loader import Loader
-from pipeline.pack import pack
+from pipeline.packing.pack import pack
 from pipeline.sampler import TrainingOrder
-from pipeline.sources import RawPart
 from pipeline.transforms.build import make_graph
 from pipeline.transforms.spec import GraphSpec
 from shards import open_part

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.raw.directory import RawContent, RawDirectory
+from pipeline.datasets import Request
 from pipeline.raw.download import Download, fetch
-from pipeline.sources import Request
+from pipeline.readers.raw_dir import RawContent, RawDirectory
 from shards.errors import UserError
 
 _SIDE = 32

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.raw.directory import RawDirectory
+from pipeline.datasets import RawPart, Request, Source
 from pipeline.raw.download import Download, fetch
-from pipeline.raw.idx import decode_pair
-from pipeline.sources import RawPart, Request, Source
+from pipeline.readers.formats.idx import decode_pair
+from pipeline.readers.raw_dir import RawDirectory
 
 # What the four files are called everywhere, without `.gz`: images and labels of each part.
 MNIST_FILES = {

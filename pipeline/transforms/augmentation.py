@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.randomness import AUGMENTATION_STREAM, ELASTIC_STREAM, random_keys
+from pipeline.common.rng import AUGMENTATION_STREAM, ELASTIC_STREAM, random_keys
 
 
 class Number(IntEnum):

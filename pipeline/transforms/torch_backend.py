@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.buffers import Buffers
+from pipeline.common.buffer_pool import Buffers
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, Draws
 from pipeline.transforms.ops.resize import resize_weights
 from pipeline.transforms.raw_ops import RawSteps

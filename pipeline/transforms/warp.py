@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.buffers import Buffers
+from pipeline.common.buffer_pool import Buffers
 from pipeline.transforms.augmentation import Augmentation, Draws
 from pipeline.transforms.spec import GraphSpec
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from pipeline.raw.csv_table import CsvTable, read_csv
-from pipeline.raw.files import BadFile
-from pipeline.raw.naming import TRAIN, in_order_of_parts, natural_order, part_named, printable, some_of
-from pipeline.raw.pictures import EXTENSIONS, OTHER_EXTENSIONS
-from pipeline.raw.trees import FileTree, inner_name
+from pipeline.readers.archives.file_trees import FileTree, inner_name
+from pipeline.readers.archives.files import BadFile
+from pipeline.readers.formats.csv import CsvTable, read_csv
+from pipeline.readers.formats.image import EXTENSIONS, OTHER_EXTENSIONS
+from pipeline.readers.naming import TRAIN, in_order_of_parts, natural_order, part_named, printable, some_of
 from shards.errors import UserError
 
 LAYOUTS = "a directory for each class, those perhaps in train/, test/ and val/, or train.csv, test.csv or labels.csv"

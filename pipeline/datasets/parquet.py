@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.raw.naming import TRAIN, in_order_of_parts, natural_order, part_named, some_of
-from pipeline.raw.picture_parts import TABLE_OPTIONS, picture_parts
-from pipeline.sources import RawPart, Request, Source
+from pipeline.datasets import RawPart, Request, Source
+from pipeline.readers.image_splits import TABLE_OPTIONS, picture_parts
+from pipeline.readers.naming import TRAIN, in_order_of_parts, natural_order, part_named, some_of
 from shards.errors import UserError
 
 _ENDING = ".parquet"
@@ -32,7 +32,7 @@ def _plan(request: Request) -> str:
 
 def _load(request: Request) -> tuple[RawPart, ...]:
     try:
-        from pipeline.raw.parquet_table import read_parts
+        from pipeline.readers.parquet import read_parts
     except ModuleNotFoundError as error:
         if error.name != "pyarrow":
             raise

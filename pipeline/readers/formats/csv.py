@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.raw.naming import printable, some_of
+from pipeline.readers.naming import printable, some_of
 from shards.errors import UserError
 
 _SEPARATORS = ",;\t"

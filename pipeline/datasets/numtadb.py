@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from pipeline.raw.layout import extension, locate, read_table
-from pipeline.raw.naming import number_labels
-from pipeline.raw.picture_parts import PICTURE_OPTIONS, files_of_tree, open_pictures, picture_parts
-from pipeline.raw.pictures import EXTENSIONS
-from pipeline.raw.trees import FileTree
-from pipeline.sources import RawPart, Request, Source
+from pipeline.datasets import RawPart, Request, Source
+from pipeline.readers.archives.file_trees import FileTree
+from pipeline.readers.formats.image import EXTENSIONS
+from pipeline.readers.image_splits import PICTURE_OPTIONS, files_of_tree, open_pictures, picture_parts
+from pipeline.readers.layout import extension, locate, read_table
+from pipeline.readers.naming import number_labels
 from shards.errors import UserError
 from shards.manifest import PARTS
 

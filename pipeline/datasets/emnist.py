@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.raw.directory import RawContent, RawDirectory
+from pipeline.datasets import RawPart, Request, Source
 from pipeline.raw.download import Download, fetch
-from pipeline.raw.idx import decode_pair
-from pipeline.sources import RawPart, Request, Source
+from pipeline.readers.formats.idx import decode_pair
+from pipeline.readers.raw_dir import RawContent, RawDirectory
 from shards.errors import UserError
 
 ARCHIVE = Download(

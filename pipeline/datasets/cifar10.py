@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipeline.datasets import RawPart, Request, Source
 from pipeline.raw.cifar import have_archive, plan_archive, read_names, read_records
 from pipeline.raw.download import Download
-from pipeline.sources import RawPart, Request, Source
 
 ARCHIVE = Download(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",

@@ -10,8 +10,8 @@ import hashlib
 
 import numpy as np
 
-from pipeline.partition import stratified
-from pipeline.sources import RawPart, Request, Source
+from pipeline.common.stratified import stratified
+from pipeline.datasets import RawPart, Request, Source
 from shards.manifest import RawFile
 
 _TEST_FRACTION = 0.2

@@ -6,9 +6,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.raw.archives import open_tree
-from pipeline.raw.files import BadFile
-from pipeline.raw.trees import FileTree
+from pipeline.readers.archives.file_trees import FileTree
+from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.zip_tar import open_tree
 from shards.errors import UserError, no_permission
 from shards.manifest import RawFile
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.randomness import PARTITION_STREAM, random_keys
+from pipeline.common.rng import PARTITION_STREAM, random_keys
 
 
 def stratified(

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.randomness import PACKING_STREAM, permutation
-from pipeline.sources import RawPart, UnreadableImages
-from pipeline.target import Target, find_target
-from pipeline.team import Team
-from pipeline.workers import Advance, default_workers, map_in_processes
+from pipeline.common.process_pool import Advance, default_workers, map_in_processes
+from pipeline.common.rng import PACKING_STREAM, permutation
+from pipeline.datasets import RawPart, UnreadableImages
+from pipeline.packing.output import Target, find_target
+from pipeline.packing.ranks import Team
 from shards.atomic import write_file
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, MOST_BLOCK_BYTES, Manifest, RawFile, Shard, StoreKind

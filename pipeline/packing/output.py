@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.team import Team
+from pipeline.packing.ranks import Team
 from shards.atomic import Replacement, replace_directory, staging_directory
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, PARTS, Manifest, has_part, is_packed_set

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.raw.naming import TRAIN, in_order_of_parts, natural_order, number_labels, part_named, some_of
-from pipeline.raw.npy import NpzFile
-from pipeline.sources import RawPart, Request, Source
+from pipeline.datasets import RawPart, Request, Source
+from pipeline.readers.formats.npz import NpzFile
+from pipeline.readers.naming import TRAIN, in_order_of_parts, natural_order, number_labels, part_named, some_of
 from shards.errors import UserError
 
 _KINDS = {"x": "images", "images": "images", "imgs": "images", "y": "labels", "labels": "labels"}

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.raw import pictures
-from pipeline.raw.archives import open_tree
-from pipeline.raw.directory import RawContent
-from pipeline.raw.files import BadFile
-from pipeline.raw.naming import printable, text_column
-from pipeline.raw.trees import FileTree
-from pipeline.sources import RawPart, Request, UnreadableImages
-from pipeline.workers import Advance, default_workers, map_in_processes
+from pipeline.common.process_pool import Advance, default_workers, map_in_processes
+from pipeline.datasets import RawPart, Request, UnreadableImages
+from pipeline.readers.archives.file_trees import FileTree
+from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.zip_tar import open_tree
+from pipeline.readers.formats import image as pictures
+from pipeline.readers.naming import printable, text_column
+from pipeline.readers.raw_dir import RawContent
 from shards.errors import UserError
 from shards.manifest import RawFile
 from shards.writer import EncodedImage

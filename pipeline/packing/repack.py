@@ -9,8 +9,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.pack import ORIGINS
-from pipeline.sources import RawPart
+from pipeline.datasets import RawPart
+from pipeline.packing.pack import ORIGINS
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, VALIDATION, has_part
 from shards.places import local_set

@@ -17,10 +17,10 @@ pictures are read once for this, the SHA-256 of what `sha256sum` prints for the 
 
 from __future__ import annotations
 
-from pipeline.raw.layout import find_pictures
-from pipeline.raw.naming import in_order_of_parts, number_labels
-from pipeline.raw.picture_parts import TABLE_OPTIONS, files_of_tree, open_pictures, picture_parts
-from pipeline.sources import RawPart, Request, Source
+from pipeline.datasets import RawPart, Request, Source
+from pipeline.readers.image_splits import TABLE_OPTIONS, files_of_tree, open_pictures, picture_parts
+from pipeline.readers.layout import find_pictures
+from pipeline.readers.naming import in_order_of_parts, number_labels
 
 
 def _plan(request: Request) -> str:

@@ -13,9 +13,9 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.raw.compression import decompressed, is_compressed
-from pipeline.raw.directory import RawContent
-from pipeline.raw.files import BadFile, most_expanded
+from pipeline.readers.archives.compression import decompressed, is_compressed
+from pipeline.readers.archives.files import BadFile, most_expanded
+from pipeline.readers.raw_dir import RawContent
 from shards.errors import UserError
 
 _KINDS = {0x08: np.dtype(np.uint8), 0x0C: np.dtype(">i4")}

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.raw.idx import check_pair, decode, decode_table
+from pipeline.datasets import RawPart, Request, Source
 from pipeline.raw.idx_source import have_files, idx_downloads, plan_download
-from pipeline.raw.naming import text_column
-from pipeline.sources import RawPart, Request, Source
+from pipeline.readers.formats.idx import check_pair, decode, decode_table
+from pipeline.readers.naming import text_column
 from shards.manifest import PARTS
 
 CLASSES = tuple("0123456789")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipeline.raw.files import BadFile
+from pipeline.readers.archives.files import BadFile
 from shards.errors import first_line
 from shards.pictures import MAX_BYTES, MAX_PIXELS, read_header
 

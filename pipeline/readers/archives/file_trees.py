@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.raw.files import BadFile, record_file
-from pipeline.raw.naming import natural_order, printable
+from pipeline.readers.archives.files import BadFile, record_file
+from pipeline.readers.naming import natural_order, printable
 from shards.errors import UserError, no_permission
 from shards.manifest import RawFile
 from shards.pictures import MAX_BYTES

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from isal import igzip_lib  # inflates about twice as fast as zlib
 
-from pipeline.raw.files import BadFile
+from pipeline.readers.archives.files import BadFile
 from shards.errors import first_line
 
 _CHUNK = 1 << 20

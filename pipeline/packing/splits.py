@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.partition import stratified
-from pipeline.randomness import PARTITION_STREAM, permutation
-from pipeline.sources import RawPart
+from pipeline.common.rng import PARTITION_STREAM, permutation
+from pipeline.common.stratified import stratified
+from pipeline.datasets import RawPart
 from shards.errors import UserError
 from shards.manifest import PARTS, VALIDATION
 

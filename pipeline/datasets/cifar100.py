@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipeline.datasets import RawPart, Request, Source
 from pipeline.raw.cifar import have_archive, plan_archive, read_names, read_records
 from pipeline.raw.download import Download
-from pipeline.raw.naming import text_column
-from pipeline.sources import RawPart, Request, Source
+from pipeline.readers.naming import text_column
 from shards.manifest import PARTS
 
 ARCHIVE = Download(

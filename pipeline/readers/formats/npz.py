@@ -14,8 +14,8 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from pipeline.raw.archives import ZipTree
-from pipeline.raw.files import BadFile
+from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.zip_tar import ZipTree
 from shards.errors import UserError, first_line
 
 _ENDING = ".npy"

@@ -13,9 +13,9 @@ import pyarrow as arrow
 from numpy.typing import NDArray
 from pyarrow import parquet, types
 
-from pipeline.raw.files import BadFile, Spool, StoredFile, most_expanded, record_file
-from pipeline.raw.naming import number_labels, printable, some_of, text_column
-from pipeline.raw.picture_parts import PictureSet
+from pipeline.readers.archives.files import BadFile, Spool, StoredFile, most_expanded, record_file
+from pipeline.readers.image_splits import PictureSet
+from pipeline.readers.naming import number_labels, printable, some_of, text_column
 from shards.errors import UserError, first_line
 from shards.pictures import MAX_BYTES
 

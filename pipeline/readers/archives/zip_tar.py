@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from isal import isal_zlib
 
-from pipeline.raw.compression import decompressed, is_compressed
-from pipeline.raw.files import BadFile, StoredFile, most_expanded, open_file, spool
-from pipeline.raw.naming import natural_order, printable
-from pipeline.raw.trees import Archive, DirectoryTree, FileTree, inner_name, is_hidden
+from pipeline.readers.archives.compression import decompressed, is_compressed
+from pipeline.readers.archives.file_trees import Archive, DirectoryTree, FileTree, inner_name, is_hidden
+from pipeline.readers.archives.files import BadFile, StoredFile, most_expanded, open_file, spool
+from pipeline.readers.naming import natural_order, printable
 from shards.errors import first_line, no_permission
 from shards.pictures import MAX_BYTES
 

@@ -1,0 +1,1 @@
+"""What several parts of the pipeline share: devices, random keys, stratified choices, process and buffer pools."""

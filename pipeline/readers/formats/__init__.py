@@ -1,0 +1,1 @@
+"""Decoders of single raw files: idx, CSV, npz and image files."""
