@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.datasets import Request, find_source
 from pipeline.packing.pack import pack
 from shards.manifest import is_packed_set
-from shards.places import local_set
+from shards.remote.sets import local_set
 
 PACKED_EMNIST = Path("data/shards/emnist-byclass")
 PACKED_DIGITS = Path("data/shards/digits")

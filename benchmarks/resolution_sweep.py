@@ -33,7 +33,7 @@ from shards import Manifest, UserError
 from shards.atomic import locked, make_directory
 from shards.errors import run_command
 from shards.manifest import PARTS, VALIDATION, has_part
-from shards.places import local_set
+from shards.remote.sets import local_set
 from trainer import config
 from trainer.config import validate
 from trainer.settings import Config

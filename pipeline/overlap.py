@@ -28,7 +28,7 @@ from pipeline.packing.repack import packed_parts
 from shards.atomic import check_writable
 from shards.errors import UserError, run_command
 from shards.manifest import PARTS, VALIDATION, Manifest
-from shards.places import local_set
+from shards.remote.sets import local_set
 
 _JUDGED_BY = (PARTS[1], VALIDATION)
 _LEARNED_FROM = (PARTS[0], VALIDATION)

@@ -25,7 +25,7 @@ from shards import Store
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
 from shards.pictures import decode
-from shards.places import is_remote, local_set
+from shards.remote.sets import is_remote, local_set
 from shards.store import open_either
 
 _PAIRS = 4  # examples of a class

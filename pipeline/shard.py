@@ -25,7 +25,7 @@ from pipeline.packing.ranks import Team, join_team
 from pipeline.packing.splits import arrange
 from shards.errors import USER_ERROR_STATUS, UserError, run_command
 from shards.manifest import Manifest
-from shards.places import is_remote, local_files, local_set
+from shards.remote.sets import is_remote, local_files, local_set
 
 MAX_SEED = 2**63 - 1
 MAX_SIDE = 4096

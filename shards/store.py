@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest
-from shards.places import local_set
+from shards.remote.sets import local_set
 
 Images: TypeAlias = NDArray[np.uint8] | list[NDArray[np.uint8]]
 

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from shards.errors import UserError, run_command
 from shards.manifest import ALL_PARTS, PARTS, Manifest, StoreKind
-from shards.places import local_set
+from shards.remote.sets import local_set
 from shards.tally import Tally
 
 CheckStore: TypeAlias = Callable[[Path, Manifest, Tally], Iterator[str]]

@@ -31,7 +31,7 @@ FORBIDDEN = {
 }
 # Where the library is imported, and nowhere else in the packages that are the product.
 OWNERS = {
-    "fsspec": {"shards/remote/fsspec_place.py"},
+    "fsspec": {"shards/remote/fsspec_backend.py"},
     "nvidia": {"pipeline/transforms/dali_backend.py"},
     "onnx": {"trainer/export_formats.py"},
     "onnxruntime": {"trainer/export_formats.py"},

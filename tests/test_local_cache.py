@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-import shards.remote.local_cache as local_cache
+import shards.remote.cache as local_cache
 from shards.errors import UserError
-from shards.remote.local_cache import cache_directory, most_bytes, open_entry
+from shards.remote.cache import cache_directory, most_bytes, open_entry
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="no shared locks")
 
@@ -51,7 +51,7 @@ def fill(key: str, size: int, age: float = 0) -> Path:
 
 def other_process(code: str) -> subprocess.Popen:
     """Run code in a process that imports the cache; it is ready when it has printed a line."""
-    text = "from shards.remote.local_cache import open_entry\n" + textwrap.dedent(code)
+    text = "from shards.remote.cache import open_entry\n" + textwrap.dedent(code)
     process = subprocess.Popen(
         [sys.executable, "-c", text], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -287,7 +287,7 @@ def test_an_evictor_and_a_user_do_not_meet(cache: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("INKSTREAM_CACHE_SIZE", "150KB")
     user = """
         import os, time
-        from shards.remote import local_cache
+        from shards.remote import cache as local_cache
         print("ready", flush=True)
         for _ in range(60):
             with open_entry("sets", "a", "name") as entry:

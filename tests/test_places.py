@@ -21,11 +21,11 @@ import pytest
 from conftest import ROOT, assert_user_error
 from s3_server import BUCKET, Faults, Line, environment, s3_server
 
-import shards.remote.fsspec_place as remote_fsspec
-import shards.remote.place as remote
+import shards.remote.base as remote
+import shards.remote.fsspec_backend as remote_fsspec
 from shards import UserError, open_part
 from shards.manifest import Manifest, RawFile, Shard
-from shards.places import (
+from shards.remote.sets import (
     check_upload,
     is_remote,
     local_files,
@@ -45,9 +45,9 @@ SHARD_BYTES = 200_000
 HASTE = f"""
 import logging, os, sys, time
 from pathlib import Path
-from shards import places
-from shards.remote import fsspec_place as remote_fsspec
-from shards.remote import place as remote
+from shards.remote import sets as places
+from shards.remote import fsspec_backend as remote_fsspec
+from shards.remote import base as remote
 from shards.errors import run_command
 remote.FIRST_PAUSE, remote.STALL_SECONDS, remote_fsspec.PIECE = 0.01, 5.0, {PIECE}
 """
@@ -344,7 +344,7 @@ def test_cut_connections_are_resumed(at_s3: str, noise: Path, line: Line) -> Non
 def test_more_cuts_than_attempts_do_no_harm_as_long_as_others_bring_something(
     at_s3: str, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.remote.fetch.THREADS", 1)
+    monkeypatch.setattr("shards.remote.download.THREADS", 1)
     line.faults.cuts = [1, 1, 1, 1]
     local_set(at_s3)
 
@@ -385,7 +385,7 @@ def test_a_slow_line_is_asked_for_less_at_a_time(at_s3: str, line: Line, monkeyp
     monkeypatch.setattr(remote, "STALL_SECONDS", 0.5)
     monkeypatch.setattr(remote_fsspec, "PIECE", 1 << 20)
     monkeypatch.setattr(remote_fsspec, "SMALLEST_PIECE", 8 << 10)
-    monkeypatch.setattr("shards.remote.fetch.THREADS", 2)
+    monkeypatch.setattr("shards.remote.download.THREADS", 2)
     line.faults.seconds_a_chunk = 0.2
     local_set(at_s3)
 

@@ -17,9 +17,9 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 
-import shards.remote.place as remote
+import shards.remote.base as remote
 from shards import Manifest, UserError, open_part
-from shards.places import local_files, local_set, remote_manifests, upload_set
+from shards.remote.sets import local_files, local_set, remote_manifests, upload_set
 
 
 @dataclass

@@ -20,7 +20,7 @@ from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.spec import Graph, GraphSpec
 from shards import Manifest, Store, UserError, open_part
 from shards.manifest import VALIDATION, has_part
-from shards.places import local_set
+from shards.remote.sets import local_set
 from shards.verify import check_hashes
 from trainer.distributed import World
 from trainer.memory import granted

@@ -20,7 +20,7 @@ import torch
 
 from pipeline.loader import Batch
 from shards.errors import UserError, run_command
-from shards.places import local_set
+from shards.remote.sets import local_set
 from trainer import config, engine
 from trainer.arithmetic import with_precision
 from trainer.data import open_data

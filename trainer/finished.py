@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import Manifest, Store, UserError, open_part
-from shards.places import local_set
+from shards.remote.sets import local_set
 from trainer.evaluate import load_run
 from trainer.run_directory import RunDirectory
 from trainer.settings import Config

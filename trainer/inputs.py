@@ -19,7 +19,7 @@ from shards import Store, UserError
 from shards.errors import no_permission
 from shards.manifest import MANIFEST_NAME, PARTS
 from shards.pictures import MAX_BYTES
-from shards.places import is_remote
+from shards.remote.sets import is_remote
 from shards.store import open_either
 from trainer.predictor import Predictor, upright_images
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.preview import contact_sheet, save
 from shards.atomic import check_writable
 from shards.errors import run_command
-from shards.places import local_set
+from shards.remote.sets import local_set
 from shards.store import open_part
 from trainer import config
 

@@ -30,7 +30,7 @@ from pipeline.packing.repack import joined, packed_part, packed_parts
 from shards.atomic import check_writable, write_file
 from shards.errors import UserError, run_command
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, Manifest
-from shards.places import local_set
+from shards.remote.sets import local_set
 from shards.store import Store, open_store
 from trainer.decision import Decided
 from trainer.distributed import World, join

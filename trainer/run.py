@@ -21,7 +21,7 @@ import numpy as np
 
 from shards.atomic import write_file
 from shards.errors import run_command
-from shards.places import local_set
+from shards.remote.sets import local_set
 from trainer import checkpoint, config, engine, job, report, resume, run_directory
 from trainer.arithmetic import with_precision
 from trainer.data import TrainingData, open_data

@@ -23,7 +23,7 @@ from pipeline.common.process_pool import default_workers
 from shards import open_part
 from shards.errors import Terminated, UserError, run_command
 from shards.manifest import VALIDATION, has_part
-from shards.places import local_set
+from shards.remote.sets import local_set
 from trainer import config, search, sweep
 from trainer.distributed import join
 from trainer.engine import Stopped

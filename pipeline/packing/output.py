@@ -12,7 +12,7 @@ from pipeline.packing.ranks import Team
 from shards.atomic import Replacement, replace_directory, staging_directory
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, PARTS, Manifest, has_part, is_packed_set
-from shards.places import (
+from shards.remote.sets import (
     check_upload,
     is_remote,
     local_set,

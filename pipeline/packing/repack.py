@@ -13,7 +13,7 @@ from pipeline.datasets import RawPart
 from pipeline.packing.pack import ORIGINS
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, VALIDATION, has_part
-from shards.places import local_set
+from shards.remote.sets import local_set
 from shards.store import Store, open_part
 
 

@@ -1,1 +1,1 @@
-"""How do files come from the network into the local cache, and go there? `shards.places` is its public side."""
+"""How do files come from the network into the local cache, and go there? `shards.remote.sets` is its public side."""

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from shards.errors import UserError
-from shards.remote import place as remote
-from shards.remote.place import Listed, Missing, Named, Refused, Unreachable
+from shards.remote import base as remote
+from shards.remote.base import Listed, Missing, Named, Refused, Unreachable
 
 _CHUNK = 256 << 10
 
 
 class WebPlace(Named):
-    """An http:// or https:// address; see `shards.remote.place.Place`.
+    """An http:// or https:// address; see `shards.remote.base.Place`.
 
     fsspec's own HTTP file system holds a whole file in memory where a server ignores ranges, and has no limit of
     seconds without a byte.

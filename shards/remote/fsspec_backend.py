@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError, first_line
-from shards.remote import place as remote
-from shards.remote.place import Listed, Missing, Named, Refused, RemoteError, Unreachable
+from shards.remote import base as remote
+from shards.remote.base import Listed, Missing, Named, Refused, RemoteError, Unreachable
 
 PIECE = 4 << 20  # bytes of one range request
 SMALLEST_PIECE = 64 << 10  # what a slow line must bring within STALL_SECONDS
@@ -37,7 +37,7 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "xet_hash", "blob_id", "LastModified", "
 
 
 class FsspecPlace(Named):
-    """Any address that fsspec has a file system for; see `shards.remote.place.Place`."""
+    """Any address that fsspec has a file system for; see `shards.remote.base.Place`."""
 
     def __init__(self, address: str) -> None:
         super().__init__(address)

@@ -174,10 +174,10 @@ class Place(Protocol):
 def open_place(address: str) -> Place:
     """The place of an address. Raises `UserError` for a protocol that is unknown or needs a package."""
     if address.partition("://")[0].lower() in ("http", "https"):
-        from shards.remote.web_place import WebPlace
+        from shards.remote.http_backend import WebPlace
 
         return WebPlace(address)
-    from shards.remote.fsspec_place import FsspecPlace
+    from shards.remote.fsspec_backend import FsspecPlace
 
     return FsspecPlace(address)
 

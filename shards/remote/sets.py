@@ -21,9 +21,9 @@ from tqdm import tqdm
 from shards.atomic import make_directory, write_file
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest
-from shards.remote.fetch import THREADS, Wanted, check_names, disk_trouble, fetch_files
-from shards.remote.local_cache import Entry, cache_directory, open_entry
-from shards.remote.place import Listed, Missing, Place, Refused, Unreachable, explained, open_place, patiently
+from shards.remote.base import Listed, Missing, Place, Refused, Unreachable, explained, open_place, patiently
+from shards.remote.cache import Entry, cache_directory, open_entry
+from shards.remote.download import THREADS, Wanted, check_names, disk_trouble, fetch_files
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from threading import Event
 from tqdm import tqdm
 
 from shards.errors import UserError, no_permission
-from shards.remote.local_cache import DIRECTORY_VARIABLE
-from shards.remote.place import Patience, Place, Unreachable
+from shards.remote.base import Patience, Place, Unreachable
+from shards.remote.cache import DIRECTORY_VARIABLE
 
 THREADS = 8
 
