@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.datasets import Request, find_source
 from pipeline.packing.pack import pack
 from shards.manifest import is_packed_set
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 
 PACKED_EMNIST = Path("data/shards/emnist-byclass")
 PACKED_DIGITS = Path("data/shards/digits")
@@ -16,7 +16,7 @@ PACKED_DIGITS = Path("data/shards/digits")
 def choose_set(shards: str | None) -> Path:
     """The packed set to measure: the one named, a packed EMNIST, or the embedded digits, packed if need be."""
     if shards is not None:
-        return local_set(shards)
+        return resolve_dataset(shards)
     if is_packed_set(PACKED_EMNIST):
         return PACKED_EMNIST
     source = find_source("digits")

@@ -33,7 +33,7 @@ from shards import Manifest, UserError
 from shards.atomic import locked, make_directory
 from shards.errors import run_command
 from shards.manifest import PARTS, VALIDATION, has_part
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 from trainer import config
 from trainer.config import validate
 from trainer.settings import Config
@@ -162,7 +162,7 @@ def make_study(arguments: argparse.Namespace, defaults: Defaults) -> tuple[Study
         settings = validate({**SMALL_RECIPE, "data": {**SMALL_RECIPE["data"], "validation": share}}, "the sweep")
     else:
         settings = config.load(path, [])
-        shards = local_set(arguments.shards or settings.data.shards)
+        shards = resolve_dataset(arguments.shards or settings.data.shards)
     if arguments.epochs is not None:
         trainer = {**settings.trainer.model_dump(mode="json"), "epochs": arguments.epochs}
         settings = validate({**settings.model_dump(mode="json"), "trainer": trainer}, "--epochs")

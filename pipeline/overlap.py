@@ -28,7 +28,7 @@ from pipeline.packing.repack import packed_parts
 from shards.atomic import check_writable
 from shards.errors import UserError, run_command
 from shards.manifest import PARTS, VALIDATION, Manifest
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 
 _JUDGED_BY = (PARTS[1], VALIDATION)
 _LEARNED_FROM = (PARTS[0], VALIDATION)
@@ -137,7 +137,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.csv:
         check_writable(arguments.csv)
-    directory, other = local_set(arguments.set), local_set(arguments.other)
+    directory, other = resolve_dataset(arguments.set), resolve_dataset(arguments.other)
     ours, theirs = packed_parts(directory), packed_parts(other)
     sizes = [parts[0].image_shape for parts in (ours, theirs)]
     if sizes[0] != sizes[1] and not arguments.near:

@@ -25,7 +25,7 @@ from shards import Store
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
 from shards.pictures import decode
-from shards.remote.sets import is_remote, local_set
+from shards.remote.sets import is_remote, resolve_dataset
 from shards.store import open_either
 
 _PAIRS = 4  # examples of a class
@@ -159,7 +159,7 @@ def main() -> int:
     arguments = parser.parse_args()
     store = open_either(arguments.place, "train")
     # What was fetched is not ours to write into.
-    out = arguments.out or (Path() if is_remote(arguments.place) else local_set(arguments.place)) / "preview.png"
+    out = arguments.out or (Path() if is_remote(arguments.place) else resolve_dataset(arguments.place)) / "preview.png"
     check_writable(out)
     save(contact_sheet(store, arguments.resolution), out)
     return 0

@@ -25,7 +25,7 @@ from pipeline.packing.ranks import Team, join_team
 from pipeline.packing.splits import arrange
 from shards.errors import USER_ERROR_STATUS, UserError, run_command
 from shards.manifest import Manifest
-from shards.remote.sets import is_remote, local_files, local_set
+from shards.remote.sets import is_remote, resolve_dataset, resolve_files
 
 MAX_SEED = 2**63 - 1
 MAX_SIDE = 4096
@@ -227,13 +227,13 @@ def run(arguments: argparse.Namespace, team: Team) -> None:
         warn(f"--raw has no effect, {source.name} reads no files")
     raw = Path("data/raw") / source.name
     if arguments.raw:
-        raw = team.each(lambda: local_files(arguments.raw)) if source.raw_files else Path(arguments.raw)
+        raw = team.each(lambda: resolve_files(arguments.raw)) if source.raw_files else Path(arguments.raw)
         if source.raw_files and not (source.raw_file or source.generic) and raw.exists() and not raw.is_dir():
             raise UserError(found=f"--raw {raw}, a file", expected="a directory", hint=f"--raw {raw.parent}")
     dataset = Path(arguments.raw).name.partition(".")[0] or source.name if source.generic else source.name
     name = f"{dataset}-{split}" if split else dataset
     out = arguments.out or f"data/shards/{name}"
-    out = out if is_remote(out) else local_set(out)
+    out = out if is_remote(out) else resolve_dataset(out)
     request = Request(raw, split, **heeded)
     settings = {
         "dataset": dataset,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 
 Images: TypeAlias = NDArray[np.uint8] | list[NDArray[np.uint8]]
 
@@ -76,7 +76,7 @@ def open_store(directory: Path | str, memory: int | None = None) -> Store:
     memory: most bytes of images to hold in memory (compressed stores hold what they have decompressed); None for no
     bound.
     """
-    directory = local_set(directory)
+    directory = resolve_dataset(directory)
     return open_files(directory, Manifest.read(directory), memory)
 
 
@@ -97,7 +97,7 @@ def open_files(directory: Path, manifest: Manifest, memory: int | None = None) -
 
 def open_either(directory: Path | str, part: str) -> Store:
     """Open a directory (or address) that is a part itself, or the named part of a packed set."""
-    directory = local_set(directory)
+    directory = resolve_dataset(directory)
     return open_store(directory) if (directory / MANIFEST_NAME).is_file() else open_part(directory, part)
 
 
@@ -106,7 +106,7 @@ def open_part(directory: Path | str, part: str, memory: int | None = None) -> St
 
     A set at an address such as s3://bucket/name is fetched into the local cache first. Otherwise as `open_store`.
     """
-    directory = local_set(directory)
+    directory = resolve_dataset(directory)
     if (directory / MANIFEST_NAME).is_file():
         raise UserError(
             found=f"{directory}, which is a single part",

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from shards.errors import UserError, run_command
 from shards.manifest import ALL_PARTS, PARTS, Manifest, StoreKind
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 from shards.tally import Tally
 
 CheckStore: TypeAlias = Callable[[Path, Manifest, Tally], Iterator[str]]
@@ -74,7 +74,7 @@ def parts_of(directory: Path) -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m shards.verify", description=__doc__.split("\n")[0])
     parser.add_argument("place", metavar="DIR", help="a packed set or one part of it, a directory or an address")
-    directory = local_set(parser.parse_args().place)
+    directory = resolve_dataset(parser.parse_args().place)
     all_faults = []
     for part in parts_of(directory):
         manifest, faults = check_part(part)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-import shards.remote.cache as local_cache
+import shards.remote.cache as cache_module
 from shards.errors import UserError
 from shards.remote.cache import cache_directory, most_bytes, open_entry
 
@@ -33,9 +33,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def end_of_process() -> None:
     """Let go of what this process uses, as its end would."""
-    for descriptor in local_cache._held.values():
+    for descriptor in cache_module._held.values():
         os.close(descriptor)
-    local_cache._held.clear()
+    cache_module._held.clear()
 
 
 def fill(key: str, size: int, age: float = 0) -> Path:
@@ -101,7 +101,7 @@ def test_a_bound_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_sizes_are_written_as_the_bound_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (0, 7, 1500, 123_456_789, 2 * 10**12):
-        text = local_cache._size(count)
+        text = cache_module._size(count)
         if count:
             monkeypatch.setenv("INKSTREAM_CACHE_SIZE", text)
             assert most_bytes() == pytest.approx(count, rel=0.005)
@@ -249,7 +249,7 @@ def test_one_process_fills_an_entry_and_the_others_wait(cache: Path) -> None:
 
 @posix
 def test_who_waits_is_told(cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_cache, "_NOTICE_AFTER", 0.1)
+    monkeypatch.setattr(cache_module, "_NOTICE_AFTER", 0.1)
     with other_process(
         """
         import time
@@ -287,20 +287,20 @@ def test_an_evictor_and_a_user_do_not_meet(cache: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("INKSTREAM_CACHE_SIZE", "150KB")
     user = """
         import os, time
-        from shards.remote import cache as local_cache
+        from shards.remote import cache as cache_module
         print("ready", flush=True)
         for _ in range(60):
             with open_entry("sets", "a", "name") as entry:
                 try:
                     entry.make_room(100_000, "a")
-                except local_cache.UserError:
+                except cache_module.UserError:
                     continue  # the other entry is in use
                 entry.content.mkdir(exist_ok=True)
                 (entry.content / "file").write_bytes(bytes(100_000))
             assert (entry.content / "file").stat().st_size == 100_000
-            for descriptor in local_cache._held.values():
+            for descriptor in cache_module._held.values():
                 os.close(descriptor)
-            local_cache._held.clear()
+            cache_module._held.clear()
             time.sleep(0.003)
     """
     with other_process(user) as process:
@@ -320,7 +320,7 @@ def test_an_evictor_and_a_user_do_not_meet(cache: Path, monkeypatch: pytest.Monk
 
 def test_eviction_without_shared_locks(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows, where the system itself keeps open files."""
-    monkeypatch.setattr(local_cache, "fcntl", None)
+    monkeypatch.setattr(cache_module, "fcntl", None)
     monkeypatch.setenv("INKSTREAM_CACHE_SIZE", "150KB")
     old = fill("a", 100_000)
     end_of_process()

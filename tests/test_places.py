@@ -28,10 +28,10 @@ from shards.manifest import Manifest, RawFile, Shard
 from shards.remote.sets import (
     check_upload,
     is_remote,
-    local_files,
-    local_set,
     remote_manifests,
     remove_manifests,
+    resolve_dataset,
+    resolve_files,
     upload_files,
     upload_manifests,
     upload_set,
@@ -45,7 +45,7 @@ SHARD_BYTES = 200_000
 HASTE = f"""
 import logging, os, sys, time
 from pathlib import Path
-from shards.remote import sets as places
+from shards.remote import sets
 from shards.remote import fsspec_backend as remote_fsspec
 from shards.remote import base as remote
 from shards.errors import run_command
@@ -218,14 +218,14 @@ def test_what_is_remote(address: str | Path, remote: bool) -> None:
 
 
 def test_a_path_is_itself(tmp_path: Path) -> None:
-    assert local_set(tmp_path) == tmp_path
-    assert local_set("some/where") == Path("some/where")
-    assert local_files("some/where") == Path("some/where")
+    assert resolve_dataset(tmp_path) == tmp_path
+    assert resolve_dataset("some/where") == Path("some/where")
+    assert resolve_files("some/where") == Path("some/where")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="paths of POSIX")
 def test_a_file_address_is_a_path() -> None:
-    assert local_set("file:///data/two%20words") == Path("/data/two words")
+    assert resolve_dataset("file:///data/two%20words") == Path("/data/two words")
 
 
 def test_fsspec_is_loaded_when_it_is_needed() -> None:
@@ -245,7 +245,7 @@ def test_a_missing_package_is_named(address: str, words: str) -> None:
     process = run_code(
         f"""
         sys.modules.update(s3fs=None, gcsfs=None, adlfs=None)
-        run_command(lambda: places.local_set({address!r}) and 0)
+        run_command(lambda: sets.resolve_dataset({address!r}) and 0)
         """
     )
     assert_user_error(process, address, words)
@@ -254,21 +254,21 @@ def test_a_missing_package_is_named(address: str, words: str) -> None:
 
 def test_an_unknown_protocol() -> None:
     with pytest.raises(UserError, match="s4://bucket/name"):
-        local_set("s4://bucket/name")
+        resolve_dataset("s4://bucket/name")
 
 
 # A whole set
 
 
 def test_a_set_is_fetched_once(at_s3: str, noise: Path, line: Line, cache: Path) -> None:
-    directory = local_set(at_s3)
+    directory = resolve_dataset(at_s3)
     assert directory.is_relative_to(cache)
     assert directory.name == "noise"
     assert content_of(directory) == content_of(noise), "all of it, and no stranger"
     assert [path.name for path in directory.parent.iterdir() if path.name.startswith(".")] == [".use"]
 
     line.faults = Faults()
-    assert local_set(at_s3) == directory
+    assert resolve_dataset(at_s3) == directory
     assert {request.rpartition("/")[0].split("?")[0].partition(" ")[2] for request in line.faults.requests} <= {
         f"/{BUCKET}/sets/noise/{part}manifest.json HTTP" for part in ("", "train/", "test/", "val/")
     }
@@ -287,19 +287,19 @@ def test_a_fetched_set_can_be_read(made_up_set: Path, line: Line) -> None:
 def test_all_parts_of_a_set_are_fetched(tmp_path: Path, line: Line) -> None:
     noise = write_set(tmp_path / "noise", val=True)
     upload_set(noise, f"s3://{BUCKET}/noise")
-    assert content_of(local_set(f"s3://{BUCKET}/noise")) == content_of(noise)
+    assert content_of(resolve_dataset(f"s3://{BUCKET}/noise")) == content_of(noise)
 
 
 def test_a_single_part(at_s3: str, noise: Path) -> None:
-    assert content_of(local_set(f"{at_s3}/test/")) == content_of(noise / "test")
+    assert content_of(resolve_dataset(f"{at_s3}/test/")) == content_of(noise / "test")
 
 
 def test_a_set_that_was_replaced_is_another_entry(at_s3: str, tmp_path: Path) -> None:
-    before = local_set(at_s3)
+    before = resolve_dataset(at_s3)
     old = content_of(before)
     other = write_set(tmp_path / "other", shards=3, seed=1)
     upload_set(other, at_s3)
-    after = local_set(at_s3)
+    after = resolve_dataset(at_s3)
     assert after != before
     assert content_of(after) == content_of(other)
     assert content_of(before) == old, "a process that uses it may go on"
@@ -307,28 +307,28 @@ def test_a_set_that_was_replaced_is_another_entry(at_s3: str, tmp_path: Path) ->
 
 def test_the_same_set_at_two_addresses_is_one_entry(at_s3: str, noise: Path, line: Line) -> None:
     upload_set(noise, f"s3://{BUCKET}/elsewhere")
-    directory = local_set(at_s3)
+    directory = resolve_dataset(at_s3)
     line.faults = Faults()
-    assert local_set(f"s3://{BUCKET}/elsewhere") == directory
+    assert resolve_dataset(f"s3://{BUCKET}/elsewhere") == directory
     assert not any(".tar" in request for request in line.faults.requests)
 
 
 def test_what_was_lost_from_the_cache_is_fetched_again(at_s3: str, noise: Path, line: Line) -> None:
-    directory = local_set(at_s3)
+    directory = resolve_dataset(at_s3)
     (directory / "train" / "00002.tar").unlink()
     (directory / "train" / "00001.tar").write_bytes(b"short")
     line.faults = Faults()
-    assert content_of(local_set(at_s3)) == content_of(noise)
+    assert content_of(resolve_dataset(at_s3)) == content_of(noise)
     fetched = {request.split()[1].rpartition("/")[2] for request in line.faults.requests if ".tar" in request}
     assert fetched == {"00001.tar", "00002.tar"}
 
 
 def test_a_progress_bar_tells_bytes(at_s3: str, line: Line, capfd: pytest.CaptureFixture) -> None:
     line.faults.seconds_a_chunk = 0.05  # what takes no time shows no bar
-    local_set(at_s3)
+    resolve_dataset(at_s3)
     assert "fetching noise: 100%" in capfd.readouterr().err
     line.faults = Faults()
-    local_set(at_s3)
+    resolve_dataset(at_s3)
     assert capfd.readouterr().err == ""
 
 
@@ -337,7 +337,7 @@ def test_a_progress_bar_tells_bytes(at_s3: str, line: Line, capfd: pytest.Captur
 
 def test_cut_connections_are_resumed(at_s3: str, noise: Path, line: Line) -> None:
     line.faults.cuts = [1, 20_000, 0, 40_000, 1000, 30_000]
-    assert content_of(local_set(at_s3)) == content_of(noise)
+    assert content_of(resolve_dataset(at_s3)) == content_of(noise)
     assert line.faults.cuts == []
 
 
@@ -346,18 +346,18 @@ def test_more_cuts_than_attempts_do_no_harm_as_long_as_others_bring_something(
 ) -> None:
     monkeypatch.setattr("shards.remote.download.THREADS", 1)
     line.faults.cuts = [1, 1, 1, 1]
-    local_set(at_s3)
+    resolve_dataset(at_s3)
 
 
 def test_a_server_in_trouble_is_asked_again(at_s3: str, noise: Path, line: Line) -> None:
     line.faults.unavailable = 4
-    assert content_of(local_set(at_s3)) == content_of(noise)
+    assert content_of(resolve_dataset(at_s3)) == content_of(noise)
 
 
 def test_a_server_that_stays_in_trouble(at_s3: str, line: Line) -> None:
     line.faults.unavailable = 10**6
     with pytest.raises(UserError) as caught:
-        local_set(at_s3)
+        resolve_dataset(at_s3)
     assert f"{at_s3}/" in caught.value.found
     assert "Service Unavailable" in caught.value.found
     assert 5 <= len(line.faults.requests) <= 5 * 4
@@ -369,7 +369,7 @@ def test_a_silent_server_is_given_up_and_asked_again(
     monkeypatch.setattr(remote, "STALL_SECONDS", 0.5)
     line.faults.silent = 3
     start = time.monotonic()
-    assert content_of(local_set(at_s3)) == content_of(noise)
+    assert content_of(resolve_dataset(at_s3)) == content_of(noise)
     assert 0.5 < time.monotonic() - start < 10
 
 
@@ -377,7 +377,7 @@ def test_a_server_that_stays_silent(at_s3: str, line: Line, monkeypatch: pytest.
     monkeypatch.setattr(remote, "STALL_SECONDS", 0.1)
     line.faults.silent = 10**6
     with pytest.raises(UserError, match=r"no answer within 0\.1 seconds"):
-        local_set(at_s3)
+        resolve_dataset(at_s3)
 
 
 def test_a_slow_line_is_asked_for_less_at_a_time(at_s3: str, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,12 +387,12 @@ def test_a_slow_line_is_asked_for_less_at_a_time(at_s3: str, line: Line, monkeyp
     monkeypatch.setattr(remote_fsspec, "SMALLEST_PIECE", 8 << 10)
     monkeypatch.setattr("shards.remote.download.THREADS", 2)
     line.faults.seconds_a_chunk = 0.2
-    local_set(at_s3)
+    resolve_dataset(at_s3)
 
 
 def test_wrong_bytes_are_fetched_once_more(at_s3: str, noise: Path, line: Line) -> None:
     line.faults.flips = 2
-    assert content_of(local_set(at_s3)) == content_of(noise)
+    assert content_of(resolve_dataset(at_s3)) == content_of(noise)
     assert line.faults.flips == 0
 
 
@@ -401,7 +401,7 @@ def test_wrong_bytes_that_stay_wrong_are_refused(at_s3: str, noise: Path, s3: fs
     content[1000] ^= 1
     s3.pipe_file(f"{BUCKET}/sets/noise/train/00001.tar", bytes(content))
     with pytest.raises(UserError) as caught:
-        local_set(at_s3)
+        resolve_dataset(at_s3)
     assert f"{at_s3}/train/00001.tar" in caught.value.found
     assert sha256(content) in caught.value.found
     assert sha256((noise / "train" / "00001.tar").read_bytes()) in caught.value.expected
@@ -410,32 +410,32 @@ def test_wrong_bytes_that_stay_wrong_are_refused(at_s3: str, noise: Path, s3: fs
 def test_a_shorter_file_is_refused(at_s3: str, s3: fsspec.AbstractFileSystem) -> None:
     s3.pipe_file(f"{BUCKET}/sets/noise/train/00001.tar", b"short")
     with pytest.raises(UserError, match=r"00001\.tar"):
-        local_set(at_s3)
+        resolve_dataset(at_s3)
 
 
 def test_a_missing_shard(at_s3: str, cache: Path, s3: fsspec.AbstractFileSystem) -> None:
     s3.rm_file(f"{BUCKET}/sets/noise/train/00001.tar")
     with pytest.raises(UserError, match=r"nothing at .*/train/00001\.tar"):
-        local_set(at_s3)
+        resolve_dataset(at_s3)
     assert list(cache.rglob("manifest.json")) == [], "nothing incomplete is taken for complete"
 
 
 def test_a_damaged_manifest(at_s3: str, s3: fsspec.AbstractFileSystem) -> None:
     s3.pipe_file(f"{BUCKET}/sets/noise/train/manifest.json", b"{")
     with pytest.raises(UserError, match=r"train/manifest\.json, which is damaged"):
-        local_set(at_s3)
+        resolve_dataset(at_s3)
 
 
 def test_a_set_in_the_making(at_s3: str, s3: fsspec.AbstractFileSystem) -> None:
     s3.rm_file(f"{BUCKET}/sets/noise/test/manifest.json")
     with pytest.raises(UserError, match=r"without test/manifest\.json"):
-        local_set(at_s3)
+        resolve_dataset(at_s3)
 
 
 @pytest.mark.parametrize("address", [f"s3://{BUCKET}/nothing", "s3://no-such-bucket/name"])
 def test_nothing_there(address: str, line: Line) -> None:
     with pytest.raises(UserError, match="nothing at") as caught:
-        local_set(address)
+        resolve_dataset(address)
     assert address in caught.value.found
     assert "AWS_ENDPOINT_URL" in caught.value.hint
     assert len(line.faults.requests) <= 4, "asked once"
@@ -443,7 +443,7 @@ def test_nothing_there(address: str, line: Line) -> None:
 
 def test_no_credentials(at_s3: str) -> None:
     process = run_code(
-        f"run_command(lambda: places.local_set({at_s3!r}) and 0)",
+        f"run_command(lambda: sets.resolve_dataset({at_s3!r}) and 0)",
         AWS_ACCESS_KEY_ID="",
         AWS_SECRET_ACCESS_KEY="",
         AWS_EC2_METADATA_DISABLED="true",
@@ -456,33 +456,33 @@ def test_no_credentials(at_s3: str) -> None:
 def test_a_public_bucket_needs_no_credentials(at_s3: str, s3: fsspec.AbstractFileSystem) -> None:
     s3.chmod(f"{BUCKET}/sets", "public-read", recursive=True)
     env = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "true"}
-    process = run_code(f"places.local_set({at_s3!r})", **env, HOME="/nonexistent", FSSPEC_S3_ANON="true")
+    process = run_code(f"sets.resolve_dataset({at_s3!r})", **env, HOME="/nonexistent", FSSPEC_S3_ANON="true")
     assert process.returncode == 0, process.stderr
 
 
 def test_no_server_at_all(at_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(UserError, match="no way to reach") as caught:
-        local_set(at_s3)
+        resolve_dataset(at_s3)
     assert "AWS_ENDPOINT_URL" in caught.value.hint
 
 
 def test_without_a_network_the_copy_is_used(
     at_s3: str, noise: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    directory = local_set(at_s3)
+    directory = resolve_dataset(at_s3)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    assert local_set(at_s3) == directory
+    assert resolve_dataset(at_s3) == directory
     assert "cannot be reached" in caplog.text
     assert str(directory) in caplog.text
     with pytest.raises(UserError, match="no way to reach"):
-        local_set(f"{at_s3}-2")
+        resolve_dataset(f"{at_s3}-2")
     (directory / "train" / "manifest.json").unlink()
     with pytest.raises(UserError, match="no way to reach"):
-        local_set(at_s3)
+        resolve_dataset(at_s3)
     shutil.rmtree(cache / "sets")
     with pytest.raises(UserError, match="no way to reach"):
-        local_set(at_s3)
+        resolve_dataset(at_s3)
 
 
 # A full disk
@@ -506,7 +506,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 def test_a_set_larger_than_the_room_on_the_disk(at_s3: str, line: Line, small_disk: Path) -> None:
     with pytest.raises(UserError) as caught:
-        local_set(at_s3)
+        resolve_dataset(at_s3)
     assert "on the disk" in caught.value.found
     assert at_s3 in caught.value.found
     assert "1.0" in caught.value.expected
@@ -521,7 +521,7 @@ def test_a_disk_that_fills_on_the_way(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
         with pytest.raises(UserError) as caught:
-            local_set(at_s3)
+            resolve_dataset(at_s3)
         assert "No space left" in caught.value.found
         assert str(small_disk) in caught.value.found
         assert list(small_disk.rglob("manifest.json")) == []
@@ -530,14 +530,14 @@ def test_a_disk_that_fills_on_the_way(
 
         subprocess.run(["mount", "-o", "remount,size=3m", small_disk], check=True)
         line.faults = Faults()
-        assert content_of(local_set(at_s3)) == content_of(noise)
+        assert content_of(resolve_dataset(at_s3)) == content_of(noise)
         assert line.faults.carried < 5 * SHARD_BYTES - kept + 100_000, "what had come is not fetched again"
 
 
 def test_a_set_larger_than_the_cache_may_be(at_s3: str, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INKSTREAM_CACHE_SIZE", "500KB")
     with pytest.raises(UserError) as caught:
-        local_set(at_s3)
+        resolve_dataset(at_s3)
     assert at_s3 in caught.value.found
     assert "at most 500.00KB" in caught.value.found
     assert "INKSTREAM_CACHE_SIZE=1.1" in caught.value.hint
@@ -549,7 +549,7 @@ def test_a_set_larger_than_the_cache_may_be(at_s3: str, line: Line, monkeypatch:
 @posix
 def test_several_processes_fetch_once(at_s3: str, noise: Path, line: Line) -> None:
     line.faults.seconds_a_chunk = 0.02
-    processes = [start_code(f"print(places.local_set({at_s3!r}))") for _ in range(3)]
+    processes = [start_code(f"print(sets.resolve_dataset({at_s3!r}))") for _ in range(3)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert len({directory for directory, _ in outputs}) == 1
@@ -562,7 +562,7 @@ def test_several_processes_fetch_once(at_s3: str, noise: Path, line: Line) -> No
 @posix
 def test_one_takes_over_from_a_killed_one_and_resumes(at_s3: str, noise: Path, line: Line, cache: Path) -> None:
     line.faults.seconds_a_chunk = 0.05
-    code = f"print(places.local_set({at_s3!r}))"
+    code = f"print(sets.resolve_dataset({at_s3!r}))"
     first = start_code(code)
     wait_until(lambda: came(cache) > 400_000)
     second = start_code(code)
@@ -583,7 +583,7 @@ def test_one_takes_over_from_a_killed_one_and_resumes(at_s3: str, noise: Path, l
 @posix
 def test_sigterm_leaves_what_came_and_the_next_run_resumes(at_s3: str, noise: Path, line: Line, cache: Path) -> None:
     line.faults.seconds_a_chunk = 0.05
-    code = f"run_command(lambda: places.local_set({at_s3!r}) and 0)"
+    code = f"run_command(lambda: sets.resolve_dataset({at_s3!r}) and 0)"
     process = start_code(code)
     wait_until(lambda: came(cache) > 300_000)
     process.terminate()
@@ -591,7 +591,7 @@ def test_sigterm_leaves_what_came_and_the_next_run_resumes(at_s3: str, noise: Pa
     assert process.returncode == 143
     assert "Traceback" not in errors
     line.faults = Faults()
-    assert content_of(local_set(at_s3)) == content_of(noise)
+    assert content_of(resolve_dataset(at_s3)) == content_of(noise)
     assert line.faults.carried < 5 * SHARD_BYTES - 300_000 + 100_000
 
 
@@ -611,7 +611,7 @@ def test_a_manifest_that_names_files_elsewhere(name: str, noise: Path, tmp_path:
     before = set(tmp_path.rglob("*"))
     try:
         with pytest.raises(UserError):
-            local_set("memory://hostile")
+            resolve_dataset("memory://hostile")
     finally:
         memory.rm("/hostile", recursive=True)
     after = {path for path in set(tmp_path.rglob("*")) - before if path.is_file()}
@@ -623,7 +623,7 @@ def test_a_set_with_an_adventurous_name(tmp_path: Path, cache: Path) -> None:
     for part in ("train", "test"):
         write_part(noise, part, 1, 0, dataset="../../x y/\x00é")
     fsspec.filesystem("memory").put(str(noise), "/named", recursive=True)
-    directory = local_set("memory://named")
+    directory = resolve_dataset("memory://named")
     assert directory.parent.parent == cache / "sets"
     assert directory.name == "x-y"
     assert list(check_hashes(directory / "train", Manifest.read(directory / "train"))) == []
@@ -632,7 +632,7 @@ def test_a_set_with_an_adventurous_name(tmp_path: Path, cache: Path) -> None:
 def test_secrets_are_neither_shown_nor_stored(cache: Path) -> None:
     address = "https://anna:hunter%21two@127.0.0.1:1/set?sig=c2VjcmV0"
     with pytest.raises(UserError) as caught:
-        local_set(address)
+        resolve_dataset(address)
     for secret in ("hunter", "anna", "c2VjcmV0"):
         assert secret not in str(caught.value)
     assert "https://***@127.0.0.1:1/set" in caught.value.found
@@ -654,17 +654,17 @@ def raw_at_s3(line: Line, s3: fsspec.AbstractFileSystem) -> tuple[str, dict[str,
 
 def test_a_directory_of_raw_files(raw_at_s3: tuple[str, dict[str, bytes]], line: Line) -> None:
     address, files = raw_at_s3
-    directory = local_files(address)
+    directory = resolve_files(address)
     assert content_of(directory) == files
     assert directory.name == "raw"
     line.faults = Faults()
-    assert local_files(f"{address}/") == directory
+    assert resolve_files(f"{address}/") == directory
     assert all("list-type=2" in request for request in line.faults.requests)
 
 
 def test_a_single_raw_file(raw_at_s3: tuple[str, dict[str, bytes]]) -> None:
     address, files = raw_at_s3
-    path = local_files(f"{address}/deep/er/b.bin")
+    path = resolve_files(f"{address}/deep/er/b.bin")
     assert path.name == "b.bin"
     assert path.read_bytes() == files["deep/er/b.bin"]
 
@@ -673,12 +673,12 @@ def test_raw_files_that_changed_are_fetched_again(
     raw_at_s3: tuple[str, dict[str, bytes]], line: Line, s3: fsspec.AbstractFileSystem
 ) -> None:
     address, files = raw_at_s3
-    directory = local_files(address)
+    directory = resolve_files(address)
     s3.pipe_file(f"{BUCKET}/raw/a.csv", b"ONE,TWO")
     s3.pipe_file(f"{BUCKET}/raw/new", b"new")
     s3.rm_file(f"{BUCKET}/raw/empty")
     line.faults = Faults()
-    assert local_files(address) == directory
+    assert resolve_files(address) == directory
     assert content_of(directory) == {
         "a.csv": b"ONE,TWO",
         "new": b"new",
@@ -692,28 +692,28 @@ def test_raw_files_do_not_change_beneath_a_reader(
     raw_at_s3: tuple[str, dict[str, bytes]], s3: fsspec.AbstractFileSystem
 ) -> None:
     address, files = raw_at_s3
-    with start_code(f"places.local_files({address!r}); print('ready', flush=True); time.sleep(60)") as reader:
+    with start_code(f"sets.resolve_files({address!r}); print('ready', flush=True); time.sleep(60)") as reader:
         assert reader.stdout is not None
         assert reader.stdout.readline() == "ready\n"
         s3.pipe_file(f"{BUCKET}/raw/a.csv", b"ONE,TWO")
         with pytest.raises(UserError, match="changed while another process"):
-            local_files(address)
+            resolve_files(address)
         reader.kill()
         reader.wait()
-        assert content_of(local_files(address)) == {**files, "a.csv": b"ONE,TWO"}
+        assert content_of(resolve_files(address)) == {**files, "a.csv": b"ONE,TWO"}
 
 
 @pytest.mark.parametrize("address", [f"s3://{BUCKET}/nothing", "s3://no-such-bucket/raw", "memory://nothing"])
 def test_no_raw_files_there(address: str, line: Line) -> None:
     with pytest.raises(UserError, match="nothing at"):
-        local_files(address)
+        resolve_files(address)
 
 
 def test_raw_files_that_are_directories_too(line: Line, s3: fsspec.AbstractFileSystem) -> None:
     s3.pipe_file(f"{BUCKET}/odd/a", b"1")
     s3.pipe_file(f"{BUCKET}/odd/a/b", b"2")
     with pytest.raises(UserError, match="both as a file and as a directory"):
-        local_files(f"s3://{BUCKET}/odd")
+        resolve_files(f"s3://{BUCKET}/odd")
 
 
 # Uploads
@@ -726,7 +726,7 @@ def test_an_upload_in_steps(noise: Path, line: Line) -> None:
     assert remote_manifests(address) == {}
     upload_manifests(noise, address)
     assert remote_manifests(address) == {part: Manifest.read(noise / part) for part in ("train", "test")}
-    assert content_of(local_set(address)) == content_of(noise)
+    assert content_of(resolve_dataset(address)) == content_of(noise)
     remove_manifests(address)
     assert remote_manifests(address) == {}
     remove_manifests(address)
@@ -748,7 +748,7 @@ def test_a_spoilt_upload_is_done_again(noise: Path, line: Line) -> None:
     upload_set(noise, f"s3://{BUCKET}/new")
     assert line.faults.uploads_flipped == 0
     line.faults = Faults()
-    assert content_of(local_set(f"s3://{BUCKET}/new")) == content_of(noise)
+    assert content_of(resolve_dataset(f"s3://{BUCKET}/new")) == content_of(noise)
 
 
 def test_a_service_that_encrypts_is_read_back(noise: Path, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -759,7 +759,7 @@ def test_a_service_that_encrypts_is_read_back(noise: Path, line: Line, monkeypat
     line.faults = Faults(uploads_flipped=1)
     upload_set(noise, f"s3://{BUCKET}/new")
     assert line.faults.uploads_flipped == 0
-    assert content_of(local_set(f"s3://{BUCKET}/new")) == content_of(noise)
+    assert content_of(resolve_dataset(f"s3://{BUCKET}/new")) == content_of(noise)
 
 
 def test_whether_an_upload_will_be_possible(line: Line, s3: fsspec.AbstractFileSystem) -> None:
@@ -786,4 +786,4 @@ def test_an_upload_without_a_network(noise: Path, line: Line) -> None:
 
 def test_memory(noise: Path) -> None:
     upload_set(noise, "memory://set")
-    assert content_of(local_set("memory://set")) == content_of(noise)
+    assert content_of(resolve_dataset("memory://set")) == content_of(noise)

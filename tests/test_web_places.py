@@ -19,7 +19,7 @@ import pytest
 
 import shards.remote.base as remote
 from shards import Manifest, UserError, open_part
-from shards.remote.sets import local_files, local_set, remote_manifests, upload_set
+from shards.remote.sets import remote_manifests, resolve_dataset, resolve_files, upload_set
 
 
 @dataclass
@@ -145,21 +145,21 @@ def test_a_set(server: Server, made_up_set: Path) -> None:
     np.testing.assert_array_equal(ours.read(samples), theirs.read(samples))
     assert ours.manifest == theirs.manifest
     server.behaviour = Behaviour()
-    assert local_set(address(server)) == local_set(address(server) + "/")
+    assert resolve_dataset(address(server)) == resolve_dataset(address(server) + "/")
     assert all(path.endswith("manifest.json") for path, _ in server.behaviour.requests)
 
 
 def test_a_single_part(server: Server) -> None:
-    assert (local_set(address(server, "my%20sets/set/train")) / "manifest.json").is_file()
+    assert (resolve_dataset(address(server, "my%20sets/set/train")) / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_cut_connections(server: Server, made_up_set: Path, ranges: bool) -> None:
     """Without ranges a file comes from its beginning again, and what is there is passed over."""
     shard = Manifest.read(made_up_set / "train").shards[0]
-    local_set(address(server, "my%20sets/set/test"))
+    resolve_dataset(address(server, "my%20sets/set/test"))
     server.behaviour = Behaviour(ranges=ranges, cuts=[100_000, 100_000 if ranges else 200_000, 300_000])
-    directory = local_set(address(server, "my%20sets/set/train"))
+    directory = resolve_dataset(address(server, "my%20sets/set/train"))
     assert (directory / shard.name).read_bytes() == (made_up_set / "train" / shard.name).read_bytes()
     asked = [header for path, header in server.behaviour.requests if path.endswith(shard.name)]
     assert asked[:3] == [None, "bytes=100000-", "bytes=200000-"]
@@ -170,10 +170,10 @@ def test_cut_connections(server: Server, made_up_set: Path, ranges: bool) -> Non
 def test_a_server_that_stops_in_the_middle(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "STALL_SECONDS", 0.3)
     server.behaviour.stalls = 3
-    local_set(address(server))
+    resolve_dataset(address(server))
     server.behaviour = Behaviour(stalls=10**6, stall_after=0)
     with pytest.raises(UserError, match=r"not a byte for 0\.3 seconds"):
-        local_files(address(server, "raw.zip"))
+        resolve_files(address(server, "raw.zip"))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_server_that_stops_in_the_middle(server: Server, monkeypatch: pytest.M
 def test_refusals(server: Server, status: int, words: str, requests: int) -> None:
     server.behaviour.status = status
     with pytest.raises(UserError, match=words) as caught:
-        local_set(address(server))
+        resolve_dataset(address(server))
     assert address(server) in caught.value.found
     assert len(server.behaviour.requests) == requests
 
@@ -191,11 +191,11 @@ def test_refusals(server: Server, status: int, words: str, requests: int) -> Non
 def test_a_user_with_a_password(server: Server, tmp_path: Path) -> None:
     server.behaviour.password = "Basic " + base64.b64encode(b"anna:hunter two").decode()
     with pytest.raises(UserError, match="no permission") as caught:
-        local_set(address(server))
+        resolve_dataset(address(server))
     assert "USER:PASSWORD@HOST" in caught.value.hint
-    assert local_set(address(server, user="anna:hunter%20two@")).is_dir()
+    assert resolve_dataset(address(server, user="anna:hunter%20two@")).is_dir()
     with pytest.raises(UserError) as caught:
-        local_set(address(server, user="anna:wrongone@"))
+        resolve_dataset(address(server, user="anna:wrongone@"))
     assert "wrongone" not in str(caught.value)
     for path in (tmp_path / "cache").rglob("*"):
         assert "hunter" not in str(path)
@@ -205,34 +205,34 @@ def test_a_user_with_a_password(server: Server, tmp_path: Path) -> None:
 def test_a_password_is_not_told_to_whom_one_is_sent_on(server: Server, tmp_path: Path) -> None:
     for other in serving(tmp_path / "web"):
         server.behaviour.redirect = f"http://127.0.0.1:{other.server_port}"
-        local_set(address(server, user="anna:hunter@"))
+        resolve_dataset(address(server, user="anna:hunter@"))
         assert set(server.behaviour.authorizations) == {"Basic " + base64.b64encode(b"anna:hunter").decode()}
         assert set(other.behaviour.authorizations) == {None}
 
 
 def test_a_signed_address_keeps_its_signature(server: Server) -> None:
-    local_set(address(server, "my%20sets/set?sig=c2VjcmV0"))
+    resolve_dataset(address(server, "my%20sets/set?sig=c2VjcmV0"))
     assert {urlsplit(path).query for path, _ in server.behaviour.requests} == {"sig=c2VjcmV0"}
 
 
 def test_a_raw_file(server: Server, tmp_path: Path) -> None:
-    path = local_files(address(server, "raw.zip?sig=c2VjcmV0"))
+    path = resolve_files(address(server, "raw.zip?sig=c2VjcmV0"))
     assert path.name == "raw.zip"
     assert path.read_bytes() == (tmp_path / "web" / "raw.zip").read_bytes()
     (tmp_path / "web" / "raw.zip").write_bytes(b"changed")
-    assert local_files(address(server, "raw.zip?sig=c2VjcmV0")).read_bytes() == b"changed"
+    assert resolve_files(address(server, "raw.zip?sig=c2VjcmV0")).read_bytes() == b"changed"
 
 
 def test_raw_files_have_no_list(server: Server) -> None:
     with pytest.raises(UserError, match="gives no list"):
-        local_files(address(server, "raw/"))
+        resolve_files(address(server, "raw/"))
 
 
 def test_a_raw_file_of_unknown_size(server: Server) -> None:
     server.behaviour.sizes = False
     with pytest.raises(UserError, match="does not tell the size"):
-        local_files(address(server, "raw.zip"))
-    assert local_set(address(server)).is_dir(), "a manifest tells the sizes"
+        resolve_files(address(server, "raw.zip"))
+    assert resolve_dataset(address(server)).is_dir(), "a manifest tells the sizes"
 
 
 def test_a_web_server_is_no_place_to_write_to(server: Server, made_up_set: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_web_server_is_no_place_to_write_to(server: Server, made_up_set: Path)
 def test_pages_in_place_of_files(server: Server, tmp_path: Path) -> None:
     (tmp_path / "web" / "my sets" / "set" / "train" / "manifest.json").write_text("<html>Log in first</html>")
     with pytest.raises(UserError, match="damaged"):
-        local_set(address(server))
+        resolve_dataset(address(server))
 
 
 def test_https(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +260,6 @@ def test_https(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         secure.socket = context.wrap_socket(secure.socket, server_side=True)
         where = address(secure).replace("http:", "https:")
         with pytest.raises(UserError, match="CERTIFICATE_VERIFY_FAILED"):
-            local_set(where)
+            resolve_dataset(where)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        assert local_set(where).is_dir()
+        assert resolve_dataset(where).is_dir()

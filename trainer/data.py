@@ -20,7 +20,7 @@ from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.spec import Graph, GraphSpec
 from shards import Manifest, Store, UserError, open_part
 from shards.manifest import VALIDATION, has_part
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 from shards.verify import check_hashes
 from trainer.distributed import World
 from trainer.memory import granted
@@ -62,7 +62,7 @@ class TrainingData:
 
 def open_data(config: Config, world: World) -> TrainingData:
     """Open a packed set, check it, take or carve the validation part and measure the statistics of the model input."""
-    directory = local_set(config.data.shards)
+    directory = resolve_dataset(config.data.shards)
     memory = _memory(config.loader.memory)
     train_store = open_part(directory, "train", int(memory * _TRAIN_SHARE))
     # Evaluation goes through a part in order, and gains nothing from holding more of it.

@@ -20,7 +20,7 @@ import torch
 
 from pipeline.loader import Batch
 from shards.errors import UserError, run_command
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 from trainer import config, engine
 from trainer.arithmetic import with_precision
 from trainer.data import open_data
@@ -140,7 +140,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
-    local_set(settings.data.shards)
+    resolve_dataset(settings.data.shards)
     with join(settings.device) as world:
         if world.size > 1:
             raise UserError(

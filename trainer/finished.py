@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import Manifest, Store, UserError, open_part
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 from trainer.evaluate import load_run
 from trainer.run_directory import RunDirectory
 from trainer.settings import Config
@@ -52,7 +52,7 @@ class FinishedRun:
         """
         place = shards or self.config.data.shards
         try:
-            directory = local_set(place)
+            directory = resolve_dataset(place)
             train, store = Manifest.read(directory / "train"), open_part(directory, "test")
         except UserError as error:
             if shards:

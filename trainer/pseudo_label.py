@@ -30,7 +30,7 @@ from pipeline.packing.repack import joined, packed_part, packed_parts
 from shards.atomic import check_writable, write_file
 from shards.errors import UserError, run_command
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, Manifest
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 from shards.store import Store, open_store
 from trainer.decision import Decided
 from trainer.distributed import World, join
@@ -112,7 +112,7 @@ def _add(directory: Path, out: str, unlabelled: RawPart, found: PseudoLabels, op
 
 def _open(shards: str, part: str) -> tuple[Store, Path]:
     """A part and its directory; shards may be the part itself."""
-    directory = local_set(shards)
+    directory = resolve_dataset(shards)
     place = directory if (directory / MANIFEST_NAME).is_file() else directory / part
     return open_store(place), place
 
@@ -146,7 +146,7 @@ def main() -> int:
             hint="--csv labels.csv",
         )
     classes = load_run(arguments.run)[1]["classes"]
-    target = local_set(arguments.add_to) if arguments.add_to else None
+    target = resolve_dataset(arguments.add_to) if arguments.add_to else None
     if target is not None and list(Manifest.read(target / "train").classes) != classes:
         raise UserError(
             found=f"--add-to {arguments.add_to} with other classes than the run",

@@ -21,7 +21,7 @@ import numpy as np
 
 from shards.atomic import write_file
 from shards.errors import run_command
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 from trainer import checkpoint, config, engine, job, report, resume, run_directory
 from trainer.arithmetic import with_precision
 from trainer.data import TrainingData, open_data
@@ -60,7 +60,7 @@ def main() -> int:
             for line in settings.without_effect():
                 print(f"warning: {line}", file=sys.stderr)
         check_installed(settings)
-        local_set(settings.data.shards)  # fetching takes its time, and ranks that have joined wait only so long
+        resolve_dataset(settings.data.shards)  # fetching takes its time, and ranks that have joined wait only so long
         with join(settings.device, settings.trainer.timeout_minutes) as world:
             settings = with_precision(settings, world.device)
             data = open_data(settings, world)

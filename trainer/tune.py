@@ -23,7 +23,7 @@ from pipeline.common.process_pool import default_workers
 from shards import open_part
 from shards.errors import Terminated, UserError, run_command
 from shards.manifest import VALIDATION, has_part
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 from trainer import config, search, sweep
 from trainer.distributed import join
 from trainer.engine import Stopped
@@ -108,7 +108,7 @@ def main() -> int:
 
 def _check_set(base: Config) -> None:
     """Refuse data that no trial could learn from, before there is a study; a remote set is fetched once, by this."""
-    directory = local_set(base.data.shards)
+    directory = resolve_dataset(base.data.shards)
     open_part(directory, "train")
     if base.data.validation == 0 and not has_part(directory, VALIDATION):
         raise UserError(

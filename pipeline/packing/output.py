@@ -15,9 +15,9 @@ from shards.manifest import ALL_PARTS, PARTS, Manifest, has_part, is_packed_set
 from shards.remote.sets import (
     check_upload,
     is_remote,
-    local_set,
     remote_manifests,
     remove_manifests,
+    resolve_dataset,
     upload_files,
     upload_manifests,
 )
@@ -47,7 +47,7 @@ class Target(Protocol):
 
 
 def find_target(out: Path | str) -> Target:
-    return RemoteTarget(str(out)) if is_remote(out) else LocalTarget(local_set(out))
+    return RemoteTarget(str(out)) if is_remote(out) else LocalTarget(resolve_dataset(out))
 
 
 class LocalTarget:

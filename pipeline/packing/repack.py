@@ -13,7 +13,7 @@ from pipeline.datasets import RawPart
 from pipeline.packing.pack import ORIGINS
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, VALIDATION, has_part
-from shards.remote.sets import local_set
+from shards.remote.sets import resolve_dataset
 from shards.store import Store, open_part
 
 
@@ -22,7 +22,7 @@ def packed_parts(shards: Path | str) -> tuple[RawPart, ...]:
 
     Raises `UserError` if there is no such set, or if it holds picture files of differing sizes.
     """
-    directory = local_set(shards)
+    directory = resolve_dataset(shards)
     return tuple(
         packed_part(open_part(directory, name), directory / name)
         for name in ALL_PARTS

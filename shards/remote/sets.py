@@ -39,7 +39,7 @@ def is_remote(address: str | Path) -> bool:
     return _SCHEME.match(text) is not None and not text.lower().startswith("file:")
 
 
-def local_set(address: str | Path) -> Path:
+def resolve_dataset(address: str | Path) -> Path:
     """The local directory of a packed set or of a single part, fetched into the cache first if it is remote.
 
     A set whose manifests have not changed is not fetched again; without a network, what was fetched last stands in,
@@ -62,7 +62,7 @@ def local_set(address: str | Path) -> Path:
         return _fetch_set(place, manifests, copy)
 
 
-def local_files(address: str | Path) -> Path:
+def resolve_files(address: str | Path) -> Path:
     """The local path of raw files, a directory or a single file, fetched into the cache first if they are remote.
 
     Files whose size and version (ETag or time) have not changed are not fetched again. Raises `UserError`.
