@@ -17,11 +17,12 @@ from pipeline.datasets import Request, find_source
 from shards import open_part
 from trainer.decision import best_tau, decide, log_weights
 from trainer.distributed import World
-from trainer.evaluate import evaluate_run, load_run
+from trainer.evaluate import evaluate_run
 from trainer.loss import class_weights, log_priors, weighted_kl
 from trainer.predictor import Predictor, upright_images
 from trainer.run import main as run_main
 from trainer.settings import Loss
+from trainer.trained_model import load_trained_model
 
 COUNTS = np.array([400, 100, 20, 3])
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -112,9 +113,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_decides_by_a_tuned_tau(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     decision = summary["decision"]
-    _, state = load_run(run)
-    assert state["tau"] == decision["tau"] != 0
-    offsets = np.array(state["offsets"])
+    trained = load_trained_model(run)
+    assert trained.tau == decision["tau"] != 0
+    offsets = trained.offsets
     assert offsets.shape == (10,) and np.ptp(offsets[::2]) < np.ptp(offsets), "odd classes are rare"
     assert decision["validation"]["accuracy"] > decision["validation_as_learned"]["accuracy"]
     assert decision["validation_as_learned"]["accuracy"] == pytest.approx(summary["validation"]["accuracy"])
@@ -124,22 +125,21 @@ def test_a_run_decides_by_a_tuned_tau(run: Path) -> None:
 
 def test_the_decision_goes_with_the_checkpoint(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
-    _, state = load_run(run)
+    trained = load_trained_model(run)
     shards = str(run.parent / "set")
     again = evaluate_run(run, shards, ALONE)
     assert {name: again[name] for name in ("accuracy", "macro_f1", "loss")} == {
         name: summary[name] for name in ("accuracy", "macro_f1", "loss")
     }
-    assert again["tau"] == state["tau"]
+    assert again["tau"] == trained.tau
     answered = np.load(run / "predictions.npz")
     store = open_part(shards, "test")
     samples = np.argsort(store.rows)[:32]
     seen = Predictor(run).predict(upright_images(store, samples)).probabilities
     assert np.array_equal(seen.argmax(axis=1), answered["predicted"][:32])
     assert seen.max(axis=1) == pytest.approx(answered["confidence"][:32], rel=1e-4)
-    without = dict(state)
-    del without["offsets"], without["tau"]
-    torch.save(without, run / "checkpoints" / "best.pt")  # as earlier versions wrote it
+    state = trained.state_dict()
+    torch.save(state | {"offsets": [0.0] * 10, "tau": 0.0}, run / "checkpoints" / "best.pt")
     try:
         assert evaluate_run(run, shards, ALONE)["accuracy"] != summary["accuracy"]
     finally:

@@ -25,13 +25,13 @@ from shards import UserError, open_part
 from trainer import export_formats, model_code
 from trainer.classifier import Classifier, _MaxPoolTo
 from trainer.decision import Decided
-from trainer.evaluate import load_run, model_of
 from trainer.export import export
 from trainer.export import main as export_main
 from trainer.model import make_model
 from trainer.randomness import seed_weights
 from trainer.run import main as run_main
 from trainer.settings import Model
+from trainer.trained_model import load_trained_model
 
 
 def trained(directory: Path, shards: Path, **sections: str) -> Path:
@@ -99,7 +99,7 @@ def test_an_onnx_graph_answers_raw_images_as_the_run_did(which: str, request: py
     import onnxruntime
 
     session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
-    config, _ = load_run(run)
+    config = load_trained_model(run).config
     store = open_part(config.data.shards, "test")
     images = store.read(np.arange(37))
     probabilities, logits = session.run(None, {"images": images})
@@ -116,7 +116,7 @@ def test_an_onnx_graph_answers_raw_images_as_the_run_did(which: str, request: py
 @pytest.mark.parametrize("which", ["small_run", pytest.param("timm_run", marks=pytest.mark.slow)])
 def test_the_cards_code_runs_as_written_without_us(which: str, request: pytest.FixtureRequest) -> None:
     run = request.getfixturevalue(which)
-    config, _ = load_run(run)
+    config = load_trained_model(run).config
     store = open_part(config.data.shards, "test")
     images = store.read(np.arange(5))
     np.save(run / "images.npy", images)
@@ -144,7 +144,7 @@ def test_the_readmes_three_lines_load_a_timm_model(
     tmp_path: Path, made_up_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trained(tmp_path, made_up_set, model="name: test_efficientnet", data="resolution: 16")
-    _, state = load_run(run)
+    trained_model = load_trained_model(run)
     target, _ = export(run, "safetensors", tmp_path / "model")
     text = (ROOT / "README.md").read_text()
     lines = re.search(r"    import timm\n(?:    .*\n|\n)*?    model.eval\(\)\n", text)
@@ -158,7 +158,7 @@ def test_the_readmes_three_lines_load_a_timm_model(
     monkeypatch.chdir(tmp_path)
     loaded: dict[str, nn.Module] = {}
     exec(code, loaded)
-    ours = model_of(state, load_run(run)[0], torch.device("cpu")).state_dict()
+    ours = trained_model.build_model(torch.device("cpu")).state_dict()
     assert all(torch.equal(each, ours[name]) for name, each in loaded["model"].state_dict().items())
 
 
@@ -166,7 +166,7 @@ def test_the_card_says_what_is_known(small_run: Path) -> None:
     target, _ = export(small_run, "safetensors")
     card = target.with_name("README.md").read_text()
     summary = json.loads((small_run / "summary.json").read_text())
-    store = open_part(load_run(small_run)[0].data.shards, "test")
+    store = open_part(load_trained_model(small_run).config.data.shards, "test")
     for words in (f"{100 * summary['accuracy']:.2f} %", store.manifest.digest(), store.manifest.raw[0].sha256):
         assert words in card
     assert "records no licence" in card

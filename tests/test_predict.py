@@ -10,12 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import run_module
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.ink import InkFrame
 from shards import UserError, open_part
 from trainer.predict import main
 from trainer.predictor import Predictor, upright_images
@@ -213,11 +211,3 @@ def test_mistakes_are_told(
             predict(digits_run, *images)
     with pytest.raises(UserError, match="no checkpoint"):
         predict(tmp_path, pictures)
-
-
-def test_a_run_from_before_pictures_were_known_of_takes_ink_as_emnist(digits_run: Path, tmp_path: Path) -> None:
-    state = torch.load(digits_run / "checkpoints" / "best.pt", weights_only=True)
-    del state["intake"]
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(state, tmp_path / "checkpoints" / "best.pt")
-    assert Predictor(tmp_path).intake.frame == InkFrame.of_emnist(8)

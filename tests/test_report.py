@@ -22,10 +22,10 @@ from trainer import explorer as explorer_module
 from trainer.calibration import calibration_error, reliability
 from trainer.charts import Bins, Line, confusion_chart, line_chart, reliability_chart
 from trainer.comparison import page as comparison_page
-from trainer.evaluate import load_run
 from trainer.finished import FinishedRun
 from trainer.report import main as report_main
 from trainer.run import main as run_main
+from trainer.trained_model import load_trained_model
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -261,7 +261,7 @@ def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_stay_within_their_bound(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_part(load_run(run)[0].data.shards, "test")
+    store = open_part(load_trained_model(run).config.data.shards, "test")
     predictions = dict(np.load(run / "predictions.npz"))
     full = explorer_module.explorer(store, predictions)
     assert full["shown"] == full["errors"] == (predictions["labels"] != predictions["predicted"]).sum()

@@ -20,10 +20,10 @@ from trainer import checkpoint, engine, nonfinite
 from trainer.config import load
 from trainer.data import open_data
 from trainer.distributed import World
-from trainer.evaluate import load_run, model_of
 from trainer.loss import weighted_kl
 from trainer.reproduce import take_step
 from trainer.teacher import open_teacher
+from trainer.trained_model import load_trained_model
 from trainer.training import Training, make_training
 
 CPU = torch.device("cpu")
@@ -66,16 +66,16 @@ def first_batch(training: Training, epoch: int = 0) -> Batch:
 
 
 def test_it_sees_the_images_as_it_was_trained_on_them(recipe: Path, teacher: Path) -> None:
-    config, state = load_run(teacher)
+    trained = load_trained_model(teacher)
     pixels = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     student = load(recipe, [f"teacher.run={teacher}", "teacher.temperature=3"])
     mean, std = (0.7,), (0.2,)
-    one = open_teacher(student, tuple(state["classes"]), mean, std, CPU)
+    one = open_teacher(student, trained.classes, mean, std, CPU)
     assert one is not None
     found = one.probabilities((pixels - mean[0]) / std[0])
-    model = model_of(state, config, CPU).eval()
+    model = trained.build_model(CPU).eval()
     with torch.no_grad():
-        logits = model((pixels - state["mean"][0]) / state["std"][0]) - torch.tensor(state["offsets"])
+        logits = model((pixels - trained.mean[0]) / trained.std[0]) - torch.from_numpy(trained.offsets)
     torch.testing.assert_close(found, (logits / 3).softmax(dim=1), rtol=1e-4, atol=1e-5)
     constant = one.probabilities(torch.full((1, 1, 30, 30), 0.4))
     torch.testing.assert_close(constant, one.probabilities(torch.full((1, 1, 12, 12), 0.4)))

@@ -45,8 +45,8 @@ def page(runs: list[FinishedRun]) -> str:
     if len({run.directory.path.resolve() for run in runs}) < len(runs):
         raise UserError(found="a run that is named twice", expected="different runs", hint="name each run once")
     names = _names(runs)
-    alike = [run.state["classes"] == runs[0].state["classes"] for run in runs]
-    same_data = [run.state["data"] == runs[0].state["data"] for run in runs]
+    alike = [run.trained.classes == runs[0].trained.classes for run in runs]
+    same_data = [run.trained.data_digest == runs[0].trained.data_digest for run in runs]
     return pages.render(
         "comparison.html.j2",
         names=names,
@@ -130,7 +130,7 @@ def _class_rows(runs: list[FinishedRun]) -> list[dict[str, Any]]:
     order = np.argsort(-np.ptp(f1, axis=0), kind="stable")
     return [
         {
-            "name": runs[0].state["classes"][label],
+            "name": runs[0].trained.classes[label],
             "samples": int(confusions[0].support[label]),
             "f1": f1[:, label].tolist(),
             "gain": (f1[1:, label] - f1[0, label]).tolist(),
@@ -141,7 +141,7 @@ def _class_rows(runs: list[FinishedRun]) -> list[dict[str, Any]]:
 
 def _confusion(run: FinishedRun) -> Confusion:
     predictions = np.load(run.directory.predictions)
-    return Confusion.of(predictions["labels"], predictions["predicted"], len(run.state["classes"]))
+    return Confusion.of(predictions["labels"], predictions["predicted"], len(run.trained.classes))
 
 
 def _paired(runs: list[FinishedRun]) -> list[dict[str, int]]:

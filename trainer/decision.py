@@ -41,10 +41,6 @@ class Decision:
     as_learned: Confusion
     curve: list[dict[str, float]]
 
-    def kept(self) -> dict[str, Any]:
-        """What a checkpoint needs to decide by."""
-        return {"tau": self.tau, "offsets": self.offsets.tolist(), "temperature": self.temperature}
-
     def summary(self) -> dict[str, Any]:
         return {
             "tau": self.tau,

@@ -8,6 +8,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from trainer import checkpoint
 from trainer.arithmetic import autocast, laid_out
 from trainer.decision import decide
 from trainer.distributed import Vote
-from trainer.evaluate import Evaluation, deciding, evaluate, logits_of, model_of
+from trainer.evaluate import Evaluation, evaluate, logits_of
 from trainer.keeper import Keeper
 from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
@@ -98,16 +99,17 @@ def _learn(training: Training, directory: RunDirectory, keeper: Keeper, sinks: l
 def test(training: Training, keeper: Keeper, received: list[int]) -> Evaluation:
     """Evaluate the best checkpoint on the test part, by the decision that suits it on the validation part."""
     data, settings, world = training.data, training.config.trainer, training.world
-    state = world.on_first(keeper.best)
-    model = model_of(state, training.config, world.device)
+    trained = world.on_first(keeper.best)
+    model = trained.build_model(world.device)
     if data.validation is not None:
         found = logits_of(model, data.validation, settings, world, received)
         tau = training.config.decision.tau
         training.decision = world.share(decide(*found, training.log_weights, tau, settings.select) if found else None)
-        state |= training.decision.kept()
+        decided = training.decision
+        trained = replace(trained, tau=decided.tau, offsets=decided.offsets, temperature=decided.temperature)
         if world.speaks:
-            keeper.replace_best(state)
-    return evaluate(model, data.test, len(data.classes), settings, world, received, **deciding(state))
+            keeper.replace_best(trained)
+    return evaluate(model, data.test, len(data.classes), settings, world, received, **trained.posthoc_kwargs())
 
 
 def train_epoch(training: Training, directory: RunDirectory, keeper: Keeper, received: list[int]) -> None:
@@ -298,7 +300,7 @@ def _end_epoch(training: Training, keeper: Keeper, sinks: list[Sink], received: 
     training.so_far, training.losses = Totals(), []
     training.history.append(record)
     if world.speaks:
-        keeper.save(training.state(), training.best_state() if is_best else None)
+        keeper.save(training.state(), training.trained_model() if is_best else None)
         for sink in sinks:
             sink.epoch(record)
         print(_line(record, config.trainer.epochs, is_best), flush=True)

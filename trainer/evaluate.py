@@ -29,19 +29,15 @@ from shards import UserError
 from shards.atomic import check_writable, write_file
 from shards.errors import run_command
 from shards.store import Store, open_either
-from trainer.arithmetic import autocast, laid_out, memory_format
+from trainer.arithmetic import autocast, laid_out
 from trainer.calibration import calibration_error
-from trainer.checkpoint import BEST, load
-from trainer.config import validate
 from trainer.data import evaluation_loader
 from trainer.distributed import World, join, spoken_once
 from trainer.metrics import Confusion
-from trainer.model import make_model
-from trainer.settings import Config, Trainer
+from trainer.settings import Trainer
 from trainer.signals import Interrupted
+from trainer.trained_model import TrainedModel, load_trained_model
 from trainer.views import mean_logits
-
-_IN_BEST = ("config", "model", "classes", "image_shape", "mean", "std", "temperature")
 
 
 @dataclass(frozen=True)
@@ -186,68 +182,43 @@ def _joined(parts: list[torch.Tensor]) -> NDArray:
     return torch.cat(parts).cpu().numpy() if parts else np.empty(0, np.int64)
 
 
-def load_run(directory: Path) -> tuple[Config, dict[str, Any]]:
-    """The settings and the best checkpoint of a run directory."""
-    return load_best(directory / "checkpoints" / BEST)
-
-
-def load_best(path: Path) -> tuple[Config, dict[str, Any]]:
-    """The settings in a best checkpoint, and the checkpoint."""
-    state = load(path, needed=_IN_BEST)
-    return validate(state["config"], str(path)), state
-
-
-def deciding(state: dict[str, Any]) -> dict[str, Any]:
-    """What a best checkpoint says of how its logits become a class and a confidence, as `evaluate` takes it."""
-    offsets = state.get("offsets") or [0.0] * len(state["classes"])  # earlier checkpoints have none
-    return {"temperature": state["temperature"], "offsets": np.array(offsets, np.float32)}
-
-
-def model_of(state: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
-    """The model of a best checkpoint, with its weights, on a device."""
-    # The weights come from the checkpoint, wherever the run's own came from.
-    settings = config.model.model_copy(update={"pretrained": False, "weights": None})
-    model = make_model(settings, state["image_shape"][2], len(state["classes"]))
-    model.load_state_dict(state["model"])
-    return model.to(device, memory_format=memory_format(config.trainer))
-
-
-def loader_for(store: Store, config: Config, state: dict[str, Any], world: World) -> Loader:
-    """The images of a part as the model of a best checkpoint takes them. Raises `UserError` for another kind."""
-    manifest = store.manifest
-    if manifest.image_shape[2] != state["image_shape"][2]:
+def loader_for(store: Store, trained: TrainedModel, world: World) -> Loader:
+    """The images of a part as a trained model takes them. Raises `UserError` for another number of channels."""
+    manifest, config = store.manifest, trained.config
+    if manifest.image_shape[2] != trained.channels:
         raise UserError(
             found=f"{manifest.name}/{manifest.part} with {manifest.image_shape[2]} channels",
-            expected=f"{state['image_shape'][2]}, as the run was trained on",
+            expected=f"{trained.channels}, as the run was trained on",
             hint="name a packed set of such images",
         )
     data = config.data
     spec = GraphSpec.of(manifest, data.final_resolution, data.interpolation, data.preparation())
     backend, _ = choose_backend(config.loader.backend, world.device, spec)
-    spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
+    spec = spec.normalised(trained.mean, trained.std)
     graph = make_graph(spec, backend, world.device, config.loader.batch_size)
     return evaluation_loader(store, np.arange(len(store)), graph, config, world)
 
 
 def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
     """The metrics of a run's best checkpoint on a packed set, as in `summary.json`."""
-    config, state = load_run(run)
+    trained = load_trained_model(run)
+    config = trained.config
     store = open_either(shards, "test")
-    if list(store.manifest.classes) != state["classes"]:
+    if store.manifest.classes != trained.classes:
         raise UserError(
             found=f"{shards} with classes {' '.join(store.manifest.classes)}",
-            expected=f"the classes of the run: {' '.join(state['classes'])}",
+            expected=f"the classes of the run: {' '.join(trained.classes)}",
             hint="name a packed set of the same data set and split",
         )
-    loader = loader_for(store, config, state, world)
-    model = model_of(state, config, world.device)
-    evaluation = evaluate(model, loader, len(state["classes"]), config.trainer, world, **deciding(state))
+    loader = loader_for(store, trained, world)
+    model = trained.build_model(world.device)
+    evaluation = evaluate(model, loader, len(trained.classes), config.trainer, world, **trained.posthoc_kwargs())
     return {
         **evaluation.summary(),
         "calibration": evaluation.calibration() if world.speaks else None,
-        "tau": state.get("tau", 0.0),
+        "tau": trained.tau,
         "epochs": config.trainer.epochs,
-        "best_epoch": state["epoch"],
+        "best_epoch": trained.epoch,
         "seconds": evaluation.seconds,
         "images_per_second": evaluation.confusion.samples / evaluation.seconds,
         "data_wait_share": evaluation.wait_seconds / evaluation.seconds,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ from shards.errors import run_command
 from trainer import export_formats, model_card, parity
 from trainer.classifier import Classifier
 from trainer.decision import Decided
-from trainer.evaluate import deciding, model_of
 from trainer.finished import FinishedRun
-from trainer.settings import Config
+from trainer.trained_model import TrainedModel
 from trainer.views import mean_logits
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
@@ -41,12 +41,12 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
     Returns the file and how it compares with the trainer. Raises `UserError`, and then leaves no file.
     """
     finished = FinishedRun.open(run)
-    config, state = finished.config, finished.state
+    config, trained = finished.config, finished.trained
     target = _target(run, form, out)
     train, store = finished.data(shards)
     data = config.data
     spec = GraphSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preparation())
-    spec = spec.normalised(tuple(state["mean"]), tuple(state["std"]))
+    spec = spec.normalised(trained.mean, trained.std)
     if spec.encoded and form != "safetensors":
         raise UserError(
             found=f"a run on picture files of differing sizes, and --format {form}",
@@ -54,13 +54,13 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
             hint="--format safetensors; or pack the pictures at one size (python -m pipeline.shard ... --size N) "
             "and train on those",
         )
-    expected = parity.reference(config, spec, _model(state, config), Decided(**deciding(state)), store)
+    expected = parity.reference(config, spec, _model(trained), Decided(**trained.posthoc_kwargs()), store)
     metadata = describe(finished, train, store.manifest)
     with made_directory(target.parent):
-        content, found = _written(form, config, state, spec, expected, metadata)
+        content, found = _written(form, trained, spec, expected, metadata)
         agreement = parity.compare(expected.probabilities, found)
         card = model_card.Card(finished, metadata, train, store.manifest, form, target.name, agreement)
-        page = card.render(hashlib.sha256(content).hexdigest(), len(content), _model(state, config), expected)
+        page = card.render(hashlib.sha256(content).hexdigest(), len(content), _model(trained), expected)
         write_file(target, content)
         write_file(target.with_name(CARD), page)
     return target, agreement
@@ -68,48 +68,48 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
 
 def _written(
     form: str,
-    config: Config,
-    state: dict[str, Any],
+    trained: TrainedModel,
     spec: GraphSpec,
     expected: parity.Reference,
     metadata: dict[str, Any],
 ) -> tuple[bytes, NDArray[np.float32]]:
     """The content of the file, and the probabilities of a model that was read back from it."""
-    views, decided = config.trainer.test_time_augmentation, Decided(**deciding(state))
+    views, decided = trained.config.trainer.test_time_augmentation, Decided(**trained.posthoc_kwargs())
     if form == "safetensors":
-        weights = state["model"].items()
-        rebuilt = _model(state | {"model": {name: torch.zeros_like(each) for name, each in weights}}, config)
-        content = export_formats.to_safetensors(_model(state, config), rebuilt, metadata)
+        zeros = {name: torch.zeros_like(each) for name, each in trained.weights.items()}
+        rebuilt = _model(replace(trained, weights=zeros))
+        content = export_formats.to_safetensors(_model(trained), rebuilt, metadata)
         with torch.inference_mode():
             logits = mean_logits(rebuilt.eval(), expected.inputs, views)
         return content, decided(logits).numpy()
-    classifier = Classifier(spec, _model(state, config), views, decided).eval()
+    classifier = Classifier(spec, _model(trained), views, decided).eval()
     write = export_formats.to_onnx if form == "onnx" else export_formats.to_torch_export
-    exported = write(classifier, tuple(state["image_shape"]), metadata)
+    exported = write(classifier, trained.image_shape, metadata)
     assert isinstance(expected.images, np.ndarray)
     answers = [exported.answers(expected.images[part]) for part in parity.parts(len(expected.images))]
     return exported.content, np.concatenate(answers)
 
 
-def _model(state: dict[str, Any], config: Config) -> nn.Module:
+def _model(trained: TrainedModel) -> nn.Module:
     """For use alone: without gradients, its kernels in the plain layout."""
-    return model_of(state, config, _CPU).requires_grad_(False).to(memory_format=torch.contiguous_format)
+    return trained.build_model(_CPU).requires_grad_(False).to(memory_format=torch.contiguous_format)
 
 
 def describe(run: FinishedRun, train: Manifest, test: Manifest) -> dict[str, Any]:
     """What a program has to know to use the model, as plain values; it stands inside the file."""
-    config, state = run.config, run.state
+    config, trained = run.config, run.trained
+    offsets = trained.posthoc_kwargs()["offsets"]
     return {
-        "classes": state["classes"],
-        "image_shape": state["image_shape"],  # height, width, channels of a raw image
+        "classes": list(trained.classes),
+        "image_shape": list(trained.image_shape),  # height, width, channels of a raw image
         "transposed": test.transposed,  # rows and columns are exchanged in a raw image
         "preparation": list(config.data.preparation().steps),  # of raw images, before anything else
         "resolution": config.data.final_resolution,
         "interpolation": config.data.interpolation,
-        "mean": state["mean"],
-        "std": state["std"],
-        "temperature": state["temperature"],
-        "offsets": state.get("offsets") if any(state.get("offsets") or ()) else None,
+        "mean": list(trained.mean),
+        "std": list(trained.std),
+        "temperature": trained.temperature,
+        "offsets": offsets.tolist() if offsets.any() else None,
         "test_time_augmentation": config.trainer.test_time_augmentation,
         "model": config.model.name,
         "run": config.run.name,

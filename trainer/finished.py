@@ -9,18 +9,17 @@ from typing import Any
 
 from shards import Manifest, Store, UserError, open_part
 from shards.remote.sets import resolve_dataset
-from trainer.evaluate import load_run
 from trainer.run_directory import RunDirectory
 from trainer.settings import Config
+from trainer.trained_model import TrainedModel, load_trained_model
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """state: of the best checkpoint. summary, history, environment: as in summary.json, metrics.jsonl, env.json."""
+    """trained: the best epoch. summary, history, environment: as in summary.json, metrics.jsonl, env.json."""
 
     directory: RunDirectory
-    config: Config
-    state: dict[str, Any]
+    trained: TrainedModel
     summary: dict[str, Any]
     history: list[dict[str, Any]]
     environment: dict[str, Any]
@@ -29,7 +28,7 @@ class FinishedRun:
     def open(cls, path: Path) -> FinishedRun:
         """Read a run's directory. Raises `UserError` if it holds no run, or one that is not finished."""
         directory = RunDirectory(path)
-        config, state = load_run(path)
+        trained = load_trained_model(path)
         if not directory.summary_path.exists():
             raise UserError(
                 found=f"{path}, a run that is not finished",
@@ -38,12 +37,15 @@ class FinishedRun:
             )
         return cls(
             directory,
-            config,
-            state,
+            trained,
             directory.read_summary(),
             [json.loads(line) for line in directory.metrics.read_text().splitlines()],
             json.loads(directory.environment.read_text()),
         )
+
+    @property
+    def config(self) -> Config:
+        return self.trained.config
 
     def data(self, shards: str | None = None) -> tuple[Manifest, Store]:
         """The manifest of the train part, and the test part. shards: where the packed set is, if not where it was.
@@ -59,7 +61,7 @@ class FinishedRun:
                 raise
             hint = f"name the place where the run's packed set is now: --shards DIR ({error.hint})"
             raise UserError(found=error.found, expected=error.expected, hint=hint) from None
-        if not self.state["data"].startswith(train.digest() + store.manifest.digest()):
+        if not self.trained.data_digest.startswith(train.digest() + store.manifest.digest()):
             raise UserError(
                 found=f"{place}, another packed set than the run was trained on",
                 expected="that one, by which it was tested",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from trainer import checkpoint
 from trainer.run_directory import RunDirectory
 from trainer.settings import Checkpoint
+from trainer.trained_model import TrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ class Keeper:
         self._directory = directory
         self._settings = settings
         self._keeps_last = keeps_last
-        self._unsaved_best: dict[str, Any] | None = None
+        self._unsaved_best: TrainedModel | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._writing: Future[None] | None = None
         self._saved_step = step
@@ -54,14 +56,16 @@ class Keeper:
             return True
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, state: dict[str, Any], best: dict[str, Any] | None = None) -> None:
+    def save(self, state: dict[str, Any], best: TrainedModel | None = None) -> None:
         """Copy a state, and the one to be kept as the best, and begin to write them; waits for those before.
 
         `metrics.jsonl` is written with them, so that it holds the epochs that `last.pt` tells of.
         """
         self.finish()
         self._saved_step, self._saved_at = state["step"], time.monotonic()
-        self._writing = self._writer.submit(self._write, _copy(state), _copy(best))
+        self._writing = self._writer.submit(
+            self._write, _copy(state), best and replace(best, weights=_copy(best.weights))
+        )
 
     def finish(self) -> None:
         """Wait until everything is written (or was refused)."""
@@ -69,26 +73,26 @@ class Keeper:
         if writing is not None:
             writing.result()
 
-    def best(self) -> dict[str, Any]:
+    def best(self) -> TrainedModel:
         """The best checkpoint, also one that the disk did not take. Raises `UserError` if it cannot be read."""
         self.finish()
-        return self._unsaved_best or checkpoint.load(self._directory.best)
+        return self._unsaved_best or TrainedModel.load(self._directory.best)
 
-    def replace_best(self, best: dict[str, Any]) -> None:
+    def replace_best(self, best: TrainedModel) -> None:
         """Write the best checkpoint again, with what was found out about it since; or warn that the disk is full."""
         self.finish()
         self._unsaved_best = best
         try:
-            checkpoint.save(self._directory.best, best)
+            checkpoint.save(self._directory.best, best.state_dict())
             self._unsaved_best = None
         except OSError as error:
             log.warning("%s stays as it was: %s", self._directory.best, error.strerror or error)
 
-    def _write(self, state: dict[str, Any], best: dict[str, Any] | None) -> None:
+    def _write(self, state: dict[str, Any], best: TrainedModel | None) -> None:
         self._unsaved_best = best or self._unsaved_best
         try:
             if self._unsaved_best is not None:
-                checkpoint.save(self._directory.best, self._unsaved_best)
+                checkpoint.save(self._directory.best, self._unsaved_best.state_dict())
                 self._unsaved_best = None
             checkpoint.save_last(self._directory.checkpoints, state, keep=self._keeps_last)
             self._keeps_last = True

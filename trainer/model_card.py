@@ -48,7 +48,7 @@ class Card:
             undefined=jinja2.StrictUndefined,
         )
         environment.filters["percent"] = lambda share: f"{100 * share:.2f} %"
-        channels, classes = self.run.state["image_shape"][2], self.run.state["classes"]
+        channels, classes = self.run.trained.channels, self.run.trained.classes
         predictions = np.load(self.run.directory.predictions)
         confusion = Confusion.of(predictions["labels"], predictions["predicted"], len(classes))
         return environment.get_template(_TEMPLATE.name).render(

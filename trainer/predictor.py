@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipeline.common.device import choose_device
-from pipeline.ink import InkFrame
 from pipeline.intake import Intake
 from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.spec import GraphSpec
 from shards import Store, UserError
 from trainer.arithmetic import autocast, laid_out
 from trainer.decision import Decided
-from trainer.evaluate import deciding, load_run, model_of
+from trainer.trained_model import load_trained_model
 from trainer.views import mean_logits
 
 _MOST_AT_ONCE = 512
@@ -39,13 +38,14 @@ class Predictor:
     def __init__(self, run: Path, device: str = "auto") -> None:
         """Raises `UserError` for a run that has no best checkpoint."""
         self.run = run
-        self._config, state = load_run(run)
+        trained = load_trained_model(run)
+        self._config = trained.config
         self._device = choose_device(device)
-        self.classes: tuple[str, ...] = tuple(state["classes"])
-        self.temperature: float = state["temperature"]
-        self._decided = Decided(**deciding(state)).to(self._device)
+        self.classes: tuple[str, ...] = trained.classes
+        self.temperature: float = trained.temperature
+        self._decided = Decided(**trained.posthoc_kwargs()).to(self._device)
         self.resolution: int = self._config.data.final_resolution
-        self.intake = _intake_of(state)
+        self.intake = Intake.of_state(trained.adapter_state)
         self.batch_size = min(self._config.loader.batch_size, _MOST_AT_ONCE)
         # The intake gives upright images, whichever way round those of the set lie.
         self._spec = GraphSpec(
@@ -53,13 +53,13 @@ class Predictor:
             transposed=False,
             resolution=self.resolution,
             interpolation=self._config.data.interpolation,
-            mean=tuple(state["mean"]),
-            std=tuple(state["std"]),
+            mean=trained.mean,
+            std=trained.std,
             preparation=self._config.data.preparation(),
         )
         backend, _ = choose_backend(self._config.loader.backend, self._device, self._spec)
         self._graph = make_graph(self._spec, backend, self._device, self.batch_size)
-        self._model = model_of(state, self._config, self._device).eval()
+        self._model = trained.build_model(self._device).eval()
 
     @torch.inference_mode()
     def predict(self, images: list[NDArray[np.uint8]]) -> Seen:
@@ -110,12 +110,3 @@ def upright_images(store: Store, samples: NDArray[np.int64]) -> list[NDArray[np.
     """Images of a part as `Predictor.predict` takes them."""
     images = list(store.read(samples))
     return [image.swapaxes(0, 1) for image in images] if store.manifest.transposed else images
-
-
-def _intake_of(state: dict[str, Any]) -> Intake:
-    if "intake" in state:
-        return Intake.of_state(state["intake"])
-    # Of a run from before it was kept. Light ink on dark is the only one-channel set whose mean is so low.
-    height, width, channels = state["image_shape"]
-    ink = channels == 1 and height is not None and state["mean"][0] < 0.5
-    return Intake((height, width, channels), "pad", InkFrame.of_emnist(min(height, width)) if ink else None)

@@ -34,7 +34,8 @@ from shards.remote.sets import resolve_dataset
 from shards.store import Store, open_store
 from trainer.decision import Decided
 from trainer.distributed import World, join
-from trainer.evaluate import deciding, load_run, loader_for, logits_of, model_of
+from trainer.evaluate import loader_for, logits_of
+from trainer.trained_model import load_trained_model
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,15 @@ class PseudoLabels:
 
 def predict(run: Path, store: Store, world: World) -> PseudoLabels:
     """What the best model of a run says of every image of a part, by its decision and temperature."""
-    config, state = load_run(run)
-    model = model_of(state, config, world.device)
-    found = logits_of(model, loader_for(store, config, state, world), config.trainer, world)
+    trained = load_trained_model(run)
+    model = trained.build_model(world.device)
+    found = logits_of(model, loader_for(store, trained, world), trained.config.trainer, world)
     assert found is not None, "one rank"
-    top = Decided(**deciding(state))(torch.from_numpy(found[0])).max(dim=1)
+    top = Decided(**trained.posthoc_kwargs())(torch.from_numpy(found[0])).max(dim=1)
     return PseudoLabels(np.sort(store.rows), top.indices.numpy(), top.values.numpy())
 
 
-def to_csv(found: PseudoLabels, classes: list[str]) -> str:
+def to_csv(found: PseudoLabels, classes: tuple[str, ...]) -> str:
     """A table of the labels. classes: names by number."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -145,9 +146,9 @@ def main() -> int:
             expected="--csv FILE, or --add-to SET and --out DIR, or both",
             hint="--csv labels.csv",
         )
-    classes = load_run(arguments.run)[1]["classes"]
+    classes = load_trained_model(arguments.run).classes
     target = resolve_dataset(arguments.add_to) if arguments.add_to else None
-    if target is not None and list(Manifest.read(target / "train").classes) != classes:
+    if target is not None and Manifest.read(target / "train").classes != classes:
         raise UserError(
             found=f"--add-to {arguments.add_to} with other classes than the run",
             expected=f"the classes {' '.join(classes)}",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 from shards.errors import UserError
 from trainer.arithmetic import autocast, laid_out
 from trainer.checkpoint import BEST
-from trainer.evaluate import load_best, model_of
 from trainer.loss import weighted_kl
 from trainer.settings import Config
+from trainer.trained_model import TrainedModel
 
 
 class Teacher:
@@ -24,26 +22,25 @@ class Teacher:
 
     def __init__(
         self,
-        state: dict[str, Any],
-        config: Config,
+        trained: TrainedModel,
         student: Config,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         device: torch.device,
     ) -> None:
-        """state, config: of the teacher's best checkpoint. student: its settings; mean, std: of its model input."""
-        self._model = model_of(state, config, device).eval().requires_grad_(False)
-        self._resolution = config.data.final_resolution
+        """trained: the teacher. student: its settings; mean, std: of its model input."""
+        self._model = trained.build_model(device).eval().requires_grad_(False)
+        self._resolution = trained.config.data.final_resolution
         self._trainer = student.trainer
         self._settings = student.teacher
         self._device = device
         theirs, spread, own, own_spread = (
             torch.tensor(values, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
-            for values in (mean, std, state["mean"], state["std"])
+            for values in (mean, std, trained.mean, trained.std)
         )
         # From the student's normalisation to the teacher's.
         self._scale, self._shift = spread / own_spread, (theirs - own) / own_spread
-        self._offsets = torch.tensor(state.get("offsets") or [0.0] * len(state["classes"]), device=device)
+        self._offsets = torch.from_numpy(trained.posthoc_kwargs()["offsets"]).to(device)
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
@@ -86,10 +83,10 @@ def open_teacher(
     if place is None:
         return None
     path = place if place.suffix == ".pt" else place / "checkpoints" / BEST
-    config, state = load_best(path)
+    trained = TrainedModel.load(path)
     for what, has, needed in (
-        ("classes", state["classes"], list(classes)),
-        ("channels", state["image_shape"][2], len(mean)),
+        ("classes", trained.classes, classes),
+        ("channels", trained.channels, len(mean)),
     ):
         if has != needed:
             raise UserError(
@@ -97,10 +94,10 @@ def open_teacher(
                 expected=f"those that are learned here: {needed if what == 'channels' else ' '.join(needed)}",
                 hint="name a run on the same data set and split; model.weights begins with the weights of another",
             )
-    if config.data.preparation() != student.data.preparation():
+    if trained.config.data.preparation() != student.data.preparation():
         raise UserError(
-            found=f"teacher.run={place} that learned from {config.data.preparation()}",
+            found=f"teacher.run={place} that learned from {trained.config.data.preparation()}",
             expected=f"images prepared as here: {student.data.preparation()}",
             hint="set data.invert, opening, crop_to_ink and equalize as that run had them",
         )
-    return Teacher(state, config, student, mean, std, device)
+    return Teacher(trained, student, mean, std, device)

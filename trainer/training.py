@@ -25,6 +25,7 @@ from trainer.profiling import NoProfile, Profile, TimeProfile, Trace
 from trainer.randomness import seed_weights
 from trainer.settings import Config
 from trainer.teacher import Teacher, open_teacher
+from trainer.trained_model import TrainedModel
 
 
 @dataclass
@@ -144,22 +145,22 @@ class Training:
             "elapsed": self.elapsed,
         }
 
-    def best_state(self) -> dict[str, Any]:
-        """What is needed to use the model: its weights, settings, classes, input statistics and decision, and how
-        pictures are brought to it."""
-        return {
-            **self.identity(),
-            "model": self.evaluated.state_dict(),
-            "config": self.config.model_dump(mode="json"),
-            "epoch": self.epoch,
-            "image_shape": list(self.data.spec.image_shape),
-            "mean": list(self.data.spec.mean),
-            "std": list(self.data.spec.std),
-            "intake": self.data.intake.state(),
-            "temperature": 1.0,
-            "tau": self.tau,
-            "offsets": self.offsets.tolist(),
-        }
+    def trained_model(self) -> TrainedModel:
+        """The weights that are judged, with what it takes to use them."""
+        spec = self.data.spec
+        return TrainedModel(
+            weights=self.evaluated.state_dict(),
+            config=self.config,
+            classes=self.data.classes,
+            data_digest=self.data.digest,
+            image_shape=spec.image_shape,
+            mean=spec.mean,
+            std=spec.std,
+            adapter_state=self.data.intake.state(),
+            epoch=self.epoch,
+            tau=self.tau,
+            offsets=self.offsets,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint is compared by."""

@@ -1,0 +1,116 @@
+"""A trained model for use: the contents of `best.pt`, typed, and how to build the network from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from trainer import checkpoint
+from trainer.arithmetic import memory_format
+from trainer.config import validate
+from trainer.model import make_model
+from trainer.settings import Config
+
+_FIELDS = (
+    *("model", "config", "classes", "data", "image_shape", "mean", "std"),
+    *("intake", "temperature", "tau", "offsets", "epoch"),
+)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Weights of the best epoch with all that inference needs."""
+
+    weights: dict[str, torch.Tensor]
+    """State dict of the network; the moving average where the run kept one."""
+    config: Config
+    classes: tuple[str, ...]
+    data_digest: str
+    """Manifest digests of the packed set that the run was trained on."""
+    image_shape: tuple[int | None, int | None, int]
+    """Height, width and channels of a raw image; None for picture files of any size."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Input statistics [channels], of pixels scaled to 0 .. 1."""
+    adapter_state: dict[str, Any]
+    """State of the adapter that converts other pictures to the format of the set."""
+    epoch: int
+    """The epoch of the weights, from 1."""
+    tau: float = 0.0
+    offsets: NDArray[np.float32] | None = None
+    """float32 [C], subtracted from the logits; None for zeros."""
+    temperature: float = 1.0
+    """Divides the logits before the softmax."""
+
+    @classmethod
+    def load(cls, path: Path) -> TrainedModel:
+        """Read a `best.pt`.
+
+        Raises:
+            UserError: The file is missing, damaged or not such a checkpoint.
+        """
+        state = checkpoint.load(path, needed=_FIELDS)
+        return cls(
+            weights=state["model"],
+            config=validate(state["config"], str(path)),
+            classes=tuple(state["classes"]),
+            data_digest=state["data"],
+            image_shape=tuple(state["image_shape"]),
+            mean=tuple(state["mean"]),
+            std=tuple(state["std"]),
+            adapter_state=state["intake"],
+            epoch=state["epoch"],
+            tau=state["tau"],
+            offsets=np.array(state["offsets"], np.float32),
+            temperature=state["temperature"],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, as `best.pt` holds them."""
+        return {
+            "model": self.weights,
+            "config": self.config.model_dump(mode="json"),
+            "recipe": self.config.recipe(),
+            "classes": list(self.classes),
+            "data": self.data_digest,
+            "image_shape": list(self.image_shape),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "intake": self.adapter_state,
+            "epoch": self.epoch,
+            "tau": self.tau,
+            "offsets": self.posthoc_kwargs()["offsets"].tolist(),
+            "temperature": self.temperature,
+        }
+
+    @property
+    def channels(self) -> int:
+        return self.image_shape[2]
+
+    def posthoc_kwargs(self) -> dict[str, Any]:
+        """Offsets (float32 [C]) and temperature, the keyword arguments of `evaluate` and `Decided`."""
+        offsets = np.zeros(len(self.classes), np.float32) if self.offsets is None else self.offsets
+        return {"offsets": offsets, "temperature": self.temperature}
+
+    def build_model(self, device: torch.device) -> nn.Module:
+        """The network with these weights, on a device."""
+        # The weights come from the checkpoint, wherever the run's own came from.
+        settings = self.config.model.model_copy(update={"pretrained": False, "weights": None})
+        model = make_model(settings, self.channels, len(self.classes))
+        model.load_state_dict(self.weights)
+        return model.to(device, memory_format=memory_format(self.config.trainer))
+
+
+def load_trained_model(run_dir: Path) -> TrainedModel:
+    """The best epoch of a run directory.
+
+    Raises:
+        UserError: The directory holds no best checkpoint.
+    """
+    return TrainedModel.load(run_dir / "checkpoints" / checkpoint.BEST)
