@@ -36,8 +36,9 @@ from benchmarks.ablation_report import draw, markdown, overrides_that_help
 from benchmarks.harness import in_process
 from benchmarks.packed_set import choose_set
 from shards.atomic import make_directory, replace_file, write_file
-from shards.errors import UserError, run_command
-from shards.store import open_part
+from shards.errors import UserError
+from shards.cli import run_command
+from shards.open import open_part
 from trainer import config, engine
 from trainer.arithmetic import with_precision
 from trainer.data import open_data

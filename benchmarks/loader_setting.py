@@ -14,7 +14,8 @@ from benchmarks.harness import DEFAULT_OUT
 from benchmarks.packed_set import choose_set
 from benchmarks.peers.peer import Source, Task
 from pipeline.common.device import choose_device
-from shards import Store, UserError, open_part
+from shards.stores.base import Store
+from shards import UserError, open_part
 from shards.atomic import check_writable
 
 _SEED = 0

@@ -31,7 +31,7 @@ from benchmarks.study_plan import INTERPOLATIONS, NAME, Journal, Point, Study, e
 from benchmarks.study_point import measure_point
 from shards import Manifest, UserError
 from shards.atomic import locked, make_directory
-from shards.errors import run_command
+from shards.cli import run_command
 from shards.manifest import PARTS, VALIDATION, has_part
 from shards.remote.sets import resolve_dataset
 from trainer import config

@@ -20,7 +20,7 @@ from pipeline.ink import InkFrame, NoInk, find_ink, frame_ink, within
 from pipeline.lighting import evenly_lit
 from pipeline.readers.archives.files import BadFile
 from pipeline.readers.formats import image as pictures
-from shards import Store
+from shards.stores.base import Store
 
 _MEASURED = 256  # images of the set
 _FITS = ("pad", "crop", "stretch")

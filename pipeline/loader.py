@@ -19,7 +19,7 @@ from pipeline.sampler import Order, Step
 from pipeline.transforms.augmentation import Draws
 from pipeline.transforms.spec import Graph, UndecodableImage
 from shards.errors import UserError
-from shards.store import EncodedStore, Images, Store
+from shards.stores.base import EncodedStore, Images, Store
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from pipeline.sampler import EvaluationOrder
 from pipeline.transforms.build import make_graph
 from pipeline.transforms.spec import GraphSpec
 from shards.atomic import write_file
-from shards.store import Store
+from shards.stores.base import Store
 
 log = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.preprocess import NOTHING, Preparation
 from pipeline.transforms.spec import GraphSpec
-from shards import Store
+from shards.stores.base import Store
 from shards.atomic import check_writable, write_file
-from shards.errors import run_command
-from shards.pictures import decode
+from shards.cli import run_command
+from shards.stores.image_header import decode
 from shards.remote.sets import is_remote, resolve_dataset
-from shards.store import open_either
+from shards.open import open_either
 
 _PAIRS = 4  # examples of a class
 _AUGMENTED = 2  # examples of a class with an augmentation, each in so many versions:

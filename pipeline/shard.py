@@ -23,7 +23,8 @@ from pipeline.packing.output import find_target
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSettings, find_pack, pack
 from pipeline.packing.ranks import Team, join_team
 from pipeline.packing.splits import arrange
-from shards.errors import USER_ERROR_STATUS, UserError, run_command
+from shards.cli import USER_ERROR_STATUS, run_command
+from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.remote.sets import is_remote, resolve_dataset, resolve_files
 

@@ -6,6 +6,7 @@ Knows nothing of data-set names, devices, batches, DALI or torch. The format is 
 
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.store import Store, open_part, open_store
+from shards.stores.base import Store
+from shards.open import open_part, open_store
 
 __all__ = ["Manifest", "Store", "UserError", "open_part", "open_store"]

@@ -13,7 +13,7 @@ import pipeline.packing.pack
 from pipeline.datasets import RawPart
 from pipeline.packing.pack import pack
 from shards.manifest import RawFile
-from shards.writer import EncodedImage
+from shards.stores.base import EncodedImage
 
 FORMATS = {"png": ("PNG", {}), "jpg": ("JPEG", {"quality": 95}), "webp": ("WEBP", {}), "bmp": ("BMP", {})}
 

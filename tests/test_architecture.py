@@ -39,9 +39,9 @@ OWNERS = {
     "torch.utils.tensorboard": {"trainer/sinks.py"},
     "timm": {"trainer/model.py", "trainer/optimizer.py"},
     "torchvision": {"trainer/networks/squeezenet.py"},
-    "zarr": {"shards/zarr_arrays.py"},
+    "zarr": {"shards/stores/zarr_arrays.py"},
     "optuna": {"trainer/study.py"},
-    "numcodecs": {"shards/zarr_store.py"},
+    "numcodecs": {"shards/stores/zarr.py"},
 }
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all", "np.random.seed", "random.seed"}
 

@@ -23,7 +23,7 @@ from pipeline.packing.pack import pack
 from shards import UserError
 from shards.atomic import replace_directory, replace_file, staging_directory, write_file
 from shards.manifest import PARTS, is_packed_set
-from shards.verify import check_part
+from shards.verify.check import check_part
 
 IMAGES = 60_000
 

@@ -24,7 +24,8 @@ from pipeline.transforms.ops.erasing import erased
 from pipeline.transforms.ops.foreground import contour, ink
 from pipeline.transforms.spec import GraphSpec
 from pipeline.transforms.warp import smoothing
-from shards import Store, UserError, open_part
+from shards.stores.base import Store
+from shards import UserError, open_part
 from trainer.augment import Augment
 
 GRAY = (28, 28, 1)

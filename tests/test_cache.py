@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shards import Manifest, UserError
-from shards.cache import BlockCache
+from shards.stores.block_cache import BlockCache
 from shards.manifest import Shard
 
 SHAPE = (2, 3, 1)

@@ -27,7 +27,7 @@ from shards import Manifest, UserError, open_part
 from shards.atomic import staging_directory
 from shards.convert import convert
 from shards.manifest import MANIFEST_NAME, StoreKind
-from shards.verify import check_part
+from shards.verify.check import check_part
 
 SHAPE = (6, 5, 3)
 BLOCK_SIZE = 16
@@ -197,7 +197,7 @@ class TestAllOrNothing:
         """As by a bad memory: hashes and checksums are right, but of other pixels."""
 
         def wrong_writer(*arguments):
-            writer = shards.writer.make_writer(*arguments)
+            writer = shards.create.make_writer(*arguments)
             write_shard = writer.write_shard
 
             def write_wrongly(number, blocks):

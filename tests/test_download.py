@@ -251,7 +251,7 @@ def test_a_full_disk_is_not_taken_for_a_broken_network(server: Server, tmp_path:
         import resource
         from pathlib import Path
         from pipeline.raw.download import Download, fetch
-        from shards.errors import run_command
+        from shards.cli import run_command
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         run_command(lambda: fetch({server.download!r}, Path({str(tmp_path / "raw")!r}), "") and 0)
         """
@@ -266,7 +266,7 @@ def test_packing_emnist_without_a_network_ends_in_one_message_and_leaves_nothing
         import dataclasses
         import pipeline.datasets.emnist as emnist
         from pipeline.shard import main
-        from shards.errors import run_command
+        from shards.cli import run_command
         emnist.ARCHIVE = dataclasses.replace(emnist.ARCHIVE, url="http://127.0.0.1:1/gzip.zip")
         run_command(main)
         """,

@@ -21,7 +21,7 @@ from pipeline.datasets import RawPart, Request, UnreadableImages, find_source
 from pipeline.likeness import shrink_arrays
 from pipeline.matching import Matches, Pictures, hash_pictures, match
 from shards import UserError
-from shards.writer import EncodedImage
+from shards.stores.base import EncodedImage
 
 Images = NDArray[np.uint8]
 

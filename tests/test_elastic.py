@@ -50,7 +50,7 @@ if "SPOIL" in os.environ:  # let batches that hold a row be infinite on the rank
             here = (batch.rows == int(os.environ["SPOIL"])) & hasattr(loader.order, "seed")
             yield replace(batch, images=torch.where(here[:, None, None, None], float("inf"), batch.images))
     Loader.batches = spoiled
-from shards.errors import run_command
+from shards.cli import run_command
 from trainer.run import main
 run_command(main)
 """

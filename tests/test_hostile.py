@@ -26,10 +26,10 @@ import pipeline.packing.pack
 from shards import Manifest, UserError
 from shards.convert import convert
 from shards.manifest import MANIFEST_NAME, StoreKind
-from shards.store import open_store
-from shards.tar import COMPONENTS, npy_header
-from shards.verify import check_part
-from shards.zarr_arrays import GROUP
+from shards.open import open_store
+from shards.stores.tar import COMPONENTS, npy_header
+from shards.verify.check import check_part
+from shards.stores.zarr_arrays import GROUP
 
 SHAPE = (4, 5, 1)
 BLOCK_SIZE = 20

@@ -20,13 +20,14 @@ from raw_files import picture, pixels, refusal
 from wds2idx import IndexCreator
 from webdataset.tariterators import base_plus_ext
 
-from shards import Manifest, Store, UserError, open_part
+from shards import Manifest, UserError, open_part
+from shards.stores.base import Store
 from shards.index import index, read_classes
-from shards.members import Member, read_members
-from shards.pictures import MAX_BYTES
-from shards.record_index import index_content, index_line, name_in_index, read_places, split_name
-from shards.store import open_store
-from shards.verify import check_part
+from shards.stores.tar_members import Member, read_members
+from shards.stores.image_header import MAX_BYTES
+from shards.stores.record_index import index_content, index_line, name_in_index, read_places, split_name
+from shards.open import open_store
+from shards.verify.check import check_part
 
 PICTURE = picture(pixels(5, 7, 3))
 LABEL = b"1"

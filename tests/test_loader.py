@@ -21,8 +21,9 @@ from pipeline.sampler import EvaluationOrder, Order, TrainingOrder
 from pipeline.transforms.augmentation import Draws
 from pipeline.transforms.build import make_graph
 from pipeline.transforms.spec import Graph, GraphSpec
-from shards import Store, open_part
-from shards.store import Images
+from shards.stores.base import Store
+from shards import open_part
+from shards.stores.base import Images
 
 RESOLUTION = 20
 TOLERANCE = 5e-6  # see test_graph

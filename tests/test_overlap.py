@@ -14,7 +14,7 @@ from pipeline.datasets import RawPart
 from pipeline.overlap import overlaps, without
 from pipeline.packing.repack import joined, packed_parts
 from shards import UserError, open_part
-from shards.verify import check_hashes
+from shards.verify.check import check_hashes
 
 
 def some(name: str, images: NDArray[np.uint8], labels: list[int], classes: str, transposed: bool = False) -> RawPart:

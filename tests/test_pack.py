@@ -22,7 +22,7 @@ from pipeline.common.process_pool import map_in_processes
 from pipeline.datasets import RawPart, UnreadableImages
 from pipeline.packing.pack import pack
 from shards import UserError, open_part
-from shards.verify import check_part
+from shards.verify.check import check_part
 
 BLOCK = 16
 
@@ -242,7 +242,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 from dataclasses import replace
 import pipeline.packing.pack
 from conftest import made_up_parts, Path
-from shards.errors import run_command
+from shards.cli import run_command
 pipeline.packing.pack.SHARD_BYTES = 16 * 784
 def slow(part):
     def read(rows):

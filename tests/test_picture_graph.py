@@ -19,7 +19,7 @@ from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.dali_backend import DaliPictureGraph
 from pipeline.transforms.spec import Graph, GraphSpec, UndecodableImage
 from shards import UserError
-from shards.pictures import decode
+from shards.stores.image_header import decode
 
 # Height and width; from one pixel to more than any target, squares among them.
 SIZES = ((5, 7), (28, 28), (40, 90), (96, 131), (1, 1), (64, 63), (16, 16))
@@ -122,7 +122,7 @@ def test_jpeg_is_decoded_as_pillow_does_within_a_few_levels(
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("channels", [1, 3], ids=["gray", "rgb"])
 def test_unusual_pictures_are_decoded_as_for_people(device: torch.device, mode: str, channels: int) -> None:
-    """`shards.pictures.decode` shows pictures in previews and reports, and must show what the model sees."""
+    """`shards.stores.image_header.decode` shows pictures in previews and reports, and must show what the model sees."""
     image = Image.fromarray(pixels(24, 24, 3))
     if mode == "I;16":
         image = Image.fromarray(np.random.default_rng(0).integers(0, 1 << 16, (24, 24), np.uint16))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from raw_files import picture, pixels
 
-from shards.pictures import MAX_PIXELS, Header, decode, read_header
+from shards.stores.image_header import MAX_PIXELS, Header, decode, read_header
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 

@@ -25,9 +25,10 @@ from pipeline.preview import _GAP, _HEADER, _LABEL, _MARGIN, _TILE, contact_shee
 from pipeline.sampler import EvaluationOrder, Order, TrainingOrder
 from pipeline.transforms.build import make_graph
 from pipeline.transforms.spec import GraphSpec
-from shards import Store, UserError, open_part
+from shards.stores.base import Store
+from shards import UserError, open_part
 from shards.index import index
-from shards.pictures import decode
+from shards.stores.image_header import decode
 from trainer import explorer
 from trainer.evaluate import main as evaluate_main
 from trainer.run import main as run_main

@@ -36,7 +36,7 @@ from shards.remote.sets import (
     upload_manifests,
     upload_set,
 )
-from shards.verify import check_hashes
+from shards.verify.check import check_hashes
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and locks of POSIX")
 PIECE = 64 << 10
@@ -48,7 +48,7 @@ from pathlib import Path
 from shards.remote import sets
 from shards.remote import fsspec_backend as remote_fsspec
 from shards.remote import base as remote
-from shards.errors import run_command
+from shards.cli import run_command
 remote.FIRST_PAUSE, remote.STALL_SECONDS, remote_fsspec.PIECE = 0.01, 5.0, {PIECE}
 """
 

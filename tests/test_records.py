@@ -23,13 +23,14 @@ from raw_files import refusal
 from wds2idx import IndexCreator
 
 from pipeline.datasets import RawPart
-from shards import Manifest, Store, UserError, open_part
+from shards import Manifest, UserError, open_part
+from shards.stores.base import Store
 from shards.manifest import MANIFEST_NAME
-from shards.pictures import MAX_BYTES
-from shards.records import RecordStore, RecordWriter
-from shards.store import open_files
-from shards.verify import check_part
-from shards.writer import Block, EncodedImage, Layout
+from shards.stores.image_header import MAX_BYTES
+from shards.stores.records import RecordStore, RecordWriter
+from shards.open import open_files
+from shards.verify.check import check_part
+from shards.stores.base import Block, EncodedImage, Layout
 
 
 @pytest.fixture(scope="module")

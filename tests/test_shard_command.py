@@ -12,8 +12,8 @@ from conftest import ROOT, assert_user_error, run_module
 
 from pipeline import shard
 from shards import Manifest, UserError, open_part
-from shards.errors import run_command
-from shards.verify import check_part
+from shards.cli import run_command
+from shards.verify.check import check_part
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

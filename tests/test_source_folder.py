@@ -31,7 +31,7 @@ from pipeline.packing.pack import pack
 from pipeline.readers.naming import natural_order
 from shards import UserError, open_part
 from shards.manifest import RawFile
-from shards.writer import EncodedImage
+from shards.stores.base import EncodedImage
 
 IMAGES = {name: pixels(seed=seed) for seed, name in enumerate(("cat/2", "cat/10", "dog/a/1", "dog/b"))}
 CLASSES = {f"{name}.png": picture(image) for name, image in IMAGES.items()}

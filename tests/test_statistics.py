@@ -16,7 +16,8 @@ from reference import model_input
 from pipeline import normalization
 from pipeline.normalization import Statistics, cached, measure
 from pipeline.transforms.spec import GraphSpec
-from shards import Store, open_part
+from shards.stores.base import Store
+from shards import open_part
 
 CPU = torch.device("cpu")
 

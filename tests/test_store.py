@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 import pipeline.packing.pack
 from pipeline.datasets import RawPart
-from shards import Manifest, Store, UserError, open_part
+from shards import Manifest, UserError, open_part
+from shards.stores.base import Store
 from shards.manifest import MANIFEST_NAME, PARTS
-from shards.store import open_store
-from shards.tar import TarStore
-from shards.zarr_store import ZarrStore
+from shards.open import open_store
+from shards.stores.tar import TarStore
+from shards.stores.zarr import ZarrStore
 
 
 @dataclass(frozen=True)

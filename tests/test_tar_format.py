@@ -16,8 +16,10 @@ from wds2idx import IndexCreator
 
 import pipeline.packing.pack
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE
-from shards import Manifest, Store, open_part
-from shards.tar import COMPONENTS, block_key, read_index
+from shards import Manifest, open_part
+from shards.stores.base import Store
+from shards.stores.tar import COMPONENTS, read_index
+from shards.stores.base import block_key
 
 BLOCK_SIZE = 32
 

@@ -20,7 +20,7 @@ import yaml
 from conftest import ROOT
 
 from shards import UserError
-from shards.errors import run_command
+from shards.cli import run_command
 from trainer import config, engine, search, sweep
 from trainer.run import main as run_main
 from trainer.run_directory import RunDirectory

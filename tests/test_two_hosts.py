@@ -37,7 +37,7 @@ def slow_step(*arguments):
     time.sleep(0.1)
     return step(*arguments)
 engine.train_step = slow_step
-from shards.errors import run_command
+from shards.cli import run_command
 from trainer.run import main
 run_command(main)
 """

@@ -19,10 +19,11 @@ import pipeline.packing.pack
 from shards import UserError, open_part
 from shards.convert import convert
 from shards.manifest import MANIFEST_NAME, StoreKind
-from shards.tar import COMPONENTS, block_key, npy_header
-from shards.verify import check_part
-from shards.zarr_arrays import GROUP
-from shards.zarr_store import ShardFile
+from shards.stores.tar import COMPONENTS, npy_header
+from shards.stores.base import block_key
+from shards.verify.check import check_part
+from shards.stores.zarr_arrays import GROUP
+from shards.stores.zarr import ShardFile
 
 SHAPE = (4, 5, 1)
 BLOCK_SIZE = 20

@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 import pipeline.packing.pack
 from pipeline.datasets import Request, find_source
 from pipeline.packing.pack import pack
-from shards import Manifest, Store, UserError, open_part
-from shards.store import open_store
-from shards.writer import Block, Layout, make_writer
-from shards.zarr_arrays import GROUP
+from shards import Manifest, UserError, open_part
+from shards.stores.base import Store
+from shards.open import open_store
+from shards.stores.base import Block, Layout
+from shards.create import make_writer
+from shards.stores.zarr_arrays import GROUP
 
 SHAPE = (12, 10, 3)
 STORED = (10, 12, 3)  # transposed

@@ -18,10 +18,11 @@ from pipeline.normalization import cached
 from pipeline.sampler import EvaluationOrder, TrainingOrder, window_within
 from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.spec import Graph, GraphSpec
-from shards import Manifest, Store, UserError, open_part
+from shards import Manifest, UserError, open_part
+from shards.stores.base import Store
 from shards.manifest import VALIDATION, has_part
 from shards.remote.sets import resolve_dataset
-from shards.verify import check_hashes
+from shards.verify.check import check_hashes
 from trainer.distributed import World
 from trainer.memory import granted
 from trainer.phases import Phase, TrainingLoader, phases

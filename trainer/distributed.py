@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.common.device import choose_device
-from shards.errors import USER_ERROR_STATUS, UserError
+from shards.cli import USER_ERROR_STATUS
+from shards.errors import UserError
 from trainer.allocator import keep_freed_memory
 from trainer.meeting import agent_store, meet
 

@@ -27,8 +27,9 @@ from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.spec import GraphSpec
 from shards import UserError
 from shards.atomic import check_writable, write_file
-from shards.errors import run_command
-from shards.store import Store, open_either
+from shards.cli import run_command
+from shards.stores.base import Store
+from shards.open import open_either
 from trainer.arithmetic import autocast, laid_out
 from trainer.calibration import calibration_error
 from trainer.data import evaluation_loader

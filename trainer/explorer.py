@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.preview import read_images, to_picture, upright
-from shards import Store
+from shards.stores.base import Store
 
 _OF_AN_ERROR = 24  # pictures of a pair of classes, the most confident first
 _OF_A_CLASS = 8  # pictures that were recognised, the least confident first

@@ -22,7 +22,7 @@ from torch import nn
 from pipeline.transforms.spec import GraphSpec
 from shards import Manifest, UserError
 from shards.atomic import check_writable, made_directory, write_file
-from shards.errors import run_command
+from shards.cli import run_command
 from trainer import export_formats, model_card, parity
 from trainer.classifier import Classifier
 from trainer.decision import Decided

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards import Manifest, Store, UserError, open_part
+from shards import Manifest, UserError, open_part
+from shards.stores.base import Store
 from shards.remote.sets import resolve_dataset
 from trainer.run_directory import RunDirectory
 from trainer.settings import Config

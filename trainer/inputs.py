@@ -15,12 +15,13 @@ from pipeline.intake import Intake, Unusable
 from pipeline.readers.formats.csv import read_csv
 from pipeline.readers.formats.image import EXTENSIONS
 from pipeline.readers.naming import natural_key, printable, some_of
-from shards import Store, UserError
+from shards.stores.base import Store
+from shards import UserError
 from shards.errors import no_permission
 from shards.manifest import MANIFEST_NAME, PARTS
-from shards.pictures import MAX_BYTES
+from shards.stores.image_header import MAX_BYTES
 from shards.remote.sets import is_remote
-from shards.store import open_either
+from shards.open import open_either
 from trainer.predictor import Predictor, upright_images
 
 _FILE_COLUMNS = ("file", "path", "filename", "image", "picture")

@@ -12,9 +12,9 @@ from torch import nn
 
 from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.spec import GraphSpec
-from shards import Store
+from shards.stores.base import Store
 from shards.errors import UserError
-from shards.store import Images
+from shards.stores.base import Images
 from trainer.data import evaluation_loader
 from trainer.decision import Decided
 from trainer.distributed import World

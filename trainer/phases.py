@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.loader import Batch, Loader
 from pipeline.sampler import TrainingOrder
 from pipeline.transforms.spec import Graph
-from shards.store import Store
+from shards.stores.base import Store
 from trainer.settings import Config
 
 _BATCH_MULTIPLE = 8  # of images: sizes that processors divide well

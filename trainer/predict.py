@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.transforms.spec import UndecodableImage
 from shards.atomic import check_writable, write_file
-from shards.errors import run_command
+from shards.cli import run_command
 from trainer.calibration import calibration_error
 from trainer.inputs import Sample, find_inputs, read_samples
 from trainer.metrics import Confusion

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pipeline.preview import contact_sheet, save
 from shards.atomic import check_writable
-from shards.errors import run_command
+from shards.cli import run_command
 from shards.remote.sets import resolve_dataset
-from shards.store import open_part
+from shards.open import open_part
 from trainer import config
 
 

@@ -19,7 +19,7 @@ from pipeline.loader import Batch
 from pipeline.transforms.augmentation import Draws
 from pipeline.transforms.spec import Graph
 from shards.atomic import replace_file
-from shards.store import Images
+from shards.stores.base import Images
 
 LOADING = "copy and resize"  # within the data wait on a CPU; beside the step, in the loader's thread, for a GPU
 

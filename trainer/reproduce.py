@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pipeline.common.device import choose_device
-from shards.errors import run_command
+from shards.cli import run_command
 from trainer import checkpoint
 from trainer.arithmetic import autocast, laid_out, memory_format
 from trainer.config import validate

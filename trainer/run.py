@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from shards.atomic import write_file
-from shards.errors import run_command
+from shards.cli import run_command
 from shards.remote.sets import resolve_dataset
 from trainer import checkpoint, config, engine, job, report, resume, run_directory
 from trainer.arithmetic import with_precision

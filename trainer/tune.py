@@ -21,7 +21,8 @@ import torch
 
 from pipeline.common.process_pool import default_workers
 from shards import open_part
-from shards.errors import Terminated, UserError, run_command
+from shards.cli import Terminated, run_command
+from shards.errors import UserError
 from shards.manifest import VALIDATION, has_part
 from shards.remote.sets import resolve_dataset
 from trainer import config, search, sweep

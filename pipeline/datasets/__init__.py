@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.manifest import RawFile
-from shards.writer import EncodedImage
+from shards.stores.base import EncodedImage
 
 
 class UnreadableImages(Exception):

@@ -14,7 +14,8 @@ from pipeline.packing.pack import ORIGINS
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, VALIDATION, has_part
 from shards.remote.sets import resolve_dataset
-from shards.store import Store, open_part
+from shards.stores.base import Store
+from shards.open import open_part
 
 
 def packed_parts(shards: Path | str) -> tuple[RawPart, ...]:

@@ -23,7 +23,7 @@ from pipeline.readers.naming import printable, text_column
 from pipeline.readers.raw_dir import RawContent
 from shards.errors import UserError
 from shards.manifest import RawFile
-from shards.writer import EncodedImage
+from shards.stores.base import EncodedImage
 
 PICTURE_OPTIONS = ("size", "fit", "color", "encoded")  # of a `Request`, heeded by `picture_parts`
 TABLE_OPTIONS = (*PICTURE_OPTIONS, "image_column", "label_column")  # where a table lists the pictures

@@ -17,7 +17,7 @@ from pipeline.readers.archives.files import BadFile, Spool, StoredFile, most_exp
 from pipeline.readers.image_splits import PictureSet
 from pipeline.readers.naming import number_labels, printable, some_of, text_column
 from shards.errors import UserError, first_line
-from shards.pictures import MAX_BYTES
+from shards.stores.image_header import MAX_BYTES
 
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")

@@ -18,7 +18,7 @@ from pipeline.transforms.ops.resize import nearest_nudge
 from pipeline.transforms.raw_ops import RawSteps
 from pipeline.transforms.spec import GraphSpec, UndecodableImage
 from pipeline.transforms.warp import Warp, shifts_to_mean
-from shards.pictures import decode, read_header
+from shards.stores.image_header import decode, read_header
 
 _INTERPOLATIONS = {
     "linear": types.INTERP_LINEAR,

@@ -11,7 +11,7 @@ from pipeline.transforms.augmentation import Draws
 from pipeline.transforms.preprocess import NOTHING, Preparation
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.store import Images
+from shards.stores.base import Images
 
 MAX_RESOLUTION = 4096
 

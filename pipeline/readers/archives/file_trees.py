@@ -14,7 +14,7 @@ from pipeline.readers.archives.files import BadFile, record_file
 from pipeline.readers.naming import natural_order, printable
 from shards.errors import UserError, no_permission
 from shards.manifest import RawFile
-from shards.pictures import MAX_BYTES
+from shards.stores.image_header import MAX_BYTES
 
 _CLUTTER = {"__macosx", "thumbs.db", "desktop.ini"}  # what operating systems leave behind
 _MOST_DEPTH = 100  # directories in each other

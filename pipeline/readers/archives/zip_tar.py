@@ -19,7 +19,7 @@ from pipeline.readers.archives.file_trees import Archive, DirectoryTree, FileTre
 from pipeline.readers.archives.files import BadFile, StoredFile, most_expanded, open_file, spool
 from pipeline.readers.naming import natural_order, printable
 from shards.errors import first_line, no_permission
-from shards.pictures import MAX_BYTES
+from shards.stores.image_header import MAX_BYTES
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of name and extra field
 _TAR_BLOCK = 512

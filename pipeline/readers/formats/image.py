@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from pipeline.readers.archives.files import BadFile
 from shards.errors import first_line
-from shards.pictures import MAX_BYTES, MAX_PIXELS, read_header
+from shards.stores.image_header import MAX_BYTES, MAX_PIXELS, read_header
 
 EXTENSIONS = frozenset({"png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif"})
 # Pictures that are not read: to be told of, where a README is passed over.

@@ -71,13 +71,13 @@ class PartWriter(Protocol):
 def make_writer(store: StoreKind, directory: Path, layout: Layout, compression: str = "zstd") -> PartWriter:
     """The writer of a kind of store. compression: `zstd` or `none`; for zarr only."""
     if store == "zarr":
-        from shards.zarr_arrays import ZarrWriter
+        from shards.stores.zarr_arrays import ZarrWriter
 
         return ZarrWriter(directory, layout, compression)
     if store == "records":
-        from shards.records import RecordWriter
+        from shards.stores.records import RecordWriter
 
         return RecordWriter(directory, layout)
-    from shards.tar import TarWriter
+    from shards.stores.tar import TarWriter
 
     return TarWriter(directory, layout)

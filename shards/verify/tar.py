@@ -15,8 +15,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from shards.errors import first_line
 from shards.manifest import Manifest, Shard
-from shards.tally import Tally
-from shards.tar import COMPONENTS, INDEX_VERSION, block_key
+from shards.verify.sample_counts import Tally
+from shards.stores.tar import COMPONENTS
+from shards.stores.base import INDEX_VERSION, block_key
 
 _MOST_NPY_HEADER = 16 << 10
 
@@ -35,7 +36,7 @@ class _Member(NamedTuple):
 
 
 def check_store(directory: Path, manifest: Manifest, tally: Tally) -> Iterator[str]:
-    """See `shards.verify.CheckStore`."""
+    """See `shards.verify.check.CheckStore`."""
     first_block = 0
     for shard in manifest.shards:
         path = directory / shard.name

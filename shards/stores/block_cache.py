@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.store import Located
+from shards.stores.base import Located
 
 LoadBlocks: TypeAlias = Callable[[NDArray[np.int64], list[NDArray[np.uint8]]], None]
 
@@ -54,7 +54,7 @@ class BlockCache:
         self._lock = threading.Lock()  # a training and a validation loader may share the store
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Copy images into the caller's buffer; see `shards.store.ImageStore.gather`."""
+        """Copy images into the caller's buffer; see `shards.stores.base.ImageStore.gather`."""
         self._check(samples)
         assert out.flags.c_contiguous and out.shape == (len(samples), *self._image_shape)
         flat = out.reshape(len(samples), self._image_bytes)
@@ -71,7 +71,7 @@ class BlockCache:
             np.take(self._buffer, slots * self._block_size + places, axis=0, out=flat, mode="clip")
 
     def locate(self, samples: NDArray[np.int64]) -> Located | None:
-        """Where images are in the buffer, if it has room for all there are; see `shards.store.ImageStore.locate`."""
+        """Where images are in the buffer, if it has room for all there are; see `shards.stores.base.ImageStore.locate`."""
         self._check(samples)
         if self.slots < len(self._slot_of_block):
             return None

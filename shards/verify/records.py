@@ -12,18 +12,18 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.manifest import Manifest, Shard
-from shards.members import Member
-from shards.pictures import MAX_BYTES, decode
-from shards.record_index import choose, index_content, index_line, read_places, read_records
-from shards.records import index_name
-from shards.tally import Tally
+from shards.stores.tar_members import Member
+from shards.stores.image_header import MAX_BYTES, decode
+from shards.stores.record_index import choose, index_content, index_line, read_places, read_records
+from shards.stores.records import index_name
+from shards.verify.sample_counts import Tally
 
 _AT_ONCE = 1024  # records counted together
 _NUMBER = re.compile(rb"\s*[0-9]{1,18}\s*")
 
 
 def check_store(directory: Path, manifest: Manifest, tally: Tally) -> Iterator[str]:
-    """See `shards.verify.CheckStore`. What it calls a block is a record here, named by its key."""
+    """See `shards.verify.check.CheckStore`. What it calls a block is a record here, named by its key."""
     first = 0
     for shard in manifest.shards:
         if (directory / shard.name).is_file():

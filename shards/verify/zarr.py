@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError, damaged, first_line
 from shards.manifest import Manifest
-from shards.tally import Tally
-from shards.tar import block_key
-from shards.zarr_arrays import GROUP, OpenedArrays, cut_of, open_arrays
-from shards.zarr_store import ShardFile
+from shards.verify.sample_counts import Tally
+from shards.stores.base import block_key
+from shards.stores.zarr_arrays import GROUP, OpenedArrays, cut_of, open_arrays
+from shards.stores.zarr import ShardFile
 
 
 def check_store(directory: Path, manifest: Manifest, tally: Tally) -> Iterator[str]:
-    """See `shards.verify.CheckStore`."""
+    """See `shards.verify.check.CheckStore`."""
     try:
         opened = open_arrays(directory, manifest)
     except UserError as error:

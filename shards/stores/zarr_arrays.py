@@ -19,7 +19,7 @@ from zarr.storage import MemoryStore
 from shards.atomic import sync_directory
 from shards.errors import damaged, first_line
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, Shard
-from shards.writer import Block, Layout
+from shards.stores.base import Block, Layout
 
 GROUP = "samples.zarr"
 _METADATA = "zarr.json"
@@ -91,7 +91,7 @@ def cut_of(manifest: Manifest) -> tuple[ArrayCut, ArrayCut, ArrayCut]:
 
 
 class ZarrWriter:
-    """The `shards.writer.PartWriter` of zarr arrays: shard file i of each array holds the samples of shard i.
+    """The `shards.stores.base.PartWriter` of zarr arrays: shard file i of each array holds the samples of shard i.
 
     compression: `zstd` or `none`.
     """

@@ -18,12 +18,12 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from shards.cache import BlockCache
+from shards.stores.block_cache import BlockCache
 from shards.errors import damaged, first_line
 from shards.manifest import Manifest
-from shards.store import Located
-from shards.tar import block_key
-from shards.zarr_arrays import ArrayCut, cut_of, open_arrays
+from shards.stores.base import Located
+from shards.stores.base import block_key
+from shards.stores.zarr_arrays import ArrayCut, cut_of, open_arrays
 
 _INDEX_ENTRY = 16  # offset and length of a block in its shard, uint64 each
 _CHECKSUM = 4  # CRC-32C, of an index and of a block that is not compressed
@@ -129,7 +129,7 @@ def _check_hash(path: Path, sha256: str) -> None:
 
 
 class ZarrStore:
-    """The `shards.store.ImageStore` over zarr arrays: whole blocks are decoded, on all cores, and kept in memory.
+    """The `shards.stores.base.ImageStore` over zarr arrays: whole blocks are decoded, on all cores, and kept in memory.
 
     memory: most bytes of images to hold, None for no bound. Labels and rows are read at once. What is read is checked:
     labels and rows by their SHA-256, images by the CRC-32 of each block.
@@ -164,7 +164,7 @@ class ZarrStore:
         return self._cache.locate(samples)
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
-        """Decode the images of whole blocks; see `shards.cache.LoadBlocks`."""
+        """Decode the images of whole blocks; see `shards.stores.block_cache.LoadBlocks`."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = min(cores, len(blocks), _MOST_THREADS)
         if threads == 1:

@@ -19,19 +19,11 @@ from numpy.typing import NDArray
 from shards.atomic import write_file
 from shards.errors import UserError
 from shards.manifest import Manifest, RawFile, Shard
-from shards.members import BLOCK, Member
-from shards.pictures import EXTENSIONS
-from shards.record_index import (
-    ROW,
-    NotANumber,
-    index_content,
-    index_line,
-    name_in_index,
-    read_numbers,
-    read_places,
-)
-from shards.tar import block_key, shard_name
-from shards.writer import Block, Layout
+from shards.stores.tar_members import BLOCK, Member
+from shards.stores.image_header import EXTENSIONS
+from shards.stores.record_index import ROW, NotANumber, index_content, index_line, name_in_index, read_numbers, read_places
+from shards.stores.base import block_key, shard_name
+from shards.stores.base import Block, Layout
 
 _END_OF_ARCHIVE = bytes(2 * BLOCK)
 _OPENERS = 8  # shards opened side by side: where nothing is cached yet, each waits for many small reads
@@ -39,7 +31,7 @@ _FAR_APART = 64 << 10  # bytes of a record from which reading ahead costs more t
 
 
 class RecordWriter:
-    """The `shards.writer.PartWriter` of records: each is a picture file as it is, its label and its row."""
+    """The `shards.stores.base.PartWriter` of records: each is a picture file as it is, its label and its row."""
 
     def __init__(self, directory: Path, layout: Layout) -> None:
         self._directory = directory
@@ -121,7 +113,7 @@ class RecordStore:
         return self.manifest.samples
 
     def read(self, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Picture files, each uint8 [bytes], not writable; see `shards.store.Store.read`."""
+        """Picture files, each uint8 [bytes], not writable; see `shards.stores.base.Store.read`."""
         if len(samples) and (samples.min() < 0 or samples.max() >= len(self)):
             raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {len(self) - 1}")
         shards = self._shards_of(samples).tolist()

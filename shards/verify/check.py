@@ -14,17 +14,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from shards.errors import UserError, run_command
+from shards.errors import UserError
+from shards.cli import run_command
 from shards.manifest import ALL_PARTS, PARTS, Manifest, StoreKind
 from shards.remote.sets import resolve_dataset
-from shards.tally import Tally
+from shards.verify.sample_counts import Tally
 
 CheckStore: TypeAlias = Callable[[Path, Manifest, Tally], Iterator[str]]
 """The deep check of one kind of store: `check_store(directory, manifest, tally)` of `shards/verify_STORE.py`.
 
 Decodes every block of the part in `directory`, adds the labels and rows of each sound one to `tally` (and passes on
 the faults that it yields), and yields a line for each fault, `FILE: block NUMBER: what is wrong`, FILE being the path
-and NUMBER `shards.tar.block_key`. Raises nothing because of what is in the files, holds a few blocks in memory, and
+and NUMBER `shards.stores.base.block_key`. Raises nothing because of what is in the files, holds a few blocks in memory, and
 skips files that are missing: those, their sizes and their hashes are checked here.
 """
 
@@ -56,11 +57,11 @@ def check_hashes(directory: Path, manifest: Manifest) -> Iterator[str]:
 
 def _check_of(store: StoreKind) -> CheckStore:
     if store == "zarr":
-        from shards.verify_zarr import check_store
+        from shards.verify.zarr import check_store
     elif store == "records":
-        from shards.verify_records import check_store
+        from shards.verify.records import check_store
     else:
-        from shards.verify_tar import check_store
+        from shards.verify.tar import check_store
     return check_store
 
 

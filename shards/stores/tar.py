@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.atomic import write_file
-from shards.cache import BlockCache
+from shards.stores.block_cache import BlockCache
 from shards.errors import UserError, damaged
 from shards.manifest import Manifest, RawFile, Shard
-from shards.store import Located
-from shards.writer import Block, Layout
+from shards.stores.base import Located
+from shards.stores.base import Block, Layout
 
 COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
 INDEX_VERSION = "v1.2"
@@ -126,7 +126,7 @@ class ShardWriter:
 
 
 class TarWriter:
-    """The `shards.writer.PartWriter` of block records."""
+    """The `shards.stores.base.PartWriter` of block records."""
 
     def __init__(self, directory: Path, layout: Layout) -> None:
         self._directory = directory
@@ -274,7 +274,7 @@ class TarStore:
         return self._row_of_block[blocks] + within * self.manifest.image_bytes
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
-        """Read the images of whole blocks from the disk; see `shards.cache.LoadBlocks`."""
+        """Read the images of whole blocks from the disk; see `shards.stores.block_cache.LoadBlocks`."""
         for block, buffer in zip(blocks, buffers, strict=True):
             shard = self._shard_of_block[block]
             path = self._paths[shard]

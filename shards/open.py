@@ -83,14 +83,14 @@ def open_store(directory: Path | str, memory: int | None = None) -> Store:
 def open_files(directory: Path, manifest: Manifest, memory: int | None = None) -> Store:
     """Open the files of a part whose manifest is known, and perhaps not written yet; see `open_store`."""
     if manifest.store == "zarr":
-        from shards.zarr_store import ZarrStore
+        from shards.stores.zarr import ZarrStore
 
         return ZarrStore(directory, manifest, memory)
     if manifest.store == "records":
-        from shards.records import RecordStore
+        from shards.stores.records import RecordStore
 
         return RecordStore(directory, manifest)
-    from shards.tar import TarStore
+    from shards.stores.tar import TarStore
 
     return TarStore(directory, manifest, memory)
 
