@@ -36,9 +36,9 @@ from benchmarks.ablation_report import draw, markdown, overrides_that_help
 from benchmarks.harness import in_process
 from benchmarks.packed_set import choose_set
 from shards.atomic import make_directory, replace_file, write_file
-from shards.errors import UserError
 from shards.cli import run_command
-from shards.open import open_part
+from shards.errors import UserError
+from shards.open import open_split
 from trainer import config, engine
 from trainer.arithmetic import with_precision
 from trainer.data import open_data
@@ -209,7 +209,7 @@ class Ablation:
     """Seconds of `time.monotonic()` after which no run is begun."""
 
     def __post_init__(self) -> None:
-        self._data = "".join(open_part(self.shards, part).manifest.digest() for part in ("train", "test"))
+        self._data = "".join(open_split(self.shards, part).manifest.digest() for part in ("train", "test"))
         for variant in self.plan.variants:  # what is wrong in one is told before anything runs
             variant.settings(self.plan, 0, self.shards, self.kept)
 

@@ -14,9 +14,9 @@ from benchmarks.harness import DEFAULT_OUT
 from benchmarks.packed_set import choose_set
 from benchmarks.peers.peer import Source, Task
 from pipeline.common.device import choose_device
-from shards.stores.base import Store
-from shards import UserError, open_part
+from shards import UserError, open_split
 from shards.atomic import check_writable
+from shards.stores.base import Store
 
 _SEED = 0
 
@@ -72,7 +72,7 @@ class Setting:
 
 def choose(arguments: argparse.Namespace) -> Setting:
     """The setting that a command line asks for. Raises `UserError`."""
-    store = open_part(choose_set(arguments.shards), "train")
+    store = open_split(choose_set(arguments.shards), "train")
     samples = np.arange(min(len(store), arguments.images or len(store)))  # a prefix of a pack is a fair sample
     height, width, _ = store.manifest.image_shape
     if height is None or width is None:

@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.peers import LISTINGS, Listing
-from shards.errors import UserError
 from shards.cli import run_command
+from shards.errors import UserError
 
 RESOLUTIONS = (28, 56, 112, 224)
 BATCH_SIZE = 512

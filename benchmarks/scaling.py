@@ -32,8 +32,8 @@ from benchmarks.train_throughput import LISTS, RUNS, SECONDS
 from benchmarks.training_loop import Setting, measure
 from pipeline.common.device import choose_device
 from shards import Manifest
-from shards.errors import UserError
 from shards.cli import run_command
+from shards.errors import UserError
 
 _MOST_SECONDS = 1800  # for one number of ranks
 

@@ -18,7 +18,7 @@ from benchmarks.peers.peer import Source, Task
 from benchmarks.processes import KeptProcess, ProcessFailed
 from benchmarks.shuffle_measures import Epoch
 from pipeline.sampler import TrainingOrder
-from shards import open_part
+from shards import open_split
 
 _SIDE = 8  # of the made-up images, in pixels: only their order matters
 _WINDOW = 1 / 8  # of the set, for the order that is made for sets larger than memory
@@ -35,7 +35,7 @@ def sorted_source(directory: Path, samples: int, classes: int) -> Source:
 def rules(source: Source, scratch: Path, batch_size: int, epochs: int) -> Iterator[Given]:
     """The orders that are a rule: ours and torch's samplers."""
     pack_as_stored(source, "tar", scratch / "set")
-    store = open_part(scratch / "set", "train")
+    store = open_split(scratch / "set", "train")
     samples = np.arange(len(store))
 
     def ours(order: Any) -> list[Epoch]:

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shards.atomic import check_writable
-from shards.errors import UserError
 from shards.cli import run_command
+from shards.errors import UserError
 
 SAMPLES = 32_768
 BATCH_SIZE = 512

@@ -29,7 +29,7 @@ import torch
 from benchmarks.harness import Spread, in_process
 from benchmarks.study_plan import Point, Study
 from pipeline.loader import Batch
-from shards import UserError, open_part
+from shards import UserError, open_split
 from shards.errors import first_line
 from trainer import engine
 from trainer.arithmetic import with_precision
@@ -118,7 +118,7 @@ def measure_point(
 
 def size_of(study: Study, point: Point) -> dict[str, Any]:
     """The set, its stored size, and the bytes of its images at rest and as they would be if resized beforehand."""
-    manifests = [open_part(study.shards, part).manifest for part in ("train", "test")]
+    manifests = [open_split(study.shards, part).manifest for part in ("train", "test")]
     values = sum(manifest.samples for manifest in manifests) * point.resolution**2 * manifests[0].image_shape[2]
     return {
         "dataset": study.dataset,

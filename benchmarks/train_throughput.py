@@ -27,8 +27,8 @@ from benchmarks.packed_set import choose_set
 from benchmarks.training_loop import Setting, measure
 from pipeline.common.device import choose_device
 from shards import Manifest
-from shards.errors import UserError
 from shards.cli import run_command
+from shards.errors import UserError
 
 RUNS = 15
 SECONDS = 0.5

@@ -26,8 +26,8 @@ from pipeline.matching import hash_pictures, match
 from pipeline.packing.pack import pack
 from pipeline.packing.repack import packed_parts
 from shards.atomic import check_writable
-from shards.errors import UserError
 from shards.cli import run_command
+from shards.errors import UserError
 from shards.manifest import PARTS, VALIDATION, Manifest
 from shards.remote.sets import resolve_dataset
 

@@ -21,12 +21,12 @@ from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.preprocess import NOTHING, Preparation
 from pipeline.transforms.spec import GraphSpec
-from shards.stores.base import Store
 from shards.atomic import check_writable, write_file
 from shards.cli import run_command
-from shards.stores.image_header import decode
+from shards.open import open_set_or_split
 from shards.remote.sets import is_remote, resolve_dataset
-from shards.open import open_either
+from shards.stores.base import Store
+from shards.stores.image_header import decode
 
 _PAIRS = 4  # examples of a class
 _AUGMENTED = 2  # examples of a class with an augmentation, each in so many versions:
@@ -157,7 +157,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default DIR/preview.png)")
     parser.add_argument("--resolution", type=int, default=112, metavar="N", help="side of the processed image")
     arguments = parser.parse_args()
-    store = open_either(arguments.place, "train")
+    store = open_set_or_split(arguments.place, "train")
     # What was fetched is not ours to write into.
     out = arguments.out or (Path() if is_remote(arguments.place) else resolve_dataset(arguments.place)) / "preview.png"
     check_writable(out)

@@ -21,16 +21,14 @@ import numpy as np
 from tqdm import tqdm
 
 from shards.atomic import replace_directory
-from shards.errors import UserError
 from shards.cli import run_command
-from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_set
-from shards.stores.base import ImageStore
-from shards.open import open_files
-from shards.stores.base import block_key
-from shards.verify.check import check_hashes, parts_of
-from shards.stores.base import Block, Layout
 from shards.create import make_writer
+from shards.errors import UserError
+from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_set
+from shards.open import open_files
+from shards.stores.base import Block, ImageStore, Layout, block_key
 from shards.stores.zarr_arrays import GROUP
+from shards.verify.check import check_hashes, parts_of
 
 STORES = ("tar", "zarr")
 COMPRESSION = "compression"  # the option of a zarr store, as the manifest names it

@@ -23,13 +23,23 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shards.atomic import write_file
-from shards.errors import UserError, no_permission
 from shards.cli import run_command
+from shards.errors import UserError, no_permission
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest, Shard
-from shards.stores.image_header import MAX_BYTES, read_header
-from shards.stores.record_index import NotANumber, bad_record, choose, index_content, index_line, name_in_index, read_numbers, read_places, read_records
-from shards.stores.records import index_file, index_name
 from shards.stores.base import INDEX_VERSION
+from shards.stores.image_header import MAX_BYTES, read_header
+from shards.stores.record_index import (
+    NotANumber,
+    bad_record,
+    choose,
+    index_content,
+    index_line,
+    name_in_index,
+    read_numbers,
+    read_places,
+    read_records,
+)
+from shards.stores.records import index_file, index_name
 
 _MOST_CLASSES = 1_000_000
 _MOST_HEADER = 16 << 20  # bytes of a picture in which its size must be found

@@ -24,8 +24,8 @@ from pipeline.transforms.ops.erasing import erased
 from pipeline.transforms.ops.foreground import contour, ink
 from pipeline.transforms.spec import GraphSpec
 from pipeline.transforms.warp import smoothing
+from shards import UserError, open_split
 from shards.stores.base import Store
-from shards import UserError, open_part
 from trainer.augment import Augment
 
 GRAY = (28, 28, 1)
@@ -60,7 +60,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def store(made_up_set: Path) -> Store:
-    return open_part(made_up_set, "train")
+    return open_split(made_up_set, "train")
 
 
 def noise(count: int, shape: tuple[int, int, int]) -> NDArray[np.uint8]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shards import Manifest, UserError
-from shards.stores.block_cache import BlockCache
 from shards.manifest import Shard
+from shards.stores.block_cache import BlockCache
 
 SHAPE = (2, 3, 1)
 IMAGE_BYTES = 6

@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 
 import pipeline.packing.pack
 import shards.convert
+import shards.create
 from pipeline.packing.pack import pack
-from shards import Manifest, UserError, open_part
+from shards import Manifest, UserError, open_split
 from shards.atomic import staging_directory
 from shards.convert import convert
 from shards.manifest import MANIFEST_NAME, StoreKind
-from shards.verify.check import check_part
+from shards.verify.check import check_split
 
 SHAPE = (6, 5, 3)
 BLOCK_SIZE = 16
@@ -58,7 +59,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 def assert_same_samples(one: Path, other: Path) -> None:
     for part in sorted(path.name for path in one.iterdir()):
-        stores = open_part(one, part), open_part(other, part)
+        stores = open_split(one, part), open_split(other, part)
         everything = np.arange(len(stores[0]))
         np.testing.assert_array_equal(*(store.read(everything) for store in stores))
         np.testing.assert_array_equal(*(store.labels for store in stores))
@@ -94,7 +95,7 @@ class TestRoundTrip:
     def test_the_converted_is_whole(self, tar: Path, tmp_path: Path) -> None:
         convert(tar, tmp_path / "zarr", "zarr")
         for part in ("train", "test", "val"):
-            manifest, faults = check_part(tmp_path / "zarr" / part)
+            manifest, faults = check_split(tmp_path / "zarr" / part)
             assert faults == []
             before = Manifest.read(tar / part)
             assert manifest.versions == before.versions

@@ -14,7 +14,7 @@ from conftest import pack_parts
 from numpy.typing import NDArray
 
 from pipeline.datasets import Request, find_source
-from shards import open_part
+from shards import open_split
 from trainer.decision import best_tau, decide, log_weights
 from trainer.distributed import World
 from trainer.evaluate import evaluate_run
@@ -133,7 +133,7 @@ def test_the_decision_goes_with_the_checkpoint(run: Path) -> None:
     }
     assert again["tau"] == trained.tau
     answered = np.load(run / "predictions.npz")
-    store = open_part(shards, "test")
+    store = open_split(shards, "test")
     samples = np.argsort(store.rows)[:32]
     seen = Predictor(run).predict(upright_images(store, samples)).probabilities
     assert np.array_equal(seen.argmax(axis=1), answered["predicted"][:32])

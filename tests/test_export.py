@@ -21,7 +21,7 @@ from pipeline.transforms.export_module import GraphModule
 from pipeline.transforms.preprocess import Preparation
 from pipeline.transforms.spec import GraphSpec
 from pipeline.transforms.torch_backend import TorchGraph
-from shards import UserError, open_part
+from shards import UserError, open_split
 from trainer import export_formats, model_code
 from trainer.classifier import Classifier, _MaxPoolTo
 from trainer.decision import Decided
@@ -100,7 +100,7 @@ def test_an_onnx_graph_answers_raw_images_as_the_run_did(which: str, request: py
 
     session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
     config = load_trained_model(run).config
-    store = open_part(config.data.shards, "test")
+    store = open_split(config.data.shards, "test")
     images = store.read(np.arange(37))
     probabilities, logits = session.run(None, {"images": images})
     np.testing.assert_allclose(probabilities.max(axis=1), recorded(run, store.rows[:37]), atol=2e-5)
@@ -117,7 +117,7 @@ def test_an_onnx_graph_answers_raw_images_as_the_run_did(which: str, request: py
 def test_the_cards_code_runs_as_written_without_us(which: str, request: pytest.FixtureRequest) -> None:
     run = request.getfixturevalue(which)
     config = load_trained_model(run).config
-    store = open_part(config.data.shards, "test")
+    store = open_split(config.data.shards, "test")
     images = store.read(np.arange(5))
     np.save(run / "images.npy", images)
     lines = []
@@ -166,7 +166,7 @@ def test_the_card_says_what_is_known(small_run: Path) -> None:
     target, _ = export(small_run, "safetensors")
     card = target.with_name("README.md").read_text()
     summary = json.loads((small_run / "summary.json").read_text())
-    store = open_part(load_trained_model(small_run).config.data.shards, "test")
+    store = open_split(load_trained_model(small_run).config.data.shards, "test")
     for words in (f"{100 * summary['accuracy']:.2f} %", store.manifest.digest(), store.manifest.raw[0].sha256):
         assert words in card
     assert "records no licence" in card

@@ -19,7 +19,7 @@ from reference import model_input, resize_axis
 from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.ops.resize import resize_weights
 from pipeline.transforms.spec import Graph, GraphSpec
-from shards import UserError, open_part
+from shards import UserError, open_split
 
 RESOLUTIONS = (7, 9, 14, 20, 28, 31, 40, 56, 64, 84, 96, 112, 140, 224)
 GRAY = (28, 28, 1)
@@ -199,11 +199,11 @@ def _pretend_dali(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
 @pytest.mark.parametrize("resolution", [0, -1, 4097])
 def test_refuses_a_resolution_that_makes_no_image(made_up_set: Path, resolution: int) -> None:
     with pytest.raises(UserError, match=f"resolution {resolution}"):
-        GraphSpec.of(open_part(made_up_set, "train").manifest, resolution)
+        GraphSpec.of(open_split(made_up_set, "train").manifest, resolution)
 
 
 def test_spec_of_a_pack_takes_shape_and_orientation_from_the_manifest(made_up_set: Path) -> None:
-    assert GraphSpec.of(open_part(made_up_set, "train").manifest, 56, "cubic") == GraphSpec(
+    assert GraphSpec.of(open_split(made_up_set, "train").manifest, 56, "cubic") == GraphSpec(
         image_shape=(28, 28, 1), transposed=True, resolution=56, interpolation="cubic", mean=(0.0,), std=(1.0,)
     )
 

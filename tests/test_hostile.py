@@ -28,8 +28,8 @@ from shards.convert import convert
 from shards.manifest import MANIFEST_NAME, StoreKind
 from shards.open import open_store
 from shards.stores.tar import COMPONENTS, npy_header
-from shards.verify.check import check_part
 from shards.stores.zarr_arrays import GROUP
+from shards.verify.check import check_split
 
 SHAPE = (4, 5, 1)
 BLOCK_SIZE = 20
@@ -103,7 +103,7 @@ def refusal(part: Path) -> str:
             convert(part, target, "tar")
         assert sorted(path.name for path in part.parent.iterdir()) == ["part"]
         try:
-            _, faults = check_part(part)
+            _, faults = check_split(part)
         except UserError as error:  # of the manifest
             faults = [error.found]
     assert faults
@@ -142,7 +142,7 @@ class TestEveryFile:
             for length in {0, 1, len(content) // 2, len(content) - 4, len(content) - 1}:
                 (part / name).write_bytes(content[:length])
                 assert_refused_or_equal(part, name, expected)
-                assert any(name in fault for fault in check_part(part)[1])
+                assert any(name in fault for fault in check_split(part)[1])
             (part / name).write_bytes(content)
 
     @pytest.mark.parametrize("bits", [0x01, 0x80])
@@ -156,7 +156,7 @@ class TestEveryFile:
                 (part / name).write_bytes(changed)
                 # A tar does not check its pixels when they are read: that is for verify.
                 if name.endswith(".tar"):
-                    assert any(name in fault for fault in check_part(part)[1])
+                    assert any(name in fault for fault in check_split(part)[1])
                 else:
                     assert_refused_or_equal(part, name, expected)
             (part / name).write_bytes(content)
@@ -166,7 +166,7 @@ class TestEveryFile:
         for name in files_of(whole):
             (part / name).rename(part / "away")
             assert_refused_or_equal(part, name, expected)
-            assert any(name in fault for fault in check_part(part)[1])
+            assert any(name in fault for fault in check_split(part)[1])
             (part / "away").rename(part / name)
 
     def test_a_directory_instead(self, part: Path, whole: Path) -> None:
@@ -175,7 +175,7 @@ class TestEveryFile:
             (part / name).rename(part / "away")
             (part / name).mkdir()
             assert_refused_or_equal(part, name, expected)
-            assert any(name in fault for fault in check_part(part)[1])
+            assert any(name in fault for fault in check_split(part)[1])
             (part / name).rmdir()
             (part / "away").rename(part / name)
 
@@ -189,7 +189,7 @@ class TestEveryFile:
                 # A tar is not decoded when it is read, but mapped: that is for verify.
                 if not name.endswith(".tar"):
                     assert_refused_or_equal(part, name, expected)
-                assert any(name in fault for fault in check_part(part)[1])
+                assert any(name in fault for fault in check_split(part)[1])
                 shutil.copy(whole / name, part / name)
 
 
@@ -323,7 +323,7 @@ class TestTar:
         header = npy_header("|O", (1,))
         replace_member(tar_part, component, header + pickle.dumps(Trap(sprung)))
         assert f"shard-00000.tar: block 00000000: {component} is not" in refusal(tar_part)
-        assert f"shard-00000.tar: block 00000000: {component} is object" in "\n".join(check_part(tar_part)[1])
+        assert f"shard-00000.tar: block 00000000: {component} is object" in "\n".join(check_split(tar_part)[1])
         assert not sprung.exists()
 
     @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ class TestTar:
     def test_array_headers_that_lie(self, tar_part: Path, header: bytes) -> None:
         replace_member(tar_part, "images.npy", header)
         assert "shard-00000.tar: block 00000000: images.npy" in refusal(tar_part)
-        assert any("shard-00000.tar: block 00000000: " in fault for fault in check_part(tar_part)[1])
+        assert any("shard-00000.tar: block 00000000: " in fault for fault in check_split(tar_part)[1])
 
     @pytest.mark.parametrize("size", [TERA, 8 << 30])
     def test_members_that_claim_terabytes(self, tar_part: Path, size: int) -> None:
@@ -356,7 +356,7 @@ class TestTar:
         path.write_bytes(tar)
         sign(tar_part, path.name)
         with little_memory():
-            assert any("block 00000000 cannot be read" in fault for fault in check_part(tar_part)[1])
+            assert any("block 00000000 cannot be read" in fault for fault in check_split(tar_part)[1])
 
     def test_members_that_are_far_too_long(self, tar_part: Path) -> None:
         path = tar_part / "shard-00000.tar"
@@ -367,7 +367,7 @@ class TestTar:
                 tar.addfile(member, io.BytesIO(bytes(member.size)))
         sign(tar_part, path.name)
         with little_memory():
-            assert any("images.npy claims 62,914,560 bytes" in fault for fault in check_part(tar_part)[1])
+            assert any("images.npy claims 62,914,560 bytes" in fault for fault in check_split(tar_part)[1])
 
     @pytest.mark.parametrize(
         "place", ["-512 100", f"{TERA} 100", f"100 {TERA}", "100 -100", "0x10 100", f"{'9' * 5000} 1", "1e3 100"]

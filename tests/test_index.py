@@ -20,14 +20,14 @@ from raw_files import picture, pixels, refusal
 from wds2idx import IndexCreator
 from webdataset.tariterators import base_plus_ext
 
-from shards import Manifest, UserError, open_part
-from shards.stores.base import Store
+from shards import Manifest, UserError, open_split
 from shards.index import index, read_classes
-from shards.stores.tar_members import Member, read_members
+from shards.open import open_store
+from shards.stores.base import Store
 from shards.stores.image_header import MAX_BYTES
 from shards.stores.record_index import index_content, index_line, name_in_index, read_places, split_name
-from shards.open import open_store
-from shards.verify.check import check_part
+from shards.stores.tar_members import Member, read_members
+from shards.verify.check import check_split
 
 PICTURE = picture(pixels(5, 7, 3))
 LABEL = b"1"
@@ -184,14 +184,14 @@ def assert_is(store: Store, samples: list[dict]) -> None:
 
 def test_what_webdataset_wrote_is_read(indexed: Path) -> None:
     for name, count in (("train", 60), ("test", 20)):
-        store = open_part(indexed, name)
+        store = open_split(indexed, name)
         assert_is(store, foreign_samples(count))
         manifest = store.manifest
         assert (manifest.name, manifest.part, manifest.classes) == ("birds", name, ("0", "1"))
         assert manifest.counts == (count // 2, count // 2)
         assert manifest.image_shape == (None, None, 3)
-        assert check_part(indexed / name)[1] == []
-    assert [shard.samples for shard in open_part(indexed, "train").manifest.shards] == [25, 25, 10]
+        assert check_split(indexed / name)[1] == []
+    assert [shard.samples for shard in open_split(indexed, "train").manifest.shards] == [25, 25, 10]
 
 
 def test_shards_stay_as_they_are_and_only_indices_and_manifests_come(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_whatever_the_writers_options(tmp_path: Path, options: dict) -> None:
     directory = write_foreign(tmp_path / "train", samples, **options)
     index(directory, None)
     assert_is(open_store(directory), samples)
-    assert check_part(directory)[1] == []
+    assert check_split(directory)[1] == []
 
 
 def test_indices_are_those_of_wds2idx_which_are_kept(tmp_path: Path) -> None:
@@ -527,7 +527,7 @@ def test_directories_that_are_no_sets_say_what_they_lack(tmp_path: Path) -> None
 
 def test_whoever_would_train_on_shards_that_are_not_indexed_is_told_how(tmp_path: Path) -> None:
     out = foreign_set(tmp_path / "set", train=4, test=4)
-    assert f"python -m shards.index {out}" in refusal(lambda: open_part(out, "train")).hint
+    assert f"python -m shards.index {out}" in refusal(lambda: open_split(out, "train")).hint
     assert f"python -m shards.index {out}" in refusal(lambda: open_store(out / "test")).hint
     flat = write_foreign(tmp_path / "flat", foreign_samples(4))
     assert f"python -m shards.index {flat}" in refusal(lambda: open_store(flat)).hint
@@ -559,7 +559,7 @@ def test_damage_after_indexing_is_found(indexed: Path, tmp_path: Path) -> None:
         member = next(member for member in archive if member.name.endswith(".png"))
     content[member.offset_data + member.size // 2] ^= 0x04
     path.write_bytes(content)
-    faults = check_part(copy / "train")[1]
+    faults = check_split(copy / "train")[1]
     assert any("SHA-256" in fault and path.name in fault for fault in faults)
     assert any(f"{path}: record {member.name.removesuffix('.png')}: a picture that" in fault for fault in faults)
 

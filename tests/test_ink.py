@@ -17,7 +17,7 @@ from pipeline.ink import SCAN_SIDE, Ink, InkFrame, NoInk, find_ink, frame_ink
 from pipeline.intake import Blank, Intake, Unusable
 from pipeline.lighting import evenly_lit
 from pipeline.transforms.ops.resize import resize_weights
-from shards import open_part
+from shards import open_split
 
 EMNIST = InkFrame.of_emnist(28)
 
@@ -140,7 +140,7 @@ def test_evenly_lit_pictures_stay_as_they_are(digits_set: Path) -> None:
     for picture in (
         stroke(300, 240, (100, 200, 120, 170)),
         stroke(100, 90, (0, 100, 0, 90)),  # much ink and nothing around it
-        *open_part(digits_set, "test").read(np.arange(50))[..., 0],
+        *open_split(digits_set, "test").read(np.arange(50))[..., 0],
     ):
         np.testing.assert_array_equal(evenly_lit(picture), picture)
 
@@ -161,12 +161,12 @@ def test_a_blank_picture_has_no_ink(level: int) -> None:
 
 
 def test_how_ink_lies_is_measured_on_the_set(digits_set: Path, made_up_set: Path) -> None:
-    digits = Intake.of(open_part(digits_set, "train"))
+    digits = Intake.of(open_split(digits_set, "train"))
     assert digits.image_shape == (8, 8, 1)
     assert digits.frame is not None
     assert (digits.frame.light, digits.frame.side) == (True, 8)
     assert Intake.of_state(digits.state()) == digits
-    assert Intake.of(open_part(made_up_set, "train")).frame is None, "noise with a band is not ink"
+    assert Intake.of(open_split(made_up_set, "train")).frame is None, "noise with a band is not ink"
 
 
 def test_emnist_and_mnist_are_told_apart(shared_data: Path) -> None:
@@ -212,7 +212,7 @@ def test_every_kind_of_picture_file_gives_the_same_image() -> None:
 
 
 def test_an_image_of_the_set_is_taken_as_it_is(digits_set: Path) -> None:
-    store = open_part(digits_set, "test")
+    store = open_split(digits_set, "test")
     intake = Intake.of(store)
     images = store.read(np.arange(len(store)))
     for image in images:
@@ -228,7 +228,7 @@ def test_an_image_of_the_set_is_taken_as_it_is(digits_set: Path) -> None:
 
 def test_pictures_for_other_sets_are_brought_to_size(tmp_path: Path) -> None:
     parts = made_up_parts(train=70, shape=(12, 16, 3), transposed=False)
-    intake = Intake.of(open_part(pack_parts(parts, tmp_path / "set"), "train"))
+    intake = Intake.of(open_split(pack_parts(parts, tmp_path / "set"), "train"))
     assert intake.frame is None
     picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     taken = intake.take(png(Image.fromarray(picture)))

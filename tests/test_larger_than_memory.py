@@ -15,7 +15,7 @@ from conftest import ROOT, made_up_parts, pack_parts, run_module
 
 from pipeline.datasets import RawPart
 from pipeline.packing.pack import pack
-from shards import open_part
+from shards import open_split
 from shards.convert import convert
 
 MEGABYTE = 1 << 20
@@ -28,15 +28,15 @@ import sys
 from pathlib import Path
 import numpy as np
 from pipeline.sampler import TrainingOrder, window_within
-from shards import open_part
+from shards import open_split
 
 def high_water():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
-open_part(sys.argv[2], "train").read(np.arange(10))  # what the libraries take by themselves
+open_split(sys.argv[2], "train").read(np.arange(10))  # what the libraries take by themselves
 before = high_water()
-store = open_part(sys.argv[1], "train", {BOUND})
+store = open_split(sys.argv[1], "train", {BOUND})
 window = window_within(store.manifest, {BOUND}, 256)
 order = TrainingOrder(np.arange(len(store)), 256, 0, store.manifest.block_size, window)
 out = np.empty((256, 28, 28, 1), np.uint8)
@@ -151,4 +151,4 @@ def test_a_packed_val_part_is_what_validates(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(RECIPE | {"data": {"shards": str(out), "resolution": 14}}))
     run(recipe, tmp_path / "run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["validation"]["samples"] == len(open_part(out, "val")) == 350
+    assert summary["validation"]["samples"] == len(open_split(out, "val")) == 350

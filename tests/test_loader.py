@@ -21,9 +21,8 @@ from pipeline.sampler import EvaluationOrder, Order, TrainingOrder
 from pipeline.transforms.augmentation import Draws
 from pipeline.transforms.build import make_graph
 from pipeline.transforms.spec import Graph, GraphSpec
-from shards.stores.base import Store
-from shards import open_part
-from shards.stores.base import Images
+from shards import open_split
+from shards.stores.base import Images, Store
 
 RESOLUTION = 20
 TOLERANCE = 5e-6  # see test_graph
@@ -36,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def store(made_up_set: Path) -> Store:
-    return open_part(made_up_set, "train")
+    return open_split(made_up_set, "train")
 
 
 def make_loader(

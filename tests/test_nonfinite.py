@@ -19,7 +19,7 @@ from run_outcome import assert_same_weights, weights
 
 from pipeline.loader import Batch, Loader
 from pipeline.sampler import TrainingOrder
-from shards import UserError, open_part
+from shards import UserError, open_split
 from trainer import checkpoint, engine, reproduce
 from trainer.data import carve
 from trainer.distributed import World
@@ -62,7 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path) -> Callab
 
 def rows_at(recipe: Path, epoch: int, step: int) -> list[int]:
     """Row ids of a global batch."""
-    store = open_part(yaml.safe_load(recipe.read_text())["data"]["shards"], "train")
+    store = open_split(yaml.safe_load(recipe.read_text())["data"]["shards"], "train")
     samples, _ = carve(store.labels, SMALL["data"]["validation"], 1.0, SMALL["seed"])
     order = TrainingOrder(samples, SMALL["loader"]["batch_size"], SMALL["seed"])
     return store.rows[next(order.steps(epoch, 0, 1, step)).samples].tolist()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.datasets import RawPart
 from pipeline.overlap import overlaps, without
 from pipeline.packing.repack import joined, packed_parts
-from shards import UserError, open_part
+from shards import UserError, open_split
 from shards.verify.check import check_hashes
 
 
@@ -63,7 +63,7 @@ def test_shared_images_are_counted_by_part(sets: tuple[Path, Path]) -> None:
 
 
 def test_images_that_are_changed_a_little_are_found_when_asked_for(tmp_path: Path, digits_set: Path) -> None:
-    store = open_part(digits_set, "test")
+    store = open_split(digits_set, "test")
     images = store.read(np.arange(60))
     brighter = np.clip(images.astype(int) + 6, 0, 255).astype(np.uint8)
     labels = store.labels[:60].tolist()
@@ -89,7 +89,7 @@ def test_a_set_is_written_without_what_the_other_is_judged_by(sets: tuple[Path, 
         ("train", "2", "a", "test", "a"),
     }
     for part, rows in (("train", [0, 1, 4, 5, 6, 7, 8, 9]), ("val", [0, 1, 3]), ("test", [0, 1, 2, 3])):
-        before, after = open_part(ours, part), open_part(out, part)
+        before, after = open_split(ours, part), open_split(out, part)
         assert sorted(after.rows.tolist()) == rows, part
         places = [before.rows.tolist().index(row) for row in after.rows.tolist()]
         assert np.array_equal(after.read(np.arange(len(after))), before.read(np.array(places)))

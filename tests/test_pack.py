@@ -21,8 +21,8 @@ import pipeline.packing.pack
 from pipeline.common.process_pool import map_in_processes
 from pipeline.datasets import RawPart, UnreadableImages
 from pipeline.packing.pack import pack
-from shards import UserError, open_part
-from shards.verify.check import check_part
+from shards import UserError, open_split
+from shards.verify.check import check_split
 
 BLOCK = 16
 
@@ -145,8 +145,8 @@ class TestUnreadable:
             workers=workers,
         )
         assert done.skipped == 4
-        assert check_part(out / "train")[1] == []
-        store = open_part(out, "train")
+        assert check_split(out / "train")[1] == []
+        store = open_split(out, "train")
         assert set(store.rows.tolist()) == set(range(700)) - self.BAD
         assert np.array_equal(store.read(np.arange(len(store))), train.read(store.rows))
         assert np.array_equal(store.labels, train.labels[store.rows])
@@ -174,13 +174,13 @@ def test_origins_tell_where_each_picture_came_from(tmp_path: Path) -> None:
     paths = np.array([f'odd "name", {row}.png' for row in range(40)])
     chosen = replace(train, columns={"path": paths}).select(np.arange(39, -1, -3))
     packed((chosen, test), tmp_path / "out")
-    store = open_part(tmp_path / "out", "train")
+    store = open_split(tmp_path / "out", "train")
     lines = list(csv.DictReader((tmp_path / "out/train/origins.csv").open()))
     assert [int(line["row"]) for line in lines] == sorted(store.rows.tolist()) == list(range(0, 40, 3))
     assert [line["path"] for line in lines] == paths[::3].tolist()
-    assert check_part(tmp_path / "out/train")[1] == []
+    assert check_split(tmp_path / "out/train")[1] == []
     (tmp_path / "out/train/origins.csv").write_text("row,path\n")
-    assert any("origins.csv" in fault for fault in check_part(tmp_path / "out/train")[1])
+    assert any("origins.csv" in fault for fault in check_split(tmp_path / "out/train")[1])
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from pipeline.preview import _GAP, _HEADER, _LABEL, _MARGIN, _TILE, contact_shee
 from pipeline.sampler import EvaluationOrder, Order, TrainingOrder
 from pipeline.transforms.build import make_graph
 from pipeline.transforms.spec import GraphSpec
-from shards.stores.base import Store
-from shards import UserError, open_part
+from shards import UserError, open_split
 from shards.index import index
+from shards.stores.base import Store
 from shards.stores.image_header import decode
 from trainer import explorer
 from trainer.evaluate import main as evaluate_main
@@ -74,7 +74,7 @@ def expected(store: Store, samples: np.ndarray) -> np.ndarray:
 
 
 def test_batches_hold_what_order_and_store_say(set_of_pictures: Path, device: torch.device) -> None:
-    store = open_part(set_of_pictures, "train")
+    store = open_split(set_of_pictures, "train")
     order = TrainingOrder(np.arange(len(store)), 30, 3)
     batches = list(make_loader(store, order, device).batches(epoch=2))
     assert len(batches) == 4
@@ -87,7 +87,7 @@ def test_batches_hold_what_order_and_store_say(set_of_pictures: Path, device: to
 
 
 def test_ranks_share_a_global_batch(set_of_pictures: Path) -> None:
-    store = open_part(set_of_pictures, "train")
+    store = open_split(set_of_pictures, "train")
     order = TrainingOrder(np.arange(len(store)), 33, 3)
     alone = list(make_loader(store, order, CPU).batches(1))
     shares = [list(make_loader(store, order, CPU, rank, 2).batches(1)) for rank in range(2)]
@@ -104,7 +104,7 @@ def test_a_picture_damaged_after_packing_is_named(packed: Path, tmp_path: Path, 
     content = bytearray(path.read_bytes())
     content[member.offset_data + 50 : member.offset_data + 60] = bytes(10)
     path.write_bytes(content)
-    store = open_part(copy, "train")
+    store = open_split(copy, "train")
     sample = int(member.name[:8])
     error = refusal(lambda: list(make_loader(store, TrainingOrder(np.arange(120), 32, 0), device).batches()))
     assert error.found.startswith(f"{path}: {member.name} (row {store.rows[sample]}): a picture that cannot be decoded")
@@ -114,7 +114,7 @@ def test_a_picture_damaged_after_packing_is_named(packed: Path, tmp_path: Path, 
 
 
 def test_statistics_are_those_of_the_reference(set_of_pictures: Path, device: torch.device) -> None:
-    store = open_part(set_of_pictures, "train")
+    store = open_split(set_of_pictures, "train")
     measured = normalization.measure(store, GraphSpec.of(store.manifest, RESOLUTION), "dali", device)
     reference = expected(store, np.arange(len(store)))
     # Each picture counts the same, whatever its size.
@@ -124,7 +124,7 @@ def test_statistics_are_those_of_the_reference(set_of_pictures: Path, device: to
 
 
 def test_statistics_of_a_sorted_set_are_taken_from_everywhere(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_part(foreign, "train")
+    store = open_split(foreign, "train")
     assert np.all(np.diff(store.labels) >= 0), "sorted by class"
     monkeypatch.setattr(normalization, "_MOST_PICTURES", 30)
     samples = normalization._choose(store)
@@ -144,7 +144,7 @@ def test_a_contact_sheet_shows_pictures_in_their_own_shape(tmp_path: Path) -> No
                 (tmp_path / name).write_bytes(content)
                 archive.add(tmp_path / name, name)
     index(tmp_path, None)
-    sheet = np.asarray(contact_sheet(open_part(tmp_path, "train"), 32).convert("L"))
+    sheet = np.asarray(contact_sheet(open_split(tmp_path, "train"), 32).convert("L"))
     left = _MARGIN + _LABEL
     raw = sheet[_HEADER : _HEADER + _TILE, left : left + _TILE]
     processed = sheet[_HEADER : _HEADER + _TILE, left + _TILE + _GAP :][:, :_TILE]
@@ -186,7 +186,7 @@ def test_a_set_of_pictures_trains_and_is_reported(
     assert summary["accuracy"] > 0.6
     assert (run / "report.html").stat().st_size < 4 << 20
     predictions = np.load(run / "predictions.npz")
-    store = open_part(set_of_pictures, "test")
+    store = open_split(set_of_pictures, "test")
     assert sorted(predictions["rows"].tolist()) == sorted(store.rows.tolist())
 
     monkeypatch.setattr(sys, "argv", ["evaluate", str(run), str(set_of_pictures), "--json", str(tmp_path / "e.json")])
@@ -217,7 +217,7 @@ def test_a_dry_run_tells_of_picture_files(
 
 
 def test_evaluation_covers_every_picture_once(set_of_pictures: Path) -> None:
-    store = open_part(set_of_pictures, "test")
+    store = open_split(set_of_pictures, "test")
     order = EvaluationOrder(np.arange(len(store)), 16)
     batches = [batch for rank in range(3) for batch in make_loader(store, order, CPU, rank, 3).batches()]
     assert sorted(row for batch in batches for row in batch.rows.tolist()) == sorted(store.rows.tolist())

@@ -23,7 +23,7 @@ from s3_server import BUCKET, Faults, Line, environment, s3_server
 
 import shards.remote.base as remote
 import shards.remote.fsspec_backend as remote_fsspec
-from shards import UserError, open_part
+from shards import UserError, open_split
 from shards.manifest import Manifest, RawFile, Shard
 from shards.remote.sets import (
     check_upload,
@@ -278,7 +278,7 @@ def test_a_set_is_fetched_once(at_s3: str, noise: Path, line: Line, cache: Path)
 def test_a_fetched_set_can_be_read(made_up_set: Path, line: Line) -> None:
     address = f"s3://{BUCKET}/made-up"
     upload_set(made_up_set, address)
-    ours, theirs = open_part(address, "train"), open_part(made_up_set, "train")
+    ours, theirs = open_split(address, "train"), open_split(made_up_set, "train")
     samples = np.arange(len(theirs))
     np.testing.assert_array_equal(ours.read(samples), theirs.read(samples))
     assert ours.manifest == theirs.manifest

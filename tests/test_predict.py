@@ -14,7 +14,7 @@ from conftest import run_module
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards import UserError, open_part
+from shards import UserError, open_split
 from trainer.predict import main
 from trainer.predictor import Predictor, upright_images
 
@@ -52,7 +52,7 @@ def said(predictor: Predictor, images: list[NDArray[np.uint8]]) -> NDArray[np.in
 def pictures(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve digits drawn large, in a directory of a directory, with a table of truth."""
     directory = tmp_path_factory.mktemp("pictures")
-    store = open_part(digits_set, "test")
+    store = open_split(digits_set, "test")
     random = np.random.default_rng(0)
     (directory / "inner").mkdir()
     lines = ["Label;FILENAME"]
@@ -66,7 +66,7 @@ def pictures(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_it_predicts_what_the_run_predicted(digits_run: Path, digits_set: Path) -> None:
     """The same graph, model and temperature: the run's own answers to the test part come out, to rounding."""
     predictor = Predictor(digits_run)
-    store = open_part(digits_set, "test")
+    store = open_split(digits_set, "test")
     probabilities = []
     images = upright_images(store, np.arange(len(store)))
     for start in range(0, len(images), predictor.batch_size):
@@ -81,7 +81,7 @@ def test_it_predicts_what_the_run_predicted(digits_run: Path, digits_set: Path) 
 
 def test_digits_drawn_large_are_read_as_they_were(digits_run: Path, digits_set: Path, tmp_path: Path) -> None:
     predictor = Predictor(digits_run)
-    store = open_part(digits_set, "test")
+    store = open_split(digits_set, "test")
     images = upright_images(store, np.arange(len(store)))
     random = np.random.default_rng(1)
     taken = []
@@ -103,7 +103,7 @@ def test_genuine_characters_drawn_large_are_read_as_they_were(shared_data: Path,
     settings = (f"data.shards={shards}", f"run.dir={run}", "data.subset=0.3", "trainer.epochs=2")
     assert run_module("trainer.run", "configs/byclass_cpu.yaml", *settings, timeout=1200).returncode == 0
     predictor = Predictor(run)
-    store = open_part(shards, "test")
+    store = open_split(shards, "test")
     images = upright_images(store, np.arange(1000))
     random = np.random.default_rng(1)
     taken = []

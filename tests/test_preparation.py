@@ -21,7 +21,7 @@ from pipeline.transforms.ops.foreground import contour, ink
 from pipeline.transforms.ops.morphology import opened, thickened
 from pipeline.transforms.preprocess import Preparation
 from pipeline.transforms.spec import GraphSpec
-from shards import UserError, open_part
+from shards import UserError, open_split
 
 SHAPES = {"gray": (28, 28, 1), "rgb": (20, 31, 3)}
 
@@ -167,7 +167,7 @@ def test_graphs_prepare_before_they_resize(
 
 def test_statistics_are_those_of_prepared_images_and_kept_apart(tmp_path: Path) -> None:
     packed = pack_parts(made_up_parts(train=60, test=10), tmp_path / "set")
-    store, cpu = open_part(packed, "train"), torch.device("cpu")
+    store, cpu = open_split(packed, "train"), torch.device("cpu")
     found = {}
     for steps in (Preparation(), Preparation(invert=True), Preparation(crop_to_ink=0.1, equalize=True)):
         spec = GraphSpec.of(store.manifest, 20, "linear", steps)

@@ -13,7 +13,7 @@ from pipeline import preview
 from pipeline.preview import contact_sheet, upright
 from pipeline.transforms.augmentation import Augmentation
 from pipeline.transforms.preprocess import Preparation
-from shards import UserError, open_part
+from shards import UserError, open_split
 
 CLASSES = 5
 
@@ -34,7 +34,7 @@ def bright_lines(profile: np.ndarray) -> np.ndarray:
 
 
 def test_the_band_stands_in_the_raw_image_and_lies_in_the_processed(made_up_set: Path) -> None:
-    sheet = contact_sheet(open_part(made_up_set, "train"), resolution=112)
+    sheet = contact_sheet(open_split(made_up_set, "train"), resolution=112)
     for label in range(CLASSES):
         raw, processed = tiles(sheet, label)
         band = np.arange(2 * (label * 28 // CLASSES), 2 * ((label + 1) * 28 // CLASSES))
@@ -47,7 +47,7 @@ def test_the_band_stands_in_the_raw_image_and_lies_in_the_processed(made_up_set:
 
 
 def test_the_processed_image_is_what_a_person_reads(made_up_set: Path) -> None:
-    store = open_part(made_up_set, "train")
+    store = open_split(made_up_set, "train")
     raw = preview.read_images(store, np.flatnonzero(store.labels == 1)[:3])
     for image in raw:
         assert np.all(upright(image, transposed=True)[28 // CLASSES : 2 * 28 // CLASSES] == 255)
@@ -61,7 +61,7 @@ def test_the_command_writes_a_picture_beside_the_set_or_where_it_is_told(made_up
     assert process.stdout.strip() == str(out)
     with Image.open(out) as sheet:
         assert sheet.format == "PNG"
-        expected = contact_sheet(open_part(made_up_set, "train"), resolution=28)
+        expected = contact_sheet(open_split(made_up_set, "train"), resolution=28)
         assert np.array_equal(np.asarray(sheet), np.asarray(expected))
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 
@@ -72,7 +72,7 @@ def test_what_a_recipe_trains_on_is_shown_beside_the_raw_images(made_up_set: Pat
     process = run_module("trainer.preview", "configs/quickstart.yaml", *overrides, "--out", out)
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == str(out)
-    store = open_part(made_up_set, "train")
+    store = open_split(made_up_set, "train")
     steps, augmentation = Preparation(invert=True), Augmentation(rotation=20)
     expected = contact_sheet(store, 28, "linear", steps, augmentation)
     with Image.open(out) as sheet:
@@ -93,7 +93,7 @@ def test_one_part_can_be_shown(made_up_set: Path, tmp_path: Path, monkeypatch: p
     out = tmp_path / "sheet.png"
     _run(monkeypatch, made_up_set / "test", "--out", out)
     with Image.open(out) as sheet:
-        expected = contact_sheet(open_part(made_up_set, "test"), resolution=112)
+        expected = contact_sheet(open_split(made_up_set, "test"), resolution=112)
         assert np.array_equal(np.asarray(sheet), np.asarray(expected))
 
 

@@ -14,7 +14,7 @@ from test_training import train_here
 
 from pipeline.packing.pack import ORIGINS
 from pipeline.packing.repack import packed_parts
-from shards import UserError, open_part
+from shards import UserError, open_split
 from trainer import pseudo_label
 
 
@@ -78,12 +78,12 @@ def test_what_it_is_sure_of_is_listed_and_packed(
 
     held = sum(int(line["row"]) >= 400 for line in lines)
     assert held > 0 and f"{held} left out that its other parts hold" in said
-    train = open_part(out, "train")
+    train = open_split(out, "train")
     assert len(train) == 700 + len(lines) - held
     assert (
-        open_part(out, "test").manifest.digest()
-        == open_part(labelled, "test")
-        .manifest.model_copy(update={"options": open_part(out, "test").manifest.options})
+        open_split(out, "test").manifest.digest()
+        == open_split(labelled, "test")
+        .manifest.model_copy(update={"options": open_split(out, "test").manifest.options})
         .digest()
     )
     origins = list(csv.DictReader((out / "train" / ORIGINS).open()))

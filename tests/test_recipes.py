@@ -17,7 +17,7 @@ from official_layouts import cifar10_files, write_emnist, write_mnist, write_num
 from raw_files import write_tar
 
 from pipeline.shard import main as pack_main
-from shards import open_part
+from shards import open_split
 from trainer.config import load
 from trainer.data import open_data
 from trainer.distributed import World
@@ -103,7 +103,7 @@ def test_pixels_go_from_minus_one_to_one(packed: Packed, monkeypatch: pytest.Mon
     data = open_data(config, World(rank=0, size=1, device=torch.device("cpu")))
     images = torch.cat([batch.images for batch in data.test.batches()])
     assert (float(images.min()), float(images.max())) == pytest.approx((-1, 1), abs=1e-6)
-    store = open_part(shards, "test")
+    store = open_split(shards, "test")
     raw = np.empty((len(store), *store.manifest.image_shape), np.uint8)
     store.gather(np.arange(len(store)), raw)
     assert float(images.mean()) == pytest.approx(raw.mean() / 127.5 - 1, abs=1e-4)

@@ -23,14 +23,13 @@ from raw_files import refusal
 from wds2idx import IndexCreator
 
 from pipeline.datasets import RawPart
-from shards import Manifest, UserError, open_part
-from shards.stores.base import Store
+from shards import Manifest, UserError, open_split
 from shards.manifest import MANIFEST_NAME
+from shards.open import open_files
+from shards.stores.base import Block, EncodedImage, Layout, Store
 from shards.stores.image_header import MAX_BYTES
 from shards.stores.records import RecordStore, RecordWriter
-from shards.open import open_files
-from shards.verify.check import check_part
-from shards.stores.base import Block, EncodedImage, Layout
+from shards.verify.check import check_split
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def raw() -> RawPart:
 
 @pytest.fixture(scope="module")
 def store(packed: Path) -> Store:
-    return open_part(packed, "train")
+    return open_split(packed, "train")
 
 
 @pytest.fixture
@@ -240,7 +239,7 @@ def test_same_input_gives_the_same_bytes_by_any_number_of_workers(packed: Path, 
 
 
 def faults_of(part: Path) -> list[str]:
-    return check_part(part)[1]
+    return check_split(part)[1]
 
 
 def agree(part: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from conftest import made_up_parts, pack_parts
 from PIL import Image
 
-from shards import UserError, open_part
+from shards import UserError, open_split
 from trainer import explorer as explorer_module
 from trainer.calibration import calibration_error, reliability
 from trainer.charts import Bins, Line, confusion_chart, line_chart, reliability_chart
@@ -261,7 +261,7 @@ def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_stay_within_their_bound(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_part(load_trained_model(run).config.data.shards, "test")
+    store = open_split(load_trained_model(run).config.data.shards, "test")
     predictions = dict(np.load(run / "predictions.npz"))
     full = explorer_module.explorer(store, predictions)
     assert full["shown"] == full["errors"] == (predictions["labels"] != predictions["predicted"]).sum()

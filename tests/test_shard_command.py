@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, assert_user_error, run_module
 
 from pipeline import shard
-from shards import Manifest, UserError, open_part
+from shards import Manifest, UserError, open_split
 from shards.cli import run_command
-from shards.verify.check import check_part
+from shards.verify.check import check_split
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -60,7 +60,7 @@ class TestByProcess:
         out = tmp_path / "data" / "shards" / "digits"
         assert [entry.name for entry in out.parent.iterdir()] == ["digits"]
         for part, samples in (("train", 1438), ("test", 359)):
-            manifest, faults = check_part(out / part)
+            manifest, faults = check_split(out / part)
             assert (faults, manifest.samples, manifest.dataset, manifest.split) == ([], samples, "digits", "")
             assert re.search(rf"{part} +{samples:,} images of 10 classes in 1 shard,", first.stdout)
 
@@ -116,7 +116,7 @@ class TestExistingPack:
         assert snapshot(out) == before
 
         assert command("digits", "--out", out, option, value, "--force").returncode == 0
-        manifest, faults = check_part(out / "train")
+        manifest, faults = check_split(out / "train")
         assert faults == []
         assert value in (manifest.seed, manifest.block_size)
         assert [entry.name for entry in out.parent.iterdir()] == ["digits"]
@@ -136,16 +136,16 @@ class TestExistingPack:
         assert not (tmp_path / "none").exists()
 
     def test_an_open_store_outlives_the_replacement_of_its_pack(self, command: Command, out: Path) -> None:
-        store = open_part(out, "train")
+        store = open_split(out, "train")
         rows = store.rows.tolist()
         assert command("digits", "--out", out, "--seed", 1, "--force").returncode == 0
         assert store.rows.tolist() == rows
-        assert open_part(out, "train").rows.tolist() != rows
+        assert open_split(out, "train").rows.tolist() != rows
 
     def test_a_pack_without_one_manifest_is_not_taken_for_complete(self, command: Command, out: Path) -> None:
         (out / "test" / "manifest.json").unlink()
         with pytest.raises(UserError):
-            open_part(out, "test")
+            open_split(out, "test")
         assert_user_error(command("digits", "--out", out), str(out), "not a complete pack")
         assert_user_error(command("digits", "--out", out, "--force"), str(out), "not a complete pack")
 
@@ -246,5 +246,5 @@ class TestArguments:
     def test_the_largest_seed_and_the_smallest_block_work(self, command: Command, tmp_path: Path) -> None:
         out = tmp_path / "out"
         assert command("digits", "--out", out, "--seed", 2**63 - 1, "--block-size", 1).returncode == 0
-        manifest, faults = check_part(out / "test")
+        manifest, faults = check_split(out / "test")
         assert (faults, manifest.seed, len(manifest.shards[0].blocks_crc32)) == ([], 2**63 - 1, 359)

@@ -29,7 +29,7 @@ from raw_files import (
 from pipeline.datasets import RawPart
 from pipeline.packing.pack import pack
 from pipeline.readers.naming import natural_order
-from shards import UserError, open_part
+from shards import UserError, open_split
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
 
@@ -203,7 +203,7 @@ class TestArchives:
             pack(
                 lambda place=place: (*folder(place), ten_for_testing(place)), out, dataset="a", block_size=16, workers=3
             )
-            store = open_part(out, "train")
+            store = open_split(out, "train")
             stored = np.empty((300, 8, 8, 1), np.uint8)
             store.gather(np.arange(300), stored)
             expected = [images[name] for name in paths(folder(place)[0])]
@@ -465,7 +465,7 @@ class TestCommand:
         place = shared_data / "cifar10" / "cifar10-jpg-subset.zip"
         process = run_module("pipeline.shard", "folder", "--raw", place, "--out", tmp_path / "out", cwd=tmp_path)
         assert process.returncode == 0, process.stderr
-        store = open_part(tmp_path / "out", "train")
+        store = open_split(tmp_path / "out", "train")
         assert (len(store), store.manifest.image_shape) == (10_000, (32, 32, 3))
         assert store.manifest.counts == (1000,) * 10
         assert store.manifest.classes[:3] == ("airplane", "automobile", "bird")

@@ -16,8 +16,8 @@ from reference import model_input
 from pipeline import normalization
 from pipeline.normalization import Statistics, cached, measure
 from pipeline.transforms.spec import GraphSpec
+from shards import open_split
 from shards.stores.base import Store
-from shards import open_part
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def packed(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(packed: Path) -> Store:
-    return open_part(packed, "train")
+    return open_split(packed, "train")
 
 
 def from_reference(store: Store, resolution: int, interpolation: str = "linear") -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +61,7 @@ def test_measures_mean_and_deviation_of_the_model_input(
     transposed: bool,
 ) -> None:
     parts = made_up_parts(train=150, test=20, shape=shape, transposed=transposed)
-    store = open_part(pack_parts(parts, tmp_path / "set"), "train")
+    store = open_split(pack_parts(parts, tmp_path / "set"), "train")
     measured = measure(store, GraphSpec.of(store.manifest, resolution, interpolation), backend, device)
     mean, std = from_reference(store, resolution, interpolation)
     assert measured.samples == 150
@@ -86,7 +86,7 @@ def test_blank_images_are_not_divided_by_nothing(tmp_path: Path) -> None:
         dataclasses.replace(part, read=lambda rows: np.full((len(rows), 28, 28, 1), 51, np.uint8))
         for part in made_up_parts(train=30, test=10)
     )
-    blank = open_part(pack_parts(parts, tmp_path / "set"), "train")
+    blank = open_split(pack_parts(parts, tmp_path / "set"), "train")
     measured = measure(blank, GraphSpec.of(blank.manifest, 28), "torch", CPU)
     assert measured.mean == pytest.approx((0.2,), abs=1e-6)
     assert measured.std == (1.0,)

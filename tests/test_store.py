@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 import pipeline.packing.pack
 from pipeline.datasets import RawPart
-from shards import Manifest, UserError, open_part
-from shards.stores.base import Store
+from shards import Manifest, UserError, open_split
 from shards.manifest import MANIFEST_NAME, PARTS
 from shards.open import open_store
+from shards.stores.base import Store
 from shards.stores.tar import TarStore
 from shards.stores.zarr import ZarrStore
 
@@ -161,7 +161,7 @@ def blocks_in_memory(request: pytest.FixtureRequest) -> int | None:
 
 def open_bounded(directory: Path, part: str, blocks: int | None) -> Store:
     manifest = Manifest.read(directory / part)
-    return open_part(directory, part, blocks and blocks * manifest.block_size * manifest.image_bytes)
+    return open_split(directory, part, blocks and blocks * manifest.block_size * manifest.image_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -245,27 +245,27 @@ def test_what_is_packed_is_read(
 
 
 def test_a_store_opens_by_its_own_directory_too(made_up_set: Path) -> None:
-    alone, as_part = open_store(made_up_set / "test"), open_part(made_up_set, "test")
+    alone, as_part = open_store(made_up_set / "test"), open_split(made_up_set, "test")
     assert alone.manifest == as_part.manifest
     np.testing.assert_array_equal(alone.rows, as_part.rows)
 
 
 def test_opening_a_part_of_a_single_part_names_the_set(made_up_set: Path) -> None:
     with pytest.raises(UserError) as caught:
-        open_part(made_up_set / "train", "train")
+        open_split(made_up_set / "train", "train")
     assert caught.value.hint == f"name {made_up_set}"
 
 
 def test_opening_what_is_not_there_says_how_to_pack(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        open_part(tmp_path / "nothing", "train")
+        open_split(tmp_path / "nothing", "train")
     assert str(tmp_path / "nothing") in caught.value.found
     assert "python -m pipeline.shard" in caught.value.hint
 
 
 def test_opening_the_directory_above_a_set_names_the_set(made_up_set: Path) -> None:
     with pytest.raises(UserError) as caught:
-        open_part(made_up_set.parent, "train")
+        open_split(made_up_set.parent, "train")
     assert str(made_up_set) in caught.value.hint
 
 

@@ -16,10 +16,9 @@ from wds2idx import IndexCreator
 
 import pipeline.packing.pack
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE
-from shards import Manifest, open_part
-from shards.stores.base import Store
+from shards import Manifest, open_split
+from shards.stores.base import Store, block_key
 from shards.stores.tar import COMPONENTS, read_index
-from shards.stores.base import block_key
 
 BLOCK_SIZE = 32
 
@@ -87,7 +86,7 @@ def test_webdataset_reads_what_the_store_reads(packed: Path) -> None:
     samples = list(dataset)
     assert [sample["__key__"] for sample in samples] == [block_key(number) for number in range(10)]
     found = [tuple(sample[component] for component in COMPONENTS) for sample in samples]
-    assert_blocks_equal(found, blocks_of(open_part(packed, "train")))
+    assert_blocks_equal(found, blocks_of(open_split(packed, "train")))
 
 
 @pipeline_def(batch_size=1, num_threads=1, device_id=None)
@@ -104,7 +103,7 @@ def test_dali_reads_what_the_store_reads(packed: Path) -> None:
     graph.build()
     assert graph.epoch_size("reader") == 10
     found = [tuple(np.array(output[0]) for output in graph.run()) for _ in range(10)]
-    assert_blocks_equal(found, blocks_of(open_part(packed, "train")))
+    assert_blocks_equal(found, blocks_of(open_split(packed, "train")))
 
 
 def test_tar_lists_and_extracts_a_shard(packed: Path, tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_tar_lists_and_extracts_a_shard(packed: Path, tmp_path: Path) -> None:
     assert listed.stdout.split() == [f"{block_key(n)}.{component}" for n in (8, 9) for component in COMPONENTS]
     assert listed.stderr == ""
     subprocess.run(["tar", "xf", tar, "-C", tmp_path, "00000009.rows.npy"], check=True)
-    np.testing.assert_array_equal(np.load(tmp_path / "00000009.rows.npy"), open_part(packed, "train").rows[9 * 32 :])
+    np.testing.assert_array_equal(np.load(tmp_path / "00000009.rows.npy"), open_split(packed, "train").rows[9 * 32 :])
 
 
 def test_members_have_a_fixed_date_owner_and_mode(packed: Path) -> None:
@@ -154,7 +153,7 @@ def test_another_seed_gives_other_bytes_of_the_same_samples(packed: Path, tmp_pa
 
 def test_train_and_test_parts_of_a_seed_are_permuted_differently(tmp_path: Path) -> None:
     out = pack_parts(made_up_parts(train=200, test=200), tmp_path / "set")
-    assert open_part(out, "train").rows.tolist() != open_part(out, "test").rows.tolist()
+    assert open_split(out, "train").rows.tolist() != open_split(out, "test").rows.tolist()
 
 
 def test_small_images_take_at_most_three_percent_more_than_their_pixels(tmp_path: Path) -> None:

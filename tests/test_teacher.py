@@ -15,7 +15,7 @@ from run_outcome import weights
 from test_training import train_here
 
 from pipeline.loader import Batch
-from shards import UserError, open_part
+from shards import UserError, open_split
 from trainer import checkpoint, engine, nonfinite
 from trainer.config import load
 from trainer.data import open_data
@@ -167,7 +167,7 @@ def test_a_step_with_a_teacher_can_be_taken_again(recipe: Path, teacher: Path, t
 
 def test_who_may_not_teach(recipe: Path, teacher: Path, made_up_set: Path, tmp_path: Path) -> None:
     student = load(recipe, [f"teacher.run={teacher}"])
-    names = open_part(made_up_set, "train").manifest.classes
+    names = open_split(made_up_set, "train").manifest.classes
     with pytest.raises(UserError, match=r"teacher\.run=.* with classes 0 1 2"):
         open_teacher(student, names, (0.0,), (1.0,), CPU)
     with pytest.raises(UserError, match="with channels 1"):

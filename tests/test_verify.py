@@ -16,14 +16,14 @@ from conftest import assert_user_error, made_up_parts, pack_parts, run_module
 from numpy.typing import NDArray
 
 import pipeline.packing.pack
-from shards import UserError, open_part
+from shards import UserError, open_split
 from shards.convert import convert
 from shards.manifest import MANIFEST_NAME, StoreKind
-from shards.stores.tar import COMPONENTS, npy_header
 from shards.stores.base import block_key
-from shards.verify.check import check_part
-from shards.stores.zarr_arrays import GROUP
+from shards.stores.tar import COMPONENTS, npy_header
 from shards.stores.zarr import ShardFile
+from shards.stores.zarr_arrays import GROUP
+from shards.verify.check import check_split
 
 SHAPE = (4, 5, 1)
 BLOCK_SIZE = 20
@@ -68,7 +68,7 @@ def flip(path: Path, offset: int, bits: int = 0x10) -> None:
 
 
 def faults_of(pack: Path) -> list[str]:
-    return check_part(pack / "train")[1]
+    return check_split(pack / "train")[1]
 
 
 def assert_names_only(faults: list[str], shard: str, block: int) -> None:
@@ -81,7 +81,7 @@ def assert_names_only(faults: list[str], shard: str, block: int) -> None:
 class TestVerify:
     def test_a_whole_pack_has_no_faults(self, pack: Path) -> None:
         for part, samples in (("train", 95), ("test", 30)):
-            manifest, faults = check_part(pack / part)
+            manifest, faults = check_split(pack / part)
             assert faults == []
             assert manifest.samples == samples
 
@@ -144,7 +144,7 @@ class TestVerify:
     def test_a_manifest_with_other_counts_by_class_is_found(self, pack: Path) -> None:
         """Moved from one class to another, so that the sums still agree and only counting can tell."""
         path = pack / "train" / MANIFEST_NAME
-        manifest, _ = check_part(pack / "train")
+        manifest, _ = check_split(pack / "train")
         counts = (manifest.counts[0] - 1, manifest.counts[1] + 1, *manifest.counts[2:])
         path.write_text(manifest.model_copy(update={"counts": counts}).to_json())
         assert any("counts by class" in fault for fault in faults_of(pack))
@@ -179,16 +179,16 @@ class TestVerify:
         rows = np.arange(50)
         rows[7] = 8
         out = pack_parts((replace(train, rows=rows), test), tmp_path / "set", BLOCK_SIZE, store=store)
-        assert check_part(out / "train")[1] == [f"{out}/train: a source row is packed twice"]
+        assert check_split(out / "train")[1] == [f"{out}/train: a source row is packed twice"]
 
     @pytest.mark.parametrize("store", ["tar", "zarr"])
     def test_a_shard_need_not_fit_into_memory(self, tmp_path: Path, store: StoreKind) -> None:
         """One shard of 4 MB, in 80 blocks of 50 KB."""
         out = pack_parts(made_up_parts(train=1280, test=1, shape=(32, 32, 3)), tmp_path / "set", 16, store=store)
-        check_part(out / "test")  # imports, caches
+        check_split(out / "test")  # imports, caches
         tracemalloc.start()
         try:
-            assert check_part(out / "train")[1] == []
+            assert check_split(out / "train")[1] == []
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -207,7 +207,7 @@ class TestVerifyZarr:
 
     def test_a_whole_pack_has_no_faults(self, zarr_pack: Path) -> None:
         for part in ("train", "test"):
-            assert check_part(zarr_pack / part)[1] == []
+            assert check_split(zarr_pack / part)[1] == []
 
     @pytest.mark.parametrize("block", range(5))
     @pytest.mark.parametrize("array, dimensions", [("images", 4), ("labels", 1), ("rows", 1)])
@@ -240,7 +240,7 @@ class TestVerifyZarr:
         assert all(fault.startswith(f"{path}: ") for fault in faults_of(zarr_pack))
 
     def test_every_missing_or_shortened_file_is_named(self, zarr_pack: Path) -> None:
-        manifest, _ = check_part(zarr_pack / "train")
+        manifest, _ = check_split(zarr_pack / "train")
         assert len(manifest.everything) == 4 + 3 * 3
         for file in manifest.everything:
             path = zarr_pack / "train" / file.name
@@ -395,7 +395,7 @@ class TestOpening:
     def test_a_damaged_pack_is_refused_by_name(self, pack: Path, damage, named: str) -> None:
         damage(pack / "train")
         with pytest.raises(UserError) as caught:
-            open_part(pack, "train")
+            open_split(pack, "train")
         assert named in caught.value.found
 
     @pytest.mark.parametrize("name", ["shard-00001.idx", MANIFEST_NAME])
@@ -420,7 +420,7 @@ class TestOpening:
 
 
 def everything(pack: Path) -> tuple[NDArray, NDArray, NDArray]:
-    store = open_part(pack, "train")
+    store = open_split(pack, "train")
     images = np.empty((len(store), *store.manifest.image_shape), np.uint8)
     store.gather(np.arange(len(store)), images)
     return images, store.labels, store.rows

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import shards.remote.base as remote
-from shards import Manifest, UserError, open_part
+from shards import Manifest, UserError, open_split
 from shards.remote.sets import remote_manifests, resolve_dataset, resolve_files, upload_set
 
 
@@ -140,7 +140,7 @@ def address(server: Server, path: str = "my%20sets/set", user: str = "") -> str:
 
 
 def test_a_set(server: Server, made_up_set: Path) -> None:
-    ours, theirs = open_part(address(server), "train"), open_part(made_up_set, "train")
+    ours, theirs = open_split(address(server), "train"), open_split(made_up_set, "train")
     samples = np.arange(len(theirs))
     np.testing.assert_array_equal(ours.read(samples), theirs.read(samples))
     assert ours.manifest == theirs.manifest

@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 import pipeline.packing.pack
 from pipeline.datasets import Request, find_source
 from pipeline.packing.pack import pack
-from shards import Manifest, UserError, open_part
-from shards.stores.base import Store
-from shards.open import open_store
-from shards.stores.base import Block, Layout
+from shards import Manifest, UserError, open_split
 from shards.create import make_writer
+from shards.open import open_store
+from shards.stores.base import Block, Layout, Store
 from shards.stores.zarr_arrays import GROUP
 
 SHAPE = (12, 10, 3)
@@ -57,7 +56,7 @@ def content(directory: Path) -> dict[str, bytes]:
 class TestOthersReadIt:
     def test_zarr_python_as_a_stranger_uses_it(self, packed: Path) -> None:
         group = zarr.open_group(packed / "train" / GROUP, mode="r")
-        expected = arrays_of(open_part(packed, "train"))
+        expected = arrays_of(open_split(packed, "train"))
         assert set(group.array_keys()) == set(expected)
         for name, values in expected.items():
             assert group[name].dtype == values.dtype
@@ -65,20 +64,20 @@ class TestOthersReadIt:
 
     def test_zarr_python_slices_across_blocks_and_shards(self, packed: Path) -> None:
         images = zarr.open_array(packed / "train" / GROUP / "images", mode="r")
-        expected = open_part(packed, "train").read(np.arange(300))
+        expected = open_split(packed, "train").read(np.arange(300))
         for start, stop in ((0, 1), (31, 33), (50, 140), (299, 300)):
             np.testing.assert_array_equal(images[start:stop, 2:5], expected[start:stop, 2:5])
 
     def test_tensorstore(self, packed: Path) -> None:
         tensorstore = pytest.importorskip("tensorstore")
-        for name, values in arrays_of(open_part(packed, "train")).items():
+        for name, values in arrays_of(open_split(packed, "train")).items():
             files = {"driver": "file", "path": f"{packed}/train/{GROUP}/{name}/"}
             array = tensorstore.open({"driver": "zarr3", "kvstore": files}, open=True, read=True).result()
             np.testing.assert_array_equal(array.read().result(), values)
 
     def test_zarrs(self, packed: Path) -> None:
         pytest.importorskip("zarrs")
-        expected = arrays_of(open_part(packed, "train"))
+        expected = arrays_of(open_split(packed, "train"))
         with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
             group = zarr.open_group(packed / "train" / GROUP, mode="r")
             for name, values in expected.items():
@@ -101,13 +100,13 @@ class TestFormat:
         manifest = Manifest.read(packed / "train")
         assert [shard.samples for shard in manifest.shards] == [shard.samples for shard in tar.shards]
         assert [shard.name for shard in manifest.shards] == [f"{GROUP}/images/c/{n}/0/0/0" for n in range(5)]
-        one, other = open_part(packed, "train"), open_part(tmp_path / "tar", "train")
+        one, other = open_split(packed, "train"), open_split(tmp_path / "tar", "train")
         np.testing.assert_array_equal(one.rows, other.rows)
 
     def test_the_index_at_the_end_is_as_the_page_says(self, packed: Path) -> None:
         """Read as a stranger would who has only FORMAT.md: without compression the blocks are the pixels."""
         manifest = Manifest.read(packed / "train")
-        images = open_part(packed, "train").read(np.arange(300))
+        images = open_split(packed, "train").read(np.arange(300))
         for number, shard in enumerate(manifest.shards):
             file = (packed / "train" / shard.name).read_bytes()
             index = np.frombuffer(file[-2 * INDEX_ENTRY - CHECKSUM : -CHECKSUM], "<u8").reshape(2, 2)
@@ -121,7 +120,7 @@ class TestFormat:
     def test_of_a_part_that_is_smaller_than_a_block_the_block_is_no_longer(self, tmp_path: Path) -> None:
         out = pack_parts(made_up_parts(train=30, test=1, shape=(4, 4, 1)), tmp_path / "set", 1 << 20, store="zarr")
         assert zarr.open_array(out / "train" / GROUP / "images", mode="r").shards == (30, 4, 4, 1)
-        assert len(open_part(out, "test").read(np.array([0]))) == 1
+        assert len(open_split(out, "test").read(np.array([0]))) == 1
 
     def test_blocks_of_zeros_are_stored_too(self, tmp_path: Path) -> None:
         images = np.zeros((5 * BLOCK_SIZE, 4, 4, 1), np.uint8)
@@ -138,7 +137,7 @@ class TestFormat:
             file = (tmp_path / "set" / "train" / GROUP / name).read_bytes()
             index = np.frombuffer(file[-5 * INDEX_ENTRY - CHECKSUM : -CHECKSUM], "<i8").reshape(5, 2)
             assert (index[:, 1] > 0).all()
-        assert not open_part(tmp_path / "set", "train").read(np.arange(len(images))).any()
+        assert not open_split(tmp_path / "set", "train").read(np.arange(len(images))).any()
 
 
 class TestBytes:
@@ -157,7 +156,7 @@ class TestBytes:
     @pytest.mark.parametrize("workers", [1, 2, 3])
     def test_by_forked_processes_while_stores_are_open(self, packed: Path, tmp_path: Path, workers: int) -> None:
         """zarr-python has a thread by now, which a forked process has not."""
-        open_part(packed, "train").read(np.arange(300))
+        open_split(packed, "train").read(np.arange(300))
         parts = made_up_parts(train=300, test=40, shape=SHAPE)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
@@ -231,8 +230,8 @@ class TestReading:
         changed = bytearray(path.read_bytes())
         changed[100] ^= 1
         path.write_bytes(changed)
-        store = open_part(out, "train")
-        whole = open_part(packed, "train")
+        store = open_split(out, "train")
+        whole = open_split(packed, "train")
         others = np.r_[0:64, 96:300]
         np.testing.assert_array_equal(store.read(others), whole.read(others))
         with pytest.raises(UserError, match=f"{path}: block 00000002"):
@@ -246,7 +245,7 @@ class TestReading:
         for one, other in (("0", "away"), ("1", "0"), ("away", "1")):
             (directory / one).rename(directory / other)
         with pytest.raises(UserError, match=f"{directory}/0: it was changed"):
-            open_part(out, "train")
+            open_split(out, "train")
 
 
 def in_forked_process(work: Callable[[], NDArray]) -> NDArray:

@@ -18,10 +18,10 @@ from pipeline.normalization import cached
 from pipeline.sampler import EvaluationOrder, TrainingOrder, window_within
 from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.spec import Graph, GraphSpec
-from shards import Manifest, UserError, open_part
-from shards.stores.base import Store
+from shards import Manifest, UserError, open_split
 from shards.manifest import VALIDATION, has_part
 from shards.remote.sets import resolve_dataset
+from shards.stores.base import Store
 from shards.verify.check import check_hashes
 from trainer.distributed import World
 from trainer.memory import granted
@@ -65,14 +65,14 @@ def open_data(config: Config, world: World) -> TrainingData:
     """Open a packed set, check it, take or carve the validation part and measure the statistics of the model input."""
     directory = resolve_dataset(config.data.shards)
     memory = _memory(config.loader.memory)
-    train_store = open_part(directory, "train", int(memory * _TRAIN_SHARE))
+    train_store = open_split(directory, "train", int(memory * _TRAIN_SHARE))
     # Evaluation goes through a part in order, and gains nothing from holding more of it.
     others = {"memory": int(memory * (1 - _TRAIN_SHARE) / 2)}
-    test_store = open_part(directory, "test", **others)
+    test_store = open_split(directory, "test", **others)
     stores = [train_store, test_store]
     own_validation = has_part(directory, VALIDATION)
     if own_validation:
-        stores.append(open_part(directory, VALIDATION, **others))
+        stores.append(open_split(directory, VALIDATION, **others))
     for store in stores[1:]:
         _check_parts_agree(train_store.manifest, store.manifest, directory)
     if config.data.verify:

@@ -30,8 +30,8 @@ from pipeline.preview import to_picture
 from pipeline.readers.archives.files import BadFile
 from pipeline.readers.formats import image as pictures
 from shards import UserError
-from shards.errors import no_permission
 from shards.cli import run_command
+from shards.errors import no_permission
 from trainer.predictor import Predictor
 
 _HOST = "127.0.0.1"  # never another one: whoever reaches the page may keep this machine busy

@@ -28,8 +28,8 @@ from pipeline.transforms.spec import GraphSpec
 from shards import UserError
 from shards.atomic import check_writable, write_file
 from shards.cli import run_command
+from shards.open import open_set_or_split
 from shards.stores.base import Store
-from shards.open import open_either
 from trainer.arithmetic import autocast, laid_out
 from trainer.calibration import calibration_error
 from trainer.data import evaluation_loader
@@ -204,7 +204,7 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
     """The metrics of a run's best checkpoint on a packed set, as in `summary.json`."""
     trained = load_trained_model(run)
     config = trained.config
-    store = open_either(shards, "test")
+    store = open_set_or_split(shards, "test")
     if store.manifest.classes != trained.classes:
         raise UserError(
             found=f"{shards} with classes {' '.join(store.manifest.classes)}",

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from pipeline.loader import Batch
-from shards.errors import UserError
 from shards.cli import run_command
+from shards.errors import UserError
 from shards.remote.sets import resolve_dataset
 from trainer import config, engine
 from trainer.arithmetic import with_precision

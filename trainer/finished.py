@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards import Manifest, UserError, open_part
-from shards.stores.base import Store
+from shards import Manifest, UserError, open_split
 from shards.remote.sets import resolve_dataset
+from shards.stores.base import Store
 from trainer.run_directory import RunDirectory
 from trainer.settings import Config
 from trainer.trained_model import TrainedModel, load_trained_model
@@ -56,7 +56,7 @@ class FinishedRun:
         place = shards or self.config.data.shards
         try:
             directory = resolve_dataset(place)
-            train, store = Manifest.read(directory / "train"), open_part(directory, "test")
+            train, store = Manifest.read(directory / "train"), open_split(directory, "test")
         except UserError as error:
             if shards:
                 raise

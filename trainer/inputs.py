@@ -15,13 +15,13 @@ from pipeline.intake import Intake, Unusable
 from pipeline.readers.formats.csv import read_csv
 from pipeline.readers.formats.image import EXTENSIONS
 from pipeline.readers.naming import natural_key, printable, some_of
-from shards.stores.base import Store
 from shards import UserError
 from shards.errors import no_permission
 from shards.manifest import MANIFEST_NAME, PARTS
-from shards.stores.image_header import MAX_BYTES
+from shards.open import open_set_or_split
 from shards.remote.sets import is_remote
-from shards.open import open_either
+from shards.stores.base import Store
+from shards.stores.image_header import MAX_BYTES
 from trainer.predictor import Predictor, upright_images
 
 _FILE_COLUMNS = ("file", "path", "filename", "image", "picture")
@@ -57,7 +57,7 @@ def find_inputs(names: Sequence[str], predictor: Predictor) -> list[PictureFile 
     for name in names:
         path = Path(name)
         if is_remote(name) or _is_packed(path):
-            store = open_either(name, "test")
+            store = open_set_or_split(name, "test")
             predictor.check_store(store, name)
             found.append(store)
         elif path.is_dir():

@@ -12,9 +12,8 @@ from torch import nn
 
 from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.spec import GraphSpec
-from shards.stores.base import Store
 from shards.errors import UserError
-from shards.stores.base import Images
+from shards.stores.base import Images, Store
 from trainer.data import evaluation_loader
 from trainer.decision import Decided
 from trainer.distributed import World

@@ -13,8 +13,8 @@ from pipeline.common.device import choose_device
 from pipeline.intake import Intake
 from pipeline.transforms.build import choose_backend, make_graph
 from pipeline.transforms.spec import GraphSpec
-from shards.stores.base import Store
 from shards import UserError
+from shards.stores.base import Store
 from trainer.arithmetic import autocast, laid_out
 from trainer.decision import Decided
 from trainer.trained_model import load_trained_model

@@ -11,8 +11,8 @@ from pathlib import Path
 from pipeline.preview import contact_sheet, save
 from shards.atomic import check_writable
 from shards.cli import run_command
+from shards.open import open_split
 from shards.remote.sets import resolve_dataset
-from shards.open import open_part
 from trainer import config
 
 
@@ -29,7 +29,7 @@ def main() -> int:
     out = arguments.out or Path("preview.png")
     check_writable(out)
     data = settings.data
-    store = open_part(resolve_dataset(data.shards), "train")
+    store = open_split(resolve_dataset(data.shards), "train")
     changes = data.interpolation, data.preparation(), settings.augment.augmentation()
     save(contact_sheet(store, data.final_resolution, *changes), out)
     return 0

@@ -28,12 +28,12 @@ from pipeline.overlap import digests
 from pipeline.packing.pack import pack
 from pipeline.packing.repack import joined, packed_part, packed_parts
 from shards.atomic import check_writable, write_file
-from shards.errors import UserError
 from shards.cli import run_command
+from shards.errors import UserError
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, Manifest
+from shards.open import open_store
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
-from shards.open import open_store
 from trainer.decision import Decided
 from trainer.distributed import World, join
 from trainer.evaluate import loader_for, logits_of

@@ -15,10 +15,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from shards.stores.base import Store
 from shards.atomic import check_writable, write_file
-from shards.errors import UserError
 from shards.cli import run_command
+from shards.errors import UserError
+from shards.stores.base import Store
 from trainer import comparison, pages
 from trainer.calibration import reliability
 from trainer.charts import Bins, confusion_chart, reliability_chart

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from pipeline.common.process_pool import default_workers
-from shards import open_part
+from shards import open_split
 from shards.cli import Terminated, run_command
 from shards.errors import UserError
 from shards.manifest import VALIDATION, has_part
@@ -110,7 +110,7 @@ def main() -> int:
 def _check_set(base: Config) -> None:
     """Refuse data that no trial could learn from, before there is a study; a remote set is fetched once, by this."""
     directory = resolve_dataset(base.data.shards)
-    open_part(directory, "train")
+    open_split(directory, "train")
     if base.data.validation == 0 and not has_part(directory, VALIDATION):
         raise UserError(
             found=f"data.validation=0, and no val part in {base.data.shards}",

@@ -19,7 +19,7 @@ from pipeline.packing.pack import pack
 from pipeline.sampler import TrainingOrder
 from pipeline.transforms.build import make_graph
 from pipeline.transforms.spec import GraphSpec
-from shards import open_part
+from shards import open_split
 
 
 def pack_as_stored(source: Source, store: str, out: Path) -> Path:
@@ -58,7 +58,7 @@ class Inkstream:
         return pack_as_stored(source, form, directory / "set")
 
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
-        store = open_part(directory / "set", "train")
+        store = open_split(directory / "set", "train")
         spec = GraphSpec.of(store.manifest, task.resolution).normalised(task.mean, task.std)
         graph = make_graph(spec, self._backend, task.device, task.batch_size)
         order = TrainingOrder(np.arange(len(store)), task.batch_size, task.seed)
@@ -81,7 +81,7 @@ class Gather:
         return pack_as_stored(source, form, directory / "set")
 
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
-        store = open_part(directory / "set", "train")
+        store = open_split(directory / "set", "train")
         order = TrainingOrder(np.arange(len(store)), task.batch_size, task.seed)
         buffer = np.empty((task.batch_size, *store.manifest.image_shape), np.uint8)
 

@@ -24,10 +24,10 @@ from pipeline.datasets import RawPart, UnreadableImages
 from pipeline.packing.output import Target, find_target
 from pipeline.packing.ranks import Team
 from shards.atomic import write_file
+from shards.create import make_writer
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, MOST_BLOCK_BYTES, Manifest, RawFile, Shard, StoreKind
 from shards.stores.base import Block, Layout
-from shards.create import make_writer
 
 SHARD_BYTES = 32 << 20  # pixels of one shard: large enough to stream, small enough to fetch again
 DEFAULT_BLOCK_SIZE = 512  # the smallest power of two at which 28x28 images cost less than 1.03 times their pixels

@@ -13,9 +13,9 @@ from pipeline.datasets import RawPart
 from pipeline.packing.pack import ORIGINS
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, VALIDATION, has_part
+from shards.open import open_split
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
-from shards.open import open_part
 
 
 def packed_parts(shards: Path | str) -> tuple[RawPart, ...]:
@@ -25,7 +25,7 @@ def packed_parts(shards: Path | str) -> tuple[RawPart, ...]:
     """
     directory = resolve_dataset(shards)
     return tuple(
-        packed_part(open_part(directory, name), directory / name)
+        packed_part(open_split(directory, name), directory / name)
         for name in ALL_PARTS
         if name != VALIDATION or has_part(directory, name)
     )

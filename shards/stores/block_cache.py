@@ -71,7 +71,7 @@ class BlockCache:
             np.take(self._buffer, slots * self._block_size + places, axis=0, out=flat, mode="clip")
 
     def locate(self, samples: NDArray[np.int64]) -> Located | None:
-        """Where images are in the buffer, if it has room for all there are; see `shards.stores.base.ImageStore.locate`."""
+        """Where images are in the buffer, if it has room for all there are; see `ImageStore.locate`."""
         self._check(samples)
         if self.slots < len(self._slot_of_block):
             return None

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from shards.stores.tar_members import Member, read_members
-from shards.stores.image_header import EXTENSIONS, MAX_BYTES
 from shards.stores.base import INDEX_VERSION
+from shards.stores.image_header import EXTENSIONS, MAX_BYTES
+from shards.stores.tar_members import Member, read_members
 
 LABELS = ("cls", "cls.txt")
 ROW = "row"

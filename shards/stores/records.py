@@ -19,11 +19,18 @@ from numpy.typing import NDArray
 from shards.atomic import write_file
 from shards.errors import UserError
 from shards.manifest import Manifest, RawFile, Shard
-from shards.stores.tar_members import BLOCK, Member
+from shards.stores.base import Block, Layout, block_key, shard_name
 from shards.stores.image_header import EXTENSIONS
-from shards.stores.record_index import ROW, NotANumber, index_content, index_line, name_in_index, read_numbers, read_places
-from shards.stores.base import block_key, shard_name
-from shards.stores.base import Block, Layout
+from shards.stores.record_index import (
+    ROW,
+    NotANumber,
+    index_content,
+    index_line,
+    name_in_index,
+    read_numbers,
+    read_places,
+)
+from shards.stores.tar_members import BLOCK, Member
 
 _END_OF_ARCHIVE = bytes(2 * BLOCK)
 _OPENERS = 8  # shards opened side by side: where nothing is cached yet, each waits for many small reads
@@ -31,7 +38,7 @@ _FAR_APART = 64 << 10  # bytes of a record from which reading ahead costs more t
 
 
 class RecordWriter:
-    """The `shards.stores.base.PartWriter` of records: each is a picture file as it is, its label and its row."""
+    """The `shards.stores.base.SplitWriter` of records: each is a picture file as it is, its label and its row."""
 
     def __init__(self, directory: Path, layout: Layout) -> None:
         self._directory = directory

@@ -18,25 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.atomic import write_file
-from shards.stores.block_cache import BlockCache
 from shards.errors import UserError, damaged
 from shards.manifest import Manifest, RawFile, Shard
-from shards.stores.base import Located
-from shards.stores.base import Block, Layout
+from shards.stores.base import INDEX_VERSION, Block, Layout, Located, block_key, shard_name
+from shards.stores.block_cache import BlockCache
 
 COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
-INDEX_VERSION = "v1.2"
 _TAR_BLOCK = 512
 _END_OF_ARCHIVE = bytes(2 * _TAR_BLOCK)
-
-
-def block_key(number: int) -> str:
-    """Name of a block record: its number in the part, eight digits."""
-    return f"{number:08d}"
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.tar"
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -126,7 +115,7 @@ class ShardWriter:
 
 
 class TarWriter:
-    """The `shards.stores.base.PartWriter` of block records."""
+    """The `shards.stores.base.SplitWriter` of block records."""
 
     def __init__(self, directory: Path, layout: Layout) -> None:
         self._directory = directory

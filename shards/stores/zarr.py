@@ -18,11 +18,10 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from shards.stores.block_cache import BlockCache
 from shards.errors import damaged, first_line
 from shards.manifest import Manifest
-from shards.stores.base import Located
-from shards.stores.base import block_key
+from shards.stores.base import Located, block_key
+from shards.stores.block_cache import BlockCache
 from shards.stores.zarr_arrays import ArrayCut, cut_of, open_arrays
 
 _INDEX_ENTRY = 16  # offset and length of a block in its shard, uint64 each

@@ -91,7 +91,7 @@ def cut_of(manifest: Manifest) -> tuple[ArrayCut, ArrayCut, ArrayCut]:
 
 
 class ZarrWriter:
-    """The `shards.stores.base.PartWriter` of zarr arrays: shard file i of each array holds the samples of shard i.
+    """The `shards.stores.base.SplitWriter` of zarr arrays: shard file i of each array holds the samples of shard i.
 
     compression: `zstd` or `none`.
     """
@@ -128,7 +128,7 @@ class ZarrWriter:
         return tuple(written)
 
     def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
-        """See `PartWriter`. Holds the samples of the shard in memory."""
+        """See `SplitWriter`. Holds the samples of the shard in memory."""
         samples = self._layout.samples_of(number)
         images, labels, rows = (np.empty((len(samples), *array.sample), array.dtype) for array in self._arrays)
         crcs = []

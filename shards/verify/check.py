@@ -1,42 +1,35 @@
-"""Check packed shards: re-count, re-hash and decode every block, and name what is wrong.
+"""The full check of a packed split.
 
-    python -m shards.verify DIR        DIR is a packed set (train, test, perhaps val) or one part of it
-
-Exit status 0 if all is as it was packed, 2 otherwise. The decoding here is deliberately not the one that
-training uses: slow, plain and record by record.
+The decoding here is deliberately not the one that training uses: slow, plain and record by record.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from shards.errors import UserError
-from shards.cli import run_command
 from shards.manifest import ALL_PARTS, PARTS, Manifest, StoreKind
-from shards.remote.sets import resolve_dataset
-from shards.verify.sample_counts import Tally
+from shards.verify.sample_counts import SampleCounter
 
-CheckStore: TypeAlias = Callable[[Path, Manifest, Tally], Iterator[str]]
-"""The deep check of one kind of store: `check_store(directory, manifest, tally)` of `shards/verify_STORE.py`.
+CheckStore: TypeAlias = Callable[[Path, Manifest, SampleCounter], Iterator[str]]
+"""The deep check of one kind of store: `check_store(directory, manifest, counter)` of `shards/verify/STORE.py`.
 
-Decodes every block of the part in `directory`, adds the labels and rows of each sound one to `tally` (and passes on
+Decodes every block of the split in `directory`, adds the labels and rows of each sound one to `counter` (and passes on
 the faults that it yields), and yields a line for each fault, `FILE: block NUMBER: what is wrong`, FILE being the path
-and NUMBER `shards.stores.base.block_key`. Raises nothing because of what is in the files, holds a few blocks in memory, and
-skips files that are missing: those, their sizes and their hashes are checked here.
+and NUMBER `shards.stores.base.block_key`. Raises nothing because of what is in the files, holds a few blocks in memory,
+and skips files that are missing: those, their sizes and their hashes are checked here.
 """
 
 
-def check_part(directory: Path) -> tuple[Manifest, list[str]]:
+def check_split(directory: Path) -> tuple[Manifest, list[str]]:
     """Check one part fully. Returns its manifest and a line for each fault (none if it is whole)."""
     manifest = Manifest.read(directory)
-    tally = Tally(manifest)
-    faults = [*check_hashes(directory, manifest), *_check_of(manifest.store)(directory, manifest, tally)]
+    counter = SampleCounter(manifest)
+    faults = [*check_hashes(directory, manifest), *_check_of(manifest.store)(directory, manifest, counter)]
     if not faults:
-        faults = [f"{directory}: {fault}" for fault in tally.faults()]
+        faults = [f"{directory}: {fault}" for fault in counter.faults()]
     return manifest, faults
 
 
@@ -70,28 +63,3 @@ def parts_of(directory: Path) -> list[Path]:
     there = [part for part in ALL_PARTS if (directory / part).is_dir()]
     # A set without its test part is damaged, one without a val part is not.
     return [directory / part for part in ALL_PARTS if part in (*PARTS, *there)] if there else [directory]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m shards.verify", description=__doc__.split("\n")[0])
-    parser.add_argument("place", metavar="DIR", help="a packed set or one part of it, a directory or an address")
-    directory = resolve_dataset(parser.parse_args().place)
-    all_faults = []
-    for part in parts_of(directory):
-        manifest, faults = check_part(part)
-        all_faults += faults
-        print(
-            f"{'damaged' if faults else 'whole  '}  {part}: {manifest.samples:,} samples of "
-            f"{len(manifest.classes)} classes in {len(manifest.shards)} shards, {manifest.packed_bytes:,} bytes"
-        )
-    if all_faults:
-        raise UserError(
-            found="\n           ".join(all_faults),
-            expected="every byte as the manifest tells",
-            hint="pack again (python -m pipeline.shard SOURCE --out DIR --force), or get the files again",
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

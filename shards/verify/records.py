@@ -12,26 +12,28 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.manifest import Manifest, Shard
-from shards.stores.tar_members import Member
 from shards.stores.image_header import MAX_BYTES, decode
 from shards.stores.record_index import choose, index_content, index_line, read_places, read_records
 from shards.stores.records import index_name
-from shards.verify.sample_counts import Tally
+from shards.stores.tar_members import Member
+from shards.verify.sample_counts import SampleCounter
 
 _AT_ONCE = 1024  # records counted together
 _NUMBER = re.compile(rb"\s*[0-9]{1,18}\s*")
 
 
-def check_store(directory: Path, manifest: Manifest, tally: Tally) -> Iterator[str]:
+def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> Iterator[str]:
     """See `shards.verify.check.CheckStore`. What it calls a block is a record here, named by its key."""
     first = 0
     for shard in manifest.shards:
         if (directory / shard.name).is_file():
-            yield from _check_shard(directory, shard, manifest, first, tally)
+            yield from _check_shard(directory, shard, manifest, first, counter)
         first += shard.samples
 
 
-def _check_shard(directory: Path, shard: Shard, manifest: Manifest, first: int, tally: Tally) -> Iterator[str]:
+def _check_shard(
+    directory: Path, shard: Shard, manifest: Manifest, first: int, counter: SampleCounter
+) -> Iterator[str]:
     path = directory / shard.name
     lines: list[str] = []
     sound: list[tuple[int, int]] = []
@@ -52,7 +54,7 @@ def _check_shard(directory: Path, shard: Shard, manifest: Manifest, first: int, 
             return
     for start in range(0, len(sound), _AT_ONCE):
         labels, rows = np.array(sound[start : start + _AT_ONCE], np.int64).T
-        yield from (f"{path}: {fault}" for fault in tally.add(labels, rows))
+        yield from (f"{path}: {fault}" for fault in counter.add(labels, rows))
     if len(lines) != shard.samples:
         more = "more" if len(lines) > shard.samples else f"{len(lines):,}"
         yield f"{path}: {more} records, the manifest says {shard.samples:,}"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shards.manifest import Manifest
 
 
-class Tally:
+class SampleCounter:
     """Labels and rows of a part, block after block, to be compared with its manifest at the end."""
 
     def __init__(self, manifest: Manifest) -> None:

@@ -15,9 +15,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from shards.errors import first_line
 from shards.manifest import Manifest, Shard
-from shards.verify.sample_counts import Tally
-from shards.stores.tar import COMPONENTS
 from shards.stores.base import INDEX_VERSION, block_key
+from shards.stores.tar import COMPONENTS
+from shards.verify.sample_counts import SampleCounter
 
 _MOST_NPY_HEADER = 16 << 10
 
@@ -35,7 +35,7 @@ class _Member(NamedTuple):
         return self.begin + -(-self.length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def check_store(directory: Path, manifest: Manifest, tally: Tally) -> Iterator[str]:
+def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> Iterator[str]:
     """See `shards.verify.check.CheckStore`."""
     first_block = 0
     for shard in manifest.shards:
@@ -43,14 +43,14 @@ def check_store(directory: Path, manifest: Manifest, tally: Tally) -> Iterator[s
         if path.is_file():
             index_lines: list[str] = []
             with open(path, "rb") as file:
-                for place, fault in _check_blocks(file, shard, manifest, first_block, tally, index_lines):
+                for place, fault in _check_blocks(file, shard, manifest, first_block, counter, index_lines):
                     yield f"{path}: block {place}{fault}"
             yield from _check_index(path, shard, first_block, index_lines)
         first_block += len(shard.blocks_crc32)
 
 
 def _check_blocks(
-    file: BinaryIO, shard: Shard, manifest: Manifest, first_block: int, tally: Tally, index_lines: list[str]
+    file: BinaryIO, shard: Shard, manifest: Manifest, first_block: int, counter: SampleCounter, index_lines: list[str]
 ) -> Iterator[tuple[str, str]]:
     """Decode a shard's blocks; yields key and fault, and adds the index line of each block that could be found."""
     start = 0
@@ -81,7 +81,7 @@ def _check_blocks(
         except Exception as error:  # whatever NumPy makes of a header that was made to mislead it
             yield key, f": {first_line(error)}"
             continue
-        for fault in tally.add(labels, rows):
+        for fault in counter.add(labels, rows):
             yield key, f": {fault}"
 
 

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError, damaged, first_line
 from shards.manifest import Manifest
-from shards.verify.sample_counts import Tally
 from shards.stores.base import block_key
-from shards.stores.zarr_arrays import GROUP, OpenedArrays, cut_of, open_arrays
 from shards.stores.zarr import ShardFile
+from shards.stores.zarr_arrays import GROUP, OpenedArrays, cut_of, open_arrays
+from shards.verify.sample_counts import SampleCounter
 
 
-def check_store(directory: Path, manifest: Manifest, tally: Tally) -> Iterator[str]:
+def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> Iterator[str]:
     """See `shards.verify.check.CheckStore`."""
     try:
         opened = open_arrays(directory, manifest)
@@ -25,10 +25,12 @@ def check_store(directory: Path, manifest: Manifest, tally: Tally) -> Iterator[s
         yield error.found
         return
     for number in range(len(manifest.shards)):
-        yield from _check_shard(directory, manifest, opened, number, tally)
+        yield from _check_shard(directory, manifest, opened, number, counter)
 
 
-def _check_shard(directory: Path, manifest: Manifest, opened: OpenedArrays, number: int, tally: Tally) -> Iterator[str]:
+def _check_shard(
+    directory: Path, manifest: Manifest, opened: OpenedArrays, number: int, counter: SampleCounter
+) -> Iterator[str]:
     """Check shard `number` of all three arrays."""
     cuts = cut_of(manifest)
     sizes = {file.name: file.bytes for file in manifest.everything}
@@ -52,7 +54,7 @@ def _check_shard(directory: Path, manifest: Manifest, opened: OpenedArrays, numb
             except UserError as error:
                 yield error.found
         if {"labels", "rows"} <= values.keys():
-            for fault in tally.add(values["labels"], values["rows"]):
+            for fault in counter.add(values["labels"], values["rows"]):
                 yield f"{directory / GROUP}: block {block_key(block)}: {fault}"
 
 

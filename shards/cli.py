@@ -1,0 +1,53 @@
+"""Run a command: exit statuses, messages of `UserError`, SIGTERM as an exception."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from shards.errors import UserError, no_permission
+
+USER_ERROR_STATUS = 2
+
+# What the machine, not the program, says no to: a full disk, a read-only or forbidden place.
+_MACHINE_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised as an exception so that `finally` clauses leave nothing half-written."""
+
+
+def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's main function and exit: 0 or its result, 2 for the user's mistake, 128 + signal if stopped."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        status = main() or 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        status = USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except Terminated:
+        print("stopped", file=sys.stderr)
+        status = 128 + signal.SIGTERM
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _MACHINE_REFUSALS:
+            raise
+        print(no_permission(error, error.filename or "the disk"), file=sys.stderr)
+        status = USER_ERROR_STATUS
+    sys.exit(status)

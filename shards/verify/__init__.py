@@ -1,0 +1,1 @@
+"""The full check of packed shards: `python -m shards.verify DIR`."""
