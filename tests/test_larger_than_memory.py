@@ -131,7 +131,7 @@ def test_training_resumes_in_its_window_on_a_machine_with_more_memory(small_bloc
         "    return end(*arguments)\n"
         "engine._end_epoch = end_and_stop\n"
         "from trainer.run import main\n"
-        "from shards.errors import run_command\n"
+        "from shards.cli import run_command\n"
         "run_command(main)\n"
     )
     stopped = subprocess.run(

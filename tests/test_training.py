@@ -71,7 +71,7 @@ def stop_in_epoch(recipe: Path, directory: Path, epoch: int, how: int, delay: fl
         "    return step(*arguments, **options)\n"
         "engine.train_step = slow_step\n"
         "from trainer.run import main\n"
-        "from shards.errors import run_command\n"
+        "from shards.cli import run_command\n"
         "run_command(main)\n"
     )
     process = subprocess.Popen(

@@ -95,7 +95,7 @@ def start(*arguments: object, slowed: float = 0.0) -> subprocess.Popen:
         "    return step(*arguments, **options)\n"
         "engine.train_step = slow_step\n"
         "from trainer.tune import main\n"
-        "from shards.errors import run_command\n"
+        "from shards.cli import run_command\n"
         "run_command(main)\n"
     )
     return subprocess.Popen(
