@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import duplicates
 from pipeline.datasets import RawPart, Request, Source, find_source, source_names
+from pipeline.dedup import between_splits as duplicates
 from pipeline.packing.output import find_target
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSettings, find_pack, pack
 from pipeline.packing.ranks import Team, join_team

@@ -11,7 +11,7 @@ from conftest import assert_user_error, pack_parts, run_module
 from numpy.typing import NDArray
 
 from pipeline.datasets import RawPart
-from pipeline.overlap import overlaps, without
+from pipeline.dedup.overlap import overlaps, without
 from pipeline.packing.repack import joined, packed_parts
 from shards import UserError, open_split
 from shards.verify.check import check_hashes
@@ -80,7 +80,7 @@ def test_images_that_are_changed_a_little_are_found_when_asked_for(tmp_path: Pat
 def test_a_set_is_written_without_what_the_other_is_judged_by(sets: tuple[Path, Path], tmp_path: Path) -> None:
     ours, theirs = sets
     out, report = tmp_path / "clean", tmp_path / "shared.csv"
-    process = run_module("pipeline.overlap", ours, theirs, "--remove", out, "--csv", report)
+    process = run_module("pipeline.dedup.overlap", ours, theirs, "--remove", out, "--csv", report)
     assert process.returncode == 0, process.stderr
     assert "left out 3 images; 8 train, 4 test, 3 val images" in process.stdout
     lines = list(csv.DictReader(report.open()))
@@ -95,8 +95,8 @@ def test_a_set_is_written_without_what_the_other_is_judged_by(sets: tuple[Path, 
         assert np.array_equal(after.read(np.arange(len(after))), before.read(np.array(places)))
         assert np.array_equal(after.labels, before.labels[places])
         assert list(check_hashes(out / part, after.manifest)) == []
-    assert "0 train images are in test" in run_module("pipeline.overlap", out, theirs).stdout
-    again = run_module("pipeline.overlap", theirs, ours, "--remove", out)
+    assert "0 train images are in test" in run_module("pipeline.dedup.overlap", out, theirs).stdout
+    again = run_module("pipeline.dedup.overlap", theirs, ours, "--remove", out)
     assert_user_error(again, str(out), "--force")
 
 
@@ -107,7 +107,7 @@ def test_a_set_that_would_be_empty_is_refused(sets: tuple[Path, Path], pixels: N
 
 
 def test_sets_of_other_sizes_are_never_equal(sets: tuple[Path, Path], made_up_set: Path) -> None:
-    assert_user_error(run_module("pipeline.overlap", sets[0], made_up_set), "[28, 28, 1]", "--near")
+    assert_user_error(run_module("pipeline.dedup.overlap", sets[0], made_up_set), "[28, 28, 1]", "--near")
 
 
 def test_parts_are_joined_with_rows_of_their_own(sets: tuple[Path, Path], pixels: NDArray[np.uint8]) -> None:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.datasets import RawPart
-from pipeline.overlap import digests
+from pipeline.dedup.overlap import digests
 from pipeline.packing.pack import pack
 from pipeline.packing.repack import joined, packed_part, packed_parts
 from shards.atomic import check_writable, write_file

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets import RawPart, UnreadableImages
-from pipeline.likeness import SIDE, UNREADABLE, Miniatures, shrink_arrays, shrink_files
-from pipeline.matching import Pictures, hash_pictures, match
+from pipeline.dedup.near_duplicates import Pictures, hash_pictures, match
+from pipeline.dedup.perceptual_hash import SIDE, UNREADABLE, Miniatures, shrink_arrays, shrink_files
 from shards.atomic import write_file
 from shards.errors import UserError
 
@@ -26,7 +26,7 @@ class Overlap:
 
     rows, labels, kept_rows, kept_labels: int64 [P], raw rows and labels of both, which are numbers in classes and
     kept_classes. identical: bool [P], whether they are
-    equal to the last byte. likeness: float32 [P], the cosine of their spectra (see `pipeline.likeness`).
+    equal to the last byte. likeness: float32 [P], the cosine of their spectra (see `pipeline.dedup.perceptual_hash`).
     kept_found: how many images of the other part are met in this one, out of kept_count. crowded: images of the part
     that look like too many of the other to be compared with all of these.
     """
@@ -71,7 +71,7 @@ class Duplicates:
 
 
 def find(parts: tuple[RawPart, ...]) -> Duplicates:
-    """Find the images that are in several parts. What counts as the same image is told by `pipeline.matching`.
+    """Find the images that are in several parts. What counts as the same image is told by `pipeline.dedup.near_duplicates`.
 
     Images that cannot be read are passed over. A pure function of the images.
     """

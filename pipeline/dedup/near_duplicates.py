@@ -1,7 +1,7 @@
 """Pictures of one set that are in another too, perhaps brighter, noisier, recompressed or moved by a pixel.
 
 Three steps. Pictures that are equal are found by their digests. For the others, candidates are pairs whose perceptual
-hashes differ in few bits (`pipeline.likeness`), where one of the two is also tried moved by a pixel in each direction.
+hashes differ in few bits (`pipeline.dedup.perceptual_hash`), where one of the two is also tried moved by a pixel in each direction.
 At last the spectra of the candidates themselves are compared.
 
 How alike two pictures have to be depends on the picture: two people's handwritten '1' differ less than two copies of
@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from pipeline.common.process_pool import Advance, default_workers, map_in_processes
 from pipeline.common.rng import permutation
-from pipeline.hamming import HashIndex, Near
-from pipeline.likeness import SHIFTS, SIDE, UNREADABLE, Miniatures, hashes, spectra
+from pipeline.dedup.hamming_index import HashIndex, Near
+from pipeline.dedup.perceptual_hash import SHIFTS, SIDE, UNREADABLE, Miniatures, hashes, spectra
 
 T = TypeVar("T")
 

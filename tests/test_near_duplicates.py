@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from test_likeness import png, smooth
+from test_perceptual_hash import png, smooth
 
-import pipeline.matching
-from pipeline import duplicates
+import pipeline.dedup.near_duplicates
 from pipeline.datasets import RawPart, Request, UnreadableImages, find_source
-from pipeline.likeness import shrink_arrays
-from pipeline.matching import Matches, Pictures, hash_pictures, match
+from pipeline.dedup import between_splits as duplicates
+from pipeline.dedup.near_duplicates import Matches, Pictures, hash_pictures, match
+from pipeline.dedup.perceptual_hash import shrink_arrays
 from shards import UserError
 from shards.stores.base import EncodedImage
 
@@ -137,11 +137,11 @@ def test_the_closest_is_named() -> None:
 def test_any_number_of_cores_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     second = drawings(400, 1)
     first = np.concatenate([drawings(300, 2), noisy(second[:50], 8), second[50:60]])
-    monkeypatch.setattr(pipeline.matching, "_BLOCK", 64)
-    monkeypatch.setattr(pipeline.matching, "_LOOK", 50)
+    monkeypatch.setattr(pipeline.dedup.near_duplicates, "_BLOCK", 64)
+    monkeypatch.setattr(pipeline.dedup.near_duplicates, "_LOOK", 50)
     outcomes = []
     for cores in (1, 3):
-        monkeypatch.setattr(pipeline.matching, "default_workers", lambda cores=cores: cores)
+        monkeypatch.setattr(pipeline.dedup.near_duplicates, "default_workers", lambda cores=cores: cores)
         outcomes.append(matched(first, second))
     assert len(outcomes[0].first) > 55
     for name, value in vars(outcomes[0]).items():

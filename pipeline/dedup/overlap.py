@@ -1,9 +1,9 @@
 """Tell which images of one packed set are in another, and write the set without them.
 
-    python -m pipeline.overlap A B                    how many images of each part of A are in each part of B
-    python -m pipeline.overlap A B --csv FILE         a line for each of them
-    python -m pipeline.overlap A B --near             also those that are changed a little (see pipeline.matching)
-    python -m pipeline.overlap A B --remove OUT       write A without what B is judged by
+    python -m pipeline.dedup.overlap A B                    how many images of each part of A are in each part of B
+    python -m pipeline.dedup.overlap A B --csv FILE         a line for each of them
+    python -m pipeline.dedup.overlap A B --near             also those that are changed a little (see pipeline.dedup.near_duplicates)
+    python -m pipeline.dedup.overlap A B --remove OUT       write A without what B is judged by
 
 Before a model is trained on A and then fine-tuned on B, what of B's test and val parts lies in A's train and val parts
 has to go: `--remove` leaves those images out (A's own test part stays whole, as nothing is learned from it). Images
@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets import RawPart
-from pipeline.duplicates import Duplicates, Overlap, pictures_of, remove, write_report
-from pipeline.likeness import digests_of
-from pipeline.matching import hash_pictures, match
+from pipeline.dedup.between_splits import Duplicates, Overlap, pictures_of, remove, write_report
+from pipeline.dedup.near_duplicates import hash_pictures, match
+from pipeline.dedup.perceptual_hash import digests_of
 from pipeline.packing.pack import pack
 from pipeline.packing.repack import packed_parts
 from shards.atomic import check_writable
@@ -125,7 +125,7 @@ def _identity(directory: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.overlap",
+        prog="python -m pipeline.dedup.overlap",
         description="Tell which images of a packed set are in another, and write the set without them.",
     )
     add = parser.add_argument

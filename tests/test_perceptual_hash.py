@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-import pipeline.hamming
-from pipeline.hamming import MOST_BITS, HashIndex
-from pipeline.likeness import SHIFTS, SIDE, UNREADABLE, hashes, shrink_arrays, shrink_files, spectra
+import pipeline.dedup.hamming_index
+from pipeline.dedup.hamming_index import MOST_BITS, HashIndex
+from pipeline.dedup.perceptual_hash import SHIFTS, SIDE, UNREADABLE, hashes, shrink_arrays, shrink_files, spectra
 
 
 def smooth(count: int, height: int = 28, width: int = 28, channels: int = 1, seed: int = 0) -> NDArray[np.uint8]:
@@ -150,8 +150,8 @@ class TestSearch:
 
     def test_among_many_close_ones_it_finds_what_trying_all_finds(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Hashes that differ in few bits from few centres, as those of drawings; in small portions."""
-        monkeypatch.setattr(pipeline.hamming, "_PAIRS", 100)
-        monkeypatch.setattr(pipeline.hamming, "_TOGETHER", 64)
+        monkeypatch.setattr(pipeline.dedup.hamming_index, "_PAIRS", 100)
+        monkeypatch.setattr(pipeline.dedup.hamming_index, "_TOGETHER", 64)
         random = np.random.default_rng(5)
         centres = random.integers(0, 1 << 63, (12, 2), np.uint64)
         words = np.concatenate([flipped(centres, (flips, 2 * flips), random) for flips in range(5) for _ in range(5)])
