@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.datasets import RawPart, Request, Source, find_source, source_names
-from pipeline.dedup import between_splits as duplicates
+from pipeline.dedup.between_splits import find_duplicates, remove_duplicates, summarize, write_report
 from pipeline.packing.output import find_target
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSettings, find_pack, pack
 from pipeline.packing.ranks import Team, join_team
@@ -207,13 +207,13 @@ def loading(
         )
         if arguments.near_duplicates:
             # Once for all ranks: on unlike processors they might differ over a borderline pair.
-            found = team.first(lambda: duplicates.find(parts))
-            say(f"  {found.summary()}")
+            found = team.first(lambda: find_duplicates(parts))
+            say(f"  {summarize(found)}")
             if arguments.near_duplicates == "remove":
-                parts = duplicates.remove(parts, found)
+                parts = remove_duplicates(parts, found)
             else:
                 report = Path(f"{name}.near-duplicates.csv")
-                team.first(lambda: duplicates.write_report(found, report))
+                team.first(lambda: write_report(found, report))
                 say(f"  listed in {report}")
         return parts
 

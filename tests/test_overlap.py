@@ -11,7 +11,7 @@ from conftest import assert_user_error, pack_parts, run_module
 from numpy.typing import NDArray
 
 from pipeline.datasets import RawPart
-from pipeline.dedup.overlap import overlaps, without
+from pipeline.dedup.overlap import find_overlaps, without
 from pipeline.packing.repack import joined, packed_parts
 from shards import UserError, open_split
 from shards.verify.check import check_hashes
@@ -44,7 +44,7 @@ def sets(pixels: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_shared_images_are_counted_by_part(sets: tuple[Path, Path]) -> None:
-    found = overlaps(*map(packed_parts, sets))
+    found = find_overlaps(*map(packed_parts, sets))
     rows = {(one.part, one.kept_part): one.rows.tolist() for one in found}
     assert rows == {
         ("train", "train"): [8, 9],
@@ -72,7 +72,7 @@ def test_images_that_are_changed_a_little_are_found_when_asked_for(tmp_path: Pat
     changed = packed_parts(pack_parts(parts, tmp_path / "changed"))
     digits = packed_parts(digits_set)
     for near, fewest, most in ((False, 0, 0), (True, 36, 40)):
-        found = {(one.part, one.kept_part): len(one.rows) for one in overlaps(changed, digits, near)}
+        found = {(one.part, one.kept_part): len(one.rows) for one in find_overlaps(changed, digits, near)}
         assert fewest <= found["train", "test"] <= most
         assert found["test", "test"] == 20
 
@@ -103,7 +103,7 @@ def test_a_set_is_written_without_what_the_other_is_judged_by(sets: tuple[Path, 
 def test_a_set_that_would_be_empty_is_refused(sets: tuple[Path, Path], pixels: NDArray[np.uint8]) -> None:
     everything = (some("train", pixels[:3], [0, 1, 0], "ab"), some("test", pixels[:10], [0, 1] * 5, "ab"))
     with pytest.raises(UserError, match="all of them in another part"):
-        without(everything, overlaps(everything, everything))
+        without(everything, find_overlaps(everything, everything))
 
 
 def test_sets_of_other_sizes_are_never_equal(sets: tuple[Path, Path], made_up_set: Path) -> None:

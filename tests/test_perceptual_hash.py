@@ -11,8 +11,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import pipeline.dedup.hamming_index
-from pipeline.dedup.hamming_index import MOST_BITS, HashIndex
-from pipeline.dedup.perceptual_hash import SHIFTS, SIDE, UNREADABLE, hashes, shrink_arrays, shrink_files, spectra
+from pipeline.dedup.hamming_index import MAX_DISTANCE, HammingIndex
+from pipeline.dedup.perceptual_hash import (
+    SHIFTS,
+    SIDE,
+    UNREADABLE,
+    dct_embeddings,
+    perceptual_hashes,
+    thumbnails_of_arrays,
+    thumbnails_of_files,
+)
 
 
 def smooth(count: int, height: int = 28, width: int = 28, channels: int = 1, seed: int = 0) -> NDArray[np.uint8]:
@@ -31,28 +39,30 @@ def png(image: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-class TestMiniatures:
+class TestThumbnails:
     @pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3), (20, 71, 3), (96, 40, 1), (8, 8, 1)])
     def test_are_what_pillow_makes(self, shape: tuple[int, int, int]) -> None:
         """Except at the border, beyond which Pillow has no pixels and DALI repeats the last ones, as we do."""
         images = smooth(5, *shape)
-        found = shrink_arrays(images, transposed=False).images
-        for image, miniature in zip(images, found, strict=True):
+        found = thumbnails_of_arrays(images, transposed=False).images
+        for image, thumbnail in zip(images, found, strict=True):
             gray = image.astype(np.float32) @ ([0.299, 0.587, 0.114] if shape[2] == 3 else [1.0])
             expected = Image.fromarray(gray.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            np.testing.assert_allclose(miniature[1:-1, 1:-1], np.asarray(expected)[1:-1, 1:-1], atol=0.01)
+            np.testing.assert_allclose(thumbnail[1:-1, 1:-1], np.asarray(expected)[1:-1, 1:-1], atol=0.01)
 
     def test_of_transposed_pixels_are_upright(self) -> None:
         images = smooth(4, 20, 30)
-        upright, turned = shrink_arrays(images, False), shrink_arrays(images.swapaxes(1, 2), True)
+        upright, turned = thumbnails_of_arrays(images, False), thumbnails_of_arrays(images.swapaxes(1, 2), True)
         np.testing.assert_array_equal(upright.images, turned.images)
         np.testing.assert_array_equal(upright.digests, turned.digests)
 
     @pytest.mark.parametrize("channels", [1, 3])
     def test_of_files_are_those_of_their_pixels(self, channels: int) -> None:
         images = smooth(4, 40, 40, channels)
-        files = shrink_files([*map(png, images), b"no picture", png(images[0])[:200]])
-        np.testing.assert_allclose(files.images[:4], shrink_arrays(images, False).images, atol=1.5)  # rounded twice
+        files = thumbnails_of_files([*map(png, images), b"no picture", png(images[0])[:200]])
+        np.testing.assert_allclose(
+            files.images[:4], thumbnails_of_arrays(images, False).images, atol=1.5
+        )  # rounded twice
         assert files.digests[4:].tolist() == [UNREADABLE, UNREADABLE]
         assert UNREADABLE not in files.digests[:4]
 
@@ -60,12 +70,12 @@ class TestMiniatures:
         images = smooth(50)
         changed = images.copy()
         changed[:, 27, 27] ^= 1
-        digests = shrink_arrays(np.concatenate([images, changed, images]), False).digests
+        digests = thumbnails_of_arrays(np.concatenate([images, changed, images]), False).digests
         assert len(np.unique(digests)) == 100
         np.testing.assert_array_equal(digests[:50], digests[100:])
 
 
-def slow_spectrum(image: NDArray[np.float32], shift: tuple[int, int]) -> list[float]:
+def slow_embedding(image: NDArray[np.float32], shift: tuple[int, int]) -> list[float]:
     """The definition, pixel by pixel."""
     mean = sum(float(value) for value in image.flat) / SIDE**2
     fade = [math.sin(math.pi * (place + 0.5) / SIDE) for place in range(SIDE)]
@@ -88,40 +98,42 @@ def slow_spectrum(image: NDArray[np.float32], shift: tuple[int, int]) -> list[fl
     return values
 
 
-class TestSpectra:
+class TestEmbeddings:
     def test_are_as_defined_and_hashes_their_signs(self) -> None:
-        images = shrink_arrays(smooth(2), False).images
+        images = thumbnails_of_arrays(smooth(2), False).images
         for image, shift in zip(images, (SHIFTS[0], SHIFTS[-2]), strict=True):
-            expected = np.array(slow_spectrum(image, shift))
-            found = spectra(image[None], shift)[0]
-            np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=1e-5)
-            bits = np.unpackbits(hashes(image[None], shift).view(np.uint8))
+            expected = np.array(slow_embedding(image, shift))
+            found = dct_embeddings(image[None], [shift])[0]
+            np.testing.assert_allclose(found[0], expected / np.linalg.norm(expected), atol=1e-5)
+            bits = np.unpackbits(perceptual_hashes(found).view(np.uint8))
             clear = np.abs(expected[:128]) > 1e-3 * np.abs(expected).max()
             assert clear.sum() > 100
             np.testing.assert_array_equal(bits[clear], expected[:128][clear] > 0)
 
     def test_do_not_depend_on_brightness_and_contrast(self) -> None:
-        images = shrink_arrays(smooth(20), False).images
-        np.testing.assert_allclose(spectra(images * 0.3 + 50), spectra(images), atol=1e-4)
-        assert np.bitwise_count(hashes(images * 0.3 + 50) ^ hashes(images)).sum(axis=1).max() <= 1
+        images = thumbnails_of_arrays(smooth(20), False).images
+        changed, same = dct_embeddings(images * 0.3 + 50)[0], dct_embeddings(images)[0]
+        np.testing.assert_allclose(changed, same, atol=1e-4)
+        assert np.bitwise_count(perceptual_hashes(changed) ^ perceptual_hashes(same)).sum(axis=1).max() <= 1
 
     @pytest.mark.parametrize("shift", SHIFTS)
     def test_a_shift_undoes_a_shift(self, shift: tuple[int, int]) -> None:
-        images = shrink_arrays(smooth(20, 40, 40), False).images
+        images = thumbnails_of_arrays(smooth(20, 40, 40), False).images
         inner = images[:, 2:-2, 2:-2]
         there = np.pad(inner, ((0, 0), (2, 2), (2, 2)))
         moved = np.roll(there, shift, axis=(1, 2))
-        np.testing.assert_allclose(spectra(there, shift), spectra(moved), atol=1e-5)
+        np.testing.assert_allclose(dct_embeddings(there, [shift]), dct_embeddings(moved), atol=1e-5)
 
     def test_empty_pictures_have_none(self) -> None:
         for level in (0, 7, 255):
-            images = shrink_arrays(np.full((3, 28, 28, 1), level, np.uint8), False).images
-            assert not spectra(images).any() and not hashes(images).any()
+            images = thumbnails_of_arrays(np.full((3, 28, 28, 1), level, np.uint8), False).images
+            embeddings = dct_embeddings(images)[0]
+            assert not embeddings.any() and not perceptual_hashes(embeddings).any()
 
 
 def near(index: NDArray[np.uint64], asked: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    portions = HashIndex(index).near(asked)
-    return [pair for portion in portions for pair in zip(portion.indexed.tolist(), portion.asked.tolist(), strict=True)]
+    chunks = HammingIndex(index).search(asked)
+    return [pair for indexed, queried in chunks for pair in zip(indexed.tolist(), queried.tolist(), strict=True)]
 
 
 def flipped(words: NDArray[np.uint64], bits: tuple[int, int], random: np.random.Generator) -> NDArray[np.uint64]:
@@ -150,8 +162,7 @@ class TestSearch:
 
     def test_among_many_close_ones_it_finds_what_trying_all_finds(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Hashes that differ in few bits from few centres, as those of drawings; in small portions."""
-        monkeypatch.setattr(pipeline.dedup.hamming_index, "_PAIRS", 100)
-        monkeypatch.setattr(pipeline.dedup.hamming_index, "_TOGETHER", 64)
+        monkeypatch.setattr(pipeline.dedup.hamming_index, "_CHUNK", 64)
         random = np.random.default_rng(5)
         centres = random.integers(0, 1 << 63, (12, 2), np.uint64)
         words = np.concatenate([flipped(centres, (flips, 2 * flips), random) for flips in range(5) for _ in range(5)])
@@ -159,17 +170,15 @@ class TestSearch:
         bits = np.bitwise_count(words[:, None] ^ asked[None])
         found = near(words, asked)
         assert len(found) == len(set(found))
-        assert set(found) <= set(zip(*np.nonzero((bits <= MOST_BITS).all(axis=2)), strict=True))
+        assert set(found) <= set(zip(*np.nonzero((bits <= MAX_DISTANCE).all(axis=2)), strict=True))
         assert set(found) >= set(zip(*np.nonzero((bits <= (4, 16)).all(axis=2)), strict=True))
         assert len(found) > 1000
 
-    def test_crowds_are_cut_short_and_told(self) -> None:
+    def test_among_thousands_of_equal_ones_all_pairs_are_found(self) -> None:
         words = np.full((3000, 2), 12345, np.uint64)
         words[2900:] = np.random.default_rng(0).integers(0, 1 << 63, (100, 2), np.uint64)
-        portions = list(HashIndex(words).near(words[:2000]))
-        indexed = np.concatenate([portion.indexed for portion in portions])
-        assert np.bincount(indexed).tolist() == [128] * 2900
-        assert sorted(np.concatenate([portion.crowded for portion in portions])) == list(range(2900))
+        indexed = np.concatenate([indexed for indexed, _ in HammingIndex(words).search(words[:2000])])
+        assert np.bincount(indexed).tolist() == [2000] * 2900
 
     def test_nothing_is_near_nothing(self) -> None:
         some, none = np.ones((3, 2), np.uint64), np.empty((0, 2), np.uint64)

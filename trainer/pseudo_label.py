@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.datasets import RawPart
-from pipeline.dedup.overlap import digests
+from pipeline.dedup.overlap import image_digests
 from pipeline.packing.pack import pack
 from pipeline.packing.repack import joined, packed_part, packed_parts
 from shards.atomic import check_writable, write_file
@@ -87,8 +87,8 @@ def with_pseudo_labels(
         labels=found.labels,
         columns={"confidence": np.array([f"{value:.4f}" for value in found.confidence])},
     )
-    held = np.concatenate([np.empty(0, np.uint64), *(digests(part) for part in others)])
-    new = ~np.isin(digests(some), held)
+    held = np.concatenate([np.empty(0, np.uint64), *(image_digests(part) for part in others)])
+    new = ~np.isin(image_digests(some), held)
     if not new.any():
         return parts, int((~new).sum())
     return (joined(train, some.select(np.flatnonzero(new))), *others), int((~new).sum())

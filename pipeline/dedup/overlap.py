@@ -2,7 +2,7 @@
 
     python -m pipeline.dedup.overlap A B                    how many images of each part of A are in each part of B
     python -m pipeline.dedup.overlap A B --csv FILE         a line for each of them
-    python -m pipeline.dedup.overlap A B --near             also those that are changed a little (see pipeline.dedup.near_duplicates)
+    python -m pipeline.dedup.overlap A B --near             also near-duplicates, which are changed a little
     python -m pipeline.dedup.overlap A B --remove OUT       write A without what B is judged by
 
 Before a model is trained on A and then fine-tuned on B, what of B's test and val parts lies in A's train and val parts
@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets import RawPart
-from pipeline.dedup.between_splits import Duplicates, Overlap, pictures_of, remove, write_report
-from pipeline.dedup.near_duplicates import hash_pictures, match
-from pipeline.dedup.perceptual_hash import digests_of
+from pipeline.dedup.between_splits import Overlap, remove_duplicates, write_report
+from pipeline.dedup.near_duplicates import find_identical, find_near_duplicates
+from pipeline.dedup.perceptual_hash import digests_of_arrays
 from pipeline.packing.pack import pack
 from pipeline.packing.repack import packed_parts
 from shards.atomic import check_writable
@@ -33,67 +33,37 @@ from shards.remote.sets import resolve_dataset
 
 _JUDGED_BY = (PARTS[1], VALIDATION)
 _LEARNED_FROM = (PARTS[0], VALIDATION)
-_AT_ONCE = 8192  # images that are read together
+_READ_BATCH = 8192  # images
 
 
-def overlaps(ours: tuple[RawPart, ...], theirs: tuple[RawPart, ...], near: bool = False) -> tuple[Overlap, ...]:
-    """What of each part of one set is in each part of another. A pure function of the images.
+def find_overlaps(ours: tuple[RawPart, ...], theirs: tuple[RawPart, ...], near: bool = False) -> tuple[Overlap, ...]:
+    """What of each split of one set is in each split of another. A pure function of the images.
 
-    near: also what is alike, by the spectra of the images; otherwise only what is equal in all pixels.
+    Args:
+        ours: splits of the set whose images are counted.
+        theirs: splits of the other set.
+        near: also find near-duplicates; otherwise only images that are equal in all pixels.
     """
+    pairs = [(part, other) for part in ours for other in theirs]
     if near:
-        hashed = [[hash_pictures(pictures_of(part)) for part in parts] for parts in (ours, theirs)]
-    equal = [[digests(part) for part in parts] for parts in (ours, theirs)]
-    found = []
-    for place, part in enumerate(ours):
-        for other_place, other in enumerate(theirs):
-            if near:
-                matches = match(hashed[0][place], hashed[1][other_place])
-                columns = (matches.first, matches.second, matches.identical, matches.likeness)
-                met, crowded = len(matches.seconds), matches.crowded
-            else:
-                first, second, met = _equal(equal[0][place], equal[1][other_place])
-                columns = (first, second, np.ones(len(first), bool), np.ones(len(first), np.float32))
-                crowded = 0
-            first, second, identical, likeness = columns
-            found.append(
-                Overlap(
-                    part=part.name,
-                    kept_part=other.name,
-                    classes=part.classes,
-                    kept_classes=other.classes,
-                    rows=part.rows[first],
-                    labels=part.labels[first],
-                    kept_rows=other.rows[second],
-                    kept_labels=other.labels[second],
-                    identical=identical,
-                    likeness=likeness,
-                    kept_found=met,
-                    kept_count=len(other.labels),
-                    crowded=crowded,
-                )
-            )
-    return tuple(found)
+        return tuple(Overlap.of(part, other, find_near_duplicates(part, other)) for part, other in pairs)
+    known = [{part.name: image_digests(part) for part in parts} for parts in (ours, theirs)]
+    return tuple(
+        Overlap.of(part, other, find_identical(known[0][part.name], known[1][other.name])) for part, other in pairs
+    )
 
 
-def digests(part: RawPart) -> NDArray[np.uint64]:
-    """Digests uint64 [N] of the upright images of a part."""
-    starts = range(0, len(part.rows), _AT_ONCE)
-    images = (part.read(part.rows[start : start + _AT_ONCE]) for start in starts)
-    return np.concatenate([digests_of(some, part.transposed) for some in images])
-
-
-def _equal(ours: NDArray[np.uint64], theirs: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Positions of ours that are in theirs, the first place of each there, and how many of theirs are in ours."""
-    known, first_of = np.unique(theirs, return_index=True)
-    here = np.flatnonzero(np.isin(ours, known))
-    return here, first_of[np.searchsorted(known, ours[here])], int(np.isin(theirs, ours).sum())
+def image_digests(part: RawPart) -> NDArray[np.uint64]:
+    """Digests uint64 [N] of the upright images of a split."""
+    starts = range(0, len(part.rows), _READ_BATCH)
+    images = (part.read(part.rows[start : start + _READ_BATCH]) for start in starts)
+    return np.concatenate([digests_of_arrays(some, part.transposed) for some in images])
 
 
 def without(ours: tuple[RawPart, ...], found: Sequence[Overlap]) -> tuple[tuple[RawPart, ...], int]:
     """The parts of a set without what they share with the judging parts of the other, and how many images that is."""
-    left_out = tuple(one for one in found if one.part in _LEARNED_FROM and one.kept_part in _JUDGED_BY)
-    kept = remove(ours, Duplicates(left_out))
+    left_out = [one for one in found if one.part in _LEARNED_FROM and one.kept_part in _JUDGED_BY]
+    kept = remove_duplicates(ours, left_out)
     return kept, sum(len(part.rows) for part in ours) - sum(len(part.rows) for part in kept)
 
 
@@ -131,7 +101,7 @@ def main() -> int:
     add = parser.add_argument
     add("set", metavar="A", help="packed set, or its address")
     add("other", metavar="B", help="packed set that A is compared with, or its address")
-    add("--near", action="store_true", help="also images that are changed a little")
+    add("--near", action="store_true", help="also near-duplicates: images that are changed a little")
     add("--csv", type=Path, metavar="FILE", help="write a line for each image")
     add("--remove", metavar="OUT", help="write A without what of B's test and val parts is in its train and val parts")
     add("--force", action="store_true", help="replace a complete pack at OUT")
@@ -147,12 +117,12 @@ def main() -> int:
             expected="images of one shape, as others are never equal",
             hint="--near finds those that are alike whatever their size",
         )
-    found = overlaps(ours, theirs, arguments.near)
+    found = find_overlaps(ours, theirs, arguments.near)
     print(f"{Manifest.read(directory / PARTS[0]).name} in {Manifest.read(other / PARTS[0]).name}:")
     for one in found:
         print(f"  {one}")
     if arguments.csv:
-        write_report(Duplicates(found), arguments.csv)
+        write_report(found, arguments.csv)
     if arguments.remove:
         kept, count = without(ours, found)
         _pack_again(directory, other, kept, arguments.remove, arguments.near, arguments.force)
