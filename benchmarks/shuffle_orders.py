@@ -17,7 +17,7 @@ from benchmarks.peers.inkstream import pack_as_stored
 from benchmarks.peers.peer import Source, Task
 from benchmarks.processes import KeptProcess, ProcessFailed
 from benchmarks.shuffle_measures import Epoch
-from pipeline.sampler import TrainingOrder
+from pipeline.sampler import ShuffledBatchSampler
 from shards import open_split
 
 _SIDE = 8  # of the made-up images, in pixels: only their order matters
@@ -41,11 +41,11 @@ def rules(source: Source, scratch: Path, batch_size: int, epochs: int) -> Iterat
     def ours(order: Any) -> list[Epoch]:
         return [[store.rows[step.samples] for step in order.steps(number, 0, 1)] for number in range(epochs)]
 
-    order = TrainingOrder(samples, batch_size, seed=0)
+    order = ShuffledBatchSampler(samples, batch_size, seed=0)
     yield Given("inkstream", "a uniform permutation of the packed samples", ours(order))
     block = max(1, batch_size // 8)
     window = max(1, round(_WINDOW * len(source) / block))
-    order = TrainingOrder(samples, batch_size, seed=0, block_size=block, window=window)
+    order = ShuffledBatchSampler(samples, batch_size, seed=0, block_size=block, shuffle_window_blocks=window)
     note = f"for sets larger than memory: a sliding window of {window * block:,} of them"
     yield Given("inkstream windowed", note, ours(order))
     torch_random = torch.Generator().manual_seed(0)

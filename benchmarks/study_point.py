@@ -149,7 +149,7 @@ def measure(study: Study, point: Point, batch_size: int, accumulation: int) -> d
     with join(settings.device) as world:
         settings = with_precision(settings, world.device)
         data = open_data(settings, world)
-        data.test.order = replace(data.test.order, samples=data.test.order.samples[: study.test_images])
+        data.test.sampler = replace(data.test.sampler, samples=data.test.sampler.samples[: study.test_images])
         loader = _loader_figures(data, world)
         by_epochs, history, training = _train(settings, data, world)
         rates = [record["images_per_second"] for record in history]

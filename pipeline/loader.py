@@ -1,4 +1,4 @@
-"""Batches on a device: the order says which samples, the store gives their bytes, the graph the model input."""
+"""Batches on a device: the order says which samples, the store gives their bytes, the transform the model input."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.common.buffer_pool import Buffers
-from pipeline.sampler import Order, Step
-from pipeline.transforms.augmentation import Draws
-from pipeline.transforms.spec import Graph, UndecodableImage
+from pipeline.sampler import BatchIndices, BatchSampler
+from pipeline.transforms.augmentation import AugmentationParams
+from pipeline.transforms.spec import Transform, UndecodableImage
 from shards.errors import UserError
 from shards.stores.base import EncodedStore, Images, Store
 
@@ -30,13 +30,13 @@ _AHEAD = 2  # batches prepared for a GPU before they are asked for
 class Batch:
     """One rank's share of a global batch, on the device.
 
-    images: float32 [n, C, R, R], normalised. labels: int64 [n]. rows: int64 [n], rows in the raw source.
+    images: float32 [n, C, R, R], normalised. labels: int64 [n]. source_index: int64 [n], rows in the raw source.
     step: number of the global batch within the epoch. global_size: samples of it over all ranks.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
-    rows: torch.Tensor
+    source_index: torch.Tensor
     step: int
     global_size: int
 
@@ -54,31 +54,31 @@ class Loader:
     def __init__(
         self,
         store: Store,
-        order: Order,
-        graph: Graph,
+        sampler: BatchSampler,
+        transform: Transform,
         device: torch.device,
         *,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._store = store
-        self._graph = graph
+        self._transform = transform
         self._device = device
         self._rank = rank
         self._world_size = world_size
         self._buffers = Buffers()
         self._table: tuple[NDArray[np.uint8], torch.Tensor] | None = None
-        self.order = order
+        self.sampler = sampler
         # Which steps are prepared together follows from their numbers, so that a resumed epoch has the same calls.
-        self._joined = max(1, graph.worth_joining * world_size // order.batch_size) if order.joinable else 1
+        self._joined = max(1, transform.max_fused_batch * world_size // sampler.batch_size) if sampler.can_fuse else 1
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from global step `first_step` on."""
-        steps = self.order.steps(epoch, self._rank, self._world_size, first_step - first_step % self._joined)
+        steps = self.sampler.steps(epoch, self._rank, self._world_size, first_step - first_step % self._joined)
         prepared = self._prepare(steps, first_step)
         return run_ahead(prepared, _AHEAD) if self._device.type == "cuda" else prepared
 
-    def _prepare(self, steps: Iterator[Step], first_step: int) -> Iterator[Batch]:
+    def _prepare(self, steps: Iterator[BatchIndices], first_step: int) -> Iterator[Batch]:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is a property of the thread
         while together := list(itertools.islice(steps, self._joined)):
@@ -89,13 +89,13 @@ class Loader:
                     yield batch
                 del batch  # whoever took it holds it alone
 
-    def _load(self, steps: list[Step]) -> list[Batch]:
-        """The batches of some steps, out of one call of the graph."""
+    def _load(self, steps: list[BatchIndices]) -> list[Batch]:
+        """The batches of some steps, out of one call of the transform."""
         samples = steps[0].samples if len(steps) == 1 else np.concatenate([step.samples for step in steps])
         images = self._read(samples)
-        draws = [step.draws for step in steps if step.draws is not None]
+        params = [step.params for step in steps if step.params is not None]
         try:
-            model_input = self._graph(images, Draws.concatenated(draws) if draws else None)
+            model_input = self._transform(images, AugmentationParams.concatenated(params) if params else None)
         except UndecodableImage as error:
             raise damaged_picture(self._store, int(samples[error.position]), error.reason) from None
         sizes = [len(step.samples) for step in steps]

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the model input, measured through the graph itself."""
+"""Mean and standard deviation of the model input, measured through the transform itself."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.loader import Loader
-from pipeline.sampler import EvaluationOrder
-from pipeline.transforms.build import make_graph
-from pipeline.transforms.spec import GraphSpec
+from pipeline.sampler import SequentialBatchSampler
+from pipeline.transforms.build import build_transform
+from pipeline.transforms.spec import TransformSpec
 from shards.atomic import write_file
 from shards.stores.base import Store
 
@@ -29,7 +29,7 @@ _BATCH = 512
 
 
 @dataclass(frozen=True)
-class Statistics:
+class DatasetStats:
     """Of pixels scaled to 0 .. 1, after the resize, for each channel; samples: how many images were measured."""
 
     mean: tuple[float, ...]
@@ -37,15 +37,15 @@ class Statistics:
     samples: int
 
 
-def measure(store: Store, spec: GraphSpec, backend: str, device: torch.device) -> Statistics:
-    """Run images of a store through the graph (without normalisation) and take mean and deviation."""
+def compute_stats(store: Store, spec: TransformSpec, backend: str, device: torch.device) -> DatasetStats:
+    """Run images of a store through the transform (without normalisation) and take mean and deviation."""
     channels = spec.image_shape[2]
     raw_spec = spec.normalised((0.0,) * channels, (1.0,) * channels)
     samples = _choose(store)
-    graph = make_graph(raw_spec, backend, device, _BATCH)
+    transform = build_transform(raw_spec, backend, device, _BATCH)
     total = torch.zeros(channels, dtype=torch.float64, device=device)
     squares = torch.zeros_like(total)
-    for batch in Loader(store, EvaluationOrder(samples, _BATCH), graph, device).batches():
+    for batch in Loader(store, SequentialBatchSampler(samples, _BATCH), transform, device).batches():
         # Summed in float32 along an image, in float64 over images: fast, and exact to seven digits.
         total += batch.images.mean(dim=(2, 3)).double().sum(dim=0)
         squares += batch.images.square().mean(dim=(2, 3)).double().sum(dim=0)
@@ -53,32 +53,34 @@ def measure(store: Store, spec: GraphSpec, backend: str, device: torch.device) -
     std = (squares / len(samples) - mean.square()).clamp_min(0).sqrt()
     # A constant channel (blank images) has nothing to scale.
     std = torch.where(std < 1e-6, torch.ones_like(std), std)
-    return Statistics(tuple(mean.tolist()), tuple(std.tolist()), len(samples))
+    return DatasetStats(tuple(mean.tolist()), tuple(std.tolist()), len(samples))
 
 
 def _choose(store: Store) -> NDArray[np.int64]:
-    """The samples to measure: the first ones, or some from everywhere, as shards of others may be sorted by class."""
+    """Select the samples to measure: the first ones, or evenly spaced ones where shards may be sorted by class."""
     if store.manifest.encoded:
         count = min(len(store), _MOST_PICTURES)
         return np.arange(count) * len(store) // count
     return np.arange(min(len(store), _MOST_SAMPLES))
 
 
-def cached(store: Store, directory: Path, spec: GraphSpec, backend: str, device: torch.device) -> Statistics:
+def load_or_compute_stats(
+    store: Store, directory: Path, spec: TransformSpec, backend: str, device: torch.device
+) -> DatasetStats:
     """The statistics of a packed part, from `DIR/statistics/` or measured and kept there.
 
     directory: of the part. Where it cannot be written, they are measured each time.
     """
-    kind = (str(spec.resolution), spec.interpolation, *spec.preparation.steps)
+    kind = (str(spec.resolution), spec.interpolation, *spec.preprocessing.steps)
     path = directory / "statistics" / f"{'-'.join(kind)}.json"
     digest = store.manifest.digest()
     try:
         content = json.loads(path.read_text())
         if content.pop("manifest") == digest:
-            return Statistics(tuple(content["mean"]), tuple(content["std"]), content["samples"])
+            return DatasetStats(tuple(content["mean"]), tuple(content["std"]), content["samples"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # not measured yet, or not whole: measure
-    statistics = measure(store, spec, backend, device)
+        pass  # not computed yet, or damaged
+    statistics = compute_stats(store, spec, backend, device)
     try:
         path.parent.mkdir(exist_ok=True)
         write_file(path, json.dumps({**asdict(statistics), "manifest": digest}) + "\n")

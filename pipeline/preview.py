@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline.common.rng import permutation
 from pipeline.loader import Loader, damaged_picture
-from pipeline.sampler import EvaluationOrder
+from pipeline.sampler import SequentialBatchSampler
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
-from pipeline.transforms.build import choose_backend, make_graph
-from pipeline.transforms.preprocess import NOTHING, Preparation
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.build import build_transform, choose_backend
+from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing
+from pipeline.transforms.spec import TransformSpec
 from shards.atomic import check_writable, write_file
 from shards.cli import run_command
 from shards.open import open_set_or_split
@@ -71,7 +71,7 @@ def contact_sheet(
     store: Store,
     resolution: int,
     interpolation: str = "linear",
-    preparation: Preparation = NOTHING,
+    preprocessing: Preprocessing = NO_PREPROCESSING,
     augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Image.Image:
     """A picture: for every class its name and a few examples, each raw (left) and processed (right), in several
@@ -97,8 +97,8 @@ def contact_sheet(
     draw.text((_MARGIN, 42), note, _MUTED, ImageFont.load_default(13))
 
     cpu = torch.device("cpu")
-    spec = GraphSpec.of(manifest, resolution, interpolation, preparation)
-    graph = make_graph(spec, choose_backend("auto", cpu, spec)[0], cpu, count, augmentation)
+    spec = TransformSpec.of(manifest, resolution, interpolation, preprocessing)
+    transform = build_transform(spec, choose_backend("auto", cpu, spec)[0], cpu, count, augmentation)
     for place, (label, samples) in enumerate(examples):
         left = _MARGIN + place // rows * (block_width + _COLUMN_GAP)
         top = _HEADER + place % rows * row_height
@@ -107,10 +107,12 @@ def contact_sheet(
         draw.text((left, top + _TILE - 16), f"{manifest.counts[label]:,}", _MUTED, ImageFont.load_default(12))
         raw = read_images(store, samples)
         if augmentation:
-            draws = [augmentation.draw(0, version, label, slice(0, len(samples))) for version in range(versions)]
-            processed = [_pixels(graph(store.read(samples), each)) for each in draws]
+            params = [
+                augmentation.sample_params(0, version, label, slice(0, len(samples))) for version in range(versions)
+            ]
+            processed = [_pixels(transform(store.read(samples), each)) for each in params]
         else:
-            (batch,) = Loader(store, EvaluationOrder(samples, count), graph, cpu).batches()
+            (batch,) = Loader(store, SequentialBatchSampler(samples, count), transform, cpu).batches()
             processed = [_pixels(batch.images)]
         for number, before in enumerate(raw):
             x = left + _LABEL + number * (strip_width + _PAIR_GAP)

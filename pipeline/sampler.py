@@ -13,41 +13,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.rng import BLOCK_STREAM, permutation, random_keys
-from pipeline.transforms.augmentation import Augmentation, Draws
+from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from shards.manifest import Manifest
 
 
 @dataclass(frozen=True)
-class Step:
+class BatchIndices:
     """What one rank loads in one step.
 
     number: 0 .. steps-1 within the epoch. samples: int64 [n], this rank's positions in the store.
-    global_size: samples of the step over all ranks. draws: for their augmentation, if there is one.
+    global_size: samples of the step over all ranks. params: for their augmentation, if there is one.
     """
 
     number: int
     samples: NDArray[np.int64]
     global_size: int
-    draws: Draws | None = None
+    params: AugmentationParams | None = None
 
 
-class Order(Protocol):
+class BatchSampler(Protocol):
     """How many steps an epoch has, and what each of them loads on each rank.
 
-    joinable: whether the model input of several steps may be computed in one call.
+    can_fuse: whether the model input of several steps may be computed in one call.
     """
 
     samples: NDArray[np.int64]
     batch_size: int
 
     @property
-    def joinable(self) -> bool: ...
+    def can_fuse(self) -> bool: ...
 
-    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[Step]: ...
+    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]: ...
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingOrder:
+class ShuffledBatchSampler:
     """Every epoch another permutation, cut into global batches, each shared out evenly among the ranks.
 
     samples: int64 [N], the positions that take part. batch_size: the most samples of a global batch, over all ranks.
@@ -65,7 +65,7 @@ class TrainingOrder:
     batch_size: int
     seed: int
     block_size: int = 1
-    window: int | None = None
+    shuffle_window_blocks: int | None = None
     augmentation: Augmentation | None = None
 
     @property
@@ -73,31 +73,31 @@ class TrainingOrder:
         return -(-len(self.samples) // self.batch_size)
 
     @property
-    def joinable(self) -> bool:
+    def can_fuse(self) -> bool:
         """Not with a window, which is no larger than the memory for the blocks of one batch allows."""
-        return self.window is None
+        return self.shuffle_window_blocks is None
 
     def shuffled(self, epoch: int) -> NDArray[np.int64]:
         """The samples as int64 [N] in the order of an epoch."""
-        if self.window is None:
+        if self.shuffle_window_blocks is None:
             return self.samples[permutation(len(self.samples), self.seed, epoch)]
         blocks = self.samples // self.block_size
         turns = permutation(int(blocks.max()) + 1, self.seed, BLOCK_STREAM + epoch).argsort()
-        put_off = random_keys(self.seed, epoch, len(blocks)).astype(np.float64) * (self.window / 2.0**64)
+        put_off = random_keys(self.seed, epoch, len(blocks)).astype(np.float64) * (self.shuffle_window_blocks / 2.0**64)
         return self.samples[np.argsort(turns[blocks] + put_off, kind="stable")]
 
-    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[Step]:
+    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
         """The steps of an epoch from number `first` on, as this rank loads them."""
         shuffled = self.shuffled(epoch)
         steps = self.steps_per_epoch
         for number in range(first, steps):
             batch = shuffled[len(shuffled) * number // steps : len(shuffled) * (number + 1) // steps]
             share = slice(len(batch) * rank // world_size, len(batch) * (rank + 1) // world_size)
-            draws = self.augmentation.draw(self.seed, epoch, number, share) if self.augmentation else None
-            yield Step(number, batch[share], len(batch), draws)
+            params = self.augmentation.sample_params(self.seed, epoch, number, share) if self.augmentation else None
+            yield BatchIndices(number, batch[share], len(batch), params)
 
 
-def window_within(manifest: Manifest, memory: int, batch_size: int) -> int | None:
+def max_shuffle_window(manifest: Manifest, memory: int, batch_size: int) -> int | None:
     """The widest window at which no block is read twice an epoch; None if all images fit.
 
     memory: bytes of images that a store may hold, which lets go of the blocks that came in first. A block is needed for
@@ -113,7 +113,7 @@ def window_within(manifest: Manifest, memory: int, batch_size: int) -> int | Non
 
 
 @dataclass(frozen=True, eq=False)
-class EvaluationOrder:
+class SequentialBatchSampler:
     """Every sample exactly once, in order; whole batches are dealt to the ranks in turn.
 
     Batches keep their composition whatever the number of ranks, so predictions are the same to the last bit.
@@ -122,14 +122,14 @@ class EvaluationOrder:
 
     samples: NDArray[np.int64]
     batch_size: int
-    joinable = False  # or calls would hold other images on another number of ranks
+    can_fuse = False  # or calls would hold other images on another number of ranks
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.samples) // self.batch_size)
 
-    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[Step]:
+    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
         """This rank's batches; `epoch` changes nothing."""
         for number in range(first + (rank - first) % world_size, self.steps_per_epoch, world_size):
             batch = self.samples[number * self.batch_size : (number + 1) * self.batch_size]
-            yield Step(number, batch, len(batch))
+            yield BatchIndices(number, batch, len(batch))

@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 from reference import resize_axis
 from scipy import ndimage
 
-from pipeline.transforms.augmentation import Augmentation, Draws, Number
+from pipeline.transforms.augmentation import Augmentation, AugmentationParams, ParamIndex
 
 CROSS = ndimage.generate_binary_structure(2, 1)
 
 
-def amount(draws: Draws, image: int, number: Number, most: float) -> float:
+def amount(params: AugmentationParams, image: int, number: ParamIndex, most: float) -> float:
     """Uniform in -most .. most."""
-    return (2 * draws.numbers[image, number] - 1) * most
+    return (2 * params.numbers[image, number] - 1) * most
 
 
 def augmented(
     images: NDArray[np.uint8],
     resolution: int,
     augmentation: Augmentation,
-    draws: Draws,
+    params: AugmentationParams,
     interpolation: str = "linear",
     transposed: bool = False,
 ) -> NDArray[np.float64]:
@@ -34,12 +34,12 @@ def augmented(
     planes = np.einsum("bhwc->bcwh" if transposed else "bhwc->bchw", images.astype(np.float64) / 255)
     shape = planes.shape[2:]
     if augmentation.colours:
-        planes = np.stack([recoloured(each, augmentation, draws, number) for number, each in enumerate(planes)])
+        planes = np.stack([recoloured(each, augmentation, params, number) for number, each in enumerate(planes)])
     if interpolation != "linear" or resolution < max(shape):
         planes = resize_axis(resize_axis(planes, 2, resolution, interpolation), 3, resolution, interpolation)
     if not augmentation.warps:
         return resize_axis(resize_axis(planes, 2, resolution, "linear"), 3, resolution, "linear")
-    return np.stack([moved(each, resolution, shape, augmentation, draws, i) for i, each in enumerate(planes)])
+    return np.stack([moved(each, resolution, shape, augmentation, params, i) for i, each in enumerate(planes)])
 
 
 def moved(
@@ -47,28 +47,30 @@ def moved(
     resolution: int,
     shape: tuple[int, int],
     augmentation: Augmentation,
-    draws: Draws,
+    params: AugmentationParams,
     image: int,
 ) -> NDArray[np.float64]:
     """One image [C, H, W] to [C, R, R]. shape: (H, W) of the raw image."""
-    angle = math.radians(amount(draws, image, Number.ROTATION, augmentation.rotation))
-    slant = math.tan(math.radians(amount(draws, image, Number.SHEAR, augmentation.shear)))
-    size = (1 + augmentation.scale) ** amount(draws, image, Number.SCALE, 1)
-    shift = [2 * amount(draws, image, number, augmentation.translation) for number in (Number.ACROSS, Number.DOWN)]
+    angle = math.radians(amount(params, image, ParamIndex.ROTATION, augmentation.rotation))
+    slant = math.tan(math.radians(amount(params, image, ParamIndex.SHEAR, augmentation.shear)))
+    size = (1 + augmentation.scale) ** amount(params, image, ParamIndex.SCALE, 1)
+    shift = [
+        2 * amount(params, image, number, augmentation.translation) for number in (ParamIndex.ACROSS, ParamIndex.DOWN)
+    ]
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     forward = turn @ np.array([[1, slant], [0, 1]]) * size
     places = (np.arange(resolution) + 0.5) / resolution * 2 - 1
     x, y = np.meshgrid(places, places)
     x, y = np.einsum("ij,jrc->irc", np.linalg.inv(forward), np.stack([x - shift[0], y - shift[1]]))
-    if draws.numbers[image, Number.FLIP] < augmentation.flip:
+    if params.numbers[image, ParamIndex.FLIP] < augmentation.flip:
         x = -x
     offsets = [
-        math.floor(draws.numbers[image, number] * (2 * augmentation.crop_padding + 1)) - augmentation.crop_padding
-        for number in (Number.CROP_ACROSS, Number.CROP_DOWN)
+        math.floor(params.numbers[image, number] * (2 * augmentation.crop_padding + 1)) - augmentation.crop_padding
+        for number in (ParamIndex.CROP_ACROSS, ParamIndex.CROP_DOWN)
     ]
     x, y = x + 2 * offsets[0] / shape[1], y + 2 * offsets[1] / shape[0]
     if augmentation.elastic:
-        by = displacement(places, augmentation, draws, image)
+        by = displacement(places, augmentation, params, image)
         x, y = x + by[0], y + by[1]
     height, width = planes.shape[1:]
     rows, columns = (y + 1) / 2 * height - 0.5, (x + 1) / 2 * width - 0.5
@@ -80,7 +82,7 @@ def moved(
 
 
 def displacement(
-    places: NDArray[np.float64], augmentation: Augmentation, draws: Draws, image: int
+    places: NDArray[np.float64], augmentation: Augmentation, params: AugmentationParams, image: int
 ) -> NDArray[np.float64]:
     """[2, R, R]: noise on a lattice over the image, smoothed by a Gaussian, of one deviation everywhere."""
     count = math.ceil(1 / augmentation.elastic_smoothness) + 1
@@ -93,12 +95,12 @@ def displacement(
             other = np.array([math.exp(-(((across - point) / deviation) ** 2) / 2) for point in points])
             weights = np.outer(one, other)
             weights /= math.sqrt((weights**2).sum())
-            found[:, row, column] = (draws.noise[image] * weights).sum(axis=(1, 2))
+            found[:, row, column] = (params.noise[image] * weights).sum(axis=(1, 2))
     return found * 2 * augmentation.elastic
 
 
 def recoloured(
-    planes: NDArray[np.float64], augmentation: Augmentation, draws: Draws, image: int
+    planes: NDArray[np.float64], augmentation: Augmentation, params: AugmentationParams, image: int
 ) -> NDArray[np.float64]:
     """One image [C, H, W]: hue, saturation, contrast, brightness, in this order."""
     if len(planes) == 3:
@@ -106,13 +108,13 @@ def recoloured(
         luminance = 0.299 * red + 0.587 * green + 0.114 * blue
         first = 0.595716 * red - 0.274453 * green - 0.321263 * blue
         second = 0.211456 * red - 0.522591 * green + 0.311135 * blue
-        angle = math.radians(amount(draws, image, Number.HUE, augmentation.hue))
-        stretch = 1 + amount(draws, image, Number.SATURATION, augmentation.saturation)
+        angle = math.radians(amount(params, image, ParamIndex.HUE, augmentation.hue))
+        stretch = 1 + amount(params, image, ParamIndex.SATURATION, augmentation.saturation)
         turned = (first + 1j * second) * stretch * complex(math.cos(angle), math.sin(angle))
         back = np.linalg.inv([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
         planes = np.einsum("ij,jhw->ihw", back, np.stack([luminance, turned.real, turned.imag]))
-    contrast = 1 + amount(draws, image, Number.CONTRAST, augmentation.contrast)
-    brightness = 1 + amount(draws, image, Number.BRIGHTNESS, augmentation.brightness)
+    contrast = 1 + amount(params, image, ParamIndex.CONTRAST, augmentation.contrast)
+    brightness = 1 + amount(params, image, ParamIndex.BRIGHTNESS, augmentation.brightness)
     return ((planes - 0.5) * contrast + 0.5) * brightness
 
 

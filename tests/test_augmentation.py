@@ -17,12 +17,12 @@ from test_loader import assert_same
 from test_picture_graph import SIZES, as_array, picture, pixels
 
 from pipeline.loader import Loader
-from pipeline.sampler import TrainingOrder
-from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, Draws, Number
-from pipeline.transforms.build import make_graph
+from pipeline.sampler import ShuffledBatchSampler
+from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams, ParamIndex
+from pipeline.transforms.build import build_transform
 from pipeline.transforms.ops.erasing import erased
 from pipeline.transforms.ops.foreground import contour, ink
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.warp import smoothing
 from shards import UserError, open_split
 from shards.stores.base import Store
@@ -69,12 +69,12 @@ def noise(count: int, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 def spec_of(
     shape: tuple[int | None, int | None, int], resolution: int, interpolation: str = "linear", transposed: bool = False
-) -> GraphSpec:
-    return GraphSpec(shape, transposed, resolution, interpolation, (0.0,) * shape[2], (1.0,) * shape[2])
+) -> TransformSpec:
+    return TransformSpec(shape, transposed, resolution, interpolation, (0.0,) * shape[2], (1.0,) * shape[2])
 
 
-def drawn(augmentation: Augmentation, count: int, seed: int = 0) -> Draws:
-    return augmentation.draw(seed, 3, 5, slice(0, count))
+def drawn(augmentation: Augmentation, count: int, seed: int = 0) -> AugmentationParams:
+    return augmentation.sample_params(seed, 3, 5, slice(0, count))
 
 
 # What is drawn.
@@ -82,19 +82,19 @@ def drawn(augmentation: Augmentation, count: int, seed: int = 0) -> Draws:
 
 def test_draws_never_change() -> None:
     """A seed means the same images on every machine and in every version."""
-    draws = Augmentation(elastic=0.1, elastic_smoothness=0.5).draw(7, 2, 11, slice(3, 5))
-    assert draws.numbers.shape == (2, 20)
-    assert draws.noise.shape == (2, 2, 3, 3)
-    content = draws.numbers.tobytes() + draws.noise.tobytes()
+    params = Augmentation(elastic=0.1, elastic_smoothness=0.5).sample_params(7, 2, 11, slice(3, 5))
+    assert params.numbers.shape == (2, 20)
+    assert params.noise.shape == (2, 2, 3, 3)
+    content = params.numbers.tobytes() + params.noise.tobytes()
     assert hashlib.sha256(content).hexdigest()[:16] == "296794764b7bf8d4"
 
 
 @pytest.mark.parametrize("augmentation", [AFFINE, Augmentation(elastic=0.1)], ids=["numbers", "and noise"])
 def test_ranks_draw_what_one_would(augmentation: Augmentation) -> None:
-    whole = augmentation.draw(1, 2, 3, slice(0, 50))
+    whole = augmentation.sample_params(1, 2, 3, slice(0, 50))
     for cuts in ([0, 50], [0, 16, 33, 50], [0, 1, 2, 50]):
-        parts = [augmentation.draw(1, 2, 3, slice(*pair)) for pair in itertools.pairwise(cuts)]
-        together = Draws.concatenated(parts)
+        parts = [augmentation.sample_params(1, 2, 3, slice(*pair)) for pair in itertools.pairwise(cuts)]
+        together = AugmentationParams.concatenated(parts)
         assert np.array_equal(together.numbers, whole.numbers)
         assert together.noise is whole.noise is None or np.array_equal(together.noise, whole.noise)
         assert [len(part) for part in parts] == np.diff(cuts).tolist()
@@ -103,42 +103,42 @@ def test_ranks_draw_what_one_would(augmentation: Augmentation) -> None:
 def test_every_seed_epoch_step_and_place_draws_anew() -> None:
     places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (0, 2, 0), (0, 0, 2**20)]
     augmentation = Augmentation(elastic=0.1)
-    found = [augmentation.draw(*place, slice(0, 30)) for place in places]
-    numbers = np.concatenate([draws.numbers.ravel() for draws in found])
+    found = [augmentation.sample_params(*place, slice(0, 30)) for place in places]
+    numbers = np.concatenate([params.numbers.ravel() for params in found])
     assert len(np.unique(numbers)) == numbers.size
-    beginnings = {draws.noise[image].tobytes() for draws in found for image in range(30)}
+    beginnings = {params.noise[image].tobytes() for params in found for image in range(30)}
     assert len(beginnings) == 30 * len(places)
 
 
 def test_draws_are_uniform_and_independent() -> None:
-    draws = Augmentation(elastic=0.1, elastic_smoothness=0.5).draw(0, 0, 0, slice(0, 20_000))
-    for column in draws.numbers.T:
+    params = Augmentation(elastic=0.1, elastic_smoothness=0.5).sample_params(0, 0, 0, slice(0, 20_000))
+    for column in params.numbers.T:
         counts = np.histogram(column, 20, (0, 1))[0]
         assert ((counts - 1000) ** 2 / 1000).sum() < 60  # chi-squared of 19 degrees: one in a million
-    correlations = np.corrcoef(draws.numbers.T) - np.eye(20)
+    correlations = np.corrcoef(params.numbers.T) - np.eye(20)
     assert np.abs(correlations).max() < 5 / np.sqrt(20_000)
-    assert abs(draws.noise.mean()) < 5 / np.sqrt(draws.noise.size)
-    assert draws.noise.std() == pytest.approx(1, abs=0.01)
-    assert np.abs(draws.noise).max() <= np.sqrt(3)
+    assert abs(params.noise.mean()) < 5 / np.sqrt(params.noise.size)
+    assert params.noise.std() == pytest.approx(1, abs=0.01)
+    assert np.abs(params.noise).max() <= np.sqrt(3)
 
 
 def test_amounts_reach_the_ones_given_and_no_further() -> None:
     augmentation = Augmentation(scale=0.25, translation=0.1, stroke=0.5, flip=0.3, crop_padding=2, erase=0.4)
-    draws = drawn(augmentation, 20_000)
-    matrices = augmentation.matrices(draws, (28, 28))
+    params = drawn(augmentation, 20_000)
+    matrices = augmentation.matrices(params, (28, 28))
     sizes = 1 / matrices[:, 1, 1]
     assert sizes.min() == pytest.approx(1 / 1.25, abs=1e-3)
     assert sizes.max() == pytest.approx(1.25, abs=1e-3)
     assert np.median(sizes) == pytest.approx(1, abs=0.01), "as often larger as smaller"
     assert (matrices[:, 0, 0] < 0).mean() == pytest.approx(0.3, abs=0.02)
-    strokes = augmentation.strokes(draws)
+    strokes = augmentation.strokes(params)
     assert [strokes.min(), strokes.max()] == pytest.approx([-0.5, 0.5], abs=1e-3)
     only_crop = Augmentation(crop_padding=2)
-    moves = only_crop.matrices(draws, (28, 14))[:, :, 2] * (14 / 2, 28 / 2)
+    moves = only_crop.matrices(params, (28, 14))[:, :, 2] * (14 / 2, 28 / 2)
     values, counts = np.unique(moves.round(9), return_counts=True)
     assert values.tolist() == [-2, -1, 0, 1, 2]
     assert counts / counts.sum() == pytest.approx([0.2] * 5, abs=0.01)
-    heights, widths = augmentation.boxes(draws)[:, 2:].T
+    heights, widths = augmentation.boxes(params)[:, 2:].T
     hidden = heights > 0
     assert hidden.mean() == pytest.approx(0.4, abs=0.02)
     areas = (heights * widths)[hidden]
@@ -186,17 +186,17 @@ def test_computes_the_reference(
     transposed: bool,
 ) -> None:
     augmentation, images = KINDS[kind], noise(COUNT, shape)
-    draws = drawn(augmentation, COUNT)
+    params = drawn(augmentation, COUNT)
     spec = spec_of(shape, resolution, interpolation, transposed)
     before = images.copy()
-    result = make_graph(spec, backend, device, COUNT, augmentation)(images, draws)
+    result = build_transform(spec, backend, device, COUNT, augmentation)(images, params)
     assert np.array_equal(images, before)
     some = slice(0, 4)
-    expected = reference.augmented(images[some], resolution, augmentation, draws, interpolation, transposed)
+    expected = reference.augmented(images[some], resolution, augmentation, params, interpolation, transposed)
     assert result.shape == (COUNT, shape[2], resolution, resolution)
     assert np.abs(result[some].cpu().numpy() - expected).max() <= TOLERANCE
     # The last ones share a pack with padding.
-    last = make_graph(spec, backend, device, COUNT, augmentation)(images[-3:], draws[-3:])
+    last = build_transform(spec, backend, device, COUNT, augmentation)(images[-3:], params[-3:])
     assert float((last - result[-3:]).abs().max()) <= TOLERANCE
 
 
@@ -204,10 +204,10 @@ def test_computes_the_reference(
 def test_normalises_after_all_that(backend: str, device: torch.device, kind: str) -> None:
     augmentation, images = KINDS[kind], noise(5, RGB)
     mean, std = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
-    draws = drawn(augmentation, 5)
-    plain = make_graph(spec_of(RGB, 40), backend, device, 5, augmentation)(images, draws).cpu().numpy()
+    params = drawn(augmentation, 5)
+    plain = build_transform(spec_of(RGB, 40), backend, device, 5, augmentation)(images, params).cpu().numpy()
     spec = spec_of(RGB, 40).normalised(mean, std)
-    result = make_graph(spec, backend, device, 5, augmentation)(images, draws).cpu().numpy()
+    result = build_transform(spec, backend, device, 5, augmentation)(images, params).cpu().numpy()
     expected = (plain - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
     assert np.abs(result - expected).max() <= 2e-5
 
@@ -216,40 +216,43 @@ def test_normalises_after_all_that(backend: str, device: torch.device, kind: str
 def test_at_no_strength_images_are_those_of_evaluation(backend: str, device: torch.device, resolution: int) -> None:
     images = noise(5, GRAY)
     least = Augmentation(rotation=1e-9, elastic=1e-9, stroke=1e-9, brightness=1e-9)
-    result = make_graph(spec_of(GRAY, resolution), backend, device, 5, least)(images, drawn(least, 5))
+    result = build_transform(spec_of(GRAY, resolution), backend, device, 5, least)(images, drawn(least, 5))
     assert np.abs(result.cpu().numpy() - model_input(images, resolution)).max() <= 2e-5
     spec = spec_of(GRAY, resolution)
     assert not NO_AUGMENTATION
     assert torch.equal(
-        make_graph(spec, backend, device, 5, NO_AUGMENTATION)(images), make_graph(spec, backend, device, 5)(images)
+        build_transform(spec, backend, device, 5, NO_AUGMENTATION)(images),
+        build_transform(spec, backend, device, 5)(images),
     )
 
 
 def test_strokes_and_boxes_are_done_before_the_images_are_moved(backend: str, device: torch.device) -> None:
     images = noise(COUNT, GRAY)
     augmentation = replace(AFFINE, stroke=0.8, erase=0.7, erase_value=99)
-    draws = drawn(augmentation, COUNT)
+    params = drawn(augmentation, COUNT)
     changed = np.stack(
         [
             reference.thickened(image[..., 0], amount)
-            for image, amount in zip(images, augmentation.strokes(draws), strict=True)
+            for image, amount in zip(images, augmentation.strokes(params), strict=True)
         ]
     )
     hidden = np.zeros(COUNT, int)
-    for number, (down, across, height, width) in enumerate(augmentation.boxes(draws)):
+    for number, (down, across, height, width) in enumerate(augmentation.boxes(params)):
         tall, wide = round(height * 28), round(width * 28)
         top, left = int(down * (28 - tall + 1)), int(across * (28 - wide + 1))
         changed[number, top : top + tall, left : left + wide] = 99
         hidden[number] = tall * wide
     assert 0.5 < (hidden > 0).mean() < 0.9
-    graph = make_graph(spec_of(GRAY, 40), backend, device, COUNT, augmentation)
-    result = graph(images, draws).cpu().numpy()
-    moved = make_graph(spec_of(GRAY, 40), "torch", CPU, COUNT, AFFINE)
-    expected = moved(changed.round().astype(np.uint8)[..., None], draws).numpy()
+    transform = build_transform(spec_of(GRAY, 40), backend, device, COUNT, augmentation)
+    result = transform(images, params).cpu().numpy()
+    moved = build_transform(spec_of(GRAY, 40), "torch", CPU, COUNT, AFFINE)
+    expected = moved(changed.round().astype(np.uint8)[..., None], params).numpy()
     assert np.abs(result - expected).max() <= 1.5 / 255 + TOLERANCE
     # Of what is stored with rows and columns exchanged, the same part of the upright image is hidden.
     stored = np.ascontiguousarray(images.swapaxes(1, 2))
-    exchanged = make_graph(spec_of(GRAY, 40, transposed=True), backend, device, COUNT, augmentation)(stored, draws)
+    exchanged = build_transform(spec_of(GRAY, 40, transposed=True), backend, device, COUNT, augmentation)(
+        stored, params
+    )
     assert np.abs(exchanged.cpu().numpy() - result).max() <= TOLERANCE
 
 
@@ -275,20 +278,20 @@ def test_a_box_on_the_contour_hides_a_piece_of_stroke(device: torch.device) -> N
 def test_pictures_of_any_size_are_moved_and_coloured_alike(device: torch.device, kind: str) -> None:
     images = [pixels(*size, 3) for size in SIZES]
     augmentation, spec = KINDS[kind], spec_of((None, None, 3), 24)
-    draws = drawn(augmentation, len(images))
-    graph = make_graph(spec, "dali", device, len(images), augmentation)
-    result = graph([as_array(picture(image)) for image in images], draws).cpu().numpy()
+    params = drawn(augmentation, len(images))
+    transform = build_transform(spec, "dali", device, len(images), augmentation)
+    result = transform([as_array(picture(image)) for image in images], params).cpu().numpy()
     for number, image in enumerate(images):
         one = model_input(image[None], 24, "linear", False, (0.0,) * 3, (1.0,) * 3)
-        one = reference.recoloured(one[0], augmentation, draws, number) if augmentation.colours else one[0]
-        expected = reference.moved(one, 24, (24, 24), augmentation, draws, number)
+        one = reference.recoloured(one[0], augmentation, params, number) if augmentation.colours else one[0]
+        expected = reference.moved(one, 24, (24, 24), augmentation, params, number)
         assert np.abs(result[number] - expected).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["stroke", "erase", "crop_padding"])
 def test_what_needs_raw_pixels_is_refused_for_picture_files(name: str) -> None:
     with pytest.raises(UserError, match=name) as caught:
-        make_graph(spec_of((None, None, 3), 24), "dali", CPU, 4, Augmentation(**{name: 1}))
+        build_transform(spec_of((None, None, 3), 24), "dali", CPU, 4, Augmentation(**{name: 1}))
     assert "--size N" in caught.value.hint
 
 
@@ -298,28 +301,28 @@ def test_what_needs_raw_pixels_is_refused_for_picture_files(name: str) -> None:
 @pytest.mark.parametrize("batch_size", [16, 300])
 def test_batches_are_augmented_alike_on_any_number_of_ranks_and_from_any_step(store: Store, batch_size: int) -> None:
     augmentation = replace(KINDS["elastic"], stroke=0.5, erase=0.5)
-    order = TrainingOrder(np.arange(len(store)), batch_size, 4, augmentation=augmentation)
-    graph = make_graph(GraphSpec.of(store.manifest, 28), "torch", CPU, batch_size, augmentation)
-    whole = [replace(batch, images=batch.images.clone()) for batch in Loader(store, order, graph, CPU).batches(2)]
+    order = ShuffledBatchSampler(np.arange(len(store)), batch_size, 4, augmentation=augmentation)
+    transform = build_transform(TransformSpec.of(store.manifest, 28), "torch", CPU, batch_size, augmentation)
+    whole = [replace(batch, images=batch.images.clone()) for batch in Loader(store, order, transform, CPU).batches(2)]
     for first in (1, len(whole) - 1):
-        assert_same(list(Loader(store, order, graph, CPU).batches(2, first)), whole[first:])
-    ranks = [list(Loader(store, order, graph, CPU, rank=rank, world_size=3).batches(2)) for rank in range(3)]
+        assert_same(list(Loader(store, order, transform, CPU).batches(2, first)), whole[first:])
+    ranks = [list(Loader(store, order, transform, CPU, rank=rank, world_size=3).batches(2)) for rank in range(3)]
     for number, batch in enumerate(whole):
         shares = torch.cat([batches[number].images for batches in ranks])
         # Matrix products of other sizes may round otherwise.
         assert float((shares - batch.images).abs().max()) <= 2e-5
-    other = next(Loader(store, order, graph, CPU).batches(3)).images
+    other = next(Loader(store, order, transform, CPU).batches(3)).images
     assert not torch.equal(other[: len(whole[0].images)], whole[0].images)
 
 
 def test_each_image_gets_the_draws_of_its_place(store: Store) -> None:
     augmentation = KINDS["affine"]
-    order = TrainingOrder(np.arange(len(store)), 64, 4, augmentation=augmentation)
-    graph = make_graph(GraphSpec.of(store.manifest, 28), "torch", CPU, 64, augmentation)
-    batches = list(Loader(store, order, graph, CPU).batches(1))
+    order = ShuffledBatchSampler(np.arange(len(store)), 64, 4, augmentation=augmentation)
+    transform = build_transform(TransformSpec.of(store.manifest, 28), "torch", CPU, 64, augmentation)
+    batches = list(Loader(store, order, transform, CPU).batches(1))
     for step in list(order.steps(1, 0, 1))[::5]:
-        draws = augmentation.draw(4, 1, step.number, slice(0, len(step.samples)))
-        expected = graph(store.read(step.samples), draws)
+        params = augmentation.sample_params(4, 1, step.number, slice(0, len(step.samples)))
+        expected = transform(store.read(step.samples), params)
         assert float((batches[step.number].images - expected).abs().max()) <= 2e-5
 
 
@@ -332,4 +335,4 @@ def test_the_settings_are_those_of_the_pipeline() -> None:
 
 
 def test_the_numbers_of_an_image_have_room() -> None:
-    assert [number.value for number in Number] == list(range(18))
+    assert [number.value for number in ParamIndex] == list(range(18))

@@ -49,15 +49,15 @@ def test_only_training_is_augmented_and_statistics_are_free_of_it(digits_set: Pa
     data = open_data(load(RECIPE, settings), WORLD)
     off = [f"augment.{name}=0" for name in ("rotation", "elastic", "stroke")]
     plain = open_data(load(RECIPE, [*settings, *off]), WORLD)
-    assert (data.spec, data.spec.preparation.invert) == (plain.spec, True)
+    assert (data.spec, data.spec.preprocessing.invert) == (plain.spec, True)
     for mine, other in ((data.validation, plain.validation), (data.test, plain.test)):
         assert torch.equal(next(mine.batches()).images, next(other.batches()).images)
     one, other = next(data.train.batches(0)), next(plain.train.batches(0))
-    assert torch.equal(one.rows, other.rows)
+    assert torch.equal(one.source_index, other.source_index)
     assert (one.images - other.images).abs().amax(dim=(1, 2, 3)).min() > 0.1, "every image is changed"
     again = [next(data.train.batches(epoch)).images for epoch in (0, 1)]
     assert torch.equal(again[0], one.images)
-    assert not torch.equal(again[1][: len(one.rows)], one.images)
+    assert not torch.equal(again[1][: len(one.source_index)], one.images)
     assert isinstance(data.train.order(0).augmentation, Augmentation)
     assert np.isfinite(data.spec.mean).all()
 

@@ -129,7 +129,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
     fitted_on: list[int] = []
 
     def counted(*arguments: object) -> object:
-        fitted_on.append(len(arguments[1].order.samples))  # type: ignore[attr-defined]
+        fitted_on.append(len(arguments[1].sampler.samples))  # type: ignore[attr-defined]
         return original(*arguments)  # type: ignore[arg-type]
 
     original = engine.logits_of

@@ -34,7 +34,7 @@ note = open(os.path.join(os.environ["NOTES"], f"{time.time_ns()}-{os.environ.get
 def slow_step(training, batch, *arguments):
     time.sleep(0.05)
     loss = step(training, batch, *arguments)
-    print(json.dumps([training.epoch, batch.step, batch.rows.tolist()]), file=note, flush=True)
+    print(json.dumps([training.epoch, batch.step, batch.source_index.tolist()]), file=note, flush=True)
     return loss
 def slow_fsync(file):
     time.sleep(0.1)
@@ -47,7 +47,7 @@ if "SPOIL" in os.environ:  # let batches that hold a row be infinite on the rank
     batches = Loader.batches
     def spoiled(loader, *place):
         for batch in batches(loader, *place):
-            here = (batch.rows == int(os.environ["SPOIL"])) & hasattr(loader.order, "seed")
+            here = (batch.source_index == int(os.environ["SPOIL"])) & hasattr(loader.sampler, "seed")
             yield replace(batch, images=torch.where(here[:, None, None, None], float("inf"), batch.images))
     Loader.batches = spoiled
 from shards.cli import run_command

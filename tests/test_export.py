@@ -17,10 +17,10 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from pipeline.transforms.export_module import GraphModule
-from pipeline.transforms.preprocess import Preparation
-from pipeline.transforms.spec import GraphSpec
-from pipeline.transforms.torch_backend import TorchGraph
+from pipeline.transforms.export_module import TransformModule
+from pipeline.transforms.preprocess import Preprocessing
+from pipeline.transforms.spec import TransformSpec
+from pipeline.transforms.torch_backend import TorchTransform
 from shards import UserError, open_split
 from trainer import export_formats, model_code
 from trainer.classifier import Classifier, _MaxPoolTo
@@ -178,12 +178,12 @@ def test_the_card_says_what_is_known(small_run: Path) -> None:
 
 
 def test_a_graph_that_says_something_else_is_not_left(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    upright = GraphModule.forward
+    upright = TransformModule.forward
 
-    def forgets_the_orientation(self: GraphModule, images: torch.Tensor) -> torch.Tensor:
+    def forgets_the_orientation(self: TransformModule, images: torch.Tensor) -> torch.Tensor:
         return upright(self, images.transpose(1, 2))
 
-    monkeypatch.setattr(GraphModule, "forward", forgets_the_orientation)
+    monkeypatch.setattr(TransformModule, "forward", forgets_the_orientation)
     out = small_run / "wrong"
     with pytest.raises(UserError, match="differ from the trainer's"):
         export(small_run, "torch-export", out)
@@ -239,9 +239,9 @@ def test_the_module_computes_what_the_graph_computes(
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
     for transposed in (False, True):
-        spec = GraphSpec(shape, transposed, resolution, interpolation, (0.3,) * shape[2], (0.2,) * shape[2])
-        expected = TorchGraph(spec, torch.device("cpu"))(images)
-        torch.testing.assert_close(GraphModule(spec)(torch.from_numpy(images)), expected, atol=1e-6, rtol=1e-5)
+        spec = TransformSpec(shape, transposed, resolution, interpolation, (0.3,) * shape[2], (0.2,) * shape[2])
+        expected = TorchTransform(spec, torch.device("cpu"))(images)
+        torch.testing.assert_close(TransformModule(spec)(torch.from_numpy(images)), expected, atol=1e-6, rtol=1e-5)
 
 
 NETWORKS = [
@@ -273,7 +273,7 @@ def test_every_kind_of_network_is_known_to_onnx(settings: Model, side: int) -> N
     model = make_model(settings, 1, 7).eval().requires_grad_(False)
     raw = np.random.default_rng(0).integers(0, 256, (3, side, side, 1), dtype=np.uint8)
     decided = Decided(np.zeros(7, np.float32), 1.0)
-    classifier = Classifier(GraphSpec((side, side, 1), False, side), model, "none", decided).eval()
+    classifier = Classifier(TransformSpec((side, side, 1), False, side), model, "none", decided).eval()
     expected = classifier(torch.from_numpy(raw))[0].numpy()
     found = export_formats.to_onnx(classifier, (side, side, 1), {}).answers(raw)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -281,14 +281,14 @@ def test_every_kind_of_network_is_known_to_onnx(settings: Model, side: int) -> N
 
 def test_what_is_done_to_raw_images_is_within_the_graph() -> None:
     """To the bit: all that is done to bytes, for images with ink, without, and of a single value."""
-    shape, preparation = (20, 16, 3), Preparation(invert="auto", opening=1, crop_to_ink=0.1, equalize=True)
+    shape, preparation = (20, 16, 3), Preprocessing(invert="auto", opening=1, crop_to_ink=0.1, equalize=True)
     images = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
     images[1], images[2, 4:] = 200, 0
-    spec = GraphSpec(shape, True, 20, "linear", (0.3,) * 3, (0.2,) * 3, preparation)
+    spec = TransformSpec(shape, True, 20, "linear", (0.3,) * 3, (0.2,) * 3, preparation)
     seed_weights(0)
     model = nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(27, 4))
     classifier = Classifier(spec, model.requires_grad_(False), "none", Decided(np.zeros(4, np.float32), 1.5)).eval()
-    expected = TorchGraph(spec, torch.device("cpu"))(images)
+    expected = TorchTransform(spec, torch.device("cpu"))(images)
     torch.testing.assert_close(classifier.preprocessing(torch.from_numpy(images)), expected, atol=1e-6, rtol=1e-5)
     exported = export_formats.to_onnx(classifier, shape, {})
     found = exported.answers(images)
@@ -300,7 +300,7 @@ def test_a_model_that_a_format_does_not_know_is_refused() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1)[: int(images.sum())]
 
-    classifier = Classifier(GraphSpec((8, 8, 1), False, 8), Unknown(), "none", 1.0)
+    classifier = Classifier(TransformSpec((8, 8, 1), False, 8), Unknown(), "none", 1.0)
     with pytest.raises(UserError, match="cannot be written as torch-export"):
         export_formats.to_torch_export(classifier, (8, 8, 1), {})
 
@@ -313,6 +313,6 @@ def test_the_plain_maxima_are_torchs_adaptive_pooling(side: int) -> None:
 
 def test_every_pooling_of_a_model_is_replaced() -> None:
     model = nn.Sequential(nn.Sequential(nn.AdaptiveMaxPool2d(3)), nn.AdaptiveMaxPool2d(3))
-    spec = GraphSpec((8, 8, 1), False, 8)
+    spec = TransformSpec((8, 8, 1), False, 8)
     classifier = Classifier(spec, model, "none", 1.0)
     assert not any(isinstance(module, nn.AdaptiveMaxPool2d) for module in classifier.modules())

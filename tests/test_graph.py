@@ -1,4 +1,4 @@
-"""Both graphs compute what is described, held against a slow reference; and the reference against other libraries."""
+"""Compare both transforms with a slow reference, and the reference with other libraries."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from reference import model_input, resize_axis
 
-from pipeline.transforms.build import choose_backend, make_graph
+from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.ops.resize import resize_weights
-from pipeline.transforms.spec import Graph, GraphSpec
+from pipeline.transforms.spec import Transform, TransformSpec
 from shards import UserError, open_split
 
 RESOLUTIONS = (7, 9, 14, 20, 28, 31, 40, 56, 64, 84, 96, 112, 140, 224)
@@ -47,9 +47,9 @@ def random_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> NDA
 
 def spec_of(
     shape: tuple[int, int, int], resolution: int, interpolation: str = "linear", transposed: bool = False
-) -> GraphSpec:
+) -> TransformSpec:
     channels = shape[2]
-    return GraphSpec(shape, transposed, resolution, interpolation, (0.0,) * channels, (1.0,) * channels)
+    return TransformSpec(shape, transposed, resolution, interpolation, (0.0,) * channels, (1.0,) * channels)
 
 
 @functools.cache
@@ -77,8 +77,8 @@ def test_computes_the_reference(
     shape: tuple[int, int, int],
     transposed: bool,
 ) -> None:
-    graph = make_graph(spec_of(shape, resolution, interpolation, transposed), backend, device, BATCH)
-    result = graph(random_images(3, shape))
+    transform = build_transform(spec_of(shape, resolution, interpolation, transposed), backend, device, BATCH)
+    result = transform(random_images(3, shape))
     assert result.dtype == torch.float32
     assert result.device.type == device.type
     assert largest_error(result, expected(3, shape, resolution, interpolation, transposed)) <= TOLERANCE
@@ -87,7 +87,7 @@ def test_computes_the_reference(
 @pytest.mark.parametrize("resolution", [11, 23, 50])
 def test_rounding_does_not_choose_the_nearest_pixel(backend: str, device: torch.device, resolution: int) -> None:
     """At these sizes some pixels are as near to two others, and float32 alone would take now one, now the other."""
-    result = make_graph(spec_of(GRAY, resolution, "nearest"), backend, device, BATCH)(random_images(3, GRAY))
+    result = build_transform(spec_of(GRAY, resolution, "nearest"), backend, device, BATCH)(random_images(3, GRAY))
     assert largest_error(result, expected(3, GRAY, resolution, "nearest", False)) <= TOLERANCE
 
 
@@ -111,10 +111,10 @@ def test_takes_batches_of_any_size_up_to_its_own(
     backend: str, device: torch.device, shape: tuple[int, int, int], resolution: int
 ) -> None:
     """DALI gets packs of up to 32 images; those that do not fill them are padded and cut off again."""
-    graph = make_graph(spec_of(shape, resolution, transposed=True), backend, device, BATCH)
+    transform = build_transform(spec_of(shape, resolution, transposed=True), backend, device, BATCH)
     for count in (1, 31, 33, 64, 70, 2):
         assert largest_error(
-            graph(random_images(count, shape)), expected(count, shape, resolution, "linear", True)
+            transform(random_images(count, shape)), expected(count, shape, resolution, "linear", True)
         ) <= (TOLERANCE)
 
 
@@ -134,35 +134,35 @@ def test_normalises_each_channel(
 ) -> None:
     spec = spec_of(shape, resolution, transposed=True).normalised(mean, std)
     images = random_images(5, shape)
-    result = make_graph(spec, backend, device, BATCH)(images)
+    result = build_transform(spec, backend, device, BATCH)(images)
     assert largest_error(result, model_input(images, resolution, "linear", True, mean, std)) <= TOLERANCE / min(std)
 
 
-def _graph_and_batch(backend: str, device: torch.device, resolution: int) -> tuple[Graph, NDArray[np.uint8]]:
-    return make_graph(spec_of(GRAY, resolution, transposed=True), backend, device, BATCH), random_images(33, GRAY)
+def _graph_and_batch(backend: str, device: torch.device, resolution: int) -> tuple[Transform, NDArray[np.uint8]]:
+    return build_transform(spec_of(GRAY, resolution, transposed=True), backend, device, BATCH), random_images(33, GRAY)
 
 
 @pytest.mark.parametrize("resolution", [28, 40])
 def test_leaves_the_callers_buffer_alone(backend: str, device: torch.device, resolution: int) -> None:
-    graph, images = _graph_and_batch(backend, device, resolution)
+    transform, images = _graph_and_batch(backend, device, resolution)
     before = images.copy()
-    graph(images)
+    transform(images)
     assert np.array_equal(images, before)
 
 
 @pytest.mark.parametrize("resolution", [28, 40])
 def test_a_result_outlives_later_calls_and_its_input(backend: str, device: torch.device, resolution: int) -> None:
-    graph, images = _graph_and_batch(backend, device, resolution)
-    first = graph(images)
+    transform, images = _graph_and_batch(backend, device, resolution)
+    first = transform(images)
     images[:] = 0
     for seed in range(1, 4):
-        graph(random_images(33, GRAY, seed))
+        transform(random_images(33, GRAY, seed))
     assert largest_error(first, expected(33, GRAY, resolution, "linear", True)) <= TOLERANCE
 
 
 def test_the_same_input_gives_the_same_bits(backend: str, device: torch.device) -> None:
-    graph, images = _graph_and_batch(backend, device, 40)
-    assert torch.equal(graph(images), graph(images))
+    transform, images = _graph_and_batch(backend, device, 40)
+    assert torch.equal(transform(images), transform(images))
 
 
 @pytest.mark.parametrize(
@@ -199,11 +199,11 @@ def _pretend_dali(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
 @pytest.mark.parametrize("resolution", [0, -1, 4097])
 def test_refuses_a_resolution_that_makes_no_image(made_up_set: Path, resolution: int) -> None:
     with pytest.raises(UserError, match=f"resolution {resolution}"):
-        GraphSpec.of(open_split(made_up_set, "train").manifest, resolution)
+        TransformSpec.of(open_split(made_up_set, "train").manifest, resolution)
 
 
 def test_spec_of_a_pack_takes_shape_and_orientation_from_the_manifest(made_up_set: Path) -> None:
-    assert GraphSpec.of(open_split(made_up_set, "train").manifest, 56, "cubic") == GraphSpec(
+    assert TransformSpec.of(open_split(made_up_set, "train").manifest, 56, "cubic") == TransformSpec(
         image_shape=(28, 28, 1), transposed=True, resolution=56, interpolation="cubic", mean=(0.0,), std=(1.0,)
     )
 

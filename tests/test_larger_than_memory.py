@@ -27,7 +27,7 @@ READER = f"""
 import sys
 from pathlib import Path
 import numpy as np
-from pipeline.sampler import TrainingOrder, window_within
+from pipeline.sampler import ShuffledBatchSampler, max_shuffle_window
 from shards import open_split
 
 def high_water():
@@ -37,8 +37,8 @@ def high_water():
 open_split(sys.argv[2], "train").read(np.arange(10))  # what the libraries take by themselves
 before = high_water()
 store = open_split(sys.argv[1], "train", {BOUND})
-window = window_within(store.manifest, {BOUND}, 256)
-order = TrainingOrder(np.arange(len(store)), 256, 0, store.manifest.block_size, window)
+window = max_shuffle_window(store.manifest, {BOUND}, 256)
+order = ShuffledBatchSampler(np.arange(len(store)), 256, 0, store.manifest.block_size, window)
 out = np.empty((256, 28, 28, 1), np.uint8)
 total = 0
 for step in order.steps(0, 0, 1):

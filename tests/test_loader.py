@@ -1,4 +1,4 @@
-"""The loader gives what order, store and graph say, ahead of time and without leaving a thread behind."""
+"""The loader gives what order, store and transform say, ahead of time and without leaving a thread behind."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from reference import model_input
 
 from pipeline.loader import Batch, Loader, run_ahead
-from pipeline.sampler import EvaluationOrder, Order, TrainingOrder
-from pipeline.transforms.augmentation import Draws
-from pipeline.transforms.build import make_graph
-from pipeline.transforms.spec import Graph, GraphSpec
+from pipeline.sampler import BatchSampler, SequentialBatchSampler, ShuffledBatchSampler
+from pipeline.transforms.augmentation import AugmentationParams
+from pipeline.transforms.build import build_transform
+from pipeline.transforms.spec import Transform, TransformSpec
 from shards import open_split
 from shards.stores.base import Images, Store
 
@@ -39,14 +39,14 @@ def store(made_up_set: Path) -> Store:
 
 
 def make_loader(
-    store: Store, order: Order, device: torch.device, backend: str = "torch", rank: int = 0, world_size: int = 1
+    store: Store, order: BatchSampler, device: torch.device, backend: str = "torch", rank: int = 0, world_size: int = 1
 ) -> Loader:
-    graph = make_graph(GraphSpec.of(store.manifest, RESOLUTION), backend, device, order.batch_size)
-    return Loader(store, order, graph, device, rank=rank, world_size=world_size)
+    transform = build_transform(TransformSpec.of(store.manifest, RESOLUTION), backend, device, order.batch_size)
+    return Loader(store, order, transform, device, rank=rank, world_size=world_size)
 
 
-def training_order(store: Store, batch_size: int = 64, seed: int = 3) -> TrainingOrder:
-    return TrainingOrder(np.arange(len(store)), batch_size, seed)
+def training_order(store: Store, batch_size: int = 64, seed: int = 3) -> ShuffledBatchSampler:
+    return ShuffledBatchSampler(np.arange(len(store)), batch_size, seed)
 
 
 def raw_images(store: Store, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -61,7 +61,7 @@ def assert_same(these: list[Batch], those: list[Batch]) -> None:
         assert (one.step, one.global_size) == (other.step, other.global_size)
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
-        assert torch.equal(one.rows, other.rows)
+        assert torch.equal(one.source_index, other.source_index)
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -76,10 +76,10 @@ def test_batches_hold_what_order_and_store_say(store: Store, device: torch.devic
     assert [batch.step for batch in batches] == list(range(-(-len(store) // 64)))
     for batch, step in zip(batches, steps, strict=True):
         expected = model_input(raw_images(store, step.samples), RESOLUTION, transposed=True)
-        assert {tensor.device.type for tensor in (batch.images, batch.labels, batch.rows)} == {device.type}
+        assert {tensor.device.type for tensor in (batch.images, batch.labels, batch.source_index)} == {device.type}
         assert np.abs(batch.images.cpu().numpy() - expected).max() <= TOLERANCE
         assert batch.labels.tolist() == store.labels[step.samples].tolist()
-        assert batch.rows.tolist() == store.rows[step.samples].tolist()
+        assert batch.source_index.tolist() == store.rows[step.samples].tolist()
         assert batch.global_size == len(step.samples) in (63, 64)
 
 
@@ -88,7 +88,7 @@ def test_rows_lead_back_to_the_raw_images(store: Store) -> None:
     loader = make_loader(store, training_order(store, batch_size=50), torch.device("cpu"))
     seen = []
     for batch in loader.batches():
-        rows = batch.rows.numpy()
+        rows = batch.source_index.numpy()
         expected = model_input(raw.read(rows), RESOLUTION, transposed=True)
         assert np.abs(batch.images.numpy() - expected).max() <= TOLERANCE
         assert np.array_equal(batch.labels.numpy(), raw.labels[rows])
@@ -102,58 +102,63 @@ def test_batches_depend_on_epoch_and_step_alone(store: Store, device: torch.devi
     list(loader.batches(epoch=1))
     assert_same(list(loader.batches(epoch=5)), whole)
     assert_same(list(loader.batches(epoch=5, first_step=4)), whole[4:])
-    assert not torch.equal(next(loader.batches(epoch=6)).rows, whole[0].rows)
+    assert not torch.equal(next(loader.batches(epoch=6)).source_index, whole[0].source_index)
 
 
 class Counted:
-    """A graph that tells how many images each of its calls had."""
+    """A transform that tells how many images each of its calls had."""
 
-    def __init__(self, graph: Graph, worth_joining: int) -> None:
-        self._graph = graph
-        self.worth_joining = worth_joining
+    def __init__(self, transform: Transform, max_fused_batch: int) -> None:
+        self._transform = transform
+        self.max_fused_batch = max_fused_batch
         self.calls: list[int] = []
 
-    def __call__(self, images: Images, draws: Draws | None = None) -> torch.Tensor:
+    def __call__(self, images: Images, params: AugmentationParams | None = None) -> torch.Tensor:
         self.calls.append(len(images))
-        return self._graph(images, draws)
+        return self._transform(images, params)
 
 
 @pytest.mark.parametrize(
-    ("worth_joining", "world_size", "joined"), [(0, 1, 1), (63, 1, 1), (200, 1, 3), (100, 2, 3), (10**6, 1, 12)]
+    ("max_fused_batch", "world_size", "joined"), [(0, 1, 1), (63, 1, 1), (200, 1, 3), (100, 2, 3), (10**6, 1, 12)]
 )
-def test_small_batches_are_prepared_together(store: Store, worth_joining: int, world_size: int, joined: int) -> None:
+def test_small_batches_are_prepared_together(store: Store, max_fused_batch: int, world_size: int, joined: int) -> None:
     order, cpu = training_order(store, batch_size=64), torch.device("cpu")
-    graph = Counted(make_graph(GraphSpec.of(store.manifest, RESOLUTION), "torch", cpu, 64), worth_joining)
-    loader = Loader(store, order, graph, cpu, rank=0, world_size=world_size)
+    transform = Counted(
+        build_transform(TransformSpec.of(store.manifest, RESOLUTION), "torch", cpu, 64), max_fused_batch
+    )
+    loader = Loader(store, order, transform, cpu, rank=0, world_size=world_size)
     whole = list(loader.batches(3))
-    assert len(graph.calls) == -(-len(whole) // joined)
-    assert sum(graph.calls) == sum(len(batch.rows) for batch in whole)
+    assert len(transform.calls) == -(-len(whole) // joined)
+    assert sum(transform.calls) == sum(len(batch.source_index) for batch in whole)
     for first in range(len(whole)):
-        calls = graph.calls.copy()
-        graph.calls.clear()
+        calls = transform.calls.copy()
+        transform.calls.clear()
         assert_same(list(loader.batches(3, first)), whole[first:])
         # Whole calls, as an epoch from its beginning has them, so that nothing differs even in the last bit.
-        assert graph.calls == calls[-len(graph.calls) :]
-        graph.calls[:] = calls
+        assert transform.calls == calls[-len(transform.calls) :]
+        transform.calls[:] = calls
 
 
 def test_evaluation_and_windows_keep_batches_apart(store: Store) -> None:
     cpu = torch.device("cpu")
-    for order in (EvaluationOrder(np.arange(len(store)), 64), replace(training_order(store), window=3)):
-        graph = Counted(make_graph(GraphSpec.of(store.manifest, RESOLUTION), "torch", cpu, 64), 10**6)
-        batches = list(Loader(store, order, graph, cpu).batches())
-        assert graph.calls == [len(batch.rows) for batch in batches]
+    for order in (
+        SequentialBatchSampler(np.arange(len(store)), 64),
+        replace(training_order(store), shuffle_window_blocks=3),
+    ):
+        transform = Counted(build_transform(TransformSpec.of(store.manifest, RESOLUTION), "torch", cpu, 64), 10**6)
+        batches = list(Loader(store, order, transform, cpu).batches())
+        assert transform.calls == [len(batch.source_index) for batch in batches]
 
 
 def test_a_batch_that_was_let_go_gives_its_memory_to_a_later_one(store: Store) -> None:
     order, cpu = training_order(store, batch_size=64), torch.device("cpu")
-    graph = Counted(make_graph(GraphSpec.of(store.manifest, RESOLUTION), "torch", cpu, 64), 0)
+    transform = Counted(build_transform(TransformSpec.of(store.manifest, RESOLUTION), "torch", cpu, 64), 0)
     places, kept = [], []
-    for batch in Loader(store, order, graph, cpu).batches():
+    for batch in Loader(store, order, transform, cpu).batches():
         places.append(batch.images.data_ptr())
         del batch
     assert len(set(places)) == 1
-    for batch in Loader(store, order, graph, cpu).batches():
+    for batch in Loader(store, order, transform, cpu).batches():
         kept.append((batch.images, batch.images.clone()))
     assert len({images.data_ptr() for images, _ in kept}) == len(kept) > 3
     assert all(torch.equal(images, copy) for images, copy in kept)
@@ -166,16 +171,16 @@ def test_ranks_share_a_global_batch(store: Store, world_size: int) -> None:
     shares = [list(make_loader(store, order, cpu, "torch", rank, world_size).batches(1)) for rank in range(world_size)]
     for step, (whole, *parts) in enumerate(zip(alone, *shares, strict=True)):
         assert {part.step for part in parts} == {step}
-        assert {part.global_size for part in parts} == {len(whole.rows)}
-        assert max(len(part.rows) for part in parts) - min(len(part.rows) for part in parts) <= 1
-        assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
+        assert {part.global_size for part in parts} == {len(whole.source_index)}
+        assert max(len(part.source_index) for part in parts) - min(len(part.source_index) for part in parts) <= 1
+        assert torch.equal(torch.cat([part.source_index for part in parts]), whole.source_index)
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
 
 
 def test_evaluation_ranks_cover_every_sample_once(store: Store) -> None:
-    order, cpu = EvaluationOrder(np.arange(len(store)), 96), torch.device("cpu")
+    order, cpu = SequentialBatchSampler(np.arange(len(store)), 96), torch.device("cpu")
     batches = [batch for rank in range(3) for batch in make_loader(store, order, cpu, "torch", rank, 3).batches()]
-    assert sorted(row for batch in batches for row in batch.rows.tolist()) == list(range(len(store)))
+    assert sorted(row for batch in batches for row in batch.source_index.tolist()) == list(range(len(store)))
     assert sorted(batch.step for batch in batches) == list(range(-(-len(store) // 96)))
 
 
@@ -200,7 +205,7 @@ def test_an_exception_while_loading_is_raised_where_batches_are_used() -> None:
 
 
 def test_a_damaged_store_is_heard_of_in_the_training_loop(store: Store) -> None:
-    order = TrainingOrder(np.array([0, 1, len(store)]), 3, 0)
+    order = ShuffledBatchSampler(np.array([0, 1, len(store)]), 3, 0)
     with pytest.raises(IndexError):
         list(make_loader(store, order, torch.device("cpu")).batches())
 

@@ -18,7 +18,7 @@ from conftest import made_up_parts, pack_parts
 from run_outcome import assert_same_weights, weights
 
 from pipeline.loader import Batch, Loader
-from pipeline.sampler import TrainingOrder
+from pipeline.sampler import ShuffledBatchSampler
 from shards import UserError, open_split
 from trainer import checkpoint, engine, reproduce
 from trainer.data import carve
@@ -64,7 +64,7 @@ def rows_at(recipe: Path, epoch: int, step: int) -> list[int]:
     """Row ids of a global batch."""
     store = open_split(yaml.safe_load(recipe.read_text())["data"]["shards"], "train")
     samples, _ = carve(store.labels, SMALL["data"]["validation"], 1.0, SMALL["seed"])
-    order = TrainingOrder(samples, SMALL["loader"]["batch_size"], SMALL["seed"])
+    order = ShuffledBatchSampler(samples, SMALL["loader"]["batch_size"], SMALL["seed"])
     return store.rows[next(order.steps(epoch, 0, 1, step)).samples].tolist()
 
 
@@ -78,8 +78,8 @@ def spoil_images(monkeypatch: pytest.MonkeyPatch, row: int, times: int = 1_000_0
 
     def spoiled(loader: Loader, *place: int) -> Iterator[Batch]:
         for batch in batches(loader, *place):
-            here = batch.rows == row
-            if isinstance(loader.order, TrainingOrder) and bool(here.any()) and left[0]:
+            here = batch.source_index == row
+            if isinstance(loader.sampler, ShuffledBatchSampler) and bool(here.any()) and left[0]:
                 left[0] -= 1
                 batch = replace(batch, images=torch.where(here[:, None, None, None], float("inf"), batch.images))
             yield batch
@@ -93,7 +93,7 @@ def spoil_gradient(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
 
     def noted(loader: Loader, *place: int) -> Iterator[Batch]:
         for batch in batches(loader, *place):
-            holds[0] = bool((batch.rows == row).any())
+            holds[0] = bool((batch.source_index == row).any())
             yield batch
 
     def spoiled(logits: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.common.rng import BLOCK_STREAM, PACKING_STREAM, PARTITION_STREAM, permutation, random_keys
-from pipeline.sampler import EvaluationOrder, Order, TrainingOrder, window_within
+from pipeline.sampler import BatchSampler, SequentialBatchSampler, ShuffledBatchSampler, max_shuffle_window
 from shards.manifest import Manifest
 
 seeds = st.integers(0, 2**63 - 1)
@@ -26,7 +26,7 @@ def positions(count: int) -> NDArray[np.int64]:
     return np.arange(count, dtype=np.int64) * 3 + 7
 
 
-def global_batches(order: Order, epoch: int, ranks: int, first: int = 0) -> dict[int, list[int]]:
+def global_batches(order: BatchSampler, epoch: int, ranks: int, first: int = 0) -> dict[int, list[int]]:
     """The samples of each step of an epoch, the ranks' shares joined in the order of the ranks."""
     batches: dict[int, list[int]] = {}
     sizes: dict[int, int] = {}
@@ -65,7 +65,7 @@ def test_golden_permutations() -> None:
 
 
 def test_golden_training_batches() -> None:
-    steps = list(TrainingOrder(np.arange(10), batch_size=4, seed=3).steps(epoch=2, rank=1, world_size=2))
+    steps = list(ShuffledBatchSampler(np.arange(10), batch_size=4, seed=3).steps(epoch=2, rank=1, world_size=2))
     assert [step.samples.tolist() for step in steps] == [[2, 4], [3, 6], [7, 9]]
 
 
@@ -90,7 +90,7 @@ def test_every_place_is_as_likely_for_every_number() -> None:
 def test_training_batches_are_the_same_on_any_number_of_ranks(
     count: int, batch_size: int, seed: int, epoch: int
 ) -> None:
-    order = TrainingOrder(positions(count), batch_size, seed)
+    order = ShuffledBatchSampler(positions(count), batch_size, seed)
     alone = global_batches(order, epoch, 1)
     assert list(alone) == list(range(order.steps_per_epoch))
     for ranks in (2, 3, 5, 8):
@@ -107,7 +107,7 @@ def test_training_batches_are_the_same_on_any_number_of_ranks(
 def test_a_training_epoch_has_every_sample_once_in_batches_of_one_size(
     count: int, batch_size: int, seed: int, epoch: int, window: int | None
 ) -> None:
-    order = TrainingOrder(positions(count), batch_size, seed, block_size=16, window=window)
+    order = ShuffledBatchSampler(positions(count), batch_size, seed, block_size=16, shuffle_window_blocks=window)
     for ranks in (1, 2, 3, 5):
         batches = global_batches(order, epoch, ranks)
         assert sorted(joined(batches)) == positions(count).tolist()
@@ -119,7 +119,7 @@ def test_a_training_epoch_has_every_sample_once_in_batches_of_one_size(
 
 @given(count=st.integers(8, 300), batch_size=st.integers(8, 70), ranks=st.integers(1, 8))
 def test_ranks_share_a_training_batch_evenly(count: int, batch_size: int, ranks: int) -> None:
-    order = TrainingOrder(positions(count), batch_size, 0)
+    order = ShuffledBatchSampler(positions(count), batch_size, 0)
     shares = [[len(step.samples) for step in order.steps(0, rank, ranks)] for rank in range(ranks)]
     assert {len(share) for share in shares} == {order.steps_per_epoch}
     for sizes in zip(*shares, strict=True):
@@ -136,7 +136,10 @@ def test_ranks_share_a_training_batch_evenly(count: int, batch_size: int, ranks:
 def test_resuming_at_a_step_is_the_tail_of_the_epoch(
     count: int, batch_size: int, epoch: int, first: int, ranks: int
 ) -> None:
-    for order in (TrainingOrder(positions(count), batch_size, 11), EvaluationOrder(positions(count), batch_size)):
+    for order in (
+        ShuffledBatchSampler(positions(count), batch_size, 11),
+        SequentialBatchSampler(positions(count), batch_size),
+    ):
         for rank in range(ranks):
             whole = {step.number: step.samples.tolist() for step in order.steps(epoch, rank, ranks)}
             tail = {step.number: step.samples.tolist() for step in order.steps(epoch, rank, ranks, first)}
@@ -146,7 +149,7 @@ def test_resuming_at_a_step_is_the_tail_of_the_epoch(
 @pytest.mark.parametrize("window", [None, 12])
 def test_epochs_and_seeds_differ(window: int | None) -> None:
     orders = [
-        tuple(TrainingOrder(positions(1000), 64, seed, 16, window).shuffled(epoch).tolist())
+        tuple(ShuffledBatchSampler(positions(1000), 64, seed, 16, window).shuffled(epoch).tolist())
         for seed in range(3)
         for epoch in range(4)
     ]
@@ -165,7 +168,7 @@ class Reads:
     first_batch: int
 
 
-def reads(order: TrainingOrder, slots: int, rank: int = 0, ranks: int = 1) -> Reads:
+def reads(order: ShuffledBatchSampler, slots: int, rank: int = 0, ranks: int = 1) -> Reads:
     held: OrderedDict[int, None] = OrderedDict()
     read: list[int] = []
     first_batch = 0
@@ -190,10 +193,10 @@ def manifest_of(samples: int, block_size: int = BLOCK) -> Manifest:
 @pytest.mark.parametrize("slots", [40, 100, 250])
 def test_a_windowed_order_reads_every_block_once(slots: int, batch_size: int) -> None:
     samples = 600 * BLOCK
-    window = window_within(manifest_of(samples), slots * BLOCK, batch_size)
+    window = max_shuffle_window(manifest_of(samples), slots * BLOCK, batch_size)
     assert window is not None
     assert slots - 2 * (2 * slots * batch_size / BLOCK) ** 0.5 - 4 < window < slots
-    order = TrainingOrder(np.arange(samples), batch_size, 0, BLOCK, window)
+    order = ShuffledBatchSampler(np.arange(samples), batch_size, 0, BLOCK, window)
     alone = reads(order, slots)
     assert alone.distinct == 600
     assert alone.total <= 600 * 1.01
@@ -203,14 +206,14 @@ def test_a_windowed_order_reads_every_block_once(slots: int, batch_size: int) ->
 
 
 def test_a_set_that_fits_has_no_window() -> None:
-    assert window_within(manifest_of(1000), 1000, 64) is None
-    assert window_within(manifest_of(1000), 999, 64) is not None
+    assert max_shuffle_window(manifest_of(1000), 1000, 64) is None
+    assert max_shuffle_window(manifest_of(1000), 999, 64) is not None
 
 
 def test_memory_for_hardly_a_block_still_gives_an_order() -> None:
-    window = window_within(manifest_of(1000), BLOCK, 512)
+    window = max_shuffle_window(manifest_of(1000), BLOCK, 512)
     assert window == 1
-    order = TrainingOrder(positions(200), 64, 0, BLOCK, window)
+    order = ShuffledBatchSampler(positions(200), 64, 0, BLOCK, window)
     assert sorted(joined(global_batches(order, 0, 1))) == positions(200).tolist()
 
 
@@ -218,7 +221,7 @@ def test_a_windowed_order_draws_from_all_of_its_window() -> None:
     """In the middle of an epoch a batch comes from about as many blocks as it would if drawn from the window at random,
     and from no other than those whose turn it is."""
     samples, window = 400 * BLOCK, 100
-    order = TrainingOrder(np.arange(samples), 256, 0, BLOCK, window)
+    order = ShuffledBatchSampler(np.arange(samples), 256, 0, BLOCK, window)
     turns = np.empty(400, np.int64)
     turns[permutation(400, 0, BLOCK_STREAM + 3)] = np.arange(400)
     middle = [step for step in order.steps(3, 0, 1) if 20 < step.number < 30]
@@ -230,7 +233,11 @@ def test_a_windowed_order_draws_from_all_of_its_window() -> None:
 
 
 def test_golden_windowed_batches() -> None:
-    steps = list(TrainingOrder(np.arange(12), 4, 3, block_size=2, window=3).steps(epoch=2, rank=0, world_size=1))
+    steps = list(
+        ShuffledBatchSampler(np.arange(12), 4, 3, block_size=2, shuffle_window_blocks=3).steps(
+            epoch=2, rank=0, world_size=1
+        )
+    )
     assert [step.samples.tolist() for step in steps] == [[11, 1, 0, 10], [2, 3, 6, 4], [7, 8, 5, 9]]
 
 
@@ -238,7 +245,7 @@ def test_golden_windowed_batches() -> None:
 def test_evaluation_has_every_sample_once_in_the_same_batches_on_any_number_of_ranks(
     count: int, batch_size: int
 ) -> None:
-    order = EvaluationOrder(positions(count), batch_size)
+    order = SequentialBatchSampler(positions(count), batch_size)
     alone = global_batches(order, 0, 1)
     assert joined(alone) == positions(count).tolist()
     assert len(alone) == order.steps_per_epoch
@@ -248,6 +255,6 @@ def test_evaluation_has_every_sample_once_in_the_same_batches_on_any_number_of_r
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_evaluation_deals_whole_batches_in_turn(ranks: int) -> None:
-    order = EvaluationOrder(positions(95), 10)
+    order = SequentialBatchSampler(positions(95), 10)
     for rank in range(ranks):
         assert [step.number for step in order.steps(0, rank, ranks)] == list(range(rank, 10, ranks))

@@ -1,4 +1,4 @@
-"""Picture files through the graph: decoded, resized each from its own size, and named if they cannot be decoded."""
+"""Picture files through the transform: decoded, resized each from its own size, and named if they cannot be decoded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from raw_files import picture, pixels
 from reference import model_input
 
 from pipeline.transforms import dali_backend
-from pipeline.transforms.build import choose_backend, make_graph
-from pipeline.transforms.dali_backend import DaliPictureGraph
-from pipeline.transforms.spec import Graph, GraphSpec, UndecodableImage
+from pipeline.transforms.build import build_transform, choose_backend
+from pipeline.transforms.dali_backend import DaliEncodedTransform
+from pipeline.transforms.spec import Transform, TransformSpec, UndecodableImage
 from shards import UserError
 from shards.stores.image_header import decode
 
@@ -35,13 +35,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-def spec_of(channels: int, resolution: int, interpolation: str = "linear", transposed: bool = False) -> GraphSpec:
+def spec_of(channels: int, resolution: int, interpolation: str = "linear", transposed: bool = False) -> TransformSpec:
     shape = (None, None, channels)
-    return GraphSpec(shape, transposed, resolution, interpolation, (0.0,) * channels, (1.0,) * channels)
+    return TransformSpec(shape, transposed, resolution, interpolation, (0.0,) * channels, (1.0,) * channels)
 
 
-def graph_of(device: torch.device, channels: int = 3, resolution: int = 24, **options: object) -> Graph:
-    return make_graph(spec_of(channels, resolution, **options), "dali", device, BATCH)
+def graph_of(device: torch.device, channels: int = 3, resolution: int = 24, **options: object) -> Transform:
+    return build_transform(spec_of(channels, resolution, **options), "dali", device, BATCH)
 
 
 def as_array(content: bytes) -> NDArray[np.uint8]:
@@ -53,7 +53,7 @@ def random_images(channels: int) -> list[NDArray[np.uint8]]:
     return [pixels(*size, channels) for size in SIZES]
 
 
-def expected(images: list[NDArray[np.uint8]], spec: GraphSpec) -> list[NDArray[np.float64]]:
+def expected(images: list[NDArray[np.uint8]], spec: TransformSpec) -> list[NDArray[np.float64]]:
     arguments = (spec.resolution, spec.interpolation, spec.transposed, spec.mean, spec.std)
     return [model_input(image[None], *arguments)[0] for image in images]
 
@@ -77,7 +77,7 @@ def test_computes_the_reference_from_pictures_of_any_size(
 ) -> None:
     images = random_images(channels)
     spec = spec_of(channels, resolution, interpolation)
-    result = make_graph(spec, "dali", device, BATCH)([as_array(picture(image)) for image in images])
+    result = build_transform(spec, "dali", device, BATCH)([as_array(picture(image)) for image in images])
     assert result.dtype == torch.float32
     assert result.device.type == device.type
     assert result.shape == (len(images), channels, resolution, resolution)
@@ -87,7 +87,7 @@ def test_computes_the_reference_from_pictures_of_any_size(
 def test_normalises_each_channel_and_turns_what_is_stored_transposed(device: torch.device) -> None:
     images = random_images(3)
     spec = spec_of(3, 31, transposed=True).normalised((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
-    result = make_graph(spec, "dali", device, BATCH)([as_array(picture(image)) for image in images])
+    result = build_transform(spec, "dali", device, BATCH)([as_array(picture(image)) for image in images])
     assert largest_error(result, expected(images, spec)) <= TOLERANCE / min(spec.std)
 
 
@@ -143,25 +143,25 @@ def test_pictures_are_turned_as_exif_asks(device: torch.device, form: str, orien
     image = Image.fromarray(pixels(3, 4, 3)).resize((30, 22), Image.Resampling.BICUBIC)
     content = picture(image, form, exif=exif, **({"quality": 95} if form == "JPEG" else {}))
     spec = spec_of(3, 24)
-    result = make_graph(spec, "dali", device, BATCH)([as_array(content)])
+    result = build_transform(spec, "dali", device, BATCH)([as_array(content)])
     assert largest_error(result, expected([decode(content, 3)], spec)) <= (TOLERANCE if device.type == "cpu" else 0.012)
 
 
 def test_takes_batches_of_any_size_and_kinds_up_to_its_own(device: torch.device) -> None:
-    graph = graph_of(device)
+    transform = graph_of(device)
     files = [as_array(made_up_file(number, number % 2).content) for number in range(BATCH)]
-    alone = torch.cat([graph([file]) for file in files])
+    alone = torch.cat([transform([file]) for file in files])
     for count in (BATCH, 1, 7, BATCH):
-        assert_alike(graph(files[:count]), alone[:count])
+        assert_alike(transform(files[:count]), alone[:count])
 
 
 def test_a_result_outlives_later_calls(device: torch.device) -> None:
-    graph = graph_of(device)
+    transform = graph_of(device)
     files = [as_array(made_up_file(number, 0).content) for number in range(BATCH)]
-    first = graph(files)
+    first = transform(files)
     before = first.clone()
     for _ in range(3):
-        graph(files[::-1])
+        transform(files[::-1])
     assert torch.equal(first, before)
 
 
@@ -215,13 +215,13 @@ def test_a_picture_that_cannot_be_decoded_is_found_in_its_batch(
     good = [as_array(made_up_file(number, 0).content) for number in range(6)]
     bad = [*good[:position], as_array(content) if content else np.empty(0, np.uint8), *good[position + 1 :]]
     monkeypatch.setattr(dali_backend, "_MOST_PIXELS", 4000)  # so that some lie in later runs
-    graph = graph_of(device)
-    before = graph(good)
+    transform = graph_of(device)
+    before = transform(good)
     with pytest.raises(UndecodableImage) as caught:
-        graph(bad)
+        transform(bad)
     assert caught.value.position == position
     assert words in caught.value.reason
-    assert_alike(graph(good), before)
+    assert_alike(transform(good), before)
 
 
 def test_what_only_dali_cannot_decode_is_told_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,17 +236,17 @@ def test_what_only_dali_cannot_decode_is_told_in_its_words(monkeypatch: pytest.M
 
 
 def test_a_failure_that_is_no_pictures_fault_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = graph_of(CPU)
-    assert isinstance(graph, DaliPictureGraph)
+    transform = graph_of(CPU)
+    assert isinstance(transform, DaliEncodedTransform)
 
     class Failing:
         def run(self, images: object) -> None:
             raise RuntimeError("out of memory")
 
-    graph._pipeline = Failing()
+    transform._pipeline = Failing()
     with pytest.raises(RuntimeError, match="out of memory"):
-        graph([as_array(PNG)])
-    assert graph([as_array(PNG)]).shape == (1, 3, 24, 24)
+        transform([as_array(PNG)])
+    assert transform([as_array(PNG)]).shape == (1, 3, 24, 24)
 
 
 # Which backend.
@@ -268,6 +268,6 @@ def test_without_dali_pictures_are_refused_with_what_to_do(
     spec = spec_of(3, 24)
     backend, _ = choose_backend(name, CPU, spec)
     with pytest.raises(UserError) as caught:
-        make_graph(spec, backend, CPU, 8)
+        build_transform(spec, backend, CPU, 8)
     assert "DALI" in caught.value.expected
     assert "nvidia-dali-cuda120" in caught.value.hint and "--size" in caught.value.hint

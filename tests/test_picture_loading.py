@@ -22,9 +22,9 @@ from reference import model_input
 from pipeline import normalization
 from pipeline.loader import Loader
 from pipeline.preview import _GAP, _HEADER, _LABEL, _MARGIN, _TILE, contact_sheet, read_images
-from pipeline.sampler import EvaluationOrder, Order, TrainingOrder
-from pipeline.transforms.build import make_graph
-from pipeline.transforms.spec import GraphSpec
+from pipeline.sampler import BatchSampler, SequentialBatchSampler, ShuffledBatchSampler
+from pipeline.transforms.build import build_transform
+from pipeline.transforms.spec import TransformSpec
 from shards import UserError, open_split
 from shards.index import index
 from shards.stores.base import Store
@@ -62,9 +62,9 @@ def set_of_pictures(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
-def make_loader(store: Store, order: Order, device: torch.device, rank: int = 0, world_size: int = 1) -> Loader:
-    graph = make_graph(GraphSpec.of(store.manifest, RESOLUTION), "dali", device, order.batch_size)
-    return Loader(store, order, graph, device, rank=rank, world_size=world_size)
+def make_loader(store: Store, order: BatchSampler, device: torch.device, rank: int = 0, world_size: int = 1) -> Loader:
+    transform = build_transform(TransformSpec.of(store.manifest, RESOLUTION), "dali", device, order.batch_size)
+    return Loader(store, order, transform, device, rank=rank, world_size=world_size)
 
 
 def expected(store: Store, samples: np.ndarray) -> np.ndarray:
@@ -75,25 +75,25 @@ def expected(store: Store, samples: np.ndarray) -> np.ndarray:
 
 def test_batches_hold_what_order_and_store_say(set_of_pictures: Path, device: torch.device) -> None:
     store = open_split(set_of_pictures, "train")
-    order = TrainingOrder(np.arange(len(store)), 30, 3)
+    order = ShuffledBatchSampler(np.arange(len(store)), 30, 3)
     batches = list(make_loader(store, order, device).batches(epoch=2))
     assert len(batches) == 4
     for batch, step in zip(batches, order.steps(2, 0, 1), strict=True):
         allowed = TOLERANCE if device.type == "cpu" else 3 / 255
         assert np.abs(batch.images.cpu().numpy() - expected(store, step.samples)).max() <= allowed
         assert batch.labels.tolist() == store.labels[step.samples].tolist()
-        assert batch.rows.tolist() == store.rows[step.samples].tolist()
-        assert {tensor.device.type for tensor in (batch.images, batch.labels, batch.rows)} == {device.type}
+        assert batch.source_index.tolist() == store.rows[step.samples].tolist()
+        assert {tensor.device.type for tensor in (batch.images, batch.labels, batch.source_index)} == {device.type}
 
 
 def test_ranks_share_a_global_batch(set_of_pictures: Path) -> None:
     store = open_split(set_of_pictures, "train")
-    order = TrainingOrder(np.arange(len(store)), 33, 3)
+    order = ShuffledBatchSampler(np.arange(len(store)), 33, 3)
     alone = list(make_loader(store, order, CPU).batches(1))
     shares = [list(make_loader(store, order, CPU, rank, 2).batches(1)) for rank in range(2)]
     for whole, *parts in zip(alone, *shares, strict=True):
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
-        assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
+        assert torch.equal(torch.cat([part.source_index for part in parts]), whole.source_index)
 
 
 def test_a_picture_damaged_after_packing_is_named(packed: Path, tmp_path: Path, device: torch.device) -> None:
@@ -106,7 +106,7 @@ def test_a_picture_damaged_after_packing_is_named(packed: Path, tmp_path: Path, 
     path.write_bytes(content)
     store = open_split(copy, "train")
     sample = int(member.name[:8])
-    error = refusal(lambda: list(make_loader(store, TrainingOrder(np.arange(120), 32, 0), device).batches()))
+    error = refusal(lambda: list(make_loader(store, ShuffledBatchSampler(np.arange(120), 32, 0), device).batches()))
     assert error.found.startswith(f"{path}: {member.name} (row {store.rows[sample]}): a picture that cannot be decoded")
     assert "shards.verify" in error.hint
     named = refusal(lambda: read_images(store, np.array([sample])))
@@ -115,7 +115,7 @@ def test_a_picture_damaged_after_packing_is_named(packed: Path, tmp_path: Path, 
 
 def test_statistics_are_those_of_the_reference(set_of_pictures: Path, device: torch.device) -> None:
     store = open_split(set_of_pictures, "train")
-    measured = normalization.measure(store, GraphSpec.of(store.manifest, RESOLUTION), "dali", device)
+    measured = normalization.measure(store, TransformSpec.of(store.manifest, RESOLUTION), "dali", device)
     reference = expected(store, np.arange(len(store)))
     # Each picture counts the same, whatever its size.
     np.testing.assert_allclose(measured.mean, reference.mean(axis=(0, 2, 3)), atol=1e-5)
@@ -130,7 +130,7 @@ def test_statistics_of_a_sorted_set_are_taken_from_everywhere(foreign: Path, mon
     samples = normalization._choose(store)
     assert len(samples) == len(set(samples.tolist())) == 30
     assert np.bincount(store.labels[samples]).tolist() == [15, 15]
-    assert normalization.measure(store, GraphSpec.of(store.manifest, 8), "dali", CPU).samples == 30
+    assert normalization.compute_stats(store, TransformSpec.of(store.manifest, 8), "dali", CPU).samples == 30
 
 
 def test_a_contact_sheet_shows_pictures_in_their_own_shape(tmp_path: Path) -> None:
@@ -218,9 +218,9 @@ def test_a_dry_run_tells_of_picture_files(
 
 def test_evaluation_covers_every_picture_once(set_of_pictures: Path) -> None:
     store = open_split(set_of_pictures, "test")
-    order = EvaluationOrder(np.arange(len(store)), 16)
+    order = SequentialBatchSampler(np.arange(len(store)), 16)
     batches = [batch for rank in range(3) for batch in make_loader(store, order, CPU, rank, 3).batches()]
-    assert sorted(row for batch in batches for row in batch.rows.tolist()) == sorted(store.rows.tolist())
+    assert sorted(row for batch in batches for row in batch.source_index.tolist()) == sorted(store.rows.tolist())
 
 
 def test_made_up_classes_differ_in_where_they_are_bright() -> None:

@@ -16,11 +16,11 @@ from nvidia.dali import Pipeline
 from scipy import ndimage
 
 from pipeline import normalization
-from pipeline.transforms.build import make_graph
+from pipeline.transforms.build import build_transform
 from pipeline.transforms.ops.foreground import contour, ink
 from pipeline.transforms.ops.morphology import opened, thickened
-from pipeline.transforms.preprocess import Preparation
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.preprocess import Preprocessing
+from pipeline.transforms.spec import TransformSpec
 from shards import UserError, open_split
 
 SHAPES = {"gray": (28, 28, 1), "rgb": (20, 31, 3)}
@@ -55,7 +55,7 @@ def drawings(count: int, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 def prepared(images: NDArray[np.uint8], device: torch.device, **steps: object) -> NDArray[np.uint8]:
     before = images.copy()
-    result = Preparation(**steps)(torch.from_numpy(images).to(device))
+    result = Preprocessing(**steps)(torch.from_numpy(images).to(device))
     assert np.array_equal(images, before)
     assert result.dtype == torch.uint8
     assert result.is_contiguous()
@@ -118,8 +118,8 @@ def test_equalised_emnist_has_the_moments_that_are_known(shared_data: Path) -> N
     path = shared_data / "emnist" / "emnist-byclass-train-images-idx3-ubyte.gz"
     with gzip.open(path) as file:
         raw = np.frombuffer(file.read(16 + 5000 * 784), np.uint8, offset=16).reshape(-1, 28, 28, 1).copy()
-    spec = GraphSpec((28, 28, 1), True, 112, preparation=Preparation(equalize=True))
-    found = make_graph(spec, "torch", torch.device("cpu"), len(raw))(raw)
+    spec = TransformSpec((28, 28, 1), True, 112, preprocessing=Preprocessing(equalize=True))
+    found = build_transform(spec, "torch", torch.device("cpu"), len(raw))(raw)
     assert float(found.mean()) == pytest.approx(0.171, abs=0.003)
     assert float(found.std()) == pytest.approx(0.285, abs=0.003)
 
@@ -154,14 +154,14 @@ def test_steps_follow_one_another(images: NDArray[np.uint8], device: torch.devic
 def test_graphs_prepare_before_they_resize(
     images: NDArray[np.uint8], device: torch.device, backend: str, transposed: bool
 ) -> None:
-    steps = Preparation(invert=True, opening=1, crop_to_ink=0.1, equalize=True)
+    steps = Preprocessing(invert=True, opening=1, crop_to_ink=0.1, equalize=True)
     channels = images.shape[3]
-    plain = GraphSpec(images.shape[1:], transposed, 40, "linear", (0.0,) * channels, (1.0,) * channels)
-    whole = GraphSpec(plain.image_shape, transposed, 40, "linear", plain.mean, plain.std, steps)
+    plain = TransformSpec(images.shape[1:], transposed, 40, "linear", (0.0,) * channels, (1.0,) * channels)
+    whole = TransformSpec(plain.image_shape, transposed, 40, "linear", plain.mean, plain.std, steps)
     before = images.copy()
-    result = make_graph(whole, backend, device, 16)(images)
+    result = build_transform(whole, backend, device, 16)(images)
     assert np.array_equal(images, before)
-    by_hand = make_graph(plain, backend, device, 16)(steps(torch.from_numpy(images)).numpy())
+    by_hand = build_transform(plain, backend, device, 16)(steps(torch.from_numpy(images)).numpy())
     assert torch.equal(result, by_hand)
 
 
@@ -169,11 +169,11 @@ def test_statistics_are_those_of_prepared_images_and_kept_apart(tmp_path: Path) 
     packed = pack_parts(made_up_parts(train=60, test=10), tmp_path / "set")
     store, cpu = open_split(packed, "train"), torch.device("cpu")
     found = {}
-    for steps in (Preparation(), Preparation(invert=True), Preparation(crop_to_ink=0.1, equalize=True)):
-        spec = GraphSpec.of(store.manifest, 20, "linear", steps)
-        found[steps] = normalization.cached(store, packed / "train", spec, "torch", cpu)
-        assert found[steps] == normalization.cached(store, packed / "train", spec, "torch", cpu)
-        assert found[steps] == normalization.measure(store, spec, "torch", cpu)
+    for steps in (Preprocessing(), Preprocessing(invert=True), Preprocessing(crop_to_ink=0.1, equalize=True)):
+        spec = TransformSpec.of(store.manifest, 20, "linear", steps)
+        found[steps] = normalization.load_or_compute_stats(store, packed / "train", spec, "torch", cpu)
+        assert found[steps] == normalization.load_or_compute_stats(store, packed / "train", spec, "torch", cpu)
+        assert found[steps] == normalization.compute_stats(store, spec, "torch", cpu)
     plain, inverted, _ = found.values()
     assert inverted.mean[0] == pytest.approx(1 - plain.mean[0], abs=1e-6)
     names = {path.name for path in (packed / "train" / "statistics").iterdir()}
@@ -182,7 +182,9 @@ def test_statistics_are_those_of_prepared_images_and_kept_apart(tmp_path: Path) 
 
 @pytest.mark.parametrize("steps", [{"equalize": True}, {"crop_to_ink": 0.0}, {"invert": "auto", "opening": 1}])
 def test_picture_files_are_refused(steps: dict[str, object]) -> None:
-    spec = GraphSpec((None, None, 3), False, 28, mean=(0.0,) * 3, std=(1.0,) * 3, preparation=Preparation(**steps))
+    spec = TransformSpec(
+        (None, None, 3), False, 28, mean=(0.0,) * 3, std=(1.0,) * 3, preprocessing=Preprocessing(**steps)
+    )
     with pytest.raises(UserError, match=next(iter(steps))) as caught:
-        make_graph(spec, "dali", torch.device("cpu"), 8)
+        build_transform(spec, "dali", torch.device("cpu"), 8)
     assert "--size N" in caught.value.hint

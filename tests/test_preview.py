@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline import preview
 from pipeline.preview import contact_sheet, upright
 from pipeline.transforms.augmentation import Augmentation
-from pipeline.transforms.preprocess import Preparation
+from pipeline.transforms.preprocess import Preprocessing
 from shards import UserError, open_split
 
 CLASSES = 5
@@ -73,7 +73,7 @@ def test_what_a_recipe_trains_on_is_shown_beside_the_raw_images(made_up_set: Pat
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == str(out)
     store = open_split(made_up_set, "train")
-    steps, augmentation = Preparation(invert=True), Augmentation(rotation=20)
+    steps, augmentation = Preprocessing(invert=True), Augmentation(rotation=20)
     expected = contact_sheet(store, 28, "linear", steps, augmentation)
     with Image.open(out) as sheet:
         assert np.array_equal(np.asarray(sheet), np.asarray(expected))

@@ -179,7 +179,7 @@ def test_all_batch_sizes_of_a_resolution_share_one_compilation(recipe: Path, mon
     """With a back end that builds nothing, to count how often dynamo asks it to."""
     asked: list[int] = []
 
-    def build(graph: torch.fx.GraphModule, examples: list[object]) -> object:
+    def build(graph: torch.fx.TransformModule, examples: list[object]) -> object:
         asked.append(len(examples))
         return graph.forward
 

@@ -99,7 +99,7 @@ def test_every_epoch_has_its_resolution_with_its_own_statistics(made_up_set: Pat
         for batch in data.train.batches(epoch):
             assert batch.images.shape[1:] == (1, side, side)
             assert batch_size - 1 <= batch.global_size <= batch_size or batch.global_size == len(data.train.samples)
-            seen.append(batch.rows)
+            seen.append(batch.source_index)
             total += float(batch.images.double().mean(dim=(1, 2, 3)).sum())
             squares += float(batch.images.double().square().mean(dim=(1, 2, 3)).sum())
         rows = np.sort(torch.cat(seen).numpy())

@@ -231,8 +231,8 @@ def test_periods_go_on_where_the_one_before_stopped_and_the_schedule_ends_at_its
         data = open_data(settings, world)
         assert data.train.steps(0) == 5
         stretched = Stretched(data.train, steps=7)
-        rows = [batch.rows for number in range(3) for batch in stretched.batches(number)]
-        passes = [batch.rows for number in range(5) for batch in data.train.batches(number)]
+        rows = [batch.source_index for number in range(3) for batch in stretched.batches(number)]
+        passes = [batch.source_index for number in range(5) for batch in data.train.batches(number)]
         assert len(rows) == 21
         assert all(torch.equal(one, other) for one, other in zip(rows, passes, strict=False))
         assert [batch.step for batch in stretched.batches(1, first_step=4)] == [4, 5, 6]

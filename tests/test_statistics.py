@@ -1,4 +1,4 @@
-"""Mean and deviation of the model input: exact, the same for both graphs, and measured only when they must be."""
+"""Mean and deviation of the model input: exact, the same for both transforms, and measured only when they must be."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from conftest import made_up_parts, pack_parts
 from reference import model_input
 
 from pipeline import normalization
-from pipeline.normalization import Statistics, cached, measure
-from pipeline.transforms.spec import GraphSpec
+from pipeline.normalization import DatasetStats, compute_stats, load_or_compute_stats
+from pipeline.transforms.spec import TransformSpec
 from shards import open_split
 from shards.stores.base import Store
 
@@ -62,7 +62,7 @@ def test_measures_mean_and_deviation_of_the_model_input(
 ) -> None:
     parts = made_up_parts(train=150, test=20, shape=shape, transposed=transposed)
     store = open_split(pack_parts(parts, tmp_path / "set"), "train")
-    measured = measure(store, GraphSpec.of(store.manifest, resolution, interpolation), backend, device)
+    measured = compute_stats(store, TransformSpec.of(store.manifest, resolution, interpolation), backend, device)
     mean, std = from_reference(store, resolution, interpolation)
     assert measured.samples == 150
     assert np.abs(np.array(measured.mean) - mean).max() < 1e-6
@@ -70,9 +70,9 @@ def test_measures_mean_and_deviation_of_the_model_input(
 
 
 def test_the_normalised_input_has_mean_0_and_deviation_1(store: Store) -> None:
-    spec = GraphSpec.of(store.manifest, 20)
-    measured = measure(store, spec, "torch", CPU)
-    again = measure(store, spec.normalised(measured.mean, measured.std), "torch", CPU)
+    spec = TransformSpec.of(store.manifest, 20)
+    measured = compute_stats(store, spec, "torch", CPU)
+    again = compute_stats(store, spec.normalised(measured.mean, measured.std), "torch", CPU)
     assert again == measured, "the spec's own normalisation must not change what is measured"
     images = np.empty((len(store), *store.manifest.image_shape), np.uint8)
     store.gather(np.arange(len(store)), images)
@@ -87,32 +87,34 @@ def test_blank_images_are_not_divided_by_nothing(tmp_path: Path) -> None:
         for part in made_up_parts(train=30, test=10)
     )
     blank = open_split(pack_parts(parts, tmp_path / "set"), "train")
-    measured = measure(blank, GraphSpec.of(blank.manifest, 28), "torch", CPU)
+    measured = compute_stats(blank, TransformSpec.of(blank.manifest, 28), "torch", CPU)
     assert measured.mean == pytest.approx((0.2,), abs=1e-6)
     assert measured.std == (1.0,)
 
 
 def test_is_measured_once_and_then_read(packed: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = GraphSpec.of(store.manifest, 20)
-    first = cached(store, packed / "train", spec, "torch", CPU)
-    assert first == measure(store, spec, "torch", CPU)
-    monkeypatch.setattr(normalization, "measure", _must_not_measure)
-    assert cached(store, packed / "train", spec, "torch", CPU) == first
+    spec = TransformSpec.of(store.manifest, 20)
+    first = load_or_compute_stats(store, packed / "train", spec, "torch", CPU)
+    assert first == compute_stats(store, spec, "torch", CPU)
+    monkeypatch.setattr(normalization, "compute_stats", _must_not_measure)
+    assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU) == first
 
 
 def test_what_the_file_says_is_what_is_used(packed: Path, store: Store) -> None:
-    spec = GraphSpec.of(store.manifest, 20)
-    cached(store, packed / "train", spec, "torch", CPU)
+    spec = TransformSpec.of(store.manifest, 20)
+    load_or_compute_stats(store, packed / "train", spec, "torch", CPU)
     path = _only_file(packed)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": [0.25]}))
-    assert cached(store, packed / "train", spec, "torch", CPU).mean == (0.25,)
+    assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU).mean == (0.25,)
 
 
 def test_sizes_and_interpolations_are_kept_apart(packed: Path, store: Store) -> None:
-    specs = [GraphSpec.of(store.manifest, *kind) for kind in ((20, "linear"), (20, "cubic"), (40, "linear"))]
-    assert len({cached(store, packed / "train", spec, "torch", CPU) for spec in specs}) == 3
+    specs = [TransformSpec.of(store.manifest, *kind) for kind in ((20, "linear"), (20, "cubic"), (40, "linear"))]
+    assert len({load_or_compute_stats(store, packed / "train", spec, "torch", CPU) for spec in specs}) == 3
     for spec in specs:
-        assert cached(store, packed / "train", spec, "torch", CPU) == measure(store, spec, "torch", CPU)
+        assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU) == compute_stats(
+            store, spec, "torch", CPU
+        )
 
 
 @pytest.mark.parametrize(
@@ -126,12 +128,12 @@ def test_sizes_and_interpolations_are_kept_apart(packed: Path, store: Store) -> 
     ids=["another pack's", "without a digest", "cut", "empty"],
 )
 def test_a_file_that_is_not_of_this_pack_is_measured_anew(packed: Path, store: Store, spoil) -> None:
-    spec = GraphSpec.of(store.manifest, 20)
-    first = cached(store, packed / "train", spec, "torch", CPU)
+    spec = TransformSpec.of(store.manifest, 20)
+    first = load_or_compute_stats(store, packed / "train", spec, "torch", CPU)
     path = _only_file(packed)
     whole = path.read_text()
     path.write_text(spoil(whole))
-    assert cached(store, packed / "train", spec, "torch", CPU) == first
+    assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU) == first
     assert path.read_text() == whole
 
 
@@ -142,14 +144,16 @@ def test_a_place_that_cannot_be_written_only_warns(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(normalization, "write_file", refuse)
-    spec = GraphSpec.of(store.manifest, 20)
+    spec = TransformSpec.of(store.manifest, 20)
     with caplog.at_level(logging.WARNING):
-        assert cached(store, packed / "train", spec, "torch", CPU) == measure(store, spec, "torch", CPU)
+        assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU) == compute_stats(
+            store, spec, "torch", CPU
+        )
     assert "Permission denied" in caplog.text
     assert "measured again" in caplog.text
 
 
-def _must_not_measure(*arguments: object) -> Statistics:
+def _must_not_measure(*arguments: object) -> DatasetStats:
     raise AssertionError("measured again")
 
 

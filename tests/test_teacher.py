@@ -158,7 +158,7 @@ def test_a_step_with_a_teacher_can_be_taken_again(recipe: Path, teacher: Path, t
     training = student_of(recipe, teacher)
     training.epoch = epoch
     batch = first_batch(training, epoch)
-    share = {"images": batch.images.clone(), "labels": batch.labels, "rows": batch.rows}
+    share = {"images": batch.images.clone(), "labels": batch.labels, "rows": batch.source_index}
     nonfinite._save(tmp_path / "step" / "step.pt", training, batch, [share])
     loss = float(engine.train_step(training, batch, 1, True))
     again, found = take_step(checkpoint.load(tmp_path / "step" / "step.pt"), 0, CPU)

@@ -126,7 +126,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
         evaluate = engine.evaluate
 
         def watched(model: Any, loader: Any, *arguments: Any, **options: Any) -> Any:
-            judged.append(len(loader.order.samples))
+            judged.append(len(loader.sampler.samples))
             return evaluate(model, loader, *arguments, **options)
 
         patch.setattr(engine, "evaluate", watched)

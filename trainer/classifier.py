@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.transforms.export_module import GraphModule
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.export_module import TransformModule
+from pipeline.transforms.spec import TransformSpec
 from trainer.decision import Decided
 from trainer.views import mean_logits
 
@@ -14,10 +14,10 @@ from trainer.views import mean_logits
 class Classifier(nn.Module):
     """Orientation, resize and normalisation, then the model, then its decision and temperature."""
 
-    def __init__(self, spec: GraphSpec, model: nn.Module, views: str, decided: Decided) -> None:
+    def __init__(self, spec: TransformSpec, model: nn.Module, views: str, decided: Decided) -> None:
         """model: from float32 [N, C, R, R] to logits; changed so that it can be exported. views: see `mean_logits`."""
         super().__init__()
-        self.preprocessing = GraphModule(spec)
+        self.preprocessing = TransformModule(spec)
         self.model = _exportable(model)
         self._views = views
         self.decided = decided

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from pipeline.common.stratified import stratified
 from pipeline.intake import Intake
 from pipeline.loader import Loader
-from pipeline.normalization import cached
-from pipeline.sampler import EvaluationOrder, TrainingOrder, window_within
-from pipeline.transforms.build import choose_backend, make_graph
-from pipeline.transforms.spec import Graph, GraphSpec
+from pipeline.normalization import load_or_compute_stats
+from pipeline.sampler import SequentialBatchSampler, ShuffledBatchSampler, max_shuffle_window
+from pipeline.transforms.build import build_transform, choose_backend
+from pipeline.transforms.spec import Transform, TransformSpec
 from shards import Manifest, UserError, open_split
 from shards.manifest import VALIDATION, has_part
 from shards.remote.sets import resolve_dataset
@@ -46,7 +46,7 @@ class TrainingData:
 
     manifest: Manifest
     digest: str
-    spec: GraphSpec
+    spec: TransformSpec
     intake: Intake
     backend: str
     backend_reason: str
@@ -97,7 +97,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         )
     manifest = train_store.manifest
     parts = phases(config)
-    spec = GraphSpec.of(manifest, parts[-1].resolution, config.data.interpolation, config.data.preparation())
+    spec = TransformSpec.of(manifest, parts[-1].resolution, config.data.interpolation, config.data.preparation())
     augmentation = config.augment.augmentation()
     if manifest.image_shape[2] == 1 and (augmentation.saturation or augmentation.hue):
         log.warning("augment.saturation and augment.hue have no effect on images without colour")
@@ -108,16 +108,18 @@ def open_data(config: Config, world: World) -> TrainingData:
     }
     spec = specs[parts[-1].resolution]
     largest_batch = max(phase.batch_size for phase in parts)
-    graph = make_graph(spec, backend, world.device, parts[-1].batch_size)
+    graph = build_transform(spec, backend, world.device, parts[-1].batch_size)
 
-    def graph_of(phase: Phase) -> Graph:
+    def graph_of(phase: Phase) -> Transform:
         if phase[1:] == parts[-1][1:] and not augmentation:
             return graph
-        return make_graph(specs[phase.resolution], backend, world.device, phase.batch_size, augmentation)
+        return build_transform(specs[phase.resolution], backend, world.device, phase.batch_size, augmentation)
 
     ranks = {"rank": world.rank, "world_size": world.size}
-    window = world.share(window_within(manifest, int(memory * _TRAIN_SHARE), largest_batch))
-    order = TrainingOrder(train, config.loader.batch_size, config.seed, manifest.block_size, window, augmentation)
+    window = world.share(max_shuffle_window(manifest, int(memory * _TRAIN_SHARE), largest_batch))
+    order = ShuffledBatchSampler(
+        train, config.loader.batch_size, config.seed, manifest.block_size, window, augmentation
+    )
     return TrainingData(
         manifest=manifest,
         digest="".join(store.manifest.digest() for store in stores),
@@ -134,13 +136,13 @@ def open_data(config: Config, world: World) -> TrainingData:
 
 
 def _normalised(
-    spec: GraphSpec, config: Config, store: Store, directory: Path, backend: str, world: World
-) -> GraphSpec:
+    spec: TransformSpec, config: Config, store: Store, directory: Path, backend: str, world: World
+) -> TransformSpec:
     """A spec with the mean and deviation of the train part at its resolution, or that brings pixels to -1 .. 1."""
     if config.data.normalize == "half":
         half = (0.5,) * spec.image_shape[2]
         return spec.normalised(half, half)
-    statistics = world.on_first(lambda: cached(store, directory / "train", spec, backend, world.device))
+    statistics = world.on_first(lambda: load_or_compute_stats(store, directory / "train", spec, backend, world.device))
     return spec.normalised(statistics.mean, statistics.std)
 
 
@@ -165,13 +167,15 @@ def carve(
     return rest[stratified(labels[rest], subset, seed)], np.flatnonzero(aside)
 
 
-def evaluation_loader(store: Store, samples: NDArray[np.int64], graph: Graph, config: Config, world: World) -> Loader:
+def evaluation_loader(
+    store: Store, samples: NDArray[np.int64], graph: Transform, config: Config, world: World
+) -> Loader:
     """A loader that gives every sample once, dealt to the ranks.
 
     The size of its batches follows from the settings, not from the number of ranks, so that predictions are the same
     to the last bit on any number.
     """
-    order = EvaluationOrder(samples, min(config.loader.batch_size, _MOST_IN_EVALUATION))
+    order = SequentialBatchSampler(samples, min(config.loader.batch_size, _MOST_IN_EVALUATION))
     return Loader(store, order, graph, world.device, rank=world.rank, world_size=world.size)
 
 

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.loader import Batch, Loader
-from pipeline.transforms.build import choose_backend, make_graph
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.build import build_transform, choose_backend
+from pipeline.transforms.spec import TransformSpec
 from shards import UserError
 from shards.atomic import check_writable, write_file
 from shards.cli import run_command
@@ -122,7 +122,7 @@ def evaluate(
         calibrated = logits / temperature
         losses = [F.cross_entropy(each, batch.labels, reduction="sum") for each in (logits, calibrated)]
         loss += torch.stack(losses).double()
-        rows.append(batch.rows)
+        rows.append(batch.source_index)
         labels.append(batch.labels)
         predicted.append(top.indices)
         confidence.append(calibrated.softmax(dim=1).amax(dim=1))
@@ -154,7 +154,7 @@ def logits_of(
     for batch in loader.batches():
         if received:
             break
-        rows.append(batch.rows)
+        rows.append(batch.source_index)
         labels.append(batch.labels)
         logits.append(model_logits(model, batch, settings, world))
     if world.largest(len(received)):
@@ -193,10 +193,10 @@ def loader_for(store: Store, trained: TrainedModel, world: World) -> Loader:
             hint="name a packed set of such images",
         )
     data = config.data
-    spec = GraphSpec.of(manifest, data.final_resolution, data.interpolation, data.preparation())
+    spec = TransformSpec.of(manifest, data.final_resolution, data.interpolation, data.preparation())
     backend, _ = choose_backend(config.loader.backend, world.device, spec)
     spec = spec.normalised(trained.mean, trained.std)
-    graph = make_graph(spec, backend, world.device, config.loader.batch_size)
+    graph = build_transform(spec, backend, world.device, config.loader.batch_size)
     return evaluation_loader(store, np.arange(len(store)), graph, config, world)
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.spec import TransformSpec
 from shards import Manifest, UserError
 from shards.atomic import check_writable, made_directory, write_file
 from shards.cli import run_command
@@ -45,7 +45,7 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
     target = _target(run, form, out)
     train, store = finished.data(shards)
     data = config.data
-    spec = GraphSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preparation())
+    spec = TransformSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preparation())
     spec = spec.normalised(trained.mean, trained.std)
     if spec.encoded and form != "safetensors":
         raise UserError(
@@ -69,7 +69,7 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
 def _written(
     form: str,
     trained: TrainedModel,
-    spec: GraphSpec,
+    spec: TransformSpec,
     expected: parity.Reference,
     metadata: dict[str, Any],
 ) -> tuple[bytes, NDArray[np.float32]]:

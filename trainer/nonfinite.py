@@ -137,7 +137,7 @@ def look_closely(training: Training, directory: RunDirectory, batch: Batch, loss
     found = world.each(here)
     if not any(found):
         return
-    share = {"images": batch.images.cpu(), "labels": batch.labels.cpu(), "rows": batch.rows.cpu()}
+    share = {"images": batch.images.cpu(), "labels": batch.labels.cpu(), "rows": batch.source_index.cpu()}
     shares = world.gather(share)
     path = directory.path / "nonfinite" / f"epoch-{training.epoch + 1}-step-{batch.step + 1}.pt"
     outcome: tuple[Path | None, tuple[int, ...]] = (None, ())

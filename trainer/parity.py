@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.transforms.build import choose_backend, make_graph
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.build import build_transform, choose_backend
+from pipeline.transforms.spec import TransformSpec
 from shards.errors import UserError
 from shards.stores.base import Images, Store
 from trainer.data import evaluation_loader
@@ -46,17 +46,17 @@ class Parity:
 
 
 @torch.inference_mode()
-def reference(config: Config, spec: GraphSpec, model: nn.Module, decided: Decided, store: Store) -> Reference:
+def reference(config: Config, spec: TransformSpec, model: nn.Module, decided: Decided, store: Store) -> Reference:
     """Answers of the trainer's own graph and evaluation, on the first samples of a part, on this processor in fp32."""
     cpu = World(rank=0, size=1, device=torch.device("cpu"))
     settings = config.trainer.model_copy(update={"precision": "fp32"})
     samples = np.arange(min(len(store), _SAMPLES))
-    graph = make_graph(spec, choose_backend(config.loader.backend, cpu.device, spec)[0], cpu.device, len(samples))
+    graph = build_transform(spec, choose_backend(config.loader.backend, cpu.device, spec)[0], cpu.device, len(samples))
     inputs, probabilities, rows = [], [], []
     for batch in evaluation_loader(store, samples, graph, config, cpu).batches():
         inputs.append(batch.images.clone(memory_format=torch.contiguous_format))
         probabilities.append(decided(model_logits(model.eval(), batch, settings, cpu)))
-        rows.append(batch.rows)
+        rows.append(batch.source_index)
     return Reference(store.read(samples), torch.cat(inputs), torch.cat(probabilities).numpy(), torch.cat(rows).numpy())
 
 

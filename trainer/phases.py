@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.loader import Batch, Loader
-from pipeline.sampler import TrainingOrder
-from pipeline.transforms.spec import Graph
+from pipeline.sampler import ShuffledBatchSampler
+from pipeline.transforms.spec import Transform
 from shards.stores.base import Store
 from trainer.settings import Config
 
@@ -42,16 +42,16 @@ def phases(config: Config) -> tuple[Phase, ...]:
 class TrainingLoader:
     """Batches for training, each epoch at its phase's resolution and batch size.
 
-    samples: int64 [N], the positions in the store that an epoch consists of. window: see `TrainingOrder`.
+    samples: int64 [N], the positions in the store that an epoch consists of. window: see `ShuffledBatchSampler`.
     Like a `Loader` it keeps no state: which batch comes when follows from (epoch, step).
     """
 
     def __init__(
         self,
         store: Store,
-        order: TrainingOrder,
+        order: ShuffledBatchSampler,
         phases: tuple[Phase, ...],
-        graph: Callable[[Phase], Graph],
+        graph: Callable[[Phase], Transform],
         device: torch.device,
         *,
         rank: int = 0,
@@ -59,13 +59,13 @@ class TrainingLoader:
     ) -> None:
         """order: its batch size is replaced by the phase's. graph: builds the graph of a phase, when it begins."""
         self.phases = phases
-        self.window = order.window
+        self.window = order.shuffle_window_blocks
         self._store = store
         self._order = order
         self._graph = graph
         self._device = device
         self._ranks = {"rank": rank, "world_size": world_size}
-        self.timed: Callable[[Graph], Graph] | None = None
+        self.timed: Callable[[Transform], Transform] | None = None
         """Wraps graphs, to take their time."""
         self._open: tuple[Phase, Loader] | None = None
 
@@ -76,8 +76,8 @@ class TrainingLoader:
     def phase(self, epoch: int) -> Phase:
         return [phase for phase in self.phases if phase.first <= epoch][-1]
 
-    def order(self, epoch: int) -> TrainingOrder:
-        return replace(self._order, batch_size=self.phase(epoch).batch_size, window=self.window)
+    def order(self, epoch: int) -> ShuffledBatchSampler:
+        return replace(self._order, batch_size=self.phase(epoch).batch_size, shuffle_window_blocks=self.window)
 
     def steps(self, epoch: int) -> int:
         """Global batches of an epoch."""

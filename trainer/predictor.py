@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from pipeline.common.device import choose_device
 from pipeline.intake import Intake
-from pipeline.transforms.build import choose_backend, make_graph
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.build import build_transform, choose_backend
+from pipeline.transforms.spec import TransformSpec
 from shards import UserError
 from shards.stores.base import Store
 from trainer.arithmetic import autocast, laid_out
@@ -49,7 +49,7 @@ class Predictor:
         self.intake = Intake.of_state(trained.adapter_state)
         self.batch_size = min(self._config.loader.batch_size, _MOST_AT_ONCE)
         # The intake gives upright images, whichever way round those of the set lie.
-        self._spec = GraphSpec(
+        self._spec = TransformSpec(
             image_shape=self.intake.image_shape,
             transposed=False,
             resolution=self.resolution,
@@ -59,7 +59,7 @@ class Predictor:
             preparation=self._config.data.preparation(),
         )
         backend, _ = choose_backend(self._config.loader.backend, self._device, self._spec)
-        self._graph = make_graph(self._spec, backend, self._device, self.batch_size)
+        self._graph = build_transform(self._spec, backend, self._device, self.batch_size)
         self._model = trained.build_model(self._device).eval()
 
     @torch.inference_mode()

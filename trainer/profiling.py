@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.loader import Batch
-from pipeline.transforms.augmentation import Draws
-from pipeline.transforms.spec import Graph
+from pipeline.transforms.augmentation import AugmentationParams
+from pipeline.transforms.spec import Transform
 from shards.atomic import replace_file
 from shards.stores.base import Images
 
@@ -62,12 +62,12 @@ class TimeProfile:
             self._add(part, self._last_event, event)
             self._last_event = event
 
-    def timed(self, graph: Graph) -> Graph:
+    def timed(self, graph: Transform) -> Transform:
         """The graph, with its time taken as a part of its own."""
 
         return _TimedGraph(graph, self)
 
-    def time_graph(self, graph: Graph, images: Images, draws: Draws | None) -> torch.Tensor:
+    def time_graph(self, graph: Transform, images: Images, draws: AugmentationParams | None) -> torch.Tensor:
         start, event = time.perf_counter(), self._event()
         output = graph(images, draws)
         self._host[LOADING].append(time.perf_counter() - start)
@@ -121,12 +121,12 @@ class TimeProfile:
 class _TimedGraph:
     """A graph whose calls a profile takes the time of."""
 
-    def __init__(self, graph: Graph, profile: TimeProfile) -> None:
+    def __init__(self, graph: Transform, profile: TimeProfile) -> None:
         self._graph = graph
         self._profile = profile
-        self.worth_joining = graph.worth_joining
+        self.max_fused_batch = graph.max_fused_batch
 
-    def __call__(self, images: Images, draws: Draws | None = None) -> torch.Tensor:
+    def __call__(self, images: Images, draws: AugmentationParams | None = None) -> torch.Tensor:
         return self._profile.time_graph(self._graph, images, draws)
 
 

@@ -167,10 +167,10 @@ def print_head(training: Training, directory: RunDirectory, source: Path | None)
             "one smaller batch",
             file=sys.stderr,
         )
-    validation = len(data.validation.order.samples) if data.validation else 0
+    validation = len(data.validation.sampler.samples) if data.validation else 0
     print(
         f"{data.manifest.name}: {len(data.train.samples):,} training, {validation:,} validation, "
-        f"{len(data.test.order.samples):,} test images of {len(data.classes)} classes\n"
+        f"{len(data.test.sampler.samples):,} test images of {len(data.classes)} classes\n"
         f"{_by_phase(data, lambda phase: f'{data.train.steps(phase.first):,} steps an epoch')}, "
         f"{_by_phase(data, lambda phase: f'{phase.batch_size:,} images each')}\n"
         f"{settings.model.name} at {_by_phase(data, lambda phase: f'{phase.resolution}x{phase.resolution}')}, "

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.transforms.preprocess import Preparation
+from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import MAX_RESOLUTION
 from trainer.augment import Augment
 from trainer.networks import SMALLEST
@@ -77,9 +77,9 @@ class Data(Section):
         """Pairs of an epoch (from 1) and the resolution from then on."""
         return ((1, self.resolution),) if isinstance(self.resolution, int) else self.resolution
 
-    def preparation(self) -> Preparation:
+    def preparation(self) -> Preprocessing:
         """What is done to raw images, in training and evaluation alike."""
-        return Preparation(self.invert, self.opening, self.crop_to_ink, self.equalize)
+        return Preprocessing(self.invert, self.opening, self.crop_to_ink, self.equalize)
 
     @property
     def final_resolution(self) -> int:

@@ -1,4 +1,4 @@
-"""Ours: a packed set, an order, a graph and the loader over them, through their public interfaces."""
+"""Ours: a packed set, an order, a transform and the loader over them, through their public interfaces."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from benchmarks.peers.peer import Batch, Epochs, Source, Task, Variant
 from pipeline.datasets import RawPart
 from pipeline.loader import Loader
 from pipeline.packing.pack import pack
-from pipeline.sampler import TrainingOrder
-from pipeline.transforms.build import make_graph
-from pipeline.transforms.spec import GraphSpec
+from pipeline.sampler import ShuffledBatchSampler
+from pipeline.transforms.build import build_transform
+from pipeline.transforms.spec import TransformSpec
 from shards import open_split
 
 
@@ -48,7 +48,7 @@ def _pack_arrays(
 
 
 class Inkstream:
-    """Store, order, graph and loader with their default settings."""
+    """Store, order, transform and loader with their default settings."""
 
     def __init__(self, form: str, backend: str) -> None:
         self.variants = (Variant("default", form, f"{form} store, {backend} backend"),)
@@ -59,9 +59,9 @@ class Inkstream:
 
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
         store = open_split(directory / "set", "train")
-        spec = GraphSpec.of(store.manifest, task.resolution).normalised(task.mean, task.std)
-        graph = make_graph(spec, self._backend, task.device, task.batch_size)
-        order = TrainingOrder(np.arange(len(store)), task.batch_size, task.seed)
+        spec = TransformSpec.of(store.manifest, task.resolution).normalised(task.mean, task.std)
+        graph = build_transform(spec, self._backend, task.device, task.batch_size)
+        order = ShuffledBatchSampler(np.arange(len(store)), task.batch_size, task.seed)
         loader = Loader(store, order, graph, task.device)
 
         def epoch(number: int) -> Iterator[Batch]:
@@ -82,7 +82,7 @@ class Gather:
 
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
         store = open_split(directory / "set", "train")
-        order = TrainingOrder(np.arange(len(store)), task.batch_size, task.seed)
+        order = ShuffledBatchSampler(np.arange(len(store)), task.batch_size, task.seed)
         buffer = np.empty((task.batch_size, *store.manifest.image_shape), np.uint8)
 
         def epoch(number: int) -> Iterator[Batch]:

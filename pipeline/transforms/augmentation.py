@@ -1,7 +1,7 @@
 """Random changes of training images: how strong they are, and what is drawn for each image.
 
 What is drawn is a pure function of (seed, epoch, step) and the image's place in the global batch, whatever the number
-of ranks; what becomes of it is up to the graph, which is a pure function of images and draws.
+of ranks; what becomes of it is up to the transform, which is a pure function of images and params.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.common.rng import AUGMENTATION_STREAM, ELASTIC_STREAM, random_keys
 
 
-class Number(IntEnum):
+class ParamIndex(IntEnum):
     """Which of an image's numbers decides what."""
 
     ROTATION = 0
@@ -49,7 +49,7 @@ _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.
 
 
 @dataclass(frozen=True)
-class Draws:
+class AugmentationParams:
     """What was drawn for each image of a batch.
 
     numbers: float64 [B, 20], uniform in 0 .. 1. noise: float32 [B, 2, K, K] of mean 0 and deviation 1, uniform, from
@@ -62,12 +62,12 @@ class Draws:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, part: slice) -> Draws:
-        return Draws(self.numbers[part], None if self.noise is None else self.noise[part])
+    def __getitem__(self, part: slice) -> AugmentationParams:
+        return AugmentationParams(self.numbers[part], None if self.noise is None else self.noise[part])
 
     @classmethod
-    def concatenated(cls, parts: Sequence[Draws]) -> Draws:
-        """The draws of several batches of one augmentation, one after another."""
+    def concatenated(cls, parts: Sequence[AugmentationParams]) -> AugmentationParams:
+        """The params of several batches of one augmentation, one after another."""
         if len(parts) == 1:
             return parts[0]
         noise = [part.noise for part in parts if part.noise is not None]
@@ -118,7 +118,7 @@ class Augmentation:
         """Whether colours change."""
         return any((self.brightness, self.contrast, self.saturation, self.hue))
 
-    def ground(self, mean: tuple[float, ...]) -> tuple[float, ...]:
+    def fill_value(self, mean: tuple[float, ...]) -> tuple[float, ...]:
         """For each channel, the grey 0 .. 1 that has to be 0 when pixels are moved: what fills in from outside, or, as
         the border repeats itself whatever it is, the mean, so that nothing has to be shifted afterwards."""
         return mean if self.fill == "border" else (self.fill / 255,) * len(mean)
@@ -128,87 +128,87 @@ class Augmentation:
         """Points of the noise along an axis, no further apart than the deviation of the Gaussian that smooths it."""
         return math.ceil(1 / self.elastic_smoothness) + 1
 
-    def draw(self, seed: int, epoch: int, step: int, images: slice) -> Draws:
-        """The draws for some images (start and stop within the global batch) of a step."""
+    def sample_params(self, seed: int, epoch: int, step: int, images: slice) -> AugmentationParams:
+        """The params for some images (start and stop within the global batch) of a step."""
         count, place = images.stop - images.start, (epoch << 32) + step
         words = random_keys(seed, AUGMENTATION_STREAM + place, count * _NUMBERS, images.start * _NUMBERS)
         numbers = (words >> np.uint64(11)).reshape(count, _NUMBERS) * 2.0**-53
         if not self.elastic:
-            return Draws(numbers, None)
+            return AugmentationParams(numbers, None)
         own = 2 * self.lattice**2
         drawn = own + -own % 4
         words = random_keys(seed, ELASTIC_STREAM + place, count * drawn, images.start * drawn)
         # The middles of 2^23 equal steps: exact in float32, and of mean 0.
         uniform = ((words >> np.uint64(41)).astype(np.float32) + 0.5) * 2.0**-23
         noise = (uniform.reshape(count, drawn)[:, :own] - 0.5) * np.float32(math.sqrt(12))
-        return Draws(numbers, noise.reshape(count, 2, self.lattice, self.lattice))
+        return AugmentationParams(numbers, noise.reshape(count, 2, self.lattice, self.lattice))
 
-    def matrices(self, draws: Draws, shape: tuple[int, int]) -> NDArray[np.float64]:
+    def matrices(self, params: AugmentationParams, shape: tuple[int, int]) -> NDArray[np.float64]:
         """Where each image's pixels come from: [B, 2, 3], which take (x, y, 1) in the output to (x, y) in the input,
         both -1 .. 1 from edge to edge.
 
         An image is scaled and sheared (along x), turned and moved, as it is seen in the square output; before that
         mirrored, and before that cropped out of its own, padded on all sides. shape: (H, W) of the raw, upright image.
         """
-        angle = np.deg2rad(self._spread(draws, Number.ROTATION, self.rotation))
-        shear = np.tan(np.deg2rad(self._spread(draws, Number.SHEAR, self.shear)))
-        scale = np.exp(self._spread(draws, Number.SCALE, math.log1p(self.scale)))
-        across = 2 * self._spread(draws, Number.ACROSS, self.translation)
-        down = 2 * self._spread(draws, Number.DOWN, self.translation)
+        angle = np.deg2rad(self._spread(params, ParamIndex.ROTATION, self.rotation))
+        shear = np.tan(np.deg2rad(self._spread(params, ParamIndex.SHEAR, self.shear)))
+        scale = np.exp(self._spread(params, ParamIndex.SCALE, math.log1p(self.scale)))
+        across = 2 * self._spread(params, ParamIndex.ACROSS, self.translation)
+        down = 2 * self._spread(params, ParamIndex.DOWN, self.translation)
         sine, cosine = np.sin(angle) / scale, np.cos(angle) / scale
-        linear = np.empty((len(draws), 2, 3))
+        linear = np.empty((len(params), 2, 3))
         # The inverse of (turn)(1 shear; 0 1)(scale), of positions less the translation.
         linear[:, 0, 0], linear[:, 0, 1] = cosine + shear * sine, sine - shear * cosine
         linear[:, 1, 0], linear[:, 1, 1] = -sine, cosine
         linear[:, 0, 2] = -(linear[:, 0, 0] * across + linear[:, 0, 1] * down)
         linear[:, 1, 2] = -(linear[:, 1, 0] * across + linear[:, 1, 1] * down)
-        linear[draws.numbers[:, Number.FLIP] < self.flip, 0] *= -1
-        for axis, number, length in ((0, Number.CROP_ACROSS, shape[1]), (1, Number.CROP_DOWN, shape[0])):
-            offset = np.floor(draws.numbers[:, number] * (2 * self.crop_padding + 1)) - self.crop_padding
+        linear[params.numbers[:, ParamIndex.FLIP] < self.flip, 0] *= -1
+        for axis, number, length in ((0, ParamIndex.CROP_ACROSS, shape[1]), (1, ParamIndex.CROP_DOWN, shape[0])):
+            offset = np.floor(params.numbers[:, number] * (2 * self.crop_padding + 1)) - self.crop_padding
             linear[:, axis, 2] += 2 * offset / length
         return linear
 
-    def colours_of(self, draws: Draws, channels: int) -> NDArray[np.float64]:
+    def colours_of(self, params: AugmentationParams, channels: int) -> NDArray[np.float64]:
         """How each image's colours (0 .. 1) are mixed: [B, C, C + 1], for channels and 1.
 
         Hue turns and saturation stretches the plane of colour, luminance stays; contrast stretches about mid-grey;
         brightness multiplies all. Images of one channel only know the last two.
         """
-        contrast = 1 + self._spread(draws, Number.CONTRAST, self.contrast)
-        brightness = 1 + self._spread(draws, Number.BRIGHTNESS, self.brightness)
-        mixed = np.zeros((len(draws), channels, channels + 1))
-        mixed[:, :, :channels] = np.eye(channels) if channels != 3 else self._turned(draws)
+        contrast = 1 + self._spread(params, ParamIndex.CONTRAST, self.contrast)
+        brightness = 1 + self._spread(params, ParamIndex.BRIGHTNESS, self.brightness)
+        mixed = np.zeros((len(params), channels, channels + 1))
+        mixed[:, :, :channels] = np.eye(channels) if channels != 3 else self._turned(params)
         mixed[:, :, :channels] *= (contrast * brightness)[:, None, None]
         mixed[:, :, channels] = (0.5 * (1 - contrast) * brightness)[:, None]
         return mixed
 
-    def _turned(self, draws: Draws) -> NDArray[np.float64]:
+    def _turned(self, params: AugmentationParams) -> NDArray[np.float64]:
         """Hue and saturation, [B, 3, 3]."""
-        angle = np.deg2rad(self._spread(draws, Number.HUE, self.hue))
-        saturation = 1 + self._spread(draws, Number.SATURATION, self.saturation)
-        inner = np.zeros((len(draws), 3, 3))
+        angle = np.deg2rad(self._spread(params, ParamIndex.HUE, self.hue))
+        saturation = 1 + self._spread(params, ParamIndex.SATURATION, self.saturation)
+        inner = np.zeros((len(params), 3, 3))
         inner[:, 0, 0] = 1
         inner[:, 1, 1] = inner[:, 2, 2] = saturation * np.cos(angle)
         inner[:, 2, 1] = saturation * np.sin(angle)
         inner[:, 1, 2] = -inner[:, 2, 1]
         return np.linalg.inv(_TO_YIQ) @ inner @ _TO_YIQ
 
-    def strokes(self, draws: Draws) -> NDArray[np.float64]:
+    def strokes(self, params: AugmentationParams) -> NDArray[np.float64]:
         """By how many pixels each image's strokes become thicker on each side: [B]."""
-        return self._spread(draws, Number.STROKE, self.stroke)
+        return self._spread(params, ParamIndex.STROKE, self.stroke)
 
-    def boxes(self, draws: Draws) -> NDArray[np.float64]:
+    def boxes(self, params: AugmentationParams) -> NDArray[np.float64]:
         """What is erased in each image: [B, 4], two numbers 0 .. 1 that say where (down, across) and the box's height
         and width as shares of the image's; height and width 0 for nothing."""
-        numbers = draws.numbers
-        area = self.erase_smallest + (self.erase_largest - self.erase_smallest) * numbers[:, Number.ERASE_AREA]
-        aspect = _ASPECT ** (2 * numbers[:, Number.ERASE_ASPECT] - 1)
+        numbers = params.numbers
+        area = self.erase_smallest + (self.erase_largest - self.erase_smallest) * numbers[:, ParamIndex.ERASE_AREA]
+        aspect = _ASPECT ** (2 * numbers[:, ParamIndex.ERASE_ASPECT] - 1)
         sides = np.sqrt(np.stack([area * aspect, area / aspect], axis=1)).clip(max=1)
-        sides[numbers[:, Number.ERASE] >= self.erase] = 0
-        return np.concatenate([numbers[:, [Number.ERASE_DOWN, Number.ERASE_ACROSS]], sides], axis=1)
+        sides[numbers[:, ParamIndex.ERASE] >= self.erase] = 0
+        return np.concatenate([numbers[:, [ParamIndex.ERASE_DOWN, ParamIndex.ERASE_ACROSS]], sides], axis=1)
 
-    def _spread(self, draws: Draws, number: Number, most: float) -> NDArray[np.float64]:
-        return (2 * draws.numbers[:, number] - 1) * most
+    def _spread(self, params: AugmentationParams, number: ParamIndex, most: float) -> NDArray[np.float64]:
+        return (2 * params.numbers[:, number] - 1) * most
 
 
 NO_AUGMENTATION = Augmentation()

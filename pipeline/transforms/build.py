@@ -1,4 +1,4 @@
-"""Which backend computes a graph, and the graph built on it."""
+"""Which backend computes a transform, and the transform built on it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import importlib.util
 import torch
 
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
-from pipeline.transforms.spec import Graph, GraphSpec
-from pipeline.transforms.torch_backend import TorchGraph
+from pipeline.transforms.spec import Transform, TransformSpec
+from pipeline.transforms.torch_backend import TorchTransform
 from shards.errors import UserError
 
 
-def choose_backend(name: str, device: torch.device, spec: GraphSpec) -> tuple[str, str]:
+def choose_backend(name: str, device: torch.device, spec: TransformSpec) -> tuple[str, str]:
     """The backend that does the work (`dali` or `torch`) and why, in words."""
     has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "dali" and not has_dali:
@@ -32,30 +32,30 @@ def choose_backend(name: str, device: torch.device, spec: GraphSpec) -> tuple[st
     return "dali", "there is a GPU"
 
 
-def make_graph(
-    spec: GraphSpec,
+def build_transform(
+    spec: TransformSpec,
     backend: str,
     device: torch.device,
     batch_size: int,
     augmentation: Augmentation = NO_AUGMENTATION,
-) -> Graph:
-    """Build a graph. backend: `dali` or `torch`; batch_size: the most images of one call.
+) -> Transform:
+    """Build a transform. backend: `dali` or `torch`; batch_size: the most images of one call.
 
-    augmentation: of training images; a graph that changes anything wants draws with each batch.
+    augmentation: of training images; a transform that changes anything wants params with each batch.
     """
     if spec.encoded:
         _check_pictures(spec, augmentation)
     if backend == "dali":
-        from pipeline.transforms.dali_backend import DaliGraph, DaliPictureGraph  # not there on every system
+        from pipeline.transforms.dali_backend import DaliEncodedTransform, DaliTransform  # not there on every system
 
-        return (DaliPictureGraph if spec.encoded else DaliGraph)(spec, device, batch_size, augmentation)
-    return TorchGraph(spec, device, augmentation)
+        return (DaliEncodedTransform if spec.encoded else DaliTransform)(spec, device, batch_size, augmentation)
+    return TorchTransform(spec, device, augmentation)
 
 
-def _check_pictures(spec: GraphSpec, augmentation: Augmentation) -> None:
+def _check_pictures(spec: TransformSpec, augmentation: Augmentation) -> None:
     """Refuse what is done to raw pixels, which picture files have only once they are decoded."""
     on_pixels = ("stroke", "erase", "crop_padding")
-    found = [*spec.preparation.steps, *(name for name in on_pixels if getattr(augmentation, name))]
+    found = [*spec.preprocessing.steps, *(name for name in on_pixels if getattr(augmentation, name))]
     if found:
         raise UserError(
             found=f"pictures of differing sizes, and {', '.join(found)}",

@@ -1,4 +1,4 @@
-"""The DALI backend: the one for GPUs, and the same graph on a CPU. The only module that imports DALI."""
+"""The DALI backend: the one for GPUs, and the same transform on a CPU. The only module that imports DALI."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
-from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, Draws
+from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams
 from pipeline.transforms.ops.resize import nearest_nudge
-from pipeline.transforms.raw_ops import RawSteps
-from pipeline.transforms.spec import GraphSpec, UndecodableImage
+from pipeline.transforms.raw_ops import RawOps
+from pipeline.transforms.spec import TransformSpec, UndecodableImage
 from pipeline.transforms.warp import Warp, shifts_to_mean
 from shards.stores.image_header import decode, read_header
 
@@ -35,20 +35,19 @@ _PACK = 32
 _MOST_PIXELS = 1 << 28
 
 
-class DaliGraph:
-    """See `pipeline.transforms.spec.Graph`, of images of one size. A pure function of its input: whatever is random
-    comes in from outside."""
+class DaliTransform:
+    """The `Transform` for raw images of one size. All randomness comes in through `params`."""
 
-    worth_joining = 0
+    max_fused_batch = 0
 
     def __init__(
         self,
-        spec: GraphSpec,
+        spec: TransformSpec,
         device: torch.device,
         batch_size: int,
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
-        self._raw_steps = RawSteps(spec, augmentation)
+        self._raw_ops = RawOps(spec, augmentation)
         self._changes = Changes(spec, augmentation, device, framed=True)
         self._pipeline = _empty_pipeline(device, -(-batch_size // _PACK))
         with self._pipeline:
@@ -60,15 +59,15 @@ class DaliGraph:
             self._pipeline.set_outputs(_model_input(images, spec, batch_size, self._changes))
         self._pipeline.build()
 
-    def __call__(self, images: NDArray[np.uint8], draws: Draws | None = None) -> torch.Tensor:
-        prepared = self._raw_steps(torch.from_numpy(images), draws).numpy()
+    def __call__(self, images: NDArray[np.uint8], params: AugmentationParams | None = None) -> torch.Tensor:
+        prepared = self._raw_ops(torch.from_numpy(images), params).numpy()
         count = len(images)
         packs = -(-count // _PACK)
         pack = -(-count // packs)
-        inputs = {"images": prepared, **self._changes.arguments(draws)}
+        inputs = {"images": prepared, **self._changes.arguments(params)}
         (output,) = self._pipeline.run(**{name: _packed(each, packs, pack) for name, each in inputs.items()})
         resized = torch.from_dlpack(output.as_tensor())  # [packs, pack, R, R, C], no copy
-        return self._changes.distorted(resized.flatten(0, 1)[:count].permute(0, 3, 1, 2), draws)
+        return self._changes.distorted(resized.flatten(0, 1)[:count].permute(0, 3, 1, 2), params)
 
 
 def _packed(array: NDArray, packs: int, pack: int) -> NDArray:
@@ -80,15 +79,14 @@ def _packed(array: NDArray, packs: int, pack: int) -> NDArray:
     return array.reshape(packs, pack, *array.shape[1:])
 
 
-class DaliPictureGraph:
-    """See `pipeline.transforms.spec.Graph`, of picture files of differing sizes: decoded on the device, turned as EXIF
-    asks."""
+class DaliEncodedTransform:
+    """The `Transform` for image files of differing sizes: decoded on the device, EXIF orientation applied."""
 
-    worth_joining = 0
+    max_fused_batch = 0
 
     def __init__(
         self,
-        spec: GraphSpec,
+        spec: TransformSpec,
         device: torch.device,
         batch_size: int,
         augmentation: Augmentation = NO_AUGMENTATION,
@@ -99,14 +97,14 @@ class DaliPictureGraph:
         self._changes = Changes(spec, augmentation, device, framed=False)
         self._pipeline = self._build()
 
-    def __call__(self, images: list[NDArray[np.uint8]], draws: Draws | None = None) -> torch.Tensor:
-        arguments = self._changes.arguments(draws)
+    def __call__(self, images: list[NDArray[np.uint8]], params: AugmentationParams | None = None) -> torch.Tensor:
+        arguments = self._changes.arguments(params)
         parts = [
             self._run(images[run], {name: each[run] for name, each in arguments.items()}, run.start)
             for run in _runs([*map(_pixels, range(len(images)), images)])
         ]
         resized = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._changes.distorted(resized.permute(0, 3, 1, 2), draws)
+        return self._changes.distorted(resized.permute(0, 3, 1, 2), params)
 
     def _build(self) -> Pipeline:
         pipeline = _empty_pipeline(self._device, self._batch_size)
@@ -143,12 +141,12 @@ class DaliPictureGraph:
 
 
 class Changes:
-    """An augmentation within a graph: the operators, and what the draws of a batch become as their arguments.
+    """An augmentation within a transform: the operators, and what the params of a batch become as their arguments.
 
     framed: whether a sample of the pipeline is a pack of images, each with arguments of its own.
     """
 
-    def __init__(self, spec: GraphSpec, augmentation: Augmentation, device: torch.device, *, framed: bool) -> None:
+    def __init__(self, spec: TransformSpec, augmentation: Augmentation, device: torch.device, *, framed: bool) -> None:
         self._spec = spec
         self._augmentation = augmentation
         self._framed = framed
@@ -158,18 +156,18 @@ class Changes:
         # DALI has no displacement of single pixels on CPUs. Its output is torch's without a copy, on both.
         self._warp = Warp(augmentation, spec, device) if augmentation.elastic else None
 
-    def arguments(self, draws: Draws | None) -> dict[str, NDArray[np.float32]]:
+    def arguments(self, params: AugmentationParams | None) -> dict[str, NDArray[np.float32]]:
         """What to feed to the pipeline beside the images, each [B, ...]."""
         augmentation = self._augmentation
-        assert (draws is not None) == bool(augmentation)
+        assert (params is not None) == bool(augmentation)
         found = {}
-        if draws is not None and augmentation.colours:
+        if params is not None and augmentation.colours:
             channels = self._spec.image_shape[2]
-            colours = augmentation.colours_of(draws, channels).swapaxes(1, 2)  # [B, C + 1, C]
+            colours = augmentation.colours_of(params, channels).swapaxes(1, 2)  # [B, C + 1, C]
             colours[:, channels] *= 255
             found["colours"] = np.ascontiguousarray(colours[:, None, None], np.float32)
-        if draws is not None and augmentation.warps and not self._warp:
-            found["matrices"] = self._in_pixels(self._matrices(draws)).astype(np.float32)
+        if params is not None and augmentation.warps and not self._warp:
+            found["matrices"] = self._in_pixels(self._matrices(params)).astype(np.float32)
         return found
 
     def recoloured(self, images):
@@ -187,12 +185,12 @@ class Changes:
         return fn.reshape(mixed, layout=self._layout)
 
     def normalised(self, images):
-        """(x / 255 - ground) / std."""
+        """(x / 255 - fill_value) / std."""
         return fn.crop_mirror_normalize(
             images,
             dtype=types.FLOAT,
             output_layout=self._layout,
-            mean=[255 * level for level in self._augmentation.ground(self._spec.mean)],
+            mean=[255 * level for level in self._augmentation.fill_value(self._spec.mean)],
             std=[255 * std for std in self._spec.std],
         )
 
@@ -217,15 +215,15 @@ class Changes:
         less = [-shift for shift in shifts]
         return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=self._layout, mean=less, std=1)
 
-    def distorted(self, images: torch.Tensor, draws: Draws | None) -> torch.Tensor:
+    def distorted(self, images: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
         """The pipeline's output float32 [B, C, H, W], with the elastic distortion and the affine part in one."""
-        if self._warp is None or draws is None:
+        if self._warp is None or params is None:
             return images
-        return self._warp(images, self._matrices(draws), draws)
+        return self._warp(images, self._matrices(params), params)
 
-    def _matrices(self, draws: Draws) -> NDArray[np.float64]:
+    def _matrices(self, params: AugmentationParams) -> NDArray[np.float64]:
         spec = self._spec
-        return self._augmentation.matrices(draws, (spec.resolution,) * 2 if spec.encoded else spec.upright)
+        return self._augmentation.matrices(params, (spec.resolution,) * 2 if spec.encoded else spec.upright)
 
     def _in_pixels(self, matrices: NDArray[np.float64]) -> NDArray[np.float64]:
         """As DALI takes them: from pixels of the output to pixels of the input, whose centres are at one half."""
@@ -278,8 +276,8 @@ def _empty_pipeline(device: torch.device, batch_size: int) -> Pipeline:
     )
 
 
-def _model_input(images, spec: GraphSpec, batch_size: int, changes: Changes):
-    """The graph itself: raw packs uint8 [F, H, W, C] to normalised float32 [F, R, R, C]."""
+def _model_input(images, spec: TransformSpec, batch_size: int, changes: Changes):
+    """The transform itself: raw packs uint8 [F, H, W, C] to normalised float32 [F, R, R, C]."""
     height, width = spec.upright
     if spec.transposed:
         images = fn.transpose(images, perm=[0, 2, 1, 3], transpose_layout=False)
@@ -297,8 +295,8 @@ def _model_input(images, spec: GraphSpec, batch_size: int, changes: Changes):
     return changes.moved(images)
 
 
-def _model_input_of_pictures(images, spec: GraphSpec, batch_size: int, changes: Changes):
-    """The graph behind the decoder: uint8 [H, W, C], each of its own size, to normalised float32 [R, R, C]."""
+def _model_input_of_pictures(images, spec: TransformSpec, batch_size: int, changes: Changes):
+    """The transform behind the decoder: uint8 [H, W, C], each of its own size, to normalised float32 [R, R, C]."""
     if spec.transposed:
         images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
     region = {}
@@ -310,7 +308,7 @@ def _model_input_of_pictures(images, spec: GraphSpec, batch_size: int, changes: 
     return changes.moved(changes.normalised(resized))
 
 
-def _resize(images, spec: GraphSpec, batch_size: int, region: dict[str, Any]):
+def _resize(images, spec: TransformSpec, batch_size: int, region: dict[str, Any]):
     """region: the part of each image to take, if it is not the whole."""
     return fn.resize(
         images,

@@ -1,4 +1,4 @@
-"""The graph as a module of plain tensor operations, which travels inside an exported model."""
+"""The transform as a module of plain tensor operations, which travels inside an exported model."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import nn
 
 from pipeline.transforms.ops.resize import resize_weights
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.spec import TransformSpec
 
 
-class GraphModule(nn.Module):
-    """Images uint8 [N, H, W, C] as they lie at rest to float32 [N, C, R, R]: what `TorchGraph` computes, written for
-    other programs to run. Not for picture files of differing sizes."""
+class TransformModule(nn.Module):
+    """The computation of `TorchTransform` as a module without state: stored images uint8 [N, H, W, C] to float32
+    [N, C, R, R]. Image files of differing sizes are not supported."""
 
-    def __init__(self, spec: GraphSpec) -> None:
+    def __init__(self, spec: TransformSpec) -> None:
         super().__init__()
         assert not spec.encoded
         self._transposed = spec.transposed
-        self._preparation = spec.preparation
+        self._preprocessing = spec.preprocessing
         self._resizes = spec.resizes
         mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (spec.mean, spec.std))
         numbers = {"scale": 1 / (255 * std), "shift": -mean / std}
@@ -30,6 +30,6 @@ class GraphModule(nn.Module):
             self.register_buffer(name, each.float())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        planes = self._preparation(images).permute(0, 3, 1, 2)
+        planes = self._preprocessing(images).permute(0, 3, 1, 2)
         pixels = (planes.mT if self._transposed else planes).float() * self.scale + self.shift
         return self.rows @ (pixels @ self.columns) if self._resizes else pixels

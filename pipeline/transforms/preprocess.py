@@ -12,7 +12,7 @@ from pipeline.transforms.ops.morphology import opened
 
 
 @dataclass(frozen=True)
-class Preparation:
+class Preprocessing:
     """Steps on raw images, in this order; the default does nothing.
 
     invert: make bright what is dark, in all images or (`auto`) in those whose border is brighter than half.
@@ -52,4 +52,4 @@ def _bright_border(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([line.flatten(1) for line in border], dim=1).float().mean(dim=1) > 127.5
 
 
-NOTHING = Preparation()
+NO_PREPROCESSING = Preprocessing()

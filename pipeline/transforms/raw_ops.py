@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.transforms.augmentation import Augmentation, Draws
+from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from pipeline.transforms.ops.erasing import erased
 from pipeline.transforms.ops.morphology import thickened
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.spec import TransformSpec
 
 
-class RawSteps:
+class RawOps:
     """uint8 [B, H, W, C] as stored, to the same; on any device, and the same on each to the bit."""
 
-    def __init__(self, spec: GraphSpec, augmentation: Augmentation) -> None:
-        self._preparation = spec.preparation
+    def __init__(self, spec: TransformSpec, augmentation: Augmentation) -> None:
+        self._preprocessing = spec.preprocessing
         self._augmentation = augmentation
         self._transposed = spec.transposed
 
-    def __call__(self, images: torch.Tensor, draws: Draws | None) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
         """The images themselves where there is nothing to do; they are not changed."""
-        images = self._preparation(images)
-        if draws is None:
+        images = self._preprocessing(images)
+        if params is None:
             return images
         changes = self._augmentation
         if changes.stroke:
-            amounts = torch.from_numpy(changes.strokes(draws)).to(images.device)
+            amounts = torch.from_numpy(changes.strokes(params)).to(images.device)
             images = thickened(images, amounts, changes.stroke)
         if changes.erase:
             images = erased(
                 images,
-                torch.from_numpy(changes.boxes(draws)).to(images.device),
+                torch.from_numpy(changes.boxes(params)).to(images.device),
                 changes.erase_value,
                 on_contour=changes.erase_at == "contour",
                 transposed=self._transposed,

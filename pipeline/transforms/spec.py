@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from pipeline.transforms.augmentation import Draws
-from pipeline.transforms.preprocess import NOTHING, Preparation
+from pipeline.transforms.augmentation import AugmentationParams
+from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing
 from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.stores.base import Images
@@ -17,14 +17,14 @@ MAX_RESOLUTION = 4096
 
 
 @dataclass(frozen=True)
-class GraphSpec:
-    """Everything that decides what a graph computes.
+class TransformSpec:
+    """Everything that decides what a transform computes.
 
     image_shape: (H, W, C) of the raw images, (None, None, C) for picture files of differing sizes. transposed: rows and
     columns are exchanged in them.
     resolution: side of the square output, in pixels. interpolation: `linear`, `cubic`, `lanczos` or `nearest`.
     mean, std: for each channel, of the resized images with pixels scaled to 0 .. 1.
-    preparation: of the raw images, in training and evaluation alike.
+    preprocessing: of the raw images, in training and evaluation alike.
     """
 
     image_shape: tuple[int | None, int | None, int]
@@ -33,12 +33,16 @@ class GraphSpec:
     interpolation: str = "linear"
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    preparation: Preparation = NOTHING
+    preprocessing: Preprocessing = NO_PREPROCESSING
 
     @classmethod
     def of(
-        cls, manifest: Manifest, resolution: int, interpolation: str = "linear", preparation: Preparation = NOTHING
-    ) -> GraphSpec:
+        cls,
+        manifest: Manifest,
+        resolution: int,
+        interpolation: str = "linear",
+        preprocessing: Preprocessing = NO_PREPROCESSING,
+    ) -> TransformSpec:
         """The spec for a packed part, without normalisation (mean 0, standard deviation 1)."""
         if not 1 <= resolution <= MAX_RESOLUTION:
             raise UserError(
@@ -54,10 +58,10 @@ class GraphSpec:
             interpolation=interpolation,
             mean=(0.0,) * channels,
             std=(1.0,) * channels,
-            preparation=preparation,
+            preprocessing=preprocessing,
         )
 
-    def normalised(self, mean: tuple[float, ...], std: tuple[float, ...]) -> GraphSpec:
+    def normalised(self, mean: tuple[float, ...], std: tuple[float, ...]) -> TransformSpec:
         return replace(self, mean=mean, std=std)
 
     @property
@@ -101,19 +105,28 @@ class UndecodableImage(Exception):
         self.reason = reason
 
 
-class Graph(Protocol):
-    """Raw images to model input. Built for one spec and device; not to be called from two threads at once.
+class Transform(Protocol):
+    """Turns raw images into model input. Built for one specification and device; not thread-safe.
 
-    worth_joining: images up to which one call is faster than several smaller ones; 0 where they are to be kept apart.
+    Attributes:
+        max_fused_batch: Images up to which one call is faster than several smaller ones; 0 to keep batches apart.
     """
 
     @property
-    def worth_joining(self) -> int: ...
+    def max_fused_batch(self) -> int: ...
 
-    def __call__(self, images: Images, draws: Draws | None = None) -> torch.Tensor:
-        """images: uint8 [B, H, W, C], C-contiguous, or B picture files of uint8 [bytes]; B is up to the graph's batch
-        size. They are not changed and not kept. draws: of B images, for a graph that augments.
+    def __call__(self, images: Images, params: AugmentationParams | None = None) -> torch.Tensor:
+        """Transform a batch; the input is neither changed nor kept.
 
-        Returns float32 [B, C, R, R] on the device: upright, resized, (x / 255 - mean) / std. Raises `UndecodableImage`.
+        Args:
+            images: uint8 [B, H, W, C], C-contiguous, or B image files of uint8 [bytes]; B is at most the batch size
+                that the transform was built for.
+            params: Augmentation parameters of B images, for a transform that augments.
+
+        Returns:
+            float32 [B, C, R, R] on the device: upright, resized, (x / 255 - mean) / std.
+
+        Raises:
+            UndecodableImage: An image file cannot be decoded.
         """
         ...

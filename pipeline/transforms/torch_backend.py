@@ -8,20 +8,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline.common.buffer_pool import Buffers
-from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, Draws
+from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams
 from pipeline.transforms.ops.resize import resize_weights
-from pipeline.transforms.raw_ops import RawSteps
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.raw_ops import RawOps
+from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.warp import Warp
 from shards.errors import UserError
 
 _WORTH_JOINING = 8 << 20  # bytes of model input; from there on the calls themselves no longer matter
 
 
-class TorchGraph:
-    """See `pipeline.transforms.spec.Graph`."""
+class TorchTransform:
+    """See `pipeline.transforms.spec.Transform`."""
 
-    def __init__(self, spec: GraphSpec, device: torch.device, augmentation: Augmentation = NO_AUGMENTATION) -> None:
+    def __init__(self, spec: TransformSpec, device: torch.device, augmentation: Augmentation = NO_AUGMENTATION) -> None:
         if spec.encoded:
             raise UserError(
                 found="pictures of differing sizes, and the torch backend",
@@ -30,11 +30,11 @@ class TorchGraph:
                 "one size: python -m pipeline.shard ... --size N",
             )
         height, width = spec.upright
-        self.worth_joining = _WORTH_JOINING // (4 * spec.image_shape[2] * spec.resolution**2)
+        self.max_fused_batch = _WORTH_JOINING // (4 * spec.image_shape[2] * spec.resolution**2)
         self._device = device
         self._buffers = Buffers()
         self._transposed = spec.transposed
-        self._raw_steps = RawSteps(spec, augmentation)
+        self._raw_ops = RawOps(spec, augmentation)
         self._augmentation = augmentation
         self._shape = height, width
         self._warp = Warp(augmentation, spec, device) if augmentation.warps else None
@@ -44,28 +44,28 @@ class TorchGraph:
         first, second = (rows, columns) if spec.transposed else (columns, rows)  # in the order of their products
         self._first = torch.from_numpy(first.T.copy()).float().to(device)
         self._second = torch.from_numpy(second.T.copy() if spec.transposed else second).float().to(device)
-        # (X / 255 - ground) / std = X / (255 std) - ground / std, before the resize, as the rows of A add up to 1.
+        # (X / 255 - fill_value) / std = X / (255 std) - fill_value / std; before the resize, as the rows of A sum to 1.
         std = torch.tensor(spec.std, dtype=torch.float64)
-        ground = torch.tensor(augmentation.ground(spec.mean), dtype=torch.float64)
-        shifts = (-ground / std).float().to(device)
+        fill_value = torch.tensor(augmentation.fill_value(spec.mean), dtype=torch.float64)
+        shifts = (-fill_value / std).float().to(device)
         self._shifts_and_scales = list(zip(shifts, (1 / (255 * std)).tolist(), strict=True))
 
-    def __call__(self, images: NDArray[np.uint8], draws: Draws | None = None) -> torch.Tensor:
-        assert (draws is not None) == bool(self._augmentation)
+    def __call__(self, images: NDArray[np.uint8], params: AugmentationParams | None = None) -> torch.Tensor:
+        assert (params is not None) == bool(self._augmentation)
         raw = torch.from_numpy(images)
         if self._device.type == "cuda":
             raw = raw.pin_memory().to(self._device, non_blocking=True)
-        raw = self._raw_steps(raw, draws)
+        raw = self._raw_ops(raw, params)
         pixels = self._as_floats(raw.permute(0, 3, 1, 2) if self._resizes else self._upright(raw))
-        if draws is not None and self._augmentation.colours:
-            pixels = recoloured(pixels, self._augmentation.colours_of(draws, pixels.shape[1]))
+        if params is not None and self._augmentation.colours:
+            pixels = recoloured(pixels, self._augmentation.colours_of(params, pixels.shape[1]))
         for channel, (shift, scale) in enumerate(self._shifts_and_scales):
             plane = pixels[:, channel]
             torch.add(shift, plane, alpha=scale, out=plane)  # in one pass over the memory
         if self._resizes:
             pixels = self._resized(pixels)
-        if draws is not None and self._warp:
-            pixels = self._warp(pixels, self._augmentation.matrices(draws, self._shape), draws)
+        if params is not None and self._warp:
+            pixels = self._warp(pixels, self._augmentation.matrices(params, self._shape), params)
         return pixels
 
     def _resized(self, pixels: torch.Tensor) -> torch.Tensor:

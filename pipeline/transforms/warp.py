@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline.common.buffer_pool import Buffers
-from pipeline.transforms.augmentation import Augmentation, Draws
-from pipeline.transforms.spec import GraphSpec
+from pipeline.transforms.augmentation import Augmentation, AugmentationParams
+from pipeline.transforms.spec import TransformSpec
 
 # Pixels of the output whose positions (8 bytes each) are worked on at a time, so that they stay in a core's cache.
 _AT_ONCE = 1 << 18
@@ -26,7 +26,7 @@ class Warp:
     itself and 1.
     """
 
-    def __init__(self, augmentation: Augmentation, spec: GraphSpec, device: torch.device) -> None:
+    def __init__(self, augmentation: Augmentation, spec: TransformSpec, device: torch.device) -> None:
         resolution = spec.resolution
         self._device = device
         self._shifts = shifts_to_mean(augmentation, spec)
@@ -40,13 +40,18 @@ class Warp:
         self._rows = torch.from_numpy(np.concatenate(functions, axis=1)).float().to(device)
         self._columns = self._rows.T.contiguous()
 
-    def __call__(self, pixels: torch.Tensor, matrices: NDArray[np.float64], draws: Draws) -> torch.Tensor:
-        """pixels: float32 [B, C, H, W] on the device, (x / 255 - ground) / std with `Augmentation.ground`. matrices:
-        float64 [B, 2, 3], of `Augmentation.matrices`.
+    def __call__(self, pixels: torch.Tensor, matrices: NDArray[np.float64], params: AugmentationParams) -> torch.Tensor:
+        """Move the pixels of a batch, with linear interpolation.
 
-        Returns float32 [B, C, R, R], interpolated linearly and normalised.
+        Args:
+            pixels: float32 [B, C, H, W] on the device, (x / 255 - fill_value) / std.
+            matrices: float64 [B, 2, 3] of `Augmentation.matrices`.
+            params: Augmentation parameters of the batch; their noise drives the elastic distortion.
+
+        Returns:
+            Normalised images, float32 [B, C, R, R].
         """
-        coefficients = torch.from_numpy(self._coefficients(matrices, draws)).to(self._device, non_blocking=True)
+        coefficients = torch.from_numpy(self._coefficients(matrices, params)).to(self._device, non_blocking=True)
         resolution = len(self._rows)
         batch, channels = pixels.shape[:2]
         output = self._empty(batch, channels, resolution, resolution)
@@ -64,12 +69,12 @@ class Warp:
             output[:, channel] += shift
         return output
 
-    def _coefficients(self, matrices: NDArray[np.float64], draws: Draws) -> NDArray[np.float32]:
+    def _coefficients(self, matrices: NDArray[np.float64], params: AugmentationParams) -> NDArray[np.float32]:
         """Of the functions of row and column, float32 [B, 2, K + 2, K + 2]."""
         functions = self._rows.shape[1]
         found = np.zeros((len(matrices), 2, functions, functions), np.float32)
         if self._amplitude:
-            np.multiply(draws.noise, np.float32(self._amplitude), out=found[:, :, :-2, :-2])
+            np.multiply(params.noise, np.float32(self._amplitude), out=found[:, :, :-2, :-2])
         found[:, :, -1, -2] = matrices[:, :, 0]  # across
         found[:, :, -2, -1] = matrices[:, :, 1]  # down
         found[:, :, -1, -1] = matrices[:, :, 2]
@@ -89,10 +94,10 @@ class Warp:
         return self._buffers.tensor(shape)
 
 
-def shifts_to_mean(augmentation: Augmentation, spec: GraphSpec) -> list[float]:
-    """What to add to each channel of (x / 255 - ground) / std, so that the mean is subtracted; empty for nothing."""
-    ground = augmentation.ground(spec.mean)
-    each = [(level - mean) / std for level, mean, std in zip(ground, spec.mean, spec.std, strict=True)]
+def shifts_to_mean(augmentation: Augmentation, spec: TransformSpec) -> list[float]:
+    """Offsets that turn (x / 255 - fill_value) / std into (x / 255 - mean) / std, by channel; empty for none."""
+    fill_value = augmentation.fill_value(spec.mean)
+    each = [(level - mean) / std for level, mean, std in zip(fill_value, spec.mean, spec.std, strict=True)]
     return each if any(each) else []
 
 

@@ -1,4 +1,4 @@
-"""Where the ink of an image is: by Otsu's threshold, on any device. Ink is bright on a dark ground."""
+"""Where the ink of an image is: by Otsu's threshold, on any device. Ink is bright on a dark background."""
 
 from __future__ import annotations
 
