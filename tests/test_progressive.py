@@ -110,7 +110,7 @@ def test_every_epoch_has_its_resolution_with_its_own_statistics(made_up_set: Pat
     assert data.spec.resolution == 40
     assert {batch.images.shape[2] for batch in data.test.batches()} == {40}
     with contextlib.closing(data.train.batches(1, 3)) as later, contextlib.closing(data.train.batches(1)) as whole:
-        assert torch.equal(next(later).rows, [next(whole) for _ in range(4)][-1].rows)
+        assert torch.equal(next(later).source_index, [next(whole) for _ in range(4)][-1].source_index)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle", "warm_restarts", "constant"])
