@@ -66,7 +66,7 @@ class Inkstream:
 
         def epoch(number: int) -> Iterator[Batch]:
             with contextlib.closing(loader.batches(number)) as batches:
-                yield from map(attrgetter("images", "rows"), batches)  # which holds no batch
+                yield from map(attrgetter("images", "source_index"), batches)  # which holds no batch
 
         return epoch
 
