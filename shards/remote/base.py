@@ -1,16 +1,17 @@
-"""Places on the network: what one can do there, what goes wrong there, and how often to try again."""
+"""The interface of a remote storage, the errors it raises, and the retry policy."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import urllib.parse
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from shards import errors
 from shards.errors import UserError, first_line
 
 T = TypeVar("T")
@@ -19,10 +20,13 @@ STALL_SECONDS = 30.0  # without an answer (HTTP: without a byte) before a reques
 ATTEMPTS = 5  # in a row that bring nothing new
 FIRST_PAUSE = 1.0  # seconds, doubled after every failed attempt
 
-# Answers of the 400s that another attempt may well change: too slow, too many, at the same time as another.
-PASSING_STATUS = {408, 409, 412, 425, 429}
+# HTTP status codes of client errors that another attempt may resolve: timeouts, conflicts, rate limits.
+_TRANSIENT_STATUS = {408, 409, 412, 425, 429}
 
-_FAMILY = {"s3a": "s3", "gcs": "gs", "http": "https"}
+_ALIASES = {"s3a": "s3", "gcs": "gs", "http": "https"}
+_NETWORK = {
+    "s3": "check the network, AWS_DEFAULT_REGION, and AWS_ENDPOINT_URL=https://HOST if it is not at AWS",
+}
 _CREDENTIALS = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (FSSPEC_S3_ANON=true for a public bucket), "
     "and AWS_ENDPOINT_URL=https://HOST if it is not at AWS",
@@ -30,81 +34,77 @@ _CREDENTIALS = {
     "hf": "hf auth login, or set HF_TOKEN",
     "https": "name the user in the address, https://USER:PASSWORD@HOST/..., if the server asks for one",
 }
-_NETWORK = {
-    "s3": "check the network, AWS_DEFAULT_REGION, and AWS_ENDPOINT_URL=https://HOST if it is not at AWS",
-}
 
 
-class RemoteError(Exception):
-    """place: what was asked for, without secrets; reason: why it did not come, in one line."""
+class RemoteError(UserError):
+    """A request to a remote storage that failed.
 
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(place, reason)
-        self.place = place
+    Args:
+        address: The address of the request, without secrets.
+        reason: Why the request failed, in one line.
+    """
+
+    _problem: str
+    _expected: str
+    _hint: str
+    _advice = _CREDENTIALS
+    _general_advice = "check the address and the credentials"
+
+    def __init__(self, address: str, reason: str) -> None:
+        scheme = address.partition("://")[0]
+        advice = self._advice.get(_ALIASES.get(scheme, scheme), self._general_advice)
+        super().__init__(f"{self._problem} {address}: {reason}", self._expected, self._hint.format(advice))
+        self.args = (address, reason)  # pickle calls the class with these
         self.reason = reason
 
-    @property
-    def family(self) -> str:
-        """The protocol that stands for its relatives."""
-        scheme = self.place.partition("://")[0]
-        return _FAMILY.get(scheme, scheme)
 
-    def explained(self) -> UserError:
-        """The message for the user."""
-        raise NotImplementedError
+class NotFoundError(RemoteError, errors.NotFoundError):
+    """The file, or its bucket, does not exist."""
 
-
-class Missing(RemoteError):
-    """There is no such file, or no such bucket."""
+    _problem = "nothing at"
+    _expected = "the address of something that is there"
+    _hint = "check its spelling; {}"
+    _general_advice = "check the credentials"
 
     @property
     def no_bucket(self) -> bool:
-        """Whether the bucket or repository itself is missing, into which nothing can be written then."""
+        """Whether the bucket or repository itself does not exist, so that nothing can be written to it."""
         return re.search(r"\b(bucket|repository)\b[^/]* (does not exist|not found)", self.reason, re.I) is not None
 
-    def explained(self) -> UserError:
-        return UserError(
-            found=f"nothing at {self.place}: {self.reason}",
-            expected="the address of something that is there",
-            hint=f"check its spelling; {_CREDENTIALS.get(self.family, 'check the credentials')}",
-        )
+
+class AccessDeniedError(RemoteError, errors.AccessDeniedError):
+    """The server refuses the request: no credentials, no permission, or an invalid request. A retry does not help."""
+
+    _problem = "no permission for"
+    _expected = "an address that this user may use"
+    _hint = "{}"
 
 
-class Refused(RemoteError):
-    """The other side will not, however often it is asked: no credentials, no permission, a request it does not know."""
+class TransientError(RemoteError):
+    """The server sent no answer or an incomplete one. A retry may succeed."""
 
-    def explained(self) -> UserError:
-        return UserError(
-            found=f"no permission for {self.place}: {self.reason}",
-            expected="an address that this user may use",
-            hint=_CREDENTIALS.get(self.family, "check the address and the credentials"),
-        )
-
-
-class Unreachable(RemoteError):
-    """No answer, or not a whole one: another attempt may bring it."""
-
-    def explained(self) -> UserError:
-        return UserError(
-            found=f"no way to reach {self.place}: {self.reason}",
-            expected="a server that answers",
-            hint=f"{_NETWORK.get(self.family, 'check the network and the address')}; then run again, what came is kept",
-        )
+    _problem = "no way to reach"
+    _expected = "a server that answers"
+    _hint = "{}; then run again, what came is kept"
+    _advice = _NETWORK
+    _general_advice = "check the network and the address"
 
 
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turn a `RemoteError` into the message for the user."""
-    try:
-        yield
-    except RemoteError as error:
-        raise error.explained() from None
+def error_of_status(status: int | None) -> type[RemoteError]:
+    """Return the error class of an HTTP status code; None stands for a request without an answer."""
+    if status in (404, 410):
+        return NotFoundError
+    if status and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
+        return AccessDeniedError
+    return TransientError
 
 
-class Patience:
-    """Pauses between attempts, until there have been too many in a row that brought nothing.
+class RetryPolicy:
+    """Exponential backoff between attempts, up to a number of attempts in a row without progress.
 
-    attempts: None for `ATTEMPTS`. stop: ends a pause.
+    Args:
+        attempts: The number of attempts; None for `ATTEMPTS`.
+        stop: An event that ends a pause.
     """
 
     def __init__(self, attempts: int | None = None, stop: Event | None = None) -> None:
@@ -112,96 +112,109 @@ class Patience:
         self._stop = stop or Event()
         self._failures = 0
 
-    def wait(self, error: Unreachable, progress: bool = False) -> None:
-        """Wait before the next attempt, or raise the error again."""
+    def wait(self, error: TransientError, progress: bool = False) -> None:
+        """Wait before the next attempt.
+
+        Args:
+            error: The error of the last attempt.
+            progress: Whether the last attempt brought new bytes, which resets the count of failures.
+
+        Raises:
+            TransientError: `error`, if no attempt is left.
+        """
         self._failures = 0 if progress else self._failures + 1
         if self._failures >= self._attempts:
             raise error
         self._stop.wait(FIRST_PAUSE * 2 ** max(0, self._failures - 1))
 
 
-def patiently(work: Callable[[], T], attempts: int | None = None, stop: Event | None = None) -> T:
-    """Do something that either succeeds or is done again from the start."""
-    patience = Patience(attempts, stop)
+def retry(work: Callable[[], T], attempts: int | None = None, stop: Event | None = None) -> T:
+    """Call a function again after each `TransientError`, as `RetryPolicy` allows; returns its result."""
+    policy = RetryPolicy(attempts, stop)
     while True:
         try:
             return work()
-        except Unreachable as error:
-            patience.wait(error)
+        except TransientError as error:
+            policy.wait(error)
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A remote file: its size in bytes, what changes when its content does (an ETag, a time), its MD5 if known."""
+class FileInfo:
+    """Metadata of a remote file.
+
+    Attributes:
+        bytes: Its size.
+        version: A string that changes with the content (an ETag or a time).
+        md5: MD5 of the content (hex), None if the storage does not report it.
+    """
 
     bytes: int
     version: str
     md5: str | None = None
 
 
-class Place(Protocol):
-    """A remote directory or file. Names are relative to it; "" is the address itself.
+class RemoteStorage(ABC):
+    """A remote directory or file. Names are relative to its address; "" is the address itself.
 
-    Every method raises `RemoteError`, and tries once: being patient is the caller's part.
+    Every method makes a single attempt and raises `RemoteError`; the caller retries.
+
+    Attributes:
+        shown: The address without secrets.
     """
 
-    shown: str
-    """The address without secrets."""
-
-    def show(self, name: str) -> str:
-        """The address of one of its files, without secrets."""
-        ...
-
-    def read(self, name: str) -> bytes:
-        """All of a small file."""
-        ...
-
-    def stream(self, name: str, start: int, size: int) -> Iterator[bytes]:
-        """Bytes start .. size - 1 of a file; what comes is passed on at once. Raises if they do not all come."""
-        ...
-
-    def find(self) -> dict[str, Listed]:
-        """All files below the address, by name; one called "" if the address is a file."""
-        ...
-
-    def info(self, name: str) -> Listed: ...
-
-    def put(self, path: Path, name: str) -> None: ...
-
-    def remove(self, name: str) -> None: ...
-
-
-def open_place(address: str) -> Place:
-    """The place of an address. Raises `UserError` for a protocol that is unknown or needs a package."""
-    if address.partition("://")[0].lower() in ("http", "https"):
-        from shards.remote.http_backend import WebPlace
-
-        return WebPlace(address)
-    from shards.remote.fsspec_backend import FsspecPlace
-
-    return FsspecPlace(address)
-
-
-class Named:
-    """An address, and what may be said of it in messages and records."""
-
     def __init__(self, address: str) -> None:
-        self.shown, self._secrets = without_secrets(address)
+        self.shown, self._secrets = remove_secrets(address)
 
     def show(self, name: str) -> str:
+        """Return the address of a file, without secrets."""
         path, mark, query = self.shown.partition("?")
         return f"{path.rstrip('/')}/{name}{mark}{query}" if name else self.shown
 
     def reason(self, error: BaseException) -> str:
-        """What an error says, in one line and without secrets."""
+        """Return the message of an error, in one line and without secrets."""
         text = first_line(error)
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
+    def read(self, name: str) -> bytes:
+        """Return the content of a small file."""
+        return b"".join(self.stream(name, 0, None))
 
-def without_secrets(address: str) -> tuple[str, list[str]]:
-    """An address as it may be shown and stored, and what was taken out: user and password, and the query."""
+    @abstractmethod
+    def stream(self, name: str, start: int, size: int | None) -> Iterator[bytes]:
+        """Yield the bytes `start` .. `size - 1` of a file as they arrive; None stands for the end of the file.
+
+        Raises:
+            TransientError: If the connection ends before all bytes have arrived.
+        """
+
+    @abstractmethod
+    def find(self) -> dict[str, FileInfo]:
+        """Return all files below the address by name; one named "" if the address is a file."""
+
+    @abstractmethod
+    def info(self, name: str) -> FileInfo:
+        """Return the metadata of a file."""
+
+    def put(self, path: Path, name: str) -> None:
+        """Upload a local file. The default refuses it, as a read-only storage does."""
+        raise self._read_only()
+
+    def remove(self, name: str) -> None:
+        """Delete a file. The default refuses it, as a read-only storage does."""
+        raise self._read_only()
+
+    def _read_only(self) -> UserError:
+        return UserError(
+            found=f"{self.shown} as a place to write to",
+            expected="a place that takes files",
+            hint="write to a directory or to s3://bucket/name, and serve that",
+        )
+
+
+def remove_secrets(address: str) -> tuple[str, list[str]]:
+    """Return an address without user, password and query, and the list of what was removed."""
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     user, at, host = host.rpartition("@")

@@ -32,8 +32,7 @@ log = logging.getLogger(__name__)
 
 DIRECTORY_VARIABLE = "INKSTREAM_CACHE"
 SIZE_VARIABLE = "INKSTREAM_CACHE_SIZE"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNITS = ("", "K", "M", "G", "T")
 _EVICTED = ".evicted-"
 _NOTICE_AFTER = 2.0  # seconds; those who only look wait for one another for less
 
@@ -61,7 +60,7 @@ def most_bytes() -> int | None:
             expected="a size such as 200GB, 1.5TB or 300GiB",
             hint=f"export {SIZE_VARIABLE}=200GB, or unset it: half of the disk's room is the bound then",
         )
-    return int(float(match[1]) * (_BINARY_UNITS if match[3] else _UNITS)[match[2]])
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.index(match[2]))
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,7 @@ class Entry:
         """
         root = cache_directory()
         with locked(root / ".room.lock"):
-            try:
-                _make_room(root, self.directory, total, what)
-            except OSError as error:
-                raise no_permission(error, error.filename or root) from None
+            _make_room(root, self.directory, total, what)
 
     @contextlib.contextmanager
     def alone(self, busy: UserError) -> Iterator[None]:
@@ -120,9 +116,9 @@ def open_entry(kind: str, key: str, name: str) -> Iterator[Entry]:
             waiting.cancel()
         try:
             _use(root / key)
+            yield Entry(root / key, root / key / name)
         except OSError as error:
-            raise no_permission(error, root / key) from None
-        yield Entry(root / key, root / key / name)
+            raise no_permission(error, error.filename or root / key) from None
 
 
 def _use(directory: Path) -> None:
@@ -254,7 +250,5 @@ def _bytes_in(directory: Path) -> int:
 
 def _size(count: int) -> str:
     """Bytes as 1.23GB, in the form that $INKSTREAM_CACHE_SIZE takes."""
-    for unit, factor in reversed(_UNITS.items()):
-        if count >= factor:
-            return f"{count / factor:.2f}{unit}B" if unit else f"{count}B"
-    return f"{count}B"
+    power = max((power for power in range(1, len(_UNITS)) if count >= 1000**power), default=0)
+    return f"{count / 1000**power:.2f}{_UNITS[power]}B" if power else f"{count}B"

@@ -1,28 +1,38 @@
-"""Fetch files from a place into a directory: side by side, resumable, hash-checked, with one progress bar."""
+"""Download files: in parallel, resumable, hash-checked, with one progress bar."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from threading import Event
+from typing import TypeVar
 
 from tqdm import tqdm
 
-from shards.errors import UserError, no_permission
-from shards.remote.base import Patience, Place, Unreachable
-from shards.remote.cache import DIRECTORY_VARIABLE
+from shards.atomic import make_directory
+from shards.errors import MismatchError, UserError, no_permission
+from shards.remote.base import RemoteStorage, RetryPolicy, TransientError
+
+T = TypeVar("T")
 
 THREADS = 8
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A remote file: its name, size in bytes, SHA-256 (hex) if known, and otherwise what tells its versions apart."""
+class RemoteFile:
+    """A file to download.
+
+    Attributes:
+        name: Its name below the address of the storage; "" is the address itself.
+        bytes: Its size.
+        sha256: SHA-256 of its content (hex), None if it is unknown.
+        version: A string that changes with the content, where the hash is unknown.
+    """
 
     name: str
     bytes: int
@@ -30,13 +40,13 @@ class Wanted:
     version: str = ""
 
     def is_in(self, directory: Path) -> bool:
-        """Whether it is there; it gets its name only when it is whole."""
+        """Whether the directory holds the file. It gets its name only when it is complete."""
         path = directory / self.name
         return path.is_file() and path.stat().st_size == self.bytes
 
 
-def check_names(files: Sequence[Wanted], place: Place) -> None:
-    """Raise `UserError` if the files cannot all be put into one directory, and nowhere else."""
+def check_names(files: Sequence[RemoteFile], storage: RemoteStorage) -> None:
+    """Raise `UserError` if a name points outside of the directory to download into, or names collide."""
     names = [file.name for file in files]
     known = set(names)
     above = {str(parent) for name in names for parent in PurePosixPath(name).parents}
@@ -51,74 +61,111 @@ def check_names(files: Sequence[Wanted], place: Place) -> None:
         else:
             continue
         raise UserError(
-            found=f"{place.shown} with {reason}",
+            found=f"{storage.shown} with {reason}",
             expected="files that can be put into a directory",
             hint="fetch nothing more from there unless you know who made it",
         )
 
 
-def fetch_files(place: Place, files: Sequence[Wanted], directory: Path, partials: Path, label: str) -> None:
-    """Fetch those of the files that are not in the directory yet, or continue where an earlier call was cut off.
+def download_files(
+    storage: RemoteStorage, files: Sequence[RemoteFile], directory: Path, partials: Path, label: str
+) -> None:
+    """Download the files that are not in a directory yet, or continue where an earlier call ended.
 
-    partials: where files lie until they are whole; on the same file system. One process at a time. A file whose hash
-    is wrong is fetched once more. Raises `RemoteError` if the place does not give them, `UserError` if it gives
-    others, or if the disk is full; what has come by then is kept.
+    Args:
+        storage: Where the files are.
+        files: What to download.
+        directory: Where complete files go.
+        partials: A directory on the same file system for incomplete files; removed at the end. Only one process at
+            a time may use it.
+        label: The description of the progress bar.
+
+    Raises:
+        UserError: As `download_file` does. Files that are incomplete then are kept.
     """
     missing = [file for file in files if not file.is_in(directory)]
+    make_directory(partials)
+
+    def download(file: RemoteFile, stop: Event) -> None:
+        key = hashlib.sha256(f"{file.name}\n{file.sha256}\n{file.version}".encode()).hexdigest()
+        download_file(storage, file, directory / file.name, partials / f"{key[:32]}.part", bar, stop)
+
+    with progress_bar(sum(file.bytes for file in missing), label) as bar:
+        run_in_threads(download, missing)
+    shutil.rmtree(partials)
+
+
+def progress_bar(total: int, label: str) -> tqdm:
+    """Return a progress bar in bytes. It appears with the first bytes: without a network only the error is printed."""
+    return tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1e-3)
+
+
+def run_in_threads(work: Callable[[T, Event], None], items: Sequence[T], threads: int | None = None) -> None:
+    """Call a function for each item, `THREADS` at a time. The first exception stops the others and is raised.
+
+    Args:
+        work: Called with an item and an event, which is set when the call has to end early.
+        items: The items.
+        threads: Another number of threads.
+    """
     stop = Event()
-    # The bar appears with the first bytes, so that a missing network shows one message and nothing else.
-    bar = tqdm(total=sum(file.bytes for file in missing), desc=label, unit="B", unit_scale=True, delay=1e-3)
+    with ThreadPoolExecutor(threads or THREADS) as pool:
+        futures = [pool.submit(work, item, stop) for item in items]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def download_file(
+    storage: RemoteStorage, file: RemoteFile, target: Path, partial: Path, bar: tqdm, stop: Event | None = None
+) -> None:
+    """Download a file, or continue where an earlier call ended. A file with a wrong hash is downloaded once more.
+
+    Args:
+        storage: Where the file is.
+        file: Its name there, its size and its hash.
+        target: The path of the complete file.
+        partial: The path of the incomplete file, on the same file system.
+        bar: Counts the bytes.
+        stop: An event that ends the download early.
+
+    Raises:
+        RemoteError: If the storage does not deliver the file. What has arrived is kept.
+        MismatchError: If the storage delivers another file.
+        UserError: If the disk is full or may not be written.
+    """
+    stop = stop or Event()
+    make_directory(target.parent)
     try:
-        partials.mkdir(parents=True, exist_ok=True)
-        with bar, ThreadPoolExecutor(THREADS) as pool:
-            work = [pool.submit(_fetch, place, file, directory, partials, bar, stop) for file in missing]
-            try:
-                for done in as_completed(work):
-                    done.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for _ in range(2):
+            digest = _receive(storage, file, partial, bar, stop)
+            if stop.is_set():
+                return
+            if file.sha256 in (None, digest):
+                partial.replace(target)
+                return
+            partial.unlink()
+            bar.update(-file.bytes)
     except OSError as error:
-        raise disk_trouble(error, directory) from None
-
-
-def disk_trouble(error: OSError, directory: Path) -> UserError:
-    """The message for a disk that takes no more, or another refusal of the operating system."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return no_permission(error, error.filename or directory)
-    return UserError(
-        found=f"{directory}: {error.strerror}",
-        expected="a disk with room for what is fetched",
-        hint=f"free some room (df -h), or export {DIRECTORY_VARIABLE}=DIR on a larger disk; what came is kept",
+        raise no_permission(error, error.filename or partial) from None
+    finally:
+        if partial.exists() and partial.stat().st_size == 0:
+            partial.unlink()
+    raise MismatchError(
+        found=f"{storage.show(file.name)}, whose content has SHA-256 {digest}",
+        expected=f"SHA-256 {file.sha256}",
+        hint="run again; if it stays so, the file has changed since its hash was recorded (a packed set: pack it "
+        "again), or something alters it on the way",
     )
 
 
-def _fetch(place: Place, file: Wanted, directory: Path, partials: Path, bar: tqdm, stop: Event) -> None:
-    target = directory / file.name
-    key = hashlib.sha256(f"{file.name}\n{file.sha256}\n{file.version}".encode()).hexdigest()
-    partial = partials / f"{key[:32]}.part"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(2):
-        digest = _receive(place, file, partial, bar, stop)
-        if stop.is_set():
-            return
-        if file.sha256 in (None, digest):
-            partial.replace(target)
-            return
-        partial.unlink()
-        bar.update(-file.bytes)
-    raise UserError(
-        found=f"{place.show(file.name)}, whose content has SHA-256 {digest}",
-        expected=f"SHA-256 {file.sha256}, as its manifest says",
-        hint="run again; if it stays so, the set has been changed since it was packed, or something alters it on the "
-        "way: pack it again",
-    )
-
-
-def _receive(place: Place, file: Wanted, partial: Path, bar: tqdm, stop: Event) -> str:
-    """Append what is missing to a partial file; returns the SHA-256 of what it has then, all of it unless stopped."""
-    patience = Patience(stop=stop)
+def _receive(storage: RemoteStorage, file: RemoteFile, partial: Path, bar: tqdm, stop: Event) -> str:
+    """Append the missing bytes to a partial file, unless stopped; returns the SHA-256 of its content."""
+    policy = RetryPolicy(stop=stop)
     # Unbuffered: what could not be written to a full disk must not be tried again at the closing.
     with open(partial, "ab", buffering=0) as out:
         if out.tell() > file.bytes:
@@ -129,7 +176,7 @@ def _receive(place: Place, file: Wanted, partial: Path, bar: tqdm, stop: Event) 
         bar.update(out.tell())
         while (start := out.tell()) < file.bytes and not stop.is_set():
             try:
-                for chunk in place.stream(file.name, start, file.bytes):
+                for chunk in storage.stream(file.name, start, file.bytes):
                     rest = memoryview(chunk)
                     while rest:
                         rest = rest[out.write(rest) :]
@@ -137,7 +184,7 @@ def _receive(place: Place, file: Wanted, partial: Path, bar: tqdm, stop: Event) 
                     bar.update(len(chunk))
                     if stop.is_set():
                         break
-            except Unreachable as error:
-                patience.wait(error, progress=out.tell() > start)
+            except TransientError as error:
+                policy.wait(error, progress=out.tell() > start)
         os.fsync(out.fileno())
     return digest.hexdigest()

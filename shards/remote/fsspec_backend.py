@@ -1,4 +1,4 @@
-"""Places that fsspec has a file system for: s3://, gs://, hf://, memory:// and more."""
+"""Storages that fsspec has a file system for: s3://, gs://, hf:// (huggingface_hub), memory:// and more."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError, first_line
-from shards.remote import base as remote
-from shards.remote.base import Listed, Missing, Named, Refused, RemoteError, Unreachable
+from shards.remote import base
+from shards.remote.base import FileInfo, NotFoundError, RemoteError, RemoteStorage, TransientError, error_of_status
 
 PIECE = 4 << 20  # bytes of one range request
 SMALLEST_PIECE = 64 << 10  # what a slow line must bring within STALL_SECONDS
@@ -18,8 +18,10 @@ _SLOWEST_UPLOAD = 100e3  # bytes/s; slower ones are given up
 _LONGEST_LISTING = 3600.0  # seconds; a thousand files come with each of its answers
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-# By name, because the libraries that raise them may not be there: no credentials at all, or useless ones.
-_NO_CREDENTIALS = {
+# Errors that no retry resolves. By name, because the libraries that raise them may not be installed. gcsfs raises an
+# error without a status, whose text begins with Forbidden.
+_DENIED = (PermissionError, ValueError, NotImplementedError)
+_DENIED_NAMES = {
     "NoCredentialsError",
     "PartialCredentialsError",
     "CredentialRetrievalError",
@@ -29,15 +31,16 @@ _NO_CREDENTIALS = {
     "UnauthorizedSSOTokenError",
     "DefaultCredentialsError",
     "RefreshError",
+    "ParamValidationError",
 }
-# S3's names for requests that were spoilt on the way, which it answers as if they had been wrong.
-_PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
+# S3's codes for requests that were damaged on the way, which come with the status of a wrong request.
+_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
 # What file systems call that which changes with the content of a file, the surest first.
 _VERSIONS = ("ETag", "etag", "md5Hash", "xet_hash", "blob_id", "LastModified", "last_modified", "updated", "mtime")
 
 
-class FsspecPlace(Named):
-    """Any address that fsspec has a file system for; see `shards.remote.base.Place`."""
+class FsspecStorage(RemoteStorage):
+    """Any address that fsspec has a file system for."""
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
@@ -65,7 +68,7 @@ class FsspecPlace(Named):
                 hint="check its spelling; a path needs no protocol",
             ) from None
         except Exception as error:
-            raise self._translated(error, "").explained() from None
+            raise self._translate(error, "") from None
         # Attempts are counted by our caller; s3fs and botocore would each multiply them.
         if _EXTRAS.get(protocol) == "s3":
             file_system.retries = 1
@@ -75,38 +78,38 @@ class FsspecPlace(Named):
             logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         return file_system, root
 
-    def read(self, name: str) -> bytes:
-        # From 0: s3fs would ask for the size first, if it were not told where to begin.
-        return self._call(name, "cat_file", self._path(name), start=0)
-
-    def stream(self, name: str, start: int, size: int) -> Iterator[bytes]:
+    def stream(self, name: str, start: int, size: int | None) -> Iterator[bytes]:
+        if size is None:
+            # With a start, even 0: s3fs would request the size first without it.
+            yield self._call(name, "cat_file", self._path(name), start=start)
+            return
         while start < size:
             try:
                 end = min(start + self._piece, size)
                 data = self._call(name, "cat_file", self._path(name), start=start, end=end)
-            except Unreachable as error:
+            except TransientError as error:
                 if isinstance(error.__cause__, TimeoutError):
                     # A line too slow for a piece of this size: smaller ones bring it forward.
                     self._piece = max(self._piece // 2, SMALLEST_PIECE)
                 raise
             if not data:
-                raise Unreachable(self.show(name), f"it ends after {start:,} of {size:,} bytes")
+                raise TransientError(self.show(name), f"it ends after {start:,} of {size:,} bytes")
             yield data[: size - start]
             start += len(data)
 
-    def find(self) -> dict[str, Listed]:
+    def find(self) -> dict[str, FileInfo]:
         found = self._call("", "find", self._root, detail=True, more_seconds=_LONGEST_LISTING)
         listed = {
-            path[len(self._root) :].strip("/"): _listed(info)
+            path[len(self._root) :].strip("/"): _file_info(info)
             for path, info in found.items()
             if info["type"] == "file" and not path.endswith("/")  # S3's consoles make such files for directories
         }
         if not listed:
-            raise Missing(self.shown, "no such file or directory, or an empty one")
+            raise NotFoundError(self.shown, "no such file or directory, or an empty one")
         return listed
 
-    def info(self, name: str) -> Listed:
-        return _listed(self._call(name, "info", self._path(name)))
+    def info(self, name: str) -> FileInfo:
+        return _file_info(self._call(name, "info", self._path(name)))
 
     def put(self, path: Path, name: str) -> None:
         patience = path.stat().st_size / _SLOWEST_UPLOAD
@@ -123,31 +126,29 @@ class FsspecPlace(Named):
 
         try:
             if self._fs.async_impl:
-                function, seconds = getattr(self._fs, f"_{method}"), remote.STALL_SECONDS + more_seconds
+                function, seconds = getattr(self._fs, f"_{method}"), base.STALL_SECONDS + more_seconds
                 return sync(self._fs.loop, function, *arguments, timeout=seconds, **named)
             return getattr(self._fs, method)(*arguments, **named)
         except Exception as error:
-            raise self._translated(error, name) from error
+            raise self._translate(error, name) from error
 
-    def _translated(self, error: Exception, name: str) -> RemoteError:
-        """Libraries raise what they like; three kinds of it make a difference."""
-        status, code = _answer(error)
-        place, reason = self.show(name), self.reason(error)
+    def _translate(self, error: Exception, name: str) -> RemoteError:
+        """Return the `RemoteError` that stands for whatever exception a library raised."""
+        status, code = _status_and_code(error)
+        reason = self.reason(error)
+        denied = isinstance(error, _DENIED) or type(error).__name__ in _DENIED_NAMES or reason.startswith("Forbidden")
         if isinstance(error, TimeoutError):
-            return Unreachable(place, f"no answer within {remote.STALL_SECONDS:g} seconds")
-        if isinstance(error, FileNotFoundError) or status == 404:
-            return Missing(place, reason)
-        kinds = (PermissionError, ValueError, NotImplementedError)
-        if isinstance(error, kinds) or type(error).__name__ in {*_NO_CREDENTIALS, "ParamValidationError"}:
-            return Refused(place, reason)
-        if reason.startswith("Forbidden"):  # gcsfs, which keeps no status
-            return Refused(place, reason)
-        if status and 400 <= status < 500 and status not in remote.PASSING_STATUS and code not in _PASSING_CODES:
-            return Refused(place, reason)
-        return Unreachable(place, reason)
+            status, reason = None, f"no answer within {base.STALL_SECONDS:g} seconds"
+        elif isinstance(error, FileNotFoundError):
+            status = 404
+        elif code in _TRANSIENT_CODES:
+            status = None
+        elif denied and status != 404:
+            status = 403
+        return error_of_status(status)(self.show(name), reason)
 
 
-def _answer(error: BaseException) -> tuple[int | None, str]:
+def _status_and_code(error: BaseException) -> tuple[int | None, str]:
     """The HTTP status and S3's code of an error, as botocore, gcsfs and huggingface_hub carry them."""
     for carrier in (error, error.__cause__):
         response = getattr(carrier, "response", None)
@@ -161,9 +162,9 @@ def _answer(error: BaseException) -> tuple[int | None, str]:
     return (code if isinstance(code, int) else None), ""
 
 
-def _listed(info: dict[str, Any]) -> Listed:
+def _file_info(info: dict[str, Any]) -> FileInfo:
     version = next((str(info[key]) for key in (*_VERSIONS, "created") if info.get(key) is not None), "")
-    return Listed(bytes=int(info["size"] or 0), version=version, md5=_md5(info))
+    return FileInfo(bytes=int(info["size"] or 0), version=version, md5=_md5(info))
 
 
 def _md5(info: dict[str, Any]) -> str | None:
