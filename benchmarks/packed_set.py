@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.datasets import Request, find_source
+from pipeline.datasets import find_source
 from pipeline.packing.pack import pack
+from pipeline.readers.raw_split import SourceOptions
 from shards.manifest import is_packed_set
 from shards.remote.sets import resolve_dataset
 
@@ -20,5 +21,5 @@ def choose_set(shards: str | None) -> Path:
     if is_packed_set(PACKED_EMNIST):
         return PACKED_EMNIST
     source = find_source("digits")
-    pack(lambda: source.load(Request(Path())), PACKED_DIGITS, dataset=source.name)
+    pack(lambda: source.load(SourceOptions(Path())), PACKED_DIGITS, dataset=source.name)
     return PACKED_DIGITS

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.ink import InkFrame, NoInk, find_ink, frame_ink, within
 from pipeline.lighting import evenly_lit
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as pictures
 from shards.stores.base import Store
 
@@ -92,7 +92,7 @@ class Intake:
             if height is None or width is None:
                 return Taken(_as_png(pictures.decode(content, channels, None)), "taken as it is")
             image = pictures.decode(content, channels, (height, width), self.fit)
-        except BadFile as error:
+        except CorruptFileError as error:
             raise Unusable(str(error)) from None
         except NoInk as error:
             raise Blank(str(error)) from None

@@ -17,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.datasets import RawPart, Request, Source, find_source, source_names
+from pipeline.datasets import find_source, source_names
+from pipeline.datasets.base import DatasetSource
 from pipeline.dedup.between_splits import find_duplicates, remove_duplicates, summarize, write_report
-from pipeline.packing.output import find_target
+from pipeline.packing.output import open_output
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSettings, find_pack, pack
-from pipeline.packing.ranks import Team, join_team
-from pipeline.packing.splits import arrange
+from pipeline.packing.ranks import ProcessGroup, init_process_group
+from pipeline.packing.splits import make_splits
+from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.cli import USER_ERROR_STATUS, run_command
 from shards.errors import UserError
 from shards.manifest import Manifest
@@ -79,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def choose_source(arguments: argparse.Namespace) -> tuple[Source, str]:
+def choose_source(arguments: argparse.Namespace) -> tuple[DatasetSource, str]:
     """The source and split that were asked for; raises `UserError` for unknown ones."""
     if arguments.source not in source_names():
         near = difflib.get_close_matches(arguments.source, source_names(), n=1)
@@ -134,7 +136,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return sides
 
 
-def heeded_options(arguments: argparse.Namespace, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+def heeded_options(arguments: argparse.Namespace, source: DatasetSource) -> tuple[dict[str, Any], dict[str, Any]]:
     """What of the request this source heeds, and all options as the manifest keeps them; warns of those without effect.
 
     Raises `UserError` for a malformed one.
@@ -147,7 +149,7 @@ def heeded_options(arguments: argparse.Namespace, source: Source) -> tuple[dict[
         "image_column": arguments.image_column,
         "label_column": arguments.label_column,
     }
-    defaults = Request(Path())
+    defaults = SourceOptions(Path())
     given = {name: value for name, value in asked.items() if value != getattr(defaults, name)}
     if given.pop("encoded", False) and "encoded" not in source.options:
         raise UserError(
@@ -192,12 +194,17 @@ def describe(manifest: Manifest) -> str:
 
 
 def loading(
-    arguments: argparse.Namespace, source: Source, request: Request, name: str, team: Team, say: Callable[[str], None]
-) -> Callable[[], tuple[RawPart, ...]]:
+    arguments: argparse.Namespace,
+    source: DatasetSource,
+    request: SourceOptions,
+    name: str,
+    group: ProcessGroup,
+    say: Callable[[str], None],
+) -> Callable[[], tuple[RawSplit, ...]]:
     """What reads the raw parts and arranges them as asked."""
 
-    def load() -> tuple[RawPart, ...]:
-        parts = arrange(
+    def load() -> tuple[RawSplit, ...]:
+        parts = make_splits(
             source.load(request),
             test_fraction=arguments.test_fraction,
             val_fraction=arguments.val_fraction,
@@ -207,20 +214,20 @@ def loading(
         )
         if arguments.near_duplicates:
             # Once for all ranks: on unlike processors they might differ over a borderline pair.
-            found = team.first(lambda: find_duplicates(parts))
+            found = group.rank0(lambda: find_duplicates(parts))
             say(f"  {summarize(found)}")
             if arguments.near_duplicates == "remove":
                 parts = remove_duplicates(parts, found)
             else:
                 report = Path(f"{name}.near-duplicates.csv")
-                team.first(lambda: write_report(found, report))
+                group.rank0(lambda: write_report(found, report))
                 say(f"  listed in {report}")
         return parts
 
     return load
 
 
-def run(arguments: argparse.Namespace, team: Team) -> None:
+def run(arguments: argparse.Namespace, group: ProcessGroup) -> None:
     check_numbers(arguments)
     source, split = choose_source(arguments)
     heeded, options = heeded_options(arguments, source)
@@ -228,14 +235,14 @@ def run(arguments: argparse.Namespace, team: Team) -> None:
         warn(f"--raw has no effect, {source.name} reads no files")
     raw = Path("data/raw") / source.name
     if arguments.raw:
-        raw = team.each(lambda: resolve_files(arguments.raw)) if source.raw_files else Path(arguments.raw)
+        raw = group.barrier_run(lambda: resolve_files(arguments.raw)) if source.raw_files else Path(arguments.raw)
         if source.raw_files and not (source.raw_file or source.generic) and raw.exists() and not raw.is_dir():
             raise UserError(found=f"--raw {raw}, a file", expected="a directory", hint=f"--raw {raw.parent}")
     dataset = Path(arguments.raw).name.partition(".")[0] or source.name if source.generic else source.name
     name = f"{dataset}-{split}" if split else dataset
     out = arguments.out or f"data/shards/{name}"
     out = out if is_remote(out) else resolve_dataset(out)
-    request = Request(raw, split, **heeded)
+    request = SourceOptions(raw, split, **heeded)
     settings = {
         "dataset": dataset,
         "split": split,
@@ -247,11 +254,11 @@ def run(arguments: argparse.Namespace, team: Team) -> None:
     }
 
     def say(text: str) -> None:
-        if team.rank == 0:
+        if group.rank == 0:
             print(text, flush=True)
 
     if arguments.dry_run:
-        there = team.first(lambda: find_pack(find_target(out), PackSettings(**settings), out))
+        there = group.rank0(lambda: find_pack(open_output(out), PackSettings(**settings), out))
         there = there and not arguments.force
         say(f"{name}: would {'leave the complete pack alone' if there else source.plan(request)}")
         if not there:
@@ -259,12 +266,12 @@ def run(arguments: argparse.Namespace, team: Team) -> None:
         return
     start = time.perf_counter()
     packed = pack(
-        loading(arguments, source, request, name, team, say),
+        loading(arguments, source, request, name, group, say),
         out,
         **settings,
         skip_bad=arguments.skip_bad,
         workers=arguments.workers,
-        team=team,
+        group=group,
         force=arguments.force,
     )
     report(name, packed, time.perf_counter() - start, out, say)
@@ -286,12 +293,12 @@ def report(name: str, packed: Packed, seconds: float, out: Path | str, say: Call
 
 def main() -> int:
     arguments = parse_arguments()
-    with join_team() as team:
+    with init_process_group() as group:
         try:
-            run(arguments, team)
+            run(arguments, group)
         except UserError:
             # Every rank meets it; rank 0 speaks of it.
-            if team.rank == 0:
+            if group.rank == 0:
                 raise
             return USER_ERROR_STATUS
     return 0

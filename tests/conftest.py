@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.datasets import RawPart, Request, find_source
+from pipeline.datasets import find_source
 from pipeline.packing.pack import pack
+from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.manifest import RawFile, StoreKind
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -44,7 +45,7 @@ def made_up_parts(
     shape: tuple[int, int, int] = (28, 28, 1),
     transposed: bool = True,
     seed: int = 0,
-) -> tuple[RawPart, ...]:
+) -> tuple[RawSplit, ...]:
     """Random images sorted by class, each with a bright band (in the upright image) that tells its class."""
     parts = []
     for name, count in (("train", train), ("test", test)):
@@ -58,12 +59,12 @@ def made_up_parts(
             images = np.ascontiguousarray(images.swapaxes(1, 2))
         names = tuple(f"class {number}" for number in range(classes))
         record = RawFile(name=f"made-up {name}", bytes=images.nbytes, sha256="0" * 64)
-        parts.append(RawPart.from_arrays(name, images, labels, names, transposed=transposed, files=(record,)))
+        parts.append(RawSplit.from_arrays(name, images, labels, names, transposed=transposed, files=(record,)))
     return tuple(parts)
 
 
 def pack_parts(
-    parts: tuple[RawPart, ...],
+    parts: tuple[RawSplit, ...],
     out: Path,
     block_size: int = 64,
     seed: int = 0,
@@ -86,7 +87,7 @@ def digits_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packed digits of scikit-learn. Not to be changed."""
     out = tmp_path_factory.mktemp("digits") / "digits"
     source = find_source("digits")
-    pack(lambda: source.load(Request(out)), out, dataset="digits")
+    pack(lambda: source.load(SourceOptions(out)), out, dataset="digits")
     return out
 
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from raw_files import picture
 
 import pipeline.packing.pack
-from pipeline.datasets import RawPart
 from pipeline.packing.pack import pack
+from pipeline.readers.raw_split import RawSplit
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
 
@@ -34,14 +34,14 @@ def made_up_file(seed: int, label: int) -> EncodedImage:
     return EncodedImage(picture(made_up_image(seed, label), kind, **options), extension)
 
 
-def picture_parts(train: int = 120, test: int = 40, classes: int = 2) -> tuple[RawPart, ...]:
+def image_splits(train: int = 120, test: int = 40, classes: int = 2) -> tuple[RawSplit, ...]:
     """Picture files in four formats, sorted by class."""
     parts = []
     for name, count in (("train", train), ("test", test)):
         labels = np.sort(np.arange(count) % classes)
         files = [made_up_file(count + number, int(label)) for number, label in enumerate(labels)]
         parts.append(
-            RawPart(
+            RawSplit(
                 name=name,
                 classes=tuple(f"class {number}" for number in range(classes)),
                 labels=labels,
@@ -59,7 +59,7 @@ def pack_pictures(out: Path, records_per_shard: int = 50, workers: int = 1, **co
     before = pipeline.packing.pack._RECORDS_PER_SHARD
     pipeline.packing.pack._RECORDS_PER_SHARD = records_per_shard
     try:
-        pack(lambda: picture_parts(**counts), out, dataset="made-up", store="records", workers=workers)
+        pack(lambda: image_splits(**counts), out, dataset="made-up", store="records", workers=workers)
     finally:
         pipeline.packing.pack._RECORDS_PER_SHARD = before
     return out

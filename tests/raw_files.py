@@ -20,7 +20,8 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets import RawPart, Request, UnreadableImages, find_source
+from pipeline.datasets import find_source
+from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
 from shards import UserError
 
 # How long a thing takes is not what these tests ask, and other processes want the cores too.
@@ -34,15 +35,15 @@ def refusal(action: Callable[[], object]) -> UserError:
     return caught.value
 
 
-def load(source: str, raw: Path, split: str = "", **options: object) -> tuple[RawPart, ...]:
-    return find_source(source).load(Request(raw, split, **options))
+def load(source: str, raw: Path, split: str = "", **options: object) -> tuple[RawSplit, ...]:
+    return find_source(source).load(SourceOptions(raw, split, **options))
 
 
-def read_all(part: RawPart) -> NDArray[np.uint8]:
+def read_all(part: RawSplit) -> NDArray[np.uint8]:
     return part.read(part.rows)
 
 
-def unreadable(part: RawPart) -> dict[int, str]:
+def unreadable(part: RawSplit) -> dict[int, str]:
     with pytest.raises(UnreadableImages) as caught:
         read_all(part)
     return caught.value.reasons

@@ -13,7 +13,8 @@ import yaml
 from conftest import pack_parts
 from numpy.typing import NDArray
 
-from pipeline.datasets import Request, find_source
+from pipeline.datasets import find_source
+from pipeline.readers.raw_split import SourceOptions
 from shards import open_split
 from trainer.decision import best_tau, decide, log_weights
 from trainer.distributed import World
@@ -91,7 +92,7 @@ def test_a_tau_that_stands_out_alone_is_not_taken() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on digits of which some classes are rare, with inverse weights and a tuned tau."""
     directory = tmp_path_factory.mktemp("decided")
-    train, test = find_source("digits").load(Request(directory))
+    train, test = find_source("digits").load(SourceOptions(directory))
     rare = (train.labels % 2 == 1) & (np.arange(len(train.labels)) % 6 > 0)
     pack_parts((train.select(np.flatnonzero(~rare)), test), directory / "set")
     content = {

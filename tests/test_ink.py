@@ -12,10 +12,11 @@ from conftest import made_up_parts, pack_parts
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets import Request, find_source
+from pipeline.datasets import find_source
 from pipeline.ink import SCAN_SIDE, Ink, InkFrame, NoInk, find_ink, frame_ink
 from pipeline.intake import Blank, Intake, Unusable
 from pipeline.lighting import evenly_lit
+from pipeline.readers.raw_split import SourceOptions
 from pipeline.transforms.ops.resize import resize_weights
 from shards import open_split
 
@@ -170,7 +171,7 @@ def test_how_ink_lies_is_measured_on_the_set(digits_set: Path, made_up_set: Path
 
 
 def test_emnist_and_mnist_are_told_apart(shared_data: Path) -> None:
-    train, _ = find_source("emnist").load(Request(shared_data / "emnist", split="byclass"))
+    train, _ = find_source("emnist").load(SourceOptions(shared_data / "emnist", split="byclass"))
     emnist = InkFrame.measured(np.asarray(train.read(np.arange(0, 90_000, 200)))[..., 0].swapaxes(1, 2))
     assert emnist is not None
     assert not emnist.by_mass

@@ -13,8 +13,8 @@ import torch
 import yaml
 from conftest import ROOT, made_up_parts, pack_parts, run_module
 
-from pipeline.datasets import RawPart
 from pipeline.packing.pack import pack
+from pipeline.readers.raw_split import RawSplit
 from shards import open_split
 from shards.convert import convert
 
@@ -57,8 +57,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], in
     labels = random.integers(0, 3, IMAGES)
     classes = ("a", "b", "c")
     parts = (
-        RawPart.from_arrays("train", images, labels, classes),
-        RawPart.from_arrays("test", images[:9], labels[:9], classes),
+        RawSplit.from_arrays("train", images, labels, classes),
+        RawSplit.from_arrays("test", images[:9], labels[:9], classes),
     )
     pack(lambda: parts, directory / "tar", dataset="large", block_size=64)
     convert(directory / "tar", directory / "zarr", "zarr")

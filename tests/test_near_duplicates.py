@@ -16,9 +16,10 @@ from PIL import Image
 from test_perceptual_hash import png, smooth
 
 import pipeline.dedup.near_duplicates
-from pipeline.datasets import RawPart, Request, UnreadableImages, find_source
+from pipeline.datasets import find_source
 from pipeline.dedup.between_splits import find_duplicates, remove_duplicates, summarize, write_report
 from pipeline.dedup.near_duplicates import Matches, find_near_duplicates
+from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
 from shards import UserError
 from shards.stores.base import EncodedImage
 
@@ -174,12 +175,12 @@ class TestMany:
 CLASSES = tuple("abc")
 
 
-def part(name: str, images: Images, labels: NDArray[np.int64] | None = None) -> RawPart:
-    return RawPart.from_arrays(name, images, np.arange(len(images)) % 3 if labels is None else labels, CLASSES)
+def part(name: str, images: Images, labels: NDArray[np.int64] | None = None) -> RawSplit:
+    return RawSplit.from_arrays(name, images, np.arange(len(images)) % 3 if labels is None else labels, CLASSES)
 
 
 @pytest.fixture
-def parts() -> tuple[RawPart, ...]:
+def parts() -> tuple[RawSplit, ...]:
     """Train 0 .. 9 are in test 5 .. 14, train 10 .. 14 in val 3 .. 7, val 0 and 1 in test 0 and 1."""
     test, val, train = drawings(60, 1), drawings(30, 2), drawings(100, 3)
     train[:5], train[5:10] = test[5:10], noisy(test[10:15], 5)
@@ -189,7 +190,7 @@ def parts() -> tuple[RawPart, ...]:
 
 
 class TestParts:
-    def test_each_pair_of_parts_is_compared(self, parts: tuple[RawPart, ...]) -> None:
+    def test_each_pair_of_parts_is_compared(self, parts: tuple[RawSplit, ...]) -> None:
         found = find_duplicates(parts)
         pairs = {(one.part, one.kept_part): dict(zip(one.rows, one.kept_rows, strict=True)) for one in found}
         assert pairs == {
@@ -203,7 +204,7 @@ class TestParts:
             "images); 5 train images are in val (0 identical, 5 under another label; they are 5 of the 30 val images)"
         )
 
-    def test_test_stays_whole(self, parts: tuple[RawPart, ...]) -> None:
+    def test_test_stays_whole(self, parts: tuple[RawSplit, ...]) -> None:
         train, test, val = remove_duplicates(parts, find_duplicates(parts))
         assert test is parts[1]
         assert train.rows.tolist() == list(range(15, 100))
@@ -212,14 +213,14 @@ class TestParts:
         assert summarize(again) == "near-duplicates: none"
         assert remove_duplicates((train, test, val), again) == (train, test, val)
 
-    def test_raw_rows_are_named(self, parts: tuple[RawPart, ...]) -> None:
+    def test_raw_rows_are_named(self, parts: tuple[RawSplit, ...]) -> None:
         train, test, _ = parts
         chosen = train.select(np.array([50, 8, 30, 2])), test.select(np.array([40, 13, 7]))
         found = find_duplicates(chosen)[0]
         assert (found.rows.tolist(), found.kept_rows.tolist()) == ([8, 2], [13, 7])
         assert remove_duplicates(chosen, find_duplicates(chosen))[0].rows.tolist() == [50, 30]
 
-    def test_report(self, parts: tuple[RawPart, ...], tmp_path: Path) -> None:
+    def test_report(self, parts: tuple[RawSplit, ...], tmp_path: Path) -> None:
         path = tmp_path / "report.csv"
         write_report(find_duplicates(parts), path)
         lines = list(csv.DictReader(path.open()))
@@ -241,23 +242,23 @@ class TestParts:
         assert similarity == sorted(similarity, reverse=True) and similarity[-1] > 0.9
         assert (of_train[0]["label"], of_train[0]["in_label"]) == ("a", "c")
 
-    def test_a_part_that_is_wholly_in_another_is_refused(self, parts: tuple[RawPart, ...]) -> None:
+    def test_a_part_that_is_wholly_in_another_is_refused(self, parts: tuple[RawSplit, ...]) -> None:
         copies = (replace(parts[1], name="train"), parts[1])
         with pytest.raises(UserError) as caught:
             remove_duplicates(copies, find_duplicates(copies))
         assert "train part of 60 images" in caught.value.found
 
-    def test_a_single_part_has_none(self, parts: tuple[RawPart, ...]) -> None:
+    def test_a_single_part_has_none(self, parts: tuple[RawSplit, ...]) -> None:
         assert summarize(find_duplicates(parts[:1])) == "near-duplicates: none"
 
-    def test_transposed_pixels(self, parts: tuple[RawPart, ...]) -> None:
+    def test_transposed_pixels(self, parts: tuple[RawSplit, ...]) -> None:
         turned = tuple(
             replace(one, transposed=True, read=lambda rows, one=one: one.read(rows).swapaxes(1, 2)) for one in parts
         )
         assert summarize(find_duplicates(turned)) == summarize(find_duplicates(parts))
 
-    def test_picture_files(self, parts: tuple[RawPart, ...]) -> None:
-        def files(one: RawPart) -> RawPart:
+    def test_picture_files(self, parts: tuple[RawSplit, ...]) -> None:
+        def files(one: RawSplit) -> RawSplit:
             def read(rows: NDArray[np.int64]) -> list[EncodedImage]:
                 return [EncodedImage(png(image), "png") for image in one.read(rows)]
 
@@ -265,7 +266,7 @@ class TestParts:
 
         assert summarize(find_duplicates(tuple(map(files, parts)))) == summarize(find_duplicates(parts))
 
-    def test_unreadable_images_are_passed_over(self, parts: tuple[RawPart, ...]) -> None:
+    def test_unreadable_images_are_passed_over(self, parts: tuple[RawSplit, ...]) -> None:
         train, test, val = parts
 
         def read(rows: NDArray[np.int64]) -> Images:
@@ -277,8 +278,8 @@ class TestParts:
         assert found.rows.tolist() == [1, 2, 3, 4, 5, 6, 8, 9]
 
 
-def genuine(shared_data: Path, source: str, directory: str, split: str = "") -> tuple[RawPart, ...]:
-    return find_source(source).load(Request(shared_data / directory, split))
+def genuine(shared_data: Path, source: str, directory: str, split: str = "") -> tuple[RawSplit, ...]:
+    return find_source(source).load(SourceOptions(shared_data / directory, split))
 
 
 # Positions in the test and train part of the CIFAR-10 subset.
@@ -315,7 +316,7 @@ class TestGenuinePictures:
     def test_known_ones_of_cifar(self, shared_data: Path) -> None:
         """Pairs that were looked at, and are the same photograph; none of those found is another."""
         archive = shared_data / "cifar10" / "cifar10-jpg-subset.zip"
-        found = find_duplicates(find_source("folder").load(Request(archive)))[0]
+        found = find_duplicates(find_source("folder").load(SourceOptions(archive)))[0]
         pairs = set(zip(found.kept_rows.tolist(), found.rows.tolist(), strict=True))
         assert len(pairs) >= 9
         assert pairs <= LOOKED_AT

@@ -10,16 +10,16 @@ import pytest
 from conftest import assert_user_error, pack_parts, run_module
 from numpy.typing import NDArray
 
-from pipeline.datasets import RawPart
 from pipeline.dedup.overlap import find_overlaps, without
-from pipeline.packing.repack import joined, packed_parts
+from pipeline.packing.repack import concatenate, packed_splits
+from pipeline.readers.raw_split import RawSplit
 from shards import UserError, open_split
 from shards.verify.check import check_hashes
 
 
-def some(name: str, images: NDArray[np.uint8], labels: list[int], classes: str, transposed: bool = False) -> RawPart:
+def some(name: str, images: NDArray[np.uint8], labels: list[int], classes: str, transposed: bool = False) -> RawSplit:
     pixels = np.ascontiguousarray(images.swapaxes(1, 2) if transposed else images)
-    return RawPart.from_arrays(name, pixels, np.array(labels), tuple(classes), transposed=transposed)
+    return RawSplit.from_arrays(name, pixels, np.array(labels), tuple(classes), transposed=transposed)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def sets(pixels: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_shared_images_are_counted_by_part(sets: tuple[Path, Path]) -> None:
-    found = find_overlaps(*map(packed_parts, sets))
+    found = find_overlaps(*map(packed_splits, sets))
     rows = {(one.part, one.kept_part): one.rows.tolist() for one in found}
     assert rows == {
         ("train", "train"): [8, 9],
@@ -69,8 +69,8 @@ def test_images_that_are_changed_a_little_are_found_when_asked_for(tmp_path: Pat
     labels = store.labels[:60].tolist()
     classes = "0123456789"
     parts = (some("train", brighter[:40], labels[:40], classes), some("test", images[40:], labels[40:], classes))
-    changed = packed_parts(pack_parts(parts, tmp_path / "changed"))
-    digits = packed_parts(digits_set)
+    changed = packed_splits(pack_parts(parts, tmp_path / "changed"))
+    digits = packed_splits(digits_set)
     for near, fewest, most in ((False, 0, 0), (True, 36, 40)):
         found = {(one.part, one.kept_part): len(one.rows) for one in find_overlaps(changed, digits, near)}
         assert fewest <= found["train", "test"] <= most
@@ -111,12 +111,12 @@ def test_sets_of_other_sizes_are_never_equal(sets: tuple[Path, Path], made_up_se
 
 
 def test_parts_are_joined_with_rows_of_their_own(sets: tuple[Path, Path], pixels: NDArray[np.uint8]) -> None:
-    train, test, _ = packed_parts(sets[0])
-    both = joined(train, test)
+    train, test, _ = packed_splits(sets[0])
+    both = concatenate(train, test)
     assert both.rows.tolist() == list(range(14))
     wanted = np.array([13, 0, 10, 9])
     assert np.array_equal(both.read(wanted), pixels[[17, 0, 14, 9]])
     assert both.columns["from"].tolist() == ["train"] * 10 + ["test"] * 4
     assert both.columns["from_row"].tolist()[8:12] == ["8", "9", "0", "1"]
     with pytest.raises(UserError, match="transposed"):
-        joined(train, packed_parts(sets[1])[0])
+        concatenate(train, packed_splits(sets[1])[0])

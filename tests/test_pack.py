@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 import pipeline.packing.pack
 from pipeline.common.process_pool import map_in_processes
-from pipeline.datasets import RawPart, UnreadableImages
 from pipeline.packing.pack import pack
+from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards import UserError, open_split
 from shards.verify.check import check_split
 
@@ -39,12 +39,12 @@ def content(directory: Path) -> dict[str, bytes]:
     }
 
 
-def packed(parts: tuple[RawPart, ...], out: Path, **settings: object) -> dict[str, bytes]:
+def packed(parts: tuple[RawSplit, ...], out: Path, **settings: object) -> dict[str, bytes]:
     pack(lambda: parts, out, dataset="made-up", block_size=BLOCK, **settings)
     return content(out)
 
 
-def with_bad(part: RawPart, bad: set[int]) -> RawPart:
+def with_bad(part: RawSplit, bad: set[int]) -> RawSplit:
     """A part in which some rows cannot be read."""
 
     def read(rows: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.common.rng import PARTITION_STREAM
-from pipeline.common.stratified import stratified
+from pipeline.common.stratified import stratified_mask
 from trainer.data import carve
 
 seeds = st.integers(0, 2**63 - 1)
@@ -21,7 +21,7 @@ labellings = st.lists(st.integers(0, 12), min_size=1, max_size=400).map(lambda l
 
 @given(labels=labellings, fraction=fractions, seed=seeds)
 def test_size_is_exact_and_every_class_has_its_share(labels: NDArray[np.int64], fraction: float, seed: int) -> None:
-    chosen = stratified(labels, fraction, seed)
+    chosen = stratified_mask(labels, fraction, seed)
     assert chosen.dtype == bool and chosen.shape == labels.shape
     assert chosen.sum() == round(fraction * len(labels))
     shares = np.bincount(labels) * fraction
@@ -33,7 +33,7 @@ def test_size_is_exact_and_every_class_has_its_share(labels: NDArray[np.int64], 
 def test_a_class_gives_its_last_sample_only_if_no_other_has_some_to_give(
     labels: NDArray[np.int64], fraction: float, seed: int
 ) -> None:
-    chosen = stratified(labels, fraction, seed)
+    chosen = stratified_mask(labels, fraction, seed)
     counts = np.bincount(labels)
     given_by_class = np.bincount(labels[chosen], minlength=len(counts))
     could_give = (given_by_class == np.floor(counts * fraction)) & (given_by_class + 1 < counts)
@@ -44,8 +44,8 @@ def test_a_class_gives_its_last_sample_only_if_no_other_has_some_to_give(
 def test_single_samples_stay_where_they_are() -> None:
     labels = np.array([7] * 10 + [-3, 1 << 40])
     for seed in range(20):
-        assert stratified(labels, 0.5, seed)[-2:].tolist() == [False, False]
-        assert stratified(labels, 0.5, seed).sum() == 6
+        assert stratified_mask(labels, 0.5, seed)[-2:].tolist() == [False, False]
+        assert stratified_mask(labels, 0.5, seed).sum() == 6
 
 
 @given(data=st.data(), fraction=fractions, seed=seeds)
@@ -54,8 +54,8 @@ def test_groups_within_a_class_have_their_share_of_what_it_gives(
 ) -> None:
     labels = data.draw(labellings)
     groups = np.array(data.draw(st.lists(st.integers(-5, 5), min_size=len(labels), max_size=len(labels))))
-    chosen = stratified(labels, fraction, seed, within=groups)
-    alone = stratified(labels, fraction, seed)
+    chosen = stratified_mask(labels, fraction, seed, within=groups)
+    alone = stratified_mask(labels, fraction, seed)
     np.testing.assert_array_equal(np.bincount(labels[chosen]), np.bincount(labels[alone]))
     for label in np.unique(labels):
         mine = labels == label
@@ -67,35 +67,35 @@ def test_groups_within_a_class_have_their_share_of_what_it_gives(
 def test_of_groups_of_one_sample_each_any_is_chosen() -> None:
     """2,000 draws of 3 of 12, each its own group: each sample comes about 500 times."""
     labels = np.repeat([0, 1], [12, 12])
-    counts = np.sum([stratified(labels, 0.25, seed, within=np.arange(24)) for seed in range(2000)], axis=0)
+    counts = np.sum([stratified_mask(labels, 0.25, seed, within=np.arange(24)) for seed in range(2000)], axis=0)
     assert np.abs(counts - 500).max() < 5 * (2000 * 0.25 * 0.75) ** 0.5
 
 
 def test_streams_choose_independently() -> None:
     labels = np.zeros(10_000, np.int64)
-    one, other = (stratified(labels, 0.5, 3, PARTITION_STREAM + number) for number in (1, 2))
+    one, other = (stratified_mask(labels, 0.5, 3, PARTITION_STREAM + number) for number in (1, 2))
     assert abs((one & other).mean() - 0.25) < 0.02
 
 
 @given(labels=labellings, fraction=fractions, seed=seeds)
 def test_is_a_pure_function_of_its_arguments(labels: NDArray[np.int64], fraction: float, seed: int) -> None:
     before = labels.copy()
-    first = stratified(labels, fraction, seed)
-    np.testing.assert_array_equal(stratified(labels.copy(), fraction, seed), first)
+    first = stratified_mask(labels, fraction, seed)
+    np.testing.assert_array_equal(stratified_mask(labels.copy(), fraction, seed), first)
     np.testing.assert_array_equal(labels, before)
 
 
 def test_golden_choice() -> None:
     """Pinned: validation parts of runs that were made, and the digits' test part, depend on it."""
     labels = np.arange(20) % 3
-    assert np.flatnonzero(stratified(labels, 0.3, 0)).tolist() == [2, 7, 9, 10, 12, 17]
-    assert np.flatnonzero(stratified(labels, 0.3, 1)).tolist() == [1, 2, 6, 7, 8, 12]
+    assert np.flatnonzero(stratified_mask(labels, 0.3, 0)).tolist() == [2, 7, 9, 10, 12, 17]
+    assert np.flatnonzero(stratified_mask(labels, 0.3, 1)).tolist() == [1, 2, 6, 7, 8, 12]
 
 
 def test_every_sample_of_a_class_is_as_likely() -> None:
     """2,000 draws of 3 of 12: each sample comes about 500 times."""
     labels = np.repeat([0, 1], [12, 12])
-    counts = np.sum([stratified(labels, 0.25, seed) for seed in range(2000)], axis=0)
+    counts = np.sum([stratified_mask(labels, 0.25, seed) for seed in range(2000)], axis=0)
     assert np.abs(counts - 500).max() < 5 * (2000 * 0.25 * 0.75) ** 0.5
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.datasets import RawPart
-from pipeline.packing.splits import arrange
+from pipeline.packing.splits import make_splits
+from pipeline.readers.raw_split import RawSplit
 from shards import UserError
 
 CLASSES = tuple("abcde")
@@ -19,27 +19,27 @@ SIZE = 1000
 UNTOUCHED = {"test_fraction": None, "val_fraction": None, "subset": 1.0, "stratify": "", "seed": 0}
 
 
-def made_up(count: int, name: str = "train", seed: int = 1, classes: int = 5) -> RawPart:
+def made_up(count: int, name: str = "train", seed: int = 1, classes: int = 5) -> RawSplit:
     """Images that tell their own row by their pixels, with a column of writers that depends on the label."""
     random = np.random.default_rng([seed, count])
     labels = random.integers(0, classes, count)
     writers = np.array([f"writer {number}" for number in (random.random(count) * (2 + labels)).astype(int)])
     images = np.arange(count).astype("<u4").view(np.uint8).reshape(count, 2, 2, 1)
-    return RawPart.from_arrays(name, images, labels, CLASSES[:classes], columns={"writer": writers})
+    return RawSplit.from_arrays(name, images, labels, CLASSES[:classes], columns={"writer": writers})
 
 
-def carved(parts: tuple[RawPart, ...] | RawPart, **asked: object) -> dict[str, RawPart]:
+def carved(parts: tuple[RawSplit, ...] | RawSplit, **asked: object) -> dict[str, RawSplit]:
     parts = parts if isinstance(parts, tuple) else (parts,)
-    return {part.name: part for part in arrange(parts, **{**UNTOUCHED, **asked})}
+    return {part.name: part for part in make_splits(parts, **{**UNTOUCHED, **asked})}
 
 
-def refusal(parts: tuple[RawPart, ...] | RawPart, **asked: object) -> UserError:
+def refusal(parts: tuple[RawSplit, ...] | RawSplit, **asked: object) -> UserError:
     with pytest.raises(UserError) as caught:
         carved(parts, **asked)
     return caught.value
 
 
-def assert_shows_its_rows(part: RawPart) -> None:
+def assert_shows_its_rows(part: RawSplit) -> None:
     """What is read for its rows are the images of these rows, with their labels."""
     raw = made_up(SIZE)
     np.testing.assert_array_equal(part.read(part.rows), raw.read(part.rows))
@@ -81,7 +81,7 @@ def test_parts_are_disjoint_complete_and_of_the_sizes_asked_for(
         np.testing.assert_array_equal(again[name].rows, part.rows)
 
 
-def counts(part: RawPart, writers: NDArray[np.str_]) -> NDArray[np.int64]:
+def counts(part: RawSplit, writers: NDArray[np.str_]) -> NDArray[np.int64]:
     """[classes, writers], images of each."""
     places = np.searchsorted(writers, part.columns["writer"])
     return np.bincount(part.labels * len(writers) + places, minlength=len(CLASSES) * len(writers)).reshape(5, -1)
@@ -136,7 +136,7 @@ def test_no_class_is_lost_from_training() -> None:
     """Of three hundred classes of one or two images each, all are still there to train on."""
     labels = np.concatenate([np.arange(300), np.arange(150)])
     images = np.zeros((450, 2, 2, 1), np.uint8)
-    whole = RawPart.from_arrays("train", images, labels, tuple(map(str, range(300))))
+    whole = RawSplit.from_arrays("train", images, labels, tuple(map(str, range(300))))
     parts = carved(whole, test_fraction=0.2, val_fraction=0.1)
     assert {name: len(part.rows) for name, part in parts.items()} == {"train": 324, "test": 90, "val": 36}
     assert len(np.unique(parts["train"].labels)) == 300
@@ -147,7 +147,7 @@ def test_no_class_is_lost_from_training() -> None:
 
 def test_parts_that_are_there_stay_as_they_are() -> None:
     parts = (made_up(40, "test"), made_up(30, "val"), made_up(SIZE))
-    arranged = arrange(parts, **UNTOUCHED)
+    arranged = make_splits(parts, **UNTOUCHED)
     assert [part.name for part in arranged] == ["train", "test", "val"]
     assert all(part in parts for part in arranged)
     carved_val = carved(parts[::2], val_fraction=0.1, subset=0.5)
@@ -174,7 +174,7 @@ class TestRefusals:
 
     def test_a_column_where_there_is_none(self) -> None:
         images = np.zeros((9, 2, 2, 1), np.uint8)
-        part = RawPart.from_arrays("train", images, np.arange(9) % 3, tuple("abc"))
+        part = RawSplit.from_arrays("train", images, np.arange(9) % 3, tuple("abc"))
         assert "leave it out" in refusal(part, test_fraction=0.3, stratify="writer").hint
 
     @pytest.mark.parametrize(("fraction", "amount"), [(0.0, "none"), (0.004, "none"), (1.0, "all")])

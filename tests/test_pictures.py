@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from raw_files import in_a_process, picture, pixels, png_claiming
 
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats.image import Header, check_record, decode, header
 
 # As `pipeline.readers.formats.image` wants it; pytest puts its own filters in place of those of modules.
@@ -24,7 +24,7 @@ LOSSLESS = {"PNG": {}, "BMP": {}, "WEBP": {"lossless": True}}
 
 
 def refused(content: bytes) -> str:
-    with pytest.raises(BadFile) as caught:
+    with pytest.raises(CorruptFileError) as caught:
         decode(content, 1, None)
     return str(caught.value)
 
@@ -176,7 +176,7 @@ class TestBadPictures:
         content = picture(COLOR, kind)
         end = -2 if kind == "GIF" else 0  # all of a GIF's picture is there before its two end marks
         for kept in range(len(content) + end):
-            with pytest.raises(BadFile):
+            with pytest.raises(CorruptFileError):
                 decode(content[:kept], 3, (16, 16))
 
     def test_a_changed_byte_of_a_png_is_refused(self) -> None:
@@ -186,7 +186,7 @@ class TestBadPictures:
             damaged[place] ^= 0x10
             try:
                 np.testing.assert_array_equal(decode(bytes(damaged), 3, None), COLOR)
-            except BadFile:
+            except CorruptFileError:
                 continue
 
     @given(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF"]), st.data())
@@ -196,7 +196,7 @@ class TestBadPictures:
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         try:
             assert decode(bytes(content), 3, (8, 8)).shape == (8, 8, 3)
-        except BadFile as error:
+        except CorruptFileError as error:
             assert str(error)
 
     @given(st.binary(max_size=200))
@@ -205,7 +205,7 @@ class TestBadPictures:
             for read in (header, check_record):
                 try:
                     read(head + content)
-                except BadFile as error:
+                except CorruptFileError as error:
                     assert str(error)
 
     @pytest.mark.parametrize(
@@ -222,19 +222,19 @@ class TestBadPictures:
     @pytest.mark.parametrize("height, width", [(60_000, 60_000), (8193, 8192), (1, 0x7FFFFFFF)])
     def test_a_picture_that_claims_to_be_huge_is_refused(self, height: int, width: int) -> None:
         assert "pixels" in refused(png_claiming(height, width))
-        with pytest.raises(BadFile, match="pixels"):
+        with pytest.raises(CorruptFileError, match="pixels"):
             header(png_claiming(height, width))
 
     def test_a_bomb_takes_no_memory(self) -> None:
         """The claimed pixels would be 3.6 GB."""
         code = """
 from raw_files import png_claiming
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats.image import check_record, decode, header
 for read in (header, check_record, lambda content: decode(content, 3, (32, 32))):
     try:
         read(png_claiming(60_000, 60_000))
-    except BadFile as error:
+    except CorruptFileError as error:
         print(error)
 """
         lines, memory = in_a_process(code)
@@ -255,18 +255,18 @@ class TestRecords:
         assert check_record(picture(COLOR, kind)) == extension
 
     def test_what_dali_cannot_decode_is_refused(self) -> None:
-        with pytest.raises(BadFile, match="GIF"):
+        with pytest.raises(CorruptFileError, match="GIF"):
             check_record(picture(COLOR, "GIF"))
 
     def test_transparency_that_dali_would_not_heed_is_refused(self) -> None:
         opaque = np.concatenate([COLOR, np.full((8, 8, 1), 255, np.uint8)], axis=2)
         assert check_record(picture(opaque)) == "png"
         opaque[3, 3, 3] = 254
-        with pytest.raises(BadFile, match="transparent"):
+        with pytest.raises(CorruptFileError, match="transparent"):
             check_record(picture(opaque))
 
     def test_a_cut_one_is_refused(self) -> None:
-        with pytest.raises(BadFile):
+        with pytest.raises(CorruptFileError):
             check_record(picture(COLOR, "JPEG")[:-20])
 
 

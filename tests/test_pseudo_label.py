@@ -13,7 +13,7 @@ from conftest import pack_parts
 from test_training import train_here
 
 from pipeline.packing.pack import ORIGINS
-from pipeline.packing.repack import packed_parts
+from pipeline.packing.repack import packed_splits
 from shards import UserError, open_split
 from trainer import pseudo_label
 
@@ -22,7 +22,7 @@ from trainer import pseudo_label
 def sets(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Digits with labels, and others of which all are said to be 0, ten of them also in the test part."""
     directory = tmp_path_factory.mktemp("pseudo")
-    train, test = packed_parts(digits_set)
+    train, test = packed_splits(digits_set)
     labelled = train.select(np.arange(700))
     rest = train.select(np.arange(700, 1100))
     images = np.concatenate([rest.read(rest.rows), test.read(test.rows[:10])])
@@ -71,7 +71,7 @@ def test_what_it_is_sure_of_is_listed_and_packed(
     assert 150 < len(lines) < 410
     assert f"{len(lines):,} of 410 images labelled" in said
     assert min(float(line["confidence"]) for line in lines) >= 0.8
-    truth = packed_parts(digits_set)
+    truth = packed_splits(digits_set)
     known = np.concatenate([truth[0].labels[700:1100], truth[1].labels[:10]])
     right = np.mean([known[int(line["row"])] == int(line["label"]) for line in lines])
     assert right > 0.9, "the labels 0 that they came with are not looked at"

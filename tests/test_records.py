@@ -17,12 +17,12 @@ import webdataset
 from conftest import assert_user_error, run_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_up_records import FORMATS, pack_pictures, picture_parts
+from made_up_records import FORMATS, image_splits, pack_pictures
 from nvidia.dali import fn, pipeline_def
 from raw_files import refusal
 from wds2idx import IndexCreator
 
-from pipeline.datasets import RawPart
+from pipeline.readers.raw_split import RawSplit
 from shards import Manifest, UserError, open_split
 from shards.manifest import MANIFEST_NAME
 from shards.open import open_files
@@ -39,8 +39,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def raw() -> RawPart:
-    return picture_parts()[0]
+def raw() -> RawSplit:
+    return image_splits()[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def files_of(store: Store, samples: np.ndarray) -> list[bytes]:
 class TestStore:
     """The contract of `Store`, for picture files."""
 
-    def test_manifest_tells_of_the_raw_part(self, store: Store, raw: RawPart) -> None:
+    def test_manifest_tells_of_the_raw_part(self, store: Store, raw: RawSplit) -> None:
         manifest = store.manifest
         assert (manifest.store, manifest.encoded, manifest.block_size) == ("records", True, 1)
         assert manifest.image_shape == (None, None, 3)
@@ -70,7 +70,7 @@ class TestStore:
         assert [shard.samples for shard in manifest.shards] == [50, 50, 20]
         assert isinstance(store, RecordStore)
 
-    def test_every_row_is_there_once_with_its_label(self, store: Store, raw: RawPart) -> None:
+    def test_every_row_is_there_once_with_its_label(self, store: Store, raw: RawSplit) -> None:
         assert len(store) == 120
         assert store.rows.dtype == store.labels.dtype == np.int64
         np.testing.assert_array_equal(np.sort(store.rows), np.arange(120))
@@ -90,7 +90,7 @@ class TestStore:
         ],
         ids=["all", "backwards", "at random with repeats", "across shards", "none"],
     )
-    def test_pictures_are_those_of_the_rows(self, store: Store, raw: RawPart, samples: np.ndarray) -> None:
+    def test_pictures_are_those_of_the_rows(self, store: Store, raw: RawSplit, samples: np.ndarray) -> None:
         images = store.read(samples)
         assert all(image.dtype == np.uint8 and image.ndim == 1 for image in images)
         assert [image.tobytes() for image in images] == [file.content for file in raw.read(store.rows[samples])]
@@ -104,7 +104,7 @@ class TestStore:
         with pytest.raises(ValueError, match="read-only"):
             store.read(np.array([0]))[0][:] = 0
 
-    def test_a_place_names_shard_and_file(self, store: Store, packed: Path, raw: RawPart) -> None:
+    def test_a_place_names_shard_and_file(self, store: Store, packed: Path, raw: RawSplit) -> None:
         for sample in (0, 49, 50, 119):
             extension = raw.read(store.rows[[sample]])[0].extension
             expected = packed / "train" / f"shard-{sample // 50:05d}.tar"

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_files import load, picture, pixels, read_all, refusal, unreadable, write_tar, write_zip
 
-from pipeline.datasets import UnreadableImages
 from pipeline.readers.archives import files
-from pipeline.readers.archives.compression import decompressed, is_compressed
+from pipeline.readers.archives.compression import decompress, is_compressed
 from pipeline.readers.archives.file_trees import inner_name
-from pipeline.readers.archives.files import BadFile, Spool, StoredFile, most_expanded
+from pipeline.readers.archives.files import CorruptFileError, StoredFile, TempFile, max_expanded_bytes
+from pipeline.readers.raw_split import UnreadableImages
 from shards import UserError
 
 IMAGES = [pixels(seed=seed) for seed in range(4)]
@@ -233,13 +233,13 @@ class TestBombs:
         assert len(train.labels) == 3000
 
     def test_the_limit_follows_the_size(self) -> None:
-        assert most_expanded(0) == 1 << 20 and most_expanded(10**9) > 10**10
+        assert max_expanded_bytes(0) == 1 << 20 and max_expanded_bytes(10**9) > 10**10
 
 
 class TestSpool:
     def test_leaves_no_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-        spool = Spool("it", 100)
+        spool = TempFile("it", 100)
         spool.write(b"abc")
         file = spool.finish()
         assert file.read(1, 2) == b"bc" and list(tmp_path.iterdir()) == []
@@ -247,17 +247,17 @@ class TestSpool:
     def test_a_full_disk_is_told_before_it_is_full(self, monkeypatch: pytest.MonkeyPatch) -> None:
         free = [10 << 30]
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free[0]))
-        spool = Spool("set.tgz", 10 << 30)
+        spool = TempFile("set.tgz", 10 << 30)
         spool.write(bytes(1000))
         free[0] = 100 << 20
         with pytest.raises(UserError) as caught:
             spool.write(bytes(65 << 20))
         assert "no room to unpack set.tgz" in caught.value.found and "TMPDIR=" in caught.value.hint
-        assert "no room" in refusal(lambda: Spool("set.tgz", 1)).found
+        assert "no room" in refusal(lambda: TempFile("set.tgz", 1)).found
 
     def test_more_than_there_may_be_is_refused(self) -> None:
-        spool = Spool("it", 100)
-        with pytest.raises(BadFile):
+        spool = TempFile("it", 100)
+        with pytest.raises(CorruptFileError):
             spool.write(bytes(101))
 
 
@@ -273,10 +273,10 @@ class TestStoredFile:
             assert file.read(100, 50) == content[100:150] and file.read(0, 5000) == content
             assert bytes(file.mapped(4097, 10)) == content[4097:4107]
             for offset, size in ((4999, 2), (-1, 2), (0, -1), (1 << 40, 1)):
-                with pytest.raises(BadFile):
+                with pytest.raises(CorruptFileError):
                     file.read(offset, size)
             (tmp_path / "x").write_bytes(content[:10])
-            with pytest.raises(BadFile, match="changed meanwhile"):
+            with pytest.raises(CorruptFileError, match="changed meanwhile"):
                 file.read(5, 10)
 
 
@@ -287,11 +287,11 @@ class TestDecompression:
         module = __import__(compress)
         content = bytes(4 * zeros).join(module.compress(part) for part in parts) + bytes(4 * zeros)
         assert is_compressed(content[:6])
-        assert b"".join(decompressed(io.BytesIO(content))) == b"".join(parts)
+        assert b"".join(decompress(io.BytesIO(content))) == b"".join(parts)
 
     def test_large_content_comes_in_small_chunks(self) -> None:
         content = gzip.compress(bytes(50 << 20))
-        sizes = [len(chunk) for chunk in decompressed(io.BytesIO(content))]
+        sizes = [len(chunk) for chunk in decompress(io.BytesIO(content))]
         assert sum(sizes) == 50 << 20 and max(sizes) <= 1 << 20
 
     @pytest.mark.parametrize(
@@ -300,8 +300,8 @@ class TestDecompression:
     @pytest.mark.parametrize("compress", ["gzip", "bz2", "lzma"])
     def test_damage_is_told(self, compress: str, damage: Callable[[bytes], bytes]) -> None:
         content = __import__(compress).compress(np.random.default_rng(0).bytes(1000))
-        with pytest.raises(BadFile, match="does not decompress"):
-            list(decompressed(io.BytesIO(damage(content))))
+        with pytest.raises(CorruptFileError, match="does not decompress"):
+            list(decompress(io.BytesIO(damage(content))))
 
 
 def make_archive(directory: Path, kind: str) -> Path:

@@ -25,10 +25,11 @@ from raw_files import (
     write_zip,
 )
 
-from pipeline.datasets import Request, find_source, source_names
-from pipeline.raw.cifar import read_records
+from pipeline.datasets import find_source, source_names
+from pipeline.datasets.cifar import read_records
 from pipeline.readers.formats.idx import decode, decode_table
 from pipeline.readers.raw_dir import RawContent
+from pipeline.readers.raw_split import SourceOptions
 from shards import UserError
 
 FINE = tuple(f"fine_{number}" for number in range(100))
@@ -148,11 +149,11 @@ class TestIdxFamily:
         assert test.labels.tolist() == [*range(10), 0]
         expected = np.random.default_rng(1).integers(0, 256, (11, 28, 28), np.uint8)
         np.testing.assert_array_equal(read_all(test)[..., 0], expected)
-        assert find_source(name).plan(Request(tmp_path)) == f"read the 4 files in {tmp_path}"
+        assert find_source(name).plan(SourceOptions(tmp_path)) == f"read the 4 files in {tmp_path}"
 
     def test_plan_names_what_is_absent(self, tmp_path: Path) -> None:
         write_tree(tmp_path, idx_files("train-images-idx3-ubyte", "train-labels-idx1-ubyte", 20))
-        plan = find_source("kmnist").plan(Request(tmp_path))
+        plan = find_source("kmnist").plan(SourceOptions(tmp_path))
         assert plan.startswith("download t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz (3.0 MB)")
 
 
@@ -311,13 +312,13 @@ class TestContract:
     @pytest.mark.parametrize("name", source_names())
     def test_plan_reads_nothing_and_says_something(self, name: str, tmp_path: Path) -> None:
         source = find_source(name)
-        plan = source.plan(Request(tmp_path / "none", source.splits[0] if source.splits else ""))
+        plan = source.plan(SourceOptions(tmp_path / "none", source.splits[0] if source.splits else ""))
         assert plan and list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("name", source_names())
     def test_options_are_of_a_request(self, name: str) -> None:
         source = find_source(name)
-        assert set(source.options) <= set(Request.__dataclass_fields__) - {"raw", "split"}
+        assert set(source.options) <= set(SourceOptions.__dataclass_fields__) - {"raw", "split"}
         assert source.raw_files or not (source.generic or source.raw_file)
 
     @pytest.mark.parametrize("name", [name for name in source_names() if find_source(name).generic])

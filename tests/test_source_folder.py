@@ -26,9 +26,9 @@ from raw_files import (
     write_zip,
 )
 
-from pipeline.datasets import RawPart
 from pipeline.packing.pack import pack
 from pipeline.readers.naming import natural_order
+from pipeline.readers.raw_split import RawSplit
 from shards import UserError, open_split
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
@@ -38,11 +38,11 @@ CLASSES = {f"{name}.png": picture(image) for name, image in IMAGES.items()}
 PARTS = {f"{part}/{name}": content for part in ("train", "test") for name, content in CLASSES.items()}
 
 
-def folder(raw: Path, **options: object) -> tuple[RawPart, ...]:
+def folder(raw: Path, **options: object) -> tuple[RawSplit, ...]:
     return load("folder", raw, **options)
 
 
-def paths(part: RawPart) -> list[str]:
+def paths(part: RawSplit) -> list[str]:
     return part.columns["path"].tolist()
 
 
@@ -210,7 +210,7 @@ class TestArchives:
             np.testing.assert_array_equal(stored, np.stack(expected)[store.rows])
 
 
-def ten_for_testing(place: Path) -> RawPart:
+def ten_for_testing(place: Path) -> RawSplit:
     (train,) = folder(place)
     return train.select(np.arange(10), "test")
 
@@ -219,7 +219,7 @@ LISTED = {"x/1.png": CLASSES["cat/2.png"], "x/2.png": CLASSES["dog/b.png"], "3.p
 
 
 class TestTables:
-    def listed(self, tmp_path: Path, **tables: bytes) -> tuple[RawPart, ...]:
+    def listed(self, tmp_path: Path, **tables: bytes) -> tuple[RawSplit, ...]:
         files = {f"{name}.csv": content for name, content in tables.items()}
         return folder(write_tree(tmp_path, {**LISTED, **files}))
 

@@ -27,7 +27,7 @@ from raw_files import (
     write_zip,
 )
 
-from pipeline.datasets import RawPart, UnreadableImages
+from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards import UserError
 
 GRAY = np.random.default_rng(0).integers(0, 256, (20, 8, 9), np.uint8)
@@ -41,7 +41,7 @@ def npz(path: Path, arrays: dict[str, np.ndarray], compressed: bool = False) -> 
     return path
 
 
-def load_npz(tmp_path: Path, **arrays: np.ndarray) -> tuple[RawPart, ...]:
+def load_npz(tmp_path: Path, **arrays: np.ndarray) -> tuple[RawSplit, ...]:
     return load("npz", npz(tmp_path / "a.npz", arrays))
 
 
@@ -266,10 +266,11 @@ class TestHostileNpz:
             archive.writestr("y.npy", npy_header((500,)) + bytes(500))
         code = f"""
 from pathlib import Path
-from pipeline.datasets import Request, find_source
+from pipeline.datasets import find_source
+from pipeline.readers.raw_split import SourceOptions
 from shards import UserError
 try:
-    find_source("npz").load(Request(Path({str(tmp_path / "a.npz")!r})))
+    find_source("npz").load(SourceOptions(Path({str(tmp_path / "a.npz")!r})))
 except UserError as error:
     print(error.found)
 """
@@ -471,8 +472,9 @@ class TestHostileParquet:
         path = write_parquet(tmp_path / "a.parquet", table, **options)
         code = f"""
 from pathlib import Path
-from pipeline.datasets import Request, find_source
-(train,) = find_source("parquet").load(Request(Path({str(path)!r}), color="gray", size=(8, 8)))
+from pipeline.datasets import find_source
+from pipeline.readers.raw_split import SourceOptions
+(train,) = find_source("parquet").load(SourceOptions(Path({str(path)!r}), color="gray", size=(8, 8)))
 print(len(train.labels))
 """
         (count,), memory = in_a_process(code)

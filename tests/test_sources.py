@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from raw_files import idx, load, refusal, write_tree, write_zip
 
-from pipeline.datasets import RawPart, Request, find_source, source_names
+from pipeline.datasets import find_source, source_names
 from pipeline.datasets.emnist import parse_mapping
 from pipeline.readers.formats.idx import decode, decode_pair
 from pipeline.readers.raw_dir import RawContent
+from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
@@ -143,7 +144,7 @@ def write_archive(directory: Path, files: dict[str, bytes], compression: int = z
     return directory
 
 
-def assert_is_made_up_emnist(parts: tuple[RawPart, ...], classes: tuple[str, ...] = ("0", "A", "a")) -> None:
+def assert_is_made_up_emnist(parts: tuple[RawSplit, ...], classes: tuple[str, ...] = ("0", "A", "a")) -> None:
     assert [part.name for part in parts] == ["train", "test"]
     for part, count in zip(parts, (12, 5), strict=True):
         assert part.classes == classes
@@ -246,11 +247,11 @@ class TestEmnist:
 
     def test_plan_says_what_would_be_done(self, tmp_path: Path) -> None:
         plan = find_source("emnist").plan
-        assert "download https://biometrics.nist.gov" in plan(Request(tmp_path / "none", "byclass"))
+        assert "download https://biometrics.nist.gov" in plan(SourceOptions(tmp_path / "none", "byclass"))
         write_tree(tmp_path, emnist_files())
-        assert plan(Request(tmp_path, "byclass")) == f"read the byclass files in {tmp_path}"
+        assert plan(SourceOptions(tmp_path, "byclass")) == f"read the byclass files in {tmp_path}"
         (tmp_path / "emnist-byclass-mapping.txt").unlink()
-        assert plan(Request(tmp_path, "byclass")) == f"fail: emnist-byclass-mapping.txt not in {tmp_path}"
+        assert plan(SourceOptions(tmp_path, "byclass")) == f"fail: emnist-byclass-mapping.txt not in {tmp_path}"
 
 
 class TestDigits:
@@ -326,5 +327,5 @@ def test_every_source_keeps_its_contract() -> None:
 )
 def test_arrays_that_could_not_be_loaded_are_not_packed(images: np.ndarray, labels: np.ndarray, word: str) -> None:
     with pytest.raises(UserError) as caught:
-        RawPart.from_arrays("train", images, labels, ("a", "b"))
+        RawSplit.from_arrays("train", images, labels, ("a", "b"))
     assert word in str(caught.value)

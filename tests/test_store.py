@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import pipeline.packing.pack
-from pipeline.datasets import RawPart
+from pipeline.readers.raw_split import RawSplit
 from shards import Manifest, UserError, open_split
 from shards.manifest import MANIFEST_NAME, PARTS
 from shards.open import open_store
@@ -29,7 +29,7 @@ class Packed:
     """A store and the raw part that it was made from."""
 
     store: Store
-    raw: RawPart
+    raw: RawSplit
 
 
 def gathered(store: Store, samples: NDArray[np.int64]) -> NDArray[np.uint8]:

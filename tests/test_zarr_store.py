@@ -18,8 +18,9 @@ from conftest import made_up_parts, pack_parts
 from numpy.typing import NDArray
 
 import pipeline.packing.pack
-from pipeline.datasets import Request, find_source
+from pipeline.datasets import find_source
 from pipeline.packing.pack import pack
+from pipeline.readers.raw_split import SourceOptions
 from shards import Manifest, UserError, open_split
 from shards.create import make_writer
 from shards.open import open_store
@@ -261,7 +262,7 @@ def in_forked_process(work: Callable[[], NDArray]) -> NDArray:
 
 def test_emnist_takes_less_than_half_of_its_pixels(shared_data: Path, tmp_path: Path) -> None:
     source = find_source("emnist")
-    request = Request(shared_data / "emnist", "byclass")
+    request = SourceOptions(shared_data / "emnist", "byclass")
     test = next(part for part in source.load(request) if part.name == "test")
     pack(lambda: (replace(test, name="train"), test), tmp_path / "set", dataset="emnist", store="zarr")
     for part in ("train", "test"):

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.stratified import stratified
+from pipeline.common.stratified import stratified_mask
 from pipeline.intake import Intake
 from pipeline.loader import Loader
 from pipeline.normalization import load_or_compute_stats
@@ -162,9 +162,9 @@ def carve(
     validation: share of all samples. subset: share of the others that is trained on, so that a smaller subset is
     judged by the same validation part.
     """
-    aside = stratified(labels, validation, seed)
+    aside = stratified_mask(labels, validation, seed)
     rest = np.flatnonzero(~aside)
-    return rest[stratified(labels[rest], subset, seed)], np.flatnonzero(aside)
+    return rest[stratified_mask(labels[rest], subset, seed)], np.flatnonzero(aside)
 
 
 def evaluation_loader(

@@ -27,7 +27,7 @@ from PIL import Image
 
 from pipeline.intake import Blank, Unusable
 from pipeline.preview import to_picture
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as pictures
 from shards import UserError
 from shards.cli import run_command
@@ -65,7 +65,7 @@ class Artist:
         """
         try:
             header = pictures.header(content)
-        except BadFile as error:
+        except CorruptFileError as error:
             raise Unusable(str(error)) from None
         if header.width * header.height > _MOST_PIXELS:
             raise Unusable(f"{header.width}x{header.height} pixels, more than {_MOST_PIXELS:,}")

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.datasets import RawPart
 from pipeline.dedup.overlap import image_digests
 from pipeline.packing.pack import pack
-from pipeline.packing.repack import joined, packed_part, packed_parts
+from pipeline.packing.repack import concatenate, packed_split, packed_splits
+from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable, write_file
 from shards.cli import run_command
 from shards.errors import UserError
@@ -74,8 +74,8 @@ def to_csv(found: PseudoLabels, classes: tuple[str, ...]) -> str:
 
 
 def with_pseudo_labels(
-    parts: tuple[RawPart, ...], unlabelled: RawPart, found: PseudoLabels
-) -> tuple[tuple[RawPart, ...], int]:
+    parts: tuple[RawSplit, ...], unlabelled: RawSplit, found: PseudoLabels
+) -> tuple[tuple[RawSplit, ...], int]:
     """The parts of a set with the images found added to train, but for those that are in another part; how many
     these are. unlabelled: the part that was predicted."""
     train, others = parts[0], parts[1:]
@@ -91,11 +91,11 @@ def with_pseudo_labels(
     new = ~np.isin(image_digests(some), held)
     if not new.any():
         return parts, int((~new).sum())
-    return (joined(train, some.select(np.flatnonzero(new))), *others), int((~new).sum())
+    return (concatenate(train, some.select(np.flatnonzero(new))), *others), int((~new).sum())
 
 
-def _add(directory: Path, out: str, unlabelled: RawPart, found: PseudoLabels, options: dict[str, Any]) -> str:
-    parts = packed_parts(directory)
+def _add(directory: Path, out: str, unlabelled: RawSplit, found: PseudoLabels, options: dict[str, Any]) -> str:
+    parts = packed_splits(directory)
     manifest = Manifest.read(directory / "train")
     parts, held = with_pseudo_labels(parts, unlabelled, found)
     packed = pack(
@@ -175,7 +175,7 @@ def main() -> int:
             "predictions": len(found.rows),
             "run": str(arguments.run),
         }
-        print(_add(target, arguments.out, packed_part(store, place), found, options))
+        print(_add(target, arguments.out, packed_split(store, place), found, options))
     return 0
 
 

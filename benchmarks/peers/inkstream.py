@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.peers.peer import Batch, Epochs, Source, Task, Variant
-from pipeline.datasets import RawPart
 from pipeline.loader import Loader
 from pipeline.packing.pack import pack
+from pipeline.readers.raw_split import RawSplit
 from pipeline.sampler import ShuffledBatchSampler
 from pipeline.transforms.build import build_transform
 from pipeline.transforms.spec import TransformSpec
@@ -39,8 +39,8 @@ def _pack_arrays(
 ) -> Path:
     names = tuple(f"class {number}" for number in range(classes))
 
-    def part(name: str, samples: slice) -> RawPart:
-        return RawPart.from_arrays(name, pixels[samples], labels[samples], names, transposed=transposed)
+    def part(name: str, samples: slice) -> RawSplit:
+        return RawSplit.from_arrays(name, pixels[samples], labels[samples], names, transposed=transposed)
 
     # A packed set has two parts: of the other one there is one image.
     pack(lambda: (part("train", slice(None)), part("test", slice(1))), out, dataset="benchmark", **settings)

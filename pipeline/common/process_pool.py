@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from shards.cpus import available_cpus
 from shards.errors import UserError
 
 T = TypeVar("T")
@@ -28,8 +29,7 @@ _done: Any = None
 
 def default_workers() -> int:
     """The cores that this process may use, shared with the other ranks of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def map_in_processes(work: Callable[[int, Advance], T], items: Sequence[int], workers: int, bar: tqdm) -> list[T]:

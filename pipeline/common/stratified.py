@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pipeline.common.rng import PARTITION_STREAM, random_keys
 
 
-def stratified(
+def stratified_mask(
     labels: NDArray[np.int64],
     fraction: float,
     seed: int,

@@ -10,8 +10,9 @@ import hashlib
 
 import numpy as np
 
-from pipeline.common.stratified import stratified
-from pipeline.datasets import RawPart, Request, Source
+from pipeline.common.stratified import stratified_mask
+from pipeline.datasets.base import DatasetSource
+from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.manifest import RawFile
 
 _TEST_FRACTION = 0.2
@@ -19,11 +20,11 @@ _TEST_SEED = 0
 _INK_LEVELS = 16  # the pixels count the dark points of a 4x4 cell
 
 
-def _plan(request: Request) -> str:
+def _plan(request: SourceOptions) -> str:
     return "read the digits inside scikit-learn"
 
 
-def _load(request: Request) -> tuple[RawPart, ...]:
+def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
     from sklearn.datasets import load_digits  # takes a second, so only when needed
 
     digits = load_digits()
@@ -33,19 +34,20 @@ def _load(request: Request) -> tuple[RawPart, ...]:
     record = RawFile(
         name="sklearn.datasets.load_digits", bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
     )
-    test = stratified(labels, _TEST_FRACTION, _TEST_SEED)
+    test = stratified_mask(labels, _TEST_FRACTION, _TEST_SEED)
     classes = tuple(str(name) for name in digits.target_names)
     return tuple(
-        RawPart.from_arrays(name, images[mask], labels[mask], classes, files=(record,))
+        RawSplit.from_arrays(name, images[mask], labels[mask], classes, files=(record,))
         for name, mask in (("train", ~test), ("test", test))
     )
 
 
-SOURCE = Source(
-    name="digits",
-    description="the digits inside scikit-learn, 8x8 gray, no download",
-    splits=(),
-    raw_files=False,
-    plan=_plan,
-    load=_load,
+SOURCES = (
+    DatasetSource(
+        name="digits",
+        description="the digits inside scikit-learn, 8x8 gray, no download",
+        raw_files=False,
+        plan=_plan,
+        load=_load,
+    ),
 )

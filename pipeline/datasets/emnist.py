@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.datasets import RawPart, Request, Source
-from pipeline.raw.download import Download, fetch
+from pipeline.datasets.base import DatasetSource
+from pipeline.raw.download import Download
 from pipeline.readers.formats.idx import decode_pair
-from pipeline.readers.raw_dir import RawContent, RawDirectory
+from pipeline.readers.raw_dir import PublishedArchive, RawContent
+from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
 
 ARCHIVE = Download(
@@ -48,30 +49,12 @@ def parse_mapping(raw: RawContent) -> tuple[tuple[str, ...], int]:
     return names, labels[0]
 
 
-def _plan(request: Request) -> str:
-    directory, split = request.raw, request.split
-    files = RawDirectory(directory, ARCHIVE.name)
-    missing = files.missing(list(_names(split).values()))
-    if not missing:
-        return f"read the {split} files in {directory}"
-    if files.has_any(list(_names(split).values())) or ARCHIVE.path(directory).exists():
-        return f"fail: {', '.join(missing)} not in {directory}"
-    return f"download {ARCHIVE.url} ({ARCHIVE.bytes / 1e6:,.0f} MB) to {directory}"
+def _archive(split: str) -> PublishedArchive:
+    return PublishedArchive(ARCHIVE, tuple(_names(split).values()), split)
 
 
-def _load(request: Request) -> tuple[RawPart, ...]:
-    directory, split = request.raw, request.split
-    names = _names(split)
-    files = RawDirectory(directory, ARCHIVE.name)
-    if not files.has_any(list(names.values())) and not ARCHIVE.path(directory).exists():
-        fetch(ARCHIVE, directory, or_else=f"the loose files of the split ({names['train images']}.gz, ...)")
-    missing = files.missing(list(names.values()))
-    if missing:
-        raise UserError(
-            found=f"no {', '.join(missing)} in {directory}",
-            expected=f"the five files of EMNIST {split}, or the official {ARCHIVE.name} in their place",
-            hint=f"add what is missing, or name an empty --raw directory to download {ARCHIVE.url}",
-        )
+def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
+    files, names = _archive(request.split).open(request.raw), _names(request.split)
     mapping = files.read(names["mapping"])
     classes, first_label = parse_mapping(mapping)
     parts = []
@@ -79,15 +62,16 @@ def _load(request: Request) -> tuple[RawPart, ...]:
         raw_images, raw_labels = files.read(names[f"{part} images"]), files.read(names[f"{part} labels"])
         images, labels = decode_pair(raw_images, raw_labels, len(classes), first_label)
         files_read = (raw_images.record(), raw_labels.record(), mapping.record())
-        parts.append(RawPart.from_arrays(part, images, labels, classes, transposed=True, files=files_read))
+        parts.append(RawSplit.from_arrays(part, images, labels, classes, transposed=True, files=files_read))
     return tuple(parts)
 
 
-SOURCE = Source(
-    name="emnist",
-    description="EMNIST, handwritten letters and digits, 28x28 gray, six splits",
-    splits=SPLITS,
-    raw_files=True,
-    plan=_plan,
-    load=_load,
+SOURCES = (
+    DatasetSource(
+        name="emnist",
+        description="EMNIST, handwritten letters and digits, 28x28 gray, six splits",
+        splits=SPLITS,
+        plan=lambda request: _archive(request.split).plan(request.raw),
+        load=_load,
+    ),
 )

@@ -17,34 +17,35 @@ pictures are read once for this, the SHA-256 of what `sha256sum` prints for the 
 
 from __future__ import annotations
 
-from pipeline.datasets import RawPart, Request, Source
-from pipeline.readers.image_splits import TABLE_OPTIONS, files_of_tree, open_pictures, picture_parts
+from pipeline.datasets.base import DatasetSource
+from pipeline.readers.image_splits import TABLE_OPTIONS, image_splits, open_tree_of_images, split_of_tree
 from pipeline.readers.layout import find_pictures
-from pipeline.readers.naming import in_order_of_parts, number_labels
+from pipeline.readers.naming import in_split_order, number_labels
+from pipeline.readers.raw_split import RawSplit, SourceOptions
 
 
-def _plan(request: Request) -> str:
+def _plan(request: SourceOptions) -> str:
     return f"read the pictures in {request.raw}"
 
 
-def _load(request: Request) -> tuple[RawPart, ...]:
-    tree = open_pictures(request.raw)
+def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
+    tree = open_tree_of_images(request.raw)
     listings = find_pictures(tree, request.image_column, request.label_column)
     classes, labels = number_labels({part: listing.labels for part, listing in listings.items()}, tree.place)
     sets = [
-        files_of_tree(tree, part, labels[part], listings[part].names, listings[part].tables)
-        for part in in_order_of_parts(listings)
+        split_of_tree(tree, part, labels[part], listings[part].names, listings[part].tables)
+        for part in in_split_order(listings)
     ]
-    return picture_parts(sets, classes, request)
+    return image_splits(sets, classes, request)
 
 
-SOURCE = Source(
-    name="folder",
-    description="pictures of your own, in class directories or listed in a CSV table; a directory, zip or tar",
-    splits=(),
-    raw_files=True,
-    plan=_plan,
-    load=_load,
-    options=TABLE_OPTIONS,
-    generic=True,
+SOURCES = (
+    DatasetSource(
+        name="folder",
+        description="pictures of your own, in class directories or listed in a CSV table; a directory, zip or tar",
+        plan=_plan,
+        load=_load,
+        options=TABLE_OPTIONS,
+        generic=True,
+    ),
 )

@@ -9,7 +9,7 @@ refused: whether 1.0 is white or nearly black is for you to say.
 Labels: [N] integers or texts, or one-hot [N, classes]. Class names are the texts, or those in an array `classes` (or
 `class_names`) in the order of the numbers, or the numbers themselves.
 
-Arrays are read from the file as they are packed, compressed ones from a temporary file (TMPDIR).
+Arrays are copied to a temporary file (TMPDIR), from which they are read as they are packed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.datasets import RawPart, Request, Source
+from pipeline.datasets.base import DatasetSource
 from pipeline.readers.formats.npz import NpzFile
-from pipeline.readers.naming import TRAIN, in_order_of_parts, natural_order, number_labels, part_named, some_of
+from pipeline.readers.naming import TRAIN, in_split_order, natural_order, number_labels, some_of, split_named
+from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
 
 _KINDS = {"x": "images", "images": "images", "imgs": "images", "y": "labels", "labels": "labels"}
@@ -47,18 +48,18 @@ class _Arrays:
         return self.file.array(self.names[kind]), self.place(kind)
 
 
-def _plan(request: Request) -> str:
+def _plan(request: SourceOptions) -> str:
     return f"read the arrays in {request.raw}"
 
 
-def _load(request: Request) -> tuple[RawPart, ...]:
+def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
     found = _find_arrays(request.raw)
     names = _class_names(next(iter(found.values())).file)
     images = {part: _images(part, *arrays.get("images")) for part, arrays in found.items()}
     texts = {part: _labels(*arrays.get("labels"), names) for part, arrays in found.items()}
     classes, labels = number_labels(texts, request.raw, names)
     parts = []
-    for part in in_order_of_parts(found):
+    for part in in_split_order(found):
         shape, read, count = images[part]
         if count != len(labels[part]):
             arrays = found[part]
@@ -68,7 +69,7 @@ def _load(request: Request) -> tuple[RawPart, ...]:
                 expected="as many labels as images",
                 hint="save them again from arrays of one length",
             )
-        parts.append(RawPart(part, classes, labels[part], shape, False, read, found[part].file.records()))
+        parts.append(RawSplit(part, classes, labels[part], shape, False, read, found[part].file.records()))
     return tuple(parts)
 
 
@@ -102,7 +103,7 @@ def _files(raw: Path) -> list[tuple[Path, str]]:
             raise _unclear(raw, "nothing there")
         return [(raw, TRAIN)]
     paths = [raw / name for name in natural_order(path.name for path in raw.glob("*.npz"))]
-    of_parts = [(path, part) for path in paths if (part := part_named(path.stem))]
+    of_parts = [(path, part) for path in paths if (part := split_named(path.stem))]
     if len({part for _, part in of_parts}) < len(of_parts):
         raise _unclear(raw, f"{some_of([path.name for path, _ in of_parts])}, several for a part")
     if of_parts or len(paths) == 1:
@@ -115,9 +116,9 @@ def _meaning(name: str) -> tuple[str | None, str | None]:
     first, _, second = name.partition("_")
     if not second:
         return None, _KINDS.get(first.lower())
-    if part_named(first):
-        return part_named(first), _KINDS.get(second.lower())
-    return (part_named(second), _KINDS.get(first.lower())) if part_named(second) else (None, None)
+    if split_named(first):
+        return split_named(first), _KINDS.get(second.lower())
+    return (split_named(second), _KINDS.get(first.lower())) if split_named(second) else (None, None)
 
 
 def _class_names(file: NpzFile) -> tuple[str, ...]:
@@ -205,12 +206,12 @@ def _unclear(raw: Path, found: str) -> UserError:
     )
 
 
-SOURCE = Source(
-    name="npz",
-    description="arrays of images and labels in npz files",
-    splits=(),
-    raw_files=True,
-    plan=_plan,
-    load=_load,
-    generic=True,
+SOURCES = (
+    DatasetSource(
+        name="npz",
+        description="arrays of images and labels in npz files",
+        plan=_plan,
+        load=_load,
+        generic=True,
+    ),
 )

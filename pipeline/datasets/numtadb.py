@@ -13,12 +13,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from pipeline.datasets import RawPart, Request, Source
+from pipeline.datasets.base import DatasetSource
 from pipeline.readers.archives.file_trees import FileTree
 from pipeline.readers.formats.image import EXTENSIONS
-from pipeline.readers.image_splits import PICTURE_OPTIONS, files_of_tree, open_pictures, picture_parts
+from pipeline.readers.image_splits import IMAGE_OPTIONS, image_splits, open_tree_of_images, split_of_tree
 from pipeline.readers.layout import extension, locate, read_table
 from pipeline.readers.naming import number_labels
+from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
 from shards.manifest import PARTS
 
@@ -27,14 +28,14 @@ _DIGITS = frozenset("0123456789")
 _PAGE = "https://www.kaggle.com/BengaliAI/numta"
 
 
-def _plan(request: Request) -> str:
+def _plan(request: SourceOptions) -> str:
     return f"read the sets {' and '.join(request.split.split('-'))} in {request.raw}"
 
 
-def _load(request: Request) -> tuple[RawPart, ...]:
+def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
     if not request.raw.exists():
         raise _absent(f"no {request.raw}")
-    tree = open_pictures(request.raw)
+    tree = open_tree_of_images(request.raw)
     listings = {
         part: [_read_set(tree, letter) for letter in letters]
         for part, letters in zip(PARTS, request.split.split("-"), strict=True)
@@ -43,7 +44,7 @@ def _load(request: Request) -> tuple[RawPart, ...]:
         {part: [digit for one in sets for digit in one.digits] for part, sets in listings.items()}, tree.place
     )
     pictures = [
-        files_of_tree(
+        split_of_tree(
             tree,
             part,
             labels[part],
@@ -57,7 +58,7 @@ def _load(request: Request) -> tuple[RawPart, ...]:
         for part, sets in listings.items()
     ]
     size = request.size or (None if request.encoded else _SIZE)
-    return picture_parts(pictures, classes, replace(request, size=size))
+    return image_splits(pictures, classes, replace(request, size=size))
 
 
 class _Set(NamedTuple):
@@ -98,13 +99,14 @@ def _absent(found: str) -> UserError:
     )
 
 
-SOURCE = Source(
-    name="numtadb",
-    description="NumtaDB, Bengali handwritten digits, stored at 48x48 unless --size says otherwise",
-    splits=("abc-d", "abc-e", "abce-d"),
-    raw_files=True,
-    plan=_plan,
-    load=_load,
-    options=PICTURE_OPTIONS,
-    raw_file=True,
+SOURCES = (
+    DatasetSource(
+        name="numtadb",
+        description="NumtaDB, Bengali handwritten digits, stored at 48x48 unless --size says otherwise",
+        splits=("abc-d", "abc-e", "abce-d"),
+        plan=_plan,
+        load=_load,
+        options=IMAGE_OPTIONS,
+        raw_file=True,
+    ),
 )

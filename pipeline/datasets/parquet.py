@@ -18,19 +18,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.datasets import RawPart, Request, Source
-from pipeline.readers.image_splits import TABLE_OPTIONS, picture_parts
-from pipeline.readers.naming import TRAIN, in_order_of_parts, natural_order, part_named, some_of
+from pipeline.datasets.base import DatasetSource
+from pipeline.readers.image_splits import TABLE_OPTIONS, image_splits
+from pipeline.readers.naming import TRAIN, in_split_order, natural_order, some_of, split_named
+from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
 
 _ENDING = ".parquet"
 
 
-def _plan(request: Request) -> str:
+def _plan(request: SourceOptions) -> str:
     return f"read the tables in {request.raw}"
 
 
-def _load(request: Request) -> tuple[RawPart, ...]:
+def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
     try:
         from pipeline.readers.parquet import read_parts
     except ModuleNotFoundError as error:
@@ -43,9 +44,9 @@ def _load(request: Request) -> tuple[RawPart, ...]:
         ) from None
     files = _files(request.raw)
     sets, classes = read_parts(
-        {part: files[part] for part in in_order_of_parts(files)}, request.image_column, request.label_column
+        {part: files[part] for part in in_split_order(files)}, request.image_column, request.label_column
     )
-    return picture_parts(sets, classes, request)
+    return image_splits(sets, classes, request)
 
 
 def _files(raw: Path) -> dict[str, list[Path]]:
@@ -73,8 +74,8 @@ def _files(raw: Path) -> dict[str, list[Path]]:
 def _meaning(name: str) -> tuple[str | None, str]:
     """The part that a path tells, if any, and the directory of the data set to which it belongs."""
     *directories, file = name.split("/")
-    part = part_named(file.removesuffix(_ENDING).partition("-")[0])
-    if part is None and directories and (part := part_named(directories[-1])):
+    part = split_named(file.removesuffix(_ENDING).partition("-")[0])
+    if part is None and directories and (part := split_named(directories[-1])):
         directories.pop()
     return part, "/".join(directories) or "."
 
@@ -87,13 +88,13 @@ def _unclear(found: str) -> UserError:
     )
 
 
-SOURCE = Source(
-    name="parquet",
-    description="pictures in Parquet tables, as on data-set hubs (needs pyarrow)",
-    splits=(),
-    raw_files=True,
-    plan=_plan,
-    load=_load,
-    options=TABLE_OPTIONS,
-    generic=True,
+SOURCES = (
+    DatasetSource(
+        name="parquet",
+        description="pictures in Parquet tables, as on data-set hubs (needs pyarrow)",
+        plan=_plan,
+        load=_load,
+        options=TABLE_OPTIONS,
+        generic=True,
+    ),
 )

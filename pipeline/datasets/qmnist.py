@@ -8,16 +8,18 @@ Sizes and hashes as in the checksums of TensorFlow Datasets.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
-from pipeline.datasets import RawPart, Request, Source
-from pipeline.raw.idx_source import have_files, idx_downloads, plan_download
+from pipeline.datasets.base import DatasetSource
+from pipeline.datasets.mnist_family import DIGITS, download_files, gz_downloads, plan_download
 from pipeline.readers.formats.idx import check_pair, decode, decode_table
 from pipeline.readers.naming import text_column
+from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.manifest import PARTS
 
-CLASSES = tuple("0123456789")
-DOWNLOADS = idx_downloads(
+DOWNLOADS = gz_downloads(
     "https://raw.githubusercontent.com/facebookresearch/qmnist/master/",
     [f"qmnist-{part}-{what}" for part in PARTS for what in ("images-idx3-ubyte", "labels-idx2-int")],
     (
@@ -32,24 +34,20 @@ _SERIES, _WRITER = 1, 2
 _OF_MNIST = 10_000
 
 
-def _plan(request: Request) -> str:
-    return plan_download(request, DOWNLOADS)
-
-
-def _load(request: Request) -> tuple[RawPart, ...]:
-    files = have_files(request, DOWNLOADS)
+def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
+    files = download_files(DOWNLOADS, request)
     parts = []
     for part in PARTS:
         raw_images = files.read(f"qmnist-{part}-images-idx3-ubyte")
         raw_labels = files.read(f"qmnist-{part}-labels-idx2-int")
         images, table = decode(raw_images, 3)[..., None], decode_table(raw_labels, _COLUMNS)
-        check_pair(raw_images, len(images), raw_labels, table[:, 0], len(CLASSES))
+        check_pair(raw_images, len(images), raw_labels, table[:, 0], len(DIGITS))
         parts.append(
-            RawPart.from_arrays(
+            RawSplit.from_arrays(
                 part,
                 images,
                 table[:, 0],
-                CLASSES,
+                DIGITS,
                 files=(raw_images.record(), raw_labels.record()),
                 columns={
                     "writer": text_column(map(str, table[:, _WRITER].tolist())),
@@ -61,11 +59,12 @@ def _load(request: Request) -> tuple[RawPart, ...]:
     return train, test.select(np.arange(len(test.labels))[:_OF_MNIST]) if request.split == "test10k" else test
 
 
-SOURCE = Source(
-    name="qmnist",
-    description="QMNIST, MNIST with all its 60,000 test digits and their writers, 28x28 gray",
-    splits=("test60k", "test10k"),
-    raw_files=True,
-    plan=_plan,
-    load=_load,
+SOURCES = (
+    DatasetSource(
+        name="qmnist",
+        description="QMNIST, MNIST with all its 60,000 test digits and their writers, 28x28 gray",
+        splits=("test60k", "test10k"),
+        plan=partial(plan_download, DOWNLOADS),
+        load=_load,
+    ),
 )

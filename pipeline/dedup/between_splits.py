@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.datasets import RawPart
 from pipeline.dedup.near_duplicates import Matches, find_near_duplicates
+from pipeline.readers.raw_split import RawSplit
 from shards.atomic import write_file
 from shards.errors import UserError
 
@@ -45,7 +45,7 @@ class Overlap:
     kept_count: int
 
     @classmethod
-    def of(cls, part: RawPart, kept: RawPart, matches: Matches) -> Overlap:
+    def of(cls, part: RawSplit, kept: RawSplit, matches: Matches) -> Overlap:
         """The overlap of two splits from the positions of the matches in both."""
         return cls(
             part=part.name,
@@ -68,7 +68,7 @@ class Overlap:
         )
 
 
-def find_duplicates(parts: tuple[RawPart, ...]) -> tuple[Overlap, ...]:
+def find_duplicates(parts: tuple[RawSplit, ...]) -> tuple[Overlap, ...]:
     """Find the images that are in several splits of a set; `near_duplicates` says what counts as the same image.
 
     Images that cannot be read are skipped. A pure function of the images.
@@ -83,7 +83,7 @@ def summarize(overlaps: Sequence[Overlap]) -> str:
     return f"near-duplicates: {'; '.join(str(one) for one in overlaps if len(one.rows)) or 'none'}"
 
 
-def remove_duplicates(parts: tuple[RawPart, ...], overlaps: Sequence[Overlap]) -> tuple[RawPart, ...]:
+def remove_duplicates(parts: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> tuple[RawSplit, ...]:
     """The splits without what is in another: val without what is in test, train without what is in test or val.
 
     Raises:
@@ -92,7 +92,7 @@ def remove_duplicates(parts: tuple[RawPart, ...], overlaps: Sequence[Overlap]) -
     return tuple(_without(part, [one.rows for one in overlaps if one.part == part.name]) for part in parts)
 
 
-def _without(part: RawPart, rows: list[NDArray[np.int64]]) -> RawPart:
+def _without(part: RawSplit, rows: list[NDArray[np.int64]]) -> RawSplit:
     found = np.isin(part.rows, np.concatenate([np.empty(0, np.int64), *rows]))
     if found.all():
         raise UserError(

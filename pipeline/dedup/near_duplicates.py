@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from pipeline.common.process_pool import Advance, default_workers, map_in_processes
 from pipeline.common.rng import permutation
-from pipeline.datasets import RawPart
 from pipeline.dedup.hamming_index import HammingIndex
 from pipeline.dedup.perceptual_hash import SHIFTS, UNREADABLE, dct_embeddings, perceptual_hashes, read_thumbnails
+from pipeline.readers.raw_split import RawSplit
 
 # A pair counts if its squared distance is at most this fraction of the one expected of the closest unrelated image, or
 # if it hardly differs at all: no two of EMNIST, MNIST or CIFAR-10 come as close by chance.
@@ -79,7 +79,7 @@ def find_identical(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Mat
     )
 
 
-def find_near_duplicates(first: RawPart, second: RawPart) -> Matches:
+def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
     """Find the images of a first split that are in a second, on all cores. A pure function of the images.
 
     The memory taken is about 1 KB for each image of the second split, and some 100 MB for each core.
@@ -136,7 +136,7 @@ class _Reference:
     index: HammingIndex
 
     @classmethod
-    def of(cls, first: RawPart, second: RawPart) -> _Reference:
+    def of(cls, first: RawSplit, second: RawSplit) -> _Reference:
         count = len(first.labels)
         drawn = np.sort(permutation(count, seed=0, stream=0)[:_SAMPLE])
         blocks = [read_thumbnails(first, some) for some in np.split(drawn, range(_BLOCK, len(drawn), _BLOCK))]
@@ -155,7 +155,7 @@ class _Reference:
         index = HammingIndex(perceptual_hashes(embeddings))
         return cls(digests, positions, embeddings, least_cosine[positions], index)
 
-    def search(self, first: RawPart, positions: NDArray[np.int64]) -> tuple[NDArray, ...]:
+    def search(self, first: RawSplit, positions: NDArray[np.int64]) -> tuple[NDArray, ...]:
         """Compare images of the first split, each moved by a pixel in each direction, with the second.
 
         Returns:

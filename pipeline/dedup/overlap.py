@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.datasets import RawPart
 from pipeline.dedup.between_splits import Overlap, remove_duplicates, write_report
 from pipeline.dedup.near_duplicates import find_identical, find_near_duplicates
 from pipeline.dedup.perceptual_hash import digests_of_arrays
 from pipeline.packing.pack import pack
-from pipeline.packing.repack import packed_parts
+from pipeline.packing.repack import packed_splits
+from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable
 from shards.cli import run_command
 from shards.errors import UserError
@@ -36,7 +36,7 @@ _LEARNED_FROM = (PARTS[0], VALIDATION)
 _READ_BATCH = 8192  # images
 
 
-def find_overlaps(ours: tuple[RawPart, ...], theirs: tuple[RawPart, ...], near: bool = False) -> tuple[Overlap, ...]:
+def find_overlaps(ours: tuple[RawSplit, ...], theirs: tuple[RawSplit, ...], near: bool = False) -> tuple[Overlap, ...]:
     """What of each split of one set is in each split of another. A pure function of the images.
 
     Args:
@@ -53,14 +53,14 @@ def find_overlaps(ours: tuple[RawPart, ...], theirs: tuple[RawPart, ...], near: 
     )
 
 
-def image_digests(part: RawPart) -> NDArray[np.uint64]:
+def image_digests(part: RawSplit) -> NDArray[np.uint64]:
     """Digests uint64 [N] of the upright images of a split."""
     starts = range(0, len(part.rows), _READ_BATCH)
     images = (part.read(part.rows[start : start + _READ_BATCH]) for start in starts)
     return np.concatenate([digests_of_arrays(some, part.transposed) for some in images])
 
 
-def without(ours: tuple[RawPart, ...], found: Sequence[Overlap]) -> tuple[tuple[RawPart, ...], int]:
+def without(ours: tuple[RawSplit, ...], found: Sequence[Overlap]) -> tuple[tuple[RawSplit, ...], int]:
     """The parts of a set without what they share with the judging parts of the other, and how many images that is."""
     left_out = [one for one in found if one.part in _LEARNED_FROM and one.kept_part in _JUDGED_BY]
     kept = remove_duplicates(ours, left_out)
@@ -68,7 +68,7 @@ def without(ours: tuple[RawPart, ...], found: Sequence[Overlap]) -> tuple[tuple[
 
 
 def _pack_again(
-    directory: Path, other: Path, parts: tuple[RawPart, ...], out: Path | str, near: bool, force: bool
+    directory: Path, other: Path, parts: tuple[RawSplit, ...], out: Path | str, near: bool, force: bool
 ) -> None:
     first = Manifest.read(directory / PARTS[0])
     pack(
@@ -109,7 +109,7 @@ def main() -> int:
     if arguments.csv:
         check_writable(arguments.csv)
     directory, other = resolve_dataset(arguments.set), resolve_dataset(arguments.other)
-    ours, theirs = packed_parts(directory), packed_parts(other)
+    ours, theirs = packed_splits(directory), packed_splits(other)
     sizes = [parts[0].image_shape for parts in (ours, theirs)]
     if sizes[0] != sizes[1] and not arguments.near:
         raise UserError(

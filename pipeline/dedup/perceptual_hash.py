@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dct
 
-from pipeline.datasets import RawPart, UnreadableImages
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats.image import decode
+from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from pipeline.transforms.ops.resize import resize_weights
 
 SIDE = 32  # of a thumbnail, pixels
@@ -50,7 +50,7 @@ class Thumbnails(NamedTuple):
     digests: NDArray[np.uint64]
 
 
-def read_thumbnails(part: RawPart, positions: NDArray[np.int64]) -> Thumbnails:
+def read_thumbnails(part: RawSplit, positions: NDArray[np.int64]) -> Thumbnails:
     """Thumbnails of the images at these positions (int64 [n], 0 .. N-1) of a split."""
     rows = part.rows[positions]
     try:
@@ -63,7 +63,7 @@ def read_thumbnails(part: RawPart, positions: NDArray[np.int64]) -> Thumbnails:
     return thumbnails
 
 
-def _thumbnails_of_rows(part: RawPart, rows: NDArray[np.int64]) -> Thumbnails:
+def _thumbnails_of_rows(part: RawSplit, rows: NDArray[np.int64]) -> Thumbnails:
     images = part.read(rows)
     if isinstance(images, list):
         return thumbnails_of_files([image.content for image in images])
@@ -97,7 +97,7 @@ def thumbnails_of_files(contents: list[bytes]) -> Thumbnails:
     for place, content in enumerate(contents):
         try:
             images[place] = decode(content, 1, (SIDE, SIDE), "stretch")[..., 0]
-        except BadFile:
+        except CorruptFileError:
             continue
         digests[place] = _digest(content)
     return Thumbnails(images, digests)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.packing.ranks import Team
+from pipeline.packing.ranks import ProcessGroup
 from shards.atomic import Replacement, replace_directory, staging_directory
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, PARTS, Manifest, has_part, is_packed_set
@@ -23,7 +23,7 @@ from shards.remote.sets import (
 )
 
 
-class Target(Protocol):
+class OutputLocation(Protocol):
     """A place for a packed set."""
 
     def manifests(self) -> tuple[Manifest, ...]:
@@ -37,20 +37,20 @@ class Target(Protocol):
         """Whether a killed writer left something behind that the next pack has to clean up."""
         ...
 
-    def staging(self, team: Team) -> AbstractContextManager[Path]:
+    def staging(self, group: ProcessGroup) -> AbstractContextManager[Path]:
         """The directory in which this rank writes its files; nothing of it stays."""
         ...
 
-    def complete(self, team: Team, directory: Path, manifests: tuple[Manifest, ...]) -> None:
+    def complete(self, group: ProcessGroup, directory: Path, manifests: tuple[Manifest, ...]) -> None:
         """Let what all ranks have written take the place of what stood there, manifests last."""
         ...
 
 
-def find_target(out: Path | str) -> Target:
-    return RemoteTarget(str(out)) if is_remote(out) else LocalTarget(resolve_dataset(out))
+def open_output(out: Path | str) -> OutputLocation:
+    return RemoteOutput(str(out)) if is_remote(out) else LocalOutput(resolve_dataset(out))
 
 
-class LocalTarget:
+class LocalOutput:
     """A directory. All ranks write into one staging directory beside it, so they have to share a file system."""
 
     def __init__(self, out: Path) -> None:
@@ -73,23 +73,23 @@ class LocalTarget:
         return staging_directory(self._out).exists()
 
     @contextmanager
-    def staging(self, team: Team) -> Iterator[Path]:
+    def staging(self, group: ProcessGroup) -> Iterator[Path]:
         with ExitStack() as stack:
-            self._replacement = team.first(lambda: stack.enter_context(replace_directory(self._out)))
+            self._replacement = group.rank0(lambda: stack.enter_context(replace_directory(self._out)))
             path = self._replacement.path
-            team.each(lambda: _check_shared(path))
+            group.barrier_run(lambda: _check_shared(path))
             yield path
 
-    def complete(self, team: Team, directory: Path, manifests: tuple[Manifest, ...]) -> None:
+    def complete(self, group: ProcessGroup, directory: Path, manifests: tuple[Manifest, ...]) -> None:
         def commit() -> None:
             assert self._replacement is not None
             _write_manifests(directory, manifests)
             self._replacement.commit()
 
-        team.first(commit)
+        group.rank0(commit)
 
 
-class RemoteTarget:
+class RemoteOutput:
     """An address that fsspec knows, such as s3://bucket/name. Every rank uploads what it has packed."""
 
     def __init__(self, address: str) -> None:
@@ -103,19 +103,19 @@ class RemoteTarget:
         return False  # without manifests it is no pack, and files are overwritten
 
     @contextmanager
-    def staging(self, team: Team) -> Iterator[Path]:
-        team.first(lambda: check_upload(self._address))  # now, not after hours of packing
+    def staging(self, group: ProcessGroup) -> Iterator[Path]:
+        group.rank0(lambda: check_upload(self._address))  # now, not after hours of packing
         with tempfile.TemporaryDirectory(prefix="inkstream-pack-") as directory:
             yield Path(directory)
 
-    def complete(self, team: Team, directory: Path, manifests: tuple[Manifest, ...]) -> None:
+    def complete(self, group: ProcessGroup, directory: Path, manifests: tuple[Manifest, ...]) -> None:
         def finish() -> None:
             _write_manifests(directory, manifests)
             upload_manifests(directory, self._address)
 
-        team.first(lambda: remove_manifests(self._address))
-        team.each(lambda: upload_files(directory, self._address))
-        team.first(finish)
+        group.rank0(lambda: remove_manifests(self._address))
+        group.barrier_run(lambda: upload_files(directory, self._address))
+        group.rank0(finish)
 
 
 def _write_manifests(directory: Path, manifests: tuple[Manifest, ...]) -> None:

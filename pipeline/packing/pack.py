@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from pipeline.common.process_pool import Advance, default_workers, map_in_processes
 from pipeline.common.rng import PACKING_STREAM, permutation
-from pipeline.datasets import RawPart, UnreadableImages
-from pipeline.packing.output import Target, find_target
-from pipeline.packing.ranks import Team
+from pipeline.packing.output import OutputLocation, open_output
+from pipeline.packing.ranks import ProcessGroup
+from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards.atomic import write_file
 from shards.create import make_writer
 from shards.errors import UserError
@@ -94,7 +94,7 @@ class Packed:
     skipped: int = 0
 
 
-def find_pack(target: Target, settings: PackSettings, out: Path | str) -> tuple[Manifest, ...]:
+def find_pack(target: OutputLocation, settings: PackSettings, out: Path | str) -> tuple[Manifest, ...]:
     """The manifests of the complete pack that stands at the target, none if there is none.
 
     Raises `UserError` if what stands there is another pack than the one asked for, or no pack at all.
@@ -106,7 +106,7 @@ def find_pack(target: Target, settings: PackSettings, out: Path | str) -> tuple[
 
 
 def pack(
-    load: Callable[[], tuple[RawPart, ...]],
+    load: Callable[[], tuple[RawSplit, ...]],
     out: Path | str,
     *,
     dataset: str,
@@ -118,55 +118,55 @@ def pack(
     options: Mapping[str, str | int | float] | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
-    team: Team | None = None,
+    group: ProcessGroup | None = None,
     force: bool = False,
 ) -> Packed:
     """Pack a data set into `out` (a directory, or an address that fsspec knows), or leave a complete pack alone.
 
     load: reads the raw parts; called only if they are needed. skip_bad: leave unreadable pictures out, instead of
-    failing with all their names. workers: processes of this rank, by default as many as it may use cores. team: the
+    failing with all their names. workers: processes of this rank, by default as many as it may use cores. group: the
     ranks that share the work; every one calls this with the same arguments. The bytes are the same for any number of
     workers and ranks.
     The pack appears whole; killed at any moment, this leaves what was there before, and the next call cleans up.
     """
     settings = PackSettings(dataset, split, block_size, seed, store, compression, options or {})
-    team = team or Team()
-    target = find_target(out)
+    group = group or ProcessGroup()
+    target = open_output(out)
 
     def look() -> tuple[Manifest, ...]:
         if force or target.needs_recovery():
             return ()
         return find_pack(target, settings, out)
 
-    found = team.first(look)
+    found = group.rank0(look)
     if found:
         return Packed(found, now=False)
-    with target.staging(team) as directory:
+    with target.staging(group) as directory:
         # Under the lock now: another writer may have finished meanwhile, or a killed one's pack been put back.
-        found = team.first(lambda: () if force else find_pack(target, settings, out))
+        found = group.rank0(lambda: () if force else find_pack(target, settings, out))
         if found:
             return Packed(found, now=False)
         if force:
-            team.first(target.manifests)  # refuses what is no pack
-        parts = team.each(load)
-        packing = _Packing(settings, directory, workers or default_workers(), team)
+            group.rank0(target.manifests)  # refuses what is no pack
+        parts = group.barrier_run(load)
+        packing = _Packing(settings, directory, workers or default_workers(), group)
         outcomes = [packing.write(part) for part in parts]
         unreadable = {
             part.name: outcome for part, outcome in zip(parts, outcomes, strict=True) if isinstance(outcome, dict)
         }
         if unreadable and not skip_bad:
-            raise team.first(lambda: _all_unreadable(unreadable, out))
+            raise group.rank0(lambda: _all_unreadable(unreadable, out))
         if unreadable:
             outcomes = [
                 packing.write(_without(part, outcome)) if isinstance(outcome, dict) else outcome
                 for part, outcome in zip(parts, outcomes, strict=True)
             ]
-            team.first(lambda: write_file(directory / UNREADABLE, _unreadable_lines(unreadable)))
+            group.rank0(lambda: write_file(directory / UNREADABLE, _unreadable_lines(unreadable)))
         manifests = tuple(outcome for outcome in outcomes if isinstance(outcome, Manifest))
         assert len(manifests) == len(parts), "pictures that could be read can no longer"
         if unreadable:
-            team.each(lambda: _remove_others(directory, manifests))
-        target.complete(team, directory, manifests)
+            group.barrier_run(lambda: _remove_others(directory, manifests))
+        target.complete(group, directory, manifests)
     return Packed(manifests, now=True, skipped=sum(map(len, unreadable.values())))
 
 
@@ -175,9 +175,9 @@ class _Packing:
     settings: PackSettings
     directory: Path
     workers: int
-    team: Team
+    group: ProcessGroup
 
-    def write(self, part: RawPart) -> Manifest | dict[int, str]:
+    def write(self, part: RawSplit) -> Manifest | dict[int, str]:
         """Write a part's files; its manifest, or why which raw rows cannot be read. The same on every rank."""
         directory = self.directory / part.name
         layout = self._layout(part)
@@ -188,15 +188,15 @@ class _Packing:
             directory.mkdir(exist_ok=True)
             return (*writer.start(), *_write_origins(part, directory))
 
-        files = self.team.each(start)  # on every rank, as their directories may differ; the files do not
-        mine = range(self.team.rank, layout.shards, self.team.size)
+        files = self.group.barrier_run(start)  # on every rank, as their directories may differ; the files do not
+        mine = range(self.group.rank, layout.shards, self.group.size)
         total = sum(len(layout.samples_of(number)) for number in mine)
         bar = tqdm(
             total=total,
             desc=f"packing {part.name}",
             unit=" images",
             unit_scale=True,
-            disable=True if self.team.rank else None,
+            disable=True if self.group.rank else None,
         )
 
         def write_shard(number: int, advance: Advance) -> tuple[int, Written | dict[int, str]]:
@@ -209,14 +209,14 @@ class _Packing:
             with bar:
                 return map_in_processes(write_shard, mine, self.workers, bar)
 
-        shards = dict(shard for shards in self.team.all(write_mine) for shard in shards)
+        shards = dict(shard for shards in self.group.all_gather(write_mine) for shard in shards)
         reasons = {row: why for shard in shards.values() if isinstance(shard, dict) for row, why in shard.items()}
         if reasons:
             return dict(sorted(reasons.items()))
         written = [shards[number] for number in range(layout.shards)]
         return self._manifest(part, layout, written, files)
 
-    def _layout(self, part: RawPart) -> Layout:
+    def _layout(self, part: RawSplit) -> Layout:
         if part.encoded != (self.settings.store == "records"):
             raise UserError(
                 found=f"--store {self.settings.store} for images of shape {list(part.image_shape)}",
@@ -238,7 +238,7 @@ class _Packing:
         return Layout(len(part.labels), part.image_shape, block_size, blocks * block_size)
 
     def _blocks(
-        self, part: RawPart, order: NDArray[np.int64], layout: Layout, number: int, advance: Advance
+        self, part: RawSplit, order: NDArray[np.int64], layout: Layout, number: int, advance: Advance
     ) -> Iterator[Block]:
         """Read the blocks of a shard one by one; at its end raise `UnreadableImages` for all that could not be read."""
         samples = layout.samples_of(number)
@@ -256,7 +256,7 @@ class _Packing:
                 advance(len(positions))
 
         # With fewer shards than workers, the workers decode with several threads each.
-        threads = -(-self.workers // max(1, layout.shards // self.team.size))
+        threads = -(-self.workers // max(1, layout.shards // self.group.size))
         with ThreadPoolExecutor(threads) as pool:
             for block, reasons in _in_order(pool, read, range(samples.start, samples.stop, size), 2 * threads):
                 unreadable |= reasons
@@ -266,7 +266,7 @@ class _Packing:
         if unreadable:
             raise UnreadableImages(unreadable)
 
-    def _manifest(self, part: RawPart, layout: Layout, written: list[Written], files: tuple[RawFile, ...]) -> Manifest:
+    def _manifest(self, part: RawSplit, layout: Layout, written: list[Written], files: tuple[RawFile, ...]) -> Manifest:
         settings = self.settings
         counts = np.bincount(part.labels, minlength=len(part.classes))
         return Manifest(
@@ -303,7 +303,7 @@ def _in_order(pool: Executor, work: Callable[[int], T], items: Iterable[int], ah
         yield waiting.popleft().result()
 
 
-def _write_origins(part: RawPart, directory: Path) -> tuple[RawFile, ...]:
+def _write_origins(part: RawSplit, directory: Path) -> tuple[RawFile, ...]:
     """Write `origins.csv`, where the images of a part came from, if the source tells."""
     if not part.columns:
         return ()
@@ -318,7 +318,7 @@ def _write_origins(part: RawPart, directory: Path) -> tuple[RawFile, ...]:
     return (RawFile(name=ORIGINS, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()),)
 
 
-def _without(part: RawPart, unreadable: Mapping[int, str]) -> RawPart:
+def _without(part: RawSplit, unreadable: Mapping[int, str]) -> RawSplit:
     """The part without the raw rows that cannot be read."""
     readable = np.flatnonzero(~np.isin(part.rows, list(unreadable)))
     if not len(readable):

@@ -14,59 +14,54 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Team:
-    """This process's place: rank 0 .. size-1."""
+class ProcessGroup:
+    """This process's rank among `size` processes.
+
+    A `UserError` that any rank raises in the methods below is raised on all ranks.
+    """
 
     rank: int = 0
     size: int = 1
 
-    def each(self, work: Callable[[], T]) -> T:
-        """Let every rank do something, and wait for all; this rank's own result.
-
-        A `UserError` that any rank meets is raised on all of them.
-        """
-        results: list[T] = []
-        self.all(lambda: results.append(work()))
-        return results[0]
-
-    def first(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do something; its result on every rank. Errors as in `each`."""
-        return self.all(lambda: work() if self.rank == 0 else None)[0]
-
-    def all(self, work: Callable[[], T]) -> list[T]:
-        """Let every rank do something; all (picklable) results in the order of ranks, on every rank. Errors as in
-        `each`."""
+    def all_gather(self, work: Callable[[], T]) -> list[T]:
+        """Run `work` on every rank; all (picklable) results, in the order of ranks, on every rank."""
+        outcome: tuple[T | None, UserError | None]
         try:
-            outcome: tuple[T | None, UserError | None] = (work(), None)
+            outcome = (work(), None)
         except UserError as error:
             outcome = (None, error)
-        outcomes = self._share(outcome)
-        for _, error in outcomes:
-            if error is not None:
-                raise error
+        outcomes: list[Any] = [outcome]
+        if self.size > 1:
+            import torch.distributed as dist  # takes seconds, so only where there are several
+
+            outcomes = [None] * self.size
+            dist.all_gather_object(outcomes, outcome)
+        if errors := [error for _, error in outcomes if error is not None]:
+            raise errors[0]
         return [result for result, _ in outcomes]
 
-    def _share(self, value: Any) -> list[Any]:
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist  # takes seconds, so only where there are several
+    def barrier_run(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank and wait for all; this rank's result, which need not be picklable."""
+        results: list[T] = []
+        self.all_gather(lambda: results.append(work()))
+        return results[0]
 
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+    def rank0(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0; its (picklable) result on every rank."""
+        return self.all_gather(lambda: work() if self.rank == 0 else None)[0]
 
 
 @contextmanager
-def join_team() -> Iterator[Team]:
-    """Join the processes that torchrun started, or be alone, and leave them at the end."""
+def init_process_group() -> Iterator[ProcessGroup]:
+    """Join the processes that torchrun started, if any, and leave them at the end."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Team()
+        yield ProcessGroup()
         return
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
     try:
-        yield Team(dist.get_rank(), size)
+        yield ProcessGroup(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()

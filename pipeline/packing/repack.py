@@ -9,8 +9,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.datasets import RawPart
 from pipeline.packing.pack import ORIGINS
+from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, VALIDATION, has_part
 from shards.open import open_split
@@ -18,20 +18,20 @@ from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
 
 
-def packed_parts(shards: Path | str) -> tuple[RawPart, ...]:
+def packed_splits(shards: Path | str) -> tuple[RawSplit, ...]:
     """The parts of a packed set (a directory or an address) with the rows that they have.
 
     Raises `UserError` if there is no such set, or if it holds picture files of differing sizes.
     """
     directory = resolve_dataset(shards)
     return tuple(
-        packed_part(open_split(directory, name), directory / name)
+        packed_split(open_split(directory, name), directory / name)
         for name in ALL_PARTS
         if name != VALIDATION or has_part(directory, name)
     )
 
 
-def packed_part(store: Store, directory: Path) -> RawPart:
+def packed_split(store: Store, directory: Path) -> RawSplit:
     """An open packed part, and its directory, as a raw one. Raises `UserError` if it holds picture files."""
     manifest = store.manifest
     if manifest.encoded:
@@ -46,7 +46,7 @@ def packed_part(store: Store, directory: Path) -> RawPart:
     def read(wanted: NDArray[np.int64]) -> NDArray[np.uint8]:
         return cast(NDArray[np.uint8], store.read(order[np.searchsorted(rows, wanted)]))
 
-    return RawPart(
+    return RawSplit(
         name=manifest.part,
         classes=manifest.classes,
         labels=store.labels[order],
@@ -59,7 +59,7 @@ def packed_part(store: Store, directory: Path) -> RawPart:
     )
 
 
-def joined(part: RawPart, other: RawPart) -> RawPart:
+def concatenate(part: RawSplit, other: RawSplit) -> RawSplit:
     """A part with the images of another appended, which are given rows above its own.
 
     Which part and row they have come from stands in the columns `from` and `from_row`. Raises `UserError` if images
@@ -91,7 +91,7 @@ def joined(part: RawPart, other: RawPart) -> RawPart:
     columns = {name: np.concatenate([_column(part, name), _column(other, name)]) for name in names}
     columns["from"] = np.repeat([part.name, other.name], [len(part.rows), len(other.rows)])
     columns["from_row"] = np.concatenate([part.rows, other.rows]).astype(str)
-    return RawPart(
+    return RawSplit(
         name=part.name,
         classes=part.classes,
         labels=np.concatenate([part.labels, other.labels]),
@@ -104,7 +104,7 @@ def joined(part: RawPart, other: RawPart) -> RawPart:
     )
 
 
-def _column(part: RawPart, name: str) -> NDArray[np.str_]:
+def _column(part: RawSplit, name: str) -> NDArray[np.str_]:
     return part.columns.get(name, np.full(len(part.rows), ""))
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.rng import PARTITION_STREAM, permutation
-from pipeline.common.stratified import stratified
-from pipeline.datasets import RawPart
+from pipeline.common.stratified import stratified_mask
+from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
 from shards.manifest import PARTS, VALIDATION
 
@@ -15,15 +15,15 @@ from shards.manifest import PARTS, VALIDATION
 _TEST_STREAM, _VAL_STREAM, _SUBSET_STREAM = (PARTITION_STREAM + number for number in (1, 2, 3))
 
 
-def arrange(
-    parts: tuple[RawPart, ...],
+def make_splits(
+    parts: tuple[RawSplit, ...],
     *,
     test_fraction: float | None,
     val_fraction: float | None,
     subset: float,
     stratify: str,
     seed: int,
-) -> tuple[RawPart, ...]:
+) -> tuple[RawSplit, ...]:
     """The parts train, test and perhaps val, in this order. A pure function of its arguments.
 
     test_fraction: share of a set without parts (only `train`) that becomes its test part. val_fraction: share of what
@@ -69,7 +69,9 @@ def arrange(
     return tuple(part for part in (train, test, val) if part is not None)
 
 
-def _carve(part: RawPart, name: str, fraction: float, stratify: str, seed: int, stream: int) -> tuple[RawPart, RawPart]:
+def _carve(
+    part: RawSplit, name: str, fraction: float, stratify: str, seed: int, stream: int
+) -> tuple[RawSplit, RawSplit]:
     """What is left of a part, and the new one."""
     aside = _choose(part, fraction, stratify, seed, stream)
     if aside.all() or not aside.any():
@@ -81,7 +83,7 @@ def _carve(part: RawPart, name: str, fraction: float, stratify: str, seed: int, 
     return part.select(np.flatnonzero(~aside)), part.select(np.flatnonzero(aside), name)
 
 
-def _keep(part: RawPart, share: float, stratify: str, seed: int) -> RawPart:
+def _keep(part: RawSplit, share: float, stratify: str, seed: int) -> RawSplit:
     """A part with a share of its images. What is chosen is to be left out, so that no class loses its last image."""
     left_out = _choose(part, 1 - share, stratify, seed, _SUBSET_STREAM)
     if left_out.all():
@@ -93,9 +95,9 @@ def _keep(part: RawPart, share: float, stratify: str, seed: int) -> RawPart:
     return part.select(np.flatnonzero(~left_out))
 
 
-def _choose(part: RawPart, fraction: float, stratify: str, seed: int, stream: int) -> NDArray[np.bool_]:
+def _choose(part: RawSplit, fraction: float, stratify: str, seed: int, stream: int) -> NDArray[np.bool_]:
     """A mask of images in proportion by label, and by the values of the column to stratify by."""
     # Classes in random order: of many small ones not always the first give an image more.
     classes = permutation(len(part.classes), seed, stream)[part.labels]
     groups = np.unique(part.columns[stratify], return_inverse=True)[1] if stratify else None
-    return stratified(classes, fraction, seed, stream, groups)
+    return stratified_mask(classes, fraction, seed, stream, groups)

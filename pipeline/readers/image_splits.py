@@ -14,32 +14,32 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline.common.process_pool import Advance, default_workers, map_in_processes
-from pipeline.datasets import RawPart, Request, UnreadableImages
 from pipeline.readers.archives.file_trees import FileTree
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.archives.zip_tar import open_tree
 from pipeline.readers.formats import image as pictures
 from pipeline.readers.naming import printable, text_column
 from pipeline.readers.raw_dir import RawContent
+from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
 from shards.errors import UserError
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
 
-PICTURE_OPTIONS = ("size", "fit", "color", "encoded")  # of a `Request`, heeded by `picture_parts`
-TABLE_OPTIONS = (*PICTURE_OPTIONS, "image_column", "label_column")  # where a table lists the pictures
+IMAGE_OPTIONS = ("size", "fit", "color", "encoded")  # of a `SourceOptions`, heeded by `image_splits`
+TABLE_OPTIONS = (*IMAGE_OPTIONS, "image_column", "label_column")  # where a table lists the pictures
 _LOOK = 256  # pictures looked at by a process at a time
 _UNKNOWN = 0  # height and width of a picture whose header cannot be read
 
 
 @dataclass(frozen=True)
-class PictureSet:
+class ImageSplit:
     """The picture files of one part.
 
-    labels: int64 [N]. content: the bytes of picture 0 .. N-1; raises `BadFile`; for any thread and process.
+    labels: int64 [N]. content: the bytes of picture 0 .. N-1; raises `CorruptFileError`; for any thread and process.
     place: where it lies. files: what the pictures were read from; hashed_as: the name of one more file, which stands
     for all of the pictures, where they lie loose: its bytes are theirs together, its SHA-256 that of the lines
     that sha256sum prints for the pictures by these names, in order.
-    columns: as of a `RawPart`.
+    columns: as of a `RawSplit`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class _Looks(NamedTuple):
     digests: list[bytes]
 
 
-def open_pictures(place: Path) -> FileTree:
+def open_tree_of_images(place: Path) -> FileTree:
     """A directory or archive of pictures; raises `UserError`."""
     if not place.exists():
         raise UserError(
@@ -72,7 +72,7 @@ def open_pictures(place: Path) -> FileTree:
         )
     try:
         return open_tree(place)
-    except BadFile as error:
+    except CorruptFileError as error:
         raise UserError(
             found=f"{place}: {error}",
             expected="pictures in a directory, a zip, or a tar (not compressed, or by gzip, bzip2 or xz)",
@@ -80,17 +80,17 @@ def open_pictures(place: Path) -> FileTree:
         ) from None
 
 
-def files_of_tree(
+def split_of_tree(
     tree: FileTree,
     part: str,
     labels: NDArray[np.int64],
     names: Sequence[str],
     tables: Sequence[str],
     columns: Mapping[str, Sequence[str]] | None = None,
-) -> PictureSet:
+) -> ImageSplit:
     """The pictures of these names in a tree, told by these tables in it; columns: further ones than `path`."""
     whole = tree.records()
-    return PictureSet(
+    return ImageSplit(
         name=part,
         labels=labels,
         content=lambda number: tree.read(names[number]),
@@ -102,11 +102,11 @@ def files_of_tree(
     )
 
 
-def picture_parts(sets: Sequence[PictureSet], classes: tuple[str, ...], request: Request) -> tuple[RawPart, ...]:
+def image_splits(sets: Sequence[ImageSplit], classes: tuple[str, ...], request: SourceOptions) -> tuple[RawSplit, ...]:
     """Parts of pictures, all of one shape: that of `request.size`, or the one they all have; or of encoded images.
 
     Headers are read by all cores, as far as the request leaves something to be found. A picture whose header cannot
-    be read is left for `RawPart.read` to report. Raises `UserError` if the pictures differ and no size is given.
+    be read is left for `RawSplit.read` to report. Raises `UserError` if the pictures differ and no size is given.
     """
     if request.encoded and request.size:
         raise UserError(
@@ -133,12 +133,12 @@ def picture_parts(sets: Sequence[PictureSet], classes: tuple[str, ...], request:
             shape = (*size, channels)
             read = partial(_read_pixels, one, shape, request.fit if request.size else None)
         files = (*one.files, _combined(one, look)) if one.hashed_as else one.files
-        parts.append(RawPart(one.name, classes, one.labels, shape, False, read, files, columns=one.columns))
+        parts.append(RawSplit(one.name, classes, one.labels, shape, False, read, files, columns=one.columns))
     return tuple(parts)
 
 
 def _read_pixels(
-    one: PictureSet, shape: tuple[int, int, int], fit: str | None, rows: NDArray[np.int64]
+    one: ImageSplit, shape: tuple[int, int, int], fit: str | None, rows: NDArray[np.int64]
 ) -> NDArray[np.uint8]:
     """fit: how pictures are brought to the shape; None if they have it."""
     images = np.empty((len(rows), *shape), np.uint8)
@@ -147,14 +147,16 @@ def _read_pixels(
     def read(content: bytes, position: int) -> None:
         image = pictures.decode(content, channels, (height, width) if fit else None, fit or "")
         if image.shape != shape:
-            raise BadFile(f"of {image.shape[0]} x {image.shape[1]} pixels, where others have {height} x {width}")
+            raise CorruptFileError(
+                f"of {image.shape[0]} x {image.shape[1]} pixels, where others have {height} x {width}"
+            )
         images[position] = image
 
     _for_each(one, rows, read)
     return images
 
 
-def _read_records(one: PictureSet, rows: NDArray[np.int64]) -> list[EncodedImage]:
+def _read_records(one: ImageSplit, rows: NDArray[np.int64]) -> list[EncodedImage]:
     images: list[EncodedImage] = []
 
     def read(content: bytes, _: int) -> None:
@@ -164,19 +166,19 @@ def _read_records(one: PictureSet, rows: NDArray[np.int64]) -> list[EncodedImage
     return images
 
 
-def _for_each(one: PictureSet, rows: NDArray[np.int64], read: Callable[[bytes, int], None]) -> None:
+def _for_each(one: ImageSplit, rows: NDArray[np.int64], read: Callable[[bytes, int], None]) -> None:
     """Give `read` the content of every row, and its position in rows; raises `UnreadableImages` for the bad ones."""
     unreadable = {}
     for position, row in enumerate(rows.tolist()):
         try:
             read(one.content(row), position)
-        except BadFile as error:
+        except CorruptFileError as error:
             unreadable[row] = f"{one.place(row)}: {error}"
     if unreadable:
         raise UnreadableImages(unreadable)
 
 
-def _look_at(one: PictureSet, headers: bool) -> _Looks | None:
+def _look_at(one: ImageSplit, headers: bool) -> _Looks | None:
     """Read the headers, or the whole files where they are hashed, of all pictures of a part."""
     if not headers and not one.hashed_as:
         return None
@@ -193,7 +195,7 @@ def _look_at(one: PictureSet, headers: bool) -> _Looks | None:
                 digest = hashlib.sha256(content).digest() if one.hashed_as else b""
                 if headers:
                     seen.heights[place], seen.widths[place], seen.gray[place] = pictures.header(content)
-            except BadFile:
+            except CorruptFileError:
                 pass  # it is reported when its pixels are asked for
             seen.digests.append(digest)
         advance(len(numbers))
@@ -212,7 +214,7 @@ def _channels(looks: Sequence[_Looks | None]) -> int:
     return 1 if all(gray.all() for gray in known) else 3
 
 
-def _size(sets: Sequence[PictureSet], looks: Sequence[_Looks | None]) -> tuple[int, int]:
+def _size(sets: Sequence[ImageSplit], looks: Sequence[_Looks | None]) -> tuple[int, int]:
     """Height and width of all pictures; raises `UserError`, naming two, if they differ."""
     first: tuple[int, int] | None = None
     first_named = ""
@@ -237,7 +239,7 @@ def _size(sets: Sequence[PictureSet], looks: Sequence[_Looks | None]) -> tuple[i
     return first or (1, 1)
 
 
-def _combined(one: PictureSet, look: _Looks | None) -> RawFile:
+def _combined(one: ImageSplit, look: _Looks | None) -> RawFile:
     assert look is not None
     digest = hashlib.sha256()
     for value, name in zip(look.digests, one.names, strict=True):

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from pipeline.readers.archives.file_trees import FileTree, inner_name
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats.csv import CsvTable, read_csv
 from pipeline.readers.formats.image import EXTENSIONS, OTHER_EXTENSIONS
-from pipeline.readers.naming import TRAIN, in_order_of_parts, natural_order, part_named, printable, some_of
+from pipeline.readers.naming import TRAIN, in_split_order, natural_order, printable, some_of, split_named
 from shards.errors import UserError
 
 LAYOUTS = "a directory for each class, those perhaps in train/, test/ and val/, or train.csv, test.csv or labels.csv"
@@ -59,7 +59,7 @@ def read_table(tree: FileTree, name: str) -> CsvTable:
     place = tree.place_of(name)
     try:
         return read_csv(tree.read(name), place)
-    except BadFile as error:
+    except CorruptFileError as error:
         raise UserError(found=f"{place}: {error}", expected="a CSV table", hint="get the file again") from None
 
 
@@ -98,7 +98,7 @@ def _top(names: list[str]) -> str:
         directory = next(iter(inner))[0] if inner else ""
         alone = all(first == directory and rest for first, rest in inner)
         # Below what is passed over there must be something that can tell classes apart.
-        if not alone or not inner or part_named(directory) or not _is_told_below(rest for _, rest in inner):
+        if not alone or not inner or split_named(directory) or not _is_told_below(rest for _, rest in inner):
             break
         top += f"{directory}/"
     return top
@@ -113,7 +113,7 @@ def _table_part(name: str) -> str | None:
     stem = PurePosixPath(name).stem
     if extension(name) != "csv":
         return None
-    return TRAIN if stem.lower() == _LONE_TABLE else part_named(stem)
+    return TRAIN if stem.lower() == _LONE_TABLE else split_named(stem)
 
 
 def _tables(names: list[str], top: str) -> dict[str, str]:
@@ -136,7 +136,7 @@ def _by_tables(
     known = frozenset(name for name in tree.names if extension(name) in EXTENSIONS)
     parts: dict[str, Listing] = {}
     part_of: dict[str, str] = {}
-    for part in in_order_of_parts(tables):
+    for part in in_split_order(tables):
         table_name = tables[part]
         table = read_table(tree, table_name)
         paths = table.column([image_column] if image_column else _PATH_COLUMNS, "paths", "--image-column")
@@ -166,14 +166,14 @@ def _by_directories(tree: FileTree, top: str) -> dict[str, Listing]:
         found = f"{len(tree.names):,} files ({some_of(kinds)})" if tree.names else "nothing"
         raise _unclear(f"no picture in {tree.place}, but {found}", "PNG, JPEG, WebP, BMP or GIF files")
     firsts = natural_order({name[len(top) :].partition("/")[0] for name in names})
-    in_parts = [first for first in firsts if part_named(first)]
-    if any(part_named(first) == TRAIN for first in in_parts) and _hold_directories(names, top, in_parts):
+    in_parts = [first for first in firsts if split_named(first)]
+    if any(split_named(first) == TRAIN for first in in_parts) and _hold_directories(names, top, in_parts):
         if in_parts != firsts:
             stray = [first for first in firsts if first not in in_parts]
             raise _unclear(f"{some_of(stray)} beside {some_of(in_parts)} in {tree.place}", "nothing but parts there")
-        if len({part_named(first) for first in in_parts}) < len(in_parts):
+        if len({split_named(first) for first in in_parts}) < len(in_parts):
             raise _unclear(f"{some_of(in_parts)} in {tree.place}", "one directory for each part")
-        prefixes = {f"{top}{first}/": str(part_named(first)) for first in in_parts}
+        prefixes = {f"{top}{first}/": str(split_named(first)) for first in in_parts}
     else:
         prefixes = {top: TRAIN}
     parts: dict[str, Listing] = defaultdict(Listing)

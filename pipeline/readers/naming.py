@@ -25,7 +25,7 @@ _NAMED = 5  # names listed in a message
 _NUMBER = re.compile("[0-9]+")
 
 
-def part_named(name: str) -> str | None:
+def split_named(name: str) -> str | None:
     """The part (`train`, `test` or `val`) that a directory, file or array of this name holds, if any."""
     return _PART_NAMES.get(name.lower())
 
@@ -67,7 +67,7 @@ def text_column(values: Iterable[str]) -> NDArray[np.str_]:
     return np.array([printable(value) for value in values], dtype=np.dtypes.StringDType())
 
 
-def in_order_of_parts(parts: Iterable[str]) -> list[str]:
+def in_split_order(parts: Iterable[str]) -> list[str]:
     return sorted(parts, key=ALL_PARTS.index)
 
 

@@ -13,8 +13,8 @@ import pyarrow as arrow
 from numpy.typing import NDArray
 from pyarrow import parquet, types
 
-from pipeline.readers.archives.files import BadFile, Spool, StoredFile, most_expanded, record_file
-from pipeline.readers.image_splits import PictureSet
+from pipeline.readers.archives.files import CorruptFileError, StoredFile, TempFile, max_expanded_bytes, record_file
+from pipeline.readers.image_splits import ImageSplit
 from pipeline.readers.naming import number_labels, printable, some_of, text_column
 from shards.errors import UserError, first_line
 from shards.stores.image_header import MAX_BYTES
@@ -54,14 +54,16 @@ class _Rows:
 
 def read_parts(
     files: Mapping[str, Sequence[Path]], image_column: str, label_column: str
-) -> tuple[list[PictureSet], tuple[str, ...]]:
+) -> tuple[list[ImageSplit], tuple[str, ...]]:
     """The pictures of each part, and the class names.
 
     files: of each part, `train` among them. Raises `UserError`, naming file and row, for anything unfit; pictures that
-    are absent or cannot be decoded are left for `RawPart.read` to report.
+    are absent or cannot be decoded are left for `RawSplit.read` to report.
     """
     paths = [path for of_part in files.values() for path in of_part]
-    spool = Spool(f"the pictures of {paths[0].parent}", sum(most_expanded(path.stat().st_size) for path in paths))
+    spool = TempFile(
+        f"the pictures of {paths[0].parent}", sum(max_expanded_bytes(path.stat().st_size) for path in paths)
+    )
     names: set[tuple[str, ...]] = set()
     rows_of: dict[str, _Rows] = {}
     for part, of_part in files.items():
@@ -90,15 +92,15 @@ def read_parts(
     return [_picture_set(part, rows, labels[part], content) for part, rows in rows_of.items()], classes
 
 
-def _picture_set(part: str, rows: _Rows, labels: NDArray, content: StoredFile) -> PictureSet:
+def _picture_set(part: str, rows: _Rows, labels: NDArray, content: StoredFile) -> ImageSplit:
     def read(row: int) -> bytes:
         if rows.sizes[row] == _MISSING:
-            raise BadFile("no bytes of a picture")
+            raise CorruptFileError("no bytes of a picture")
         return content.read(rows.offsets[row], rows.sizes[row])
 
     columns = {"path": text_column(rows.paths)} if any(rows.paths) else {}
     records = tuple(record_file(path) for path, _ in rows.files)
-    return PictureSet(part, labels, read, rows.place, records, columns=columns)
+    return ImageSplit(part, labels, read, rows.place, records, columns=columns)
 
 
 def _batch_rows(metadata: parquet.FileMetaData) -> int:
@@ -108,7 +110,7 @@ def _batch_rows(metadata: parquet.FileMetaData) -> int:
     return min(_MOST_ROWS, max(1, int(_BATCH_BYTES / max(1, row_bytes))))
 
 
-def _take(batch: arrow.RecordBatch, columns: _Columns, rows: _Rows, spool: Spool) -> None:
+def _take(batch: arrow.RecordBatch, columns: _Columns, rows: _Rows, spool: TempFile) -> None:
     """Add the rows of a batch."""
     images, labels = batch.column(columns.image), batch.column(columns.label)
     paths: list[str | None] = [None] * len(batch)
@@ -119,10 +121,10 @@ def _take(batch: arrow.RecordBatch, columns: _Columns, rows: _Rows, spool: Spool
     for image, label, path in zip(images, labels.to_pylist(), paths, strict=True):
         if label is None or (columns.names and not 0 <= label < len(columns.names)):
             expected = f", where 0 .. {len(columns.names) - 1} have names" if columns.names else ""
-            raise BadFile(f"label {label}{expected}")
+            raise CorruptFileError(f"label {label}{expected}")
         content = image.as_buffer()
         if content is not None and content.size > MAX_BYTES:
-            raise BadFile(f"a picture of {content.size:,} bytes; it may have {MAX_BYTES:,}")
+            raise CorruptFileError(f"a picture of {content.size:,} bytes; it may have {MAX_BYTES:,}")
         rows.offsets.append(spool.size)
         rows.sizes.append(_MISSING if content is None else content.size)
         if content is not None:
@@ -184,7 +186,7 @@ def _errors_of(path: Path, rows: _Rows) -> Iterator[None]:
     """Whatever a damaged file makes pyarrow raise, as a message that names the file and how far it could be read."""
     try:
         yield
-    except (arrow.ArrowException, BadFile, OSError, ValueError, OverflowError) as error:
+    except (arrow.ArrowException, CorruptFileError, OSError, ValueError, OverflowError) as error:
         row = len(rows.labels) - rows.files[-1][1]
         raise UserError(
             found=f"{path} row {row}: {first_line(error)}",

@@ -6,8 +6,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.raw.download import Download, fetch
 from pipeline.readers.archives.file_trees import FileTree
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.archives.zip_tar import open_tree
 from shards.errors import UserError, no_permission
 from shards.manifest import RawFile
@@ -44,13 +45,6 @@ class RawDirectory:
         """Those of the names that are neither loose nor in the archive."""
         return [name for name in names if self._loose(name) is None and self._member(name) is None]
 
-    def has_any(self, names: list[str]) -> bool:
-        return len(self.missing(names)) < len(names)
-
-    def has_loose(self, names: list[str]) -> bool:
-        """Whether all of the names are loose files, so that the archive is not needed."""
-        return all(self._loose(name) for name in names)
-
     def read(self, name: str) -> RawContent:
         """Read a file that is there, loose ones first. Raises `UserError` if it cannot be read."""
         path = self._loose(name)
@@ -60,7 +54,7 @@ class RawDirectory:
         assert member is not None and tree is not None
         try:
             content = tree.read(member, MOST_RAW_BYTES)
-        except BadFile as error:
+        except CorruptFileError as error:
             raise self._bad_archive(error) from None
         return RawContent(Path(member).name, tree.place_of(member), content)
 
@@ -79,16 +73,61 @@ class RawDirectory:
         if self._opened is None and self._archive is not None and self._archive.is_file():
             try:
                 self._opened = open_tree(self._archive)
-            except BadFile as error:
+            except CorruptFileError as error:
                 raise self._bad_archive(error) from None
         return self._opened
 
-    def _bad_archive(self, error: BadFile) -> UserError:
+    def _bad_archive(self, error: CorruptFileError) -> UserError:
         return UserError(
             found=f"{self._archive}, a damaged archive: {error}",
             expected="the whole archive, as published",
             hint=f"remove it and run again, so that it is downloaded anew: rm {self._archive}",
         )
+
+
+@dataclass(frozen=True)
+class PublishedArchive:
+    """A published archive, or its content as loose files.
+
+    Attributes:
+        archive: Where it is downloaded from.
+        names: The files that are read of it, without `.gz`.
+        label: What the files are, for messages.
+        unpacked: The directory to which the archive unpacks.
+    """
+
+    archive: Download
+    names: tuple[str, ...]
+    label: str
+    unpacked: str = ""
+
+    def plan(self, directory: Path) -> str:
+        """A line that says what `open` would do."""
+        files = RawDirectory(directory, self.archive.name, self.unpacked)
+        if not (missing := files.missing(list(self.names))):
+            return f"read the {self.label} files in {directory}"
+        if len(missing) < len(self.names) or self.archive.path(directory).exists():
+            return f"fail: {', '.join(missing)} not in {directory}"
+        return f"download {self.archive.url} ({self.archive.bytes / 1e6:,.0f} MB) to {directory}"
+
+    def open(self, directory: Path) -> RawDirectory:
+        """The directory with all of the files, loose or in the archive, which is downloaded if none is there.
+
+        Raises:
+            UserError: Files are missing, or the archive cannot be downloaded.
+        """
+        files = RawDirectory(directory, self.archive.name, self.unpacked)
+        missing = files.missing(list(self.names))
+        if len(missing) == len(self.names) and not self.archive.path(directory).exists():
+            fetch(self.archive, directory, or_else=f"the loose files ({self.names[-1]}, ...)")
+            missing = files.missing(list(self.names))
+        if missing:
+            raise UserError(
+                found=f"no {', '.join(missing)} in {directory}",
+                expected=f"the {self.label} files of the official {self.archive.name}, or that archive itself",
+                hint=f"add what is missing, or name an empty --raw directory to download {self.archive.url}",
+            )
+        return files
 
 
 def _read_loose(path: Path) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
+from pipeline.common.process_pool import default_workers
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams
 from pipeline.transforms.ops.resize import nearest_nudge
 from pipeline.transforms.raw_ops import RawOps
@@ -268,7 +268,7 @@ def _what_is_wrong(image: NDArray[np.uint8], channels: int, error: RuntimeError)
 def _empty_pipeline(device: torch.device, batch_size: int) -> Pipeline:
     return Pipeline(
         batch_size=batch_size,
-        num_threads=_threads(),
+        num_threads=default_workers(),
         device_id=device.index or 0 if device.type == "cuda" else None,
         # One batch in flight: the loader runs ahead by itself.
         prefetch_queue_depth=1,
@@ -318,9 +318,3 @@ def _resize(images, spec: TransformSpec, batch_size: int, region: dict[str, Any]
         minibatch_size=batch_size,
         **region,
     )
-
-
-def _threads() -> int:
-    """CPU threads for this process: the cores it may use, shared with the other ranks of this machine."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,62 +1,59 @@
-"""Decompression in bounded memory: gzip, bzip2 and xz, told by how the content begins."""
+"""Decompression in bounded memory: gzip, bzip2 and xz, recognized by their first bytes.
+
+The file classes of `gzip`, `bz2` and `lzma` are not used: the last two ignore garbage behind a stream, and streams
+behind padding.
+"""
 
 from __future__ import annotations
 
 import bz2
 import lzma
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from isal import igzip_lib  # inflates about twice as fast as zlib
 
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from shards.errors import first_line
 
 _CHUNK = 1 << 20
-_MOST_XZ_MEMORY = 256 << 20  # bytes; the largest preset of xz takes 65 MB
+_MAX_XZ_MEMORY = 256 << 20  # bytes; the largest preset of xz takes 65 MB
 
-_MAKERS: dict[bytes, Callable[[], Any]] = {
+_DECOMPRESSORS: dict[bytes, Callable[[], Any]] = {
     b"\x1f\x8b": lambda: igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP),
     b"BZh": bz2.BZ2Decompressor,
-    b"\xfd7zXZ\0": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST_XZ_MEMORY),
+    b"\xfd7zXZ\0": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_XZ_MEMORY),
 }
 
 
 def is_compressed(head: bytes) -> bool:
-    """Whether a file that begins so (six bytes tell) is one that `decompressed` takes."""
-    return any(head.startswith(magic) for magic in _MAKERS)
+    """Whether `decompress` reads a file with these first six bytes."""
+    return head.startswith(tuple(_DECOMPRESSORS))
 
 
-def decompressed(file: BinaryIO) -> Iterator[bytes]:
+def decompress(file: IO[bytes]) -> Iterator[bytes]:
     """The content of a compressed file, in chunks of at most 1 MiB; several streams in a row count as one.
 
-    Raises `BadFile` for damaged or incomplete content, when the iteration comes to it. The caller says when it is
-    too much.
+    The caller limits the total.
+
+    Raises:
+        CorruptFileError: Damaged or incomplete content is reached.
     """
     data = file.read(_CHUNK)
-    make = next(make for magic, make in _MAKERS.items() if data.startswith(magic))
+    make = next(make for magic, make in _DECOMPRESSORS.items() if data.startswith(magic))
     stream = make()
     try:
         while True:
             yield stream.decompress(data, _CHUNK)
             data = b""
             if stream.eof:
-                data = _next_stream(stream.unused_data, file)
-                if not data:
-                    return
+                data = stream.unused_data.lstrip(b"\0")
+                while not data:  # zeros may stand between two streams
+                    if not (chunk := file.read(_CHUNK)):
+                        return
+                    data = chunk.lstrip(b"\0")
                 stream = make()
-            elif stream.needs_input:
-                data = file.read(_CHUNK)
-                if not data:
-                    raise EOFError("it ends before its content does")
+            elif stream.needs_input and not (data := file.read(_CHUNK)):
+                raise EOFError("it ends before its content does")
     except (igzip_lib.IsalError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
-        raise BadFile(f"it does not decompress: {first_line(error)}") from None
-
-
-def _next_stream(data: bytes, file: BinaryIO) -> bytes:
-    """What follows a stream, without the zeros that may stand between two."""
-    while not (data := data.lstrip(b"\0")):
-        data = file.read(_CHUNK)
-        if not data:
-            break
-    return data
+        raise CorruptFileError(f"it does not decompress: {first_line(error)}") from None

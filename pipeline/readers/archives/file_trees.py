@@ -1,83 +1,72 @@
-"""Files below a directory or inside a zip or tar archive, alike: their names, and their bytes at random.
+"""The files below a directory or inside an archive: their names and their bytes.
 
-An archive is never unpacked into files, so no name in it can lead anywhere; those that try are refused all the same.
+An archive is never unpacked into files, so no name in it can lead anywhere; names that try are refused all the same.
 """
 
 from __future__ import annotations
 
 import os
-from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
-from pipeline.readers.archives.files import BadFile, record_file
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.naming import natural_order, printable
 from shards.errors import UserError, no_permission
 from shards.manifest import RawFile
 from shards.stores.image_header import MAX_BYTES
 
 _CLUTTER = {"__macosx", "thumbs.db", "desktop.ini"}  # what operating systems leave behind
-_MOST_DEPTH = 100  # directories in each other
+_MAX_DEPTH = 100  # directories in each other
 
 
-class FileTree(Protocol):
-    """place: the directory or archive. names: of all files in it but hidden ones, `a/b.png`, in natural order."""
+class FileTree:
+    """The files of a directory or archive.
 
-    place: Path
-    names: list[str]
+    Attributes:
+        place: The directory or archive.
+        names: All files in it but hidden ones, `a/b.png`, in natural order.
+    """
 
-    def read(self, name: str, most: int = MAX_BYTES) -> bytes:
-        """The bytes of a file out of `names`, at most so many. Raises `BadFile`. For any thread and process."""
-        ...
+    _separator = "/"
 
-    def place_of(self, name: str) -> str:
-        """Where a file lies, for messages."""
-        ...
-
-    def records(self) -> tuple[RawFile, ...]:
-        """The archive with its hash; nothing for a directory, whose files are hashed one by one."""
-        ...
-
-
-class DirectoryTree:
-    """A directory. Symbolic links in it are followed, as whoever made them meant."""
-
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, names: list[str]) -> None:
         self.place = place
-        self.names = natural_order(_walk(place, "", frozenset()))
+        self.names = names
 
-    def read(self, name: str, most: int = MAX_BYTES) -> bytes:
-        try:
-            with open(self.place / name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > most:
-                    raise BadFile(f"of {size:,} bytes, where at most {most:,} are expected")
-                return file.read(most)
-        except OSError as error:
-            raise BadFile(error.strerror or type(error).__name__) from None
+    def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
+        """The bytes of a file out of `names`; any thread and process may call it.
+
+        Raises:
+            CorruptFileError: The file is damaged, or larger than `max_bytes`.
+        """
+        raise NotImplementedError
 
     def place_of(self, name: str) -> str:
-        return printable(str(self.place / name))
+        """The path of a file, for messages."""
+        return printable(f"{self.place}{self._separator}{name}")
 
     def records(self) -> tuple[RawFile, ...]:
+        """The archive with its hash; empty for a directory, whose files are hashed one by one."""
         return ()
 
 
-class Archive:
-    """What zip and tar have in common: a file that holds others, at known places."""
+class DirectoryTree(FileTree):
+    """A directory. Symbolic links in it are followed."""
 
     def __init__(self, place: Path) -> None:
-        self.place = place
+        super().__init__(place, natural_order(_walk(place, "", frozenset())))
 
-    def place_of(self, name: str) -> str:
-        return printable(f"{self.place}:{name}")
+    def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
+        try:
+            with open(self.place / name, "rb") as file:
+                check_size(os.fstat(file.fileno()).st_size, max_bytes)
+                return file.read(max_bytes)
+        except OSError as error:
+            raise CorruptFileError(error.strerror or type(error).__name__) from None
 
-    def records(self) -> tuple[RawFile, ...]:
-        return self._records
 
-    @cached_property
-    def _records(self) -> tuple[RawFile, ...]:
-        return (record_file(self.place),)
+def check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise CorruptFileError(f"of {size:,} bytes, where at most {max_bytes:,} are expected")
 
 
 def is_hidden(name: str) -> bool:
@@ -98,7 +87,7 @@ def _walk(directory: Path, prefix: str, above: frozenset[tuple[int, int]]) -> li
     try:
         status = directory.stat()
         here = (status.st_dev, status.st_ino)
-        if here in above or len(above) > _MOST_DEPTH:
+        if here in above or len(above) > _MAX_DEPTH:
             raise UserError(
                 found=f"{directory}, which leads back to a directory above it, or into endless depth",
                 expected="a directory for each class",
@@ -110,7 +99,7 @@ def _walk(directory: Path, prefix: str, above: frozenset[tuple[int, int]]) -> li
                     continue
                 if entry.is_dir():
                     names += _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {here})
-                # A link that leads nowhere counts, so that reading tells of it; a device or pipe does not.
+                # A link that leads nowhere counts, so that reading reports it; a device or pipe does not.
                 elif entry.is_file() or not os.path.exists(entry.path):
                     names.append(prefix + entry.name)
     except OSError as error:

@@ -1,180 +1,186 @@
-"""Zip and tar archives whose members are read at random, by any thread or process, without unpacking them."""
+"""Zip and tar archives, read member by member without unpacking them, within limits on members, sizes and names."""
 
 from __future__ import annotations
 
 import io
+import os
 import stat
 import struct
 import tarfile
+import threading
 import zipfile
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
-from isal import isal_zlib
-
-from pipeline.readers.archives.compression import decompressed, is_compressed
-from pipeline.readers.archives.file_trees import Archive, DirectoryTree, FileTree, inner_name, is_hidden
-from pipeline.readers.archives.files import BadFile, StoredFile, most_expanded, open_file, spool
+from pipeline.readers.archives.compression import decompress, is_compressed
+from pipeline.readers.archives.file_trees import DirectoryTree, FileTree, check_size, inner_name, is_hidden
+from pipeline.readers.archives.files import (
+    CorruptFileError,
+    StoredFile,
+    max_expanded_bytes,
+    open_file,
+    record_file,
+    write_temp_file,
+)
 from pipeline.readers.naming import natural_order, printable
 from shards.errors import first_line, no_permission
+from shards.manifest import RawFile
 from shards.stores.image_header import MAX_BYTES
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of name and extra field
-_TAR_BLOCK = 512
-_MOST_TAR_HEADER = 1 << 20  # bytes of a long name or a PAX header
 _CHUNK = 1 << 20
-_WRONG_SUM = "it differs from its checksum in the archive"
-_DEFLATED_END = 8  # a deflated member may be this much longer than what it holds
+_TAR_BLOCK = 512
+_MAX_TAR_HEADER = 1 << 20  # bytes of a long name or a PAX header
+# Errors of zipfile for damaged archives. NotImplementedError: an unknown version or flag; struct.error, ValueError:
+# fields out of range.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, struct.error, ValueError)
+_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
 
 
-class _ZipMember(NamedTuple):
-    raw_name: str
-    header: int
-    stored_size: int
-    size: int
-    crc: int
-    deflated: bool
+class _Archive(FileTree):
+    """What zip and tar have in common."""
+
+    _separator = ":"
+
+    def records(self) -> tuple[RawFile, ...]:
+        return self._records
+
+    @cached_property
+    def _records(self) -> tuple[RawFile, ...]:
+        return (record_file(self.place),)
 
 
-class ZipTree(Archive):
-    """A zip archive. Raises `BadFile` if it is damaged, encrypted, or compressed with anything but deflate."""
+class ZipTree(_Archive):
+    """A zip archive.
 
-    def __init__(self, place: Path) -> None:
-        super().__init__(place)
-        self._file = open_file(place)
-        self._members: dict[str, _ZipMember] = {}
-        for info in _zip_directory(place):
-            if info.is_dir():
-                continue
-            name = _checked_name(info.filename, self._members)
-            if is_hidden(name):
-                continue
-            member = printable(name)
-            if stat.S_ISLNK(info.external_attr >> 16):
-                raise BadFile(f"its member {member} is a link")
-            if info.flag_bits & 1:
-                raise BadFile(f"its member {member} is encrypted")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise BadFile(f"its member {member} is compressed by method {info.compress_type}, not by deflate (8)")
-            deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            raw_name = name if name == info.filename else info.filename  # one text in memory where they are equal
-            self._members[name] = _ZipMember(
-                raw_name, info.header_offset, info.compress_size, info.file_size, info.CRC, deflated
-            )
-        self.names = natural_order(self._members)
-
-    def read(self, name: str, most: int = MAX_BYTES) -> bytes:
-        member = self._members[name]
-        if max(member.size, member.stored_size - _DEFLATED_END) > most:
-            raise BadFile(f"of {max(member.size, member.stored_size):,} bytes, where at most {most:,} are expected")
-        content = self._file.read(self._start(member), member.stored_size)
-        if member.deflated:
-            try:
-                content = isal_zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, member.size + 1)
-            except isal_zlib.error as error:
-                raise BadFile(f"it does not decompress: {first_line(error)}") from None
-        if len(content) != member.size or isal_zlib.crc32(content) != member.crc:
-            raise BadFile(_WRONG_SUM)
-        return content
-
-    def open(self, name: str) -> tuple[StoredFile, int, int]:
-        """A member that may be larger than the memory, checked: a file to read at random, and offset and size in it."""
-        member = self._members[name]
-        if not member.deflated:
-            start = self._start(member)
-            if self._file.crc32(start, member.stored_size) != member.crc:
-                raise BadFile(_WRONG_SUM)
-            return self._file, start, member.stored_size
-        try:
-            with zipfile.ZipFile(self.place) as archive, archive.open(member.raw_name) as content:
-                chunks = iter(lambda: content.read(_CHUNK), b"")
-                file = spool(chunks, self.place_of(name), min(member.size, most_expanded(member.stored_size)))
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-            raise BadFile(first_line(error)) from None
-        return file, 0, file.size
-
-    def _start(self, member: _ZipMember) -> int:
-        """Where the bytes of a member begin, after a header of its own."""
-        header = self._file.read(member.header, _LOCAL_HEADER.size)
-        signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        if signature != b"PK\x03\x04":
-            raise BadFile("the archive has something else in its place")
-        return member.header + _LOCAL_HEADER.size + name_length + extra_length
-
-
-class TarTree(Archive):
-    """A tar archive, compressed (gzip, bzip2, xz) or not. Raises `BadFile` if it is damaged or none.
-
-    A compressed one can only be read from its beginning: it is decompressed once, into a temporary file (`Spool`).
+    Raises:
+        CorruptFileError: The archive is damaged, encrypted, or compressed with anything but deflate.
     """
 
     def __init__(self, place: Path) -> None:
-        super().__init__(place)
-        self._file = _plain_tar(place)
-        self._members = dict(_tar_members(self._file))
-        self.names = natural_order(self._members)
+        members: dict[str, zipfile.ZipInfo] = {}
+        try:
+            self._zip = zipfile.ZipFile(open_file(place).file)
+        except _ZIP_ERRORS as error:
+            raise CorruptFileError(first_line(error)) from None
+        for info in self._zip.infolist():
+            if info.is_dir():
+                continue
+            name = _checked_name(info.filename, members)
+            if is_hidden(name):
+                continue
+            member = f"its member {printable(name)}"
+            if stat.S_ISLNK(info.external_attr >> 16):
+                raise CorruptFileError(f"{member} is a link")
+            if info.flag_bits & 1:
+                raise CorruptFileError(f"{member} is encrypted")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise CorruptFileError(f"{member} is compressed by method {info.compress_type}, not by deflate (8)")
+            members[name] = info
+        self._members = members
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        super().__init__(place, natural_order(members))
 
-    def read(self, name: str, most: int = MAX_BYTES) -> bytes:
+    def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
+        info = self._members[name]
+        check_size(info.file_size, max_bytes)
+        return b"".join(self._chunks(info, info.file_size + 1))
+
+    def unpack(self, name: str) -> StoredFile:
+        """A member that may be larger than the memory, checked and copied to a temporary file."""
+        info = self._members[name]
+        limit = min(info.file_size, max_expanded_bytes(info.compress_size))
+        return write_temp_file(self._chunks(info, _CHUNK), self.place_of(name), limit)
+
+    def _chunks(self, info: zipfile.ZipInfo, size: int) -> Iterator[bytes]:
+        """The content of a member, `size` bytes at a time; zipfile checks its CRC-32 at the end."""
+        with self._lock:
+            if self._process != os.getpid():  # forked processes share the position in an open file
+                self._zip.fp, self._process = open(self.place, "rb"), os.getpid()
+        try:
+            with self._zip.open(info) as content:
+                while chunk := content.read(size):
+                    yield chunk
+        except _ZIP_ERRORS as error:
+            crc = "CRC" in str(error)
+            raise CorruptFileError(
+                "it differs from its checksum in the archive" if crc else first_line(error)
+            ) from None
+
+
+class TarTree(_Archive):
+    """A tar archive, compressed (gzip, bzip2, xz) or not.
+
+    A compressed one can only be read from its beginning, so it is decompressed once, into a temporary file.
+
+    Raises:
+        CorruptFileError: The file is damaged or not a tar archive.
+    """
+
+    def __init__(self, place: Path) -> None:
+        file = open_file(place)
+        if is_compressed(file.read(0, min(6, file.size))):
+            file = write_temp_file(decompress(file.file), str(place), max_expanded_bytes(file.size))
+        self._file = file
+        self._members = _tar_members(file)
+        super().__init__(place, natural_order(self._members))
+
+    def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         offset, size = self._members[name]
-        if size > most:
-            raise BadFile(f"of {size:,} bytes, where at most {most:,} are expected")
+        check_size(size, max_bytes)
         return self._file.read(offset, size)
 
 
 def open_tree(place: Path) -> FileTree:
-    """The files below a directory or inside an archive, told by how it begins.
+    """Open a directory or an archive; the first bytes of a file tell its kind.
 
-    Raises `UserError` if nothing is there, `BadFile` for a file that is no archive or a damaged one.
+    Raises:
+        UserError: Nothing is there, or it may not be read.
+        CorruptFileError: The file is not an archive, or a damaged one.
     """
     if place.is_dir():
         return DirectoryTree(place)
     try:
         with open(place, "rb") as file:
-            head = file.read(2)
+            is_zip = file.read(2) == b"PK"
     except OSError as error:
         raise no_permission(error, place) from None
-    return ZipTree(place) if head == b"PK" else TarTree(place)
-
-
-def _zip_directory(place: Path) -> list[zipfile.ZipInfo]:
-    try:
-        with zipfile.ZipFile(place) as archive:
-            return archive.infolist()
-    # NotImplementedError: a version or a spanned archive; struct.error, ValueError: nonsense in its directory.
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, struct.error, ValueError) as error:
-        raise BadFile(first_line(error)) from None
+    return ZipTree(place) if is_zip else TarTree(place)
 
 
 def _checked_name(raw: str, others: Container[str]) -> str:
     name = inner_name(raw)
     if name is None:
-        raise BadFile(f"its member {printable(raw)!r} leads out of it")
+        raise CorruptFileError(f"its member {printable(raw)!r} leads out of it")
     if name in others:
-        raise BadFile(f"it has two members {printable(name)}")
+        raise CorruptFileError(f"it has two members {printable(name)}")
     return name
 
 
-def _plain_tar(place: Path) -> StoredFile:
-    archive = open_file(place)
-    if not is_compressed(archive.read(0, min(6, archive.size))):
-        return archive
-    with open(place, "rb") as file:
-        return spool(decompressed(file), str(place), most_expanded(archive.size))
+class _HeaderReader(io.FileIO):
+    """A tar file from which only headers are read: one that claims to be huge is refused."""
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_TAR_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes at byte {self.tell():,}")
+        return super().read(size)
 
 
 def _tar_members(file: StoredFile) -> dict[str, tuple[int, int]]:
     """Offset and size of every regular file in a tar."""
     members: dict[str, tuple[int, int]] = {}
+    end = 0
     try:
-        with tarfile.open(fileobj=_TarHeaders(file), mode="r:") as archive:
-            end = 0
+        headers = _HeaderReader(file.file.fileno(), closefd=False)
+        headers.seek(0)
+        with tarfile.open(fileobj=headers, mode="r:") as archive:
             while (info := archive.next()) is not None:
                 archive.members = []  # tarfile keeps them all, a kilobyte each
-                # A size below zero would lead back to a header that was read before, and round in circles.
+                # A negative size would lead back to an earlier header, in circles.
                 if info.size < 0 or archive.offset <= end:
-                    raise BadFile(f"the header at byte {end:,} is damaged")
+                    raise CorruptFileError(f"the header at byte {end:,} is damaged")
                 end = archive.offset
                 if info.isdir():
                     continue
@@ -182,44 +188,15 @@ def _tar_members(file: StoredFile) -> dict[str, tuple[int, int]]:
                 if is_hidden(name):
                     continue
                 if not info.isreg() or info.issparse():
-                    raise BadFile(f"its member {printable(name)} is a link, a device or a sparse file")
+                    raise CorruptFileError(f"its member {printable(name)} is a link, a device or a sparse file")
                 if info.offset_data + info.size > file.size:
-                    raise BadFile(f"it is cut short, within {printable(name)}")
+                    raise CorruptFileError(f"it is cut short, within {printable(name)}")
                 members[name] = (info.offset_data, info.size)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-        raise BadFile(f"not a zip or tar archive, or a damaged one: {first_line(error)}") from None
+    except _TAR_ERRORS as error:
+        raise CorruptFileError(f"not a zip or tar archive, or a damaged one: {first_line(error)}") from None
     # tarfile takes a header that it does not understand for the end.
     if end + _TAR_BLOCK > file.size:
-        raise BadFile("it is cut short: its end mark is missing")
+        raise CorruptFileError("it is cut short: its end mark is missing")
     if any(file.read(end, _TAR_BLOCK)):
-        raise BadFile(f"the header at byte {end:,} is damaged")
+        raise CorruptFileError(f"the header at byte {end:,} is damaged")
     return members
-
-
-class _TarHeaders(io.RawIOBase):
-    """A tar as tarfile reads it when it is asked for headers only: what claims to be a huge one is refused."""
-
-    def __init__(self, file: StoredFile) -> None:
-        self._file = file
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        assert whence == io.SEEK_SET
-        self._position = max(0, offset)
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MOST_TAR_HEADER:
-            raise tarfile.ReadError(f"a header of {size:,} bytes at byte {self._position:,}")
-        content = self._file.read(self._position, max(0, min(size, self._file.size - self._position)))
-        self._position += len(content)
-        return content

@@ -13,8 +13,8 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.readers.archives.compression import decompressed, is_compressed
-from pipeline.readers.archives.files import BadFile, most_expanded
+from pipeline.readers.archives.compression import decompress, is_compressed
+from pipeline.readers.archives.files import CorruptFileError, max_expanded_bytes
 from pipeline.readers.raw_dir import RawContent
 from shards.errors import UserError
 
@@ -95,14 +95,14 @@ def _plain(raw: RawContent) -> bytes | bytearray:
     """The content, decompressed if it has to be, and refused where it grows like a bomb."""
     if not is_compressed(raw.content):
         return raw.content
-    most = most_expanded(len(raw.content))
+    most = max_expanded_bytes(len(raw.content))
     content = bytearray()
     try:
-        for chunk in decompressed(io.BytesIO(raw.content)):
+        for chunk in decompress(io.BytesIO(raw.content)):
             content += chunk
             if len(content) > most:
                 raise _bad(raw, f"which expands to more than {most:,} bytes")
-    except BadFile as error:
+    except CorruptFileError as error:
         raise _bad(raw, f"damaged: {error}") from None
     return content
 

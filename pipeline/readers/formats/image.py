@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from shards.errors import first_line
 from shards.stores.image_header import MAX_BYTES, MAX_PIXELS, read_header
 
@@ -42,7 +42,7 @@ class Header(NamedTuple):
 
 
 def header(content: bytes) -> Header:
-    """The header of a picture file, without decoding it. Raises `BadFile`."""
+    """The header of a picture file, without decoding it. Raises `CorruptFileError`."""
     image = _open(content)
     try:
         width, height = image.size
@@ -54,7 +54,7 @@ def header(content: bytes) -> Header:
 
 
 def decode(content: bytes, channels: int, size: tuple[int, int] | None, fit: str = "pad") -> NDArray[np.uint8]:
-    """The pixels of a picture file, uint8 [H, W, channels]; 1 channel for gray, 3 for RGB. Raises `BadFile`.
+    """The pixels of a picture file, uint8 [H, W, channels]; 1 channel for gray, 3 for RGB. Raises `CorruptFileError`.
 
     size: (H, W) to bring it to, None for its own. fit: `pad` keeps all of the picture and its proportions and fills
     the rest with the median of the picture's border, most likely its background, white or black; `crop` keeps the
@@ -81,11 +81,11 @@ def decode(content: bytes, channels: int, size: tuple[int, int] | None, fit: str
 def check_record(content: bytes) -> str:
     """The extension of a picture file that may be stored as it is: it decodes, by DALI too, to the same picture.
 
-    Raises `BadFile`.
+    Raises `CorruptFileError`.
     """
     image = _open(content)
     if image.format not in _RECORD_EXTENSIONS:
-        raise BadFile(f"a {image.format}, which cannot be stored as a record; convert it to PNG")
+        raise CorruptFileError(f"a {image.format}, which cannot be stored as a record; convert it to PNG")
     try:
         read_header(content)  # as it will be when the record is read
         image.load()
@@ -94,36 +94,36 @@ def check_record(content: bytes) -> str:
     except Exception as error:  # see _open
         raise _bad(error) from None
     if transparent:
-        raise BadFile("it is transparent, which decoders of records do not heed; lay it over a background")
+        raise CorruptFileError("it is transparent, which decoders of records do not heed; lay it over a background")
     return _RECORD_EXTENSIONS[image.format]
 
 
 def _open(content: bytes) -> Image.Image:
     """An image whose header is read. Decoders meet damaged files with any kind of exception, so all are caught."""
     if len(content) > MAX_BYTES:
-        raise BadFile(f"of {len(content):,} bytes; a picture file may have {MAX_BYTES:,}")
+        raise CorruptFileError(f"of {len(content):,} bytes; a picture file may have {MAX_BYTES:,}")
     try:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
     except Exception as error:
         raise _bad(error) from None
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
-        raise BadFile(f"of {height} x {width} pixels; a picture may have 1 to {MAX_PIXELS:,} pixels in all")
+        raise CorruptFileError(f"of {height} x {width} pixels; a picture may have 1 to {MAX_PIXELS:,} pixels in all")
     return image
 
 
-def _bad(error: Exception) -> BadFile:
-    if isinstance(error, BadFile):
+def _bad(error: Exception) -> CorruptFileError:
+    if isinstance(error, CorruptFileError):
         return error
     if isinstance(error, Image.UnidentifiedImageError):
-        return BadFile("not a PNG, JPEG, WebP, BMP or GIF picture")
-    return BadFile(first_line(error))
+        return CorruptFileError("not a PNG, JPEG, WebP, BMP or GIF picture")
+    return CorruptFileError(first_line(error))
 
 
 def _check_end(image: Image.Image, content: bytes) -> None:
     """Pillow is content with a PNG that ends after its last pixel."""
     if image.format == "PNG" and _PNG_END not in content:
-        raise BadFile("it is truncated")
+        raise CorruptFileError("it is truncated")
 
 
 def _is_gray(image: Image.Image) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from pipeline.readers.archives.files import BadFile
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.archives.zip_tar import ZipTree
 from shards.errors import UserError, first_line
 
@@ -30,7 +30,7 @@ class NpzFile:
         self.place = place
         try:
             self._tree = ZipTree(place)
-        except BadFile as error:
+        except CorruptFileError as error:
             raise self._bad(str(place), str(error)) from None
         self.names = [name.removesuffix(_ENDING) for name in self._tree.names if name.endswith(_ENDING)]
         self.records = self._tree.records
@@ -39,27 +39,31 @@ class NpzFile:
         return f"{self.place}:{name}"
 
     def array(self, name: str) -> NDArray:
-        """An array, read-only, and read from the file as it is used.
+        """An array, read-only, and read from a temporary file as it is used.
 
         Its header is held against the size of the member before anything of the array's size is made. Raises
         `UserError` for a damaged one, and for one of Python objects, which are code.
         """
         place = self.place_of(name)
         try:
-            file, offset, size = self._tree.open(name + _ENDING)
-            head = io.BytesIO(file.read(offset, min(size, _MOST_HEADER)))
+            file = self._tree.unpack(name + _ENDING)
+            head = io.BytesIO(file.read(0, min(file.size, _MOST_HEADER)))
             shape, fortran_order, dtype = _read_header(head)
             if dtype.kind not in _KINDS:
-                raise BadFile(f"it holds {'pickled objects' if dtype.hasobject else dtype}, not numbers or texts")
+                raise CorruptFileError(
+                    f"it holds {'pickled objects' if dtype.hasobject else dtype}, not numbers or texts"
+                )
             if any(side < 0 for side in shape):
-                raise BadFile(f"its header says a shape of {list(shape)}")
+                raise CorruptFileError(f"its header says a shape of {list(shape)}")
             claimed = head.tell() + math.prod(shape) * dtype.itemsize
-            if claimed != size:
-                raise BadFile(f"its header says {list(shape)} of {dtype}, {claimed:,} bytes, where it has {size:,}")
-        except BadFile as error:
+            if claimed != file.size:
+                raise CorruptFileError(
+                    f"its header says {list(shape)} of {dtype}, {claimed:,} bytes, where it has {file.size:,}"
+                )
+        except CorruptFileError as error:
             raise self._bad(place, str(error)) from None
         order = "F" if fortran_order else "C"
-        return np.ndarray(shape, dtype, file.mapped(offset, size), head.tell(), order=order)
+        return np.ndarray(shape, dtype, file.mapped(0, file.size), head.tell(), order=order)
 
     def _bad(self, place: str, what: str) -> UserError:
         return UserError(
@@ -70,7 +74,7 @@ class NpzFile:
 
 
 def _read_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type of an array; the position is behind the header then. Raises `BadFile`."""
+    """Shape, order and type of an array; the position is behind the header then. Raises `CorruptFileError`."""
     readers = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
     try:
         version = npy_format.read_magic(head)
@@ -79,4 +83,4 @@ def _read_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
         return readers[version](head)
     # The header is a Python literal: parsing it may fail in all the ways in which parsing Python fails.
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, EOFError, TokenError) as error:
-        raise BadFile(f"it is no array of numpy: {first_line(error)}") from None
+        raise CorruptFileError(f"it is no array of numpy: {first_line(error)}") from None
