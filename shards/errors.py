@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(Exception):
     """Something the user can put right.
@@ -46,19 +48,21 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def no_permission(error: OSError, path: object) -> UserError:
+def no_permission(error: OSError, path: object) -> AccessDeniedError | DiskFullError:
     """The message for a file or directory that the operating system refuses to touch."""
-    return UserError(
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return (DiskFullError if full else AccessDeniedError)(
         found=f"{path}: {error.strerror or error}",
         expected="a place this user may read and write, with room on the disk",
         hint="choose another place, free some room or ask for the permission (ls -ld, df -h)",
     )
 
 
-def damaged(place: object, reason: str) -> UserError:
+def damaged(place: object, reason: str) -> CorruptError:
     """The message for a packed file that is not what its packer wrote; place: the file, and what in it."""
-    return UserError(
+    return CorruptError(
         found=f"{place}: {reason}",
         expected="the shard as it was packed",
-        hint="see what else is damaged: python -m shards.verify DIR; then pack again with --force",
+        hint="see what else is damaged: python -m shards.verify DIR; then pack again with --force, or fetch "
+        "the shards again",
     )

@@ -27,19 +27,20 @@ from shards.cli import run_command
 from shards.errors import UserError, no_permission
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest, Shard
 from shards.stores.base import INDEX_VERSION
-from shards.stores.image_header import MAX_BYTES, read_header
+from shards.stores.image_header import MAX_BYTES, read_image_header
 from shards.stores.record_index import (
     NotANumber,
     bad_record,
     choose,
     index_content,
+    index_file,
     index_line,
+    index_name,
     name_in_index,
     read_numbers,
     read_places,
     read_records,
 )
-from shards.stores.records import index_file, index_name
 
 _MOST_CLASSES = 1_000_000
 _MOST_HEADER = 16 << 20  # bytes of a picture in which its size must be found
@@ -193,7 +194,7 @@ def _read_through(file: BinaryIO, path: Path) -> tuple[list[str], bool, bool]:
             raise bad_record(path, picture.name, f"is of {picture.size:,} bytes, more than {MAX_BYTES:,}")
         file.seek(picture.offset)
         try:
-            gray &= read_header(file.read(min(picture.size, _MOST_HEADER))).gray
+            gray &= read_image_header(file.read(min(picture.size, _MOST_HEADER))).gray
         except ValueError as error:
             raise bad_record(path, picture.name, f"is {error}") from None
         lines.append(index_line(components))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from raw_files import picture, pixels
 
-from shards.stores.image_header import MAX_PIXELS, Header, decode, read_header
+from shards.stores.image_header import MAX_PIXELS, ImageHeader, decode, read_image_header
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -45,35 +45,35 @@ def test_headers_are_as_pillow_reads_them(kind: str, size: tuple[int, int], chan
     form, options = KINDS[kind]
     content = picture(pixels(*size, channels), form, **options)
     expected = Image.open(io.BytesIO(content))
-    assert read_header(content) == Header(*expected.size, gray=expected.mode == "L")
-    assert read_header(np.frombuffer(content, np.uint8)) == read_header(content)
+    assert read_image_header(content) == ImageHeader(expected.height, expected.width, gray=expected.mode == "L")
+    assert read_image_header(np.frombuffer(content, np.uint8)) == read_image_header(content)
 
 
 @pytest.mark.parametrize(("mode", "gray"), [("1", True), ("L", True), ("LA", True), ("RGBA", False), ("P", False)])
 def test_modes_of_png_tell_whether_there_is_colour(mode: str, gray: bool) -> None:
     image = Image.fromarray(pixels(5, 6, 3)).convert(mode)
-    assert read_header(picture(image)) == Header(6, 5, gray)
+    assert read_image_header(picture(image)) == ImageHeader(5, 6, gray)
 
 
 def test_a_bmp_of_few_colours_is_gray_if_they_are() -> None:
-    assert read_header(picture(Image.fromarray(pixels(5, 6, 3)).convert("P"), "BMP")).gray is False
-    assert read_header(picture(Image.fromarray(pixels(5, 6, 3)).convert("1"), "BMP")).gray is True
+    assert read_image_header(picture(Image.fromarray(pixels(5, 6, 3)).convert("P"), "BMP")).gray is False
+    assert read_image_header(picture(Image.fromarray(pixels(5, 6, 3)).convert("1"), "BMP")).gray is True
 
 
 def test_bytes_that_fill_a_jpeg_header_are_passed_over() -> None:
     content = picture(pixels(5, 6, 3), "JPEG")
-    assert read_header(content[:2] + b"\xff" * 7 + content[2:]) == Header(6, 5, False)
+    assert read_image_header(content[:2] + b"\xff" * 7 + content[2:]) == ImageHeader(5, 6, False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_that_ends_too_soon_is_refused_or_says_the_same(kind: str) -> None:
     form, options = KINDS[kind]
     content = picture(pixels(20, 33, 3), form, **options)
-    whole = read_header(content)
+    whole = read_image_header(content)
     ends = 0
     for length in range(len(content)):
         try:
-            assert read_header(content[:length]) == whole
+            assert read_image_header(content[:length]) == whole
         except ValueError as error:
             ends += 1
             assert length < 2 or "ends inside its header" in str(error) or "begins with" in str(error)
@@ -86,7 +86,7 @@ def test_a_picture_that_ends_too_soon_is_refused_or_says_the_same(kind: str) -> 
 )
 def test_any_bytes_are_a_header_or_a_value_error(rest: bytes, start: bytes) -> None:
     try:
-        header = read_header(start + rest)
+        header = read_image_header(start + rest)
     except ValueError as error:
         assert str(error)
     else:
@@ -102,7 +102,7 @@ def test_any_changed_byte_is_a_header_or_a_value_error(kind: str) -> None:
             changed = bytearray(content)
             changed[place] ^= bits
             try:
-                read_header(bytes(changed))
+                read_image_header(bytes(changed))
             except ValueError as error:
                 assert str(error)
 

@@ -14,7 +14,8 @@ from PIL import Image
 from raw_files import in_a_process, picture, pixels, png_claiming
 
 from pipeline.readers.archives.files import CorruptFileError
-from pipeline.readers.formats.image import Header, check_record, decode, header
+from pipeline.readers.formats.image import check_record, decode, header
+from shards.stores.image_header import ImageHeader
 
 # As `pipeline.readers.formats.image` wants it; pytest puts its own filters in place of those of modules.
 pytestmark = pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
@@ -45,7 +46,7 @@ class TestPixels:
     def test_of_any_size_survive_a_png(self, height: int, width: int, channels: int, seed: int) -> None:
         image = pixels(height, width, channels, seed)
         content = picture(image)
-        assert header(content) == Header(height, width, gray=channels == 1)
+        assert header(content) == ImageHeader(height, width, gray=channels == 1)
         np.testing.assert_array_equal(decode(content, channels, None), image)
         assert check_record(content) == "png"
 
@@ -96,7 +97,7 @@ class TestPixels:
             8: image.swapaxes(0, 1)[::-1],
         }[orientation]
         content = picture(image, exif=turned_exif(orientation))
-        assert header(content)[:2] == seen.shape[:2]
+        assert (header(content).height, header(content).width) == seen.shape[:2]
         np.testing.assert_array_equal(decode(content, 3, None), seen)
 
 
@@ -279,4 +280,4 @@ def test_genuine_pictures_have_the_pixels_that_pillow_sees(shared_data: Path) ->
             content = archive.read(name)
             expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
             np.testing.assert_array_equal(decode(content, 3, None), expected)
-            assert header(content) == Header(32, 32, gray=False)
+            assert header(content) == ImageHeader(32, 32, gray=False)

@@ -18,7 +18,7 @@ import pipeline.packing.pack
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE
 from shards import Manifest, open_split
 from shards.stores.base import Store, block_key
-from shards.stores.tar import COMPONENTS, read_index
+from shards.stores.tar import COMPONENTS, read_block_index
 
 BLOCK_SIZE = 32
 
@@ -74,10 +74,10 @@ def test_index_gives_the_places_of_the_arrays(packed: Path) -> None:
         with tarfile.open(tar) as archive:
             members = {member.name: archive.extractfile(member).read() for member in archive}
         first = int(min(members)[:8])
-        for number, block in enumerate(read_index(tar.with_suffix(".idx")), start=first):
-            for component, place in block.items():
+        for number, block in enumerate(read_block_index(tar.with_suffix(".idx").read_bytes()), start=first):
+            for component, (offset, size) in zip(COMPONENTS, block, strict=True):
                 expected = members.pop(f"{block_key(number)}.{component}")
-                assert content[place.offset : place.offset + place.size] == expected
+                assert content[offset : offset + size] == expected
         assert not members
 
 

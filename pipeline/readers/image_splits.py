@@ -194,7 +194,9 @@ def _look_at(one: ImageSplit, headers: bool) -> _Looks | None:
                 seen.bytes[place] = len(content)
                 digest = hashlib.sha256(content).digest() if one.hashed_as else b""
                 if headers:
-                    seen.heights[place], seen.widths[place], seen.gray[place] = pictures.header(content)
+                    header = pictures.header(content)
+                    seen.heights[place], seen.widths[place] = header.height, header.width
+                    seen.gray[place] = header.gray
             except CorruptFileError:
                 pass  # it is reported when its pixels are asked for
             seen.digests.append(digest)

@@ -18,7 +18,7 @@ from pipeline.transforms.ops.resize import nearest_nudge
 from pipeline.transforms.raw_ops import RawOps
 from pipeline.transforms.spec import TransformSpec, UndecodableImage
 from pipeline.transforms.warp import Warp, shifts_to_mean
-from shards.stores.image_header import decode, read_header
+from shards.stores.image_header import decode, read_image_header
 
 _INTERPOLATIONS = {
     "linear": types.INTERP_LINEAR,
@@ -238,7 +238,7 @@ class Changes:
 
 def _pixels(position: int, image: NDArray[np.uint8]) -> int:
     try:
-        header = read_header(image)
+        header = read_image_header(image)
     except ValueError as error:
         raise UndecodableImage(position, str(error)) from None
     return header.width * header.height

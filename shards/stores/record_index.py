@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -12,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import UserError
+from shards.manifest import RawFile, Shard
 from shards.stores.base import INDEX_VERSION
 from shards.stores.image_header import EXTENSIONS, MAX_BYTES
 from shards.stores.tar_members import Member, read_members
 
 LABELS = ("cls", "cls.txt")
 ROW = "row"
-_MOST_DIGITS = 18  # of a label or row, so that it fits in 64 bits
 _MOST_TEXT = 32  # bytes of a label or row, blanks around it included
+_NUMBER = re.compile(rb"(?=.{1,32}\Z)[ \t\r\n]*[0-9]{1,18}[ \t\r\n]*", re.DOTALL)  # fits in 64 bits
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _UNFIT_FOR_INDEX = re.compile(r"[^!-$&-~]")  # blanks, which divide an index, whatever is not ASCII, and the escape
@@ -134,28 +136,44 @@ class Places(NamedTuple):
                 raise ValueError(f"an empty file, or one outside the {size:,} bytes of the shard")
 
 
-def read_places(content: bytes) -> Places:
-    """Read an index; ValueError if it is none, or if one of its records has no picture or no label."""
+def read_index(content: bytes, choose: Callable[[tuple[str, ...]], tuple[int | None, ...]]) -> NDArray[np.int64]:
+    """Read a `.idx` file: where the chosen components of each record lie in its shard.
+
+    Args:
+        content: The whole file.
+        choose: Positions of the wanted components among those of a record, None for one that it lacks.
+
+    Returns:
+        Byte offsets and sizes, int64 [records, components, 2].
+
+    Raises:
+        ValueError: If it is no index, if `choose` raises it, or if records differ in which components they have.
+    """
     first, *lines = content.decode("ascii").split("\n")
     if len(lines) < 2 or first != f"{INDEX_VERSION} {len(lines) - 1}" or lines.pop():
         raise ValueError(f"first line {first[:40]!r} above {len(lines):,} others")
-    with_row = ROW in lines[0].split(" ")[::4]
-    flat: list[str] = []
+    flat: list[int] = []
+    columns = 0
     for line in lines:
         words = line.split(" ")
         if len(words) % 4:
             raise ValueError(f"{len(words)} words in the line {line[:80]!r}")
-        choice = choose(tuple(words[::4]))
-        if (choice.row is not None) != with_row:
+        chosen = [position for position in choose(tuple(words[::4])) if position is not None]
+        if len(chosen) != columns and flat:
             raise ValueError("some records with a row, some without")
-        for component in choice:
-            if component is not None:
-                flat += words[4 * component + 1 : 4 * component + 3]
+        columns = len(chosen)
+        for position in chosen:
+            flat += map(int, words[4 * position + 1 : 4 * position + 3])
     try:
-        table = np.array([int(word) for word in flat], np.int64).reshape(len(lines), -1, 2)
+        return np.array(flat, np.int64).reshape(len(lines), columns, 2)
     except OverflowError:
         raise ValueError("a number of more than 64 bits") from None
-    return Places(table[:, 0], table[:, 1], table[:, 2] if with_row else None)
+
+
+def read_places(content: bytes) -> Places:
+    """Read the index of records; ValueError if it is none, or if one of its records has no picture or no label."""
+    table = read_index(content, choose)
+    return Places(table[:, 0], table[:, 1], table[:, 2] if table.shape[1] > 2 else None)
 
 
 def name_in_index(content: bytes, record: int) -> str:
@@ -173,27 +191,33 @@ class NotANumber(Exception):
         self.text = text
 
 
+def parse_number(text: bytes) -> int:
+    """A decimal number of 0 or more, perhaps between blanks; ValueError if it is none."""
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"{text[:20]!r} and no number")
+    return int(text)
+
+
 def read_numbers(data: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The decimal numbers, 0 or more and perhaps between blanks, at places (offset, size) of a file: int64 [n].
+    """The decimal numbers at places (offset, size) of a file: int64 [n].
 
     data: uint8, all bytes of the file. Raises `NotANumber` for the first place where there is none.
     """
-    offsets, sizes = places[:, 0], places[:, 1]
-    values, digits = np.zeros((2, len(places)), np.int64)
-    wrong = sizes > _MOST_TEXT
-    after = np.zeros(len(places), bool)  # a digit may no longer come
-    for column in range(min(int(sizes.max()), _MOST_TEXT)):
-        inside = column < sizes
-        characters = np.where(inside, data[np.where(inside, offsets + column, 0)], ord(" "))
-        is_digit = (characters >= ord("0")) & (characters <= ord("9"))
-        is_blank = np.isin(characters, np.frombuffer(b" \t\r\n", np.uint8))
-        wrong |= ~is_digit & ~is_blank | is_digit & after
-        after |= is_blank & (digits > 0)
-        digits += is_digit
-        values = np.where(is_digit, values * 10 + (characters.astype(np.int64) - ord("0")), values)
-    wrong |= (digits == 0) | (digits > _MOST_DIGITS)
-    if wrong.any():
-        record = int(wrong.argmax())
-        offset, size = places[record]
-        raise NotANumber(record, data[offset : offset + min(size, _MOST_TEXT)].tobytes())
+    values = np.empty(len(places), np.int64)
+    for record, (offset, size) in enumerate(places.tolist()):
+        text = data[offset : offset + min(size, _MOST_TEXT + 1)].tobytes()
+        try:
+            values[record] = parse_number(text)
+        except ValueError:
+            raise NotANumber(record, text[:_MOST_TEXT]) from None
     return values
+
+
+def index_file(shard: Shard, content: bytes) -> RawFile:
+    """What the manifest says of a shard's index."""
+    return RawFile(name=index_name(shard), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def index_name(shard: Shard) -> str:
+    """File name of a shard's index."""
+    return Path(shard.name).with_suffix(".idx").as_posix()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import mmap
 import os
-import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,23 +14,20 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.atomic import write_file
-from shards.errors import UserError
+from shards.errors import damaged
 from shards.manifest import Manifest, RawFile, Shard
 from shards.stores.base import Block, Layout, block_key, shard_name
 from shards.stores.image_header import EXTENSIONS
 from shards.stores.record_index import (
     ROW,
     NotANumber,
-    index_content,
-    index_line,
+    index_name,
     name_in_index,
     read_numbers,
     read_places,
 )
-from shards.stores.tar_members import BLOCK, Member
+from shards.stores.tar_writer import TarRecord, write_tar_shard
 
-_END_OF_ARCHIVE = bytes(2 * BLOCK)
 _OPENERS = 8  # shards opened side by side: where nothing is cached yet, each waits for many small reads
 _FAR_APART = 64 << 10  # bytes of a record from which reading ahead costs more than it saves
 
@@ -47,45 +42,18 @@ class RecordWriter:
         return ()
 
     def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
-        path = self._directory / shard_name(number)
-        lines: list[str] = []
-        sha256 = hashlib.sha256()
-        with open(path, "wb") as file:
-            for key, components in _records(blocks):
-                members = {}
-                for component, content in components:
-                    info = tarfile.TarInfo(f"{key}.{component}")
-                    info.size = len(content)
-                    info.mode = 0o444
-                    members[component] = Member(info.name, file.tell() + BLOCK, info.size)
-                    for piece in (info.tobuf(tarfile.USTAR_FORMAT), content, bytes(-info.size % BLOCK)):
-                        sha256.update(piece)
-                        file.write(piece)
-                lines.append(index_line(members))
-            sha256.update(_END_OF_ARCHIVE)
-            file.write(_END_OF_ARCHIVE)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        shard = Shard(name=path.name, samples=len(lines), bytes=size, sha256=sha256.hexdigest(), blocks_crc32=())
-        content = index_content(lines)
-        index = index_file(shard, content)
-        write_file(self._directory / index.name, content)
+        shard, index = write_tar_shard(self._directory / shard_name(number), _records(blocks), with_crc=False)
         return shard, (index,)
 
 
-def _records(blocks: Iterable[Block]) -> Iterable[tuple[str, list[tuple[str, bytes]]]]:
-    """Key and components of each record."""
+def _records(blocks: Iterable[Block]) -> Iterator[TarRecord]:
     for block in blocks:
-        for place, (image, label, row) in enumerate(zip(block.images, block.labels, block.rows, strict=True)):
+        for position, (image, label, row) in enumerate(
+            zip(block.images, block.labels, block.rows, strict=True), start=block.first
+        ):
             assert not isinstance(image, np.ndarray) and image.extension in EXTENSIONS
-            numbers = [("cls", b"%d" % label), (ROW, b"%d" % row)]
-            yield block_key(block.first + place), [(image.extension, image.content), *numbers]
-
-
-def index_file(shard: Shard, content: bytes) -> RawFile:
-    """What the manifest says of a shard's index."""
-    return RawFile(name=index_name(shard), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+            components = ((image.extension, [image.content]), ("cls", [b"%d" % label]), (ROW, [b"%d" % row]))
+            yield TarRecord(block_key(position), 1, components)
 
 
 class _OpenShard(NamedTuple):
@@ -113,7 +81,7 @@ class RecordStore:
         self.labels = np.concatenate([shard.labels for shard in shards])
         rows = [shard.rows for shard in shards if shard.rows is not None]
         if rows and len(rows) < len(shards):
-            raise _damaged(directory, "shards with rows and shards without")
+            raise damaged(directory, "shards with rows and shards without")
         self.rows = np.concatenate(rows) if rows else np.arange(manifest.samples)
 
     def __len__(self) -> int:
@@ -135,7 +103,7 @@ class RecordStore:
                     file.seek(offset)
                     content = file.read(size)
                     if len(content) != size:
-                        raise _damaged(self.place(int(samples[position])), "its shard ends inside it")
+                        raise damaged(self.place(int(samples[position])), "its shard ends inside it")
                     pictures[position] = np.frombuffer(content, np.uint8)
         return pictures
 
@@ -156,7 +124,7 @@ class RecordStore:
         with _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size != self._index_bytes.get(name):
-                raise _damaged(path, f"{size:,} bytes where the manifest says {self._index_bytes.get(name, 0):,}")
+                raise damaged(path, f"{size:,} bytes where the manifest says {self._index_bytes.get(name, 0):,}")
             return file.read(size)
 
     def _open(self, number: int) -> _OpenShard:
@@ -164,30 +132,25 @@ class RecordStore:
         with _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size != shard.bytes:
-            raise _damaged(path, f"{size:,} bytes where the manifest says {shard.bytes:,}")
+            raise damaged(path, f"{size:,} bytes where the manifest says {shard.bytes:,}")
         try:
             places = read_places(self._read_index(number))
             places.check_within(size)
             if len(places.pictures) != shard.samples:
                 raise ValueError(f"{len(places.pictures):,} records where the manifest says {shard.samples:,}")
         except ValueError as error:
-            raise _damaged(path.with_suffix(".idx"), f"no index that fits the shard: {error}") from None
+            raise damaged(path.with_suffix(".idx"), f"no index that fits the shard: {error}") from None
         data = _map(path, far_apart=size // shard.samples > _FAR_APART)
         try:
             labels = read_numbers(data, places.labels)
             rows = None if places.rows is None else read_numbers(data, places.rows)
         except NotANumber as fault:
-            raise _damaged(self._place(number, fault.record), f"{fault.text!r} for a label or row") from None
+            raise damaged(self._place(number, fault.record), f"{fault.text!r} for a label or row") from None
         outside = np.flatnonzero(labels >= len(self.manifest.classes))
         if len(outside):
             fault = f"label {labels[outside[0]]} outside 0 .. {len(self.manifest.classes) - 1}"
-            raise _damaged(self._place(number, int(outside[0])), fault)
+            raise damaged(self._place(number, int(outside[0])), fault)
         return _OpenShard(places.pictures, labels, rows)
-
-
-def index_name(shard: Shard) -> str:
-    """File name of a shard's index."""
-    return Path(shard.name).with_suffix(".idx").as_posix()
 
 
 def _map(path: Path, far_apart: bool) -> NDArray[np.uint8]:
@@ -205,13 +168,4 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with open(path, "rb", buffering=0) as file:
             yield file
     except FileNotFoundError:
-        raise _damaged(path, "no such file, though it belongs to the pack") from None
-
-
-def _damaged(place: object, reason: str) -> UserError:
-    return UserError(
-        found=f"{place}: {reason}",
-        expected="the records as they were packed or indexed",
-        hint="see what else is damaged: python -m shards.verify DIR; then pack again with --force, or fetch the shards "
-        "again and python -m shards.index DIR",
-    )
+        raise damaged(path, "no such file, though it belongs to the pack") from None

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import io
 import mmap
 import os
-import tarfile
-import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.atomic import write_file
-from shards.errors import UserError, damaged
+from shards.errors import CorruptError, damaged, first_line
 from shards.manifest import Manifest, RawFile, Shard
 from shards.stores.base import INDEX_VERSION, Block, Layout, Located, block_key, shard_name
 from shards.stores.block_cache import BlockCache
+from shards.stores.record_index import read_index
+from shards.stores.tar_writer import TarRecord, write_tar_shard
 
 COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
-_TAR_BLOCK = 512
-_END_OF_ARCHIVE = bytes(2 * _TAR_BLOCK)
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -33,85 +28,6 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
     return header.getvalue()
-
-
-def _member(name: str, header: bytes, array: NDArray) -> tuple[list[bytes | memoryview], int]:
-    """The pieces of a tar member that holds an array as .npy, and their length in bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = len(header) + array.nbytes
-    info.mode = 0o444
-    padding = bytes(-info.size % _TAR_BLOCK)
-    pieces = [info.tobuf(tarfile.USTAR_FORMAT), header, memoryview(array).cast("B"), padding]
-    return pieces, _TAR_BLOCK + info.size + len(padding)
-
-
-class ShardWriter:
-    """Writes one tar shard and, beside it, the index that DALI's `wds2idx` would write.
-
-    `with ShardWriter(directory, number) as writer: writer.add(...)`, then `writer.entry` and `writer.index` are what
-    the manifest tells of the two files.
-    """
-
-    entry: Shard
-    index: RawFile
-
-    def __init__(self, directory: Path, number: int) -> None:
-        self._path = directory / shard_name(number)
-        self._sha256 = hashlib.sha256()
-        self._offset = 0
-        self._samples = 0
-        self._crcs: list[int] = []
-        self._index: list[str] = []
-
-    def __enter__(self) -> ShardWriter:
-        self._file = open(self._path, "wb")
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._file.close()
-
-    def add(self, number: int, images: NDArray[np.uint8], labels: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
-        """Append block `number`: images uint8 [n, H, W, C], labels and source rows int64 [n]."""
-        crc = 0
-        line = []
-        arrays = (images, labels.astype("<i8", copy=False), rows.astype("<i8", copy=False))
-        for component, array in zip(COMPONENTS, arrays, strict=True):
-            array = np.ascontiguousarray(array)
-            header = npy_header(array.dtype.str, array.shape)
-            name = f"{block_key(number)}.{component}"
-            pieces, length = _member(name, header, array)
-            line.append(f"{component} {self._offset + _TAR_BLOCK} {len(header) + array.nbytes} {name}")
-            for piece in pieces:
-                crc = zlib.crc32(piece, crc)
-                self._write(piece)
-            self._offset += length
-        self._crcs.append(crc)
-        self._index.append(" ".join(line))
-        self._samples += len(labels)
-
-    def _write(self, piece: bytes | memoryview) -> None:
-        self._sha256.update(piece)
-        self._file.write(piece)
-
-    def _finish(self) -> None:
-        self._write(_END_OF_ARCHIVE)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        lines = "\n".join([f"{INDEX_VERSION} {len(self._index)}", *self._index, ""]).encode()
-        index = self._path.with_suffix(".idx")
-        write_file(index, lines)
-        self.index = RawFile(name=index.name, bytes=len(lines), sha256=hashlib.sha256(lines).hexdigest())
-        self.entry = Shard(
-            name=self._path.name,
-            samples=self._samples,
-            bytes=self._offset + len(_END_OF_ARCHIVE),
-            sha256=self._sha256.hexdigest(),
-            blocks_crc32=tuple(self._crcs),
-        )
 
 
 class TarWriter:
@@ -125,40 +41,25 @@ class TarWriter:
         return ()
 
     def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
-        with ShardWriter(self._directory, number) as writer:
-            for block in blocks:
-                writer.add(block.first // self._layout.block_size, block.images, block.labels, block.rows)
-        return writer.entry, (writer.index,)
+        records = (
+            TarRecord(block_key(block.first // self._layout.block_size), len(block.labels), _components(block))
+            for block in blocks
+        )
+        shard, index = write_tar_shard(self._directory / shard_name(number), records, with_crc=True)
+        return shard, (index,)
 
 
-@dataclass(frozen=True)
-class Component:
-    """Where a component of a block lies in its shard: byte offset and size of the .npy file."""
+def _components(block: Block) -> list[tuple[str, list[bytes | memoryview]]]:
+    arrays = (block.images, block.labels.astype("<i8", copy=False), block.rows.astype("<i8", copy=False))
+    contents = []
+    for array in map(np.ascontiguousarray, arrays):
+        contents.append([npy_header(array.dtype.str, array.shape), memoryview(array).cast("B")])
+    return list(zip(COMPONENTS, contents, strict=True))
 
-    offset: int
-    size: int
 
-
-def read_index(path: Path) -> list[dict[str, Component]]:
-    """Read a `.idx` file: for each block, its components by name. Raises `UserError` if it is damaged."""
-    try:
-        first, *lines = path.read_text().splitlines()
-        version, count = first.split()
-        if version != INDEX_VERSION or int(count) != len(lines):
-            raise ValueError(f"first line {first!r} above {len(lines)} blocks")
-        blocks = []
-        for line in lines:
-            words = line.split()
-            blocks.append(
-                {words[i]: Component(offset=int(words[i + 1]), size=int(words[i + 2])) for i in range(0, len(words), 4)}
-            )
-        return blocks
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(
-            found=f"index {path} missing or damaged: {error}",
-            expected=f"the {INDEX_VERSION} index of {path.with_suffix('.tar').name}",
-            hint=f"make it anew: wds2idx {path.with_suffix('.tar')} {path}",
-        ) from None
+def read_block_index(content: bytes) -> NDArray[np.int64]:
+    """Byte offsets and sizes of images, labels and rows of each block, int64 [blocks, 3, 2]; see `read_index`."""
+    return read_index(content, lambda found: tuple(map(found.index, COMPONENTS)))
 
 
 class TarStore:
@@ -184,53 +85,53 @@ class TarStore:
         self._cache = None if mapped else BlockCache(manifest, self._read_blocks, memory)
         start = 0
         for number, (shard, data) in enumerate(zip(manifest.shards, opened, strict=True)):
-            for block in self._blocks(directory, shard, data):
-                start = self._add_block(number, block, data, shard, start)
+            for places in self._read_index(self._paths[number].with_suffix(".idx"), shard):
+                start = self._add_block(number, places, data, start)
         if mapped:
             self._maps = opened
             self._table, starts = _images_at_every_byte(self._maps, manifest.image_bytes)
             self._row_of_block = starts[self._shard_of_block] + np.asarray(self._first_image)
 
-    def _blocks(self, directory: Path, shard: Shard, data: NDArray[np.uint8] | _Bytes) -> list[dict[str, Component]]:
-        index = (directory / shard.name).with_suffix(".idx")
-        blocks = read_index(index)
-        fits = all(
-            set(COMPONENTS) <= set(block)
-            and all(0 <= part.offset <= part.offset + part.size <= len(data) for part in block.values())
-            for block in blocks
-        )
-        if len(blocks) != len(shard.blocks_crc32) or not fits:
-            raise damaged(index, f"an index that does not fit {shard.name}")
-        return blocks
+    def _read_index(self, path: Path, shard: Shard) -> list[list[tuple[int, int]]]:
+        """Offset and size of the three components of each block of a shard."""
+        try:
+            places = read_block_index(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CorruptError(
+                found=f"index {path} missing or damaged: {first_line(error)}",
+                expected=f"the {INDEX_VERSION} index of {shard.name}",
+                hint=f"make it anew: wds2idx {path.with_suffix('.tar')} {path}",
+            ) from None
+        offsets, sizes = places[..., 0], places[..., 1]
+        inside = offsets.min() >= 0 and sizes.min() >= 0 and (offsets <= shard.bytes - sizes).all()
+        if len(places) != len(shard.blocks_crc32) or not inside:
+            raise damaged(path, f"an index that does not fit {shard.name}")
+        return places.tolist()
 
     def _add_block(
-        self, number: int, block: dict[str, Component], data: NDArray[np.uint8] | _Bytes, shard: Shard, start: int
+        self, number: int, places: list[tuple[int, int]], data: NDArray[np.uint8] | _Bytes, start: int
     ) -> int:
         """Check a block's three headers, take in its labels and rows, and return the next sample's number."""
         count = min(self.manifest.block_size, self.manifest.samples - start)
         shapes = ((count, *self.manifest.image_shape), (count,), (count,))
+        here = f"{self._paths[number]}: block {block_key(len(self._first_image))}"
         payloads = []
-        for component, dtype, shape in zip(COMPONENTS, ("|u1", "<i8", "<i8"), shapes, strict=True):
+        for component, (offset, length), dtype, shape in zip(
+            COMPONENTS, places, ("|u1", "<i8", "<i8"), shapes, strict=True
+        ):
             header = npy_header(dtype, shape)
-            place = block[component]
-            payload = place.offset + len(header)
+            payload = offset + len(header)
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            if data[place.offset : payload].tobytes() != header or place.size != len(header) + size:
-                key = block_key(len(self._first_image))
-                raise damaged(
-                    f"{self._paths[number]}: block {key}", f"{component} is not the array that the manifest tells of"
-                )
+            if data[offset:payload].tobytes() != header or length != len(header) + size:
+                raise damaged(here, f"{component} is not the array that the manifest tells of")
             payloads.append((payload, size))
         (images, _), (labels, size), (rows, _) = payloads
         stop = start + count
         self.labels[start:stop] = data[labels : labels + size].view("<i8")
         self.rows[start:stop] = data[rows : rows + size].view("<i8")
-        taken = self.labels[start:stop]
-        if taken.min() < 0 or taken.max() >= len(self.manifest.classes):
-            key = block_key(len(self._first_image))
-            raise damaged(
-                f"{self._paths[number]}: block {key}", f"a label outside 0 .. {len(self.manifest.classes) - 1}"
-            )
+        found = self.labels[start:stop]
+        if found.min() < 0 or found.max() >= len(self.manifest.classes):
+            raise damaged(here, f"a label outside 0 .. {len(self.manifest.classes) - 1}")
         self._shard_of_block.append(number)
         self._first_image.append(images)
         return stop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,13 +12,19 @@ import numpy as np
 from shards.errors import UserError
 from shards.manifest import Manifest, Shard
 from shards.stores.image_header import MAX_BYTES, decode
-from shards.stores.record_index import choose, index_content, index_line, read_places, read_records
-from shards.stores.records import index_name
+from shards.stores.record_index import (
+    choose,
+    index_content,
+    index_line,
+    index_name,
+    parse_number,
+    read_places,
+    read_records,
+)
 from shards.stores.tar_members import Member
 from shards.verify.sample_counts import SampleCounter
 
 _AT_ONCE = 1024  # records counted together
-_NUMBER = re.compile(rb"\s*[0-9]{1,18}\s*")
 
 
 def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> Iterator[str]:
@@ -81,10 +86,10 @@ def _content(file: BinaryIO, member: Member) -> bytes:
 
 
 def _number(file: BinaryIO, member: Member) -> int:
-    text = _content(file, member)
-    if not _NUMBER.fullmatch(text):
-        raise ValueError(f"{member.name!r} holds {text[:20]!r} and no number")
-    return int(text)
+    try:
+        return parse_number(_content(file, member))
+    except ValueError as error:
+        raise ValueError(f"{member.name!r} holds {error}") from None
 
 
 def _check_index(index: Path, shard: str, expected: bytes) -> Iterator[str]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
-import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -16,23 +14,12 @@ from numpy.typing import DTypeLike, NDArray
 from shards.errors import first_line
 from shards.manifest import Manifest, Shard
 from shards.stores.base import INDEX_VERSION, block_key
+from shards.stores.record_index import index_line
 from shards.stores.tar import COMPONENTS
+from shards.stores.tar_members import Member, iterate_members, round_up
 from shards.verify.sample_counts import SampleCounter
 
 _MOST_NPY_HEADER = 16 << 10
-
-
-class _Member(NamedTuple):
-    """A component of a block: its name, and where its content begins and how long it is, in bytes."""
-
-    component: str
-    begin: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        """Where the next member's header lies."""
-        return self.begin + -(-self.length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> Iterator[str]:
@@ -53,6 +40,7 @@ def _check_blocks(
     file: BinaryIO, shard: Shard, manifest: Manifest, first_block: int, counter: SampleCounter, index_lines: list[str]
 ) -> Iterator[tuple[str, str]]:
     """Decode a shard's blocks; yields key and fault, and adds the index line of each block that could be found."""
+    members = iterate_members(file)
     start = 0
     remaining = shard.samples
     for number, crc in enumerate(shard.blocks_crc32, start=first_block):
@@ -61,22 +49,25 @@ def _check_blocks(
         key = block_key(number)
         shapes = ((size, *manifest.image_shape), (size,), (size,))
         try:
-            members = _find_block(file, start, key, most=max(8, manifest.image_bytes) * size + _MOST_NPY_HEADER)
-        except (tarfile.TarError, ValueError) as error:
+            block = _next_block(members, key, most=max(8, manifest.image_bytes) * size + _MOST_NPY_HEADER)
+        except ValueError as error:
             # Without a readable header the places of the blocks behind it are unknown.
             yield key, f" cannot be read: {error}"
             return
-        index_lines.append(" ".join(f"{name} {begin} {length} {key}.{name}" for name, begin, length in members))
+        index_lines.append(index_line(dict(zip(COMPONENTS, block, strict=True))))
+        end = round_up(block[-1].offset + block[-1].size)
         file.seek(start)
-        content = file.read(members[-1].end - start)
-        start, before = members[-1].end, start
+        content = file.read(end - start)
+        start, before = end, start
         if zlib.crc32(content) != crc:
             yield key, " was changed (CRC-32 differs)"
             continue
         try:
             _, labels, rows = (
-                _load(content[member.begin - before :][: member.length], member.component, dtype, shape)
-                for member, dtype, shape in zip(members, (np.uint8, np.int64, np.int64), shapes, strict=True)
+                _load(content[member.offset - before :][: member.size], component, dtype, shape)
+                for member, component, dtype, shape in zip(
+                    block, COMPONENTS, (np.uint8, np.int64, np.int64), shapes, strict=True
+                )
             )
         except Exception as error:  # whatever NumPy makes of a header that was made to mislead it
             yield key, f": {first_line(error)}"
@@ -85,22 +76,17 @@ def _check_blocks(
             yield key, f": {fault}"
 
 
-def _find_block(file: BinaryIO, start: int, key: str, most: int) -> list[_Member]:
-    """The members of the block whose first header lies at a byte; ValueError if one claims more bytes than `most`."""
-    length = os.fstat(file.fileno()).st_size
-    members = []
+def _next_block(members: Iterator[Member], key: str, most: int) -> list[Member]:
+    """The members of the next block; ValueError if one has another name or claims more bytes than `most`."""
+    block = []
     for component in COMPONENTS:
-        file.seek(start)
-        header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
-        if header.name != f"{key}.{component}":
-            raise ValueError(f"found {header.name!r} where {key}.{component} should be")
-        if not 0 <= header.size <= most:
-            raise ValueError(f"{component} claims {header.size:,} bytes")
-        members.append(_Member(component, start + tarfile.BLOCKSIZE, header.size))
-        start = members[-1].end
-        if start > length:
-            raise ValueError("the shard ends inside it")
-    return members
+        member = next(members, None)
+        if member is None or member.name != f"{key}.{component}":
+            raise ValueError(f"found {member.name if member else 'the end'!r} where {key}.{component} should be")
+        if member.size > most:
+            raise ValueError(f"{component} claims {member.size:,} bytes")
+        block.append(member)
+    return block
 
 
 def _load(content: bytes, component: str, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from PIL import Image, ImageOps
 
 from pipeline.readers.archives.files import CorruptFileError
 from shards.errors import first_line
-from shards.stores.image_header import MAX_BYTES, MAX_PIXELS, read_header
+from shards.stores.image_header import MAX_BYTES, MAX_PIXELS, ImageHeader, read_image_header, to_8_bits
 
 EXTENSIONS = frozenset({"png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif"})
 # Pictures that are not read: to be told of, where a README is passed over.
@@ -27,28 +26,23 @@ _RECORD_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp",
 _PNG_END = b"IEND\xaeB`\x82"
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 exchange height and width
 _GRAY_MODES = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I"}
-_WIDE_MODES = {"I;16", "I;16B", "I;16L", "I"}  # gray levels 0 .. 65535
 
 # What it warns of is more than MAX_PIXELS, and refused; the warning alone would only be printed.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-class Header(NamedTuple):
-    """What a file says of its picture: height and width in pixels as it is to be seen, and whether it has no color."""
+def header(content: bytes) -> ImageHeader:
+    """The header of an image file, with height and width as it is to be seen: after the rotation that EXIF asks for.
 
-    height: int
-    width: int
-    gray: bool
-
-
-def header(content: bytes) -> Header:
-    """The header of a picture file, without decoding it. Raises `CorruptFileError`."""
+    Raises:
+        CorruptFileError: If it is no image that can be read.
+    """
     image = _open(content)
     try:
-        width, height = image.size
         # Asking for EXIF that is not there makes Pillow decode a whole PNG to look behind its pixels.
         turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        return Header(width, height, _is_gray(image)) if turned else Header(height, width, _is_gray(image))
+        height, width = (image.width, image.height) if turned else (image.height, image.width)
+        return ImageHeader(height=height, width=width, gray=_is_gray(image))
     except Exception as error:  # see _open
         raise _bad(error) from None
 
@@ -87,7 +81,7 @@ def check_record(content: bytes) -> str:
     if image.format not in _RECORD_EXTENSIONS:
         raise CorruptFileError(f"a {image.format}, which cannot be stored as a record; convert it to PNG")
     try:
-        read_header(content)  # as it will be when the record is read
+        read_image_header(content)  # as it will be when the record is read
         image.load()
         _check_end(image, content)
         transparent = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
@@ -134,9 +128,7 @@ def _is_gray(image: Image.Image) -> bool:
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode in _WIDE_MODES:
-        levels = np.asarray(image, dtype=np.int64).clip(0, 0xFFFF)
-        image = Image.fromarray(((levels * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+    image = to_8_bits(image)
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         image = Image.new("RGBA", picture.size, "white")
