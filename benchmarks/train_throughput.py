@@ -5,8 +5,8 @@
 
 The first value of each list makes the base; every other value is measured with the base of the others, each in a fresh
 process. Without arguments: a packed EMNIST ByClass if there is one, the digits inside scikit-learn otherwise; a small
-network on a CPU (about five minutes on two cores), EfficientNet-B2 at 112x112 on a GPU. --depthwise also measures how
-near the depthwise convolutions of the base come to the memory's bandwidth. Writes train_throughput.jsonl, .md, .png.
+network on a CPU (about five minutes on two cores), EfficientNet-B2 at 112x112 on a GPU. Writes
+train_throughput.jsonl, .md and .png.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.bandwidth import describe, measure_bandwidth
 from benchmarks.harness import DEFAULT_OUT, in_process, size, table, write_results
 from benchmarks.packed_set import choose_set
 from benchmarks.training_loop import Setting, measure
@@ -141,7 +140,6 @@ def main() -> int:
     parser.add_argument("--images", type=int, metavar="N", help="most training images (default: all)")
     parser.add_argument("--runs", type=int, default=RUNS, help="of either loop; the median counts")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a run, at least")
-    parser.add_argument("--depthwise", action="store_true", help="also the bandwidth of depthwise convolutions")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write the results")
     arguments = parser.parse_args()
     device = choose_device(arguments.device).type
@@ -155,14 +153,9 @@ def main() -> int:
         print(f"{name_of(vars(setting))} ...", flush=True)
         found = in_process(measure, shards, setting, device, subset, arguments.runs, arguments.seconds)
         records.append({"name": "train_throughput", **vars(setting), **found})
-    text = markdown(records)
-    if arguments.depthwise:
-        found = in_process(measure_bandwidth, shards, settings[0], device, subset)
-        records.append({"name": "depthwise_bandwidth", **vars(settings[0]), **found})
-        text += "\n\n" + describe(records[-1])
-    drawn = [record for record in records if record["name"] == "train_throughput" and "failed" not in record]
+    drawn = [record for record in records if "failed" not in record]
     picture = functools.partial(draw, drawn) if drawn else None
-    write_results(arguments.out / "train_throughput", records, text, picture)
+    write_results(arguments.out / "train_throughput", records, markdown(records), picture)
     return 0
 
 

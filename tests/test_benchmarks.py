@@ -14,18 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image
-from torch import nn
 
-from benchmarks.bandwidth import describe, measure_bandwidth
 from benchmarks.harness import Spread, in_process, rates, size, table
 from benchmarks.train_throughput import settings_of
 from benchmarks.training_loop import Setting
 from shards import UserError
-from trainer.model import make_model
-from trainer.settings import Model
 
 
 def test_rates_interleave_and_leave_out_the_warm_up() -> None:
@@ -156,30 +151,3 @@ def test_settings_are_measured_one_change_at_a_time() -> None:
     ]
     with pytest.raises(UserError, match="28,0"):
         settings_of(lists | {"resolutions": "28,0"})
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def test_the_bandwidth_of_depthwise_convolutions_is_that_of_their_shapes(digits_set: Path, device: str) -> None:
-    setting = Setting(32, "test_efficientnet", 32, "fp32", "off")
-    found = measure_bandwidth(digits_set, setting, device, subset=0.1)
-    model = make_model(Model(name="test_efficientnet"), 1, 10)
-    moved = 0
-
-    def add(layer: nn.Conv2d, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal moved
-        moved += 4 * (3 * inputs[0].numel() + 3 * output.numel() + 3 * layer.weight.numel())
-
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.groups > 1]
-    for layer in layers:
-        layer.register_forward_hook(add)
-    steps = 1294 * 0.1 // 32 + 1
-    model.eval()(torch.zeros(round(1294 * 0.1 / steps), 1, 32, 32))
-    assert found["depthwise_calls"] == 5 * 2 * len(layers)
-    assert found["depthwise_bytes_a_step"] == pytest.approx(moved, rel=0.2)
-    assert 0 < found["depthwise_seconds_a_step"] < found["step_seconds"] * 3
-    assert found["copy_bytes_per_second"] > 1e8
-    assert "depthwise convolutions" in describe({**found, "model": "m", "resolution": 32, "batch_size": 32})
