@@ -1,6 +1,6 @@
 """What does each addition to a recipe bring, at equal compute?
 
-    python benchmarks/ablation.py [key=value ...] [--plan benchmarks/ablation.yaml] [--shards DIR] [--seeds 3]
+    python benchmarks/ablation.py [key=value ...] [--plan FILE.yaml] [--shards DIR] [--seeds 3]
                                   [--budget-minutes M] [--out DIR]
 
 A plan names a base configuration, the overrides that make it the recipe to be compared with, and additions, each of
@@ -32,9 +32,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.ablation_report import draw, markdown, overrides_that_help
-from benchmarks.harness import in_process
-from benchmarks.packed_set import choose_set
+from benchmarks.common.default_set import choose_set
+from benchmarks.common.harness import in_process
+from benchmarks.training.ablation_report import draw, markdown, overrides_that_help
 from shards.atomic import make_directory, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError
@@ -49,7 +49,7 @@ from trainer.settings import Config, Data
 from trainer.training import make_training
 
 DEFAULT_OUT = Path("benchmarks/out")
-DEFAULT_PLAN = Path("benchmarks/ablation.yaml")
+DEFAULT_PLAN = Path("benchmarks/training/plans/ablation.yaml")
 RECIPE = "recipe"
 TOGETHER = "all that help"
 TAUGHT = "all that help, taught by such a run"
@@ -93,7 +93,7 @@ class Plan:
 
 
 def read_plan(path: Path, common: list[str]) -> Plan:
-    """A plan from its file (see `benchmarks/ablation.yaml`). Raises `UserError` for what is none."""
+    """A plan from its file (see `benchmarks/training/plans/ablation.yaml`). Raises `UserError` for what is none."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         additions = [

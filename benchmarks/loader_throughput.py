@@ -17,7 +17,7 @@ import difflib
 import tempfile
 from pathlib import Path
 
-from benchmarks.peers import LISTINGS, Listing
+from benchmarks.loaders.baselines import LISTINGS, Listing
 from shards.cli import run_command
 from shards.errors import UserError
 
@@ -67,15 +67,15 @@ def main() -> int:
     arguments = parse()
     loaders = chosen_loaders(arguments.loaders)
     # Here and not above: every process that is measured imports this file, and is to hold nothing but its loader.
-    from benchmarks import loader_report
-    from benchmarks.loader_runs import measure_all
-    from benchmarks.loader_setting import choose
+    from benchmarks.loaders import report
+    from benchmarks.loaders.runs import measure_all
+    from benchmarks.loaders.setting import choose
 
     setting = choose(arguments)
     with tempfile.TemporaryDirectory(prefix="inkstream-loaders-") as scratch:
         for results in measure_all(loaders, setting, Path(scratch)):
-            loader_report.write_records(results, setting)  # of a run that is cut off, what was measured stays
-    loader_report.write(results, setting)
+            report.write_records(results, setting)  # of a run that is cut off, what was measured stays
+    report.write(results, setting)
     return 1 if results.failed else 0
 
 

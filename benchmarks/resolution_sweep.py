@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import DEFAULT_OUT, write_results
-from benchmarks.packed_set import choose_set
-from benchmarks.study_plan import INTERPOLATIONS, NAME, Journal, Point, Study, expected_seconds, points
-from benchmarks.study_point import measure_point
+from benchmarks.common.default_set import choose_set
+from benchmarks.common.harness import DEFAULT_OUT, write_results
+from benchmarks.sweep.plan import INTERPOLATIONS, NAME, Journal, Point, Study, expected_seconds, points
+from benchmarks.sweep.point import measure_point
 from shards import Manifest, UserError
 from shards.atomic import locked, make_directory
 from shards.cli import run_command
@@ -129,7 +129,7 @@ def sweep(
         running = Sweep(study, journal, minutes)
         running.run(wanted, _SHARE_OF_RESOLUTIONS)
         # Here and not above: every process that is measured imports this file, and is to hold nothing but its work.
-        from benchmarks.study_words import Findings, markdown
+        from benchmarks.sweep.text import Findings, markdown
 
         place = Findings(journal.records, interpolation).to_interpolate()
         if place is not None:
@@ -142,8 +142,8 @@ def sweep(
         if not findings.panels:
             print("nothing could be measured")
             return failed
-        from benchmarks.study_charts import write_png
-        from benchmarks.study_page import write_page
+        from benchmarks.sweep.charts import write_png
+        from benchmarks.sweep.page import write_page
 
         write_page(findings, out.with_suffix(".html"))
         picture = functools.partial(write_png, findings)
@@ -250,7 +250,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     arguments = parse()
     if arguments.compare:
-        from benchmarks.study_comparison import compare
+        from benchmarks.sweep.compare import compare
 
         text, worse = compare(*arguments.compare)
         print(text)

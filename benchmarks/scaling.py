@@ -26,10 +26,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.harness import DEFAULT_OUT, table, write_results
-from benchmarks.packed_set import choose_set
+from benchmarks.common.default_set import choose_set
+from benchmarks.common.harness import DEFAULT_OUT, table, write_results
 from benchmarks.train_throughput import LISTS, RUNS, SECONDS
-from benchmarks.training_loop import Setting, measure
+from benchmarks.training.loop import Setting, measure
 from pipeline.common.device import choose_device
 from shards import Manifest
 from shards.cli import run_command

@@ -82,8 +82,8 @@ def main() -> int:
     if arguments.json is not None:
         check_writable(arguments.json)
     # Here and not above: every process that is run imports this file.
-    from benchmarks import shuffle_report
-    from benchmarks.shuffle_orders import gather_orders
+    from benchmarks.loaders import shuffle_report
+    from benchmarks.loaders.shuffle_orders import gather_orders
 
     with tempfile.TemporaryDirectory(prefix="inkstream-orders-") as scratch:
         found = gather_orders(

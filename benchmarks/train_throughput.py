@@ -21,9 +21,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.harness import DEFAULT_OUT, in_process, size, table, write_results
-from benchmarks.packed_set import choose_set
-from benchmarks.training_loop import Setting, measure
+from benchmarks.common.default_set import choose_set
+from benchmarks.common.harness import DEFAULT_OUT, in_process, size, table, write_results
+from benchmarks.training.loop import Setting, measure
 from pipeline.common.device import choose_device
 from shards import Manifest
 from shards.cli import run_command

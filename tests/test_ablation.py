@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks import ablation
 from benchmarks.ablation import RECIPE, TAUGHT, TOGETHER, Results, identity_of, read_plan
-from benchmarks.ablation_report import FIGURES, far_off, markdown, mean_and_error, overrides_that_help
+from benchmarks.training.ablation_report import FIGURES, far_off, markdown, mean_and_error, overrides_that_help
 from shards import UserError
 from trainer.config import load
 
@@ -104,7 +104,9 @@ def test_one_gain_far_from_the_others_is_not_drawn_to_scale(gains: list[float], 
     assert far_off(gains) == place
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks/training/plans").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_the_plans_beside_it_are_ones(path: Path) -> None:
     plan = read_plan(path, ["trainer.precision=fp32"])
     assert plan.common == {"trainer.precision": "fp32"}

@@ -17,9 +17,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from benchmarks.harness import Spread, in_process, rates, size, table
+from benchmarks.common.harness import Spread, in_process, rates, size, table
 from benchmarks.train_throughput import settings_of
-from benchmarks.training_loop import Setting
+from benchmarks.training.loop import Setting
 from shards import UserError
 
 

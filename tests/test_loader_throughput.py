@@ -19,14 +19,14 @@ from conftest import ROOT, assert_user_error
 from PIL import Image
 from reference import model_input as slow_model_input
 
-from benchmarks import measured_loader
-from benchmarks.loader_report import ratios
-from benchmarks.loader_setting import choose
-from benchmarks.measured_loader import MeasuredLoader, Stream
-from benchmarks.peers import LISTINGS, Listing, absent
-from benchmarks.peers.peer import Source, Task, Variant
-from benchmarks.processes import KeptProcess, ProcessFailed, cpu_seconds, workers_memory
-from benchmarks.verification import WrongOutput, check, check_no_repeats, model_input, reach, tolerance
+from benchmarks.common.processes import KeptProcess, ProcessFailed, cpu_seconds, workers_memory
+from benchmarks.loaders import loader_worker
+from benchmarks.loaders.baselines import LISTINGS, Listing, absent
+from benchmarks.loaders.baselines.peer import Source, Task, Variant
+from benchmarks.loaders.loader_worker import MeasuredLoader, Stream
+from benchmarks.loaders.report import ratios
+from benchmarks.loaders.setting import choose
+from benchmarks.loaders.verify import WrongOutput, check, check_no_repeats, model_input, reach, tolerance
 from shards import UserError
 
 ALWAYS_THERE = {
@@ -238,11 +238,11 @@ class Faulty:
 @pytest.mark.parametrize("fault", ["none", "repeats", "late"])
 def test_a_run_is_checked_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     source, task = made_up_task(tmp_path, 28)
-    monkeypatch.setattr(measured_loader, "load", lambda name: Faulty(source, fault))
+    monkeypatch.setattr(loader_worker, "load", lambda name: Faulty(source, fault))
     loader = MeasuredLoader("faulty", "best", tmp_path / "source", tmp_path, task.device)
     assert loader.start(task)["error"] < 1e-5
     # Two batches warm up, and the eight that follow end with the last one of the second epoch.
-    monkeypatch.setattr(measured_loader, "_LEAST_BATCHES", 8)
+    monkeypatch.setattr(loader_worker, "_LEAST_BATCHES", 8)
     if fault == "none":
         measured = loader.run(0.0)
         assert measured["images"] == 8 * 16 and measured["images_per_second"] > 0

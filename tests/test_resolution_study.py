@@ -23,13 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks import resolution_sweep, study_point
+from benchmarks import resolution_sweep
 from benchmarks.resolution_sweep import QUICK, Sweep, make_study, parse, sweep
-from benchmarks.study_comparison import compare
-from benchmarks.study_figures import BY_EPOCHS, BY_TIME, Cell, Estimate, cells, choose, growth, pareto
-from benchmarks.study_plan import INTERPOLATIONS, Journal, Point, Study, expected_seconds, points, read_lines
-from benchmarks.study_point import Stretched, measure_point
-from benchmarks.study_words import Findings, markdown
+from benchmarks.sweep import point as sweep_point
+from benchmarks.sweep.compare import compare
+from benchmarks.sweep.plan import INTERPOLATIONS, Journal, Point, Study, expected_seconds, points, read_lines
+from benchmarks.sweep.point import Stretched, measure_point
+from benchmarks.sweep.stats import BY_EPOCHS, BY_TIME, Cell, Estimate, cells, choose, growth, pareto
+from benchmarks.sweep.text import Findings, markdown
 from shards import UserError
 from trainer.arithmetic import with_precision
 from trainer.data import open_data
@@ -236,7 +237,7 @@ def test_periods_go_on_where_the_one_before_stopped_and_the_schedule_ends_at_its
         assert len(rows) == 21
         assert all(torch.equal(one, other) for one, other in zip(rows, passes, strict=False))
         assert [batch.step for batch in stretched.batches(1, first_step=4)] == [4, 5, 6]
-        figures, history, _ = study_point._train(settings, replace(data, train=stretched), world)
+        figures, history, _ = sweep_point._train(settings, replace(data, train=stretched), world)
     assert figures["updates"] == 21
     assert history[0]["lr"] > history[-1]["lr"]
     assert history[-1]["lr"] < 0.02 * settings.optim.lr

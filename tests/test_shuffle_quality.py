@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, assert_user_error
 from PIL import Image
 
-from benchmarks.shuffle_measures import (
+from benchmarks.loaders.shuffle_measures import (
     Quality,
     batch_of_rows,
     class_runs,

@@ -1,0 +1,1 @@
+"""How are data loaders measured, verified and compared?"""

@@ -1,0 +1,94 @@
+"""The webdataset library: on records of one image, and on our blocks, which are webdataset records too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+
+from benchmarks.loaders.baselines.inkstream import pack_upright_blocks
+from benchmarks.loaders.baselines.peer import Batch, Epochs, Source, Task, Variant
+from benchmarks.loaders.baselines.records import record_paths, write_records
+from benchmarks.loaders.baselines.transforms import BatchTransform, on_device, picture_transform, transformed
+
+_DOCUMENTED_SHUFFLE = 1000  # samples in the buffer, as the documentation's examples have it
+_BEST_SHUFFLE = 4096
+
+
+def stacked(samples: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decoded images and their rows to tensors uint8 [B, H, W, C] and int64 [B]."""
+    pixels = torch.from_numpy(np.stack([image for image, _ in samples]))
+    return pixels if pixels.ndim == 4 else pixels.unsqueeze(3), torch.tensor([row for _, row in samples])
+
+
+class WebDatasetReader:
+    variants = (
+        Variant(
+            "documented",
+            "records",
+            f"shuffle({_DOCUMENTED_SHUFFLE}), decode to PIL, torchvision transforms image by image",
+            levels=1.5,
+            processes=True,
+        ),
+        Variant(
+            "best", "records", f"shuffle({_BEST_SHUFFLE}), decode to arrays, F.interpolate on the batch", processes=True
+        ),
+        Variant("blocks", "blocks", "our block records: a block is a batch, only their order is random"),
+    )
+
+    def pack(self, source: Source, form: str, directory: Path, batch_size: int) -> Path:
+        if form == "blocks":
+            return pack_upright_blocks(source, directory / "set", batch_size)
+        write_records(source, directory)
+        return directory
+
+    def open(self, directory: Path, variant: str, task: Task) -> Epochs:
+        transform = BatchTransform(task)
+        if variant == "blocks":
+            return lambda number: transformed(self._blocks(directory, task, number), transform)
+        if variant == "best":
+            return lambda number: transformed(self._records(directory, task, number), transform)
+        return lambda number: on_device(self._pictures(directory, task, number), task)
+
+    def _loader(self, dataset: webdataset.WebDataset, task: Task) -> webdataset.WebLoader:
+        return webdataset.WebLoader(
+            dataset, batch_size=None, num_workers=task.workers, pin_memory=task.device.type == "cuda"
+        )
+
+    def _pictures(self, directory: Path, task: Task, number: int) -> webdataset.WebLoader:
+        dataset = (
+            self._shards(record_paths(directory), task, number)
+            .shuffle(_DOCUMENTED_SHUFFLE)
+            .decode("pil" if task.image_shape[2] == 3 else "pill")
+            .to_tuple("png", "cls")
+            .map_tuple(picture_transform(task))
+            .batched(task.batch_size, partial=False)
+        )
+        return self._loader(dataset, task)
+
+    def _records(self, directory: Path, task: Task, number: int) -> webdataset.WebLoader:
+        dataset = (
+            self._shards(record_paths(directory), task, number)
+            .shuffle(_BEST_SHUFFLE)
+            .decode("rgb8" if task.image_shape[2] == 3 else "l8")
+            .to_tuple("png", "cls")
+            .batched(task.batch_size, collation_fn=stacked, partial=False)
+        )
+        return self._loader(dataset, task)
+
+    def _blocks(self, directory: Path, task: Task, number: int) -> Iterator[Batch]:
+        paths = sorted((directory / "set" / "train").glob("*.tar"))
+        dataset = self._shards(paths, task, number).shuffle(_BEST_SHUFFLE).decode().to_tuple("images.npy", "rows.npy")
+        for pixels, rows in dataset:
+            yield torch.from_numpy(pixels), rows
+
+    def _shards(self, paths: list[Path], task: Task, number: int) -> webdataset.WebDataset:
+        return webdataset.WebDataset(
+            [str(path) for path in paths], shardshuffle=len(paths), detshuffle=True, seed=task.seed + number
+        )
+
+
+PEERS = {"webdataset": WebDatasetReader()}

@@ -1,0 +1,1 @@
+"""What does the resolution sweep plan, measure, compute and draw?"""

@@ -1,0 +1,1 @@
+"""How is training measured, and which ablations are there?"""
