@@ -43,8 +43,8 @@ from trainer import config, engine
 from trainer.arithmetic import with_precision
 from trainer.data import open_data
 from trainer.distributed import join
-from trainer.environment import environment
 from trainer.run_directory import RunDirectory
+from trainer.runtime.env_info import environment
 from trainer.settings import Config, Data
 from trainer.training import make_training
 

@@ -27,13 +27,13 @@ OWNERS = {
     "nvidia": {"pipeline/transforms/dali_backend.py"},
     "onnx": {"trainer/export_formats.py"},
     "onnxruntime": {"trainer/export_formats.py"},
-    "wandb": {"trainer/sinks.py"},
-    "torch.utils.tensorboard": {"trainer/sinks.py"},
+    "wandb": {"trainer/runtime/loggers.py"},
+    "torch.utils.tensorboard": {"trainer/runtime/loggers.py"},
     "timm": {"trainer/model.py", "trainer/optimizer.py"},
     "torchvision": {"trainer/networks/squeezenet.py"},
     "zarr": {"shards/stores/zarr_arrays.py"},
-    "optuna": {"trainer/study.py"},
     "numcodecs": {"shards/stores/zarr.py"},
+    "optuna": {"trainer/tune/study.py"},
 }
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all", "np.random.seed", "random.seed"}
 

@@ -19,8 +19,8 @@ from shards import open_split
 from trainer.decision import best_tau, decide, log_weights
 from trainer.distributed import World
 from trainer.evaluate import evaluate_run
+from trainer.inference.predictor import Predictor, upright_images
 from trainer.loss import class_weights, log_priors, weighted_kl
-from trainer.predictor import Predictor, upright_images
 from trainer.run import main as run_main
 from trainer.settings import Loss
 from trainer.trained_model import load_trained_model

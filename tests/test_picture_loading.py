@@ -29,8 +29,8 @@ from shards import UserError, open_split
 from shards.index import index
 from shards.stores.base import Store
 from shards.stores.image_header import decode
-from trainer import explorer
 from trainer.evaluate import main as evaluate_main
+from trainer.report import error_gallery
 from trainer.run import main as run_main
 
 RESOLUTION = 20
@@ -195,7 +195,7 @@ def test_a_set_of_pictures_trains_and_is_reported(
 
 
 def test_the_report_shows_confused_pictures_small() -> None:
-    address = explorer._data_address(pixels(900, 300, 3), 128)
+    address = error_gallery._data_address(pixels(900, 300, 3), 128)
     shown = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
     assert shown.size == (43, 128)
 

@@ -24,9 +24,9 @@ from trainer.compiled import compile_mode
 from trainer.config import load
 from trainer.data import open_data
 from trainer.distributed import World
-from trainer.profiling import LOADING, TimeProfile, table
 from trainer.randomness import seed_step
-from trainer.readback import Readback
+from trainer.runtime.profiler import LOADING, TimeProfile, table
+from trainer.runtime.readback import Readback
 from trainer.settings import Config, Trainer
 from trainer.training import Training, make_training
 

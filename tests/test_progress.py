@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from trainer import progress
-from trainer.progress import Progress, duration
+from trainer.runtime import progress
+from trainer.runtime.progress import Progress, duration
 
 
 class Terminal(io.StringIO):

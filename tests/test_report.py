@@ -18,12 +18,12 @@ from conftest import made_up_parts, pack_parts
 from PIL import Image
 
 from shards import UserError, open_split
-from trainer import explorer as explorer_module
 from trainer.calibration import calibration_error, reliability
-from trainer.charts import Bins, Line, confusion_chart, line_chart, reliability_chart
-from trainer.comparison import page as comparison_page
 from trainer.finished import FinishedRun
-from trainer.report import main as report_main
+from trainer.report import error_gallery as explorer_module
+from trainer.report.__main__ import main as report_main
+from trainer.report.compare_page import page as comparison_page
+from trainer.report.svg import Bins, Line, confusion_chart, line_chart, reliability_chart
 from trainer.run import main as run_main
 from trainer.trained_model import load_trained_model
 

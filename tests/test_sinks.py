@@ -17,11 +17,11 @@ import yaml
 from conftest import ROOT
 
 from shards import UserError
-from trainer import sinks
 from trainer.config import validate
 from trainer.run import main as run_main
+from trainer.runtime import loggers as sinks
+from trainer.runtime.loggers import TensorBoardSink, WandbSink, check_installed, open_sinks
 from trainer.settings import Config
-from trainer.sinks import TensorBoardSink, WandbSink, check_installed, open_sinks
 
 
 @pytest.fixture(scope="module")

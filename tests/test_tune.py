@@ -21,13 +21,16 @@ from conftest import ROOT
 
 from shards import UserError
 from shards.cli import run_command
-from trainer import config, engine, search, sweep
+from trainer import config, engine
 from trainer.run import main as run_main
 from trainer.run_directory import RunDirectory
-from trainer.search_charts import parallel_chart
-from trainer.search_report import ranking
-from trainer.study import Result, Study, importances
-from trainer.tune import main, work
+from trainer.tune import search_space as search
+from trainer.tune import sweep
+from trainer.tune.__main__ import main
+from trainer.tune.search_charts import parallel_chart
+from trainer.tune.study import Result, Study, importances
+from trainer.tune.study_page import ranking
+from trainer.tune.workers import work
 
 SEARCHES = sorted((ROOT / "configs" / "search").glob("*.yaml"))
 RECIPE = {
@@ -94,8 +97,8 @@ def start(*arguments: object, slowed: float = 0.0) -> subprocess.Popen:
         f"    time.sleep({slowed})\n"
         "    return step(*arguments, **options)\n"
         "engine.train_step = slow_step\n"
-        "from trainer.tune import main\n"
         "from shards.cli import run_command\n"
+        "from trainer.tune.__main__ import main\n"
         "run_command(main)\n"
     )
     return subprocess.Popen(
@@ -184,7 +187,7 @@ def test_a_finished_search_trains_no_more_and_a_larger_budget_goes_on(
     assert tune_here(monkeypatch, searched) == 0
     assert results(searched) == before
     assert "begins" not in capsys.readouterr().out
-    monkeypatch.setattr("trainer.trial.engine.learn", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("trainer.tune.trial.engine.learn", lambda *_: pytest.fail("it trains"))
     with pytest.raises(pytest.fail.Exception):
         tune_here(monkeypatch, searched, "budget.trials=4")
 
@@ -202,9 +205,9 @@ def test_another_search_does_not_go_on_in_the_same_directory(searched: Path, rec
 def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.tune.join", lambda device: pytest.MonkeyPatch.context())
+    monkeypatch.setattr("trainer.tune.workers.join", lambda device: pytest.MonkeyPatch.context())
     monkeypatch.setattr(
-        "trainer.trial.train_trial", lambda study, trial, *_: trial.complete([trial.values["optim.lr"]])
+        "trainer.tune.trial.train_trial", lambda study, trial, *_: trial.complete([trial.values["optim.lr"]])
     )
 
     def drawn(name: str, *budgets: int, seed: int = 0) -> list[Any]:
@@ -359,7 +362,7 @@ def test_values_that_contradict_each_other_fail_alone(
     with study.next_trial() as trial:
         assert trial is not None
         trial.values = both
-        from trainer.trial import train_trial
+        from trainer.tune.trial import train_trial
 
         train_trial(study, trial, wanted, base, None, lambda: False)  # type: ignore[arg-type]
     (found,) = study.results()
@@ -378,7 +381,7 @@ def test_the_time_ends_a_search_and_the_trial_goes_on_later(
         monkeypatch.setattr(time, "time", lambda: now + 3600)
         learn(*given)
 
-    monkeypatch.setattr("trainer.trial.engine.learn", slowly)
+    monkeypatch.setattr("trainer.tune.trial.engine.learn", slowly)
     assert tune_here(monkeypatch, path, "budget.minutes=30") == 0
     (found,) = results(path)
     assert (found.state, len(found.curve)) == ("running", 1)
@@ -534,8 +537,8 @@ def test_a_search_goes_on_after_a_damaged_shard_is_repaired(
 
 def test_without_optuna_the_extra_is_named(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delitem(sys.modules, "trainer.study")
-    monkeypatch.delattr("trainer.study")
+    monkeypatch.delitem(sys.modules, "trainer.tune.study")
+    monkeypatch.delattr("trainer.tune.study")
     with pytest.raises(UserError) as caught:
         tune_here(monkeypatch, written(tmp_path, recipe))
     assert "inkstream[tune]" in caught.value.hint

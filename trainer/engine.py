@@ -26,12 +26,12 @@ from trainer.keeper import Keeper
 from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
 from trainer.nonfinite import NonFinite, Watch, go_back, look_closely
-from trainer.progress import Progress, duration
 from trainer.randomness import seed_step
-from trainer.readback import Readback
 from trainer.run_directory import RunDirectory
+from trainer.runtime.loggers import Sink
+from trainer.runtime.progress import Progress, duration
+from trainer.runtime.readback import Readback
 from trainer.signals import Interrupted, noted
-from trainer.sinks import Sink
 from trainer.training import Totals, Training
 
 log = logging.getLogger(__name__)

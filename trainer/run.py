@@ -22,18 +22,19 @@ import numpy as np
 from shards.atomic import write_file
 from shards.cli import run_command
 from shards.remote.sets import resolve_dataset
-from trainer import checkpoint, config, engine, job, report, resume, run_directory
+from trainer import checkpoint, config, engine, job, resume, run_directory
 from trainer.arithmetic import with_precision
 from trainer.data import TrainingData, open_data
 from trainer.distributed import World, join, spoken_once
-from trainer.environment import environment
 from trainer.evaluate import Evaluation
 from trainer.phases import Phase
-from trainer.profiling import TimeProfile, table
+from trainer.report import run_page
 from trainer.run_directory import RunDirectory
+from trainer.runtime.env_info import environment
+from trainer.runtime.loggers import check_installed, open_sinks
+from trainer.runtime.profiler import TimeProfile, table
 from trainer.section import listing
 from trainer.settings import Config
-from trainer.sinks import check_installed, open_sinks
 from trainer.training import Training, make_training
 
 
@@ -112,7 +113,7 @@ def _fit_and_report(training: Training, directory: RunDirectory, source: Path | 
             predictions = evaluation.predictions
             assert predictions is not None
             np.savez_compressed(directory.predictions, **vars(predictions))
-            report.write(directory.path, training.data.test_store, summary, training.history)
+            run_page.write(directory.path, training.data.test_store, summary, training.history)
             for sink in sinks:
                 sink.summary(summary)
             directory.write_summary(summary)  # last: where it stands, the run is finished

@@ -21,8 +21,8 @@ from trainer.distributed import World
 from trainer.loss import class_weights, log_priors
 from trainer.model import check_sides, make_model
 from trainer.optimizer import LearningRate, make_optimizer
-from trainer.profiling import NoProfile, Profile, TimeProfile, Trace
 from trainer.randomness import seed_weights
+from trainer.runtime.profiler import NoProfile, Profile, TimeProfile, Trace
 from trainer.settings import Config
 from trainer.teacher import Teacher, open_teacher
 from trainer.trained_model import TrainedModel

@@ -20,7 +20,7 @@ from benchmarks.loaders.baselines.peer import Task, Variant
 from benchmarks.loaders.loader_worker import MeasuredLoader, Packer
 from benchmarks.loaders.setting import Setting
 from benchmarks.loaders.verify import tolerance
-from trainer.environment import environment
+from trainer.runtime.env_info import environment
 
 _PEERS_PACKAGES = ("webdataset", "litdata", "mosaicml-streaming", "datasets", "ffcv", "numba", "zarr", "tensorstore")
 _TRIAL_SECONDS = 0.4

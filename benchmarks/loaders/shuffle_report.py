@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from benchmarks.common.harness import DEFAULT_OUT, table, write_lines, write_results
 from benchmarks.loaders.shuffle_measures import Epoch, quality
 from benchmarks.loaders.shuffle_orders import Found, Given
-from trainer.environment import environment
+from trainer.runtime.env_info import environment
 
 _DRAWS = 20  # of a uniform order, to tell chance from fault
 _POINTS = 6_000  # of an order, in its picture

@@ -36,9 +36,9 @@ from trainer.arithmetic import with_precision
 from trainer.compiled import compile_mode
 from trainer.data import TrainingData, open_data
 from trainer.distributed import World, join
-from trainer.environment import environment
 from trainer.phases import TrainingLoader
 from trainer.run_directory import RunDirectory
+from trainer.runtime.env_info import environment
 from trainer.settings import Config
 from trainer.training import Training, make_training
 

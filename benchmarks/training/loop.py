@@ -22,10 +22,10 @@ from trainer.compiled import compile_mode
 from trainer.config import validate
 from trainer.data import open_data
 from trainer.distributed import World, join
-from trainer.environment import environment
 from trainer.keeper import Keeper
 from trainer.phases import TrainingLoader
 from trainer.run_directory import RunDirectory
+from trainer.runtime.env_info import environment
 from trainer.settings import Checkpoint
 from trainer.training import Totals, Training, make_training
 

@@ -1,6 +1,6 @@
 """One look at what a recipe trains on: raw images beside what preparation and augmentation make of them, by class.
 
-python -m trainer.preview CONFIG [key=value ...] [--out FILE]
+python -m trainer.inference.preview CONFIG [key=value ...] [--out FILE]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer import config
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.preview",
+        prog="python -m trainer.inference.preview",
         description="Draw a contact sheet of what a recipe trains on: raw beside prepared and augmented.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings, for instance configs/...")

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from shards.atomic import check_writable, write_file
-from trainer.search import Choices, Conditional, IntRange, Plain, Search
 from trainer.settings import Config
+from trainer.tune.search_space import Choices, Conditional, IntRange, Plain, Search
 
 
 def write(path: Path, search: Search, base: Config) -> list[Path]:

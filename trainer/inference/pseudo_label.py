@@ -1,7 +1,7 @@
 """Label images by a run's own predictions, where it is sure of them.
 
-    python -m trainer.pseudo_label RUN_DIR SHARDS [--part train] --confidence 0.95 --csv FILE
-    python -m trainer.pseudo_label RUN_DIR SHARDS --confidence 0.95 --add-to SET --out DIR
+    python -m trainer.inference.pseudo_label RUN_DIR SHARDS [--part train] --confidence 0.95 --csv FILE
+    python -m trainer.inference.pseudo_label RUN_DIR SHARDS --confidence 0.95 --add-to SET --out DIR
 
 The first writes a line (row, label, confidence) for each image of which the run is at least so sure; whatever labels
 SHARDS has are not looked at. The second packs SET again with those images added to its train part, under the labels
@@ -128,7 +128,8 @@ def _share(text: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.pseudo_label", description="Label images by a run's predictions, where it is sure."
+        prog="python -m trainer.inference.pseudo_label",
+        description="Label images by a run's predictions, where it is sure.",
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_DIR", help="directory of a run")

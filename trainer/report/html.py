@@ -8,9 +8,10 @@ from typing import Any
 
 import jinja2
 
-from trainer.charts import Line, line_chart
-from trainer.progress import duration
+from trainer.report.svg import Line, line_chart
+from trainer.runtime.progress import duration
 
+_TEMPLATES = Path(__file__).with_name("templates")
 MOST_SERIES = 8  # lines of a chart, for which the style sheet has colours
 History = list[dict[str, Any]]
 
@@ -33,7 +34,7 @@ _OF_ONE_RUN = {
 
 def render(template: str, **content: Any) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([_TEMPLATES, _TEMPLATES.parents[1] / "tune"]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

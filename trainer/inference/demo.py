@@ -1,6 +1,6 @@
 """Draw a character in the browser and see what a finished run makes of it.
 
-    python -m trainer.draw RUN_DIR [--port N]
+    python -m trainer.inference.demo RUN_DIR [--port N]
 
 serves one page, on this machine alone, to draw on with mouse, pen, finger or keyboard; it shows the five likeliest
 classes and the image that the model saw, anew at every stroke. The standard library's server and a page written by
@@ -32,7 +32,7 @@ from pipeline.readers.formats import image as pictures
 from shards import UserError
 from shards.cli import run_command
 from shards.errors import no_permission
-from trainer.predictor import Predictor
+from trainer.inference.predictor import Predictor
 
 _HOST = "127.0.0.1"  # never another one: whoever reaches the page may keep this machine busy
 _PORT = 8028
@@ -41,7 +41,7 @@ _MOST_BYTES = 1 << 20  # of a drawing
 _MOST_PIXELS = 1 << 21
 _PATIENCE = 10.0  # seconds for a request to arrive
 _LARGE = 224  # least side of the picture of what the model saw, pixels
-_TEMPLATE = Path(__file__).with_name("draw.html.j2")
+_TEMPLATE = Path(__file__).with_name("demo.html.j2")
 
 
 class Artist:
@@ -213,7 +213,7 @@ def _port(text: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.draw",
+        prog="python -m trainer.inference.demo",
         description="Draw a character in the browser and see what a finished run makes of it.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run on characters")

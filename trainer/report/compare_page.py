@@ -9,10 +9,10 @@ import yaml
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from trainer import pages
-from trainer.charts import Line
 from trainer.finished import FinishedRun
 from trainer.metrics import Confusion
+from trainer.report import html
+from trainer.report.svg import Line
 
 # Of a summary: name, where it stands, how it is written, and whether more (1) or less (-1) of it is better.
 _FIGURES = [
@@ -36,10 +36,10 @@ def page(runs: list[FinishedRun]) -> str:
 
     Raises `UserError` for more of them than can be told apart, or the same one twice.
     """
-    if len(runs) > pages.MOST_SERIES:
+    if len(runs) > html.MOST_SERIES:
         raise UserError(
             found=f"{len(runs)} runs",
-            expected=f"up to {pages.MOST_SERIES}, whose lines can be told apart",
+            expected=f"up to {html.MOST_SERIES}, whose lines can be told apart",
             hint="compare the best of them",
         )
     if len({run.directory.path.resolve() for run in runs}) < len(runs):
@@ -47,15 +47,15 @@ def page(runs: list[FinishedRun]) -> str:
     names = _names(runs)
     alike = [run.trained.classes == runs[0].trained.classes for run in runs]
     same_data = [run.trained.data_digest == runs[0].trained.data_digest for run in runs]
-    return pages.render(
-        "comparison.html.j2",
+    return html.render(
+        "compare_page.html.j2",
         names=names,
         paths=[str(run.directory.path) for run in runs],
-        keys=[Line(name, [], pages.style(number)) for number, name in enumerate(names)],
+        keys=[Line(name, [], html.style(number)) for number, name in enumerate(names)],
         datasets=[run.summary["dataset"] for run in runs],
         same_data=all(same_data),
         figures=_figure_rows(runs),
-        charts=pages.compared_curves({name: run.history for name, run in zip(names, runs, strict=True)}),
+        charts=html.compared_curves({name: run.history for name, run in zip(names, runs, strict=True)}),
         settings=_setting_rows(runs),
         environments=_differing([_flat(_comparable(run.environment)) for run in runs]),
         classes=_class_rows(runs) if all(alike) else None,

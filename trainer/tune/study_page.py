@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from shards.atomic import write_file
-from trainer.pages import render
-from trainer.search import Search, best_recipe
-from trainer.search_charts import bar_chart, curves_chart, history_chart, parallel_chart
+from trainer.report.html import render
 from trainer.settings import Config
-from trainer.study import Result, Study, full_values, importances, logarithmic
+from trainer.tune.search_charts import bar_chart, curves_chart, history_chart, parallel_chart
+from trainer.tune.search_space import Search, best_recipe
+from trainer.tune.study import Result, Study, full_values, importances, logarithmic
 
 PAGE = "study.html"
 BEST = "best.yaml"
@@ -87,7 +87,7 @@ def _page(results: list[Result], ranked: list[Result], search: Search, base: Con
     shares = importances(results, search, base)
     numbers = [result.number for result in ranked]
     return render(
-        "study.html.j2",
+        "study_page.html.j2",
         plain=plain,
         shown=shown,
         name=search.dir.name,

@@ -1,12 +1,7 @@
-"""`report.html`: one self-contained page about a run, or about several side by side.
-
-python -m trainer.report RUN [--shards SHARDS]
-python -m trainer.report RUN RUN ... [--out FILE.html]
-"""
+"""`report.html`: one self-contained page about a run."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -15,18 +10,15 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from shards.atomic import check_writable, write_file
-from shards.cli import run_command
-from shards.errors import UserError
+from shards.atomic import write_file
 from shards.stores.base import Store
-from trainer import comparison, pages
 from trainer.calibration import reliability
-from trainer.charts import Bins, confusion_chart, reliability_chart
-from trainer.explorer import explorer, pictures
-from trainer.finished import FinishedRun
 from trainer.metrics import Confusion
-from trainer.profiling import table
+from trainer.report import html
+from trainer.report.error_gallery import explorer, pictures
+from trainer.report.svg import Bins, confusion_chart, reliability_chart
 from trainer.run_directory import RunDirectory
+from trainer.runtime.profiler import table
 
 _PAIRS = 12  # of most confused classes
 _PICTURES = 8  # of each pair
@@ -43,11 +35,11 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
     predictions = dict(np.load(directory.predictions))
     confusion = Confusion.of(predictions["labels"], predictions["predicted"], len(classes))
     profile, settings = directory.profile, directory.config.read_text()
-    page = pages.render(
-        "report.html.j2",
+    page = html.render(
+        "run_page.html.j2",
         summary=summary,
         history=history,
-        charts=pages.curves(history),
+        charts=html.curves(history),
         calibration=_calibration(predictions, summary["calibration"]["temperature"]),
         confusion=confusion_chart(confusion.counts, classes),
         explorer=explorer(store, predictions),
@@ -68,7 +60,7 @@ def _calibration(predictions: dict[str, NDArray], temperature: float) -> dict[st
     if temperature == 1:
         del wanted["uncalibrated"]
     series = [
-        Bins(name, reliability(predictions[which], correct), pages.style(number))
+        Bins(name, reliability(predictions[which], correct), html.style(number))
         for number, (which, name) in enumerate(wanted.items())
     ]
     return {"series": series, "svg": reliability_chart(series, "Accuracy of the test part by bins of confidence")}
@@ -103,41 +95,3 @@ def _pair_rows(confusion: Confusion, predictions: dict[str, NDArray], store: Sto
             }
         )
     return rows
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.report",
-        description="Write a finished run's report.html again, or one page that compares several runs.",
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="page that compares (default comparison.html here)")
-    parser.add_argument("--shards", metavar="SHARDS", help="the run's packed set, if it is elsewhere now")
-    arguments = parser.parse_args()
-    if len(arguments.runs) == 1:
-        if arguments.out:
-            raise UserError(
-                found=f"--out {arguments.out} with a single run",
-                expected="several runs to compare; the page about one is in its directory",
-                hint=f"leave --out away: python -m trainer.report {arguments.runs[0]}",
-            )
-        run = FinishedRun.open(arguments.runs[0])
-        _, store = run.data(arguments.shards)
-        write(run.directory.path, store, run.summary, run.history)
-        print(run.directory.report)
-        return 0
-    if arguments.shards:
-        raise UserError(
-            found=f"--shards {arguments.shards} with several runs",
-            expected="one run, whose pictures it has; a comparison shows none",
-            hint="leave --shards away",
-        )
-    out = arguments.out or Path("comparison.html")
-    check_writable(out)
-    write_file(out, comparison.page([FinishedRun.open(path) for path in arguments.runs]))
-    print(out)
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from trainer.charts import ticks_of
-from trainer.study import Result, label
+from trainer.report.svg import ticks_of
+from trainer.tune.study import Result, label
 
 _WIDTH, _HEIGHT = 480, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 38

@@ -18,13 +18,13 @@ from trainer import checkpoint, config, engine, resume, run_directory
 from trainer.arithmetic import with_precision
 from trainer.data import TrainingData, open_data
 from trainer.distributed import World
-from trainer.environment import environment
 from trainer.nonfinite import Diverged
-from trainer.search import Search
+from trainer.runtime.env_info import environment
+from trainer.runtime.loggers import Sink
 from trainer.settings import Config
-from trainer.sinks import Sink
-from trainer.study import Study, Trial
 from trainer.training import make_training
+from trainer.tune.search_space import Search
+from trainer.tune.study import Study, Trial
 
 
 class GivenUp(Exception):

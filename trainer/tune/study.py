@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 
 from shards.atomic import locked, make_directory
 from shards.errors import UserError
-from trainer.search import Choices, Conditional, FloatRange, IntRange, Search, dimensions
 from trainer.settings import Config
+from trainer.tune.search_space import Choices, Conditional, FloatRange, IntRange, Search, dimensions
 
 try:
     import optuna

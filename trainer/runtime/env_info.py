@@ -48,7 +48,7 @@ def _processor() -> str:
 
 def _revision() -> str | None:
     """Git revision of the code, with a + if files were changed since; None outside a checkout."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -1,0 +1,1 @@
+"""HTML reports: one page about a run, or one that compares several runs."""
