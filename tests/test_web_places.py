@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import pickle
 import re
 import shutil
 import ssl
@@ -221,6 +222,13 @@ def test_a_raw_file(server: Server, tmp_path: Path) -> None:
     assert path.read_bytes() == (tmp_path / "web" / "raw.zip").read_bytes()
     (tmp_path / "web" / "raw.zip").write_bytes(b"changed")
     assert resolve_files(address(server, "raw.zip?sig=c2VjcmV0")).read_bytes() == b"changed"
+
+
+@pytest.mark.parametrize("kind", [remote.NotFoundError, remote.AccessDeniedError, remote.TransientError])
+def test_an_error_survives_the_way_to_another_process(kind: type[remote.RemoteError]) -> None:
+    error = kind("s3://bucket/name", "no answer")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), copy.reason) == (kind, str(error), "no answer")
 
 
 def test_raw_files_have_no_list(server: Server) -> None:

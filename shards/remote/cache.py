@@ -1,7 +1,7 @@
-"""The cache of fetched files: one directory an entry, bounded in size, shared by all processes of a machine.
+"""The cache of downloaded files: a directory per entry, bounded in size, shared by all processes of a machine.
 
-CACHE/sets/KEY/NAME        what was fetched
-CACHE/sets/KEY/.parts/     what is not whole yet
+CACHE/sets/KEY/NAME        downloaded files
+CACHE/sets/KEY/.parts/     incomplete files
 CACHE/sets/KEY/.use        locked (shared) by every process that uses the entry, for as long as it lives; its time
                            is that of the last use, its content the bytes that the entry will have
 CACHE/sets/.KEY.lock       held by the one process that fetches
@@ -41,7 +41,7 @@ _held: dict[Path, int] = {}
 
 
 def cache_directory() -> Path:
-    """$INKSTREAM_CACHE, or `inkstream` in $XDG_CACHE_HOME, or ~/.cache/inkstream."""
+    """Return $INKSTREAM_CACHE, or `inkstream` in $XDG_CACHE_HOME, or ~/.cache/inkstream."""
     named = os.environ.get(DIRECTORY_VARIABLE)
     if named:
         return Path(named).expanduser().absolute()
@@ -49,7 +49,7 @@ def cache_directory() -> Path:
 
 
 def most_bytes() -> int | None:
-    """The bound that $INKSTREAM_CACHE_SIZE sets, for instance 200GB, 1.5TB, 300GiB; None if it sets none."""
+    """Return the bound in bytes that $INKSTREAM_CACHE_SIZE sets (200GB, 1.5TB, 300GiB); None without one."""
     text = os.environ.get(SIZE_VARIABLE, "").strip()
     if not text:
         return None
@@ -65,7 +65,13 @@ def most_bytes() -> int | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A fetched thing. content: the directory for it; partials: for files that are not whole yet."""
+    """An entry of the cache.
+
+    Attributes:
+        directory: The directory of the entry.
+        content: The directory for complete files.
+        partials: The directory for incomplete files.
+    """
 
     directory: Path
     content: Path
@@ -75,10 +81,14 @@ class Entry:
         return self.directory / ".parts"
 
     def make_room(self, total: int, what: str) -> None:
-        """Evict other entries until this one can grow to `total` bytes, those used longest ago first.
+        """Evict other entries, least recently used first, until this one can grow to a size.
 
-        what: its name in a message. Raises `UserError` with the numbers, before anything is evicted, if it will not
-        fit beneath the bound or on the disk.
+        Args:
+            total: The size in bytes.
+            what: The name of the entry in messages.
+
+        Raises:
+            UserError: If the entry does not fit below the bound or on the disk; nothing is evicted then.
         """
         root = cache_directory()
         with locked(root / ".room.lock"):
@@ -86,7 +96,7 @@ class Entry:
 
     @contextlib.contextmanager
     def alone(self, busy: UserError) -> Iterator[None]:
-        """Change what is there already; raises `busy` if another process uses it."""
+        """Hold the entry exclusively, to change files that are there; raises `busy` if another process uses it."""
         descriptor = _held[self.directory / ".use"]
         try:
             _lock(descriptor, exclusive=True)
@@ -101,9 +111,17 @@ class Entry:
 
 @contextlib.contextmanager
 def open_entry(kind: str, key: str, name: str) -> Iterator[Entry]:
-    """An entry, new or there already, to look at and to fill: by one process at a time, the others wait.
+    """Open an entry, new or existing, to read and to fill. One process at a time; the others wait.
 
-    From here on to the end of this process it is in use, and not evicted.
+    The entry is in use, and not evicted, until this process ends.
+
+    Args:
+        kind: The kind of the entry: "sets" or "files".
+        key: What identifies the entry.
+        name: The name of the directory for its files.
+
+    Raises:
+        UserError: If the operating system refuses to read or write the entry.
     """
     root = cache_directory() / kind
     make_directory(root)

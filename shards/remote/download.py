@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -47,16 +48,15 @@ class RemoteFile:
 
 def check_names(files: Sequence[RemoteFile], storage: RemoteStorage) -> None:
     """Raise `UserError` if a name points outside of the directory to download into, or names collide."""
-    names = [file.name for file in files]
-    known = set(names)
+    names = Counter(file.name for file in files)
     above = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-    for name in names:
+    for name, count in names.items():
         local = PurePath(name)
         if str(PurePosixPath(name)) != name or local.anchor or ".." in local.parts or "\0" in name:
             reason = f"a file named {name!r}, which is not a plain path below it"
         elif name in above:
             reason = f"{name!r} both as a file and as a directory"
-        elif len(known) < len(names) and names.count(name) > 1:
+        elif count > 1:
             reason = f"two files named {name!r}"
         else:
             continue

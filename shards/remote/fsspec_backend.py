@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError, first_line
+from shards.errors import UserError
 from shards.remote import base
 from shards.remote.base import FileInfo, NotFoundError, RemoteError, RemoteStorage, TransientError, error_of_status
 
@@ -18,21 +19,12 @@ _SLOWEST_UPLOAD = 100e3  # bytes/s; slower ones are given up
 _LONGEST_LISTING = 3600.0  # seconds; a thousand files come with each of its answers
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-# Errors that no retry resolves. By name, because the libraries that raise them may not be installed. gcsfs raises an
-# error without a status, whose text begins with Forbidden.
+# Errors that no retry resolves. By name, because the libraries that raise them may not be installed: botocore's and
+# google-auth's for absent or useless credentials. gcsfs raises one without a status, whose text begins with Forbidden.
 _DENIED = (PermissionError, ValueError, NotImplementedError)
-_DENIED_NAMES = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "ProfileNotFound",
-    "TokenRetrievalError",
-    "SSOTokenLoadError",
-    "UnauthorizedSSOTokenError",
-    "DefaultCredentialsError",
-    "RefreshError",
-    "ParamValidationError",
-}
+_DENIED_WORDS = re.compile(
+    r"\w*(Credential|SSOToken|TokenRetrieval|ProfileNotFound|RefreshError|ParamValidation)\w*:|\w+: Forbidden"
+)
 # S3's codes for requests that were damaged on the way, which come with the status of a wrong request.
 _TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
 # What file systems call that which changes with the content of a file, the surest first.
@@ -54,18 +46,13 @@ class FsspecStorage(RemoteStorage):
         protocol = address.partition("://")[0]
         try:
             file_system, root = fsspec.url_to_fs(address, skip_instance_cache=True)
-        except ImportError as error:
-            extra = _EXTRAS.get(protocol)
-            raise UserError(
-                found=f"{self.shown}, and no package here for {protocol}://",
-                expected=f"the package that reaches {protocol}://",
-                hint=f"pip install 'inkstream[{extra}]'" if extra else first_line(error),
-            ) from None
-        except ValueError as error:
+        except (ImportError, ValueError) as error:
+            extra = _EXTRAS.get(protocol) if isinstance(error, ImportError) else None
             raise UserError(
                 found=f"{self.shown}: {self.reason(error)}",
-                expected="an address such as s3://bucket/name, gs://..., hf://datasets/user/name or https://...",
-                hint="check its spelling; a path needs no protocol",
+                expected="an address such as s3://bucket/name, gs://..., hf://datasets/user/name or https://..., and "
+                "its package",
+                hint=f"pip install 'inkstream[{extra}]'" if extra else "check its spelling; a path needs no protocol",
             ) from None
         except Exception as error:
             raise self._translate(error, "") from None
@@ -136,20 +123,20 @@ class FsspecStorage(RemoteStorage):
         """Return the `RemoteError` that stands for whatever exception a library raised."""
         status, code = _status_and_code(error)
         reason = self.reason(error)
-        denied = isinstance(error, _DENIED) or type(error).__name__ in _DENIED_NAMES or reason.startswith("Forbidden")
+        words = f"{type(error).__name__}: {reason}"
         if isinstance(error, TimeoutError):
             status, reason = None, f"no answer within {base.STALL_SECONDS:g} seconds"
         elif isinstance(error, FileNotFoundError):
             status = 404
         elif code in _TRANSIENT_CODES:
             status = None
-        elif denied and status != 404:
+        elif status != 404 and (isinstance(error, _DENIED) or _DENIED_WORDS.match(words)):
             status = 403
         return error_of_status(status)(self.show(name), reason)
 
 
 def _status_and_code(error: BaseException) -> tuple[int | None, str]:
-    """The HTTP status and S3's code of an error, as botocore, gcsfs and huggingface_hub carry them."""
+    """Return the HTTP status and S3's code of an error, as botocore, gcsfs and huggingface_hub carry them."""
     for carrier in (error, error.__cause__):
         response = getattr(carrier, "response", None)
         if isinstance(response, dict):
@@ -168,7 +155,7 @@ def _file_info(info: dict[str, Any]) -> FileInfo:
 
 
 def _md5(info: dict[str, Any]) -> str | None:
-    """MD5 (hex) of a file where it is told: by Google, and by S3 as the tag of what came in one piece."""
+    """Return the MD5 (hex) where it is reported: by Google, and by S3 as the ETag of an upload in one piece."""
     if info.get("md5Hash"):
         return base64.b64decode(info["md5Hash"]).hex()
     tag = str(info.get("ETag", "")).strip('"')
