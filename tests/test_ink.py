@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.datasets import find_source
-from pipeline.ink import SCAN_SIDE, Ink, InkFrame, NoInk, find_ink, frame_ink
-from pipeline.intake import Blank, Intake, Unusable
-from pipeline.lighting import evenly_lit
+from pipeline.ink.adapter import Blank, Intake, Unusable
+from pipeline.ink.geometry import SCAN_SIDE, Ink, InkFrame, NoInk, find_ink, frame_ink
+from pipeline.ink.shading import evenly_lit
 from pipeline.readers.raw_split import SourceOptions
 from pipeline.transforms.ops.resize import resize_weights
 from shards import open_split

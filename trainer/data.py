@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.stratified import stratified_mask
-from pipeline.intake import Intake
+from pipeline.ink.adapter import Intake
 from pipeline.loader import Loader
 from pipeline.normalization import load_or_compute_stats
 from pipeline.sampler import SequentialBatchSampler, ShuffledBatchSampler, max_shuffle_window

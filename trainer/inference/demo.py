@@ -25,7 +25,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from pipeline.intake import Blank, Unusable
+from pipeline.ink.adapter import Blank, Unusable
 from pipeline.preview import to_picture
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as pictures

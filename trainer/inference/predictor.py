@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.common.device import choose_device
-from pipeline.intake import Intake
+from pipeline.ink.adapter import Intake
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError

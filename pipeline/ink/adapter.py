@@ -1,7 +1,7 @@
 """How any picture becomes an image as a packed set holds them, so that a model may be shown it.
 
 Where the set is ink on a plain background (measured on its images), the ink is found and laid as the set has it, see
-`pipeline.ink`. A picture that has the size of the set's images and whose ink lies as theirs is taken as it is. Pictures
+`pipeline.ink.geometry`. A picture that has the size of the set's images and whose ink lies as theirs is taken as it is. Pictures
 for other sets are brought to their size in the way that the set was packed.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.ink import InkFrame, NoInk, find_ink, frame_ink, within
-from pipeline.lighting import evenly_lit
+from pipeline.ink.geometry import InkFrame, NoInk, find_ink, frame_ink, within
+from pipeline.ink.shading import evenly_lit
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as pictures
 from shards.stores.base import Store
