@@ -190,6 +190,6 @@ def test_a_person_draws_and_sees_an_answer(server: int) -> None:
 
 def test_a_run_on_pictures_is_refused(digits_run: Path) -> None:
     predictor = Predictor(digits_run)
-    predictor.intake = replace(predictor.intake, frame=None)
+    predictor.adapter = replace(predictor.adapter, frame=None)
     with pytest.raises(UserError, match=r"trainer\.predict"):
         Artist(predictor)

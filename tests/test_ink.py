@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.datasets import find_source
-from pipeline.ink.adapter import Blank, Intake, Unusable
+from pipeline.ink.adapter import Blank, InputAdapter, Unusable
 from pipeline.ink.geometry import SCAN_SIDE, Ink, InkFrame, NoInk, find_ink, frame_ink
-from pipeline.ink.shading import evenly_lit
+from pipeline.ink.shading import remove_shading
 from pipeline.readers.raw_split import SourceOptions
 from pipeline.transforms.ops.resize import resize_weights
 from shards import open_split
 
-EMNIST = InkFrame.of_emnist(28)
+_SIDE = 28 * SCAN_SIDE / (SCAN_SIDE + 10)
+EMNIST = InkFrame(True, False, _SIDE, (0.0, 0.0), 0.75 * _SIDE, 1.2 * _SIDE, 1.5)  # as the paper has it
 
 
 def stroke(height: int, width: int, box: tuple[int, int, int, int], ink: int = 0, paper: int = 255) -> NDArray:
@@ -130,11 +131,11 @@ def test_shaded_paper_counts_as_even(angle: float) -> None:
     paper = 150 - 130 * place + np.random.default_rng(0).normal(0, 2, inked.shape)
     photograph = (paper * (1 - 0.7 * inked)).clip(0, 255).astype(np.uint8)
     assert find_ink(photograph).box != box, "one threshold for all of it does not do"
-    ink = find_ink(evenly_lit(photograph))
+    ink = find_ink(remove_shading(photograph))
     assert np.abs(np.subtract(ink.box, box)).max() <= 1
     assert not ink.light
     with pytest.raises(NoInk):
-        find_ink(evenly_lit(paper.clip(0, 255).astype(np.uint8)))
+        find_ink(remove_shading(paper.clip(0, 255).astype(np.uint8)))
 
 
 def test_evenly_lit_pictures_stay_as_they_are(digits_set: Path) -> None:
@@ -143,7 +144,7 @@ def test_evenly_lit_pictures_stay_as_they_are(digits_set: Path) -> None:
         stroke(100, 90, (0, 100, 0, 90)),  # much ink and nothing around it
         *open_split(digits_set, "test").read(np.arange(50))[..., 0],
     ):
-        np.testing.assert_array_equal(evenly_lit(picture), picture)
+        np.testing.assert_array_equal(remove_shading(picture), picture)
 
 
 def test_a_dot_that_belongs_to_the_character_stays() -> None:
@@ -162,23 +163,23 @@ def test_a_blank_picture_has_no_ink(level: int) -> None:
 
 
 def test_how_ink_lies_is_measured_on_the_set(digits_set: Path, made_up_set: Path) -> None:
-    digits = Intake.of(open_split(digits_set, "train"))
+    digits = InputAdapter.of(open_split(digits_set, "train"))
     assert digits.image_shape == (8, 8, 1)
     assert digits.frame is not None
     assert (digits.frame.light, digits.frame.side) == (True, 8)
-    assert Intake.of_state(digits.state()) == digits
-    assert Intake.of(open_split(made_up_set, "train")).frame is None, "noise with a band is not ink"
+    assert InputAdapter.from_state_dict(digits.state_dict()) == digits
+    assert InputAdapter.of(open_split(made_up_set, "train")).frame is None, "noise with a band is not ink"
 
 
 def test_emnist_and_mnist_are_told_apart(shared_data: Path) -> None:
     train, _ = find_source("emnist").load(SourceOptions(shared_data / "emnist", split="byclass"))
-    emnist = InkFrame.measured(np.asarray(train.read(np.arange(0, 90_000, 200)))[..., 0].swapaxes(1, 2))
+    emnist = InkFrame.measure(np.asarray(train.read(np.arange(0, 90_000, 200)))[..., 0].swapaxes(1, 2))
     assert emnist is not None
     assert not emnist.by_mass
     assert emnist.side == pytest.approx(EMNIST.side, abs=0.5), "as the paper has it"
     assert emnist.centre == (0, 0)
     images = read_idx(shared_data / "mnist" / "t10k-images-idx3-ubyte.gz")
-    mnist = InkFrame.measured(images[:400])
+    mnist = InkFrame.measure(images[:400])
     assert mnist is not None
     assert mnist.by_mass
     assert mnist.side == pytest.approx(20, abs=0.2), "normalised to fit in a 20x20 box, and centred by mass"
@@ -196,55 +197,55 @@ def png(image: Image.Image) -> bytes:
 
 
 def test_every_kind_of_picture_file_gives_the_same_image() -> None:
-    intake = Intake((28, 28, 1), "pad", EMNIST)
+    adapter = InputAdapter((28, 28, 1), "pad", EMNIST)
     gray = stroke(120, 90, (30, 100, 20, 60))
     plain = Image.fromarray(gray)
-    expected = intake.take(png(plain))
+    expected = adapter.adapt(png(plain))
     assert "dark ink inverted" in expected.done
     assert "90x120" in expected.done
     clear = Image.merge("LA", (Image.new("L", plain.size, 0), Image.fromarray(255 - gray)))
     wide = Image.fromarray(gray.astype(np.uint16) * 257)
     for picture in (plain.convert("RGB"), plain.convert("P"), clear, clear.convert("RGBA"), wide, plain.convert("1")):
-        taken = intake.take(png(picture))
-        assert np.abs(taken.image.astype(int) - expected.image).max() <= 1, picture.mode
-    light = intake.take(png(Image.fromarray(255 - gray)))
+        adapted = adapter.adapt(png(picture))
+        assert np.abs(adapted.image.astype(int) - expected.image).max() <= 1, picture.mode
+    light = adapter.adapt(png(Image.fromarray(255 - gray)))
     assert "inverted" not in light.done
     np.testing.assert_array_equal(light.image, expected.image)
 
 
 def test_an_image_of_the_set_is_taken_as_it_is(digits_set: Path) -> None:
     store = open_split(digits_set, "test")
-    intake = Intake.of(store)
+    adapter = InputAdapter.of(store)
     images = store.read(np.arange(len(store)))
     for image in images:
-        taken = intake.take(png(Image.fromarray(image[..., 0])))
-        assert taken.done == "taken as it is"
-        np.testing.assert_array_equal(taken.image, image)
-    inverted = intake.take(png(Image.fromarray(255 - images[0, ..., 0])))
+        adapted = adapter.adapt(png(Image.fromarray(image[..., 0])))
+        assert adapted.done == "taken as it is"
+        np.testing.assert_array_equal(adapted.image, image)
+    inverted = adapter.adapt(png(Image.fromarray(255 - images[0, ..., 0])))
     assert "dark ink inverted" in inverted.done
     off_centre = np.zeros((28, 28), np.uint8)
     off_centre[2:12, 3:6] = 255
-    assert "centred" in Intake((28, 28, 1), "pad", EMNIST).take(png(Image.fromarray(off_centre))).done
+    assert "centred" in InputAdapter((28, 28, 1), "pad", EMNIST).adapt(png(Image.fromarray(off_centre))).done
 
 
 def test_pictures_for_other_sets_are_brought_to_size(tmp_path: Path) -> None:
     parts = made_up_parts(train=70, shape=(12, 16, 3), transposed=False)
-    intake = Intake.of(open_split(pack_parts(parts, tmp_path / "set"), "train"))
-    assert intake.frame is None
+    adapter = InputAdapter.of(open_split(pack_parts(parts, tmp_path / "set"), "train"))
+    assert adapter.frame is None
     picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    taken = intake.take(png(Image.fromarray(picture)))
-    np.testing.assert_array_equal(taken.image, picture)
-    assert taken.done == "taken as it is"
-    taken = intake.take(png(Image.fromarray(picture).resize((50, 70))))
-    assert taken.image.shape == (12, 16, 3)
-    assert taken.done == "50x70 brought to 16x12 (pad)"
+    adapted = adapter.adapt(png(Image.fromarray(picture)))
+    np.testing.assert_array_equal(adapted.image, picture)
+    assert adapted.done == "taken as it is"
+    adapted = adapter.adapt(png(Image.fromarray(picture).resize((50, 70))))
+    assert adapted.image.shape == (12, 16, 3)
+    assert adapted.done == "50x70 brought to 16x12 (pad)"
 
 
 def test_what_cannot_be_used_says_why() -> None:
-    intake = Intake((28, 28, 1), "pad", EMNIST)
+    adapter = InputAdapter((28, 28, 1), "pad", EMNIST)
     with pytest.raises(Blank, match="stands out"):
-        intake.take(png(Image.new("L", (50, 50), 255)))
+        adapter.adapt(png(Image.new("L", (50, 50), 255)))
     whole = png(Image.fromarray(stroke(120, 90, (30, 100, 20, 60))))
     for content in (b"", b"hello", whole[: len(whole) // 2]):
         with pytest.raises(Unusable):
-            intake.take(content)
+            adapter.adapt(content)

@@ -87,7 +87,7 @@ def test_digits_drawn_large_are_read_as_they_were(digits_run: Path, digits_set: 
     taken = []
     for image in images:
         drawn_large(image, random).save(tmp_path / "drawn.png", compress_level=1)
-        taken.append(predictor.intake.take((tmp_path / "drawn.png").read_bytes()).image)
+        taken.append(predictor.adapter.adapt((tmp_path / "drawn.png").read_bytes()).image)
     agree = said(predictor, taken) == said(predictor, images)
     assert agree.mean() > 0.94
     raw = [np.asarray(drawn_large(image, random).resize((8, 8)))[..., None] for image in images]
@@ -109,7 +109,7 @@ def test_genuine_characters_drawn_large_are_read_as_they_were(shared_data: Path,
     taken = []
     for image in images:
         drawn_large(image, random).save(tmp_path / "drawn.png", compress_level=1)
-        taken.append(predictor.intake.take((tmp_path / "drawn.png").read_bytes()).image)
+        taken.append(predictor.adapter.adapt((tmp_path / "drawn.png").read_bytes()).image)
     before, after, labels = said(predictor, images), said(predictor, taken), store.labels[:1000]
     assert (before == after).mean() > 0.88
     assert (after == labels).mean() > (before == labels).mean() - 0.06

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.stratified import stratified_mask
-from pipeline.ink.adapter import Intake
+from pipeline.ink.adapter import InputAdapter
 from pipeline.loader import Loader
 from pipeline.normalization import load_or_compute_stats
 from pipeline.sampler import SequentialBatchSampler, ShuffledBatchSampler, max_shuffle_window
@@ -38,7 +38,7 @@ _TRAIN_SHARE = 0.75  # of the memory for images, the rest is for the other parts
 class TrainingData:
     """What a run learns from and is judged by.
 
-    spec: of the model input that is evaluated. intake: how other pictures are brought to the set's images.
+    spec: of the model input that is evaluated. adapter: how other pictures are brought to the set's images.
     train: over what remains of the train part; validation: over the part set aside or packed so, None if there
     is none;
     test: over the test part. counts: int64 [C], training samples of each class. digest: stands for both parts.
@@ -47,7 +47,7 @@ class TrainingData:
     manifest: Manifest
     digest: str
     spec: TransformSpec
-    intake: Intake
+    adapter: InputAdapter
     backend: str
     backend_reason: str
     counts: NDArray[np.int64]
@@ -124,7 +124,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         manifest=manifest,
         digest="".join(store.manifest.digest() for store in stores),
         spec=spec,
-        intake=Intake.of(train_store),
+        adapter=InputAdapter.of(train_store),
         backend=backend,
         backend_reason=reason,
         counts=np.bincount(train_store.labels[train], minlength=len(manifest.classes)),

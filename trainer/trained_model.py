@@ -19,7 +19,7 @@ from trainer.settings import Config
 
 _FIELDS = (
     *("model", "config", "classes", "data", "image_shape", "mean", "std"),
-    *("intake", "temperature", "tau", "offsets", "epoch"),
+    *("input_adapter", "temperature", "tau", "offsets", "epoch"),
 )
 
 
@@ -64,7 +64,7 @@ class TrainedModel:
             image_shape=tuple(state["image_shape"]),
             mean=tuple(state["mean"]),
             std=tuple(state["std"]),
-            adapter_state=state["intake"],
+            adapter_state=state["input_adapter"],
             epoch=state["epoch"],
             tau=state["tau"],
             offsets=np.array(state["offsets"], np.float32),
@@ -82,7 +82,7 @@ class TrainedModel:
             "image_shape": list(self.image_shape),
             "mean": list(self.mean),
             "std": list(self.std),
-            "intake": self.adapter_state,
+            "input_adapter": self.adapter_state,
             "epoch": self.epoch,
             "tau": self.tau,
             "offsets": self.posthoc_kwargs()["offsets"].tolist(),

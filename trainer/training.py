@@ -156,7 +156,7 @@ class Training:
             image_shape=spec.image_shape,
             mean=spec.mean,
             std=spec.std,
-            adapter_state=self.data.intake.state(),
+            adapter_state=self.data.adapter.state_dict(),
             epoch=self.epoch,
             tau=self.tau,
             offsets=self.offsets,

@@ -1,10 +1,9 @@
-"""Characters in pictures of any kind, laid as the images of a set have them.
+"""Find the ink in a picture and lay it as the images of a set have it.
 
 EMNIST (Cohen et al. 2017, https://arxiv.org/abs/1702.05373, section II-A) blurs a scan with a Gaussian of sigma 1, cuts
 out the ink, centres it in a square with its proportions kept and two pixels of the scan around it, and resizes that to
 28x28 by cubic interpolation. The same is done here at the size that its scans have. How large the ink then is, and
-whether its box or its centre of mass lies in the middle, is measured on images of the set, so that MNIST's characters
-come to lie as MNIST's.
+whether its box or its centre of mass lies in the middle, is measured on images of the set.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ SCAN_SIDE = 40
 """Pixels of the longer side of the ink in a scan, at which its blur has sigma 1: with 3 pixels of blur and 2 of border
 on either side it fills 40 of 50 pixels, and so 22.4 of 28, as the ink of EMNIST does."""
 _SIGMA = 1.0
-_BLUR_REACH = 4  # pixels, beyond which the Gaussian counts for nothing
+_BLUR_RADIUS = 4  # pixels, beyond which the Gaussian is cut off
 _LARGEST = 1024  # pixels of a side that is looked at; larger pictures are made smaller first
 _LEAST_CONTRAST = 32  # gray levels between ink and background
 _CLEAN = 0.15  # of the contrast: so much noise of the background, or of the ink, is levelled
@@ -35,14 +34,17 @@ _OUTLIERS = 0.5  # percent of the images of a set at either end
 
 
 class NoInk(Exception):
-    """A picture in which nothing stands out; the text says what it is instead."""
+    """A picture without ink; the text says why."""
 
 
 class Ink(NamedTuple):
-    """What stands out in a picture.
+    """The ink of a picture.
 
-    values: float64 [H, W], 0 (background) .. 1 (ink). box: top, bottom, left, right of what is at least half ink, the
-    ends exclusive. light: whether it is lighter than the background. plain: share of the border that is background.
+    Attributes:
+        values: float64 [H, W], 0 (background) .. 1 (ink).
+        box: top, bottom, left, right of what is at least half ink, in pixels, the ends exclusive.
+        light: whether ink is lighter than the background.
+        plain: fraction of the border that is background.
     """
 
     values: NDArray[np.float64]
@@ -74,9 +76,13 @@ class Ink(NamedTuple):
 class InkFrame:
     """How ink lies in the upright images of a set, in their pixels.
 
-    light: whether ink is lighter than the background. by_mass: the centre is that of the mass, else of the box.
-    side: of the ink's box, the longer one. centre: down and right of the middle. least, most: sides that occur.
-    reach: the largest distance from `centre` that occurs, along either axis.
+    Attributes:
+        light: whether ink is lighter than the background.
+        by_mass: whether the centre is that of the mass, else of the box.
+        side: mean length of the longer side of the ink's box.
+        centre: mean position of the centre, down and right of the image's middle.
+        least, most: lengths of `side` that occur.
+        reach: largest distance from `centre` that occurs, along either axis.
     """
 
     light: bool
@@ -88,13 +94,7 @@ class InkFrame:
     reach: float
 
     @classmethod
-    def of_emnist(cls, image_side: int) -> InkFrame:
-        """As EMNIST was made, for images of this side, where nothing was measured."""
-        side = image_side * SCAN_SIDE / (SCAN_SIDE + 10)
-        return cls(True, False, side, (0.0, 0.0), 0.75 * side, 1.2 * side, 1.5)
-
-    @classmethod
-    def measured(cls, images: NDArray[np.uint8]) -> InkFrame | None:
+    def measure(cls, images: NDArray[np.uint8]) -> InkFrame | None:
         """The frame of some images of a set, upright, [N, H, W]; None if they are not ink on a plain
         background, in one place."""
         found = []
@@ -128,19 +128,22 @@ class InkFrame:
 
 
 def find_ink(picture: NDArray[np.uint8]) -> Ink:
-    """Tell ink from background in a picture of gray levels, uint8 [H, W]. Raises `NoInk`.
+    """Separate ink from background in a picture of gray levels, uint8 [H, W].
 
-    Otsu's threshold (1979, https://doi.org/10.1109/TSMC.1979.4310076) parts the levels; the background is what most of
-    the border belongs to, or, where that is not clear, most of the picture.
+    Otsu's threshold (1979, https://doi.org/10.1109/TSMC.1979.4310076) splits the levels. The background is the class of
+    most of the border, or, where that is not clear, of most of the picture.
+
+    Raises:
+        NoInk: if the contrast is low, or all ink is specks.
     """
     counts = np.bincount(picture.reshape(-1), minlength=256).astype(np.float64)
     threshold, dark, bright = _otsu(counts)
     if bright - dark < _LEAST_CONTRAST:
         raise NoInk(f"nothing stands out: {bright - dark:.0f} of 255 gray levels between the darkest and the brightest")
     edge = np.concatenate([picture[0], picture[-1], picture[1:-1, 0], picture[1:-1, -1]])
-    share = float((edge <= threshold).mean())  # of the border, dark
-    clear = min(share, 1 - share) < _UNCLEAR
-    light = share > 0.5 if clear else counts[: threshold + 1].sum() * 2 > picture.size
+    dark_border = float((edge <= threshold).mean())  # fraction
+    clear = min(dark_border, 1 - dark_border) < _UNCLEAR
+    light = dark_border > 0.5 if clear else counts[: threshold + 1].sum() * 2 > picture.size
     background, ink = (dark, bright) if light else (bright, dark)
     values = (picture - background) / (ink - background)
     values = ((values - _CLEAN) / (1 - 2 * _CLEAN)).clip(0, 1)
@@ -148,13 +151,13 @@ def find_ink(picture: NDArray[np.uint8]) -> Ink:
     mask = values >= 0.5
     if not mask.any():
         raise NoInk("nothing but specks")
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-    return Ink(values, box, bool(light), share if light else 1 - share)
+    rows, columns = ndimage.find_objects(mask.view(np.uint8))[0]
+    box = rows.start, rows.stop, columns.start, columns.stop
+    return Ink(values, box, bool(light), dark_border if light else 1 - dark_border)
 
 
 def frame_ink(ink: Ink, frame: InkFrame, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Lay ink as a frame says: uint8 [H, W] of this shape, of the polarity of the set."""
+    """Lay ink as a frame says, in the polarity of the set: uint8 of this shape [H, W]."""
     axes = [
         _axis_weights(length, size, centre, offset, frame.side / ink.side, SCAN_SIDE / frame.side)
         for length, size, centre, offset in zip(
@@ -166,7 +169,7 @@ def frame_ink(ink: Ink, frame: InkFrame, shape: tuple[int, int]) -> NDArray[np.u
     return levels if frame.light else 255 - levels
 
 
-def within(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def limit_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A picture of gray levels [H, W], made smaller if a side has more than 1,024 pixels."""
     image = Image.fromarray(picture)
     image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.BILINEAR, reducing_gap=None)
@@ -176,19 +179,22 @@ def within(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _axis_weights(
     length: int, size: int, centre: float, offset: float, scale: float, scan: float
 ) -> NDArray[np.float64]:
-    """Along one axis, from a picture to the image: float64 [size, length].
+    """Weights float64 [size, length] from a picture to the image along one axis; beyond the picture is background.
 
-    centre: of the ink in the picture. offset: of that from the image's middle. scale: pixels of the image in one of the
-    picture's. scan: pixels of the scan in one of the image's. Beyond the picture there is background.
+    Args:
+        length: of the picture, pixels.
+        size: of the image, pixels.
+        centre: of the ink in the picture.
+        offset: of the centre from the image's middle.
+        scale: pixels of the image in one of the picture's.
+        scan: pixels of the scan in one of the image's.
     """
     scan_size = round(size * scan)
     scan = scan_size / size
     places = centre + ((np.arange(scan_size) + 0.5 - scan_size / 2) / scan - offset) / scale
     scaled = _triangles(places, length, max(1.0, 1 / (scale * scan)))
-    distances = np.subtract.outer(np.arange(scan_size), np.arange(scan_size))
-    kernel = np.exp(-0.5 * (np.arange(-_BLUR_REACH, _BLUR_REACH + 1) / _SIGMA) ** 2)
-    blur = np.where(np.abs(distances) <= _BLUR_REACH, np.exp(-0.5 * (distances / _SIGMA) ** 2), 0) / kernel.sum()
-    return resize_weights(scan_size, size, "cubic") @ blur @ scaled
+    blurred = ndimage.gaussian_filter1d(scaled, _SIGMA, axis=0, mode="constant", radius=_BLUR_RADIUS)
+    return resize_weights(scan_size, size, "cubic") @ blurred
 
 
 def _triangles(places: NDArray[np.float64], length: int, width: float) -> NDArray[np.float64]:
@@ -200,7 +206,7 @@ def _triangles(places: NDArray[np.float64], length: int, width: float) -> NDArra
 
 
 def _otsu(counts: NDArray[np.float64]) -> tuple[int, float, float]:
-    """The level that parts a histogram best, and the mean levels up to it and above it."""
+    """Otsu's threshold of a histogram, and the mean levels up to it and above it."""
     levels = np.arange(len(counts))
     below = counts.cumsum()
     sums = (counts * levels).cumsum()

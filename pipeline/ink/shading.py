@@ -1,4 +1,4 @@
-"""Photographs of paper, on which light falls unevenly: the shading is found and taken away."""
+"""Removal of the shading of photographs of paper, on which light falls unevenly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ROUNDS = 8
 _FAR = 3.0  # times the median distance from the fit: what is further off is ink
 
 
-def evenly_lit(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def remove_shading(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A picture of gray levels [H, W] without the shading of its background; itself where that is even.
 
     The shading is a polynomial of second degree in the place, fitted to the levels by least squares again and again

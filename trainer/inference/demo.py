@@ -49,7 +49,7 @@ class Artist:
 
     def __init__(self, predictor: Predictor) -> None:
         """Raises `UserError` for a run that was not trained on ink."""
-        if predictor.intake.frame is None:
+        if predictor.adapter.frame is None:
             raise UserError(
                 found=f"{predictor.run}, trained on pictures that are not ink on a plain background",
                 expected="a run on characters, such as EMNIST or MNIST",
@@ -71,7 +71,7 @@ class Artist:
             raise Unusable(f"{header.width}x{header.height} pixels, more than {_MOST_PIXELS:,}")
         with self._turn:
             try:
-                taken = self.predictor.intake.take(content)
+                taken = self.predictor.adapter.adapt(content)
             except Blank:
                 return {"top": []}
             seen = self.predictor.predict([taken.image])

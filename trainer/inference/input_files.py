@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ink.adapter import Intake, Unusable
+from pipeline.ink.adapter import InputAdapter, Unusable
 from pipeline.readers.formats.csv import read_csv
 from pipeline.readers.formats.image import EXTENSIONS
 from pipeline.readers.naming import natural_key, printable, some_of
@@ -75,7 +75,7 @@ def read_samples(inputs: Sequence[PictureFile | Store], predictor: Predictor) ->
     """The samples of all inputs in their order, up to `predictor.batch_size` at a time."""
     batch: list[Sample] = []
     for one in inputs:
-        for sample in [_read(one, predictor.intake)] if isinstance(one, PictureFile) else _samples_of(one, predictor):
+        for sample in [_read(one, predictor.adapter)] if isinstance(one, PictureFile) else _samples_of(one, predictor):
             batch.append(sample)
             if len(batch) == predictor.batch_size:
                 yield batch
@@ -92,12 +92,12 @@ def _samples_of(store: Store, predictor: Predictor) -> Iterator[Sample]:
             yield Sample(f"{part} row {store.rows[sample]}", int(store.labels[sample]), image, "as it is stored")
 
 
-def _read(one: PictureFile, intake: Intake) -> Sample:
+def _read(one: PictureFile, adapter: InputAdapter) -> Sample:
     name = printable(str(one.path))
     try:
         if one.path.stat().st_size > MAX_BYTES:
             raise Unusable(f"of more than {MAX_BYTES:,} bytes")
-        taken = intake.take(one.path.read_bytes())
+        taken = adapter.adapt(one.path.read_bytes())
     except Unusable as error:
         return Sample(name, one.label, None, str(error))
     except OSError as error:

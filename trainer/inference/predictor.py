@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.common.device import choose_device
-from pipeline.ink.adapter import Intake
+from pipeline.ink.adapter import InputAdapter
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
 class Predictor:
     """The best checkpoint of a run with the graph that it was trained through, by its decision and temperature.
 
-    intake: how pictures are brought to the images that `predict` takes. Not to be called from two threads at once.
+    adapter: how pictures are brought to the images that `predict` takes. Not to be called from two threads at once.
     """
 
     def __init__(self, run: Path, device: str = "auto") -> None:
@@ -46,17 +46,17 @@ class Predictor:
         self.temperature: float = trained.temperature
         self._decided = Decided(**trained.posthoc_kwargs()).to(self._device)
         self.resolution: int = self._config.data.final_resolution
-        self.intake = Intake.of_state(trained.adapter_state)
+        self.adapter = InputAdapter.from_state_dict(trained.adapter_state)
         self.batch_size = min(self._config.loader.batch_size, _MOST_AT_ONCE)
-        # The intake gives upright images, whichever way round those of the set lie.
+        # The adapter returns upright images, whichever way round those of the set lie.
         self._spec = TransformSpec(
-            image_shape=self.intake.image_shape,
+            image_shape=self.adapter.image_shape,
             transposed=False,
             resolution=self.resolution,
             interpolation=self._config.data.interpolation,
             mean=trained.mean,
             std=trained.std,
-            preparation=self._config.data.preparation(),
+            preprocessing=self._config.data.preparation(),
         )
         backend, _ = choose_backend(self._config.loader.backend, self._device, self._spec)
         self._graph = build_transform(self._spec, backend, self._device, self.batch_size)
@@ -64,7 +64,7 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, images: list[NDArray[np.uint8]]) -> Seen:
-        """Up to `batch_size` images as `Intake.take` gives them.
+        """Up to `batch_size` images as `InputAdapter.adapt` gives them.
 
         Raises `pipeline.transforms.spec.UndecodableImage` for a picture file that the graph cannot decode.
         """
@@ -94,10 +94,10 @@ class Predictor:
                 expected=f"the classes of the run: {' '.join(self.classes)}",
                 hint="name a packed set of the same data set and split",
             )
-        if upright_shape(store) != self.intake.image_shape:
+        if upright_shape(store) != self.adapter.image_shape:
             raise UserError(
                 found=f"{place} with images of shape {upright_shape(store)}",
-                expected=f"{self.intake.image_shape}, as the run was trained on",
+                expected=f"{self.adapter.image_shape}, as the run was trained on",
                 hint="name a packed set of such images, or picture files, which may have any size",
             )
 
