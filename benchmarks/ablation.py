@@ -3,16 +3,15 @@
     python benchmarks/ablation.py [key=value ...] [--plan FILE.yaml] [--shards DIR] [--seeds 3]
                                   [--budget-minutes M] [--out DIR]
 
-A plan names a base configuration, the overrides that make it the recipe to be compared with, and additions, each of
-them a name and more overrides. Every one is trained once for each seed, in turn, in a fresh process, over the same
-images, from the same first weights, with the same validation part. Additions that gain more than the standard error on
-the validation part, in accuracy or macro F1 and not one at the cost of the other, are then trained together. A teacher
-takes a run of its own and is no part of that; if one helps, the runs of all that help teach others like them. The test
-part is evaluated once a run, and chooses nothing.
+A plan names a base configuration, the overrides that make it the recipe to compare with, and additions, each with a
+name and further overrides. Every variant is trained once per seed in a fresh process, on the same images, from the same
+initial weights and with the same validation split. The report gives the gain of each addition over the recipe; which
+additions to adopt is left to the reader. An addition with a `teacher` is distilled from that variant's run of the same
+seed, so it takes one more run.
 
-What has been run with the same settings on the same data is not run again, so that a stopped ablation goes on; further
-overrides (key=value) hold for all runs. Writes .jsonl, a line as soon as a run is over, then .md and .png, all of them
-named as the plan.
+Runs that are already recorded with the same settings and data are not repeated, so a stopped ablation resumes.
+Overrides on the command line (key=value) apply to all runs. Writes NAME.jsonl (a line per run), NAME.md and NAME.png,
+where NAME is the plan's.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ import yaml
 
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import in_process
-from benchmarks.training.ablation_report import draw, markdown, overrides_that_help
+from benchmarks.training.ablation_report import draw, markdown
 from shards.atomic import make_directory, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError
@@ -51,8 +50,6 @@ from trainer.training import make_training
 DEFAULT_OUT = Path("benchmarks/out")
 DEFAULT_PLAN = Path("benchmarks/training/plans/ablation.yaml")
 RECIPE = "recipe"
-TOGETHER = "all that help"
-TAUGHT = "all that help, taught by such a run"
 SEEDS = 3
 
 
@@ -114,10 +111,10 @@ def read_plan(path: Path, common: list[str]) -> Plan:
         ) from None
     names = [variant.name for variant in plan.variants]
     strange = plan.teachers - set(names)
-    if len(set(names)) < len(names) or {TOGETHER, TAUGHT} & set(names) or strange:
+    if len(set(names)) < len(names) or strange:
         raise UserError(
             found=f"{path} with additions {', '.join(names)}" + (f" taught by {min(strange)}" if strange else ""),
-            expected=f"names that differ, none of them {TOGETHER} or {TAUGHT}, and teachers among them",
+            expected=f"distinct names, none of them {RECIPE}, and teachers among them",
             hint="rename one",
         )
     return plan
@@ -138,7 +135,7 @@ def measure(settings: Config, keep: Path | None) -> dict[str, Any]:
             with directory.best.open("rb") as source, replace_file(keep) as target:
                 shutil.copyfileobj(source, target)
         decision = training.decision
-        assert decision is not None, "an ablation chooses by a validation part"
+        assert decision is not None, "an ablation needs a validation split"
         return {
             "tau": decision.tau,
             "best_epoch": training.best_epoch,
@@ -214,44 +211,17 @@ class Ablation:
             variant.settings(self.plan, 0, self.shards, self.kept)
 
     def run(self) -> bool:
-        """Run all, seed by seed, then what helps together; whether it was done before the time was over."""
-        if not all(self._run(variant, seed) for seed in range(self.seeds) for variant in self.plan.variants):
-            return False
-        return all(self._run(variant, seed) for variant in self.together() for seed in range(self.seeds))
+        """Run every variant, seed by seed.
 
-    def together(self) -> list[Variant]:
-        """The additions that help, in one, once all have been run, and the same taught by it if a teacher helps.
-
-        Empty if fewer than two help.
+        Returns:
+            Whether all runs were completed within the time budget.
         """
-        rows = self.rows(self.plan.variants)
-        if any(len(row["records"]) < self.seeds for row in rows):
-            return []
-        chosen = [one for name in self._that_help(rows) for one in self.plan.additions if one.name == name]
-        alone = [one for one in chosen if one.teacher is None]
-        if len(alone) < 2:
-            return []
-        merged = {key: value for one in alone for key, value in one.overrides.items()}
-        taught = [Variant(TAUGHT, merged | one.overrides, TOGETHER) for one in chosen if one.teacher is not None]
-        return [Variant(TOGETHER, merged), *taught[:1]]
+        return all(self._run(variant, seed) for seed in range(self.seeds) for variant in self.plan.variants)
 
-    def table(self) -> list[dict[str, Any]]:
-        """A row for each variant that has been run: its name, its records by seed, and whether it helps."""
-        together = self.together()
-        rows = self.rows([*self.plan.variants, *together])
-        chosen = self._that_help(rows)
-        combined = {one.name for one in together}
-        return [
-            row | {"helps": row["name"] in chosen, "together": row["name"] in combined}
-            for row in rows
-            if row["records"]
-        ]
-
-    def _that_help(self, rows: list[dict[str, Any]]) -> list[str]:
-        return overrides_that_help(rows, {one.name: one.overrides for one in self.plan.additions})
-
-    def rows(self, variants: Any) -> list[dict[str, Any]]:
-        return [{"name": variant.name, "records": dict(self._found(variant))} for variant in variants]
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per variant that has been run: its name and its records by seed."""
+        rows = [{"name": variant.name, "records": dict(self._found(variant))} for variant in self.plan.variants]
+        return [row for row in rows if row["records"]]
 
     def _found(self, variant: Variant) -> Iterator[tuple[int, dict[str, Any]]]:
         for seed in range(self.seeds):
@@ -261,8 +231,7 @@ class Ablation:
 
     def _run(self, variant: Variant, seed: int) -> bool:
         settings = variant.settings(self.plan, seed, self.shards, self.kept)
-        teaches = variant.name in self.plan.teachers or (variant.name == TOGETHER and self.plan.teachers)
-        keep = checkpoint_of(self.kept, variant.name, seed) if teaches else None
+        keep = checkpoint_of(self.kept, variant.name, seed) if variant.name in self.plan.teachers else None
         if self.results.find(settings, self._data) and (keep is None or keep.exists()):
             return True
         if time.monotonic() > self.until:
@@ -306,7 +275,7 @@ def main() -> int:
     if arguments.budget_minutes is not None:
         ablation = replace(ablation, until=time.monotonic() + 60 * arguments.budget_minutes)
     complete = ablation.run()
-    rows = ablation.table()
+    rows = ablation.rows()
     if rows:
         text = markdown(rows)
         write_file(out.with_suffix(".md"), text + "\n")

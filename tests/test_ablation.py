@@ -1,4 +1,4 @@
-"""An ablation runs what its plan asks for once, goes on where it was stopped, and chooses by validation alone."""
+"""An ablation runs what its plan asks for once, resumes where it was stopped, and reports gains by seed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from conftest import ROOT
 from PIL import Image
 
 from benchmarks import ablation
-from benchmarks.ablation import RECIPE, TAUGHT, TOGETHER, Results, identity_of, read_plan
-from benchmarks.training.ablation_report import FIGURES, far_off, markdown, mean_and_error, overrides_that_help
+from benchmarks.ablation import RECIPE, Results, identity_of, read_plan
+from benchmarks.training.ablation_report import FIGURES, far_off, gains, markdown, mean_and_error
 from shards import UserError
 from trainer.config import load
 
@@ -72,7 +72,7 @@ def test_it_goes_on_where_it_was_stopped(
     shown = run()
     assert calls[3:6] == [(1e-5, 1), (3e-3, 1), (2e-3, 1)]
     records = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert len(records) == len(calls) == (8 if TOGETHER in shown else 6)
+    assert len(records) == len(calls) == 6
     assert len({record["images_seen"] for record in records}) == 1, "equal compute"
     for record in records:
         assert record["environment"]["processor"] and record["test"]["samples"] == 359
@@ -121,7 +121,6 @@ def test_the_plans_beside_it_are_ones(path: Path) -> None:
     ("additions", "word"),
     [
         ([{"name": RECIPE}], RECIPE),
-        ([{"name": TOGETHER}], TOGETHER),
         ([{"name": "a", "teacher": "b"}], "taught by b"),
         ([{"set": {}}], "name"),
     ],
@@ -144,36 +143,23 @@ def row(name: str, validation: list[tuple[float, float]], test: float = 0.5) -> 
         }
         for seed, figures in enumerate(validation)
     }
-    return {"name": name, "records": records, "helps": False}
+    return {"name": name, "records": records}
 
 
-def test_what_helps_is_what_gains_more_than_its_error_on_validation() -> None:
-    recipe = [(0.80, 0.60), (0.82, 0.64), (0.81, 0.62)]  # seeds differ by more than additions gain
+def test_gains_are_paired_by_seed() -> None:
+    recipe = [(0.80, 0.60), (0.82, 0.64), (0.81, 0.62)]  # seeds differ by more than the addition gains
     rows = [
         row("recipe", recipe, test=0.9),
-        row("both", [(a + 0.01, f + 0.01) for a, f in recipe], test=0.1),  # test does not matter
-        row("one at the other's cost", [(a - 0.01, f + 0.03) for a, f in recipe]),
-        row("one alone", [(a - e, f + 0.02) for (a, f), e in zip(recipe, (0.01, -0.01, 0.0), strict=True)]),
-        row("noise", [(0.84, 0.66), (0.80, 0.62), (0.81, 0.62)]),
-        row("worse", [(a - 0.01, f) for a, f in recipe], test=1.0),
-        row("more of it", [(a + 0.02, f + 0.02) for a, f in recipe]),
-        row("that with something worse", [(a + 0.015, f + 0.015) for a, f in recipe]),
+        row("both", [(a + 0.01, f + 0.02) for a, f in recipe], test=0.1),
     ]
-    overrides = {
-        "both": {"a": 1},
-        "one at the other's cost": {"b": 1},
-        "one alone": {"e": 1},
-        "noise": {"c": 1},
-        "worse": {"d": 1},
-        "more of it": {"a": 2},
-        "that with something worse": {"a": 2, "f": [1, 2]},
-    }
-    assert overrides_that_help(rows, overrides) == ["more of it", "one alone"], "a=2 is better than a=1"
+    for metric, gain in zip(FIGURES, (0.01, 0.02), strict=True):
+        mean, error = mean_and_error(gains(rows[1], rows[0], "validation", metric))
+        assert mean == pytest.approx(gain) and error == pytest.approx(0, abs=1e-9)
     text = markdown(rows)
     assert "| +1" not in text and "-80.00 ± 0.00" in text
 
 
-def test_a_teacher_is_no_part_of_equal_compute(
+def test_a_teacher_is_the_run_of_the_same_seed(
     digits_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     additions = [
@@ -199,10 +185,9 @@ def test_a_teacher_is_no_part_of_equal_compute(
     monkeypatch.setattr(sys, "argv", ["ablation.py", *options])
     assert ablation.main() == 0
     records = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
-    assert [record["variant"] for record in records[-2:]] == [TOGETHER, TAUGHT]
-    assert taught_by == [None, None, None, "faster-0.pt", None, "all-that-help-0.pt"]
-    assert records[-2]["overrides"] == {"optim.lr": 3e-3, "model.drop_rate": 0.1}
-    assert records[-1]["validation"]["accuracy"] == pytest.approx(0.53)
+    assert [record["variant"] for record in records] == [RECIPE, "faster", "little dropout", "taught"]
+    assert taught_by == [None, None, None, "faster-0.pt"]
+    assert records[-1]["overrides"] == {"teacher.weight": 0.3}
 
 
 def test_the_standard_error_is_that_of_a_mean() -> None:

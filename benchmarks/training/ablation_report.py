@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from benchmarks.common.harness import table
 
 FIGURES = {"accuracy": "accuracy", "macro_f1": "macro F1"}
-_ACCENT, _QUIET, _GRAY = "#1d4ed8", "#a8a29e", "#57534e"
+_ACCENT, _GRAY = "#1d4ed8", "#57534e"
 _LABEL_WIDTH = 36  # letters of a name beside the plot, in a line
 
 
@@ -34,34 +34,6 @@ def gains(row: dict[str, Any], recipe: dict[str, Any], part: str, figure: str) -
     return [own[seed][part][figure] - base[seed][part][figure] for seed in own if seed in base]
 
 
-def overrides_that_help(rows: list[dict[str, Any]], overrides: dict[str, dict[str, Any]]) -> list[str]:
-    """Names of the additions that help, the most helpful first.
-
-    An addition helps if the mean of its gains in accuracy and macro F1 on the validation part is above its standard
-    error between seeds, and neither falls by more than its own: what buys one with the other is no help. Of two that
-    set the same thing differently the more helpful one is taken; so is it alone where the other sets all that it does,
-    and more.
-    """
-    recipe = rows[0]
-    helpful = []
-    for row in rows[1:]:
-        if row["name"] not in overrides or not row["records"]:
-            continue
-        by_figure = [gains(row, recipe, "validation", figure) for figure in FIGURES]
-        mean, error = mean_and_error([statistics.mean(pair) for pair in zip(*by_figure, strict=True)])
-        falls = any(gain < -spread for gain, spread in map(mean_and_error, by_figure))
-        if mean > error and not falls:
-            helpful.append((mean, row["name"]))
-    chosen: list[str] = []
-    settled: dict[str, Any] = {}
-    for _, name in sorted(helpful, key=lambda pair: -pair[0]):
-        agrees = all(settled.get(key, value) == value for key, value in overrides[name].items())
-        if agrees and not any(overrides[better].items() <= overrides[name].items() for better in chosen):
-            settled |= overrides[name]
-            chosen.append(name)
-    return chosen
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table with mean and standard error of every figure, in percent, and of the gains over the recipe, in points."""
     head = ["variant", "seeds"]
@@ -71,7 +43,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         records = list(row["records"].values())
-        cells = [row["name"] + (" *" if row["helps"] else ""), str(len(records))]
+        cells = [row["name"], str(len(records))]
         for part in ("validation", "test"):
             cells += [_shown([one[part][figure] for one in records]) for figure in FIGURES]
         cells += ["" if row is recipe else _shown(gains(row, recipe, "test", figure), "+") for figure in FIGURES]
@@ -81,9 +53,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     notes = (
         f"{first['images_seen']:,} images seen in each run, mean and standard error over seeds, in percent; gains in "
         "points, between runs of the same seed.\n"
-        "* taken: the mean of both gains on the validation part is above its standard error, neither falls by more "
-        "than its own, and no better one sets the same otherwise or is part of it; a teacher in the last row alone. "
-        "The test part was evaluated once a run and chose no addition.\n"
         f"{first['environment']['cores']} cores of {first['environment']['processor']}, "
         f"{first['environment']['device']}."
     )
@@ -108,7 +77,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         found = [mean_and_error([100 * gain for gain in gains(row, recipe, "test", name)]) for row in others]
         far = far_off([mean for mean, _ in found])
         for place, row, (mean, error) in zip(places, others, found, strict=True):
-            color = _ACCENT if row["helps"] or row["together"] else _QUIET
             if place == far:  # it would squeeze all others
                 side = "left" if mean < 0 else "right"
                 axes.annotate(
@@ -122,8 +90,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 )
                 continue
             judged, _ = mean_and_error([100 * gain for gain in gains(row, recipe, "validation", name)])
-            axes.plot(judged, place + 0.17, "o", color="white", markeredgecolor=color, markersize=4.5)
-            axes.errorbar(mean, place - 0.1, xerr=error, fmt="o", color=color, markersize=6.5, capsize=3, linewidth=1.6)
+            axes.plot(judged, place + 0.17, "o", color="white", markeredgecolor=_ACCENT, markersize=4.5)
+            axes.errorbar(
+                mean, place - 0.1, xerr=error, fmt="o", color=_ACCENT, markersize=6.5, capsize=3, linewidth=1.6
+            )
         shown = [one["test"][name] for one in recipe["records"].values()]
         axes.set_title(label, loc="left", fontsize=10.5, weight="bold")
         axes.set_xlabel(f"gain over the recipe's {_shown(shown)} %, points")
@@ -145,7 +115,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     )
     figure.supxlabel(
         f"Full dot: test part, mean of {seeds} {'seed' if seeds == 1 else 'seeds'} and its standard error; hollow: "
-        "validation part, by which those in blue were chosen",
+        "validation part",
         fontsize=8.5,
         color=_GRAY,
     )
