@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error
 
-from pipeline.raw.download import Download, fetch
+from pipeline.readers.download import Download, fetch
 from shards import UserError
 from shards.remote import base
 
@@ -249,7 +249,7 @@ def test_a_full_disk_is_not_taken_for_a_broken_network(server: Server, tmp_path:
         f"""
         import resource
         from pathlib import Path
-        from pipeline.raw.download import Download, fetch
+        from pipeline.readers.download import Download, fetch
         from shards.cli import run_command
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         run_command(lambda: fetch({server.download!r}, Path({str(tmp_path / "raw")!r}), "") and 0)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.base import DatasetSource
-from pipeline.raw.download import Download
+from pipeline.readers.download import Download
 from pipeline.readers.naming import text_column
 from pipeline.readers.raw_dir import PublishedArchive, RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions

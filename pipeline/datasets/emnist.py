@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.datasets.base import DatasetSource
-from pipeline.raw.download import Download
+from pipeline.readers.download import Download
 from pipeline.readers.formats.idx import decode_pair
 from pipeline.readers.raw_dir import PublishedArchive, RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions

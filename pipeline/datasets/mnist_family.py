@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from pipeline.datasets.base import DatasetSource
-from pipeline.raw.download import Download, fetch
+from pipeline.readers.download import Download, fetch
 from pipeline.readers.formats.idx import decode_pair
 from pipeline.readers.raw_dir import RawDirectory
 from pipeline.readers.raw_split import RawSplit, SourceOptions

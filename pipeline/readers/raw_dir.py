@@ -6,10 +6,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.raw.download import Download, fetch
 from pipeline.readers.archives.file_trees import FileTree
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.archives.zip_tar import open_tree
+from pipeline.readers.download import Download, fetch
 from shards.errors import UserError, no_permission
 from shards.manifest import RawFile
 
