@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-import os
 import stat
 import struct
 import tarfile
-import threading
 import zipfile
 import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from functools import cached_property
 from pathlib import Path
+
+from isal import isal_zlib
 
 from pipeline.readers.archives.compression import decompress, is_compressed
 from pipeline.readers.archives.file_trees import DirectoryTree, FileTree, check_size, inner_name, is_hidden
@@ -29,6 +29,8 @@ from shards.errors import first_line, no_permission
 from shards.manifest import RawFile
 from shards.stores.image_header import MAX_BYTES
 
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of name and extra field
+_DEFLATED_END = 8  # a deflated member may be this much longer than what it holds
 _CHUNK = 1 << 20
 _TAR_BLOCK = 512
 _MAX_TAR_HEADER = 1 << 20  # bytes of a long name or a PAX header
@@ -59,12 +61,14 @@ class ZipTree(_Archive):
     """
 
     def __init__(self, place: Path) -> None:
+        self._file = open_file(place)
         members: dict[str, zipfile.ZipInfo] = {}
         try:
-            self._zip = zipfile.ZipFile(open_file(place).file)
+            with zipfile.ZipFile(place) as archive:
+                infos = archive.infolist()
         except _ZIP_ERRORS as error:
             raise CorruptFileError(first_line(error)) from None
-        for info in self._zip.infolist():
+        for info in infos:
             if info.is_dir():
                 continue
             name = _checked_name(info.filename, members)
@@ -79,35 +83,40 @@ class ZipTree(_Archive):
                 raise CorruptFileError(f"{member} is compressed by method {info.compress_type}, not by deflate (8)")
             members[name] = info
         self._members = members
-        self._process = os.getpid()
-        self._lock = threading.Lock()
         super().__init__(place, natural_order(members))
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
+        """Read a member; see `FileTree.read`.
+
+        Not by `zipfile`, which takes 25 us a member where this takes 3 (stored JPEGs), and whose position in the file
+        forked processes share: packing 60,000 of them took 13 to 14 s of CPU time instead of 10.
+        """
         info = self._members[name]
-        check_size(info.file_size, max_bytes)
-        return b"".join(self._chunks(info, info.file_size + 1))
+        check_size(max(info.file_size, info.compress_size - _DEFLATED_END), max_bytes)
+        header = self._file.read(info.header_offset, _LOCAL_HEADER.size)
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        if signature != b"PK\x03\x04":
+            raise CorruptFileError("the archive has something else in its place")
+        start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        content = self._file.read(start, info.compress_size)
+        if info.compress_type == zipfile.ZIP_DEFLATED:
+            try:
+                content = isal_zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, info.file_size + 1)
+            except isal_zlib.error as error:
+                raise CorruptFileError(f"it does not decompress: {first_line(error)}") from None
+        if len(content) != info.file_size or isal_zlib.crc32(content) != info.CRC:
+            raise CorruptFileError("it differs from its checksum in the archive")
+        return content
 
     def unpack(self, name: str) -> StoredFile:
         """A member that may be larger than the memory, checked and copied to a temporary file."""
         info = self._members[name]
         limit = min(info.file_size, max_expanded_bytes(info.compress_size))
-        return write_temp_file(self._chunks(info, _CHUNK), self.place_of(name), limit)
-
-    def _chunks(self, info: zipfile.ZipInfo, size: int) -> Iterator[bytes]:
-        """The content of a member, `size` bytes at a time; zipfile checks its CRC-32 at the end."""
-        with self._lock:
-            if self._process != os.getpid():  # forked processes share the position in an open file
-                self._zip.fp, self._process = open(self.place, "rb"), os.getpid()
         try:
-            with self._zip.open(info) as content:
-                while chunk := content.read(size):
-                    yield chunk
+            with zipfile.ZipFile(self.place) as archive, archive.open(info) as content:
+                return write_temp_file(iter(lambda: content.read(_CHUNK), b""), self.place_of(name), limit)
         except _ZIP_ERRORS as error:
-            crc = "CRC" in str(error)
-            raise CorruptFileError(
-                "it differs from its checksum in the archive" if crc else first_line(error)
-            ) from None
+            raise CorruptFileError(first_line(error)) from None
 
 
 class TarTree(_Archive):
