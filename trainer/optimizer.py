@@ -21,7 +21,6 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from trainer.lion import Lion
 from trainer.settings import Config, Optim, Schedule
 
 _SLOW = "lookahead_slow_buff"  # as timm names it
@@ -33,7 +32,7 @@ def make_optimizer(model: torch.nn.Module, settings: Optim) -> torch.optim.Optim
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups = timm.optim.param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
     if settings.name == "lion":
-        return Lion(groups, lr=settings.lr)
+        return timm.optim.Lion(groups, lr=settings.lr, foreach=True)
     if settings.name == "sgd":
         return torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
     if settings.name == "sgd_lookahead":
