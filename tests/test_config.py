@@ -43,6 +43,7 @@ def test_every_recipe_loads_and_is_complete(path: Path) -> None:
     unused = {"loss.effective_beta"}
     unused |= set() if config.model.plain else {"model.filters", "model.kernel", "model.dense"}
     unused |= set() if config.model.pretrained else {"model.gray_stem"}
+    unused |= {"model.channel_multiplier", "model.depth_multiplier"}
     for section in ("data", "loader", "model", "loss", "trainer", "checkpoint"):
         missing = {f"{section}.{name}" for name in type(getattr(config, section)).model_fields} - given
         assert missing <= unused, "a recipe says all that it uses"
@@ -282,6 +283,8 @@ def test_everything_else_must_stay_when_a_run_is_resumed() -> None:
         (["loss.effective_beta=0.9"], "loss.effective_beta"),
         (["mixing.cutmix_alpha=0.9"], "mixing.cutmix_alpha"),
         (["model.drop_path_rate=0.1"], "model.drop_path_rate"),
+        (["model.channel_multiplier=1.1"], "model.channel_multiplier"),
+        (["model.depth_multiplier=1.2"], "model.depth_multiplier"),
         (["model.filters=[8, 16]"], "model.filters"),
         (["model.kernel=5"], "model.kernel"),
         (["model.dense=[64]"], "model.dense"),
@@ -305,7 +308,7 @@ def test_a_warm_up_without_an_end_is_told(name: str, warmup: int) -> None:
         ["optim.name=sgd_lookahead", "optim.momentum=0.8"],
         ["optim.name=sgd", "optim.momentum=0.8"],
         ["model.name=lenet", "model.filters=[8, 16]", "model.kernel=3", "model.dense=[64]"],
-        ["model.name=cifar_efficientnet", "model.drop_path_rate=0.1"],
+        ["model.name=cifar_efficientnet", "model.drop_path_rate=0.1", "model.channel_multiplier=1.1"],
         ["loss.class_weights=effective", "loss.effective_beta=0.9"],
         ["mixing.probability=0.5", "mixing.cutmix_alpha=0.9"],
     ],

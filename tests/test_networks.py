@@ -12,8 +12,7 @@ from torch import nn
 from shards import UserError
 from trainer import model as model_module
 from trainer.model import make_model
-from trainer.networks import SMALLEST, efficientnet, plain, squeezenet, three_block_cnn
-from trainer.networks.efficientnet import STRIDES_224, SqueezeExcitation, StochasticDepth, efficientnet_b0
+from trainer.networks import SMALLEST, efficientnet_cifar, plain, squeezenet, three_block_cnn
 from trainer.networks.plain import PLAIN
 from trainer.settings import OWN, Model
 
@@ -117,7 +116,7 @@ def test_features_come_out_below_a_head(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "names"),
-    [(plain, [*PLAIN]), (efficientnet, ["cifar_efficientnet"]), (squeezenet, ["squeezenet1_1"])],
+    [(plain, [*PLAIN]), (efficientnet_cifar, ["cifar_efficientnet"]), (squeezenet, ["squeezenet1_1"])],
     ids=["plain", "efficientnet", "squeezenet"],
 )
 def test_the_documentation_counts_the_parameters(module: object, names: list[str]) -> None:
@@ -129,59 +128,35 @@ def test_the_documentation_counts_the_parameters(module: object, names: list[str
     assert f"{small:,}" in three_block_cnn.three_block_cnn.__doc__
 
 
-def test_the_blocks_are_those_of_efficientnet() -> None:
-    """With the strides and the weights of timm's EfficientNet-B0, the outputs are the same."""
+# Width and depth multipliers of timm's EfficientNets.
+VARIANTS = {"b0": (1.0, 1.0), "b2": (1.1, 1.2)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_multipliers_make_every_efficientnet(variant: str) -> None:
+    """At the published strides the outputs are those of timm's model with the same weights."""
+    width, depth = VARIANTS[variant]
     torch.manual_seed(0)
-    theirs = timm.create_model("efficientnet_b0", num_classes=CLASSES).eval().double()
-    ours = efficientnet_b0(3, CLASSES, strides=STRIDES_224)[0].eval().double()
-    state = {}
-    for (own, mine), (name, value) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
-        assert mine.shape == value.shape
-        # Statistics and scales that are not all 0 and 1, so that a norm in another place would show.
-        drawn = name.endswith(("running_mean", "running_var", "bias")) or mine.ndim == 1
-        state[own] = torch.rand_like(value) * 0.5 + 0.75 if drawn else value
-    ours.load_state_dict(state)
-    theirs.load_state_dict(dict(zip(theirs.state_dict(), state.values(), strict=True)))
+    theirs = timm.create_model(f"efficientnet_{variant}", num_classes=CLASSES).eval().double()
+    ours = made("cifar_efficientnet", channel_multiplier=width, depth_multiplier=depth).double()
+    ours.load_state_dict(theirs.state_dict())
     images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
-    expected = theirs(images)
-    assert expected.std() > 0.01
-    torch.testing.assert_close(ours(images), expected)
+    assert not torch.allclose(ours(images), theirs(images))
+    ours.conv_stem.stride = ours.blocks[1][0].conv_dw.stride = (2, 2)
+    assert torch.equal(ours(images), theirs(images))
 
 
 def test_the_stem_for_small_images_leaves_something_to_see() -> None:
-    blocks = made("cifar_efficientnet")[:-4]
-    assert blocks(torch.rand(2, 3, 32, 32)).shape[2:] == (4, 4)
-    coarse = efficientnet_b0(3, CLASSES, strides=STRIDES_224)[0].eval()[:-4]
-    assert coarse(torch.rand(2, 3, 32, 32)).shape[2:] == (1, 1)
+    images = torch.rand(2, 3, 32, 32)
+    assert made("cifar_efficientnet").forward_features(images).shape[2:] == (4, 4)
+    assert timm.create_model("efficientnet_b0").eval().forward_features(images).shape[2:] == (1, 1)
 
 
-def test_stochastic_depth_leaves_out_whole_branches_and_keeps_the_mean() -> None:
-    torch.manual_seed(0)
-    depth = StochasticDepth(0.25)
-    branch = torch.ones(4000, 2, 3, 3)
-    out = depth.train()(branch)
-    kept = out[:, 0, 0, 0] > 0
-    torch.testing.assert_close(out, (kept.float() / 0.75).view(-1, 1, 1, 1).expand_as(out))
-    assert out.mean() == pytest.approx(1, abs=0.05)
-    assert torch.equal(depth.eval()(branch), branch)
-    assert not StochasticDepth(1.0).train()(branch).any()
-
-
-def test_deeper_branches_are_left_out_more_often() -> None:
-    model = efficientnet_b0(3, CLASSES, drop_path_rate=0.2)[0]
-    rates = [module.rate for module in model.modules() if isinstance(module, StochasticDepth)]
+def test_dropout_and_stochastic_depth_reach_the_blocks() -> None:
+    model = made("cifar_efficientnet", drop_rate=0.3, drop_path_rate=0.2)
+    rates = [getattr(module.drop_path, "drop_prob", 0.0) for stage in model.blocks for module in stage]
     assert rates == pytest.approx([0.2 * depth / 16 for depth in range(16)])
-
-
-def test_squeeze_and_excitation_scales_channels_by_their_means() -> None:
-    torch.manual_seed(0)
-    layer = SqueezeExcitation(4, 2)
-    features = torch.rand(3, 4, 5, 5)
-    scales = layer(features) / features
-    torch.testing.assert_close(scales, scales[:, :, :1, :1].expand_as(scales))
-    permuted = features.flatten(2)[:, :, torch.randperm(25)].view_as(features)
-    torch.testing.assert_close(layer(permuted) / permuted, scales)
-    assert ((scales > 0) & (scales < 1)).all()
+    assert model.drop_rate == 0.3
 
 
 def test_squeezenet_has_a_new_head() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shards.errors import UserError, first_line
-from trainer.networks.efficientnet import efficientnet_b0
+from trainer.networks.efficientnet_cifar import efficientnet_cifar
 from trainer.networks.plain import plain
 from trainer.networks.squeezenet import PUBLISHED as SQUEEZENET_WEIGHTS
 from trainer.networks.squeezenet import squeezenet1_1
@@ -197,7 +197,14 @@ def _backbone(settings: Model, channels: int, classes: int) -> tuple[nn.Module, 
     if settings.name == SMALL_CNN:
         return three_block_cnn(channels, classes, settings.drop_rate)
     if settings.name == "cifar_efficientnet":
-        return efficientnet_b0(channels, classes, settings.drop_rate, settings.drop_path_rate)
+        return efficientnet_cifar(
+            channels,
+            classes,
+            settings.drop_rate,
+            settings.drop_path_rate,
+            settings.channel_multiplier,
+            settings.depth_multiplier,
+        )
     return _begin(
         settings,
         published=lambda: _published_squeezenet(channels, classes, settings.drop_rate),

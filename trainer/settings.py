@@ -114,6 +114,11 @@ class Model(Section):
     """Dropout before the classifier; in cifar_cnn, lenet and their like before every dense layer."""
     drop_path_rate: Share = 0.0
     """Stochastic depth: share of residual branches left out in the last block."""
+    channel_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the widths of cifar_efficientnet: 1 for B0 and B1, then 1.1, 1.2, 1.4, 1.6, 1.8 and 2 for B2 to B7."""
+    depth_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the number of blocks of cifar_efficientnet: 1, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6 and 3.1 for B0 to B7, whose
+    drop_rate is 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5 and 0.5."""
     stem_stride: Literal[1] | None = None
     """1 has the first convolution of a timm model step by one pixel instead of two, for small images: features of twice
     the size, at four times the work. null for the model's own."""
@@ -337,6 +342,9 @@ class Config(Section):
             yield "teacher.weight and teacher.temperature have no effect without teacher.run"
         if self.model.name in OWN and self.model.name != "cifar_efficientnet" and self.model.drop_path_rate > 0:
             yield f"model.drop_path_rate has no effect on {self.model.name}, which has no residual branches"
+        for setting in sorted(given & {"model.channel_multiplier", "model.depth_multiplier"}):
+            if self.model.name != "cifar_efficientnet":
+                yield f"{setting} has no effect on {self.model.name}, only on cifar_efficientnet"
         for setting in sorted(given & {"model.filters", "model.kernel", "model.dense"}):
             if self.model.plain is None:
                 yield f"{setting} has no effect on {self.model.name}, which takes no such change"
