@@ -1,6 +1,7 @@
 """EfficientNet for 32x32 images: timm's blocks with smaller strides.
 
-Tan and Le 2019, https://arxiv.org/abs/1905.11946. 4,020,358 parameters with 3 channels, 10 classes and multipliers of 1.
+Tan and Le 2019, https://arxiv.org/abs/1905.11946. 4,020,358 parameters with 3 channels and 10 classes,
+where the multipliers are 1.
 """
 
 from __future__ import annotations
