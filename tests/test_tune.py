@@ -25,7 +25,6 @@ from trainer import config, engine
 from trainer.run import main as run_main
 from trainer.run_directory import RunDirectory
 from trainer.tune import search_space as search
-from trainer.tune import sweep
 from trainer.tune.__main__ import main
 from trainer.tune.search_charts import parallel_chart
 from trainer.tune.study import Result, Study, importances
@@ -543,39 +542,3 @@ def test_without_optuna_the_extra_is_named(tmp_path: Path, recipe: Path, monkeyp
         tune_here(monkeypatch, written(tmp_path, recipe))
     assert "inkstream[tune]" in caught.value.hint
     assert not (tmp_path / "study").exists()
-
-
-def test_a_space_is_exported_as_a_sweep(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    space = {
-        "optim.lr": LR,
-        "loader.batch_size": {"type": "int", "low": 32, "high": 128, "step": 32},
-        "model.head_hidden": {"type": "categorical", "choices": [None, 64]},
-        "model.drop_rate": {"type": "float", "low": 0, "high": 0.5},
-    }
-    path = written(tmp_path, recipe, space=space, repeats=3, settings={"trainer.epochs": 2})
-    assert tune_here(monkeypatch, path, "--wandb-sweep", tmp_path / "sweep.yaml") == 0
-    assert not (tmp_path / "study").exists()
-    found = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
-    assert found["metric"] == {"name": "validation.accuracy", "goal": "maximize"}
-    assert (found["method"], found["run_cap"], found["program"]) == ("bayes", 2, "trainer/run.py")
-    assert found["command"][2:] == ["-m", "trainer.run", str(recipe), "${args_no_hyphens}", "logging.wandb=auto"]
-    assert found["parameters"] == {
-        "trainer.epochs": {"value": 2},
-        "data.subset": {"value": 0.5},
-        "seed": {"values": [0, 1, 2]},
-        "optim.lr": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-2},
-        "loader.batch_size": {"distribution": "q_uniform", "q": 32, "min": 32, "max": 128},
-        "model.head_hidden": {"values": ["null", 64]},
-        "model.drop_rate": {"distribution": "uniform", "min": 0.0, "max": 0.5},
-    }
-    # What an agent would pass on is what the command line takes.
-    drawn = ["optim.lr=0.002", "loader.batch_size=64.0", "model.head_hidden=null", "seed=2", "data.subset=0.5"]
-    assert config.load(recipe, drawn).loader.batch_size == 64
-
-
-def test_a_conditional_space_becomes_a_sweep_for_each_choice(tmp_path: Path, recipe: Path) -> None:
-    wanted, base = search.load(written(tmp_path, recipe, space=BY_OPTIMIZER), [])
-    paths = sweep.write(tmp_path / "sweep.yaml", wanted, base)
-    assert [path.name for path in paths] == ["sweep_adamw.yaml", "sweep_lion.yaml", "sweep_sgd_lookahead.yaml"]
-    rates = [yaml.safe_load(path.read_text())["parameters"].get("optim.lr", {}).get("max") for path in paths]
-    assert rates == [1e-2, 1e-3, None]

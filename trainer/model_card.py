@@ -11,18 +11,25 @@ import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from shards import Manifest
-from trainer import model_code
 from trainer.finished import FinishedRun
 from trainer.metrics import Confusion
 from trainer.model import published_licence
 from trainer.parity import TOLERANCE, Parity, Reference
+from trainer.settings import OWN
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _MARK = re.compile(r"<!-- the card of (.+), by python -m trainer.export -->")
 _WORST = 8  # pairs of classes that are most often confused
+# Of `torch.nn.functional.interpolate`; close to the pipeline's own inside, and at the border where images grow.
+_RESIZE = {
+    "linear": {"mode": "bilinear", "antialias": True},
+    "cubic": {"mode": "bicubic", "antialias": True},
+    "nearest": {"mode": "nearest-exact"},
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Card:
             undefined=jinja2.StrictUndefined,
         )
         environment.filters["percent"] = lambda share: f"{100 * share:.2f} %"
-        channels, classes = self.run.trained.channels, self.run.trained.classes
+        classes, settings = self.run.trained.classes, self.run.config.model
         predictions = np.load(self.run.directory.predictions)
         confusion = Confusion.of(predictions["labels"], predictions["predicted"], len(classes))
         return environment.get_template(_TEMPLATE.name).render(
@@ -67,18 +74,53 @@ class Card:
             parity=self.parity,
             tolerance=TOLERANCE,
             recorded=recorded_agreement(predictions, reference),
-            publisher="timm" if model_code.needs_timm(self.run.config.model) else "torchvision",
-            licence=published_licence(self.run.config.model.name) if self.run.config.model.pretrained else None,
-            code=model_code.construction(self.run.config.model, model, channels, len(classes)),
-            needs_timm=model_code.needs_timm(self.run.config.model),
-            resize=model_code.RESIZE.get(self.run.config.data.interpolation),
+            front_matter=self._front_matter().to_yaml(),
+            publisher="torchvision" if settings.name in OWN else "timm",
+            licence=published_licence(settings.name) if settings.pretrained else None,
+            timm_alone=self._timm_alone,
+            network=settings.model_dump(mode="json", exclude_defaults=True, exclude={"pretrained", "weights"}),
+            resize=_RESIZE.get(self.run.config.data.interpolation),
             plain=self._plain(model, reference) if self._has_plain else None,
         )
+
+    def _front_matter(self) -> ModelCardData:
+        """The metadata that the Hugging Face Hub reads, with the results on the test part."""
+        figures = (
+            ("accuracy", "accuracy", self.run.summary["accuracy"]),
+            ("f1", "macro F1", self.run.summary["macro_f1"]),
+            ("f1", "weighted F1", self.run.summary["weighted_f1"]),
+        )
+        return ModelCardData(
+            model_name=self.run.config.run.name,
+            pipeline_tag="image-classification",
+            library_name=None if self.run.config.model.name in OWN else "timm",
+            tags=["image-classification", "inkstream"],
+            metrics=["accuracy", "f1"],
+            eval_results=[
+                EvalResult(
+                    task_type="image-classification",
+                    dataset_type=self.test.name,
+                    dataset_name=self.test.name,
+                    dataset_split="test",
+                    metric_type=kind,
+                    metric_name=name,
+                    metric_value=value,
+                )
+                for kind, name, value in figures
+            ],
+        )
+
+    @property
+    def _timm_alone(self) -> bool:
+        """Whether the weights fit what `timm.create_model` makes, without any of our changes."""
+        settings = self.run.config.model
+        repeats = settings.gray_stem == "repeated" and self.run.trained.channels == 1
+        return not (settings.name in OWN or settings.head_hidden or settings.stem_stride or repeats)
 
     @property
     def _has_plain(self) -> bool:
         """Whether a few lines of torch bring raw images to what the weights alone take."""
-        known = self.metadata["interpolation"] in model_code.RESIZE and not self.metadata["preparation"]
+        known = self.metadata["interpolation"] in _RESIZE and not self.metadata["preparation"]
         return self.form == "safetensors" and not self.test.encoded and known
 
     def _plain(self, model: nn.Module, reference: Reference) -> Parity:
@@ -97,7 +139,7 @@ def plain_probabilities(metadata: dict[str, Any], model: nn.Module, reference: R
     inputs = ((planes.mT if metadata["transposed"] else planes) / 255 - mean) / std
     side = metadata["resolution"]
     if inputs.shape[2:] != (side, side):
-        inputs = F.interpolate(inputs, size=(side, side), **model_code.RESIZE[metadata["interpolation"]])
+        inputs = F.interpolate(inputs, size=(side, side), **_RESIZE[metadata["interpolation"]])
     offsets = torch.tensor(metadata["offsets"]) if metadata["offsets"] else 0.0
     return ((model.eval()(inputs) - offsets) / metadata["temperature"]).softmax(dim=1).numpy()
 

@@ -1,7 +1,6 @@
 """Search for better settings of a recipe, by trials that are judged on the validation part.
 
 python -m trainer.tune configs/search/optimizers_cpu.yaml [key=value ...] [--workers N]
-python -m trainer.tune configs/search/optimizers.yaml --wandb-sweep sweep.yaml
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from trainer.runtime.progress import duration
 from trainer.section import listing
 from trainer.settings import Config
 from trainer.tune import search_space as search
-from trainer.tune import sweep
 from trainer.tune.search_space import Search
 from trainer.tune.workers import supervise, work
 
@@ -43,9 +41,6 @@ def parse_arguments() -> argparse.Namespace:
         help="processes of this machine that train trials at the same time, each with a GPU if there are several; "
         "other machines join by the same command",
     )
-    parser.add_argument(
-        "--wandb-sweep", type=Path, metavar="FILE.yaml", help="write the space as a W&B sweep instead of searching"
-    )
     return parser.parse_intermixed_args()
 
 
@@ -53,10 +48,6 @@ def main() -> int:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     wanted, base = search.load(arguments.search, arguments.overrides)
-    if arguments.wandb_sweep is not None:
-        for path in sweep.write(arguments.wandb_sweep, wanted, base):
-            print(f"wandb sweep {path}")
-        return 0
     if arguments.workers < 1:
         raise UserError(found=f"--workers {arguments.workers}", expected="at least one", hint="--workers 1")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
