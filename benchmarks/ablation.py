@@ -65,7 +65,7 @@ class Variant:
         """Its complete settings. kept: where the checkpoints of teachers are."""
         overrides = plan.recipe | self.overrides | plan.common | {"seed": seed, "data.shards": str(shards)}
         if self.teacher is not None:
-            overrides["teacher.run"] = str(checkpoint_of(kept, self.teacher, seed))
+            overrides["distillation.teacher"] = str(checkpoint_of(kept, self.teacher, seed))
         return config.load(plan.base, [f"{name}={json.dumps(value)}" for name, value in overrides.items()])
 
 
@@ -188,8 +188,8 @@ class Results:
 def identity_of(settings: Config, data: str) -> dict[str, Any]:
     """What a run's figures depend on. data: the digest of the packed set. A teacher is known by its name alone."""
     recipe = settings.recipe()
-    if recipe.get("teacher.run"):
-        recipe["teacher.run"] = Path(recipe["teacher.run"]).name
+    if recipe.get("distillation.teacher"):
+        recipe["distillation.teacher"] = Path(recipe["distillation.teacher"]).name
     return json.loads(json.dumps({"data": data, **recipe}))
 
 

@@ -42,7 +42,7 @@ SMALL_IMAGES = 2_000  # to train on without arguments
 SMALL_TEST_IMAGES = 10_000
 _SHARE_OF_RESOLUTIONS = 0.8  # of the time; the rest is kept for the interpolations
 SMALL_RECIPE = {
-    "data": {"shards": "", "validation": 0.1},
+    "data": {"shards": "", "val_fraction": 0.1},
     "loader": {"batch_size": 64},
     "model": {"name": "three_block_cnn", "drop_rate": 0.3},
     "optim": {"name": "adamw", "lr": 3e-3},
@@ -158,8 +158,8 @@ def make_study(arguments: argparse.Namespace, defaults: Defaults) -> tuple[Study
     if path is None:
         shards = choose_set(arguments.shards)
         # Validating many more images than are trained on would take most of the time.
-        share = min(SMALL_RECIPE["data"]["validation"], SMALL_IMAGES / Manifest.read(shards / "train").samples)
-        settings = validate({**SMALL_RECIPE, "data": {**SMALL_RECIPE["data"], "validation": share}}, "the sweep")
+        share = min(SMALL_RECIPE["data"]["val_fraction"], SMALL_IMAGES / Manifest.read(shards / "train").samples)
+        settings = validate({**SMALL_RECIPE, "data": {**SMALL_RECIPE["data"], "val_fraction": share}}, "the sweep")
     else:
         settings = config.load(path, [])
         shards = resolve_dataset(arguments.shards or settings.data.shards)
@@ -167,11 +167,11 @@ def make_study(arguments: argparse.Namespace, defaults: Defaults) -> tuple[Study
         trainer = {**settings.trainer.model_dump(mode="json"), "epochs": arguments.epochs}
         settings = validate({**settings.model_dump(mode="json"), "trainer": trainer}, "--epochs")
     manifests = [Manifest.read(shards / part) for part in PARTS]
-    if settings.data.validation == 0 and not has_part(shards, VALIDATION):
+    if settings.data.val_fraction == 0 and not has_part(shards, VALIDATION):
         raise UserError(
-            found=f"data.validation=0 in {path}, and no val part in {shards}",
+            found=f"data.val_fraction=0 in {path}, and no val part in {shards}",
             expected="a validation part, by which resolutions are chosen",
-            hint="data.validation: 0.05",
+            hint="data.val_fraction: 0.05",
         )
     # A schedule of resolutions gives way to the resolution of the point.
     data = settings.data.model_copy(update={"resolution": manifests[0].image_shape[0] or 28})
@@ -264,7 +264,7 @@ def main() -> int:
     minutes = arguments.budget_minutes or defaults.budget_minutes
     wanted = points(study, models, subsets, resolutions, seeds)
     for point in wanted:  # a mistake ends it before anything is measured
-        study.config(point, settings.loader.batch_size, settings.optim.accumulation)
+        study.config(point, settings.loader.batch_size, settings.optim.grad_accumulation)
     failed = sweep(study, wanted, seeds, arguments.out / NAME, arguments.resume, minutes)
     for point, reason in failed.items():
         print(f"{point}: {reason}")

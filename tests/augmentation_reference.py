@@ -85,9 +85,9 @@ def displacement(
     places: NDArray[np.float64], augmentation: Augmentation, params: AugmentationParams, image: int
 ) -> NDArray[np.float64]:
     """[2, R, R]: noise on a lattice over the image, smoothed by a Gaussian, of one deviation everywhere."""
-    count = math.ceil(1 / augmentation.elastic_smoothness) + 1
+    count = math.ceil(1 / augmentation.elastic_sigma) + 1
     points = [-1 + 2 * number / (count - 1) for number in range(count)]
-    deviation = 2 * augmentation.elastic_smoothness
+    deviation = 2 * augmentation.elastic_sigma
     found = np.zeros((2, len(places), len(places)))
     for row, down in enumerate(places):
         for column, across in enumerate(places):

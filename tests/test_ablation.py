@@ -21,8 +21,8 @@ from trainer.config import load
 
 SMALL = {
     "data.resolution": 8,
-    "data.validation": 0.3,
-    "data.subset": 0.2,
+    "data.val_fraction": 0.3,
+    "data.train_fraction": 0.2,
     "trainer.epochs": 1,
     "trainer.precision": "fp32",
     "loader.batch_size": 32,
@@ -80,7 +80,7 @@ def test_it_goes_on_where_it_was_stopped(
     assert len(calls) == len(records)
     assert (tmp_path / "ours.md").read_text().strip() in shown
     assert Image.open(tmp_path / "ours.png").width > 1000
-    run("trainer.epochs=1", "data.subset=0.1", "--budget-minutes", "0")
+    run("trainer.epochs=1", "data.train_fraction=0.1", "--budget-minutes", "0")
     assert len(calls) == len(records), "other settings are other runs, for which there was no time"
 
 
@@ -165,19 +165,19 @@ def test_a_teacher_is_the_run_of_the_same_seed(
     additions = [
         {"name": "faster", "set": {"optim.lr": 3e-3}},
         {"name": "little dropout", "set": {"model.drop_rate": 0.1}},
-        {"name": "taught", "teacher": "faster", "set": {"teacher.weight": 0.3}},
+        {"name": "taught", "teacher": "faster", "set": {"distillation.weight": 0.3}},
     ]
     plan = write_plan(tmp_path / "ours.yaml", additions, {"optim.lr": 1e-3, "model.drop_rate": 0.4})
     taught_by: list[str | None] = []
 
     def made_up(work: Callable[..., Any], settings: Any, keep: Path | None) -> dict[str, Any]:
-        teacher = settings.teacher.run
+        teacher = settings.distillation.teacher
         assert teacher is None or teacher.exists()
         taught_by.append(teacher and teacher.name)
         if keep is not None:
             keep.parent.mkdir(exist_ok=True)
             keep.touch()
-        gains = (settings.optim.lr == 3e-3) + (settings.model.drop_rate == 0.1) + (settings.teacher.weight == 0.3)
+        gains = (settings.optim.lr == 3e-3) + (settings.model.drop_rate == 0.1) + (settings.distillation.weight == 0.3)
         return {"seconds": 1.0, **row("", [(0.5 + 0.01 * gains,) * 2], test=0.6)["records"][0]}
 
     monkeypatch.setattr(ablation, "in_process", made_up)
@@ -187,7 +187,7 @@ def test_a_teacher_is_the_run_of_the_same_seed(
     records = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
     assert [record["variant"] for record in records] == [RECIPE, "faster", "little dropout", "taught"]
     assert taught_by == [None, None, None, "faster-0.pt"]
-    assert records[-1]["overrides"] == {"teacher.weight": 0.3}
+    assert records[-1]["overrides"] == {"distillation.weight": 0.3}
 
 
 def test_the_standard_error_is_that_of_a_mean() -> None:

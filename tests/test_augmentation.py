@@ -42,7 +42,7 @@ KINDS = {
     "onto grey": replace(AFFINE, fill=77),
     "mirrored crop": Augmentation(flip=0.5, crop_padding=4, fill=0),
     "elastic": replace(AFFINE, elastic=0.05),
-    "elastic onto white": Augmentation(elastic=0.08, elastic_smoothness=0.2, fill=255),
+    "elastic onto white": Augmentation(elastic=0.08, elastic_sigma=0.2, fill=255),
     "colours": Augmentation(brightness=0.3, contrast=0.4, saturation=0.5, hue=30),
     "colours moved": replace(AFFINE, brightness=0.3, contrast=0.4, saturation=0.5, hue=30, fill=20),
 }
@@ -82,7 +82,7 @@ def drawn(augmentation: Augmentation, count: int, seed: int = 0) -> Augmentation
 
 def test_draws_never_change() -> None:
     """A seed means the same images on every machine and in every version."""
-    params = Augmentation(elastic=0.1, elastic_smoothness=0.5).sample_params(7, 2, 11, slice(3, 5))
+    params = Augmentation(elastic=0.1, elastic_sigma=0.5).sample_params(7, 2, 11, slice(3, 5))
     assert params.numbers.shape == (2, 20)
     assert params.noise.shape == (2, 2, 3, 3)
     content = params.numbers.tobytes() + params.noise.tobytes()
@@ -111,7 +111,7 @@ def test_every_seed_epoch_step_and_place_draws_anew() -> None:
 
 
 def test_draws_are_uniform_and_independent() -> None:
-    params = Augmentation(elastic=0.1, elastic_smoothness=0.5).sample_params(0, 0, 0, slice(0, 20_000))
+    params = Augmentation(elastic=0.1, elastic_sigma=0.5).sample_params(0, 0, 0, slice(0, 20_000))
     for column in params.numbers.T:
         counts = np.histogram(column, 20, (0, 1))[0]
         assert ((counts - 1000) ** 2 / 1000).sum() < 60  # chi-squared of 19 degrees: one in a million
@@ -150,7 +150,7 @@ def test_amounts_reach_the_ones_given_and_no_further() -> None:
 def test_displacements_have_the_size_asked_for_everywhere_and_are_smooth() -> None:
     places = (np.arange(56) + 0.5) / 28 - 1
     for smoothness in (0.05, 0.14, 0.4):
-        augmentation = Augmentation(elastic=0.04, elastic_smoothness=smoothness)
+        augmentation = Augmentation(elastic=0.04, elastic_sigma=smoothness)
         weights = smoothing(places, augmentation.lattice, smoothness)
         noise = drawn(augmentation, 1000).noise
         field = weights @ noise @ weights.T  # [B, 2, 56, 56]
@@ -260,7 +260,7 @@ def test_a_box_on_the_contour_hides_a_piece_of_stroke(device: torch.device) -> N
     images = np.zeros((200, 28, 20, 1), np.uint8)
     images[:-1, 5:20, 4:9] = 200
     images[:-1, 10:14, 9:16] = 180
-    augmentation = Augmentation(erase=1, erase_smallest=0.02, erase_largest=0.05, erase_at="contour")
+    augmentation = Augmentation(erase=1, erase_area_min=0.02, erase_area_max=0.05, erase_at="contour")
     boxes = torch.from_numpy(augmentation.boxes(drawn(augmentation, len(images)))).to(device)
     result = erased(torch.from_numpy(images).to(device), boxes, 77, on_contour=True, transposed=False).cpu().numpy()
     edge = contour(ink(torch.from_numpy(images))).numpy()

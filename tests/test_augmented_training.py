@@ -22,7 +22,13 @@ from trainer.run import main
 RECIPE = ROOT / "configs" / "quickstart.yaml"
 WORLD = World(0, 1, torch.device("cpu"))
 OVERRIDES = (
-    *("data.resolution=12", "data.subset=0.3", "trainer.epochs=2", "trainer.precision=fp32", "loader.batch_size=64"),
+    *(
+        "data.resolution=12",
+        "data.train_fraction=0.3",
+        "trainer.epochs=2",
+        "trainer.precision=fp32",
+        "loader.batch_size=64",
+    ),
     *("data.invert=true", "data.equalize=true", "augment.rotation=10", "augment.elastic=0.04", "augment.stroke=0.4"),
 )
 
@@ -72,7 +78,7 @@ def test_colours_of_grey_images_are_warned_about(digits_set: Path, caplog: pytes
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("augment.erase_smallest=0.5", "augment.erase_largest=0.2"),
+        ("augment.erase_area_min=0.5", "augment.erase_area_max=0.2"),
         ("augment.flip=3", "augment.flip=3"),
         ("augment.rotate=3", "unknown setting augment.rotate"),
         ("data.invert=maybe", "data.invert=maybe"),
@@ -85,10 +91,10 @@ def test_settings_that_make_no_sense_are_refused(override: str, said: str) -> No
 
 
 def test_settings_without_effect_are_said() -> None:
-    config = load(RECIPE, ["augment.fill=3", "augment.erase_at=contour", "augment.elastic_smoothness=0.2"])
+    config = load(RECIPE, ["augment.fill=3", "augment.erase_at=contour", "augment.elastic_sigma=0.2"])
     lines = list(config.without_effect())
     assert [line.split()[0] for line in lines] == [
-        "augment.elastic_smoothness",
+        "augment.elastic_sigma",
         "augment.fill=3",
         "augment.erase_at",
     ]

@@ -144,7 +144,7 @@ def test_memory_for_less_than_a_block_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         BlockCache(manifest_of(60, 10), Loader(images_of(60), 10), 10 * IMAGE_BYTES - 1)
     assert "59 bytes of memory" in caught.value.found
-    assert "loader.memory" in caught.value.hint
+    assert "loader.cache_gb" in caught.value.hint
 
 
 def test_memory_that_the_machine_does_not_have_is_refused() -> None:

@@ -119,7 +119,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
     directory = tmp_path_factory.mktemp("calibrated") / "run"
     recipe = directory.parent / "few.yaml"
     content = {
-        "data": {"shards": str(digits_set), "resolution": 16, "validation": 0.2},
+        "data": {"shards": str(digits_set), "resolution": 16, "val_fraction": 0.2},
         "loader": {"batch_size": 64},
         "model": {"name": "three_block_cnn"},
         "optim": {"lr": 3e-4},

@@ -141,13 +141,13 @@ def test_another_recipe_is_refused_with_the_settings_that_differ(config: Config)
     "override",
     [
         "optim.lr=1e-5",
-        "optim.clip_norm=null",
+        "optim.max_grad_norm=null",
         "model.head_hidden=null",
         "trainer.channels_last=false",
         "model.pretrained=false",
         "model.drop_rate=0.125",
         "optim.name=adamw",
-        "model.weights=my weights.pth",
+        "model.init_checkpoint=my weights.pth",
         "schedule.min_lr=1e-12",
     ],
 )

@@ -42,7 +42,7 @@ def test_every_recipe_loads_and_is_complete(path: Path) -> None:
     given = config.model_fields_set_by_section()
     unused = {"loss.effective_beta"}
     unused |= set() if config.model.plain else {"model.filters", "model.kernel", "model.dense"}
-    unused |= set() if config.model.pretrained else {"model.gray_stem"}
+    unused |= set() if config.model.pretrained else {"model.gray_input"}
     unused |= {"model.channel_multiplier", "model.depth_multiplier"}
     for section in ("data", "loader", "model", "loss", "trainer", "checkpoint"):
         missing = {f"{section}.{name}" for name in type(getattr(config, section)).model_fields} - given
@@ -76,7 +76,7 @@ def test_an_unknown_setting_in_the_file_names_the_nearest(tmp_path: Path, text: 
         ("data.resolutoin=56", "data.resolution?"),
         ("loader.batchsize=4", "loader.batch_size?"),
         ("optim.lr.x=3", "optim.lr?"),
-        ("mixing.cutmix=3", "mixing.cutmix_alpha?"),
+        ("mixup.cutmix=3", "mixup.cutmix_alpha?"),
     ],
 )
 def test_an_unknown_override_names_the_nearest(override: str, nearest: str) -> None:
@@ -95,8 +95,8 @@ def test_a_setting_like_none_is_to_be_removed() -> None:
     [
         ("data.resolution=0", "greater than or equal to 1"),
         ("data.resolution=big", "valid integer"),
-        ("data.validation=1.0", "less than 1"),
-        ("data.subset=0", "greater than 0"),
+        ("data.val_fraction=1.0", "less than 1"),
+        ("data.train_fraction=0", "greater than 0"),
         ("trainer.epochs=1.5", "valid integer"),
         ("model.head_hidden=0", "greater than or equal to 1"),
         ("model.pretrained=perhaps", "valid boolean"),
@@ -106,7 +106,7 @@ def test_a_setting_like_none_is_to_be_removed() -> None:
         ("optim.momentum=0", "greater than 0"),
         ("optim.name=sdg", "'lion'"),
         ("loader.backend=gpu", "'dali'"),
-        ("mixing.probability=1.1", "less than or equal to 1"),
+        ("mixup.prob=1.1", "less than or equal to 1"),
         ("seed=-1", "greater than or equal to 0"),
         ("data.shards=null", "string"),
     ],
@@ -123,10 +123,10 @@ def test_a_wrong_value_says_what_the_setting_is(override: str, expected: str) ->
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [
-        (["mixing.probability=1", "mixing.mixup_alpha=0", "mixing.cutmix_alpha=0"], "cutmix_alpha are both 0"),
-        (["schedule.name=plateau", "data.validation=0"], "data.validation is 0"),
+        (["mixup.prob=1", "mixup.mixup_alpha=0", "mixup.cutmix_alpha=0"], "cutmix_alpha are both 0"),
+        (["schedule.name=plateau", "data.val_fraction=0"], "data.val_fraction is 0"),
         (["schedule.name=one_cycle", "schedule.warmup=9"], "epochs"),
-        (["model.pretrained=true", "model.weights=x.pth"], "both say what to begin with"),
+        (["model.pretrained=true", "model.init_checkpoint=x.pth"], "both say what to begin with"),
         (["data.resolution=3"], "three_block_cnn takes 4 or more"),
         (["model.name=squeezenet1_1", "data.resolution=16"], "data.resolution=16, and squeezenet1_1 takes 17 or more"),
         (["model.name=lenet", "data.resolution=32"], "data.resolution=32, and lenet takes 28 only"),
@@ -208,8 +208,8 @@ def test_off_is_a_word_although_yaml_takes_it_for_false(tmp_path: Path) -> None:
 
 def test_null_takes_a_value_back() -> None:
     byclass = ROOT / "configs" / "byclass.yaml"
-    config = load(byclass, ["optim.clip_norm=null", "model.head_hidden=null"])
-    assert (config.optim.clip_norm, config.model.head_hidden) == (None, None)
+    config = load(byclass, ["optim.max_grad_norm=null", "model.head_hidden=null"])
+    assert (config.optim.max_grad_norm, config.model.head_hidden) == (None, None)
 
 
 def test_the_last_of_two_overrides_counts_and_the_others_stay_as_they_were() -> None:
@@ -219,8 +219,8 @@ def test_the_last_of_two_overrides_counts_and_the_others_stay_as_they_were() -> 
 
 
 def test_an_override_reaches_a_section_that_the_file_leaves_out_or_empty(tmp_path: Path) -> None:
-    for text in ("data: {shards: x}\n", "data: {shards: x}\nmixing:\n"):
-        assert load(written(tmp_path, text), ["mixing.probability=0.5"]).mixing.probability == 0.5
+    for text in ("data: {shards: x}\n", "data: {shards: x}\nmixup:\n"):
+        assert load(written(tmp_path, text), ["mixup.prob=0.5"]).mixup.prob == 0.5
 
 
 def test_a_run_keeps_the_name_it_is_given(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_run_keeps_the_name_it_is_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_resolved_recipe_loads_as_the_same(tmp_path: Path, path: Path) -> None:
-    config = load(path, ["run.dir=some/where", "optim.lr=1e-4", "model.head_hidden=null", "optim.clip_norm=0.5"])
+    config = load(path, ["run.dir=some/where", "optim.lr=1e-4", "model.head_hidden=null", "optim.max_grad_norm=0.5"])
     assert load(written(tmp_path, config.to_yaml()), []) == config
 
 
@@ -245,15 +245,15 @@ FREE = {
     "data.shards=x",
     "data.verify=false",
     "loader.backend=dali",
-    "loader.memory=2.5",
+    "loader.cache_gb=2.5",
     "trainer.profile=true",
     "trainer.trace=true",
-    "trainer.skip_nonfinite=2",
+    "trainer.max_nonfinite_steps=2",
     "trainer.timeout_minutes=3",
     "checkpoint.every_minutes=3",
     "checkpoint.every_steps=3",
     "checkpoint.grace_seconds=3",
-    "checkpoint.allow_changed=[optim.lr]",
+    "checkpoint.resume_allow_changes=[optim.lr]",
 }
 
 
@@ -272,8 +272,8 @@ def test_everything_else_must_stay_when_a_run_is_resumed() -> None:
 @pytest.mark.parametrize(
     ("overrides", "setting"),
     [
-        (["schedule.period=4"], "schedule.period"),
-        (["schedule.multiplier=2"], "schedule.multiplier"),
+        (["schedule.cycle_epochs=4"], "schedule.cycle_epochs"),
+        (["schedule.cycle_mult=2"], "schedule.cycle_mult"),
         (["schedule.min_lr=1e-6"], "schedule.min_lr"),
         (["schedule.factor=0.5"], "schedule.factor"),
         (["schedule.patience=1", "schedule.name=cosine"], "schedule.patience"),
@@ -281,7 +281,7 @@ def test_everything_else_must_stay_when_a_run_is_resumed() -> None:
         (["schedule.name=plateau", "schedule.unit=step"], "schedule.unit"),
         (["optim.momentum=0.8"], "optim.momentum"),
         (["loss.effective_beta=0.9"], "loss.effective_beta"),
-        (["mixing.cutmix_alpha=0.9"], "mixing.cutmix_alpha"),
+        (["mixup.cutmix_alpha=0.9"], "mixup.cutmix_alpha"),
         (["model.drop_path_rate=0.1"], "model.drop_path_rate"),
         (["model.channel_multiplier=1.1"], "model.channel_multiplier"),
         (["model.depth_multiplier=1.2"], "model.depth_multiplier"),
@@ -304,13 +304,13 @@ def test_a_warm_up_without_an_end_is_told(name: str, warmup: int) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["schedule.name=warm_restarts", "schedule.period=4", "schedule.multiplier=2", "schedule.min_lr=1e-6"],
+        ["schedule.name=warm_restarts", "schedule.cycle_epochs=4", "schedule.cycle_mult=2", "schedule.min_lr=1e-6"],
         ["optim.name=sgd_lookahead", "optim.momentum=0.8"],
         ["optim.name=sgd", "optim.momentum=0.8"],
         ["model.name=lenet", "model.filters=[8, 16]", "model.kernel=3", "model.dense=[64]"],
         ["model.name=cifar_efficientnet", "model.drop_path_rate=0.1", "model.channel_multiplier=1.1"],
         ["loss.class_weights=effective", "loss.effective_beta=0.9"],
-        ["mixing.probability=0.5", "mixing.cutmix_alpha=0.9"],
+        ["mixup.prob=0.5", "mixup.cutmix_alpha=0.9"],
     ],
 )
 def test_a_setting_with_effect_is_not(overrides: list[str]) -> None:
@@ -327,21 +327,21 @@ PUBLISHED = {
     "data.resolution": 112,
     "loader.batch_size": 512,
     "loss.label_smoothing": 0.1,
-    "mixing.cutmix_alpha": 0.62,
-    "mixing.mixup_alpha": 0.22,
-    "mixing.probability": 0.8,
-    "mixing.switch_probability": 0.5,
+    "mixup.cutmix_alpha": 0.62,
+    "mixup.mixup_alpha": 0.22,
+    "mixup.prob": 0.8,
+    "mixup.switch_prob": 0.5,
     "model.drop_path_rate": 0.0,
     "model.drop_rate": 0.0,
     "model.head_hidden": 768,
-    "optim.accumulation": 2,
-    "optim.clip_norm": 1.0,
+    "optim.grad_accumulation": 2,
+    "optim.max_grad_norm": 1.0,
     "optim.name": "lion",
     "optim.weight_decay": 0.01,
     "schedule.min_lr": 1e-6,
-    "schedule.multiplier": 1,
+    "schedule.cycle_mult": 1,
     "schedule.name": "warm_restarts",
-    "schedule.period": 8.0,
+    "schedule.cycle_epochs": 8.0,
     "schedule.unit": "epoch",
     "schedule.warmup": 5.0,
 }

@@ -96,11 +96,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rare = (train.labels % 2 == 1) & (np.arange(len(train.labels)) % 6 > 0)
     pack_parts((train.select(np.flatnonzero(~rare)), test), directory / "set")
     content = {
-        "data": {"shards": str(directory / "set"), "resolution": 12, "validation": 0.4},
+        "data": {"shards": str(directory / "set"), "resolution": 12, "val_fraction": 0.4},
         "loader": {"batch_size": 32},
         "model": {"name": "three_block_cnn"},
         "loss": {"class_weights": "inverse"},
-        "decision": {"tau": "auto"},
+        "posthoc": {"tau": "auto"},
         "optim": {"lr": 4e-4},
         "trainer": {"epochs": 1, "precision": "fp32"},
     }

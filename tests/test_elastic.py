@@ -203,8 +203,8 @@ def without_batch_norm(recipe: Path, place: Path) -> Path:
     """A recipe whose arithmetic does not depend on how a batch is shared out, but for rounding."""
     content = yaml.safe_load(recipe.read_text())
     content["model"] = {"name": "test_convnext", "drop_rate": 0.0}
-    content["mixing"] = {"probability": 0.0}
-    content["optim"] = {"name": "sgd_lookahead", "lr": 0.05, "accumulation": 2, "clip_norm": 1.0}
+    content["mixup"] = {"prob": 0.0}
+    content["optim"] = {"name": "sgd_lookahead", "lr": 0.05, "grad_accumulation": 2, "max_grad_norm": 1.0}
     content["data"]["resolution"] = 32
     path = place / "elastic.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -257,7 +257,7 @@ def test_a_batch_that_is_not_finite_on_one_rank_is_found_by_all(recipe: Path, tm
     state = torch.load(run / "nonfinite" / "epoch-1-step-8.pt", weights_only=True)
     assert [row for share in state["shares"] for row in share["rows"].tolist()] == rows
     with job(
-        tmp_path / "again", recipe, f"run.dir={run}", "resume=auto", "trainer.skip_nonfinite=3", SPOIL=row
+        tmp_path / "again", recipe, f"run.dir={run}", "resume=auto", "trainer.max_nonfinite_steps=3", SPOIL=row
     ) as running:
         output = running.end()
     assert running.process.returncode == 0, output

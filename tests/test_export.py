@@ -43,7 +43,7 @@ def trained(directory: Path, shards: Path, **sections: str) -> Path:
         f"data: {{shards: '{shards}', {sections.get('data', 'resolution: 34')}}}\n"
         f"model: {{{sections.get('model', 'name: three_block_cnn')}}}\nloader: {{batch_size: 64, backend: torch}}\n"
         f"trainer: {{epochs: 1, precision: fp32, {sections.get('trainer', '')}}}\n"
-        f"loss: {{{sections.get('loss', '')}}}\ndecision: {{{sections.get('decision', '')}}}\n"
+        f"loss: {{{sections.get('loss', '')}}}\nposthoc: {{{sections.get('posthoc', '')}}}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory / 'run'}"])
@@ -61,11 +61,11 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Pa
 def timm_run(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
     """Prepared transposed images, a timm model with a head of its own, means over five views, class weights undone."""
     sections = {
-        "data": "resolution: 20, interpolation: cubic, equalize: true, opening: 1",
+        "data": "resolution: 20, interpolation: cubic, equalize: true, opening_radius: 1",
         "model": "name: test_efficientnet, head_hidden: 9",
         "trainer": "test_time_augmentation: shifts",
         "loss": "class_weights: inverse",
-        "decision": "tau: 1.0",
+        "posthoc": "tau: 1.0",
     }
     return trained(tmp_path_factory.mktemp("export"), made_up_set, **sections)
 
@@ -259,7 +259,7 @@ NETWORKS = [
     (Model(name="cifar_cnn_batchnorm", filters=(4, 6), dense=()), 32),
     (Model(name="cifar_efficientnet"), 16),
     (Model(name="squeezenet1_1", head_hidden=5), 20),
-    (Model(name="test_efficientnet", gray_stem="repeated"), 32),
+    (Model(name="test_efficientnet", gray_input="repeated"), 32),
 ]
 
 
@@ -277,7 +277,7 @@ def test_every_kind_of_network_is_known_to_onnx(settings: Model, side: int) -> N
 
 def test_what_is_done_to_raw_images_is_within_the_graph() -> None:
     """To the bit: all that is done to bytes, for images with ink, without, and of a single value."""
-    shape, preparation = (20, 16, 3), Preprocessing(invert="auto", opening=1, crop_to_ink=0.1, equalize=True)
+    shape, preparation = (20, 16, 3), Preprocessing(invert="auto", opening=1, crop_to_foreground=0.1, equalize=True)
     images = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
     images[1], images[2, 4:] = 200, 0
     spec = TransformSpec(shape, True, 20, "linear", (0.3,) * 3, (0.2,) * 3, preparation)

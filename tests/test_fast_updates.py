@@ -95,10 +95,10 @@ def test_two_ranks_learn_what_one_does(
     """Of a model without batch norm, which sees its rank's share alone: gradients shared and put off are the same."""
     recipe = tmp_path / "recipe.yaml"
     content = {
-        "data": {"shards": str(made_up_set), "validation": 0.1, "resolution": 32},
+        "data": {"shards": str(made_up_set), "val_fraction": 0.1, "resolution": 32},
         "loader": {"batch_size": 64},
         "model": {"name": "test_convnext"},
-        "optim": {"name": "sgd_lookahead", "lr": 0.05, "accumulation": accumulation},
+        "optim": {"name": "sgd_lookahead", "lr": 0.05, "grad_accumulation": accumulation},
         "trainer": {"epochs": 1, "precision": "fp32"},
     }
     recipe.write_text(yaml.safe_dump(content))

@@ -47,7 +47,7 @@ def test_nothing_may_fit() -> None:
 def test_the_command_reports_every_size_and_the_largest(
     digits_set: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    given = [str(QUICKSTART), f"data.shards={digits_set}", "data.subset=0.1"]
+    given = [str(QUICKSTART), f"data.shards={digits_set}", "data.train_fraction=0.1"]
     monkeypatch.setattr(sys, "argv", ["find_batch", *given])
     monkeypatch.setattr(find_batch, "_SECONDS", 0.05)
     assert find_batch.main() == 0

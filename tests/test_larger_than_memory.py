@@ -91,8 +91,8 @@ def test_an_epoch_stays_within_its_memory(
 
 
 RECIPE = {
-    "data": {"validation": 0.1, "resolution": 14},
-    "loader": {"batch_size": 32, "memory": 0.0003},
+    "data": {"val_fraction": 0.1, "resolution": 14},
+    "loader": {"batch_size": 32, "cache_gb": 0.0003},
     "model": {"name": "three_block_cnn"},
     "trainer": {"epochs": 2, "precision": "fp32"},
 }
@@ -116,7 +116,7 @@ def test_training_resumes_in_its_window_on_a_machine_with_more_memory(small_bloc
     whole = run(recipe, tmp_path / "whole")
     assert 5 < whole["window"] < 30
 
-    roomy = run(recipe, tmp_path / "roomy", "loader.memory=auto")
+    roomy = run(recipe, tmp_path / "roomy", "loader.cache_gb=auto")
     assert roomy["window"] is None
     assert not all(torch.equal(whole["model"][name], roomy["model"][name]) for name in whole["model"])
 
@@ -138,7 +138,7 @@ def test_training_resumes_in_its_window_on_a_machine_with_more_memory(small_bloc
         [sys.executable, "-c", stop, str(recipe), f"run.dir={directory}"], cwd=ROOT, capture_output=True, timeout=120
     )
     assert stopped.returncode == 143, stopped.stderr
-    moved = run(recipe, directory, "loader.memory=auto", "resume=auto")
+    moved = run(recipe, directory, "loader.cache_gb=auto", "resume=auto")
     assert moved["window"] == whole["window"]
     assert all(torch.equal(whole["model"][name], moved["model"][name]) for name in whole["model"])
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.mixing import cut_box, mix, soft_targets
-from trainer.settings import Mixing
+from trainer.settings import Mixup
 
-MIXUP = Mixing(probability=1, mixup_alpha=0.4, cutmix_alpha=0)
-CUTMIX = Mixing(probability=1, mixup_alpha=0, cutmix_alpha=0.7)
-BOTH = Mixing(probability=1, mixup_alpha=0.4, cutmix_alpha=0.7)
+MIXUP = Mixup(prob=1, mixup_alpha=0.4, cutmix_alpha=0)
+CUTMIX = Mixup(prob=1, mixup_alpha=0, cutmix_alpha=0.7)
+BOTH = Mixup(prob=1, mixup_alpha=0.4, cutmix_alpha=0.7)
 
 
 def draws(seed: int) -> np.random.Generator:
@@ -35,8 +35,8 @@ def is_cutmix(mixed: torch.Tensor) -> bool:
 
 
 def test_mixing_is_off_in_the_last_epochs() -> None:
-    settings = Mixing(probability=0.8, off_last_epochs=2)
-    assert [settings.at(epoch, 5).probability for epoch in range(5)] == [0.8, 0.8, 0.8, 0, 0]
+    settings = Mixup(prob=0.8, off_last_epochs=2)
+    assert [settings.at(epoch, 5).prob for epoch in range(5)] == [0.8, 0.8, 0.8, 0, 0]
     assert settings.at(1, 5) == settings
 
 
@@ -51,7 +51,7 @@ def test_soft_targets_spread_the_smoothing_over_all_classes() -> None:
 @pytest.mark.parametrize("count", [1, 2, 5, 8], ids=lambda count: f"batch of {count}")
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX, BOTH], ids=["mixup", "cutmix", "both"])
 @pytest.mark.parametrize("seed", range(8))
-def test_targets_are_the_shares_of_the_pixels(settings: Mixing, count: int, seed: int) -> None:
+def test_targets_are_the_shares_of_the_pixels(settings: Mixup, count: int, seed: int) -> None:
     images, targets = marked_batch(count)
     mixed_images, mixed_targets = mix(images, targets, settings, draws(seed))
     assert torch.allclose(mixed_targets, shares(mixed_images), atol=1e-6)
@@ -59,7 +59,7 @@ def test_targets_are_the_shares_of_the_pixels(settings: Mixing, count: int, seed
 
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
-def test_every_sample_is_mixed_with_one_other_by_the_same_share(settings: Mixing) -> None:
+def test_every_sample_is_mixed_with_one_other_by_the_same_share(settings: Mixup) -> None:
     _, mixed = mix(*marked_batch(5), settings, draws(1))
     keep = float(mixed[0, 0])
     assert 0 < keep < 1
@@ -82,7 +82,7 @@ def test_mixup_blends_every_pixel_and_cutmix_cuts_a_box() -> None:
 
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
-def test_leaves_its_inputs_alone(settings: Mixing) -> None:
+def test_leaves_its_inputs_alone(settings: Mixup) -> None:
     images, targets = marked_batch(4)
     mixed_images, mixed_targets = mix(images, targets, settings, draws(1))
     assert not torch.equal(mixed_images, images) and not torch.equal(mixed_targets, targets)
@@ -102,14 +102,14 @@ def test_the_same_draws_give_the_same_mixture_whatever_torch_has_drawn() -> None
 def test_probability_0_never_mixes_and_1_always() -> None:
     images, targets = marked_batch(4)
     for seed in range(50):
-        same_images, same_targets = mix(images, targets, Mixing(probability=0), draws(seed))
+        same_images, same_targets = mix(images, targets, Mixup(prob=0), draws(seed))
         assert torch.equal(same_images, images) and torch.equal(same_targets, targets)
         assert not torch.equal(mix(images, targets, MIXUP, draws(seed))[1], targets)
 
 
 def test_mixes_and_switches_as_often_as_it_is_told() -> None:
     """Of 1,000 batches; four standard deviations on either side."""
-    settings = Mixing(probability=0.8, mixup_alpha=1, cutmix_alpha=1, switch_probability=0.25)
+    settings = Mixup(prob=0.8, mixup_alpha=1, cutmix_alpha=1, switch_prob=0.25)
     images, targets = marked_batch(2, 16, 16)
     random = draws(0)
     results = [mix(images, targets, settings, random)[0] for _ in range(1000)]
@@ -121,7 +121,7 @@ def test_mixes_and_switches_as_often_as_it_is_told() -> None:
 @pytest.mark.parametrize(("alpha", "spread"), [(0.22, (1 / (4 * 1.44)) ** 0.5), (4.0, (1 / 36) ** 0.5)])
 def test_mixup_weights_are_drawn_from_the_beta_distribution(alpha: float, spread: float) -> None:
     """Beta(a, a) has the mean 1/2 and the variance 1 / (4 (2a + 1))."""
-    settings, random = Mixing(probability=1, mixup_alpha=alpha, cutmix_alpha=0), draws(0)
+    settings, random = Mixup(prob=1, mixup_alpha=alpha, cutmix_alpha=0), draws(0)
     keeps = np.array([float(mix(*marked_batch(2, 1, 1), settings, random)[1][0, 0]) for _ in range(2000)])
     assert keeps.mean() == pytest.approx(0.5, abs=4 * spread / 2000**0.5)
     assert keeps.std() == pytest.approx(spread, rel=0.06)

@@ -114,7 +114,7 @@ def test_published_weights_that_must_be_had_and_cannot(monkeypatch: pytest.Monke
         make_model(Model(name=TINY, pretrained=True), 1, CLASSES)
     assert "We couldn't connect to the hub" in caught.value.found
     assert "more about that" not in caught.value.found
-    assert "model.weights=FILE" in caught.value.hint
+    assert "model.init_checkpoint=FILE" in caught.value.hint
 
 
 def test_published_weights_that_may_be_missing(
@@ -134,7 +134,7 @@ def test_published_weights_are_asked_for_only_where_they_are_wanted(
     without_network(monkeypatch)
     path = tmp_path / "weights.pth"
     torch.save(make_model(Model(name=TINY), 1, CLASSES).state_dict(), path)
-    make_model(Model(name=TINY, pretrained="auto", weights=path), 1, CLASSES)
+    make_model(Model(name=TINY, pretrained="auto", init_checkpoint=path), 1, CLASSES)
     assert caplog.text == ""
 
 
@@ -166,7 +166,7 @@ def test_begins_with_the_weights_of_a_file(tmp_path: Path, name: str) -> None:
         save_file(trained.state_dict(), path)
     else:
         torch.save({"model": trained.state_dict(), "epoch": 3} if path.suffix == ".pt" else trained.state_dict(), path)
-    begun = make_model(Model(name=SMALL_CNN, weights=path), 1, CLASSES)
+    begun = make_model(Model(name=SMALL_CNN, init_checkpoint=path), 1, CLASSES)
     assert torch.equal(output(begun, 1, 28), output(trained, 1, 28))
     assert not torch.equal(output(make_model(Model(name=SMALL_CNN), 1, CLASSES), 1, 28), output(trained, 1, 28))
 
@@ -178,7 +178,7 @@ def test_a_classifier_of_another_size_is_left_out(
     path = tmp_path / "best.pt"
     trained = make_model(Model(name=name, head_hidden=hidden), 1, CLASSES + 3)
     torch.save({"model": trained.state_dict(), "epoch": 3}, path)
-    begun = make_model(Model(name=name, head_hidden=hidden, weights=path), 1, CLASSES)
+    begun = make_model(Model(name=name, head_hidden=hidden, init_checkpoint=path), 1, CLASSES)
     differing = [
         key
         for key, tensor in begun.state_dict().items()
@@ -197,17 +197,17 @@ def test_classes_of_the_same_name_keep_their_part_of_a_classifier(
     trained = make_model(Model(name=TINY), 1, len(known), known)
     torch.save({"model": trained.state_dict(), "classes": known}, path)
     trained.eval()
-    begun = make_model(Model(name=TINY, weights=path), 1, len(names), names).eval()
+    begun = make_model(Model(name=TINY, init_checkpoint=path), 1, len(names), names).eval()
     images = torch.rand(4, 1, 32, 32)
     with torch.no_grad():
         before, after = trained(images), begun(images)
     torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [5, 1, 0]])
     assert "keeps 3 of them, and begins anew for 2" in caplog.messages[0]
-    moved = make_model(Model(name=TINY, weights=path), 1, len(known), known[::-1]).eval()
+    moved = make_model(Model(name=TINY, init_checkpoint=path), 1, len(known), known[::-1]).eval()
     with torch.no_grad():
         torch.testing.assert_close(moved(images), before.flip(1), msg="as many classes, in another order")
     caplog.clear()
-    make_model(Model(name=TINY, weights=path), 1, len(known), known)
+    make_model(Model(name=TINY, init_checkpoint=path), 1, len(known), known)
     assert not caplog.messages, "the same classes"
 
 
@@ -227,7 +227,7 @@ def test_a_smaller_step_of_the_stem_doubles_the_features() -> None:
 def test_weights_of_another_model_or_number_of_channels_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save(make_model(Model(name=SMALL_CNN), 3, CLASSES + 1).state_dict(), path)
-    for settings in (Model(name=SMALL_CNN, weights=path), Model(name=TINY, weights=path)):
+    for settings in (Model(name=SMALL_CNN, init_checkpoint=path), Model(name=TINY, init_checkpoint=path)):
         with pytest.raises(UserError, match="do not fit") as caught:
             make_model(settings, 1, CLASSES)
         assert str(path) in caught.value.found
@@ -313,7 +313,7 @@ def test_a_processor_multiplies_in_bf16_what_has_matrices(
 @pytest.mark.parametrize("hidden", [None, 256])
 @pytest.mark.parametrize("name", [TINY, SMALL_CNN, "cifar_efficientnet", "vit_tiny_patch16_224"])
 def test_the_classifier_begins_as_small_as_asked(name: str, hidden: int | None) -> None:
-    model = make_model(Model(name=name, head_hidden=hidden, head_std=0.01), 3, CLASSES)
+    model = make_model(Model(name=name, head_hidden=hidden, head_init_std=0.01), 3, CLASSES)
     *_, classifier = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
     assert classifier.out_features == CLASSES
     assert float(classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.1)
@@ -331,10 +331,10 @@ def test_weights_that_are_given_stand_before_a_deviation(tmp_path: Path) -> None
     path = tmp_path / "trained.pth"
     trained = make_model(Model(name=SMALL_CNN), 1, CLASSES)
     torch.save(trained.state_dict(), path)
-    begun = make_model(Model(name=SMALL_CNN, weights=path, head_std=0.01), 1, CLASSES)
+    begun = make_model(Model(name=SMALL_CNN, init_checkpoint=path, head_init_std=0.01), 1, CLASSES)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(begun.parameters(), trained.parameters(), strict=True))
 
 
 def test_a_classifier_that_is_a_convolution_has_a_deviation_of_its_own() -> None:
-    with pytest.raises(UserError, match=r"head_std=0\.01 for squeezenet1_1"):
-        make_model(Model(name="squeezenet1_1", head_std=0.01), 3, CLASSES)
+    with pytest.raises(UserError, match=r"head_init_std=0\.01 for squeezenet1_1"):
+        make_model(Model(name="squeezenet1_1", head_init_std=0.01), 3, CLASSES)

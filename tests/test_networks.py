@@ -196,14 +196,15 @@ def test_squeezenet_without_a_network_says_so(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("name", ["test_efficientnet", "squeezenet1_1"])
 def test_gray_images_enter_a_network_of_rgb_in_three_ways(name: str) -> None:
     gray = torch.rand(2, 1, 32, 32)
-    summed, random = made(name, channels=1), made(name, channels=1, gray_stem="random")
+    summed, random = made(name, channels=1), made(name, channels=1, gray_input="random")
     first = [next(module for module in model.modules() if isinstance(module, nn.Conv2d)) for model in (summed, random)]
     assert first[0].weight.shape == first[1].weight.shape
     assert not torch.equal(first[0].weight, first[1].weight)
-    repeated = made(name, channels=1, gray_stem="repeated")
+    repeated = made(name, channels=1, gray_input="repeated")
     rgb = made(name, channels=3)
     rgb.load_state_dict(repeated.backbone.state_dict())
     torch.testing.assert_close(repeated(gray), rgb(gray.expand(-1, 3, -1, -1)))
     assert torch.equal(
-        made(name, channels=3, gray_stem="repeated")(gray.expand(-1, 3, -1, -1)), made(name)(gray.expand(-1, 3, -1, -1))
+        made(name, channels=3, gray_input="repeated")(gray.expand(-1, 3, -1, -1)),
+        made(name)(gray.expand(-1, 3, -1, -1)),
     )

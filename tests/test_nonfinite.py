@@ -28,10 +28,10 @@ from trainer.run import main as run_main
 
 SMALL = {
     "seed": 5,
-    "data": {"validation": 0.1, "resolution": 12},
+    "data": {"val_fraction": 0.1, "resolution": 12},
     "loader": {"batch_size": 16},
     "model": {"name": "three_block_cnn", "drop_rate": 0.3},
-    "mixing": {"probability": 1.0, "cutmix_alpha": 0.0},
+    "mixup": {"prob": 1.0, "cutmix_alpha": 0.0},
     "optim": {"name": "lion", "lr": 1e-3},
     "trainer": {"epochs": 2, "precision": "fp32"},
     "checkpoint": {"every_steps": 4},
@@ -63,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path) -> Callab
 def rows_at(recipe: Path, epoch: int, step: int) -> list[int]:
     """Row ids of a global batch."""
     store = open_split(yaml.safe_load(recipe.read_text())["data"]["shards"], "train")
-    samples, _ = carve(store.labels, SMALL["data"]["validation"], 1.0, SMALL["seed"])
+    samples, _ = carve(store.labels, SMALL["data"]["val_fraction"], 1.0, SMALL["seed"])
     order = ShuffledBatchSampler(samples, SMALL["loader"]["batch_size"], SMALL["seed"])
     return store.rows[next(order.steps(epoch, 0, 1, step)).samples].tolist()
 
@@ -152,7 +152,7 @@ def test_it_ends_the_run_with_the_step_the_rows_and_what_it_takes_to_see_it_agai
 
     last = checkpoint.load_newest(file.parent.parent / "checkpoints")[0]
     assert last["step"] == 4 and all(tensor.isfinite().all() for tensor in last["model"].values())
-    run("trainer.epochs=1", "resume=auto", "trainer.skip_nonfinite=1")
+    run("trainer.epochs=1", "resume=auto", "trainer.max_nonfinite_steps=1")
 
 
 QUICK = ((spoil_images, 5, 2), (spoil_gradient, 8, 1))
@@ -177,7 +177,7 @@ def test_as_many_updates_as_allowed_are_left_out_and_nothing_else_changes(
 ) -> None:
     row = rows_at(recipe, 0, step)[0]
     places = {(epoch, step_with(recipe, epoch, row) // accumulation * accumulation) for epoch in (0, 1)}
-    overrides = (f"optim.accumulation={accumulation}", "trainer.skip_nonfinite=2")
+    overrides = (f"optim.grad_accumulation={accumulation}", "trainer.max_nonfinite_steps=2")
     with monkeypatch.context() as patch:
         spoil(patch, row)
         found = run(*overrides)
@@ -193,8 +193,8 @@ def test_as_many_updates_as_allowed_are_left_out_and_nothing_else_changes(
     with monkeypatch.context() as patch:
         spoil(patch, row)
         with pytest.raises(UserError, match="epoch 2") as caught:
-            run(overrides[0], "trainer.skip_nonfinite=1", name="limited")
-    assert "but for 1 updates" in caught.value.expected and "trainer.skip_nonfinite=2" in caught.value.hint
+            run(overrides[0], "trainer.max_nonfinite_steps=1", name="limited")
+    assert "but for 1 updates" in caught.value.expected and "trainer.max_nonfinite_steps=2" in caught.value.hint
 
 
 def test_what_does_not_happen_again_costs_nothing(

@@ -168,7 +168,9 @@ def test_warm_restarts_of_the_published_recipe(unit: str) -> None:
         for move in range(EPOCHS * scale)
     ]
     found = rates(
-        config_of("schedule.name=warm_restarts", f"schedule.unit={unit}", "schedule.warmup=5", "schedule.period=8")
+        config_of(
+            "schedule.name=warm_restarts", f"schedule.unit={unit}", "schedule.warmup=5", "schedule.cycle_epochs=8"
+        )
     )
     assert found == pytest.approx(per_move(unit, curve), rel=1e-6)
 
@@ -178,7 +180,9 @@ def test_warm_restarts_whose_period_grows(unit: str) -> None:
     scale = UPDATES if unit == "step" else 1
     curve = [cosine(move / (length * scale)) for length in (3, 6, 12) for move in range(length * scale)]
     found = rates(
-        config_of("schedule.name=warm_restarts", f"schedule.unit={unit}", "schedule.period=3", "schedule.multiplier=2")
+        config_of(
+            "schedule.name=warm_restarts", f"schedule.unit={unit}", "schedule.cycle_epochs=3", "schedule.cycle_mult=2"
+        )
     )
     assert found == pytest.approx(per_move(unit, curve), rel=1e-6)
 
@@ -266,7 +270,7 @@ def test_goes_on_exactly_where_it_stopped(optimizer: str, schedule: str, unit: s
         f"schedule.name={schedule}",
         f"schedule.unit={unit}",
         "schedule.warmup=2",
-        "schedule.period=2",
+        "schedule.cycle_epochs=2",
         "schedule.patience=1",
         "trainer.epochs=6",
     )

@@ -159,7 +159,7 @@ def test_a_contact_sheet_shows_pictures_in_their_own_shape(tmp_path: Path) -> No
 def recipe(directory: Path, shards: Path) -> Path:
     path = directory / "pictures.yaml"
     settings = {
-        "data": {"shards": str(shards), "validation": 0.1, "resolution": 32},
+        "data": {"shards": str(shards), "val_fraction": 0.1, "resolution": 32},
         "loader": {"batch_size": 12},
         "model": {"name": "three_block_cnn"},
         "optim": {"lr": 3e-3},

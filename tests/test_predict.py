@@ -100,7 +100,7 @@ def test_genuine_characters_drawn_large_are_read_as_they_were(shared_data: Path,
     shards, run = tmp_path / "emnist", tmp_path / "run"
     raw = ("--raw", shared_data / "emnist", "--out", shards)
     assert run_module("pipeline.shard", "emnist", *raw).returncode == 0
-    settings = (f"data.shards={shards}", f"run.dir={run}", "data.subset=0.3", "trainer.epochs=2")
+    settings = (f"data.shards={shards}", f"run.dir={run}", "data.train_fraction=0.3", "trainer.epochs=2")
     assert run_module("trainer.run", "configs/byclass_cpu.yaml", *settings, timeout=1200).returncode == 0
     predictor = Predictor(run)
     store = open_split(shards, "test")

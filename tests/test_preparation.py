@@ -126,7 +126,7 @@ def test_equalised_emnist_has_the_moments_that_are_known(shared_data: Path) -> N
 
 @pytest.mark.parametrize("margin", [0.0, 0.2])
 def test_crops_to_the_ink(images: NDArray[np.uint8], device: torch.device, margin: float) -> None:
-    ours = prepared(images, device, crop_to_ink=margin)
+    ours = prepared(images, device, crop_to_foreground=margin)
     found = ink(torch.from_numpy(images)).numpy()
     for image, result, marked in zip(images, ours, found, strict=True):
         gray = image[..., 0] if image.shape[2] == 1 else image.astype(np.float32).mean(axis=2).round().astype(np.uint8)
@@ -143,8 +143,8 @@ def test_the_contour_is_what_erosion_takes_away(images: NDArray[np.uint8]) -> No
 
 
 def test_steps_follow_one_another(images: NDArray[np.uint8], device: torch.device) -> None:
-    together = prepared(255 - images, device, invert="auto", opening=1, crop_to_ink=0.1, equalize=True)
-    for step in ({"invert": "auto"}, {"opening": 1}, {"crop_to_ink": 0.1}, {"equalize": True}):
+    together = prepared(255 - images, device, invert="auto", opening=1, crop_to_foreground=0.1, equalize=True)
+    for step in ({"invert": "auto"}, {"opening": 1}, {"crop_to_foreground": 0.1}, {"equalize": True}):
         images = prepared(255 - images if "invert" in step else images, device, **step)
     assert np.array_equal(together, images)
 
@@ -154,7 +154,7 @@ def test_steps_follow_one_another(images: NDArray[np.uint8], device: torch.devic
 def test_graphs_prepare_before_they_resize(
     images: NDArray[np.uint8], device: torch.device, backend: str, transposed: bool
 ) -> None:
-    steps = Preprocessing(invert=True, opening=1, crop_to_ink=0.1, equalize=True)
+    steps = Preprocessing(invert=True, opening=1, crop_to_foreground=0.1, equalize=True)
     channels = images.shape[3]
     plain = TransformSpec(images.shape[1:], transposed, 40, "linear", (0.0,) * channels, (1.0,) * channels)
     whole = TransformSpec(plain.image_shape, transposed, 40, "linear", plain.mean, plain.std, steps)
@@ -169,7 +169,7 @@ def test_statistics_are_those_of_prepared_images_and_kept_apart(tmp_path: Path) 
     packed = pack_parts(made_up_parts(train=60, test=10), tmp_path / "set")
     store, cpu = open_split(packed, "train"), torch.device("cpu")
     found = {}
-    for steps in (Preprocessing(), Preprocessing(invert=True), Preprocessing(crop_to_ink=0.1, equalize=True)):
+    for steps in (Preprocessing(), Preprocessing(invert=True), Preprocessing(crop_to_foreground=0.1, equalize=True)):
         spec = TransformSpec.of(store.manifest, 20, "linear", steps)
         found[steps] = normalization.load_or_compute_stats(store, packed / "train", spec, "torch", cpu)
         assert found[steps] == normalization.load_or_compute_stats(store, packed / "train", spec, "torch", cpu)
@@ -177,10 +177,10 @@ def test_statistics_are_those_of_prepared_images_and_kept_apart(tmp_path: Path) 
     plain, inverted, _ = found.values()
     assert inverted.mean[0] == pytest.approx(1 - plain.mean[0], abs=1e-6)
     names = {path.name for path in (packed / "train" / "statistics").iterdir()}
-    assert names == {"20-linear.json", "20-linear-invert.json", "20-linear-crop_to_ink0.1-equalize.json"}
+    assert names == {"20-linear.json", "20-linear-invert.json", "20-linear-crop_to_foreground0.1-equalize.json"}
 
 
-@pytest.mark.parametrize("steps", [{"equalize": True}, {"crop_to_ink": 0.0}, {"invert": "auto", "opening": 1}])
+@pytest.mark.parametrize("steps", [{"equalize": True}, {"crop_to_foreground": 0.0}, {"invert": "auto", "opening": 1}])
 def test_picture_files_are_refused(steps: dict[str, object]) -> None:
     spec = TransformSpec(
         (None, None, 3), False, 28, mean=(0.0,) * 3, std=(1.0,) * 3, preprocessing=Preprocessing(**steps)

@@ -32,7 +32,7 @@ from trainer.training import Training, make_training
 
 CPU = torch.device("cpu")
 EVERYTHING = {
-    "mixing": {"probability": 1.0},
+    "mixup": {"prob": 1.0},
     "loss": {"label_smoothing": 0.1, "class_weights": "minmax"},
     "trainer": {"epochs": 2, "precision": "fp32", "ema_decay": 0.9},
     "schedule": {"name": "cosine", "warmup": 1},
@@ -48,7 +48,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
     content = EVERYTHING | {
-        "data": {"shards": str(made_up_set), "validation": 0.1, "resolution": 16},
+        "data": {"shards": str(made_up_set), "val_fraction": 0.1, "resolution": 16},
         "loader": {"batch_size": 64},
         "model": {"name": "three_block_cnn", "drop_rate": 0.2},
     }
@@ -134,7 +134,7 @@ def no_waiting() -> Iterator[None]:
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "lion", "sgd_lookahead"])
 def test_a_step_never_waits_for_the_device(recipe: Path, device: torch.device, optimizer: str) -> None:
-    learner = training_on(recipe, device, f"optim.name={optimizer}", "optim.clip_norm=1.0", "trainer.profile=true")
+    learner = training_on(recipe, device, f"optim.name={optimizer}", "optim.max_grad_norm=1.0", "trainer.profile=true")
     learner.forward.train()
     batches = list(learner.data.train.batches())
     shown = Readback(device)
@@ -218,15 +218,20 @@ def test_compiling_automatically_is_for_gpus_with_a_compiler(monkeypatch: pytest
 
 
 def test_cuda_graphs_are_not_for_accumulated_gradients() -> None:
-    with pytest.raises(UserError, match=r"optim\.accumulation=2 adds them up"):
-        load(ROOT / "configs" / "quickstart.yaml", ["trainer.compile=reduce-overhead", "optim.accumulation=2"])
+    with pytest.raises(UserError, match=r"optim\.grad_accumulation=2 adds them up"):
+        load(ROOT / "configs" / "quickstart.yaml", ["trainer.compile=reduce-overhead", "optim.grad_accumulation=2"])
 
 
 @pytest.mark.gpu
 def test_the_large_recipe_makes_use_of_a_gpu(made_up_set: Path) -> None:
     """EfficientNet-B3 at 112x112 as configs/byclass.yaml has it: compiled, in bf16, channels last, never waiting."""
     gpu = torch.device("cuda", 0)
-    given = (f"data.shards={made_up_set}", "loader.batch_size=64", "model.pretrained=false", "optim.accumulation=1")
+    given = (
+        f"data.shards={made_up_set}",
+        "loader.batch_size=64",
+        "model.pretrained=false",
+        "optim.grad_accumulation=1",
+    )
     config = with_precision(load(ROOT / "configs" / "byclass.yaml", list(given)), gpu)
     assert (config.trainer.precision, compile_mode(config.trainer, gpu)) == ("bf16", "default")
     world = World(rank=0, size=1, device=gpu)

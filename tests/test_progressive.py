@@ -39,7 +39,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "growing.yaml"
     changed = {
         "data": QUICK["data"] | {"shards": str(made_up_set), "resolution": [[1, 8], [2, 12], [3, 20]]},
-        "loader": {"batch_size": 16, "scale_batch": True},
+        "loader": {"batch_size": 16, "scale_batch_with_resolution": True},
     }
     path.write_text(yaml.safe_dump(QUICK | changed))
     return path
@@ -59,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
 def test_phases_follow_the_schedule_and_keep_the_pixels_of_a_batch() -> None:
     given = ("data.resolution=[[1, 48], [5, 80], [9, 112]]", "trainer.epochs=12", "loader.batch_size=512")
     assert phases(config(*given)) == (Phase(0, 48, 512), Phase(4, 80, 512), Phase(8, 112, 512))
-    scaled = phases(config(*given, "loader.scale_batch=true"))
+    scaled = phases(config(*given, "loader.scale_batch_with_resolution=true"))
     assert scaled == (Phase(0, 48, 2784), Phase(4, 80, 1000), Phase(8, 112, 512))
     assert all(phase.batch_size * phase.resolution**2 <= 512 * 112**2 for phase in scaled)
     assert phases(config("data.resolution=28")) == (Phase(0, 28, 64),)
@@ -88,12 +88,16 @@ def test_a_schedule_agrees_with_the_other_settings() -> None:
         load(QUICKSTART, ["data.resolution=[[1, 8], [9, 28]]"])
     with pytest.raises(UserError, match="three_block_cnn takes 4 or more"):
         load(QUICKSTART, ["data.resolution=[[1, 3], [2, 28]]"])
-    assert "loader.scale_batch has no effect" in "".join(config("loader.scale_batch=true").without_effect())
+    assert "loader.scale_batch_with_resolution has no effect" in "".join(
+        config("loader.scale_batch_with_resolution=true").without_effect()
+    )
 
 
 def test_every_epoch_has_its_resolution_with_its_own_statistics(made_up_set: Path) -> None:
     given = ("data.resolution=[[1, 8], [2, 28], [3, 40]]", f"data.shards={made_up_set}", "loader.batch_size=32")
-    data = open_data(config(*given, "loader.scale_batch=true", "trainer.epochs=3", "loader.backend=torch"), ALONE)
+    data = open_data(
+        config(*given, "loader.scale_batch_with_resolution=true", "trainer.epochs=3", "loader.backend=torch"), ALONE
+    )
     for epoch, (side, batch_size) in enumerate([(8, 800), (28, 64), (40, 32)]):
         seen, total, squares = [], 0.0, 0.0
         for batch in data.train.batches(epoch):
@@ -115,7 +119,7 @@ def test_every_epoch_has_its_resolution_with_its_own_statistics(made_up_set: Pat
 
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle", "warm_restarts", "constant"])
 def test_the_learning_rate_goes_by_epochs_whatever_their_number_of_updates(schedule: str) -> None:
-    given = (f"schedule.name={schedule}", "trainer.epochs=6", "schedule.warmup=1", "schedule.period=2")
+    given = (f"schedule.name={schedule}", "trainer.epochs=6", "schedule.warmup=1", "schedule.cycle_epochs=2")
 
     def ends(updates: list[int]) -> list[float]:
         """The learning rate with which each epoch begins, the last one's end included."""

@@ -39,10 +39,10 @@ def sets(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def run(sets: tuple[Path, Path]) -> Path:
     recipe = sets[0].parent / "few.yaml"
     content = {
-        "data": {"shards": str(sets[0]), "resolution": 12, "validation": 0.2},
+        "data": {"shards": str(sets[0]), "resolution": 12, "val_fraction": 0.2},
         "loader": {"batch_size": 32},
         "model": {"name": "three_block_cnn"},
-        "decision": {"tau": 0.5},
+        "posthoc": {"tau": 0.5},
         "loss": {"class_weights": "inverse"},
         "trainer": {"epochs": 3, "precision": "fp32"},
     }

@@ -29,7 +29,7 @@ BATCH = 8
 SMALL = (
     "device=cpu",
     f"loader.batch_size={BATCH}",
-    "data.validation=0.25",
+    "data.val_fraction=0.25",
     "trainer.precision=fp32",
     "model.pretrained=false",
     "logging.wandb=off",
@@ -134,10 +134,10 @@ def test_bengali_digits_begin_with_weights_from_emnist(
 ) -> None:
     """As the head of numtadb_model2.yaml says; at next to no learning rate the weights stay what they were."""
     digits = packed("emnist", "--split", "digits", monkeypatch=monkeypatch)
-    trained(monkeypatch, "numtadb_model2", digits, tmp_path / "digits", "data.opening=0")
+    trained(monkeypatch, "numtadb_model2", digits, tmp_path / "digits", "data.opening_radius=0")
     bengali = packed(*packing_of("numtadb_model2"), monkeypatch=monkeypatch)
     begun = tmp_path / "digits" / "checkpoints" / "best.pt"
-    overrides = (f"model.weights={begun}", "optim.lr=1e-12")
+    overrides = (f"model.init_checkpoint={begun}", "optim.lr=1e-12")
     summary = trained(monkeypatch, "numtadb_model2", bengali, tmp_path / "run", *overrides)
     assert summary["samples"] == 40
     before = torch.load(begun, weights_only=True)["model"]

@@ -240,7 +240,7 @@ def test_runs_without_validation_and_of_other_classes_have_pages_too(
     other = tmp_path / "other"
     recipe = tmp_path / "colour.yaml"
     recipe.write_text(
-        f"data: {{shards: '{shards}', resolution: 12, validation: 0}}\nmodel: {{name: three_block_cnn}}\n"
+        f"data: {{shards: '{shards}', resolution: 12, val_fraction: 0}}\nmodel: {{name: three_block_cnn}}\n"
         "loader: {batch_size: 32}\noptim: {lr: 1.0e-5}\ntrainer: {epochs: 1, precision: fp32}\n"
     )
     monkeypatch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={other}"])

@@ -162,7 +162,7 @@ def test_a_study_that_was_there_is_kept_unless_it_is_resumed(out: Path, tmp_path
 # Out of memory, and other ends of a point.
 
 POINT = Point("three_block_cnn", 1.0, 16, "linear", 0)
-RECIPE = {"data": {"shards": "", "validation": 0.1}, "loader": {"batch_size": 64}, "trainer": {"epochs": 3}}
+RECIPE = {"data": {"shards": "", "val_fraction": 0.1}, "loader": {"batch_size": 64}, "trainer": {"epochs": 3}}
 
 
 def made_up_study(shards: Path = Path("nowhere"), **changes: Any) -> Study:
@@ -422,9 +422,9 @@ def test_a_recipe_is_taken_with_what_a_point_changes(digits_set: Path, monkeypat
     assert (settings.trainer.epochs, study.seconds, study.dataset) == (3, QUICK.seconds, "digits")
     point = Point("efficientnet_b0", 0.5, 96, "lanczos", 7)
     config = study.config(point, 32, 2)
-    assert (config.model.name, config.data.subset, config.data.resolution) == ("efficientnet_b0", 0.5, 96)
+    assert (config.model.name, config.data.train_fraction, config.data.resolution) == ("efficientnet_b0", 0.5, 96)
     assert (config.data.interpolation, config.seed) == ("lanczos", 7)
-    assert (config.loader.batch_size, config.optim.accumulation) == (32, 2)
+    assert (config.loader.batch_size, config.optim.grad_accumulation) == (32, 2)
     assert config.optim.lr == settings.optim.lr
     other, _ = make_study(
         arguments_of(monkeypatch, "--config", "configs/quickstart.yaml", "--shards", digits_set), QUICK

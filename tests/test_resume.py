@@ -29,7 +29,7 @@ from trainer.settings import Checkpoint
 
 # 130 training images make 9 steps of at most 16 (14 or 15); with accumulation 2 five updates, the last of one batch.
 SMALL = {
-    "data": {"validation": 0.1, "resolution": 12},
+    "data": {"val_fraction": 0.1, "resolution": 12},
     "loader": {"batch_size": 16},
     "model": {"name": "three_block_cnn", "drop_rate": 0.3},
     "optim": {"name": "adamw", "lr": 2e-3},
@@ -44,15 +44,15 @@ SCHEDULES = (
     "constant warmup=1",
     "cosine warmup=1",
     "cosine unit=epoch",
-    "warm_restarts period=1",
-    "warm_restarts unit=epoch period=1 multiplier=2",
+    "warm_restarts cycle_epochs=1",
+    "warm_restarts unit=epoch cycle_epochs=1 cycle_mult=2",
     "one_cycle warmup=1",
     "plateau patience=0 factor=0.5",
 )
 EXTRAS = {
     "ema": ["trainer.ema_decay=0.9"],
-    "mixing": ["mixing.probability=0.7"],
-    "accumulation": ["optim.accumulation=2", "optim.clip_norm=1.0"],
+    "mixing": ["mixup.prob=0.7"],
+    "accumulation": ["optim.grad_accumulation=2", "optim.max_grad_norm=1.0"],
     "augmentation": [
         *("augment.rotation=10", "augment.shear=5", "augment.translation=0.05", "augment.scale=0.1"),
         *("augment.elastic=0.05", "augment.stroke=0.7", "augment.erase=0.5", "augment.erase_at=contour"),
@@ -323,10 +323,16 @@ def test_changed_settings_are_refused_with_what_allows_them(recipe: Path, tmp_pa
     with pytest.raises(UserError) as caught:
         train(recipe, tmp_path / "run", "resume=auto", "optim.lr=1e-4", "optim.weight_decay=0.5")
     assert "optim.lr=0.002 optim.weight_decay=0.01" in caught.value.expected
-    allow = "checkpoint.allow_changed=[optim.lr, optim.weight_decay]"
+    allow = "checkpoint.resume_allow_changes=[optim.lr, optim.weight_decay]"
     assert f"'{allow}'" in caught.value.hint
     with pytest.raises(UserError, match=r"optim\.weight_decay=0\.01"):
-        train(recipe, tmp_path / "run", "resume=auto", "optim.weight_decay=0.5", "checkpoint.allow_changed=[optim.lr]")
+        train(
+            recipe,
+            tmp_path / "run",
+            "resume=auto",
+            "optim.weight_decay=0.5",
+            "checkpoint.resume_allow_changes=[optim.lr]",
+        )
     assert train(recipe, tmp_path / "run", "resume=auto", "optim.lr=1e-4", "optim.weight_decay=0.5", allow) == 0
     groups = newest(tmp_path / "run")["optimizer"]["param_groups"]
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.5]
@@ -338,8 +344,8 @@ def test_what_gives_the_weights_their_form_cannot_change(recipe: Path, tmp_path:
     stop_at(recipe, tmp_path / "run", (0, 5))
     name = setting.partition("=")[0]
     with pytest.raises(UserError) as caught:
-        train(recipe, tmp_path / "run", "resume=auto", setting, f"checkpoint.allow_changed=[{name}]")
-    assert f"{name} cannot change" in caught.value.hint and "allow_changed" not in caught.value.hint
+        train(recipe, tmp_path / "run", "resume=auto", setting, f"checkpoint.resume_allow_changes=[{name}]")
+    assert f"{name} cannot change" in caught.value.hint and "resume_allow_changes" not in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -352,7 +358,7 @@ def test_a_changed_schedule_stands_where_it_would_had_it_always_been_so(
     changed = ["trainer.epochs=4", "optim.lr=1e-3", *combined("adamw", schedule)]
     assert train(recipe, tmp_path / "always", *changed) == 0
     stop_at(recipe, tmp_path / "run", (1, 5))
-    changing = f"checkpoint.allow_changed=[{', '.join(load(recipe, []).recipe())}]"
+    changing = f"checkpoint.resume_allow_changes=[{', '.join(load(recipe, []).recipe())}]"
     assert train(recipe, tmp_path / "run", "resume=auto", *changed, changing) == 0
     rates = [[record["lr"] for record in history(tmp_path / name)] for name in ("always", "run")]
     assert rates[0][1:] == pytest.approx(rates[1][1:], rel=1e-12) or "plateau" in schedule
@@ -367,10 +373,10 @@ def test_another_batch_or_pack_goes_on_after_the_same_share_of_the_epoch(recipe:
         seen.append((training.epoch, batch.step, training.updates))
         return step(training, batch, *arguments)
 
-    allow = "checkpoint.allow_changed=[loader.batch_size, optim.accumulation]"
+    allow = "checkpoint.resume_allow_changes=[loader.batch_size, optim.grad_accumulation]"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "train_step", noting)
-        overrides = ("loader.batch_size=8", "optim.accumulation=3", allow)
+        overrides = ("loader.batch_size=8", "optim.grad_accumulation=3", allow)
         assert train(recipe, tmp_path / "run", "resume=auto", *overrides) == 0
     # 4 of 9 steps are 8 of 17, which a window of three does not end at: 9, the third update of this epoch.
     assert seen[0] == (1, 9, 6 + 3) and seen[-1] == (2, 16, 12 + 5)
@@ -380,13 +386,13 @@ def test_another_batch_or_pack_goes_on_after_the_same_share_of_the_epoch(recipe:
     moved = ("resume=auto", f"data.shards={other}")
     with pytest.raises(UserError, match="packed otherwise") as caught:
         train(recipe, tmp_path / "moved", *moved)
-    assert "checkpoint.allow_changed=[data.shards]" in caught.value.hint
-    assert train(recipe, tmp_path / "moved", *moved, "checkpoint.allow_changed=[data.shards]") == 0
+    assert "checkpoint.resume_allow_changes=[data.shards]" in caught.value.hint
+    assert train(recipe, tmp_path / "moved", *moved, "checkpoint.resume_allow_changes=[data.shards]") == 0
 
 
 def test_a_name_that_allows_nothing_is_refused(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"optim\.rate, which no checkpoint is compared by"):
-        load(recipe, ["checkpoint.allow_changed=[optim.rate]"])
+        load(recipe, ["checkpoint.resume_allow_changes=[optim.rate]"])
 
 
 @pytest.mark.slow

@@ -34,12 +34,12 @@ ALONE = World(rank=0, size=1, device=CPU)
 def recipe(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
     path = tmp_path_factory.mktemp("teacher") / "few.yaml"
     content = {
-        "data": {"shards": str(digits_set), "resolution": 12, "validation": 0.1, "subset": 0.5},
+        "data": {"shards": str(digits_set), "resolution": 12, "val_fraction": 0.1, "train_fraction": 0.5},
         "loader": {"batch_size": 64},
         "model": {"name": "three_block_cnn"},
         "loss": {"class_weights": "inverse", "logit_adjustment": 0.5},
-        "decision": {"tau": 1.0},
-        "mixing": {"probability": 1.0, "off_last_epochs": 1},
+        "posthoc": {"tau": 1.0},
+        "mixup": {"prob": 1.0, "off_last_epochs": 1},
         "optim": {"lr": 2e-3},
         "trainer": {"epochs": 2, "precision": "fp32"},
     }
@@ -52,12 +52,12 @@ def teacher(recipe: Path) -> Path:
     """A run directory; it learned digits at 12x12."""
     directory = recipe.parent / "run"
     with pytest.MonkeyPatch.context() as patch:
-        assert train_here(patch, recipe, directory, "mixing.probability=0") == 0
+        assert train_here(patch, recipe, directory, "mixup.prob=0") == 0
     return directory
 
 
 def student_of(recipe: Path, teacher: Path, *overrides: str) -> Training:
-    config = load(recipe, [f"teacher.run={teacher}", *overrides])
+    config = load(recipe, [f"distillation.teacher={teacher}", *overrides])
     return make_training(config, open_data(config, ALONE), ALONE)
 
 
@@ -68,7 +68,7 @@ def first_batch(training: Training, epoch: int = 0) -> Batch:
 def test_it_sees_the_images_as_it_was_trained_on_them(recipe: Path, teacher: Path) -> None:
     trained = load_trained_model(teacher)
     pixels = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-    student = load(recipe, [f"teacher.run={teacher}", "teacher.temperature=3"])
+    student = load(recipe, [f"distillation.teacher={teacher}", "distillation.temperature=3"])
     mean, std = (0.7,), (0.2,)
     one = open_teacher(student, trained.classes, mean, std, CPU)
     assert one is not None
@@ -83,7 +83,7 @@ def test_it_sees_the_images_as_it_was_trained_on_them(recipe: Path, teacher: Pat
 
 
 def test_the_loss_is_a_share_of_both(recipe: Path, teacher: Path) -> None:
-    training = student_of(recipe, teacher, "teacher.weight=0.3", "teacher.temperature=4")
+    training = student_of(recipe, teacher, "distillation.weight=0.3", "distillation.temperature=4")
     images = first_batch(training).images
     logits = torch.randn(len(images), 10, generator=torch.Generator().manual_seed(1))
     weights = torch.linspace(0.5, 2, 10)
@@ -102,7 +102,7 @@ def test_it_alone_is_learned_from_on_the_mixed_images(
     """With all of the weight, labels do not matter; the images are those that the student sees."""
     losses = []
     for turned in (0, 3):
-        training = student_of(recipe, teacher, "teacher.weight=1", "seed=5")
+        training = student_of(recipe, teacher, "distillation.weight=1", "seed=5")
         seen: list[torch.Tensor] = []
         assert training.teacher is not None
         look = training.teacher.probabilities
@@ -128,8 +128,8 @@ def test_it_alone_is_learned_from_on_the_mixed_images(
 def test_a_student_learns_what_its_teacher_says(
     recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = [f"teacher.run={teacher}", "teacher.weight=1", "mixing.probability=0", "seed=1"]
-    overrides += ["trainer.epochs=6", "data.subset=0.5", "loss.class_weights=none", "decision.tau=0"]
+    overrides = [f"distillation.teacher={teacher}", "distillation.weight=1", "mixup.prob=0", "seed=1"]
+    overrides += ["trainer.epochs=6", "data.train_fraction=0.5", "loss.class_weights=none", "posthoc.tau=0"]
     assert train_here(monkeypatch, recipe, tmp_path / "run", *overrides) == 0
     said, by_teacher = (np.load(run / "predictions.npz")["predicted"] for run in (tmp_path / "run", teacher))
     assert (said == by_teacher).mean() > 0.6
@@ -139,8 +139,8 @@ def test_two_ranks_are_taught_and_decide_as_one(
     recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a model whose arithmetic does not depend on how a batch is shared out, but for rounding."""
-    overrides = [f"teacher.run={teacher}", "model.name=lenet", "data.resolution=28", "decision.tau=auto"]
-    overrides += ["mixing.probability=0", "trainer.select=macro_f1", "trainer.epochs=1"]
+    overrides = [f"distillation.teacher={teacher}", "model.name=lenet", "data.resolution=28", "posthoc.tau=auto"]
+    overrides += ["mixup.prob=0", "trainer.monitor=macro_f1", "trainer.epochs=1"]
     assert train_here(monkeypatch, recipe, tmp_path / "one", *overrides) == 0
     launcher = ("torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "trainer.run")
     process = run_module(*launcher, recipe, f"run.dir={tmp_path / 'two'}", *overrides)
@@ -166,9 +166,9 @@ def test_a_step_with_a_teacher_can_be_taken_again(recipe: Path, teacher: Path, t
 
 
 def test_who_may_not_teach(recipe: Path, teacher: Path, made_up_set: Path, tmp_path: Path) -> None:
-    student = load(recipe, [f"teacher.run={teacher}"])
+    student = load(recipe, [f"distillation.teacher={teacher}"])
     names = open_split(made_up_set, "train").manifest.classes
-    with pytest.raises(UserError, match=r"teacher\.run=.* with classes 0 1 2"):
+    with pytest.raises(UserError, match=r"distillation\.teacher=.* with classes 0 1 2"):
         open_teacher(student, names, (0.0,), (1.0,), CPU)
     with pytest.raises(UserError, match="with channels 1"):
         open_teacher(student, tuple("0123456789"), (0.0,) * 3, (1.0,) * 3, CPU)

@@ -24,13 +24,13 @@ from trainer.run import main as run_main
 from trainer.run_directory import RunDirectory
 
 QUICK = {
-    "data": {"validation": 0.1, "resolution": 20},
+    "data": {"val_fraction": 0.1, "resolution": 20},
     "loader": {"batch_size": 32},
     "model": {"name": "three_block_cnn", "drop_rate": 0.2},
     "loss": {"label_smoothing": 0.1, "class_weights": "minmax"},
-    "mixing": {"probability": 0.6},
-    "optim": {"name": "lion", "lr": 1e-3, "accumulation": 2, "clip_norm": 1.0},
-    "schedule": {"name": "warm_restarts", "unit": "step", "warmup": 1, "period": 1},
+    "mixup": {"prob": 0.6},
+    "optim": {"name": "lion", "lr": 1e-3, "grad_accumulation": 2, "max_grad_norm": 1.0},
+    "schedule": {"name": "warm_restarts", "unit": "step", "warmup": 1, "cycle_epochs": 1},
     "trainer": {"epochs": 3, "precision": "fp32", "ema_decay": 0.9},
 }
 
@@ -295,7 +295,7 @@ def test_resuming_needs_no_first_weights(
 ) -> None:
     first_weights, directory = tmp_path / "first.pth", tmp_path / "run"
     torch.save(weights(finished), first_weights)
-    override = f"model.weights={first_weights}"
+    override = f"model.init_checkpoint={first_weights}"
     assert stop_in_epoch(recipe, directory, 1, signal.SIGTERM, 0.1, override) == 128 + signal.SIGTERM
     first_weights.unlink()
     assert train_here(monkeypatch, recipe, directory, "resume=auto", override) == 0
@@ -323,7 +323,7 @@ def test_checkpoints_of_others_and_parts_that_are_missing_are_named(
     with pytest.raises(UserError, match="without its test part"):
         train_here(monkeypatch, recipe, tmp_path / "new", f"data.shards={half}")
     with pytest.raises(UserError, match="which is none"):
-        train_here(monkeypatch, recipe, tmp_path / "new", "data.validation=0.0001")
+        train_here(monkeypatch, recipe, tmp_path / "new", "data.val_fraction=0.0001")
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_evaluating(finished: Path, made_up_set: Path) -> None:

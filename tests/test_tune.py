@@ -33,7 +33,7 @@ from trainer.tune.workers import work
 
 SEARCHES = sorted((ROOT / "configs" / "search").glob("*.yaml"))
 RECIPE = {
-    "data": {"validation": 0.2, "resolution": 8, "verify": False},
+    "data": {"val_fraction": 0.2, "resolution": 8, "verify": False},
     "loader": {"batch_size": 64},
     "model": {"name": "three_block_cnn"},
     "optim": {"name": "adamw", "lr": 3e-3},
@@ -154,7 +154,7 @@ def test_a_search_leaves_trials_a_page_and_the_best_recipe(searched: Path) -> No
             settings = config.load(run / "config.yaml", [])
             assert summary["figure"] == figure == max(summary["figures"]) == summary["validation"]["accuracy"]
             assert summary["validation"]["samples"] == pytest.approx(0.2 * 1438, abs=10)
-            assert (settings.seed, settings.data.subset, settings.optim.name) == (repeat - 1, 0.5, case)
+            assert (settings.seed, settings.data.train_fraction, settings.optim.name) == (repeat - 1, 0.5, case)
             assert not (run / "checkpoints").exists()
             assert not (run / "predictions.npz").exists()
     best = ranking(found)[0]
@@ -174,7 +174,9 @@ def test_the_best_recipe_is_complete_and_trains(
     expected = base.recipe() | best
     assert found.recipe() == expected
     assert yaml.safe_load(path.read_text()).keys() == RECIPE.keys() | {"run"}
-    monkeypatch.setattr(sys, "argv", ["trainer.run", str(path), f"run.dir={tmp_path / 'run'}", "data.subset=0.2"])
+    monkeypatch.setattr(
+        sys, "argv", ["trainer.run", str(path), f"run.dir={tmp_path / 'run'}", "data.train_fraction=0.2"]
+    )
     assert run_main() == 0
     assert (tmp_path / "run" / "summary.json").exists()
 
@@ -217,7 +219,7 @@ def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(
             wanted, base = search.load(path, [])
             assert work(wanted, base, float("inf"), workers=2) == 0
             best = config.load(tmp_path / name / "study" / "best.yaml", [])
-            assert best.loader.memory == "auto", "not a worker's share"
+            assert best.loader.cache_gb == "auto", "not a worker's share"
         return [result.values["optim.lr"] for result in results(path)]
 
     whole = drawn("whole", 8)
@@ -350,12 +352,10 @@ def test_a_trial_that_diverges_is_given_up_and_the_search_goes_on(
 def test_values_that_contradict_each_other_fail_alone(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = {
-        name: {"type": "categorical", "choices": [0, 0.2]} for name in ("mixing.mixup_alpha", "mixing.cutmix_alpha")
-    }
-    both = {"mixing.mixup_alpha": 0, "mixing.cutmix_alpha": 0}
-    path = written(tmp_path, recipe, settings={"mixing.probability": 0.5}, space=space, budget={"trials": 1})
-    path.write_text(path.read_text() + yaml.safe_dump({"first": [both | {"mixing.mixup_alpha": 0.2}]}))
+    space = {name: {"type": "categorical", "choices": [0, 0.2]} for name in ("mixup.mixup_alpha", "mixup.cutmix_alpha")}
+    both = {"mixup.mixup_alpha": 0, "mixup.cutmix_alpha": 0}
+    path = written(tmp_path, recipe, settings={"mixup.prob": 0.5}, space=space, budget={"trials": 1})
+    path.write_text(path.read_text() + yaml.safe_dump({"first": [both | {"mixup.mixup_alpha": 0.2}]}))
     wanted, base = search.load(path, [])
     study = Study(wanted, base)
     with study.next_trial() as trial:
@@ -430,7 +430,7 @@ def test_the_emnist_search_is_the_published_one(monkeypatch: pytest.MonkeyPatch)
     wanted, base = search.load(ROOT / "configs" / "search" / "optimizers.yaml", [])
     assert (wanted.fraction, base.trainer.epochs, wanted.repeats) == (0.2, 20, 10)
     assert wanted.choices("optim.name") == ["adam", "adamw", "lion", "sgd_lookahead"]
-    assert base.data.validation > 0
+    assert base.data.val_fraction > 0
 
 
 MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
@@ -459,8 +459,11 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("case adamm of optim.lr", "did you mean adamw?"),
     ),
     ({"space": {"seed": {"type": "int", "low": 0, "high": 9}}}, ("seed in the space", "raise repeats")),
-    ({"space": {"data.subset": {"type": "float", "low": 0.1, "high": 1}}}, ("data.subset", "set fraction")),
-    ({"space": {"data.validation": {"type": "float", "low": 0.1, "high": 0.2}}}, ("data.validation in the space",)),
+    (
+        {"space": {"data.train_fraction": {"type": "float", "low": 0.1, "high": 1}}},
+        ("data.train_fraction", "set fraction"),
+    ),
+    ({"space": {"data.val_fraction": {"type": "float", "low": 0.1, "high": 0.2}}}, ("data.val_fraction in the space",)),
     ({"settings": {"run.dir": "x"}}, ("run.dir", "set dir")),
     ({"settings": {"trainer.epochs": 0}}, ("trainer.epochs=0", "greater than or equal to 1")),
     ({"first": [{"optim.lr": 1.0}]}, ("optim.lr=1.0", "outside of the space")),
@@ -498,10 +501,10 @@ def test_a_mistake_ends_in_one_message(
 def test_a_recipe_without_a_validation_part_is_refused(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = written(tmp_path, recipe, settings={"data.validation": 0})
+    path = written(tmp_path, recipe, settings={"data.val_fraction": 0})
     with pytest.raises(UserError) as caught:
         tune_here(monkeypatch, path)
-    assert "data.validation" in caught.value.hint
+    assert "data.val_fraction" in caught.value.hint
     assert not (tmp_path / "study").exists()
 
 

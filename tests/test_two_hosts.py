@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT
 
 RECIPE = {
-    "data": {"validation": 0.1, "resolution": 20},
+    "data": {"val_fraction": 0.1, "resolution": 20},
     "loader": {"batch_size": 32},
     "model": {"name": "three_block_cnn", "drop_rate": 0.2},
     "optim": {"name": "adamw", "lr": 1e-3},

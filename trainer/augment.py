@@ -29,7 +29,7 @@ class Augment(Section):
     elastic: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Elastic distortion: how far pixels are displaced (root mean square along each axis), as a share of the side.
     Simard et al. (2003) take 0.048 for digits."""
-    elastic_smoothness: Annotated[float, Field(ge=0.02, le=1)] = 0.14
+    elastic_sigma: Annotated[float, Field(ge=0.02, le=1)] = 0.14
     """Standard deviation of the Gaussian that smooths the displacements, as a share of the side."""
     fill: Literal["border"] | Annotated[int, Field(ge=0, le=255)] = "border"
     """What moves in from outside: a grey value, or the pixels of the border over and over."""
@@ -45,9 +45,9 @@ class Augment(Section):
     """Degrees, up to, that hues are turned either way."""
     erase: Share = 0.0
     """Share of images of which a box is erased."""
-    erase_smallest: Share = 0.02
+    erase_area_min: Share = 0.02
     """Smallest share of the image that the box takes."""
-    erase_largest: Share = 0.2
+    erase_area_max: Share = 0.2
     """Largest share of the image that the box takes."""
     erase_at: Literal["anywhere", "contour"] = "anywhere"
     """Where the box is: anywhere, or around a pixel of the ink's contour."""
@@ -61,10 +61,10 @@ class Augment(Section):
     def without_effect(self) -> Iterator[str]:
         """A line for each setting that was given and changes nothing."""
         given = self.model_fields_set
-        if "elastic_smoothness" in given and self.elastic == 0:
-            yield "augment.elastic_smoothness has no effect with augment.elastic=0"
+        if "elastic_sigma" in given and self.elastic == 0:
+            yield "augment.elastic_sigma has no effect with augment.elastic=0"
         if self.fill != "border" and not self.augmentation().warps:
             yield f"augment.fill={self.fill} has no effect where nothing is moved: augment.rotation and others are 0"
-        for setting in ("erase_smallest", "erase_largest", "erase_at", "erase_value"):
+        for setting in ("erase_area_min", "erase_area_max", "erase_at", "erase_value"):
             if setting in given and self.erase == 0:
                 yield f"augment.{setting} has no effect with augment.erase=0"

@@ -102,7 +102,7 @@ def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "rec
 def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], data_digest: str, path: Path) -> None:
     """Refuse to resume what does not match: classes, data or recipe. Raises `UserError` naming what to change.
 
-    What `checkpoint.allow_changed` names may differ, if weights and optimiser keep their form.
+    What `checkpoint.resume_allow_changes` names may differ, if weights and optimiser keep their form.
     """
     if tuple(state["classes"]) != classes:
         raise UserError(
@@ -110,7 +110,7 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
             expected=f"the {len(state['classes'])} classes that {path} was trained on",
             hint="name the packed set of that run, or begin anew with another run.dir",
         )
-    allowed = set(config.checkpoint.allow_changed)
+    allowed = set(config.checkpoint.resume_allow_changes)
     if state["data"] != data_digest and PACK not in allowed:
         raise UserError(
             found=f"data.shards={config.data.shards}, packed otherwise than the data of {path}",
@@ -140,7 +140,7 @@ def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
 
 
 def _allowing(names: set[str]) -> str:
-    return shlex.quote(f"checkpoint.allow_changed=[{', '.join(sorted(names))}]")
+    return shlex.quote(f"checkpoint.resume_allow_changes=[{', '.join(sorted(names))}]")
 
 
 def _override(name: str, value: Any) -> str:

@@ -64,7 +64,7 @@ class TrainingData:
 def open_data(config: Config, world: World) -> TrainingData:
     """Open a packed set, check it, take or carve the validation part and measure the statistics of the model input."""
     directory = resolve_dataset(config.data.shards)
-    memory = _memory(config.loader.memory)
+    memory = _memory(config.loader.cache_gb)
     train_store = open_split(directory, "train", int(memory * _TRAIN_SHARE))
     # Evaluation goes through a part in order, and gains nothing from holding more of it.
     others = {"memory": int(memory * (1 - _TRAIN_SHARE) / 2)}
@@ -78,8 +78,8 @@ def open_data(config: Config, world: World) -> TrainingData:
     if config.data.verify:
         world.on_first(lambda: _check_hashes(directory, *stores))
 
-    aside = 0 if own_validation else config.data.validation
-    train, validation = carve(train_store.labels, aside, config.data.subset, config.seed)
+    aside = 0 if own_validation else config.data.val_fraction
+    train, validation = carve(train_store.labels, aside, config.data.train_fraction, config.seed)
     validation_store = stores[2] if own_validation else train_store
     if own_validation:
         validation = np.arange(len(validation_store))
@@ -87,13 +87,13 @@ def open_data(config: Config, world: World) -> TrainingData:
         raise UserError(
             found=f"{len(train)} training samples in batches of {config.loader.batch_size} for {world.size} ranks",
             expected="at least two samples of every batch for each rank, which batch normalisation needs",
-            hint="raise loader.batch_size or data.subset, or start fewer ranks",
+            hint="raise loader.batch_size or data.train_fraction, or start fewer ranks",
         )
     if aside > 0 and not len(validation):
         raise UserError(
-            found=f"data.validation={config.data.validation} of {len(train_store)} samples, which is none",
+            found=f"data.val_fraction={config.data.val_fraction} of {len(train_store)} samples, which is none",
             expected="a part that holds at least one sample",
-            hint="raise it, or data.validation=0 to train without",
+            hint="raise it, or data.val_fraction=0 to train without",
         )
     manifest = train_store.manifest
     parts = phases(config)

@@ -103,8 +103,8 @@ def test(training: Training, keeper: Keeper, received: list[int]) -> Evaluation:
     model = trained.build_model(world.device)
     if data.validation is not None:
         found = logits_of(model, data.validation, settings, world, received)
-        tau = training.config.decision.tau
-        training.decision = world.share(decide(*found, training.log_weights, tau, settings.select) if found else None)
+        tau = training.config.posthoc.tau
+        training.decision = world.share(decide(*found, training.log_weights, tau, settings.monitor) if found else None)
         decided = training.decision
         trained = replace(trained, tau=decided.tau, offsets=decided.offsets, temperature=decided.temperature)
         if world.speaks:
@@ -116,7 +116,7 @@ def train_epoch(training: Training, directory: RunDirectory, keeper: Keeper, rec
     """The steps of an epoch from where the training stands; their sums are left in `training.so_far`."""
     config, world = training.config, training.world
     steps = training.data.train.steps(training.epoch)
-    accumulation = config.optim.accumulation
+    accumulation = config.optim.grad_accumulation
     ahead = training.data.train.steps_ahead(training.epoch, config.trainer.epochs)
     progress = Progress(training.epoch, config.trainer.epochs, steps, training.step, ahead)
     vote = Vote(world, words=3)
@@ -204,7 +204,7 @@ def train_step(
     config, world = training.config, training.world
     mixing_draws = seed_step(config.seed, training.epoch, batch.step, world.rank)
     targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
-    mixing = config.mixing.at(training.epoch, config.trainer.epochs)
+    mixing = config.mixup.at(training.epoch, config.trainer.epochs)
     images, targets = mix(batch.images, targets, mixing, mixing_draws)
     images = laid_out(images, config.trainer)
     training.profile.mark("mixing")
@@ -227,7 +227,7 @@ def train_step(
 
 
 def _update(training: Training) -> None:
-    clip = training.config.optim.clip_norm
+    clip = training.config.optim.max_grad_norm
     if clip is not None:
         nn.utils.clip_grad_norm_(training.model.parameters(), clip)
     training.optimizer.step()
@@ -288,7 +288,7 @@ def _end_epoch(training: Training, keeper: Keeper, sinks: list[Sink], received: 
         )
         record["validation"] = judged.summary()
         training.profile.mark("validation")
-        figure = record["validation"][config.trainer.select]
+        figure = record["validation"][config.trainer.monitor]
     training.learning_rate.after_epoch(figure)
     # Of equals the later one, which has learned longer.
     is_best = figure >= training.best

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trainer.settings import Mixing
+from trainer.settings import Mixup
 
 
 def soft_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
@@ -15,7 +15,7 @@ def soft_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.
 
 
 def mix(
-    images: torch.Tensor, targets: torch.Tensor, settings: Mixing, draws: np.random.Generator
+    images: torch.Tensor, targets: torch.Tensor, settings: Mixup, draws: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix a whole batch, or leave it, as the draws decide.
 
@@ -23,9 +23,9 @@ def mix(
     the batch, which the order has shuffled. MixUp: Zhang et al. 2018, https://arxiv.org/abs/1710.09412;
     CutMix: Yun et al. 2019, https://arxiv.org/abs/1905.04899. The inputs are not changed.
     """
-    if draws.random() >= settings.probability:
+    if draws.random() >= settings.prob:
         return images, targets
-    cut = settings.mixup_alpha == 0 or (settings.cutmix_alpha > 0 and draws.random() < settings.switch_probability)
+    cut = settings.mixup_alpha == 0 or (settings.cutmix_alpha > 0 and draws.random() < settings.switch_prob)
     alpha = settings.cutmix_alpha if cut else settings.mixup_alpha
     keep = float(draws.beta(alpha, alpha))
     if cut:

@@ -35,15 +35,15 @@ _HUB_TIMEOUT = 5.0  # seconds
 def make_model(settings: Model, channels: int, classes: int, names: Sequence[str] = ()) -> nn.Module:
     """A model of images float [B, channels, R, R] to logits [B, classes].
 
-    names: of the classes, by which those that `model.weights` knows keep their part of its classifier.
+    names: of the classes, by which those that `model.init_checkpoint` knows keep their part of its classifier.
     Raises `UserError` for an unknown name and for weights that cannot be had or do not fit.
     """
     hidden = settings.head_hidden
-    repeats = settings.gray_stem == "repeated" and channels == 1
+    repeats = settings.gray_input == "repeated" and channels == 1
     backbone, features = _backbone(settings, 3 if repeats else channels, 0 if hidden else classes)
     if settings.stem_stride is not None:
         _step_by_one(backbone, settings.name)
-    if settings.gray_stem == "random" and channels == 1:
+    if settings.gray_input == "random" and channels == 1:
         _first_convolution(backbone).reset_parameters()
     layers = OrderedDict(backbone=backbone)
     if repeats:
@@ -53,10 +53,10 @@ def make_model(settings: Model, channels: int, classes: int, names: Sequence[str
             nn.Dropout(settings.drop_rate), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)
         )
     model = nn.Sequential(layers) if len(layers) > 1 else backbone
-    if settings.head_std is not None:
-        _draw_classifier(model, settings.head_std, settings.name)
-    if settings.weights is not None:
-        load_weights(model, settings.weights, names)
+    if settings.head_init_std is not None:
+        _draw_classifier(model, settings.head_init_std, settings.name)
+    if settings.init_checkpoint is not None:
+        load_weights(model, settings.init_checkpoint, names)
     return model
 
 
@@ -111,7 +111,7 @@ def load_weights(model: nn.Module, path: Path, names: Sequence[str] = ()) -> Non
         model.load_state_dict(_fitting(model, state, path, names, known))
     except FileNotFoundError:
         raise UserError(
-            found=f"no file {path}", expected="a file of weights (model.weights)", hint="check the path"
+            found=f"no file {path}", expected="a file of weights (model.init_checkpoint)", hint="check the path"
         ) from None
     except Exception as error:  # the readers raise many kinds
         raise UserError(
@@ -141,7 +141,7 @@ def _fitting(
         tensor[here] = state[name][there].to(tensor)
     fresh = len(own[min(classifier)]) - len(shared)
     log.warning(
-        "model.weights=%s is for %d classes: its classifier (%s) keeps %d of them%s",
+        "model.init_checkpoint=%s is for %d classes: its classifier (%s) keeps %d of them%s",
         path,
         len(state[min(classifier)]),
         ", ".join(sorted(classifier)),
@@ -161,7 +161,7 @@ def _draw_classifier(model: nn.Module, std: float, name: str) -> None:
     classifier = _classifier(model)
     if classifier is None:
         raise UserError(
-            found=f"model.head_std={std} for {name}, which ends in no linear layer",
+            found=f"model.head_init_std={std} for {name}, which ends in no linear layer",
             expected="a network with a linear classifier",
             hint="leave it out, or choose another model.name",
         )
@@ -244,7 +244,7 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
 
 def _begin(settings: Model, published: Callable[[], T], random: Callable[[], T]) -> T:
     """A network with published weights, where the settings ask for them and they can be had, or with random ones."""
-    if not settings.pretrained or settings.weights is not None:
+    if not settings.pretrained or settings.init_checkpoint is not None:
         return random()
     try:
         return published()
@@ -254,7 +254,7 @@ def _begin(settings: Model, published: Callable[[], T], random: Callable[[], T])
             raise UserError(
                 found=f"no way to fetch the published weights of {settings.name}: {reason}",
                 expected="a network, or the weights in the cache of the hub that they are published on",
-                hint="model.weights=FILE for weights that you have, or model.pretrained=false to begin without",
+                hint="model.init_checkpoint=FILE for weights that you have, or model.pretrained=false to begin without",
             ) from None
         log.warning(
             "model.pretrained=auto: the published weights of %s cannot be fetched here (%s); beginning with "

@@ -78,7 +78,7 @@ class Card:
             publisher="torchvision" if settings.name in OWN else "timm",
             licence=published_licence(settings.name) if settings.pretrained else None,
             timm_alone=self._timm_alone,
-            network=settings.model_dump(mode="json", exclude_defaults=True, exclude={"pretrained", "weights"}),
+            network=settings.model_dump(mode="json", exclude_defaults=True, exclude={"pretrained", "init_checkpoint"}),
             resize=_RESIZE.get(self.run.config.data.interpolation),
             plain=self._plain(model, reference) if self._has_plain else None,
         )
@@ -114,7 +114,7 @@ class Card:
     def _timm_alone(self) -> bool:
         """Whether the weights fit what `timm.create_model` makes, without any of our changes."""
         settings = self.run.config.model
-        repeats = settings.gray_stem == "repeated" and self.run.trained.channels == 1
+        repeats = settings.gray_input == "repeated" and self.run.trained.channels == 1
         return not (settings.name in OWN or settings.head_hidden or settings.stem_stride or repeats)
 
     @property

@@ -151,10 +151,10 @@ def look_closely(training: Training, directory: RunDirectory, batch: Batch, loss
 def go_back(training: Training, directory: RunDirectory, keeper: Keeper, found: NonFinite) -> None:
     """Put the training back to its newest checkpoint after a bad batch, to look for it or to leave it out.
 
-    Raises `UserError` if no more updates may be left out (`trainer.skip_nonfinite`).
+    Raises `UserError` if no more updates may be left out (`trainer.max_nonfinite_steps`).
     """
     place = (found.epoch, found.step)
-    limit = training.config.trainer.skip_nonfinite
+    limit = training.config.trainer.max_nonfinite_steps
     if not found.seen and place == training.look_until:
         raise UserError(
             found=f"{_described(found)} twice, and not when its steps were taken one by one",
@@ -163,7 +163,7 @@ def go_back(training: Training, directory: RunDirectory, keeper: Keeper, found: 
         )
     if found.seen and len(training.skipped) >= limit:
         raise _end(training, found)
-    window = found.step - found.step % training.config.optim.accumulation
+    window = found.step - found.step % training.config.optim.grad_accumulation
     skipped = training.skipped | ({(found.epoch, window)} if found.seen else set())
     keeper.finish()
     state, _ = training.world.on_first(lambda: checkpoint.load_newest(directory.checkpoints))
@@ -180,12 +180,12 @@ def go_back(training: Training, directory: RunDirectory, keeper: Keeper, found: 
 def _end(training: Training, found: NonFinite) -> Diverged:
     shown = ", ".join(map(str, found.rows[:_ROWS_SHOWN]))
     more = f" and {len(found.rows) - _ROWS_SHOWN} more" if len(found.rows) > _ROWS_SHOWN else ""
-    limit = training.config.trainer.skip_nonfinite
+    limit = training.config.trainer.max_nonfinite_steps
     study = f"python -m trainer.reproduce {found.file} shows where it arises; " if found.file else ""
     return Diverged(
         found=f"{_described(found)}, of rows {shown}{more}",
         expected="finite losses and gradients" + (f", but for {limit} updates" if limit else ""),
-        hint=f"{study}a lower optim.lr or trainer.precision=fp32 may help; resume=auto trainer.skip_nonfinite="
+        hint=f"{study}a lower optim.lr or trainer.precision=fp32 may help; resume=auto trainer.max_nonfinite_steps="
         f"{limit + 1} goes on without this update",
     )
 

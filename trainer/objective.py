@@ -22,15 +22,15 @@ class Loss(Section):
     much as others; 1 is the balanced softmax."""
 
 
-class Decision(Section):
+class Posthoc(Section):
     tau: Annotated[float, Field(ge=-4, le=4)] | Literal["auto"] = 0.0
     """How far the class weights w of the loss are undone to predict, argmax(z - tau log w): 0 not at all, 1 wholly,
-    which suits accuracy; below that macro F1. auto is what suits trainer.select on the validation part. Where the loss
+    which suits accuracy; below that macro F1. auto is what suits trainer.monitor on the validation part. Where the loss
     has no weights they are inverse frequencies: 0 suits accuracy, down to -1 macro F1."""
 
 
-class Teacher(Section):
-    run: Path | None = None
+class Distillation(Section):
+    teacher: Path | None = None
     """A run to learn from beside the labels: its directory, or a best.pt. It sees the same images, mixed as they are;
     null for none."""
     weight: Share = 0.5
@@ -39,18 +39,18 @@ class Teacher(Section):
     """By which the logits of both are divided for that divergence."""
 
 
-class Mixing(Section):
-    probability: Share = 0.0
+class Mixup(Section):
+    prob: Share = 0.0
     """Share of batches that are mixed."""
     mixup_alpha: Annotated[float, Field(ge=0)] = 0.2
     """MixUp: parameter of the Beta distribution of the weight; 0 for none."""
     cutmix_alpha: Annotated[float, Field(ge=0)] = 1.0
     """CutMix: parameter of the Beta distribution of the area; 0 for none."""
-    switch_probability: Share = 0.5
+    switch_prob: Share = 0.5
     """Share of mixed batches that take CutMix, where both are on."""
     off_last_epochs: Annotated[int, Field(ge=0)] = 0
     """Epochs at the end of the training whose batches are not mixed."""
 
-    def at(self, epoch: int, epochs: int) -> Mixing:
+    def at(self, epoch: int, epochs: int) -> Mixup:
         """What holds in an epoch (from 0) of so many."""
-        return self.model_copy(update={"probability": 0.0}) if epoch >= epochs - self.off_last_epochs else self
+        return self.model_copy(update={"prob": 0.0}) if epoch >= epochs - self.off_last_epochs else self

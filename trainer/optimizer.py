@@ -135,8 +135,8 @@ def _make_scheduler(
     elif settings.name == "warm_restarts":
         main = CosineAnnealingWarmRestarts(
             optimizer,
-            T_0=max(1, round(settings.period * per_epoch)),
-            T_mult=settings.multiplier,
+            T_0=max(1, round(settings.cycle_epochs * per_epoch)),
+            T_mult=settings.cycle_mult,
             eta_min=settings.min_lr,
         )
     else:

@@ -35,7 +35,9 @@ def phases(config: Config) -> tuple[Phase, ...]:
     found = []
     for epoch, resolution in starts:
         scaled = int(size * (largest / resolution) ** 2) // _BATCH_MULTIPLE * _BATCH_MULTIPLE
-        found.append(Phase(epoch - 1, resolution, max(size, scaled) if config.loader.scale_batch else size))
+        found.append(
+            Phase(epoch - 1, resolution, max(size, scaled) if config.loader.scale_batch_with_resolution else size)
+        )
     return tuple(found)
 
 

@@ -49,7 +49,7 @@ def take_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[f
             module.register_forward_hook(_noting(f"output of {name} ({type(module).__name__})", found))
     draws = seed_step(config.seed, state["epoch"], state["step"], rank)
     targets = soft_targets(share["labels"], len(state["classes"]), config.loss.label_smoothing)
-    images, targets = mix(share["images"], targets, config.mixing.at(state["epoch"], config.trainer.epochs), draws)
+    images, targets = mix(share["images"], targets, config.mixup.at(state["epoch"], config.trainer.epochs), draws)
     if not images.isfinite().all():
         found.append("images")
     with autocast(config.trainer, device):
@@ -68,7 +68,7 @@ def take_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[f
 
 
 def _model(state: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
-    settings = config.model.model_copy(update={"pretrained": False, "weights": None})
+    settings = config.model.model_copy(update={"pretrained": False, "init_checkpoint": None})
     model = make_model(settings, state["channels"], len(state["classes"]))
     model.load_state_dict(state["model"])
     return model.to(device, memory_format=memory_format(config.trainer)).train()

@@ -14,9 +14,9 @@ _GROUP_SETTINGS = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "mome
 def restore(training: Training, state: dict[str, Any]) -> None:
     """Put a training to where a checkpoint was.
 
-    Where settings or data differ (`checkpoint.allow_changed`), weights and the optimiser's moments go on, the schedule
-    stands where it would stand had it always been as it is now, and an epoch goes on after the same share of its
-    samples, at the next update.
+    Where settings or data differ (`checkpoint.resume_allow_changes`), weights and the optimiser's moments go on, the
+    schedule stands where it would stand had it always been as it is now, and an epoch goes on after the same share of
+    its samples, at the next update.
     """
     if not changed_settings(state, training.config) and state["data"] == training.data.digest:
         training.restore(state)
@@ -29,13 +29,13 @@ def restore(training: Training, state: dict[str, Any]) -> None:
         train.window = window
     for group, settings in zip(_groups(training), groups, strict=True):
         group.update(settings)
-    steps, accumulation = train.steps(training.epoch), config.optim.accumulation
+    steps, accumulation = train.steps(training.epoch), config.optim.grad_accumulation
     if steps != state["steps"] or state["step"] % accumulation:
         nearest = -(-state["step"] * steps // state["steps"])
         training.step = min(steps, -(-nearest // accumulation) * accumulation)
     before = sum(-(-train.steps(epoch) // accumulation) for epoch in range(training.epoch))
     training.updates = before + -(-training.step // accumulation)
-    figures = [record["validation"][config.trainer.select] for record in training.history if "validation" in record]
+    figures = [record["validation"][config.trainer.monitor] for record in training.history if "validation" in record]
     training.learning_rate.replay(training.updates, training.epoch, figures)
     training.lr = training.learning_rate.now
 

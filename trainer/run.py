@@ -226,7 +226,7 @@ def dry_run(settings: Config, data: TrainingData, world: World) -> int:
 
         def steps(phase: Phase) -> str:
             count = data.train.steps(phase.first)
-            return f"{count:,} an epoch, {-(-count // settings.optim.accumulation):,} updates"
+            return f"{count:,} an epoch, {-(-count // settings.optim.grad_accumulation):,} updates"
 
         print(
             f"raw images    {raw}, {'transposed' if data.spec.transposed else 'upright'}\n"

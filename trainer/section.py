@@ -18,7 +18,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _empty_is_all_defaults(cls, content: Any) -> Any:
-        """A section without settings (`mixing:`, all of it commented out) is None in YAML."""
+        """A section without settings (`mixup:`, all of it commented out) is None in YAML."""
         return {} if content is None else content
 
 

@@ -14,7 +14,7 @@ from pipeline.transforms.spec import MAX_RESOLUTION
 from trainer.augment import Augment
 from trainer.networks import SMALLEST
 from trainer.networks.plain import PLAIN, Plain
-from trainer.objective import Decision, Loss, Mixing, Teacher
+from trainer.objective import Distillation, Loss, Mixup, Posthoc
 from trainer.section import Section, Share
 
 OWN = (*SMALLEST, *PLAIN)  # networks that are written down in trainer.networks, by name
@@ -47,10 +47,10 @@ class Run(Section):
 class Data(Section):
     shards: str
     """The packed set: the directory that holds its train and test parts, or an address such as s3://bucket/name."""
-    validation: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the train part set aside, by class, for every choice, unless the set was packed with a val part. Without
     any of both the last epoch is taken as the best."""
-    subset: Annotated[float, Field(gt=0, le=1)] = 1.0
+    train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of what remains of the train part to train on, by class."""
     resolution: Annotated[Side | tuple[tuple[int, int], ...], BeforeValidator(_well_formed)] = 112
     """Side in pixels of the model's square input; or a schedule, pairs of an epoch (from 1) and the side from then on,
@@ -60,15 +60,15 @@ class Data(Section):
     invert: bool | Literal["auto"] = False
     """Make raw images negative: all of them, or (auto) those whose border is brighter than half, so that ink is bright
     on dark."""
-    opening: Annotated[int, Field(ge=0, le=16)] = 0
+    opening_radius: Annotated[int, Field(ge=0, le=16)] = 0
     """Radius in raw pixels of a grey opening, which takes away bright specks smaller than that; 0 for none."""
-    crop_to_ink: Annotated[float, Field(ge=0, le=1)] | None = None
+    crop_to_foreground: Annotated[float, Field(ge=0, le=1)] | None = None
     """Cut the smallest square around the (bright) ink out of each raw image, with this margin on each side as a share
     of the square's side; null for none."""
     equalize: bool = False
     """Equalise the histogram of each raw image, channel by channel."""
-    normalize: Literal["measured", "half"] = "measured"
-    """How pixels are scaled: measured takes off the mean and divides by the deviation of each channel over the train
+    normalize: Literal["dataset", "half"] = "dataset"
+    """How pixels are scaled: dataset takes off the mean and divides by the deviation of each channel over the train
     part, half brings them from 0 .. 255 to -1 .. 1."""
     verify: bool = True
     """Compare every shard with its hash before training (about a second for each gigabyte)."""
@@ -79,7 +79,7 @@ class Data(Section):
 
     def preparation(self) -> Preprocessing:
         """What is done to raw images, in training and evaluation alike."""
-        return Preprocessing(self.invert, self.opening, self.crop_to_ink, self.equalize)
+        return Preprocessing(self.invert, self.opening_radius, self.crop_to_foreground, self.equalize)
 
     @property
     def final_resolution(self) -> int:
@@ -92,10 +92,10 @@ class Loader(Section):
     """What turns bytes into model input; auto takes DALI with a GPU and torch without."""
     batch_size: Annotated[int, Field(ge=1)] = 512
     """Images of a global batch, over all ranks together."""
-    scale_batch: bool = False
+    scale_batch_with_resolution: bool = False
     """With a schedule of resolutions, keep the pixels of a batch: batch_size images where the resolution is largest,
     more where it is smaller. The learning rate stays."""
-    memory: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    cache_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Gigabytes of images that a process may hold; auto is half of the machine's memory, shared among its processes.
     Larger sets are drawn from a window of blocks that slides through a random order of them."""
 
@@ -107,7 +107,7 @@ class Model(Section):
     numtadb_model3), squeezenet1_1."""
     pretrained: bool | Literal["auto"] = False
     """Begin with published weights; auto does so if they are at hand or can be fetched, and says so if not."""
-    weights: Path | None = None
+    init_checkpoint: Path | None = None
     """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run); of its classifier,
     classes of the same name are kept."""
     drop_rate: Share = 0.0
@@ -124,7 +124,7 @@ class Model(Section):
     the size, at four times the work. null for the model's own."""
     head_hidden: Annotated[int, Field(ge=1)] | None = None
     """Width of a hidden layer (with ReLU) between features and classes; null for none."""
-    head_std: Annotated[float, Field(gt=0)] | None = None
+    head_init_std: Annotated[float, Field(gt=0)] | None = None
     """Deviation of the classifier's first weights; null for the network's own. That of EfficientNets and MobileNets is
     0.58 over the root of the classes: made for 1,000, and with 10 their first guesses are far too sure."""
     filters: tuple[Annotated[int, Field(ge=1)], ...] | None = None
@@ -133,7 +133,7 @@ class Model(Section):
     """Side of all kernels of cifar_cnn, lenet and their like; null for their own."""
     dense: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """Widths of the dense layers before the classifier of cifar_cnn, lenet and their like; null for their own."""
-    gray_stem: Literal["summed", "random", "repeated"] = "summed"
+    gray_input: Literal["summed", "random", "repeated"] = "summed"
     """How published weights for RGB take gray images: the first convolution summed over its channels, drawn anew, or
     left as it is and given the image three times."""
 
@@ -153,9 +153,9 @@ class Optim(Section):
     """Weight decay, of weight matrices and kernels only (decoupled in adamw and lion)."""
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Momentum of sgd and sgd_lookahead."""
-    accumulation: Annotated[int, Field(ge=1)] = 1
+    grad_accumulation: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are averaged for one update."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient; null for no clipping."""
 
 
@@ -166,10 +166,10 @@ class Schedule(Section):
     """Whether it moves after every update or after every epoch."""
     warmup: Annotated[float, Field(ge=0)] = 0.0
     """Epochs of linear warm-up."""
-    period: Annotated[float, Field(gt=0)] = 8.0
+    cycle_epochs: Annotated[float, Field(gt=0)] = 8.0
     """warm_restarts: epochs to the first restart after the warm-up."""
-    multiplier: Annotated[int, Field(ge=1)] = 1
-    """warm_restarts: factor by which the period grows at every restart."""
+    cycle_mult: Annotated[int, Field(ge=1)] = 1
+    """warm_restarts: factor by which that grows at every restart."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the trough."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -199,7 +199,7 @@ class Trainer(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which is then what is evaluated; null for none. The decay
     of an update is at most 1 - update^(-2/3), so that short runs forget their first weights."""
-    select: Literal["accuracy", "macro_f1"] = "accuracy"
+    monitor: Literal["accuracy", "macro_f1"] = "accuracy"
     """Validation figure by which the best epoch is chosen, and that plateau watches."""
     test_time_augmentation: Literal["none", "shifts", "shifts_scales"] = "none"
     """Evaluate by the mean probability over each image and slightly shifted (5 views) or also resized (7 views) copies;
@@ -209,7 +209,7 @@ class Trainer(Section):
     trace: bool | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = False
     """Trace all that is done in some steps, with torch's profiler (trace.json.gz): [first, last], counted from the
     start of the process; true is [6, 10]."""
-    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 0
     """Updates that a run may leave out because a batch's loss or gradient is not finite; one more ends it."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
     """Minutes that ranks wait for one another before they take the others for lost."""
@@ -226,7 +226,7 @@ class Checkpoint(Section):
     """Steps of an epoch between checkpoints, besides those at its end; null for none."""
     grace_seconds: Annotated[float, Field(gt=0)] = 25.0
     """Seconds from a SIGTERM or SIGINT to the end of the process, whatever it is at; torchrun kills after 30."""
-    allow_changed: list[str] = Field(default_factory=list)
+    resume_allow_changes: list[str] = Field(default_factory=list)
     """Settings that may differ from the checkpoint's when a run is resumed, such as [optim.lr]; data.shards stands for
     another pack of the same classes."""
 
@@ -255,10 +255,10 @@ class Config(Section):
     loader: Loader = Loader()
     model: Model = Model()
     loss: Loss = Loss()
-    decision: Decision = Decision()
-    teacher: Teacher = Teacher()
+    posthoc: Posthoc = Posthoc()
+    distillation: Distillation = Distillation()
     augment: Augment = Augment()
-    mixing: Mixing = Mixing()
+    mixup: Mixup = Mixup()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     trainer: Trainer = Trainer()
@@ -267,18 +267,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Config:
-        if self.mixing.probability > 0 and self.mixing.mixup_alpha == 0 and self.mixing.cutmix_alpha == 0:
-            raise ValueError("mixing.probability is above 0, but mixup_alpha and cutmix_alpha are both 0")
-        if self.schedule.name == "plateau" and self.data.validation == 0:
-            raise ValueError("schedule.name=plateau watches the validation part, but data.validation is 0")
-        if self.decision.tau == "auto" and self.data.validation == 0:
-            raise ValueError("decision.tau=auto is tuned on the validation part, but data.validation is 0")
+        if self.mixup.prob > 0 and self.mixup.mixup_alpha == 0 and self.mixup.cutmix_alpha == 0:
+            raise ValueError("mixup.prob is above 0, but mixup_alpha and cutmix_alpha are both 0")
+        if self.schedule.name == "plateau" and self.data.val_fraction == 0:
+            raise ValueError("schedule.name=plateau watches the validation part, but data.val_fraction is 0")
+        if self.posthoc.tau == "auto" and self.data.val_fraction == 0:
+            raise ValueError("posthoc.tau=auto is tuned on the validation part, but data.val_fraction is 0")
         if self.schedule.warmup > self.trainer.epochs and self.schedule.name == "one_cycle":
             raise ValueError(f"schedule.warmup takes more than the {self.trainer.epochs} epochs (trainer.epochs)")
-        if self.augment.erase_smallest > self.augment.erase_largest:
+        if self.augment.erase_area_min > self.augment.erase_area_max:
             raise ValueError(
-                f"augment.erase_smallest={self.augment.erase_smallest} is more than "
-                f"augment.erase_largest={self.augment.erase_largest}"
+                f"augment.erase_area_min={self.augment.erase_area_min} is more than "
+                f"augment.erase_area_max={self.augment.erase_area_max}"
             )
         starts = self.data.resolution_by_epoch()
         for side in (resolution for _, resolution in starts):
@@ -290,18 +290,20 @@ class Config(Section):
             raise ValueError(
                 f"data.resolution goes on to epoch {starts[-1][0]}, but trainer.epochs is {self.trainer.epochs}"
             )
-        if self.trainer.compile in ("reduce-overhead", "max-autotune") and self.optim.accumulation > 1:
+        if self.trainer.compile in ("reduce-overhead", "max-autotune") and self.optim.grad_accumulation > 1:
             raise ValueError(
                 f"trainer.compile={self.trainer.compile} uses the memory of gradients again in every step, but "
-                f"optim.accumulation={self.optim.accumulation} adds them up"
+                f"optim.grad_accumulation={self.optim.grad_accumulation} adds them up"
             )
         if self.trainer.traced_steps and self.trainer.traced_steps[0] > self.trainer.traced_steps[1]:
             raise ValueError(f"trainer.trace={list(self.trainer.traced_steps)} ends before it begins")
-        if self.model.pretrained is True and self.model.weights is not None:
-            raise ValueError("model.pretrained and model.weights both say what to begin with")
-        unknown = set(self.checkpoint.allow_changed) - {*self.recipe(), PACK}
+        if self.model.pretrained is True and self.model.init_checkpoint is not None:
+            raise ValueError("model.pretrained and model.init_checkpoint both say what to begin with")
+        unknown = set(self.checkpoint.resume_allow_changes) - {*self.recipe(), PACK}
         if unknown:
-            raise ValueError(f"checkpoint.allow_changed names {min(unknown)}, which no checkpoint is compared by")
+            raise ValueError(
+                f"checkpoint.resume_allow_changes names {min(unknown)}, which no checkpoint is compared by"
+            )
         return self
 
     def without_effect(self) -> Iterator[str]:
@@ -309,8 +311,8 @@ class Config(Section):
         given = self.model_fields_set_by_section()
         used_by = {
             "schedule.warmup": ("constant", "cosine", "warm_restarts", "one_cycle"),
-            "schedule.period": ("warm_restarts",),
-            "schedule.multiplier": ("warm_restarts",),
+            "schedule.cycle_epochs": ("warm_restarts",),
+            "schedule.cycle_mult": ("warm_restarts",),
             "schedule.min_lr": ("cosine", "warm_restarts", "plateau"),
             "schedule.factor": ("plateau",),
             "schedule.patience": ("plateau",),
@@ -320,26 +322,26 @@ class Config(Section):
                 yield f"{setting} has no effect with schedule.name={self.schedule.name}"
         if self.schedule.warmup >= self.trainer.epochs and self.schedule.name in ("cosine", "warm_restarts"):
             yield f"schedule.warmup takes all {self.trainer.epochs} epochs: the learning rate only rises"
-        for setting, epochs in (("warmup", self.schedule.warmup), ("period", self.schedule.period)):
+        for setting, epochs in (("warmup", self.schedule.warmup), ("cycle_epochs", self.schedule.cycle_epochs)):
             if self.schedule.unit == "epoch" and not float(epochs).is_integer():
                 yield f"schedule.{setting}={epochs} is rounded to whole epochs by schedule.unit=epoch"
         if "schedule.unit" in given and self.schedule.name == "plateau" and self.schedule.unit == "step":
             yield "schedule.unit=step has no effect with schedule.name=plateau, which moves after an epoch"
-        if self.loader.scale_batch and isinstance(self.data.resolution, int):
-            yield "loader.scale_batch has no effect without a schedule of resolutions (data.resolution)"
+        if self.loader.scale_batch_with_resolution and isinstance(self.data.resolution, int):
+            yield "loader.scale_batch_with_resolution has no effect without a schedule of resolutions (data.resolution)"
         if "optim.momentum" in given and self.optim.name not in ("sgd", "sgd_lookahead"):
             yield f"optim.momentum has no effect with optim.name={self.optim.name}"
         yield from self.augment.without_effect()
         if "loss.effective_beta" in given and self.loss.class_weights != "effective":
             yield f"loss.effective_beta has no effect with loss.class_weights={self.loss.class_weights}"
-        if self.mixing.probability == 0 and given & {"mixing.mixup_alpha", "mixing.cutmix_alpha"}:
-            yield "mixing.mixup_alpha and mixing.cutmix_alpha have no effect with mixing.probability=0"
-        if self.mixing.probability > 0 and self.mixing.off_last_epochs >= self.trainer.epochs:
-            yield f"mixing.off_last_epochs takes all {self.trainer.epochs} epochs: no batch is mixed"
-        if self.mixing.probability == 0 and self.mixing.off_last_epochs:
-            yield "mixing.off_last_epochs has no effect with mixing.probability=0"
-        if self.teacher.run is None and given & {"teacher.weight", "teacher.temperature"}:
-            yield "teacher.weight and teacher.temperature have no effect without teacher.run"
+        if self.mixup.prob == 0 and given & {"mixup.mixup_alpha", "mixup.cutmix_alpha"}:
+            yield "mixup.mixup_alpha and mixup.cutmix_alpha have no effect with mixup.prob=0"
+        if self.mixup.prob > 0 and self.mixup.off_last_epochs >= self.trainer.epochs:
+            yield f"mixup.off_last_epochs takes all {self.trainer.epochs} epochs: no batch is mixed"
+        if self.mixup.prob == 0 and self.mixup.off_last_epochs:
+            yield "mixup.off_last_epochs has no effect with mixup.prob=0"
+        if self.distillation.teacher is None and given & {"distillation.weight", "distillation.temperature"}:
+            yield "distillation.weight and distillation.temperature have no effect without distillation.teacher"
         if self.model.name in OWN and self.model.name != "cifar_efficientnet" and self.model.drop_path_rate > 0:
             yield f"model.drop_path_rate has no effect on {self.model.name}, which has no residual branches"
         for setting in sorted(given & {"model.channel_multiplier", "model.depth_multiplier"}):
@@ -366,8 +368,8 @@ class Config(Section):
         free = dict.fromkeys(("run", "resume", "checkpoint", "logging", "device"), True)
         free_in_sections = {
             "data": {"shards", "verify"},
-            "loader": {"backend", "memory"},
-            "trainer": {"profile", "trace", "skip_nonfinite", "timeout_minutes"},
+            "loader": {"backend", "cache_gb"},
+            "trainer": {"profile", "trace", "max_nonfinite_steps", "timeout_minutes"},
         }
         content = self.model_dump(mode="json", exclude={**free, **free_in_sections})
         return dict(flatten(content))

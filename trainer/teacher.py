@@ -32,7 +32,7 @@ class Teacher:
         self._model = trained.build_model(device).eval().requires_grad_(False)
         self._resolution = trained.config.data.final_resolution
         self._trainer = student.trainer
-        self._settings = student.teacher
+        self._settings = student.distillation
         self._device = device
         theirs, spread, own, own_spread = (
             torch.tensor(values, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
@@ -44,7 +44,7 @@ class Teacher:
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """float32 [B, C], at `teacher.temperature`, of the student's input [B, channels, R, R].
+        """float32 [B, C], at `distillation.temperature`, of the student's input [B, channels, R, R].
 
         They are those of the logits that the teacher decides by (see `trainer.decision`).
         """
@@ -79,7 +79,7 @@ def open_teacher(
 
     student, mean, std: as in `Teacher`. classes: what is learned.
     """
-    place = student.teacher.run
+    place = student.distillation.teacher
     if place is None:
         return None
     path = place if place.suffix == ".pt" else place / "checkpoints" / BEST
@@ -90,14 +90,14 @@ def open_teacher(
     ):
         if has != needed:
             raise UserError(
-                found=f"teacher.run={place} with {what} {has if what == 'channels' else ' '.join(has)}",
+                found=f"distillation.teacher={place} with {what} {has if what == 'channels' else ' '.join(has)}",
                 expected=f"those that are learned here: {needed if what == 'channels' else ' '.join(needed)}",
-                hint="name a run on the same data set and split; model.weights begins with the weights of another",
+                hint="name a run on the same data set and split; for the weights of another, model.init_checkpoint",
             )
     if trained.config.data.preparation() != student.data.preparation():
         raise UserError(
-            found=f"teacher.run={place} that learned from {trained.config.data.preparation()}",
+            found=f"distillation.teacher={place} that learned from {trained.config.data.preparation()}",
             expected=f"images prepared as here: {student.data.preparation()}",
-            hint="set data.invert, opening, crop_to_ink and equalize as that run had them",
+            hint="set data.invert, opening_radius, crop_to_foreground and equalize as that run had them",
         )
     return Teacher(trained, student, mean, std, device)

@@ -101,7 +101,7 @@ class TrainedModel:
     def build_model(self, device: torch.device) -> nn.Module:
         """The network with these weights, on a device."""
         # The weights come from the checkpoint, wherever the run's own came from.
-        settings = self.config.model.model_copy(update={"pretrained": False, "weights": None})
+        settings = self.config.model.model_copy(update={"pretrained": False, "init_checkpoint": None})
         model = make_model(settings, self.channels, len(self.classes))
         model.load_state_dict(self.weights)
         return model.to(device, memory_format=memory_format(self.config.trainer))

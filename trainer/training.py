@@ -72,7 +72,7 @@ class Training:
     logit_shift: torch.Tensor
     """float32 [C], what is added to the logits in training (`loss.logit_adjustment`)."""
     log_weights: NDArray[np.float32]
-    """[C], of the weights that `decision.tau` undoes."""
+    """[C], of the weights that `posthoc.tau` undoes."""
     teacher: Teacher | None
     profile: Profile
     trace: Trace
@@ -114,7 +114,7 @@ class Training:
     @property
     def tau(self) -> float:
         """That epochs are judged by; one that is tuned is so at the end."""
-        return 0.0 if self.config.decision.tau == "auto" else self.config.decision.tau
+        return 0.0 if self.config.posthoc.tau == "auto" else self.config.posthoc.tau
 
     @property
     def offsets(self) -> NDArray[np.float32]:
@@ -199,7 +199,9 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     resuming: the weights will be those of a checkpoint, so published or given ones need not be at hand.
     """
     seed_weights(config.seed)
-    settings = config.model.model_copy(update={"pretrained": False, "weights": None}) if resuming else config.model
+    settings = (
+        config.model.model_copy(update={"pretrained": False, "init_checkpoint": None}) if resuming else config.model
+    )
     channels = data.spec.image_shape[2]
     model = make_model(settings, channels, len(data.classes), data.classes)
     check_sides(model, settings.name, channels, {side for _, side in config.data.resolution_by_epoch()})
@@ -211,13 +213,13 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
             forward,
             device_ids=gpu,
             # A static graph has to exchange gradients in its first backward pass, which accumulation puts off.
-            static_graph=config.optim.accumulation == 1,
+            static_graph=config.optim.grad_accumulation == 1,
             gradient_as_bucket_view=True,
             # Batch norm trains on each rank's own batch; rank 0's running statistics are shared when they are used.
             forward_sync_buffers=False,
         )
     optimizer = make_optimizer(model, config.optim)
-    updates = [-(-data.train.steps(epoch) // config.optim.accumulation) for epoch in range(config.trainer.epochs)]
+    updates = [-(-data.train.steps(epoch) // config.optim.grad_accumulation) for epoch in range(config.trainer.epochs)]
     profile: Profile = NoProfile()
     if config.trainer.profile:
         profile = TimeProfile(world.device)

@@ -25,7 +25,7 @@ _VARIED = {
     "checkpoint": True,
     "logging": True,
     "model": {"name"},
-    "data": {"shards", "subset", "resolution", "interpolation", "verify"},
+    "data": {"shards", "train_fraction", "resolution", "interpolation", "verify"},
 }
 
 
@@ -68,13 +68,13 @@ class Study:
         changed = {
             "data": {
                 "shards": str(self.shards),
-                "subset": point.subset,
+                "train_fraction": point.subset,
                 "resolution": point.resolution,
                 "interpolation": point.interpolation,
             },
             "loader": {"batch_size": batch_size},
             "model": {"name": point.model},
-            "optim": {"accumulation": accumulation},
+            "optim": {"grad_accumulation": accumulation},
             "checkpoint": {"every_minutes": None, "every_steps": None},
         }
         for section, values in changed.items():

@@ -89,7 +89,7 @@ def measure_point(
     process, `measure` by default.
     """
     settings = study.settings
-    batch_size, accumulation = settings.loader.batch_size, settings.optim.accumulation
+    batch_size, accumulation = settings.loader.batch_size, settings.optim.grad_accumulation
     # These use the memory of gradients again in every step.
     adds_up = settings.trainer.compile not in ("reduce-overhead", "max-autotune")
     attempts: list[dict[str, Any]] = []
@@ -246,4 +246,4 @@ def _steps_in(seconds: float, images_per_second: float, loader: TrainingLoader, 
     """Steps of each of the recipe's epochs that fit into the time, whole updates; 0 if not even one does."""
     images_per_step = len(loader.samples) / loader.steps(0)
     steps = seconds * images_per_second / images_per_step / settings.trainer.epochs
-    return int(steps) // settings.optim.accumulation * settings.optim.accumulation
+    return int(steps) // settings.optim.grad_accumulation * settings.optim.grad_accumulation

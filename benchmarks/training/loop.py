@@ -73,10 +73,10 @@ class ResidentLoader:
 
 def recipe(shards: Path, setting: Setting, subset: float) -> dict[str, Any]:
     return {
-        "data": {"shards": str(shards), "resolution": setting.resolution, "subset": subset, "validation": 0},
+        "data": {"shards": str(shards), "resolution": setting.resolution, "train_fraction": subset, "val_fraction": 0},
         "loader": {"batch_size": setting.batch_size},
         "model": {"name": setting.model},
-        "optim": {"name": "lion", "lr": 1e-4, "clip_norm": 1.0},
+        "optim": {"name": "lion", "lr": 1e-4, "max_grad_norm": 1.0},
         "schedule": {"name": "constant"},
         "trainer": {"epochs": 1, "precision": setting.precision, "compile": setting.compile, "ema_decay": 0.999},
     }
@@ -110,7 +110,7 @@ def measure_in(
     images = max(seconds * trial.images_per_second, _FEWEST_STEPS * setting.batch_size)
     share = world.share(min(1.0, images / len(data.train.samples)))
     passes = world.share(max(1, round(images / len(data.train.samples))))
-    section = settings.data.model_copy(update={"subset": subset * share})
+    section = settings.data.model_copy(update={"train_fraction": subset * share})
     data = open_data(settings.model_copy(update={"data": section}), world)
     resident = replace(data, train=ResidentLoader(data.train))
     loops: dict[str, list[Totals]] = {"whole": [], "synthetic": []}

@@ -90,7 +90,7 @@ class Augmentation:
     flip: float = 0.0
     crop_padding: int = 0
     elastic: float = 0.0
-    elastic_smoothness: float = 0.14
+    elastic_sigma: float = 0.14
     fill: Literal["border"] | int = "border"
     stroke: float = 0.0
     brightness: float = 0.0
@@ -98,8 +98,8 @@ class Augmentation:
     saturation: float = 0.0
     hue: float = 0.0
     erase: float = 0.0
-    erase_smallest: float = 0.02
-    erase_largest: float = 0.2
+    erase_area_min: float = 0.02
+    erase_area_max: float = 0.2
     erase_at: Literal["anywhere", "contour"] = "anywhere"
     erase_value: int = 0
 
@@ -126,7 +126,7 @@ class Augmentation:
     @property
     def lattice(self) -> int:
         """Points of the noise along an axis, no further apart than the deviation of the Gaussian that smooths it."""
-        return math.ceil(1 / self.elastic_smoothness) + 1
+        return math.ceil(1 / self.elastic_sigma) + 1
 
     def sample_params(self, seed: int, epoch: int, step: int, images: slice) -> AugmentationParams:
         """The params for some images (start and stop within the global batch) of a step."""
@@ -201,7 +201,7 @@ class Augmentation:
         """What is erased in each image: [B, 4], two numbers 0 .. 1 that say where (down, across) and the box's height
         and width as shares of the image's; height and width 0 for nothing."""
         numbers = params.numbers
-        area = self.erase_smallest + (self.erase_largest - self.erase_smallest) * numbers[:, ParamIndex.ERASE_AREA]
+        area = self.erase_area_min + (self.erase_area_max - self.erase_area_min) * numbers[:, ParamIndex.ERASE_AREA]
         aspect = _ASPECT ** (2 * numbers[:, ParamIndex.ERASE_ASPECT] - 1)
         sides = np.sqrt(np.stack([area * aspect, area / aspect], axis=1)).clip(max=1)
         sides[numbers[:, ParamIndex.ERASE] >= self.erase] = 0

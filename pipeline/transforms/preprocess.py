@@ -16,14 +16,14 @@ class Preprocessing:
     """Steps on raw images, in this order; the default does nothing.
 
     invert: make bright what is dark, in all images or (`auto`) in those whose border is brighter than half.
-    opening: radius in pixels of a grey opening, 0 for none. crop_to_ink: cut out the square around the ink with this
-    margin, a share of its side; None for no cropping. equalize: spread the histogram of each channel evenly.
+    opening: radius in pixels of a grey opening, 0 for none. crop_to_foreground: cut out the square around the ink with
+    this margin, a share of its side; None for no cropping. equalize: spread the histogram of each channel evenly.
     Opening and ink take ink for bright.
     """
 
     invert: bool | Literal["auto"] = False
     opening: int = 0
-    crop_to_ink: float | None = None
+    crop_to_foreground: float | None = None
     equalize: bool = False
 
     @property
@@ -41,8 +41,8 @@ class Preprocessing:
             images = ~images
         if self.opening:
             images = opened(images, self.opening)
-        if self.crop_to_ink is not None:
-            images = cropped_to_ink(images, self.crop_to_ink)
+        if self.crop_to_foreground is not None:
+            images = cropped_to_ink(images, self.crop_to_foreground)
         return equalised(images) if self.equalize else images
 
 

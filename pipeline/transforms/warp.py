@@ -36,7 +36,7 @@ class Warp:
         functions = [places[:, None], np.ones((resolution, 1))]
         self._amplitude = 2 * augmentation.elastic
         if self._amplitude:
-            functions.insert(0, smoothing(places, augmentation.lattice, augmentation.elastic_smoothness))
+            functions.insert(0, smoothing(places, augmentation.lattice, augmentation.elastic_sigma))
         self._rows = torch.from_numpy(np.concatenate(functions, axis=1)).float().to(device)
         self._columns = self._rows.T.contiguous()
 

@@ -37,7 +37,7 @@ class BlockCache:
             raise UserError(
                 found=f"{memory:,} bytes of memory for blocks of {block_bytes:,} bytes",
                 expected="room for at least one block",
-                hint="raise loader.memory",
+                hint="raise loader.cache_gb",
             )
         try:
             self._buffer = np.empty((self.slots * self._block_size, self._image_bytes), np.uint8)
@@ -45,7 +45,7 @@ class BlockCache:
             raise UserError(
                 found=f"{self.slots * block_bytes:,} bytes of images, more memory than this machine gives",
                 expected="images that fit into it, or a bound on how many are held",
-                hint="set loader.memory",
+                hint="set loader.cache_gb",
             ) from None
         self._slot_of_block = np.full(blocks, -1, np.int64)
         self._block_in_slot = np.full(self.slots, -1, np.int64)

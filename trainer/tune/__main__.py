@@ -90,11 +90,11 @@ def _check_set(base: Config) -> None:
     """Refuse data that no trial could learn from, before there is a study; a remote set is fetched once, by this."""
     directory = resolve_dataset(base.data.shards)
     open_split(directory, "train")
-    if base.data.validation == 0 and not has_part(directory, VALIDATION):
+    if base.data.val_fraction == 0 and not has_part(directory, VALIDATION):
         raise UserError(
-            found=f"data.validation=0, and no val part in {base.data.shards}",
+            found=f"data.val_fraction=0, and no val part in {base.data.shards}",
             expected="a validation part, by which trials are judged",
-            hint="settings: {data.validation: 0.1}",
+            hint="settings: {data.val_fraction: 0.1}",
         )
 
 

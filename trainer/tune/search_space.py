@@ -19,8 +19,8 @@ from trainer.settings import Config, flatten
 EXAMPLE = Path("configs/search/optimizers_cpu.yaml")
 DEFAULT_ROOT = Path("runs/search")
 # What a trial is judged by must be the same for all; the last two are said by the search itself.
-_JUDGED_BY = {"data.validation", "trainer.select", "data.subset", "seed"}
-_OF_THE_SEARCH = {"data.subset": "fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
+_JUDGED_BY = {"data.val_fraction", "trainer.monitor", "data.train_fraction", "seed"}
+_OF_THE_SEARCH = {"data.train_fraction": "fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
 
 
 class _Range(Section):
@@ -126,10 +126,10 @@ class Search(Section):
     """Decides what is drawn."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings that every trial has instead of the recipe's, by dotted name; so has the best one's recipe, but for
-    data.validation."""
+    data.val_fraction."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the train part, by class, that trials learn from (data.subset); they are judged by the whole validation
-    part."""
+    """Share of the train part, by class, that trials learn from (data.train_fraction); they are judged by the whole
+    validation part."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """Trainings of a trial, each with a seed (and so a validation part) of its own; what counts is their mean."""
     sampler: Sampler = Sampler()
@@ -306,8 +306,8 @@ def _near(name: str, known: list[str]) -> str:
 def best_recipe(search: Search, base: Config, values: dict[str, Any], name: str, head: list[str]) -> str:
     """The text of a complete recipe with the best values; head: lines about where they are from."""
     own = {"run.name": name}
-    if "data.validation" in search.settings:
-        own["data.validation"] = config.load(search.recipe, []).data.validation
+    if "data.val_fraction" in search.settings:
+        own["data.val_fraction"] = config.load(search.recipe, []).data.val_fraction
     found = config.changed(base, values | own, "the best trial")
     content = found.model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -69,7 +69,7 @@ def _best(best: Result, results: list[Result], search: Search, base: Config) -> 
     part = f"{100 * search.fraction:.4g} % of the train part" if search.fraction < 1 else "the train part"
     head = [
         f"The best of {len(results)} trials of a search around {search.recipe}: trial {best.number}, "
-        f"{_FIGURES[base.trainer.select]}",
+        f"{_FIGURES[base.trainer.monitor]}",
         f"{shown(best)} on the validation part, {_repeats(search)} on {part}.",
         "",
         f"  python -m trainer.run {search.dir / BEST}",
@@ -83,7 +83,7 @@ def _repeats(search: Search) -> str:
 
 def _page(results: list[Result], ranked: list[Result], search: Search, base: Config) -> str:
     assert search.dir is not None
-    figure = _FIGURES[base.trainer.select]
+    figure = _FIGURES[base.trainer.monitor]
     shares = importances(results, search, base)
     numbers = [result.number for result in ranked]
     return render(

@@ -51,11 +51,11 @@ class Reports:
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Report the mean of the repeats at this epoch. Raises `GivenUp` or `OutOfTime`."""
-        epoch, figure = record["epoch"], record["validation"][self._settings.select]
+        epoch, figure = record["epoch"], record["validation"][self._settings.monitor]
         epochs, repeat = self._settings.epochs, len(self._earlier)
         of_repeats = f", repeat {repeat + 1}/{self._repeats}" if self._repeats > 1 else ""
         print(
-            f"trial {self._trial.number}{of_repeats}, epoch {epoch}/{epochs}: {self._settings.select} {figure:.2%}",
+            f"trial {self._trial.number}{of_repeats}, epoch {epoch}/{epochs}: {self._settings.monitor} {figure:.2%}",
             file=self._out,
             flush=True,
         )
@@ -89,9 +89,9 @@ def train_trial(
     try:
         for repeat in range(wanted.repeats):
             directory = trial.directory / f"repeat-{repeat + 1}"
-            own = {"seed": base.seed + repeat, "data.subset": wanted.fraction}
+            own = {"seed": base.seed + repeat, "data.train_fraction": wanted.fraction}
             own |= {"run.dir": str(directory), "resume": "auto"}
-            own["checkpoint.allow_changed"] = ["trainer.precision"]  # it may go on on another device
+            own["checkpoint.resume_allow_changes"] = ["trainer.precision"]  # it may go on on another device
             settings = config.changed(base, trial.values | own, f"trial {trial.number}")
             settings = with_precision(settings, world.device)
             sink = Reports(trial, [summary["figures"] for summary in summaries], settings, wanted.repeats, is_over)
@@ -133,7 +133,7 @@ def _train(settings: Config, study: Study, world: World, sinks: list[Sink]) -> d
             for sink in sinks:
                 sink.epoch(record)
         engine.learn(training, directory, sinks, source)
-    figures = [record["validation"][settings.trainer.select] for record in training.history]
+    figures = [record["validation"][settings.trainer.monitor] for record in training.history]
     summary = {
         "figure": training.best,
         "figures": figures,

@@ -42,9 +42,9 @@ def work(wanted: Search, base: Config, deadline: float, workers: int = 1) -> int
 
     study = Study(wanted, base)
     trained = base  # how trials are trained; the best recipe has the memory to itself, and compares hashes
-    if base.loader.memory == "auto" and workers > 1:
+    if base.loader.cache_gb == "auto" and workers > 1:
         share = granted() / 2 / 1e9 / workers
-        trained = config.changed(base, {"loader.memory": share}, "a share of the memory")
+        trained = config.changed(base, {"loader.cache_gb": share}, "a share of the memory")
     with join(base.device) as world:
         while not is_over():
             with study.next_trial() as trial:
