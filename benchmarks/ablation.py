@@ -41,11 +41,11 @@ from shards.open import open_split
 from trainer import config, engine
 from trainer.arithmetic import with_precision
 from trainer.data import open_data
-from trainer.distributed import join
+from trainer.distributed import init_distributed
 from trainer.run_directory import RunDirectory
 from trainer.runtime.env_info import environment
 from trainer.settings import Config, Data
-from trainer.training import make_training
+from trainer.state import make_training
 
 DEFAULT_OUT = Path("benchmarks/out")
 DEFAULT_PLAN = Path("benchmarks/training/plans/ablation.yaml")
@@ -123,13 +123,13 @@ def read_plan(path: Path, common: list[str]) -> Plan:
 def measure(settings: Config, keep: Path | None) -> dict[str, Any]:
     """Train and test once; called in a process of its own. keep: where to copy the best checkpoint to."""
     start = time.perf_counter()
-    with join(settings.device) as world, tempfile.TemporaryDirectory() as run:
+    with init_distributed(settings.device) as world, tempfile.TemporaryDirectory() as run:
         settings = with_precision(settings, world.device)
         data = open_data(settings, world)
         training = make_training(settings, data, world)
         directory = RunDirectory(Path(run))
-        with directory.held(), contextlib.redirect_stdout(io.StringIO()):
-            evaluation = engine.fit(training, directory, sinks=[])
+        with directory.lock(), contextlib.redirect_stdout(io.StringIO()):
+            evaluation = engine.fit(training, directory, loggers=[])
         if keep is not None:
             make_directory(keep.parent)
             with directory.best.open("rb") as source, replace_file(keep) as target:
@@ -138,12 +138,12 @@ def measure(settings: Config, keep: Path | None) -> dict[str, Any]:
         assert decision is not None, "an ablation needs a validation split"
         return {
             "tau": decision.tau,
-            "best_epoch": training.best_epoch,
+            "best_epoch": training.state.best_epoch,
             "validation": decision.validation.summary(),
             "test": evaluation.summary(),
             "training_images": len(data.train.samples),
-            "images_seen": training.finished.samples,
-            "training_seconds": training.finished.seconds,
+            "images_seen": training.state.total.samples,
+            "training_seconds": training.state.total.seconds,
             "seconds": time.perf_counter() - start,
             "device": str(world.device),
             "environment": environment(world.device),

@@ -248,7 +248,6 @@ FREE = {
     "loader.cache_gb=2.5",
     "trainer.profile=true",
     "trainer.trace=true",
-    "trainer.max_nonfinite_steps=2",
     "trainer.timeout_minutes=3",
     "checkpoint.every_minutes=3",
     "checkpoint.every_steps=3",

@@ -25,7 +25,7 @@ from pipeline.transforms.torch_backend import TorchTransform
 from shards import UserError, open_split
 from trainer import export_formats
 from trainer.classifier import Classifier, _MaxPoolTo
-from trainer.decision import Decided
+from trainer.decision import ProbabilityHead
 from trainer.export import export
 from trainer.export import main as export_main
 from trainer.model import make_model
@@ -268,7 +268,7 @@ NETWORKS = [
 def test_every_kind_of_network_is_known_to_onnx(settings: Model, side: int) -> None:
     model = make_model(settings, 1, 7).eval().requires_grad_(False)
     raw = np.random.default_rng(0).integers(0, 256, (3, side, side, 1), dtype=np.uint8)
-    decided = Decided(np.zeros(7, np.float32), 1.0)
+    decided = ProbabilityHead(np.zeros(7, np.float32), 1.0)
     classifier = Classifier(TransformSpec((side, side, 1), False, side), model, "none", decided).eval()
     expected = classifier(torch.from_numpy(raw))[0].numpy()
     found = export_formats.to_onnx(classifier, (side, side, 1), {}).answers(raw)
@@ -283,7 +283,9 @@ def test_what_is_done_to_raw_images_is_within_the_graph() -> None:
     spec = TransformSpec(shape, True, 20, "linear", (0.3,) * 3, (0.2,) * 3, preparation)
     seed_weights(0)
     model = nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(27, 4))
-    classifier = Classifier(spec, model.requires_grad_(False), "none", Decided(np.zeros(4, np.float32), 1.5)).eval()
+    classifier = Classifier(
+        spec, model.requires_grad_(False), "none", ProbabilityHead(np.zeros(4, np.float32), 1.5)
+    ).eval()
     expected = TorchTransform(spec, torch.device("cpu"))(images)
     torch.testing.assert_close(classifier.preprocessing(torch.from_numpy(images)), expected, atol=1e-6, rtol=1e-5)
     exported = export_formats.to_onnx(classifier, shape, {})

@@ -19,7 +19,7 @@ from trainer.config import load
 from trainer.data import open_data
 from trainer.distributed import World
 from trainer.find_batch import Attempts, Trial, search
-from trainer.training import make_training
+from trainer.state import make_training
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 

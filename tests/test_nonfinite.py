@@ -1,8 +1,7 @@
-"""A loss that is not finite ends a run with its batch saved, or costs an update; without waiting for the device."""
+"""A loss or gradient that is not finite ends a run with its batch saved, found without waiting for the device."""
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -15,15 +14,14 @@ import pytest
 import torch
 import yaml
 from conftest import made_up_parts, pack_parts
-from run_outcome import assert_same_weights, weights
 
 from pipeline.loader import Batch, Loader
 from pipeline.sampler import ShuffledBatchSampler
 from shards import UserError, open_split
-from trainer import checkpoint, engine, reproduce
+from trainer import checkpoint, engine, replay_step
 from trainer.data import carve
 from trainer.distributed import World
-from trainer.nonfinite import Watch
+from trainer.nan_guard import NonFiniteMonitor, NonFiniteStep
 from trainer.run import main as run_main
 
 SMALL = {
@@ -68,19 +66,14 @@ def rows_at(recipe: Path, epoch: int, step: int) -> list[int]:
     return store.rows[next(order.steps(epoch, 0, 1, step)).samples].tolist()
 
 
-def step_with(recipe: Path, epoch: int, row: int) -> int:
-    return next(step for step in range(9) if row in rows_at(recipe, epoch, step))
-
-
-def spoil_images(monkeypatch: pytest.MonkeyPatch, row: int, times: int = 1_000_000) -> None:
-    """Let a picture that is trained on be infinite, whenever or the first few times it comes."""
-    batches, left = Loader.batches, [times]
+def spoil_images(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
+    """Let a picture that is trained on be infinite."""
+    batches = Loader.batches
 
     def spoiled(loader: Loader, *place: int) -> Iterator[Batch]:
         for batch in batches(loader, *place):
             here = batch.source_index == row
-            if isinstance(loader.sampler, ShuffledBatchSampler) and bool(here.any()) and left[0]:
-                left[0] -= 1
+            if isinstance(loader.sampler, ShuffledBatchSampler) and bool(here.any()):
                 batch = replace(batch, images=torch.where(here[:, None, None, None], float("inf"), batch.images))
             yield batch
 
@@ -104,25 +97,14 @@ def spoil_gradient(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
     monkeypatch.setattr(engine, "weighted_kl", spoiled)
 
 
-def leave_out(monkeypatch: pytest.MonkeyPatch, places: set[tuple[int, int]]) -> None:
-    """Let runs leave out these updates from the beginning."""
-    epoch = engine.train_epoch
-
-    def without(training: Any, *others: Any) -> None:
-        training.skipped = places
-        epoch(training, *others)
-
-    monkeypatch.setattr(engine, "train_epoch", without)
-
-
 def test_it_ends_the_run_with_the_step_the_rows_and_what_it_takes_to_see_it_again(
     monkeypatch: pytest.MonkeyPatch, recipe: Path, run: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:
     clean, step = {}, engine.train_step
 
     def seen(training: Any, batch: Batch, *others: Any) -> torch.Tensor:
-        if (training.epoch, batch.step) == (0, 5):
-            clean.update({name: tensor.clone() for name, tensor in training.model.state_dict().items()})
+        if (training.state.epoch, batch.step) == (0, 5):
+            clean.update({name: tensor.clone() for name, tensor in training.state.model.state_dict().items()})
         return step(training, batch, *others)
 
     with monkeypatch.context() as patch:
@@ -135,7 +117,7 @@ def test_it_ends_the_run_with_the_step_the_rows_and_what_it_takes_to_see_it_agai
         run("trainer.epochs=1")
     assert "a loss that is not finite in epoch 1 step 6" in caught.value.found
     assert ", ".join(map(str, rows)) in caught.value.found
-    file = Path(re.search(r"trainer.reproduce (\S+)", caught.value.hint)[1])
+    file = Path(re.search(r"trainer.replay_step (\S+)", caught.value.hint)[1])
 
     state = torch.load(file, weights_only=True)
     (share,) = state["shares"]
@@ -144,66 +126,38 @@ def test_it_ends_the_run_with_the_step_the_rows_and_what_it_takes_to_see_it_agai
     trained = {name for name in clean if "running" not in name and "num_batches" not in name}
     assert all(torch.equal(clean[name], state["model"][name]) for name in trained)
 
-    monkeypatch.setattr(sys, "argv", ["trainer.reproduce", str(file)])
-    assert reproduce.main() == 0
+    monkeypatch.setattr(sys, "argv", ["trainer.replay_step", str(file)])
+    assert replay_step.main() == 0
     output = capsys.readouterr().out
     assert "epoch 1 step 6" in output and ", ".join(map(str, rows)) in output and "loss nan" in output
     assert output.index("    images") < output.index("output of 0 (Conv2d)") < output.index("gradient of 0.weight")
 
     last = checkpoint.load_newest(file.parent.parent / "checkpoints")[0]
     assert last["step"] == 4 and all(tensor.isfinite().all() for tensor in last["model"].values())
-    run("trainer.epochs=1", "resume=auto", "trainer.max_nonfinite_steps=1")
 
 
-QUICK = ((spoil_images, 5, 2), (spoil_gradient, 8, 1))
-
-
-# Two of them in the default run; the slow ones are all combinations.
 @pytest.mark.parametrize(
-    ("spoil", "step", "accumulation"),
-    [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-        for case in itertools.product((spoil_images, spoil_gradient), (0, 5, 8), (1, 2))
-    ],
+    ("step", "accumulation"),
+    [(8, 1), (3, 2), pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(8, 2, marks=pytest.mark.slow)],
 )
-def test_as_many_updates_as_allowed_are_left_out_and_nothing_else_changes(
-    monkeypatch: pytest.MonkeyPatch,
-    recipe: Path,
-    run: Callable[..., Path],
-    caplog: pytest.LogCaptureFixture,
-    spoil: Callable[..., None],
-    step: int,
-    accumulation: int,
+def test_a_gradient_is_found_at_its_update(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, run: Callable[..., Path], step: int, accumulation: int
 ) -> None:
     row = rows_at(recipe, 0, step)[0]
-    places = {(epoch, step_with(recipe, epoch, row) // accumulation * accumulation) for epoch in (0, 1)}
-    overrides = (f"optim.grad_accumulation={accumulation}", "trainer.max_nonfinite_steps=2")
-    with monkeypatch.context() as patch:
-        spoil(patch, row)
-        found = run(*overrides)
-    assert "the update is left out (2 of 2)" in caplog.text
-    with monkeypatch.context() as patch:
-        leave_out(patch, places)
-        expected = run(*overrides, name="expected")
-    assert_same_weights(weights(expected), weights(found))
-    assert (found / "metrics.jsonl").read_text().count("NaN") == 0
-    state = checkpoint.load_newest(found / "checkpoints")[0]
-    assert {tuple(place) for place in state["skipped"]} == places
-
-    with monkeypatch.context() as patch:
-        spoil(patch, row)
-        with pytest.raises(UserError, match="epoch 2") as caught:
-            run(overrides[0], "trainer.max_nonfinite_steps=1", name="limited")
-    assert "but for 1 updates" in caught.value.expected and "trainer.max_nonfinite_steps=2" in caught.value.hint
+    update = min(step // accumulation * accumulation + accumulation - 1, 8)
+    spoil_gradient(monkeypatch, row)
+    with pytest.raises(UserError, match=f"a gradient that is not finite in epoch 1 step {update + 1}"):
+        run(f"optim.grad_accumulation={accumulation}")
 
 
-def test_what_does_not_happen_again_costs_nothing(
-    monkeypatch: pytest.MonkeyPatch, recipe: Path, run: Callable[..., Path], caplog: pytest.LogCaptureFixture
+def test_of_accumulated_batches_the_bad_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, run: Callable[..., Path]
 ) -> None:
-    clean = run(name="clean")
-    spoil_images(monkeypatch, rows_at(recipe, 0, 5)[0], times=1)
-    assert_same_weights(weights(clean), weights(run()))
-    assert "taking its steps one by one" in caplog.text
+    rows = rows_at(recipe, 0, 4)
+    spoil_images(monkeypatch, rows[0])
+    with pytest.raises(UserError, match="a loss that is not finite in epoch 1 step 5") as caught:
+        run("optim.grad_accumulation=2")
+    assert ", ".join(map(str, rows)) in caught.value.found
 
 
 def test_a_learning_rate_that_is_too_high_ends_the_run(run: Callable[..., Path]) -> None:
@@ -217,18 +171,23 @@ def test_on_a_gpu_no_step_waits_for_its_loss(
     monkeypatch: pytest.MonkeyPatch, recipe: Path, run: Callable[..., Path]
 ) -> None:
     device = torch.device("cuda")
-    order = SimpleNamespace(steps_per_epoch=1000)
-    watched = SimpleNamespace(
-        world=World(0, 1, device), epoch=0, data=SimpleNamespace(train=SimpleNamespace(order=order))
-    )
-    watch, losses = Watch(watched), torch.ones(100, device=device)
+    model = torch.nn.Linear(2, 2, device=device)
+    monitored = SimpleNamespace(world=World(0, 1, device), state=SimpleNamespace(model=model))
+    monitor, losses = NonFiniteMonitor(monitored), torch.ones(100, device=device)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     losses[40] = float("nan")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        words = [(watch.note(step, loss), watch.word)[1] for step, loss in enumerate(losses.unbind())]
+        for step in range(95):
+            if step == 40:
+                model.weight.grad = torch.full_like(model.weight, float("nan"))
+            monitor.check_batch(step, losses[step], True)
+        with pytest.raises(NonFiniteStep) as found:
+            monitor.check_batch(95, losses[95], True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert words[:95] == [0] * 95 and words[95:] == [960] * 5
+    assert (found.value.step, found.value.what) == (40, "loss")
 
     spoil_images(monkeypatch, rows_at(recipe, 0, 5)[3])
     with pytest.raises(UserError, match="a loss that is not finite in epoch 1 step 6"):

@@ -28,7 +28,7 @@ from trainer.randomness import seed_step
 from trainer.runtime.profiler import LOADING, TimeProfile, table
 from trainer.runtime.readback import Readback
 from trainer.settings import Config, Trainer
-from trainer.training import Training, make_training
+from trainer.state import Training, make_training
 
 CPU = torch.device("cpu")
 EVERYTHING = {
@@ -138,12 +138,12 @@ def test_a_step_never_waits_for_the_device(recipe: Path, device: torch.device, o
     learner.forward.train()
     batches = list(learner.data.train.batches())
     shown = Readback(device)
-    engine.train_step(learner, batches[0], window=1, updates=True)
+    engine.train_step(learner, batches[0], 1, True)
     with no_waiting() if device.type == "cuda" else no_reading():
         for batch in batches[1:8]:
-            loss = engine.train_step(learner, batch, window=1, updates=True)
+            loss = engine.train_step(learner, batch, 1, True)
             shown.offer(loss, len(batch.labels))
-    assert learner.updates == 8
+    assert learner.state.updates == 8
 
 
 def test_the_check_of_reading_finds_it() -> None:
@@ -193,7 +193,7 @@ def test_all_batch_sizes_of_a_resolution_share_one_compilation(recipe: Path, mon
     sizes = set()
     for epoch in range(2):
         for learns in (learner, plain):
-            learns.epoch = epoch
+            learns.state.epoch = epoch
             learns.forward.train()
         for batch in learner.data.train.batches(epoch):
             sizes.add((len(batch.labels), batch.images.shape[2]))
@@ -236,14 +236,14 @@ def test_the_large_recipe_makes_use_of_a_gpu(made_up_set: Path) -> None:
     assert (config.trainer.precision, compile_mode(config.trainer, gpu)) == ("bf16", "default")
     world = World(rank=0, size=1, device=gpu)
     learner = make_training(config, open_data(config, world), world)
-    kernels = [weight for weight in learner.model.parameters() if weight.ndim == 4]
+    kernels = [weight for weight in learner.state.model.parameters() if weight.ndim == 4]
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
     learner.forward.train()
     batches = list(learner.data.train.batches())
-    losses = [engine.train_step(learner, batch, window=1, updates=True) for batch in batches[:2]]
+    losses = [engine.train_step(learner, batch, 1, True) for batch in batches[:2]]
     torch.cuda.synchronize()
     with no_waiting():
-        losses += [engine.train_step(learner, batch, window=1, updates=True) for batch in batches[2:6]]
+        losses += [engine.train_step(learner, batch, 1, True) for batch in batches[2:6]]
     assert torch.stack(losses).isfinite().all()
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from shards import UserError, open_split
 from trainer.calibration import calibration_error, reliability
-from trainer.finished import FinishedRun
+from trainer.completed_run import CompletedRun
 from trainer.report import error_gallery as explorer_module
 from trainer.report.__main__ import main as report_main
 from trainer.report.compare_page import page as comparison_page
@@ -247,7 +247,7 @@ def test_runs_without_validation_and_of_other_classes_have_pages_too(
     assert run_main() == 0
     page = Page((other / "report.html").read_text())
     assert "Validation accuracy" not in page.text
-    compared = Page(comparison_page([FinishedRun.open(run), FinishedRun.open(other)]))
+    compared = Page(comparison_page([CompletedRun.open(run), CompletedRun.open(other)]))
     assert "Not on the same packed set" in compared.text
     assert "tell different classes apart" in compared.text
     assert "only this run recognises" not in compared.text
@@ -255,9 +255,9 @@ def test_runs_without_validation_and_of_other_classes_have_pages_too(
 
 def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="named twice"):
-        comparison_page([FinishedRun.open(run), FinishedRun.open(run)])
+        comparison_page([CompletedRun.open(run), CompletedRun.open(run)])
     with pytest.raises(UserError, match="9 runs"):
-        comparison_page([FinishedRun.open(run)] * 9)
+        comparison_page([CompletedRun.open(run)] * 9)
 
 
 def test_pictures_stay_within_their_bound(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from benchmarks.sweep.text import Findings, markdown
 from shards import UserError
 from trainer.arithmetic import with_precision
 from trainer.data import open_data
-from trainer.distributed import join
+from trainer.distributed import init_distributed
 
 SMALL = ["--resolutions", "8,16", "--epochs", "2", "--seconds", "0.3", "--seeds", "1", "--subset", "0.2"]
 
@@ -226,7 +226,7 @@ def test_periods_go_on_where_the_one_before_stopped_and_the_schedule_ends_at_its
         "schedule": {"name": "one_cycle", "warmup": 1},
     }
     study = made_up_study(digits_set, recipe=recipe)
-    with join("cpu") as world:
+    with init_distributed("cpu") as world:
         point = replace(POINT, resolution=8, subset=0.2)
         settings = with_precision(study.config(point, 64, 1), world.device)
         data = open_data(settings, world)

@@ -21,8 +21,8 @@ from conftest import free_port, made_up_parts, pack_parts, run_module
 
 from shards import UserError
 from trainer import checkpoint, engine
+from trainer.checkpointer import Checkpointer
 from trainer.config import load
-from trainer.keeper import Keeper
 from trainer.run import main as run_main
 from trainer.run_directory import RunDirectory
 from trainer.settings import Checkpoint
@@ -87,7 +87,7 @@ def train(recipe: Path, directory: Path, *overrides: str, die_at: tuple[int, int
     step = engine.train_step
 
     def until_death(training: Any, batch: Any, *arguments: Any) -> torch.Tensor:
-        if (training.epoch, batch.step) == die_at:
+        if (training.state.epoch, batch.step) == die_at:
             raise Killed
         return step(training, batch, *arguments)
 
@@ -234,10 +234,10 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
 ) -> None:
     """The limit on a file's size stops a write in its middle, as a full disk does."""
     crowded = tmp_path / "crowded"
-    save, limits = Keeper.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = Checkpointer.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def crowding(keeper: Keeper, state: dict[str, Any], best: dict[str, Any] | None = None) -> None:
-        keeper.finish()
+    def crowding(checkpointer: Checkpointer, state: dict[str, Any], best: dict[str, Any] | None = None) -> None:
+        checkpointer.finish()
         full = (0, 6) <= (state["epoch"], state["step"]) < (2, 4)
         if full and state["epoch"] == 2:
             last = newest(crowded)
@@ -245,9 +245,9 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
             names = sorted(path.name for path in (crowded / "checkpoints").iterdir())
             assert names == [".lock", checkpoint.LAST, checkpoint.PREVIOUS]
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else limits[0], limits[1]))
-        save(keeper, state, best)
+        save(checkpointer, state, best)
 
-    monkeypatch.setattr(Keeper, "save", crowding)
+    monkeypatch.setattr(Checkpointer, "save", crowding)
     try:
         assert train(recipe, crowded) == 0
     finally:
@@ -279,22 +279,22 @@ def test_the_best_epoch_that_the_disk_does_not_take_is_what_is_tested(
 
 def test_a_checkpoint_is_due_by_steps_or_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("trainer.keeper.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("trainer.checkpointer.time.monotonic", lambda: now[0])
     directory = RunDirectory(tmp_path)
-    with Keeper(directory, Checkpoint(every_minutes=None, every_steps=10), 25, True) as keeper:
-        assert [step for step in range(26, 41) if keeper.is_due(step)] == list(range(30, 41))
-    with Keeper(directory, Checkpoint(every_minutes=2), 0, True) as keeper:
-        assert not keeper.is_due(100_000)
+    with Checkpointer(directory, Checkpoint(every_minutes=None, every_steps=10), 25, True) as checkpointer:
+        assert [step for step in range(26, 41) if checkpointer.is_due(step)] == list(range(30, 41))
+    with Checkpointer(directory, Checkpoint(every_minutes=2), 0, True) as checkpointer:
+        assert not checkpointer.is_due(100_000)
         now[0] = 120.0
-        assert keeper.is_due(1)
+        assert checkpointer.is_due(1)
         directory.checkpoints.mkdir()
-        keeper.save({"step": 1, "epoch": 0, "history": []})
-        assert not keeper.is_due(2)
+        checkpointer.save({"step": 1, "epoch": 0, "history": []})
+        assert not checkpointer.is_due(2)
         now[0] = 239.0
-        assert not keeper.is_due(2)
-    with Keeper(directory, Checkpoint(every_minutes=None), 0, True) as keeper:
+        assert not checkpointer.is_due(2)
+    with Checkpointer(directory, Checkpoint(every_minutes=None), 0, True) as checkpointer:
         now[0] = 1e9
-        assert not keeper.is_due(100_000)
+        assert not checkpointer.is_due(100_000)
 
 
 def test_what_is_written_is_the_state_when_it_was_given(tmp_path: Path) -> None:
@@ -302,9 +302,9 @@ def test_what_is_written_is_the_state_when_it_was_given(tmp_path: Path) -> None:
     directory.checkpoints.mkdir()
     weights, history = torch.zeros(1000), [{"epoch": 1}]
     state = {"step": 1, "epoch": 0, "history": history, "model": {"weight": weights}}
-    with Keeper(directory, Checkpoint(), 0, True) as keeper:
-        keeper._writer.submit(time.sleep, 0.2)  # let the copy wait for its turn
-        keeper.save(state)
+    with Checkpointer(directory, Checkpoint(), 0, True) as checkpointer:
+        checkpointer._writer.submit(time.sleep, 0.2)  # let the copy wait for its turn
+        checkpointer.save(state)
         weights.fill_(1)
         history.append({"epoch": 2})
     written = checkpoint.load(directory.checkpoints / checkpoint.LAST, needed=("model",))
@@ -370,7 +370,7 @@ def test_another_batch_or_pack_goes_on_after_the_same_share_of_the_epoch(recipe:
     seen, step = [], engine.train_step
 
     def noting(training: Any, batch: Any, *arguments: Any) -> torch.Tensor:
-        seen.append((training.epoch, batch.step, training.updates))
+        seen.append((training.state.epoch, batch.step, training.state.updates))
         return step(training, batch, *arguments)
 
     allow = "checkpoint.resume_allow_changes=[loader.batch_size, optim.grad_accumulation]"
@@ -405,7 +405,7 @@ def test_two_ranks_go_on_where_one_was_stopped(recipe: Path, tmp_path: Path) -> 
     launcher = ("torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "trainer.run")
     process = run_module(*launcher, recipe, f"run.dir={tmp_path / 'run'}", "resume=auto", *settings, timeout=600)
     assert process.returncode == 0, process.stderr
-    assert "going on from epoch 2 after step 4" in process.stdout
+    assert "resuming from epoch 2 after step 4" in process.stdout
     expected, found = newest(tmp_path / "whole"), newest(tmp_path / "run")
     for name, tensor in expected["model"].items():
         torch.testing.assert_close(found["model"][name], tensor, rtol=1e-4, atol=1e-5)

@@ -16,15 +16,16 @@ from test_training import train_here
 
 from pipeline.loader import Batch
 from shards import UserError, open_split
-from trainer import checkpoint, engine, nonfinite
+from trainer import checkpoint, engine, nan_guard
 from trainer.config import load
 from trainer.data import open_data
 from trainer.distributed import World
 from trainer.loss import weighted_kl
-from trainer.reproduce import take_step
+from trainer.replay_step import replay_step
+from trainer.run_directory import RunDirectory
+from trainer.state import Training, make_training
 from trainer.teacher import open_teacher
 from trainer.trained_model import load_trained_model
-from trainer.training import Training, make_training
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, device=CPU)
@@ -117,7 +118,7 @@ def test_it_alone_is_learned_from_on_the_mixed_images(
         batch = replace(batch, labels=(batch.labels + turned) % 10)
         losses.append(float(engine.train_step(training, batch, 1, True)))
         assert torch.equal(seen[0], given[0]) and not torch.equal(seen[0], raw)
-        training.epoch = 1  # the last one, in which nothing is mixed
+        training.state.epoch = 1  # the last one, in which nothing is mixed
         batch = first_batch(training, 1)
         raw = batch.images.clone()
         engine.train_step(training, batch, 1, True)
@@ -156,12 +157,12 @@ def test_two_ranks_are_taught_and_decide_as_one(
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_step_with_a_teacher_can_be_taken_again(recipe: Path, teacher: Path, tmp_path: Path, epoch: int) -> None:
     training = student_of(recipe, teacher)
-    training.epoch = epoch
+    training.state.epoch = epoch
     batch = first_batch(training, epoch)
     share = {"images": batch.images.clone(), "labels": batch.labels, "rows": batch.source_index}
-    nonfinite._save(tmp_path / "step" / "step.pt", training, batch, [share])
+    nan_guard._save(tmp_path / "step" / "step.pt", training, RunDirectory(tmp_path), batch, [share])
     loss = float(engine.train_step(training, batch, 1, True))
-    again, found = take_step(checkpoint.load(tmp_path / "step" / "step.pt"), 0, CPU)
+    again, found = replay_step(checkpoint.load(tmp_path / "step" / "step.pt"), 0, CPU)
     assert again == pytest.approx(loss, rel=1e-6) and found == []
 
 

@@ -167,7 +167,7 @@ def test_the_other_backend_reaches_the_same_figures(
 def test_a_finished_run_is_left_alone(finished: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert train_here(monkeypatch, recipe, finished, "resume=auto") == 0
-    assert "finished already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
     process = train(recipe, finished)
     assert_user_error(process, "resume=auto")
@@ -303,7 +303,7 @@ def test_resuming_needs_no_first_weights(
 
 def test_a_directory_in_use_is_refused(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "run"
-    with RunDirectory(directory).held(), pytest.raises(UserError, match="another process"):
+    with RunDirectory(directory).lock(), pytest.raises(UserError, match="another process"):
         train_here(monkeypatch, recipe, directory)
 
 

@@ -188,7 +188,7 @@ def test_a_finished_search_trains_no_more_and_a_larger_budget_goes_on(
     assert tune_here(monkeypatch, searched) == 0
     assert results(searched) == before
     assert "begins" not in capsys.readouterr().out
-    monkeypatch.setattr("trainer.tune.trial.engine.learn", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("trainer.tune.trial.engine.fit_without_test", lambda *_: pytest.fail("it trains"))
     with pytest.raises(pytest.fail.Exception):
         tune_here(monkeypatch, searched, "budget.trials=4")
 
@@ -206,7 +206,7 @@ def test_another_search_does_not_go_on_in_the_same_directory(searched: Path, rec
 def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.tune.workers.join", lambda device: pytest.MonkeyPatch.context())
+    monkeypatch.setattr("trainer.tune.workers.init_distributed", lambda device: pytest.MonkeyPatch.context())
     monkeypatch.setattr(
         "trainer.tune.trial.train_trial", lambda study, trial, *_: trial.complete([trial.values["optim.lr"]])
     )
@@ -257,7 +257,7 @@ def test_a_stopped_search_goes_on(tmp_path: Path, recipe: Path, monkeypatch: pyt
     step, stopped = engine.train_step, []
 
     def interrupted(training: Any, batch: Any, *arguments: Any) -> Any:
-        if (training.epoch, batch.step) == (1, 2) and not stopped:
+        if (training.state.epoch, batch.step) == (1, 2) and not stopped:
             stopped.append(True)
             os.kill(os.getpid(), signal.SIGINT)
         return step(training, batch, *arguments)
@@ -373,14 +373,14 @@ def test_the_time_ends_a_search_and_the_trial_goes_on_later(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path, recipe, budget={"trials": 1}, settings={"trainer.epochs": 2})
-    learn = engine.learn
+    learn = engine.fit_without_test
     now = time.time()
 
     def slowly(*given: Any) -> None:
         monkeypatch.setattr(time, "time", lambda: now + 3600)
         learn(*given)
 
-    monkeypatch.setattr("trainer.tune.trial.engine.learn", slowly)
+    monkeypatch.setattr("trainer.tune.trial.engine.fit_without_test", slowly)
     assert tune_here(monkeypatch, path, "budget.minutes=30") == 0
     (found,) = results(path)
     assert (found.state, len(found.curve)) == ("running", 1)

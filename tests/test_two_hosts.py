@@ -130,7 +130,7 @@ def train(hosts: tuple[str, str], place: Path, shards: Path, seconds_cut: float)
         statuses = [host.process.wait() for host in running]
         assert statuses == [0, 0], "\n".join(host.output.read_text() for host in running)
         if seconds_cut > 60 * RECIPE["trainer"]["timeout_minutes"]:
-            assert "going on from epoch 2 after step" in running[0].output.read_text()
+            assert "resuming from epoch 2 after step" in running[0].output.read_text()
     finally:
         for host in running:
             host.stop(signal.SIGKILL)

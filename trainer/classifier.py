@@ -7,14 +7,14 @@ from torch import nn
 
 from pipeline.transforms.export_module import TransformModule
 from pipeline.transforms.spec import TransformSpec
-from trainer.decision import Decided
+from trainer.decision import ProbabilityHead
 from trainer.views import mean_logits
 
 
 class Classifier(nn.Module):
     """Orientation, resize and normalisation, then the model, then its decision and temperature."""
 
-    def __init__(self, spec: TransformSpec, model: nn.Module, views: str, decided: Decided) -> None:
+    def __init__(self, spec: TransformSpec, model: nn.Module, views: str, decided: ProbabilityHead) -> None:
         """model: from float32 [N, C, R, R] to logits; changed so that it can be exported. views: see `mean_logits`."""
         super().__init__()
         self.preprocessing = TransformModule(spec)

@@ -76,7 +76,7 @@ def open_data(config: Config, world: World) -> TrainingData:
     for store in stores[1:]:
         _check_parts_agree(train_store.manifest, store.manifest, directory)
     if config.data.verify:
-        world.on_first(lambda: _check_hashes(directory, *stores))
+        world.run_on_main(lambda: _check_hashes(directory, *stores))
 
     aside = 0 if own_validation else config.data.val_fraction
     train, validation = carve(train_store.labels, aside, config.data.train_fraction, config.seed)
@@ -116,7 +116,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         return build_transform(specs[phase.resolution], backend, world.device, phase.batch_size, augmentation)
 
     ranks = {"rank": world.rank, "world_size": world.size}
-    window = world.share(max_shuffle_window(manifest, int(memory * _TRAIN_SHARE), largest_batch))
+    window = world.broadcast_object(max_shuffle_window(manifest, int(memory * _TRAIN_SHARE), largest_batch))
     order = ShuffledBatchSampler(
         train, config.loader.batch_size, config.seed, manifest.block_size, window, augmentation
     )
@@ -142,7 +142,9 @@ def _normalised(
     if config.data.normalize == "half":
         half = (0.5,) * spec.image_shape[2]
         return spec.normalised(half, half)
-    statistics = world.on_first(lambda: load_or_compute_stats(store, directory / "train", spec, backend, world.device))
+    statistics = world.run_on_main(
+        lambda: load_or_compute_stats(store, directory / "train", spec, backend, world.device)
+    )
     return spec.normalised(statistics.mean, statistics.std)
 
 

@@ -50,7 +50,7 @@ class Decision:
         }
 
 
-class Decided(nn.Module):
+class ProbabilityHead(nn.Module):
     """Logits [N, C] to probabilities [N, C], by the offsets and the temperature of a decision."""
 
     def __init__(self, offsets: NDArray[np.float32], temperature: float) -> None:

@@ -1,4 +1,4 @@
-"""The processes that train together: one, or those that torchrun started."""
+"""The process group of a training: one process, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from pipeline.common.device import choose_device
 from shards.cli import USER_ERROR_STATUS
 from shards.errors import UserError
 from trainer.allocator import keep_freed_memory
-from trainer.meeting import agent_store, meet
+from trainer.rendezvous import elastic_agent_store, rendezvous
 
 T = TypeVar("T")
 
-_LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))  # set by torchrun: of the processes on this machine
+_LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))  # set by torchrun, of this host
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. rank: 0 .. size-1; the process of rank 0 writes files and speaks.
+    """The process group of a training.
 
-    control: a gloo group for small messages between the hosts' processors, None if alone.
+    Attributes:
+        rank: 0 .. size - 1. Rank 0, the main process, writes files and prints.
+        device: The device of this process.
+        control: A gloo group for small CPU messages; None in a single process.
     """
 
     rank: int
@@ -37,38 +40,38 @@ class World:
     control: dist.ProcessGroup | None = None
 
     @property
-    def speaks(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank; any picklable object."""
+        """Rank 0's value, a picklable object, on every rank."""
         if self.control is None:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        objects = [value]
+        dist.broadcast_object_list(objects, src=0, group=self.control)
+        return objects[0]
 
-    def on_first(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do something; its result, or the `UserError` that it met, on every rank."""
+    def run_on_main(self, work: Callable[[], T]) -> T:
+        """Call a function on rank 0; its result, or the `UserError` that it raised, on every rank."""
         outcome: tuple[T | None, UserError | None] = (None, None)
-        if self.speaks:
+        if self.is_main_process:
             try:
                 outcome = (work(), None)
             except UserError as error:
                 outcome = (None, error)
-        result, error = self.share(outcome)
+        result, error = self.broadcast_object(outcome)
         if error is not None:
             raise error
         return result
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of the ranks' values, on every rank."""
-        box = torch.tensor(value)
+        largest = torch.tensor(value)
         if self.control is not None:
-            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
-        return int(box)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
 
-    def each(self, value: float) -> list[float]:
+    def all_gather_scalar(self, value: float) -> list[float]:
         """Every rank's value, in the order of ranks, on every rank."""
         values = torch.zeros(self.size, dtype=torch.float64)
         values[self.rank] = value
@@ -89,7 +92,7 @@ class World:
         dist.gather_object(value, values, dst=0, group=self.control)
         return values or []
 
-    def share_tensors(self, tensors: list[torch.Tensor]) -> None:
+    def broadcast_tensors_(self, tensors: list[torch.Tensor]) -> None:
         """Overwrite tensors with rank 0's, in place."""
         if self.control is not None:
             for tensor in tensors:
@@ -97,8 +100,8 @@ class World:
 
 
 @contextmanager
-def spoken_once() -> Iterator[None]:
-    """Let rank 0 alone speak of a mistake that every rank meets; the others end without a word."""
+def report_errors_on_main() -> Iterator[None]:
+    """Report a `UserError` on rank 0 only; other ranks exit with status 2."""
     try:
         yield
     except UserError:
@@ -108,18 +111,19 @@ def spoken_once() -> Iterator[None]:
 
 
 @contextmanager
-def join(device_name: str, timeout_minutes: float = 10) -> Iterator[World]:
-    """Join the processes that torchrun started (or be alone), and leave them at the end.
+def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[World]:
+    """Initialize the process group of torchrun's processes (or a single process), and destroy it at the end.
 
-    device_name: `auto`, `cpu` or `cuda`. NCCL carries gradients between GPUs, gloo between CPUs.
-    timeout_minutes: how long ranks wait for one another before they take the others for lost, and fail.
+    Args:
+        device_name: `auto`, `cpu` or `cuda`. NCCL reduces gradients between GPUs, gloo between CPUs.
+        timeout_minutes: How long ranks wait for each other before they fail.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in _LOCAL)
     device = choose_device(device_name, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # cuDNN finds the fastest of its algorithms for a shape by trying them; there are few shapes and many steps.
+        # cuDNN benchmarks its algorithms for each shape; there are few shapes and many steps.
         torch.backends.cudnn.benchmark = True
     else:
         keep_freed_memory()
@@ -128,45 +132,47 @@ def join(device_name: str, timeout_minutes: float = 10) -> Iterator[World]:
         return
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = agent_store(timeout)
+    store = elastic_agent_store(timeout)
     if store is None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         rank = int(os.environ["RANK"])
-        store = meet(store, rank, size, timeout)
+        store = rendezvous(store, rank, size, timeout)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     try:
-        apart = device.type == "cuda"
-        control = dist.new_group(backend="gloo", timeout=timeout) if apart else dist.group.WORLD
+        on_gpu = device.type == "cuda"
+        control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
         yield World(rank=dist.get_rank(), size=size, device=device, control=control)
     finally:
         dist.destroy_process_group()
 
 
-class Vote:
-    """What ranks tell one another at every update, answered one update later, so that nobody waits for the answer."""
+class AsyncFlags:
+    """Asynchronous all-reduce (MAX) of a few control flags per optimizer step.
 
-    def __init__(self, world: World, words: int) -> None:
+    The result is returned one step late, so no rank blocks.
+    """
+
+    def __init__(self, world: World, count: int) -> None:
         self._world = world
-        self._nothing = [0] * words
-        self._ballot: torch.Tensor | None = None
+        self._none = [0] * count
+        self._flags: torch.Tensor | None = None
         self._work: dist.Work | None = None
 
-    def cast(self, *words: int) -> list[int]:
-        """Say some numbers (0 for nothing), and learn the largest of each among the ranks: of now if alone, of the
-        update before otherwise."""
+    def reduce(self, *flags: int) -> list[int]:
+        """Start the reduction of this step's flags; returns that of the step before (of this step in one process)."""
         if self._world.control is None:
-            return list(words)
-        answer = self.finish()
-        self._ballot = torch.tensor(words)
-        self._work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
-        return answer
+            return list(flags)
+        previous = self.wait()
+        self._flags = torch.tensor(flags)
+        self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+        return previous
 
-    def finish(self) -> list[int]:
-        """Wait for the vote that is still open, and learn its answer."""
+    def wait(self) -> list[int]:
+        """Wait for the reduction that was started last; its result, or zeros if there is none."""
         if self._work is None:
-            return self._nothing
-        assert self._ballot is not None
+            return self._none
+        assert self._flags is not None
         self._work.wait()
         self._work = None
-        return self._ballot.tolist()
+        return self._flags.tolist()

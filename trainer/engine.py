@@ -1,14 +1,11 @@
-"""The loop: epochs of steps, each epoch judged on the validation part, the best one on the test part at the end."""
+"""The training loop: epochs of steps, validation after each, and a test of the best epoch at the end."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +16,26 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.loader import Batch
 from trainer import checkpoint
 from trainer.arithmetic import autocast, laid_out
+from trainer.checkpointer import Checkpointer
+from trainer.console import print_epoch
 from trainer.decision import decide
-from trainer.distributed import Vote
+from trainer.distributed import AsyncFlags
+from trainer.epoch_meter import EpochMeter
 from trainer.evaluate import Evaluation, evaluate, logits_of
-from trainer.keeper import Keeper
 from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
-from trainer.nonfinite import NonFinite, Watch, go_back, look_closely
+from trainer.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
 from trainer.randomness import seed_step
 from trainer.run_directory import RunDirectory
 from trainer.runtime.loggers import Sink
-from trainer.runtime.progress import Progress, duration
-from trainer.runtime.readback import Readback
 from trainer.signals import Interrupted, noted
-from trainer.training import Totals, Training
+from trainer.state import Totals, Training
 
-log = logging.getLogger(__name__)
+GradientCheck = Callable[[int, torch.Tensor, bool], None]
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; its state is in the last checkpoint."""
+    """A signal stopped the run; its state is in the last checkpoint."""
 
     def __init__(self, signum: int, epoch: int, step: int) -> None:
         super().__init__(signum)
@@ -47,168 +44,158 @@ class Stopped(Exception):
         self.step = step
 
 
-def fit(training: Training, directory: RunDirectory, sinks: list[Sink], source: Path | None = None) -> Evaluation:
-    """Train from where the training stands to the last epoch, then evaluate the best epoch on the test part.
+@dataclass(frozen=True)
+class Services:
+    """Where the loop writes, and the signals that it obeys."""
 
-    Rank 0 writes checkpoints, metrics and figures into the directory. source: the checkpoint that it goes on from.
-    Raises `Stopped` after a SIGINT or SIGTERM, and `UserError` when more batches than allowed are not finite.
+    run_dir: RunDirectory
+    checkpointer: Checkpointer
+    signals_received: list[int]
+    loggers: list[Sink]
+
+
+def fit(training: Training, run_dir: RunDirectory, loggers: list[Sink], source: Path | None = None) -> Evaluation:
+    """Train from the current state to the last epoch, then evaluate the best epoch on the test split.
+
+    Args:
+        training: Changed in place.
+        run_dir: Rank 0 writes checkpoints and metrics into it.
+        loggers: Further receivers of an epoch's record, on rank 0.
+        source: The checkpoint that is resumed, if any.
+
+    Raises:
+        Stopped: After a SIGINT or SIGTERM.
+        NonFiniteLossError: A loss or gradient is not finite.
     """
-    with _kept(training, directory, source) as (keeper, received):
-        _learn(training, directory, keeper, sinks, received)
-        evaluation = test(training, keeper, received)
+    with _services(training, run_dir, loggers, source) as services:
+        _train(training, services)
+        evaluation = test(training, services)
         training.profile.mark("test")
         return evaluation
 
 
-def learn(training: Training, directory: RunDirectory, sinks: list[Sink], source: Path | None = None) -> None:
-    """Train as `fit` does, and leave the test part alone. What a sink raises ends it, with the epoch's checkpoint."""
-    with _kept(training, directory, source) as (keeper, received):
-        _learn(training, directory, keeper, sinks, received)
+def fit_without_test(
+    training: Training, run_dir: RunDirectory, loggers: list[Sink], source: Path | None = None
+) -> None:
+    """Train as `fit` does, without the test. An exception of a logger ends it after the epoch's checkpoint."""
+    with _services(training, run_dir, loggers, source) as services:
+        _train(training, services)
 
 
 @contextlib.contextmanager
-def _kept(training: Training, directory: RunDirectory, source: Path | None) -> Iterator[tuple[Keeper, list[int]]]:
-    """A keeper of checkpoints, with a first one written, and the signals that come; one of them ends in `Stopped`."""
+def _services(
+    training: Training, run_dir: RunDirectory, loggers: list[Sink], source: Path | None
+) -> Iterator[Services]:
+    """Open the checkpointer, write a first checkpoint and record signals; `Interrupted` becomes `Stopped`."""
     training.profile.mark("start")
     settings = training.config.checkpoint
-    last_is_whole = source is None or source.name == checkpoint.LAST
+    last_is_complete = source is None or source.name == checkpoint.LAST
     with (
-        noted(settings.grace_seconds) as received,
-        Keeper(directory, settings, training.step, last_is_whole) as keeper,
+        noted(settings.grace_seconds) as signals_received,
+        Checkpointer(run_dir, settings, training.state.step, last_is_complete) as checkpointer,
     ):
-        if source is None and training.world.speaks:
-            keeper.save(training.state())
+        if source is None and training.world.is_main_process:
+            checkpointer.save(training.checkpoint())
         try:
-            yield keeper, received
+            yield Services(run_dir, checkpointer, signals_received, loggers)
         except Interrupted:
-            raise _stopped(training, received) from None
+            raise _stopped(training, signals_received) from None
 
 
-def _learn(training: Training, directory: RunDirectory, keeper: Keeper, sinks: list[Sink], received: list[int]) -> None:
-    while training.epoch < training.config.trainer.epochs:
+def _train(training: Training, services: Services) -> None:
+    while training.state.epoch < training.config.trainer.epochs:
         try:
-            train_epoch(training, directory, keeper, received)
-        except NonFinite as found:
-            go_back(training, directory, keeper, found)
-            continue
-        _end_epoch(training, keeper, sinks, received)
-        if training.world.largest(len(received)):
+            train_epoch(training, services)
+        except NonFiniteStep as found:
+            services.checkpointer.finish()
+            raise save_batch(training, services.run_dir, found) from None
+        _end_epoch(training, services)
+        if training.world.all_reduce_max(len(services.signals_received)):
             raise Interrupted
 
 
-def test(training: Training, keeper: Keeper, received: list[int]) -> Evaluation:
-    """Evaluate the best checkpoint on the test part, by the decision that suits it on the validation part."""
-    data, settings, world = training.data, training.config.trainer, training.world
-    trained = world.on_first(keeper.best)
-    model = trained.build_model(world.device)
-    if data.validation is not None:
-        found = logits_of(model, data.validation, settings, world, received)
-        tau = training.config.posthoc.tau
-        training.decision = world.share(decide(*found, training.log_weights, tau, settings.monitor) if found else None)
-        decided = training.decision
-        trained = replace(trained, tau=decided.tau, offsets=decided.offsets, temperature=decided.temperature)
-        if world.speaks:
-            keeper.replace_best(trained)
-    return evaluate(model, data.test, len(data.classes), settings, world, received, **trained.posthoc_kwargs())
+def train_epoch(training: Training, services: Services) -> None:
+    """Train from the current step to the end of the epoch; its totals are in `training.state.epoch_totals`.
 
-
-def train_epoch(training: Training, directory: RunDirectory, keeper: Keeper, received: list[int]) -> None:
-    """The steps of an epoch from where the training stands; their sums are left in `training.so_far`."""
-    config, world = training.config, training.world
-    steps = training.data.train.steps(training.epoch)
-    accumulation = config.optim.grad_accumulation
-    ahead = training.data.train.steps_ahead(training.epoch, config.trainer.epochs)
-    progress = Progress(training.epoch, config.trainer.epochs, steps, training.step, ahead)
-    vote = Vote(world, words=3)
-    watch = Watch(training)
-    earlier, here = training.so_far, Totals()
-    # Added up in one sequence across a stop, so that a resumed epoch has the loss of one that was not stopped.
-    loss = torch.tensor(training.loss_here, dtype=torch.float64, device=world.device)
-    shown = Readback(world.device)
+    Raises:
+        Stopped: A signal came; the checkpoint is written.
+        NonFiniteStep: A loss or gradient is not finite.
+    """
+    state, world, train = training.state, training.world, training.data.train
+    steps, accumulation = train.steps(state.epoch), training.config.optim.grad_accumulation
+    flags, monitor, meter = AsyncFlags(world, 2), NonFiniteMonitor(training), EpochMeter(training)
     training.forward.train()
-    start = before = time.perf_counter()
 
-    def take_stock() -> None:
-        """Leave the sums so far in the training; waits for the device, so that the seconds are true."""
-        watch.settle()
-        training.losses = world.each(float(loss))
-        here.seconds = time.perf_counter() - start
-        training.so_far = earlier.plus(here)
-        training.so_far.loss = sum(training.losses)
+    def commit() -> None:
+        monitor.finish()
+        meter.commit()
 
-    with contextlib.closing(training.data.train.batches(training.epoch, training.step)) as batches:
-        for batch in training.trace.over(batches, directory.trace):
-            here.wait_seconds += time.perf_counter() - before
+    with contextlib.closing(train.batches(state.epoch, state.step)) as batches:
+        for batch in training.trace.over(batches, services.run_dir.trace):
+            meter.stop_waiting()
             training.profile.mark("data wait")
-            window_start = batch.step - batch.step % accumulation
-            window = min(accumulation, steps - window_start)
-            updates = batch.step - window_start + 1 == window
-
-            if (training.epoch, window_start) in training.skipped:
-                if updates:
-                    _count_update(training)
-            else:
-                closely = training.look_until is not None and (training.epoch, batch.step) <= training.look_until
-                look = functools.partial(look_closely, training, directory, batch) if closely else None
-
-                batch_loss = train_step(training, batch, window, updates, look)
-
-                loss += batch_loss
-                watch.note(batch.step, batch_loss)
-                here.samples += batch.global_size
-                if world.speaks:
-                    shown.offer(batch_loss, len(batch.labels))
-                    done = batch.step + 1
-                    progress.step(done, shown, training.learning_rate.now, here.samples, here.wait_seconds)
-            training.step = batch.step + 1
-            if updates:
-                stop, save, bad = vote.cast(bool(received), keeper.is_due(training.step), watch.word)
-                watch.heed(bad)
+            first_microbatch = batch.step - batch.step % accumulation
+            accumulation_steps = min(accumulation, steps - first_microbatch)
+            is_last_microbatch = batch.step - first_microbatch + 1 == accumulation_steps
+            loss = train_step(training, batch, accumulation_steps, is_last_microbatch, monitor.check_batch)
+            meter.update(batch, loss)
+            state.step = batch.step + 1
+            if is_last_microbatch:
+                signalled, due = bool(services.signals_received), services.checkpointer.is_due(state.step)
+                stop, save = flags.reduce(signalled, due)
                 if stop:
                     break
                 if save:
-                    take_stock()
-                    if world.speaks:
-                        keeper.save(training.state())
-                    training.profile.mark("checkpoint")
+                    commit()
+                    _save_checkpoint(training, services)
             training.profile.mark("logging")
-            del batch  # whose memory may be the next one's
-            before = time.perf_counter()
-    progress.close()
-    stopping = vote.finish()[0] or (world.size == 1 and bool(received))
-    take_stock()
-    if stopping:
-        if world.speaks:
-            keeper.save(training.state())
-        raise _stopped(training, received)
+            del batch  # free it before the loader allocates the next one
+            meter.start_waiting()
+    meter.close()
+    stop = flags.wait()[0] or (world.size == 1 and bool(services.signals_received))
+    commit()
+    if stop:
+        _save_checkpoint(training, services)
+        raise _stopped(training, services.signals_received)
 
 
-def _stopped(training: Training, received: list[int]) -> Stopped:
-    signum = training.world.share(received[0] if received else signal.SIGTERM)
-    return Stopped(signum, training.epoch, training.step)
+def _save_checkpoint(training: Training, services: Services) -> None:
+    if training.world.is_main_process:
+        services.checkpointer.save(training.checkpoint())
+    training.profile.mark("checkpoint")
+
+
+def _stopped(training: Training, signals_received: list[int]) -> Stopped:
+    signum = training.world.broadcast_object(signals_received[0] if signals_received else signal.SIGTERM)
+    return Stopped(signum, training.state.epoch, training.state.step)
 
 
 def train_step(
     training: Training,
     batch: Batch,
-    window: int,
-    updates: bool,
-    look: Callable[[torch.Tensor], None] | None = None,
+    accumulation_steps: int,
+    is_last_microbatch: bool,
+    gradient_check: GradientCheck | None = None,
 ) -> torch.Tensor:
-    """Learn from one batch: mix, forward, loss, backward, and at the end of a window the update.
+    """Train on one batch: mixup, forward, loss, backward, and the update after the last microbatch.
 
-    window: batches whose gradients are averaged for one update; updates: whether this is the last of them.
-    look: given the loss after the backward pass, to refuse the update.
-    Returns this rank's loss, summed over its samples (a scalar on the device, without waiting for it).
+    Args:
+        training: Changed in place.
+        batch: This rank's share of a global batch.
+        accumulation_steps: Batches whose gradients are averaged for one update.
+        is_last_microbatch: Whether this batch is the last of them.
+        gradient_check: Called with step, loss and `is_last_microbatch` before the update.
+
+    Returns:
+        This rank's loss, summed over its samples: a scalar on the device, without waiting for it.
     """
-    config, world = training.config, training.world
-    mixing_draws = seed_step(config.seed, training.epoch, batch.step, world.rank)
+    config, world, epoch = training.config, training.world, training.state.epoch
+    mixing_draws = seed_step(config.seed, epoch, batch.step, world.rank)
     targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
-    mixing = config.mixup.at(training.epoch, config.trainer.epochs)
-    images, targets = mix(batch.images, targets, mixing, mixing_draws)
+    images, targets = mix(batch.images, targets, config.mixup.at(epoch, config.trainer.epochs), mixing_draws)
     images = laid_out(images, config.trainer)
     training.profile.mark("mixing")
-    with _gradients_shared(training.forward, updates):
+    with _gradient_sync(training.forward, is_last_microbatch):
         with autocast(config.trainer, world.device):
             logits = training.forward(images)
         logits = logits + training.logit_shift
@@ -216,104 +203,103 @@ def train_step(
         if training.teacher is not None:
             loss = training.teacher.teach(loss, logits, images, training.class_weights)
         training.profile.mark("forward")
-        # The mean over the global batch; ranks of unequal shares are averaged by DDP, hence the factor.
-        (loss * (world.size / (batch.global_size * window))).backward()
+        # The mean over the global batch; DDP averages ranks of unequal shares, hence the factor.
+        (loss * (world.size / (batch.global_size * accumulation_steps))).backward()
         training.profile.mark("backward")
-    if look is not None:
-        look(loss)
-    if updates:
+    if gradient_check is not None:
+        gradient_check(batch.step, loss, is_last_microbatch)
+    if is_last_microbatch:
         _update(training)
     return loss.detach()
 
 
 def _update(training: Training) -> None:
-    clip = training.config.optim.max_grad_norm
-    if clip is not None:
-        nn.utils.clip_grad_norm_(training.model.parameters(), clip)
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
-    _count_update(training)
+    """Clip the gradients and step the optimizer, the moving average and the schedule."""
+    state, max_grad_norm = training.state, training.config.optim.max_grad_norm
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(state.model.parameters(), max_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.updates += 1
     training.profile.mark("optimiser")
-    if training.average is not None:
-        training.average.update(training.updates)
+    if state.ema is not None:
+        state.ema.update(state.updates)
         training.profile.mark("average")
-
-
-def _count_update(training: Training) -> None:
-    """Move the schedule by an update, made or left out."""
-    training.lr = training.learning_rate.now
-    training.learning_rate.after_update()
-    training.updates += 1
+    state.lr = state.learning_rate.now
+    state.learning_rate.after_update()
 
 
 @contextlib.contextmanager
-def _gradients_shared(forward: nn.Module, now: bool) -> Iterator[None]:
-    """Exchange gradients between ranks in this backward pass, or only add them up here."""
-    hold = isinstance(forward, DistributedDataParallel) and not now
-    with forward.no_sync() if hold else contextlib.nullcontext():
+def _gradient_sync(forward: nn.Module, enabled: bool) -> Iterator[None]:
+    """All-reduce gradients in this backward pass, or only accumulate them."""
+    skip = isinstance(forward, DistributedDataParallel) and not enabled
+    with forward.no_sync() if skip else contextlib.nullcontext():
         yield
 
 
-def _end_epoch(training: Training, keeper: Keeper, sinks: list[Sink], received: list[int]) -> None:
-    """Validate, move the schedule, keep the best weights, write the checkpoint and the epoch's record."""
-    config, world, done = training.config, training.world, training.so_far
-    # Batch norm's running statistics differ between ranks; what is judged and saved are rank 0's.
-    world.share_tensors(list(training.model.buffers()))
-    if training.average is not None:
-        world.share_tensors(list(training.average.module.buffers()))
+def _end_epoch(training: Training, services: Services) -> None:
+    """Validate, step the schedule, update the best epoch, write checkpoint and record."""
+    state, config, world, totals = training.state, training.config, training.world, training.state.epoch_totals
+    # Batch norm's running statistics differ between ranks; rank 0's are evaluated and saved.
+    world.broadcast_tensors_(list(state.model.buffers()))
+    if state.ema is not None:
+        world.broadcast_tensors_(list(state.ema.module.buffers()))
     record: dict[str, Any] = {
-        "epoch": training.epoch + 1,
-        "resolution": training.data.train.phase(training.epoch).resolution,
-        "train_loss": done.loss / max(done.samples, 1),
-        "lr": training.lr,
-        "seconds": done.seconds,
-        "images_per_second": done.images_per_second,
-        "data_wait_share": done.wait_share,
+        "epoch": state.epoch + 1,
+        "resolution": training.data.train.phase(state.epoch).resolution,
+        "train_loss": totals.loss / max(totals.samples, 1),
+        "lr": state.lr,
+        "seconds": totals.seconds,
+        "images_per_second": totals.images_per_second,
+        "data_wait_share": totals.wait_share,
     }
-    figure = float(training.epoch + 1)  # without a validation part every epoch is the best so far
+    metric = float(state.epoch + 1)  # without a validation split every epoch is the best so far
     if training.data.validation is not None:
-        if world.speaks:
-            # Killed while it validates, the run has this epoch's training.
-            keeper.save(training.state())
-            training.profile.mark("checkpoint")
-        classes = len(training.data.classes)
-        judged = evaluate(
-            training.evaluated,
-            training.data.validation,
-            classes,
-            config.trainer,
-            world,
-            received,
-            offsets=training.offsets,
-        )
-        record["validation"] = judged.summary()
+        _save_checkpoint(training, services)  # a kill during validation costs no training
+        record["validation"] = _validate(training, services.signals_received).summary()
         training.profile.mark("validation")
-        figure = record["validation"][config.trainer.monitor]
-    training.learning_rate.after_epoch(figure)
-    # Of equals the later one, which has learned longer.
-    is_best = figure >= training.best
-    training.epoch += 1
+        metric = record["validation"][config.trainer.monitor]
+    state.learning_rate.after_epoch(metric)
+    is_best = metric >= state.best  # on ties keep the later epoch
+    state.epoch += 1
     if is_best:
-        training.best, training.best_epoch = figure, training.epoch
-    training.step = 0
-    training.finished = training.finished.plus(done)
-    training.so_far, training.losses = Totals(), []
-    training.history.append(record)
-    if world.speaks:
-        keeper.save(training.state(), training.trained_model() if is_best else None)
-        for sink in sinks:
-            sink.epoch(record)
-        print(_line(record, config.trainer.epochs, is_best), flush=True)
+        state.best, state.best_epoch = metric, state.epoch
+    state.step = 0
+    state.total = state.total.plus(totals)
+    state.epoch_totals, state.rank_losses = Totals(), []
+    state.history.append(record)
+    if world.is_main_process:
+        services.checkpointer.save(training.checkpoint(), training.trained_model() if is_best else None)
+        for logger in services.loggers:
+            logger.epoch(record)
+        print_epoch(record, config.trainer.epochs, is_best)
     training.profile.mark("end of epoch")
 
 
-def _line(record: dict[str, Any], epochs: int, is_best: bool) -> str:
-    validation = record.get("validation")
-    judged = ""
-    if validation:
-        judged = f"  validation accuracy {validation['accuracy']:.2%}  macro F1 {validation['macro_f1']:.2%}"
-    return (
-        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}{judged}  lr {record['lr']:.2e}  "
-        f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
-        f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}"
+def _validate(training: Training, signals_received: list[int]) -> Evaluation:
+    return evaluate(
+        training.state.eval_model,
+        training.data.validation,
+        len(training.data.classes),
+        training.config.trainer,
+        training.world,
+        signals_received,
+        offsets=training.offsets,
     )
+
+
+def test(training: Training, services: Services) -> Evaluation:
+    """Evaluate the best epoch on the test split, calibrated on the validation split if there is one."""
+    data, settings, world = training.data, training.config.trainer, training.world
+    trained = world.run_on_main(services.checkpointer.best)
+    model = trained.build_model(world.device)
+    if data.validation is not None:
+        found = logits_of(model, data.validation, settings, world, services.signals_received)
+        tau = training.config.posthoc.tau
+        decided = decide(*found, training.log_weights, tau, settings.monitor) if found else None
+        training.decision = decided = world.broadcast_object(decided)
+        trained = replace(trained, tau=decided.tau, offsets=decided.offsets, temperature=decided.temperature)
+        if world.is_main_process:
+            services.checkpointer.replace_best(trained)
+    classes, posthoc = len(data.classes), trained.posthoc_kwargs()
+    return evaluate(model, data.test, classes, settings, world, services.signals_received, **posthoc)

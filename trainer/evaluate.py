@@ -33,7 +33,7 @@ from shards.stores.base import Store
 from trainer.arithmetic import autocast, laid_out
 from trainer.calibration import calibration_error
 from trainer.data import evaluation_loader
-from trainer.distributed import World, join, spoken_once
+from trainer.distributed import World, init_distributed, report_errors_on_main
 from trainer.metrics import Confusion
 from trainer.settings import Trainer
 from trainer.signals import Interrupted
@@ -128,7 +128,7 @@ def evaluate(
         confidence.append(calibrated.softmax(dim=1).amax(dim=1))
         uncalibrated.append(top.values)
         before = time.perf_counter()
-    if world.largest(len(received)):
+    if world.all_reduce_max(len(received)):
         raise Interrupted
     mine = [_joined(parts) for parts in (rows, labels, predicted, confidence, uncalibrated)]
     confusion = Confusion.of(mine[1].astype(np.int64), mine[2].astype(np.int64), classes)
@@ -157,7 +157,7 @@ def logits_of(
         rows.append(batch.source_index)
         labels.append(batch.labels)
         logits.append(model_logits(model, batch, settings, world))
-    if world.largest(len(received)):
+    if world.all_reduce_max(len(received)):
         raise Interrupted
     gathered = _by_row(world.gather([_joined(parts) for parts in (rows, labels, logits)]))
     return (gathered[2], gathered[1]) if gathered else None
@@ -216,7 +216,7 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
     evaluation = evaluate(model, loader, len(trained.classes), config.trainer, world, **trained.posthoc_kwargs())
     return {
         **evaluation.summary(),
-        "calibration": evaluation.calibration() if world.speaks else None,
+        "calibration": evaluation.calibration() if world.is_main_process else None,
         "tau": trained.tau,
         "epochs": config.trainer.epochs,
         "best_epoch": trained.epoch,
@@ -240,9 +240,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.json:
         check_writable(arguments.json)
-    with spoken_once(), join(arguments.device) as world:
+    with report_errors_on_main(), init_distributed(arguments.device) as world:
         metrics = evaluate_run(arguments.run, arguments.shards, world)
-        if world.speaks:
+        if world.is_main_process:
             print(
                 f"{metrics['dataset']}: accuracy {metrics['accuracy']:.2%}, macro F1 {metrics['macro_f1']:.2%}, "
                 f"weighted F1 {metrics['weighted_f1']:.2%} on {metrics['samples']:,} samples"

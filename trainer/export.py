@@ -25,8 +25,8 @@ from shards.atomic import check_writable, made_directory, write_file
 from shards.cli import run_command
 from trainer import export_formats, model_card, parity
 from trainer.classifier import Classifier
-from trainer.decision import Decided
-from trainer.finished import FinishedRun
+from trainer.completed_run import CompletedRun
+from trainer.decision import ProbabilityHead
 from trainer.trained_model import TrainedModel
 from trainer.views import mean_logits
 
@@ -40,7 +40,7 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
 
     Returns the file and how it compares with the trainer. Raises `UserError`, and then leaves no file.
     """
-    finished = FinishedRun.open(run)
+    finished = CompletedRun.open(run)
     config, trained = finished.config, finished.trained
     target = _target(run, form, out)
     train, store = finished.data(shards)
@@ -54,7 +54,7 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
             hint="--format safetensors; or pack the pictures at one size (python -m pipeline.shard ... --size N) "
             "and train on those",
         )
-    expected = parity.reference(config, spec, _model(trained), Decided(**trained.posthoc_kwargs()), store)
+    expected = parity.reference(config, spec, _model(trained), ProbabilityHead(**trained.posthoc_kwargs()), store)
     metadata = describe(finished, train, store.manifest)
     with made_directory(target.parent):
         content, found = _written(form, trained, spec, expected, metadata)
@@ -74,7 +74,7 @@ def _written(
     metadata: dict[str, Any],
 ) -> tuple[bytes, NDArray[np.float32]]:
     """The content of the file, and the probabilities of a model that was read back from it."""
-    views, decided = trained.config.trainer.test_time_augmentation, Decided(**trained.posthoc_kwargs())
+    views, decided = trained.config.trainer.test_time_augmentation, ProbabilityHead(**trained.posthoc_kwargs())
     if form == "safetensors":
         zeros = {name: torch.zeros_like(each) for name, each in trained.weights.items()}
         rebuilt = _model(replace(trained, weights=zeros))
@@ -95,7 +95,7 @@ def _model(trained: TrainedModel) -> nn.Module:
     return trained.build_model(_CPU).requires_grad_(False).to(memory_format=torch.contiguous_format)
 
 
-def describe(run: FinishedRun, train: Manifest, test: Manifest) -> dict[str, Any]:
+def describe(run: CompletedRun, train: Manifest, test: Manifest) -> dict[str, Any]:
     """What a program has to know to use the model, as plain values; it stands inside the file."""
     config, trained = run.config, run.trained
     offsets = trained.posthoc_kwargs()["offsets"]

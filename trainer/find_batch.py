@@ -25,9 +25,9 @@ from shards.remote.sets import resolve_dataset
 from trainer import config, engine
 from trainer.arithmetic import with_precision
 from trainer.data import open_data
-from trainer.distributed import join
+from trainer.distributed import init_distributed
 from trainer.memory import free, peak
-from trainer.training import Training, make_training
+from trainer.state import Training, make_training
 
 _FIRST = 16
 _FINEST = 8  # images; and a sixteenth of the size
@@ -98,7 +98,7 @@ class Attempts:
             except torch.cuda.OutOfMemoryError:
                 return None
             finally:
-                self._training.optimizer.zero_grad(set_to_none=True)
+                self._training.state.optimizer.zero_grad(set_to_none=True)
                 gc.collect()
         if self._per_image * batch_size > self._free:
             return None
@@ -120,7 +120,7 @@ class Attempts:
             if steps == 0:
                 self._wait()
                 start = time.perf_counter()
-            engine.train_step(self._training, batch, window=1, updates=True)
+            engine.train_step(self._training, batch, 1, True)
             steps += 1
             if steps > 0:
                 self._wait()
@@ -142,7 +142,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
     resolve_dataset(settings.data.shards)
-    with join(settings.device) as world:
+    with init_distributed(settings.device) as world:
         if world.size > 1:
             raise UserError(
                 found=f"{world.size} ranks",

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from shards import Manifest
-from trainer.finished import FinishedRun
+from trainer.completed_run import CompletedRun
 from trainer.metrics import Confusion
 from trainer.model import published_licence
 from trainer.parity import TOLERANCE, Parity, Reference
@@ -37,7 +37,7 @@ class Card:
     """What a card is about. metadata: as inside the file. train, test: manifests.
     form, file: the format and name of the file. parity: how it compares with the trainer."""
 
-    run: FinishedRun
+    run: CompletedRun
     metadata: dict[str, Any]
     train: Manifest
     test: Manifest

@@ -15,7 +15,7 @@ from pipeline.transforms.spec import TransformSpec
 from shards.errors import UserError
 from shards.stores.base import Images, Store
 from trainer.data import evaluation_loader
-from trainer.decision import Decided
+from trainer.decision import ProbabilityHead
 from trainer.distributed import World
 from trainer.evaluate import model_logits
 from trainer.settings import Config
@@ -46,7 +46,9 @@ class Parity:
 
 
 @torch.inference_mode()
-def reference(config: Config, spec: TransformSpec, model: nn.Module, decided: Decided, store: Store) -> Reference:
+def reference(
+    config: Config, spec: TransformSpec, model: nn.Module, decided: ProbabilityHead, store: Store
+) -> Reference:
     """Answers of the trainer's own graph and evaluation, on the first samples of a part, on this processor in fp32."""
     cpu = World(rank=0, size=1, device=torch.device("cpu"))
     settings = config.trainer.model_copy(update={"precision": "fp32"})

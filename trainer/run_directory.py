@@ -37,7 +37,7 @@ class RunDirectory:
         self.profile = path / "profile.json"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Make the directory and keep other processes from training in it."""
         make_directory(self.checkpoints)
         busy = UserError(

@@ -209,8 +209,6 @@ class Trainer(Section):
     trace: bool | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = False
     """Trace all that is done in some steps, with torch's profiler (trace.json.gz): [first, last], counted from the
     start of the process; true is [6, 10]."""
-    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 0
-    """Updates that a run may leave out because a batch's loss or gradient is not finite; one more ends it."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
     """Minutes that ranks wait for one another before they take the others for lost."""
 
@@ -369,7 +367,7 @@ class Config(Section):
         free_in_sections = {
             "data": {"shards", "verify"},
             "loader": {"backend", "cache_gb"},
-            "trainer": {"profile", "trace", "max_nonfinite_steps", "timeout_minutes"},
+            "trainer": {"profile", "trace", "timeout_minutes"},
         }
         content = self.model_dump(mode="json", exclude={**free, **free_in_sections})
         return dict(flatten(content))

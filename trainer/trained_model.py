@@ -94,7 +94,7 @@ class TrainedModel:
         return self.image_shape[2]
 
     def posthoc_kwargs(self) -> dict[str, Any]:
-        """Offsets (float32 [C]) and temperature, the keyword arguments of `evaluate` and `Decided`."""
+        """Offsets (float32 [C]) and temperature, the keyword arguments of `evaluate` and `ProbabilityHead`."""
         offsets = np.zeros(len(self.classes), np.float32) if self.offsets is None else self.offsets
         return {"offsets": offsets, "temperature": self.temperature}
 

@@ -35,12 +35,12 @@ from trainer import engine
 from trainer.arithmetic import with_precision
 from trainer.compiled import compile_mode
 from trainer.data import TrainingData, open_data
-from trainer.distributed import World, join
+from trainer.distributed import World, init_distributed
 from trainer.phases import TrainingLoader
 from trainer.run_directory import RunDirectory
 from trainer.runtime.env_info import environment
 from trainer.settings import Config
-from trainer.training import Training, make_training
+from trainer.state import Training, make_training
 
 LOADER_RUNS = 5
 LOADER_IMAGES = 32_768  # of one run, in as many passes over the training part as that takes
@@ -146,7 +146,7 @@ def _speaks_of_memory(error: RuntimeError) -> bool:
 def measure(study: Study, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
     """The figures of a point, with such a batch and so many of them to an update."""
     settings = study.config(point, batch_size, accumulation)
-    with join(settings.device) as world:
+    with init_distributed(settings.device) as world:
         settings = with_precision(settings, world.device)
         data = open_data(settings, world)
         data.test.sampler = replace(data.test.sampler, samples=data.test.sampler.samples[: study.test_images])
@@ -171,8 +171,8 @@ def measure(study: Study, point: Point, batch_size: int, accumulation: int) -> d
             "epochs": settings.trainer.epochs,
             "seconds": study.seconds if study.is_timed(point) else None,
             "training_images_per_second": rate.to_json(),
-            "data_wait_share": training.finished.wait_share,
-            "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+            "data_wait_share": training.state.total.wait_share,
+            "parameters": sum(parameter.numel() for parameter in training.state.model.parameters()),
             "by_epochs": by_epochs,
             "by_time": by_time,
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated(world.device) if on_gpu else None,
@@ -211,21 +211,21 @@ def _train(settings: Config, data: TrainingData, world: World) -> tuple[dict[str
     _compile(training)
     with tempfile.TemporaryDirectory(prefix="inkstream-study-") as path:
         directory = RunDirectory(Path(path))
-        with directory.held(), contextlib.redirect_stdout(io.StringIO()):
-            evaluation = engine.fit(training, directory, sinks=[])
-    best = training.history[training.best_epoch - 1]
+        with directory.lock(), contextlib.redirect_stdout(io.StringIO()):
+            evaluation = engine.fit(training, directory, loggers=[])
+    best = training.state.history[training.state.best_epoch - 1]
     return (
         {
             **evaluation.summary(),
             **evaluation.calibration(),
             "validation": best["validation"],
-            "best_epoch": training.best_epoch,
-            "updates": training.updates,
-            "images": training.finished.samples,
-            "training_seconds": training.finished.seconds,
+            "best_epoch": training.state.best_epoch,
+            "updates": training.state.updates,
+            "images": training.state.total.samples,
+            "training_seconds": training.state.total.seconds,
             "wall_seconds": time.perf_counter() - start,
         },
-        training.history,
+        training.state.history,
         training,
     )
 
@@ -234,11 +234,11 @@ def _compile(training: Training) -> None:
     """Where the model is compiled, take two steps first and forget them: compiling does not count as training."""
     if compile_mode(training.config.trainer, training.world.device) == "off":
         return
-    before = copy.deepcopy(training.state())
+    before = copy.deepcopy(training.checkpoint())
     training.forward.train()
     with contextlib.closing(training.data.train.batches()) as batches:
         for batch in itertools.islice(batches, 2):
-            engine.train_step(training, batch, window=1, updates=True)
+            engine.train_step(training, batch, 1, True)
     training.restore(before)
 
 

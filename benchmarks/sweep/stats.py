@@ -74,7 +74,7 @@ class Cell:
             sum(one["n"] for one in found),
         )
 
-    def largest(self, name: str) -> float | None:
+    def all_reduce_max(self, name: str) -> float | None:
         values = [record[name] for record in self.records if record[name] is not None]
         return max(values, default=None)
 

@@ -18,16 +18,16 @@ from pipeline.loader import Batch
 from shards.errors import UserError
 from trainer import engine
 from trainer.arithmetic import with_precision
+from trainer.checkpointer import Checkpointer
 from trainer.compiled import compile_mode
 from trainer.config import validate
 from trainer.data import open_data
-from trainer.distributed import World, join
-from trainer.keeper import Keeper
+from trainer.distributed import World, init_distributed
 from trainer.phases import TrainingLoader
 from trainer.run_directory import RunDirectory
 from trainer.runtime.env_info import environment
 from trainer.settings import Checkpoint
-from trainer.training import Totals, Training, make_training
+from trainer.state import Totals, Training, make_training
 
 _RESIDENT = 4  # batches that the synthetic loop goes round
 _WARM_UP = 1  # rounds that are not counted
@@ -86,7 +86,7 @@ def measure(
     shards: Path, setting: Setting, device: str, subset: float, runs: int, seconds: float
 ) -> dict[str, Any] | None:
     """Both loops in turn, `runs` times each, for at least `seconds` a time; the result on rank 0, None elsewhere."""
-    with join(device) as world:
+    with init_distributed(device) as world:
         return measure_in(world, shards, setting, subset, runs, seconds)
 
 
@@ -108,8 +108,8 @@ def measure_in(
     trial = _epoch(training, replace(data, train=ResidentLoader(data.train, steps=_FEWEST_STEPS)))
     # As many images as take the time asked for, of a large set only a part.
     images = max(seconds * trial.images_per_second, _FEWEST_STEPS * setting.batch_size)
-    share = world.share(min(1.0, images / len(data.train.samples)))
-    passes = world.share(max(1, round(images / len(data.train.samples))))
+    share = world.broadcast_object(min(1.0, images / len(data.train.samples)))
+    passes = world.broadcast_object(max(1, round(images / len(data.train.samples))))
     section = settings.data.model_copy(update={"train_fraction": subset * share})
     data = open_data(settings.model_copy(update={"data": section}), world)
     resident = replace(data, train=ResidentLoader(data.train))
@@ -123,7 +123,7 @@ def measure_in(
                 together = together.plus(_epoch(training, source))
             if number >= _WARM_UP:
                 loops[name].append(together)
-    if not world.speaks:
+    if not world.is_main_process:
         return None
     steps = passes * data.train.steps(0)
     ratios = [
@@ -151,11 +151,12 @@ def measure_in(
 
 def _epoch(training: Training, data: Any) -> Totals:
     """One pass of the trainer's own loop over the data."""
-    training.data, training.step, training.so_far, training.losses = data, 0, Totals(), []
+    training.data, state = data, training.state
+    state.step, state.epoch_totals, state.rank_losses = 0, Totals(), []
     never = Checkpoint(every_minutes=None)
     with contextlib.ExitStack() as stack:
         directory = RunDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        keeper = stack.enter_context(Keeper(directory, never, step=0, keeps_last=False))
+        checkpointer = stack.enter_context(Checkpointer(directory, never, step=0, keeps_last=False))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        engine.train_epoch(training, directory, keeper, received=[])
-    return training.so_far
+        engine.train_epoch(training, engine.Services(directory, checkpointer, [], []))
+    return state.epoch_totals

@@ -16,7 +16,7 @@ from pipeline.transforms.spec import TransformSpec
 from shards import UserError
 from shards.stores.base import Store
 from trainer.arithmetic import autocast, laid_out
-from trainer.decision import Decided
+from trainer.decision import ProbabilityHead
 from trainer.trained_model import load_trained_model
 from trainer.views import mean_logits
 
@@ -44,7 +44,7 @@ class Predictor:
         self._device = choose_device(device)
         self.classes: tuple[str, ...] = trained.classes
         self.temperature: float = trained.temperature
-        self._decided = Decided(**trained.posthoc_kwargs()).to(self._device)
+        self._decided = ProbabilityHead(**trained.posthoc_kwargs()).to(self._device)
         self.resolution: int = self._config.data.final_resolution
         self.adapter = InputAdapter.from_state_dict(trained.adapter_state)
         self.batch_size = min(self._config.loader.batch_size, _MOST_AT_ONCE)

@@ -34,8 +34,8 @@ from shards.manifest import ALL_PARTS, MANIFEST_NAME, Manifest
 from shards.open import open_store
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
-from trainer.decision import Decided
-from trainer.distributed import World, join
+from trainer.decision import ProbabilityHead
+from trainer.distributed import World, init_distributed
 from trainer.evaluate import loader_for, logits_of
 from trainer.trained_model import load_trained_model
 
@@ -59,7 +59,7 @@ def predict(run: Path, store: Store, world: World) -> PseudoLabels:
     model = trained.build_model(world.device)
     found = logits_of(model, loader_for(store, trained, world), trained.config.trainer, world)
     assert found is not None, "one rank"
-    top = Decided(**trained.posthoc_kwargs())(torch.from_numpy(found[0])).max(dim=1)
+    top = ProbabilityHead(**trained.posthoc_kwargs())(torch.from_numpy(found[0])).max(dim=1)
     return PseudoLabels(np.sort(store.rows), top.indices.numpy(), top.values.numpy())
 
 
@@ -157,7 +157,7 @@ def main() -> int:
             expected=f"the classes {' '.join(classes)}",
             hint="name a packed set of the data set and split that the run was trained on",
         )
-    with join(arguments.device) as world:
+    with init_distributed(arguments.device) as world:
         store, place = _open(arguments.shards, arguments.part)
         everything = predict(arguments.run, store, world)
     found = everything.above(arguments.confidence)

@@ -12,7 +12,7 @@ from pathlib import Path
 from shards.atomic import check_writable, write_file
 from shards.cli import run_command
 from shards.errors import UserError
-from trainer.finished import FinishedRun
+from trainer.completed_run import CompletedRun
 from trainer.report import compare_page, run_page
 
 
@@ -32,7 +32,7 @@ def main() -> int:
                 expected="several runs to compare; the page about one is in its directory",
                 hint=f"leave --out away: python -m trainer.report {arguments.runs[0]}",
             )
-        run = FinishedRun.open(arguments.runs[0])
+        run = CompletedRun.open(arguments.runs[0])
         _, store = run.data(arguments.shards)
         run_page.write(run.directory.path, store, run.summary, run.history)
         print(run.directory.report)
@@ -45,7 +45,7 @@ def main() -> int:
         )
     out = arguments.out or Path("comparison.html")
     check_writable(out)
-    write_file(out, compare_page.page([FinishedRun.open(path) for path in arguments.runs]))
+    write_file(out, compare_page.page([CompletedRun.open(path) for path in arguments.runs]))
     print(out)
     return 0
 

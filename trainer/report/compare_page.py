@@ -9,7 +9,7 @@ import yaml
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from trainer.finished import FinishedRun
+from trainer.completed_run import CompletedRun
 from trainer.metrics import Confusion
 from trainer.report import html
 from trainer.report.svg import Line
@@ -31,7 +31,7 @@ _FIGURES = [
 _OF_THE_PLACE = ("run.dir", "run.name", "resume")  # settings that say nothing about what was trained
 
 
-def page(runs: list[FinishedRun]) -> str:
+def page(runs: list[CompletedRun]) -> str:
     """The page that compares some runs, the first of them the one that others are held against.
 
     Raises `UserError` for more of them than can be told apart, or the same one twice.
@@ -63,7 +63,7 @@ def page(runs: list[FinishedRun]) -> str:
     )
 
 
-def _names(runs: list[FinishedRun]) -> list[str]:
+def _names(runs: list[CompletedRun]) -> list[str]:
     """A name for each: the run's own, with as much of its place as tells it from the others."""
     for depth in range(3):
         names = [
@@ -74,7 +74,7 @@ def _names(runs: list[FinishedRun]) -> list[str]:
     return [str(run.directory.path) for run in runs]
 
 
-def _figure_rows(runs: list[FinishedRun]) -> list[dict[str, Any]]:
+def _figure_rows(runs: list[CompletedRun]) -> list[dict[str, Any]]:
     rows = []
     for name, place, form, better in _FIGURES:
         values = [_at(run.summary, place) for run in runs]
@@ -97,7 +97,7 @@ def _at(summary: dict[str, Any], place: tuple[str, ...]) -> float | None:
     return value
 
 
-def _setting_rows(runs: list[FinishedRun]) -> list[tuple[str, list[str]]]:
+def _setting_rows(runs: list[CompletedRun]) -> list[tuple[str, list[str]]]:
     return _differing([_flat(run.config.model_dump(mode="json")) for run in runs])
 
 
@@ -123,7 +123,7 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _class_rows(runs: list[FinishedRun]) -> list[dict[str, Any]]:
+def _class_rows(runs: list[CompletedRun]) -> list[dict[str, Any]]:
     """F1 of each class in each run, those that differ most first."""
     confusions = [_confusion(run) for run in runs]
     f1 = np.stack([confusion.f1 for confusion in confusions])  # [runs, C]
@@ -139,18 +139,18 @@ def _class_rows(runs: list[FinishedRun]) -> list[dict[str, Any]]:
     ]
 
 
-def _confusion(run: FinishedRun) -> Confusion:
+def _confusion(run: CompletedRun) -> Confusion:
     predictions = np.load(run.directory.predictions)
     return Confusion.of(predictions["labels"], predictions["predicted"], len(run.trained.classes))
 
 
-def _paired(runs: list[FinishedRun]) -> list[dict[str, int]]:
+def _paired(runs: list[CompletedRun]) -> list[dict[str, int]]:
     """For each run but the first: test images that only the first recognises, and that only this one does."""
     first, *others = [_right(run) for run in runs]
     return [{"first": int((first & ~other).sum()), "this": int((~first & other).sum())} for other in others]
 
 
-def _right(run: FinishedRun) -> NDArray[np.bool_]:
+def _right(run: CompletedRun) -> NDArray[np.bool_]:
     """[N], in the order of rows."""
     predictions = np.load(run.directory.predictions)
     return (predictions["labels"] == predictions["predicted"])[np.argsort(predictions["rows"])]

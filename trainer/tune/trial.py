@@ -18,11 +18,11 @@ from trainer import checkpoint, config, engine, resume, run_directory
 from trainer.arithmetic import with_precision
 from trainer.data import TrainingData, open_data
 from trainer.distributed import World
-from trainer.nonfinite import Diverged
+from trainer.nan_guard import NonFiniteLossError
 from trainer.runtime.env_info import environment
 from trainer.runtime.loggers import Sink
 from trainer.settings import Config
-from trainer.training import make_training
+from trainer.state import make_training
 from trainer.tune.search_space import Search
 from trainer.tune.study import Study, Trial
 
@@ -99,7 +99,7 @@ def train_trial(
             trial.note(figures=[summary["figure"] for summary in summaries])
     except GivenUp:
         trial.give_up("behind the others")
-    except Diverged as error:
+    except NonFiniteLossError as error:
         trial.give_up(error.found)
     except torch.cuda.OutOfMemoryError:
         trial.fail("the device's memory did not suffice")
@@ -119,7 +119,7 @@ def _train(settings: Config, study: Study, world: World, sinks: list[Sink]) -> d
     if directory.summary_path.exists():
         return directory.read_summary()
     # Beside the directory: one that holds a file and no settings would be taken for something else than a run.
-    with directory.held(), open(directory.path.with_suffix(".log"), "a") as log, _into(log):
+    with directory.lock(), open(directory.path.with_suffix(".log"), "a") as log, _into(log):
         data = _open(settings, study, world)
         training = make_training(settings, data, world, resuming)
         source: Path | None = None
@@ -128,20 +128,20 @@ def _train(settings: Config, study: Study, world: World, sinks: list[Sink]) -> d
             checkpoint.check_fits(state, settings, data.classes, data.digest, source)
             resume.restore(training, state)
         directory.begin(settings, environment(world.device) | {"backend": data.backend, "data": data.digest})
-        directory.write_history(training.history)
-        for record in training.history[-1:]:  # the process may have died before it was told
+        directory.write_history(training.state.history)
+        for record in training.state.history[-1:]:  # the process may have died before it was told
             for sink in sinks:
                 sink.epoch(record)
-        engine.learn(training, directory, sinks, source)
-    figures = [record["validation"][settings.trainer.monitor] for record in training.history]
+        engine.fit_without_test(training, directory, sinks, source)
+    figures = [record["validation"][settings.trainer.monitor] for record in training.state.history]
     summary = {
-        "figure": training.best,
+        "figure": training.state.best,
         "figures": figures,
-        "validation": training.history[training.best_epoch - 1]["validation"],
-        "best_epoch": training.best_epoch,
-        "epochs": training.epoch,
-        "seconds": training.elapsed,
-        "images_per_second": training.finished.images_per_second,
+        "validation": training.state.history[training.state.best_epoch - 1]["validation"],
+        "best_epoch": training.state.best_epoch,
+        "epochs": training.state.epoch,
+        "seconds": training.state.elapsed,
+        "images_per_second": training.state.total.images_per_second,
     }
     directory.write_summary(summary)
     del training, data

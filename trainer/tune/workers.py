@@ -16,7 +16,7 @@ import torch
 from pipeline.common.process_pool import default_workers
 from shards.cli import run_command
 from trainer import config
-from trainer.distributed import join
+from trainer.distributed import init_distributed
 from trainer.engine import Stopped
 from trainer.memory import granted
 from trainer.settings import Config
@@ -45,7 +45,7 @@ def work(wanted: Search, base: Config, deadline: float, workers: int = 1) -> int
     if base.loader.cache_gb == "auto" and workers > 1:
         share = granted() / 2 / 1e9 / workers
         trained = config.changed(base, {"loader.cache_gb": share}, "a share of the memory")
-    with join(base.device) as world:
+    with init_distributed(base.device) as world:
         while not is_over():
             with study.next_trial() as trial:
                 if trial is None:

@@ -19,7 +19,7 @@ from trainer.trained_model import TrainedModel
 log = logging.getLogger(__name__)
 
 
-class Keeper:
+class Checkpointer:
     """Takes copies of the training's state on rank 0 and writes them in a thread of its own; leaving it waits for that.
 
     A disk that does not take a checkpoint is warned of, and training goes on: the checkpoint before it stands. Where
@@ -38,7 +38,7 @@ class Keeper:
         self._saved_step = step
         self._saved_at = time.monotonic()
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(

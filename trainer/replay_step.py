@@ -1,10 +1,10 @@
-"""Take the step again that ended a run because a loss or gradient was not finite, and say where it arises.
+"""Replay the training step that ended a run with a loss or gradient that is not finite, and list where it arises.
 
-    python -m trainer.reproduce runs/NAME/DATE/nonfinite/epoch-2-step-17.pt
+    python -m trainer.replay_step runs/NAME/DATE/nonfinite/epoch-2-step-17.pt
 
-The file holds what the step took: under `shares` each rank's images (float32 [n, C, R, R], the model input before
-mixing), labels and rows (int64 [n]); under `model` the weights before the step; and `config`, `class_weights`,
-`logit_shift`, `epoch` and `step` (from 0). `torch.load(FILE, weights_only=True)` reads it.
+The file holds the inputs of the step: under `shares` each rank's images (float32 [n, C, R, R], the model input before
+mixup), labels and rows (int64 [n]); under `model` the weights, which `weights` describes; and `config`,
+`class_weights`, `logit_shift`, `epoch` and `step` (from 0). `torch.load(FILE, weights_only=True)` reads it.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from trainer.settings import Config
 from trainer.teacher import open_teacher
 
 _NEEDED = (
-    *("config", "model", "class_weights", "logit_shift", "channels", "mean", "std"),
+    *("config", "model", "weights", "class_weights", "logit_shift", "channels", "mean", "std"),
     *("classes", "epoch", "step", "shares"),
 )
 
 
-def take_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[float, list[str]]:
-    """One rank's part of a saved step, up to the gradients.
+def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[float, list[str]]:
+    """Replay one rank's share of a saved step, up to the gradients.
 
-    Returns its loss, summed over its samples, and what is not finite: layers' outputs in the order in which they were
-    computed, then parameters with such gradients.
+    Returns:
+        The loss, summed over the samples; and what is not finite: outputs of layers in the order of computation, then
+        gradients of parameters.
     """
     config = validate(state["config"], "the saved step")
     model = _model(state, config, device)
@@ -46,7 +47,7 @@ def take_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[f
     found: list[str] = []
     for name, module in model.named_modules():
         if not list(module.children()):
-            module.register_forward_hook(_noting(f"output of {name} ({type(module).__name__})", found))
+            module.register_forward_hook(_output_hook(f"output of {name} ({type(module).__name__})", found))
     draws = seed_step(config.seed, state["epoch"], state["step"], rank)
     targets = soft_targets(share["labels"], len(state["classes"]), config.loss.label_smoothing)
     images, targets = mix(share["images"], targets, config.mixup.at(state["epoch"], config.trainer.epochs), draws)
@@ -74,7 +75,7 @@ def _model(state: dict[str, Any], config: Config, device: torch.device) -> nn.Mo
     return model.to(device, memory_format=memory_format(config.trainer)).train()
 
 
-def _noting(what: str, found: list[str]) -> Any:
+def _output_hook(what: str, found: list[str]) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and not output.isfinite().all():
             found.append(what)
@@ -84,17 +85,17 @@ def _noting(what: str, found: list[str]) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.reproduce",
-        description="Take a saved step again whose loss or gradient was not finite.",
+        prog="python -m trainer.replay_step",
+        description="Replay a saved training step whose loss or gradient was not finite.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="what the run saved under nonfinite/")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
     arguments = parser.parse_args()
     state = checkpoint.load(arguments.file, needed=_NEEDED)
     device = choose_device(arguments.device, 0, 1)
-    print(f"epoch {state['epoch'] + 1} step {state['step'] + 1}, on {device}")
+    print(f"epoch {state['epoch'] + 1} step {state['step'] + 1}, weights {state['weights']}, on {device}")
     for rank, share in enumerate(state["shares"]):
-        loss, found = take_step(state, rank, device)
+        loss, found = replay_step(state, rank, device)
         print(f"rank {rank}: rows {', '.join(map(str, share['rows'].tolist()))}")
         print(f"  loss {loss / len(share['rows']):.6g}; " + ("all is finite here" if not found else "not finite:"))
         for what in found:

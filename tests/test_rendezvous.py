@@ -1,4 +1,4 @@
-"""The ranks of a start agree on a name that no start before had."""
+"""The ranks of a start agree on a key prefix that no earlier start used."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from trainer.meeting import meet
+from trainer.rendezvous import rendezvous
 
 MINUTE = timedelta(minutes=1)
 
 
 def start(store: dist.Store, size: int, late: int) -> list[dist.Store]:
-    """All ranks meet, one of them a little after the others."""
+    """Rendezvous of all ranks, one of them a little after the others."""
 
     def rank(number: int) -> dist.Store:
         time.sleep(0.1 * (number == late))
-        return meet(store, number, size, MINUTE)
+        return rendezvous(store, number, size, MINUTE)
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(rank, range(size)))
@@ -38,9 +38,9 @@ def test_every_start_has_a_place_of_its_own(late: int) -> None:
 def test_a_start_that_came_to_nothing_is_not_met() -> None:
     store = dist.HashStore()
     with pytest.raises(TimeoutError, match="rank 1 waited"):
-        meet(store, 1, 2, timedelta(seconds=0.1))
+        rendezvous(store, 1, 2, timedelta(seconds=0.1))
     with pytest.raises(TimeoutError, match="rank 0 waited"):
-        meet(store, 0, 2, timedelta(seconds=0.1))
+        rendezvous(store, 0, 2, timedelta(seconds=0.1))
     first, second = start(store, 2, late=1)
     first.set("address", "here")
     assert second.get("address") == b"here"

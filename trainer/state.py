@@ -1,4 +1,4 @@
-"""What a run changes as it learns: the model and what trains it, where it stands, and how that is kept."""
+"""The training state that checkpoints hold, and the services around it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from trainer.runtime.profiler import NoProfile, Profile, TimeProfile, Trace
 from trainer.settings import Config
 from trainer.teacher import Teacher, open_teacher
 from trainer.trained_model import TrainedModel
+
+# Fields of TrainState that are written as they are.
+_PLAIN = ("epoch", "step", "updates", "rank_losses", "history", "best", "best_epoch", "lr")
 
 
 @dataclass
@@ -55,101 +58,125 @@ class Totals:
 
 
 @dataclass
-class Training:
-    """Everything that a run changes as it learns, and what it needs to do so."""
+class TrainState:
+    """What a checkpoint holds: weights, optimizer, learning-rate schedule, moving average and position."""
 
-    config: Config
-    world: World
-    data: TrainingData
     model: nn.Module
-    """The network itself, as it is saved."""
-    forward: nn.Module
-    """What is called: the network, compiled and wrapped for several ranks if need be."""
-    average: Average | None
+    """The network itself, without wrappers."""
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
-    class_weights: torch.Tensor
-    logit_shift: torch.Tensor
-    """float32 [C], what is added to the logits in training (`loss.logit_adjustment`)."""
-    log_weights: NDArray[np.float32]
-    """[C], of the weights that `posthoc.tau` undoes."""
-    teacher: Teacher | None
-    profile: Profile
-    trace: Trace
+    ema: Average | None
     epoch: int = 0
     step: int = 0
+    """Position: `step` steps of epoch `epoch` (both from 0) are done."""
     updates: int = 0
-    so_far: Totals = field(default_factory=Totals)
-    """Of the current epoch, before a stop."""
-    losses: list[float] = field(default_factory=list)
-    """What each rank added to the loss of `so_far`, so that each of them adds up in one sequence across a stop."""
-    finished: Totals = field(default_factory=Totals)
-    """Of the epochs that are over; its loss means nothing."""
+    epoch_totals: Totals = field(default_factory=Totals)
+    """Of the current epoch, up to the last checkpoint."""
+    rank_losses: list[float] = field(default_factory=list)
+    """Each rank's sum of losses in `epoch_totals`: a resumed epoch continues every rank's sum, bit for bit."""
+    total: Totals = field(default_factory=Totals)
+    """Of the completed epochs; its loss is not used."""
     history: list[dict[str, Any]] = field(default_factory=list)
     best: float = -1.0
-    """The best validation figure so far, and the epoch (from 1) that reached it."""
+    """Best validation metric so far."""
     best_epoch: int = 0
+    """The epoch (from 1) of `best`."""
     lr: float = 0.0
     """Learning rate of the last update."""
-    decision: Decision | None = None
-    """By which the best weights are tested; None before the test and without a validation part."""
-    skipped: set[tuple[int, int]] = field(default_factory=set)
-    """(epoch, first step) of the updates that are left out because a batch's loss or gradient is not finite."""
-    look_until: tuple[int, int] | None = None
-    """(epoch, step) up to which every batch is looked at before its update, to find such a batch."""
     earlier_seconds: float = 0.0
-    """Of the processes that this one continues."""
+    """Time spent by the processes that this one continues."""
     started: float = field(default_factory=time.perf_counter)
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the run began, without the time it was stopped."""
+        """Seconds of all processes of the run."""
         return self.earlier_seconds + time.perf_counter() - self.started
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The weights that are judged and kept: the moving average where there is one."""
-        return self.average.module if self.average is not None else self.model
+    def eval_model(self) -> nn.Module:
+        """The model that is evaluated and kept: the moving average if there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
+            "epoch_totals": vars(self.epoch_totals).copy(),
+            "total": vars(self.total).copy(),
+            "elapsed": self.elapsed,
+            **{name: getattr(self, name) for name in _PLAIN},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"] or state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.learning_rate.load_state_dict(state["learning_rate"])
+        self.epoch_totals, self.total = Totals(**state["epoch_totals"]), Totals(**state["total"])
+        for name in _PLAIN:
+            setattr(self, name, state[name])
+        self.earlier_seconds, self.started = state["elapsed"], time.perf_counter()
+
+
+@dataclass
+class Training:
+    """A training state with the services that change it: data, ranks, loss, profiler."""
+
+    state: TrainState
+    config: Config
+    world: World
+    data: TrainingData
+    forward: nn.Module
+    """The network as it is called: compiled and wrapped for several ranks if need be."""
+    class_weights: torch.Tensor
+    logit_shift: torch.Tensor
+    """float32 [C], added to the logits in training (`loss.logit_adjustment`)."""
+    log_weights: NDArray[np.float32]
+    """[C], log of the class weights that `posthoc.tau` undoes."""
+    teacher: Teacher | None
+    profile: Profile
+    trace: Trace
+    decision: Decision | None = None
+    """Post-hoc calibration of the best weights; set before the test if there is a validation split."""
 
     @property
     def tau(self) -> float:
-        """That epochs are judged by; one that is tuned is so at the end."""
+        """The tau of validation within the run; `auto` is tuned after the last epoch."""
         return 0.0 if self.config.posthoc.tau == "auto" else self.config.posthoc.tau
 
     @property
     def offsets(self) -> NDArray[np.float32]:
-        """[C], taken from the logits to judge an epoch."""
+        """[C], subtracted from the logits in validation."""
         return np.float32(self.tau) * self.log_weights
 
-    def state(self) -> dict[str, Any]:
-        """Everything that a later process needs to go on exactly here; tensors and plain values only."""
+    def checkpoint(self) -> dict[str, Any]:
+        """The contents of `last.pt`: what a later process needs to continue exactly here."""
+        train = self.data.train
         return {
             **self.identity(),
-            "window": self.data.train.window,
-            "model": self.model.state_dict(),
-            "average": self.average.module.state_dict() if self.average is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "learning_rate": self.learning_rate.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "steps": self.data.train.steps(self.epoch),
-            "updates": self.updates,
-            "so_far": vars(self.so_far).copy(),
-            "losses": self.losses,
-            "skipped": sorted(self.skipped),
-            "finished": vars(self.finished).copy(),
-            "history": self.history,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "lr": self.lr,
-            "elapsed": self.elapsed,
+            "window": train.window,
+            "steps": train.steps(self.state.epoch),
+            **self.state.state_dict(),
         }
 
+    def restore(self, state: dict[str, Any]) -> None:
+        # The shuffle window of the first process stays, whatever the memory of this machine would allow.
+        self.data.train.window = state["window"]
+        self.state.load_state_dict(state)
+
     def trained_model(self) -> TrainedModel:
-        """The weights that are judged, with what it takes to use them."""
+        """The weights that are evaluated, with all that inference needs."""
         spec = self.data.spec
         return TrainedModel(
-            weights=self.evaluated.state_dict(),
+            weights=self.state.eval_model.state_dict(),
             config=self.config,
             classes=self.data.classes,
             data_digest=self.data.digest,
@@ -157,7 +184,7 @@ class Training:
             mean=spec.mean,
             std=spec.std,
             adapter_state=self.data.adapter.state_dict(),
-            epoch=self.epoch,
+            epoch=self.state.epoch,
             tau=self.tau,
             offsets=self.offsets,
         )
@@ -170,33 +197,12 @@ class Training:
             "recipe": self.config.recipe(),
         }
 
-    @property
-    def loss_here(self) -> float:
-        """What this rank goes on adding the epoch's losses to."""
-        if len(self.losses) == self.world.size:
-            return self.losses[self.world.rank]
-        return self.so_far.loss if self.world.speaks else 0.0
-
-    def restore(self, state: dict[str, Any]) -> None:
-        # The order that was begun with goes on, whatever the memory of this machine would allow.
-        self.data.train.window = state["window"]
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["average"] or state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.learning_rate.load_state_dict(state["learning_rate"])
-        self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
-        self.so_far, self.finished = Totals(**state["so_far"]), Totals(**state["finished"])
-        self.losses, self.skipped = state["losses"], {tuple(place) for place in state["skipped"]}
-        self.history, self.best, self.best_epoch = state["history"], state["best"], state["best_epoch"]
-        self.lr, self.earlier_seconds = state["lr"], state["elapsed"]
-        self.started = time.perf_counter()
-
 
 def make_training(config: Config, data: TrainingData, world: World, resuming: bool = False) -> Training:
-    """Build the model and what trains it, with first weights that depend on the seed alone.
+    """Build model, optimizer, schedule and loss; the initial weights depend on the seed alone.
 
-    resuming: the weights will be those of a checkpoint, so published or given ones need not be at hand.
+    Args:
+        resuming: The weights will be loaded from a checkpoint, so pretrained ones are not needed.
     """
     seed_weights(config.seed)
     settings = (
@@ -224,19 +230,22 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     if config.trainer.profile:
         profile = TimeProfile(world.device)
         data.train.timed = profile.timed
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        learning_rate=LearningRate(optimizer, config, updates),
+        ema=Average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
+    )
     return Training(
+        state=state,
         config=config,
         world=world,
         data=data,
-        model=model,
         forward=forward,
-        average=Average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
-        optimizer=optimizer,
-        learning_rate=LearningRate(optimizer, config, updates),
         class_weights=class_weights(data.counts, config.loss).to(world.device),
         logit_shift=(config.loss.logit_adjustment * log_priors(data.counts)).to(world.device),
         log_weights=log_weights(data.counts, config.loss),
         teacher=open_teacher(config, data.classes, data.spec.mean, data.spec.std, world.device),
         profile=profile,
-        trace=Trace(config.trainer.traced_steps if world.speaks else None, world.device),
+        trace=Trace(config.trainer.traced_steps if world.is_main_process else None, world.device),
     )

@@ -16,7 +16,7 @@ from trainer.trained_model import TrainedModel, load_trained_model
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class CompletedRun:
     """trained: the best epoch. summary, history, environment: as in summary.json, metrics.jsonl, env.json."""
 
     directory: RunDirectory
@@ -26,7 +26,7 @@ class FinishedRun:
     environment: dict[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> FinishedRun:
+    def open(cls, path: Path) -> CompletedRun:
         """Read a run's directory. Raises `UserError` if it holds no run, or one that is not finished."""
         directory = RunDirectory(path)
         trained = load_trained_model(path)

@@ -1,0 +1,68 @@
+"""Totals and progress of an epoch, kept without waiting for the device."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from pipeline.loader import Batch
+from trainer.runtime.progress import Progress
+from trainer.runtime.readback import Readback
+from trainer.state import Totals, Training
+
+
+class EpochMeter:
+    """Sums loss, samples and seconds over the steps of an epoch, and shows them on rank 0.
+
+    Each rank continues its own sum across a stop, so a resumed epoch has the loss of an uninterrupted one.
+    """
+
+    def __init__(self, training: Training) -> None:
+        state, world, train = training.state, training.world, training.data.train
+        epochs = training.config.trainer.epochs
+        self._training = training
+        self._before, self._here = state.epoch_totals, Totals()
+        if len(state.rank_losses) == world.size:
+            loss = state.rank_losses[world.rank]
+        else:
+            loss = state.epoch_totals.loss if world.is_main_process else 0.0
+        self._loss = torch.tensor(loss, dtype=torch.float64, device=world.device)
+        self._shown_loss = Readback(world.device)
+        steps, ahead = train.steps(state.epoch), train.steps_ahead(state.epoch, epochs)
+        self._progress = Progress(state.epoch, epochs, steps, state.step, ahead)
+        self._start = self._waiting_since = time.perf_counter()
+
+    def start_waiting(self) -> None:
+        """The next batch is asked for."""
+        self._waiting_since = time.perf_counter()
+
+    def stop_waiting(self) -> None:
+        """The batch has arrived."""
+        self._here.wait_seconds += time.perf_counter() - self._waiting_since
+
+    def update(self, batch: Batch, loss: torch.Tensor) -> None:
+        """Add a step.
+
+        Args:
+            batch: This rank's share of the global batch.
+            loss: Scalar on the device, summed over the share.
+        """
+        self._loss += loss
+        here = self._here
+        here.samples += batch.global_size
+        if self._training.world.is_main_process:
+            self._shown_loss.offer(loss, len(batch.labels))
+            rate = self._training.state.learning_rate.now
+            self._progress.step(batch.step + 1, self._shown_loss, rate, here.samples, here.wait_seconds)
+
+    def commit(self) -> None:
+        """Store the totals in the training state. Waits for the device, so that the seconds are true."""
+        state = self._training.state
+        state.rank_losses = self._training.world.all_gather_scalar(float(self._loss))
+        self._here.seconds = time.perf_counter() - self._start
+        state.epoch_totals = self._before.plus(self._here)
+        state.epoch_totals.loss = sum(state.rank_losses)
+
+    def close(self) -> None:
+        self._progress.close()

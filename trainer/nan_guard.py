@@ -1,0 +1,189 @@
+"""Detection of losses and gradients that are not finite, without a device synchronization.
+
+A GPU's losses and gradient norms are copied asynchronously and read some steps later. Batches are a function of (seed,
+epoch, step), so the batch of a bad step is loaded again, saved for `trainer.replay_step`, and the run stops.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.nn.utils import get_total_norm
+
+from pipeline.loader import Batch
+from shards.errors import UserError
+from trainer import checkpoint
+from trainer.run_directory import RunDirectory
+from trainer.state import Training
+
+log = logging.getLogger(__name__)
+
+_READ_EVERY = 32  # steps of a GPU
+_ROWS_SHOWN = 16
+
+
+class NonFiniteLossError(UserError):
+    """The end of a run whose loss or gradient is not finite."""
+
+
+class NonFiniteStep(Exception):
+    """A step of the current epoch has a loss or gradient that is not finite; raised on every rank.
+
+    Args:
+        step: Step in the epoch, from 0.
+        what: `loss` or `gradient`.
+    """
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"{what} of step {step + 1}")
+        self.step = step
+        self.what = what
+
+
+class NonFiniteMonitor:
+    """Checks the losses of an epoch's steps and the gradients of its updates.
+
+    On a CPU an update is checked before it is applied. On a GPU the values of 32 steps are copied together, without
+    waiting, and read when the next 32 are copied. All ranks have the same gradients, so all find the same update.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        device = training.world.device
+        self._on_gpu = device.type == "cuda"
+        self._values = torch.zeros(_READ_EVERY if self._on_gpu else 1, 2, device=device)
+        self._recorded: list[int] = []
+        self._host_values = torch.zeros(self._values.shape, pin_memory=self._on_gpu)
+        self._copied: list[int] = []
+        self._event = torch.cuda.Event() if self._on_gpu else None
+        self._bad_loss: int | None = None
+        self._last: int | None = None
+
+    def check_batch(self, step: int, loss: torch.Tensor, is_last_microbatch: bool) -> None:
+        """Record a step after its backward pass, before the update.
+
+        Args:
+            step: Step in the epoch.
+            loss: Scalar on the device.
+            is_last_microbatch: Whether the gradients are complete and averaged over the ranks.
+
+        Raises:
+            NonFiniteStep: A recorded step is not finite.
+        """
+        row = self._values[len(self._recorded)]
+        row[0] = loss.detach()
+        row[1] = self._largest_gradient() if is_last_microbatch else 0.0
+        self._recorded.append(step)
+        self._last = step
+        if len(self._recorded) == len(self._values):
+            self._read()
+            self._copy()
+            if not self._on_gpu:
+                self._read()
+
+    def finish(self) -> None:
+        """Check all recorded steps and the weights, on all ranks; waits for the device.
+
+        Raises:
+            NonFiniteStep: As in `check_batch`.
+        """
+        self._read()
+        self._copy()
+        self._read()
+        if self._last is not None and not all_finite(self._training.state.model.parameters()):
+            self._stop(self._last)
+
+    def _largest_gradient(self) -> torch.Tensor:
+        gradients = [each.grad for each in self._training.state.model.parameters() if each.grad is not None]
+        return get_total_norm(gradients, math.inf)
+
+    def _copy(self) -> None:
+        self._host_values.copy_(self._values, non_blocking=True)
+        self._copied, self._recorded = self._recorded, []
+        if self._event is not None:
+            self._event.record()
+
+    def _read(self) -> None:
+        """Check the copied values; on a GPU their copy was finished long ago."""
+        if self._event is not None:
+            self._event.synchronize()
+        copied, self._copied = self._copied, []
+        for step, (loss, gradient) in zip(copied, self._host_values.tolist(), strict=False):
+            if self._bad_loss is None and not math.isfinite(loss):
+                self._bad_loss = step
+            if not math.isfinite(gradient):
+                self._stop(step)
+
+    def _stop(self, update: int) -> None:
+        """Raise for the update that ends with a step: for its first loss that is not finite on any rank, if any."""
+        here = math.inf if self._bad_loss is None else self._bad_loss
+        first = min(self._training.world.all_gather_scalar(here))
+        raise NonFiniteStep(int(first), "loss") if first <= update else NonFiniteStep(update, "gradient")
+
+
+def save_batch(training: Training, run_dir: RunDirectory, found: NonFiniteStep) -> NonFiniteLossError:
+    """Load the batch of a bad step again and save it for study.
+
+    Returns:
+        The error that ends the run, on every rank.
+    """
+    state, world = training.state, training.world
+    batch = next(iter(training.data.train.batches(state.epoch, found.step)))
+    shares = world.gather(
+        {"images": batch.images.cpu(), "labels": batch.labels.cpu(), "rows": batch.source_index.cpu()}
+    )
+    path = run_dir.path / "nonfinite" / f"epoch-{state.epoch + 1}-step-{found.step + 1}.pt"
+    saved = world.run_on_main(lambda: _save(path, training, run_dir, batch, shares))
+    rows = world.broadcast_object(torch.cat([share["rows"] for share in shares]).tolist() if shares else None)
+    shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
+    more = f" and {len(rows) - _ROWS_SHOWN} more" if len(rows) > _ROWS_SHOWN else ""
+    replay = f"python -m trainer.replay_step {path} shows where it arises; " if saved else ""
+    return NonFiniteLossError(
+        found=f"a {found.what} that is not finite in epoch {state.epoch + 1} step {found.step + 1}, of rows "
+        f"{shown}{more}",
+        expected="finite losses and gradients",
+        hint=f"{replay}a lower optim.lr or trainer.precision=fp32 may help (checkpoint.resume_allow_changes)",
+    )
+
+
+def _save(
+    path: Path, training: Training, run_dir: RunDirectory, batch: Batch, shares: list[dict[str, torch.Tensor]]
+) -> bool:
+    """Write the input of `trainer.replay_step`; False if the disk is full.
+
+    The weights are those before the step, or of the newest checkpoint if the step has spoiled them already.
+    """
+    weights, origin = training.state.model.state_dict(), "before the step"
+    if not all_finite(training.state.model.parameters()):
+        newest, source = checkpoint.load_newest(run_dir.checkpoints)
+        weights = newest["model"]
+        origin = f"of {source.name}, epoch {newest['epoch'] + 1} after step {newest['step']}"
+    content = {
+        **training.identity(),
+        "config": training.config.model_dump(mode="json"),
+        "model": weights,
+        "weights": origin,
+        "class_weights": training.class_weights.cpu(),
+        "logit_shift": training.logit_shift.cpu(),
+        "channels": training.data.spec.image_shape[2],
+        "mean": list(training.data.spec.mean),
+        "std": list(training.data.spec.std),
+        "epoch": training.state.epoch,
+        "step": batch.step,
+        "shares": shares,
+    }
+    try:
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.save(path, content)
+    except OSError as error:
+        log.warning("batch not saved to %s: %s", path, error.strerror or error)
+        return False
+    return True
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

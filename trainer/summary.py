@@ -1,0 +1,34 @@
+"""The metrics of a completed run, as `summary.json` holds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.evaluate import Evaluation
+from trainer.state import Training
+
+
+def summarize(training: Training, evaluation: Evaluation) -> dict[str, Any]:
+    """Metrics of the test split, and those of validation in the best epoch.
+
+    Args:
+        training: A training that is over.
+        evaluation: Of its best epoch on the test split.
+    """
+    state = training.state
+    return {
+        **evaluation.summary(),
+        "calibration": evaluation.calibration(),
+        "decision": training.decision.summary() if training.decision else None,
+        "epochs": state.epoch,
+        "best_epoch": state.best_epoch,
+        "validation": state.history[state.best_epoch - 1].get("validation"),
+        "seconds": state.elapsed,
+        "training_seconds": state.total.seconds,
+        "images_per_second": state.total.images_per_second,
+        "data_wait_share": state.total.wait_share,
+        "resolution": training.config.data.final_resolution,
+        "parameters": state.parameter_count,
+        "model": training.config.model.name,
+        "dataset": training.data.manifest.name,
+    }
