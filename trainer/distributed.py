@@ -43,7 +43,7 @@ class World:
     def is_main_process(self) -> bool:
         return self.rank == 0
 
-    def share(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, a picklable object, on every rank."""
         if self.control is None:
             return value
