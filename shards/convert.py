@@ -23,7 +23,7 @@ from tqdm import tqdm
 from shards.atomic import replace_directory
 from shards.cli import run_command
 from shards.create import make_writer
-from shards.errors import UserError
+from shards.errors import CorruptError, UserError
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_set
 from shards.open import open_files
 from shards.stores.base import Block, ImageStore, Layout, block_key
@@ -54,7 +54,7 @@ def convert(
             )
     faults = [fault for part, manifest in before.items() for fault in check_hashes(part, manifest)]
     if faults:
-        raise UserError(
+        raise CorruptError(
             found="\n           ".join(faults),
             expected="a whole pack to convert",
             hint=f"see which blocks are damaged: python -m shards.verify {source}; then pack it again with --force",
@@ -156,8 +156,8 @@ def _side_files(manifest: Manifest) -> tuple[RawFile, ...]:
     return tuple(file for file in manifest.files if not file.name.startswith(f"{GROUP}/") and file.name not in of_tar)
 
 
-def _differs(place: str) -> UserError:
-    return UserError(
+def _differs(place: str) -> CorruptError:
+    return CorruptError(
         found=f"{place}, which is not what was written",
         expected="on the disk what was just written there",
         hint="check the disk and the memory of this machine (dmesg), then convert again",

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from shards.atomic import write_file
 from shards.cli import run_command
-from shards.errors import UserError, no_permission
+from shards.errors import MismatchError, NotFoundError, UserError, no_permission
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest, Shard
 from shards.stores.base import INDEX_VERSION
 from shards.stores.image_header import MAX_BYTES, read_image_header
@@ -40,6 +40,7 @@ from shards.stores.record_index import (
     read_numbers,
     read_places,
     read_records,
+    same_places,
 )
 
 _MOST_CLASSES = 1_000_000
@@ -93,7 +94,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         names = path.read_text(encoding="utf-8").rstrip().split("\n")
         names = [name.strip() for name in names]
     except FileNotFoundError:
-        raise UserError(
+        raise NotFoundError(
             found=f"no file {path}", expected="a text file with the name of a class in each line", hint="name another"
         ) from None
     except UnicodeDecodeError as error:
@@ -115,7 +116,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
 def _find_parts(directory: Path) -> dict[str, Path]:
     """The parts by name: those in a set, or the directory itself."""
     if not directory.is_dir():
-        raise UserError(
+        raise NotFoundError(
             found=f"no directory {directory}", expected="a directory of tar shards", hint="name the one that holds them"
         )
     parts = {part: directory / part for part in ALL_PARTS if (directory / part).is_dir()}
@@ -214,14 +215,8 @@ def _settled_index(shard: Path, content: bytes) -> bytes:
     if not path.exists():
         return content
     found = path.read_bytes() if path.stat().st_size < 4 * len(content) else b""
-    try:
-        ours, theirs = read_places(content), read_places(found)
-    except ValueError:
-        same = False
-    else:
-        same = all(np.array_equal(our, their) for our, their in zip(ours, theirs, strict=True))
-    if not same:
-        raise UserError(
+    if not same_places(content, found):
+        raise MismatchError(
             found=f"{path}, which is not the {INDEX_VERSION} index of {shard.name} as it is now",
             expected="that index, or none",
             hint=f"remove it (what an index says is in the shard, too): rm {path}",
@@ -254,7 +249,7 @@ def _check_manifest(directory: Path, manifest: Manifest) -> None:
     """Raise `UserError` if another manifest than this one stands in a part."""
     path = directory / MANIFEST_NAME
     if path.exists() and Manifest.read(directory).digest() != manifest.digest():
-        raise UserError(
+        raise MismatchError(
             found=f"{path}, which tells of something else than the shards that are there",
             expected="the manifest of these shards (and classes), or none",
             hint=f"if they are to be indexed as they are: rm {path}",

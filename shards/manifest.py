@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from shards.atomic import write_file
-from shards.errors import UserError
+from shards.errors import CorruptError, NotFoundError, UserError
 
 MANIFEST_NAME = "manifest.json"
 PARTS = ("train", "test")
@@ -158,7 +158,7 @@ class Manifest(_Record):
             return cls.model_validate(fields)
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, not a manifest
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise UserError(
+            raise CorruptError(
                 found=f"{place}, which is damaged: {reason}",
                 expected="the manifest that the packer wrote",
                 hint="pack again: python -m pipeline.shard SOURCE --out DIR --force",
@@ -175,9 +175,9 @@ def has_part(directory: Path, part: str) -> bool:
     return (directory / part / MANIFEST_NAME).is_file()
 
 
-def _missing(directory: Path) -> UserError:
+def _missing(directory: Path) -> NotFoundError:
     if not directory.is_dir():
-        return UserError(
+        return NotFoundError(
             found=f"no directory {directory}",
             expected=f"a packed part: a directory with {MANIFEST_NAME} and shards",
             hint="pack a data set first: python -m pipeline.shard emnist (or mnist, or digits)",
@@ -193,6 +193,6 @@ def _missing(directory: Path) -> UserError:
         hint = f"name the packed set inside it: {inside[0]}"
     else:
         hint = "pack it again: python -m pipeline.shard SOURCE --out DIR (a pack without manifest is incomplete)"
-    return UserError(
+    return NotFoundError(
         found=f"{directory} without {MANIFEST_NAME}", expected="a directory that holds a complete pack", hint=hint
     )

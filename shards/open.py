@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shards.errors import UserError
+from shards.errors import NotFoundError, UserError
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
@@ -55,7 +55,7 @@ def open_split(directory: Path | str, part: str, memory: int | None = None) -> S
         )
     if directory.is_dir() and not (directory / part).is_dir():
         if any((directory / other).is_dir() for other in ALL_PARTS):
-            raise UserError(
+            raise NotFoundError(
                 found=f"{directory} without its {part} part",
                 expected=f"a packed set: a directory that holds {' and '.join(PARTS)}",
                 hint="pack the set again: python -m pipeline.shard SOURCE --out DIR",

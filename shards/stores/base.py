@@ -24,6 +24,12 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.tar"
 
 
+def check_positions(samples: NDArray[np.int64], count: int) -> None:
+    """Raise IndexError unless all positions of samples (int64 [n]) lie in 0 .. count - 1."""
+    if len(samples) and (samples.min() < 0 or samples.max() >= count):
+        raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {count - 1}")
+
+
 class Located(NamedTuple):
     """Images in memory. table: uint8 [M, H * W * C], not to be written to; its rows may overlap. rows: int64 [n], the
     row of the table that is each image."""

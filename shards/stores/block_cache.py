@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.stores.base import Located
+from shards.stores.base import Located, check_positions
 
 LoadBlocks: TypeAlias = Callable[[NDArray[np.int64], list[NDArray[np.uint8]]], None]
 
@@ -49,13 +50,13 @@ class BlockCache:
             ) from None
         self._slot_of_block = np.full(blocks, -1, np.int64)
         self._block_in_slot = np.full(self.slots, -1, np.int64)
-        self._came_in = np.zeros(self.slots, np.int64)  # the how-manieth load brought what is in each slot
+        self._came_in = np.zeros(self.slots, np.int64)  # load counter at which each slot was filled, for FIFO eviction
         self._loads = 0
         self._lock = threading.Lock()  # a training and a validation loader may share the store
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into the caller's buffer; see `shards.stores.base.ImageStore.gather`."""
-        self._check(samples)
+        check_positions(samples, self._samples)
         assert out.flags.c_contiguous and out.shape == (len(samples), *self._image_shape)
         flat = out.reshape(len(samples), self._image_bytes)
         blocks, places = np.divmod(samples, self._block_size)
@@ -72,7 +73,7 @@ class BlockCache:
 
     def locate(self, samples: NDArray[np.int64]) -> Located | None:
         """Where images are in the buffer, if it has room for all there are; see `ImageStore.locate`."""
-        self._check(samples)
+        check_positions(samples, self._samples)
         if self.slots < len(self._slot_of_block):
             return None
         blocks, places = np.divmod(samples, self._block_size)
@@ -82,10 +83,6 @@ class BlockCache:
                 self._bring(np.unique(blocks))
                 slots = self._slot_of_block[blocks]
             return Located(self._buffer, slots * self._block_size + places)
-
-    def _check(self, samples: NDArray[np.int64]) -> None:
-        if len(samples) and (samples.min() < 0 or samples.max() >= self._samples):
-            raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {self._samples - 1}")
 
     def _roomfuls(self, blocks: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Indices into `blocks`, each once, in groups that have no more blocks than there are slots."""
@@ -123,3 +120,22 @@ class BlockCache:
         count = min(self._block_size, self._samples - block * self._block_size)
         start = slot * self._block_size
         return self._buffer[start : start + count]
+
+
+class BlockStore(ABC):
+    """What the stores of blocks have in common."""
+
+    manifest: Manifest
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def read(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images uint8 [n, H, W, C]; see `Store.read`."""
+        images = np.empty((len(samples), *self.manifest.image_shape), np.uint8)
+        self.gather(samples, images)
+        return images
+
+    @abstractmethod
+    def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Copy images into the caller's buffer; see `ImageStore.gather`."""

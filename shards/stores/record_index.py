@@ -176,6 +176,14 @@ def read_places(content: bytes) -> Places:
     return Places(table[:, 0], table[:, 1], table[:, 2] if table.shape[1] > 2 else None)
 
 
+def same_places(one: bytes, other: bytes) -> bool:
+    """Whether two indexes say the same of pictures, labels and rows; False if one of them is no index."""
+    try:
+        return all(map(np.array_equal, read_places(one), read_places(other)))
+    except ValueError:
+        return False
+
+
 def name_in_index(content: bytes, record: int) -> str:
     """The name of a record's picture in an index that `read_places` accepts; record: counted from 0."""
     words = content.decode("ascii").split("\n", record + 2)[record + 1].split(" ")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shards.errors import damaged
 from shards.manifest import Manifest, RawFile, Shard
-from shards.stores.base import Block, Layout, block_key, shard_name
+from shards.stores.base import Block, Layout, block_key, check_positions, shard_name
 from shards.stores.image_header import EXTENSIONS
 from shards.stores.record_index import (
     ROW,
@@ -89,8 +89,7 @@ class RecordStore:
 
     def read(self, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Picture files, each uint8 [bytes], not writable; see `shards.stores.base.Store.read`."""
-        if len(samples) and (samples.min() < 0 or samples.max() >= len(self)):
-            raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {len(self) - 1}")
+        check_positions(samples, len(self))
         shards = self._shards_of(samples).tolist()
         places = self._places[samples].tolist()
         pictures: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(samples)

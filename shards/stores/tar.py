@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from shards.errors import CorruptError, damaged, first_line
 from shards.manifest import Manifest, RawFile, Shard
-from shards.stores.base import INDEX_VERSION, Block, Layout, Located, block_key, shard_name
-from shards.stores.block_cache import BlockCache
+from shards.stores.base import INDEX_VERSION, Block, Layout, Located, block_key, check_positions, shard_name
+from shards.stores.block_cache import BlockCache, BlockStore
 from shards.stores.record_index import read_index
 from shards.stores.tar_writer import TarRecord, write_tar_shard
 
@@ -62,7 +62,7 @@ def read_block_index(content: bytes) -> NDArray[np.int64]:
     return read_index(content, lambda found: tuple(map(found.index, COMPONENTS)))
 
 
-class TarStore:
+class TarStore(BlockStore):
     """The `Store` over tar shards: each is mapped into memory, so an image is an address, not a read.
 
     memory: most bytes of images to hold. Where the images are more, blocks are read into a cache of that size instead
@@ -136,15 +136,6 @@ class TarStore:
         self._first_image.append(images)
         return stop
 
-    def __len__(self) -> int:
-        return self.manifest.samples
-
-    def read(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images uint8 [n, H, W, C]; see `Store.read`."""
-        images = np.empty((len(samples), *self.manifest.image_shape), np.uint8)
-        self.gather(samples, images)
-        return images
-
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into the caller's buffer; see `ImageStore.gather`."""
         if self._cache is not None:
@@ -158,8 +149,7 @@ class TarStore:
         return None if self._cache is not None else Located(self._table, self._rows_of_table(samples))
 
     def _rows_of_table(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        if len(samples) and (samples.min() < 0 or samples.max() >= len(self)):
-            raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {len(self) - 1}")
+        check_positions(samples, len(self))
         blocks, within = np.divmod(samples, self.manifest.block_size)
         return self._row_of_block[blocks] + within * self.manifest.image_bytes
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from shards.errors import damaged, first_line
 from shards.manifest import Manifest
 from shards.stores.base import Located, block_key
-from shards.stores.block_cache import BlockCache
+from shards.stores.block_cache import BlockCache, BlockStore
 from shards.stores.zarr_arrays import ArrayCut, cut_of, open_arrays
 
 _INDEX_ENTRY = 16  # offset and length of a block in its shard, uint64 each
@@ -116,21 +116,19 @@ class ShardFile:
 def open_shards(directory: Path, manifest: Manifest, array: ArrayCut, compressed: bool) -> list[ShardFile]:
     """The shards of an array, in order; those of labels and rows are checked by their SHA-256. Raises `UserError`."""
     named = {file.name: file for file in manifest.everything}
-    expected = [named[array.shard_name(number)] for number in range(array.shards)]
-    shards = [ShardFile(directory, array, number, file.bytes, compressed) for number, file in enumerate(expected)]
-    if array.name != "images":
-        for file in expected:
-            _check_hash(directory / file.name, file.sha256)
+    shards = []
+    for number in range(array.shards):
+        expected = named[array.shard_name(number)]
+        shards.append(ShardFile(directory, array, number, expected.bytes, compressed))
+        if array.name != "images":
+            path = directory / expected.name
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+                    raise damaged(path, "it was changed (SHA-256 differs)")
     return shards
 
 
-def _check_hash(path: Path, sha256: str) -> None:
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise damaged(path, "it was changed (SHA-256 differs)")
-
-
-class ZarrStore:
+class ZarrStore(BlockStore):
     """The `shards.stores.base.ImageStore` over zarr arrays: whole blocks are decoded, on all cores, and kept in memory.
 
     memory: most bytes of images to hold, None for no bound. Labels and rows are read at once. What is read is checked:
@@ -148,15 +146,6 @@ class ZarrStore:
         self._crcs = [crc for shard in manifest.shards for crc in shard.blocks_crc32]
         self._cache = BlockCache(manifest, self._read_blocks, memory)
 
-    def __len__(self) -> int:
-        return self.manifest.samples
-
-    def read(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images uint8 [n, H, W, C]; see `Store.read`."""
-        images = np.empty((len(samples), *self.manifest.image_shape), np.uint8)
-        self.gather(samples, images)
-        return images
-
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into the caller's buffer; see `ImageStore.gather`."""
         self._cache.gather(samples, out)
@@ -169,10 +158,6 @@ class ZarrStore:
         """Decode the images of whole blocks; see `shards.stores.block_cache.LoadBlocks`."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = min(cores, len(blocks), _MOST_THREADS)
-        if threads == 1:
-            for block, buffer in zip(blocks.tolist(), buffers, strict=True):
-                self._read_block(block, buffer)
-            return
         # Threads of this call alone: a pool that outlives it would not survive a fork.
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(self._read_block, blocks.tolist(), buffers):

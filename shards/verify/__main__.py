@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from shards.cli import run_command
-from shards.errors import UserError
+from shards.errors import CorruptError
 from shards.remote.sets import resolve_dataset
 from shards.verify.check import check_split, parts_of
 
@@ -28,7 +28,7 @@ def main() -> int:
             f"{len(manifest.classes)} classes in {len(manifest.shards)} shards, {manifest.packed_bytes:,} bytes"
         )
     if all_faults:
-        raise UserError(
+        raise CorruptError(
             found="\n           ".join(all_faults),
             expected="every byte as the manifest tells",
             hint="pack again (python -m pipeline.shard SOURCE --out DIR --force), or get the files again",
