@@ -32,7 +32,7 @@ from benchmarks.sweep.point import measure_point
 from shards import Manifest, UserError
 from shards.atomic import locked, make_directory
 from shards.cli import run_command
-from shards.manifest import PARTS, VALIDATION, has_part
+from shards.manifest import PARTS, VALIDATION, has_split
 from shards.remote.sets import resolve_dataset
 from trainer import config
 from trainer.config import validate
@@ -167,7 +167,7 @@ def make_study(arguments: argparse.Namespace, defaults: Defaults) -> tuple[Study
         trainer = {**settings.trainer.model_dump(mode="json"), "epochs": arguments.epochs}
         settings = validate({**settings.model_dump(mode="json"), "trainer": trainer}, "--epochs")
     manifests = [Manifest.read(shards / part) for part in PARTS]
-    if settings.data.val_fraction == 0 and not has_part(shards, VALIDATION):
+    if settings.data.val_fraction == 0 and not has_split(shards, VALIDATION):
         raise UserError(
             found=f"data.val_fraction=0 in {path}, and no val part in {shards}",
             expected="a validation part, by which resolutions are chosen",

@@ -2,7 +2,7 @@
 
     python -m shards.convert SRC DST --store zarr|tar
 
-SRC is a packed set (train, test, perhaps val) or one part of it, DST a new directory. The hashes of SRC are checked
+SRC is a packed set (train, test, perhaps val) or one split of it, DST a new directory. The hashes of SRC are checked
 before, and every image, label and row of DST is read again and compared with SRC after. DST appears whole or not at
 all. From tar to zarr and back gives the same bytes. Naming the store that SRC already has rewrites it, for instance
 with another --compression.
@@ -28,7 +28,7 @@ from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_pack
 from shards.open import open_files
 from shards.stores.base import Block, ImageStore, Layout, block_key
 from shards.stores.zarr_arrays import GROUP
-from shards.verify.check import check_hashes, parts_of
+from shards.verify.check import check_hashes, split_directories
 
 STORES = ("tar", "zarr")
 COMPRESSION = "compression"  # the option of a zarr store, as the manifest names it
@@ -37,22 +37,22 @@ COMPRESSION = "compression"  # the option of a zarr store, as the manifest names
 def convert(
     source: Path, target: Path, store: StoreKind, compression: str = "zstd", force: bool = False
 ) -> list[tuple[Manifest, Manifest]]:
-    """Convert a packed set, or one part; returns the manifest of each part before and after.
+    """Convert a packed set, or one split; returns the manifest of each split before and after.
 
     compression: `zstd` or `none`; for zarr only. force: replace a complete pack that stands at the target.
     Holds a shard in memory. Raises `UserError`, and then leaves the target as it was.
     """
     _check_target(source, target, force)
-    parts = parts_of(source)
-    before = {part: Manifest.read(part) for part in parts}
-    for part, manifest in before.items():
+    splits = split_directories(source)
+    before = {split: Manifest.read(split) for split in splits}
+    for split, manifest in before.items():
         if manifest.encoded:
             raise UserError(
-                found=f"{part}, which holds picture files of differing sizes",
+                found=f"{split}, which holds picture files of differing sizes",
                 expected="images of one size: blocks can hold no others",
                 hint="pack it again with a size: python -m pipeline.shard ... --size N",
             )
-    faults = [fault for part, manifest in before.items() for fault in check_hashes(part, manifest)]
+    faults = [fault for split, manifest in before.items() for fault in check_hashes(split, manifest)]
     if faults:
         raise CorruptError(
             found="\n           ".join(faults),
@@ -62,11 +62,11 @@ def convert(
     with replace_directory(target) as replacement:
         _check_target(source, target, force)  # again under the lock: another writer may have finished meanwhile
         after = {}
-        for part, manifest in before.items():
-            # One part alone has no directory of its own in the target.
-            directory = replacement.path / part.relative_to(source)
+        for split, manifest in before.items():
+            # One split alone has no directory of its own in the target.
+            directory = replacement.path / split.relative_to(source)
             directory.mkdir(exist_ok=True)
-            after[directory] = _convert_part(part, manifest, directory, store, compression)
+            after[directory] = _convert_split(split, manifest, directory, store, compression)
         for directory, manifest in after.items():
             manifest.write(directory)
         replacement.commit()
@@ -97,14 +97,14 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         )
 
 
-def _convert_part(part: Path, manifest: Manifest, directory: Path, store: StoreKind, compression: str) -> Manifest:
-    """Write the files of a part into a directory and compare them; returns their manifest, which is not written."""
-    # A part in one shard may end inside its last block.
+def _convert_split(split: Path, manifest: Manifest, directory: Path, store: StoreKind, compression: str) -> Manifest:
+    """Write the files of a split into a directory and compare them; returns their manifest, which is not written."""
+    # A split in one shard may end inside its last block.
     shard_size = -(-manifest.shards[0].samples // manifest.block_size) * manifest.block_size
     layout = Layout(manifest.samples, manifest.image_shape, manifest.block_size, shard_size)
     # Held in memory is one block, besides the shard that is written.
     one_block = layout.block_size * manifest.image_bytes
-    before = cast(ImageStore, open_files(part, manifest, one_block))
+    before = cast(ImageStore, open_files(split, manifest, one_block))
     writer = make_writer(store, directory, layout, compression)
     once = writer.start()
     written = []
@@ -114,7 +114,7 @@ def _convert_part(part: Path, manifest: Manifest, directory: Path, store: StoreK
     others = _side_files(manifest)
     for file in others:
         (directory / file.name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(part / file.name, directory / file.name)
+        shutil.copyfile(split / file.name, directory / file.name)
     options = {name: value for name, value in manifest.options.items() if name != COMPRESSION}
     fields = {
         **dict(manifest),
@@ -170,7 +170,7 @@ def main() -> int:
         description="Write a packed set in another kind of store, sample for sample the same; every one is compared.",
         epilog="Naming the store that SRC already has rewrites it, for instance with another --compression.",
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="a packed set, or one part of it")
+    parser.add_argument("source", type=Path, metavar="SRC", help="a packed set, or one split of it")
     parser.add_argument("target", type=Path, metavar="DST", help="the directory to make")
     parser.add_argument("--store", choices=STORES, required=True, help="tar: block records, mapped; zarr: compressed")
     parser.add_argument("--compression", choices=("zstd", "none"), help="of a zarr store (default zstd)")

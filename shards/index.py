@@ -2,9 +2,9 @@
 
     python -m shards.index DIR [--classes FILE]
 
-DIR holds train/*.tar and test/*.tar (and val/*.tar, if there is such a part), or is one part. The shards are ordinary
+DIR holds train/*.tar and test/*.tar (and val/*.tar, if there is such a part), or is one split. The shards are ordinary
 WebDataset: a picture (.jpg, .jpeg, .png, .webp or .bmp) and a class number (.cls) under each key; other components are
-passed over. The shards stay as they are; written are an index (.idx) beside each and, at the end, a manifest a part.
+passed over. The shards stay as they are; written are an index (.idx) beside each and, at the end, a manifest a split.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class _Scan(NamedTuple):
 
 
 def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifest, ...]:
-    """Index a set or a part; its manifests. Raises `UserError`, and then nothing was written.
+    """Index a set or a split; its manifests. Raises `UserError`, and then nothing was written.
 
     class_names: in the order of the labels; None for the numbers themselves.
     """
-    parts = _find_parts(directory)
-    scans = {part: _scan_part(path, part) for part, path in parts.items()}
-    everything = [scan for part in parts for scan in scans[part]]
+    splits = _find_splits(directory)
+    scans = {split: _scan_split(path, split) for split, path in splits.items()}
+    everything = [scan for split in splits for scan in scans[split]]
     highest = max(int(scan.labels.max()) for scan in everything)
     classes = class_names or tuple(map(str, range(highest + 1)))
     if highest >= len(classes):
@@ -73,18 +73,18 @@ def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifes
             expected=f"0 .. {len(classes) - 1}, as there are names of {len(classes)} classes",
             hint="give a name for each class: --classes FILE, one a line",
         )
-    # Pictures of all parts make one kind of model input.
+    # Pictures of all splits make one kind of model input.
     channels = 1 if all(scan.gray for scan in everything) else 3
     place = directory.absolute()
-    dataset = place.parent.name if list(parts.values()) == [directory] and place.name in parts else place.name
-    manifests = {part: _manifest(dataset, part, classes, channels, scans[part]) for part in parts}
-    for part, path in parts.items():
-        _check_manifest(path, manifests[part])
-    for part, path in parts.items():
-        for scan in scans[part]:
+    dataset = place.parent.name if list(splits.values()) == [directory] and place.name in splits else place.name
+    manifests = {split: _manifest(dataset, split, classes, channels, scans[split]) for split in splits}
+    for split, path in splits.items():
+        _check_manifest(path, manifests[split])
+    for split, path in splits.items():
+        for scan in scans[split]:
             _write(path / index_name(scan.shard), scan.index)
-    for part, path in parts.items():
-        _write(path / MANIFEST_NAME, manifests[part].to_json().encode())
+    for split, path in splits.items():
+        _write(path / MANIFEST_NAME, manifests[split].to_json().encode())
     return tuple(manifests.values())
 
 
@@ -113,24 +113,24 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _find_parts(directory: Path) -> dict[str, Path]:
-    """The parts by name: those in a set, or the directory itself."""
+def _find_splits(directory: Path) -> dict[str, Path]:
+    """The splits by name: those in a set, or the directory itself."""
     if not directory.is_dir():
         raise NotFoundError(
             found=f"no directory {directory}", expected="a directory of tar shards", hint="name the one that holds them"
         )
-    parts = {part: directory / part for part in ALL_PARTS if (directory / part).is_dir()}
-    missing = [part for part in PARTS if part not in parts]
-    if parts and missing:
+    splits = {split: directory / split for split in ALL_PARTS if (directory / split).is_dir()}
+    missing = [split for split in PARTS if split not in splits]
+    if splits and missing:
         raise UserError(
-            found=f"{directory} with {' and '.join(parts)}, but without {' and '.join(missing)}",
-            expected=f"the parts {' and '.join(PARTS)}, and val if there is one",
-            hint=f"add or rename one: {directory / missing[0]}; or index one part alone: {directory / min(parts)}",
+            found=f"{directory} with {' and '.join(splits)}, but without {' and '.join(missing)}",
+            expected=f"the splits {' and '.join(PARTS)}, and val if there is one",
+            hint=f"add or rename one: {directory / missing[0]}; or index one split alone: {directory / min(splits)}",
         )
-    return parts or {directory.absolute().name if directory.absolute().name in ALL_PARTS else PARTS[0]: directory}
+    return splits or {directory.absolute().name if directory.absolute().name in ALL_PARTS else PARTS[0]: directory}
 
 
-def _scan_part(directory: Path, part: str) -> list[_Scan]:
+def _scan_split(directory: Path, split: str) -> list[_Scan]:
     paths = sorted(path for path in directory.glob("*.tar") if not path.name.startswith("."))
     if not paths:
         compressed = next((path for kind in ("*.tar.*", "*.tgz") for path in sorted(directory.glob(kind))), None)
@@ -141,7 +141,7 @@ def _scan_part(directory: Path, part: str) -> list[_Scan]:
         )
     # Reading and hashing run side by side.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        scans = list(tqdm(pool.map(_scan, paths), f"indexing {part}", len(paths), unit=" shards", disable=None))
+        scans = list(tqdm(pool.map(_scan, paths), f"indexing {split}", len(paths), unit=" shards", disable=None))
     for scan in scans:
         if scan.with_rows != scans[0].with_rows:
             with_rows, without = (scan, scans[0]) if scan.with_rows else (scans[0], scan)
@@ -224,13 +224,13 @@ def _settled_index(shard: Path, content: bytes) -> bytes:
     return found
 
 
-def _manifest(dataset: str, part: str, classes: tuple[str, ...], channels: int, scans: list[_Scan]) -> Manifest:
+def _manifest(dataset: str, split: str, classes: tuple[str, ...], channels: int, scans: list[_Scan]) -> Manifest:
     labels = np.concatenate([scan.labels for scan in scans])
     return Manifest(
         store="records",
         dataset=dataset,
         split="",
-        part=part,
+        part=split,
         classes=classes,
         counts=tuple(np.bincount(labels, minlength=len(classes)).tolist()),
         image_shape=(None, None, channels),
@@ -246,7 +246,7 @@ def _manifest(dataset: str, part: str, classes: tuple[str, ...], channels: int, 
 
 
 def _check_manifest(directory: Path, manifest: Manifest) -> None:
-    """Raise `UserError` if another manifest than this one stands in a part."""
+    """Raise `UserError` if another manifest than this one stands in a split."""
     path = directory / MANIFEST_NAME
     if path.exists() and Manifest.read(directory).digest() != manifest.digest():
         raise MismatchError(
@@ -270,7 +270,7 @@ def main() -> int:
         prog="python -m shards.index",
         description="Make WebDataset shards that others have written a set that trains, without repacking them.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="holds train/*.tar and test/*.tar, or is one part")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="holds train/*.tar and test/*.tar, or is one split")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line (else: numbers)")
     arguments = parser.parse_args()
     for manifest in index(arguments.directory, read_classes(arguments.classes) if arguments.classes else None):

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a packed part is, written last, so that where it stands the part is complete."""
+"""`manifest.json`: what a packed split is, written last, so that where it stands the split is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.errors import CorruptError, NotFoundError, UserError
 
 MANIFEST_NAME = "manifest.json"
 PARTS = ("train", "test")
-VALIDATION = "val"  # a third part, which a set may have
+VALIDATION = "val"  # a third split, which a set may have
 ALL_PARTS = (*PARTS, VALIDATION)
 StoreKind = Literal["tar", "zarr", "records"]
 MOST_BLOCK_BYTES = 1 << 30  # of pixels: what a reader of blocks has to have room for
@@ -25,7 +25,7 @@ class _Record(BaseModel):
 
 
 class RawFile(_Record):
-    """A file as it was when the part was packed: its name, size in bytes and SHA-256 (hex)."""
+    """A file as it was when the split was packed: its name, size in bytes and SHA-256 (hex)."""
 
     name: str
     bytes: int = Field(ge=0)
@@ -43,7 +43,7 @@ class Shard(_Record):
 
 
 class Manifest(_Record):
-    """A packed part (train, test or val) of a data set. `FORMAT.md` gives the meaning of every field."""
+    """A packed split (train, test or val) of a data set. `FORMAT.md` gives the meaning of every field."""
 
     format: Literal["inkstream-blocks"] = "inkstream-blocks"
     version: Literal[1, 2] = 2
@@ -80,7 +80,7 @@ class Manifest(_Record):
             path = PurePosixPath(name)
             inside = path.parts and not path.is_absolute() and ".." not in path.parts
             if not inside or not name.isprintable() or "\\" in name or PureWindowsPath(name).drive:
-                raise ValueError(f"a file {name!r} outside the part")
+                raise ValueError(f"a file {name!r} outside the split")
         if not self.encoded:
             self._check_blocks()
         return self
@@ -116,19 +116,19 @@ class Manifest(_Record):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all files of the part together, but for the manifest."""
+        """Bytes of all files of the split together, but for the manifest."""
         return sum(file.bytes for file in self.everything)
 
     @property
     def everything(self) -> tuple[Shard | RawFile, ...]:
-        """All files of the part but the manifest itself, with sizes and hashes."""
+        """All files of the split but the manifest itself, with sizes and hashes."""
         return (*self.shards, *self.files)
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
-        """SHA-256 (hex) that stands for the content of the part, whichever versions packed it."""
+        """SHA-256 (hex) that stands for the content of the split, whichever versions packed it."""
         content = self.model_dump(mode="json", exclude={"versions"})
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -137,7 +137,7 @@ class Manifest(_Record):
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Read a part's manifest; a missing or damaged one is a `UserError`."""
+        """Read a split's manifest; a missing or damaged one is a `UserError`."""
         try:
             content = (directory / MANIFEST_NAME).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -166,29 +166,29 @@ class Manifest(_Record):
 
 
 def is_packed_set(directory: Path) -> bool:
-    """Whether a directory holds complete parts (each of `train` and `test` has a manifest)."""
-    return all(has_part(directory, part) for part in PARTS)
+    """Whether a directory holds complete splits (each of `train` and `test` has a manifest)."""
+    return all(has_split(directory, split) for split in PARTS)
 
 
-def has_part(directory: Path, part: str) -> bool:
-    """Whether a directory holds the named part, complete."""
-    return (directory / part / MANIFEST_NAME).is_file()
+def has_split(directory: Path, split: str) -> bool:
+    """Whether a directory holds the named split, complete."""
+    return (directory / split / MANIFEST_NAME).is_file()
 
 
 def _missing(directory: Path) -> NotFoundError:
     if not directory.is_dir():
         return NotFoundError(
             found=f"no directory {directory}",
-            expected=f"a packed part: a directory with {MANIFEST_NAME} and shards",
+            expected=f"a packed split: a directory with {MANIFEST_NAME} and shards",
             hint="pack a data set first: python -m pipeline.shard emnist (or mnist, or digits)",
         )
-    parts = [part for part in ALL_PARTS if has_part(directory, part)]
+    splits = [split for split in ALL_PARTS if has_split(directory, split)]
     inside = sorted(path.parent.parent for path in directory.glob(f"*/train/{MANIFEST_NAME}"))
     if any(directory.glob("*.tar")):
         whole = directory.parent if directory.name in ALL_PARTS else directory
         hint = f"if others wrote these shards, a picture a record: python -m shards.index {whole}; if not, pack again"
-    elif parts:
-        hint = f"name one part: {directory / parts[0]}"
+    elif splits:
+        hint = f"name one split: {directory / splits[0]}"
     elif inside:
         hint = f"name the packed set inside it: {inside[0]}"
     else:

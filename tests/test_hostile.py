@@ -265,7 +265,7 @@ class TestManifest:
     @pytest.mark.parametrize("field", ["shards", "files"])
     def test_names_outside_the_part(self, part: Path, name: str, field: str) -> None:
         change_manifest(part, lambda manifest: manifest[field][0].update(name=name))
-        assert "outside the part" in refusal(part)
+        assert "outside the split" in refusal(part)
 
     @pytest.mark.parametrize(
         "content",

@@ -320,7 +320,7 @@ def test_checkpoints_of_others_and_parts_that_are_missing_are_named(
     assert_user_error(run_module("trainer.evaluate", run, made_up_set), "it holds no")
     half = tmp_path / "half"
     shutil.copytree(made_up_set / "train", half / "train")
-    with pytest.raises(UserError, match="without its test part"):
+    with pytest.raises(UserError, match="without its test split"):
         train_here(monkeypatch, recipe, tmp_path / "new", f"data.shards={half}")
     with pytest.raises(UserError, match="which is none"):
         train_here(monkeypatch, recipe, tmp_path / "new", "data.val_fraction=0.0001")

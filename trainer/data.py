@@ -19,7 +19,7 @@ from pipeline.sampler import SequentialBatchSampler, ShuffledBatchSampler, max_s
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import Transform, TransformSpec
 from shards import Manifest, UserError, open_split
-from shards.manifest import VALIDATION, has_part
+from shards.manifest import VALIDATION, has_split
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
 from shards.verify.check import check_hashes
@@ -70,7 +70,7 @@ def open_data(config: Config, world: World) -> TrainingData:
     others = {"memory": int(memory * (1 - _TRAIN_SHARE) / 2)}
     test_store = open_split(directory, "test", **others)
     stores = [train_store, test_store]
-    own_validation = has_part(directory, VALIDATION)
+    own_validation = has_split(directory, VALIDATION)
     if own_validation:
         stores.append(open_split(directory, VALIDATION, **others))
     for store in stores[1:]:

@@ -11,7 +11,7 @@ from typing import Protocol
 from pipeline.packing.ranks import ProcessGroup
 from shards.atomic import Replacement, replace_directory, staging_directory
 from shards.errors import UserError
-from shards.manifest import ALL_PARTS, PARTS, Manifest, has_part, is_packed_set
+from shards.manifest import ALL_PARTS, PARTS, Manifest, has_split, is_packed_set
 from shards.remote.sets import (
     check_upload,
     is_remote,
@@ -60,7 +60,7 @@ class LocalOutput:
     def manifests(self) -> tuple[Manifest, ...]:
         out = self._out
         if is_packed_set(out):
-            return tuple(Manifest.read(out / part) for part in ALL_PARTS if has_part(out, part))
+            return tuple(Manifest.read(out / part) for part in ALL_PARTS if has_split(out, part))
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return ()
         raise UserError(

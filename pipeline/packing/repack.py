@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.packing.pack import ORIGINS
 from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
-from shards.manifest import ALL_PARTS, VALIDATION, has_part
+from shards.manifest import ALL_PARTS, VALIDATION, has_split
 from shards.open import open_split
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
@@ -27,7 +27,7 @@ def packed_splits(shards: Path | str) -> tuple[RawSplit, ...]:
     return tuple(
         packed_split(open_split(directory, name), directory / name)
         for name in ALL_PARTS
-        if name != VALIDATION or has_part(directory, name)
+        if name != VALIDATION or has_split(directory, name)
     )
 
 

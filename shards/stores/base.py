@@ -16,7 +16,7 @@ Images: TypeAlias = NDArray[np.uint8] | list[NDArray[np.uint8]]
 
 
 def block_key(number: int) -> str:
-    """Name of a block record: its number in the part, eight digits."""
+    """Name of a block record: its number in the split, eight digits."""
     return f"{number:08d}"
 
 
@@ -39,7 +39,7 @@ class Located(NamedTuple):
 
 
 class Store(Protocol):
-    """Samples 0 .. N-1 of one part, in packed order (a seeded permutation of the raw rows)."""
+    """Samples 0 .. N-1 of one split, in packed order (a seeded permutation of the raw rows)."""
 
     manifest: Manifest
     labels: NDArray[np.int64]
@@ -93,7 +93,7 @@ class EncodedImage(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Samples in a row. first: position of the first one in the part.
+    """Samples in a row. first: position of the first one in the split.
 
     images: uint8 [n, H, W, C], or a list of n `EncodedImage`. labels, rows: int64 [n].
     """
@@ -106,7 +106,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """samples: N of the part. block_size, shard_size: samples of a block and of a shard, a whole number of blocks."""
+    """samples: N of the split. block_size, shard_size: samples of a block and of a shard, a whole number of blocks."""
 
     samples: int
     image_shape: tuple[int | None, int | None, int]
@@ -123,7 +123,7 @@ class Layout:
 
 
 class SplitWriter(Protocol):
-    """Writes the files of one part into a directory that exists; every byte follows from the samples alone.
+    """Writes the files of one split into a directory that exists; every byte follows from the samples alone.
 
     Shards may be written in any order and by different processes, each with a writer of its own.
     """

@@ -98,7 +98,7 @@ class ShardFile:
                 file.seek(offset)
                 if file.readinto(memoryview(stored)) != length:
                     raise ValueError("the shard ends inside it")
-            # The last block of the part is stored at its full length.
+            # The last block of the split is stored at its full length.
             content = out if len(out) == whole else np.full(whole, 0xFF, np.uint8)
             if self._compressed:
                 # Into a buffer: so a frame that claims to be longer is refused before memory is taken for it.

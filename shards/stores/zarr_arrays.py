@@ -1,4 +1,4 @@
-"""Zarr v3 arrays in shards of blocks, by zarr-python: how a part is cut into them, their writer, their metadata."""
+"""Zarr v3 arrays in shards of blocks, by zarr-python: how a split is cut into them, their writer, their metadata."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ZSTD_LEVEL = 3
 
 
 class ArrayCut(NamedTuple):
-    """One array of a part, and how it is cut.
+    """One array of a split, and how it is cut.
 
     samples: N; sample: shape of one sample; shard: samples of a shard, a whole number of blocks; block: of a block.
     """
@@ -47,7 +47,7 @@ class ArrayCut(NamedTuple):
         return f"{GROUP}/{self.name}/{_METADATA}"
 
     def shard_name(self, number: int) -> str:
-        """Where in the part a shard lies, by the chunk key encoding that zarr v3 calls `default`."""
+        """Where in the split a shard lies, by the chunk key encoding that zarr v3 calls `default`."""
         return f"{GROUP}/{self.name}/c/{number}" + "/0" * len(self.sample)
 
     @property
@@ -74,7 +74,7 @@ class ArrayCut(NamedTuple):
 def _cut(
     samples: int, image_shape: tuple[int | None, int | None, int], block_size: int, shard_size: int
 ) -> tuple[ArrayCut, ArrayCut, ArrayCut]:
-    """Images, labels and rows. A part that is smaller than a block or a shard is cut into one no larger than it."""
+    """Images, labels and rows. A split that is smaller than a block or a shard is cut into one no larger than it."""
     height, width, channels = image_shape
     assert height and width, "encoded images have no one size"
     block = min(block_size, samples)
@@ -87,7 +87,7 @@ def _cut(
 
 
 def cut_of(manifest: Manifest) -> tuple[ArrayCut, ArrayCut, ArrayCut]:
-    """The arrays images, labels and rows of a part, as its manifest has them cut."""
+    """The arrays images, labels and rows of a split, as its manifest has them cut."""
     return _cut(manifest.samples, manifest.image_shape, manifest.block_size, manifest.shards[0].samples)
 
 
@@ -171,7 +171,7 @@ def _sync(directory: Path, name: str) -> RawFile:
 
 
 def _sync_directories(directory: Path, names: list[str]) -> None:
-    """Make new files in new directories survive a power cut; names: their paths in the part."""
+    """Make new files in new directories survive a power cut; names: their paths in the split."""
     for parent in {parent for name in names for parent in PurePosixPath(name).parents}:
         sync_directory(directory / parent)
 
@@ -188,7 +188,7 @@ class OpenedArrays(NamedTuple):
 
 
 def open_arrays(directory: Path, manifest: Manifest) -> OpenedArrays:
-    """Open the arrays of a part with zarr-python; `UserError` unless all three are just what the manifest tells of.
+    """Open the arrays of a split with zarr-python; `UserError` unless all three are just what the manifest tells of.
 
     Nothing is allocated by what the metadata claim, and no other codecs than ours are accepted.
     """

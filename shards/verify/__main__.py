@@ -12,19 +12,19 @@ import argparse
 from shards.cli import run_command
 from shards.errors import CorruptError
 from shards.remote.sets import resolve_dataset
-from shards.verify.check import check_split, parts_of
+from shards.verify.check import check_split, split_directories
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m shards.verify", description=__doc__.split("\n")[0])
-    parser.add_argument("place", metavar="DIR", help="a packed set or one part of it, a directory or an address")
+    parser.add_argument("place", metavar="DIR", help="a packed set or one split of it, a directory or an address")
     directory = resolve_dataset(parser.parse_args().place)
     all_faults = []
-    for part in parts_of(directory):
-        manifest, faults = check_split(part)
+    for split in split_directories(directory):
+        manifest, faults = check_split(split)
         all_faults += faults
         print(
-            f"{'damaged' if faults else 'whole  '}  {part}: {manifest.samples:,} samples of "
+            f"{'damaged' if faults else 'whole  '}  {split}: {manifest.samples:,} samples of "
             f"{len(manifest.classes)} classes in {len(manifest.shards)} shards, {manifest.packed_bytes:,} bytes"
         )
     if all_faults:

@@ -24,7 +24,7 @@ and skips files that are missing: those, their sizes and their hashes are checke
 
 
 def check_split(directory: Path) -> tuple[Manifest, list[str]]:
-    """Check one part fully. Returns its manifest and a line for each fault (none if it is whole)."""
+    """Check one split fully. Returns its manifest and a line for each fault (none if it is whole)."""
     manifest = Manifest.read(directory)
     counter = SampleCounter(manifest)
     faults = [*check_hashes(directory, manifest), *_check_of(manifest.store)(directory, manifest, counter)]
@@ -58,8 +58,8 @@ def _check_of(store: StoreKind) -> CheckStore:
     return check_store
 
 
-def parts_of(directory: Path) -> list[Path]:
-    """The parts of a packed set, or the directory itself if it is one part."""
-    there = [part for part in ALL_PARTS if (directory / part).is_dir()]
-    # A set without its test part is damaged, one without a val part is not.
-    return [directory / part for part in ALL_PARTS if part in (*PARTS, *there)] if there else [directory]
+def split_directories(directory: Path) -> list[Path]:
+    """The splits of a packed set, or the directory itself if it is one split."""
+    there = [split for split in ALL_PARTS if (directory / split).is_dir()]
+    # A set without its test split is damaged, one without a val split is not.
+    return [directory / split for split in ALL_PARTS if split in (*PARTS, *there)] if there else [directory]

@@ -14,7 +14,7 @@ from pathlib import Path
 from shards import open_split
 from shards.cli import Terminated, run_command
 from shards.errors import UserError
-from shards.manifest import VALIDATION, has_part
+from shards.manifest import VALIDATION, has_split
 from shards.remote.sets import resolve_dataset
 from trainer.runtime.progress import duration
 from trainer.section import listing
@@ -90,7 +90,7 @@ def _check_set(base: Config) -> None:
     """Refuse data that no trial could learn from, before there is a study; a remote set is fetched once, by this."""
     directory = resolve_dataset(base.data.shards)
     open_split(directory, "train")
-    if base.data.val_fraction == 0 and not has_part(directory, VALIDATION):
+    if base.data.val_fraction == 0 and not has_split(directory, VALIDATION):
         raise UserError(
             found=f"data.val_fraction=0, and no val part in {base.data.shards}",
             expected="a validation part, by which trials are judged",
