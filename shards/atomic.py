@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, whatever kills the writer."""
+"""Atomic replacement of files and directories, and lock files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shards.errors import UserError, no_permission
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and its parents; a refusal is the user's to mend."""
+    """Make a directory and its parents; raise `UserError` if the operating system refuses."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,7 +14,7 @@ from shards.errors import UserError, no_permission
 
 USER_ERROR_STATUS = 2
 
-# What the machine, not the program, says no to: a full disk, a read-only or forbidden place.
+# Errors of the machine, not of the program: a full disk, a read-only file system, missing permissions.
 _MACHINE_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -27,7 +27,7 @@ def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's main function and exit: 0 or its result, 2 for the user's mistake, 128 + signal if stopped."""
+    """Run a command's main function and exit: 0 or its result, 2 for a `UserError`, 128 + signal number if stopped."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _raise_terminated)
     try:

@@ -1,4 +1,4 @@
-"""A user's mistake ends in one message and exit status 2; a bug of ours ends in a traceback."""
+"""Errors that the user can fix. A command prints them without a traceback and exits with status 2."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import errno
 
 
 class UserError(Exception):
-    """Something the user can put right.
+    """An error that the user can fix.
 
-    found: what was met, with its place (a file, a setting, a number).
-    expected: what would have been right.
-    hint: what to do next, a command to run where there is one.
+    Args:
+        found: What was found, and where (a file, a setting, a number).
+        expected: What would have been right.
+        hint: What to do next; a command to run if there is one.
     """
 
     def __init__(self, found: str, expected: str, hint: str) -> None:
@@ -44,12 +45,12 @@ class DiskFullError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line; its kind where it says nothing."""
+    """The first line of an exception's message, or its class name if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def no_permission(error: OSError, path: object) -> AccessDeniedError | DiskFullError:
-    """The message for a file or directory that the operating system refuses to touch."""
+    """The error for a file or directory that the operating system refuses to read or write."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return (DiskFullError if full else AccessDeniedError)(
         found=f"{path}: {error.strerror or error}",
@@ -59,7 +60,7 @@ def no_permission(error: OSError, path: object) -> AccessDeniedError | DiskFullE
 
 
 def damaged(place: object, reason: str) -> CorruptError:
-    """The message for a packed file that is not what its packer wrote; place: the file, and what in it."""
+    """The error for a packed file whose content is not what was packed; place: the file, and the block in it."""
     return CorruptError(
         found=f"{place}: {reason}",
         expected="the shard as it was packed",

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a packed split is, written last, so that where it stands the split is complete."""
+"""`manifest.json`: description of a packed split. It is written last, so a split with a manifest is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks held in memory: how a store whose images cannot simply be mapped (compressed, or too many) is read."""
+"""An in-memory cache of blocks, for stores that cannot be memory-mapped: compressed, or larger than the memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ LoadBlocks: TypeAlias = Callable[[NDArray[np.int64], list[NDArray[np.uint8]]], N
 
 
 class BlockCache:
-    """Images by sample, from whole blocks kept in one buffer; the blocks that came in first make room for others.
+    """Cache of decoded blocks in one buffer, with first-in first-out eviction.
 
-    load: given block numbers int64 [k] and k buffers uint8 [samples of the block, H * W * C], fills each buffer.
-    memory: most bytes of images to hold, None for all of them. The buffer is reserved at once but takes real memory
-    only as blocks come in.
+    Args:
+        manifest: Manifest of the split.
+        load: Called with block numbers int64 [k] and k buffers uint8 [samples of the block, H * W * C]; fills each.
+        memory: Maximum bytes of images to hold, None for all. The buffer is reserved at once, but its pages are
+            allocated only as blocks are loaded.
+
+    Raises:
+        UserError: If `memory` is less than one block, or more than the machine gives.
     """
 
     def __init__(self, manifest: Manifest, load: LoadBlocks, memory: int | None) -> None:
@@ -63,7 +68,7 @@ class BlockCache:
         with self._lock:
             slots = self._slot_of_block[blocks]
             if len(slots) and slots.min() < 0:
-                # What is there before what is not, or bringing the one would drive out the other.
+                # Cached blocks first: loading the others would evict them.
                 for some in self._roomfuls(blocks):
                     self._bring(np.unique(blocks[some]))
                     flat[some] = self._buffer[self._slot_of_block[blocks[some]] * self._block_size + places[some]]
@@ -72,7 +77,7 @@ class BlockCache:
             np.take(self._buffer, slots * self._block_size + places, axis=0, out=flat, mode="clip")
 
     def locate(self, samples: NDArray[np.int64]) -> Located | None:
-        """Where images are in the buffer, if it has room for all there are; see `ImageStore.locate`."""
+        """Positions of images in the buffer if all blocks fit into it, else None; see `ImageStore.locate`."""
         check_positions(samples, self._samples)
         if self.slots < len(self._slot_of_block):
             return None
@@ -94,10 +99,10 @@ class BlockCache:
             yield np.flatnonzero(roomful_of[of_needed] == number)
 
     def _bring(self, needed: NDArray[np.int64]) -> None:
-        """Have these blocks (no more than there are slots) in the buffer.
+        """Load the missing ones of these blocks (at most as many as there are slots).
 
-        First in, first out is the best there is for an order that draws from a sliding window of blocks: a block is
-        needed for the length of the window after it came in, however long it may not be touched in between.
+        First-in first-out suits a sampler that draws from a sliding window of blocks: a block is needed for the length
+        of the window after it was loaded, however long it is not used in between.
         """
         there = self._slot_of_block[needed]
         missing = needed[there < 0]

@@ -1,4 +1,4 @@
-"""What a full check counts while it decodes a split: samples by class, and that no raw row comes twice."""
+"""Count samples by class during a full check, and find raw rows that are packed twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shards.manifest import Manifest
 
 
 class SampleCounter:
-    """Labels and rows of a split, block after block, to be compared with its manifest at the end."""
+    """Counts labels and rows block by block, to be compared with the manifest at the end."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
