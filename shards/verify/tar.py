@@ -15,7 +15,7 @@ from shards.errors import first_line
 from shards.manifest import Manifest, Shard
 from shards.stores.base import INDEX_VERSION, block_key
 from shards.stores.record_index import index_line
-from shards.stores.tar import COMPONENTS, npy_header
+from shards.stores.tar import COMPONENTS
 from shards.stores.tar_members import Member, iterate_members, round_up
 from shards.verify.sample_counts import SampleCounter
 
@@ -90,10 +90,15 @@ def _next_block(members: Iterator[Member], key: str, most: int) -> list[Member]:
 
 
 def _load(content: bytes, component: str, dtype: str, shape: tuple[int, ...]) -> NDArray:
-    """Decode a .npy file; ValueError, before memory is allocated, if its header is not that of this type and shape."""
-    if not content.startswith(npy_header(dtype, shape)):
-        raise ValueError(f"{component} is not {np.dtype(dtype)} {list(shape)} in .npy format 1.0")
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    """Decode a .npy file; ValueError, before memory is allocated, if it is not the array of this type and shape."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{component} is not of .npy format 1.0")
+    found_shape, fortran_order, found_dtype = np.lib.format.read_array_header_1_0(file)
+    if (found_shape, found_dtype) != (shape, np.dtype(dtype)) or fortran_order:
+        raise ValueError(f"{component} is {found_dtype} {list(found_shape)}, not {np.dtype(dtype)} {list(shape)}")
+    file.seek(0)
+    return np.load(file, allow_pickle=False)
 
 
 def _check_index(path: Path, shard: Shard, first_block: int, expected: list[str]) -> list[str]:
