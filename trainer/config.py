@@ -13,14 +13,79 @@ from shards.errors import UserError
 from trainer.section import described
 from trainer.settings import Config
 
+_RECIPES = Path(__file__).parents[1] / "configs"
+_EXAMPLE = Path("configs/quickstart.yaml")
+
 
 def load(path: Path, overrides: list[str]) -> Config:
-    """Read a YAML file and apply `key.key=value` overrides. Raises `UserError` for whatever is wrong."""
-    content = read(path, overrides, Path("configs/quickstart.yaml"))
+    """Read a recipe with all that it inherits, and apply `key.key=value` overrides.
+
+    Args:
+        path: YAML file; its `base` names another recipe, whose settings it replaces or adds to.
+        overrides: Settings that replace those of the files.
+
+    Raises:
+        UserError: For an unknown base, bases in a circle, and whatever is wrong with the settings.
+    """
+    content = _inherited(path, [])
+    for override in overrides:
+        _apply(content, override)
     config = validate(content, f"{path} or the command line" if overrides else str(path))
     if not config.run.name:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
     return config
+
+
+def _inherited(path: Path, derived: list[Path]) -> dict[str, Any]:
+    """The settings of a recipe on top of those of its base. derived: the recipes that led here, the first one first."""
+    content = read(path, [], _EXAMPLE)
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    near = path.parent / str(base)
+    candidates = (near, near.with_name(f"{near.name}.yaml"), _RECIPES / f"{base}.yaml")
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        raise UserError(
+            found=f"base: {base} in {path}, and no such recipe",
+            expected="a file, relative to this one, or the name of a recipe",
+            hint=f"one of {', '.join(sorted(recipe.stem for recipe in _RECIPES.glob('*.yaml')))}",
+        )
+    chain = [*derived, path.resolve()]
+    if found.resolve() in chain:
+        raise UserError(
+            found=f"a circle of bases: {' -> '.join(recipe.stem for recipe in [*chain, found])}",
+            expected="a chain of bases that ends",
+            hint=f"remove base: {base} from {path}",
+        )
+    return _merged(_inherited(found, chain), content)
+
+
+def _merged(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `base` with those of `content` in their place, section by section; an empty section changes none."""
+    merged = dict(base)
+    for name, value in content.items():
+        if isinstance(base.get(name), dict) and (value is None or isinstance(value, dict)):
+            value = base[name] | (value or {})
+        merged[name] = value
+    return merged
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A YAML loader that refuses a key that a mapping holds twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            first = lines.setdefault(key.value, line) if isinstance(key, yaml.ScalarNode) else line
+            if first != line:
+                raise _Duplicate(f"{key.value} twice, in lines {first} and {line}")
+        return super().construct_mapping(node, deep)
+
+
+class _Duplicate(Exception):
+    pass
 
 
 def read(path: Path, overrides: list[str], example: Path) -> dict[str, Any]:
@@ -29,7 +94,9 @@ def read(path: Path, overrides: list[str], example: Path) -> dict[str, Any]:
     example: a file of the same kind, which a user can compare with.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except _Duplicate as error:
+        raise UserError(found=f"{path} with {error}", expected="each key once", hint="remove one of them") from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(
             found=f"no configuration file {path}",
