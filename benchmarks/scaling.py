@@ -33,6 +33,7 @@ from benchmarks.training.loop import Setting, measure
 from pipeline.common.device import choose_device
 from shards import Manifest
 from shards.cli import run_command
+from shards.cpus import available_cpus
 from shards.errors import UserError
 
 _MOST_SECONDS = 1800  # for one number of ranks
@@ -159,7 +160,7 @@ def main() -> int:
     if arguments.rank_of:
         return be_a_rank(arguments.rank_of)
     device = choose_device(arguments.device).type
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cpus()
     places = torch.cuda.device_count() if device == "cuda" else cores
     ranks = _ranks(arguments.ranks) if arguments.ranks else list(range(1, places + 1))
     threads = max(1, cores // max(ranks))

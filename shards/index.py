@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from shards.atomic import write_file
 from shards.cli import run_command
+from shards.cpus import available_cpus
 from shards.errors import MismatchError, NotFoundError, UserError, no_permission
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest, Shard
 from shards.stores.base import INDEX_VERSION
@@ -140,7 +140,7 @@ def _scan_split(directory: Path, split: str) -> list[_Scan]:
             hint="uncompress them" if compressed else "name the directory that holds the shards, or train/ and test/",
         )
     # Reading and hashing run side by side.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         scans = list(tqdm(pool.map(_scan, paths), f"indexing {split}", len(paths), unit=" shards", disable=None))
     for scan in scans:
         if scan.with_rows != scans[0].with_rows:

@@ -24,13 +24,15 @@ def free() -> int:
     return available if limit is None or used is None else min(available, limit - used)
 
 
-def peak() -> int:
-    """Most bytes of memory that this process ever held."""
-    status = Path("/proc/self/status")
+def peak(pid: int | None = None) -> int:
+    """Most bytes of memory that a process (by default this one) ever held; elsewhere than on Linux, another's now."""
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.exists():
         # Not getrusage, whose maximum a process inherits from the one that started it.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    if pid is not None:
+        return psutil.Process(pid).memory_info().rss
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # not there on Windows

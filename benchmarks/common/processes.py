@@ -144,18 +144,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def forget_peak_memory() -> None:
-    """Have `peak_memory` of this process count from now on, where the system can."""
+    """Have `trainer.memory.peak` of this process count from now on, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(pid: int) -> int:
-    """Most bytes of memory that a process ever held; where the system does not tell, what it holds now."""
-    status = Path(f"/proc/{pid}/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return psutil.Process(pid).memory_info().rss
 
 
 def workers_memory(pid: int) -> int:

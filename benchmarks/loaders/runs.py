@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.processes import KeptProcess, ProcessFailed, peak_memory, wait_until_quiet, workers_memory
+from benchmarks.common.processes import KeptProcess, ProcessFailed, wait_until_quiet, workers_memory
 from benchmarks.loaders.baselines import IMPORT_FAILURES, Listing, absent
 from benchmarks.loaders.baselines.peer import Task, Variant
 from benchmarks.loaders.loader_worker import MeasuredLoader, Packer
 from benchmarks.loaders.setting import Setting
 from benchmarks.loaders.verify import tolerance
+from shards.cpus import available_cpus
+from trainer.memory import peak
 from trainer.runtime.env_info import environment
 
 _PEERS_PACKAGES = ("webdataset", "litdata", "mosaicml-streaming", "datasets", "ffcv", "numba", "zarr", "tensorstore")
@@ -137,7 +138,7 @@ class Runner:
         self.entrant = entrant
         self._workers: tuple[int, ...] = (0,)
         if entrant.variant.processes:
-            cores = len(os.sched_getaffinity(0))
+            cores = available_cpus()
             self._workers = tuple(sorted({0, 1, 2, cores, 2 * cores}))
         arguments = (entrant.listing.name, entrant.variant.name, scratch / "source", entrant.directory, device)
         self.process = KeptProcess(MeasuredLoader, *arguments, log=scratch / "log")
@@ -197,7 +198,7 @@ class Runner:
             "bytes_per_image": self.entrant.packed["bytes"] / task.samples,
             "pack_seconds": self.entrant.packed["seconds"],
             "first_batch_seconds": self._first["first_batch_seconds"],
-            "peak_memory_bytes": peak_memory(self.process.pid) + self._workers_memory,
+            "peak_memory_bytes": peak(self.process.pid) + self._workers_memory,
             "reach": self._first["reach"],
             "max_error": max(measured["error"] for measured in (self._first, self._warm, *self._runs)),
             "tolerance": 0.0 if variant.raw else tolerance(variant, task),

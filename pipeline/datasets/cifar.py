@@ -52,8 +52,8 @@ _HUNDRED = PublishedArchive(
 )
 
 
-def _load_ten(request: SourceOptions) -> tuple[RawSplit, ...]:
-    files = _TEN.open(request.raw)
+def _load_ten(options: SourceOptions) -> tuple[RawSplit, ...]:
+    files = _TEN.open(options.raw)
     raw_names = files.read(_TEN_NAMES)
     classes = _read_names(raw_names, 10)
     parts = []
@@ -66,11 +66,11 @@ def _load_ten(request: SourceOptions) -> tuple[RawSplit, ...]:
     return tuple(parts)
 
 
-def _load_hundred(request: SourceOptions) -> tuple[RawSplit, ...]:
-    files = _HUNDRED.open(request.raw)
+def _load_hundred(options: SourceOptions) -> tuple[RawSplit, ...]:
+    files = _HUNDRED.open(options.raw)
     raw_names = {kind: files.read(name) for kind, name in _HUNDRED_NAMES.items()}
     classes = {kind: _read_names(raw_names[kind], count) for kind, count in _HUNDRED_CLASSES.items()}
-    kind, other = ("fine", "coarse") if request.split == "fine" else ("coarse", "fine")
+    kind, other = ("fine", "coarse") if options.split == "fine" else ("coarse", "fine")
     parts = []
     for part in PARTS:
         raw = files.read(f"{part}.bin")
@@ -127,14 +127,14 @@ SOURCES = (
     DatasetSource(
         name="cifar10",
         description="CIFAR-10, pictures of animals and vehicles, 32x32 RGB",
-        plan=lambda request: _TEN.plan(request.raw),
+        plan=lambda options: _TEN.plan(options.raw),
         load=_load_ten,
     ),
     DatasetSource(
         name="cifar100",
         description="CIFAR-100, pictures of 100 classes (fine) or 20 (coarse), 32x32 RGB",
         splits=("fine", "coarse"),
-        plan=lambda request: _HUNDRED.plan(request.raw),
+        plan=lambda options: _HUNDRED.plan(options.raw),
         load=_load_hundred,
     ),
 )

@@ -20,11 +20,11 @@ _TEST_SEED = 0
 _INK_LEVELS = 16  # the pixels count the dark points of a 4x4 cell
 
 
-def _plan(request: SourceOptions) -> str:
+def _plan(options: SourceOptions) -> str:
     return "read the digits inside scikit-learn"
 
 
-def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
+def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     from sklearn.datasets import load_digits  # takes a second, so only when needed
 
     digits = load_digits()

@@ -53,8 +53,8 @@ def _archive(split: str) -> PublishedArchive:
     return PublishedArchive(ARCHIVE, tuple(_names(split).values()), split)
 
 
-def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
-    files, names = _archive(request.split).open(request.raw), _names(request.split)
+def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
+    files, names = _archive(options.split).open(options.raw), _names(options.split)
     mapping = files.read(names["mapping"])
     classes, first_label = parse_mapping(mapping)
     parts = []
@@ -71,7 +71,7 @@ SOURCES = (
         name="emnist",
         description="EMNIST, handwritten letters and digits, 28x28 gray, six splits",
         splits=SPLITS,
-        plan=lambda request: _archive(request.split).plan(request.raw),
+        plan=lambda options: _archive(options.split).plan(options.raw),
         load=_load,
     ),
 )

@@ -24,19 +24,19 @@ from pipeline.readers.naming import in_split_order, number_labels
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 
 
-def _plan(request: SourceOptions) -> str:
-    return f"read the pictures in {request.raw}"
+def _plan(options: SourceOptions) -> str:
+    return f"read the pictures in {options.raw}"
 
 
-def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
-    tree = open_tree_of_images(request.raw)
-    listings = find_pictures(tree, request.image_column, request.label_column)
+def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
+    tree = open_tree_of_images(options.raw)
+    listings = find_pictures(tree, options.image_column, options.label_column)
     classes, labels = number_labels({part: listing.labels for part, listing in listings.items()}, tree.place)
     sets = [
         split_of_tree(tree, part, labels[part], listings[part].names, listings[part].tables)
         for part in in_split_order(listings)
     ]
-    return image_splits(sets, classes, request)
+    return image_splits(sets, classes, options)
 
 
 SOURCES = (

@@ -85,29 +85,29 @@ def gz_downloads(address: str, names: Sequence[str], files: Sequence[tuple[int, 
     )
 
 
-def plan_download(downloads: Sequence[Download], request: SourceOptions) -> str:
+def plan_download(downloads: Sequence[Download], options: SourceOptions) -> str:
     """A line that says what `download_files` would do."""
-    absent = _absent(request, downloads)
+    absent = _absent(options, downloads)
     if not absent:
-        return f"read the {len(downloads)} files in {request.raw}"
+        return f"read the {len(downloads)} files in {options.raw}"
     size = sum(download.bytes for download in absent)
-    return f"download {', '.join(download.name for download in absent)} ({size / 1e6:,.1f} MB) to {request.raw}"
+    return f"download {', '.join(download.name for download in absent)} ({size / 1e6:,.1f} MB) to {options.raw}"
 
 
-def download_files(downloads: Sequence[Download], request: SourceOptions) -> RawDirectory:
+def download_files(downloads: Sequence[Download], options: SourceOptions) -> RawDirectory:
     """The directory with all of the files in it, downloaded where they are absent."""
-    for download in _absent(request, downloads):
-        fetch(download, request.raw, or_else=f"the files {', '.join(download.name for download in downloads)}")
-    return RawDirectory(request.raw)
+    for download in _absent(options, downloads):
+        fetch(download, options.raw, or_else=f"the files {', '.join(download.name for download in downloads)}")
+    return RawDirectory(options.raw)
 
 
-def _absent(request: SourceOptions, downloads: Sequence[Download]) -> list[Download]:
-    files = RawDirectory(request.raw)
+def _absent(options: SourceOptions, downloads: Sequence[Download]) -> list[Download]:
+    files = RawDirectory(options.raw)
     return [download for download in downloads if files.missing([download.name.removesuffix(".gz")])]
 
 
-def _load(downloads: Sequence[Download], classes: tuple[str, ...], request: SourceOptions) -> tuple[RawSplit, ...]:
-    files = download_files(downloads, request)
+def _load(downloads: Sequence[Download], classes: tuple[str, ...], options: SourceOptions) -> tuple[RawSplit, ...]:
+    files = download_files(downloads, options)
     parts = []
     for part, names in _FILES.items():
         raw = [files.read(name) for name in names]

@@ -48,16 +48,16 @@ class _Arrays:
         return self.file.array(self.names[kind]), self.place(kind)
 
 
-def _plan(request: SourceOptions) -> str:
-    return f"read the arrays in {request.raw}"
+def _plan(options: SourceOptions) -> str:
+    return f"read the arrays in {options.raw}"
 
 
-def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
-    found = _find_arrays(request.raw)
+def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
+    found = _find_arrays(options.raw)
     names = _class_names(next(iter(found.values())).file)
     images = {part: _images(part, *arrays.get("images")) for part, arrays in found.items()}
     texts = {part: _labels(*arrays.get("labels"), names) for part, arrays in found.items()}
-    classes, labels = number_labels(texts, request.raw, names)
+    classes, labels = number_labels(texts, options.raw, names)
     parts = []
     for part in in_split_order(found):
         shape, read, count = images[part]

@@ -28,17 +28,17 @@ _DIGITS = frozenset("0123456789")
 _PAGE = "https://www.kaggle.com/BengaliAI/numta"
 
 
-def _plan(request: SourceOptions) -> str:
-    return f"read the sets {' and '.join(request.split.split('-'))} in {request.raw}"
+def _plan(options: SourceOptions) -> str:
+    return f"read the sets {' and '.join(options.split.split('-'))} in {options.raw}"
 
 
-def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
-    if not request.raw.exists():
-        raise _absent(f"no {request.raw}")
-    tree = open_tree_of_images(request.raw)
+def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
+    if not options.raw.exists():
+        raise _absent(f"no {options.raw}")
+    tree = open_tree_of_images(options.raw)
     listings = {
         part: [_read_set(tree, letter) for letter in letters]
-        for part, letters in zip(PARTS, request.split.split("-"), strict=True)
+        for part, letters in zip(PARTS, options.split.split("-"), strict=True)
     }
     classes, labels = number_labels(
         {part: [digit for one in sets for digit in one.digits] for part, sets in listings.items()}, tree.place
@@ -57,8 +57,8 @@ def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
         )
         for part, sets in listings.items()
     ]
-    size = request.size or (None if request.encoded else _SIZE)
-    return image_splits(pictures, classes, replace(request, size=size))
+    size = options.size or (None if options.encoded else _SIZE)
+    return image_splits(pictures, classes, replace(options, size=size))
 
 
 class _Set(NamedTuple):

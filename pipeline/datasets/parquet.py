@@ -27,11 +27,11 @@ from shards.errors import UserError
 _ENDING = ".parquet"
 
 
-def _plan(request: SourceOptions) -> str:
-    return f"read the tables in {request.raw}"
+def _plan(options: SourceOptions) -> str:
+    return f"read the tables in {options.raw}"
 
 
-def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
+def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     try:
         from pipeline.readers.parquet import read_parts
     except ModuleNotFoundError as error:
@@ -42,11 +42,11 @@ def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
             expected="the package that reads Parquet files",
             hint="pip install 'inkstream[parquet]'",
         ) from None
-    files = _files(request.raw)
+    files = _files(options.raw)
     sets, classes = read_parts(
-        {part: files[part] for part in in_split_order(files)}, request.image_column, request.label_column
+        {part: files[part] for part in in_split_order(files)}, options.image_column, options.label_column
     )
-    return image_splits(sets, classes, request)
+    return image_splits(sets, classes, options)
 
 
 def _files(raw: Path) -> dict[str, list[Path]]:

@@ -34,8 +34,8 @@ _SERIES, _WRITER = 1, 2
 _OF_MNIST = 10_000
 
 
-def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
-    files = download_files(DOWNLOADS, request)
+def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
+    files = download_files(DOWNLOADS, options)
     parts = []
     for part in PARTS:
         raw_images = files.read(f"qmnist-{part}-images-idx3-ubyte")
@@ -56,7 +56,7 @@ def _load(request: SourceOptions) -> tuple[RawSplit, ...]:
             )
         )
     train, test = parts
-    return train, test.select(np.arange(len(test.labels))[:_OF_MNIST]) if request.split == "test10k" else test
+    return train, test.select(np.arange(len(test.labels))[:_OF_MNIST]) if options.split == "test10k" else test
 
 
 SOURCES = (

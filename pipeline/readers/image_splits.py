@@ -102,15 +102,15 @@ def split_of_tree(
     )
 
 
-def image_splits(sets: Sequence[ImageSplit], classes: tuple[str, ...], request: SourceOptions) -> tuple[RawSplit, ...]:
-    """Parts of pictures, all of one shape: that of `request.size`, or the one they all have; or of encoded images.
+def image_splits(sets: Sequence[ImageSplit], classes: tuple[str, ...], options: SourceOptions) -> tuple[RawSplit, ...]:
+    """Parts of pictures, all of one shape: that of `options.size`, or the one they all have; or of encoded images.
 
     Headers are read by all cores, as far as the request leaves something to be found. A picture whose header cannot
     be read is left for `RawSplit.read` to report. Raises `UserError` if the pictures differ and no size is given.
     """
-    if request.encoded and request.size:
+    if options.encoded and options.size:
         raise UserError(
-            found=f"--size {request.size[0]}x{request.size[1]} with --store records",
+            found=f"--size {options.size[0]}x{options.size[1]} with --store records",
             expected="one of the two: records keep the files as they are",
             hint="leave --size or --store out",
         )
@@ -119,19 +119,19 @@ def image_splits(sets: Sequence[ImageSplit], classes: tuple[str, ...], request: 
             raise UserError(
                 found=f"no picture in the {one.name} part", expected="at least one", hint="look into the raw files"
             )
-    find_color = request.color == "auto"
-    find_size = request.size is None and not request.encoded
+    find_color = options.color == "auto"
+    find_size = options.size is None and not options.encoded
     looks = [_look_at(one, find_color or find_size) for one in sets]
-    channels = {"gray": 1, "rgb": 3}.get(request.color) or _channels(looks)
-    size = _size(sets, looks) if find_size else request.size
+    channels = {"gray": 1, "rgb": 3}.get(options.color) or _channels(looks)
+    size = _size(sets, looks) if find_size else options.size
     parts = []
     for one, look in zip(sets, looks, strict=True):
-        if request.encoded:
+        if options.encoded:
             shape, read = (None, None, channels), partial(_read_records, one)
         else:
             assert size is not None
             shape = (*size, channels)
-            read = partial(_read_pixels, one, shape, request.fit if request.size else None)
+            read = partial(_read_pixels, one, shape, options.fit if options.size else None)
         files = (*one.files, _combined(one, look)) if one.hashed_as else one.files
         parts.append(RawSplit(one.name, classes, one.labels, shape, False, read, files, columns=one.columns))
     return tuple(parts)

@@ -21,6 +21,7 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
+from shards.cpus import available_cpus
 from shards.errors import damaged, first_line
 from shards.manifest import Manifest
 from shards.stores.base import Located, block_key
@@ -156,8 +157,7 @@ class ZarrStore(BlockStore):
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
         """Decode the images of whole blocks; see `shards.stores.block_cache.LoadBlocks`."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = min(cores, len(blocks), _MOST_THREADS)
+        threads = min(available_cpus(), len(blocks), _MOST_THREADS)
         # Threads of this call alone: a pool that outlives it would not survive a fork.
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(self._read_block, blocks.tolist(), buffers):

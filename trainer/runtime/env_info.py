@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import torch
 
+from shards.cpus import available_cpus
+
 _PACKAGES = ("inkstream", "torch", "nvidia-dali-cuda120", "timm", "numpy", "torchvision")
 
 
@@ -21,9 +23,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "cores": len(psutil.Process().cpu_affinity())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else psutil.cpu_count(),
+        "cores": available_cpus(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cuda": torch.version.cuda if device.type == "cuda" else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from wds2idx import IndexCreator
 from benchmarks.loaders.baselines.inkstream import pack_upright_blocks
 from benchmarks.loaders.baselines.peer import Batch, Epochs, Source, Task, Variant
 from benchmarks.loaders.baselines.records import record_paths, write_records
+from shards.cpus import available_cpus
 
 _FILL = 4096  # samples that the reader shuffles among
 _BLOCKS_A_BATCH = 8  # at most; DALI shares out a batch's samples among its threads, and here a sample is a block
@@ -48,7 +48,7 @@ class DaliReader:
             task,
             variant,
             batch_size=_blocks_a_batch(task.batch_size) if blocks else task.batch_size,
-            num_threads=len(os.sched_getaffinity(0)),
+            num_threads=available_cpus(),
             device_id=task.device.index or 0 if task.device.type == "cuda" else None,
             seed=task.seed,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torchvision.transforms import v2
 
 from benchmarks.loaders.baselines.peer import Batch, Epochs, Source, Task, Variant
 from benchmarks.loaders.baselines.transforms import BatchTransform
+from shards.cpus import available_cpus
 
 
 class Indexed:
@@ -58,7 +58,7 @@ class Ffcv:
         loader = Loader(
             str(directory / "set.beton"),
             batch_size=task.batch_size,
-            num_workers=len(os.sched_getaffinity(0)),
+            num_workers=available_cpus(),
             order=OrderOption.RANDOM,
             os_cache=True,
             seed=task.seed,
