@@ -25,7 +25,7 @@ def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -
         )
     state = training.state
     resumed = f", resuming from epoch {state.epoch + 1} after step {state.step} ({source.name})" if source else ""
-    validation = len(data.validation.sampler.samples) if data.val_fraction else 0
+    validation = len(data.validation.sampler.samples) if data.validation else 0
     print(
         f"{data.manifest.name}: {len(data.train.samples):,} training, {validation:,} validation, "
         f"{len(data.test.sampler.samples):,} test images of {len(data.classes)} classes\n"
