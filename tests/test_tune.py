@@ -26,8 +26,7 @@ from trainer.run import main as run_main
 from trainer.run_directory import RunDirectory
 from trainer.tune import search_space as search
 from trainer.tune.__main__ import main
-from trainer.tune.search_charts import parallel_chart
-from trainer.tune.study import Result, Study, importances
+from trainer.tune.study import SharedStudy, TrialResult, flat_study, importances
 from trainer.tune.study_page import ranking
 from trainer.tune.workers import work
 
@@ -42,7 +41,7 @@ RECIPE = {
 }
 LR = {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}
 SEARCH = {
-    "fraction": 0.5,
+    "train_fraction": 0.5,
     "budget": {"trials": 2},
     "pruner": {"name": "none"},
     "space": {"optim.lr": LR},
@@ -77,14 +76,14 @@ def tune_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return main()
 
 
-def results(path: Path) -> list[Result]:
+def results(path: Path) -> list[TrialResult]:
     wanted, base = search.load(path, [])
-    return Study(wanted, base).results()
+    return SharedStudy(wanted, base).results()
 
 
 def metrics_of(path: Path) -> list[str]:
     """The epochs of a search's first training."""
-    return (path.parent / "study/trials/0000/repeat-1/metrics.jsonl").read_text().splitlines()
+    return (path.parent / "study/trials/0000/seed-1/metrics.jsonl").read_text().splitlines()
 
 
 def start(*arguments: object, slowed: float = 0.0) -> subprocess.Popen:
@@ -122,7 +121,7 @@ def wait_for(condition: Any, process: subprocess.Popen, timeout: float = 120) ->
 def searched(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     """The file of a search of three trials with two repeats each, finished; the test part was watched."""
     directory = tmp_path_factory.mktemp("searched")
-    path = written(directory, recipe, repeats=2, budget={"trials": 3}, space=BY_OPTIMIZER)
+    path = written(directory, recipe, seeds_per_trial=2, budget={"trials": 3}, space=BY_OPTIMIZER)
     with pytest.MonkeyPatch.context() as patch:
         judged = []
         evaluate = engine.evaluate
@@ -142,27 +141,27 @@ def searched(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
 def test_a_search_leaves_trials_a_page_and_the_best_recipe(searched: Path) -> None:
     study = searched.parent / "study"
     found = results(searched)
-    assert [(result.number, result.state, len(result.figures)) for result in found] == [
+    assert [(result.number, result.state, len(result.scores)) for result in found] == [
         (number, "complete", 2) for number in range(3)
     ]
     for result in found:
         case = result.values["optim.name"]
         assert ("optim.lr" in result.values) == (case != "sgd_lookahead")
-        for repeat, figure in enumerate(result.figures, 1):
-            run = study / "trials" / f"{result.number:04}" / f"repeat-{repeat}"
+        for repeat, figure in enumerate(result.scores, 1):
+            run = study / "trials" / f"{result.number:04}" / f"seed-{repeat}"
             summary = json.loads((run / "summary.json").read_text())
             settings = config.load(run / "config.yaml", [])
-            assert summary["figure"] == figure == max(summary["figures"]) == summary["validation"]["accuracy"]
+            assert summary["metric"] == figure == max(summary["metrics"]) == summary["validation"]["accuracy"]
             assert summary["validation"]["samples"] == pytest.approx(0.2 * 1438, abs=10)
             assert (settings.seed, settings.data.train_fraction, settings.optim.name) == (repeat - 1, 0.5, case)
             assert not (run / "checkpoints").exists()
             assert not (run / "predictions.npz").exists()
     best = ranking(found)[0]
-    assert best.mean == max(sum(result.figures) / 2 for result in found)
+    assert best.mean == max(sum(result.scores) / 2 for result in found)
     page = (study / "study.html").read_text()
     assert f"{100 * best.mean:.2f} ± {100 * best.std:.2f} %" in page
-    assert not re.findall(r"(?:src|href)=|url\(|@import", page)
-    assert len(re.findall('<svg [^>]*role="img" aria-label=', page)) == page.count("<svg ") == 3
+    assert not re.findall(r'(?:src|href)=(?!"(?:#|data:))|url\((?!#)|@import', page)
+    assert len(re.findall('<svg [^>]*role="img" aria-label=', page)) == page.count("<svg ") == 4
 
 
 def test_the_best_recipe_is_complete_and_trains(
@@ -187,18 +186,19 @@ def test_a_finished_search_trains_no_more_and_a_larger_budget_goes_on(
     before = results(searched)
     assert tune_here(monkeypatch, searched) == 0
     assert results(searched) == before
-    assert "begins" not in capsys.readouterr().out
+    assert "started" not in capsys.readouterr().out
     monkeypatch.setattr("trainer.tune.trial.engine.fit_without_test", lambda *_: pytest.fail("it trains"))
     with pytest.raises(pytest.fail.Exception):
         tune_here(monkeypatch, searched, "budget.trials=4")
 
 
 def test_another_search_does_not_go_on_in_the_same_directory(searched: Path, recipe: Path) -> None:
-    for changes, name in (({"fraction": 0.4}, "fraction"), ({"settings.trainer.epochs": 2}, "trainer.epochs")):
+    cases = (({"train_fraction": 0.4}, "train_fraction"), ({"settings.trainer.epochs": 2}, "trainer.epochs"))
+    for changes, name in cases:
         overrides = [f"{key}={value}" for key, value in changes.items()]
         wanted, base = search.load(searched, overrides)
         with pytest.raises(UserError) as caught:
-            Study(wanted, base)
+            SharedStudy(wanted, base)
         assert name in caught.value.found
         assert "dir=" in caught.value.hint
 
@@ -208,7 +208,7 @@ def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(
 ) -> None:
     monkeypatch.setattr("trainer.tune.workers.init_distributed", lambda device: pytest.MonkeyPatch.context())
     monkeypatch.setattr(
-        "trainer.tune.trial.train_trial", lambda study, trial, *_: trial.complete([trial.values["optim.lr"]])
+        "trainer.tune.workers.train_trial", lambda study, trial, *_: trial.complete([trial.values["optim.lr"]])
     )
 
     def drawn(name: str, *budgets: int, seed: int = 0) -> list[Any]:
@@ -232,7 +232,7 @@ def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(
 @pytest.mark.slow
 def test_a_killed_search_goes_on_from_its_checkpoint(tmp_path: Path, recipe: Path) -> None:
     path = written(tmp_path, recipe, settings={"trainer.epochs": 3}, budget={"trials": 1})
-    run = tmp_path / "study" / "trials" / "0000" / "repeat-1"
+    run = tmp_path / "study" / "trials" / "0000" / "seed-1"
     metrics = run / "metrics.jsonl"
 
     process = start(path, slowed=0.05)
@@ -285,7 +285,7 @@ def test_workers_share_a_study_and_a_killed_one_is_replaced(
 
     def kill() -> None:
         deadline = time.monotonic() + 300
-        while len(list(trials.glob("*/repeat-1/config.yaml"))) < 2 and time.monotonic() < deadline:
+        while len(list(trials.glob("*/seed-1/config.yaml"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
         workers[0].kill()
@@ -306,7 +306,7 @@ def test_workers_share_a_study_and_a_killed_one_is_replaced(
 def test_a_trial_that_always_kills_its_process_fails(tmp_path: Path, recipe: Path) -> None:
     wanted, base = search.load(written(tmp_path, recipe), [])
     for _ in range(3):
-        study = Study(wanted, base)
+        study = SharedStudy(wanted, base)
         with study.next_trial() as trial:
             assert trial is not None and trial.number == 0  # and is left without a word, as by a death
     with study.next_trial() as trial:
@@ -326,7 +326,7 @@ def test_a_trial_that_is_behind_is_given_up(tmp_path: Path, recipe: Path, monkey
         settings={"trainer.epochs": 3},
         pruner={"name": "median", "startup_trials": 2, "warmup_epochs": 1},
         space={"optim.lr": LR | {"low": 1e-6}},
-        first=first,
+        initial_trials=first,
     )
     assert tune_here(monkeypatch, path) == 0
     found = results(path)
@@ -334,7 +334,7 @@ def test_a_trial_that_is_behind_is_given_up(tmp_path: Path, recipe: Path, monkey
     assert [result.state for result in found] == ["complete", "complete", "pruned"]
     assert all(result.seconds > 0 for result in found), "time spent on what was given up is time, too"
     assert 1 <= len(found[2].curve) < 3
-    assert (found[2].mean, found[2].note) == (None, "behind the others")
+    assert (found[2].mean, found[2].note) == (None, "pruned")
     assert not list((tmp_path / "study" / "trials").glob("*/*/checkpoints"))
 
 
@@ -342,7 +342,7 @@ def test_a_trial_that_diverges_is_given_up_and_the_search_goes_on(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = {"optim.lr": LR | {"high": 1e30}}
-    path = written(tmp_path, recipe, space=space, first=[{"optim.lr": 1e30}, {"optim.lr": 3e-3}])
+    path = written(tmp_path, recipe, space=space, initial_trials=[{"optim.lr": 1e30}, {"optim.lr": 3e-3}])
     assert tune_here(monkeypatch, path) == 0
     diverged, fine = results(path)
     assert (diverged.state, fine.state) == ("pruned", "complete")
@@ -355,9 +355,9 @@ def test_values_that_contradict_each_other_fail_alone(
     space = {name: {"type": "categorical", "choices": [0, 0.2]} for name in ("mixup.mixup_alpha", "mixup.cutmix_alpha")}
     both = {"mixup.mixup_alpha": 0, "mixup.cutmix_alpha": 0}
     path = written(tmp_path, recipe, settings={"mixup.prob": 0.5}, space=space, budget={"trials": 1})
-    path.write_text(path.read_text() + yaml.safe_dump({"first": [both | {"mixup.mixup_alpha": 0.2}]}))
+    path.write_text(path.read_text() + yaml.safe_dump({"initial_trials": [both | {"mixup.mixup_alpha": 0.2}]}))
     wanted, base = search.load(path, [])
-    study = Study(wanted, base)
+    study = SharedStudy(wanted, base)
     with study.next_trial() as trial:
         assert trial is not None
         trial.values = both
@@ -384,7 +384,7 @@ def test_the_time_ends_a_search_and_the_trial_goes_on_later(
     assert tune_here(monkeypatch, path, "budget.minutes=30") == 0
     (found,) = results(path)
     assert (found.state, len(found.curve)) == ("running", 1)
-    assert not (RunDirectory(tmp_path / "study" / "trials" / "0000" / "repeat-1")).summary_path.exists()
+    assert not (RunDirectory(tmp_path / "study" / "trials" / "0000" / "seed-1")).summary_path.exists()
 
 
 def test_importance_belongs_to_the_setting_that_matters(recipe: Path, tmp_path: Path) -> None:
@@ -396,23 +396,15 @@ def test_importance_belongs_to_the_setting_that_matters(recipe: Path, tmp_path: 
         values = {"optim.name": name, "optim.weight_decay": 0.001 * 1.2**number}
         if name != "sgd_lookahead":
             values["optim.lr"] = 1e-3
-        found.append(Result(number, "complete", values, [0.9 if name == "lion" else 0.5], [], 1.0, ""))
-    shares = importances(found, wanted, base)
+        found.append(TrialResult(number, "complete", values, [0.9 if name == "lion" else 0.5], [], 1.0, ""))
+    shares = importances(flat_study(found, wanted, base))
     assert shares.keys() == space.keys()
     assert sum(shares.values()) == pytest.approx(1)
     assert next(iter(shares)) == "optim.name"
     assert shares["optim.weight_decay"] < 0.2
-    assert importances(found[:3], wanted, base) == {}
-    same = [Result(number, "complete", found[number].values, [0.5], [], 1.0, "") for number in range(9)]
-    assert importances(same, wanted, base) == {}
-
-
-def test_whole_numbers_on_an_axis_are_marked_themselves() -> None:
-    results = [Result(number, "complete", {}, [0.5 + number / 100], [], 1.0, "") for number in range(4)]
-    chart = parallel_chart(results, {"loader.batch_size": [32, 64, 128, 256]}, frozenset({"loader.batch_size"}), "f")
-    assert [mark in chart for mark in (">32<", ">64<", ">128<", ">256<", ">91<")] == [True] * 4 + [False]
-    chart = parallel_chart(results, {"optim.lr": [1e-4, 2e-3, 3e-3, 1e-2]}, frozenset({"optim.lr"}), "f")
-    assert [mark in chart for mark in (">0.0001<", ">0.001<", ">0.01<", ">0.002<")] == [True] * 3 + [False]
+    assert importances(flat_study(found[:3], wanted, base)) == {}
+    same = [TrialResult(number, "complete", found[number].values, [0.5], [], 1.0, "") for number in range(9)]
+    assert importances(flat_study(same, wanted, base)) == {}
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
@@ -421,15 +413,15 @@ def test_every_search_that_comes_with_inkstream_loads(path: Path, monkeypatch: p
     wanted, base = search.load(path, [])
     assert wanted.dir == Path("runs/search") / path.stem
     given = set(yaml.safe_load(path.read_text()))
-    assert given == set(search.Search.model_fields), "a search says all that it is"
+    assert given == set(search.SearchConfig.model_fields), "a search says all that it is"
     assert list(base.without_effect()) == []
 
 
 def test_the_emnist_search_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     wanted, base = search.load(ROOT / "configs" / "search" / "optimizers.yaml", [])
-    assert (wanted.fraction, base.trainer.epochs, wanted.repeats) == (0.2, 20, 10)
-    assert wanted.choices("optim.name") == ["adam", "adamw", "lion", "sgd_lookahead"]
+    assert (wanted.train_fraction, base.trainer.epochs, wanted.seeds_per_trial) == (0.2, 20, 10)
+    assert wanted.space["optim.name"].choices == ["adam", "adamw", "lion", "sgd_lookahead"]
     assert base.data.val_fraction > 0
 
 
@@ -438,8 +430,8 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"budget": {"trails": 1}}, ("unknown key budget.trails", "did you mean trials?")),
     ({"budget": {}}, ("budget", "trials, minutes or both")),
     ({"budget": {"trials": 0}}, ("budget.trials: 0", "greater than or equal to 1")),
-    ({"fraction": 0}, ("fraction: 0", "greater than 0", "Share of the train part")),
-    ({"repeats": "many"}, ("repeats: many", "valid integer")),
+    ({"train_fraction": 0}, ("train_fraction: 0", "greater than 0", "Fraction of the train part")),
+    ({"seeds_per_trial": "many"}, ("seeds_per_trial: many", "valid integer")),
     ({"space": {}}, ("space", "at least 1")),
     ({"space": {"optim.learning_rate": LR}}, ("unknown setting optim.learning_rate", "did you mean optim.lr?")),
     ({"space": {"optim.lr": {"low": 1, "high": 2}}}, ("no space.optim.lr.type",)),
@@ -458,19 +450,25 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         {"space": BY_OPTIMIZER | {"optim.lr": BY_OPTIMIZER["optim.lr"] | {"cases": {"adamm": LR}}}},
         ("case adamm of optim.lr", "did you mean adamw?"),
     ),
-    ({"space": {"seed": {"type": "int", "low": 0, "high": 9}}}, ("seed in the space", "raise repeats")),
+    ({"space": {"seed": {"type": "int", "low": 0, "high": 9}}}, ("seed in the space", "raise seeds_per_trial")),
     (
         {"space": {"data.train_fraction": {"type": "float", "low": 0.1, "high": 1}}},
-        ("data.train_fraction", "set fraction"),
+        ("data.train_fraction", "set train_fraction"),
     ),
     ({"space": {"data.val_fraction": {"type": "float", "low": 0.1, "high": 0.2}}}, ("data.val_fraction in the space",)),
     ({"settings": {"run.dir": "x"}}, ("run.dir", "set dir")),
     ({"settings": {"trainer.epochs": 0}}, ("trainer.epochs=0", "greater than or equal to 1")),
-    ({"first": [{"optim.lr": 1.0}]}, ("optim.lr=1.0", "outside of the space")),
-    ({"first": [{"optim.rl": 1e-3}]}, ("optim.rl", "did you mean optim.lr?")),
-    ({"first": [{}]}, ("no optim.lr",)),
+    ({"initial_trials": [{"optim.lr": 1.0}]}, ("optim.lr=1.0", "outside of the space")),
+    ({"initial_trials": [{"optim.rl": 1e-3}]}, ("optim.rl", "did you mean optim.lr?")),
+    ({"initial_trials": [{}]}, ("no optim.lr",)),
     ({"data": {"shards": "x"}}, ("unknown key data", "settings.data.shards=...")),
-    ({"recipe": "none.yaml"}, ("no configuration file none.yaml",)),
+    (
+        {"recipe": "none.yaml"},
+        (
+            "no configuration file",
+            "none.yaml",
+        ),
+    ),
 ]
 
 
@@ -489,12 +487,13 @@ def test_a_mistake_ends_in_one_message(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        run_command(lambda: tune_here(monkeypatch, written(tmp_path, recipe), "fractoin=1"))
+        run_command(lambda: tune_here(monkeypatch, written(tmp_path, recipe), "train_fractoin=1"))
     assert caught.value.code == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert re.fullmatch(
-        r"error: found unknown key fractoin in .*\n    expected: .*\n    HINT: did you mean fraction\?\n", said.err
+        r"error: found unknown key train_fractoin in .*\n    expected: .*\n    HINT: did you mean train_fraction\?\n",
+        said.err,
     )
 
 
@@ -539,8 +538,9 @@ def test_a_search_goes_on_after_a_damaged_shard_is_repaired(
 
 def test_without_optuna_the_extra_is_named(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delitem(sys.modules, "trainer.tune.study")
-    monkeypatch.delattr("trainer.tune.study")
+    for name in ("study", "study_page", "trial", "workers"):
+        monkeypatch.delitem(sys.modules, f"trainer.tune.{name}", raising=False)
+        monkeypatch.delattr(f"trainer.tune.{name}", raising=False)
     with pytest.raises(UserError) as caught:
         tune_here(monkeypatch, written(tmp_path, recipe))
     assert "inkstream[tune]" in caught.value.hint

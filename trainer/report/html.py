@@ -44,6 +44,11 @@ def render(template: str, **content: Any) -> str:
     return environment.get_template(template).render(**content)
 
 
+def percent(fraction: float, digits: int = 2) -> str:
+    """A fraction as text, for instance `98.25 %`."""
+    return f"{100 * fraction:.{digits}f} %"
+
+
 def style(number: int) -> str:
     """The style sheet's class of series 0, 1, ..."""
     return f"series{number + 1}"

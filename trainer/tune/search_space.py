@@ -1,9 +1,10 @@
-"""What a search is: its space and its budget, from a YAML file, checked against the settings before anything runs."""
+"""Search file: search space, sampler, pruner and budget, validated against the settings of the recipe."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,17 +19,17 @@ from trainer.settings import Config, flatten
 
 EXAMPLE = Path("configs/search/optimizers_cpu.yaml")
 DEFAULT_ROOT = Path("runs/search")
-# What a trial is judged by must be the same for all; the last two are said by the search itself.
-_JUDGED_BY = {"data.val_fraction", "trainer.monitor", "data.train_fraction", "seed"}
-_OF_THE_SEARCH = {"data.train_fraction": "fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
+# The objective must be the same for all trials. The last two are set by the search itself.
+_OBJECTIVE = {"data.val_fraction", "trainer.monitor", "data.train_fraction", "seed"}
+_SET_BY_SEARCH = {"data.train_fraction": "train_fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
 
 
 class _Range(Section):
     log: bool = False
-    """Draw the logarithm evenly."""
+    """Sample from the logarithmic domain."""
 
     @model_validator(mode="after")
-    def _has_a_width(self) -> _Range:
+    def _check_bounds(self) -> _Range:
         low, high, step = self.low, self.high, self.step  # type: ignore[attr-defined]
         if low >= high:
             raise ValueError(f"low below high, not {low} and {high}")
@@ -37,6 +38,12 @@ class _Range(Section):
         if self.log and step is not None:
             raise ValueError("step or log: true, not both")
         return self
+
+    def bounds(self) -> list[Any]:
+        return [self.low, self.high]  # type: ignore[attr-defined]
+
+    def contains(self, value: Any) -> bool:
+        return self.low <= float(value) <= self.high  # type: ignore[attr-defined]
 
 
 class FloatRange(_Range):
@@ -49,6 +56,13 @@ class FloatRange(_Range):
     step: Annotated[float, Field(gt=0)] | None = None
     """Distance of the values; null for any."""
 
+    def suggest(self, trial: Any, name: str) -> float:
+        value = trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
+        return min(max(float(f"{value:.6g}"), self.low), self.high)  # as many digits as a person writes into a recipe
+
+    def encode(self, value: Any) -> float:
+        return float(value)
+
 
 class IntRange(_Range):
     type: Literal["int"]
@@ -60,42 +74,62 @@ class IntRange(_Range):
     step: Annotated[int, Field(ge=1)] | None = None
     """Distance of the values; null for 1."""
 
+    def suggest(self, trial: Any, name: str) -> int:
+        return trial.suggest_int(name, self.low, self.high, step=self.step or 1, log=self.log)
 
-class Choices(Section):
+    def encode(self, value: Any) -> int:
+        return int(value)
+
+
+class Categorical(Section):
     type: Literal["categorical"]
     """One of some values."""
     choices: Annotated[list[Any], Field(min_length=2)]
     """The values."""
 
+    def bounds(self) -> list[Any]:
+        return self.choices
 
-Plain = Annotated[FloatRange | IntRange | Choices, Field(discriminator="type")]
+    def contains(self, value: Any) -> bool:
+        return value in self.choices
+
+    def suggest(self, trial: Any, name: str) -> Any:
+        labels = [self.encode(choice) for choice in self.choices]
+        return self.choices[labels.index(trial.suggest_categorical(name, labels))]
+
+    def encode(self, value: Any) -> Any:
+        """A choice as Optuna stores it: scalars as they are, lists and mappings as JSON."""
+        return value if value is None or isinstance(value, str | int | float | bool) else json.dumps(value)
+
+
+Distribution = Annotated[FloatRange | IntRange | Categorical, Field(discriminator="type")]
 
 
 class Conditional(Section):
     type: Literal["conditional"]
-    """A range for each choice of another setting; where a choice has none, the setting stays as it is."""
+    """A range for each choice of another setting; for other choices the setting keeps the recipe's value."""
     of: str
     """The other setting, a categorical one of this space."""
-    cases: Annotated[dict[Any, Plain], Field(min_length=1)]
+    cases: Annotated[dict[Any, Distribution], Field(min_length=1)]
     """A range or choices for each choice of it."""
 
 
-Dimension = Annotated[FloatRange | IntRange | Choices | Conditional, Field(discriminator="type")]
+Dimension = Annotated[FloatRange | IntRange | Categorical | Conditional, Field(discriminator="type")]
 
 
 class Sampler(Section):
     name: Literal["tpe", "random"] = "tpe"
-    """How values are drawn: by a tree-structured Parzen estimator from what is known, or at random."""
+    """How values are sampled: by a tree-structured Parzen estimator, or at random."""
     startup_trials: Annotated[int, Field(ge=1)] = 10
-    """tpe: trials drawn at random before it begins."""
+    """tpe: random trials before the estimator is used."""
 
 
 class Pruner(Section):
     name: Literal["median", "successive_halving", "none"] = "median"
-    """Which trials are given up: those below the median of the others after as many epochs, or all but one in
-    `reduction` at epochs that grow by that factor, or none."""
+    """Which trials are pruned: those below the median of the others at the same epoch, or all but one in `reduction`
+    at epochs that grow by that factor, or none."""
     startup_trials: Annotated[int, Field(ge=0)] = 5
-    """median: trials that are finished before any is given up."""
+    """median: complete trials before any is pruned."""
     warmup_epochs: Annotated[int, Field(ge=1)] = 1
     """Epochs that every trial is given."""
     reduction: Annotated[int, Field(ge=2)] = 3
@@ -104,211 +138,217 @@ class Pruner(Section):
 
 class Budget(Section):
     trials: Annotated[int, Field(ge=1)] | None = None
-    """Trials of the whole study, those that were given up among them; null for no limit."""
+    """Trials of the whole study, including pruned ones; null for no limit."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Minutes of this command; a trial that is not done by then goes on with the next one. Null for no limit."""
+    """Minutes of this command; the next command resumes unfinished trials. Null for no limit."""
 
     @model_validator(mode="after")
-    def _ends(self) -> Budget:
+    def _check_finite(self) -> Budget:
         if self.trials is None and self.minutes is None:
             raise ValueError("trials, minutes or both, so that the search ends")
         return self
 
 
-class Search(Section):
+class SearchConfig(Section):
     """A search over settings of a recipe."""
 
     recipe: Path
-    """The recipe that is searched around, a configuration file."""
+    """The recipe to start from, a path relative to the search file."""
     dir: Path | None = None
-    """Directory of the study and its trials, by default runs/search/NAME; one that is there goes on."""
+    """Directory of the study and its trials, by default runs/search/NAME. An existing study is resumed."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Decides what is drawn."""
+    """Seed of the sampler."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings that every trial has instead of the recipe's, by dotted name; so has the best one's recipe, but for
+    """Settings of every trial that replace the recipe's, by dotted name. best.yaml has them too, except for
     data.val_fraction."""
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the train part, by class, that trials learn from (data.train_fraction); they are judged by the whole
-    validation part."""
-    repeats: Annotated[int, Field(ge=1)] = 1
-    """Trainings of a trial, each with a seed (and so a validation part) of its own; what counts is their mean."""
+    train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the train split, by class, that trials learn from (data.train_fraction); the objective uses the whole
+    validation split."""
+    seeds_per_trial: Annotated[int, Field(ge=1)] = 1
+    """Trainings of a trial, each with its own seed and validation split; the objective is their mean."""
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
     budget: Budget
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
-    """What is searched: a range or choices for each setting, by dotted name."""
-    first: list[dict[str, Any]] = Field(default_factory=list)
-    """Values that are tried before any are drawn, for instance published ones: each gives every setting of the space
-    that it needs."""
-
-    def choices(self, setting: str) -> list[Any]:
-        dimension = self.space[setting]
-        assert isinstance(dimension, Choices)
-        return dimension.choices
+    """Search space: a range or choices for each setting, by dotted name."""
+    initial_trials: list[dict[str, Any]] = Field(default_factory=list)
+    """Values of the first trials, for instance published ones: each gives every setting of the space that applies."""
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a study goes on, flat and by name."""
-        free = {"dir": True, "budget": True, "recipe": True}
-        return dict(flatten(json.loads(self.model_dump_json(exclude=free))))
+        """Keys that must not change when a study is resumed, flat and by name."""
+        return dict(flatten(json.loads(self.model_dump_json(exclude={"dir", "budget", "recipe"}))))
+
+    def applicable(self, values: dict[str, Any]) -> Iterator[tuple[str, str, FloatRange | IntRange | Categorical]]:
+        """Iterate over the settings that apply, those without a condition first.
+
+        Args:
+            values: Values by setting. Conditions are looked up lazily, so a caller may fill it while iterating.
+
+        Yields:
+            Setting, name of its Optuna parameter (one for each case of a condition), and distribution.
+        """
+        for name, dimension in self.space.items():
+            if not isinstance(dimension, Conditional):
+                yield name, name, dimension
+        for name, dimension in self.space.items():
+            if isinstance(dimension, Conditional):
+                for case, distribution in dimension.cases.items():
+                    if values.get(dimension.of) == case:
+                        yield name, f"{name} with {dimension.of}={case}", distribution
+
+    def distributions(self, name: str) -> list[FloatRange | IntRange | Categorical]:
+        """The distribution of a setting, or those of all its cases."""
+        dimension = self.space[name]
+        return list(dimension.cases.values()) if isinstance(dimension, Conditional) else [dimension]
 
 
-def load(path: Path, overrides: list[str]) -> tuple[Search, Config]:
-    """A search and the recipe it is about (with `settings`, without the fraction). Raises `UserError`."""
+def load(path: Path, overrides: list[str]) -> tuple[SearchConfig, Config]:
+    """Read a search file and its recipe.
+
+    Args:
+        path: The search file, YAML.
+        overrides: `key=value` pairs that replace keys of the file. A recipe named here is relative to the working
+            directory.
+
+    Returns:
+        The search, and the recipe with `settings` applied (without `train_fraction`).
+
+    Raises:
+        UserError: A key, setting or value is unknown or out of range.
+    """
     content = config.read(path, overrides, EXAMPLE)
     if isinstance(content.get("settings"), dict):
         content["settings"] = dict(flatten(content["settings"]))
     place = f"{path} or the command line" if overrides else str(path)
     search = _validate(content, place)
+    changes: dict[str, Any] = {}
     if search.dir is None:
-        search = search.model_copy(update={"dir": DEFAULT_ROOT / path.stem})
+        changes["dir"] = DEFAULT_ROOT / path.stem
+    if not any(override.startswith("recipe=") for override in overrides):
+        changes["recipe"] = Path(os.path.normpath(path.parent / search.recipe))
+    search = search.model_copy(update=changes)
     base = config.load(search.recipe, [])
     known = {name for name, _ in config.settings()}
     for name in [*search.settings, *search.space]:
         if name not in known:
             raise config.unknown_setting(name, place)
-        if name in _OF_THE_SEARCH:
+        if name in _SET_BY_SEARCH:
             raise UserError(
                 found=f"{name} in {place}",
-                expected=f"{_OF_THE_SEARCH[name]}, by which the search decides it",
-                hint=f"set {_OF_THE_SEARCH[name]}, and remove {name}",
+                expected=f"{_SET_BY_SEARCH[name]}, from which the search sets it",
+                hint=f"set {_SET_BY_SEARCH[name]}, and remove {name}",
             )
     base = config.changed(base, search.settings, place)
     _check_space(search, base, place)
     return search, base
 
 
-def dimensions(search: Search) -> Iterator[tuple[str, Any, FloatRange | IntRange | Choices]]:
-    """Each setting with its range; conditional ones once for each case, which is None for the others."""
-    for name, dimension in search.space.items():
-        if isinstance(dimension, Conditional):
-            for case, inner in dimension.cases.items():
-                yield name, case, inner
-        else:
-            yield name, None, dimension
-
-
 def describe() -> list[tuple[str, str]]:
-    """Every key of a search file and the sentence about it."""
-    return described(Search)
+    """Every key of a search file and its description."""
+    return described(SearchConfig)
 
 
-def _check_space(search: Search, base: Config, place: str) -> None:
-    """Each setting may be searched, each end of a range and each choice is a value of it."""
-    searchable = set(base.recipe()) - _JUDGED_BY
+def _check_space(search: SearchConfig, base: Config, place: str) -> None:
+    """Check that each setting can be searched, and that each bound and choice is a valid value of it."""
+    searchable = set(base.recipe()) - _OBJECTIVE
     for name, dimension in search.space.items():
         if name not in searchable:
             raise UserError(
                 found=f"{name} in the space of {place}",
-                expected="a setting that changes what is learned, and not by what a trial is judged",
-                hint=f"set it for all trials: settings: {{{name}: ...}}" if name != "seed" else "raise repeats",
+                expected="a setting of the training that does not change the objective",
+                hint=f"set it for all trials: settings: {{{name}: ...}}" if name != "seed" else "raise seeds_per_trial",
             )
         if isinstance(dimension, Conditional):
             _check_cases(search, name, dimension, place)
-    for name, _, dimension in dimensions(search):
-        ends = dimension.choices if isinstance(dimension, Choices) else [dimension.low, dimension.high]
-        for value in ends:
-            config.changed(base, {name: value}, f"the space of {place}")
-    for number, values in enumerate(search.first, 1):
-        _check_first(search, base, values, f"values {number} of first in {place}")
+        for distribution in search.distributions(name):
+            for value in distribution.bounds():
+                config.changed(base, {name: value}, f"the space of {place}")
+    for number, values in enumerate(search.initial_trials, 1):
+        _check_initial_trial(search, base, values, f"initial_trials, entry {number}, in {place}")
 
 
-def _check_cases(search: Search, name: str, dimension: Conditional, place: str) -> None:
-    if not isinstance(search.space.get(dimension.of), Choices):
+def _check_cases(search: SearchConfig, name: str, dimension: Conditional, place: str) -> None:
+    condition = search.space.get(dimension.of)
+    if not isinstance(condition, Categorical):
         raise UserError(
             found=f"{name} in {place}, conditional on {dimension.of}",
             expected="a categorical setting of the same space",
             hint=f"add {dimension.of}: {{type: categorical, choices: [...]}} to the space",
         )
-    choices = search.choices(dimension.of)
     for case in dimension.cases:
-        if case not in choices:
+        if case not in condition.choices:
             raise UserError(
                 found=f"case {case} of {name} in {place}",
-                expected=f"one of the choices of {dimension.of}: {', '.join(map(str, choices))}",
-                hint=_near(str(case), [str(choice) for choice in choices]),
+                expected=f"one of the choices of {dimension.of}: {', '.join(map(str, condition.choices))}",
+                hint=_did_you_mean(str(case), list(map(str, condition.choices))),
             )
 
 
-def _check_first(search: Search, base: Config, values: dict[str, Any], place: str) -> None:
+def _check_initial_trial(search: SearchConfig, base: Config, values: dict[str, Any], place: str) -> None:
     for name in values:
         if name not in search.space:
             raise UserError(
                 found=f"{name} in {place}",
                 expected="settings of the space",
-                hint=_near(name, list(search.space)),
+                hint=_did_you_mean(name, list(search.space)),
             )
     config.changed(base, values, place)
-    for name, case, dimension in dimensions(search):
-        outer = search.space[name]
-        if isinstance(outer, Conditional) and values.get(outer.of) != case:
-            continue
+    for name, _, distribution in search.applicable(values):
         if name not in values:
             raise UserError(
                 found=f"no {name} in {place}", expected="a value for every setting of the space", hint="add it"
             )
-        value = values[name]
-        if isinstance(dimension, Choices):
-            fits = value in dimension.choices
-        else:
-            fits = dimension.low <= float(value) <= dimension.high
-        if not fits:
+        if not distribution.contains(values[name]):
             raise UserError(
-                found=f"{name}={value} in {place}, which is outside of the space",
-                expected=str(dimension.model_dump(exclude={"type"}, exclude_none=True)),
+                found=f"{name}={values[name]} in {place}, which is outside of the space",
+                expected=str(distribution.model_dump(exclude={"type"}, exclude_none=True)),
                 hint="widen the space, or choose another value",
             )
 
 
-def _validate(content: dict[str, Any], place: str) -> Search:
+def _validate(content: dict[str, Any], place: str) -> SearchConfig:
     try:
-        return Search.model_validate(content)
+        return SearchConfig.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        # Pydantic puts the type of a dimension into its path, which a user did not write there.
-        loc = [str(part) for part in first["loc"]]
-        name = ".".join(part for part in loc if part not in ("float", "int", "categorical", "conditional"))
-        if first["type"] == "extra_forbidden":
-            settings = [setting for setting, _ in config.settings() if setting.split(".")[0] == name]
-            raise UserError(
-                found=f"unknown key {name} in {place}",
-                expected="one of the keys that python -m trainer.tune --help lists",
-                hint=f"the recipe's are set for all trials: settings.{settings[0]}=..."
-                if settings
-                else _near(loc[-1], _keys(loc)),
-            ) from None
-        if first["type"] in ("missing", "union_tag_not_found"):
-            name = f"{name}.type" if first["type"] == "union_tag_not_found" else name
-            raise UserError(
-                found=f"no {name} in {place}", expected="a value for it", hint=f"compare it with {EXAMPLE}"
-            ) from None
+        # Pydantic inserts the type of a dimension into the location of an error.
+        loc = [str(key) for key in first["loc"] if key not in ("float", "int", "categorical", "conditional")]
+        name = ".".join(loc)
         reason = first["msg"].removeprefix("Value error, ")
         given = first["input"] if isinstance(first["input"], str | int | float | bool | None) else "..."
-        raise UserError(
-            found=f"{name}: {given} in {place}" if name else f"{place}",
-            expected=reason[0].lower() + reason[1:],
-            hint=dict(describe()).get(name) or f"compare it with {EXAMPLE}",
-        ) from None
+        found = f"{name}: {given} in {place}" if name else place
+        expected = reason[0].lower() + reason[1:]
+        hint = dict(describe()).get(name) or f"compare it with {EXAMPLE}"
+        if first["type"] == "extra_forbidden":
+            found, expected = f"unknown key {name} in {place}", "one of the keys in python -m trainer.tune --help"
+            settings = [setting for setting, _ in config.settings() if setting.split(".")[0] == name]
+            models = (SearchConfig, Sampler, Pruner, Budget, FloatRange, Categorical, Conditional)
+            keys = [key for model in models for key in model.model_fields]
+            hint = f"for all trials: settings.{settings[0]}=..." if settings else _did_you_mean(loc[-1], keys)
+        elif first["type"] in ("missing", "union_tag_not_found"):
+            kind = ".type" if first["type"] == "union_tag_not_found" else ""
+            found, expected = f"no {name}{kind} in {place}", "a value for it"
+        raise UserError(found=found, expected=expected, hint=hint) from None
 
 
-def _keys(loc: list[str]) -> list[str]:
-    """The keys that may stand where an unknown one was found."""
-    tags = {"float": FloatRange, "int": IntRange, "categorical": Choices, "conditional": Conditional}
-    models = {"sampler": Sampler, "pruner": Pruner, "budget": Budget} | tags
-    model = next((models[part] for part in reversed(loc[:-1]) if part in models), Search)
-    return list(model.model_fields)
-
-
-def _near(name: str, known: list[str]) -> str:
+def _did_you_mean(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "remove it"
 
 
-def best_recipe(search: Search, base: Config, values: dict[str, Any], name: str, head: list[str]) -> str:
-    """The text of a complete recipe with the best values; head: lines about where they are from."""
+def best_recipe(search: SearchConfig, base: Config, values: dict[str, Any], name: str, head: list[str]) -> str:
+    """Format a complete recipe with the best values, as YAML.
+
+    Args:
+        search: The search.
+        base: The recipe with the settings of all trials.
+        values: Values of the best trial, by setting.
+        name: The recipe's `run.name`.
+        head: Comment lines for the top of the file.
+    """
     own = {"run.name": name}
     if "data.val_fraction" in search.settings:
         own["data.val_fraction"] = config.load(search.recipe, []).data.val_fraction
-    found = config.changed(base, values | own, "the best trial")
-    content = found.model_dump(mode="json", exclude_unset=True)
+    content = config.changed(base, values | own, "the best trial").model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + text

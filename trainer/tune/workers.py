@@ -1,4 +1,4 @@
-"""Processes of one machine that train the trials of a study."""
+"""Worker processes of one machine that train the trials of a study."""
 
 from __future__ import annotations
 
@@ -20,28 +20,34 @@ from trainer.distributed import init_distributed
 from trainer.engine import Stopped
 from trainer.memory import granted
 from trainer.settings import Config
-from trainer.tune.search_space import Search
+from trainer.tune import study_page
+from trainer.tune.search_space import SearchConfig
+from trainer.tune.study import SharedStudy
+from trainer.tune.trial import TrialPaused, train_trial
 
-_MOST_DEATHS = 3  # for each worker, before the search is given up
-_PATIENCE = 10.0  # seconds for workers that were told to stop, beyond checkpoint.grace_seconds
+_MAX_DEATHS = 3  # for each worker, before the search fails
+_STOP_SECONDS = 10.0  # for workers to exit after SIGTERM, beyond checkpoint.grace_seconds
 
 
-def work(wanted: Search, base: Config, deadline: float, workers: int = 1) -> int:
-    """Train trials until none is left or the time is up, as one of some workers of this machine.
+def work(search: SearchConfig, base: Config, deadline: float, workers: int = 1) -> int:
+    """Train trials until none is left or the time budget is exhausted.
 
-    deadline: seconds since 1970. Returns the exit status.
+    Args:
+        search: The search.
+        base: The recipe with the settings of all trials.
+        deadline: End of the time budget, seconds since 1970.
+        workers: Number of workers on this machine, which share its memory.
+
+    Returns:
+        The exit status.
     """
-    from trainer.tune import study_page as search_report
-    from trainer.tune.study import Study
-    from trainer.tune.trial import OutOfTime, train_trial
-
     parent = multiprocessing.parent_process()
 
     def is_over() -> bool:
         return time.time() >= deadline or (parent is not None and not parent.is_alive())
 
-    study = Study(wanted, base)
-    trained = base  # how trials are trained; the best recipe has the memory to itself, and compares hashes
+    study = SharedStudy(search, base)
+    trained = base  # best.yaml keeps the recipe's own loader.cache_gb and data.verify
     if base.loader.cache_gb == "auto" and workers > 1:
         share = granted() / 2 / 1e9 / workers
         trained = config.changed(base, {"loader.cache_gb": share}, "a share of the memory")
@@ -50,82 +56,78 @@ def work(wanted: Search, base: Config, deadline: float, workers: int = 1) -> int
             with study.next_trial() as trial:
                 if trial is None:
                     break
-                print(f"trial {trial.number} begins: {search_report.said(trial.values)}", flush=True)
+                print(f"trial {trial.number} started: {study_page.format_values(trial.values)}", flush=True)
                 try:
-                    train_trial(study, trial, wanted, trained, world, is_over)
-                except OutOfTime:
-                    print(f"trial {trial.number} is left for later: the time is up", flush=True)
+                    train_trial(study, trial, search, trained, world, is_over)
+                except TrialPaused:
+                    print(f"trial {trial.number} paused: time budget exhausted", flush=True)
                     break
                 except Stopped as stop:
-                    print(f"trial {trial.number} stopped; the same command goes on with it", flush=True)
+                    print(f"trial {trial.number} stopped; the same command resumes it", flush=True)
                     return 128 + stop.signum
-            results = study.results()
-            print(search_report.line(next(result for result in results if result.number == trial.number)), flush=True)
-            with study.alone():
-                search_report.write(study, wanted, base)
-            trained = config.changed(trained, {"data.verify": False}, "the search")  # once is enough
+            result = next(result for result in study.results() if result.number == trial.number)
+            print(study_page.format_result(result), flush=True)
+            with study.exclusive():
+                study_page.write(study, search, base)
+            trained = config.changed(trained, {"data.verify": False}, "the search")  # verified by the first trial
     return 0
 
 
-def supervise(wanted: Search, base: Config, deadline: float, workers: int) -> int:
-    """Keep some processes at work; one that is killed is replaced, and its trial gone on with."""
-    gpus = _gpus(base.device)
-    cores = str(max(1, default_workers() // workers))
+def supervise(search: SearchConfig, base: Config, deadline: float, workers: int) -> int:
+    """Run some worker processes; a killed one is replaced, and its trial resumed. Returns the exit status."""
+    gpus = [] if base.device == "cpu" else _visible_gpus()
     context = multiprocessing.get_context("spawn")
 
     def start(index: int) -> BaseProcess:
-        own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores)}
-        if len(gpus) > 1:
-            own["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
-        before = {name: os.environ.get(name) for name in own}
-        os.environ.update(own)
-        process = context.Process(target=_worker, args=(wanted, base, deadline, workers), name=f"worker {index + 1}")
+        gpu = gpus[index % len(gpus)] if len(gpus) > 1 else None
+        arguments = (search, base, deadline, workers, gpu)
+        process = context.Process(target=_worker, args=arguments, name=f"worker {index + 1}")
         process.start()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
         return process
 
-    at_work = {index: start(index) for index in range(workers)}
+    running = {index: start(index) for index in range(workers)}
     deaths, status = 0, 0
     try:
-        while at_work:
-            wait([process.sentinel for process in at_work.values()])
-            for index, process in list(at_work.items()):
+        while running:
+            wait([process.sentinel for process in running.values()])
+            for index, process in list(running.items()):
                 if process.is_alive():
                     continue
                 process.join()
-                del at_work[index]
+                del running[index]
                 code = process.exitcode or 0
-                if code < 0 and deaths < _MOST_DEATHS * workers:
+                if code < 0 and deaths < _MAX_DEATHS * workers:
                     deaths += 1
-                    print(f"warning: {process.name} was killed by signal {-code}; another one begins", file=sys.stderr)
-                    at_work[index] = start(index)
+                    print(f"warning: {process.name} was killed by signal {-code}; restarting it", file=sys.stderr)
+                    running[index] = start(index)
                 elif code != 0:
                     status = status or (code if code > 0 else 1)
-                    _stop(list(at_work.values()), base)  # what one met, the others would meet
+                    _stop(list(running.values()), base)  # the others would fail in the same way
     except BaseException:
-        _stop(list(at_work.values()), base)
+        _stop(list(running.values()), base)
         raise
     return status
 
 
-def _worker(wanted: Search, base: Config, deadline: float, workers: int) -> None:
+def _worker(search: SearchConfig, base: Config, deadline: float, workers: int, gpu: str | None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    run_command(lambda: work(wanted, base, deadline, workers))
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA is not initialized yet
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, default_workers() // workers))
+    run_command(lambda: work(search, base, deadline, workers))
 
 
 def _stop(processes: list[BaseProcess], base: Config) -> None:
-    """Tell workers to stop with a checkpoint, and wait for that."""
+    """Send SIGTERM to the workers, and wait for their checkpoints."""
     for process in processes:
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGTERM)
     for process in processes:
-        process.join(base.checkpoint.grace_seconds + _PATIENCE)
+        process.join(base.checkpoint.grace_seconds + _STOP_SECONDS)
 
 
-def _gpus(device: str) -> list[str]:
-    """The GPUs that workers share out, as CUDA_VISIBLE_DEVICES names them."""
-    if device == "cpu":
-        return []
+def _visible_gpus() -> list[str]:
+    """GPUs that the workers share, as CUDA_VISIBLE_DEVICES names them."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     return listed.split(",") if listed else [str(number) for number in range(torch.cuda.device_count())]
