@@ -430,7 +430,7 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"budget": {"trails": 1}}, ("unknown key budget.trails", "did you mean trials?")),
     ({"budget": {}}, ("budget", "trials, minutes or both")),
     ({"budget": {"trials": 0}}, ("budget.trials: 0", "greater than or equal to 1")),
-    ({"train_fraction": 0}, ("train_fraction: 0", "greater than 0", "Fraction of the train part")),
+    ({"train_fraction": 0}, ("train_fraction: 0", "greater than 0", "Fraction of the train split")),
     ({"seeds_per_trial": "many"}, ("seeds_per_trial: many", "valid integer")),
     ({"space": {}}, ("space", "at least 1")),
     ({"space": {"optim.learning_rate": LR}}, ("unknown setting optim.learning_rate", "did you mean optim.lr?")),
