@@ -136,7 +136,7 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
     if directory.summary_path.exists():
         return directory.read_summary()
     with contextlib.ExitStack() as held:
-        held.enter_context(directory.held())
+        held.enter_context(directory.lock())
         # Beside the directory: a directory with a file and no settings is not taken for a run.
         log = held.enter_context(open(directory.path.with_suffix(".log"), "a"))
         held.enter_context(contextlib.redirect_stdout(log))
@@ -151,14 +151,14 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
             checkpoint.check_fits(state, settings, data.classes, data.digest, source)
             resume.restore(training, state)
         directory.begin(settings, environment(world.device) | {"backend": data.backend, "data": data.digest})
-        directory.write_history(training.history)
-        for record in training.history[-1:]:  # the process may have died before it reported this epoch
+        directory.write_history(training.state.history)
+        for record in training.state.history[-1:]:  # the process may have died before it reported this epoch
             reporter.epoch(record)
         engine.fit_without_test(training, directory, [reporter], source)
     summary = {
-        "metric": training.best,
-        "metrics": [record["validation"][settings.trainer.monitor] for record in training.history],
-        "validation": training.history[training.best_epoch - 1]["validation"],
+        "metric": training.state.best,
+        "metrics": [record["validation"][settings.trainer.monitor] for record in training.state.history],
+        "validation": training.state.history[training.state.best_epoch - 1]["validation"],
     }
     directory.write_summary(summary)
     del training, data
