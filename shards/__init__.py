@@ -1,4 +1,4 @@
-"""On-disk format: writing, reading and verifying packed image shards. `FORMAT.md` describes it.
+"""On-disk format: writing, reading and verifying packed image shards. `docs/format.md` describes it.
 
 Knows nothing of data-set names, devices, batches, DALI or torch.
 """

@@ -43,7 +43,7 @@ class Shard(_Record):
 
 
 class Manifest(_Record):
-    """A packed split (train, test or val) of a data set. `FORMAT.md` gives the meaning of every field."""
+    """A packed split (train, test or val) of a data set. `docs/format.md` gives the meaning of every field."""
 
     format: Literal["inkstream-blocks"] = "inkstream-blocks"
     version: Literal[1, 2] = 2

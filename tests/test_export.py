@@ -145,17 +145,17 @@ def test_the_cards_code_runs_as_written(which: str, request: pytest.FixtureReque
         )
 
 
-def test_the_readmes_three_lines_load_a_timm_model(
+def test_the_documented_lines_load_a_timm_model(
     tmp_path: Path, made_up_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trained(tmp_path, made_up_set, model="name: test_efficientnet", data="resolution: 16")
     trained_model = load_trained_model(run)
     target, _ = export(run, "safetensors", tmp_path / "model")
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "inference.md").read_text()
     lines = re.search(r"    import timm\n(?:    .*\n|\n)*?    model.eval\(\)\n", text)
     assert lines is not None
     code = re.sub("^    ", "", lines[0], flags=re.MULTILINE)
-    # The README's are of the recipe for ByClass; all else is as written there.
+    # The snippet is for the recipe for ByClass; all else is as written there.
     for written, here in (('"efficientnet_b2"', '"test_efficientnet"'), ("num_classes=62", "num_classes=5")):
         assert written in code
         code = code.replace(written, here)
