@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error
 from PIL import Image
-from reference import model_input as slow_model_input
+from support.transform_reference import model_input as slow_model_input
 
 from benchmarks.common.processes import KeptProcess, ProcessFailed, cpu_seconds, workers_memory
 from benchmarks.loaders import loader_worker

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from made_up_records import foreign_set, made_up_image, pack_pictures
 from PIL import Image
-from raw_files import picture, pixels, refusal
-from reference import model_input
+from support.raw_files import picture, pixels, refusal
+from support.synthetic_records import foreign_set, made_up_image, pack_pictures
+from support.transform_reference import model_input
 
 from pipeline import normalization
 from pipeline.loader import Loader

@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import made_up_parts
 from numpy.typing import NDArray
-from reference import model_input
+from support.batches import assert_same
+from support.transform_reference import model_input
 
-from pipeline.loader import Batch, Loader, run_ahead
+from pipeline.loader import Loader, run_ahead
 from pipeline.sampler import BatchSampler, SequentialBatchSampler, ShuffledBatchSampler
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.build import build_transform
@@ -53,15 +54,6 @@ def raw_images(store: Store, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
     images = np.empty((len(samples), *store.manifest.image_shape), np.uint8)
     store.gather(samples, images)
     return images
-
-
-def assert_same(these: list[Batch], those: list[Batch]) -> None:
-    assert len(these) == len(those) > 0
-    for one, other in zip(these, those, strict=True):
-        assert (one.step, one.global_size) == (other.step, other.global_size)
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
-        assert torch.equal(one.source_index, other.source_index)
 
 
 def loader_threads() -> list[threading.Thread]:

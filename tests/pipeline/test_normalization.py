@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import made_up_parts, pack_parts
-from reference import model_input
+from support.transform_reference import model_input
 
 from pipeline import normalization
 from pipeline.normalization import DatasetStats, compute_stats, load_or_compute_stats

@@ -15,8 +15,8 @@ import pytest
 from conftest import assert_user_error, run_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_up_records import foreign_samples, foreign_set, made_up_file, write_foreign
-from raw_files import picture, pixels, refusal
+from support.raw_files import picture, pixels, refusal
+from support.synthetic_records import foreign_samples, foreign_set, made_up_file, write_foreign
 from wds2idx import IndexCreator
 from webdataset.tariterators import base_plus_ext
 

@@ -9,10 +9,10 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from reference import resize_axis
 from scipy import ndimage
 
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams, ParamIndex
+from support.transform_reference import resize_axis
 
 CROSS = ndimage.generate_binary_structure(2, 1)
 

@@ -8,7 +8,8 @@ import io
 from pathlib import Path
 
 import numpy as np
-from raw_files import idx, picture, write_tree
+
+from support.raw_files import idx, picture, write_tree
 
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # As NIST lists them: digits, capitals, small letters; Balanced has eleven of the small ones.

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import webdataset
 from numpy.typing import NDArray
-from raw_files import picture
 
 import pipeline.packing.pack
 from pipeline.packing.pack import pack
 from pipeline.readers.raw_split import RawSplit
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
+from support.raw_files import picture
 
 FORMATS = {"png": ("PNG", {}), "jpg": ("JPEG", {"quality": 95}), "webp": ("WEBP", {}), "bmp": ("BMP", {})}
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from run_outcome import assert_same_run, history
-from test_training import QUICK, stop_in_epoch, train_here
+from support.run_outcome import assert_same_run, history
+from support.training_runs import QUICK, stop_in_epoch, train_here
 
 from shards import UserError
 from trainer.arithmetic import with_precision

@@ -6,93 +6,18 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import ROOT, assert_user_error, free_port, made_up_parts, pack_parts, run_module
-from run_outcome import assert_same_run, history, weights
+from conftest import assert_user_error, free_port, made_up_parts, pack_parts, run_module
+from support.run_outcome import assert_same_run, history, weights
+from support.training_runs import stop_in_epoch, train, train_here
 
 from shards import UserError
 from trainer import engine
-from trainer.run import main as run_main
 from trainer.run_directory import RunDirectory
-
-QUICK = {
-    "data": {"val_fraction": 0.1, "resolution": 20},
-    "loader": {"batch_size": 32},
-    "model": {"name": "three_block_cnn", "drop_rate": 0.2},
-    "loss": {"label_smoothing": 0.1, "class_weights": "minmax"},
-    "mixup": {"prob": 0.6},
-    "optim": {"name": "lion", "lr": 1e-3, "grad_accumulation": 2, "max_grad_norm": 1.0},
-    "schedule": {"name": "warm_restarts", "unit": "step", "warmup": 1, "cycle_epochs": 1},
-    "trainer": {"epochs": 3, "precision": "fp32", "ema_decay": 0.9},
-}
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
-    """A recipe with everything that has a state: accumulation, mixing, dropout, average, restarts."""
-    path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
-    path.write_text(yaml.safe_dump(QUICK | {"data": QUICK["data"] | {"shards": str(made_up_set)}}))
-    return path
-
-
-def train(recipe: Path, directory: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Train by a real process (or several, through torchrun)."""
-    arguments = [recipe, f"run.dir={directory}", *overrides]
-    if ranks == 1:
-        return run_module("trainer.run", *arguments)
-    port = f"--master_port={free_port()}"
-    return run_module("torch.distributed.run", f"--nproc_per_node={ranks}", port, "-m", "trainer.run", *arguments)
-
-
-def train_here(monkeypatch: pytest.MonkeyPatch, recipe: Path, directory: Path, *overrides: str) -> int:
-    """Train in this process, which saves the start of another."""
-    monkeypatch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory}", *overrides])
-    return run_main()
-
-
-def stop_in_epoch(recipe: Path, directory: Path, epoch: int, how: int, delay: float, *overrides: str) -> int:
-    """Start a run, send it a signal some time after it finished an epoch, and return its exit status.
-
-    Batches are slowed down by a wrapper so that the signal meets the middle of an epoch.
-    """
-    slow = (
-        "import time, trainer.engine as engine\n"
-        "step = engine.train_step\n"
-        "def slow_step(*arguments, **options):\n"
-        "    time.sleep(0.05)\n"
-        "    return step(*arguments, **options)\n"
-        "engine.train_step = slow_step\n"
-        "from trainer.run import main\n"
-        "from shards.cli import run_command\n"
-        "run_command(main)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, str(recipe), f"run.dir={directory}", *overrides],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 90
-    while True:
-        path = directory / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= epoch:
-            break
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(delay)
-    process.send_signal(how)
-    process.communicate(timeout=60)
-    return process.returncode
 
 
 @pytest.fixture(scope="module")

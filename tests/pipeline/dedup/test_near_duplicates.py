@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from test_perceptual_hash import png, smooth
+from support.image_files import png, smooth
 
 import pipeline.dedup.near_duplicates
 from pipeline.datasets import find_source

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from support.image_files import png, smooth
 
 import pipeline.dedup.hamming_index
 from pipeline.dedup.hamming_index import MAX_DISTANCE, HammingIndex
@@ -21,22 +21,6 @@ from pipeline.dedup.perceptual_hash import (
     thumbnails_of_arrays,
     thumbnails_of_files,
 )
-
-
-def smooth(count: int, height: int = 28, width: int = 28, channels: int = 1, seed: int = 0) -> NDArray[np.uint8]:
-    """Pictures of random low frequencies, uint8 [count, height, width, channels]."""
-    random = np.random.default_rng([seed, count, height])
-    rows, columns = (np.cos(np.pi * np.outer(np.arange(side) + 0.5, np.arange(9)) / side) for side in (height, width))
-    waves = random.normal(size=(count, channels, 9, 9))
-    values = np.einsum("yk,nckl,xl->nyxc", rows, waves, columns)
-    values -= values.min(axis=(1, 2, 3), keepdims=True)
-    return np.rint(values / values.max(axis=(1, 2, 3), keepdims=True) * 255).astype(np.uint8)
-
-
-def png(image: NDArray[np.uint8]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, "PNG")
-    return file.getvalue()
 
 
 class TestThumbnails:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from raw_files import load, picture, pixels, read_all, refusal, unreadable, write_tar, write_zip
+from support.raw_files import load, picture, pixels, read_all, refusal, unreadable, write_tar, write_zip
 
 from pipeline.readers.archives import files
 from pipeline.readers.archives.compression import decompress, is_compressed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_files import idx, load, refusal, write_tree, write_zip
+from support.raw_files import idx, load, refusal, write_tree, write_zip
 
 from pipeline.datasets import find_source, source_names
 from pipeline.datasets.emnist import parse_mapping

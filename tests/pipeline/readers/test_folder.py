@@ -13,7 +13,7 @@ import pytest
 from conftest import run_module
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_files import (
+from support.raw_files import (
     load,
     picture,
     pixels,
@@ -342,7 +342,7 @@ class TestSizes:
         assert "test/a/1.png of 8 x 9" in refusal(lambda: folder(tmp_path)).found
 
     def test_are_those_after_turning(self, tmp_path: Path) -> None:
-        from test_pictures import turned_exif
+        from support.image_files import turned_exif
 
         files = {"a/1.png": picture(pixels(8, 6)), "b/2.png": picture(pixels(6, 8), exif=turned_exif(6))}
         assert folder(write_tree(tmp_path, files))[0].image_shape == (8, 6, 1)

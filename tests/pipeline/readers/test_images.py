@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from raw_files import in_a_process, picture, pixels, png_claiming
+from support.image_files import turned_exif
+from support.raw_files import in_a_process, picture, pixels, png_claiming
 
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats.image import check_record, decode, header
@@ -28,12 +29,6 @@ def refused(content: bytes) -> str:
     with pytest.raises(CorruptFileError) as caught:
         decode(content, 1, None)
     return str(caught.value)
-
-
-def turned_exif(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
 
 
 class TestPixels:
@@ -229,7 +224,7 @@ class TestBadPictures:
     def test_a_bomb_takes_no_memory(self) -> None:
         """The claimed pixels would be 3.6 GB."""
         code = """
-from raw_files import png_claiming
+from support.raw_files import png_claiming
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats.image import check_record, decode, header
 for read in (header, check_record, lambda content: decode(content, 3, (32, 32))):

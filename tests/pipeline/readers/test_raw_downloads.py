@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from official_layouts import TEN, cifar10_files, cifar_records, numtadb_table
-from raw_files import (
+from support.official_layouts import TEN, cifar10_files, cifar_records, numtadb_table
+from support.raw_files import (
     idx,
     in_a_process,
     load,

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from raw_files import (
+from support.raw_files import (
     in_a_process,
     load,
     picture,

@@ -7,14 +7,15 @@ import itertools
 from dataclasses import fields, replace
 from pathlib import Path
 
-import augmentation_reference as reference
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from reference import model_input
-from test_loader import assert_same
-from test_picture_graph import SIZES, as_array, picture, pixels
+from support import augmentation_reference as reference
+from support.batches import assert_same
+from support.image_files import SIZES, as_array
+from support.raw_files import picture, pixels
+from support.transform_reference import model_input
 
 from pipeline.loader import Loader
 from pipeline.sampler import ShuffledBatchSampler

@@ -8,11 +8,12 @@ import io
 import numpy as np
 import pytest
 import torch
-from made_up_records import made_up_file
 from numpy.typing import NDArray
 from PIL import Image
-from raw_files import picture, pixels
-from reference import model_input
+from support.image_files import SIZES, as_array
+from support.raw_files import picture, pixels
+from support.synthetic_records import made_up_file
+from support.transform_reference import model_input
 
 from pipeline.transforms import dali_backend
 from pipeline.transforms.build import build_transform, choose_backend
@@ -21,8 +22,6 @@ from pipeline.transforms.spec import Transform, TransformSpec, UndecodableImage
 from shards import UserError
 from shards.stores.image_header import decode
 
-# Height and width; from one pixel to more than any target, squares among them.
-SIZES = ((5, 7), (28, 28), (40, 90), (96, 131), (1, 1), (64, 63), (16, 16))
 # Of the pixel range. Positions in float32 are the less exact the larger the picture, and cost the more the steeper the
 # kernel: 0.9e-5 for linear, 1.3e-5 for Lanczos; see test_graph.
 TOLERANCE = 1.5e-5
@@ -42,11 +41,6 @@ def spec_of(channels: int, resolution: int, interpolation: str = "linear", trans
 
 def graph_of(device: torch.device, channels: int = 3, resolution: int = 24, **options: object) -> Transform:
     return build_transform(spec_of(channels, resolution, **options), "dali", device, BATCH)
-
-
-def as_array(content: bytes) -> NDArray[np.uint8]:
-    """As stores give them: not writable."""
-    return np.frombuffer(content, np.uint8)
 
 
 def random_images(channels: int) -> list[NDArray[np.uint8]]:

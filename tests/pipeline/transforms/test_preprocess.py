@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
-import augmentation_reference as reference
 import numpy as np
 import nvidia.dali.fn as fn
 import pytest
@@ -14,6 +13,7 @@ from conftest import made_up_parts, pack_parts
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from scipy import ndimage
+from support import augmentation_reference as reference
 
 from pipeline import normalization
 from pipeline.transforms.build import build_transform

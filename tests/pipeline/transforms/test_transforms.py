@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from reference import model_input, resize_axis
+from support.transform_reference import model_input, resize_axis
 
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.ops.resize import resize_weights

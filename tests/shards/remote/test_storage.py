@@ -19,7 +19,7 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error
-from s3_server import BUCKET, Faults, Line, environment, s3_server
+from support.s3_server import BUCKET, Faults, Line, environment, s3_server
 
 import shards.remote.base as remote
 import shards.remote.fsspec_backend as remote_fsspec

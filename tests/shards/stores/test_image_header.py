@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
-from raw_files import picture, pixels
+from support.raw_files import picture, pixels
 
 from shards.stores.image_header import MAX_PIXELS, ImageHeader, decode, read_image_header
 

@@ -17,9 +17,9 @@ import webdataset
 from conftest import assert_user_error, run_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_up_records import FORMATS, image_splits, pack_pictures
 from nvidia.dali import fn, pipeline_def
-from raw_files import refusal
+from support.raw_files import refusal
+from support.synthetic_records import FORMATS, image_splits, pack_pictures
 from wds2idx import IndexCreator
 
 from pipeline.readers.raw_split import RawSplit

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from official_layouts import cifar10_files, write_emnist, write_mnist, write_numtadb
-from raw_files import write_tar
+from support.official_layouts import cifar10_files, write_emnist, write_mnist, write_numtadb
+from support.raw_files import write_tar
 
 from pipeline.shard import main as pack_main
 from shards import open_split

@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import run_module
+from conftest import free_port, run_module
 from numpy.typing import NDArray
-from test_training import free_port
 
 from trainer import engine
 from trainer.calibration import calibration_error, fit_temperature

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import pack_parts
-from test_training import train_here
+from support.training_runs import train_here
 
 from pipeline.packing.pack import ORIGINS
 from pipeline.packing.repack import packed_splits

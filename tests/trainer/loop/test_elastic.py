@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, free_port
-from run_outcome import assert_same_run, history, weights
-from test_training import QUICK
+from support.run_outcome import assert_same_run, history, weights
+from support.training_runs import QUICK
 
 from trainer import signals
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from conftest import free_port, run_module
-from run_outcome import weights
-from test_training import train_here
+from support.run_outcome import weights
+from support.training_runs import train_here
 
 from pipeline.loader import Batch
 from shards import UserError, open_split

@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 import yaml
-from run_outcome import weights
-from test_training import train, train_here
+from support.run_outcome import weights
+from support.training_runs import train, train_here
 from torch import nn
 
 from trainer.average import Average

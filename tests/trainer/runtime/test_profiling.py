@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from test_training import train_here
+from support.training_runs import train_here
 
 from shards import UserError
 from trainer import compiled, engine
