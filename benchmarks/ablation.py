@@ -38,14 +38,15 @@ from shards.atomic import make_directory, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError
 from shards.open import open_split
-from trainer import config, engine
+from trainer import config
 from trainer.arithmetic import with_precision
-from trainer.data import open_data
-from trainer.distributed import init_distributed
-from trainer.run_directory import RunDirectory
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.data.training_data import open_data
+from trainer.loop import engine
+from trainer.loop.state import make_training
+from trainer.runtime.distributed import init_distributed
 from trainer.runtime.env_info import environment
 from trainer.settings import Config, Data
-from trainer.state import make_training
 
 DEFAULT_OUT = Path("benchmarks/out")
 DEFAULT_PLAN = Path("benchmarks/training/plans/ablation.yaml")

@@ -125,7 +125,7 @@ def test_every_module_says_what_it_is() -> None:
 
 def test_global_generators_are_seeded_in_one_place() -> None:
     found = {name_of(path) for path in MODULES if GLOBAL_SEEDS & set(calls(path))}
-    assert found == {"trainer/randomness.py"}
+    assert found == {"trainer/runtime/seeding.py"}
 
 
 def test_nothing_draws_from_numpys_or_pythons_global_generator() -> None:

@@ -7,8 +7,8 @@ from torch import nn
 
 from pipeline.transforms.export_module import TransformModule
 from pipeline.transforms.spec import TransformSpec
-from trainer.decision import ProbabilityHead
-from trainer.views import mean_logits
+from trainer.evaluate.logit_adjustment import ProbabilityHead
+from trainer.evaluate.tta import mean_logits
 
 
 class Classifier(nn.Module):

@@ -24,11 +24,11 @@ from shards import Manifest, UserError
 from shards.atomic import check_writable, made_directory, write_file
 from shards.cli import run_command
 from trainer import export_formats, model_card, parity
+from trainer.checkpoint.completed_run import CompletedRun
+from trainer.checkpoint.trained_model import TrainedModel
 from trainer.classifier import Classifier
-from trainer.completed_run import CompletedRun
-from trainer.decision import ProbabilityHead
-from trainer.trained_model import TrainedModel
-from trainer.views import mean_logits
+from trainer.evaluate.logit_adjustment import ProbabilityHead
+from trainer.evaluate.tta import mean_logits
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
 CARD = "README.md"

@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from shards import Manifest
-from trainer.completed_run import CompletedRun
-from trainer.metrics import Confusion
+from trainer.checkpoint.completed_run import CompletedRun
+from trainer.evaluate.metrics import Confusion
 from trainer.model import published_licence
 from trainer.parity import TOLERANCE, Parity, Reference
 from trainer.settings import OWN

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from pipeline.transforms.spec import UndecodableImage
 from shards.atomic import check_writable, write_file
 from shards.cli import run_command
-from trainer.calibration import calibration_error
+from trainer.evaluate.calibration import calibration_error
+from trainer.evaluate.metrics import Confusion
 from trainer.inference.contact_sheet import MOST_TILES, Tile, prediction_sheet
 from trainer.inference.input_files import Sample, find_inputs, read_samples
 from trainer.inference.predictor import Predictor
-from trainer.metrics import Confusion
 
 _MOST_LINES = 100  # of the table on the terminal
 _RUNNERS_UP = 2

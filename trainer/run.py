@@ -21,20 +21,24 @@ import numpy as np
 from shards.atomic import write_file
 from shards.cli import run_command
 from shards.remote.sets import resolve_dataset
-from trainer import checkpoint, config, console, engine, rendezvous, resume, run_directory
+from trainer import config
 from trainer.arithmetic import with_precision
-from trainer.data import TrainingData, open_data
-from trainer.distributed import World, init_distributed, report_errors_on_main
-from trainer.evaluate import Evaluation
-from trainer.report import run_page
-from trainer.run_directory import RunDirectory
+from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint import run_dir as run_directory
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.data.training_data import TrainingData, open_data
+from trainer.evaluate.evaluator import Evaluation
+from trainer.loop import engine, resume
+from trainer.loop.state import Training, make_training
+from trainer.loop.summary import summarize
+from trainer.report import console, run_page
+from trainer.runtime import rendezvous
+from trainer.runtime.distributed import World, init_distributed, report_errors_on_main
 from trainer.runtime.env_info import environment
 from trainer.runtime.loggers import Sink, check_installed, open_sinks
 from trainer.runtime.profiler import TimeProfile, table
 from trainer.section import listing
 from trainer.settings import Config
-from trainer.state import Training, make_training
-from trainer.summary import summarize
 
 
 def parse_arguments() -> argparse.Namespace:

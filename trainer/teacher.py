@@ -7,10 +7,10 @@ import torch.nn.functional as F
 
 from shards.errors import UserError
 from trainer.arithmetic import autocast, laid_out
-from trainer.checkpoint import BEST
+from trainer.checkpoint.io import BEST
+from trainer.checkpoint.trained_model import TrainedModel
 from trainer.loss import weighted_kl
 from trainer.settings import Config
-from trainer.trained_model import TrainedModel
 
 
 class Teacher:
@@ -46,7 +46,7 @@ class Teacher:
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
         """float32 [B, C], at `distillation.temperature`, of the student's input [B, channels, R, R].
 
-        They are those of the logits that the teacher decides by (see `trainer.decision`).
+        They are those of the logits that the teacher decides by (see `trainer.evaluate.logit_adjustment`).
         """
         images = images * self._scale + self._shift
         if images.shape[3] != self._resolution:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.atomic import make_directory, write_file
-from trainer.memory import peak
+from trainer.runtime.memory import peak
 
 DEFAULT_OUT = Path("benchmarks/out")
 # Imported once, by the process that all others are forked from: a fresh process is there in a moment.

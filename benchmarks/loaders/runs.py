@@ -20,8 +20,8 @@ from benchmarks.loaders.loader_worker import MeasuredLoader, Packer
 from benchmarks.loaders.setting import Setting
 from benchmarks.loaders.verify import tolerance
 from shards.cpus import available_cpus
-from trainer.memory import peak
 from trainer.runtime.env_info import environment
+from trainer.runtime.memory import peak
 
 _PEERS_PACKAGES = ("webdataset", "litdata", "mosaicml-streaming", "datasets", "ffcv", "numba", "zarr", "tensorstore")
 _TRIAL_SECONDS = 0.4

@@ -29,7 +29,7 @@ from shards import UserError, open_split
 from shards.index import index
 from shards.stores.base import Store
 from shards.stores.image_header import decode
-from trainer.evaluate import main as evaluate_main
+from trainer.evaluate.__main__ import main as evaluate_main
 from trainer.report import error_gallery
 from trainer.run import main as run_main
 

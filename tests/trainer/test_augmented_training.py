@@ -14,10 +14,10 @@ from conftest import ROOT
 from pipeline.transforms.augmentation import Augmentation
 from shards import UserError
 from trainer.config import load
-from trainer.data import open_data
-from trainer.distributed import World
-from trainer.evaluate import evaluate_run
+from trainer.data.training_data import open_data
+from trainer.evaluate.evaluator import evaluate_run
 from trainer.run import main
+from trainer.runtime.distributed import World
 
 RECIPE = ROOT / "configs" / "quickstart.yaml"
 WORLD = World(0, 1, torch.device("cpu"))

@@ -19,10 +19,10 @@ from support.training_runs import QUICK, stop_in_epoch, train_here
 from shards import UserError
 from trainer.arithmetic import with_precision
 from trainer.config import load
-from trainer.data import open_data
-from trainer.distributed import World
+from trainer.data.resolution_schedule import Phase, phases
+from trainer.data.training_data import open_data
 from trainer.optimizer import LearningRate
-from trainer.phases import Phase, phases
+from trainer.runtime.distributed import World
 from trainer.settings import Config
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

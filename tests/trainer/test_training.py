@@ -16,8 +16,8 @@ from support.run_outcome import assert_same_run, history, weights
 from support.training_runs import stop_in_epoch, train, train_here
 
 from shards import UserError
-from trainer import engine
-from trainer.run_directory import RunDirectory
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.loop import engine
 
 
 @pytest.fixture(scope="module")

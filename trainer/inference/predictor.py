@@ -16,9 +16,9 @@ from pipeline.transforms.spec import TransformSpec
 from shards import UserError
 from shards.stores.base import Store
 from trainer.arithmetic import autocast, laid_out
-from trainer.decision import ProbabilityHead
-from trainer.trained_model import load_trained_model
-from trainer.views import mean_logits
+from trainer.checkpoint.trained_model import load_trained_model
+from trainer.evaluate.logit_adjustment import ProbabilityHead
+from trainer.evaluate.tta import mean_logits
 
 _MOST_AT_ONCE = 512
 

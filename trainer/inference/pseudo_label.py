@@ -34,10 +34,10 @@ from shards.manifest import ALL_PARTS, MANIFEST_NAME, Manifest
 from shards.open import open_store
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
-from trainer.decision import ProbabilityHead
-from trainer.distributed import World, init_distributed
-from trainer.evaluate import loader_for, logits_of
-from trainer.trained_model import load_trained_model
+from trainer.checkpoint.trained_model import load_trained_model
+from trainer.evaluate.evaluator import loader_for, logits_of
+from trainer.evaluate.logit_adjustment import ProbabilityHead
+from trainer.runtime.distributed import World, init_distributed
 
 
 @dataclass(frozen=True)

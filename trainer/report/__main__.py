@@ -12,7 +12,7 @@ from pathlib import Path
 from shards.atomic import check_writable, write_file
 from shards.cli import run_command
 from shards.errors import UserError
-from trainer.completed_run import CompletedRun
+from trainer.checkpoint.completed_run import CompletedRun
 from trainer.report import compare_page, run_page
 
 

@@ -9,8 +9,8 @@ import yaml
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from trainer.completed_run import CompletedRun
-from trainer.metrics import Confusion
+from trainer.checkpoint.completed_run import CompletedRun
+from trainer.evaluate.metrics import Confusion
 from trainer.report import html
 from trainer.report.svg import Line
 

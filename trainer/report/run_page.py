@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from shards.atomic import write_file
 from shards.stores.base import Store
-from trainer.calibration import reliability
-from trainer.metrics import Confusion
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.evaluate.calibration import reliability
+from trainer.evaluate.metrics import Confusion
 from trainer.report import html
 from trainer.report.error_gallery import explorer, pictures
 from trainer.report.svg import Bins, confusion_chart, reliability_chart
-from trainer.run_directory import RunDirectory
 from trainer.runtime.profiler import table
 
 _PAIRS = 12  # of most confused classes

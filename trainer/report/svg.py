@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.calibration import Reliability
+from trainer.evaluate.calibration import Reliability
 
 _WIDTH, _HEIGHT = 320, 196
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40

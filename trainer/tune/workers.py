@@ -16,9 +16,9 @@ import torch
 from pipeline.common.process_pool import default_workers
 from shards.cli import run_command
 from trainer import config
-from trainer.distributed import init_distributed
-from trainer.engine import Stopped
-from trainer.memory import granted
+from trainer.loop.engine import Stopped
+from trainer.runtime.distributed import init_distributed
+from trainer.runtime.memory import granted
 from trainer.settings import Config
 from trainer.tune import study_page
 from trainer.tune.search_space import SearchConfig

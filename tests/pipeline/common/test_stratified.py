@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.rng import PARTITION_STREAM
 from pipeline.common.stratified import stratified_mask
-from trainer.data import carve
+from trainer.data.training_data import carve
 
 seeds = st.integers(0, 2**63 - 1)
 fractions = st.one_of(

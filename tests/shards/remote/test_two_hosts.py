@@ -31,7 +31,7 @@ PORT = 29417
 # Steps take a little time, so that there is something to cut off.
 SLOW = """
 import time
-import trainer.engine as engine
+import trainer.loop.engine as engine
 step = engine.train_step
 def slow_step(*arguments):
     time.sleep(0.1)

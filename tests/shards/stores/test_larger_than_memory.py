@@ -123,7 +123,7 @@ def test_training_resumes_in_its_window_on_a_machine_with_more_memory(small_bloc
     # One epoch here, then (as a run whose last epoch is still to come) the other one with any amount of memory.
     directory = tmp_path / "moved"
     stop = (
-        "import trainer.engine as engine\n"
+        "import trainer.loop.engine as engine\n"
         "import signal, os\n"
         "end = engine._end_epoch\n"
         "def end_and_stop(*arguments):\n"

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from shards import UserError
-from trainer import checkpoint
+from trainer.checkpoint import io as checkpoint
 from trainer.config import load
 from trainer.settings import Config
 

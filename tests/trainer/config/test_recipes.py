@@ -19,9 +19,9 @@ from support.raw_files import write_tar
 from pipeline.shard import main as pack_main
 from shards import open_split
 from trainer.config import load
-from trainer.data import open_data
-from trainer.distributed import World
+from trainer.data.training_data import open_data
 from trainer.run import main as run_main
+from trainer.runtime.distributed import World
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
 BATCH = 8

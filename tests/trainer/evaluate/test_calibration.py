@@ -14,12 +14,12 @@ import yaml
 from conftest import free_port, run_module
 from numpy.typing import NDArray
 
-from trainer import engine
-from trainer.calibration import calibration_error, fit_temperature
-from trainer.distributed import World
-from trainer.evaluate import evaluate_run
+from trainer.evaluate.calibration import calibration_error, fit_temperature
+from trainer.evaluate.evaluator import evaluate_run
+from trainer.evaluate.tta import mean_logits
+from trainer.loop import engine
 from trainer.run import main as run_main
-from trainer.views import mean_logits
+from trainer.runtime.distributed import World
 
 
 def drawn(count: int, temperature: float, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
-from trainer.metrics import Confusion
+from trainer.evaluate.metrics import Confusion
 
 Pairs = tuple[int, list[tuple[int, int]]]
 

@@ -20,7 +20,7 @@ from conftest import ROOT, free_port
 from support.run_outcome import assert_same_run, history, weights
 from support.training_runs import QUICK
 
-from trainer import signals
+from trainer.runtime import signals
 
 RECIPE = QUICK | {"checkpoint": {"every_steps": 4}}
 
@@ -28,7 +28,7 @@ RECIPE = QUICK | {"checkpoint": {"every_steps": 4}}
 # in a file named after rank and process; every file takes a little time to reach the disk.
 NOTING = """
 import json, os, time
-import trainer.engine as engine
+import trainer.loop.engine as engine
 step, fsync = engine.train_step, os.fsync
 note = open(os.path.join(os.environ["NOTES"], f"{time.time_ns()}-{os.environ.get('RANK', '0')}-{os.getpid()}"), "a")
 def slow_step(training, batch, *arguments):
@@ -272,7 +272,7 @@ def test_what_does_not_end_after_a_signal_is_ended() -> None:
     """The main thread waits in a library, where no handler of Python's runs."""
     waiting = (
         "import ctypes, sys\n"
-        "from trainer.signals import noted\n"
+        "from trainer.runtime.signals import noted\n"
         "with noted(grace=0.5):\n"
         "    print('here', flush=True)\n"
         "    libc = ctypes.CDLL(None)\n"

@@ -13,13 +13,14 @@ from conftest import ROOT, run_module
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer import find_batch, memory
 from trainer.arithmetic import with_precision
 from trainer.config import load
-from trainer.data import open_data
-from trainer.distributed import World
-from trainer.find_batch import Attempts, Trial, search
-from trainer.state import make_training
+from trainer.data.training_data import open_data
+from trainer.loop import find_batch_size as find_batch
+from trainer.loop.find_batch_size import Attempts, Trial, search
+from trainer.loop.state import make_training
+from trainer.runtime import memory
+from trainer.runtime.distributed import World
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
@@ -77,7 +78,7 @@ def test_on_a_cpu_it_stops_before_the_memory_ends(digits_set: Path, monkeypatch:
 
 @pytest.mark.slow
 def test_several_ranks_are_told_that_one_is_enough(digits_set: Path) -> None:
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "trainer.find_batch")
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "trainer.loop.find_batch_size")
     process = run_module(*launcher, QUICKSTART, f"data.shards={digits_set}", timeout=300)
     assert process.returncode != 0
     assert "found 2 ranks" in process.stderr
@@ -97,7 +98,7 @@ def test_on_a_gpu_it_ends_at_the_memory(digits_set: Path) -> None:
     limited = (
         "import sys, torch\n"
         "torch.cuda.set_per_process_memory_fraction(0.02)\n"
-        "from trainer.find_batch import main\n"
+        "from trainer.loop.find_batch_size import main\n"
         f"sys.argv = ['find_batch', '{QUICKSTART}', 'data.shards={digits_set}', 'device=cuda', 'data.resolution=512']\n"
         "main()\n"
     )

@@ -18,11 +18,12 @@ from conftest import made_up_parts, pack_parts
 from pipeline.loader import Batch, Loader
 from pipeline.sampler import ShuffledBatchSampler
 from shards import UserError, open_split
-from trainer import checkpoint, engine, replay_step
-from trainer.data import carve
-from trainer.distributed import World
-from trainer.nan_guard import NonFiniteMonitor, NonFiniteStep
+from trainer.checkpoint import io as checkpoint
+from trainer.data.training_data import carve
+from trainer.loop import engine, replay_step
+from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep
 from trainer.run import main as run_main
+from trainer.runtime.distributed import World
 
 SMALL = {
     "seed": 5,
@@ -117,7 +118,7 @@ def test_it_ends_the_run_with_the_step_the_rows_and_what_it_takes_to_see_it_agai
         run("trainer.epochs=1")
     assert "a loss that is not finite in epoch 1 step 6" in caught.value.found
     assert ", ".join(map(str, rows)) in caught.value.found
-    file = Path(re.search(r"trainer.replay_step (\S+)", caught.value.hint)[1])
+    file = Path(re.search(r"trainer.loop.replay_step (\S+)", caught.value.hint)[1])
 
     state = torch.load(file, weights_only=True)
     (share,) = state["shares"]
@@ -126,7 +127,7 @@ def test_it_ends_the_run_with_the_step_the_rows_and_what_it_takes_to_see_it_agai
     trained = {name for name in clean if "running" not in name and "num_batches" not in name}
     assert all(torch.equal(clean[name], state["model"][name]) for name in trained)
 
-    monkeypatch.setattr(sys, "argv", ["trainer.replay_step", str(file)])
+    monkeypatch.setattr(sys, "argv", ["trainer.loop.replay_step", str(file)])
     assert replay_step.main() == 0
     output = capsys.readouterr().out
     assert "epoch 1 step 6" in output and ", ".join(map(str, rows)) in output and "loss nan" in output

@@ -20,11 +20,12 @@ import yaml
 from conftest import free_port, made_up_parts, pack_parts, run_module
 
 from shards import UserError
-from trainer import checkpoint, engine
-from trainer.checkpointer import Checkpointer
+from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config import load
+from trainer.loop import engine
 from trainer.run import main as run_main
-from trainer.run_directory import RunDirectory
 from trainer.settings import Checkpoint
 
 # 130 training images make 9 steps of at most 16 (14 or 15); with accumulation 2 five updates, the last of one batch.
@@ -279,7 +280,7 @@ def test_the_best_epoch_that_the_disk_does_not_take_is_what_is_tested(
 
 def test_a_checkpoint_is_due_by_steps_or_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("trainer.checkpointer.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("trainer.checkpoint.checkpointer.time.monotonic", lambda: now[0])
     directory = RunDirectory(tmp_path)
     with Checkpointer(directory, Checkpoint(every_minutes=None, every_steps=10), 25, True) as checkpointer:
         assert [step for step in range(26, 41) if checkpointer.is_due(step)] == list(range(30, 41))

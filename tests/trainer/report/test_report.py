@@ -18,14 +18,14 @@ from conftest import made_up_parts, pack_parts
 from PIL import Image
 
 from shards import UserError, open_split
-from trainer.calibration import calibration_error, reliability
-from trainer.completed_run import CompletedRun
+from trainer.checkpoint.completed_run import CompletedRun
+from trainer.checkpoint.trained_model import load_trained_model
+from trainer.evaluate.calibration import calibration_error, reliability
 from trainer.report import error_gallery as explorer_module
 from trainer.report.__main__ import main as report_main
 from trainer.report.compare_page import page as comparison_page
 from trainer.report.svg import Bins, Line, confusion_chart, line_chart, reliability_chart
 from trainer.run import main as run_main
-from trainer.trained_model import load_trained_model
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

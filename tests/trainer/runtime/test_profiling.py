@@ -18,17 +18,18 @@ from conftest import ROOT
 from support.training_runs import train_here
 
 from shards import UserError
-from trainer import compiled, engine
+from trainer import compiled
 from trainer.arithmetic import laid_out, memory_format, with_precision
 from trainer.compiled import compile_mode
 from trainer.config import load
-from trainer.data import open_data
-from trainer.distributed import World
-from trainer.randomness import seed_step
+from trainer.data.training_data import open_data
+from trainer.loop import engine
+from trainer.loop.state import Training, make_training
+from trainer.runtime.distributed import World
 from trainer.runtime.profiler import LOADING, TimeProfile, table
 from trainer.runtime.readback import Readback
+from trainer.runtime.seeding import seed_step
 from trainer.settings import Config, Trainer
-from trainer.state import Training, make_training
 
 CPU = torch.device("cpu")
 EVERYTHING = {

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from trainer.rendezvous import rendezvous
+from trainer.runtime.rendezvous import rendezvous
 
 MINUTE = timedelta(minutes=1)
 

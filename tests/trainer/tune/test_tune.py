@@ -21,9 +21,10 @@ from conftest import ROOT
 
 from shards import UserError
 from shards.cli import run_command
-from trainer import config, engine
+from trainer import config
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.loop import engine
 from trainer.run import main as run_main
-from trainer.run_directory import RunDirectory
 from trainer.tune import search_space as search
 from trainer.tune.__main__ import main
 from trainer.tune.study import SharedStudy, TrialResult, flat_study, importances

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.evaluate import Evaluation
-from trainer.state import Training
+from trainer.evaluate.evaluator import Evaluation
+from trainer.loop.state import Training
 
 
 def summarize(training: Training, evaluation: Evaluation) -> dict[str, Any]:

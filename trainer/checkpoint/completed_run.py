@@ -10,9 +10,9 @@ from typing import Any
 from shards import Manifest, UserError, open_split
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
-from trainer.run_directory import RunDirectory
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.settings import Config
-from trainer.trained_model import TrainedModel, load_trained_model
 
 
 @dataclass(frozen=True)

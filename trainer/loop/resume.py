@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.checkpoint import changed_settings
-from trainer.state import Training
+from trainer.checkpoint.io import changed_settings
+from trainer.loop.state import Training
 
 # Options of a parameter group that come from the settings; the rest is the optimizer's own state.
 _GROUP_SETTINGS = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "momentum")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint
-from trainer.run_directory import RunDirectory
+from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.checkpoint.trained_model import TrainedModel
 from trainer.settings import Checkpoint
-from trainer.trained_model import TrainedModel
 
 log = logging.getLogger(__name__)
 

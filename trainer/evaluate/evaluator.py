@@ -1,15 +1,7 @@
-"""Evaluate a model on every sample of a part, once.
-
-    python -m trainer.evaluate RUN_DIR SHARD_DIR [--json FILE]
-
-takes the best checkpoint of a finished run and any packed set with the same classes (its test part, or the part
-that SHARD_DIR itself is) and writes the metrics that `summary.json` holds.
-"""
+"""Evaluate a model on every sample of a split, once."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,19 +18,17 @@ from pipeline.loader import Batch, Loader
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError
-from shards.atomic import check_writable, write_file
-from shards.cli import run_command
 from shards.open import open_set_or_split
 from shards.stores.base import Store
 from trainer.arithmetic import autocast, laid_out
-from trainer.calibration import calibration_error
-from trainer.data import evaluation_loader
-from trainer.distributed import World, init_distributed, report_errors_on_main
-from trainer.metrics import Confusion
+from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
+from trainer.data.training_data import evaluation_loader
+from trainer.evaluate.calibration import calibration_error
+from trainer.evaluate.metrics import Confusion
+from trainer.evaluate.tta import mean_logits
+from trainer.runtime.distributed import World
+from trainer.runtime.signals import Interrupted
 from trainer.settings import Trainer
-from trainer.signals import Interrupted
-from trainer.trained_model import TrainedModel, load_trained_model
-from trainer.views import mean_logits
 
 
 @dataclass(frozen=True)
@@ -102,7 +92,7 @@ def evaluate(
     """Run a model over all batches of a loader; the same figures on any number of ranks.
 
     received: signals that came, which end it with `Interrupted` on every rank.
-    offsets: [C], taken from the logits before all else (see `trainer.decision`); None for none.
+    offsets: [C], taken from the logits before all else (see `trainer.evaluate.logit_adjustment`); None for none.
     temperature: divides the logits before they become probabilities.
     """
     model.eval()
@@ -227,30 +217,3 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dataset": f"{store.manifest.name}/{store.manifest.part}",
     }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.evaluate", description="Evaluate a finished run on a packed set with the same classes."
-    )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
-    parser.add_argument("shards", metavar="SHARDS", help="packed set (its test part) or one part, or its address")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here as well")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
-    arguments = parser.parse_args()
-    if arguments.json:
-        check_writable(arguments.json)
-    with report_errors_on_main(), init_distributed(arguments.device) as world:
-        metrics = evaluate_run(arguments.run, arguments.shards, world)
-        if world.is_main_process:
-            print(
-                f"{metrics['dataset']}: accuracy {metrics['accuracy']:.2%}, macro F1 {metrics['macro_f1']:.2%}, "
-                f"weighted F1 {metrics['weighted_f1']:.2%} on {metrics['samples']:,} samples"
-            )
-            if arguments.json:
-                write_file(arguments.json, json.dumps(metrics, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -14,22 +14,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loader import Batch
-from trainer import checkpoint
 from trainer.arithmetic import autocast, laid_out
-from trainer.checkpointer import Checkpointer
-from trainer.console import print_epoch
-from trainer.decision import decide
-from trainer.distributed import AsyncFlags
-from trainer.epoch_meter import EpochMeter
-from trainer.evaluate import Evaluation, evaluate, logits_of
+from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.evaluate.evaluator import Evaluation, evaluate, logits_of
+from trainer.evaluate.logit_adjustment import decide
+from trainer.loop.epoch_meter import EpochMeter
+from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
+from trainer.loop.state import Totals, Training
 from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
-from trainer.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
-from trainer.randomness import seed_step
-from trainer.run_directory import RunDirectory
+from trainer.runtime.distributed import AsyncFlags
 from trainer.runtime.loggers import Sink
-from trainer.signals import Interrupted, noted
-from trainer.state import Totals, Training
+from trainer.runtime.progress import print_epoch
+from trainer.runtime.seeding import seed_step
+from trainer.runtime.signals import Interrupted, noted
 
 GradientCheck = Callable[[int, torch.Tensor, bool], None]
 

@@ -14,18 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.arithmetic import memory_format
 from trainer.average import Average
+from trainer.checkpoint.trained_model import TrainedModel
 from trainer.compiled import compiled
-from trainer.data import TrainingData
-from trainer.decision import Decision, log_weights
-from trainer.distributed import World
+from trainer.data.training_data import TrainingData
+from trainer.evaluate.logit_adjustment import Decision, log_weights
 from trainer.loss import class_weights, log_priors
 from trainer.model import check_sides, make_model
 from trainer.optimizer import LearningRate, make_optimizer
-from trainer.randomness import seed_weights
+from trainer.runtime.distributed import World
 from trainer.runtime.profiler import NoProfile, Profile, TimeProfile, Trace
+from trainer.runtime.seeding import seed_weights
 from trainer.settings import Config
 from trainer.teacher import Teacher, open_teacher
-from trainer.trained_model import TrainedModel
 
 # Fields of TrainState that are written as they are.
 _PLAIN = ("epoch", "step", "updates", "rank_losses", "history", "best", "best_epoch", "lr")

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trainer import checkpoint
 from trainer.arithmetic import memory_format
+from trainer.checkpoint import io as checkpoint
 from trainer.config import validate
 from trainer.model import make_model
 from trainer.settings import Config

@@ -1,6 +1,6 @@
 """The largest batch that fits, and how fast each size is.
 
-    python -m trainer.find_batch configs/byclass.yaml [key=value ...]
+    python -m trainer.loop.find_batch_size configs/byclass.yaml [key=value ...]
 
 takes training steps of a recipe with made-up images of its size, with more and more of them: twice as many each time
 until the memory is not enough, then in between. Nothing is written but the input statistics beside the set, where there
@@ -22,12 +22,13 @@ from pipeline.loader import Batch
 from shards.cli import run_command
 from shards.errors import UserError
 from shards.remote.sets import resolve_dataset
-from trainer import config, engine
+from trainer import config
 from trainer.arithmetic import with_precision
-from trainer.data import open_data
-from trainer.distributed import init_distributed
-from trainer.memory import free, peak
-from trainer.state import Training, make_training
+from trainer.data.training_data import open_data
+from trainer.loop import engine
+from trainer.loop.state import Training, make_training
+from trainer.runtime.distributed import init_distributed
+from trainer.runtime.memory import free, peak
 
 _FIRST = 16
 _FINEST = 8  # images; and a sixteenth of the size
@@ -135,7 +136,8 @@ class Attempts:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.find_batch", description="The largest batch that fits, and how fast each size is."
+        prog="python -m trainer.loop.find_batch_size",
+        description="The largest batch that fits, and how fast each size is.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings, for instance configs/...")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
@@ -147,7 +149,7 @@ def main() -> int:
             raise UserError(
                 found=f"{world.size} ranks",
                 expected="one process: what fits on a rank does not depend on the others",
-                hint=f"python -m trainer.find_batch {arguments.config}",
+                hint=f"python -m trainer.loop.find_batch_size {arguments.config}",
             )
         settings = with_precision(settings, world.device)
         data = open_data(settings, world)

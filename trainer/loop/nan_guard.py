@@ -1,7 +1,7 @@
 """Detection of losses and gradients that are not finite, without a device synchronization.
 
 A GPU's losses and gradient norms are copied asynchronously and read some steps later. Batches are a function of (seed,
-epoch, step), so the batch of a bad step is loaded again, saved for `trainer.replay_step`, and the run stops.
+epoch, step), so the batch of a bad step is loaded again, saved for `trainer.loop.replay_step`, and the run stops.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.nn.utils import get_total_norm
 
 from pipeline.loader import Batch
 from shards.errors import UserError
-from trainer import checkpoint
-from trainer.run_directory import RunDirectory
-from trainer.state import Training
+from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.loop.state import Training
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def save_batch(training: Training, run_dir: RunDirectory, found: NonFiniteStep) 
     rows = world.broadcast_object(torch.cat([share["rows"] for share in shares]).tolist() if shares else None)
     shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
     more = f" and {len(rows) - _ROWS_SHOWN} more" if len(rows) > _ROWS_SHOWN else ""
-    replay = f"python -m trainer.replay_step {path} shows where it arises; " if saved else ""
+    replay = f"python -m trainer.loop.replay_step {path} shows where it arises; " if saved else ""
     return NonFiniteLossError(
         found=f"a {found.what} that is not finite in epoch {state.epoch + 1} step {found.step + 1}, of rows "
         f"{shown}{more}",
@@ -153,7 +153,7 @@ def save_batch(training: Training, run_dir: RunDirectory, found: NonFiniteStep) 
 def _save(
     path: Path, training: Training, run_dir: RunDirectory, batch: Batch, shares: list[dict[str, torch.Tensor]]
 ) -> bool:
-    """Write the input of `trainer.replay_step`; False if the disk is full.
+    """Write the input of `trainer.loop.replay_step`; False if the disk is full.
 
     The weights are those before the step, or of the newest checkpoint if the step has spoiled them already.
     """

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.data import TrainingData
-from trainer.phases import Phase
-from trainer.run_directory import RunDirectory
-from trainer.runtime.progress import duration
-from trainer.state import Training
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.data.resolution_schedule import Phase
+from trainer.data.training_data import TrainingData
+from trainer.loop.state import Training
 
 
 def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -> None:
@@ -66,20 +65,6 @@ def print_plan(training: Training) -> None:
         f"steps         {_by_stage(data, steps)}; "
         f"{sum(map(data.train.steps, epochs)):,} in {settings.trainer.epochs} epochs\n"
         f"loader        {data.backend}: {data.backend_reason}",
-        flush=True,
-    )
-
-
-def print_epoch(record: dict[str, Any], epochs: int, is_best: bool) -> None:
-    """Print the record of an epoch in one line."""
-    validation = record.get("validation")
-    judged = ""
-    if validation:
-        judged = f"  validation accuracy {validation['accuracy']:.2%}  macro F1 {validation['macro_f1']:.2%}"
-    print(
-        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}{judged}  lr {record['lr']:.2e}  "
-        f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
-        f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}",
         flush=True,
     )
 

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trainer.calibration import fit_temperature
+from trainer.evaluate.calibration import fit_temperature
+from trainer.evaluate.metrics import Confusion
 from trainer.loss import class_weights, log_priors
-from trainer.metrics import Confusion
 from trainer.settings import Loss
 
 _TAUS = np.linspace(-2, 2, 81)  # that `auto` tries

@@ -1,6 +1,6 @@
 """Replay the training step that ended a run with a loss or gradient that is not finite, and list where it arises.
 
-    python -m trainer.replay_step runs/NAME/DATE/nonfinite/epoch-2-step-17.pt
+    python -m trainer.loop.replay_step runs/NAME/DATE/nonfinite/epoch-2-step-17.pt
 
 The file holds the inputs of the step: under `shares` each rank's images (float32 [n, C, R, R], the model input before
 mixup), labels and rows (int64 [n]); under `model` the weights, which `weights` describes; and `config`,
@@ -18,13 +18,13 @@ from torch import nn
 
 from pipeline.common.device import choose_device
 from shards.cli import run_command
-from trainer import checkpoint
 from trainer.arithmetic import autocast, laid_out, memory_format
+from trainer.checkpoint import io as checkpoint
 from trainer.config import validate
 from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
 from trainer.model import make_model
-from trainer.randomness import seed_step
+from trainer.runtime.seeding import seed_step
 from trainer.settings import Config
 from trainer.teacher import open_teacher
 
@@ -85,7 +85,7 @@ def _output_hook(what: str, found: list[str]) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.replay_step",
+        prog="python -m trainer.loop.replay_step",
         description="Replay a saved training step whose loss or gradient was not finite.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="what the run saved under nonfinite/")

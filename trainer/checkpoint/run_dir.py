@@ -11,7 +11,7 @@ from typing import Any
 
 from shards.atomic import locked, make_directory, write_file
 from shards.errors import UserError
-from trainer import checkpoint
+from trainer.checkpoint import io as checkpoint
 from trainer.settings import Config
 
 DEFAULT_ROOT = Path("runs")

@@ -7,9 +7,9 @@ import time
 import torch
 
 from pipeline.loader import Batch
+from trainer.loop.state import Totals, Training
 from trainer.runtime.progress import Progress
 from trainer.runtime.readback import Readback
-from trainer.state import Totals, Training
 
 
 class EpochMeter:

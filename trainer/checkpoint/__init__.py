@@ -1,0 +1,1 @@
+"""Checkpoints, the run directory, and trained models loaded from it."""

@@ -1,0 +1,1 @@
+"""The packed set as training reads it."""

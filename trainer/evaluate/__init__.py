@@ -1,0 +1,1 @@
+"""Evaluation: metrics, calibration, logit adjustment, test-time augmentation."""

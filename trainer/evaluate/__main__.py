@@ -1,0 +1,45 @@
+"""Evaluate a model on every sample of a part, once.
+
+    python -m trainer.evaluate RUN_DIR SHARD_DIR [--json FILE]
+
+takes the best checkpoint of a finished run and any packed set with the same classes (its test part, or the part
+that SHARD_DIR itself is) and writes the metrics that `summary.json` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from shards.atomic import check_writable, write_file
+from shards.cli import run_command
+from trainer.evaluate.evaluator import evaluate_run
+from trainer.runtime.distributed import init_distributed, report_errors_on_main
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.evaluate", description="Evaluate a finished run on a packed set with the same classes."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
+    parser.add_argument("shards", metavar="SHARDS", help="packed set (its test part) or one part, or its address")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here as well")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    arguments = parser.parse_args()
+    if arguments.json:
+        check_writable(arguments.json)
+    with report_errors_on_main(), init_distributed(arguments.device) as world:
+        metrics = evaluate_run(arguments.run, arguments.shards, world)
+        if world.is_main_process:
+            print(
+                f"{metrics['dataset']}: accuracy {metrics['accuracy']:.2%}, macro F1 {metrics['macro_f1']:.2%}, "
+                f"weighted F1 {metrics['weighted_f1']:.2%} on {metrics['samples']:,} samples"
+            )
+            if arguments.json:
+                write_file(arguments.json, json.dumps(metrics, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
