@@ -33,7 +33,7 @@ OWNERS = {
     "torchvision": {"trainer/networks/squeezenet.py"},
     "zarr": {"shards/stores/zarr_arrays.py"},
     "numcodecs": {"shards/stores/zarr.py"},
-    "optuna": {"trainer/tune/study.py", "trainer/tune/study_page.py"},
+    "optuna": {"trainer/tune/study.py"},
 }
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all", "np.random.seed", "random.seed"}
 

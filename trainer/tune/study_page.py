@@ -8,7 +8,6 @@ from html import escape
 from typing import Any
 
 import matplotlib
-import optuna
 from matplotlib import pyplot as plt
 from matplotlib.text import Text
 
@@ -16,7 +15,7 @@ from shards.atomic import write_file
 from trainer.report.html import percent, render
 from trainer.settings import Config
 from trainer.tune.search_space import SearchConfig, best_recipe
-from trainer.tune.study import SharedStudy, TrialResult, can_rank, flat_study
+from trainer.tune.study import SharedStudy, TrialResult, can_rank, flat_study, optuna
 
 PAGE = "study.html"
 BEST = "best.yaml"
