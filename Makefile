@@ -2,14 +2,14 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow test-gpu lint sweep clean
+.PHONY: demo test test-slow test-gpu lint docs sweep clean
 
 demo: .venv/.installed  ## pack the embedded data set, train configs/quickstart.yaml, report
 	@$(RUN) -m pipeline.shard digits
 	@$(RUN) -m trainer.run configs/quickstart.yaml
 
-test: .venv/.installed  ## the tests, in under ten minutes on two cores
-	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile
+test: .venv/.installed  ## the tests, in about six minutes on two cores
+	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile -rs
 
 test-slow: .venv/.installed  ## the tests that take minutes
 	@$(RUN) -m pytest -m slow
@@ -17,11 +17,17 @@ test-slow: .venv/.installed  ## the tests that take minutes
 test-gpu: .venv/.installed  ## the tests that need a CUDA device
 	@$(RUN) -m pytest -m gpu
 
-lint: .venv/.installed  ## style and import order
+lint: .venv/.installed  ## style, docstrings and types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
 
-sweep: .venv/.installed  ## what each resolution costs and buys, on the embedded data set or a packed EMNIST
+docs: .venv/.installed  ## build the documentation site in docs/_build
+	@$(RUN) -m trainer.config.docs docs/config.md
+	@$(RUN) -m sphinx -q -W -b html docs docs/_build
+	@echo "docs/_build/index.html"
+
+sweep: .venv/.installed  ## measure what each resolution costs and buys, on the digits or a packed EMNIST
 	@$(RUN) benchmarks/resolution_sweep.py
 
 clean:  ## remove the environment

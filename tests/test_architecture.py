@@ -81,10 +81,13 @@ def test_the_packages_are_where_they_are_looked_for() -> None:
 
 
 def test_all_packages_are_installed() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert sorted(listed) == sorted(
-        name_of(path.parent).replace("/", ".") for path in MODULES if path.stem == "__init__"
-    )
+    from setuptools import find_namespace_packages
+
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    installed = set(find_namespace_packages(str(ROOT), include=found["include"], exclude=found["exclude"]))
+    with_code = {name_of(path.parent).replace("/", ".") for path in MODULES if path.stem == "__init__"}
+    assert with_code | {"configs", "configs.search"} <= installed
+    assert {name.partition(".")[0] for name in installed} == {*PACKAGES, "configs"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
