@@ -29,7 +29,12 @@ OWNERS = {
     "onnxruntime": {"trainer/export_formats.py"},
     "wandb": {"trainer/runtime/loggers.py"},
     "torch.utils.tensorboard": {"trainer/runtime/loggers.py"},
-    "timm": {"trainer/model.py", "trainer/networks/efficientnet_cifar.py", "trainer/optimizer.py"},
+    "timm": {
+        "trainer/model.py",
+        "trainer/networks/efficientnet_cifar.py",
+        "trainer/lookahead.py",
+        "trainer/optimizer.py",
+    },
     "torchvision": {"trainer/networks/squeezenet.py"},
     "zarr": {"shards/stores/zarr_arrays.py"},
     "numcodecs": {"shards/stores/zarr.py"},

@@ -12,16 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import huggingface_hub
-import timm
 import torch
 from torch import nn
 
 from shards.errors import UserError, first_line
-from trainer.networks.efficientnet_cifar import efficientnet_cifar
 from trainer.networks.plain import plain
-from trainer.networks.squeezenet import PUBLISHED as SQUEEZENET_WEIGHTS
-from trainer.networks.squeezenet import squeezenet1_1
 from trainer.networks.three_block_cnn import three_block_cnn
 from trainer.settings import OWN, Model
 
@@ -197,6 +192,8 @@ def _backbone(settings: Model, channels: int, classes: int) -> tuple[nn.Module, 
     if settings.name == SMALL_CNN:
         return three_block_cnn(channels, classes, settings.drop_rate)
     if settings.name == "cifar_efficientnet":
+        from trainer.networks.efficientnet_cifar import efficientnet_cifar
+
         return efficientnet_cifar(
             channels,
             classes,
@@ -205,6 +202,8 @@ def _backbone(settings: Model, channels: int, classes: int) -> tuple[nn.Module, 
             settings.channel_multiplier,
             settings.depth_multiplier,
         )
+    from trainer.networks.squeezenet import squeezenet1_1
+
     return _begin(
         settings,
         published=lambda: _published_squeezenet(channels, classes, settings.drop_rate),
@@ -213,6 +212,8 @@ def _backbone(settings: Model, channels: int, classes: int) -> tuple[nn.Module, 
 
 
 def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
+    import timm
+
     options: dict[str, Any] = {
         "in_chans": channels,
         "num_classes": classes,
@@ -267,6 +268,8 @@ def _begin(settings: Model, published: Callable[[], T], random: Callable[[], T])
 
 def published_licence(name: str) -> str | None:
     """What timm notes as the licence of a model's published weights; None if it notes none."""
+    import timm
+
     published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return published.license if published is not None else None
 
@@ -290,6 +293,9 @@ def _published(name: str, options: dict[str, Any]) -> nn.Module:
 
     Without a network the hub's library would try for half a minute; one look at its address says so at once.
     """
+    import huggingface_hub
+    import timm
+
     published = timm.get_pretrained_cfg(name)
     if published is None or not published.has_weights:
         raise ValueError("there are none")
@@ -304,8 +310,10 @@ def _published(name: str, options: dict[str, Any]) -> nn.Module:
 
 def _published_squeezenet(channels: int, classes: int, drop_rate: float) -> tuple[nn.Module, int]:
     """SqueezeNet with its published weights: from the cache of torch's hub, else from the network."""
-    if not Path(torch.hub.get_dir(), "checkpoints", SQUEEZENET_WEIGHTS.rpartition("/")[2]).exists():
-        _check_reachable(SQUEEZENET_WEIGHTS)
+    from trainer.networks.squeezenet import PUBLISHED, squeezenet1_1
+
+    if not Path(torch.hub.get_dir(), "checkpoints", PUBLISHED.rpartition("/")[2]).exists():
+        _check_reachable(PUBLISHED)
     return squeezenet1_1(channels, classes, drop_rate, published=True)
 
 

@@ -6,9 +6,9 @@ import bisect
 import itertools
 import warnings
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from typing import Any
 
-import timm.optim
 import torch
 from torch.optim.lr_scheduler import (
     ConstantLR,
@@ -23,36 +23,30 @@ from torch.optim.lr_scheduler import (
 
 from trainer.settings import Config, Optim, Schedule
 
-_SLOW = "lookahead_slow_buff"  # as timm names it
-
 
 def make_optimizer(model: torch.nn.Module, settings: Optim) -> torch.optim.Optimizer:
     """The optimiser over a model's parameters, all of them in few kernels; biases and norms are not decayed."""
     # Some of timm's models name further parameters that are not to be decayed.
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = timm.optim.param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
+    decayed, others = [], []
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            exempt = weight.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, pattern) for pattern in spared)
+            (others if exempt else decayed).append(weight)
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": settings.weight_decay}]
+    groups = [group for group in groups if group["params"]]
     if settings.name == "lion":
+        import timm.optim
+
         return timm.optim.Lion(groups, lr=settings.lr, foreach=True)
     if settings.name == "sgd":
         return torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
     if settings.name == "sgd_lookahead":
+        from trainer.lookahead import Lookahead
+
         return Lookahead(torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=True, fused=True))
     kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
     return kind(groups, settings.lr, fused=True)
-
-
-class Lookahead(timm.optim.Lookahead):
-    """timm's Lookahead, with all parameters of a group at once."""
-
-    @torch.no_grad()
-    def update_slow(self, group: dict[str, Any]) -> None:
-        fast = [weight for weight in group["params"] if weight.grad is not None]
-        states = [self._base_optimizer.state[weight] for weight in fast]
-        for weight, state in zip(fast, states, strict=True):
-            state.setdefault(_SLOW, weight.detach().clone())
-        slow = [state[_SLOW] for state in states]
-        torch._foreach_add_(slow, torch._foreach_sub(fast, slow), alpha=group["lookahead_alpha"])
-        torch._foreach_copy_(fast, slow)
 
 
 class LearningRate:

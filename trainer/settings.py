@@ -11,9 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import MAX_RESOLUTION
+from trainer.architectures import PLAIN, SMALLEST, Plain
 from trainer.augment import Augment
-from trainer.networks import SMALLEST
-from trainer.networks.plain import PLAIN, Plain
 from trainer.objective import Distillation, Loss, Mixup, Posthoc
 from trainer.section import Section, Share
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from pipeline.transforms.ops.foreground import cropped_to_ink, equalised
-from pipeline.transforms.ops.morphology import opened
+if TYPE_CHECKING:  # the settings, which hold these, do without torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,11 @@ class Preprocessing:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, C], as stored and on any device, to the same; the input is not changed."""
+        from pipeline.transforms.ops.foreground import cropped_to_ink, equalised
+        from pipeline.transforms.ops.morphology import opened
+
         if self.invert == "auto":
-            images = images ^ _bright_border(images).to(torch.uint8).mul_(255).view(-1, 1, 1, 1)
+            images = images ^ _bright_border(images).to(images.dtype).mul_(255).view(-1, 1, 1, 1)
         elif self.invert:
             images = ~images
         if self.opening:
@@ -48,6 +49,8 @@ class Preprocessing:
 
 def _bright_border(images: torch.Tensor) -> torch.Tensor:
     """For which images bool [B] the mean of the outermost pixels is above half."""
+    import torch
+
     border = [images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]]
     return torch.cat([line.flatten(1) for line in border], dim=1).float().mean(dim=1) > 127.5
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing
 from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.stores.base import Images
+
+if TYPE_CHECKING:  # the settings, which need MAX_RESOLUTION, do without torch
+    import torch
 
 MAX_RESOLUTION = 4096
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -411,3 +413,20 @@ def test_every_setting_is_explained_as_wide_as_the_terminal(monkeypatch: pytest.
     assert names == [name for name, _ in settings()]
     assert max(map(len, lines)) <= 60
     assert {len(line) - len(line.lstrip()) for line in lines} == {2, 6}
+
+
+def test_help_and_the_small_network_do_without_large_libraries() -> None:
+    """`--help` imports no torch; the small network and its optimiser neither timm nor torchvision."""
+    code = """
+import sys
+import trainer.run
+assert not {"torch", "timm", "torchvision"} & set(sys.modules)
+import trainer.train
+from trainer.model import make_model
+from trainer.optimizer import make_optimizer
+from trainer.settings import Model, Optim
+make_optimizer(make_model(Model(name="three_block_cnn"), 1, 10), Optim())
+assert not {"timm", "torchvision"} & set(sys.modules), sorted(sys.modules)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr

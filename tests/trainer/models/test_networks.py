@@ -11,9 +11,9 @@ from torch import nn
 
 from shards import UserError
 from trainer import model as model_module
+from trainer.architectures import PLAIN, SMALLEST
 from trainer.model import make_model
-from trainer.networks import SMALLEST, efficientnet_cifar, plain, squeezenet, three_block_cnn
-from trainer.networks.plain import PLAIN
+from trainer.networks import efficientnet_cifar, plain, squeezenet, three_block_cnn
 from trainer.settings import OWN, Model
 
 CLASSES = 10
