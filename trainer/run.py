@@ -10,15 +10,15 @@ import argparse
 from pathlib import Path
 
 from shards.cli import run_command
-from trainer import config
-from trainer.section import listing
+from trainer.section import settings_help
+from trainer.settings import Config
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.run",
         description="Train a recipe and report.",
-        epilog=f"settings (in the file, or key=value):\n{listing(config.settings())}",
+        epilog=f"settings (in the file, or key=value):\n{settings_help(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings, for instance configs/...")

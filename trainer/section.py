@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import textwrap
+import types
 from collections.abc import Iterable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -41,3 +45,37 @@ def listing(described: Iterable[tuple[str, str]]) -> str:
         f"  {name}\n{textwrap.fill(sentence, width, initial_indent=indent, subsequent_indent=indent)}"
         for name, sentence in described
     )
+
+
+def settings_help(settings: type[Section]) -> str:
+    """Every setting with its type or choices, its default and its sentence, grouped by section: for `--help`."""
+    groups: dict[str, list[tuple[str, str]]] = {"": []}
+    for name, field in settings.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            groups[f"{name}:\n"] = [_explained(f"{name}.{key}", each) for key, each in inner.model_fields.items()]
+        else:
+            groups[""].append(_explained(name, field))
+    return "\n\n".join(title + listing(explained) for title, explained in groups.items())
+
+
+def _explained(name: str, field: FieldInfo) -> tuple[str, str]:
+    """`optim.name  adam|adamw|lion (default: adamw)`, and the sentence."""
+    default = "required" if field.is_required() else f"default: {_yaml(field.get_default(call_default_factory=True))}"
+    return f"{name}  {_type_name(field.annotation)} ({default})", " ".join((field.description or "").split())
+
+
+def _yaml(value: Any) -> str:
+    return value or '""' if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(inner[0])
+    if origin is Literal:
+        return "|".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        return "|".join(dict.fromkeys(map(_type_name, inner)))
+    names = {type(None): "null", Path: "path", str: "string", tuple: "list", list: "list"}
+    return names.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))

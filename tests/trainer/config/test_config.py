@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from shards import UserError
 from trainer.config import load, settings
-from trainer.section import listing
+from trainer.section import listing, settings_help
 from trainer.settings import Config, flatten
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -430,3 +430,13 @@ assert not {"timm", "torchvision"} & set(sys.modules), sorted(sys.modules)
 """
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
+
+
+def test_help_shows_type_choices_and_default_of_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = settings_help(Config).splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "] == [n for n, _ in settings()]
+    assert "  optim.name  adam|adamw|lion|sgd|sgd_lookahead (default: adamw)" in lines
+    assert "  optim.max_grad_norm  float|null (default: null)" in lines
+    assert "  data.shards  string (required)" in lines
+    assert "  seed  int (default: 0)" in lines and "optim:" in lines
