@@ -59,7 +59,7 @@ def fetch(download: Download, directory: Path, or_else: str) -> Path:
         file = RemoteFile("", download.bytes, download.sha256)
         try:
             with progress_bar(download.bytes, download.name) as bar:
-                download_file(open_storage(download.url), file, target, partial, bar)
+                download_file(open_storage(download.url), file, target, partial, bar, fail_fast=True)
         except RemoteError as error:
             raise _unreachable(download, target, partial, or_else, error) from None
         sync_directory(directory)

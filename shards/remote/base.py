@@ -90,6 +90,10 @@ class TransientError(RemoteError):
     _general_advice = "check the network and the address"
 
 
+class NoConnectionError(TransientError):
+    """No server answers: the host name does not resolve, or the connection is refused or has no route."""
+
+
 def error_of_status(status: int | None) -> type[RemoteError]:
     """Return the error class of an HTTP status code; None stands for a request without an answer."""
     if status in (404, 410):
@@ -105,10 +109,12 @@ class RetryPolicy:
     Args:
         attempts: The number of attempts; None for `ATTEMPTS`.
         stop: An event that ends a pause.
+        fail_fast: Whether a `NoConnectionError` of the first attempt is raised at once.
     """
 
-    def __init__(self, attempts: int | None = None, stop: Event | None = None) -> None:
+    def __init__(self, attempts: int | None = None, stop: Event | None = None, fail_fast: bool = False) -> None:
         self._attempts = attempts or ATTEMPTS
+        self._fail_fast = fail_fast
         self._stop = stop or Event()
         self._failures = 0
 
@@ -123,8 +129,9 @@ class RetryPolicy:
             TransientError: `error`, if no attempt is left.
         """
         self._failures = 0 if progress else self._failures + 1
-        if self._failures >= self._attempts:
+        if self._failures >= self._attempts or (self._fail_fast and isinstance(error, NoConnectionError)):
             raise error
+        self._fail_fast = False
         self._stop.wait(FIRST_PAUSE * 2 ** max(0, self._failures - 1))
 
 

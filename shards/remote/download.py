@@ -121,7 +121,13 @@ def run_in_threads(work: Callable[[T, Event], None], items: Sequence[T], threads
 
 
 def download_file(
-    storage: RemoteStorage, file: RemoteFile, target: Path, partial: Path, bar: tqdm, stop: Event | None = None
+    storage: RemoteStorage,
+    file: RemoteFile,
+    target: Path,
+    partial: Path,
+    bar: tqdm,
+    stop: Event | None = None,
+    fail_fast: bool = False,
 ) -> None:
     """Download a file, or continue where an earlier call ended. A file with a wrong hash is downloaded once more.
 
@@ -132,6 +138,7 @@ def download_file(
         partial: The path of the incomplete file, on the same file system.
         bar: Counts the bytes.
         stop: An event that ends the download early.
+        fail_fast: Whether to raise at once if the first request finds no server.
 
     Raises:
         RemoteError: If the storage does not deliver the file. What has arrived is kept.
@@ -142,7 +149,7 @@ def download_file(
     make_directory(target.parent)
     try:
         for _ in range(2):
-            digest = _receive(storage, file, partial, bar, stop)
+            digest = _receive(storage, file, partial, bar, RetryPolicy(stop=stop, fail_fast=fail_fast), stop)
             if stop.is_set():
                 return
             if file.sha256 in (None, digest):
@@ -163,9 +170,10 @@ def download_file(
     )
 
 
-def _receive(storage: RemoteStorage, file: RemoteFile, partial: Path, bar: tqdm, stop: Event) -> str:
+def _receive(
+    storage: RemoteStorage, file: RemoteFile, partial: Path, bar: tqdm, policy: RetryPolicy, stop: Event
+) -> str:
     """Append the missing bytes to a partial file, unless stopped; returns the SHA-256 of its content."""
-    policy = RetryPolicy(stop=stop)
     # Unbuffered: what could not be written to a full disk must not be tried again at the closing.
     with open(partial, "ab", buffering=0) as out:
         if out.tell() > file.bytes:

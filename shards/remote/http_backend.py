@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import http.client
+import socket
 import ssl
 import urllib.error
 import urllib.parse
@@ -13,9 +15,18 @@ from collections.abc import Iterator
 
 from shards.errors import MismatchError, UserError
 from shards.remote import base
-from shards.remote.base import AccessDeniedError, FileInfo, RemoteError, RemoteStorage, TransientError, error_of_status
+from shards.remote.base import (
+    AccessDeniedError,
+    FileInfo,
+    NoConnectionError,
+    RemoteError,
+    RemoteStorage,
+    TransientError,
+    error_of_status,
+)
 
 _CHUNK = 256 << 10
+_NO_CONNECTION = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH}
 
 
 class HttpStorage(RemoteStorage):
@@ -96,7 +107,11 @@ class HttpStorage(RemoteStorage):
         cause = wrapped if isinstance(wrapped, OSError) else error
         if isinstance(cause, TimeoutError):
             return TransientError(address, f"not a byte for {base.STALL_SECONDS:g} seconds")
-        kind = AccessDeniedError if isinstance(cause, ssl.SSLCertVerificationError) else TransientError
+        kind: type[RemoteError] = TransientError
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            kind = AccessDeniedError
+        elif isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in _NO_CONNECTION:
+            kind = NoConnectionError
         return kind(address, self.reason(cause))
 
 

@@ -259,6 +259,14 @@ def test_a_full_disk_is_not_taken_for_a_broken_network(server: Server, tmp_path:
     assert len(server.behaviour.requests) == 1
 
 
+def test_without_a_server_the_first_request_is_not_repeated(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "FIRST_PAUSE", 1000.0)
+    for host in ("127.0.0.1:1", "no-such-host.invalid"):
+        with pytest.raises(UserError) as caught:
+            fetch(Download(f"http://{host}/file.zip", "file.zip", 10, "0" * 64), raw, OR_ELSE)
+        assert "--raw" in caught.value.hint
+
+
 def test_packing_emnist_without_a_network_ends_in_one_message_and_leaves_nothing(tmp_path: Path) -> None:
     process = run_code(
         """
