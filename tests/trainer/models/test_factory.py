@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -41,7 +42,7 @@ def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def create_model(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
         return refuse() if pretrained else create(name, pretrained=False, **options)
 
-    monkeypatch.setattr(model_module.timm, "create_model", create_model)
+    monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setattr(model_module.socket, "create_connection", refuse)
 
 
@@ -145,7 +146,7 @@ def test_published_weights_in_the_cache_are_taken_without_a_network(
     published = timm.create_model(TINY)
     path = tmp_path / "model.safetensors"
     save_file(published.state_dict(), path)
-    monkeypatch.setattr(model_module.huggingface_hub, "try_to_load_from_cache", lambda repository, name: str(path))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, name: str(path))
     monkeypatch.setattr(model_module.socket, "create_connection", None)
     model = make_model(Model(name=TINY, pretrained=True), 1, CLASSES)
     assert torch.allclose(model.conv_stem.weight, published.conv_stem.weight.sum(dim=1, keepdim=True), atol=1e-6)
