@@ -35,7 +35,7 @@ clean:  ## remove the environment
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: found $$($(PYTHON) --version), expected Python 3.11 or newer. HINT: make PYTHON=python3.12 ..." >&2; exit 2; }
+	  { echo "error: $$($(PYTHON) --version); expected: Python 3.11 or newer; hint: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "installing into .venv (several GB, a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools

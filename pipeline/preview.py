@@ -22,7 +22,7 @@ from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing
 from pipeline.transforms.spec import TransformSpec
 from shards.atomic import check_writable, write_file
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from shards.open import open_set_or_split
 from shards.remote.sets import is_remote, resolve_dataset
 from shards.stores.base import Store
@@ -151,7 +151,7 @@ def _fitted(name: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.preview", description="Draw a contact sheet of a packed set: raw beside processed."
+        prog=program_name("pipeline.preview"), description="Draw a contact sheet of a packed set: raw beside processed."
     )
     parser.add_argument(
         "place", metavar="DIR", help="packed set (its train part) or one part, a directory or an address"

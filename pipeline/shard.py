@@ -24,7 +24,7 @@ from pipeline.packing.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSe
 from pipeline.packing.ranks import ProcessGroup, init_process_group
 from pipeline.packing.splits import make_splits
 from pipeline.readers.raw_split import RawSplit, SourceOptions
-from shards.cli import USER_ERROR_STATUS, run_command
+from shards.cli import USER_ERROR_STATUS, program_name, run_command
 from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.remote.sets import is_remote, resolve_dataset, resolve_files
@@ -35,7 +35,7 @@ MAX_SIDE = 4096
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.shard",
+        prog=program_name("pipeline.shard"),
         description="Pack a data set into shards: train and test part, perhaps a val part.",
         epilog="Data sets: " + "; ".join(f"{name}: {find_source(name).description}" for name in source_names()),
     )

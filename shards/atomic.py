@@ -29,7 +29,9 @@ def check_writable(path: Path) -> None:
         raise UserError(found=f"{path}, a directory", expected="a file to write", hint=f"name a file in it: {path}/...")
     if not path.absolute().parent.is_dir():
         raise UserError(
-            found=f"no directory {path.parent}", expected="a place to write a file", hint=f"mkdir -p {path.parent}"
+            found=f"no such directory: {path.parent}",
+            expected="a place to write a file",
+            hint=f"mkdir -p {path.parent}",
         )
     if not os.access(path.absolute().parent, os.W_OK):
         raise no_permission(PermissionError(errno.EACCES, "Permission denied"), path)

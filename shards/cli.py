@@ -26,6 +26,11 @@ def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
+def program_name(module: str) -> str:
+    """Return the name of a command for its help: `inkstream COMMAND` if it was started so, else `python -m MODULE`."""
+    return sys.argv[0] if sys.argv[0].startswith("inkstream ") else f"python -m {module}"
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and exit: 0 or its result, 2 for a `UserError`, 128 + signal number if stopped."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

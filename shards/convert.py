@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shards.atomic import replace_directory
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from shards.create import make_writer
 from shards.errors import CorruptError, UserError
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_set
@@ -55,7 +55,7 @@ def convert(
     faults = [fault for split, manifest in before.items() for fault in check_hashes(split, manifest)]
     if faults:
         raise CorruptError(
-            found="\n           ".join(faults),
+            found="\n       ".join(faults),
             expected="a whole pack to convert",
             hint=f"see which blocks are damaged: python -m shards.verify {source}; then pack it again with --force",
         )
@@ -126,7 +126,7 @@ def _convert_split(split: Path, manifest: Manifest, directory: Path, store: Stor
     }
     converted = Manifest(**fields)
     if faults := list(check_hashes(directory, converted)):
-        raise _differs("\n           ".join(faults))
+        raise _differs("\n       ".join(faults))
     after = cast(ImageStore, open_files(directory, converted, one_block))
     with _bar("comparing", manifest) as bar:
         for block in _blocks(before, layout, range(layout.samples), bar):
@@ -166,7 +166,7 @@ def _differs(place: str) -> CorruptError:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m shards.convert",
+        prog=program_name("shards.convert"),
         description="Write a packed set in another kind of store, sample for sample the same; every one is compared.",
         epilog="Naming the store that SRC already has rewrites it, for instance with another --compression.",
     )

@@ -21,7 +21,7 @@ class UserError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"error: found {self.found}\n    expected: {self.expected}\n    HINT: {self.hint}"
+        return f"error: {self.found}\nexpected: {self.expected}\nhint: {self.hint}"
 
 
 class NotFoundError(UserError):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shards.atomic import write_file
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from shards.cpus import available_cpus
 from shards.errors import MismatchError, NotFoundError, UserError, no_permission
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest, Shard
@@ -95,7 +95,9 @@ def read_classes(path: Path) -> tuple[str, ...]:
         names = [name.strip() for name in names]
     except FileNotFoundError:
         raise NotFoundError(
-            found=f"no file {path}", expected="a text file with the name of a class in each line", hint="name another"
+            found=f"no such file: {path}",
+            expected="a text file with the name of a class in each line",
+            hint="name another",
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(
@@ -117,7 +119,9 @@ def _find_splits(directory: Path) -> dict[str, Path]:
     """The splits by name: those in a set, or the directory itself."""
     if not directory.is_dir():
         raise NotFoundError(
-            found=f"no directory {directory}", expected="a directory of tar shards", hint="name the one that holds them"
+            found=f"no such directory: {directory}",
+            expected="a directory of tar shards",
+            hint="name the one that holds them",
         )
     splits = {split: directory / split for split in ALL_PARTS if (directory / split).is_dir()}
     missing = [split for split in PARTS if split not in splits]
@@ -267,7 +271,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m shards.index",
+        prog=program_name("shards.index"),
         description="Make WebDataset shards that others have written a set that trains, without repacking them.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds train/*.tar and test/*.tar, or is one split")

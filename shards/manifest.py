@@ -178,7 +178,7 @@ def has_split(directory: Path, split: str) -> bool:
 def _missing(directory: Path) -> NotFoundError:
     if not directory.is_dir():
         return NotFoundError(
-            found=f"no directory {directory}",
+            found=f"no such directory: {directory}",
             expected=f"a packed split: a directory with {MANIFEST_NAME} and shards",
             hint="pack a data set first: python -m pipeline.shard emnist (or mnist, or digits)",
         )

@@ -127,9 +127,9 @@ def free_port() -> int:
 
 
 def assert_user_error(process: subprocess.CompletedProcess, *words: str) -> None:
-    """One message with found, expected and HINT, exit status 2, no traceback; the message names all the words."""
+    """Assert one message (error, expected, hint) with all the words, exit status 2 and no traceback."""
     assert process.returncode == 2, process.stdout + process.stderr
     assert "Traceback" not in process.stderr
-    for word in ("error: found", "expected:", "HINT:", *words):
+    for word in ("error: ", "\nexpected: ", "\nhint: ", *words):
         assert word in process.stderr, process.stderr
-    assert process.stderr.count("error: found") == 1
+    assert process.stderr.count("\nexpected: ") == 1

@@ -22,7 +22,7 @@ from torch import nn
 from pipeline.transforms.spec import TransformSpec
 from shards import Manifest, UserError
 from shards.atomic import check_writable, made_directory, write_file
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from trainer import export_formats, model_card, parity
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.trained_model import TrainedModel
@@ -145,7 +145,7 @@ def _target(run: Path, form: str, out: Path | None) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.export",
+        prog=program_name("trainer.export"),
         description="Export a finished run's model, held against the trainer on images of its test part.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")

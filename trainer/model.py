@@ -106,7 +106,7 @@ def load_weights(model: nn.Module, path: Path, names: Sequence[str] = ()) -> Non
         model.load_state_dict(_fitting(model, state, path, names, known))
     except FileNotFoundError:
         raise UserError(
-            found=f"no file {path}", expected="a file of weights (model.init_checkpoint)", hint="check the path"
+            found=f"no such file: {path}", expected="a file of weights (model.init_checkpoint)", hint="check the path"
         ) from None
     except Exception as error:  # the readers raise many kinds
         raise UserError(

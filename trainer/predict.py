@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.transforms.spec import UndecodableImage
 from shards.atomic import check_writable, write_file
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import Confusion
 from trainer.inference.contact_sheet import MOST_TILES, Tile, prediction_sheet
@@ -196,7 +196,7 @@ def to_json(answers: Answers, predictor: Predictor, found: dict[str, Any] | None
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.predict",
+        prog=program_name("trainer.predict"),
         description="Predict pictures with a finished run.",
         epilog="Exit status: 0, 1 if a picture could not be used (the others are predicted), 2 for a mistake.",
     )

@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from trainer.section import settings_help
 from trainer.settings import Config
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.run",
+        prog=program_name("trainer.run"),
         description="Train a recipe and report.",
         epilog=f"settings (in the file, or key=value):\n{settings_help(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

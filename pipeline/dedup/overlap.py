@@ -26,7 +26,7 @@ from pipeline.packing.pack import pack
 from pipeline.packing.repack import packed_splits
 from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from shards.errors import UserError
 from shards.manifest import PARTS, VALIDATION, Manifest
 from shards.remote.sets import resolve_dataset
@@ -95,7 +95,7 @@ def _identity(directory: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.dedup.overlap",
+        prog=program_name("pipeline.dedup.overlap"),
         description="Tell which images of a packed set are in another, and write the set without them.",
     )
     add = parser.add_argument

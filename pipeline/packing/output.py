@@ -126,7 +126,7 @@ def _write_manifests(directory: Path, manifests: tuple[Manifest, ...]) -> None:
 def _check_shared(path: Path) -> None:
     if not path.is_dir():
         raise UserError(
-            found=f"no directory {path}, which rank 0 has made",
+            found=f"no such directory: {path}, which rank 0 has made",
             expected="an --out on a file system that all ranks share",
             hint="name a shared directory, or a remote place: --out s3://bucket/name",
         )

@@ -352,7 +352,7 @@ def _unreadable_lines(unreadable: Mapping[str, Mapping[int, str]]) -> str:
 def _all_unreadable(unreadable: Mapping[str, Mapping[int, str]], out: Path | str) -> UserError:
     """The message that names the unreadable pictures; where they are many, a report beside `out` names the others."""
     reasons = [reason for part in unreadable.values() for reason in part.values()]
-    named = "\n           ".join(reasons[:_NAMED])
+    named = "\n       ".join(reasons[:_NAMED])
     if len(reasons) > _NAMED:
         report = Path(f"{Path(str(out)).name}.{UNREADABLE}").absolute()
         write_file(report, _unreadable_lines(unreadable))

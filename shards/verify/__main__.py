@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from shards.errors import CorruptError
 from shards.remote.sets import resolve_dataset
 from shards.verify.check import check_split, split_directories
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m shards.verify", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=program_name("shards.verify"), description=__doc__.split("\n")[0])
     parser.add_argument("place", metavar="DIR", help="a packed set or one split of it, a directory or an address")
     directory = resolve_dataset(parser.parse_args().place)
     all_faults = []
@@ -29,7 +29,7 @@ def main() -> int:
         )
     if all_faults:
         raise CorruptError(
-            found="\n           ".join(all_faults),
+            found="\n       ".join(all_faults),
             expected="every byte as the manifest tells",
             hint="pack again (python -m pipeline.shard SOURCE --out DIR --force), or get the files again",
         )

@@ -115,7 +115,7 @@ def test_a_missing_set_is_one_message(tmp_path: Path) -> None:
         ({"resolutions": "28,4"}, "smaller than the images' 8"),
         ({"resolutions": "28,x"}, "sides in pixels"),
         ({"batch_size": 10_000}, "--batch-size 10000"),
-        ({"json": Path("no/such/directory/lines.jsonl")}, "no directory"),
+        ({"json": Path("no/such/directory/lines.jsonl")}, "no such directory"),
     ],
 )
 def test_settings_that_cannot_be_measured(digits_set: Path, wrong: dict, words: str) -> None:

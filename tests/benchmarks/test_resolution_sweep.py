@@ -462,7 +462,7 @@ def test_a_mistake_ends_with_status_2() -> None:
     process = start("--resolutions", "28,0")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "HINT: --resolutions 28,56,112" in errors
+    assert "hint: --resolutions 28,56,112" in errors
     assert "Traceback" not in errors
 
 

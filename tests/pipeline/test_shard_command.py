@@ -189,7 +189,7 @@ class TestOut:
         if options == ("--dry-run",) and "none" in out:
             assert process.returncode == 0
         else:
-            assert_user_error(process, f"found {Path(out).parent}" if "deeper" in out else f"found {out}")
+            assert_user_error(process, f"error: {Path(out).parent}" if "deeper" in out else f"error: {out}")
 
 
 class TestDryRun:

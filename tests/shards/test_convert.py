@@ -287,7 +287,7 @@ class TestCommand:
 
     def test_what_is_missing_or_incomplete(self, tar: Path, tmp_path: Path) -> None:
         process = run_module("shards.convert", tmp_path / "nothing", tmp_path / "out", "--store", "zarr")
-        assert_user_error(process, f"no directory {tmp_path}/nothing")
+        assert_user_error(process, f"no such directory: {tmp_path}/nothing")
         source = Path(shutil.copytree(tar, tmp_path / "tar"))
         (source / "test" / MANIFEST_NAME).unlink()
         with pytest.raises(UserError, match=MANIFEST_NAME):

@@ -512,7 +512,7 @@ def test_shards_of_different_origin_are_refused(tmp_path: Path) -> None:
 
 
 def test_directories_that_are_no_sets_say_what_they_lack(tmp_path: Path) -> None:
-    assert "no directory" in refusal(lambda: index(tmp_path / "none", None)).found
+    assert "no such directory" in refusal(lambda: index(tmp_path / "none", None)).found
     (tmp_path / "empty").mkdir()
     assert "without .tar files" in refusal(lambda: index(tmp_path / "empty", None)).found
     compressed = tmp_path / "compressed"

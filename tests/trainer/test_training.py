@@ -187,7 +187,7 @@ def test_several_ranks_meet_a_mistake_with_one_message(recipe: Path, finished: P
     ):
         process = train(recipe, directory, override, ranks=2)
         assert process.returncode != 0
-        assert process.stderr.count("error: found") == 1, process.stderr
+        assert process.stderr.count("\nexpected: ") == 1, process.stderr
         assert words in process.stderr
         assert "UserError" not in process.stderr, "no rank ends in a traceback of its own"
 

@@ -13,14 +13,15 @@ import json
 from pathlib import Path
 
 from shards.atomic import check_writable, write_file
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from trainer.evaluate.evaluator import evaluate_run
 from trainer.runtime.distributed import init_distributed, report_errors_on_main
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.evaluate", description="Evaluate a finished run on a packed set with the same classes."
+        prog=program_name("trainer.evaluate"),
+        description="Evaluate a finished run on a packed set with the same classes.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
     parser.add_argument("shards", metavar="SHARDS", help="packed set (its test part) or one part, or its address")

@@ -30,7 +30,7 @@ from pipeline.preview import to_picture
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as pictures
 from shards import UserError
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from shards.errors import no_permission
 from trainer.inference.predictor import Predictor
 
@@ -213,7 +213,7 @@ def _port(text: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.inference.demo",
+        prog=program_name("trainer.inference.demo"),
         description="Draw a character in the browser and see what a finished run makes of it.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run on characters")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.preview import contact_sheet, save
 from shards.atomic import check_writable
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from shards.open import open_split
 from shards.remote.sets import resolve_dataset
 from trainer import config
@@ -18,7 +18,7 @@ from trainer import config
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.inference.preview",
+        prog=program_name("trainer.inference.preview"),
         description="Draw a contact sheet of what a recipe trains on: raw beside prepared and augmented.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings, for instance configs/...")

@@ -28,7 +28,7 @@ from pipeline.packing.pack import pack
 from pipeline.packing.repack import concatenate, packed_split, packed_splits
 from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable, write_file
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from shards.errors import UserError
 from shards.manifest import ALL_PARTS, MANIFEST_NAME, Manifest
 from shards.open import open_store
@@ -128,7 +128,7 @@ def _share(text: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.inference.pseudo_label",
+        prog=program_name("trainer.inference.pseudo_label"),
         description="Label images by a run's predictions, where it is sure.",
     )
     add = parser.add_argument

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from pipeline.loader import Batch
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from shards.errors import UserError
 from shards.remote.sets import resolve_dataset
 from trainer import config
@@ -136,7 +136,7 @@ class Attempts:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.loop.find_batch_size",
+        prog=program_name("trainer.loop.find_batch_size"),
         description="The largest batch that fits, and how fast each size is.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings, for instance configs/...")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pipeline.common.device import choose_device
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from trainer.arithmetic import autocast, laid_out, memory_format
 from trainer.checkpoint import io as checkpoint
 from trainer.config import validate
@@ -85,7 +85,7 @@ def _output_hook(what: str, found: list[str]) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.loop.replay_step",
+        prog=program_name("trainer.loop.replay_step"),
         description="Replay a saved training step whose loss or gradient was not finite.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="what the run saved under nonfinite/")

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from shards.atomic import check_writable, write_file
-from shards.cli import run_command
+from shards.cli import program_name, run_command
 from shards.errors import UserError
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.report import compare_page, run_page
@@ -18,7 +18,7 @@ from trainer.report import compare_page, run_page
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.report",
+        prog=program_name("trainer.report"),
         description="Write a finished run's report.html again, or one page that compares several runs.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from shards import open_split
-from shards.cli import Terminated, run_command
+from shards.cli import Terminated, program_name, run_command
 from shards.errors import UserError
 from shards.manifest import VALIDATION, has_split
 from shards.remote.sets import resolve_dataset
@@ -25,7 +25,7 @@ from trainer.tune.search_space import SearchConfig
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.tune",
+        prog=program_name("trainer.tune"),
         description="Hyperparameter search over the settings of a recipe, with the validation split as the objective.",
         epilog=f"keys (in the file, or key=value):\n{listing(search_space.describe())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

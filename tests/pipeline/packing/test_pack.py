@@ -101,7 +101,7 @@ def test_ranks_meet_a_mistake_with_one_message(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "-m", "pipeline.shard", "digits", "--out", str(tmp_path / "out")]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert process.stderr.count("error: found") == 1
+    assert process.stderr.count("\nexpected: ") == 1
     assert "not a complete pack" in process.stderr
     assert content(tmp_path) == {"out/precious": b"mine"}
 

@@ -205,7 +205,7 @@ def test_mistakes_are_told(
         ((tmp_path / "away.csv",), "none is there"),
         ((tmp_path / "bare.csv",), "columns a, b"),
         ((made_up_set,), "with classes class 0"),
-        ((pictures, "--csv", tmp_path / "no" / "out.csv"), "no directory"),
+        ((pictures, "--csv", tmp_path / "no" / "out.csv"), "no such directory"),
     ):
         with pytest.raises(UserError, match=words):
             predict(digits_run, *images)

@@ -253,7 +253,7 @@ def test_a_batch_that_is_not_finite_on_one_rank_is_found_by_all(recipe: Path, tm
     with job(tmp_path / "job", recipe, f"run.dir={run}", SPOIL=row) as running:
         output = running.end()
     assert running.process.returncode != 0
-    assert output.count("error: found a loss that is not finite in epoch 1 step 8") == 1, output
+    assert output.count("error: a loss that is not finite in epoch 1 step 8") == 1, output
     state = torch.load(run / "nonfinite" / "epoch-1-step-8.pt", weights_only=True)
     assert [row for share in state["shares"] for row in share["rows"].tolist()] == rows
 

@@ -81,7 +81,7 @@ def test_several_ranks_are_told_that_one_is_enough(digits_set: Path) -> None:
     launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "trainer.loop.find_batch_size")
     process = run_module(*launcher, QUICKSTART, f"data.shards={digits_set}", timeout=300)
     assert process.returncode != 0
-    assert "found 2 ranks" in process.stderr
+    assert "error: 2 ranks" in process.stderr
 
 
 def test_memory_is_told_in_bytes() -> None:

@@ -247,7 +247,7 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path: Path, suffix: str, cont
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_missing_file_of_weights_is_said_to_be_missing(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="no such file"):
         load_weights(nn.Linear(1, 1), tmp_path / f"none{suffix}")
 
 

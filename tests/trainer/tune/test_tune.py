@@ -493,7 +493,7 @@ def test_a_mistake_ends_in_one_message(
     said = capsys.readouterr()
     assert said.out == ""
     assert re.fullmatch(
-        r"error: found unknown key train_fractoin in .*\n    expected: .*\n    HINT: did you mean train_fraction\?\n",
+        r"error: unknown key train_fractoin in .*\nexpected: .*\nhint: did you mean train_fraction\?\n",
         said.err,
     )
 
