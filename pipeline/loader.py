@@ -76,7 +76,7 @@ class Loader:
         """This rank's batches of an epoch, from global step `first_step` on."""
         steps = self.sampler.steps(epoch, self._rank, self._world_size, first_step - first_step % self._joined)
         prepared = self._prepare(steps, first_step)
-        return run_ahead(prepared, _AHEAD) if self._device.type == "cuda" else prepared
+        return prefetch(prepared, _AHEAD) if self._device.type == "cuda" else prepared
 
     def _prepare(self, steps: Iterator[BatchIndices], first_step: int) -> Iterator[Batch]:
         if self._device.type == "cuda":
@@ -95,12 +95,12 @@ class Loader:
         images = self._read(samples)
         params = [step.params for step in steps if step.params is not None]
         try:
-            model_input = self._transform(images, AugmentationParams.concatenated(params) if params else None)
+            model_input = self._transform(images, AugmentationParams.concatenate(params) if params else None)
         except UndecodableImage as error:
-            raise damaged_picture(self._store, int(samples[error.position]), error.reason) from None
+            raise undecodable_image_error(self._store, int(samples[error.position]), error.reason) from None
         sizes = [len(step.samples) for step in steps]
         return [
-            Batch(images, labels, rows, step.number, step.global_size)
+            Batch(images, labels, rows, step.step, step.global_size)
             for step, images, labels, rows in zip(
                 steps,
                 model_input.split(sizes),
@@ -131,7 +131,7 @@ class Loader:
         return self._table[1]
 
 
-def damaged_picture(store: EncodedStore, sample: int, reason: str) -> UserError:
+def undecodable_image_error(store: EncodedStore, sample: int, reason: str) -> UserError:
     """The message about a picture that was found damaged when it was to be used."""
     return UserError(
         found=f"{store.place(sample)} (row {store.rows[sample]}): {reason}",
@@ -140,7 +140,7 @@ def damaged_picture(store: EncodedStore, sample: int, reason: str) -> UserError:
     )
 
 
-def run_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
     """Iterate in a thread of its own, up to `depth` items ahead.
 
     An exception there is raised here. The thread ends when the iteration ends or the iterator is closed.

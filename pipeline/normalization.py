@@ -40,7 +40,7 @@ class DatasetStats:
 def compute_stats(store: Store, spec: TransformSpec, backend: str, device: torch.device) -> DatasetStats:
     """Run images of a store through the transform (without normalisation) and take mean and deviation."""
     channels = spec.image_shape[2]
-    raw_spec = spec.normalised((0.0,) * channels, (1.0,) * channels)
+    raw_spec = spec.with_normalization((0.0,) * channels, (1.0,) * channels)
     samples = _choose(store)
     transform = build_transform(raw_spec, backend, device, _BATCH)
     total = torch.zeros(channels, dtype=torch.float64, device=device)

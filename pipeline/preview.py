@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline.common.rng import permutation
-from pipeline.loader import Loader, damaged_picture
+from pipeline.loader import Loader, undecodable_image_error
 from pipeline.sampler import SequentialBatchSampler
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.build import build_transform, choose_backend
@@ -53,7 +53,7 @@ def read_images(store: Store, samples: NDArray[np.int64]) -> list[NDArray[np.uin
         try:
             pixels.append(decode(image, store.manifest.image_shape[2]))
         except ValueError as error:
-            raise damaged_picture(store, sample, str(error)) from None
+            raise undecodable_image_error(store, sample, str(error)) from None
     return pixels
 
 

@@ -25,7 +25,7 @@ class BatchIndices:
     global_size: samples of the step over all ranks. params: for their augmentation, if there is one.
     """
 
-    number: int
+    step: int
     samples: NDArray[np.int64]
     global_size: int
     params: AugmentationParams | None = None
@@ -77,7 +77,7 @@ class ShuffledBatchSampler:
         """Not with a window, which is no larger than the memory for the blocks of one batch allows."""
         return self.shuffle_window_blocks is None
 
-    def shuffled(self, epoch: int) -> NDArray[np.int64]:
+    def epoch_order(self, epoch: int) -> NDArray[np.int64]:
         """The samples as int64 [N] in the order of an epoch."""
         if self.shuffle_window_blocks is None:
             return self.samples[permutation(len(self.samples), self.seed, epoch)]
@@ -88,7 +88,7 @@ class ShuffledBatchSampler:
 
     def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
         """The steps of an epoch from number `first` on, as this rank loads them."""
-        shuffled = self.shuffled(epoch)
+        shuffled = self.epoch_order(epoch)
         steps = self.steps_per_epoch
         for number in range(first, steps):
             batch = shuffled[len(shuffled) * number // steps : len(shuffled) * (number + 1) // steps]

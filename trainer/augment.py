@@ -63,7 +63,7 @@ class Augment(Section):
         given = self.model_fields_set
         if "elastic_sigma" in given and self.elastic == 0:
             yield "augment.elastic_sigma has no effect with augment.elastic=0"
-        if self.fill != "border" and not self.augmentation().warps:
+        if self.fill != "border" and not self.augmentation().has_warp:
             yield f"augment.fill={self.fill} has no effect where nothing is moved: augment.rotation and others are 0"
         for setting in ("erase_area_min", "erase_area_max", "erase_at", "erase_value"):
             if setting in given and self.erase == 0:

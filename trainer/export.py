@@ -46,7 +46,7 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
     train, store = finished.data(shards)
     data = config.data
     spec = TransformSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preparation())
-    spec = spec.normalised(trained.mean, trained.std)
+    spec = spec.with_normalization(trained.mean, trained.std)
     if spec.encoded and form != "safetensors":
         raise UserError(
             found=f"a run on picture files of differing sizes, and --format {form}",

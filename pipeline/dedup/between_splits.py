@@ -24,47 +24,47 @@ class Overlap:
     """Images of one split that are also in another, which keeps them; each once, with the closest there.
 
     Attributes:
-        part, kept_part: names of both splits.
-        rows, kept_rows: int64 [P], raw rows of both.
-        labels, kept_labels: class names, str [P].
+        part, other_split: names of both splits.
+        rows, other_source_index: int64 [P], raw rows of both.
+        labels, other_labels: class names, str [P].
         identical: bool [P], whether both images are equal, byte for byte.
         similarity: float32 [P], the cosine of their embeddings (see `pipeline.dedup.perceptual_hash`).
-        kept_found: number of images of the other split that are in this one.
-        kept_count: number of images of the other split.
+        other_matches: number of images of the other split that are in this one.
+        other_size: number of images of the other split.
     """
 
-    part: str
-    kept_part: str
-    rows: NDArray[np.int64]
+    split: str
+    other_split: str
+    source_index: NDArray[np.int64]
     labels: NDArray[np.str_]
-    kept_rows: NDArray[np.int64]
-    kept_labels: NDArray[np.str_]
+    other_source_index: NDArray[np.int64]
+    other_labels: NDArray[np.str_]
     identical: NDArray[np.bool_]
     similarity: NDArray[np.float32]
-    kept_found: int
-    kept_count: int
+    other_matches: int
+    other_size: int
 
     @classmethod
     def of(cls, part: RawSplit, kept: RawSplit, matches: Matches) -> Overlap:
         """The overlap of two splits from the positions of the matches in both."""
         return cls(
-            part=part.name,
-            kept_part=kept.name,
-            rows=part.rows[matches.first],
+            split=part.name,
+            other_split=kept.name,
+            source_index=part.rows[matches.first],
             labels=np.array(part.classes)[part.labels[matches.first]],
-            kept_rows=kept.rows[matches.second],
-            kept_labels=np.array(kept.classes)[kept.labels[matches.second]],
+            other_source_index=kept.rows[matches.second],
+            other_labels=np.array(kept.classes)[kept.labels[matches.second]],
             identical=matches.identical,
             similarity=matches.similarity,
-            kept_found=len(matches.second_found),
-            kept_count=len(kept.labels),
+            other_matches=len(matches.second_matches),
+            other_size=len(kept.labels),
         )
 
     def __str__(self) -> str:
         return (
-            f"{len(self.rows):,} {self.part} images are in {self.kept_part} ({self.identical.sum():,} identical, "
-            f"{(self.labels != self.kept_labels).sum():,} under another label; they are {self.kept_found:,} of the "
-            f"{self.kept_count:,} {self.kept_part} images)"
+            f"{len(self.source_index):,} {self.split} images are in {self.other_split} ({self.identical.sum():,} identical, "
+            f"{(self.labels != self.other_labels).sum():,} under another label; they are {self.other_matches:,} of the "
+            f"{self.other_size:,} {self.other_split} images)"
         )
 
 
@@ -80,7 +80,7 @@ def find_duplicates(parts: tuple[RawSplit, ...]) -> tuple[Overlap, ...]:
 
 def summarize(overlaps: Sequence[Overlap]) -> str:
     """One line to print."""
-    return f"near-duplicates: {'; '.join(str(one) for one in overlaps if len(one.rows)) or 'none'}"
+    return f"near-duplicates: {'; '.join(str(one) for one in overlaps if len(one.source_index)) or 'none'}"
 
 
 def remove_duplicates(parts: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> tuple[RawSplit, ...]:
@@ -89,7 +89,7 @@ def remove_duplicates(parts: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) 
     Raises:
         UserError: if nothing remains of a split.
     """
-    return tuple(_without(part, [one.rows for one in overlaps if one.part == part.name]) for part in parts)
+    return tuple(_without(part, [one.source_index for one in overlaps if one.split == part.name]) for part in parts)
 
 
 def _without(part: RawSplit, rows: list[NDArray[np.int64]]) -> RawSplit:
@@ -109,15 +109,15 @@ def write_report(overlaps: Sequence[Overlap], path: Path) -> None:
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["part", "row", "label", "in_part", "in_row", "in_label", "identical", "similarity"])
     for one in overlaps:
-        for place in np.lexsort((one.rows, -one.similarity, ~one.identical)):
+        for place in np.lexsort((one.source_index, -one.similarity, ~one.identical)):
             lines.writerow(
                 [
-                    one.part,
-                    one.rows[place],
+                    one.split,
+                    one.source_index[place],
                     one.labels[place],
-                    one.kept_part,
-                    one.kept_rows[place],
-                    one.kept_labels[place],
+                    one.other_split,
+                    one.other_source_index[place],
+                    one.other_labels[place],
                     "yes" if one.identical[place] else "no",
                     f"{one.similarity[place]:.4f}",
                 ]

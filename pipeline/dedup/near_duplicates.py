@@ -56,14 +56,14 @@ class Matches:
         second: int64 [P], the position of the closest image in the second split.
         identical: bool [P], whether both are equal, byte for byte.
         similarity: float32 [P], the cosine of their embeddings; 1 for identical images.
-        second_found: int64, positions of all images of the second split that are in the first, ascending.
+        second_matches: int64, positions of all images of the second split that are in the first, ascending.
     """
 
     first: NDArray[np.int64]
     second: NDArray[np.int64]
     identical: NDArray[np.bool_]
     similarity: NDArray[np.float32]
-    second_found: NDArray[np.int64]
+    second_matches: NDArray[np.int64]
 
 
 def find_identical(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Matches:
@@ -75,7 +75,7 @@ def find_identical(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Mat
         second=first_position[np.searchsorted(known, first[found])],
         identical=np.ones(len(found), bool),
         similarity=np.ones(len(found), np.float32),
-        second_found=np.flatnonzero(np.isin(second, first[found])),
+        second_matches=np.flatnonzero(np.isin(second, first[found])),
     )
 
 
@@ -97,7 +97,7 @@ def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
     closest[exact.first], similarity[exact.first] = exact.second, 1
     found = np.flatnonzero(closest >= 0)
     copies = np.isin(reference.digests, reference.digests[met])  # the index holds one image of each digest
-    copies[exact.second_found] = True
+    copies[exact.second_matches] = True
     return Matches(found, closest[found], identical[found], similarity[found], np.flatnonzero(copies))
 
 

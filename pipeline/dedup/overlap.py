@@ -62,7 +62,7 @@ def image_digests(part: RawSplit) -> NDArray[np.uint64]:
 
 def without(ours: tuple[RawSplit, ...], found: Sequence[Overlap]) -> tuple[tuple[RawSplit, ...], int]:
     """The parts of a set without what they share with the judging parts of the other, and how many images that is."""
-    left_out = [one for one in found if one.part in _LEARNED_FROM and one.kept_part in _JUDGED_BY]
+    left_out = [one for one in found if one.split in _LEARNED_FROM and one.other_split in _JUDGED_BY]
     kept = remove_duplicates(ours, left_out)
     return kept, sum(len(part.rows) for part in ours) - sum(len(part.rows) for part in kept)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.ink.geometry import InkFrame, NoInk, find_ink, frame_ink, limit_size
+from pipeline.ink.geometry import InkFrame, NoInkError, find_ink, frame_ink, limit_size
 from pipeline.ink.shading import remove_shading
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as pictures
@@ -27,11 +27,11 @@ _UNCHANGED = "taken as it is"
 _FITS = ("pad", "crop", "stretch")
 
 
-class Unusable(Exception):
+class UnusableImageError(Exception):
     """A picture that cannot be shown to a model: damaged, or without content. The text says why."""
 
 
-class Blank(Unusable):
+class BlankImageError(UnusableImageError):
     """A complete picture without content."""
 
 
@@ -44,7 +44,7 @@ class AdaptedImage(NamedTuple):
     """
 
     image: NDArray[np.uint8]
-    done: str
+    description: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class InputAdapter:
             content: of a file: PNG, JPEG, WebP, BMP or GIF; gray, RGB, palette, transparent or 16 bits.
 
         Raises:
-            Unusable: if the file is damaged or the picture has no content.
+            UnusableImageError: if the file is damaged or the picture has no content.
         """
         height, width, channels = self.image_shape
         try:
@@ -102,9 +102,9 @@ class InputAdapter:
                 return AdaptedImage(_as_png(pictures.decode(content, channels, None)), _UNCHANGED)
             image = pictures.decode(content, channels, (height, width), self.fit)
         except CorruptFileError as error:
-            raise Unusable(str(error)) from None
-        except NoInk as error:
-            raise Blank(str(error)) from None
+            raise UnusableImageError(str(error)) from None
+        except NoInkError as error:
+            raise BlankImageError(str(error)) from None
         if (header.height, header.width) == (height, width):
             return AdaptedImage(image, _UNCHANGED)
         return AdaptedImage(image, f"{header.width}x{header.height} brought to {width}x{height} ({self.fit})")

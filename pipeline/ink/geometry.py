@@ -33,7 +33,7 @@ _ASTRAY = 0.25  # of the side: ink that lies further from its usual place lies a
 _OUTLIERS = 0.5  # percent of the images of a set at either end
 
 
-class NoInk(Exception):
+class NoInkError(Exception):
     """A picture without ink; the text says why."""
 
 
@@ -101,7 +101,7 @@ class InkFrame:
         for image in images:
             try:
                 found.append(find_ink(image))
-            except NoInk:
+            except NoInkError:
                 continue
         if len(found) < max(1, len(images) // 2) or np.median([ink.plain for ink in found]) < _PLAIN:
             return None
@@ -134,12 +134,14 @@ def find_ink(picture: NDArray[np.uint8]) -> Ink:
     most of the border, or, where that is not clear, of most of the picture.
 
     Raises:
-        NoInk: if the contrast is low, or all ink is specks.
+        NoInkError: if the contrast is low, or all ink is specks.
     """
     counts = np.bincount(picture.reshape(-1), minlength=256).astype(np.float64)
     threshold, dark, bright = _otsu(counts)
     if bright - dark < _LEAST_CONTRAST:
-        raise NoInk(f"nothing stands out: {bright - dark:.0f} of 255 gray levels between the darkest and the brightest")
+        raise NoInkError(
+            f"nothing stands out: {bright - dark:.0f} of 255 gray levels between the darkest and the brightest"
+        )
     edge = np.concatenate([picture[0], picture[-1], picture[1:-1, 0], picture[1:-1, -1]])
     dark_border = float((edge <= threshold).mean())  # fraction
     clear = min(dark_border, 1 - dark_border) < _UNCLEAR
@@ -150,7 +152,7 @@ def find_ink(picture: NDArray[np.uint8]) -> Ink:
     _remove_specks(values)
     mask = values >= 0.5
     if not mask.any():
-        raise NoInk("nothing but specks")
+        raise NoInkError("nothing but specks")
     rows, columns = ndimage.find_objects(mask.view(np.uint8))[0]
     box = rows.start, rows.stop, columns.start, columns.stop
     return Ink(values, box, bool(light), dark_border if light else 1 - dark_border)

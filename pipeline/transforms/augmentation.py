@@ -23,12 +23,12 @@ class ParamIndex(IntEnum):
 
     ROTATION = 0
     SHEAR = auto()
-    ACROSS = auto()
-    DOWN = auto()
+    TRANSLATE_X = auto()
+    TRANSLATE_Y = auto()
     SCALE = auto()
     FLIP = auto()
-    CROP_ACROSS = auto()
-    CROP_DOWN = auto()
+    CROP_X = auto()
+    CROP_Y = auto()
     STROKE = auto()
     BRIGHTNESS = auto()
     CONTRAST = auto()
@@ -37,8 +37,8 @@ class ParamIndex(IntEnum):
     ERASE = auto()
     ERASE_AREA = auto()
     ERASE_ASPECT = auto()
-    ERASE_ACROSS = auto()
-    ERASE_DOWN = auto()
+    ERASE_X = auto()
+    ERASE_Y = auto()
 
 
 _NUMBERS = 20  # drawn for an image: a multiple of four, and some to spare
@@ -60,18 +60,18 @@ class AugmentationParams:
     noise: NDArray[np.float32] | None
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.uniform)
 
     def __getitem__(self, part: slice) -> AugmentationParams:
-        return AugmentationParams(self.numbers[part], None if self.noise is None else self.noise[part])
+        return AugmentationParams(self.uniform[part], None if self.noise is None else self.noise[part])
 
     @classmethod
-    def concatenated(cls, parts: Sequence[AugmentationParams]) -> AugmentationParams:
+    def concatenate(cls, parts: Sequence[AugmentationParams]) -> AugmentationParams:
         """The params of several batches of one augmentation, one after another."""
         if len(parts) == 1:
             return parts[0]
         noise = [part.noise for part in parts if part.noise is not None]
-        return cls(np.concatenate([part.numbers for part in parts]), np.concatenate(noise) if noise else None)
+        return cls(np.concatenate([part.uniform for part in parts]), np.concatenate(noise) if noise else None)
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,16 @@ class Augmentation:
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""
-        return self.warps or self.colours or self.stroke > 0 or self.erase > 0
+        return self.has_warp or self.has_color_jitter or self.stroke > 0 or self.erase > 0
 
     @property
-    def warps(self) -> bool:
+    def has_warp(self) -> bool:
         """Whether pixels move."""
         moves = (self.rotation, self.shear, self.translation, self.scale, self.flip, self.crop_padding, self.elastic)
         return any(moves)
 
     @property
-    def colours(self) -> bool:
+    def has_color_jitter(self) -> bool:
         """Whether colours change."""
         return any((self.brightness, self.contrast, self.saturation, self.hue))
 
@@ -124,7 +124,7 @@ class Augmentation:
         return mean if self.fill == "border" else (self.fill / 255,) * len(mean)
 
     @property
-    def lattice(self) -> int:
+    def noise_grid_size(self) -> int:
         """Points of the noise along an axis, no further apart than the deviation of the Gaussian that smooths it."""
         return math.ceil(1 / self.elastic_sigma) + 1
 
@@ -135,15 +135,15 @@ class Augmentation:
         numbers = (words >> np.uint64(11)).reshape(count, _NUMBERS) * 2.0**-53
         if not self.elastic:
             return AugmentationParams(numbers, None)
-        own = 2 * self.lattice**2
+        own = 2 * self.noise_grid_size**2
         drawn = own + -own % 4
         words = random_keys(seed, ELASTIC_STREAM + place, count * drawn, images.start * drawn)
         # The middles of 2^23 equal steps: exact in float32, and of mean 0.
         uniform = ((words >> np.uint64(41)).astype(np.float32) + 0.5) * 2.0**-23
         noise = (uniform.reshape(count, drawn)[:, :own] - 0.5) * np.float32(math.sqrt(12))
-        return AugmentationParams(numbers, noise.reshape(count, 2, self.lattice, self.lattice))
+        return AugmentationParams(numbers, noise.reshape(count, 2, self.noise_grid_size, self.noise_grid_size))
 
-    def matrices(self, params: AugmentationParams, shape: tuple[int, int]) -> NDArray[np.float64]:
+    def affine_matrices(self, params: AugmentationParams, shape: tuple[int, int]) -> NDArray[np.float64]:
         """Where each image's pixels come from: [B, 2, 3], which take (x, y, 1) in the output to (x, y) in the input,
         both -1 .. 1 from edge to edge.
 
@@ -153,8 +153,8 @@ class Augmentation:
         angle = np.deg2rad(self._spread(params, ParamIndex.ROTATION, self.rotation))
         shear = np.tan(np.deg2rad(self._spread(params, ParamIndex.SHEAR, self.shear)))
         scale = np.exp(self._spread(params, ParamIndex.SCALE, math.log1p(self.scale)))
-        across = 2 * self._spread(params, ParamIndex.ACROSS, self.translation)
-        down = 2 * self._spread(params, ParamIndex.DOWN, self.translation)
+        across = 2 * self._spread(params, ParamIndex.TRANSLATE_X, self.translation)
+        down = 2 * self._spread(params, ParamIndex.TRANSLATE_Y, self.translation)
         sine, cosine = np.sin(angle) / scale, np.cos(angle) / scale
         linear = np.empty((len(params), 2, 3))
         # The inverse of (turn)(1 shear; 0 1)(scale), of positions less the translation.
@@ -162,13 +162,13 @@ class Augmentation:
         linear[:, 1, 0], linear[:, 1, 1] = -sine, cosine
         linear[:, 0, 2] = -(linear[:, 0, 0] * across + linear[:, 0, 1] * down)
         linear[:, 1, 2] = -(linear[:, 1, 0] * across + linear[:, 1, 1] * down)
-        linear[params.numbers[:, ParamIndex.FLIP] < self.flip, 0] *= -1
-        for axis, number, length in ((0, ParamIndex.CROP_ACROSS, shape[1]), (1, ParamIndex.CROP_DOWN, shape[0])):
-            offset = np.floor(params.numbers[:, number] * (2 * self.crop_padding + 1)) - self.crop_padding
+        linear[params.uniform[:, ParamIndex.FLIP] < self.flip, 0] *= -1
+        for axis, number, length in ((0, ParamIndex.CROP_X, shape[1]), (1, ParamIndex.CROP_Y, shape[0])):
+            offset = np.floor(params.uniform[:, number] * (2 * self.crop_padding + 1)) - self.crop_padding
             linear[:, axis, 2] += 2 * offset / length
         return linear
 
-    def colours_of(self, params: AugmentationParams, channels: int) -> NDArray[np.float64]:
+    def color_matrices(self, params: AugmentationParams, channels: int) -> NDArray[np.float64]:
         """How each image's colours (0 .. 1) are mixed: [B, C, C + 1], for channels and 1.
 
         Hue turns and saturation stretches the plane of colour, luminance stays; contrast stretches about mid-grey;
@@ -193,22 +193,22 @@ class Augmentation:
         inner[:, 1, 2] = -inner[:, 2, 1]
         return np.linalg.inv(_TO_YIQ) @ inner @ _TO_YIQ
 
-    def strokes(self, params: AugmentationParams) -> NDArray[np.float64]:
+    def stroke_amounts(self, params: AugmentationParams) -> NDArray[np.float64]:
         """By how many pixels each image's strokes become thicker on each side: [B]."""
         return self._spread(params, ParamIndex.STROKE, self.stroke)
 
-    def boxes(self, params: AugmentationParams) -> NDArray[np.float64]:
+    def erase_boxes(self, params: AugmentationParams) -> NDArray[np.float64]:
         """What is erased in each image: [B, 4], two numbers 0 .. 1 that say where (down, across) and the box's height
         and width as shares of the image's; height and width 0 for nothing."""
-        numbers = params.numbers
+        numbers = params.uniform
         area = self.erase_area_min + (self.erase_area_max - self.erase_area_min) * numbers[:, ParamIndex.ERASE_AREA]
         aspect = _ASPECT ** (2 * numbers[:, ParamIndex.ERASE_ASPECT] - 1)
         sides = np.sqrt(np.stack([area * aspect, area / aspect], axis=1)).clip(max=1)
         sides[numbers[:, ParamIndex.ERASE] >= self.erase] = 0
-        return np.concatenate([numbers[:, [ParamIndex.ERASE_DOWN, ParamIndex.ERASE_ACROSS]], sides], axis=1)
+        return np.concatenate([numbers[:, [ParamIndex.ERASE_Y, ParamIndex.ERASE_X]], sides], axis=1)
 
     def _spread(self, params: AugmentationParams, number: ParamIndex, most: float) -> NDArray[np.float64]:
-        return (2 * params.numbers[:, number] - 1) * most
+        return (2 * params.uniform[:, number] - 1) * most
 
 
 NO_AUGMENTATION = Augmentation()

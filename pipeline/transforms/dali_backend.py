@@ -17,7 +17,7 @@ from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, Augm
 from pipeline.transforms.ops.resize import nearest_nudge
 from pipeline.transforms.raw_ops import RawOps
 from pipeline.transforms.spec import TransformSpec, UndecodableImage
-from pipeline.transforms.warp import Warp, shifts_to_mean
+from pipeline.transforms.warp import Warp, fill_to_mean_shifts
 from shards.stores.image_header import decode, read_image_header
 
 _INTERPOLATIONS = {
@@ -48,7 +48,7 @@ class DaliTransform:
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
         self._raw_ops = RawOps(spec, augmentation)
-        self._changes = Changes(spec, augmentation, device, framed=True)
+        self._changes = DaliAugmentation(spec, augmentation, device, framed=True)
         self._pipeline = _empty_pipeline(device, -(-batch_size // _PACK))
         with self._pipeline:
             images = fn.external_source(
@@ -67,7 +67,7 @@ class DaliTransform:
         inputs = {"images": prepared, **self._changes.arguments(params)}
         (output,) = self._pipeline.run(**{name: _packed(each, packs, pack) for name, each in inputs.items()})
         resized = torch.from_dlpack(output.as_tensor())  # [packs, pack, R, R, C], no copy
-        return self._changes.distorted(resized.flatten(0, 1)[:count].permute(0, 3, 1, 2), params)
+        return self._changes.warp_elastic(resized.flatten(0, 1)[:count].permute(0, 3, 1, 2), params)
 
 
 def _packed(array: NDArray, packs: int, pack: int) -> NDArray:
@@ -94,7 +94,7 @@ class DaliEncodedTransform:
         self._spec = spec
         self._device = device
         self._batch_size = batch_size
-        self._changes = Changes(spec, augmentation, device, framed=False)
+        self._changes = DaliAugmentation(spec, augmentation, device, framed=False)
         self._pipeline = self._build()
 
     def __call__(self, images: list[NDArray[np.uint8]], params: AugmentationParams | None = None) -> torch.Tensor:
@@ -104,7 +104,7 @@ class DaliEncodedTransform:
             for run in _runs([*map(_pixels, range(len(images)), images)])
         ]
         resized = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._changes.distorted(resized.permute(0, 3, 1, 2), params)
+        return self._changes.warp_elastic(resized.permute(0, 3, 1, 2), params)
 
     def _build(self) -> Pipeline:
         pipeline = _empty_pipeline(self._device, self._batch_size)
@@ -140,7 +140,7 @@ class DaliEncodedTransform:
                 ) from None
 
 
-class Changes:
+class DaliAugmentation:
     """An augmentation within a transform: the operators, and what the params of a batch become as their arguments.
 
     framed: whether a sample of the pipeline is a pack of images, each with arguments of its own.
@@ -152,7 +152,7 @@ class Changes:
         self._framed = framed
         self._on_gpu = device.type == "cuda"
         self._layout = "FHWC" if framed else "HWC"
-        self.warps_directly = augmentation.warps and spec.warps_directly
+        self.can_warp_raw = augmentation.has_warp and spec.can_warp_raw
         # DALI has no displacement of single pixels on CPUs. Its output is torch's without a copy, on both.
         self._warp = Warp(augmentation, spec, device) if augmentation.elastic else None
 
@@ -161,17 +161,17 @@ class Changes:
         augmentation = self._augmentation
         assert (params is not None) == bool(augmentation)
         found = {}
-        if params is not None and augmentation.colours:
+        if params is not None and augmentation.has_color_jitter:
             channels = self._spec.image_shape[2]
-            colours = augmentation.colours_of(params, channels).swapaxes(1, 2)  # [B, C + 1, C]
+            colours = augmentation.color_matrices(params, channels).swapaxes(1, 2)  # [B, C + 1, C]
             colours[:, channels] *= 255
             found["colours"] = np.ascontiguousarray(colours[:, None, None], np.float32)
-        if params is not None and augmentation.warps and not self._warp:
+        if params is not None and augmentation.has_warp and not self._warp:
             found["matrices"] = self._in_pixels(self._matrices(params)).astype(np.float32)
         return found
 
-    def recoloured(self, images):
-        if not self._augmentation.colours:
+    def color_jitter(self, images):
+        if not self._augmentation.has_color_jitter:
             return images
         every = (slice(None),) * (3 if self._framed else 2)
         colours = fn.external_source(name="colours", batch=True, dtype=types.FLOAT, ndim=len(every) + 2)
@@ -184,7 +184,7 @@ class Changes:
             mixed = mixed + pixels[(*every, slice(channel, channel + 1))] * colours[(*every, channel)]
         return fn.reshape(mixed, layout=self._layout)
 
-    def normalised(self, images):
+    def normalize(self, images):
         """(x / 255 - fill_value) / std."""
         return fn.crop_mirror_normalize(
             images,
@@ -194,10 +194,10 @@ class Changes:
             std=[255 * std for std in self._spec.std],
         )
 
-    def moved(self, images):
+    def warp_affine(self, images):
         """Normalised images at the resolution, moved by the affine part, unless that is left to `distorted`."""
         augmentation = self._augmentation
-        if not augmentation.warps or self._warp:
+        if not augmentation.has_warp or self._warp:
             return images
         matrices = fn.external_source(name="matrices", batch=True, dtype=types.FLOAT, ndim=3 if self._framed else 2)
         images = fn.warp_affine(
@@ -209,13 +209,13 @@ class Changes:
             dtype=types.FLOAT,
             **({} if augmentation.fill == "border" else {"fill_value": 0}),
         )
-        shifts = shifts_to_mean(augmentation, self._spec)
+        shifts = fill_to_mean_shifts(augmentation, self._spec)
         if not shifts:
             return images
         less = [-shift for shift in shifts]
         return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=self._layout, mean=less, std=1)
 
-    def distorted(self, images: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
+    def warp_elastic(self, images: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
         """The pipeline's output float32 [B, C, H, W], with the elastic distortion and the affine part in one."""
         if self._warp is None or params is None:
             return images
@@ -223,12 +223,12 @@ class Changes:
 
     def _matrices(self, params: AugmentationParams) -> NDArray[np.float64]:
         spec = self._spec
-        return self._augmentation.matrices(params, (spec.resolution,) * 2 if spec.encoded else spec.upright)
+        return self._augmentation.affine_matrices(params, (spec.resolution,) * 2 if spec.encoded else spec.upright_size)
 
     def _in_pixels(self, matrices: NDArray[np.float64]) -> NDArray[np.float64]:
         """As DALI takes them: from pixels of the output to pixels of the input, whose centres are at one half."""
         resolution = self._spec.resolution
-        height, width = self._spec.upright if self.warps_directly else (resolution, resolution)
+        height, width = self._spec.upright_size if self.can_warp_raw else (resolution, resolution)
         half = np.array([width, height])[None, :, None] / 2
         pixels = matrices * half
         pixels[:, :, 2] += half[:, :, 0] - pixels[:, :, :2].sum(axis=2)
@@ -276,26 +276,26 @@ def _empty_pipeline(device: torch.device, batch_size: int) -> Pipeline:
     )
 
 
-def _model_input(images, spec: TransformSpec, batch_size: int, changes: Changes):
+def _model_input(images, spec: TransformSpec, batch_size: int, changes: DaliAugmentation):
     """The transform itself: raw packs uint8 [F, H, W, C] to normalised float32 [F, R, R, C]."""
-    height, width = spec.upright
+    height, width = spec.upright_size
     if spec.transposed:
         images = fn.transpose(images, perm=[0, 2, 1, 3], transpose_layout=False)
-    images = changes.recoloured(images)
+    images = changes.color_jitter(images)
     region = {}
     if spec.interpolation == "nearest":
         nudge = nearest_nudge(spec.resolution)
         region = {"roi_start": [nudge, nudge], "roi_end": [height + nudge, width + nudge]}
-    if not spec.resizes or changes.warps_directly:
-        images = changes.normalised(images)
-    elif spec.enlarges:
-        images = _resize(changes.normalised(images), spec, batch_size, region)
+    if not spec.needs_resize or changes.can_warp_raw:
+        images = changes.normalize(images)
+    elif spec.upsamples:
+        images = _resize(changes.normalize(images), spec, batch_size, region)
     else:
-        images = changes.normalised(_resize(images, spec, batch_size, region))
-    return changes.moved(images)
+        images = changes.normalize(_resize(images, spec, batch_size, region))
+    return changes.warp_affine(images)
 
 
-def _model_input_of_pictures(images, spec: TransformSpec, batch_size: int, changes: Changes):
+def _model_input_of_pictures(images, spec: TransformSpec, batch_size: int, changes: DaliAugmentation):
     """The transform behind the decoder: uint8 [H, W, C], each of its own size, to normalised float32 [R, R, C]."""
     if spec.transposed:
         images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
@@ -304,8 +304,8 @@ def _model_input_of_pictures(images, spec: TransformSpec, batch_size: int, chang
         nudge = nearest_nudge(spec.resolution)
         region = {"roi_start": [nudge, nudge], "roi_end": images.shape(dtype=types.FLOAT)[:2] + nudge}
     # Colours after resizing, which leaves fewer pixels; they commute.
-    resized = changes.recoloured(_resize(images, spec, batch_size, region))
-    return changes.moved(changes.normalised(resized))
+    resized = changes.color_jitter(_resize(images, spec, batch_size, region))
+    return changes.warp_affine(changes.normalize(resized))
 
 
 def _resize(images, spec: TransformSpec, batch_size: int, region: dict[str, Any]):

@@ -18,11 +18,11 @@ class TransformModule(nn.Module):
         assert not spec.encoded
         self._transposed = spec.transposed
         self._preprocessing = spec.preprocessing
-        self._resizes = spec.resizes
+        self._resizes = spec.needs_resize
         mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (spec.mean, spec.std))
         numbers = {"scale": 1 / (255 * std), "shift": -mean / std}
-        if spec.resizes:
-            height, width = spec.upright
+        if spec.needs_resize:
+            height, width = spec.upright_size
             numbers["rows"] = torch.from_numpy(resize_weights(height, spec.resolution, spec.interpolation))  # [R, H]
             columns = resize_weights(width, spec.resolution, spec.interpolation)  # [R, W]
             numbers["columns"] = torch.from_numpy(columns.T.copy())

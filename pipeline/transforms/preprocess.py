@@ -20,7 +20,7 @@ class Preprocessing:
     """
 
     invert: bool | Literal["auto"] = False
-    opening: int = 0
+    opening_radius: int = 0
     crop_to_foreground: float | None = None
     equalize: bool = False
 
@@ -33,18 +33,18 @@ class Preprocessing:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, C], as stored and on any device, to the same; the input is not changed."""
-        from pipeline.transforms.ops.foreground import cropped_to_ink, equalised
-        from pipeline.transforms.ops.morphology import opened
+        from pipeline.transforms.ops.foreground import crop_to_foreground, equalize
+        from pipeline.transforms.ops.morphology import morphological_opening
 
         if self.invert == "auto":
             images = images ^ _bright_border(images).to(images.dtype).mul_(255).view(-1, 1, 1, 1)
         elif self.invert:
             images = ~images
-        if self.opening:
-            images = opened(images, self.opening)
+        if self.opening_radius:
+            images = morphological_opening(images, self.opening_radius)
         if self.crop_to_foreground is not None:
-            images = cropped_to_ink(images, self.crop_to_foreground)
-        return equalised(images) if self.equalize else images
+            images = crop_to_foreground(images, self.crop_to_foreground)
+        return equalize(images) if self.equalize else images
 
 
 def _bright_border(images: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
-from pipeline.transforms.ops.erasing import erased
-from pipeline.transforms.ops.morphology import thickened
+from pipeline.transforms.ops.erasing import erase
+from pipeline.transforms.ops.morphology import change_stroke_width
 from pipeline.transforms.spec import TransformSpec
 
 
@@ -25,12 +25,12 @@ class RawOps:
             return images
         changes = self._augmentation
         if changes.stroke:
-            amounts = torch.from_numpy(changes.strokes(params)).to(images.device)
-            images = thickened(images, amounts, changes.stroke)
+            amounts = torch.from_numpy(changes.stroke_amounts(params)).to(images.device)
+            images = change_stroke_width(images, amounts, changes.stroke)
         if changes.erase:
-            images = erased(
+            images = erase(
                 images,
-                torch.from_numpy(changes.boxes(params)).to(images.device),
+                torch.from_numpy(changes.erase_boxes(params)).to(images.device),
                 changes.erase_value,
                 on_contour=changes.erase_at == "contour",
                 transposed=self._transposed,

@@ -62,7 +62,7 @@ class TransformSpec:
             preprocessing=preprocessing,
         )
 
-    def normalised(self, mean: tuple[float, ...], std: tuple[float, ...]) -> TransformSpec:
+    def with_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> TransformSpec:
         return replace(self, mean=mean, std=std)
 
     @property
@@ -71,30 +71,30 @@ class TransformSpec:
         return self.image_shape[0] is None
 
     @property
-    def upright(self) -> tuple[int, int]:
+    def upright_size(self) -> tuple[int, int]:
         """Height and width of the raw images, orientation fixed."""
         height, width, _ = self.image_shape
         assert height and width, "picture files have no one size"
         return (width, height) if self.transposed else (height, width)
 
     @property
-    def resizes(self) -> bool:
+    def needs_resize(self) -> bool:
         """Whether the output has another size than the raw images."""
         height, width, _ = self.image_shape
         return not height == width == self.resolution
 
     @property
-    def enlarges(self) -> bool:
+    def upsamples(self) -> bool:
         """Whether the output has more pixels, so that normalising first is cheaper (resizing commutes with it)."""
         height, width, _ = self.image_shape
         assert height and width, "picture files have no one size"
         return self.resolution * self.resolution > height * width
 
     @property
-    def warps_directly(self) -> bool:
+    def can_warp_raw(self) -> bool:
         """Whether pixels are moved straight from the raw image to the output, in one interpolation; otherwise images
         are resized first, which takes another one or makes several pixels one."""
-        return not self.encoded and self.interpolation == "linear" and self.resolution >= max(self.upright)
+        return not self.encoded and self.interpolation == "linear" and self.resolution >= max(self.upright_size)
 
 
 class UndecodableImage(Exception):

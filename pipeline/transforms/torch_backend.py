@@ -29,7 +29,7 @@ class TorchTransform:
                 hint="install nvidia-dali-cuda120 (Linux only) and use loader.backend=auto; or pack the pictures at "
                 "one size: python -m pipeline.shard ... --size N",
             )
-        height, width = spec.upright
+        height, width = spec.upright_size
         self.max_fused_batch = _WORTH_JOINING // (4 * spec.image_shape[2] * spec.resolution**2)
         self._device = device
         self._buffers = Buffers()
@@ -37,8 +37,8 @@ class TorchTransform:
         self._raw_ops = RawOps(spec, augmentation)
         self._augmentation = augmentation
         self._shape = height, width
-        self._warp = Warp(augmentation, spec, device) if augmentation.warps else None
-        self._resizes = spec.resizes and not (self._warp and spec.warps_directly)
+        self._warp = Warp(augmentation, spec, device) if augmentation.has_warp else None
+        self._resizes = spec.needs_resize and not (self._warp and spec.can_warp_raw)
         rows = resize_weights(height, spec.resolution, spec.interpolation)  # [R, H]
         columns = resize_weights(width, spec.resolution, spec.interpolation)  # [R, W]
         first, second = (rows, columns) if spec.transposed else (columns, rows)  # in the order of their products
@@ -57,15 +57,15 @@ class TorchTransform:
             raw = raw.pin_memory().to(self._device, non_blocking=True)
         raw = self._raw_ops(raw, params)
         pixels = self._as_floats(raw.permute(0, 3, 1, 2) if self._resizes else self._upright(raw))
-        if params is not None and self._augmentation.colours:
-            pixels = recoloured(pixels, self._augmentation.colours_of(params, pixels.shape[1]))
+        if params is not None and self._augmentation.has_color_jitter:
+            pixels = apply_color_matrices(pixels, self._augmentation.color_matrices(params, pixels.shape[1]))
         for channel, (shift, scale) in enumerate(self._shifts_and_scales):
             plane = pixels[:, channel]
             torch.add(shift, plane, alpha=scale, out=plane)  # in one pass over the memory
         if self._resizes:
             pixels = self._resized(pixels)
         if params is not None and self._warp:
-            pixels = self._warp(pixels, self._augmentation.matrices(params, self._shape), params)
+            pixels = self._warp(pixels, self._augmentation.affine_matrices(params, self._shape), params)
         return pixels
 
     def _resized(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -107,8 +107,8 @@ class TorchTransform:
         return self._buffers.tensor(shape)
 
 
-def recoloured(pixels: torch.Tensor, colours: NDArray[np.float64]) -> torch.Tensor:
-    """pixels: float32 [B, C, H, W], 0 .. 255. colours: float64 [B, C, C + 1], of `Augmentation.colours_of`. Nothing is
+def apply_color_matrices(pixels: torch.Tensor, colours: NDArray[np.float64]) -> torch.Tensor:
+    """pixels: float32 [B, C, H, W], 0 .. 255. colours: float64 [B, C, C + 1], of `Augmentation.color_matrices`. Nothing is
     cut off at the ends of the range."""
     batch, channels, height, width = pixels.shape
     mixing = torch.from_numpy(colours).float().to(pixels.device)

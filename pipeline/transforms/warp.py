@@ -29,14 +29,14 @@ class Warp:
     def __init__(self, augmentation: Augmentation, spec: TransformSpec, device: torch.device) -> None:
         resolution = spec.resolution
         self._device = device
-        self._shifts = shifts_to_mean(augmentation, spec)
+        self._shifts = fill_to_mean_shifts(augmentation, spec)
         self._padding = "border" if augmentation.fill == "border" else "zeros"
         self._buffers = Buffers()
         places = (np.arange(resolution) + 0.5) * (2 / resolution) - 1
         functions = [places[:, None], np.ones((resolution, 1))]
         self._amplitude = 2 * augmentation.elastic
         if self._amplitude:
-            functions.insert(0, smoothing(places, augmentation.lattice, augmentation.elastic_sigma))
+            functions.insert(0, gaussian_weights(places, augmentation.noise_grid_size, augmentation.elastic_sigma))
         self._rows = torch.from_numpy(np.concatenate(functions, axis=1)).float().to(device)
         self._columns = self._rows.T.contiguous()
 
@@ -94,14 +94,14 @@ class Warp:
         return self._buffers.tensor(shape)
 
 
-def shifts_to_mean(augmentation: Augmentation, spec: TransformSpec) -> list[float]:
+def fill_to_mean_shifts(augmentation: Augmentation, spec: TransformSpec) -> list[float]:
     """Offsets that turn (x / 255 - fill_value) / std into (x / 255 - mean) / std, by channel; empty for none."""
     fill_value = augmentation.fill_value(spec.mean)
     each = [(level - mean) / std for level, mean, std in zip(fill_value, spec.mean, spec.std, strict=True)]
     return each if any(each) else []
 
 
-def smoothing(places: NDArray[np.float64], lattice: int, smoothness: float) -> NDArray[np.float64]:
+def gaussian_weights(places: NDArray[np.float64], lattice: int, smoothness: float) -> NDArray[np.float64]:
     """What each lattice point counts at each place: a Gaussian, float64 [places, lattice], of rows of length 1.
 
     places: -1 .. 1. smoothness: the Gaussian's deviation as a share of the side. Independent noise of deviation 1 on

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from support.batches import assert_same
 from support.transform_reference import model_input
 
-from pipeline.loader import Loader, run_ahead
+from pipeline.loader import Loader, prefetch
 from pipeline.sampler import BatchSampler, SequentialBatchSampler, ShuffledBatchSampler
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.build import build_transform
@@ -178,8 +178,8 @@ def test_evaluation_ranks_cover_every_sample_once(store: Store) -> None:
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_running_ahead_keeps_the_order(depth: int) -> None:
-    assert list(run_ahead(range(100), depth)) == list(range(100))
-    assert list(run_ahead((), depth)) == []
+    assert list(prefetch(range(100), depth)) == list(range(100))
+    assert list(prefetch((), depth)) == []
     assert loader_threads() == []
 
 
@@ -189,7 +189,7 @@ def test_an_exception_while_loading_is_raised_where_batches_are_used() -> None:
         yield 2
         raise IndexError("position 700")
 
-    batches = run_ahead(items(), 2)
+    batches = prefetch(items(), 2)
     assert [next(batches), next(batches)] == [1, 2]
     with pytest.raises(IndexError, match="position 700"):
         next(batches)
@@ -205,7 +205,7 @@ def test_a_damaged_store_is_heard_of_in_the_training_loop(store: Store) -> None:
 @pytest.mark.parametrize("taken", [1, 3])
 def test_closing_early_ends_the_thread(store: Store, taken: int) -> None:
     loader = make_loader(store, training_order(store), torch.device("cpu"))
-    with contextlib.closing(run_ahead(loader.batches(), 2)) as batches:
+    with contextlib.closing(prefetch(loader.batches(), 2)) as batches:
         for _ in range(taken):
             next(batches)
         assert len(loader_threads()) == 1
@@ -214,7 +214,7 @@ def test_closing_early_ends_the_thread(store: Store, taken: int) -> None:
 
 def test_an_exception_in_the_training_loop_ends_the_thread(store: Store) -> None:
     loader = make_loader(store, training_order(store), torch.device("cpu"))
-    with pytest.raises(ZeroDivisionError), contextlib.closing(run_ahead(loader.batches(), 2)) as batches:
+    with pytest.raises(ZeroDivisionError), contextlib.closing(prefetch(loader.batches(), 2)) as batches:
         for _ in batches:
             raise ZeroDivisionError
     assert loader_threads() == []
@@ -230,7 +230,7 @@ def test_runs_ahead_but_not_without_end(depth: int) -> None:
             made.append(number)
             yield number
 
-    with contextlib.closing(run_ahead(items(), depth)) as numbers:
+    with contextlib.closing(prefetch(items(), depth)) as numbers:
         for taken in range(1, 4):
             next(numbers)
             deadline = time.monotonic() + 10

@@ -72,7 +72,7 @@ def test_measures_mean_and_deviation_of_the_model_input(
 def test_the_normalised_input_has_mean_0_and_deviation_1(store: Store) -> None:
     spec = TransformSpec.of(store.manifest, 20)
     measured = compute_stats(store, spec, "torch", CPU)
-    again = compute_stats(store, spec.normalised(measured.mean, measured.std), "torch", CPU)
+    again = compute_stats(store, spec.with_normalization(measured.mean, measured.std), "torch", CPU)
     assert again == measured, "the spec's own normalisation must not change what is measured"
     images = np.empty((len(store), *store.manifest.image_shape), np.uint8)
     store.gather(np.arange(len(store)), images)

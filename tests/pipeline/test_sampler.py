@@ -32,8 +32,8 @@ def global_batches(order: BatchSampler, epoch: int, ranks: int, first: int = 0) 
     sizes: dict[int, int] = {}
     for rank in range(ranks):
         for step in order.steps(epoch, rank, ranks, first):
-            batches.setdefault(step.number, []).extend(step.samples.tolist())
-            assert sizes.setdefault(step.number, step.global_size) == step.global_size
+            batches.setdefault(step.step, []).extend(step.samples.tolist())
+            assert sizes.setdefault(step.step, step.global_size) == step.global_size
     assert {number: len(batch) for number, batch in batches.items()} == sizes
     return dict(sorted(batches.items()))
 
@@ -141,15 +141,15 @@ def test_resuming_at_a_step_is_the_tail_of_the_epoch(
         SequentialBatchSampler(positions(count), batch_size),
     ):
         for rank in range(ranks):
-            whole = {step.number: step.samples.tolist() for step in order.steps(epoch, rank, ranks)}
-            tail = {step.number: step.samples.tolist() for step in order.steps(epoch, rank, ranks, first)}
+            whole = {step.step: step.samples.tolist() for step in order.steps(epoch, rank, ranks)}
+            tail = {step.step: step.samples.tolist() for step in order.steps(epoch, rank, ranks, first)}
             assert tail == {number: samples for number, samples in whole.items() if number >= first}
 
 
 @pytest.mark.parametrize("window", [None, 12])
 def test_epochs_and_seeds_differ(window: int | None) -> None:
     orders = [
-        tuple(ShuffledBatchSampler(positions(1000), 64, seed, 16, window).shuffled(epoch).tolist())
+        tuple(ShuffledBatchSampler(positions(1000), 64, seed, 16, window).epoch_order(epoch).tolist())
         for seed in range(3)
         for epoch in range(4)
     ]
@@ -224,7 +224,7 @@ def test_a_windowed_order_draws_from_all_of_its_window() -> None:
     order = ShuffledBatchSampler(np.arange(samples), 256, 0, BLOCK, window)
     turns = np.empty(400, np.int64)
     turns[permutation(400, 0, BLOCK_STREAM + 3)] = np.arange(400)
-    middle = [step for step in order.steps(3, 0, 1) if 20 < step.number < 30]
+    middle = [step for step in order.steps(3, 0, 1) if 20 < step.step < 30]
     for step in middle:
         turn = turns[step.samples // BLOCK]
         assert turn.max() - turn.min() <= window + 256 // BLOCK + 2
@@ -257,4 +257,4 @@ def test_evaluation_has_every_sample_once_in_the_same_batches_on_any_number_of_r
 def test_evaluation_deals_whole_batches_in_turn(ranks: int) -> None:
     order = SequentialBatchSampler(positions(95), 10)
     for rank in range(ranks):
-        assert [step.number for step in order.steps(0, rank, ranks)] == list(range(rank, 10, ranks))
+        assert [step.step for step in order.steps(0, rank, ranks)] == list(range(rank, 10, ranks))

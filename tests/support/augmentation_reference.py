@@ -19,7 +19,7 @@ CROSS = ndimage.generate_binary_structure(2, 1)
 
 def amount(params: AugmentationParams, image: int, number: ParamIndex, most: float) -> float:
     """Uniform in -most .. most."""
-    return (2 * params.numbers[image, number] - 1) * most
+    return (2 * params.uniform[image, number] - 1) * most
 
 
 def augmented(
@@ -33,11 +33,11 @@ def augmented(
     """Raw uint8 [B, H, W, C] to float64 [B, C, R, R] in 0 .. 1: colours changed, pixels moved."""
     planes = np.einsum("bhwc->bcwh" if transposed else "bhwc->bchw", images.astype(np.float64) / 255)
     shape = planes.shape[2:]
-    if augmentation.colours:
+    if augmentation.has_color_jitter:
         planes = np.stack([recoloured(each, augmentation, params, number) for number, each in enumerate(planes)])
     if interpolation != "linear" or resolution < max(shape):
         planes = resize_axis(resize_axis(planes, 2, resolution, interpolation), 3, resolution, interpolation)
-    if not augmentation.warps:
+    if not augmentation.has_warp:
         return resize_axis(resize_axis(planes, 2, resolution, "linear"), 3, resolution, "linear")
     return np.stack([moved(each, resolution, shape, augmentation, params, i) for i, each in enumerate(planes)])
 
@@ -55,18 +55,19 @@ def moved(
     slant = math.tan(math.radians(amount(params, image, ParamIndex.SHEAR, augmentation.shear)))
     size = (1 + augmentation.scale) ** amount(params, image, ParamIndex.SCALE, 1)
     shift = [
-        2 * amount(params, image, number, augmentation.translation) for number in (ParamIndex.ACROSS, ParamIndex.DOWN)
+        2 * amount(params, image, number, augmentation.translation)
+        for number in (ParamIndex.TRANSLATE_X, ParamIndex.TRANSLATE_Y)
     ]
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     forward = turn @ np.array([[1, slant], [0, 1]]) * size
     places = (np.arange(resolution) + 0.5) / resolution * 2 - 1
     x, y = np.meshgrid(places, places)
     x, y = np.einsum("ij,jrc->irc", np.linalg.inv(forward), np.stack([x - shift[0], y - shift[1]]))
-    if params.numbers[image, ParamIndex.FLIP] < augmentation.flip:
+    if params.uniform[image, ParamIndex.FLIP] < augmentation.flip:
         x = -x
     offsets = [
-        math.floor(params.numbers[image, number] * (2 * augmentation.crop_padding + 1)) - augmentation.crop_padding
-        for number in (ParamIndex.CROP_ACROSS, ParamIndex.CROP_DOWN)
+        math.floor(params.uniform[image, number] * (2 * augmentation.crop_padding + 1)) - augmentation.crop_padding
+        for number in (ParamIndex.CROP_X, ParamIndex.CROP_Y)
     ]
     x, y = x + 2 * offsets[0] / shape[1], y + 2 * offsets[1] / shape[0]
     if augmentation.elastic:
@@ -118,7 +119,7 @@ def recoloured(
     return ((planes - 0.5) * contrast + 0.5) * brightness
 
 
-def thickened(plane: NDArray[np.uint8], pixels: float) -> NDArray[np.float64]:
+def change_stroke_width(plane: NDArray[np.uint8], pixels: float) -> NDArray[np.float64]:
     """One plane [H, W], thicker by so many pixels or (below 0) thinner."""
     result = plane.astype(np.float64)
     step = ndimage.grey_dilation if pixels > 0 else ndimage.grey_erosion
@@ -127,7 +128,7 @@ def thickened(plane: NDArray[np.uint8], pixels: float) -> NDArray[np.float64]:
     return result
 
 
-def equalised(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def equalize(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """One plane [H, W]: each pixel by its rank among those that are not the darkest."""
     darkest = (plane == plane.min()).sum()
     if darkest == plane.size:

@@ -141,11 +141,11 @@ def _normalised(
     """A spec with the mean and deviation of the train part at its resolution, or that brings pixels to -1 .. 1."""
     if config.data.normalize == "half":
         half = (0.5,) * spec.image_shape[2]
-        return spec.normalised(half, half)
+        return spec.with_normalization(half, half)
     statistics = world.run_on_main(
         lambda: load_or_compute_stats(store, directory / "train", spec, backend, world.device)
     )
-    return spec.normalised(statistics.mean, statistics.std)
+    return spec.with_normalization(statistics.mean, statistics.std)
 
 
 def _memory(setting: float | Literal["auto"]) -> int:

@@ -185,7 +185,7 @@ def loader_for(store: Store, trained: TrainedModel, world: World) -> Loader:
     data = config.data
     spec = TransformSpec.of(manifest, data.final_resolution, data.interpolation, data.preparation())
     backend, _ = choose_backend(config.loader.backend, world.device, spec)
-    spec = spec.normalised(trained.mean, trained.std)
+    spec = spec.with_normalization(trained.mean, trained.std)
     graph = build_transform(spec, backend, world.device, config.loader.batch_size)
     return evaluation_loader(store, np.arange(len(store)), graph, config, world)
 

@@ -25,7 +25,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from pipeline.ink.adapter import Blank, Unusable
+from pipeline.ink.adapter import BlankImageError, UnusableImageError
 from pipeline.preview import to_picture
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as pictures
@@ -61,18 +61,18 @@ class Artist:
     def answer(self, content: bytes) -> dict[str, Any]:
         """What the page shows for a drawing, a PNG; `top` is empty for a blank one.
 
-        Raises `Unusable` for anything that is no such picture.
+        Raises `UnusableImageError` for anything that is no such picture.
         """
         try:
             header = pictures.header(content)
         except CorruptFileError as error:
-            raise Unusable(str(error)) from None
+            raise UnusableImageError(str(error)) from None
         if header.width * header.height > _MOST_PIXELS:
-            raise Unusable(f"{header.width}x{header.height} pixels, more than {_MOST_PIXELS:,}")
+            raise UnusableImageError(f"{header.width}x{header.height} pixels, more than {_MOST_PIXELS:,}")
         with self._turn:
             try:
                 taken = self.predictor.adapter.adapt(content)
-            except Blank:
+            except BlankImageError:
                 return {"top": []}
             seen = self.predictor.predict([taken.image])
         probabilities = seen.probabilities[0]
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             answer = self.server.artist.answer(content)
-        except Unusable as error:
+        except UnusableImageError as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
             return
         self._send(HTTPStatus.OK, json.dumps(answer).encode(), "application/json")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ink.adapter import InputAdapter, Unusable
+from pipeline.ink.adapter import InputAdapter, UnusableImageError
 from pipeline.readers.formats.csv import read_csv
 from pipeline.readers.formats.image import EXTENSIONS
 from pipeline.readers.naming import natural_key, printable, some_of
@@ -96,13 +96,13 @@ def _read(one: PictureFile, adapter: InputAdapter) -> Sample:
     name = printable(str(one.path))
     try:
         if one.path.stat().st_size > MAX_BYTES:
-            raise Unusable(f"of more than {MAX_BYTES:,} bytes")
+            raise UnusableImageError(f"of more than {MAX_BYTES:,} bytes")
         taken = adapter.adapt(one.path.read_bytes())
-    except Unusable as error:
+    except UnusableImageError as error:
         return Sample(name, one.label, None, str(error))
     except OSError as error:
         return Sample(name, one.label, None, error.strerror or str(error))
-    return Sample(name, one.label, taken.image, taken.done)
+    return Sample(name, one.label, taken.image, taken.description)
 
 
 def _is_packed(path: Path) -> bool:

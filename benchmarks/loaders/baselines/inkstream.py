@@ -59,7 +59,7 @@ class Inkstream:
 
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
         store = open_split(directory / "set", "train")
-        spec = TransformSpec.of(store.manifest, task.resolution).normalised(task.mean, task.std)
+        spec = TransformSpec.of(store.manifest, task.resolution).with_normalization(task.mean, task.std)
         graph = build_transform(spec, self._backend, task.device, task.batch_size)
         order = ShuffledBatchSampler(np.arange(len(store)), task.batch_size, task.seed)
         loader = Loader(store, order, graph, task.device)

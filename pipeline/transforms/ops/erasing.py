@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.transforms.ops.foreground import contour, ink
+from pipeline.transforms.ops.foreground import contour_mask, foreground_mask
 
 
-def erased(
-    images: torch.Tensor, boxes: torch.Tensor, value: int, *, on_contour: bool, transposed: bool
-) -> torch.Tensor:
+def erase(images: torch.Tensor, boxes: torch.Tensor, value: int, *, on_contour: bool, transposed: bool) -> torch.Tensor:
     """Boxes of one value in uint8 images [B, H, W, C] as stored; the input is not changed.
 
     boxes: float64 [B, 4] of `Augmentation.boxes`. The box lies anywhere within the image (Zhong et al. 2017,
@@ -24,7 +22,7 @@ def erased(
     top = (down * (height - tall + 1)).floor()
     left = (across * (width - wide + 1)).floor()
     if on_contour:
-        row, column, found = _chosen(contour(ink(images)), boxes[:, 0])
+        row, column, found = _chosen(contour_mask(foreground_mask(images)), boxes[:, 0])
         top = torch.where(found, row - (tall / 2).floor(), top)
         left = torch.where(found, column - (wide / 2).floor(), left)
     mask = _between(top, tall, height)[:, :, None] & _between(left, wide, width)[:, None, :]

@@ -13,7 +13,7 @@ def histograms(images: torch.Tensor) -> torch.Tensor:
     return counts.scatter_add_(1, values, torch.ones_like(values))
 
 
-def equalised(images: torch.Tensor) -> torch.Tensor:
+def equalize(images: torch.Tensor) -> torch.Tensor:
     """Histogram equalisation of each channel of uint8 images [B, H, W, C]: of n pixels of which n0 have the lowest
     value, those of a value become 255 (m - n0) / (n - n0), where m pixels are not brighter, rounded to even.
 
@@ -32,7 +32,7 @@ def equalised(images: torch.Tensor) -> torch.Tensor:
     return equal.permute(0, 2, 3, 1).contiguous()
 
 
-def ink(images: torch.Tensor) -> torch.Tensor:
+def foreground_mask(images: torch.Tensor) -> torch.Tensor:
     """Which pixels are ink, bool [B, H, W], in uint8 images [B, H, W, C]: those brighter than the threshold that parts
     the mean of the channels with the largest variance between both sides.
 
@@ -54,7 +54,7 @@ def ink(images: torch.Tensor) -> torch.Tensor:
     return found.view(batch, height, width)
 
 
-def contour(found: torch.Tensor) -> torch.Tensor:
+def contour_mask(found: torch.Tensor) -> torch.Tensor:
     """The ink pixels bool [B, H, W] with a neighbour, of four, that is none."""
     edge = torch.zeros_like(found)
     edge[:, 1:] |= ~found[:, :-1]
@@ -64,14 +64,14 @@ def contour(found: torch.Tensor) -> torch.Tensor:
     return edge & found
 
 
-def cropped_to_ink(images: torch.Tensor, margin: float) -> torch.Tensor:
+def crop_to_foreground(images: torch.Tensor, margin: float) -> torch.Tensor:
     """The smallest square around the ink, as large as the image was: uint8 [B, H, W, C].
 
     margin: left around it on each side, as a share of its side. Linear interpolation, the border repeated beyond it.
     An image without ink stays.
     """
     height, width = images.shape[1:3]
-    found = ink(images)
+    found = foreground_mask(images)
     some = found.any(dim=2).any(dim=1)
     starts, sides = zip(*(_extent(found.any(dim=axis), some) for axis in (2, 1)), strict=True)
     side = torch.maximum(*sides) * (1 + 2 * margin)

@@ -13,7 +13,7 @@ import torch
 _BITS = 7  # of the weight of a step, whose product with a difference of pixels fits into 16
 
 
-def dilated(images: torch.Tensor) -> torch.Tensor:
+def dilate(images: torch.Tensor) -> torch.Tensor:
     """The largest of each pixel and its four neighbours."""
     largest = images.clone()
     for axis in (1, 2):
@@ -23,18 +23,18 @@ def dilated(images: torch.Tensor) -> torch.Tensor:
     return largest
 
 
-def opened(images: torch.Tensor, radius: int) -> torch.Tensor:
+def morphological_opening(images: torch.Tensor, radius: int) -> torch.Tensor:
     """Erosion by a diamond of this radius in pixels, then dilation: bright specks that do not hold it vanish."""
     inverted = ~images
     for _ in range(radius):
-        inverted = dilated(inverted)
+        inverted = dilate(inverted)
     images = ~inverted
     for _ in range(radius):
-        images = dilated(images)
+        images = dilate(images)
     return images
 
 
-def thickened(images: torch.Tensor, amounts: torch.Tensor, most: float) -> torch.Tensor:
+def change_stroke_width(images: torch.Tensor, amounts: torch.Tensor, most: float) -> torch.Tensor:
     """Bright strokes made thicker (dilation) or thinner (erosion), each image by its own amount.
 
     amounts: float [B] in -most .. most, pixels on each side of a stroke. Whole pixels are steps of dilation; a part of
@@ -45,7 +45,7 @@ def thickened(images: torch.Tensor, amounts: torch.Tensor, most: float) -> torch
     pixels = images ^ mask
     for step in range(math.ceil(most)):
         share = (amounts.abs() - step).clamp(0, 1).mul(1 << _BITS).round().to(torch.int16).view(-1, 1, 1, 1)
-        difference = (dilated(pixels) - pixels).to(torch.int16)
+        difference = (dilate(pixels) - pixels).to(torch.int16)
         rounded = difference.mul_(share).add_(1 << _BITS - 1).bitwise_right_shift_(_BITS)
         pixels = pixels + rounded.to(torch.uint8)
     return pixels ^ mask

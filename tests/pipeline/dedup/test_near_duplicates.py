@@ -104,7 +104,7 @@ class TestMadeUpPictures:
 
     def test_different_ones_are_not(self, make: Callable[[int, int], Images]) -> None:
         found = matched(make(1500, 3), make(500, 2))
-        assert found.first.tolist() == found.second_found.tolist() == []
+        assert found.first.tolist() == found.second_matches.tolist() == []
 
     def test_equal_ones_are_told_from_similar_ones(self, make: Callable[[int, int], Images]) -> None:
         second = make(60, 1)
@@ -114,7 +114,7 @@ class TestMadeUpPictures:
         assert found.identical.tolist() == [True] * 10 + [False] * 5 + [True]
         assert found.similarity[found.identical].tolist() == [1] * 11
         assert (found.similarity[~found.identical] < 1).all() and (found.similarity > 0.9).all()
-        assert found.second_found.tolist() == list(range(20, 35))
+        assert found.second_matches.tolist() == list(range(20, 35))
 
 
 def test_mirrored_turned_and_inverted_pictures_are_others() -> None:
@@ -149,7 +149,7 @@ class TestMany:
         first[:5_000], second[:3_000] = drawings(1, 1), drawings(1, 1)
         found = matched(first, second)
         assert len(found.first) == 20_000 and found.identical.all()
-        assert len(found.second_found) == 9_000
+        assert len(found.second_matches) == 9_000
 
     def test_empty_pictures_are_not_alike(self) -> None:
         found = matched(np.full((50, 28, 28, 1), 7, np.uint8), np.full((50, 28, 28, 1), 9, np.uint8))
@@ -192,7 +192,10 @@ def parts() -> tuple[RawSplit, ...]:
 class TestParts:
     def test_each_pair_of_parts_is_compared(self, parts: tuple[RawSplit, ...]) -> None:
         found = find_duplicates(parts)
-        pairs = {(one.part, one.kept_part): dict(zip(one.rows, one.kept_rows, strict=True)) for one in found}
+        pairs = {
+            (one.split, one.other_split): dict(zip(one.source_index, one.other_source_index, strict=True))
+            for one in found
+        }
         assert pairs == {
             ("val", "test"): {0: 0, 1: 1},
             ("train", "test"): {row: row + 5 for row in range(10)},
@@ -217,7 +220,7 @@ class TestParts:
         train, test, _ = parts
         chosen = train.select(np.array([50, 8, 30, 2])), test.select(np.array([40, 13, 7]))
         found = find_duplicates(chosen)[0]
-        assert (found.rows.tolist(), found.kept_rows.tolist()) == ([8, 2], [13, 7])
+        assert (found.source_index.tolist(), found.other_source_index.tolist()) == ([8, 2], [13, 7])
         assert remove_duplicates(chosen, find_duplicates(chosen))[0].rows.tolist() == [50, 30]
 
     def test_report(self, parts: tuple[RawSplit, ...], tmp_path: Path) -> None:
@@ -275,7 +278,7 @@ class TestParts:
             return train.read(rows)
 
         found = find_duplicates((replace(train, read=read), test, val))[1]
-        assert found.rows.tolist() == [1, 2, 3, 4, 5, 6, 8, 9]
+        assert found.source_index.tolist() == [1, 2, 3, 4, 5, 6, 8, 9]
 
 
 def genuine(shared_data: Path, source: str, directory: str, split: str = "") -> tuple[RawSplit, ...]:
@@ -311,12 +314,12 @@ class TestGenuinePictures:
         equal = sum(image.tobytes() in known for image in test.read(test.rows))
         found = find_duplicates((replace(train, classes=test.classes, labels=train.labels % 47), test))[0]
         assert found.identical.sum() == equal > 1800
-        assert found.kept_found - equal < 10
+        assert found.other_matches - equal < 10
 
     def test_known_ones_of_cifar(self, shared_data: Path) -> None:
         """Pairs that were looked at, and are the same photograph; none of those found is another."""
         archive = shared_data / "cifar10" / "cifar10-jpg-subset.zip"
         found = find_duplicates(find_source("folder").load(SourceOptions(archive)))[0]
-        pairs = set(zip(found.kept_rows.tolist(), found.rows.tolist(), strict=True))
+        pairs = set(zip(found.other_source_index.tolist(), found.source_index.tolist(), strict=True))
         assert len(pairs) >= 9
         assert pairs <= LOOKED_AT

@@ -45,7 +45,7 @@ def sets(pixels: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_shared_images_are_counted_by_part(sets: tuple[Path, Path]) -> None:
     found = find_overlaps(*map(packed_splits, sets))
-    rows = {(one.part, one.kept_part): one.rows.tolist() for one in found}
+    rows = {(one.split, one.other_split): one.source_index.tolist() for one in found}
     assert rows == {
         ("train", "train"): [8, 9],
         ("train", "test"): [2, 3],
@@ -54,9 +54,9 @@ def test_shared_images_are_counted_by_part(sets: tuple[Path, Path]) -> None:
         ("test", "train"): [],
         ("test", "test"): [1],
     }
-    by_parts = {(one.part, one.kept_part): one for one in found}
+    by_parts = {(one.split, one.other_split): one for one in found}
     one = by_parts["train", "test"]
-    assert one.kept_rows.tolist() == [0, 1] and (one.kept_found, one.kept_count) == (2, 5)
+    assert one.other_source_index.tolist() == [0, 1] and (one.other_matches, one.other_size) == (2, 5)
     # 2 is an a in both, 3 a b here and an a there, although class 1 in both.
     line = "2 train images are in test (2 identical, 1 under another label; they are 2 of the 5 test images)"
     assert str(one) == line
@@ -72,7 +72,7 @@ def test_images_that_are_changed_a_little_are_found_when_asked_for(tmp_path: Pat
     changed = packed_splits(pack_parts(parts, tmp_path / "changed"))
     digits = packed_splits(digits_set)
     for near, fewest, most in ((False, 0, 0), (True, 36, 40)):
-        found = {(one.part, one.kept_part): len(one.rows) for one in find_overlaps(changed, digits, near)}
+        found = {(one.split, one.other_split): len(one.source_index) for one in find_overlaps(changed, digits, near)}
         assert fewest <= found["train", "test"] <= most
         assert found["test", "test"] == 20
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.datasets import find_source
-from pipeline.ink.adapter import Blank, InputAdapter, Unusable
-from pipeline.ink.geometry import SCAN_SIDE, Ink, InkFrame, NoInk, find_ink, frame_ink
+from pipeline.ink.adapter import BlankImageError, InputAdapter, UnusableImageError
+from pipeline.ink.geometry import SCAN_SIDE, Ink, InkFrame, NoInkError, find_ink, frame_ink
 from pipeline.ink.shading import remove_shading
 from pipeline.readers.raw_split import SourceOptions
 from pipeline.transforms.ops.resize import resize_weights
@@ -134,7 +134,7 @@ def test_shaded_paper_counts_as_even(angle: float) -> None:
     ink = find_ink(remove_shading(photograph))
     assert np.abs(np.subtract(ink.box, box)).max() <= 1
     assert not ink.light
-    with pytest.raises(NoInk):
+    with pytest.raises(NoInkError):
         find_ink(remove_shading(paper.clip(0, 255).astype(np.uint8)))
 
 
@@ -155,10 +155,10 @@ def test_a_dot_that_belongs_to_the_character_stays() -> None:
 
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_a_blank_picture_has_no_ink(level: int) -> None:
-    with pytest.raises(NoInk, match="0 of 255"):
+    with pytest.raises(NoInkError, match="0 of 255"):
         find_ink(np.full((30, 40), level, np.uint8))
     grain = np.random.default_rng(0).integers(-4, 5, (30, 40))
-    with pytest.raises(NoInk, match="stands out"):
+    with pytest.raises(NoInkError, match="stands out"):
         find_ink((np.full((30, 40), level) + grain).clip(0, 255).astype(np.uint8))
 
 
@@ -201,15 +201,15 @@ def test_every_kind_of_picture_file_gives_the_same_image() -> None:
     gray = stroke(120, 90, (30, 100, 20, 60))
     plain = Image.fromarray(gray)
     expected = adapter.adapt(png(plain))
-    assert "dark ink inverted" in expected.done
-    assert "90x120" in expected.done
+    assert "dark ink inverted" in expected.description
+    assert "90x120" in expected.description
     clear = Image.merge("LA", (Image.new("L", plain.size, 0), Image.fromarray(255 - gray)))
     wide = Image.fromarray(gray.astype(np.uint16) * 257)
     for picture in (plain.convert("RGB"), plain.convert("P"), clear, clear.convert("RGBA"), wide, plain.convert("1")):
         adapted = adapter.adapt(png(picture))
         assert np.abs(adapted.image.astype(int) - expected.image).max() <= 1, picture.mode
     light = adapter.adapt(png(Image.fromarray(255 - gray)))
-    assert "inverted" not in light.done
+    assert "inverted" not in light.description
     np.testing.assert_array_equal(light.image, expected.image)
 
 
@@ -219,13 +219,13 @@ def test_an_image_of_the_set_is_taken_as_it_is(digits_set: Path) -> None:
     images = store.read(np.arange(len(store)))
     for image in images:
         adapted = adapter.adapt(png(Image.fromarray(image[..., 0])))
-        assert adapted.done == "taken as it is"
+        assert adapted.description == "taken as it is"
         np.testing.assert_array_equal(adapted.image, image)
     inverted = adapter.adapt(png(Image.fromarray(255 - images[0, ..., 0])))
-    assert "dark ink inverted" in inverted.done
+    assert "dark ink inverted" in inverted.description
     off_centre = np.zeros((28, 28), np.uint8)
     off_centre[2:12, 3:6] = 255
-    assert "centred" in InputAdapter((28, 28, 1), "pad", EMNIST).adapt(png(Image.fromarray(off_centre))).done
+    assert "centred" in InputAdapter((28, 28, 1), "pad", EMNIST).adapt(png(Image.fromarray(off_centre))).description
 
 
 def test_pictures_for_other_sets_are_brought_to_size(tmp_path: Path) -> None:
@@ -235,17 +235,17 @@ def test_pictures_for_other_sets_are_brought_to_size(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     adapted = adapter.adapt(png(Image.fromarray(picture)))
     np.testing.assert_array_equal(adapted.image, picture)
-    assert adapted.done == "taken as it is"
+    assert adapted.description == "taken as it is"
     adapted = adapter.adapt(png(Image.fromarray(picture).resize((50, 70))))
     assert adapted.image.shape == (12, 16, 3)
-    assert adapted.done == "50x70 brought to 16x12 (pad)"
+    assert adapted.description == "50x70 brought to 16x12 (pad)"
 
 
 def test_what_cannot_be_used_says_why() -> None:
     adapter = InputAdapter((28, 28, 1), "pad", EMNIST)
-    with pytest.raises(Blank, match="stands out"):
+    with pytest.raises(BlankImageError, match="stands out"):
         adapter.adapt(png(Image.new("L", (50, 50), 255)))
     whole = png(Image.fromarray(stroke(120, 90, (30, 100, 20, 60))))
     for content in (b"", b"hello", whole[: len(whole) // 2]):
-        with pytest.raises(Unusable):
+        with pytest.raises(UnusableImageError):
             adapter.adapt(content)

@@ -21,10 +21,10 @@ from pipeline.loader import Loader
 from pipeline.sampler import ShuffledBatchSampler
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams, ParamIndex
 from pipeline.transforms.build import build_transform
-from pipeline.transforms.ops.erasing import erased
-from pipeline.transforms.ops.foreground import contour, ink
+from pipeline.transforms.ops.erasing import erase
+from pipeline.transforms.ops.foreground import contour_mask, foreground_mask
 from pipeline.transforms.spec import TransformSpec
-from pipeline.transforms.warp import smoothing
+from pipeline.transforms.warp import gaussian_weights
 from shards import UserError, open_split
 from shards.stores.base import Store
 from trainer.augment import Augment
@@ -84,9 +84,9 @@ def drawn(augmentation: Augmentation, count: int, seed: int = 0) -> Augmentation
 def test_draws_never_change() -> None:
     """A seed means the same images on every machine and in every version."""
     params = Augmentation(elastic=0.1, elastic_sigma=0.5).sample_params(7, 2, 11, slice(3, 5))
-    assert params.numbers.shape == (2, 20)
+    assert params.uniform.shape == (2, 20)
     assert params.noise.shape == (2, 2, 3, 3)
-    content = params.numbers.tobytes() + params.noise.tobytes()
+    content = params.uniform.tobytes() + params.noise.tobytes()
     assert hashlib.sha256(content).hexdigest()[:16] == "296794764b7bf8d4"
 
 
@@ -95,8 +95,8 @@ def test_ranks_draw_what_one_would(augmentation: Augmentation) -> None:
     whole = augmentation.sample_params(1, 2, 3, slice(0, 50))
     for cuts in ([0, 50], [0, 16, 33, 50], [0, 1, 2, 50]):
         parts = [augmentation.sample_params(1, 2, 3, slice(*pair)) for pair in itertools.pairwise(cuts)]
-        together = AugmentationParams.concatenated(parts)
-        assert np.array_equal(together.numbers, whole.numbers)
+        together = AugmentationParams.concatenate(parts)
+        assert np.array_equal(together.uniform, whole.uniform)
         assert together.noise is whole.noise is None or np.array_equal(together.noise, whole.noise)
         assert [len(part) for part in parts] == np.diff(cuts).tolist()
 
@@ -105,7 +105,7 @@ def test_every_seed_epoch_step_and_place_draws_anew() -> None:
     places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (0, 2, 0), (0, 0, 2**20)]
     augmentation = Augmentation(elastic=0.1)
     found = [augmentation.sample_params(*place, slice(0, 30)) for place in places]
-    numbers = np.concatenate([params.numbers.ravel() for params in found])
+    numbers = np.concatenate([params.uniform.ravel() for params in found])
     assert len(np.unique(numbers)) == numbers.size
     beginnings = {params.noise[image].tobytes() for params in found for image in range(30)}
     assert len(beginnings) == 30 * len(places)
@@ -113,10 +113,10 @@ def test_every_seed_epoch_step_and_place_draws_anew() -> None:
 
 def test_draws_are_uniform_and_independent() -> None:
     params = Augmentation(elastic=0.1, elastic_sigma=0.5).sample_params(0, 0, 0, slice(0, 20_000))
-    for column in params.numbers.T:
+    for column in params.uniform.T:
         counts = np.histogram(column, 20, (0, 1))[0]
         assert ((counts - 1000) ** 2 / 1000).sum() < 60  # chi-squared of 19 degrees: one in a million
-    correlations = np.corrcoef(params.numbers.T) - np.eye(20)
+    correlations = np.corrcoef(params.uniform.T) - np.eye(20)
     assert np.abs(correlations).max() < 5 / np.sqrt(20_000)
     assert abs(params.noise.mean()) < 5 / np.sqrt(params.noise.size)
     assert params.noise.std() == pytest.approx(1, abs=0.01)
@@ -126,20 +126,20 @@ def test_draws_are_uniform_and_independent() -> None:
 def test_amounts_reach_the_ones_given_and_no_further() -> None:
     augmentation = Augmentation(scale=0.25, translation=0.1, stroke=0.5, flip=0.3, crop_padding=2, erase=0.4)
     params = drawn(augmentation, 20_000)
-    matrices = augmentation.matrices(params, (28, 28))
+    matrices = augmentation.affine_matrices(params, (28, 28))
     sizes = 1 / matrices[:, 1, 1]
     assert sizes.min() == pytest.approx(1 / 1.25, abs=1e-3)
     assert sizes.max() == pytest.approx(1.25, abs=1e-3)
     assert np.median(sizes) == pytest.approx(1, abs=0.01), "as often larger as smaller"
     assert (matrices[:, 0, 0] < 0).mean() == pytest.approx(0.3, abs=0.02)
-    strokes = augmentation.strokes(params)
+    strokes = augmentation.stroke_amounts(params)
     assert [strokes.min(), strokes.max()] == pytest.approx([-0.5, 0.5], abs=1e-3)
     only_crop = Augmentation(crop_padding=2)
-    moves = only_crop.matrices(params, (28, 14))[:, :, 2] * (14 / 2, 28 / 2)
+    moves = only_crop.affine_matrices(params, (28, 14))[:, :, 2] * (14 / 2, 28 / 2)
     values, counts = np.unique(moves.round(9), return_counts=True)
     assert values.tolist() == [-2, -1, 0, 1, 2]
     assert counts / counts.sum() == pytest.approx([0.2] * 5, abs=0.01)
-    heights, widths = augmentation.boxes(params)[:, 2:].T
+    heights, widths = augmentation.erase_boxes(params)[:, 2:].T
     hidden = heights > 0
     assert hidden.mean() == pytest.approx(0.4, abs=0.02)
     areas = (heights * widths)[hidden]
@@ -152,7 +152,7 @@ def test_displacements_have_the_size_asked_for_everywhere_and_are_smooth() -> No
     places = (np.arange(56) + 0.5) / 28 - 1
     for smoothness in (0.05, 0.14, 0.4):
         augmentation = Augmentation(elastic=0.04, elastic_sigma=smoothness)
-        weights = smoothing(places, augmentation.lattice, smoothness)
+        weights = gaussian_weights(places, augmentation.noise_grid_size, smoothness)
         noise = drawn(augmentation, 1000).noise
         field = weights @ noise @ weights.T  # [B, 2, 56, 56]
         assert field.std(axis=(0, 1)) == pytest.approx(np.ones((56, 56)), abs=0.12)
@@ -207,7 +207,7 @@ def test_normalises_after_all_that(backend: str, device: torch.device, kind: str
     mean, std = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
     params = drawn(augmentation, 5)
     plain = build_transform(spec_of(RGB, 40), backend, device, 5, augmentation)(images, params).cpu().numpy()
-    spec = spec_of(RGB, 40).normalised(mean, std)
+    spec = spec_of(RGB, 40).with_normalization(mean, std)
     result = build_transform(spec, backend, device, 5, augmentation)(images, params).cpu().numpy()
     expected = (plain - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
     assert np.abs(result - expected).max() <= 2e-5
@@ -233,12 +233,12 @@ def test_strokes_and_boxes_are_done_before_the_images_are_moved(backend: str, de
     params = drawn(augmentation, COUNT)
     changed = np.stack(
         [
-            reference.thickened(image[..., 0], amount)
-            for image, amount in zip(images, augmentation.strokes(params), strict=True)
+            reference.change_stroke_width(image[..., 0], amount)
+            for image, amount in zip(images, augmentation.stroke_amounts(params), strict=True)
         ]
     )
     hidden = np.zeros(COUNT, int)
-    for number, (down, across, height, width) in enumerate(augmentation.boxes(params)):
+    for number, (down, across, height, width) in enumerate(augmentation.erase_boxes(params)):
         tall, wide = round(height * 28), round(width * 28)
         top, left = int(down * (28 - tall + 1)), int(across * (28 - wide + 1))
         changed[number, top : top + tall, left : left + wide] = 99
@@ -262,9 +262,9 @@ def test_a_box_on_the_contour_hides_a_piece_of_stroke(device: torch.device) -> N
     images[:-1, 5:20, 4:9] = 200
     images[:-1, 10:14, 9:16] = 180
     augmentation = Augmentation(erase=1, erase_area_min=0.02, erase_area_max=0.05, erase_at="contour")
-    boxes = torch.from_numpy(augmentation.boxes(drawn(augmentation, len(images)))).to(device)
-    result = erased(torch.from_numpy(images).to(device), boxes, 77, on_contour=True, transposed=False).cpu().numpy()
-    edge = contour(ink(torch.from_numpy(images))).numpy()
+    boxes = torch.from_numpy(augmentation.erase_boxes(drawn(augmentation, len(images)))).to(device)
+    result = erase(torch.from_numpy(images).to(device), boxes, 77, on_contour=True, transposed=False).cpu().numpy()
+    edge = contour_mask(foreground_mask(torch.from_numpy(images))).numpy()
     for image, found, around in zip(images[:-1], result[:-1], edge[:-1], strict=True):
         box = found[..., 0] == 77
         assert box.any()
@@ -284,7 +284,7 @@ def test_pictures_of_any_size_are_moved_and_coloured_alike(device: torch.device,
     result = transform([as_array(picture(image)) for image in images], params).cpu().numpy()
     for number, image in enumerate(images):
         one = model_input(image[None], 24, "linear", False, (0.0,) * 3, (1.0,) * 3)
-        one = reference.recoloured(one[0], augmentation, params, number) if augmentation.colours else one[0]
+        one = reference.recoloured(one[0], augmentation, params, number) if augmentation.has_color_jitter else one[0]
         expected = reference.moved(one, 24, (24, 24), augmentation, params, number)
         assert np.abs(result[number] - expected).max() <= TOLERANCE
 
@@ -322,9 +322,9 @@ def test_each_image_gets_the_draws_of_its_place(store: Store) -> None:
     transform = build_transform(TransformSpec.of(store.manifest, 28), "torch", CPU, 64, augmentation)
     batches = list(Loader(store, order, transform, CPU).batches(1))
     for step in list(order.steps(1, 0, 1))[::5]:
-        params = augmentation.sample_params(4, 1, step.number, slice(0, len(step.samples)))
+        params = augmentation.sample_params(4, 1, step.step, slice(0, len(step.samples)))
         expected = transform(store.read(step.samples), params)
-        assert float((batches[step.number].images - expected).abs().max()) <= 2e-5
+        assert float((batches[step.step].images - expected).abs().max()) <= 2e-5
 
 
 def test_the_settings_are_those_of_the_pipeline() -> None:

@@ -80,7 +80,7 @@ def test_computes_the_reference_from_pictures_of_any_size(
 
 def test_normalises_each_channel_and_turns_what_is_stored_transposed(device: torch.device) -> None:
     images = random_images(3)
-    spec = spec_of(3, 31, transposed=True).normalised((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+    spec = spec_of(3, 31, transposed=True).with_normalization((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
     result = build_transform(spec, "dali", device, BATCH)([as_array(picture(image)) for image in images])
     assert largest_error(result, expected(images, spec)) <= TOLERANCE / min(spec.std)
 

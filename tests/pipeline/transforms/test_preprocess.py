@@ -17,8 +17,8 @@ from support import augmentation_reference as reference
 
 from pipeline import normalization
 from pipeline.transforms.build import build_transform
-from pipeline.transforms.ops.foreground import contour, ink
-from pipeline.transforms.ops.morphology import opened, thickened
+from pipeline.transforms.ops.foreground import contour_mask, foreground_mask
+from pipeline.transforms.ops.morphology import change_stroke_width, morphological_opening
 from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError, open_split
@@ -77,10 +77,10 @@ def test_inverts_all_or_those_with_a_bright_border(images: NDArray[np.uint8], de
 @pytest.mark.parametrize("radius", [1, 2])
 def test_opens_as_scipy_does(images: NDArray[np.uint8], device: torch.device, radius: int) -> None:
     diamond = ndimage.iterate_structure(reference.CROSS, radius)
-    for ours, plane in zip(planes(prepared(images, device, opening=radius)), planes(images), strict=True):
+    for ours, plane in zip(planes(prepared(images, device, opening_radius=radius)), planes(images), strict=True):
         eroded = ndimage.minimum_filter(plane, footprint=diamond, mode="constant", cval=255)
         assert np.array_equal(ours, ndimage.maximum_filter(eroded, footprint=diamond, mode="constant", cval=0))
-    assert torch.equal(opened(torch.from_numpy(images), 0), torch.from_numpy(images))
+    assert torch.equal(morphological_opening(torch.from_numpy(images), 0), torch.from_numpy(images))
 
 
 @pytest.mark.parametrize("most", [0.7, 1.0, 2.5])
@@ -88,14 +88,21 @@ def test_strokes_become_thicker_and_thinner_as_scipy_makes_them(
     images: NDArray[np.uint8], device: torch.device, most: float
 ) -> None:
     amounts = np.linspace(-most, most, len(images))
-    ours = thickened(torch.from_numpy(images).to(device), torch.from_numpy(amounts).to(device), most).cpu().numpy()
+    ours = (
+        change_stroke_width(torch.from_numpy(images).to(device), torch.from_numpy(amounts).to(device), most)
+        .cpu()
+        .numpy()
+    )
     for image, result, amount in zip(images, ours, amounts, strict=True):
         for plane, found in zip(planes(image[None]), planes(result[None]), strict=True):
             # Half a level for rounding and one for the amount, which is a multiple of 1/128, in each step.
-            assert np.abs(found - reference.thickened(plane, amount)).max() <= 1.5 * np.ceil(most)
-    whole = thickened(torch.from_numpy(images), torch.full((len(images),), 2.0), 2).numpy()
-    assert all(np.array_equal(a, reference.thickened(b, 2)) for a, b in zip(planes(whole), planes(images), strict=True))
-    still = thickened(torch.from_numpy(images), torch.zeros(len(images)), most)
+            assert np.abs(found - reference.change_stroke_width(plane, amount)).max() <= 1.5 * np.ceil(most)
+    whole = change_stroke_width(torch.from_numpy(images), torch.full((len(images),), 2.0), 2).numpy()
+    assert all(
+        np.array_equal(a, reference.change_stroke_width(b, 2))
+        for a, b in zip(planes(whole), planes(images), strict=True)
+    )
+    still = change_stroke_width(torch.from_numpy(images), torch.zeros(len(images)), most)
     assert torch.equal(still, torch.from_numpy(images))
 
 
@@ -110,7 +117,7 @@ def test_equalises_as_dali_and_by_rank(images: NDArray[np.uint8], device: torch.
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01, "where float32 falls beside one half"
     for found, plane in zip(planes(ours), planes(images), strict=True):
-        assert np.array_equal(found, reference.equalised(plane))
+        assert np.array_equal(found, reference.equalize(plane))
 
 
 def test_equalised_emnist_has_the_moments_that_are_known(shared_data: Path) -> None:
@@ -127,7 +134,7 @@ def test_equalised_emnist_has_the_moments_that_are_known(shared_data: Path) -> N
 @pytest.mark.parametrize("margin", [0.0, 0.2])
 def test_crops_to_the_ink(images: NDArray[np.uint8], device: torch.device, margin: float) -> None:
     ours = prepared(images, device, crop_to_foreground=margin)
-    found = ink(torch.from_numpy(images)).numpy()
+    found = foreground_mask(torch.from_numpy(images)).numpy()
     for image, result, marked in zip(images, ours, found, strict=True):
         gray = image[..., 0] if image.shape[2] == 1 else image.astype(np.float32).mean(axis=2).round().astype(np.uint8)
         assert np.array_equal(marked, reference.otsu(gray))
@@ -137,14 +144,14 @@ def test_crops_to_the_ink(images: NDArray[np.uint8], device: torch.device, margi
 
 
 def test_the_contour_is_what_erosion_takes_away(images: NDArray[np.uint8]) -> None:
-    for found in ink(torch.from_numpy(images)):
+    for found in foreground_mask(torch.from_numpy(images)):
         inner = ndimage.binary_erosion(found.numpy(), reference.CROSS, border_value=1)
-        assert np.array_equal(contour(found[None])[0].numpy(), found.numpy() & ~inner)
+        assert np.array_equal(contour_mask(found[None])[0].numpy(), found.numpy() & ~inner)
 
 
 def test_steps_follow_one_another(images: NDArray[np.uint8], device: torch.device) -> None:
-    together = prepared(255 - images, device, invert="auto", opening=1, crop_to_foreground=0.1, equalize=True)
-    for step in ({"invert": "auto"}, {"opening": 1}, {"crop_to_foreground": 0.1}, {"equalize": True}):
+    together = prepared(255 - images, device, invert="auto", opening_radius=1, crop_to_foreground=0.1, equalize=True)
+    for step in ({"invert": "auto"}, {"opening_radius": 1}, {"crop_to_foreground": 0.1}, {"equalize": True}):
         images = prepared(255 - images if "invert" in step else images, device, **step)
     assert np.array_equal(together, images)
 
@@ -154,7 +161,7 @@ def test_steps_follow_one_another(images: NDArray[np.uint8], device: torch.devic
 def test_graphs_prepare_before_they_resize(
     images: NDArray[np.uint8], device: torch.device, backend: str, transposed: bool
 ) -> None:
-    steps = Preprocessing(invert=True, opening=1, crop_to_foreground=0.1, equalize=True)
+    steps = Preprocessing(invert=True, opening_radius=1, crop_to_foreground=0.1, equalize=True)
     channels = images.shape[3]
     plain = TransformSpec(images.shape[1:], transposed, 40, "linear", (0.0,) * channels, (1.0,) * channels)
     whole = TransformSpec(plain.image_shape, transposed, 40, "linear", plain.mean, plain.std, steps)
@@ -180,7 +187,9 @@ def test_statistics_are_those_of_prepared_images_and_kept_apart(tmp_path: Path) 
     assert names == {"20-linear.json", "20-linear-invert.json", "20-linear-crop_to_foreground0.1-equalize.json"}
 
 
-@pytest.mark.parametrize("steps", [{"equalize": True}, {"crop_to_foreground": 0.0}, {"invert": "auto", "opening": 1}])
+@pytest.mark.parametrize(
+    "steps", [{"equalize": True}, {"crop_to_foreground": 0.0}, {"invert": "auto", "opening_radius": 1}]
+)
 def test_picture_files_are_refused(steps: dict[str, object]) -> None:
     spec = TransformSpec(
         (None, None, 3), False, 28, mean=(0.0,) * 3, std=(1.0,) * 3, preprocessing=Preprocessing(**steps)

@@ -132,7 +132,7 @@ def test_normalises_each_channel(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> None:
-    spec = spec_of(shape, resolution, transposed=True).normalised(mean, std)
+    spec = spec_of(shape, resolution, transposed=True).with_normalization(mean, std)
     images = random_images(5, shape)
     result = build_transform(spec, backend, device, BATCH)(images)
     assert largest_error(result, model_input(images, resolution, "linear", True, mean, std)) <= TOLERANCE / min(std)

@@ -277,7 +277,10 @@ def test_every_kind_of_network_is_known_to_onnx(settings: Model, side: int) -> N
 
 def test_what_is_done_to_raw_images_is_within_the_graph() -> None:
     """To the bit: all that is done to bytes, for images with ink, without, and of a single value."""
-    shape, preparation = (20, 16, 3), Preprocessing(invert="auto", opening=1, crop_to_foreground=0.1, equalize=True)
+    shape, preparation = (
+        (20, 16, 3),
+        Preprocessing(invert="auto", opening_radius=1, crop_to_foreground=0.1, equalize=True),
+    )
     images = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
     images[1], images[2, 4:] = 200, 0
     spec = TransformSpec(shape, True, 20, "linear", (0.3,) * 3, (0.2,) * 3, preparation)
