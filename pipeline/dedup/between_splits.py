@@ -62,7 +62,8 @@ class Overlap:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.source_index):,} {self.split} images are in {self.other_split} ({self.identical.sum():,} identical, "
+            f"{len(self.source_index):,} {self.split} images are in {self.other_split} "
+            f"({self.identical.sum():,} identical, "
             f"{(self.labels != self.other_labels).sum():,} under another label; they are {self.other_matches:,} of the "
             f"{self.other_size:,} {self.other_split} images)"
         )

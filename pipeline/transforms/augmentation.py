@@ -52,11 +52,11 @@ _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.
 class AugmentationParams:
     """What was drawn for each image of a batch.
 
-    numbers: float64 [B, 20], uniform in 0 .. 1. noise: float32 [B, 2, K, K] of mean 0 and deviation 1, uniform, from
+    uniform: float64 [B, 20], uniform in 0 .. 1. noise: float32 [B, 2, K, K] of mean 0 and deviation 1, uniform, from
     which displacements (x, y) are made; None without elastic distortion.
     """
 
-    numbers: NDArray[np.float64]
+    uniform: NDArray[np.float64]
     noise: NDArray[np.float32] | None
 
     def __len__(self) -> int:

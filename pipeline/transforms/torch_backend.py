@@ -108,8 +108,8 @@ class TorchTransform:
 
 
 def apply_color_matrices(pixels: torch.Tensor, colours: NDArray[np.float64]) -> torch.Tensor:
-    """pixels: float32 [B, C, H, W], 0 .. 255. colours: float64 [B, C, C + 1], of `Augmentation.color_matrices`. Nothing is
-    cut off at the ends of the range."""
+    """pixels: float32 [B, C, H, W], 0 .. 255. colours: float64 [B, C, C + 1], of `Augmentation.color_matrices`. Nothing
+    is cut off at the ends of the range."""
     batch, channels, height, width = pixels.shape
     mixing = torch.from_numpy(colours).float().to(pixels.device)
     flat = torch.baddbmm(255 * mixing[:, :, channels:], mixing[:, :, :channels], pixels.view(batch, channels, -1))
