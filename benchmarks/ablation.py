@@ -45,7 +45,7 @@ from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import make_training
 from trainer.runtime.distributed import init_distributed
-from trainer.runtime.env_info import environment
+from trainer.runtime.env_info import collect_env_info
 from trainer.settings import Config, Data
 
 DEFAULT_OUT = Path("benchmarks/out")
@@ -147,7 +147,7 @@ def measure(settings: Config, keep: Path | None) -> dict[str, Any]:
             "training_seconds": training.state.total.seconds,
             "seconds": time.perf_counter() - start,
             "device": str(world.device),
-            "environment": environment(world.device),
+            "environment": collect_env_info(world.device),
         }
 
 

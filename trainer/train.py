@@ -28,8 +28,8 @@ from trainer.loop.summary import summarize
 from trainer.report import console, run_page
 from trainer.runtime import rendezvous
 from trainer.runtime.distributed import World, init_distributed, report_errors_on_main
-from trainer.runtime.env_info import environment
-from trainer.runtime.loggers import Sink, check_installed, open_sinks
+from trainer.runtime.env_info import collect_env_info
+from trainer.runtime.loggers import MetricLogger, check_installed, open_loggers
 from trainer.runtime.profiler import TimeProfile, table
 from trainer.settings import Config
 
@@ -112,7 +112,7 @@ def _load_newest(run_dir: RunDirectory, settings: Config, data: TrainingData) ->
 
 def _begin(training: Training, run_dir: RunDirectory, source: Path | None) -> None:
     """Write settings and environment, and print the head."""
-    stamp = environment(training.world.device) | {
+    stamp = collect_env_info(training.world.device) | {
         "ranks": training.world.size,
         "backend": f"{training.data.backend} ({training.data.backend_reason})",
         "data": training.data.digest,
@@ -126,7 +126,7 @@ def _begin(training: Training, run_dir: RunDirectory, source: Path | None) -> No
 def _fit(training: Training, run_dir: RunDirectory, source: Path | None) -> int:
     """Train, test and report; returns the exit status."""
     is_main_process = training.world.is_main_process
-    loggers = open_sinks(training.config, run_dir.path, training.state.history) if is_main_process else []
+    loggers = open_loggers(training.config, run_dir.path, training.state.history) if is_main_process else []
     try:
         evaluation = engine.fit(training, run_dir, loggers, source)
         if is_main_process:
@@ -144,7 +144,7 @@ def _fit(training: Training, run_dir: RunDirectory, source: Path | None) -> int:
     return 0
 
 
-def _report(training: Training, evaluation: Evaluation, run_dir: RunDirectory, loggers: list[Sink]) -> None:
+def _report(training: Training, evaluation: Evaluation, run_dir: RunDirectory, loggers: list[MetricLogger]) -> None:
     """Write profile, predictions, report and, last, the summary: a run with a summary is complete."""
     _write_profile(training, run_dir)
     summary = summarize(training, evaluation)
@@ -153,7 +153,7 @@ def _report(training: Training, evaluation: Evaluation, run_dir: RunDirectory, l
     np.savez_compressed(run_dir.predictions, **vars(predictions))
     run_page.write(run_dir.path, training.data.test_store, summary, training.state.history)
     for logger in loggers:
-        logger.summary(summary)
+        logger.log_summary(summary)
     run_dir.write_summary(summary)
     console.print_summary(summary, run_dir)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.atomic import make_directory, write_file
-from trainer.runtime.memory import peak
+from trainer.runtime.memory import peak_memory
 
 DEFAULT_OUT = Path("benchmarks/out")
 # Imported once, by the process that all others are forked from: a fresh process is there in a moment.
@@ -79,7 +79,7 @@ def in_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
 
 
 def _with_peak_memory(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    return work(*arguments) | {"peak_memory_bytes": peak()}
+    return work(*arguments) | {"peak_memory_bytes": peak_memory()}
 
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -144,7 +144,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def forget_peak_memory() -> None:
-    """Have `trainer.memory.peak` of this process count from now on, where the system can."""
+    """Have `trainer.runtime.memory.peak_memory` of this process count from now on, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

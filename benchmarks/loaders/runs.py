@@ -20,8 +20,8 @@ from benchmarks.loaders.loader_worker import MeasuredLoader, Packer
 from benchmarks.loaders.setting import Setting
 from benchmarks.loaders.verify import tolerance
 from shards.cpus import available_cpus
-from trainer.runtime.env_info import environment
-from trainer.runtime.memory import peak
+from trainer.runtime.env_info import collect_env_info
+from trainer.runtime.memory import peak_memory
 
 _PEERS_PACKAGES = ("webdataset", "litdata", "mosaicml-streaming", "datasets", "ffcv", "numba", "zarr", "tensorstore")
 _TRIAL_SECONDS = 0.4
@@ -198,7 +198,7 @@ class Runner:
             "bytes_per_image": self.entrant.packed["bytes"] / task.samples,
             "pack_seconds": self.entrant.packed["seconds"],
             "first_batch_seconds": self._first["first_batch_seconds"],
-            "peak_memory_bytes": peak(self.process.pid) + self._workers_memory,
+            "peak_memory_bytes": peak_memory(self.process.pid) + self._workers_memory,
             "reach": self._first["reach"],
             "max_error": max(measured["error"] for measured in (self._first, self._warm, *self._runs)),
             "tolerance": 0.0 if variant.raw else tolerance(variant, task),
@@ -211,7 +211,7 @@ class Runner:
 
 def _stamp(setting: Setting) -> dict[str, Any]:
     """The environment, with the versions of the other loaders that are installed."""
-    stamp = environment(setting.device)
+    stamp = collect_env_info(setting.device)
     for package in _PEERS_PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             stamp["packages"][package] = version(package)

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from benchmarks.common.harness import DEFAULT_OUT, table, write_lines, write_results
 from benchmarks.loaders.shuffle_measures import Epoch, quality
 from benchmarks.loaders.shuffle_orders import Found, Given
-from trainer.runtime.env_info import environment
+from trainer.runtime.env_info import collect_env_info
 
 _DRAWS = 20  # of a uniform order, to tell chance from fault
 _POINTS = 6_000  # of an order, in its picture
@@ -51,7 +51,7 @@ def measure(found: Found, batch_size: int) -> list[dict[str, Any]]:
     uniform = [quality([_uniform(random, samples, batch_size) for _ in range(2)], found.labels) for _ in range(_DRAWS)]
     drawn = [one.to_json() for one in uniform]
     ranges = {name: [min(one[name] for one in drawn), max(one[name] for one in drawn)] for name in _HEAD}
-    stamp = environment(torch.device("cpu"))
+    stamp = collect_env_info(torch.device("cpu"))
     return [
         {
             "name": given.name,

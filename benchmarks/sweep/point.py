@@ -39,7 +39,7 @@ from trainer.data.training_data import TrainingData, open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
 from trainer.runtime.distributed import World, init_distributed
-from trainer.runtime.env_info import environment
+from trainer.runtime.env_info import collect_env_info
 from trainer.settings import Config
 
 LOADER_RUNS = 5
@@ -177,7 +177,7 @@ def measure(study: Study, point: Point, batch_size: int, accumulation: int) -> d
             "by_time": by_time,
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated(world.device) if on_gpu else None,
             "precision": settings.trainer.precision,
-            "environment": environment(world.device),
+            "environment": collect_env_info(world.device),
         }
 
 

@@ -26,7 +26,7 @@ from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Totals, Training, make_training
 from trainer.runtime.distributed import World, init_distributed
-from trainer.runtime.env_info import environment
+from trainer.runtime.env_info import collect_env_info
 from trainer.settings import Checkpoint
 
 _RESIDENT = 4  # batches that the synthetic loop goes round
@@ -145,7 +145,7 @@ def measure_in(
         "steps_a_run": steps,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(world.device) if on_gpu else None,
         "loader_backend": data.backend,
-        "environment": environment(world.device),
+        "environment": collect_env_info(world.device),
     }
 
 

@@ -25,7 +25,7 @@ from shards.stores.base import Store
 from shards.verify.check import check_hashes
 from trainer.data.resolution_schedule import Phase, TrainingLoader, phases
 from trainer.runtime.distributed import World
-from trainer.runtime.memory import granted
+from trainer.runtime.memory import memory_limit
 from trainer.settings import Config
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _memory(setting: float | Literal["auto"]) -> int:
     if setting != "auto":
         return int(setting * 1e9)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return granted() // 2 // local_ranks
+    return memory_limit() // 2 // local_ranks
 
 
 def carve(

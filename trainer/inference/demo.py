@@ -44,7 +44,7 @@ _LARGE = 224  # least side of the picture of what the model saw, pixels
 _TEMPLATE = Path(__file__).with_name("demo.html.j2")
 
 
-class Artist:
+class DrawingClassifier:
     """Answers drawings, one at a time."""
 
     def __init__(self, predictor: Predictor) -> None:
@@ -183,7 +183,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, artist: Artist, port: int) -> None:
+    def __init__(self, artist: DrawingClassifier, port: int) -> None:
         self.artist = artist
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         self.page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
@@ -226,7 +226,7 @@ def main() -> int:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
     arguments = parser.parse_args()
-    with Server(Artist(Predictor(arguments.run, arguments.device)), arguments.port) as server:
+    with Server(DrawingClassifier(Predictor(arguments.run, arguments.device)), arguments.port) as server:
         print(f"draw at http://{_HOST}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
     return 0

@@ -26,10 +26,10 @@ from trainer.loop.state import Totals, Training
 from trainer.loss import weighted_kl
 from trainer.mixing import mix, soft_targets
 from trainer.runtime.distributed import AsyncFlags
-from trainer.runtime.loggers import Sink
+from trainer.runtime.loggers import MetricLogger
 from trainer.runtime.progress import print_epoch
 from trainer.runtime.seeding import seed_step
-from trainer.runtime.signals import Interrupted, noted
+from trainer.runtime.signals import Interrupted, record_signals
 
 GradientCheck = Callable[[int, torch.Tensor, bool], None]
 
@@ -51,10 +51,12 @@ class Services:
     run_dir: RunDirectory
     checkpointer: Checkpointer
     signals_received: list[int]
-    loggers: list[Sink]
+    loggers: list[MetricLogger]
 
 
-def fit(training: Training, run_dir: RunDirectory, loggers: list[Sink], source: Path | None = None) -> Evaluation:
+def fit(
+    training: Training, run_dir: RunDirectory, loggers: list[MetricLogger], source: Path | None = None
+) -> Evaluation:
     """Train from the current state to the last epoch, then evaluate the best epoch on the test split.
 
     Args:
@@ -75,7 +77,7 @@ def fit(training: Training, run_dir: RunDirectory, loggers: list[Sink], source: 
 
 
 def fit_without_test(
-    training: Training, run_dir: RunDirectory, loggers: list[Sink], source: Path | None = None
+    training: Training, run_dir: RunDirectory, loggers: list[MetricLogger], source: Path | None = None
 ) -> None:
     """Train as `fit` does, without the test. An exception of a logger ends it after the epoch's checkpoint."""
     with _services(training, run_dir, loggers, source) as services:
@@ -84,14 +86,14 @@ def fit_without_test(
 
 @contextlib.contextmanager
 def _services(
-    training: Training, run_dir: RunDirectory, loggers: list[Sink], source: Path | None
+    training: Training, run_dir: RunDirectory, loggers: list[MetricLogger], source: Path | None
 ) -> Iterator[Services]:
     """Open the checkpointer, write a first checkpoint and record signals; `Interrupted` becomes `Stopped`."""
     training.profile.mark("start")
     settings = training.config.checkpoint
     last_is_complete = source is None or source.name == checkpoint.LAST
     with (
-        noted(settings.grace_seconds) as signals_received,
+        record_signals(settings.grace_seconds) as signals_received,
         Checkpointer(run_dir, settings, training.state.step, last_is_complete) as checkpointer,
     ):
         if source is None and training.world.is_main_process:
@@ -271,7 +273,7 @@ def _end_epoch(training: Training, services: Services) -> None:
     if world.is_main_process:
         services.checkpointer.save(training.checkpoint(), training.trained_model() if is_best else None)
         for logger in services.loggers:
-            logger.epoch(record)
+            logger.log_epoch(record)
         print_epoch(record, config.trainer.epochs, is_best)
     training.profile.mark("end of epoch")
 

@@ -8,8 +8,8 @@ import torch
 
 from pipeline.loader import Batch
 from trainer.loop.state import Totals, Training
+from trainer.runtime.async_scalar import AsyncScalar
 from trainer.runtime.progress import Progress
-from trainer.runtime.readback import Readback
 
 
 class EpochMeter:
@@ -28,7 +28,7 @@ class EpochMeter:
         else:
             loss = state.epoch_totals.loss if world.is_main_process else 0.0
         self._loss = torch.tensor(loss, dtype=torch.float64, device=world.device)
-        self._shown_loss = Readback(world.device)
+        self._shown_loss = AsyncScalar(world.device)
         steps, ahead = train.steps(state.epoch), train.steps_ahead(state.epoch, epochs)
         self._progress = Progress(state.epoch, epochs, steps, state.step, ahead)
         self._start = self._waiting_since = time.perf_counter()
@@ -52,7 +52,7 @@ class EpochMeter:
         here = self._here
         here.samples += batch.global_size
         if self._training.world.is_main_process:
-            self._shown_loss.offer(loss, len(batch.labels))
+            self._shown_loss.update(loss, len(batch.labels))
             rate = self._training.state.learning_rate.now
             self._progress.step(batch.step + 1, self._shown_loss, rate, here.samples, here.wait_seconds)
 

@@ -28,7 +28,7 @@ from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
 from trainer.runtime.distributed import init_distributed
-from trainer.runtime.memory import free, peak
+from trainer.runtime.memory import available_memory, peak_memory
 
 _FIRST = 16
 _FINEST = 8  # images; and a sixteenth of the size
@@ -81,8 +81,8 @@ class Attempts:
     def __init__(self, training: Training) -> None:
         self._training = training
         self._device = training.world.device
-        self._free = _SPARED * free()
-        self._before = peak()
+        self._free = _SPARED * available_memory()
+        self._before = peak_memory()
         self._per_image = 0.0
 
     def __call__(self, batch_size: int) -> Trial | None:
@@ -104,8 +104,8 @@ class Attempts:
         if self._per_image * batch_size > self._free:
             return None
         speed = self._speed(batch_size)
-        self._per_image = (peak() - self._before) / batch_size
-        return Trial(batch_size, speed, peak())
+        self._per_image = (peak_memory() - self._before) / batch_size
+        return Trial(batch_size, speed, peak_memory())
 
     def _speed(self, batch_size: int) -> float:
         """Images a second of whole steps, the optimiser's update included."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipeline.common.device import choose_device
 from shards.cli import USER_ERROR_STATUS
 from shards.errors import UserError
-from trainer.runtime.allocator import keep_freed_memory
+from trainer.runtime.memory import keep_freed_memory
 from trainer.runtime.rendezvous import elastic_agent_store, rendezvous
 
 T = TypeVar("T")

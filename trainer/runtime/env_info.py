@@ -16,7 +16,7 @@ from shards.cpus import available_cpus
 _PACKAGES = ("inkstream", "torch", "nvidia-dali-cuda120", "timm", "numpy", "torchvision")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def collect_env_info(device: torch.device) -> dict[str, Any]:
     """A stamp of plain values for JSON files beside results."""
     return {
         "python": platform.python_version(),

@@ -20,15 +20,15 @@ _WANDB_ID = "wandb_id"
 _TENSORBOARD = "tensorboard"
 
 
-class Sink(Protocol):
-    def epoch(self, record: dict[str, Any]) -> None: ...
+class MetricLogger(Protocol):
+    def log_epoch(self, record: dict[str, Any]) -> None: ...
 
-    def summary(self, summary: dict[str, Any]) -> None: ...
+    def log_summary(self, summary: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
 
-class WandbSink:
+class WandbLogger:
     """Weights & Biases: online with an API key, offline (files in the run directory) without.
 
     A run that goes on is the same one there: its id is kept in the run directory.
@@ -57,17 +57,17 @@ class WandbSink:
             settings=wandb.Settings(silent=True),
         )
 
-    def epoch(self, record: dict[str, Any]) -> None:
+    def log_epoch(self, record: dict[str, Any]) -> None:
         self._run.log(record, step=record["epoch"])
 
-    def summary(self, summary: dict[str, Any]) -> None:
+    def log_summary(self, summary: dict[str, Any]) -> None:
         self._run.summary.update(summary)
 
     def close(self) -> None:
         self._run.finish()
 
 
-class TensorBoardSink:
+class TensorBoardLogger:
     """Event files in the run directory; steps are epochs."""
 
     def __init__(self, directory: Path, history: list[dict[str, Any]]) -> None:
@@ -77,12 +77,12 @@ class TensorBoardSink:
         # Killed between the last checkpoint and its event, the run lacks that one: it is written again.
         self._writer = SummaryWriter(directory / _TENSORBOARD, purge_step=max(1, len(history)))
         for record in history[-1:]:
-            self.epoch(record)
+            self.log_epoch(record)
 
-    def epoch(self, record: dict[str, Any]) -> None:
+    def log_epoch(self, record: dict[str, Any]) -> None:
         self._add({name: value for name, value in record.items() if name != "epoch"}, "training", record["epoch"])
 
-    def summary(self, summary: dict[str, Any]) -> None:
+    def log_summary(self, summary: dict[str, Any]) -> None:
         figures = {name: summary[name] for name in ("accuracy", "macro_f1", "weighted_f1", "calibration")}
         self._add(figures, "test", summary["epochs"])
 
@@ -113,11 +113,11 @@ def check_installed(config: Config) -> None:
         )
 
 
-def open_sinks(config: Config, directory: Path, history: list[dict[str, Any]]) -> list[Sink]:
+def open_loggers(config: Config, directory: Path, history: list[dict[str, Any]]) -> list[MetricLogger]:
     """Those that are asked for. history: records of the epochs before, where a run goes on."""
-    sinks: list[Sink] = []
+    sinks: list[MetricLogger] = []
     if config.logging.wandb == "auto":
-        sinks.append(WandbSink(config, directory))
+        sinks.append(WandbLogger(config, directory))
     if config.logging.tensorboard:
-        sinks.append(TensorBoardSink(directory, history))
+        sinks.append(TensorBoardLogger(directory, history))
     return sinks

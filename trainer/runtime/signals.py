@@ -19,7 +19,7 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def noted(grace: float) -> Iterator[list[int]]:
+def record_signals(grace: float) -> Iterator[list[int]]:
     """Note SIGINT and SIGTERM instead of dying; the list holds what came.
 
     grace: seconds after which the process ends, with status 128 + signal, if it is still in this context: it may be

@@ -23,7 +23,7 @@ from trainer.loop import engine, resume
 from trainer.loop.nan_guard import NonFiniteLossError
 from trainer.loop.state import make_training
 from trainer.runtime.distributed import World
-from trainer.runtime.env_info import environment
+from trainer.runtime.env_info import collect_env_info
 from trainer.settings import Config
 from trainer.tune.search_space import SearchConfig
 from trainer.tune.study import RunningTrial, SharedStudy
@@ -56,7 +56,7 @@ class TrialReporter:
         self._is_over = is_over
         self._out: TextIO = sys.stdout
 
-    def epoch(self, record: dict[str, Any]) -> None:
+    def log_epoch(self, record: dict[str, Any]) -> None:
         """Report the mean of the seeds at this epoch. Raises `TrialPruned` or `TrialPaused`."""
         epoch, name = record["epoch"], self._settings.monitor
         metric = record["validation"][name]
@@ -68,7 +68,7 @@ class TrialReporter:
         if self._is_over():
             raise TrialPaused
 
-    def summary(self, summary: dict[str, Any]) -> None:
+    def log_summary(self, summary: dict[str, Any]) -> None:
         pass
 
     def close(self) -> None:
@@ -153,10 +153,10 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
             state, source = checkpoint.load_newest(directory.checkpoints)
             checkpoint.check_fits(state, settings, data.classes, data.digest, source)
             resume.restore(training, state)
-        directory.begin(settings, environment(world.device) | {"backend": data.backend, "data": data.digest})
+        directory.begin(settings, collect_env_info(world.device) | {"backend": data.backend, "data": data.digest})
         directory.write_history(training.state.history)
         for record in training.state.history[-1:]:  # the process may have died before it reported this epoch
-            reporter.epoch(record)
+            reporter.log_epoch(record)
         engine.fit_without_test(training, directory, [reporter], source)
     summary = {
         "metric": training.state.best,

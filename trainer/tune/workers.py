@@ -18,7 +18,7 @@ from shards.cli import run_command
 from trainer import config
 from trainer.loop.engine import Stopped
 from trainer.runtime.distributed import init_distributed
-from trainer.runtime.memory import granted
+from trainer.runtime.memory import memory_limit
 from trainer.settings import Config
 from trainer.tune import study_page
 from trainer.tune.search_space import SearchConfig
@@ -49,7 +49,7 @@ def work(search: SearchConfig, base: Config, deadline: float, workers: int = 1) 
     study = SharedStudy(search, base)
     trained = base  # best.yaml keeps the recipe's own loader.cache_gb and data.verify
     if base.loader.cache_gb == "auto" and workers > 1:
-        share = granted() / 2 / 1e9 / workers
+        share = memory_limit() / 2 / 1e9 / workers
         trained = config.changed(base, {"loader.cache_gb": share}, "a share of the memory")
     with init_distributed(base.device) as world:
         while not is_over():

@@ -21,7 +21,7 @@ from conftest import ROOT
 from PIL import Image, ImageDraw
 
 from shards import UserError
-from trainer.inference.demo import Artist, Server
+from trainer.inference.demo import DrawingClassifier, Server
 from trainer.inference.predictor import Predictor
 
 PNG = {"Content-Type": "image/png"}
@@ -144,7 +144,7 @@ def test_it_is_reached_from_this_machine_alone(server: int) -> None:
 
 def test_a_port_in_use_is_told(server: int, digits_run: Path) -> None:
     with pytest.raises(UserError, match=f"(?s)port {server} .*--port 0"):
-        Server(Artist(Predictor(digits_run)), server)
+        Server(DrawingClassifier(Predictor(digits_run)), server)
 
 
 def test_a_person_draws_and_sees_an_answer(server: int) -> None:
@@ -192,4 +192,4 @@ def test_a_run_on_pictures_is_refused(digits_run: Path) -> None:
     predictor = Predictor(digits_run)
     predictor.adapter = replace(predictor.adapter, frame=None)
     with pytest.raises(UserError, match=r"trainer\.predict"):
-        Artist(predictor)
+        DrawingClassifier(predictor)

@@ -259,11 +259,11 @@ def test_a_batch_that_is_not_finite_on_one_rank_is_found_by_all(recipe: Path, tm
 
 
 def test_a_second_sigterm_changes_nothing_and_a_second_sigint_ends_at_once() -> None:
-    with signals.noted(grace=60) as received:
+    with signals.record_signals(grace=60) as received:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM] * 2
-    with pytest.raises(KeyboardInterrupt), signals.noted(grace=60):
+    with pytest.raises(KeyboardInterrupt), signals.record_signals(grace=60):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -272,8 +272,8 @@ def test_what_does_not_end_after_a_signal_is_ended() -> None:
     """The main thread waits in a library, where no handler of Python's runs."""
     waiting = (
         "import ctypes, sys\n"
-        "from trainer.runtime.signals import noted\n"
-        "with noted(grace=0.5):\n"
+        "from trainer.runtime.signals import record_signals\n"
+        "with record_signals(grace=0.5):\n"
         "    print('here', flush=True)\n"
         "    libc = ctypes.CDLL(None)\n"
         "    while libc.sleep(100) > 0: pass\n"

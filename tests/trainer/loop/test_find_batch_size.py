@@ -61,7 +61,7 @@ def test_the_command_reports_every_size_and_the_largest(
 def test_on_a_cpu_it_stops_before_the_memory_ends(digits_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(rank=0, size=1, device=torch.device("cpu"))
     settings = with_precision(load(QUICKSTART, [f"data.shards={digits_set}"]), world.device)
-    held = [memory.peak()]
+    held = [memory.peak_memory()]
     monkeypatch.setattr(find_batch, "free", lambda: 100_000_000)
     monkeypatch.setattr(find_batch, "peak", lambda: held[-1])
     attempts = Attempts(make_training(settings, open_data(settings, world), world))
@@ -85,11 +85,11 @@ def test_several_ranks_are_told_that_one_is_enough(digits_set: Path) -> None:
 
 
 def test_memory_is_told_in_bytes() -> None:
-    before = memory.peak()
-    assert 10e6 < before < memory.granted()
-    assert 0 < memory.free() <= memory.granted()
+    before = memory.peak_memory()
+    assert 10e6 < before < memory.memory_limit()
+    assert 0 < memory.available_memory() <= memory.memory_limit()
     block = torch.ones(50_000_000)
-    assert memory.peak() >= 200e6 and float(block[-1]) == 1
+    assert memory.peak_memory() >= 200e6 and float(block[-1]) == 1
 
 
 @pytest.mark.gpu

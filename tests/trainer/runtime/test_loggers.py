@@ -19,14 +19,14 @@ from conftest import ROOT
 from shards import UserError
 from trainer.config import validate
 from trainer.run import main as run_main
-from trainer.runtime import loggers as sinks
-from trainer.runtime.loggers import TensorBoardSink, WandbSink, check_installed, open_sinks
+from trainer.runtime import loggers
+from trainer.runtime.loggers import TensorBoardLogger, WandbLogger, check_installed, open_loggers
 from trainer.settings import Config
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "sinks.yaml"
+    path = tmp_path_factory.mktemp("recipe") / "loggers.yaml"
     content = {
         "data": {"shards": str(made_up_set), "resolution": 12},
         "loader": {"batch_size": 32, "backend": "torch"},
@@ -85,15 +85,15 @@ def test_tensorboard_has_every_epoch_once_after_a_kill(recipe: Path, tmp_path: P
 def test_tensorboard_follows_the_checkpoint(written: int, kept: int, tmp_path: Path) -> None:
     """written: epochs with an event when the run was killed; kept: those of its checkpoint."""
     pytest.importorskip("tensorboard")
-    first = TensorBoardSink(tmp_path, [])
+    first = TensorBoardLogger(tmp_path, [])
     for epoch in range(1, written + 1):
-        first.epoch(record(epoch, 10.0 * epoch))
+        first.log_epoch(record(epoch, 10.0 * epoch))
     # TensorBoard reads files in the order of their names, which begin with the second of their start.
     for file in (tmp_path / "tensorboard").iterdir():
         file.rename(file.with_name(re.sub(r"\d+", "0000000001", file.name, count=1)))
-    second = TensorBoardSink(tmp_path, [record(epoch, 10.0 * epoch) for epoch in range(1, kept + 1)])
+    second = TensorBoardLogger(tmp_path, [record(epoch, 10.0 * epoch) for epoch in range(1, kept + 1)])
     for epoch in range(kept + 1, 5):
-        second.epoch(record(epoch, 10.0 * epoch + 1))
+        second.log_epoch(record(epoch, 10.0 * epoch + 1))
     second.close()
     first.close()
     expected = [(epoch, 10.0 * epoch + (epoch > kept)) for epoch in range(1, 5)]
@@ -103,7 +103,7 @@ def test_tensorboard_follows_the_checkpoint(written: int, kept: int, tmp_path: P
 def test_a_missing_package_is_named_before_anything_runs(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = validate(yaml.safe_load(recipe.read_text()), str(recipe))
     check_installed(config)
-    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
         check_installed(config)
     assert caught.value.hint == "pip install 'inkstream[tensorboard]'"
@@ -124,9 +124,9 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path: Path, monkeypatch:
     for place, logged_in in (("a", True), ("a", True), ("a", False), ("b", True)):
         (tmp_path / place).mkdir(exist_ok=True)
         monkeypatch.setattr(wandb, "login", lambda logged_in=logged_in, **_: logged_in)
-        (sink,) = open_sinks(config, tmp_path / place, [])
-        assert isinstance(sink, WandbSink)
-        sink.close()
+        (logger,) = open_loggers(config, tmp_path / place, [])
+        assert isinstance(logger, WandbLogger)
+        logger.close()
     first, again, offline, other = asked
     assert first["id"] == again["id"] == offline["id"] == (tmp_path / "a" / "wandb_id").read_text()
     assert other["id"] != first["id"]

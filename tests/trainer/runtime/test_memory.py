@@ -11,7 +11,7 @@ from conftest import ROOT
 PROGRAM = """
 import resource, sys
 import torch
-from trainer.runtime.allocator import keep_freed_memory
+from trainer.runtime.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for number in range(40):

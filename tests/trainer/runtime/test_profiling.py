@@ -25,9 +25,9 @@ from trainer.config import load
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
+from trainer.runtime.async_scalar import AsyncScalar
 from trainer.runtime.distributed import World
 from trainer.runtime.profiler import LOADING, TimeProfile, table
-from trainer.runtime.readback import Readback
 from trainer.runtime.seeding import seed_step
 from trainer.settings import Config, Trainer
 
@@ -138,12 +138,12 @@ def test_a_step_never_waits_for_the_device(recipe: Path, device: torch.device, o
     learner = training_on(recipe, device, f"optim.name={optimizer}", "optim.max_grad_norm=1.0", "trainer.profile=true")
     learner.forward.train()
     batches = list(learner.data.train.batches())
-    shown = Readback(device)
+    shown = AsyncScalar(device)
     engine.train_step(learner, batches[0], 1, True)
     with no_waiting() if device.type == "cuda" else no_reading():
         for batch in batches[1:8]:
             loss = engine.train_step(learner, batch, 1, True)
-            shown.offer(loss, len(batch.labels))
+            shown.update(loss, len(batch.labels))
     assert learner.state.updates == 8
 
 
@@ -153,13 +153,13 @@ def test_the_check_of_reading_finds_it() -> None:
 
 
 def test_a_figure_arrives_by_itself(device: torch.device) -> None:
-    shown = Readback(device)
+    shown = AsyncScalar(device)
     for number in range(5):
-        shown.offer(torch.full((), 6.0 * (number + 1), device=device), 2)
+        shown.update(torch.full((), 6.0 * (number + 1), device=device), 2)
     if device.type == "cuda":
         assert math.isnan(shown()) or shown() in (3.0, 6.0, 9.0, 12.0, 15.0)
         torch.cuda.synchronize()
-        shown.offer(torch.zeros((), device=device), 2)  # takes what has arrived meanwhile
+        shown.update(torch.zeros((), device=device), 2)  # takes what has arrived meanwhile
         assert shown() in (3.0, 6.0, 9.0, 12.0, 15.0)
     else:
         assert shown() == 15.0

@@ -7,7 +7,7 @@ import math
 import torch
 
 
-class Readback:
+class AsyncScalar:
     """The newest loss that has reached the host.
 
     On a GPU every offered value would be there only when all work before it is done. It is copied into pinned memory
@@ -22,7 +22,7 @@ class Readback:
         self._value = torch.zeros((), pin_memory=self._on_gpu)
         self._copied = torch.cuda.Event() if self._on_gpu else None
 
-    def offer(self, total: torch.Tensor, count: int) -> None:
+    def update(self, total: torch.Tensor, count: int) -> None:
         """total: a scalar on the device, the loss summed over `count` samples."""
         if self._copied is None:
             self._value, self._count = total, count
