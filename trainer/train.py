@@ -30,7 +30,7 @@ from trainer.runtime import rendezvous
 from trainer.runtime.distributed import World, init_distributed, report_errors_on_main
 from trainer.runtime.env_info import collect_env_info
 from trainer.runtime.loggers import MetricLogger, check_installed, open_loggers
-from trainer.runtime.profiler import TimeProfile, table
+from trainer.runtime.profiler import TimeProfile, format_profile
 from trainer.settings import Config
 
 
@@ -161,6 +161,6 @@ def _report(training: Training, evaluation: Evaluation, run_dir: RunDirectory, l
 def _write_profile(training: Training, run_dir: RunDirectory) -> None:
     training.trace.finish(run_dir.trace)
     if isinstance(training.profile, TimeProfile):
-        figures = training.profile.figures()
-        write_file(run_dir.profile, json.dumps(figures, indent=1) + "\n")
-        print(table(figures), flush=True)
+        records = training.profile.summary()
+        write_file(run_dir.profile, json.dumps(records, indent=1) + "\n")
+        print(format_profile(records), flush=True)

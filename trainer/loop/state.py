@@ -22,7 +22,7 @@ from trainer.loss import class_weights, log_priors
 from trainer.model import check_sides, make_model
 from trainer.optimizer import LearningRate, make_optimizer
 from trainer.runtime.distributed import World
-from trainer.runtime.profiler import NoProfile, Profile, TimeProfile, Trace
+from trainer.runtime.profiler import Profile, TimeProfile, Trace
 from trainer.runtime.seeding import seed_weights
 from trainer.settings import Config
 from trainer.teacher import Teacher, open_teacher
@@ -226,7 +226,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         )
     optimizer = make_optimizer(model, config.optim)
     updates = [-(-data.train.steps(epoch) // config.optim.grad_accumulation) for epoch in range(config.trainer.epochs)]
-    profile: Profile = NoProfile()
+    profile = Profile()
     if config.trainer.profile:
         profile = TimeProfile(world.device)
         data.train.timed = profile.timed

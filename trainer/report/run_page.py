@@ -18,7 +18,7 @@ from trainer.evaluate.metrics import Confusion
 from trainer.report import html
 from trainer.report.error_gallery import explorer, pictures
 from trainer.report.svg import Bins, confusion_chart, reliability_chart
-from trainer.runtime.profiler import table
+from trainer.runtime.profiler import format_profile
 
 _PAIRS = 12  # of most confused classes
 _PICTURES = 8  # of each pair
@@ -48,7 +48,7 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
         settings=settings,
         config=yaml.safe_load(settings),
         environment=json.loads(directory.environment.read_text()),
-        profile=table(json.loads(profile.read_text())) if profile.exists() else None,
+        profile=format_profile(json.loads(profile.read_text())) if profile.exists() else None,
     )
     write_file(directory.report, page)
 

@@ -1,1 +1,1 @@
-"""Process-level services of a run: progress display, metric loggers, profiler and environment stamp."""
+"""Runtime of a training: process group, signals, seeds, memory, environment, profiler, progress and metric loggers."""

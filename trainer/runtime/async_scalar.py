@@ -1,4 +1,4 @@
-"""A figure on the device, read without waiting for the device."""
+"""Scalars of the device, read without waiting for the device."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 class AsyncScalar:
-    """The newest loss that has reached the host.
+    """The newest mean loss that has been copied to the host.
 
-    On a GPU every offered value would be there only when all work before it is done. It is copied into pinned memory
-    behind that work instead, and taken from there once an event says that the copy has happened; values offered
-    meanwhile are passed over. On a CPU the value is there at once, and is read only when it is asked for.
+    On a GPU, reading a value directly waits for all queued work. The value is copied asynchronously to pinned memory,
+    and read once an event reports that the copy is complete; values updated before that are skipped. On a CPU the
+    value is read when it is requested.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,15 +23,20 @@ class AsyncScalar:
         self._copied = torch.cuda.Event() if self._on_gpu else None
 
     def update(self, total: torch.Tensor, count: int) -> None:
-        """total: a scalar on the device, the loss summed over `count` samples."""
+        """Start to copy a value.
+
+        Args:
+            total: Scalar on the device, the loss summed over the samples.
+            count: Number of samples.
+        """
         if self._copied is None:
             self._value, self._count = total, count
-        elif self._copied.query():  # also true of an event that was never recorded
+        elif self._copied.query():  # also true for an event that was never recorded
             self._newest = float(self._value) / self._count
             self._value.copy_(total, non_blocking=True)
             self._copied.record()
             self._count = count
 
     def __call__(self) -> float:
-        """The mean loss of a sample; NaN before the first one has arrived."""
+        """Return the mean loss per sample; NaN before the first copy is complete."""
         return self._newest if self._on_gpu else float(self._value) / self._count

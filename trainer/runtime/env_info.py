@@ -1,4 +1,4 @@
-"""On what a result was made: versions, processor, device, revision of the code."""
+"""Environment of a result: package versions, processor, device and revision of the code."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PACKAGES = ("inkstream", "torch", "nvidia-dali-cuda120", "timm", "numpy", "torc
 
 
 def collect_env_info(device: torch.device) -> dict[str, Any]:
-    """A stamp of plain values for JSON files beside results."""
+    """Collect the environment as plain values, for the JSON files of results."""
     return {
         "python": platform.python_version(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "packages": {name: installed for name in _PACKAGES if (installed := _version(name))},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": available_cpus(),
@@ -47,15 +47,9 @@ def _processor() -> str:
 
 
 def _revision() -> str | None:
-    """Git revision of the code, with a + if files were changed since; None outside a checkout."""
-    root = Path(__file__).parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    """Git revision of the code, with a + if tracked files have changed; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--abbrev=12", "--exclude=*"]
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

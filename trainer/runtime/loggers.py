@@ -1,4 +1,4 @@
-"""Where a run's figures go besides its `metrics.jsonl`: anything that takes an epoch's record and the summary."""
+"""Metric loggers: receivers of each epoch's metrics besides `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ _TENSORBOARD = "tensorboard"
 
 
 class MetricLogger(Protocol):
-    def log_epoch(self, record: dict[str, Any]) -> None: ...
+    """A receiver of metrics."""
 
-    def log_summary(self, summary: dict[str, Any]) -> None: ...
+    def log_epoch(self, record: dict[str, Any]) -> None:
+        """Log the record of an epoch, as in `metrics.jsonl`."""
 
-    def close(self) -> None: ...
+    def log_summary(self, summary: dict[str, Any]) -> None:
+        """Log the results of a run, as in `summary.json`."""
+
+    def close(self) -> None:
+        """Write what is buffered."""
 
 
 class WandbLogger:
-    """Weights & Biases: online with an API key, offline (files in the run directory) without.
+    """Weights & Biases: online with an API key, otherwise offline (files in the run directory).
 
-    A run that goes on is the same one there: its id is kept in the run directory.
+    The id is stored in the run directory, so a resumed run continues under the same id.
     """
 
     def __init__(self, config: Config, directory: Path) -> None:
@@ -39,15 +44,15 @@ class WandbLogger:
 
         try:
             mode = "online" if wandb.login(prompt=False) else "offline"
-        except wandb.Error as error:  # a key, and no way to use it now
-            log.warning("Weights & Biases runs offline (%s); `wandb sync` sends it later", error)
+        except wandb.Error as error:  # there is a key, but it cannot be used now
+            log.warning("Weights & Biases is offline (%s); upload the run later with `wandb sync`", error)
             mode = "offline"
         mode = os.environ.get("WANDB_MODE", mode)
-        kept = directory / _WANDB_ID
-        if not kept.exists():
-            write_file(kept, uuid.uuid4().hex[:12])
+        id_path = directory / _WANDB_ID
+        if not id_path.exists():
+            write_file(id_path, uuid.uuid4().hex[:12])
         self._run = wandb.init(
-            id=kept.read_text(),
+            id=id_path.read_text(),
             resume="allow" if mode == "online" else None,
             project=config.logging.wandb_project,
             name=directory.name if config.run.dir else f"{config.run.name} {directory.name}",
@@ -71,10 +76,15 @@ class TensorBoardLogger:
     """Event files in the run directory; steps are epochs."""
 
     def __init__(self, directory: Path, history: list[dict[str, Any]]) -> None:
-        """history: of the epochs before, where a run goes on. What was written of later ones counts no more."""
+        """Open the event files.
+
+        Args:
+            directory: The run directory.
+            history: Records of the epochs before a resumed run. Events of later epochs are purged.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        # Killed between the last checkpoint and its event, the run lacks that one: it is written again.
+        # A run that was killed between its last checkpoint and that epoch's event lacks the event: write it again.
         self._writer = SummaryWriter(directory / _TENSORBOARD, purge_step=max(1, len(history)))
         for record in history[-1:]:
             self.log_epoch(record)
@@ -83,20 +93,20 @@ class TensorBoardLogger:
         self._add({name: value for name, value in record.items() if name != "epoch"}, "training", record["epoch"])
 
     def log_summary(self, summary: dict[str, Any]) -> None:
-        figures = {name: summary[name] for name in ("accuracy", "macro_f1", "weighted_f1", "calibration")}
-        self._add(figures, "test", summary["epochs"])
+        metrics = {name: summary[name] for name in ("accuracy", "macro_f1", "weighted_f1", "calibration")}
+        self._add(metrics, "test", summary["epochs"])
 
     def close(self) -> None:
         self._writer.close()
 
-    def _add(self, figures: dict[str, Any], section: str, epoch: int) -> None:
-        for name, value in _flat(figures, section):
+    def _add(self, metrics: dict[str, Any], section: str, epoch: int) -> None:
+        for name, value in _flat(metrics, section):
             self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()  # a killed run has its epochs
+        self._writer.flush()  # a killed run keeps its epochs
 
 
-def _flat(figures: dict[str, Any], section: str) -> Iterator[tuple[str, float]]:
-    for name, value in figures.items():
+def _flat(metrics: dict[str, Any], section: str) -> Iterator[tuple[str, float]]:
+    for name, value in metrics.items():
         if isinstance(value, dict):
             yield from _flat(value, name)
         else:
@@ -104,20 +114,26 @@ def _flat(figures: dict[str, Any], section: str) -> Iterator[tuple[str, float]]:
 
 
 def check_installed(config: Config) -> None:
-    """Raise `UserError` if a sink that is asked for needs a package that is not there."""
+    """Raise `UserError` if a requested logger needs a package that is not installed."""
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError(
-            found="logging.tensorboard=true, and no package tensorboard",
-            expected="it installed, or the sink left out",
+            found="logging.tensorboard=true, but no package tensorboard",
+            expected="the package, or logging.tensorboard=false",
             hint="pip install 'inkstream[tensorboard]'",
         )
 
 
 def open_loggers(config: Config, directory: Path, history: list[dict[str, Any]]) -> list[MetricLogger]:
-    """Those that are asked for. history: records of the epochs before, where a run goes on."""
-    sinks: list[MetricLogger] = []
+    """Open the requested loggers.
+
+    Args:
+        config: Settings of the run.
+        directory: The run directory.
+        history: Records of the epochs before a resumed run.
+    """
+    loggers: list[MetricLogger] = []
     if config.logging.wandb == "auto":
-        sinks.append(WandbLogger(config, directory))
+        loggers.append(WandbLogger(config, directory))
     if config.logging.tensorboard:
-        sinks.append(TensorBoardLogger(directory, history))
-    return sinks
+        loggers.append(TensorBoardLogger(directory, history))
+    return loggers

@@ -1,17 +1,14 @@
-"""Where the time of a run goes: by part of the step, and as a trace of every kernel."""
+"""Time profile of a run by sections of the step, and a trace of single steps by torch's profiler."""
 
 from __future__ import annotations
 
-import gzip
-import shutil
 import statistics
-import tempfile
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,165 +18,156 @@ from pipeline.transforms.spec import Transform
 from shards.atomic import replace_file
 from shards.stores.base import Images
 
-LOADING = "copy and resize"  # within the data wait on a CPU; beside the step, in the loader's thread, for a GPU
+LOADING = "copy and resize"  # part of the data wait on a CPU; concurrent with the step (loader thread) on a GPU
+    "copy and resize"  # part of the data wait on a CPU; concurrent with the step, in the loader's thread, on a GPU
+)
 
 
-class Profile(Protocol):
-    def mark(self, part: str) -> None:
-        """What happened since the mark before belongs to this part."""
-        ...
+class Profile:
+    """Sections of a step; this class measures nothing."""
+
+    def mark(self, section: str) -> None:
+        """Attribute the time since the last mark to a section."""
 
 
-class NoProfile:
-    """Takes no time and tells nothing."""
+class TimeProfile(Profile):
+    """Seconds of each section, by the host's clock and, on a GPU, between CUDA events.
 
-    def mark(self, part: str) -> None:
-        pass
-
-
-class TimeProfile:
-    """Seconds of each part, by the host's clock and, on a GPU, between events in the device's queue of work.
-
-    Nothing here waits for the device: events that have not happened yet are looked at again later. What the device
-    spends between two marks is work or, where the host is the slower one, waiting for work.
+    No call waits for the device: events that are not complete are queried again later. Device time between two marks
+    is work or, if the host is slower, idle time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._host: dict[str, list[float]] = defaultdict(list)
         self._on_device: dict[str, list[float]] = defaultdict(list)
-        self._open: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._events = threading.Lock()  # the loader's thread adds to them
-        self._last = time.perf_counter()
-        self._last_event = self._event()
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._lock = threading.Lock()  # the loader's thread adds events, too
+        self._last, self._last_event = self._now()
 
-    def mark(self, part: str) -> None:
-        now = time.perf_counter()
-        self._host[part].append(now - self._last)
-        self._last = now
-        if self._last_event is not None:
-            event = self._event()
-            self._add(part, self._last_event, event)
-            self._last_event = event
+    def mark(self, section: str) -> None:
+        now, event = self._now()
+        self._add(section, (self._last, self._last_event), (now, event))
+        self._last, self._last_event = now, event
 
-    def timed(self, graph: Transform) -> Transform:
-        """The graph, with its time taken as a part of its own."""
+    def timed(self, transform: Transform) -> Transform:
+        """Wrap a transform so that its calls are measured as the section `LOADING`."""
+        return _TimedTransform(transform, self)
 
-        return _TimedGraph(graph, self)
-
-    def time_graph(self, graph: Transform, images: Images, draws: AugmentationParams | None) -> torch.Tensor:
-        start, event = time.perf_counter(), self._event()
-        output = graph(images, draws)
-        self._host[LOADING].append(time.perf_counter() - start)
-        if event is not None:
-            self._add(LOADING, event, self._event())
-        return output
-
-    def _event(self) -> torch.cuda.Event | None:
+    def _now(self) -> tuple[float, torch.cuda.Event | None]:
         if self.device.type != "cuda":
-            return None
+            return time.perf_counter(), None
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
-        return event
+        return time.perf_counter(), event
 
-    def _add(self, part: str, before: torch.cuda.Event, after: torch.cuda.Event) -> None:
-        with self._events:
-            self._open.append((part, before, after))
-            while self._open and self._open[0][2].query():
-                self._take()
+    def _add(
+        self, section: str, start: tuple[float, torch.cuda.Event | None], end: tuple[float, torch.cuda.Event | None]
+    ) -> None:
+        self._host[section].append(end[0] - start[0])
+        if start[1] is None or end[1] is None:
+            return
+        with self._lock:
+            self._pending.append((section, start[1], end[1]))
+            while self._pending and self._pending[0][2].query():
+                self._read_event()
 
-    def _take(self) -> None:
-        part, before, after = self._open.popleft()
-        self._on_device[part].append(before.elapsed_time(after) / 1000)
+    def _read_event(self) -> None:
+        section, start, end = self._pending.popleft()
+        self._on_device[section].append(start.elapsed_time(end) / 1000)
 
-    def figures(self) -> list[dict[str, Any]]:
-        """For each part: its name, how often it came, seconds in total, share of all, median in milliseconds.
+    def summary(self) -> list[dict[str, Any]]:
+        """Summarize each section; waits for the device.
 
-        On a GPU with `device_seconds` and `device_median_ms` beside. `LOADING` is no part of the sum.
+        Returns:
+            Records with `part` (the section), `times` (calls), `seconds` (total), `share` (fraction of the total
+            without `LOADING`) and `median_ms`; on a GPU also `device_seconds` and `device_median_ms`.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        while self._open:
-            self._take()
-        whole = sum(sum(seconds) for part, seconds in self._host.items() if part != LOADING)
-        found = []
-        for part, seconds in self._host.items():
-            record = {
-                "part": part,
-                "times": len(seconds),
-                "seconds": sum(seconds),
-                "share": sum(seconds) / whole,
-                "median_ms": 1000 * statistics.median(seconds),
-            }
-            if measured := self._on_device.get(part):
-                record["device_seconds"] = sum(measured)
-                record["device_median_ms"] = 1000 * statistics.median(measured)
-            found.append(record)
-        return found
+        while self._pending:
+            self._read_event()
+        total = sum(sum(seconds) for section, seconds in self._host.items() if section != LOADING)
+        records = []
+        for section, seconds in self._host.items():
+            record: dict[str, Any] = {"part": section, "times": len(seconds), "seconds": sum(seconds)}
+            record |= {"share": sum(seconds) / total, "median_ms": 1000 * statistics.median(seconds)}
+            if on_device := self._on_device.get(section):
+                record["device_seconds"] = sum(on_device)
+                record["device_median_ms"] = 1000 * statistics.median(on_device)
+            records.append(record)
+        return records
 
 
-class _TimedGraph:
-    """A graph whose calls a profile takes the time of."""
-
-    def __init__(self, graph: Transform, profile: TimeProfile) -> None:
-        self._graph = graph
+class _TimedTransform:
+    def __init__(self, transform: Transform, profile: TimeProfile) -> None:
+        self._transform = transform
         self._profile = profile
-        self.max_fused_batch = graph.max_fused_batch
+        self.max_fused_batch = transform.max_fused_batch
 
-    def __call__(self, images: Images, draws: AugmentationParams | None = None) -> torch.Tensor:
-        return self._profile.time_graph(self._graph, images, draws)
+    def __call__(self, images: Images, params: AugmentationParams | None = None) -> torch.Tensor:
+        start = self._profile._now()
+        output = self._transform(images, params)
+        self._profile._add(LOADING, start, self._profile._now())
+        return output
 
 
-def table(figures: list[dict[str, Any]]) -> str:
-    """The figures of a profile as text."""
-    on_device = any("device_seconds" in record for record in figures)
-    head = f"{'part':<18}{'times':>9}{'seconds':>10}{'share':>8}{'median ms':>12}"
-    lines = [head + (f"{'on the device: s':>19}{'median ms':>12}" if on_device else "")]
-    for record in figures:
-        share = "" if record["part"] == LOADING else f"{record['share']:.1%}"
-        line = (
-            f"{record['part']:<18}{record['times']:>9,}{record['seconds']:>10.2f}{share:>8}{record['median_ms']:>12.3f}"
-        )
+def format_profile(records: list[dict[str, Any]]) -> str:
+    """Format the records of `TimeProfile.summary` as a table."""
+    on_device = any("device_seconds" in record for record in records)
+    head = f"{'section':<18}{'calls':>9}{'seconds':>10}{'fraction':>10}{'median ms':>12}"
+    lines = [head + (f"{'device seconds':>19}{'median ms':>12}" if on_device else "")]
+    for record in records:
+        fraction = "" if record["part"] == LOADING else f"{record['share']:.1%}"
+        line = f"{record['part']:<18}{record['times']:>9,}{record['seconds']:>10.2f}{fraction:>10}"
+        line += f"{record['median_ms']:>12.3f}"
         if "device_seconds" in record:
             line += f"{record['device_seconds']:>19.2f}{record['device_median_ms']:>12.3f}"
         lines.append(line)
-    beside = "beside the steps, in the loader's thread" if on_device else "part of the data wait"
-    return "\n".join([*lines, f"{LOADING}: {beside}"])
+    note = "concurrent with the steps, in the loader's thread" if on_device else "part of the data wait"
+    return "\n".join([*lines, f"{LOADING}: {note}"])
 
 
 class Trace:
-    """Traces some steps of this process with torch's profiler."""
+    """Trace some steps of this process with torch's profiler."""
 
     def __init__(self, steps: tuple[int, int] | None, device: torch.device) -> None:
-        """steps: first and last one, counted from 1 since the process began; None for none."""
+        """Prepare the profiler.
+
+        Args:
+            steps: First and last step, counted from 1 since the start of the process; None for no trace.
+            device: Device of the training.
+        """
         self._first, self._last = steps or (0, 0)
         self._step = 0
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._profiler = torch.profiler.profile(activities=activities) if steps else None
-        self._runs = False
+        self._is_active = False
 
     def over(self, batches: Iterable[Batch], path: Path) -> Iterator[Batch]:
-        """The batches of an epoch; what is done with those to be traced is written to `path` (.json.gz)."""
+        """Iterate over the batches of an epoch, and write the trace of the requested steps to `path` (.json.gz)."""
         for batch in batches:
             self._step += 1
             if self._step == self._first and self._profiler:
                 self._profiler.start()
-                self._runs = True
+                self._is_active = True
             yield batch
-            del batch  # whose memory may be the next one's
+            del batch  # free it before the loader allocates the next one
             if self._step == self._last:
                 self.finish(path)
 
     def finish(self, path: Path) -> None:
-        """Write what was traced, though there may have been fewer steps than were asked for."""
-        if not self._runs or not self._profiler:
+        """Write the trace, which is shorter if the run had fewer steps."""
+        if not self._is_active or not self._profiler:
             return
-        self._runs = False
+        self._is_active = False
         self._profiler.stop()
-        with tempfile.TemporaryDirectory() as directory:
-            plain = Path(directory) / "trace.json"
-            self._profiler.export_chrome_trace(str(plain))
-            with plain.open("rb") as source, replace_file(path) as file, gzip.open(file, "wb") as packed:
-                shutil.copyfileobj(source, packed)
+        with replace_file(path) as file:
+            compressed = Path(f"{file.name}.gz")  # torch compresses by this suffix
+            try:
+                self._profiler.export_chrome_trace(str(compressed))
+                file.write(compressed.read_bytes())
+            finally:
+                compressed.unlink(missing_ok=True)

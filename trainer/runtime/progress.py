@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a training: a bar on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ _BAR_EVERY = 0.5
 
 
 class Progress:
-    """Progress of one epoch. Reading the loss waits for the device, so it is read only when something is shown."""
+    """Progress of one epoch. The loss is read only when it is shown, because reading it may wait for the device."""
 
     def __init__(self, epoch: int, epochs: int, steps: int, first_step: int, steps_ahead: float) -> None:
-        """steps_ahead: steps of the epochs that follow this one, for the time left."""
+        """Start the display of an epoch.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            epochs: Number of epochs.
+            steps: Steps of this epoch.
+            first_step: Step at which a resumed epoch continues.
+            steps_ahead: Steps of later epochs, weighted by their duration, for the remaining time.
+        """
         self._head = f"epoch {epoch + 1}/{epochs}"
         self._steps = steps
         self._first = first_step
@@ -34,7 +42,15 @@ class Progress:
         )
 
     def step(self, done: int, loss: Callable[[], float], rate: float, images: int, wait: float) -> None:
-        """After step number done - 1. images: of all ranks in this call's epoch; wait: seconds for data so far."""
+        """Show a step if the last display is old enough.
+
+        Args:
+            done: Completed steps of the epoch.
+            loss: Returns the current loss.
+            rate: Learning rate.
+            images: Images of all ranks since the start of this display.
+            wait: Seconds of data wait since then.
+        """
         now = time.perf_counter()
         if now - self._shown < (_BAR_EVERY if self._on_terminal else _LINE_EVERY):
             return
@@ -56,7 +72,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 1:02 or 1:02:03."""
+    """Format seconds as 1:02 or 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -65,11 +81,11 @@ def duration(seconds: float) -> str:
 def print_epoch(record: dict[str, Any], epochs: int, is_best: bool) -> None:
     """Print the record of an epoch in one line."""
     validation = record.get("validation")
-    judged = ""
+    metrics = ""
     if validation:
-        judged = f"  validation accuracy {validation['accuracy']:.2%}  macro F1 {validation['macro_f1']:.2%}"
+        metrics = f"  validation accuracy {validation['accuracy']:.2%}  macro F1 {validation['macro_f1']:.2%}"
     print(
-        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}{judged}  lr {record['lr']:.2e}  "
+        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}{metrics}  lr {record['lr']:.2e}  "
         f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
         f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}",
         flush=True,

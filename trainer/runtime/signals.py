@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted, so that training stops at its next update, with a deadline should it not come to that."""
+"""Record SIGTERM and SIGINT, so that training stops at its next optimizer step, with a deadline."""
 
 from __future__ import annotations
 
@@ -11,58 +11,64 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_NOTED = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """A signal came before the work was done."""
+    """A signal was received before the work was complete."""
 
 
 @contextmanager
 def record_signals(grace: float) -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM instead of dying; the list holds what came.
+    """Record SIGINT and SIGTERM instead of exiting.
 
-    grace: seconds after which the process ends, with status 128 + signal, if it is still in this context: it may be
-    waiting in a library for a peer that is gone. A second SIGINT, a person's, ends it at once; a second SIGTERM does
-    not, as schedulers send one to every process and torchrun passes its own on.
+    A second SIGINT raises `KeyboardInterrupt`. A second SIGTERM does not, because a scheduler sends one to every
+    process and torchrun forwards its own.
+
+    Args:
+        grace: Seconds from the first signal until the process exits with status 128 + signal if this context is still
+            open. A rank may be blocked in a library, in a collective with a rank that is gone.
+
+    Yields:
+        The list of received signals, which grows.
     """
     received: list[int] = []
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def record(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
         if received.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in _NOTED}
+    previous = {number: signal.signal(number, record) for number in _SIGNALS}
     try:
         with _deadline(grace):
             yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def _deadline(grace: float) -> Iterator[None]:
-    """End the process some seconds after one of the signals, unless the context has ended by then.
+    """Exit some seconds after a signal, unless the context has ended by then.
 
-    Python runs signal handlers between two of its own instructions; a thread that reads what the C handler writes is
-    told of the signal even while the main thread waits in a library.
+    Python runs signal handlers between bytecode instructions, so not while the main thread is blocked in a library. A
+    thread that reads the wakeup file descriptor, which the C handler writes, receives the signal nevertheless.
     """
-    left = threading.Event()
-    reading, writing = socket.socketpair()  # which signals can be written to on every system
+    has_ended = threading.Event()
+    reading, writing = socket.socketpair()  # Windows accepts only sockets as the wakeup descriptor
     writing.setblocking(False)
 
     def watch() -> None:
         signum = 0
-        while signum not in _NOTED:
+        while signum not in _SIGNALS:
             signum = reading.recv(1)[0]
-            if left.is_set():
+            if has_ended.is_set():
                 return
-        if not left.wait(grace):
+        if not has_ended.wait(grace):
             print(
-                f"stopped {grace:g} s after signal {signum}, before an update was reached (checkpoint.grace_seconds); "
-                "the newest checkpoint stands",
+                f"stopped {grace:g} s after signal {signum} without an optimizer step (checkpoint.grace_seconds); "
+                "the newest checkpoint is intact",
                 file=sys.stderr,
                 flush=True,
             )
@@ -70,12 +76,12 @@ def _deadline(grace: float) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, name="deadline", daemon=True)
     thread.start()
-    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    previous = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
-        left.set()
+        signal.set_wakeup_fd(previous)
+        has_ended.set()
         writing.send(b"\0")
         thread.join()
         reading.close()

@@ -27,7 +27,7 @@ from trainer.loop import engine
 from trainer.loop.state import Training, make_training
 from trainer.runtime.async_scalar import AsyncScalar
 from trainer.runtime.distributed import World
-from trainer.runtime.profiler import LOADING, TimeProfile, table
+from trainer.runtime.profiler import LOADING, TimeProfile, format_profile
 from trainer.runtime.seeding import seed_step
 from trainer.settings import Config, Trainer
 
@@ -90,7 +90,7 @@ def test_a_profile_adds_up_and_a_trace_tells_of_its_steps(
     assert sum(record["share"] for record in inside) == pytest.approx(1)
     assert sum(record["seconds"] for record in inside) < seconds
     output = capsys.readouterr().out
-    assert table(list(found.values())) in output
+    assert format_profile(list(found.values())) in output
     assert "Where the time went" in (directory / "report.html").read_text()
 
     events = json.loads(gzip.decompress((directory / "trace.json.gz").read_bytes()))["traceEvents"]
@@ -171,7 +171,7 @@ def test_a_profile_of_the_device_tells_of_its_own_time(device: torch.device) -> 
     for _ in range(3):
         (matrix @ matrix).sum()
         profile.mark("product")
-    (record,) = profile.figures()
+    (record,) = profile.summary()
     assert (record["times"], record["share"]) == (3, pytest.approx(1))
     assert ("device_seconds" in record) == (device.type == "cuda")
 
