@@ -19,8 +19,6 @@ from shards.atomic import replace_file
 from shards.stores.base import Images
 
 LOADING = "copy and resize"  # part of the data wait on a CPU; concurrent with the step (loader thread) on a GPU
-    "copy and resize"  # part of the data wait on a CPU; concurrent with the step, in the loader's thread, on a GPU
-)
 
 
 class Profile:
