@@ -38,15 +38,15 @@ from shards.atomic import make_directory, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError
 from shards.open import open_split
-from trainer import config
-from trainer.arithmetic import with_precision
 from trainer.checkpoint.run_dir import RunDirectory
+from trainer.config import load as config
+from trainer.config.schema import Config, Data
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import make_training
+from trainer.models.precision import with_precision
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.env_info import collect_env_info
-from trainer.settings import Config, Data
 
 DEFAULT_OUT = Path("benchmarks/out")
 DEFAULT_PLAN = Path("benchmarks/training/plans/ablation.yaml")

@@ -34,9 +34,9 @@ from shards.atomic import locked, make_directory
 from shards.cli import run_command
 from shards.manifest import PARTS, VALIDATION, has_split
 from shards.remote.sets import resolve_dataset
-from trainer import config
-from trainer.config import validate
-from trainer.settings import Config
+from trainer.config import load as config
+from trainer.config.load import validate
+from trainer.config.schema import Config
 
 SMALL_IMAGES = 2_000  # to train on without arguments
 SMALL_TEST_IMAGES = 10_000

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from shards.cli import program_name, run_command
-from trainer.section import settings_help
-from trainer.settings import Config
+from trainer.config.base import settings_help
+from trainer.config.schema import Config
 
 
 def parse_arguments() -> argparse.Namespace:

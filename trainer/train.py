@@ -15,23 +15,23 @@ import numpy as np
 
 from shards.atomic import write_file
 from shards.remote.sets import resolve_dataset
-from trainer import config
-from trainer.arithmetic import with_precision
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_dir as run_directory
 from trainer.checkpoint.run_dir import RunDirectory
+from trainer.config import load as config
+from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData, open_data
 from trainer.evaluate.evaluator import Evaluation
 from trainer.loop import engine, resume
 from trainer.loop.state import Training, make_training
 from trainer.loop.summary import summarize
+from trainer.models.precision import with_precision
 from trainer.report import console, run_page
 from trainer.runtime import rendezvous
 from trainer.runtime.distributed import World, init_distributed, report_errors_on_main
 from trainer.runtime.env_info import collect_env_info
 from trainer.runtime.loggers import MetricLogger, check_installed, open_loggers
 from trainer.runtime.profiler import TimeProfile, format_profile
-from trainer.settings import Config
 
 
 def train(path: Path, overrides: list[str], dry: bool) -> int:

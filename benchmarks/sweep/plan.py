@@ -13,8 +13,8 @@ from typing import Any
 from benchmarks.common.harness import write_lines
 from shards.atomic import make_directory
 from shards.errors import UserError
-from trainer.config import validate
-from trainer.settings import Config
+from trainer.config.load import validate
+from trainer.config.schema import Config
 
 NAME = "resolution_sweep"
 INTERPOLATIONS = ("nearest", "linear", "cubic", "lanczos")

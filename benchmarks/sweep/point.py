@@ -31,16 +31,16 @@ from benchmarks.sweep.plan import Point, Study
 from pipeline.loader import Batch
 from shards import UserError, open_split
 from shards.errors import first_line
-from trainer.arithmetic import with_precision
 from trainer.checkpoint.run_dir import RunDirectory
-from trainer.compiled import compile_mode
+from trainer.config.schema import Config
 from trainer.data.resolution_schedule import TrainingLoader
 from trainer.data.training_data import TrainingData, open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
+from trainer.models.compile import compile_mode
+from trainer.models.precision import with_precision
 from trainer.runtime.distributed import World, init_distributed
 from trainer.runtime.env_info import collect_env_info
-from trainer.settings import Config
 
 LOADER_RUNS = 5
 LOADER_IMAGES = 32_768  # of one run, in as many passes over the training part as that takes

@@ -16,18 +16,18 @@ import torch
 from benchmarks.common.harness import Spread
 from pipeline.loader import Batch
 from shards.errors import UserError
-from trainer.arithmetic import with_precision
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
-from trainer.compiled import compile_mode
-from trainer.config import validate
+from trainer.config.load import validate
+from trainer.config.schema import Checkpoint
 from trainer.data.resolution_schedule import TrainingLoader
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Totals, Training, make_training
+from trainer.models.compile import compile_mode
+from trainer.models.precision import with_precision
 from trainer.runtime.distributed import World, init_distributed
 from trainer.runtime.env_info import collect_env_info
-from trainer.settings import Checkpoint
 
 _RESIDENT = 4  # batches that the synthetic loop goes round
 _WARM_UP = 1  # rounds that are not counted

@@ -80,7 +80,7 @@ class Augmentation:
 
     Angles in degrees; lengths as shares of the image's side, but stroke and crop_padding in raw pixels. Amounts are
     drawn uniformly from both directions up to the one given, for each image; flip and erase are probabilities.
-    `trainer.settings.Augment` says what each of them does.
+    `trainer.config.schema.Augment` says what each of them does.
     """
 
     rotation: float = 0.0

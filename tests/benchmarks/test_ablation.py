@@ -17,7 +17,7 @@ from benchmarks import ablation
 from benchmarks.ablation import RECIPE, Results, identity_of, read_plan
 from benchmarks.training.ablation_report import FIGURES, far_off, gains, markdown, mean_and_error
 from shards import UserError
-from trainer.config import load
+from trainer.config.load import load
 
 SMALL = {
     "data.resolution": 8,

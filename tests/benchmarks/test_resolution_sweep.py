@@ -32,8 +32,8 @@ from benchmarks.sweep.point import Stretched, measure_point
 from benchmarks.sweep.stats import BY_EPOCHS, BY_TIME, Cell, Estimate, cells, choose, growth, pareto
 from benchmarks.sweep.text import Findings, markdown
 from shards import UserError
-from trainer.arithmetic import with_precision
 from trainer.data.training_data import open_data
+from trainer.models.precision import with_precision
 from trainer.runtime.distributed import init_distributed
 
 SMALL = ["--resolutions", "8,16", "--epochs", "2", "--seconds", "0.3", "--seeds", "1", "--subset", "0.2"]

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from pipeline.transforms.augmentation import Augmentation
 from shards import UserError
-from trainer.config import load
+from trainer.config.load import load
 from trainer.data.training_data import open_data
 from trainer.evaluate.evaluator import evaluate_run
 from trainer.run import main

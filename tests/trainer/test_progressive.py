@@ -17,13 +17,13 @@ from support.run_outcome import assert_same_run, history
 from support.training_runs import QUICK, stop_in_epoch, train_here
 
 from shards import UserError
-from trainer.arithmetic import with_precision
-from trainer.config import load
+from trainer.config.load import load
+from trainer.config.schema import Config
 from trainer.data.resolution_schedule import Phase, phases
 from trainer.data.training_data import open_data
-from trainer.optimizer import LearningRate
+from trainer.models.precision import with_precision
+from trainer.optim.optimizers import LearningRate
 from trainer.runtime.distributed import World
-from trainer.settings import Config
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

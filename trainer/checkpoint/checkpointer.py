@@ -14,7 +14,7 @@ import torch
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel
-from trainer.settings import Checkpoint
+from trainer.config.schema import Checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
-from trainer.settings import Config
+from trainer.config.schema import Config
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from shards.atomic import replace_file, sync_directory
 from shards.errors import UserError, first_line
-from trainer.settings import PACK, Config
+from trainer.config.schema import PACK, Config
 
 log = logging.getLogger(__name__)
 

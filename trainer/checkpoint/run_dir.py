@@ -12,7 +12,7 @@ from typing import Any
 from shards.atomic import locked, make_directory, write_file
 from shards.errors import UserError
 from trainer.checkpoint import io as checkpoint
-from trainer.settings import Config
+from trainer.config.schema import Config
 
 DEFAULT_ROOT = Path("runs")
 _CONFIG = "config.yaml"

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trainer.arithmetic import memory_format
 from trainer.checkpoint import io as checkpoint
-from trainer.config import validate
-from trainer.model import make_model
-from trainer.settings import Config
+from trainer.config.load import validate
+from trainer.config.schema import Config
+from trainer.models.factory import make_model
+from trainer.models.precision import memory_format
 
 _FIELDS = (
     *("model", "config", "classes", "data", "image_shape", "mean", "std"),

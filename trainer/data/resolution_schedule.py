@@ -14,7 +14,7 @@ from pipeline.loader import Batch, Loader
 from pipeline.sampler import ShuffledBatchSampler
 from pipeline.transforms.spec import Transform
 from shards.stores.base import Store
-from trainer.settings import Config
+from trainer.config.schema import Config
 
 _BATCH_MULTIPLE = 8  # of images: sizes that processors divide well
 

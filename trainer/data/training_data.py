@@ -23,10 +23,10 @@ from shards.manifest import VALIDATION, has_split
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
 from shards.verify.check import check_hashes
+from trainer.config.schema import Config
 from trainer.data.resolution_schedule import Phase, TrainingLoader, phases
 from trainer.runtime.distributed import World
 from trainer.runtime.memory import memory_limit
-from trainer.settings import Config
 
 log = logging.getLogger(__name__)
 

@@ -20,15 +20,15 @@ from pipeline.transforms.spec import TransformSpec
 from shards import UserError
 from shards.open import open_set_or_split
 from shards.stores.base import Store
-from trainer.arithmetic import autocast, laid_out
 from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
+from trainer.config.schema import Trainer
 from trainer.data.training_data import evaluation_loader
 from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import Confusion
 from trainer.evaluate.tta import mean_logits
+from trainer.models.precision import autocast, laid_out
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import Interrupted
-from trainer.settings import Trainer
 
 
 @dataclass(frozen=True)

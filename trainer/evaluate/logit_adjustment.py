@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from trainer.config.schema import Loss
 from trainer.evaluate.calibration import fit_temperature
 from trainer.evaluate.metrics import Confusion
-from trainer.loss import class_weights, log_priors
-from trainer.settings import Loss
+from trainer.optim.losses import class_weights, log_priors
 
 _TAUS = np.linspace(-2, 2, 81)  # that `auto` tries
 _NEIGHBOURS = 2  # on each side, that a tau is judged with: on few images a single one stands out by chance

@@ -15,10 +15,10 @@ from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError
 from shards.stores.base import Store
-from trainer.arithmetic import autocast, laid_out
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.evaluate.tta import mean_logits
+from trainer.models.precision import autocast, laid_out
 
 _MOST_AT_ONCE = 512
 

@@ -13,7 +13,7 @@ from shards.atomic import check_writable
 from shards.cli import program_name, run_command
 from shards.open import open_split
 from shards.remote.sets import resolve_dataset
-from trainer import config
+from trainer.config import load as config
 
 
 def main() -> int:

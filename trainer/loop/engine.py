@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loader import Batch
-from trainer.arithmetic import autocast, laid_out
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
@@ -23,8 +22,9 @@ from trainer.evaluate.logit_adjustment import decide
 from trainer.loop.epoch_meter import EpochMeter
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
 from trainer.loop.state import Totals, Training
-from trainer.loss import weighted_kl
-from trainer.mixing import mix, soft_targets
+from trainer.models.precision import autocast, laid_out
+from trainer.optim.losses import weighted_kl
+from trainer.optim.mixup import mix, soft_targets
 from trainer.runtime.distributed import AsyncFlags
 from trainer.runtime.loggers import MetricLogger
 from trainer.runtime.progress import print_epoch

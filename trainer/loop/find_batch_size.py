@@ -22,11 +22,11 @@ from pipeline.loader import Batch
 from shards.cli import program_name, run_command
 from shards.errors import UserError
 from shards.remote.sets import resolve_dataset
-from trainer import config
-from trainer.arithmetic import with_precision
+from trainer.config import load as config
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
+from trainer.models.precision import with_precision
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.memory import available_memory, peak_memory
 

@@ -18,15 +18,15 @@ from torch import nn
 
 from pipeline.common.device import choose_device
 from shards.cli import program_name, run_command
-from trainer.arithmetic import autocast, laid_out, memory_format
 from trainer.checkpoint import io as checkpoint
-from trainer.config import validate
-from trainer.loss import weighted_kl
-from trainer.mixing import mix, soft_targets
-from trainer.model import make_model
+from trainer.config.load import validate
+from trainer.config.schema import Config
+from trainer.models.factory import make_model
+from trainer.models.precision import autocast, laid_out, memory_format
+from trainer.optim.distillation import open_teacher
+from trainer.optim.losses import weighted_kl
+from trainer.optim.mixup import mix, soft_targets
 from trainer.runtime.seeding import seed_step
-from trainer.settings import Config
-from trainer.teacher import open_teacher
 
 _NEEDED = (
     *("config", "model", "weights", "class_weights", "logit_shift", "channels", "mean", "std"),

@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.arithmetic import memory_format
-from trainer.average import Average
 from trainer.checkpoint.trained_model import TrainedModel
-from trainer.compiled import compiled
+from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
 from trainer.evaluate.logit_adjustment import Decision, log_weights
-from trainer.loss import class_weights, log_priors
-from trainer.model import check_sides, make_model
-from trainer.optimizer import LearningRate, make_optimizer
+from trainer.models.compile import compiled
+from trainer.models.factory import check_sides, make_model
+from trainer.models.precision import memory_format
+from trainer.optim.distillation import Teacher, open_teacher
+from trainer.optim.ema import Average
+from trainer.optim.losses import class_weights, log_priors
+from trainer.optim.optimizers import LearningRate, make_optimizer
 from trainer.runtime.distributed import World
 from trainer.runtime.profiler import Profile, TimeProfile, Trace
 from trainer.runtime.seeding import seed_weights
-from trainer.settings import Config
-from trainer.teacher import Teacher, open_teacher
 
 # Fields of TrainState that are written as they are.
 _PLAIN = ("epoch", "step", "updates", "rank_losses", "history", "best", "best_epoch", "lr")

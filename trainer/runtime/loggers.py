@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from shards.atomic import write_file
 from shards.errors import UserError
-from trainer.settings import Config
+from trainer.config.schema import Config
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from trainer.settings import Run
+from trainer.config.schema import Run
 
 _PREFIX = "inkstream/rendezvous"
 _POLL = 0.02  # seconds

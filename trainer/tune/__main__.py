@@ -16,9 +16,9 @@ from shards.cli import Terminated, program_name, run_command
 from shards.errors import UserError
 from shards.manifest import VALIDATION, has_split
 from shards.remote.sets import resolve_dataset
+from trainer.config.base import listing
+from trainer.config.schema import Config
 from trainer.runtime.progress import duration
-from trainer.section import listing
-from trainer.settings import Config
 from trainer.tune import search_space
 from trainer.tune.search_space import SearchConfig
 

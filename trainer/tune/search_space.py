@@ -13,9 +13,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from shards.errors import UserError
-from trainer import config
-from trainer.section import Section, described
-from trainer.settings import Config, flatten
+from trainer.config import load as config
+from trainer.config.base import Section, described
+from trainer.config.schema import Config, flatten
 
 EXAMPLE = Path("configs/search/optimizers_cpu.yaml")
 DEFAULT_ROOT = Path("runs/search")

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from shards.atomic import locked, make_directory
 from shards.errors import UserError
-from trainer.settings import Config
+from trainer.config.schema import Config
 from trainer.tune.search_space import Categorical, SearchConfig
 
 try:

@@ -12,8 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.text import Text
 
 from shards.atomic import write_file
+from trainer.config.schema import Config
 from trainer.report.html import percent, render
-from trainer.settings import Config
 from trainer.tune.search_space import SearchConfig, best_recipe
 from trainer.tune.study import SharedStudy, TrialResult, can_rank, flat_study, optuna
 

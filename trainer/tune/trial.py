@@ -14,17 +14,17 @@ import numpy as np
 import torch
 
 from shards.errors import UserError
-from trainer import config
-from trainer.arithmetic import with_precision
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_dir as run_directory
+from trainer.config import load as config
+from trainer.config.schema import Config
 from trainer.data.training_data import open_data
 from trainer.loop import engine, resume
 from trainer.loop.nan_guard import NonFiniteLossError
 from trainer.loop.state import make_training
+from trainer.models.precision import with_precision
 from trainer.runtime.distributed import World
 from trainer.runtime.env_info import collect_env_info
-from trainer.settings import Config
 from trainer.tune.search_space import SearchConfig
 from trainer.tune.study import RunningTrial, SharedStudy
 

@@ -15,11 +15,11 @@ import torch
 
 from pipeline.common.process_pool import default_workers
 from shards.cli import run_command
-from trainer import config
+from trainer.config import load as config
+from trainer.config.schema import Config
 from trainer.loop.engine import Stopped
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.memory import memory_limit
-from trainer.settings import Config
 from trainer.tune import study_page
 from trainer.tune.search_space import SearchConfig
 from trainer.tune.study import SharedStudy

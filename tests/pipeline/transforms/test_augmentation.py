@@ -27,7 +27,7 @@ from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.warp import gaussian_weights
 from shards import UserError, open_split
 from shards.stores.base import Store
-from trainer.augment import Augment
+from trainer.config.augment import Augment
 
 GRAY = (28, 28, 1)
 RGB = (20, 31, 3)

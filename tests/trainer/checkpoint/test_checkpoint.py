@@ -12,8 +12,8 @@ from conftest import ROOT
 
 from shards import UserError
 from trainer.checkpoint import io as checkpoint
-from trainer.config import load
-from trainer.settings import Config
+from trainer.config.load import load
+from trainer.config.schema import Config
 
 CLASSES = ("a", "b", "c")
 BYCLASS = ROOT / "configs" / "byclass.yaml"

@@ -11,9 +11,9 @@ import yaml
 from conftest import ROOT
 
 from shards import UserError
-from trainer.config import load, settings
-from trainer.section import listing, settings_help
-from trainer.settings import Config, flatten
+from trainer.config.base import listing, settings_help
+from trainer.config.load import load, settings
+from trainer.config.schema import Config, flatten
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -422,9 +422,9 @@ import sys
 import trainer.run
 assert not {"torch", "timm", "torchvision"} & set(sys.modules)
 import trainer.train
-from trainer.model import make_model
-from trainer.optimizer import make_optimizer
-from trainer.settings import Model, Optim
+from trainer.models.factory import make_model
+from trainer.optim.optimizers import make_optimizer
+from trainer.config.schema import Model, Optim
 make_optimizer(make_model(Model(name="three_block_cnn"), 1, 10), Optim())
 assert not {"timm", "torchvision"} & set(sys.modules), sorted(sys.modules)
 """

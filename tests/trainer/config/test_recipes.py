@@ -18,7 +18,7 @@ from support.raw_files import write_tar
 
 from pipeline.shard import main as pack_main
 from shards import open_split
-from trainer.config import load
+from trainer.config.load import load
 from trainer.data.training_data import open_data
 from trainer.run import main as run_main
 from trainer.runtime.distributed import World

@@ -17,13 +17,13 @@ from pipeline.datasets import find_source
 from pipeline.readers.raw_split import SourceOptions
 from shards import open_split
 from trainer.checkpoint.trained_model import load_trained_model
+from trainer.config.schema import Loss
 from trainer.evaluate.evaluator import evaluate_run
 from trainer.evaluate.logit_adjustment import best_tau, decide, log_weights
 from trainer.inference.predictor import Predictor, upright_images
-from trainer.loss import class_weights, log_priors, weighted_kl
+from trainer.optim.losses import class_weights, log_priors, weighted_kl
 from trainer.run import main as run_main
 from trainer.runtime.distributed import World
-from trainer.settings import Loss
 
 COUNTS = np.array([400, 100, 20, 3])
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

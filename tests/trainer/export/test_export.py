@@ -23,16 +23,16 @@ from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.torch_backend import TorchTransform
 from shards import UserError, open_split
-from trainer import export_formats
 from trainer.checkpoint.trained_model import load_trained_model
-from trainer.classifier import Classifier, _MaxPoolTo
+from trainer.config.schema import Model
 from trainer.evaluate.logit_adjustment import ProbabilityHead
-from trainer.export import export
-from trainer.export import main as export_main
-from trainer.model import make_model
+from trainer.export import formats as export_formats
+from trainer.export.export import export
+from trainer.export.export import main as export_main
+from trainer.export.module import Classifier, _MaxPoolTo
+from trainer.models.factory import make_model
 from trainer.run import main as run_main
 from trainer.runtime.seeding import seed_weights
-from trainer.settings import Model
 
 
 def trained(directory: Path, shards: Path, **sections: str) -> Path:

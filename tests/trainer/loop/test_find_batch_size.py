@@ -13,12 +13,12 @@ from conftest import ROOT, run_module
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.arithmetic import with_precision
-from trainer.config import load
+from trainer.config.load import load
 from trainer.data.training_data import open_data
 from trainer.loop import find_batch_size as find_batch
 from trainer.loop.find_batch_size import Attempts, Trial, search
 from trainer.loop.state import make_training
+from trainer.models.precision import with_precision
 from trainer.runtime import memory
 from trainer.runtime.distributed import World
 

@@ -23,10 +23,10 @@ from shards import UserError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
-from trainer.config import load
+from trainer.config.load import load
+from trainer.config.schema import Checkpoint
 from trainer.loop import engine
 from trainer.run import main as run_main
-from trainer.settings import Checkpoint
 
 # 130 training images make 9 steps of at most 16 (14 or 15); with accumulation 2 five updates, the last of one batch.
 SMALL = {

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shards import UserError
-from trainer import model as model_module
-from trainer.arithmetic import with_precision
-from trainer.average import Average
-from trainer.model import SMALL_CNN, check_sides, load_weights, make_model
-from trainer.settings import Config, Model
+from trainer.config.schema import Config, Model
+from trainer.models import factory as model_module
+from trainer.models.factory import SMALL_CNN, check_sides, load_weights, make_model
+from trainer.models.precision import with_precision
+from trainer.optim.ema import Average
 
 TINY = "test_efficientnet"  # 0.4 M parameters
 CLASSES = 7

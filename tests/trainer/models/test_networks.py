@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from shards import UserError
-from trainer import model as model_module
-from trainer.architectures import PLAIN, SMALLEST
-from trainer.model import make_model
-from trainer.networks import efficientnet_cifar, plain, squeezenet, three_block_cnn
-from trainer.settings import OWN, Model
+from trainer.config.architectures import PLAIN, SMALLEST
+from trainer.config.schema import OWN, Model
+from trainer.models import efficientnet_cifar, squeezenet
+from trainer.models import factory as model_module
+from trainer.models import lenet_family as plain
+from trainer.models import small_cnn as three_block_cnn
+from trainer.models.factory import make_model
 
 CLASSES = 10
 

@@ -19,14 +19,14 @@ from shards import UserError, open_split
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import load_trained_model
-from trainer.config import load
+from trainer.config.load import load
 from trainer.data.training_data import open_data
 from trainer.loop import engine, nan_guard
 from trainer.loop.replay_step import replay_step
 from trainer.loop.state import Training, make_training
-from trainer.loss import weighted_kl
+from trainer.optim.distillation import open_teacher
+from trainer.optim.losses import weighted_kl
 from trainer.runtime.distributed import World
-from trainer.teacher import open_teacher
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, device=CPU)

@@ -12,10 +12,10 @@ from support.run_outcome import weights
 from support.training_runs import train, train_here
 from torch import nn
 
-from trainer.average import Average
-from trainer.model import make_model
-from trainer.optimizer import make_optimizer
-from trainer.settings import Model, Optim
+from trainer.config.schema import Model, Optim
+from trainer.models.factory import make_model
+from trainer.optim.ema import Average
+from trainer.optim.optimizers import make_optimizer
 
 NAMES = {"adam": "adam", "adamw": "adamw", "lion": "lion", "sgd_lookahead": "lookahead_sgd"}
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer.loss import class_weights, weighted_kl
-from trainer.mixing import soft_targets
-from trainer.settings import Loss
+from trainer.config.schema import Loss
+from trainer.optim.losses import class_weights, weighted_kl
+from trainer.optim.mixup import soft_targets
 
 BATCH, CLASSES = 7, 5
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.mixing import cut_box, mix, soft_targets
-from trainer.settings import Mixup
+from trainer.config.schema import Mixup
+from trainer.optim.mixup import cut_box, mix, soft_targets
 
 MIXUP = Mixup(prob=1, mixup_alpha=0.4, cutmix_alpha=0)
 CUTMIX = Mixup(prob=1, mixup_alpha=0, cutmix_alpha=0.7)

@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from trainer.config import load
-from trainer.optimizer import LearningRate, make_optimizer
-from trainer.settings import Config, Optim
+from trainer.config.load import load
+from trainer.config.schema import Config, Optim
+from trainer.optim.optimizers import LearningRate, make_optimizer
 
 OPTIMIZERS = ("adam", "adamw", "lion", "sgd", "sgd_lookahead")
 SCHEDULES = ("constant", "cosine", "warm_restarts", "one_cycle", "plateau")

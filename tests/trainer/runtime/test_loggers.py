@@ -17,11 +17,11 @@ import yaml
 from conftest import ROOT
 
 from shards import UserError
-from trainer.config import validate
+from trainer.config.load import validate
+from trainer.config.schema import Config
 from trainer.run import main as run_main
 from trainer.runtime import loggers
 from trainer.runtime.loggers import TensorBoardLogger, WandbLogger, check_installed, open_loggers
-from trainer.settings import Config
 
 
 @pytest.fixture(scope="module")

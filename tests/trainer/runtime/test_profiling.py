@@ -18,18 +18,18 @@ from conftest import ROOT
 from support.training_runs import train_here
 
 from shards import UserError
-from trainer import compiled
-from trainer.arithmetic import laid_out, memory_format, with_precision
-from trainer.compiled import compile_mode
-from trainer.config import load
+from trainer.config.load import load
+from trainer.config.schema import Config, Trainer
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
+from trainer.models import compile as compiled
+from trainer.models.compile import compile_mode
+from trainer.models.precision import laid_out, memory_format, with_precision
 from trainer.runtime.async_scalar import AsyncScalar
 from trainer.runtime.distributed import World
 from trainer.runtime.profiler import LOADING, TimeProfile, format_profile
 from trainer.runtime.seeding import seed_step
-from trainer.settings import Config, Trainer
 
 CPU = torch.device("cpu")
 EVERYTHING = {

@@ -21,8 +21,8 @@ from conftest import ROOT
 
 from shards import UserError
 from shards.cli import run_command
-from trainer import config
 from trainer.checkpoint.run_dir import RunDirectory
+from trainer.config import load as config
 from trainer.loop import engine
 from trainer.run import main as run_main
 from trainer.tune import search_space as search

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.transforms.augmentation import Augmentation
-from trainer.section import Section, Share
+from trainer.config.base import Section, Share
 
 
 class Augment(Section):

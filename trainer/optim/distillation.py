@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from shards.errors import UserError
-from trainer.arithmetic import autocast, laid_out
 from trainer.checkpoint.io import BEST
 from trainer.checkpoint.trained_model import TrainedModel
-from trainer.loss import weighted_kl
-from trainer.settings import Config
+from trainer.config.schema import Config
+from trainer.models.precision import autocast, laid_out
+from trainer.optim.losses import weighted_kl
 
 
 class Teacher:

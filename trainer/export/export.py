@@ -23,12 +23,13 @@ from pipeline.transforms.spec import TransformSpec
 from shards import Manifest, UserError
 from shards.atomic import check_writable, made_directory, write_file
 from shards.cli import program_name, run_command
-from trainer import export_formats, model_card, parity
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.trained_model import TrainedModel
-from trainer.classifier import Classifier
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.evaluate.tta import mean_logits
+from trainer.export import formats as export_formats
+from trainer.export import model_card, parity
+from trainer.export.module import Classifier
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
 CARD = "README.md"

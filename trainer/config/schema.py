@@ -11,12 +11,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import MAX_RESOLUTION
-from trainer.architectures import PLAIN, SMALLEST, Plain
-from trainer.augment import Augment
-from trainer.objective import Distillation, Loss, Mixup, Posthoc
-from trainer.section import Section, Share
+from trainer.config.architectures import PLAIN, SMALLEST, Plain
+from trainer.config.augment import Augment
+from trainer.config.base import Section, Share
+from trainer.config.objective import Distillation, Loss, Mixup, Posthoc
 
-OWN = (*SMALLEST, *PLAIN)  # networks that are written down in trainer.networks, by name
+OWN = (*SMALLEST, *PLAIN)  # networks defined in trainer.models, by name
 PACK = "data.shards"  # the setting that names the pack, which is compared by its digest
 Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 

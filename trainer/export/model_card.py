@@ -16,10 +16,10 @@ from torch import nn
 
 from shards import Manifest
 from trainer.checkpoint.completed_run import CompletedRun
+from trainer.config.schema import OWN
 from trainer.evaluate.metrics import Confusion
-from trainer.model import published_licence
-from trainer.parity import TOLERANCE, Parity, Reference
-from trainer.settings import OWN
+from trainer.export.parity import TOLERANCE, Parity, Reference
+from trainer.models.factory import published_licence
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _MARK = re.compile(r"<!-- the card of (.+), by python -m trainer.export -->")

@@ -11,7 +11,7 @@ import torch._dynamo
 from torch import nn
 
 from shards.errors import UserError
-from trainer.settings import Trainer
+from trainer.config.schema import Trainer
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trainer.model import convolves_by_channel
-from trainer.settings import Config, Trainer
+from trainer.config.schema import Config, Trainer
+from trainer.models.factory import convolves_by_channel
 
 
 def with_precision(config: Config, device: torch.device) -> Config:

@@ -1,4 +1,4 @@
-"""Models by name: timm's, and those written down in `trainer.networks`."""
+"""Models by name: timm's, and those defined in `trainer.models`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from shards.errors import UserError, first_line
-from trainer.networks.plain import plain
-from trainer.networks.three_block_cnn import three_block_cnn
-from trainer.settings import OWN, Model
+from trainer.config.schema import OWN, Model
+from trainer.models.lenet_family import plain
+from trainer.models.small_cnn import three_block_cnn
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def _backbone(settings: Model, channels: int, classes: int) -> tuple[nn.Module, 
     if settings.name == SMALL_CNN:
         return three_block_cnn(channels, classes, settings.drop_rate)
     if settings.name == "cifar_efficientnet":
-        from trainer.networks.efficientnet_cifar import efficientnet_cifar
+        from trainer.models.efficientnet_cifar import efficientnet_cifar
 
         return efficientnet_cifar(
             channels,
@@ -202,7 +202,7 @@ def _backbone(settings: Model, channels: int, classes: int) -> tuple[nn.Module, 
             settings.channel_multiplier,
             settings.depth_multiplier,
         )
-    from trainer.networks.squeezenet import squeezenet1_1
+    from trainer.models.squeezenet import squeezenet1_1
 
     return _begin(
         settings,
@@ -310,7 +310,7 @@ def _published(name: str, options: dict[str, Any]) -> nn.Module:
 
 def _published_squeezenet(channels: int, classes: int, drop_rate: float) -> tuple[nn.Module, int]:
     """SqueezeNet with its published weights: from the cache of torch's hub, else from the network."""
-    from trainer.networks.squeezenet import PUBLISHED, squeezenet1_1
+    from trainer.models.squeezenet import PUBLISHED, squeezenet1_1
 
     if not Path(torch.hub.get_dir(), "checkpoints", PUBLISHED.rpartition("/")[2]).exists():
         _check_reachable(PUBLISHED)

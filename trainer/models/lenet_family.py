@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from trainer.architectures import Plain
+from trainer.config.architectures import Plain
 
 
 def plain(network: Plain, channels: int, classes: int, drop_rate: float) -> tuple[nn.Sequential, int]:

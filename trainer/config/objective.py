@@ -1,4 +1,4 @@
-"""Settings of what is learned and how it decides; `trainer.loss`, `.decision`, `.teacher` and `.mixing` do it."""
+"""Settings of the objective: loss, post-hoc calibration, distillation, MixUp and CutMix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.section import Section, Share
+from trainer.config.base import Section, Share
 
 
 class Loss(Section):

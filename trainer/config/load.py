@@ -10,10 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from shards.errors import UserError
-from trainer.section import described
-from trainer.settings import Config
+from trainer.config.base import described
+from trainer.config.schema import Config
 
-_RECIPES = Path(__file__).parents[1] / "configs"
+_RECIPES = Path(__file__).parents[2] / "configs"
 _EXAMPLE = Path("configs/quickstart.yaml")
 
 

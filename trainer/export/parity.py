@@ -14,11 +14,11 @@ from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import TransformSpec
 from shards.errors import UserError
 from shards.stores.base import Images, Store
+from trainer.config.schema import Config
 from trainer.data.training_data import evaluation_loader
 from trainer.evaluate.evaluator import model_logits
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.runtime.distributed import World
-from trainer.settings import Config
 
 TOLERANCE = 1e-4  # of a probability
 _SAMPLES = 512  # of the test part, whose packed order is a random one

@@ -1,4 +1,4 @@
-"""Descriptions of the networks that are written down in `trainer.networks`, as data: settings check against them."""
+"""Descriptions of the networks defined in `trainer.models`, as data: settings are checked against them."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from trainer.settings import Config, Optim, Schedule
+from trainer.config.schema import Config, Optim, Schedule
 
 
 def make_optimizer(model: torch.nn.Module, settings: Optim) -> torch.optim.Optimizer:
@@ -42,7 +42,7 @@ def make_optimizer(model: torch.nn.Module, settings: Optim) -> torch.optim.Optim
     if settings.name == "sgd":
         return torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
     if settings.name == "sgd_lookahead":
-        from trainer.lookahead import Lookahead
+        from trainer.optim.lookahead import Lookahead
 
         return Lookahead(torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=True, fused=True))
     kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from shards.errors import UserError
-from trainer.classifier import Classifier
+from trainer.export.module import Classifier
 
 Answers = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """Raw images uint8 [N, H, W, C] to probabilities [N, classes]."""

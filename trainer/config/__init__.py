@@ -1,0 +1,1 @@
+"""Settings: recipes, types, defaults and checks."""

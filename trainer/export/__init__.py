@@ -1,0 +1,1 @@
+"""Export of a trained model to ONNX, torch.export and safetensors."""

@@ -1,0 +1,1 @@
+"""Networks, their precision and compilation."""

@@ -1,0 +1,1 @@
+"""Optimizers, schedules, losses, MixUp, EMA and distillation."""
