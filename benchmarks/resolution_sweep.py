@@ -30,9 +30,9 @@ from benchmarks.common.harness import DEFAULT_OUT, write_results
 from benchmarks.sweep.plan import INTERPOLATIONS, NAME, Journal, Point, Study, expected_seconds, points
 from benchmarks.sweep.point import measure_point
 from shards import Manifest, UserError
-from shards.atomic import locked, make_directory
+from shards.atomic import file_lock, make_directory
 from shards.cli import run_command
-from shards.manifest import PARTS, VALIDATION, has_split
+from shards.manifest import REQUIRED_SPLITS, VALIDATION, has_split
 from shards.remote.sets import resolve_dataset
 from trainer.config import load as config
 from trainer.config.load import validate
@@ -122,7 +122,7 @@ def sweep(
         found=f"another study that writes {out}.jsonl", expected="one at a time", hint="wait for it, or another --out"
     )
     interpolation = study.settings.data.interpolation
-    with locked(out.with_name(f".{out.name}.lock"), busy):
+    with file_lock(out.with_name(f".{out.name}.lock"), busy):
         journal = Journal(out.with_suffix(".jsonl"), study, resume)
         if journal.others:
             print(f"{journal.others} lines of other settings or another set stay in {out}.jsonl and are not shown")
@@ -166,7 +166,7 @@ def make_study(arguments: argparse.Namespace, defaults: Defaults) -> tuple[Study
     if arguments.epochs is not None:
         trainer = {**settings.trainer.model_dump(mode="json"), "epochs": arguments.epochs}
         settings = validate({**settings.model_dump(mode="json"), "trainer": trainer}, "--epochs")
-    manifests = [Manifest.read(shards / part) for part in PARTS]
+    manifests = [Manifest.read(shards / part) for part in REQUIRED_SPLITS]
     if settings.data.val_fraction == 0 and not has_split(shards, VALIDATION):
         raise UserError(
             found=f"data.val_fraction=0 in {path}, and no val part in {shards}",

@@ -134,7 +134,7 @@ class Loader:
 def undecodable_image_error(store: EncodedStore, sample: int, reason: str) -> UserError:
     """The message about a picture that was found damaged when it was to be used."""
     return UserError(
-        found=f"{store.place(sample)} (row {store.rows[sample]}): {reason}",
+        found=f"{store.describe_sample(sample)} (row {store.rows[sample]}): {reason}",
         expected="a picture that can be decoded",
         hint="python -m shards.verify DIR names all that are damaged; then pack or fetch the shards again",
     )

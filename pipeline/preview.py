@@ -23,7 +23,7 @@ from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing
 from pipeline.transforms.spec import TransformSpec
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
-from shards.open import open_set_or_split
+from shards.open import open_dataset_or_split
 from shards.remote.sets import is_remote, resolve_dataset
 from shards.stores.base import Store
 from shards.stores.image_header import decode
@@ -88,7 +88,7 @@ def contact_sheet(
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     stored = "rows and columns exchanged" if manifest.transposed else "upright"
-    draw.text((_MARGIN, 16), f"{manifest.name}, {manifest.part}", _INK, ImageFont.load_default(20))
+    draw.text((_MARGIN, 16), f"{manifest.name}, {manifest.split}", _INK, ImageFont.load_default(20))
     height, width, _ = manifest.image_shape
     size = "at its own size" if manifest.encoded else f"{height}x{width} (stored {stored})"
     side = f"{resolution}x{resolution}"
@@ -159,7 +159,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default DIR/preview.png)")
     parser.add_argument("--resolution", type=int, default=112, metavar="N", help="side of the processed image")
     arguments = parser.parse_args()
-    store = open_set_or_split(arguments.place, "train")
+    store = open_dataset_or_split(arguments.place, "train")
     # What was fetched is not ours to write into.
     out = arguments.out or (Path() if is_remote(arguments.place) else resolve_dataset(arguments.place)) / "preview.png"
     check_writable(out)

@@ -187,7 +187,7 @@ def describe(manifest: Manifest) -> str:
     else:
         size = f"{manifest.packed_bytes / (manifest.samples * manifest.image_bytes):.3f} times the raw pixels"
     return (
-        f"  {manifest.part:5}  {manifest.samples:,} images of {len(manifest.classes)} classes in "
+        f"  {manifest.split:5}  {manifest.samples:,} images of {len(manifest.classes)} classes in "
         f"{shards}, {manifest.packed_bytes / 1e6:,.1f} MB ({size})"
     )
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from shards.errors import UserError, no_permission
+from shards.errors import UserError, as_user_error
 
 
 def make_directory(path: Path) -> None:
@@ -20,7 +20,7 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise no_permission(error, path) from None
+        raise as_user_error(error, path) from None
 
 
 def check_writable(path: Path) -> None:
@@ -34,11 +34,11 @@ def check_writable(path: Path) -> None:
             hint=f"mkdir -p {path.parent}",
         )
     if not os.access(path.absolute().parent, os.W_OK):
-        raise no_permission(PermissionError(errno.EACCES, "Permission denied"), path)
+        raise as_user_error(PermissionError(errno.EACCES, "Permission denied"), path)
 
 
 @contextmanager
-def made_directory(path: Path) -> Iterator[None]:
+def created_directory(path: Path) -> Iterator[None]:
     """Make a directory and its parents; at the end remove again those of them that stayed empty."""
     made = [parent for parent in (path, *path.parents) if not parent.exists()]
     make_directory(path)
@@ -51,7 +51,7 @@ def made_directory(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path, busy: UserError | None = None) -> Iterator[None]:
+def file_lock(path: Path, busy: UserError | None = None) -> Iterator[None]:
     """Hold a lock file, and remove it at the end.
 
     busy: raised if another process holds it; without one, wait until it is free. A killed holder's lock is free.
@@ -63,7 +63,7 @@ def locked(path: Path, busy: UserError | None = None) -> Iterator[None]:
         assert busy is not None
         raise busy from None
     except OSError as error:
-        raise no_permission(error, path) from None
+        raise as_user_error(error, path) from None
     try:
         yield
     finally:
@@ -156,12 +156,12 @@ def replace_directory(target: Path) -> Iterator[Replacement]:
         expected="one writer at a time",
         hint="wait for it to end, or choose another --out",
     )
-    with made_directory(staging.parent):
+    with created_directory(staging.parent):
         try:
             staging.mkdir(exist_ok=True)
         except OSError as error:
-            raise no_permission(error, target) from None
-        with locked(staging / "lock", busy):
+            raise as_user_error(error, target) from None
+        with file_lock(staging / "lock", busy):
             replacement = Replacement(target)
             try:
                 replacement.start_clean()

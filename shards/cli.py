@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from shards.errors import UserError, no_permission
+from shards.errors import UserError, as_user_error
 
 USER_ERROR_STATUS = 2
 
@@ -53,6 +53,6 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         if error.errno not in _MACHINE_REFUSALS:
             raise
-        print(no_permission(error, error.filename or "the disk"), file=sys.stderr)
+        print(as_user_error(error, error.filename or "the disk"), file=sys.stderr)
         status = USER_ERROR_STATUS
     sys.exit(status)

@@ -24,7 +24,7 @@ from shards.atomic import replace_directory
 from shards.cli import program_name, run_command
 from shards.create import make_writer
 from shards.errors import CorruptError, UserError
-from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_set
+from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_dataset
 from shards.open import open_files
 from shards.stores.base import Block, ImageStore, Layout, block_key
 from shards.stores.zarr_arrays import GROUP
@@ -83,7 +83,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         )
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not (is_packed_set(target) or (target / MANIFEST_NAME).is_file()):
+    if not (is_packed_dataset(target) or (target / MANIFEST_NAME).is_file()):
         raise UserError(
             found=f"{target}, which exists and is not a complete pack",
             expected="a new or empty directory, or a complete pack",
@@ -138,7 +138,7 @@ def _convert_split(split: Path, manifest: Manifest, directory: Path, store: Stor
 
 
 def _bar(doing: str, manifest: Manifest) -> tqdm:
-    description = f"{doing} {manifest.part}"
+    description = f"{doing} {manifest.split}"
     return tqdm(total=manifest.samples, desc=description, unit=" images", unit_scale=True, disable=None)
 
 
@@ -182,7 +182,7 @@ def main() -> int:
     converted = convert(arguments.source, arguments.target, arguments.store, compression, arguments.force)
     for before, after in converted:
         print(
-            f"  {after.part:5}  {after.samples:,} images, each compared: {before.packed_bytes / 1e6:,.1f} MB of "
+            f"  {after.split:5}  {after.samples:,} images, each compared: {before.packed_bytes / 1e6:,.1f} MB of "
             f"{before.store} to {after.packed_bytes / 1e6:,.1f} MB of {after.store}"
         )
     print(f"  in     {arguments.target}")

@@ -49,7 +49,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def no_permission(error: OSError, path: object) -> AccessDeniedError | DiskFullError:
+def as_user_error(error: OSError, path: object) -> AccessDeniedError | DiskFullError:
     """The error for a file or directory that the operating system refuses to read or write."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return (DiskFullError if full else AccessDeniedError)(

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from shards.atomic import write_file
 from shards.cli import program_name, run_command
 from shards.cpus import available_cpus
-from shards.errors import MismatchError, NotFoundError, UserError, no_permission
-from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest, Shard
+from shards.errors import MismatchError, NotFoundError, UserError, as_user_error
+from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest, Shard
 from shards.stores.base import INDEX_VERSION
 from shards.stores.image_header import MAX_BYTES, read_image_header
 from shards.stores.record_index import (
@@ -123,15 +123,17 @@ def _find_splits(directory: Path) -> dict[str, Path]:
             expected="a directory of tar shards",
             hint="name the one that holds them",
         )
-    splits = {split: directory / split for split in ALL_PARTS if (directory / split).is_dir()}
-    missing = [split for split in PARTS if split not in splits]
+    splits = {split: directory / split for split in SPLITS if (directory / split).is_dir()}
+    missing = [split for split in REQUIRED_SPLITS if split not in splits]
     if splits and missing:
         raise UserError(
             found=f"{directory} with {' and '.join(splits)}, but without {' and '.join(missing)}",
-            expected=f"the splits {' and '.join(PARTS)}, and val if there is one",
+            expected=f"the splits {' and '.join(REQUIRED_SPLITS)}, and val if there is one",
             hint=f"add or rename one: {directory / missing[0]}; or index one split alone: {directory / min(splits)}",
         )
-    return splits or {directory.absolute().name if directory.absolute().name in ALL_PARTS else PARTS[0]: directory}
+    return splits or {
+        directory.absolute().name if directory.absolute().name in SPLITS else REQUIRED_SPLITS[0]: directory
+    }
 
 
 def _scan_split(directory: Path, split: str) -> list[_Scan]:
@@ -233,8 +235,8 @@ def _manifest(dataset: str, split: str, classes: tuple[str, ...], channels: int,
     return Manifest(
         store="records",
         dataset=dataset,
-        split="",
-        part=split,
+        variant="",
+        split=split,
         classes=classes,
         counts=tuple(np.bincount(labels, minlength=len(classes)).tolist()),
         image_shape=(None, None, channels),
@@ -266,7 +268,7 @@ def _write(path: Path, content: bytes) -> None:
     try:
         write_file(path, content)
     except OSError as error:
-        raise no_permission(error, path) from None
+        raise as_user_error(error, path) from None
 
 
 def main() -> int:
@@ -279,7 +281,7 @@ def main() -> int:
     arguments = parser.parse_args()
     for manifest in index(arguments.directory, read_classes(arguments.classes) if arguments.classes else None):
         print(
-            f"{manifest.part}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
+            f"{manifest.split}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
             f"{len(manifest.shards)} shards, {manifest.packed_bytes:,} bytes, "
             f"{'gray' if manifest.image_shape[2] == 1 else 'in colour'}"
         )

@@ -13,15 +13,16 @@ from shards.atomic import write_file
 from shards.errors import CorruptError, NotFoundError, UserError
 
 MANIFEST_NAME = "manifest.json"
-PARTS = ("train", "test")
+REQUIRED_SPLITS = ("train", "test")
 VALIDATION = "val"  # a third split, which a set may have
-ALL_PARTS = (*PARTS, VALIDATION)
+SPLITS = (*REQUIRED_SPLITS, VALIDATION)
 StoreKind = Literal["tar", "zarr", "records"]
 MOST_BLOCK_BYTES = 1 << 30  # of pixels: what a reader of blocks has to have room for
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Python names differ from the names on disk: those are read and written as aliases.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=False)
 
 
 class RawFile(_Record):
@@ -49,8 +50,8 @@ class Manifest(_Record):
     version: Literal[1, 2] = 2
     store: StoreKind = "tar"
     dataset: str
-    split: str
-    part: str
+    variant: str = Field(alias="split")
+    split: str = Field(alias="part")
     classes: tuple[str, ...]
     counts: tuple[NonNegativeInt, ...]
     image_shape: tuple[PositiveInt | None, PositiveInt | None, PositiveInt]
@@ -100,7 +101,7 @@ class Manifest(_Record):
     @property
     def name(self) -> str:
         """Data set and split, for instance `emnist-byclass`."""
-        return f"{self.dataset}-{self.split}" if self.split else self.dataset
+        return f"{self.dataset}-{self.variant}" if self.variant else self.dataset
 
     @property
     def encoded(self) -> bool:
@@ -125,11 +126,11 @@ class Manifest(_Record):
         return (*self.shards, *self.files)
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
         """SHA-256 (hex) that stands for the content of the split, whichever versions packed it."""
-        content = self.model_dump(mode="json", exclude={"versions"})
+        content = self.model_dump(mode="json", by_alias=True, exclude={"versions"})
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def write(self, directory: Path) -> None:
@@ -155,7 +156,7 @@ class Manifest(_Record):
                     expected="format version 1 or 2",
                     hint="use the version of Inkstream that packed it, or pack again with --force",
                 )
-            return cls.model_validate(fields)
+            return cls.model_validate(fields, by_alias=True, by_name=False)
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, not a manifest
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise CorruptError(
@@ -165,9 +166,9 @@ class Manifest(_Record):
             ) from None
 
 
-def is_packed_set(directory: Path) -> bool:
+def is_packed_dataset(directory: Path) -> bool:
     """Whether a directory holds complete splits (each of `train` and `test` has a manifest)."""
-    return all(has_split(directory, split) for split in PARTS)
+    return all(has_split(directory, split) for split in REQUIRED_SPLITS)
 
 
 def has_split(directory: Path, split: str) -> bool:
@@ -182,10 +183,10 @@ def _missing(directory: Path) -> NotFoundError:
             expected=f"a packed split: a directory with {MANIFEST_NAME} and shards",
             hint="pack a data set first: python -m pipeline.shard emnist (or mnist, or digits)",
         )
-    splits = [split for split in ALL_PARTS if has_split(directory, split)]
+    splits = [split for split in SPLITS if has_split(directory, split)]
     inside = sorted(path.parent.parent for path in directory.glob(f"*/train/{MANIFEST_NAME}"))
     if any(directory.glob("*.tar")):
-        whole = directory.parent if directory.name in ALL_PARTS else directory
+        whole = directory.parent if directory.name in SPLITS else directory
         hint = f"if others wrote these shards, a picture a record: python -m shards.index {whole}; if not, pack again"
     elif splits:
         hint = f"name one split: {directory / splits[0]}"

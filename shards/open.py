@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shards.errors import NotFoundError, UserError
-from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest
+from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
 
@@ -35,7 +35,7 @@ def open_files(directory: Path, manifest: Manifest, memory: int | None = None) -
     return TarStore(directory, manifest, memory)
 
 
-def open_set_or_split(directory: Path | str, split: str) -> Store:
+def open_dataset_or_split(directory: Path | str, split: str) -> Store:
     """Open a directory (or address) that is a split itself, or the named split of a packed set."""
     directory = resolve_dataset(directory)
     return open_store(directory) if (directory / MANIFEST_NAME).is_file() else open_split(directory, split)
@@ -50,14 +50,14 @@ def open_split(directory: Path | str, split: str, memory: int | None = None) -> 
     if (directory / MANIFEST_NAME).is_file():
         raise UserError(
             found=f"{directory}, which is a single split",
-            expected=f"the packed set: the directory that holds {' and '.join(PARTS)}",
+            expected=f"the packed set: the directory that holds {' and '.join(REQUIRED_SPLITS)}",
             hint=f"name {directory.absolute().parent}",
         )
     if directory.is_dir() and not (directory / split).is_dir():
-        if any((directory / other).is_dir() for other in ALL_PARTS):
+        if any((directory / other).is_dir() for other in SPLITS):
             raise NotFoundError(
                 found=f"{directory} without its {split} split",
-                expected=f"a packed set: a directory that holds {' and '.join(PARTS)}",
+                expected=f"a packed set: a directory that holds {' and '.join(REQUIRED_SPLITS)}",
                 hint="pack the set again: python -m pipeline.shard SOURCE --out DIR",
             )
         Manifest.read(directory)  # says what is there instead

@@ -19,7 +19,7 @@ from pipeline.readers.naming import text_column
 from pipeline.readers.raw_dir import PublishedArchive, RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
-from shards.manifest import PARTS
+from shards.manifest import REQUIRED_SPLITS
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
@@ -46,7 +46,7 @@ _HUNDRED = PublishedArchive(
         bytes=168_513_733,
         sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
     ),
-    names=(*_HUNDRED_NAMES.values(), *(f"{part}.bin" for part in PARTS)),
+    names=(*_HUNDRED_NAMES.values(), *(f"{part}.bin" for part in REQUIRED_SPLITS)),
     label="CIFAR-100",
     unpacked="cifar-100-binary",
 )
@@ -72,7 +72,7 @@ def _load_hundred(options: SourceOptions) -> tuple[RawSplit, ...]:
     classes = {kind: _read_names(raw_names[kind], count) for kind, count in _HUNDRED_CLASSES.items()}
     kind, other = ("fine", "coarse") if options.split == "fine" else ("coarse", "fine")
     parts = []
-    for part in PARTS:
+    for part in REQUIRED_SPLITS:
         raw = files.read(f"{part}.bin")
         images, table = read_records(raw, list(_HUNDRED_CLASSES.values()))
         labels = dict(zip(_HUNDRED_CLASSES, table.T, strict=True))

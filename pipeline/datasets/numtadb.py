@@ -21,7 +21,7 @@ from pipeline.readers.layout import extension, locate, read_table
 from pipeline.readers.naming import number_labels
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
-from shards.manifest import PARTS
+from shards.manifest import REQUIRED_SPLITS
 
 _SIZE = (48, 48)
 _DIGITS = frozenset("0123456789")
@@ -38,7 +38,7 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     tree = open_tree_of_images(options.raw)
     listings = {
         part: [_read_set(tree, letter) for letter in letters]
-        for part, letters in zip(PARTS, options.split.split("-"), strict=True)
+        for part, letters in zip(REQUIRED_SPLITS, options.split.split("-"), strict=True)
     }
     classes, labels = number_labels(
         {part: [digit for one in sets for digit in one.digits] for part, sets in listings.items()}, tree.place

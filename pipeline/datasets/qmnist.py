@@ -17,11 +17,11 @@ from pipeline.datasets.mnist_family import DIGITS, download_files, gz_downloads,
 from pipeline.readers.formats.idx import check_pair, decode, decode_table
 from pipeline.readers.naming import text_column
 from pipeline.readers.raw_split import RawSplit, SourceOptions
-from shards.manifest import PARTS
+from shards.manifest import REQUIRED_SPLITS
 
 DOWNLOADS = gz_downloads(
     "https://raw.githubusercontent.com/facebookresearch/qmnist/master/",
-    [f"qmnist-{part}-{what}" for part in PARTS for what in ("images-idx3-ubyte", "labels-idx2-int")],
+    [f"qmnist-{part}-{what}" for part in REQUIRED_SPLITS for what in ("images-idx3-ubyte", "labels-idx2-int")],
     (
         (9_704_059, "9e26a7bf1683614e065d7b76460ccd52807165b3f22561fb782bd9f38c52b51d"),
         (463_024, "2c05dc77f6b916b38e455e97ab129a42a444f3dbef09b278a366f82904e0dd9f"),
@@ -37,7 +37,7 @@ _OF_MNIST = 10_000
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     files = download_files(DOWNLOADS, options)
     parts = []
-    for part in PARTS:
+    for part in REQUIRED_SPLITS:
         raw_images = files.read(f"qmnist-{part}-images-idx3-ubyte")
         raw_labels = files.read(f"qmnist-{part}-labels-idx2-int")
         images, table = decode(raw_images, 3)[..., None], decode_table(raw_labels, _COLUMNS)

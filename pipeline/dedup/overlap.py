@@ -28,11 +28,11 @@ from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable
 from shards.cli import program_name, run_command
 from shards.errors import UserError
-from shards.manifest import PARTS, VALIDATION, Manifest
+from shards.manifest import REQUIRED_SPLITS, VALIDATION, Manifest
 from shards.remote.sets import resolve_dataset
 
-_JUDGED_BY = (PARTS[1], VALIDATION)
-_LEARNED_FROM = (PARTS[0], VALIDATION)
+_JUDGED_BY = (REQUIRED_SPLITS[1], VALIDATION)
+_LEARNED_FROM = (REQUIRED_SPLITS[0], VALIDATION)
 _READ_BATCH = 8192  # images
 
 
@@ -70,18 +70,18 @@ def without(ours: tuple[RawSplit, ...], found: Sequence[Overlap]) -> tuple[tuple
 def _pack_again(
     directory: Path, other: Path, parts: tuple[RawSplit, ...], out: Path | str, near: bool, force: bool
 ) -> None:
-    first = Manifest.read(directory / PARTS[0])
+    first = Manifest.read(directory / REQUIRED_SPLITS[0])
     pack(
         lambda: parts,
         out,
         dataset=first.dataset,
-        split=first.split,
+        split=first.variant,
         block_size=first.block_size,
         seed=first.seed,
         store=first.store,
         options={
             "packed_from": _identity(directory),
-            "without": f"{Manifest.read(other / PARTS[1]).name} {_identity(other)}",
+            "without": f"{Manifest.read(other / REQUIRED_SPLITS[1]).name} {_identity(other)}",
             "near": int(near),
         },
         force=force,
@@ -90,7 +90,7 @@ def _pack_again(
 
 def _identity(directory: Path) -> str:
     """Stands for the content of a packed set."""
-    return "-".join(Manifest.read(directory / part).digest()[:12] for part in PARTS)
+    return "-".join(Manifest.read(directory / part).digest()[:12] for part in REQUIRED_SPLITS)
 
 
 def main() -> int:
@@ -118,7 +118,7 @@ def main() -> int:
             hint="--near finds those that are alike whatever their size",
         )
     found = find_overlaps(ours, theirs, arguments.near)
-    print(f"{Manifest.read(directory / PARTS[0]).name} in {Manifest.read(other / PARTS[0]).name}:")
+    print(f"{Manifest.read(directory / REQUIRED_SPLITS[0]).name} in {Manifest.read(other / REQUIRED_SPLITS[0]).name}:")
     for one in found:
         print(f"  {one}")
     if arguments.csv:

@@ -11,7 +11,7 @@ from typing import Protocol
 from pipeline.packing.ranks import ProcessGroup
 from shards.atomic import Replacement, replace_directory, staging_directory
 from shards.errors import UserError
-from shards.manifest import ALL_PARTS, PARTS, Manifest, has_split, is_packed_set
+from shards.manifest import REQUIRED_SPLITS, SPLITS, Manifest, has_split, is_packed_dataset
 from shards.remote.sets import (
     check_upload,
     is_remote,
@@ -59,8 +59,8 @@ class LocalOutput:
 
     def manifests(self) -> tuple[Manifest, ...]:
         out = self._out
-        if is_packed_set(out):
-            return tuple(Manifest.read(out / part) for part in ALL_PARTS if has_split(out, part))
+        if is_packed_dataset(out):
+            return tuple(Manifest.read(out / part) for part in SPLITS if has_split(out, part))
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return ()
         raise UserError(
@@ -97,7 +97,7 @@ class RemoteOutput:
 
     def manifests(self) -> tuple[Manifest, ...]:
         found = remote_manifests(self._address)
-        return tuple(found[part] for part in ALL_PARTS if part in found) if set(PARTS) <= set(found) else ()
+        return tuple(found[part] for part in SPLITS if part in found) if set(REQUIRED_SPLITS) <= set(found) else ()
 
     def needs_recovery(self) -> bool:
         return False  # without manifests it is no pack, and files are overwritten
@@ -120,7 +120,7 @@ class RemoteOutput:
 
 def _write_manifests(directory: Path, manifests: tuple[Manifest, ...]) -> None:
     for manifest in manifests:
-        manifest.write(directory / manifest.part)
+        manifest.write(directory / manifest.split)
 
 
 def _check_shared(path: Path) -> None:

@@ -26,7 +26,7 @@ from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards.atomic import write_file
 from shards.create import make_writer
 from shards.errors import UserError
-from shards.manifest import ALL_PARTS, MOST_BLOCK_BYTES, Manifest, RawFile, Shard, StoreKind
+from shards.manifest import MOST_BLOCK_BYTES, SPLITS, Manifest, RawFile, Shard, StoreKind
 from shards.stores.base import Block, Layout
 
 SHARD_BYTES = 32 << 20  # pixels of one shard: large enough to stream, small enough to fetch again
@@ -67,7 +67,7 @@ class PackSettings:
         """Raise `UserError` if a pack that stands at `out` is another than these settings ask for."""
         pairs = [
             ("data set", manifest.dataset, self.dataset),
-            ("split", manifest.split, self.split),
+            ("split", manifest.variant, self.split),
             ("seed", manifest.seed, self.seed),
             ("store", manifest.store, self.store),
         ]
@@ -181,7 +181,7 @@ class _Packing:
         """Write a part's files; its manifest, or why which raw rows cannot be read. The same on every rank."""
         directory = self.directory / part.name
         layout = self._layout(part)
-        order = permutation(layout.samples, self.settings.seed, PACKING_STREAM + ALL_PARTS.index(part.name))
+        order = permutation(layout.samples, self.settings.seed, PACKING_STREAM + SPLITS.index(part.name))
         writer = make_writer(self.settings.store, directory, layout, self.settings.compression)
 
         def start() -> tuple[RawFile, ...]:
@@ -272,8 +272,8 @@ class _Packing:
         return Manifest(
             store=settings.store,
             dataset=settings.dataset,
-            split=settings.split,
-            part=part.name,
+            variant=settings.split,
+            split=part.name,
             classes=part.classes,
             counts=tuple(counts.tolist()),
             image_shape=part.image_shape,
@@ -333,7 +333,7 @@ def _without(part: RawSplit, unreadable: Mapping[int, str]) -> RawSplit:
 def _remove_others(directory: Path, manifests: tuple[Manifest, ...]) -> None:
     """Remove files of the first attempt that the second, with fewer images, has not overwritten."""
     for manifest in manifests:
-        part = directory / manifest.part
+        part = directory / manifest.split
         named = {part / file.name for file in manifest.everything}
         for path in part.rglob("*"):
             if path.is_file() and path not in named:

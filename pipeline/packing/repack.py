@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.packing.pack import ORIGINS
 from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
-from shards.manifest import ALL_PARTS, VALIDATION, has_split
+from shards.manifest import SPLITS, VALIDATION, has_split
 from shards.open import open_split
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
@@ -26,7 +26,7 @@ def packed_splits(shards: Path | str) -> tuple[RawSplit, ...]:
     directory = resolve_dataset(shards)
     return tuple(
         packed_split(open_split(directory, name), directory / name)
-        for name in ALL_PARTS
+        for name in SPLITS
         if name != VALIDATION or has_split(directory, name)
     )
 
@@ -47,7 +47,7 @@ def packed_split(store: Store, directory: Path) -> RawSplit:
         return cast(NDArray[np.uint8], store.read(order[np.searchsorted(rows, wanted)]))
 
     return RawSplit(
-        name=manifest.part,
+        name=manifest.split,
         classes=manifest.classes,
         labels=store.labels[order],
         image_shape=manifest.image_shape,

@@ -9,7 +9,7 @@ from pipeline.common.rng import PARTITION_STREAM, permutation
 from pipeline.common.stratified import stratified_mask
 from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
-from shards.manifest import PARTS, VALIDATION
+from shards.manifest import REQUIRED_SPLITS, VALIDATION
 
 # Independent of each other, and of the choices that are made when training.
 _TEST_STREAM, _VAL_STREAM, _SUBSET_STREAM = (PARTITION_STREAM + number for number in (1, 2, 3))
@@ -33,7 +33,7 @@ def make_splits(
     """
     by_name = {part.name: part for part in parts}
     train = by_name["train"]
-    test, val = by_name.get(PARTS[1]), by_name.get(VALIDATION)
+    test, val = by_name.get(REQUIRED_SPLITS[1]), by_name.get(VALIDATION)
     if test is None and test_fraction is None:
         raise UserError(
             found="no test part in this data set",
@@ -61,7 +61,7 @@ def make_splits(
             hint=f"--stratify {next(iter(train.columns))}" if train.columns else "leave it out to choose by label",
         )
     if test_fraction is not None:
-        train, test = _carve(train, PARTS[1], test_fraction, stratify, seed, _TEST_STREAM)
+        train, test = _carve(train, REQUIRED_SPLITS[1], test_fraction, stratify, seed, _TEST_STREAM)
     if val_fraction is not None:
         train, val = _carve(train, VALIDATION, val_fraction, stratify, seed, _VAL_STREAM)
     if subset != 1:

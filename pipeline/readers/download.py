@@ -6,7 +6,7 @@ import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.atomic import locked, made_directory, sync_directory
+from shards.atomic import created_directory, file_lock, sync_directory
 from shards.errors import UserError
 from shards.remote.backends import open_storage
 from shards.remote.base import RemoteError
@@ -53,7 +53,7 @@ def fetch(download: Download, directory: Path, or_else: str) -> Path:
     target = download.path(directory)
     partial = target.with_name(f"{download.name}.part")
     # One at a time: processes that need the same file would write the same part of it.
-    with made_directory(directory), locked(target.with_name(f".{target.name}.lock")):
+    with created_directory(directory), file_lock(target.with_name(f".{target.name}.lock")):
         if target.exists():
             return target  # another process has downloaded it
         file = RemoteFile("", download.bytes, download.sha256)

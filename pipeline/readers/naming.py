@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from shards.manifest import ALL_PARTS, PARTS, VALIDATION
+from shards.manifest import REQUIRED_SPLITS, SPLITS, VALIDATION
 
-TRAIN, TEST = PARTS
+TRAIN, TEST = REQUIRED_SPLITS
 _PART_NAMES = {
     "train": TRAIN,
     "training": TRAIN,
@@ -68,7 +68,7 @@ def text_column(values: Iterable[str]) -> NDArray[np.str_]:
 
 
 def in_split_order(parts: Iterable[str]) -> list[str]:
-    return sorted(parts, key=ALL_PARTS.index)
+    return sorted(parts, key=SPLITS.index)
 
 
 def number_labels(

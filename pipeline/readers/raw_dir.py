@@ -10,7 +10,7 @@ from pipeline.readers.archives.file_trees import FileTree
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.archives.zip_tar import open_tree
 from pipeline.readers.download import Download, fetch
-from shards.errors import UserError, no_permission
+from shards.errors import UserError, as_user_error
 from shards.manifest import RawFile
 
 MOST_RAW_BYTES = 2 << 30  # of one file, as it lies there; the largest one known here has 0.6 GB
@@ -136,7 +136,7 @@ def _read_loose(path: Path) -> bytes:
         if size <= MOST_RAW_BYTES:
             return path.read_bytes()
     except OSError as error:
-        raise no_permission(error, path) from None
+        raise as_user_error(error, path) from None
     raise UserError(
         found=f"{path} of {size:,} bytes",
         expected=f"at most {MOST_RAW_BYTES:,}, as such files have",

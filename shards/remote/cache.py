@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.atomic import locked, make_directory
-from shards.errors import UserError, no_permission
+from shards.atomic import file_lock, make_directory
+from shards.errors import UserError, as_user_error
 
 try:
     import fcntl
@@ -48,7 +48,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "inkstream"
 
 
-def most_bytes() -> int | None:
+def cache_limit() -> int | None:
     """Return the bound in bytes that $INKSTREAM_CACHE_SIZE sets (200GB, 1.5TB, 300GiB); None without one."""
     text = os.environ.get(SIZE_VARIABLE, "").strip()
     if not text:
@@ -91,7 +91,7 @@ class Entry:
             UserError: If the entry does not fit below the bound or on the disk; nothing is evicted then.
         """
         root = cache_directory()
-        with locked(root / ".room.lock"):
+        with file_lock(root / ".room.lock"):
             _make_room(root, self.directory, total, what)
 
     @contextlib.contextmanager
@@ -129,14 +129,14 @@ def open_entry(kind: str, key: str, name: str) -> Iterator[Entry]:
     waiting.start()
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(root / f".{key}.lock"))
+            stack.enter_context(file_lock(root / f".{key}.lock"))
         finally:
             waiting.cancel()
         try:
             _use(root / key)
             yield Entry(root / key, root / key / name)
         except OSError as error:
-            raise no_permission(error, error.filename or root / key) from None
+            raise as_user_error(error, error.filename or root / key) from None
 
 
 def _use(directory: Path) -> None:
@@ -198,7 +198,7 @@ def _make_room(root: Path, directory: Path, total: int, what: str) -> None:
     used = sum(other.bytes for other in others)
     # What others are fetching at this moment, and have made room for.
     promised = sum(max(0, other.promised - other.bytes) for other in others if other.in_use)
-    bound = most_bytes() or (free + used + there) // 2
+    bound = cache_limit() or (free + used + there) // 2
 
     if total > bound:
         raise UserError(

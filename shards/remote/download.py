@@ -16,7 +16,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from shards.atomic import make_directory
-from shards.errors import MismatchError, UserError, no_permission
+from shards.errors import MismatchError, UserError, as_user_error
 from shards.remote.base import RemoteStorage, RetryPolicy, TransientError
 
 T = TypeVar("T")
@@ -158,7 +158,7 @@ def download_file(
             partial.unlink()
             bar.update(-file.bytes)
     except OSError as error:
-        raise no_permission(error, error.filename or partial) from None
+        raise as_user_error(error, error.filename or partial) from None
     finally:
         if partial.exists() and partial.stat().st_size == 0:
             partial.unlink()

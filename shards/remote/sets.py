@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from shards.atomic import make_directory, write_file
 from shards.errors import UserError
-from shards.manifest import ALL_PARTS, MANIFEST_NAME, PARTS, Manifest
+from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
 from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
 from shards.remote.cache import Entry, cache_directory, open_entry
@@ -63,11 +63,11 @@ def resolve_dataset(address: str | Path) -> Path:
             raise
         log.warning("%s cannot be reached (%s): the copy in %s is used", storage.shown, error.reason, directory)
         return directory
-    absent = [_manifest_name(part) for part in PARTS if part not in manifests]
+    absent = [_manifest_name(part) for part in REQUIRED_SPLITS if part not in manifests]
     if absent and _WHOLE not in manifests:
         raise UserError(
             found=f"{storage.shown} without {' and '.join(absent)}",
-            expected=f"a complete set: {' and '.join(PARTS)}, each with {MANIFEST_NAME}",
+            expected=f"a complete set: {' and '.join(REQUIRED_SPLITS)}, each with {MANIFEST_NAME}",
             hint="wait until it is written, or pack it again: python -m pipeline.shard SOURCE --out ADDRESS",
         )
     return _download_set(storage, manifests, record)
@@ -127,13 +127,13 @@ def check_upload(address: str) -> None:
 def remove_manifests(address: str) -> None:
     """Delete the manifests at an address: the packed set is incomplete then, and its files may be replaced."""
     storage = open_storage(address)
-    for part in ALL_PARTS:
+    for part in SPLITS:
         retry(lambda part=part: _remove_if_present(storage, _manifest_name(part)))
 
 
 def upload_files(directory: Path, address: str) -> None:
     """Upload all files below a directory except the manifests of parts."""
-    manifests = {_manifest_name(part) for part in ALL_PARTS}
+    manifests = {_manifest_name(part) for part in SPLITS}
     names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     _upload(directory, open_storage(address), sorted(names - manifests))
 
@@ -142,12 +142,12 @@ def upload_manifests(directory: Path, address: str) -> None:
     """Upload the manifests of the parts below a directory: the last step, which completes the packed set."""
     storage = open_storage(address)
     # `val` first: a set is complete with train and test, and must have all of its parts then.
-    for name in map(_manifest_name, reversed(ALL_PARTS)):
+    for name in map(_manifest_name, reversed(SPLITS)):
         if (directory / name).is_file():
             _upload(directory, storage, [name])
 
 
-def upload_set(directory: Path, address: str) -> None:
+def upload_dataset(directory: Path, address: str) -> None:
     """Upload a packed set, manifests last. It replaces the set at the address."""
     remove_manifests(address)
     upload_files(directory, address)
@@ -189,7 +189,7 @@ def _read_manifests(storage: RemoteStorage, attempts: int | None = None) -> dict
             content = retry(lambda: storage.read(name), attempts)
             return Manifest.parse(content, storage.show(name)), content
 
-    parts = (*ALL_PARTS, _WHOLE)
+    parts = (*SPLITS, _WHOLE)
     with ThreadPoolExecutor(len(parts)) as pool:
         answers = dict(zip(parts, pool.map(read, parts), strict=True))
     found = {part: answer for part, answer in answers.items() if isinstance(answer, tuple)}

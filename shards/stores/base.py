@@ -30,7 +30,7 @@ def check_positions(samples: NDArray[np.int64], count: int) -> None:
         raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {count - 1}")
 
 
-class Located(NamedTuple):
+class ImageTable(NamedTuple):
     """Images in memory. table: uint8 [M, H * W * C], not to be written to; its rows may overlap. rows: int64 [n], the
     row of the table that is each image."""
 
@@ -61,7 +61,7 @@ class Store(Protocol):
 class ImageStore(Store, Protocol):
     """A store of images of one size."""
 
-    def locate(self, samples: NDArray[np.int64]) -> Located | None:
+    def locate(self, samples: NDArray[np.int64]) -> ImageTable | None:
         """Where the images of samples (as in `read`) lie in memory; None if they may have to make room for others.
 
         Raises IndexError for a position outside the store.
@@ -80,7 +80,7 @@ class ImageStore(Store, Protocol):
 class EncodedStore(Store, Protocol):
     """A store of picture files."""
 
-    def place(self, sample: int) -> str:
+    def describe_sample(self, sample: int) -> str:
         """Where the picture of a sample lies, for messages: its file, and its name in there."""
         ...
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.stores.base import Located, check_positions
+from shards.stores.base import ImageTable, check_positions
 
 LoadBlocks: TypeAlias = Callable[[NDArray[np.int64], list[NDArray[np.uint8]]], None]
 
@@ -76,7 +76,7 @@ class BlockCache:
             # `clip` because only so does NumPy write straight into `out`; no index is outside.
             np.take(self._buffer, slots * self._block_size + places, axis=0, out=flat, mode="clip")
 
-    def locate(self, samples: NDArray[np.int64]) -> Located | None:
+    def locate(self, samples: NDArray[np.int64]) -> ImageTable | None:
         """Positions of images in the buffer if all blocks fit into it, else None; see `ImageStore.locate`."""
         check_positions(samples, self._samples)
         if self.slots < len(self._slot_of_block):
@@ -87,7 +87,7 @@ class BlockCache:
             if len(slots) and slots.min() < 0:
                 self._bring(np.unique(blocks))
                 slots = self._slot_of_block[blocks]
-            return Located(self._buffer, slots * self._block_size + places)
+            return ImageTable(self._buffer, slots * self._block_size + places)
 
     def _roomfuls(self, blocks: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Indices into `blocks`, each once, in groups that have no more blocks than there are slots."""

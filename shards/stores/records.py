@@ -102,11 +102,11 @@ class RecordStore:
                     file.seek(offset)
                     content = file.read(size)
                     if len(content) != size:
-                        raise damaged(self.place(int(samples[position])), "its shard ends inside it")
+                        raise damaged(self.describe_sample(int(samples[position])), "its shard ends inside it")
                     pictures[position] = np.frombuffer(content, np.uint8)
         return pictures
 
-    def place(self, sample: int) -> str:
+    def describe_sample(self, sample: int) -> str:
         """The shard of a sample and its picture's name there, for messages."""
         number = int(self._shards_of(np.array([sample]))[0])
         return self._place(number, sample - int(self._starts[number]))

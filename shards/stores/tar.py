@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shards.errors import CorruptError, damaged, first_line
 from shards.manifest import Manifest, RawFile, Shard
-from shards.stores.base import INDEX_VERSION, Block, Layout, Located, block_key, check_positions, shard_name
+from shards.stores.base import INDEX_VERSION, Block, ImageTable, Layout, block_key, check_positions, shard_name
 from shards.stores.block_cache import BlockCache, BlockStore
 from shards.stores.record_index import read_index
 from shards.stores.tar_writer import TarRecord, write_tar_shard
@@ -144,9 +144,9 @@ class TarStore(BlockStore):
         assert out.flags.c_contiguous and out.shape == (len(samples), *self.manifest.image_shape)
         out.reshape(len(samples), self.manifest.image_bytes)[...] = self._table[self._rows_of_table(samples)]
 
-    def locate(self, samples: NDArray[np.int64]) -> Located | None:
+    def locate(self, samples: NDArray[np.int64]) -> ImageTable | None:
         """Images in the maps; see `ImageStore.locate`."""
-        return None if self._cache is not None else Located(self._table, self._rows_of_table(samples))
+        return None if self._cache is not None else ImageTable(self._table, self._rows_of_table(samples))
 
     def _rows_of_table(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         check_positions(samples, len(self))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from shards.cpus import available_cpus
 from shards.errors import damaged, first_line
 from shards.manifest import Manifest
-from shards.stores.base import Located, block_key
+from shards.stores.base import ImageTable, block_key
 from shards.stores.block_cache import BlockCache, BlockStore
 from shards.stores.zarr_arrays import ArrayCut, cut_of, open_arrays
 
@@ -151,7 +151,7 @@ class ZarrStore(BlockStore):
         """Copy images into the caller's buffer; see `ImageStore.gather`."""
         self._cache.gather(samples, out)
 
-    def locate(self, samples: NDArray[np.int64]) -> Located | None:
+    def locate(self, samples: NDArray[np.int64]) -> ImageTable | None:
         """Images among those decoded; see `ImageStore.locate`."""
         return self._cache.locate(samples)
 

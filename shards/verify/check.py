@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from shards.manifest import ALL_PARTS, PARTS, Manifest, StoreKind
+from shards.manifest import REQUIRED_SPLITS, SPLITS, Manifest, StoreKind
 from shards.verify.sample_counts import SampleCounter
 
 CheckStore: TypeAlias = Callable[[Path, Manifest, SampleCounter], Iterator[str]]
@@ -60,6 +60,6 @@ def _check_of(store: StoreKind) -> CheckStore:
 
 def split_directories(directory: Path) -> list[Path]:
     """The splits of a packed set, or the directory itself if it is one split."""
-    there = [split for split in ALL_PARTS if (directory / split).is_dir()]
+    there = [split for split in SPLITS if (directory / split).is_dir()]
     # A set without its test split is damaged, one without a val split is not.
-    return [directory / split for split in ALL_PARTS if split in (*PARTS, *there)] if there else [directory]
+    return [directory / split for split in SPLITS if split in (*REQUIRED_SPLITS, *there)] if there else [directory]

@@ -405,9 +405,9 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_said(
 
 
 def test_two_studies_do_not_write_the_same_file(digits_set: Path, tmp_path: Path) -> None:
-    from shards.atomic import locked
+    from shards.atomic import file_lock
 
-    with locked(tmp_path / ".resolution_sweep.lock"), pytest.raises(UserError, match="another study"):
+    with file_lock(tmp_path / ".resolution_sweep.lock"), pytest.raises(UserError, match="another study"):
         sweep(made_up_study(digits_set), [], 1, tmp_path / "resolution_sweep", resume=False, minutes=None)
 
 

@@ -61,7 +61,7 @@ class TestByProcess:
         assert [entry.name for entry in out.parent.iterdir()] == ["digits"]
         for part, samples in (("train", 1438), ("test", 359)):
             manifest, faults = check_split(out / part)
-            assert (faults, manifest.samples, manifest.dataset, manifest.split) == ([], samples, "digits", "")
+            assert (faults, manifest.samples, manifest.dataset, manifest.variant) == ([], samples, "digits", "")
             assert re.search(rf"{part} +{samples:,} images of 10 classes in 1 shard,", first.stdout)
 
         before = snapshot(tmp_path)

@@ -22,7 +22,7 @@ import shards.atomic
 from pipeline.packing.pack import pack
 from shards import UserError
 from shards.atomic import replace_directory, replace_file, staging_directory, write_file
-from shards.manifest import PARTS, is_packed_set
+from shards.manifest import REQUIRED_SPLITS, is_packed_dataset
 from shards.verify.check import check_split
 
 IMAGES = 60_000
@@ -238,8 +238,8 @@ def status_after(signal_number: int, process: subprocess.Popen) -> int:
 
 def seed_of_complete(out: Path) -> int:
     """The seed of a pack, every byte of which was checked."""
-    assert is_packed_set(out)
-    checked = [check_split(out / part) for part in PARTS]
+    assert is_packed_dataset(out)
+    checked = [check_split(out / part) for part in REQUIRED_SPLITS]
     assert [faults for _, faults in checked] == [[], []]
     assert [manifest.samples for manifest, _ in checked] == [IMAGES - 1000, 1000]
     (seed,) = {manifest.seed for manifest, _ in checked}

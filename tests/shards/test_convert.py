@@ -111,7 +111,7 @@ class TestRoundTrip:
 
     def test_one_part_alone(self, tar: Path, tmp_path: Path) -> None:
         convert(tar / "val", tmp_path / "zarr", "zarr")
-        assert Manifest.read(tmp_path / "zarr").part == "val"
+        assert Manifest.read(tmp_path / "zarr").split == "val"
         convert(tmp_path / "zarr", tmp_path / "back", "tar")
         assert content(tmp_path / "back") == content(tar / "val")
 

@@ -187,7 +187,7 @@ def test_what_webdataset_wrote_is_read(indexed: Path) -> None:
         store = open_split(indexed, name)
         assert_is(store, foreign_samples(count))
         manifest = store.manifest
-        assert (manifest.name, manifest.part, manifest.classes) == ("birds", name, ("0", "1"))
+        assert (manifest.name, manifest.split, manifest.classes) == ("birds", name, ("0", "1"))
         assert manifest.counts == (count // 2, count // 2)
         assert manifest.image_shape == (None, None, 3)
         assert check_split(indexed / name)[1] == []
@@ -271,7 +271,7 @@ def test_one_part_alone_can_be_indexed(tmp_path: Path) -> None:
     for name, dataset, expected in (("test", "birds", "test"), ("held out", "held out", "train")):
         directory = write_foreign(tmp_path / "birds" / name, foreign_samples(8))
         (manifest,) = index(directory, None)
-        assert (manifest.dataset, manifest.part) == (dataset, expected)
+        assert (manifest.dataset, manifest.split) == (dataset, expected)
         assert_is(open_store(directory), foreign_samples(8))
 
 
@@ -281,7 +281,7 @@ def test_a_val_part_is_indexed_too_and_all_parts_have_the_same_classes_and_chann
     for name, samples in (("train", gray), ("test", gray), ("val", colour)):
         write_foreign(tmp_path / "set" / name, samples)
     manifests = index(tmp_path / "set", None)
-    assert [manifest.part for manifest in manifests] == ["train", "test", "val"]
+    assert [manifest.split for manifest in manifests] == ["train", "test", "val"]
     assert {manifest.image_shape for manifest in manifests} == {(None, None, 3)}
     assert {manifest.classes for manifest in manifests} == {("0", "1", "2")}
     assert [manifest.counts for manifest in manifests] == [(4, 0, 0), (4, 0, 0), (0, 0, 4)]

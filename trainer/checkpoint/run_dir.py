@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import locked, make_directory, write_file
+from shards.atomic import file_lock, make_directory, write_file
 from shards.errors import UserError
 from trainer.checkpoint import io as checkpoint
 from trainer.config.schema import Config
@@ -45,7 +45,7 @@ class RunDirectory:
             expected="one run in a directory at a time",
             hint="wait for it to end, or choose another run.dir",
         )
-        with locked(self.checkpoints / _LOCK, busy):
+        with file_lock(self.checkpoints / _LOCK, busy):
             yield
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:

@@ -189,14 +189,14 @@ def _check_parts_agree(train: Manifest, test: Manifest, directory: Path) -> None
     ):
         if in_train != in_test:
             raise UserError(
-                found=f"{directory}: {what} {in_train} in {train.part}, {in_test} in {test.part}",
+                found=f"{directory}: {what} {in_train} in {train.split}, {in_test} in {test.split}",
                 expected="parts of one data set",
                 hint="pack the set again: python -m pipeline.shard SOURCE --out DIR --force",
             )
 
 
 def _check_hashes(directory: Path, *stores: Store) -> None:
-    faults = [fault for store in stores for fault in check_hashes(directory / store.manifest.part, store.manifest)]
+    faults = [fault for store in stores for fault in check_hashes(directory / store.manifest.split, store.manifest)]
     if faults:
         raise UserError(
             found="; ".join(faults),

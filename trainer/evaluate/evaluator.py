@@ -18,7 +18,7 @@ from pipeline.loader import Batch, Loader
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError
-from shards.open import open_set_or_split
+from shards.open import open_dataset_or_split
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.config.schema import Trainer
@@ -178,7 +178,7 @@ def loader_for(store: Store, trained: TrainedModel, world: World) -> Loader:
     manifest, config = store.manifest, trained.config
     if manifest.image_shape[2] != trained.channels:
         raise UserError(
-            found=f"{manifest.name}/{manifest.part} with {manifest.image_shape[2]} channels",
+            found=f"{manifest.name}/{manifest.split} with {manifest.image_shape[2]} channels",
             expected=f"{trained.channels}, as the run was trained on",
             hint="name a packed set of such images",
         )
@@ -194,7 +194,7 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
     """The metrics of a run's best checkpoint on a packed set, as in `summary.json`."""
     trained = load_trained_model(run)
     config = trained.config
-    store = open_set_or_split(shards, "test")
+    store = open_dataset_or_split(shards, "test")
     if store.manifest.classes != trained.classes:
         raise UserError(
             found=f"{shards} with classes {' '.join(store.manifest.classes)}",
@@ -215,5 +215,5 @@ def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
         "data_wait_share": evaluation.wait_seconds / evaluation.seconds,
         "resolution": config.data.final_resolution,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dataset": f"{store.manifest.name}/{store.manifest.part}",
+        "dataset": f"{store.manifest.name}/{store.manifest.split}",
     }

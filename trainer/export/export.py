@@ -21,7 +21,7 @@ from torch import nn
 
 from pipeline.transforms.spec import TransformSpec
 from shards import Manifest, UserError
-from shards.atomic import check_writable, made_directory, write_file
+from shards.atomic import check_writable, created_directory, write_file
 from shards.cli import program_name, run_command
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.trained_model import TrainedModel
@@ -57,7 +57,7 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
         )
     expected = parity.reference(config, spec, _model(trained), ProbabilityHead(**trained.posthoc_kwargs()), store)
     metadata = describe(finished, train, store.manifest)
-    with made_directory(target.parent):
+    with created_directory(target.parent):
         content, found = _written(form, trained, spec, expected, metadata)
         agreement = parity.compare(expected.probabilities, found)
         card = model_card.Card(finished, metadata, train, store.manifest, form, target.name, agreement)

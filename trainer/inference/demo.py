@@ -31,7 +31,7 @@ from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as pictures
 from shards import UserError
 from shards.cli import program_name, run_command
-from shards.errors import no_permission
+from shards.errors import as_user_error
 from trainer.inference.predictor import Predictor
 
 _HOST = "127.0.0.1"  # never another one: whoever reaches the page may keep this machine busy
@@ -191,7 +191,7 @@ class Server(ThreadingHTTPServer):
             super().__init__((_HOST, port), _Handler)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise no_permission(error, f"port {port}") from None
+                raise as_user_error(error, f"port {port}") from None
             raise UserError(
                 found=f"port {port} of {_HOST}, which another program has",
                 expected="a free port",

@@ -16,9 +16,9 @@ from pipeline.readers.formats.csv import read_csv
 from pipeline.readers.formats.image import EXTENSIONS
 from pipeline.readers.naming import natural_key, printable, some_of
 from shards import UserError
-from shards.errors import no_permission
-from shards.manifest import MANIFEST_NAME, PARTS
-from shards.open import open_set_or_split
+from shards.errors import as_user_error
+from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS
+from shards.open import open_dataset_or_split
 from shards.remote.sets import is_remote
 from shards.stores.base import Store
 from shards.stores.image_header import MAX_BYTES
@@ -57,7 +57,7 @@ def find_inputs(names: Sequence[str], predictor: Predictor) -> list[PictureFile 
     for name in names:
         path = Path(name)
         if is_remote(name) or _is_packed(path):
-            store = open_set_or_split(name, "test")
+            store = open_dataset_or_split(name, "test")
             predictor.check_store(store, name)
             found.append(store)
         elif path.is_dir():
@@ -85,7 +85,7 @@ def read_samples(inputs: Sequence[PictureFile | Store], predictor: Predictor) ->
 
 
 def _samples_of(store: Store, predictor: Predictor) -> Iterator[Sample]:
-    part = f"{store.manifest.name}/{store.manifest.part}"
+    part = f"{store.manifest.name}/{store.manifest.split}"
     for start in range(0, len(store), predictor.batch_size):
         samples = np.arange(start, min(start + predictor.batch_size, len(store)))
         for sample, image in zip(samples.tolist(), upright_images(store, samples), strict=True):
@@ -106,7 +106,7 @@ def _read(one: PictureFile, adapter: InputAdapter) -> Sample:
 
 
 def _is_packed(path: Path) -> bool:
-    return any((path / part / MANIFEST_NAME).is_file() for part in ("", *PARTS))
+    return any((path / part / MANIFEST_NAME).is_file() for part in ("", *REQUIRED_SPLITS))
 
 
 def _directory(path: Path) -> list[PictureFile]:
@@ -140,7 +140,7 @@ def _table(path: Path, predictor: Predictor) -> list[PictureFile]:
     try:
         table = read_csv(path.read_bytes(), str(path))
     except OSError as error:
-        raise no_permission(error, path) from None
+        raise as_user_error(error, path) from None
     if (path.parent / table.columns[0]).is_file():
         table = replace(table, columns=("file", "label"), rows=[list(table.columns[:2]), *table.rows])
         table = replace(table, lines=[1, *table.lines])

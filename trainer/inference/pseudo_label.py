@@ -30,7 +30,7 @@ from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError
-from shards.manifest import ALL_PARTS, MANIFEST_NAME, Manifest
+from shards.manifest import MANIFEST_NAME, SPLITS, Manifest
 from shards.open import open_store
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
@@ -102,7 +102,7 @@ def _add(directory: Path, out: str, unlabelled: RawSplit, found: PseudoLabels, o
         lambda: parts,
         out,
         dataset=manifest.dataset,
-        split=manifest.split,
+        split=manifest.variant,
         block_size=manifest.block_size,
         seed=manifest.seed,
         store=manifest.store,
@@ -134,7 +134,7 @@ def main() -> int:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_DIR", help="directory of a run")
     add("shards", metavar="SHARDS", help="packed images to label, or their address; their labels are not looked at")
-    add("--part", choices=ALL_PARTS, default="train", help="which part of SHARDS (default train)")
+    add("--part", choices=SPLITS, default="train", help="which part of SHARDS (default train)")
     add("--confidence", type=_share, required=True, metavar="P", help="least calibrated probability, 0 .. 1")
     add("--csv", type=Path, metavar="FILE", help="write row, label and confidence of each image here")
     add("--add-to", metavar="SET", help="packed set whose train part the images are added to")

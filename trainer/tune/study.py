@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from shards.atomic import locked, make_directory
+from shards.atomic import file_lock, make_directory
 from shards.errors import UserError
 from trainer.config.schema import Config
 from trainer.tune.search_space import Categorical, SearchConfig
@@ -143,7 +143,7 @@ class SharedStudy:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Lock the study for other processes."""
-        with locked(self.directory / ".lock"):
+        with file_lock(self.directory / ".lock"):
             yield
 
     def check_data(self, digest: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.naming import natural_order, printable
-from shards.errors import UserError, no_permission
+from shards.errors import UserError, as_user_error
 from shards.manifest import RawFile
 from shards.stores.image_header import MAX_BYTES
 
@@ -103,5 +103,5 @@ def _walk(directory: Path, prefix: str, above: frozenset[tuple[int, int]]) -> li
                 elif entry.is_file() or not os.path.exists(entry.path):
                     names.append(prefix + entry.name)
     except OSError as error:
-        raise no_permission(error, directory) from None
+        raise as_user_error(error, directory) from None
     return names

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-from shards.errors import UserError, no_permission
+from shards.errors import UserError, as_user_error
 from shards.manifest import RawFile
 
 _FLOOR = 256 << 20  # bytes that anything may expand to
@@ -64,7 +64,7 @@ def open_file(path: Path) -> StoredFile:
     try:
         return StoredFile(open(path, "rb"))
     except OSError as error:
-        raise no_permission(error, path) from None
+        raise as_user_error(error, path) from None
 
 
 def record_file(path: Path) -> RawFile:

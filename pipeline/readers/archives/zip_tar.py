@@ -25,7 +25,7 @@ from pipeline.readers.archives.files import (
     write_temp_file,
 )
 from pipeline.readers.naming import natural_order, printable
-from shards.errors import first_line, no_permission
+from shards.errors import as_user_error, first_line
 from shards.manifest import RawFile
 from shards.stores.image_header import MAX_BYTES
 
@@ -155,7 +155,7 @@ def open_tree(place: Path) -> FileTree:
         with open(place, "rb") as file:
             is_zip = file.read(2) == b"PK"
     except OSError as error:
-        raise no_permission(error, place) from None
+        raise as_user_error(error, place) from None
     return ZipTree(place) if is_zip else TarTree(place)
 
 

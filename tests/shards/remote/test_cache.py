@@ -18,7 +18,7 @@ from conftest import ROOT
 
 import shards.remote.cache as cache_module
 from shards.errors import UserError
-from shards.remote.cache import cache_directory, most_bytes, open_entry
+from shards.remote.cache import cache_directory, cache_limit, open_entry
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="no shared locks")
 
@@ -88,14 +88,14 @@ def test_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_bound(text: str, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INKSTREAM_CACHE_SIZE", text)
-    assert most_bytes() == size
+    assert cache_limit() == size
 
 
 @pytest.mark.parametrize("text", ["lots", "-5GB", "0", "0GB", "5XB", "5iB", "GB", "1e9", "nan"])
 def test_a_bound_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INKSTREAM_CACHE_SIZE", text)
     with pytest.raises(UserError, match="INKSTREAM_CACHE_SIZE") as caught:
-        most_bytes()
+        cache_limit()
     assert "200GB" in caught.value.hint
 
 
@@ -104,7 +104,7 @@ def test_sizes_are_written_as_the_bound_takes_them(monkeypatch: pytest.MonkeyPat
         text = cache_module._size(count)
         if count:
             monkeypatch.setenv("INKSTREAM_CACHE_SIZE", text)
-            assert most_bytes() == pytest.approx(count, rel=0.005)
+            assert cache_limit() == pytest.approx(count, rel=0.005)
 
 
 @posix

@@ -20,7 +20,7 @@ import pytest
 
 import shards.remote.base as remote
 from shards import Manifest, UserError, open_split
-from shards.remote.sets import remote_manifests, resolve_dataset, resolve_files, upload_set
+from shards.remote.sets import remote_manifests, resolve_dataset, resolve_files, upload_dataset
 
 
 @dataclass
@@ -246,7 +246,7 @@ def test_a_raw_file_of_unknown_size(server: Server) -> None:
 def test_a_web_server_is_no_place_to_write_to(server: Server, made_up_set: Path) -> None:
     assert set(remote_manifests(address(server))) == {"train", "test"}
     with pytest.raises(UserError, match="as a place to write to"):
-        upload_set(made_up_set, address(server))
+        upload_dataset(made_up_set, address(server))
 
 
 def test_pages_in_place_of_files(server: Server, tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ from shards.remote.sets import (
     remove_manifests,
     resolve_dataset,
     resolve_files,
+    upload_dataset,
     upload_files,
     upload_manifests,
-    upload_set,
 )
 from shards.verify.check import check_hashes
 
@@ -105,8 +105,8 @@ def write_part(directory: Path, part: str, shards: int, seed: int, **changes: An
         (directory / part / name).write_bytes(content)
     fields = {
         "dataset": "noise",
-        "split": "",
-        "part": part,
+        "variant": "",
+        "split": part,
         "classes": ("a", "b"),
         "counts": (4 * shards, 0),
         "image_shape": (1, 1, 1),
@@ -277,7 +277,7 @@ def test_a_set_is_fetched_once(at_s3: str, noise: Path, line: Line, cache: Path)
 
 def test_a_fetched_set_can_be_read(made_up_set: Path, line: Line) -> None:
     address = f"s3://{BUCKET}/made-up"
-    upload_set(made_up_set, address)
+    upload_dataset(made_up_set, address)
     ours, theirs = open_split(address, "train"), open_split(made_up_set, "train")
     samples = np.arange(len(theirs))
     np.testing.assert_array_equal(ours.read(samples), theirs.read(samples))
@@ -286,7 +286,7 @@ def test_a_fetched_set_can_be_read(made_up_set: Path, line: Line) -> None:
 
 def test_all_parts_of_a_set_are_fetched(tmp_path: Path, line: Line) -> None:
     noise = write_set(tmp_path / "noise", val=True)
-    upload_set(noise, f"s3://{BUCKET}/noise")
+    upload_dataset(noise, f"s3://{BUCKET}/noise")
     assert content_of(resolve_dataset(f"s3://{BUCKET}/noise")) == content_of(noise)
 
 
@@ -298,7 +298,7 @@ def test_a_set_that_was_replaced_is_another_entry(at_s3: str, tmp_path: Path) ->
     before = resolve_dataset(at_s3)
     old = content_of(before)
     other = write_set(tmp_path / "other", shards=3, seed=1)
-    upload_set(other, at_s3)
+    upload_dataset(other, at_s3)
     after = resolve_dataset(at_s3)
     assert after != before
     assert content_of(after) == content_of(other)
@@ -306,7 +306,7 @@ def test_a_set_that_was_replaced_is_another_entry(at_s3: str, tmp_path: Path) ->
 
 
 def test_the_same_set_at_two_addresses_is_one_entry(at_s3: str, noise: Path, line: Line) -> None:
-    upload_set(noise, f"s3://{BUCKET}/elsewhere")
+    upload_dataset(noise, f"s3://{BUCKET}/elsewhere")
     directory = resolve_dataset(at_s3)
     line.faults = Faults()
     assert resolve_dataset(f"s3://{BUCKET}/elsewhere") == directory
@@ -735,7 +735,7 @@ def test_an_upload_in_steps(noise: Path, line: Line) -> None:
 
 def test_the_manifests_of_train_and_test_come_last(tmp_path: Path, line: Line) -> None:
     noise = write_set(tmp_path / "noise", val=True)
-    upload_set(noise, f"s3://{BUCKET}/new")
+    upload_dataset(noise, f"s3://{BUCKET}/new")
     put = [request.split()[1] for request in line.faults.requests if request.startswith("PUT")]
     assert [name.split("?")[0] for name in put[-3:]] == [
         f"/{BUCKET}/new/{part}/manifest.json" for part in ("val", "test", "train")
@@ -745,7 +745,7 @@ def test_the_manifests_of_train_and_test_come_last(tmp_path: Path, line: Line) -
 def test_a_spoilt_upload_is_done_again(noise: Path, line: Line) -> None:
     line.faults.uploads_flipped = 2
     line.faults.unavailable = 2
-    upload_set(noise, f"s3://{BUCKET}/new")
+    upload_dataset(noise, f"s3://{BUCKET}/new")
     assert line.faults.uploads_flipped == 0
     line.faults = Faults()
     assert content_of(resolve_dataset(f"s3://{BUCKET}/new")) == content_of(noise)
@@ -754,10 +754,10 @@ def test_a_spoilt_upload_is_done_again(noise: Path, line: Line) -> None:
 def test_a_service_that_encrypts_is_read_back(noise: Path, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tags look like an MD5 and are none."""
     monkeypatch.setattr(remote_fsspec, "_md5", lambda _: "0" * 32)
-    upload_set(noise, f"s3://{BUCKET}/new")
+    upload_dataset(noise, f"s3://{BUCKET}/new")
     assert any(request.startswith("GET") and ".tar" in request for request in line.faults.requests)
     line.faults = Faults(uploads_flipped=1)
-    upload_set(noise, f"s3://{BUCKET}/new")
+    upload_dataset(noise, f"s3://{BUCKET}/new")
     assert line.faults.uploads_flipped == 0
     assert content_of(resolve_dataset(f"s3://{BUCKET}/new")) == content_of(noise)
 
@@ -775,15 +775,15 @@ def test_no_bucket_to_upload_to(noise: Path, line: Line) -> None:
     with pytest.raises(UserError, match="bucket does not exist"):
         remote_manifests("s3://no-such-bucket/new")
     with pytest.raises(UserError, match="bucket does not exist"):
-        upload_set(noise, "s3://no-such-bucket/new")
+        upload_dataset(noise, "s3://no-such-bucket/new")
 
 
 def test_an_upload_without_a_network(noise: Path, line: Line) -> None:
     line.faults.unavailable = 10**6
     with pytest.raises(UserError, match="no way to reach"):
-        upload_set(noise, f"s3://{BUCKET}/new")
+        upload_dataset(noise, f"s3://{BUCKET}/new")
 
 
 def test_memory(noise: Path) -> None:
-    upload_set(noise, "memory://set")
+    upload_dataset(noise, "memory://set")
     assert content_of(resolve_dataset("memory://set")) == content_of(noise)

@@ -24,8 +24,8 @@ def manifest_of(samples: int, block_size: int) -> Manifest:
     shard = Shard(name="a", samples=samples, bytes=samples * 100, sha256="", blocks_crc32=(0,) * blocks)
     return Manifest(
         dataset="made-up",
-        split="",
-        part="train",
+        variant="",
+        split="train",
         classes=("a",),
         counts=(samples,),
         image_shape=SHAPE,

@@ -108,7 +108,7 @@ class TestStore:
         for sample in (0, 49, 50, 119):
             extension = raw.read(store.rows[[sample]])[0].extension
             expected = packed / "train" / f"shard-{sample // 50:05d}.tar"
-            assert store.place(sample) == f"{expected}: {sample:08d}.{extension}"
+            assert store.describe_sample(sample) == f"{expected}: {sample:08d}.{extension}"
 
     def test_no_file_stays_open(self, store: Store) -> None:
         before = len(os.listdir("/proc/self/fd"))
@@ -151,8 +151,8 @@ def manifest_of(written: list, samples: int, counts: np.ndarray) -> Manifest:
     return Manifest(
         store="records",
         dataset="written",
-        split="",
-        part="train",
+        variant="",
+        split="train",
         classes=tuple(map(str, range(len(counts)))),
         counts=tuple(counts.tolist()),
         image_shape=(None, None, 3),

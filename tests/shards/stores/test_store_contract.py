@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import pipeline.packing.pack
 from pipeline.readers.raw_split import RawSplit
 from shards import Manifest, UserError, open_split
-from shards.manifest import MANIFEST_NAME, PARTS
+from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS
 from shards.open import open_store
 from shards.stores.base import Store
 from shards.stores.tar import TarStore
@@ -58,7 +58,7 @@ class StoreContract:
     def test_manifest_tells_of_the_raw_part(self, packed: Packed) -> None:
         manifest = packed.store.manifest
         assert isinstance(manifest, Manifest)
-        assert manifest.part == packed.raw.name
+        assert manifest.split == packed.raw.name
         assert manifest.classes == packed.raw.classes
         assert manifest.image_shape == packed.raw.image_shape
         assert manifest.transposed == packed.raw.transposed
@@ -179,9 +179,9 @@ def many_shards(kind: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 class TestStoreOfOneShard(StoreContract):
-    @pytest.fixture(params=PARTS)
+    @pytest.fixture(params=REQUIRED_SPLITS)
     def packed(self, request: pytest.FixtureRequest, one_shard: Path, blocks_in_memory: int | None) -> Packed:
-        raw = made_up_parts()[PARTS.index(request.param)]
+        raw = made_up_parts()[REQUIRED_SPLITS.index(request.param)]
         return Packed(open_bounded(one_shard, request.param, blocks_in_memory), raw)
 
     def test_is_a_store_of_one_shard(self, packed: Packed, kind: dict[str, str]) -> None:
