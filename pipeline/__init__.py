@@ -1,12 +1,12 @@
-"""How do raw files become shards, and shards become batches on a device?
+"""From raw files to shards (packing) and from shards to batches on a device (loading).
 
-`sources/` reads raw data sets, `shard` packs them; `sampler` selects the samples of a batch, `transforms/` (DALI or
-torch) turn their bytes into model input, `loader` joins the two. Knows nothing of losses, models or training.
+Reading order of the loader: `loader`, `sampler`, `transforms.spec`, `transforms.torch_backend`. Reading order of the
+packer: `shard`, `packing.pack`, `datasets.base`, `readers`. The package does not depend on models, losses or training.
 """
 
 import os
 
-# The threads of a parallel operation wait for each other spinning, for milliseconds; where others want the cores too,
-# loaders and training become several times slower by it. Waiting for some ten microseconds and then sleeping is as
-# fast on an idle machine. GNU's OpenMP reads this when torch is imported, so import this package first.
+# By default, OpenMP threads spin for milliseconds at the end of a parallel operation. When other processes use the same
+# cores, this makes loading and training several times slower. Spinning for about 10 us before sleeping is as fast on
+# an idle machine. GNU OpenMP reads the variable when torch is imported, so this package has to be imported first.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")

@@ -1,4 +1,4 @@
-"""Batches on a device: the order says which samples, the store gives their bytes, the transform the model input."""
+"""The data loader: the sampler selects samples, the store reads them, the transform computes the model input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,19 +19,23 @@ from pipeline.sampler import BatchIndices, BatchSampler
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.spec import Transform, UndecodableImage
 from shards.errors import UserError
-from shards.stores.base import EncodedStore, Images, Store
+from shards.stores.base import EncodedStore, Images, ImageStore, Store
 
 T = TypeVar("T")
 
-_AHEAD = 2  # batches prepared for a GPU before they are asked for
+_PREFETCH_BATCHES = 2  # batches prepared ahead for a GPU
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a global batch, on the device.
+    """The samples of a global batch that belong to one rank, on the device.
 
-    images: float32 [n, C, R, R], normalised. labels: int64 [n]. source_index: int64 [n], rows in the raw source.
-    step: number of the global batch within the epoch. global_size: samples of it over all ranks.
+    Attributes:
+        images: float32 [n, C, R, R], normalized.
+        labels: int64 [n].
+        source_index: int64 [n], numbers of the samples in the raw source.
+        step: Number of the global batch within the epoch.
+        global_size: Samples of the global batch over all ranks.
     """
 
     images: torch.Tensor
@@ -42,13 +46,20 @@ class Batch:
 
 
 class Loader:
-    """Iterates over the batches of an epoch.
+    """Iterates over the batches of an epoch on one rank.
 
-    For a GPU they are prepared ahead by a thread. On a CPU model and loader share the cores, and a thread would only
-    make them get in each other's way: there a batch is prepared when it is asked for. Small batches for training are
-    prepared several at a time, which costs about as much as one of them.
-    It keeps no state: `batches(epoch, first_step)` is a pure function of its arguments and the order's seed.
-    rank, world_size: this process among those that share the work.
+    On a GPU, a thread prefetches batches. On a CPU, model and loader compete for the same cores, so a batch is prepared
+    when it is requested. Small training batches are computed several at a time, which takes about as long as one.
+
+    The loader has no state: `batches(epoch, first_step)` is a pure function of its arguments and the sampler's seed.
+
+    Args:
+        store: Open split of a packed data set.
+        sampler: Selects the samples of each batch.
+        transform: Computes the model input.
+        device: Device of the batches.
+        rank: Rank of this process.
+        world_size: Number of ranks that share each epoch.
     """
 
     def __init__(
@@ -69,28 +80,29 @@ class Loader:
         self._buffers = Buffers()
         self._table: tuple[NDArray[np.uint8], torch.Tensor] | None = None
         self.sampler = sampler
-        # Which steps are prepared together follows from their numbers, so that a resumed epoch has the same calls.
-        self._joined = max(1, transform.max_fused_batch * world_size // sampler.batch_size) if sampler.can_fuse else 1
+        # Steps are fused in groups that depend on their numbers only, so a resumed epoch makes the same calls.
+        fused_steps = max(1, transform.max_fused_batch * world_size // sampler.batch_size)
+        self._fused_steps = fused_steps if sampler.can_fuse else 1
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's batches of an epoch, from global step `first_step` on."""
-        steps = self.sampler.steps(epoch, self._rank, self._world_size, first_step - first_step % self._joined)
-        prepared = self._prepare(steps, first_step)
-        return prefetch(prepared, _AHEAD) if self._device.type == "cuda" else prepared
+        """Iterate over this rank's batches of an epoch, from global step `first_step` on."""
+        steps = self.sampler.steps(epoch, self._rank, self._world_size, first_step - first_step % self._fused_steps)
+        batches = self._prepare(steps, first_step)
+        return prefetch(batches, _PREFETCH_BATCHES) if self._device.type == "cuda" else batches
 
     def _prepare(self, steps: Iterator[BatchIndices], first_step: int) -> Iterator[Batch]:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is a property of the thread
-        while together := list(itertools.islice(steps, self._joined)):
-            batches = self._load(together)[::-1]
+        while group := list(itertools.islice(steps, self._fused_steps)):
+            batches = self._load(group)[::-1]
             while batches:
                 batch = batches.pop()
                 if batch.step >= first_step:
                     yield batch
-                del batch  # whoever took it holds it alone
+                del batch  # keep no reference, so that the consumer can free it
 
     def _load(self, steps: list[BatchIndices]) -> list[Batch]:
-        """The batches of some steps, out of one call of the transform."""
+        """Compute the batches of several steps in one call of the transform."""
         samples = steps[0].samples if len(steps) == 1 else np.concatenate([step.samples for step in steps])
         images = self._read(samples)
         params = [step.params for step in steps if step.params is not None]
@@ -100,8 +112,8 @@ class Loader:
             raise undecodable_image_error(self._store, int(samples[error.position]), error.reason) from None
         sizes = [len(step.samples) for step in steps]
         return [
-            Batch(images, labels, rows, step.step, step.global_size)
-            for step, images, labels, rows in zip(
+            Batch(images, labels, source_index, step.step, step.global_size)
+            for step, images, labels, source_index in zip(
                 steps,
                 model_input.split(sizes),
                 torch.from_numpy(self._store.labels.take(samples)).to(self._device, non_blocking=True).split(sizes),
@@ -113,12 +125,15 @@ class Loader:
     def _read(self, samples: NDArray[np.int64]) -> Images:
         if self._store.manifest.encoded:
             return self._store.read(samples)
-        images = self._buffers.array((len(samples), *self._store.manifest.image_shape))
-        located = self._store.locate(samples)
+        store = cast(ImageStore, self._store)
+        height, width, channels = store.manifest.image_shape
+        assert height and width
+        images = self._buffers.array((len(samples), height, width, channels))
+        located = store.locate(samples)
         if located is None:
-            self._store.gather(samples, images)
+            store.gather(samples, images)
         else:
-            # The same on all cores, which also leaves each core the images that it goes on with.
+            # index_select copies on all cores, and each core then has its images in its cache.
             table, rows = self._as_tensor(located.table), torch.from_numpy(located.rows)
             torch.index_select(table, 0, rows, out=torch.from_numpy(images).view(len(rows), -1))
         return images
@@ -131,21 +146,23 @@ class Loader:
         return self._table[1]
 
 
-def undecodable_image_error(store: EncodedStore, sample: int, reason: str) -> UserError:
-    """The message about a picture that was found damaged when it was to be used."""
+def undecodable_image_error(store: Store, sample: int, reason: str) -> UserError:
+    """Return the error for an image file of a store that cannot be decoded."""
+    location = cast(EncodedStore, store).describe_sample(sample)
     return UserError(
-        found=f"{store.describe_sample(sample)} (row {store.rows[sample]}): {reason}",
-        expected="a picture that can be decoded",
-        hint="python -m shards.verify DIR names all that are damaged; then pack or fetch the shards again",
+        found=f"{location} (row {store.rows[sample]}): {reason}",
+        expected="an image that can be decoded",
+        hint="python -m shards.verify DIR lists all damaged images; pack or download the shards again",
     )
 
 
 def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
-    """Iterate in a thread of its own, up to `depth` items ahead.
+    """Iterate over items in a thread, up to `depth` items ahead of the consumer.
 
-    An exception there is raised here. The thread ends when the iteration ends or the iterator is closed.
+    An exception of the iteration is raised in the consumer. The thread ends when the iteration ends or the iterator is
+    closed.
     """
-    # SimpleQueue, whose hand-over costs a few microseconds, has no bound: a token stands for each item that may wait.
+    # SimpleQueue passes an item in a few microseconds but is unbounded. One token per free slot bounds it.
     ready: queue.SimpleQueue = queue.SimpleQueue()
     tokens: queue.SimpleQueue = queue.SimpleQueue()
     closed = threading.Event()
@@ -159,7 +176,7 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
                 if closed.is_set():
                     return
                 ready.put(("item", item))
-                del item  # whoever takes it holds it alone, and may let go of it
+                del item  # keep no reference, so that the consumer can free it
             ready.put(("end", None))
         except BaseException as error:
             ready.put(("error", error))

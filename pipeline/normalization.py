@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the model input, measured through the transform itself."""
+"""Mean and standard deviation of the model input, computed with the transform itself."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ from shards.stores.base import Store
 
 log = logging.getLogger(__name__)
 
-# Samples were permuted at packing, so a prefix is a fair sample; with so many, the error of the mean is below
-# a thousandth of the standard deviation.
-_MOST_SAMPLES = 65_536
-# Decoding takes a hundred times as long.
-_MOST_PICTURES = 16_384
-_BATCH = 512
+# Packing permutes the samples, so a prefix is a random subset. With 65,536 samples the error of the mean is below a
+# thousandth of the std.
+_MAX_SAMPLES = 65_536
+_MAX_ENCODED_SAMPLES = 16_384  # decoding takes 100 times as long
+_BATCH_SIZE = 512
 
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """Of pixels scaled to 0 .. 1, after the resize, for each channel; samples: how many images were measured."""
+    """Statistics of the pixels, scaled to 0 .. 1, after the resize.
+
+    Attributes:
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+        samples: Number of images in the statistics.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -38,41 +43,54 @@ class DatasetStats:
 
 
 def compute_stats(store: Store, spec: TransformSpec, backend: str, device: torch.device) -> DatasetStats:
-    """Run images of a store through the transform (without normalisation) and take mean and deviation."""
+    """Compute mean and std of the transform's output without normalization.
+
+    Args:
+        store: Open training split.
+        spec: Specification of the transform; its mean and std are ignored.
+        backend: `dali` or `torch`.
+        device: Device of the transform.
+    """
     channels = spec.image_shape[2]
     raw_spec = spec.with_normalization((0.0,) * channels, (1.0,) * channels)
-    samples = _choose(store)
-    transform = build_transform(raw_spec, backend, device, _BATCH)
-    total = torch.zeros(channels, dtype=torch.float64, device=device)
-    squares = torch.zeros_like(total)
-    for batch in Loader(store, SequentialBatchSampler(samples, _BATCH), transform, device).batches():
-        # Summed in float32 along an image, in float64 over images: fast, and exact to seven digits.
-        total += batch.images.mean(dim=(2, 3)).double().sum(dim=0)
+    samples = _select_samples(store)
+    transform = build_transform(raw_spec, backend, device, _BATCH_SIZE)
+    sums = torch.zeros(channels, dtype=torch.float64, device=device)
+    squares = torch.zeros_like(sums)
+    for batch in Loader(store, SequentialBatchSampler(samples, _BATCH_SIZE), transform, device).batches():
+        # float32 within an image and float64 over images is fast and accurate to seven digits.
+        sums += batch.images.mean(dim=(2, 3)).double().sum(dim=0)
         squares += batch.images.square().mean(dim=(2, 3)).double().sum(dim=0)
-    mean = total / len(samples)
+    mean = sums / len(samples)
     std = (squares / len(samples) - mean.square()).clamp_min(0).sqrt()
-    # A constant channel (blank images) has nothing to scale.
+    # A constant channel is not scaled.
     std = torch.where(std < 1e-6, torch.ones_like(std), std)
     return DatasetStats(tuple(mean.tolist()), tuple(std.tolist()), len(samples))
 
 
-def _choose(store: Store) -> NDArray[np.int64]:
-    """Select the samples to measure: the first ones, or evenly spaced ones where shards may be sorted by class."""
+def _select_samples(store: Store) -> NDArray[np.int64]:
+    """Select the first samples, or evenly spaced ones of a record store, whose shards may be sorted by class."""
     if store.manifest.encoded:
-        count = min(len(store), _MOST_PICTURES)
+        count = min(len(store), _MAX_ENCODED_SAMPLES)
         return np.arange(count) * len(store) // count
-    return np.arange(min(len(store), _MOST_SAMPLES))
+    return np.arange(min(len(store), _MAX_SAMPLES))
 
 
 def load_or_compute_stats(
     store: Store, directory: Path, spec: TransformSpec, backend: str, device: torch.device
 ) -> DatasetStats:
-    """The statistics of a packed part, from `DIR/statistics/` or measured and kept there.
+    """Load the statistics of a packed split from its cache, or compute them and write the cache.
 
-    directory: of the part. Where it cannot be written, they are measured each time.
+    Args:
+        store: Open training split.
+        directory: Directory of the split; the cache is its `statistics/`. If it is not writable, statistics are
+            computed on each call.
+        spec: Specification of the transform.
+        backend: `dali` or `torch`.
+        device: Device of the transform.
     """
-    kind = (str(spec.resolution), spec.interpolation, *spec.preprocessing.steps)
-    path = directory / "statistics" / f"{'-'.join(kind)}.json"
+    name = "-".join((str(spec.resolution), spec.interpolation, *spec.preprocessing.steps))
+    path = directory / "statistics" / f"{name}.json"
     digest = store.manifest.digest()
     try:
         content = json.loads(path.read_text())
@@ -85,5 +103,5 @@ def load_or_compute_stats(
         path.parent.mkdir(exist_ok=True)
         write_file(path, json.dumps({**asdict(statistics), "manifest": digest}) + "\n")
     except OSError as error:
-        log.warning("cannot keep the statistics in %s (%s); they are measured again next time", path, error)
+        log.warning("cannot write the statistics to %s (%s); they will be computed again", path, error)
     return statistics

@@ -1,4 +1,4 @@
-"""One look at a packed set: a contact sheet of raw images beside what the model will see, by class.
+"""Contact sheet of a packed data set: raw images next to the model input, by class.
 
 python -m pipeline.preview DIR [--out FILE] [--resolution N]
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,23 +29,34 @@ from shards.remote.sets import is_remote, resolve_dataset
 from shards.stores.base import Store
 from shards.stores.image_header import decode
 
-_PAIRS = 4  # examples of a class
-_AUGMENTED = 2  # examples of a class with an augmentation, each in so many versions:
+_EXAMPLES = 4  # of a class, without augmentation
+_AUGMENTED_EXAMPLES = 2  # of a class, with augmentation, each in so many versions:
 _VERSIONS = 4
-_TILE = 56  # side of a picture on the sheet, pixels
+_TILE = 56  # side of an image on the sheet, pixels
 _GAP = 6
-_PAIR_GAP = 14
+_EXAMPLE_GAP = 14
 _LABEL = 96
 _HEADER = 64
 _MARGIN = 24
 _COLUMN_GAP = 28
-_INK = (24, 24, 27)
+_TEXT = (24, 24, 27)
 _MUTED = (113, 113, 122)
 _PAPER = (250, 250, 250)
 
 
 def read_images(store: Store, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-    """Raw images as stored, each uint8 [H, W, C]; picture files are decoded. Raises `UserError`."""
+    """Read raw images as stored; image files are decoded.
+
+    Args:
+        store: Open split.
+        samples: int64 [n], positions in the store.
+
+    Returns:
+        n images uint8 [H, W, C].
+
+    Raises:
+        UserError: An image file cannot be decoded.
+    """
     images = store.read(samples)
     if isinstance(images, np.ndarray):
         return list(images)
@@ -58,12 +70,12 @@ def read_images(store: Store, samples: NDArray[np.int64]) -> list[NDArray[np.uin
 
 
 def upright(image: NDArray[np.uint8], transposed: bool) -> NDArray[np.uint8]:
-    """An image [H, W, C] the way a person reads it."""
+    """Return an image [H, W, C] with its orientation corrected."""
     return image.swapaxes(0, 1) if transposed else image
 
 
-def to_picture(image: NDArray[np.uint8]) -> Image.Image:
-    """One image [H, W, C] of 1 or 3 channels as an RGB picture."""
+def to_pil_image(image: NDArray[np.uint8]) -> Image.Image:
+    """Convert an image [H, W, C] with 1 or 3 channels to RGB."""
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert("RGB")
 
 
@@ -74,101 +86,141 @@ def contact_sheet(
     preprocessing: Preprocessing = NO_PREPROCESSING,
     augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Image.Image:
-    """A picture: for every class its name and a few examples, each raw (left) and processed (right), in several
-    versions if they are augmented."""
+    """Draw a few examples of each class: the raw image (left) and the model input (right).
+
+    With an augmentation, the model input is drawn in several versions.
+
+    Args:
+        store: Open split.
+        resolution: Side of the model input in pixels.
+        interpolation: Interpolation of the resize.
+        preprocessing: Deterministic steps on raw images.
+        augmentation: Augmentation of training images.
+    """
     manifest = store.manifest
-    count, versions = (_AUGMENTED, _VERSIONS) if augmentation else (_PAIRS, 1)
+    count, versions = (_AUGMENTED_EXAMPLES, _VERSIONS) if augmentation else (_EXAMPLES, 1)
     examples = _examples(store, count)
     columns = 1 if len(examples) <= 12 else 2 if len(examples) <= 64 else 3
-    rows = -(-len(examples) // columns)
+    lines = -(-len(examples) // columns)
     strip_width = (1 + versions) * (_TILE + _GAP) - _GAP
-    block_width = _LABEL + count * (strip_width + _PAIR_GAP)
-    row_height = _TILE + 2 * _GAP
-    size = (2 * _MARGIN + columns * block_width + (columns - 1) * _COLUMN_GAP, _HEADER + _MARGIN + rows * row_height)
-    sheet = Image.new("RGB", size, _PAPER)
+    block_width = _LABEL + count * (strip_width + _EXAMPLE_GAP)
+    line_height = _TILE + 2 * _GAP
+    width = 2 * _MARGIN + columns * block_width + (columns - 1) * _COLUMN_GAP
+    sheet = Image.new("RGB", (width, _HEADER + _MARGIN + lines * line_height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    stored = "rows and columns exchanged" if manifest.transposed else "upright"
-    draw.text((_MARGIN, 16), f"{manifest.name}, {manifest.split}", _INK, ImageFont.load_default(20))
-    height, width, _ = manifest.image_shape
-    size = "at its own size" if manifest.encoded else f"{height}x{width} (stored {stored})"
-    side = f"{resolution}x{resolution}"
-    seen = f"augmented in {versions} ways, {side}," if augmentation else f"processed {side}"
-    note = f"{'strips' if augmentation else 'pairs'}: raw {size}, and {seen} as the model sees it"
-    draw.text((_MARGIN, 42), note, _MUTED, ImageFont.load_default(13))
+    _draw_text(draw, (_MARGIN, 16), f"{manifest.name}, {manifest.split}", 20, width - 2 * _MARGIN)
+    orientation = "transposed" if manifest.transposed else "upright"
+    raw = "original size" if manifest.encoded else "{}x{}, stored {}".format(*manifest.image_shape[:2], orientation)
+    processed = f"augmented, {versions} versions" if augmentation else "model input"
+    note = f"left: raw ({raw}), right: {processed} ({resolution}x{resolution})"
+    _draw_text(draw, (_MARGIN, 42), note, 13, width - 2 * _MARGIN, _MUTED)
 
     cpu = torch.device("cpu")
     spec = TransformSpec.of(manifest, resolution, interpolation, preprocessing)
     transform = build_transform(spec, choose_backend("auto", cpu, spec)[0], cpu, count, augmentation)
-    for place, (label, samples) in enumerate(examples):
-        left = _MARGIN + place // rows * (block_width + _COLUMN_GAP)
-        top = _HEADER + place % rows * row_height
+    for number, (label, samples) in enumerate(examples):
+        left = _MARGIN + number // lines * (block_width + _COLUMN_GAP)
+        top = _HEADER + number % lines * line_height
         name = manifest.classes[label]
-        draw.text((left, top + 6), _fitted(name), _INK, ImageFont.load_default(26 if len(name) < 4 else 13))
-        draw.text((left, top + _TILE - 16), f"{manifest.counts[label]:,}", _MUTED, ImageFont.load_default(12))
-        raw = read_images(store, samples)
+        _draw_text(draw, (left, top + 6), name, 26 if len(name) < 4 else 13, _LABEL - _GAP)
+        _draw_text(draw, (left, top + _TILE - 16), f"{manifest.counts[label]:,}", 12, _LABEL - _GAP, _MUTED)
         if augmentation:
-            params = [
-                augmentation.sample_params(0, version, label, slice(0, len(samples))) for version in range(versions)
-            ]
-            processed = [_pixels(transform(store.read(samples), each)) for each in params]
+            images = slice(0, len(samples))
+            params = [augmentation.sample_params(0, version, label, images) for version in range(versions)]
+            inputs = [_to_bytes(transform(store.read(samples), version)) for version in params]
         else:
             (batch,) = Loader(store, SequentialBatchSampler(samples, count), transform, cpu).batches()
-            processed = [_pixels(batch.images)]
-        for number, before in enumerate(raw):
-            x = left + _LABEL + number * (strip_width + _PAIR_GAP)
-            sheet.paste(_raw_tile(to_picture(before), keep_shape=manifest.encoded), (x, top))
-            for version in processed:
+            inputs = [_to_bytes(batch.images)]
+        for index, image in enumerate(read_images(store, samples)):
+            x = left + _LABEL + index * (strip_width + _EXAMPLE_GAP)
+            sheet.paste(_raw_tile(to_pil_image(image), keep_shape=manifest.encoded), (x, top))
+            for version in inputs:
                 x += _TILE + _GAP
-                sheet.paste(to_picture(version[number]).resize((_TILE, _TILE), Image.Resampling.LANCZOS), (x, top))
+                sheet.paste(to_pil_image(version[index]).resize((_TILE, _TILE), Image.Resampling.LANCZOS), (x, top))
     return sheet
 
 
-def _pixels(images: torch.Tensor) -> NDArray[np.uint8]:
-    """Model input float32 [B, C, R, R] of 0 .. 1 as uint8 [B, R, R, C]."""
+def _to_bytes(images: torch.Tensor) -> NDArray[np.uint8]:
+    """Convert model input float32 [B, C, R, R] of 0 .. 1 to uint8 [B, R, R, C]."""
     return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _raw_tile(picture: Image.Image, keep_shape: bool) -> Image.Image:
+def _raw_tile(image: Image.Image, keep_shape: bool) -> Image.Image:
     if keep_shape:
-        return ImageOps.pad(picture, (_TILE, _TILE), Image.Resampling.LANCZOS, color=_PAPER)
-    return picture.resize((_TILE, _TILE), Image.Resampling.NEAREST)
+        return ImageOps.pad(image, (_TILE, _TILE), Image.Resampling.LANCZOS, color=_PAPER)
+    return image.resize((_TILE, _TILE), Image.Resampling.NEAREST)
 
 
 def _examples(store: Store, count: int) -> list[tuple[int, NDArray[np.int64]]]:
-    """For every class that has samples: its number and a few of their positions."""
-    shuffled = permutation(len(store), seed=0, stream=0)
-    found = []
-    for label in range(len(store.manifest.classes)):
-        samples = shuffled[store.labels[shuffled] == label][:count]
-        if len(samples):
-            found.append((label, samples))
-    return found
+    """The label of each class that has samples, and up to `count` of its samples."""
+    order = permutation(len(store), seed=0, stream=0)
+    labels = store.labels[order]
+    examples = ((label, order[labels == label][:count]) for label in range(len(store.manifest.classes)))
+    return [(label, samples) for label, samples in examples if len(samples)]
 
 
-def _fitted(name: str) -> str:
-    return name if len(name) <= 12 else f"{name[:11]}…"
+def _draw_text(
+    draw: ImageDraw.ImageDraw,
+    position: tuple[int, int],
+    text: str,
+    size: int,
+    width: int,
+    colour: tuple[int, int, int] = _TEXT,
+) -> None:
+    """Draw text, shortened to a width in pixels, in a font that has its letters; else its escape sequences."""
+    path = None if text.isascii() else _font_file(frozenset(map(ord, text)))
+    if path is None:
+        text = text.encode("ascii", "backslashreplace").decode()
+    font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+    if font.getlength(text) > width:
+        while text and font.getlength(f"{text}...") > width:
+            text = text[:-1]
+        text += "..."
+    draw.text((position[0], position[1] + size), text, colour, font, anchor="ls")  # fonts share the baseline
+
+
+@cache
+def _font_file(letters: frozenset[int]) -> str | None:
+    """A font file, of matplotlib or of the system, that has all letters (code points) and ASCII; None if none has."""
+    from matplotlib import font_manager  # takes half a second to import
+    from matplotlib.ft2font import FT2Font
+
+    needed = letters | {*range(32, 127)}
+    fonts = sorted(font_manager.findSystemFonts(), key=lambda path: ("Regular" not in path, path))
+    for path in (font_manager.findfont("DejaVu Sans"), *fonts):
+        try:
+            if needed <= FT2Font(path).get_charmap().keys():
+                return path
+        except (OSError, RuntimeError):  # a file that FreeType cannot read
+            continue
+    return None
 
 
 def main() -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog=program_name("pipeline.preview"), description="Draw a contact sheet of a packed set: raw beside processed."
+        prog=program_name("pipeline.preview"),
+        description="Draw a contact sheet of a packed data set: raw images next to the model input.",
     )
     parser.add_argument(
-        "place", metavar="DIR", help="packed set (its train part) or one part, a directory or an address"
+        "dataset", metavar="DIR", help="packed data set (its train split) or one split; a directory or a URL"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default DIR/preview.png)")
-    parser.add_argument("--resolution", type=int, default=112, metavar="N", help="side of the processed image")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="PNG file (default: DIR/preview.png)")
+    parser.add_argument(
+        "--resolution", type=int, default=112, metavar="N", help="side of the model input in pixels (default: 112)"
+    )
     arguments = parser.parse_args()
-    store = open_dataset_or_split(arguments.place, "train")
-    # What was fetched is not ours to write into.
-    out = arguments.out or (Path() if is_remote(arguments.place) else resolve_dataset(arguments.place)) / "preview.png"
+    store = open_dataset_or_split(arguments.dataset, "train")
+    # The cache of remote data sets is not modified.
+    directory = Path() if is_remote(arguments.dataset) else resolve_dataset(arguments.dataset)
+    out = arguments.out or directory / "preview.png"
     check_writable(out)
-    save(contact_sheet(store, arguments.resolution), out)
+    save_png(contact_sheet(store, arguments.resolution), out)
     return 0
 
 
-def save(sheet: Image.Image, out: Path) -> None:
-    """Write a contact sheet as PNG, and say where it is."""
+def save_png(sheet: Image.Image, out: Path) -> None:
+    """Write a contact sheet as a PNG file and print its path."""
     content = io.BytesIO()
     sheet.save(content, "PNG")
     write_file(out, content.getvalue())

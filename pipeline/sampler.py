@@ -1,6 +1,6 @@
-"""Which samples make up a batch: a pure function of (seed, epoch, step), never a state.
+"""Batch samplers: the samples of a batch are a pure function of (seed, epoch, step).
 
-Resuming in the middle of an epoch is arithmetic, and the order is the same on any number of ranks.
+Resuming within an epoch therefore needs no stored state, and the order is the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from shards.manifest import Manifest
 
 @dataclass(frozen=True)
 class BatchIndices:
-    """What one rank loads in one step.
+    """The samples that one rank loads in one step.
 
-    number: 0 .. steps-1 within the epoch. samples: int64 [n], this rank's positions in the store.
-    global_size: samples of the step over all ranks. params: for their augmentation, if there is one.
+    Attributes:
+        step: Number of the step within the epoch, from 0.
+        samples: int64 [n], positions in the store.
+        global_size: Samples of the step over all ranks.
+        params: Augmentation parameters of the n samples; None without augmentation.
     """
 
     step: int
@@ -32,33 +35,46 @@ class BatchIndices:
 
 
 class BatchSampler(Protocol):
-    """How many steps an epoch has, and what each of them loads on each rank.
+    """Selects the samples of each step on each rank.
 
-    can_fuse: whether the model input of several steps may be computed in one call.
+    Attributes:
+        samples: int64 [N], positions of the samples of an epoch in the store.
+        batch_size: Maximum number of samples of a global batch.
+        can_fuse: Whether the model input of several steps may be computed in one call.
     """
 
-    samples: NDArray[np.int64]
-    batch_size: int
+    @property
+    def samples(self) -> NDArray[np.int64]: ...
+
+    @property
+    def batch_size(self) -> int: ...
 
     @property
     def can_fuse(self) -> bool: ...
 
-    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]: ...
+    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
+        """Iterate over the steps of an epoch from number `first` on, with the samples of one rank."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class ShuffledBatchSampler:
-    """Every epoch another permutation, cut into global batches, each shared out evenly among the ranks.
+    """A new permutation in each epoch, split into global batches that are divided evenly among the ranks.
 
-    samples: int64 [N], the positions that take part. batch_size: the most samples of a global batch, over all ranks.
-    Every sample comes once an epoch, and all batches have the same size or one sample less: as few batches as
-    batch_size allows, without a small one left over at the end.
+    Each sample occurs once per epoch. An epoch has the smallest number of batches that `batch_size` allows, and their
+    sizes differ by at most one sample, so there is no small last batch.
 
-    window: for sets larger than memory, from how many blocks (of block_size samples) samples are drawn at a time; None
-    for a uniform permutation of all. Blocks come in a random order, and each sample is put off by a uniform share of
-    the window after its block's turn. So the window slides: every batch lets in as many samples as it takes out, each
-    block is read once an epoch, and there is no moment at which a whole window has to be read.
-    augmentation: what to draw for each image, if any.
+    With a shuffle window, the blocks of a data set larger than memory come in random order, and each sample is delayed
+    by a uniform fraction of the window. The window slides: every batch adds as many samples as it removes, each block
+    is read once per epoch, and the whole window never has to be read at once.
+
+    Attributes:
+        samples: int64 [N], positions of the samples of an epoch in the store.
+        batch_size: Maximum number of samples of a global batch.
+        seed: Seed of the permutations and of the augmentation.
+        block_size: Samples of a block of the store.
+        shuffle_window_blocks: Blocks from which samples are drawn at a time; None for a uniform permutation.
+        augmentation: Augmentation whose parameters are sampled; None for none.
     """
 
     samples: NDArray[np.int64]
@@ -74,62 +90,73 @@ class ShuffledBatchSampler:
 
     @property
     def can_fuse(self) -> bool:
-        """Not with a window, which is no larger than the memory for the blocks of one batch allows."""
+        """False with a shuffle window, whose memory bound assumes the blocks of one batch at a time."""
         return self.shuffle_window_blocks is None
 
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        """The samples as int64 [N] in the order of an epoch."""
+        """Return the samples in the order of an epoch, int64 [N]."""
         if self.shuffle_window_blocks is None:
             return self.samples[permutation(len(self.samples), self.seed, epoch)]
         blocks = self.samples // self.block_size
-        turns = permutation(int(blocks.max()) + 1, self.seed, BLOCK_STREAM + epoch).argsort()
-        put_off = random_keys(self.seed, epoch, len(blocks)).astype(np.float64) * (self.shuffle_window_blocks / 2.0**64)
-        return self.samples[np.argsort(turns[blocks] + put_off, kind="stable")]
+        ranks = permutation(int(blocks.max()) + 1, self.seed, BLOCK_STREAM + epoch).argsort()
+        delays = random_keys(self.seed, epoch, len(blocks)).astype(np.float64) * (self.shuffle_window_blocks / 2.0**64)
+        return self.samples[np.argsort(ranks[blocks] + delays, kind="stable")]
 
     def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
-        """The steps of an epoch from number `first` on, as this rank loads them."""
-        shuffled = self.epoch_order(epoch)
+        """Iterate over the steps of an epoch from number `first` on, with the samples of one rank."""
+        order = self.epoch_order(epoch)
         steps = self.steps_per_epoch
-        for number in range(first, steps):
-            batch = shuffled[len(shuffled) * number // steps : len(shuffled) * (number + 1) // steps]
-            share = slice(len(batch) * rank // world_size, len(batch) * (rank + 1) // world_size)
-            params = self.augmentation.sample_params(self.seed, epoch, number, share) if self.augmentation else None
-            yield BatchIndices(number, batch[share], len(batch), params)
+        for step in range(first, steps):
+            batch = order[len(order) * step // steps : len(order) * (step + 1) // steps]
+            local = slice(len(batch) * rank // world_size, len(batch) * (rank + 1) // world_size)
+            params = self.augmentation.sample_params(self.seed, epoch, step, local) if self.augmentation else None
+            yield BatchIndices(step, batch[local], len(batch), params)
 
 
 def max_shuffle_window(manifest: Manifest, memory: int, batch_size: int) -> int | None:
-    """The widest window at which no block is read twice an epoch; None if all images fit.
+    """Compute the widest shuffle window with which no block is read twice per epoch.
 
-    memory: bytes of images that a store may hold, which lets go of the blocks that came in first. A block is needed for
-    the length of the window after it came in. The blocks of one batch come in together, in no order: batch_size /
-    block_size of them, at the beginning of an epoch about sqrt(2 * window * batch_size / block_size), so many more have
-    to fit.
+    A store evicts blocks in the order in which they were read, and a block is needed for one window after it was read.
+    The blocks of one batch are read in any order: batch_size / block_size of them, and at the start of an epoch about
+    sqrt(2 * window * batch_size / block_size). This number of blocks has to fit in addition.
+
+    Args:
+        manifest: Manifest of the split.
+        memory: Bytes that the store may use for images.
+        batch_size: Samples of a global batch.
+
+    Returns:
+        The window in blocks; None if all images fit into memory.
     """
     if manifest.encoded or manifest.samples * manifest.image_bytes <= memory:
         return None
     slots = memory // (manifest.block_size * manifest.image_bytes)
-    turns = batch_size / manifest.block_size
-    return max(1, int(slots - np.sqrt(2 * slots * turns) - turns - 2))
+    blocks_per_batch = batch_size / manifest.block_size
+    return max(1, int(slots - np.sqrt(2 * slots * blocks_per_batch) - blocks_per_batch - 2))
 
 
 @dataclass(frozen=True, eq=False)
 class SequentialBatchSampler:
-    """Every sample exactly once, in order; whole batches are dealt to the ranks in turn.
+    """Every sample exactly once, in order; complete batches are assigned to the ranks in turn.
 
-    Batches keep their composition whatever the number of ranks, so predictions are the same to the last bit.
-    Ranks may get unequal numbers of steps, and nothing is padded.
+    The composition of a batch does not depend on the number of ranks, so predictions are bit-identical. Ranks may have
+    different numbers of steps, and nothing is padded.
+
+    Attributes:
+        samples: int64 [N], positions of the samples in the store.
+        batch_size: Samples of a batch.
     """
 
     samples: NDArray[np.int64]
     batch_size: int
-    can_fuse = False  # or calls would hold other images on another number of ranks
+    can_fuse = False  # fused calls would contain other images on another number of ranks
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.samples) // self.batch_size)
 
     def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
-        """This rank's batches; `epoch` changes nothing."""
-        for number in range(first + (rank - first) % world_size, self.steps_per_epoch, world_size):
-            batch = self.samples[number * self.batch_size : (number + 1) * self.batch_size]
-            yield BatchIndices(number, batch, len(batch))
+        """Iterate over this rank's steps from number `first` on. The epoch has no effect."""
+        for step in range(first + (rank - first) % world_size, self.steps_per_epoch, world_size):
+            batch = self.samples[step * self.batch_size : (step + 1) * self.batch_size]
+            yield BatchIndices(step, batch, len(batch))

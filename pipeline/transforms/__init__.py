@@ -1,1 +1,1 @@
-"""How do raw images become model input? One specification, computed by DALI or by torch."""
+"""From raw images to model input: one specification, computed by DALI or by torch."""

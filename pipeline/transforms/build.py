@@ -1,4 +1,4 @@
-"""Which backend computes a transform, and the transform built on it."""
+"""Choice of the backend and construction of the transform."""
 
 from __future__ import annotations
 
@@ -13,23 +13,35 @@ from shards.errors import UserError
 
 
 def choose_backend(name: str, device: torch.device, spec: TransformSpec) -> tuple[str, str]:
-    """The backend that does the work (`dali` or `torch`) and why, in words."""
+    """Choose the backend of a transform.
+
+    Args:
+        name: `auto`, `dali` or `torch`.
+        device: Device of the model input.
+        spec: Specification of the transform.
+
+    Returns:
+        `dali` or `torch`, and the reason in words.
+
+    Raises:
+        UserError: DALI is requested but not installed.
+    """
     has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "dali" and not has_dali:
         raise UserError(
-            found="loader.backend: dali, and DALI is not installed",
+            found="loader.backend=dali, but DALI is not installed",
             expected="the package nvidia-dali-cuda120 (Linux only)",
             hint="use loader.backend=auto or loader.backend=torch",
         )
     if name != "auto":
-        return name, "asked for"
+        return name, "set by loader.backend"
     if spec.encoded and has_dali:
-        return "dali", "it decodes pictures"
+        return "dali", "decodes image files"
     if device.type == "cpu":
-        return "torch", "on a CPU it is the faster one for raw blocks"
+        return "torch", "faster than DALI on CPUs"
     if not has_dali:
         return "torch", "DALI is not installed"
-    return "dali", "there is a GPU"
+    return "dali", "faster on a GPU"
 
 
 def build_transform(
@@ -39,26 +51,39 @@ def build_transform(
     batch_size: int,
     augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Transform:
-    """Build a transform. backend: `dali` or `torch`; batch_size: the most images of one call.
+    """Build a transform.
 
-    augmentation: of training images; a transform that changes anything wants params with each batch.
+    Args:
+        spec: Specification of the transform.
+        backend: `dali` or `torch`.
+        device: Device of the model input.
+        batch_size: Largest number of images of a call.
+        augmentation: Augmentation of training images. If it changes images, each call requires parameters.
+
+    Raises:
+        UserError: The specification or augmentation needs images of one size, or the backend cannot decode files.
     """
     if spec.encoded:
-        _check_pictures(spec, augmentation)
+        _check_encoded(spec, augmentation)
     if backend == "dali":
-        from pipeline.transforms.dali_backend import DaliEncodedTransform, DaliTransform  # not there on every system
+        from pipeline.transforms.dali_backend import (
+            DaliEncodedTransform,
+            DaliTransform,
+        )  # not available on every system
 
         return (DaliEncodedTransform if spec.encoded else DaliTransform)(spec, device, batch_size, augmentation)
     return TorchTransform(spec, device, augmentation)
 
 
-def _check_pictures(spec: TransformSpec, augmentation: Augmentation) -> None:
-    """Refuse what is done to raw pixels, which picture files have only once they are decoded."""
-    on_pixels = ("stroke", "erase", "crop_padding")
-    found = [*spec.preprocessing.steps, *(name for name in on_pixels if getattr(augmentation, name))]
-    if found:
+def _check_encoded(spec: TransformSpec, augmentation: Augmentation) -> None:
+    """Raise `UserError` for operations on raw pixels, which image files do not have before decoding."""
+    raw_ops = [
+        *spec.preprocessing.steps,
+        *(name for name in ("stroke", "erase", "crop_padding") if getattr(augmentation, name)),
+    ]
+    if raw_ops:
         raise UserError(
-            found=f"pictures of differing sizes, and {', '.join(found)}",
-            expected="images of one size, which these steps work on before they are resized",
-            hint="pack the pictures at one size: python -m pipeline.shard ... --size N",
+            found=f"images of different sizes and {', '.join(raw_ops)}",
+            expected="images of one size for these operations",
+            hint="pack the images at one size: python -m pipeline.shard ... --size N",
         )

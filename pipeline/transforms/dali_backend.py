@@ -1,4 +1,4 @@
-"""The DALI backend: the one for GPUs, and the same transform on a CPU. The only module that imports DALI."""
+"""DALI backend, on GPUs and CPUs. The only module that imports DALI."""
 
 from __future__ import annotations
 
@@ -26,17 +26,15 @@ _INTERPOLATIONS = {
     "lanczos": types.INTERP_LANCZOS3,
     "nearest": types.INTERP_NN,
 }
-# A batch enters as packs of images (layout FHWC): handing over every 784-byte image on its own costs more
-# than resizing it. Measured best between 8 and 128 on a CPU.
+# Images of a pack. A batch is fed as packs (layout FHWC), because feeding each 784-byte image separately costs more
+# than its resize. 32 was the fastest of 8 .. 128 on a CPU.
 _PACK = 32
-
-
-# Of pictures that are decoded at once: 0.8 GB in RGB. Larger batches are taken in several runs.
-_MOST_PIXELS = 1 << 28
+# Pixels decoded in one run of the pipeline: 0.8 GB in RGB. Larger batches are split into several runs.
+_MAX_PIXELS = 1 << 28
 
 
 class DaliTransform:
-    """The `Transform` for raw images of one size. All randomness comes in through `params`."""
+    """The `Transform` for raw images of one size. All randomness is in `params`."""
 
     max_fused_batch = 0
 
@@ -48,7 +46,7 @@ class DaliTransform:
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
         self._raw_ops = RawOps(spec, augmentation)
-        self._changes = DaliAugmentation(spec, augmentation, device, framed=True)
+        self._augmentation = DaliAugmentation(spec, augmentation, device, has_packs=True)
         self._pipeline = _empty_pipeline(device, -(-batch_size // _PACK))
         with self._pipeline:
             images = fn.external_source(
@@ -56,7 +54,7 @@ class DaliTransform:
             )
             if device.type == "cuda":
                 images = images.gpu()
-            self._pipeline.set_outputs(_model_input(images, spec, batch_size, self._changes))
+            self._pipeline.set_outputs(_model_input(images, spec, batch_size, self._augmentation))
         self._pipeline.build()
 
     def __call__(self, images: NDArray[np.uint8], params: AugmentationParams | None = None) -> torch.Tensor:
@@ -64,14 +62,14 @@ class DaliTransform:
         count = len(images)
         packs = -(-count // _PACK)
         pack = -(-count // packs)
-        inputs = {"images": prepared, **self._changes.arguments(params)}
+        inputs = {"images": prepared, **self._augmentation.arguments(params)}
         (output,) = self._pipeline.run(**{name: _packed(each, packs, pack) for name, each in inputs.items()})
         resized = torch.from_dlpack(output.as_tensor())  # [packs, pack, R, R, C], no copy
-        return self._changes.warp_elastic(resized.flatten(0, 1)[:count].permute(0, 3, 1, 2), params)
+        return self._augmentation.warp_elastic(resized.flatten(0, 1)[:count].permute(0, 3, 1, 2), params)
 
 
 def _packed(array: NDArray, packs: int, pack: int) -> NDArray:
-    """[N, ...] as [packs, pack, ...], rounded up to whole packs with zeros: fewer than `packs` blank images."""
+    """Reshape [N, ...] to [packs, pack, ...], padded with zeros."""
     if packs * pack != len(array):
         padded = np.zeros((packs * pack, *array.shape[1:]), array.dtype)
         padded[: len(array)] = array
@@ -80,7 +78,7 @@ def _packed(array: NDArray, packs: int, pack: int) -> NDArray:
 
 
 class DaliEncodedTransform:
-    """The `Transform` for image files of differing sizes: decoded on the device, EXIF orientation applied."""
+    """The `Transform` for image files of different sizes. Decodes on the device and applies the EXIF orientation."""
 
     max_fused_batch = 0
 
@@ -94,17 +92,17 @@ class DaliEncodedTransform:
         self._spec = spec
         self._device = device
         self._batch_size = batch_size
-        self._changes = DaliAugmentation(spec, augmentation, device, framed=False)
+        self._augmentation = DaliAugmentation(spec, augmentation, device, has_packs=False)
         self._pipeline = self._build()
 
     def __call__(self, images: list[NDArray[np.uint8]], params: AugmentationParams | None = None) -> torch.Tensor:
-        arguments = self._changes.arguments(params)
-        parts = [
+        arguments = self._augmentation.arguments(params)
+        outputs = [
             self._run(images[run], {name: each[run] for name, each in arguments.items()}, run.start)
-            for run in _runs([*map(_pixels, range(len(images)), images)])
+            for run in _runs([*map(_pixel_count, range(len(images)), images)])
         ]
-        resized = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._changes.warp_elastic(resized.permute(0, 3, 1, 2), params)
+        resized = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self._augmentation.warp_elastic(resized.permute(0, 3, 1, 2), params)
 
     def _build(self) -> Pipeline:
         pipeline = _empty_pipeline(self._device, self._batch_size)
@@ -114,9 +112,9 @@ class DaliEncodedTransform:
                 files,
                 device="mixed" if self._device.type == "cuda" else "cpu",
                 output_type=types.GRAY if self._spec.image_shape[2] == 1 else types.RGB,
-                jpeg_fancy_upsampling=True,  # on a GPU too, as libjpeg does it on a CPU
+                jpeg_fancy_upsampling=True,  # on GPUs too, as libjpeg on CPUs
             )
-            pipeline.set_outputs(_model_input_of_pictures(images, self._spec, self._batch_size, self._changes))
+            pipeline.set_outputs(_decoded_model_input(images, self._spec, self._batch_size, self._augmentation))
         pipeline.build()
         return pipeline
 
@@ -129,63 +127,70 @@ class DaliEncodedTransform:
         return torch.from_dlpack(output.as_tensor())  # [n, R, R, C], no copy
 
     def _find_undecodable(self, images: list[NDArray[np.uint8]], arguments: dict[str, NDArray], start: int) -> None:
-        """Raise `UndecodableImage` for the first picture that fails alone, too."""
-        self._pipeline = self._build()  # after an error a pipeline is no longer valid
+        """Raise `UndecodableImage` for the first image that fails when decoded alone."""
+        self._pipeline = self._build()  # a pipeline is unusable after an error
         for position, image in enumerate(images):
             try:
                 self._pipeline.run(images=[image], **{name: each[position, None] for name, each in arguments.items()})
             except RuntimeError as error:
                 raise UndecodableImage(
-                    start + position, _what_is_wrong(image, self._spec.image_shape[2], error)
+                    start + position, _describe_defect(image, self._spec.image_shape[2], error)
                 ) from None
 
 
 class DaliAugmentation:
-    """An augmentation within a transform: the operators, and what the params of a batch become as their arguments.
+    """The operators of an augmentation in a DALI pipeline, and their arguments for a batch.
 
-    framed: whether a sample of the pipeline is a pack of images, each with arguments of its own.
+    Args:
+        spec: Specification of the transform.
+        augmentation: Augmentation of training images.
+        device: Device of the pipeline.
+        has_packs: Whether a sample of the pipeline is a pack of images, each with its own arguments.
     """
 
-    def __init__(self, spec: TransformSpec, augmentation: Augmentation, device: torch.device, *, framed: bool) -> None:
+    def __init__(
+        self, spec: TransformSpec, augmentation: Augmentation, device: torch.device, *, has_packs: bool
+    ) -> None:
         self._spec = spec
         self._augmentation = augmentation
-        self._framed = framed
+        self._has_packs = has_packs
         self._on_gpu = device.type == "cuda"
-        self._layout = "FHWC" if framed else "HWC"
+        self._layout = "FHWC" if has_packs else "HWC"
         self.can_warp_raw = augmentation.has_warp and spec.can_warp_raw
-        # DALI has no displacement of single pixels on CPUs. Its output is torch's without a copy, on both.
+        # DALI cannot displace single pixels on CPUs. Its output becomes a torch tensor without a copy.
         self._warp = Warp(augmentation, spec, device) if augmentation.elastic else None
 
     def arguments(self, params: AugmentationParams | None) -> dict[str, NDArray[np.float32]]:
-        """What to feed to the pipeline beside the images, each [B, ...]."""
+        """Return the inputs of the pipeline besides the images, each [B, ...]."""
         augmentation = self._augmentation
         assert (params is not None) == bool(augmentation)
-        found = {}
+        arguments = {}
         if params is not None and augmentation.has_color_jitter:
             channels = self._spec.image_shape[2]
             colours = augmentation.color_matrices(params, channels).swapaxes(1, 2)  # [B, C + 1, C]
             colours[:, channels] *= 255
-            found["colours"] = np.ascontiguousarray(colours[:, None, None], np.float32)
+            arguments["colours"] = np.ascontiguousarray(colours[:, None, None], np.float32)
         if params is not None and augmentation.has_warp and not self._warp:
-            found["matrices"] = self._in_pixels(self._matrices(params)).astype(np.float32)
-        return found
+            arguments["matrices"] = self._in_pixels(self._matrices(params)).astype(np.float32)
+        return arguments
 
     def color_jitter(self, images):
+        """Apply the affine map of each image's colours."""
         if not self._augmentation.has_color_jitter:
             return images
-        every = (slice(None),) * (3 if self._framed else 2)
-        colours = fn.external_source(name="colours", batch=True, dtype=types.FLOAT, ndim=len(every) + 2)
+        pixel_axes = (slice(None),) * (3 if self._has_packs else 2)
+        colours = fn.external_source(name="colours", batch=True, dtype=types.FLOAT, ndim=len(pixel_axes) + 2)
         if self._on_gpu:
             colours = colours.gpu()
         pixels = fn.cast(images, dtype=types.FLOAT)
         channels = self._spec.image_shape[2]
-        mixed = colours[(*every, channels)]
+        recolored = colours[(*pixel_axes, channels)]
         for channel in range(channels):
-            mixed = mixed + pixels[(*every, slice(channel, channel + 1))] * colours[(*every, channel)]
-        return fn.reshape(mixed, layout=self._layout)
+            recolored = recolored + pixels[(*pixel_axes, slice(channel, channel + 1))] * colours[(*pixel_axes, channel)]
+        return fn.reshape(recolored, layout=self._layout)
 
     def normalize(self, images):
-        """(x / 255 - fill_value) / std."""
+        """Return (x / 255 - fill_value) / std."""
         return fn.crop_mirror_normalize(
             images,
             dtype=types.FLOAT,
@@ -195,28 +200,29 @@ class DaliAugmentation:
         )
 
     def warp_affine(self, images):
-        """Normalised images at the resolution, moved by the affine part, unless that is left to `distorted`."""
+        """Apply the affine warp to normalized images; with elastic distortion, `warp_elastic` applies it."""
         augmentation = self._augmentation
         if not augmentation.has_warp or self._warp:
             return images
-        matrices = fn.external_source(name="matrices", batch=True, dtype=types.FLOAT, ndim=3 if self._framed else 2)
+        matrices = fn.external_source(name="matrices", batch=True, dtype=types.FLOAT, ndim=3 if self._has_packs else 2)
+        fill: dict[str, Any] = {} if augmentation.fill == "border" else {"fill_value": 0}
         images = fn.warp_affine(
             images,
-            matrix=fn.per_frame(matrices) if self._framed else matrices,
+            matrix=fn.per_frame(matrices) if self._has_packs else matrices,
             size=[self._spec.resolution] * 2,
             interp_type=types.INTERP_LINEAR,
             inverse_map=True,
             dtype=types.FLOAT,
-            **({} if augmentation.fill == "border" else {"fill_value": 0}),
+            **fill,
         )
         shifts = fill_to_mean_shifts(augmentation, self._spec)
         if not shifts:
             return images
-        less = [-shift for shift in shifts]
-        return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=self._layout, mean=less, std=1)
+        mean = [-shift for shift in shifts]
+        return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=self._layout, mean=mean, std=1)
 
     def warp_elastic(self, images: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
-        """The pipeline's output float32 [B, C, H, W], with the elastic distortion and the affine part in one."""
+        """Apply the elastic distortion and the affine warp to the pipeline's output, float32 [B, C, H, W]."""
         if self._warp is None or params is None:
             return images
         return self._warp(images, self._matrices(params), params)
@@ -226,17 +232,17 @@ class DaliAugmentation:
         return self._augmentation.affine_matrices(params, (spec.resolution,) * 2 if spec.encoded else spec.upright_size)
 
     def _in_pixels(self, matrices: NDArray[np.float64]) -> NDArray[np.float64]:
-        """As DALI takes them: from pixels of the output to pixels of the input, whose centres are at one half."""
+        """Convert to DALI's convention: pixels of the output to pixels of the input, with centres at one half."""
         resolution = self._spec.resolution
         height, width = self._spec.upright_size if self.can_warp_raw else (resolution, resolution)
         half = np.array([width, height])[None, :, None] / 2
-        pixels = matrices * half
-        pixels[:, :, 2] += half[:, :, 0] - pixels[:, :, :2].sum(axis=2)
-        pixels[:, :, :2] *= 2 / resolution
-        return pixels
+        matrices = matrices * half
+        matrices[:, :, 2] += half[:, :, 0] - matrices[:, :, :2].sum(axis=2)
+        matrices[:, :, :2] *= 2 / resolution
+        return matrices
 
 
-def _pixels(position: int, image: NDArray[np.uint8]) -> int:
+def _pixel_count(position: int, image: NDArray[np.uint8]) -> int:
     try:
         header = read_image_header(image)
     except ValueError as error:
@@ -245,24 +251,24 @@ def _pixels(position: int, image: NDArray[np.uint8]) -> int:
 
 
 def _runs(pixels: list[int]) -> Iterator[slice]:
-    """Cut a batch of pictures of so many pixels into runs of up to `_MOST_PIXELS`, or of one larger picture."""
+    """Split a batch into runs of up to `_MAX_PIXELS`, or of one larger image. pixels: of each image."""
     start, total = 0, 0
     for position, count in enumerate(pixels):
-        if total + count > _MOST_PIXELS and position > start:
+        if total + count > _MAX_PIXELS and position > start:
             yield slice(start, position)
             start, total = position, 0
         total += count
     yield slice(start, len(pixels))
 
 
-def _what_is_wrong(image: NDArray[np.uint8], channels: int, error: RuntimeError) -> str:
-    """Why a picture cannot be decoded: as Pillow says it, or, if it can, as DALI does."""
+def _describe_defect(image: NDArray[np.uint8], channels: int, error: RuntimeError) -> str:
+    """Describe why an image cannot be decoded: Pillow's message, or DALI's if Pillow can decode it."""
     try:
         decode(image.tobytes(), channels)
     except ValueError as reason:
         return str(reason)
-    said = [line for line in str(error).splitlines() if line and "pipeline" not in line]
-    return f"a picture that DALI cannot decode: {said[-1] if said else 'it does not say why'}"
+    lines = [line for line in str(error).splitlines() if line and "pipeline" not in line]
+    return f"DALI cannot decode the image: {lines[-1] if lines else 'no reason reported'}"
 
 
 def _empty_pipeline(device: torch.device, batch_size: int) -> Pipeline:
@@ -270,46 +276,46 @@ def _empty_pipeline(device: torch.device, batch_size: int) -> Pipeline:
         batch_size=batch_size,
         num_threads=default_workers(),
         device_id=device.index or 0 if device.type == "cuda" else None,
-        # One batch in flight: the loader runs ahead by itself.
+        # One batch in flight: the loader prefetches.
         prefetch_queue_depth=1,
         exec_dynamic=True,
     )
 
 
-def _model_input(images, spec: TransformSpec, batch_size: int, changes: DaliAugmentation):
-    """The transform itself: raw packs uint8 [F, H, W, C] to normalised float32 [F, R, R, C]."""
+def _model_input(images, spec: TransformSpec, batch_size: int, augmentation: DaliAugmentation):
+    """Build the transform of packs: raw uint8 [F, H, W, C] to normalized float32 [F, R, R, C]."""
     height, width = spec.upright_size
     if spec.transposed:
         images = fn.transpose(images, perm=[0, 2, 1, 3], transpose_layout=False)
-    images = changes.color_jitter(images)
+    images = augmentation.color_jitter(images)
     region = {}
     if spec.interpolation == "nearest":
         nudge = nearest_nudge(spec.resolution)
         region = {"roi_start": [nudge, nudge], "roi_end": [height + nudge, width + nudge]}
-    if not spec.needs_resize or changes.can_warp_raw:
-        images = changes.normalize(images)
+    if not spec.needs_resize or augmentation.can_warp_raw:
+        images = augmentation.normalize(images)
     elif spec.upsamples:
-        images = _resize(changes.normalize(images), spec, batch_size, region)
+        images = _resize(augmentation.normalize(images), spec, batch_size, region)
     else:
-        images = changes.normalize(_resize(images, spec, batch_size, region))
-    return changes.warp_affine(images)
+        images = augmentation.normalize(_resize(images, spec, batch_size, region))
+    return augmentation.warp_affine(images)
 
 
-def _model_input_of_pictures(images, spec: TransformSpec, batch_size: int, changes: DaliAugmentation):
-    """The transform behind the decoder: uint8 [H, W, C], each of its own size, to normalised float32 [R, R, C]."""
+def _decoded_model_input(images, spec: TransformSpec, batch_size: int, augmentation: DaliAugmentation):
+    """Build the transform of decoded images uint8 [H, W, C] of different sizes to normalized float32 [R, R, C]."""
     if spec.transposed:
         images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
     region = {}
     if spec.interpolation == "nearest":
         nudge = nearest_nudge(spec.resolution)
         region = {"roi_start": [nudge, nudge], "roi_end": images.shape(dtype=types.FLOAT)[:2] + nudge}
-    # Colours after resizing, which leaves fewer pixels; they commute.
-    resized = changes.color_jitter(_resize(images, spec, batch_size, region))
-    return changes.warp_affine(changes.normalize(resized))
+    # The colour map commutes with the resize; after it there are fewer pixels.
+    resized = augmentation.color_jitter(_resize(images, spec, batch_size, region))
+    return augmentation.warp_affine(augmentation.normalize(resized))
 
 
 def _resize(images, spec: TransformSpec, batch_size: int, region: dict[str, Any]):
-    """region: the part of each image to take, if it is not the whole."""
+    """Build the resize. region: arguments of the region of each image that is resized; empty for the whole image."""
     return fn.resize(
         images,
         size=[spec.resolution, spec.resolution],

@@ -1,22 +1,24 @@
-"""What is done to every raw image, in training and in evaluation alike; nothing of it is random."""
+"""Deterministic preprocessing of raw images, the same in training and in evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # the settings, which hold these, do without torch
+if TYPE_CHECKING:  # trainer.config imports this module and must not import torch
     import torch
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Steps on raw images, in this order; the default does nothing.
+    """Steps on raw images, applied in the order of the attributes. The default does nothing.
 
-    invert: make bright what is dark, in all images or (`auto`) in those whose border is brighter than half.
-    opening: radius in pixels of a grey opening, 0 for none. crop_to_foreground: cut out the square around the ink with
-    this margin, a share of its side; None for no cropping. equalize: spread the histogram of each channel evenly.
-    Opening and ink take ink for bright.
+    Attributes:
+        invert: Whether to invert all images, or (`auto`) those whose border has a mean above 127.5. The later steps
+            expect a bright foreground.
+        opening_radius: Radius in pixels of a morphological opening; 0 for none.
+        crop_to_foreground: Margin of the crop around the foreground, as a fraction of its side; None for no crop.
+        equalize: Whether to equalize the histogram of each channel.
     """
 
     invert: bool | Literal["auto"] = False
@@ -26,13 +28,13 @@ class Preprocessing:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """What it does, in words that are part of file names: `invert`, `opening1`."""
+        """Names of the active steps with their values, for file names: `invert`, `opening_radius1`."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         changed = {name: value for name, (value, default) in values.items() if value != default}
         return tuple(name if value is True else f"{name}{value}" for name, value in changed.items())
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, H, W, C], as stored and on any device, to the same; the input is not changed."""
+        """Apply the steps to uint8 [B, H, W, C] on any device; the input is not changed."""
         from pipeline.transforms.ops.foreground import crop_to_foreground, equalize
         from pipeline.transforms.ops.morphology import morphological_opening
 
@@ -48,7 +50,7 @@ class Preprocessing:
 
 
 def _bright_border(images: torch.Tensor) -> torch.Tensor:
-    """For which images bool [B] the mean of the outermost pixels is above half."""
+    """Whether the mean of the border pixels is above 127.5, bool [B]."""
     import torch
 
     border = [images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]]

@@ -1,4 +1,4 @@
-"""What is done to raw images before either backend: preparation, stroke thickness and erasing, all on bytes."""
+"""Operations on raw uint8 images, before either backend: preprocessing, stroke width and erasing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.transforms.spec import TransformSpec
 
 
 class RawOps:
-    """uint8 [B, H, W, C] as stored, to the same; on any device, and the same on each to the bit."""
+    """Applies the operations on uint8 images; results are bit-identical on all devices."""
 
     def __init__(self, spec: TransformSpec, augmentation: Augmentation) -> None:
         self._preprocessing = spec.preprocessing
@@ -19,20 +19,25 @@ class RawOps:
         self._transposed = spec.transposed
 
     def __call__(self, images: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
-        """The images themselves where there is nothing to do; they are not changed."""
+        """Apply the operations to a batch; the input is not changed.
+
+        Args:
+            images: uint8 [B, H, W, C], as stored. Returned as they are if there is nothing to do.
+            params: Augmentation parameters of the batch; None without augmentation.
+        """
         images = self._preprocessing(images)
         if params is None:
             return images
-        changes = self._augmentation
-        if changes.stroke:
-            amounts = torch.from_numpy(changes.stroke_amounts(params)).to(images.device)
-            images = change_stroke_width(images, amounts, changes.stroke)
-        if changes.erase:
+        augmentation = self._augmentation
+        if augmentation.stroke:
+            amounts = torch.from_numpy(augmentation.stroke_amounts(params)).to(images.device)
+            images = change_stroke_width(images, amounts, augmentation.stroke)
+        if augmentation.erase:
             images = erase(
                 images,
-                torch.from_numpy(changes.erase_boxes(params)).to(images.device),
-                changes.erase_value,
-                on_contour=changes.erase_at == "contour",
+                torch.from_numpy(augmentation.erase_boxes(params)).to(images.device),
+                augmentation.erase_value,
+                on_contour=augmentation.erase_at == "contour",
                 transposed=self._transposed,
             )
         return images

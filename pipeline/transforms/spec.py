@@ -1,15 +1,14 @@
-"""What turns raw bytes into model input: one contract, two backends (DALI and torch)."""
+"""The specification of a transform and the interface that both backends (DALI and torch) implement."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.stores.base import Images
 
 if TYPE_CHECKING:  # the settings, which need MAX_RESOLUTION, do without torch
     import torch
@@ -19,13 +18,16 @@ MAX_RESOLUTION = 4096
 
 @dataclass(frozen=True)
 class TransformSpec:
-    """Everything that decides what a transform computes.
+    """All parameters of a transform except the augmentation.
 
-    image_shape: (H, W, C) of the raw images, (None, None, C) for picture files of differing sizes. transposed: rows and
-    columns are exchanged in them.
-    resolution: side of the square output, in pixels. interpolation: `linear`, `cubic`, `lanczos` or `nearest`.
-    mean, std: for each channel, of the resized images with pixels scaled to 0 .. 1.
-    preprocessing: of the raw images, in training and evaluation alike.
+    Attributes:
+        image_shape: (H, W, C) of the raw images; (None, None, C) for image files of different sizes.
+        transposed: Whether rows and columns of the stored images are exchanged.
+        resolution: Side of the square output in pixels.
+        interpolation: `linear`, `cubic`, `lanczos` or `nearest`.
+        mean: Mean of each channel, of resized images with pixels scaled to 0 .. 1.
+        std: Standard deviation of each channel, on the same scale.
+        preprocessing: Deterministic steps on raw images.
     """
 
     image_shape: tuple[int | None, int | None, int]
@@ -44,12 +46,16 @@ class TransformSpec:
         interpolation: str = "linear",
         preprocessing: Preprocessing = NO_PREPROCESSING,
     ) -> TransformSpec:
-        """The spec for a packed part, without normalisation (mean 0, standard deviation 1)."""
+        """Return the specification for a packed split, without normalization (mean 0, std 1).
+
+        Raises:
+            UserError: The resolution is out of range.
+        """
         if not 1 <= resolution <= MAX_RESOLUTION:
             raise UserError(
-                found=f"resolution {resolution}",
+                found=f"data.resolution={resolution}",
                 expected=f"a side of 1 .. {MAX_RESOLUTION} pixels",
-                hint="for instance data.resolution=112",
+                hint="set for example data.resolution=112",
             )
         channels = manifest.image_shape[2]
         return cls(
@@ -63,42 +69,50 @@ class TransformSpec:
         )
 
     def with_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> TransformSpec:
+        """Return a copy with this mean and std of each channel."""
         return replace(self, mean=mean, std=std)
 
     @property
     def encoded(self) -> bool:
-        """Whether the raw images are picture files."""
+        """Whether the raw images are image files."""
         return self.image_shape[0] is None
 
     @property
     def upright_size(self) -> tuple[int, int]:
-        """Height and width of the raw images, orientation fixed."""
+        """Height and width of the raw images after the orientation is corrected."""
         height, width, _ = self.image_shape
-        assert height and width, "picture files have no one size"
+        assert height and width, "image files have different sizes"
         return (width, height) if self.transposed else (height, width)
 
     @property
     def needs_resize(self) -> bool:
-        """Whether the output has another size than the raw images."""
+        """Whether the output size differs from that of the raw images."""
         height, width, _ = self.image_shape
         return not height == width == self.resolution
 
     @property
     def upsamples(self) -> bool:
-        """Whether the output has more pixels, so that normalising first is cheaper (resizing commutes with it)."""
+        """Whether the output has more pixels. Normalizing before the resize is then cheaper; both commute."""
         height, width, _ = self.image_shape
-        assert height and width, "picture files have no one size"
+        assert height and width, "image files have different sizes"
         return self.resolution * self.resolution > height * width
 
     @property
     def can_warp_raw(self) -> bool:
-        """Whether pixels are moved straight from the raw image to the output, in one interpolation; otherwise images
-        are resized first, which takes another one or makes several pixels one."""
+        """Whether the warp can sample raw images directly, in one interpolation.
+
+        Otherwise images are resized first: with another interpolation, or to average pixels when downsampling.
+        """
         return not self.encoded and self.interpolation == "linear" and self.resolution >= max(self.upright_size)
 
 
 class UndecodableImage(Exception):
-    """A picture file of a batch that cannot be decoded. position: in the batch. reason: what it is instead."""
+    """An image file of a batch cannot be decoded.
+
+    Attributes:
+        position: Position in the batch.
+        reason: Description of the defect.
+    """
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(position, reason)
@@ -107,7 +121,7 @@ class UndecodableImage(Exception):
 
 
 class Transform(Protocol):
-    """Turns raw images into model input. Built for one specification and device; not thread-safe.
+    """Converts raw images to model input. Built for one specification and device; not thread-safe.
 
     Attributes:
         max_fused_batch: Images up to which one call is faster than several smaller ones; 0 to keep batches apart.
@@ -116,7 +130,7 @@ class Transform(Protocol):
     @property
     def max_fused_batch(self) -> int: ...
 
-    def __call__(self, images: Images, params: AugmentationParams | None = None) -> torch.Tensor:
+    def __call__(self, images: Any, params: AugmentationParams | None = None) -> torch.Tensor:
         """Transform a batch; the input is neither changed nor kept.
 
         Args:

@@ -1,4 +1,4 @@
-"""The torch backend: resizing a small image is two small matrix products, A X A^T."""
+"""Torch backend: the resize of a small image is two small matrix products, A X A^T."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.warp import Warp
 from shards.errors import UserError
 
-_WORTH_JOINING = 8 << 20  # bytes of model input; from there on the calls themselves no longer matter
+_MAX_FUSED_BYTES = 8 << 20  # of model input; for larger batches the overhead of a call is negligible
 
 
 class TorchTransform:
-    """See `pipeline.transforms.spec.Transform`."""
+    """The `Transform` for raw images of one size, on any device."""
 
     def __init__(self, spec: TransformSpec, device: torch.device, augmentation: Augmentation = NO_AUGMENTATION) -> None:
         if spec.encoded:
             raise UserError(
-                found="pictures of differing sizes, and the torch backend",
-                expected="DALI, which decodes them",
-                hint="install nvidia-dali-cuda120 (Linux only) and use loader.backend=auto; or pack the pictures at "
+                found="images of different sizes and the torch backend",
+                expected="the DALI backend, which decodes image files",
+                hint="install nvidia-dali-cuda120 (Linux only) and use loader.backend=auto; or pack the images at "
                 "one size: python -m pipeline.shard ... --size N",
             )
         height, width = spec.upright_size
-        self.max_fused_batch = _WORTH_JOINING // (4 * spec.image_shape[2] * spec.resolution**2)
+        self.max_fused_batch = _MAX_FUSED_BYTES // (4 * spec.image_shape[2] * spec.resolution**2)
         self._device = device
         self._buffers = Buffers()
         self._transposed = spec.transposed
@@ -41,7 +41,7 @@ class TorchTransform:
         self._resizes = spec.needs_resize and not (self._warp and spec.can_warp_raw)
         rows = resize_weights(height, spec.resolution, spec.interpolation)  # [R, H]
         columns = resize_weights(width, spec.resolution, spec.interpolation)  # [R, W]
-        first, second = (rows, columns) if spec.transposed else (columns, rows)  # in the order of their products
+        first, second = (rows, columns) if spec.transposed else (columns, rows)  # in the order of the products
         self._first = torch.from_numpy(first.T.copy()).float().to(device)
         self._second = torch.from_numpy(second.T.copy() if spec.transposed else second).float().to(device)
         # (X / 255 - fill_value) / std = X / (255 std) - fill_value / std; before the resize, as the rows of A sum to 1.
@@ -61,7 +61,7 @@ class TorchTransform:
             pixels = apply_color_matrices(pixels, self._augmentation.color_matrices(params, pixels.shape[1]))
         for channel, (shift, scale) in enumerate(self._shifts_and_scales):
             plane = pixels[:, channel]
-            torch.add(shift, plane, alpha=scale, out=plane)  # in one pass over the memory
+            torch.add(shift, plane, alpha=scale, out=plane)  # one pass over the memory
         if self._resizes:
             pixels = self._resized(pixels)
         if params is not None and self._warp:
@@ -69,25 +69,25 @@ class TorchTransform:
         return pixels
 
     def _resized(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Images [B, C, H, W] as they lie at rest as [B, C, R, R], orientation fixed."""
+        """Resize images [B, C, H, W] as stored to upright [B, C, R, R]."""
         batch, channels, height, _ = pixels.shape
         resolution = self._first.shape[1]
-        # One large product for all images together, then one for each channel of each image.
+        # One large product for all images, then one for each channel of each image.
         half = torch.matmul(pixels, self._first, out=self._empty(batch, channels, height, resolution)).flatten(0, 1)
         factor = self._second.expand(batch * channels, *self._second.shape)
-        # Where rows and columns are exchanged at rest, the second product takes the first one's result the other way
-        # round, which costs less than moving pixels.
+        # For transposed images the second product uses the transpose of the first result, which is cheaper than a copy
+        # of the pixels.
         factors = (half.mT, factor) if self._transposed else (factor, half)
         resized = self._empty(batch, channels, resolution, resolution)
         torch.bmm(*factors, out=resized.flatten(0, 1))
         return resized
 
     def _upright(self, raw: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [B, H, W, C] as they lie at rest as uint8 [B, C, H, W] of any strides, orientation fixed."""
+        """Convert stored images uint8 [B, H, W, C] to upright uint8 [B, C, H, W] of any strides."""
         batch, height, width, channels = raw.shape
         if self._transposed and channels == 1 and self._device.type == "cpu":
-            # H x W channels that lie last, shuffled in H groups, are rows and columns exchanged: vectorised, and
-            # 3.5 times as fast as copying through strides.
+            # channel_shuffle of H x W channels in H groups exchanges rows and columns. It is vectorized and 3.5 times
+            # as fast as a strided copy.
             pixels = height * width
             stored = raw.as_strided((batch, pixels, 1, 1), (pixels, 1, pixels, pixels))
             return F.channel_shuffle(stored, height).view(batch, 1, width, height)
@@ -95,22 +95,26 @@ class TorchTransform:
         return planes.mT if self._transposed else planes
 
     def _as_floats(self, images: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [B, C, H, W] of any strides as contiguous float32."""
+        """Convert images uint8 [B, C, H, W] of any strides to contiguous float32."""
         if not images.is_contiguous() and images.device.type == "cpu":
-            # Moving pixels is cheaper as bytes than as floats.
+            # Reordering bytes is cheaper than reordering floats.
             images = torch.from_numpy(self._buffers.array(tuple(images.shape))).copy_(images)
         return self._empty(*images.shape).copy_(images)
 
     def _empty(self, *shape: int) -> torch.Tensor:
         if self._device.type == "cuda":
-            return torch.empty(shape, device=self._device)  # whose allocator keeps memory by itself
+            return torch.empty(shape, device=self._device)  # torch caches GPU memory itself
         return self._buffers.tensor(shape)
 
 
-def apply_color_matrices(pixels: torch.Tensor, colours: NDArray[np.float64]) -> torch.Tensor:
-    """pixels: float32 [B, C, H, W], 0 .. 255. colours: float64 [B, C, C + 1], of `Augmentation.color_matrices`. Nothing
-    is cut off at the ends of the range."""
+def apply_color_matrices(pixels: torch.Tensor, matrices: NDArray[np.float64]) -> torch.Tensor:
+    """Apply an affine map to the channels of each image, without clipping.
+
+    Args:
+        pixels: float32 [B, C, H, W], 0 .. 255.
+        matrices: float64 [B, C, C + 1], as returned by `Augmentation.color_matrices`.
+    """
     batch, channels, height, width = pixels.shape
-    mixing = torch.from_numpy(colours).float().to(pixels.device)
-    flat = torch.baddbmm(255 * mixing[:, :, channels:], mixing[:, :, :channels], pixels.view(batch, channels, -1))
+    maps = torch.from_numpy(matrices).float().to(pixels.device)
+    flat = torch.baddbmm(255 * maps[:, :, channels:], maps[:, :, :channels], pixels.view(batch, channels, -1))
     return flat.view(batch, channels, height, width)

@@ -1,5 +1,4 @@
-"""Moving the pixels of a batch, each image in its own way: turned, sheared, scaled, shifted, mirrored and distorted, in
-one interpolation from the raw size to the resolution."""
+"""Affine and elastic warp of each image of a batch, in one interpolation from the raw size to the resolution."""
 
 from __future__ import annotations
 
@@ -12,18 +11,17 @@ from pipeline.common.buffer_pool import Buffers
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from pipeline.transforms.spec import TransformSpec
 
-# Pixels of the output whose positions (8 bytes each) are worked on at a time, so that they stay in a core's cache.
-_AT_ONCE = 1 << 18
+# Output pixels per chunk and thread: their positions (8 bytes each) then stay in the cache of a core.
+_CHUNK_PIXELS = 1 << 18
 
 
 class Warp:
-    """Where each pixel of the output comes from, and its value there.
+    """Computes the source position of each output pixel and samples the image there.
 
     Elastic distortion (Simard et al. 2003, https://doi.org/10.1109/ICDAR.2003.1227801) displaces each pixel by noise
-    that a Gaussian has smoothed. Here the noise lies on a lattice and is scaled to the same deviation everywhere. Its
-    positions are, like the affine ones, products of functions of the row and of the column:
-    rows [R, K + 2] @ coefficients [K + 2, K + 2] @ columns [K + 2, R], where the last two functions are the place
-    itself and 1.
+    smoothed with a Gaussian. Here the noise is given on a grid and scaled to the same std at every pixel. Affine and
+    elastic positions are then one product of functions of the row and of the column: rows [R, K + 2] @ coefficients
+    [K + 2, K + 2] @ columns [K + 2, R], where the last two functions are the coordinate itself and 1.
     """
 
     def __init__(self, augmentation: Augmentation, spec: TransformSpec, device: torch.device) -> None:
@@ -32,11 +30,11 @@ class Warp:
         self._shifts = fill_to_mean_shifts(augmentation, spec)
         self._padding = "border" if augmentation.fill == "border" else "zeros"
         self._buffers = Buffers()
-        places = (np.arange(resolution) + 0.5) * (2 / resolution) - 1
-        functions = [places[:, None], np.ones((resolution, 1))]
+        coordinates = (np.arange(resolution, dtype=np.float64) + 0.5) * (2 / resolution) - 1
+        functions = [coordinates[:, None], np.ones((resolution, 1))]
         self._amplitude = 2 * augmentation.elastic
         if self._amplitude:
-            functions.insert(0, gaussian_weights(places, augmentation.noise_grid_size, augmentation.elastic_sigma))
+            functions.insert(0, gaussian_weights(coordinates, augmentation.noise_grid_size, augmentation.elastic_sigma))
         self._rows = torch.from_numpy(np.concatenate(functions, axis=1)).float().to(device)
         self._columns = self._rows.T.contiguous()
 
@@ -55,12 +53,12 @@ class Warp:
         resolution = len(self._rows)
         batch, channels = pixels.shape[:2]
         output = self._empty(batch, channels, resolution, resolution)
-        step = max(1, _AT_ONCE * torch.get_num_threads() // resolution**2) if self._device.type == "cpu" else batch
+        step = max(1, _CHUNK_PIXELS * torch.get_num_threads() // resolution**2) if self._device.type == "cpu" else batch
         for first in range(0, batch, step):
-            part = slice(first, first + step)
-            output[part] = F.grid_sample(
-                pixels[part],
-                self._positions(coefficients[part]).permute(0, 2, 3, 1),
+            chunk = slice(first, first + step)
+            output[chunk] = F.grid_sample(
+                pixels[chunk],
+                self._positions(coefficients[chunk]).permute(0, 2, 3, 1),
                 mode="bilinear",
                 padding_mode=self._padding,
                 align_corners=False,
@@ -70,21 +68,21 @@ class Warp:
         return output
 
     def _coefficients(self, matrices: NDArray[np.float64], params: AugmentationParams) -> NDArray[np.float32]:
-        """Of the functions of row and column, float32 [B, 2, K + 2, K + 2]."""
+        """Coefficients of the functions of row and column, float32 [B, 2, K + 2, K + 2]."""
         functions = self._rows.shape[1]
-        found = np.zeros((len(matrices), 2, functions, functions), np.float32)
-        if self._amplitude:
-            np.multiply(params.noise, np.float32(self._amplitude), out=found[:, :, :-2, :-2])
-        found[:, :, -1, -2] = matrices[:, :, 0]  # across
-        found[:, :, -2, -1] = matrices[:, :, 1]  # down
-        found[:, :, -1, -1] = matrices[:, :, 2]
-        return found
+        coefficients = np.zeros((len(matrices), 2, functions, functions), np.float32)
+        if params.noise is not None:
+            np.multiply(params.noise, np.float32(self._amplitude), out=coefficients[:, :, :-2, :-2])
+        coefficients[:, :, -1, -2] = matrices[:, :, 0]  # x
+        coefficients[:, :, -2, -1] = matrices[:, :, 1]  # y
+        coefficients[:, :, -1, -1] = matrices[:, :, 2]
+        return coefficients
 
     def _positions(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """float32 [B, 2, R, R]: x and y of each pixel of the output, -1 .. 1 from edge to edge of the input."""
+        """Source (x, y) of each output pixel, -1 .. 1 from edge to edge of the input: float32 [B, 2, R, R]."""
         batch, _, functions, _ = coefficients.shape
         resolution = len(self._rows)
-        # The first is one large product for all images together.
+        # The first product is one large product for all images.
         wide = torch.matmul(coefficients, self._columns, out=self._empty(batch, 2, functions, resolution))
         return torch.matmul(self._rows, wide, out=self._empty(batch, 2, resolution, resolution))
 
@@ -95,18 +93,25 @@ class Warp:
 
 
 def fill_to_mean_shifts(augmentation: Augmentation, spec: TransformSpec) -> list[float]:
-    """Offsets that turn (x / 255 - fill_value) / std into (x / 255 - mean) / std, by channel; empty for none."""
+    """Return the offset of each channel from (x / 255 - fill_value) / std to (x / 255 - mean) / std; empty if all 0."""
     fill_value = augmentation.fill_value(spec.mean)
-    each = [(level - mean) / std for level, mean, std in zip(fill_value, spec.mean, spec.std, strict=True)]
-    return each if any(each) else []
+    shifts = [(level - mean) / std for level, mean, std in zip(fill_value, spec.mean, spec.std, strict=True)]
+    return shifts if any(shifts) else []
 
 
-def gaussian_weights(places: NDArray[np.float64], lattice: int, smoothness: float) -> NDArray[np.float64]:
-    """What each lattice point counts at each place: a Gaussian, float64 [places, lattice], of rows of length 1.
+def gaussian_weights(coordinates: NDArray[np.float64], grid_size: int, sigma: float) -> NDArray[np.float64]:
+    """Compute the Gaussian weights of grid points at coordinates.
 
-    places: -1 .. 1. smoothness: the Gaussian's deviation as a share of the side. Independent noise of deviation 1 on
-    the points has deviation 1 at every place.
+    Each row has length 1, so independent noise of std 1 on the grid has std 1 at every coordinate.
+
+    Args:
+        coordinates: float64 [N], -1 .. 1.
+        grid_size: Number of grid points, evenly spaced in -1 .. 1.
+        sigma: Std of the Gaussian, as a fraction of the image's side.
+
+    Returns:
+        float64 [N, grid_size].
     """
-    distances = (places[:, None] - np.linspace(-1, 1, lattice)) / (2 * smoothness)
+    distances = (coordinates[:, None] - np.linspace(-1, 1, grid_size)) / (2 * sigma)
     weights = np.exp(-0.5 * distances**2)
     return weights / np.sqrt((weights**2).sum(axis=1, keepdims=True))

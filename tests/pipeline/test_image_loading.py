@@ -115,7 +115,7 @@ def test_a_picture_damaged_after_packing_is_named(packed: Path, tmp_path: Path, 
 
 def test_statistics_are_those_of_the_reference(set_of_pictures: Path, device: torch.device) -> None:
     store = open_split(set_of_pictures, "train")
-    measured = normalization.measure(store, TransformSpec.of(store.manifest, RESOLUTION), "dali", device)
+    measured = normalization.compute_stats(store, TransformSpec.of(store.manifest, RESOLUTION), "dali", device)
     reference = expected(store, np.arange(len(store)))
     # Each picture counts the same, whatever its size.
     np.testing.assert_allclose(measured.mean, reference.mean(axis=(0, 2, 3)), atol=1e-5)
@@ -126,8 +126,8 @@ def test_statistics_are_those_of_the_reference(set_of_pictures: Path, device: to
 def test_statistics_of_a_sorted_set_are_taken_from_everywhere(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_split(foreign, "train")
     assert np.all(np.diff(store.labels) >= 0), "sorted by class"
-    monkeypatch.setattr(normalization, "_MOST_PICTURES", 30)
-    samples = normalization._choose(store)
+    monkeypatch.setattr(normalization, "_MAX_ENCODED_SAMPLES", 30)
+    samples = normalization._select_samples(store)
     assert len(samples) == len(set(samples.tolist())) == 30
     assert np.bincount(store.labels[samples]).tolist() == [15, 15]
     assert normalization.compute_stats(store, TransformSpec.of(store.manifest, 8), "dali", CPU).samples == 30
@@ -180,7 +180,7 @@ def test_a_set_of_pictures_trains_and_is_reported(
     """The classes are told apart by where a picture is bright, which one epoch suffices to see."""
     run = tmp_path / "run"
     assert train(monkeypatch, recipe(tmp_path, set_of_pictures), f"run.dir={run}") == 0
-    assert "loader dali: it decodes pictures" in capsys.readouterr().out
+    assert "loader dali: decodes image files" in capsys.readouterr().out
     summary = json.loads((run / "summary.json").read_text())
     assert summary["samples"] == 40
     assert summary["accuracy"] > 0.6

@@ -150,11 +150,11 @@ def test_a_place_that_cannot_be_written_only_warns(
             store, spec, "torch", CPU
         )
     assert "Permission denied" in caplog.text
-    assert "measured again" in caplog.text
+    assert "computed again" in caplog.text
 
 
 def _must_not_measure(*arguments: object) -> DatasetStats:
-    raise AssertionError("measured again")
+    raise AssertionError("computed again")
 
 
 def _only_file(packed: Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import run_module
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pipeline import preview
 from pipeline.preview import contact_sheet, upright
@@ -106,6 +106,27 @@ def test_an_out_that_cannot_be_written_to_is_the_users_mistake(
     with pytest.raises(UserError, match="a directory"):
         _run(monkeypatch, made_up_set, "--out", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def drawn(text: str, width: int = 400) -> np.ndarray:
+    sheet = Image.new("RGB", (400, 40), "white")
+    preview._draw_text(ImageDraw.Draw(sheet), (4, 4), text, 20, width)
+    return np.asarray(sheet)
+
+
+def test_letters_beyond_ascii_are_drawn_and_not_boxes() -> None:
+    pictures = [drawn(letter) for letter in ("é", "ü", "ক" if preview._font_file(frozenset({0x995})) else "ß")]
+    assert all((picture != 255).any() for picture in pictures)
+    assert len({picture.tobytes() for picture in pictures}) == 3, "a box is the same for each letter"
+
+
+def test_letters_that_no_font_has_are_drawn_as_escape_sequences() -> None:
+    assert np.array_equal(drawn("a\U0010fffe"), drawn("a\\U0010fffe"))
+
+
+def test_long_names_are_shortened_to_the_width() -> None:
+    assert (drawn("a name longer than the label", 100)[:, 104:] == 255).all()
+    assert not np.array_equal(drawn("a name longer than the label", 100), drawn("a name", 100))
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

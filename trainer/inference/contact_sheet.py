@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.preview import to_picture
+from pipeline.preview import to_pil_image
 
 MOST_TILES = 240
 _COLUMNS = 12
@@ -52,7 +52,7 @@ def prediction_sheet(tiles: list[Tile], title: str, left_out: int = 0) -> Image.
         if wrong:
             draw.rectangle((x - 3, y - 3, x + _TILE + 2, y + _TILE + 2), fill=_WRONG)
         grows = Image.Resampling.NEAREST if tile.image.shape[0] * 2 <= _TILE else Image.Resampling.LANCZOS
-        sheet.paste(to_picture(tile.image).resize((_TILE, _TILE), grows), (x, y))
+        sheet.paste(to_pil_image(tile.image).resize((_TILE, _TILE), grows), (x, y))
         share = f"{tile.probability:.0%}"
         room = _TILE - draw.textlength(share, ImageFont.load_default(12)) - 4
         draw.text((x, y + _TILE + 4), _cut(tile.said, room, 14), _WRONG if wrong else _INK, ImageFont.load_default(14))

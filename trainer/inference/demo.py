@@ -26,7 +26,7 @@ import jinja2
 from PIL import Image
 
 from pipeline.ink.adapter import BlankImageError, UnusableImageError
-from pipeline.preview import to_picture
+from pipeline.preview import to_pil_image
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as pictures
 from shards import UserError
@@ -79,7 +79,7 @@ class DrawingClassifier:
         best = (-probabilities).argsort(kind="stable")[:_TOP].tolist()
         return {
             "top": [{"class": self.predictor.classes[one], "probability": float(probabilities[one])} for one in best],
-            "image": _data_address(to_picture(seen.images[0])),
+            "image": _data_address(to_pil_image(seen.images[0])),
             "side": self.predictor.resolution,
         }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline.preview import contact_sheet, save
+from pipeline.preview import contact_sheet, save_png
 from shards.atomic import check_writable
 from shards.cli import program_name, run_command
 from shards.open import open_split
@@ -31,7 +31,7 @@ def main() -> int:
     data = settings.data
     store = open_split(resolve_dataset(data.shards), "train")
     changes = data.interpolation, data.preparation(), settings.augment.augmentation()
-    save(contact_sheet(store, data.final_resolution, *changes), out)
+    save_png(contact_sheet(store, data.final_resolution, *changes), out)
     return 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.preview import read_images, to_picture, upright
+from pipeline.preview import read_images, to_pil_image, upright
 from shards.stores.base import Store
 
 _OF_AN_ERROR = 24  # pictures of a pair of classes, the most confident first
@@ -81,7 +81,7 @@ def pictures(store: Store, rows: NDArray[np.int64], largest: int) -> list[str]:
 
 def _data_address(image: NDArray[np.uint8], largest: int) -> str:
     content = io.BytesIO()
-    picture: Image.Image = to_picture(image)
+    picture: Image.Image = to_pil_image(image)
     if image.shape[2] == 1:
         picture = picture.convert("L")
     picture.thumbnail((largest, largest))

@@ -1,1 +1,1 @@
-"""Which operations on uint8 images are the same on every device?"""
+"""Operations on batches of uint8 images, with the same result on every device."""

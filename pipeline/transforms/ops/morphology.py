@@ -1,7 +1,7 @@
-"""Grey morphology of raw images, on any device: what DALI offers on GPUs only.
+"""Grey morphology of raw images on any device (DALI has it on GPUs only).
 
-The structuring element is a pixel with its four neighbours, so that repeating it makes diamonds; beyond the border
-nothing is taken. All images are uint8 [B, H, W, C] and are not changed.
+The structuring element is a pixel with its four neighbours; repeated, it becomes a diamond. Pixels outside the image
+are ignored. All functions take and return uint8 [B, H, W, C] and do not change their input.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 
 import torch
 
-_BITS = 7  # of the weight of a step, whose product with a difference of pixels fits into 16
+_BITS = 7  # of the fixed-point weight of a dilation; its product with a difference of pixels fits into int16
 
 
 def dilate(images: torch.Tensor) -> torch.Tensor:
-    """The largest of each pixel and its four neighbours."""
+    """Return the maximum of each pixel and its four neighbours."""
     largest = images.clone()
     for axis in (1, 2):
         later, earlier = (slice(None),) * axis + (slice(1, None),), (slice(None),) * axis + (slice(None, -1),)
@@ -24,28 +24,31 @@ def dilate(images: torch.Tensor) -> torch.Tensor:
 
 
 def morphological_opening(images: torch.Tensor, radius: int) -> torch.Tensor:
-    """Erosion by a diamond of this radius in pixels, then dilation: bright specks that do not hold it vanish."""
-    inverted = ~images
+    """Erode and then dilate by a diamond of this radius in pixels; bright specks smaller than it disappear."""
+    images = ~images
     for _ in range(radius):
-        inverted = dilate(inverted)
-    images = ~inverted
+        images = dilate(images)
+    images = ~images
     for _ in range(radius):
         images = dilate(images)
     return images
 
 
-def change_stroke_width(images: torch.Tensor, amounts: torch.Tensor, most: float) -> torch.Tensor:
-    """Bright strokes made thicker (dilation) or thinner (erosion), each image by its own amount.
+def change_stroke_width(images: torch.Tensor, amounts: torch.Tensor, max_amount: float) -> torch.Tensor:
+    """Make the bright strokes of each image thicker (dilation) or thinner (erosion).
 
-    amounts: float [B] in -most .. most, pixels on each side of a stroke. Whole pixels are steps of dilation; a part of
-    a pixel is that share of the way to the next one.
+    Args:
+        images: uint8 [B, H, W, C].
+        amounts: float [B], pixels on each side of a stroke, within -max_amount .. max_amount. The integer part is a
+            number of dilations; the fractional part interpolates linearly to the next one.
+        max_amount: Largest absolute amount.
     """
-    # Erosion is dilation of the inverted image: the images that are to be thinner go through it inverted.
+    # Erosion is dilation of the inverted image, so images that become thinner are inverted before and after.
     mask = (amounts < 0).to(torch.uint8).mul(255).view(-1, 1, 1, 1)
     pixels = images ^ mask
-    for step in range(math.ceil(most)):
-        share = (amounts.abs() - step).clamp(0, 1).mul(1 << _BITS).round().to(torch.int16).view(-1, 1, 1, 1)
+    for step in range(math.ceil(max_amount)):
+        weight = (amounts.abs() - step).clamp(0, 1).mul(1 << _BITS).round().to(torch.int16).view(-1, 1, 1, 1)
         difference = (dilate(pixels) - pixels).to(torch.int16)
-        rounded = difference.mul_(share).add_(1 << _BITS - 1).bitwise_right_shift_(_BITS)
+        rounded = difference.mul_(weight).add_(1 << _BITS - 1).bitwise_right_shift_(_BITS)
         pixels = pixels + rounded.to(torch.uint8)
     return pixels ^ mask

@@ -1,8 +1,8 @@
-"""Resizing as a matrix: along one axis, output = weights @ input.
+"""Weights of a resize along one axis: output = weights @ input.
 
-These are the weights of DALI's `fn.resize`, so that both backends compute the same thing:
-pixel r of the output looks at position (r + 0.5) * source / target - 0.5 of the input; positions outside
-take the border pixel; the kernel is widened by source / target when reducing (anti-aliasing).
+The weights equal those of DALI's `fn.resize`, so both backends compute the same result. Pixel r of the output is
+sampled at position (r + 0.5) * source / target - 0.5 of the input. Positions outside the image take the border pixel.
+For downsampling, the kernel is widened by source / target (anti-aliasing).
 """
 
 from __future__ import annotations
@@ -16,16 +16,25 @@ Kernel = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 def nearest_nudge(target: int) -> float:
-    """A shift of 1 / (8 * target) input pixels that settles ties of the nearest pixel upwards.
+    """Return a shift of 1 / (8 * target) input pixels that rounds ties between two nearest pixels up.
 
-    Positions are multiples of 1 / (2 * target), so nothing else is changed by it, while rounding errors of
-    float32 (which fall differently along x and y in DALI) no longer decide.
+    Positions are multiples of 1 / (2 * target), so the shift changes ties only. Without it, rounding errors of float32
+    would decide, which differ between x and y in DALI.
     """
     return 1 / (8 * target)
 
 
 def resize_weights(source: int, target: int, interpolation: str) -> NDArray[np.float64]:
-    """The matrix float64 [target, source] that resizes one axis; its rows add up to 1."""
+    """Compute the weights of a resize along one axis.
+
+    Args:
+        source: Pixels of the input.
+        target: Pixels of the output.
+        interpolation: `linear`, `cubic`, `lanczos` or `nearest`.
+
+    Returns:
+        float64 [target, source]; each row sums to 1.
+    """
     weights = np.zeros((target, source))
     positions = (np.arange(target) + 0.5) * (source / target)
     if interpolation == "nearest":
@@ -46,7 +55,7 @@ def _triangle(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _catmull_rom(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Keys' cubic with a = -0.5 (1981, https://doi.org/10.1109/TASSP.1981.1163711)."""
+    """Cubic kernel of Keys with a = -0.5 (1981, https://doi.org/10.1109/TASSP.1981.1163711)."""
     x = np.abs(x)
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
@@ -62,7 +71,7 @@ def _lanczos(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _tabulated(kernel: Kernel, radius: int) -> Kernel:
-    """DALI tabulates these kernels at steps of 1/32 and interpolates linearly between them; so do we."""
+    """Tabulate a kernel at steps of 1/32 with linear interpolation in between, as DALI does."""
     nodes = np.linspace(-radius, radius, 2 * radius * 32 + 1)
     values = kernel(nodes)
     return lambda x: np.interp(x, nodes, values, left=0, right=0)

@@ -165,7 +165,7 @@ def test_a_batch_of_large_pictures_is_taken_in_several_runs(
     files = [as_array(picture(pixels(*size, 3))) for size in SIZES]
     together = graph_of(device)(files)
     for most in (1, 900, 4000, 40 * 90, 1 << 20):
-        monkeypatch.setattr(dali_backend, "_MOST_PIXELS", most)
+        monkeypatch.setattr(dali_backend, "_MAX_PIXELS", most)
         assert_alike(graph_of(device)(files), together)
 
 
@@ -182,7 +182,7 @@ def test_a_batch_of_large_pictures_is_taken_in_several_runs(
 def test_runs_hold_as_many_pictures_as_fit(
     monkeypatch: pytest.MonkeyPatch, counts: list[int], runs: list[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr(dali_backend, "_MOST_PIXELS", 10)
+    monkeypatch.setattr(dali_backend, "_MAX_PIXELS", 10)
     assert [(run.start, run.stop) for run in dali_backend._runs(counts)] == runs
 
 
@@ -208,7 +208,7 @@ def test_a_picture_that_cannot_be_decoded_is_found_in_its_batch(
     content, words = DAMAGED[case]
     good = [as_array(made_up_file(number, 0).content) for number in range(6)]
     bad = [*good[:position], as_array(content) if content else np.empty(0, np.uint8), *good[position + 1 :]]
-    monkeypatch.setattr(dali_backend, "_MOST_PIXELS", 4000)  # so that some lie in later runs
+    monkeypatch.setattr(dali_backend, "_MAX_PIXELS", 4000)  # so that some lie in later runs
     transform = graph_of(device)
     before = transform(good)
     with pytest.raises(UndecodableImage) as caught:
@@ -225,7 +225,7 @@ def test_what_only_dali_cannot_decode_is_told_in_its_words(monkeypatch: pytest.M
     monkeypatch.setattr(dali_backend, "decode", fine)
     with pytest.raises(UndecodableImage) as caught:
         graph_of(CPU)([as_array(PNG[: len(PNG) // 2])])
-    assert caught.value.reason.startswith("a picture that DALI cannot decode: ")
+    assert caught.value.reason.startswith("DALI cannot decode the image: ")
     assert "\n" not in caught.value.reason
 
 

@@ -198,7 +198,7 @@ def _pretend_dali(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
 
 @pytest.mark.parametrize("resolution", [0, -1, 4097])
 def test_refuses_a_resolution_that_makes_no_image(made_up_set: Path, resolution: int) -> None:
-    with pytest.raises(UserError, match=f"resolution {resolution}"):
+    with pytest.raises(UserError, match=f"resolution={resolution}"):
         TransformSpec.of(open_split(made_up_set, "train").manifest, resolution)
 
 
