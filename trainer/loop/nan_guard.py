@@ -76,7 +76,7 @@ class NonFiniteMonitor:
         """
         row = self._values[len(self._recorded)]
         row[0] = loss.detach()
-        row[1] = self._largest_gradient() if is_last_microbatch else 0.0
+        row[1] = self._gradient_norm() if is_last_microbatch else 0.0
         self._recorded.append(step)
         self._last = step
         if len(self._recorded) == len(self._values):
@@ -97,9 +97,10 @@ class NonFiniteMonitor:
         if self._last is not None and not all_finite(self._training.state.model.parameters()):
             self._stop(self._last)
 
-    def _largest_gradient(self) -> torch.Tensor:
+    def _gradient_norm(self) -> torch.Tensor:
+        """L2 norm; infinite as well beyond 1.8e19, whose square float32 does not hold."""
         gradients = [each.grad for each in self._training.state.model.parameters() if each.grad is not None]
-        return get_total_norm(gradients, math.inf)
+        return get_total_norm(gradients)
 
     def _copy(self) -> None:
         self._host_values.copy_(self._values, non_blocking=True)
