@@ -40,11 +40,11 @@ from shards.errors import UserError
 from shards.open import open_split
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config import load as config
-from trainer.config.schema import Config, Data
+from trainer.config.schema import Config, DataConfig
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import make_training
-from trainer.models.precision import with_precision
+from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.env_info import collect_env_info
 
@@ -125,7 +125,7 @@ def measure(settings: Config, keep: Path | None) -> dict[str, Any]:
     """Train and test once; called in a process of its own. keep: where to copy the best checkpoint to."""
     start = time.perf_counter()
     with init_distributed(settings.device) as world, tempfile.TemporaryDirectory() as run:
-        settings = with_precision(settings, world.device)
+        settings = resolve_precision(settings, world.device)
         data = open_data(settings, world)
         training = make_training(settings, data, world)
         directory = RunDirectory(Path(run))
@@ -175,7 +175,7 @@ class Results:
         """The newest record of a run with these settings on this data; what it says nothing of, being older than the
         setting, was at its default."""
         identity = identity_of(settings, data)
-        defaults = identity_of(Config(data=Data(shards=settings.data.shards)), data)
+        defaults = identity_of(Config(data=DataConfig(shards=settings.data.shards)), data)
         return next((one for one in reversed(self.records) if defaults | one["identity"] == identity), None)
 
     def append(self, record: dict[str, Any]) -> None:

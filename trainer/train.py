@@ -25,7 +25,7 @@ from trainer.evaluate.evaluator import Evaluation
 from trainer.loop import engine, resume
 from trainer.loop.state import Training, make_training
 from trainer.loop.summary import summarize
-from trainer.models.precision import with_precision
+from trainer.models.precision import resolve_precision
 from trainer.report import console, run_page
 from trainer.runtime import rendezvous
 from trainer.runtime.distributed import World, init_distributed, report_errors_on_main
@@ -55,12 +55,12 @@ def train(path: Path, overrides: list[str], dry: bool) -> int:
     with report_errors_on_main():
         settings = config.load(path, overrides)
         if is_main_process:
-            for line in settings.without_effect():
+            for line in settings.settings_without_effect():
                 print(f"warning: {line}", file=sys.stderr)
         check_installed(settings)
         resolve_dataset(settings.data.shards)  # before ranks wait for each other, as a download may take longer
         with init_distributed(settings.device, settings.trainer.timeout_minutes) as world:
-            settings = with_precision(settings, world.device)
+            settings = resolve_precision(settings, world.device)
             data = open_data(settings, world)
             if dry:
                 return dry_run(settings, data, world)

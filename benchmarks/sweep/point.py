@@ -38,7 +38,7 @@ from trainer.data.training_data import TrainingData, open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
 from trainer.models.compile import compile_mode
-from trainer.models.precision import with_precision
+from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import World, init_distributed
 from trainer.runtime.env_info import collect_env_info
 
@@ -147,7 +147,7 @@ def measure(study: Study, point: Point, batch_size: int, accumulation: int) -> d
     """The figures of a point, with such a batch and so many of them to an update."""
     settings = study.config(point, batch_size, accumulation)
     with init_distributed(settings.device) as world:
-        settings = with_precision(settings, world.device)
+        settings = resolve_precision(settings, world.device)
         data = open_data(settings, world)
         data.test.sampler = replace(data.test.sampler, samples=data.test.sampler.samples[: study.test_images])
         loader = _loader_figures(data, world)

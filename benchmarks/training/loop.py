@@ -19,13 +19,13 @@ from shards.errors import UserError
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.load import validate
-from trainer.config.schema import Checkpoint
+from trainer.config.schema import CheckpointConfig
 from trainer.data.resolution_schedule import TrainingLoader
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Totals, Training, make_training
 from trainer.models.compile import compile_mode
-from trainer.models.precision import with_precision
+from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import World, init_distributed
 from trainer.runtime.env_info import collect_env_info
 
@@ -93,7 +93,7 @@ def measure(
 def measure_in(
     world: World, shards: Path, setting: Setting, subset: float, runs: int, seconds: float
 ) -> dict[str, Any] | None:
-    settings = with_precision(validate(recipe(shards, setting, subset), "the benchmark"), world.device)
+    settings = resolve_precision(validate(recipe(shards, setting, subset), "the benchmark"), world.device)
     data = open_data(settings, world)
     if data.train.steps(0) < 2:
         raise UserError(
@@ -153,7 +153,7 @@ def _epoch(training: Training, data: Any) -> Totals:
     """One pass of the trainer's own loop over the data."""
     training.data, state = data, training.state
     state.step, state.epoch_totals, state.rank_losses = 0, Totals(), []
-    never = Checkpoint(every_minutes=None)
+    never = CheckpointConfig(every_minutes=None)
     with contextlib.ExitStack() as stack:
         directory = RunDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         checkpointer = stack.enter_context(Checkpointer(directory, never, step=0, keeps_last=False))

@@ -33,7 +33,7 @@ from benchmarks.sweep.stats import BY_EPOCHS, BY_TIME, Cell, Estimate, cells, ch
 from benchmarks.sweep.text import Findings, markdown
 from shards import UserError
 from trainer.data.training_data import open_data
-from trainer.models.precision import with_precision
+from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import init_distributed
 
 SMALL = ["--resolutions", "8,16", "--epochs", "2", "--seconds", "0.3", "--seeds", "1", "--subset", "0.2"]
@@ -228,7 +228,7 @@ def test_periods_go_on_where_the_one_before_stopped_and_the_schedule_ends_at_its
     study = made_up_study(digits_set, recipe=recipe)
     with init_distributed("cpu") as world:
         point = replace(POINT, resolution=8, subset=0.2)
-        settings = with_precision(study.config(point, 64, 1), world.device)
+        settings = resolve_precision(study.config(point, 64, 1), world.device)
         data = open_data(settings, world)
         assert data.train.steps(0) == 5
         stretched = Stretched(data.train, steps=7)

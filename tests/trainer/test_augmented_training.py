@@ -92,10 +92,10 @@ def test_settings_that_make_no_sense_are_refused(override: str, said: str) -> No
 
 def test_settings_without_effect_are_said() -> None:
     config = load(RECIPE, ["augment.fill=3", "augment.erase_at=contour", "augment.elastic_sigma=0.2"])
-    lines = list(config.without_effect())
+    lines = list(config.settings_without_effect())
     assert [line.split()[0] for line in lines] == [
         "augment.elastic_sigma",
         "augment.fill=3",
         "augment.erase_at",
     ]
-    assert not list(load(RECIPE, ["augment.fill=3", "augment.rotation=3"]).without_effect())
+    assert not list(load(RECIPE, ["augment.fill=3", "augment.rotation=3"]).settings_without_effect())

@@ -21,8 +21,8 @@ from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.data.resolution_schedule import Phase, phases
 from trainer.data.training_data import open_data
-from trainer.models.precision import with_precision
-from trainer.optim.optimizers import LearningRate
+from trainer.models.precision import resolve_precision
+from trainer.optim.schedules import LRSchedule
 from trainer.runtime.distributed import World
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -30,7 +30,7 @@ ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def config(*overrides: str) -> Config:
-    return with_precision(load(QUICKSTART, list(overrides)), ALONE.device)
+    return resolve_precision(load(QUICKSTART, list(overrides)), ALONE.device)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_schedule_agrees_with_the_other_settings() -> None:
     with pytest.raises(UserError, match="three_block_cnn takes 4 or more"):
         load(QUICKSTART, ["data.resolution=[[1, 3], [2, 28]]"])
     assert "loader.scale_batch_with_resolution has no effect" in "".join(
-        config("loader.scale_batch_with_resolution=true").without_effect()
+        config("loader.scale_batch_with_resolution=true").settings_without_effect()
     )
 
 
@@ -124,7 +124,7 @@ def test_the_learning_rate_goes_by_epochs_whatever_their_number_of_updates(sched
     def ends(updates: list[int]) -> list[float]:
         """The learning rate with which each epoch begins, the last one's end included."""
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-        rate = LearningRate(optimizer, config(*given), updates)
+        rate = LRSchedule(optimizer, config(*given), updates)
         found = [rate.now]
         for count in updates:
             for _ in range(count):

@@ -14,7 +14,7 @@ import torch
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel
-from trainer.config.schema import Checkpoint
+from trainer.config.schema import CheckpointConfig
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Checkpointer:
     cannot be, `last.pt` stays as it was.
     """
 
-    def __init__(self, directory: RunDirectory, settings: Checkpoint, step: int, keeps_last: bool) -> None:
+    def __init__(self, directory: RunDirectory, settings: CheckpointConfig, step: int, keeps_last: bool) -> None:
         """step: of the epoch that the training stands at. keeps_last: whether the `last.pt` that is there is whole."""
         self._directory = directory
         self._settings = settings

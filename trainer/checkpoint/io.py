@@ -13,7 +13,7 @@ import torch
 
 from shards.atomic import replace_file, sync_directory
 from shards.errors import UserError, first_line
-from trainer.config.schema import PACK, Config
+from trainer.config.schema import SHARDS_SETTING, Config
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +111,12 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
             hint="name the packed set of that run, or begin anew with another run.dir",
         )
     allowed = set(config.checkpoint.resume_allow_changes)
-    if state["data"] != data_digest and PACK not in allowed:
+    if state["data"] != data_digest and SHARDS_SETTING not in allowed:
         raise UserError(
             found=f"data.shards={config.data.shards}, packed otherwise than the data of {path}",
             expected="the same pack (manifest digests are compared)",
-            hint=f"name that pack, go on with this one by {_allowing(allowed | {PACK})}, or begin anew with another "
-            "run.dir",
+            hint=f"name that pack, go on with this one by {_allowing(allowed | {SHARDS_SETTING})}, or begin anew with "
+            "another run.dir",
         )
     recipe = config.recipe()
     differing = [name for name in changed_settings(state, config) if name not in allowed or name in _FIXED]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 # Those that take images of any size, and the smallest side in pixels that leaves something of the last feature map.
-SMALLEST = {"three_block_cnn": 4, "cifar_efficientnet": 1, "squeezenet1_1": 17}
+MIN_RESOLUTION = {"three_block_cnn": 4, "cifar_efficientnet": 1, "squeezenet1_1": 17}
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainCnn:
     """What a plain network consists of.
 
     side: of its square input, in pixels. filters: output channels of each convolution. kernels: their sides in pixels.
@@ -25,7 +25,7 @@ class Plain:
     dense: tuple[int, ...]
     batch_norm: bool = False
 
-    def changed(self, filters: Sequence[int] | None, kernel: int | None, dense: Sequence[int] | None) -> Plain:
+    def with_layers(self, filters: Sequence[int] | None, kernel: int | None, dense: Sequence[int] | None) -> PlainCnn:
         """With other filters, one kernel side for all convolutions, or other dense layers; None leaves what is there.
 
         Raises `ValueError` for what does not fit.
@@ -53,14 +53,16 @@ class Plain:
         return side
 
 
-_TWO = Plain(32, filters=(32, 64), kernels=(3, 3), padded=(True, True), dense=(128,))
-_THREE = Plain(64, filters=(16, 32, 32), kernels=(3, 3, 3), padded=(True, True, True), dense=(1024, 512))
+_TWO = PlainCnn(32, filters=(32, 64), kernels=(3, 3), padded=(True, True), dense=(128,))
+_THREE = PlainCnn(64, filters=(16, 32, 32), kernels=(3, 3, 3), padded=(True, True, True), dense=(1024, 512))
 
-PLAIN = {
+PLAIN_CNNS = {
     "cifar_cnn": _TWO,
     "cifar_cnn_batchnorm": replace(_TWO, dense=(256,), batch_norm=True),
-    "lenet": Plain(28, filters=(6, 16), kernels=(5, 5), padded=(False, False), dense=(120, 84)),
+    "lenet": PlainCnn(28, filters=(6, 16), kernels=(5, 5), padded=(False, False), dense=(120, 84)),
     "numtadb_model1": _THREE,
-    "numtadb_model2": Plain(48, filters=(6, 16, 32), kernels=(5, 5, 3), padded=(False, False, True), dense=(120, 84)),
+    "numtadb_model2": PlainCnn(
+        48, filters=(6, 16, 32), kernels=(5, 5, 3), padded=(False, False, True), dense=(120, 84)
+    ),
     "numtadb_model3": replace(_THREE, side=48),
 }

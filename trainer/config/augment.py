@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.transforms.augmentation import Augmentation
-from trainer.config.base import Section, Share
+from trainer.config.base import BaseConfig, Fraction
 
 
-class Augment(Section):
+class AugmentConfig(BaseConfig):
     """Random changes of training images, drawn for each of them by seed, epoch and step; all off by default."""
 
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
@@ -22,7 +22,7 @@ class Augment(Section):
     """Share of the side, up to, that images are moved along each axis."""
     scale: Annotated[float, Field(ge=0)] = 0.0
     """Images become larger or smaller by up to 1 + this factor."""
-    flip: Share = 0.0
+    flip: Fraction = 0.0
     """Share of images that are mirrored, left to right; not for characters."""
     crop_padding: Annotated[int, Field(ge=0)] = 0
     """Raw pixels that are added on each side before a part of the old size is cut out."""
@@ -35,19 +35,19 @@ class Augment(Section):
     """What moves in from outside: a grey value, or the pixels of the border over and over."""
     stroke: Annotated[float, Field(ge=0, le=16)] = 0.0
     """Raw pixels, up to, that bright strokes become thicker or thinner on each side."""
-    brightness: Share = 0.0
+    brightness: Fraction = 0.0
     """Colours are multiplied by 1 plus or minus up to this."""
-    contrast: Share = 0.0
+    contrast: Fraction = 0.0
     """Colours are stretched about mid-grey by 1 plus or minus up to this."""
-    saturation: Share = 0.0
+    saturation: Fraction = 0.0
     """Colours are stretched about their own grey by 1 plus or minus up to this."""
     hue: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Degrees, up to, that hues are turned either way."""
-    erase: Share = 0.0
+    erase: Fraction = 0.0
     """Share of images of which a box is erased."""
-    erase_area_min: Share = 0.02
+    erase_area_min: Fraction = 0.02
     """Smallest share of the image that the box takes."""
-    erase_area_max: Share = 0.2
+    erase_area_max: Fraction = 0.2
     """Largest share of the image that the box takes."""
     erase_at: Literal["anywhere", "contour"] = "anywhere"
     """Where the box is: anywhere, or around a pixel of the ink's contour."""
@@ -58,7 +58,7 @@ class Augment(Section):
         """The same as the pipeline knows it."""
         return Augmentation(**{name: getattr(self, name) for name in type(self).model_fields})
 
-    def without_effect(self) -> Iterator[str]:
+    def settings_without_effect(self) -> Iterator[str]:
         """A line for each setting that was given and changes nothing."""
         given = self.model_fields_set
         if "elastic_sigma" in given and self.elastic == 0:

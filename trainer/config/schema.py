@@ -11,13 +11,13 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import MAX_RESOLUTION
-from trainer.config.architectures import PLAIN, SMALLEST, Plain
-from trainer.config.augment import Augment
-from trainer.config.base import Section, Share
-from trainer.config.objective import Distillation, Loss, Mixup, Posthoc
+from trainer.config.architectures import MIN_RESOLUTION, PLAIN_CNNS, PlainCnn
+from trainer.config.augment import AugmentConfig
+from trainer.config.base import BaseConfig, Fraction
+from trainer.config.objective import DistillationConfig, LossConfig, MixupConfig, PosthocConfig
 
-OWN = (*SMALLEST, *PLAIN)  # networks defined in trainer.models, by name
-PACK = "data.shards"  # the setting that names the pack, which is compared by its digest
+BUILTIN_MODELS = (*MIN_RESOLUTION, *PLAIN_CNNS)  # networks defined in trainer.models, by name
+SHARDS_SETTING = "data.shards"  # the setting that names the pack, which is compared by its digest
 Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 
 
@@ -36,14 +36,14 @@ def _well_formed(resolution: Any) -> Any:
     return resolution
 
 
-class Run(Section):
+class RunConfig(BaseConfig):
     name: str = ""
     """Name of the run, the configuration file's by default."""
     dir: Path | None = None
     """The run's own directory; by default runs/NAME/DATE_TIME."""
 
 
-class Data(Section):
+class DataConfig(BaseConfig):
     shards: str
     """The packed set: the directory that holds its train and test parts, or an address such as s3://bucket/name."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -76,7 +76,7 @@ class Data(Section):
         """Pairs of an epoch (from 1) and the resolution from then on."""
         return ((1, self.resolution),) if isinstance(self.resolution, int) else self.resolution
 
-    def preparation(self) -> Preprocessing:
+    def preprocessing(self) -> Preprocessing:
         """What is done to raw images, in training and evaluation alike."""
         return Preprocessing(self.invert, self.opening_radius, self.crop_to_foreground, self.equalize)
 
@@ -86,7 +86,7 @@ class Data(Section):
         return self.resolution_by_epoch()[-1][1]
 
 
-class Loader(Section):
+class LoaderConfig(BaseConfig):
     backend: Literal["auto", "dali", "torch"] = "auto"
     """What turns bytes into model input; auto takes DALI with a GPU and torch without."""
     batch_size: Annotated[int, Field(ge=1)] = 512
@@ -99,7 +99,7 @@ class Loader(Section):
     Larger sets are drawn from a window of blocks that slides through a random order of them."""
 
 
-class Model(Section):
+class ModelConfig(BaseConfig):
     name: str = "efficientnet_b2"
     """A timm model, or one of our own: three_block_cnn (32-64-128 channels, for small images and CPU-sized runs), those
     of earlier systems (cifar_cnn, cifar_cnn_batchnorm, cifar_efficientnet, lenet, numtadb_model1, numtadb_model2,
@@ -109,9 +109,9 @@ class Model(Section):
     init_checkpoint: Path | None = None
     """Begin with the weights in this file instead (.safetensors, .pth or a checkpoint of a run); of its classifier,
     classes of the same name are kept."""
-    drop_rate: Share = 0.0
+    drop_rate: Fraction = 0.0
     """Dropout before the classifier; in cifar_cnn, lenet and their like before every dense layer."""
-    drop_path_rate: Share = 0.0
+    drop_path_rate: Fraction = 0.0
     """Stochastic depth: share of residual branches left out in the last block."""
     channel_multiplier: Annotated[float, Field(gt=0)] = 1.0
     """Factor of the widths of cifar_efficientnet: 1 for B0 and B1, then 1.1, 1.2, 1.4, 1.6, 1.8 and 2 for B2 to B7."""
@@ -137,17 +137,17 @@ class Model(Section):
     left as it is and given the image three times."""
 
     @property
-    def plain(self) -> Plain | None:
+    def plain_cnn(self) -> PlainCnn | None:
         """The network of convolutions and dense layers that these settings describe, if it is one."""
-        network = PLAIN.get(self.name)
-        return network and network.changed(self.filters, self.kernel, self.dense)
+        network = PLAIN_CNNS.get(self.name)
+        return network and network.with_layers(self.filters, self.kernel, self.dense)
 
 
-class Optim(Section):
+class OptimConfig(BaseConfig):
     name: Literal["adam", "adamw", "lion", "sgd", "sgd_lookahead"] = "adamw"
     """Optimiser; sgd has momentum, sgd_lookahead is SGD with Nesterov momentum inside Lookahead."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Learning rate at its highest."""
+    """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Weight decay, of weight matrices and kernels only (decoupled in adamw and lion)."""
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
@@ -158,7 +158,7 @@ class Optim(Section):
     """Largest norm of the gradient; null for no clipping."""
 
 
-class Schedule(Section):
+class ScheduleConfig(BaseConfig):
     name: Literal["constant", "cosine", "warm_restarts", "one_cycle", "plateau"] = "cosine"
     """How the learning rate goes: one cosine, cosines with restarts, one cycle, or down when validation stalls."""
     unit: Literal["step", "epoch"] = "step"
@@ -181,7 +181,7 @@ def _compile_mode(value: Any) -> Any:
     return ("default" if value else "off") if isinstance(value, bool) else value
 
 
-class Trainer(Section):
+class TrainerConfig(BaseConfig):
     epochs: Annotated[int, Field(ge=1)] = 15
     """Passes over the training data."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -216,7 +216,7 @@ class Trainer(Section):
         return (6, 10) if self.trace is True else self.trace or None
 
 
-class Checkpoint(Section):
+class CheckpointConfig(BaseConfig):
     every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
     """Minutes between checkpoints within an epoch, besides those at its end; null for none."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
@@ -228,7 +228,7 @@ class Checkpoint(Section):
     another pack of the same classes."""
 
 
-class Logging(Section):
+class LoggingConfig(BaseConfig):
     # YAML reads an unquoted off as false.
     wandb: Annotated[Literal["off", "auto"], BeforeValidator(lambda value: "off" if value is False else value)] = "off"
     """Weights & Biases beside metrics.jsonl: auto is online with an API key and offline without."""
@@ -238,7 +238,7 @@ class Logging(Section):
     """TensorBoard's event files in the run directory, beside metrics.jsonl."""
 
 
-class Config(Section):
+class Config(BaseConfig):
     """A complete recipe."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -247,20 +247,20 @@ class Config(Section):
     """Where the model runs; auto takes a GPU if there is one."""
     resume: Literal["never", "auto"] = "never"
     """auto continues run.dir (or the newest unfinished run of this name) from its last checkpoint, if there is one."""
-    run: Run = Run()
-    data: Data
-    loader: Loader = Loader()
-    model: Model = Model()
-    loss: Loss = Loss()
-    posthoc: Posthoc = Posthoc()
-    distillation: Distillation = Distillation()
-    augment: Augment = Augment()
-    mixup: Mixup = Mixup()
-    optim: Optim = Optim()
-    schedule: Schedule = Schedule()
-    trainer: Trainer = Trainer()
-    checkpoint: Checkpoint = Checkpoint()
-    logging: Logging = Logging()
+    run: RunConfig = RunConfig()
+    data: DataConfig
+    loader: LoaderConfig = LoaderConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    posthoc: PosthocConfig = PosthocConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    augment: AugmentConfig = AugmentConfig()
+    mixup: MixupConfig = MixupConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Config:
@@ -279,10 +279,12 @@ class Config(Section):
             )
         starts = self.data.resolution_by_epoch()
         for side in (resolution for _, resolution in starts):
-            if (least := SMALLEST.get(self.model.name, 1)) > side:
+            if (least := MIN_RESOLUTION.get(self.model.name, 1)) > side:
                 raise ValueError(f"data.resolution={side}, and {self.model.name} takes {least} or more")
-            if self.model.plain and side != self.model.plain.side:
-                raise ValueError(f"data.resolution={side}, and {self.model.name} takes {self.model.plain.side} only")
+            if self.model.plain_cnn and side != self.model.plain_cnn.side:
+                raise ValueError(
+                    f"data.resolution={side}, and {self.model.name} takes {self.model.plain_cnn.side} only"
+                )
         if starts[-1][0] > self.trainer.epochs:
             raise ValueError(
                 f"data.resolution goes on to epoch {starts[-1][0]}, but trainer.epochs is {self.trainer.epochs}"
@@ -296,16 +298,16 @@ class Config(Section):
             raise ValueError(f"trainer.trace={list(self.trainer.traced_steps)} ends before it begins")
         if self.model.pretrained is True and self.model.init_checkpoint is not None:
             raise ValueError("model.pretrained and model.init_checkpoint both say what to begin with")
-        unknown = set(self.checkpoint.resume_allow_changes) - {*self.recipe(), PACK}
+        unknown = set(self.checkpoint.resume_allow_changes) - {*self.recipe(), SHARDS_SETTING}
         if unknown:
             raise ValueError(
                 f"checkpoint.resume_allow_changes names {min(unknown)}, which no checkpoint is compared by"
             )
         return self
 
-    def without_effect(self) -> Iterator[str]:
+    def settings_without_effect(self) -> Iterator[str]:
         """A line for each setting that was given and does not do what one would expect of it."""
-        given = self.model_fields_set_by_section()
+        given = self.explicit_settings()
         used_by = {
             "schedule.warmup": ("constant", "cosine", "warm_restarts", "one_cycle"),
             "schedule.cycle_epochs": ("warm_restarts",),
@@ -328,7 +330,7 @@ class Config(Section):
             yield "loader.scale_batch_with_resolution has no effect without a schedule of resolutions (data.resolution)"
         if "optim.momentum" in given and self.optim.name not in ("sgd", "sgd_lookahead"):
             yield f"optim.momentum has no effect with optim.name={self.optim.name}"
-        yield from self.augment.without_effect()
+        yield from self.augment.settings_without_effect()
         if "loss.effective_beta" in given and self.loss.class_weights != "effective":
             yield f"loss.effective_beta has no effect with loss.class_weights={self.loss.class_weights}"
         if self.mixup.prob == 0 and given & {"mixup.mixup_alpha", "mixup.cutmix_alpha"}:
@@ -339,21 +341,25 @@ class Config(Section):
             yield "mixup.off_last_epochs has no effect with mixup.prob=0"
         if self.distillation.teacher is None and given & {"distillation.weight", "distillation.temperature"}:
             yield "distillation.weight and distillation.temperature have no effect without distillation.teacher"
-        if self.model.name in OWN and self.model.name != "cifar_efficientnet" and self.model.drop_path_rate > 0:
+        if (
+            self.model.name in BUILTIN_MODELS
+            and self.model.name != "cifar_efficientnet"
+            and self.model.drop_path_rate > 0
+        ):
             yield f"model.drop_path_rate has no effect on {self.model.name}, which has no residual branches"
         for setting in sorted(given & {"model.channel_multiplier", "model.depth_multiplier"}):
             if self.model.name != "cifar_efficientnet":
                 yield f"{setting} has no effect on {self.model.name}, only on cifar_efficientnet"
         for setting in sorted(given & {"model.filters", "model.kernel", "model.dense"}):
-            if self.model.plain is None:
+            if self.model.plain_cnn is None:
                 yield f"{setting} has no effect on {self.model.name}, which takes no such change"
 
-    def model_fields_set_by_section(self) -> set[str]:
+    def explicit_settings(self) -> set[str]:
         """Dotted names of the settings that were given, not left at their default."""
         return {
             f"{section}.{field}"
             for section in type(self).model_fields
-            if isinstance(getattr(self, section), Section)
+            if isinstance(getattr(self, section), BaseConfig)
             for field in getattr(self, section).model_fields_set
         }
 

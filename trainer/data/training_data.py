@@ -97,7 +97,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         )
     manifest = train_store.manifest
     parts = phases(config)
-    spec = TransformSpec.of(manifest, parts[-1].resolution, config.data.interpolation, config.data.preparation())
+    spec = TransformSpec.of(manifest, parts[-1].resolution, config.data.interpolation, config.data.preprocessing())
     augmentation = config.augment.augmentation()
     if manifest.image_shape[2] == 1 and (augmentation.saturation or augmentation.hue):
         log.warning("augment.saturation and augment.hue have no effect on images without colour")

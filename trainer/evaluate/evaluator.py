@@ -21,12 +21,12 @@ from shards import UserError
 from shards.open import open_dataset_or_split
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
-from trainer.config.schema import Trainer
+from trainer.config.schema import TrainerConfig
 from trainer.data.training_data import evaluation_loader
 from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import Confusion
 from trainer.evaluate.tta import mean_logits
-from trainer.models.precision import autocast, laid_out
+from trainer.models.precision import autocast, to_memory_format
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import Interrupted
 
@@ -82,7 +82,7 @@ def evaluate(
     model: nn.Module,
     loader: Loader,
     classes: int,
-    settings: Trainer,
+    settings: TrainerConfig,
     world: World,
     received: Sequence[int] = (),
     *,
@@ -132,7 +132,7 @@ def evaluate(
 
 @torch.inference_mode()
 def logits_of(
-    model: nn.Module, loader: Loader, settings: Trainer, world: World, received: Sequence[int] = ()
+    model: nn.Module, loader: Loader, settings: TrainerConfig, world: World, received: Sequence[int] = ()
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
     """A model's logits [N, C] for the samples of a loader and their labels [N], in the order of rows; on rank 0, None
     elsewhere. The same on any number of ranks.
@@ -153,9 +153,9 @@ def logits_of(
     return (gathered[2], gathered[1]) if gathered else None
 
 
-def model_logits(model: nn.Module, batch: Batch, settings: Trainer, world: World) -> torch.Tensor:
+def model_logits(model: nn.Module, batch: Batch, settings: TrainerConfig, world: World) -> torch.Tensor:
     """float32 [n, classes], over the views of `trainer.test_time_augmentation`."""
-    images = laid_out(batch.images, settings)
+    images = to_memory_format(batch.images, settings)
     with autocast(settings, world.device):
         return mean_logits(model, images, settings.test_time_augmentation)
 
@@ -183,7 +183,7 @@ def loader_for(store: Store, trained: TrainedModel, world: World) -> Loader:
             hint="name a packed set of such images",
         )
     data = config.data
-    spec = TransformSpec.of(manifest, data.final_resolution, data.interpolation, data.preparation())
+    spec = TransformSpec.of(manifest, data.final_resolution, data.interpolation, data.preprocessing())
     backend, _ = choose_backend(config.loader.backend, world.device, spec)
     spec = spec.with_normalization(trained.mean, trained.std)
     graph = build_transform(spec, backend, world.device, config.loader.batch_size)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trainer.config.schema import Loss
+from trainer.config.schema import LossConfig
 from trainer.evaluate.calibration import fit_temperature
 from trainer.evaluate.metrics import Confusion
 from trainer.optim.losses import class_weights, log_priors
@@ -62,7 +62,7 @@ class ProbabilityHead(nn.Module):
         return ((logits - self.offsets) / self._temperature).softmax(dim=1)
 
 
-def log_weights(counts: NDArray[np.int64], settings: Loss) -> NDArray[np.float32]:
+def log_weights(counts: NDArray[np.int64], settings: LossConfig) -> NDArray[np.float32]:
     """log w, float32 [C], of the weights that a loss gives the classes, from their training samples int64 [C].
 
     Those are the class weights, and 1 / prior^a by logit adjustment a. Where a loss treats all classes alike they are

@@ -29,7 +29,7 @@ from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.evaluate.tta import mean_logits
 from trainer.export import formats as export_formats
 from trainer.export import model_card, parity
-from trainer.export.module import Classifier
+from trainer.export.module import InferenceModule
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
 CARD = "README.md"
@@ -46,7 +46,7 @@ def export(run: Path, form: str, out: Path | None = None, shards: str | None = N
     target = _target(run, form, out)
     train, store = finished.data(shards)
     data = config.data
-    spec = TransformSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preparation())
+    spec = TransformSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preprocessing())
     spec = spec.with_normalization(trained.mean, trained.std)
     if spec.encoded and form != "safetensors":
         raise UserError(
@@ -83,7 +83,7 @@ def _written(
         with torch.inference_mode():
             logits = mean_logits(rebuilt.eval(), expected.inputs, views)
         return content, decided(logits).numpy()
-    classifier = Classifier(spec, _model(trained), views, decided).eval()
+    classifier = InferenceModule(spec, _model(trained), views, decided).eval()
     write = export_formats.to_onnx if form == "onnx" else export_formats.to_torch_export
     exported = write(classifier, trained.image_shape, metadata)
     assert isinstance(expected.images, np.ndarray)
@@ -104,7 +104,7 @@ def describe(run: CompletedRun, train: Manifest, test: Manifest) -> dict[str, An
         "classes": list(trained.classes),
         "image_shape": list(trained.image_shape),  # height, width, channels of a raw image
         "transposed": test.transposed,  # rows and columns are exchanged in a raw image
-        "preparation": list(config.data.preparation().steps),  # of raw images, before anything else
+        "preparation": list(config.data.preprocessing().steps),  # of raw images, before anything else
         "resolution": config.data.final_resolution,
         "interpolation": config.data.interpolation,
         "mean": list(trained.mean),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from shards.errors import UserError
-from trainer.export.module import Classifier
+from trainer.export.module import InferenceModule
 
 Answers = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """Raw images uint8 [N, H, W, C] to probabilities [N, classes]."""
@@ -37,7 +37,7 @@ class Exported:
     answers: Answers
 
 
-def to_onnx(classifier: Classifier, image_shape: tuple[int, int, int], metadata: dict[str, Any]) -> Exported:
+def to_onnx(classifier: InferenceModule, image_shape: tuple[int, int, int], metadata: dict[str, Any]) -> Exported:
     """An ONNX graph (opset 20) from raw images to probabilities and logits. metadata: goes into its properties.
 
     Raises `UserError` if a package is missing.
@@ -69,7 +69,9 @@ def to_onnx(classifier: Classifier, image_shape: tuple[int, int, int], metadata:
     return Exported(content, lambda images: session.run(_OUTPUTS[:1], {_INPUT: images})[0])
 
 
-def to_torch_export(classifier: Classifier, image_shape: tuple[int, int, int], metadata: dict[str, Any]) -> Exported:
+def to_torch_export(
+    classifier: InferenceModule, image_shape: tuple[int, int, int], metadata: dict[str, Any]
+) -> Exported:
     """A `torch.export` program from raw images to probabilities and logits. metadata: a file within it."""
     content = io.BytesIO()
     torch.export.save(_traced(classifier, image_shape), content, extra_files={METADATA: json.dumps(metadata, indent=1)})
@@ -92,7 +94,7 @@ def as_text(metadata: dict[str, Any]) -> dict[str, str]:
     return {name: each if isinstance(each, str) else json.dumps(each) for name, each in metadata.items()}
 
 
-def _traced(classifier: Classifier, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+def _traced(classifier: InferenceModule, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
     """The classifier as a graph of tensor operations, for any number of images."""
     example = torch.zeros((_EXAMPLES, *image_shape), dtype=torch.uint8)
     try:

@@ -16,10 +16,10 @@ from torch import nn
 
 from shards import Manifest
 from trainer.checkpoint.completed_run import CompletedRun
-from trainer.config.schema import OWN
+from trainer.config.schema import BUILTIN_MODELS
 from trainer.evaluate.metrics import Confusion
 from trainer.export.parity import TOLERANCE, Parity, Reference
-from trainer.models.factory import published_licence
+from trainer.models.factory import pretrained_license
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _MARK = re.compile(r"<!-- the card of (.+), by python -m trainer.export -->")
@@ -75,8 +75,8 @@ class Card:
             tolerance=TOLERANCE,
             recorded=recorded_agreement(predictions, reference),
             front_matter=self._front_matter().to_yaml(),
-            publisher="torchvision" if settings.name in OWN else "timm",
-            licence=published_licence(settings.name) if settings.pretrained else None,
+            publisher="torchvision" if settings.name in BUILTIN_MODELS else "timm",
+            licence=pretrained_license(settings.name) if settings.pretrained else None,
             timm_alone=self._timm_alone,
             network=settings.model_dump(mode="json", exclude_defaults=True, exclude={"pretrained", "init_checkpoint"}),
             resize=_RESIZE.get(self.run.config.data.interpolation),
@@ -93,7 +93,7 @@ class Card:
         return ModelCardData(
             model_name=self.run.config.run.name,
             pipeline_tag="image-classification",
-            library_name=None if self.run.config.model.name in OWN else "timm",
+            library_name=None if self.run.config.model.name in BUILTIN_MODELS else "timm",
             tags=["image-classification", "inkstream"],
             metrics=["accuracy", "f1"],
             eval_results=[
@@ -115,7 +115,7 @@ class Card:
         """Whether the weights fit what `timm.create_model` makes, without any of our changes."""
         settings = self.run.config.model
         repeats = settings.gray_input == "repeated" and self.run.trained.channels == 1
-        return not (settings.name in OWN or settings.head_hidden or settings.stem_stride or repeats)
+        return not (settings.name in BUILTIN_MODELS or settings.head_hidden or settings.stem_stride or repeats)
 
     @property
     def _has_plain(self) -> bool:

@@ -11,7 +11,7 @@ from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.evaluate.tta import mean_logits
 
 
-class Classifier(nn.Module):
+class InferenceModule(nn.Module):
     """Orientation, resize and normalisation, then the model, then its decision and temperature."""
 
     def __init__(self, spec: TransformSpec, model: nn.Module, views: str, decided: ProbabilityHead) -> None:

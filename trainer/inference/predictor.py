@@ -18,7 +18,7 @@ from shards.stores.base import Store
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.evaluate.tta import mean_logits
-from trainer.models.precision import autocast, laid_out
+from trainer.models.precision import autocast, to_memory_format
 
 _MOST_AT_ONCE = 512
 
@@ -56,7 +56,7 @@ class Predictor:
             interpolation=self._config.data.interpolation,
             mean=trained.mean,
             std=trained.std,
-            preprocessing=self._config.data.preparation(),
+            preprocessing=self._config.data.preprocessing(),
         )
         backend, _ = choose_backend(self._config.loader.backend, self._device, self._spec)
         self._graph = build_transform(self._spec, backend, self._device, self.batch_size)
@@ -73,7 +73,9 @@ class Predictor:
         pixels = self._pixels(model_input)
         with autocast(self._config.trainer, self._device):
             logits = mean_logits(
-                self._model, laid_out(model_input, self._config.trainer), self._config.trainer.test_time_augmentation
+                self._model,
+                to_memory_format(model_input, self._config.trainer),
+                self._config.trainer.test_time_augmentation,
             )
         return Seen(self._decided(logits).cpu().numpy(), pixels)
 

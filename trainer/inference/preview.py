@@ -30,7 +30,7 @@ def main() -> int:
     check_writable(out)
     data = settings.data
     store = open_split(resolve_dataset(data.shards), "train")
-    changes = data.interpolation, data.preparation(), settings.augment.augmentation()
+    changes = data.interpolation, data.preprocessing(), settings.augment.augmentation()
     save_png(contact_sheet(store, data.final_resolution, *changes), out)
     return 0
 

@@ -22,9 +22,9 @@ from trainer.evaluate.logit_adjustment import decide
 from trainer.loop.epoch_meter import EpochMeter
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
 from trainer.loop.state import Totals, Training
-from trainer.models.precision import autocast, laid_out
+from trainer.models.precision import autocast, to_memory_format
 from trainer.optim.losses import weighted_kl
-from trainer.optim.mixup import mix, soft_targets
+from trainer.optim.mixup import apply_mixup_cutmix, soft_targets
 from trainer.runtime.distributed import AsyncFlags
 from trainer.runtime.loggers import MetricLogger
 from trainer.runtime.progress import print_epoch
@@ -194,8 +194,10 @@ def train_step(
     config, world, epoch = training.config, training.world, training.state.epoch
     mixing_draws = seed_step(config.seed, epoch, batch.step, world.rank)
     targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
-    images, targets = mix(batch.images, targets, config.mixup.at(epoch, config.trainer.epochs), mixing_draws)
-    images = laid_out(images, config.trainer)
+    images, targets = apply_mixup_cutmix(
+        batch.images, targets, config.mixup.at(epoch, config.trainer.epochs), mixing_draws
+    )
+    images = to_memory_format(images, config.trainer)
     training.profile.mark("mixing")
     with _gradient_sync(training.forward, is_last_microbatch):
         with autocast(config.trainer, world.device):
@@ -203,7 +205,7 @@ def train_step(
         logits = logits + training.logit_shift
         loss = weighted_kl(logits, targets, training.class_weights)
         if training.teacher is not None:
-            loss = training.teacher.teach(loss, logits, images, training.class_weights)
+            loss = training.teacher.distillation_loss(loss, logits, images, training.class_weights)
         training.profile.mark("forward")
         # The mean over the global batch; DDP averages ranks of unequal shares, hence the factor.
         (loss * (world.size / (batch.global_size * accumulation_steps))).backward()

@@ -22,10 +22,10 @@ from trainer.checkpoint import io as checkpoint
 from trainer.config.load import validate
 from trainer.config.schema import Config
 from trainer.models.factory import make_model
-from trainer.models.precision import autocast, laid_out, memory_format
-from trainer.optim.distillation import open_teacher
+from trainer.models.precision import autocast, memory_format, to_memory_format
+from trainer.optim.distillation import load_teacher
 from trainer.optim.losses import weighted_kl
-from trainer.optim.mixup import mix, soft_targets
+from trainer.optim.mixup import apply_mixup_cutmix, soft_targets
 from trainer.runtime.seeding import seed_step
 
 _NEEDED = (
@@ -50,17 +50,19 @@ def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple
             module.register_forward_hook(_output_hook(f"output of {name} ({type(module).__name__})", found))
     draws = seed_step(config.seed, state["epoch"], state["step"], rank)
     targets = soft_targets(share["labels"], len(state["classes"]), config.loss.label_smoothing)
-    images, targets = mix(share["images"], targets, config.mixup.at(state["epoch"], config.trainer.epochs), draws)
+    images, targets = apply_mixup_cutmix(
+        share["images"], targets, config.mixup.at(state["epoch"], config.trainer.epochs), draws
+    )
     if not images.isfinite().all():
         found.append("images")
     with autocast(config.trainer, device):
-        logits = model(laid_out(images, config.trainer))
+        logits = model(to_memory_format(images, config.trainer))
     logits = logits + state["logit_shift"].to(device)
     weights = state["class_weights"].to(device)
     loss = weighted_kl(logits, targets, weights)
-    teacher = open_teacher(config, tuple(state["classes"]), state["mean"], state["std"], device)
+    teacher = load_teacher(config, tuple(state["classes"]), state["mean"], state["std"], device)
     if teacher is not None:
-        loss = teacher.teach(loss, logits, images, weights)
+        loss = teacher.distillation_loss(loss, logits, images, weights)
     loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():

@@ -16,13 +16,14 @@ from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
 from trainer.evaluate.logit_adjustment import Decision, log_weights
-from trainer.models.compile import compiled
+from trainer.models.compile import compile_model
 from trainer.models.factory import check_sides, make_model
 from trainer.models.precision import memory_format
-from trainer.optim.distillation import Teacher, open_teacher
-from trainer.optim.ema import Average
+from trainer.optim.distillation import DistillationTeacher, load_teacher
+from trainer.optim.ema import ModelEma
 from trainer.optim.losses import class_weights, log_priors
-from trainer.optim.optimizers import LearningRate, make_optimizer
+from trainer.optim.optimizers import make_optimizer
+from trainer.optim.schedules import LRSchedule
 from trainer.runtime.distributed import World
 from trainer.runtime.profiler import Profile, TimeProfile, Trace
 from trainer.runtime.seeding import seed_weights
@@ -64,8 +65,8 @@ class TrainState:
     model: nn.Module
     """The network itself, without wrappers."""
     optimizer: torch.optim.Optimizer
-    learning_rate: LearningRate
-    ema: Average | None
+    learning_rate: LRSchedule
+    ema: ModelEma | None
     epoch: int = 0
     step: int = 0
     """Position: `step` steps of epoch `epoch` (both from 0) are done."""
@@ -141,7 +142,7 @@ class Training:
     """float32 [C], added to the logits in training (`loss.logit_adjustment`)."""
     log_weights: NDArray[np.float32]
     """[C], log of the class weights that `posthoc.tau` undoes."""
-    teacher: Teacher | None
+    teacher: DistillationTeacher | None
     profile: Profile
     trace: Trace
     decision: Decision | None = None
@@ -212,7 +213,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     model = make_model(settings, channels, len(data.classes), data.classes)
     check_sides(model, settings.name, channels, {side for _, side in config.data.resolution_by_epoch()})
     model.to(world.device, memory_format=memory_format(config.trainer))
-    forward = compiled(model, config.trainer, world.device, len(data.train.phases))
+    forward = compile_model(model, config.trainer, world.device, len(data.train.phases))
     if world.size > 1:
         gpu = [world.device.index] if world.device.type == "cuda" else None
         forward = DistributedDataParallel(
@@ -233,8 +234,8 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     state = TrainState(
         model=model,
         optimizer=optimizer,
-        learning_rate=LearningRate(optimizer, config, updates),
-        ema=Average(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
+        learning_rate=LRSchedule(optimizer, config, updates),
+        ema=ModelEma(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
     )
     return Training(
         state=state,
@@ -245,7 +246,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         class_weights=class_weights(data.counts, config.loss).to(world.device),
         logit_shift=(config.loss.logit_adjustment * log_priors(data.counts)).to(world.device),
         log_weights=log_weights(data.counts, config.loss),
-        teacher=open_teacher(config, data.classes, data.spec.mean, data.spec.std, world.device),
+        teacher=load_teacher(config, data.classes, data.spec.mean, data.spec.std, world.device),
         profile=profile,
         trace=Trace(config.trainer.traced_steps if world.is_main_process else None, world.device),
     )

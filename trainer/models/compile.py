@@ -11,7 +11,7 @@ import torch._dynamo
 from torch import nn
 
 from shards.errors import UserError
-from trainer.config.schema import Trainer
+from trainer.config.schema import TrainerConfig
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _COMPILERS = ("cc", "gcc", "clang", "cl")
 
 
-def compiled(model: nn.Module, settings: Trainer, device: torch.device, resolutions: int) -> nn.Module:
+def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.device, resolutions: int) -> nn.Module:
     """The model as `trainer.compile` asks for it: itself, or compiled with the same weights.
 
     resolutions: how many different ones it will see. Raises `UserError` where nothing can be compiled.
@@ -33,7 +33,7 @@ def compiled(model: nn.Module, settings: Trainer, device: torch.device, resoluti
     return _AnyBatch(torch.compile(model, dynamic=False, **options))
 
 
-def compile_mode(settings: Trainer, device: torch.device) -> str:
+def compile_mode(settings: TrainerConfig, device: torch.device) -> str:
     """`off` or a mode of torch.compile: what `auto` means on this machine."""
     has_compiler = bool(os.environ.get("CXX") or os.environ.get("CC") or any(map(shutil.which, _COMPILERS)))
     if settings.compile == "auto":

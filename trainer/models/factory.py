@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from shards.errors import UserError, first_line
-from trainer.config.schema import OWN, Model
-from trainer.models.lenet_family import plain
+from trainer.config.schema import BUILTIN_MODELS, ModelConfig
+from trainer.models.lenet_family import make_plain_cnn
 from trainer.models.small_cnn import three_block_cnn
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ SMALL_CNN = "three_block_cnn"
 _HUB_TIMEOUT = 5.0  # seconds
 
 
-def make_model(settings: Model, channels: int, classes: int, names: Sequence[str] = ()) -> nn.Module:
+def make_model(settings: ModelConfig, channels: int, classes: int, names: Sequence[str] = ()) -> nn.Module:
     """A model of images float [B, channels, R, R] to logits [B, classes].
 
     names: of the classes, by which those that `model.init_checkpoint` knows keep their part of its classifier.
@@ -55,7 +55,7 @@ def make_model(settings: Model, channels: int, classes: int, names: Sequence[str
     return model
 
 
-def convolves_by_channel(settings: Model) -> bool:
+def has_depthwise_convolutions(settings: ModelConfig) -> bool:
     """Whether a network has convolutions of single channels (depthwise ones), as EfficientNets have.
 
     Makes the network, with random weights, to look. Raises `UserError` for an unknown name.
@@ -182,13 +182,13 @@ def _first_convolution(model: nn.Module) -> nn.Conv2d:
     return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
 
 
-def _backbone(settings: Model, channels: int, classes: int) -> tuple[nn.Module, int]:
+def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Module, int]:
     """A network, and the width of its features, which come out where classes is 0."""
-    if settings.name not in OWN:
+    if settings.name not in BUILTIN_MODELS:
         model = _timm_model(settings, channels, classes)
         return model, model.num_features
-    if settings.plain:
-        return plain(settings.plain, channels, classes, settings.drop_rate)
+    if settings.plain_cnn:
+        return make_plain_cnn(settings.plain_cnn, channels, classes, settings.drop_rate)
     if settings.name == SMALL_CNN:
         return three_block_cnn(channels, classes, settings.drop_rate)
     if settings.name == "cifar_efficientnet":
@@ -211,7 +211,7 @@ def _backbone(settings: Model, channels: int, classes: int) -> tuple[nn.Module, 
     )
 
 
-def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
+def _timm_model(settings: ModelConfig, channels: int, classes: int) -> nn.Module:
     import timm
 
     options: dict[str, Any] = {
@@ -223,10 +223,10 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
         "drop_path_rate": settings.drop_path_rate or None,
     }
     if not timm.is_model(settings.name):
-        near = difflib.get_close_matches(settings.name, [*OWN, *timm.list_models()], n=3)
+        near = difflib.get_close_matches(settings.name, [*BUILTIN_MODELS, *timm.list_models()], n=3)
         raise UserError(
             found=f"model.name={settings.name}",
-            expected=f"{', '.join(OWN)} or a timm model",
+            expected=f"{', '.join(BUILTIN_MODELS)} or a timm model",
             hint=f"did you mean {' or '.join(near)}?" if near else 'python -c "import timm; print(timm.list_models())"',
         )
     try:
@@ -243,7 +243,7 @@ def _timm_model(settings: Model, channels: int, classes: int) -> nn.Module:
         ) from None
 
 
-def _begin(settings: Model, published: Callable[[], T], random: Callable[[], T]) -> T:
+def _begin(settings: ModelConfig, published: Callable[[], T], random: Callable[[], T]) -> T:
     """A network with published weights, where the settings ask for them and they can be had, or with random ones."""
     if not settings.pretrained or settings.init_checkpoint is not None:
         return random()
@@ -266,7 +266,7 @@ def _begin(settings: Model, published: Callable[[], T], random: Callable[[], T])
     return random()
 
 
-def published_licence(name: str) -> str | None:
+def pretrained_license(name: str) -> str | None:
     """What timm notes as the licence of a model's published weights; None if it notes none."""
     import timm
 
@@ -276,7 +276,7 @@ def published_licence(name: str) -> str | None:
 
 def _step_by_one(model: nn.Module, name: str) -> None:
     """Have a model's first convolution step by one pixel; its weights, and all that follows, stay as they are."""
-    place = model.pretrained_cfg.get("first_conv") if name not in OWN else None
+    place = model.pretrained_cfg.get("first_conv") if name not in BUILTIN_MODELS else None
     stem = model.get_submodule(place) if isinstance(place, str) and place else None
     if not isinstance(stem, nn.Conv2d) or stem.stride != (2, 2):
         raise UserError(

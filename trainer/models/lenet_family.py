@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from trainer.config.architectures import Plain
+from trainer.config.architectures import PlainCnn
 
 
-def plain(network: Plain, channels: int, classes: int, drop_rate: float) -> tuple[nn.Sequential, int]:
+def make_plain_cnn(network: PlainCnn, channels: int, classes: int, drop_rate: float) -> tuple[nn.Sequential, int]:
     """The network of images float [B, channels, side, side], and the width of its last dense layer.
 
     drop_rate: dropout before every dense layer and the classifier. classes 0: no classifier, the features come out.

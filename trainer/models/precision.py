@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from trainer.config.schema import Config, Trainer
-from trainer.models.factory import convolves_by_channel
+from trainer.config.schema import Config, TrainerConfig
+from trainer.models.factory import has_depthwise_convolutions
 
 
-def with_precision(config: Config, device: torch.device) -> Config:
+def resolve_precision(config: Config, device: torch.device) -> Config:
     """The settings with `trainer.precision: auto` decided: bf16 where the device is made for it and for this model.
 
     AMX multiplies matrices, of which a convolution channel by channel makes none: most networks with such ones are
@@ -20,17 +20,17 @@ def with_precision(config: Config, device: torch.device) -> Config:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu.get_capabilities().get("amx_bf16", False) and not convolves_by_channel(config.model)
+        native = torch.cpu.get_capabilities().get("amx_bf16", False) and not has_depthwise_convolutions(config.model)
     trainer = config.trainer.model_copy(update={"precision": "bf16" if native else "fp32"})
     return config.model_copy(update={"trainer": trainer})
 
 
-def autocast(settings: Trainer, device: torch.device) -> torch.autocast:
+def autocast(settings: TrainerConfig, device: torch.device) -> torch.autocast:
     """The context in which the model computes, by `trainer.precision`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
 
 
-def laid_out(images: torch.Tensor, settings: Trainer) -> torch.Tensor:
+def to_memory_format(images: torch.Tensor, settings: TrainerConfig) -> torch.Tensor:
     """Images [B, C, H, W] in the layout by `trainer.channels_last`."""
     _, channels, height, width = images.shape
     if settings.channels_last and channels == 1 and images.is_contiguous():
@@ -39,6 +39,6 @@ def laid_out(images: torch.Tensor, settings: Trainer) -> torch.Tensor:
     return images.to(memory_format=memory_format(settings))
 
 
-def memory_format(settings: Trainer) -> torch.memory_format:
+def memory_format(settings: TrainerConfig) -> torch.memory_format:
     """The layout of kernels and activations, by `trainer.channels_last`."""
     return torch.channels_last if settings.channels_last else torch.contiguous_format

@@ -9,11 +9,11 @@ from shards.errors import UserError
 from trainer.checkpoint.io import BEST
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
-from trainer.models.precision import autocast, laid_out
+from trainer.models.precision import autocast, to_memory_format
 from trainer.optim.losses import weighted_kl
 
 
-class Teacher:
+class DistillationTeacher:
     """The best model of a run, looking at a student's images: augmented, mixed, at the student's resolution or its own.
 
     A teacher that sees what the student sees is the consistent one of Beyer et al. 2022,
@@ -52,10 +52,10 @@ class Teacher:
         if images.shape[3] != self._resolution:
             images = F.interpolate(images, size=[self._resolution] * 2, mode="bilinear", antialias=True)
         with autocast(self._trainer, self._device):
-            logits = self._model(laid_out(images, self._trainer))
+            logits = self._model(to_memory_format(images, self._trainer))
         return ((logits.float() - self._offsets) / self._settings.temperature).softmax(dim=1)
 
-    def teach(
+    def distillation_loss(
         self, loss: torch.Tensor, logits: torch.Tensor, images: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """A share of the loss on the targets, and for the rest the divergence from the teacher, times temperature^2.
@@ -68,13 +68,13 @@ class Teacher:
         return (1 - share) * loss + share * temperature**2 * distance
 
 
-def open_teacher(
+def load_teacher(
     student: Config,
     classes: tuple[str, ...],
     mean: tuple[float, ...],
     std: tuple[float, ...],
     device: torch.device,
-) -> Teacher | None:
+) -> DistillationTeacher | None:
     """The teacher that the settings name, None if they name none. Raises `UserError` if it teaches something else.
 
     student, mean, std: as in `Teacher`. classes: what is learned.
@@ -94,10 +94,10 @@ def open_teacher(
                 expected=f"those that are learned here: {needed if what == 'channels' else ' '.join(needed)}",
                 hint="name a run on the same data set and split; for the weights of another, model.init_checkpoint",
             )
-    if trained.config.data.preparation() != student.data.preparation():
+    if trained.config.data.preprocessing() != student.data.preprocessing():
         raise UserError(
-            found=f"distillation.teacher={place} that learned from {trained.config.data.preparation()}",
-            expected=f"images prepared as here: {student.data.preparation()}",
+            found=f"distillation.teacher={place} that learned from {trained.config.data.preprocessing()}",
+            expected=f"images prepared as here: {student.data.preprocessing()}",
             hint="set data.invert, opening_radius, crop_to_foreground and equalize as that run had them",
         )
-    return Teacher(trained, student, mean, std, device)
+    return DistillationTeacher(trained, student, mean, std, device)

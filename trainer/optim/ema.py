@@ -10,7 +10,7 @@ from torch import nn
 _WARM_UP_POWER = 2 / 3
 
 
-class Average:
+class ModelEma:
     """An exponential moving average of a model's weights and buffers (Polyak and Juditsky 1992).
 
     The decay rises to its value as 1 - step^(-2/3), so that short runs are not held back by their first weights: the

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from trainer.config.schema import Loss
+from trainer.config.schema import LossConfig
 
 
 def weighted_kl(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def log_priors(counts: NDArray[np.int64]) -> torch.Tensor:
     return torch.from_numpy(np.log(present / present.sum())).float()
 
 
-def class_weights(counts: NDArray[np.int64], settings: Loss) -> torch.Tensor:
+def class_weights(counts: NDArray[np.int64], settings: LossConfig) -> torch.Tensor:
     """Weights float32 [C] from the training samples of each class, int64 [C].
 
     inverse: total / (classes * count). minmax: those scaled linearly to 1 .. 2. effective: (1 - beta) /

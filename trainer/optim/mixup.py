@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trainer.config.schema import Mixup
+from trainer.config.schema import MixupConfig
 
 
 def soft_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
@@ -14,8 +14,8 @@ def soft_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
-def mix(
-    images: torch.Tensor, targets: torch.Tensor, settings: Mixup, draws: np.random.Generator
+def apply_mixup_cutmix(
+    images: torch.Tensor, targets: torch.Tensor, settings: MixupConfig, draws: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix a whole batch, or leave it, as the draws decide.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from trainer.config.schema import Run
+from trainer.config.schema import RunConfig
 
 _PREFIX = "inkstream/rendezvous"
 _POLL = 0.02  # seconds
@@ -70,7 +70,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> d
     return dist.PrefixStore(f"{_PREFIX}/{acknowledged}", store)
 
 
-def get_run_dir_of_job(run: Run) -> Path | None:
+def get_run_dir_of_job(run: RunConfig) -> Path | None:
     """The directory that this torchrun job has given to a run; None at its first start, or without torchrun."""
     store = elastic_agent_store(_TIMEOUT)
     if store is None or not store.check([_run_dir_key(run)]):
@@ -78,14 +78,14 @@ def get_run_dir_of_job(run: Run) -> Path | None:
     return Path(store.get(_run_dir_key(run)).decode())
 
 
-def set_run_dir_of_job(run: Run, path: Path) -> None:
+def set_run_dir_of_job(run: RunConfig, path: Path) -> None:
     """Store the directory of a run for the restarts of this torchrun job."""
     store = elastic_agent_store(_TIMEOUT)
     if store is not None:
         store.set(_run_dir_key(run), str(path.absolute()))
 
 
-def _run_dir_key(run: Run) -> str:
+def _run_dir_key(run: RunConfig) -> str:
     """A job may train several runs, one after another."""
     return f"inkstream/run_directory/{run.name}/{run.dir or ''}"
 

@@ -27,7 +27,7 @@ from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.warp import gaussian_weights
 from shards import UserError, open_split
 from shards.stores.base import Store
-from trainer.config.augment import Augment
+from trainer.config.augment import AugmentConfig
 
 GRAY = (28, 28, 1)
 RGB = (20, 31, 3)
@@ -329,10 +329,10 @@ def test_each_image_gets_the_draws_of_its_place(store: Store) -> None:
 
 def test_the_settings_are_those_of_the_pipeline() -> None:
     names = [field.name for field in fields(Augmentation)]
-    assert list(Augment.model_fields) == names
-    assert Augment().augmentation() == NO_AUGMENTATION
+    assert list(AugmentConfig.model_fields) == names
+    assert AugmentConfig().augmentation() == NO_AUGMENTATION
     values = dict.fromkeys(names, 1) | {"fill": 7, "erase_at": "contour"}
-    assert Augment(**values).augmentation() == Augmentation(**values)
+    assert AugmentConfig(**values).augmentation() == Augmentation(**values)
 
 
 def test_the_numbers_of_an_image_have_room() -> None:

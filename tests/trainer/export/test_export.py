@@ -24,12 +24,12 @@ from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.torch_backend import TorchTransform
 from shards import UserError, open_split
 from trainer.checkpoint.trained_model import load_trained_model
-from trainer.config.schema import Model
+from trainer.config.schema import ModelConfig
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.export import formats as export_formats
 from trainer.export.export import export
 from trainer.export.export import main as export_main
-from trainer.export.module import Classifier, _MaxPoolTo
+from trainer.export.module import InferenceModule, _MaxPoolTo
 from trainer.models.factory import make_model
 from trainer.run import main as run_main
 from trainer.runtime.seeding import seed_weights
@@ -127,7 +127,7 @@ def test_the_cards_code_runs_as_written(which: str, request: pytest.FixtureReque
     images = store.read(np.arange(5))
     np.save(run / "images.npy", images)
     head = f"import os\nimport numpy as np\nraw = {str(run / 'images.npy')!r}\n"
-    plain = not config.data.preparation().steps
+    plain = not config.data.preprocessing().steps
     for form, ask in (
         ("torch-export", "model(torch.from_numpy(np.load(raw)))[0].detach().numpy()"),
         ("safetensors", "probabilities(np.load(raw))" if plain else "model(torch.zeros(1, 1, 20, 20)).detach()"),
@@ -254,22 +254,22 @@ def test_the_module_computes_what_the_graph_computes(
 
 
 NETWORKS = [
-    (Model(name="three_block_cnn", head_hidden=5), 9),
-    (Model(name="lenet", drop_rate=0.2), 28),
-    (Model(name="cifar_cnn_batchnorm", filters=(4, 6), dense=()), 32),
-    (Model(name="cifar_efficientnet"), 16),
-    (Model(name="squeezenet1_1", head_hidden=5), 20),
-    (Model(name="test_efficientnet", gray_input="repeated"), 32),
+    (ModelConfig(name="three_block_cnn", head_hidden=5), 9),
+    (ModelConfig(name="lenet", drop_rate=0.2), 28),
+    (ModelConfig(name="cifar_cnn_batchnorm", filters=(4, 6), dense=()), 32),
+    (ModelConfig(name="cifar_efficientnet"), 16),
+    (ModelConfig(name="squeezenet1_1", head_hidden=5), 20),
+    (ModelConfig(name="test_efficientnet", gray_input="repeated"), 32),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("settings", "side"), NETWORKS, ids=lambda each: getattr(each, "name", None))
-def test_every_kind_of_network_is_known_to_onnx(settings: Model, side: int) -> None:
+def test_every_kind_of_network_is_known_to_onnx(settings: ModelConfig, side: int) -> None:
     model = make_model(settings, 1, 7).eval().requires_grad_(False)
     raw = np.random.default_rng(0).integers(0, 256, (3, side, side, 1), dtype=np.uint8)
     decided = ProbabilityHead(np.zeros(7, np.float32), 1.0)
-    classifier = Classifier(TransformSpec((side, side, 1), False, side), model, "none", decided).eval()
+    classifier = InferenceModule(TransformSpec((side, side, 1), False, side), model, "none", decided).eval()
     expected = classifier(torch.from_numpy(raw))[0].numpy()
     found = export_formats.to_onnx(classifier, (side, side, 1), {}).answers(raw)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -286,7 +286,7 @@ def test_what_is_done_to_raw_images_is_within_the_graph() -> None:
     spec = TransformSpec(shape, True, 20, "linear", (0.3,) * 3, (0.2,) * 3, preparation)
     seed_weights(0)
     model = nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(27, 4))
-    classifier = Classifier(
+    classifier = InferenceModule(
         spec, model.requires_grad_(False), "none", ProbabilityHead(np.zeros(4, np.float32), 1.5)
     ).eval()
     expected = TorchTransform(spec, torch.device("cpu"))(images)
@@ -301,7 +301,7 @@ def test_a_model_that_a_format_does_not_know_is_refused() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1)[: int(images.sum())]
 
-    classifier = Classifier(TransformSpec((8, 8, 1), False, 8), Unknown(), "none", 1.0)
+    classifier = InferenceModule(TransformSpec((8, 8, 1), False, 8), Unknown(), "none", 1.0)
     with pytest.raises(UserError, match="cannot be written as torch-export"):
         export_formats.to_torch_export(classifier, (8, 8, 1), {})
 
@@ -315,5 +315,5 @@ def test_the_plain_maxima_are_torchs_adaptive_pooling(side: int) -> None:
 def test_every_pooling_of_a_model_is_replaced() -> None:
     model = nn.Sequential(nn.Sequential(nn.AdaptiveMaxPool2d(3)), nn.AdaptiveMaxPool2d(3))
     spec = TransformSpec((8, 8, 1), False, 8)
-    classifier = Classifier(spec, model, "none", 1.0)
+    classifier = InferenceModule(spec, model, "none", 1.0)
     assert not any(isinstance(module, nn.AdaptiveMaxPool2d) for module in classifier.modules())

@@ -18,7 +18,7 @@ from trainer.data.training_data import open_data
 from trainer.loop import find_batch_size as find_batch
 from trainer.loop.find_batch_size import Attempts, Trial, search
 from trainer.loop.state import make_training
-from trainer.models.precision import with_precision
+from trainer.models.precision import resolve_precision
 from trainer.runtime import memory
 from trainer.runtime.distributed import World
 
@@ -60,7 +60,7 @@ def test_the_command_reports_every_size_and_the_largest(
 
 def test_on_a_cpu_it_stops_before_the_memory_ends(digits_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(rank=0, size=1, device=torch.device("cpu"))
-    settings = with_precision(load(QUICKSTART, [f"data.shards={digits_set}"]), world.device)
+    settings = resolve_precision(load(QUICKSTART, [f"data.shards={digits_set}"]), world.device)
     held = [memory.peak_memory()]
     monkeypatch.setattr(find_batch, "free", lambda: 100_000_000)
     monkeypatch.setattr(find_batch, "peak", lambda: held[-1])

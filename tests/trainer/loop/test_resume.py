@@ -24,7 +24,7 @@ from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.load import load
-from trainer.config.schema import Checkpoint
+from trainer.config.schema import CheckpointConfig
 from trainer.loop import engine
 from trainer.run import main as run_main
 
@@ -282,9 +282,9 @@ def test_a_checkpoint_is_due_by_steps_or_minutes(tmp_path: Path, monkeypatch: py
     now = [0.0]
     monkeypatch.setattr("trainer.checkpoint.checkpointer.time.monotonic", lambda: now[0])
     directory = RunDirectory(tmp_path)
-    with Checkpointer(directory, Checkpoint(every_minutes=None, every_steps=10), 25, True) as checkpointer:
+    with Checkpointer(directory, CheckpointConfig(every_minutes=None, every_steps=10), 25, True) as checkpointer:
         assert [step for step in range(26, 41) if checkpointer.is_due(step)] == list(range(30, 41))
-    with Checkpointer(directory, Checkpoint(every_minutes=2), 0, True) as checkpointer:
+    with Checkpointer(directory, CheckpointConfig(every_minutes=2), 0, True) as checkpointer:
         assert not checkpointer.is_due(100_000)
         now[0] = 120.0
         assert checkpointer.is_due(1)
@@ -293,7 +293,7 @@ def test_a_checkpoint_is_due_by_steps_or_minutes(tmp_path: Path, monkeypatch: py
         assert not checkpointer.is_due(2)
         now[0] = 239.0
         assert not checkpointer.is_due(2)
-    with Checkpointer(directory, Checkpoint(every_minutes=None), 0, True) as checkpointer:
+    with Checkpointer(directory, CheckpointConfig(every_minutes=None), 0, True) as checkpointer:
         now[0] = 1e9
         assert not checkpointer.is_due(100_000)
 
@@ -303,7 +303,7 @@ def test_what_is_written_is_the_state_when_it_was_given(tmp_path: Path) -> None:
     directory.checkpoints.mkdir()
     weights, history = torch.zeros(1000), [{"epoch": 1}]
     state = {"step": 1, "epoch": 0, "history": history, "model": {"weight": weights}}
-    with Checkpointer(directory, Checkpoint(), 0, True) as checkpointer:
+    with Checkpointer(directory, CheckpointConfig(), 0, True) as checkpointer:
         checkpointer._writer.submit(time.sleep, 0.2)  # let the copy wait for its turn
         checkpointer.save(state)
         weights.fill_(1)

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shards import UserError
-from trainer.config.schema import Config, Model
+from trainer.config.schema import Config, ModelConfig
 from trainer.models import factory as model_module
 from trainer.models.factory import SMALL_CNN, check_sides, load_weights, make_model
-from trainer.models.precision import with_precision
-from trainer.optim.ema import Average
+from trainer.models.precision import resolve_precision
+from trainer.optim.ema import ModelEma
 
 TINY = "test_efficientnet"  # 0.4 M parameters
 CLASSES = 7
@@ -50,12 +50,12 @@ def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 20, 28, 56])
 def test_the_small_network_takes_images_of_any_size(size: int, channels: int, hidden: int | None) -> None:
-    model = make_model(Model(name=SMALL_CNN, head_hidden=hidden), channels, CLASSES)
+    model = make_model(ModelConfig(name=SMALL_CNN, head_hidden=hidden), channels, CLASSES)
     assert output(model, channels, size).shape == (3, CLASSES)
 
 
 def test_the_small_network_is_the_one_described() -> None:
-    model = make_model(Model(name=SMALL_CNN, drop_rate=0.4), 1, 10)
+    model = make_model(ModelConfig(name=SMALL_CNN, drop_rate=0.4), 1, 10)
     assert [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)] == [32, 64, 128]
     assert [layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)] == [128, 10]
     assert dropouts(model) == [0.4]
@@ -63,7 +63,7 @@ def test_the_small_network_is_the_one_described() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_timm_model_by_name(channels: int) -> None:
-    model = make_model(Model(name=TINY, drop_rate=0.25, drop_path_rate=0.5), channels, CLASSES)
+    model = make_model(ModelConfig(name=TINY, drop_rate=0.25, drop_path_rate=0.5), channels, CLASSES)
     assert output(model, channels, 32).shape == (3, CLASSES)
     assert model.drop_rate == 0.25
     assert max(getattr(module, "drop_prob", 0) or 0 for module in model.modules()) > 0
@@ -71,7 +71,7 @@ def test_a_timm_model_by_name(channels: int) -> None:
 
 @pytest.mark.parametrize("name", [SMALL_CNN, TINY])
 def test_a_hidden_layer_stands_between_features_and_classes(name: str) -> None:
-    model = make_model(Model(name=name, head_hidden=11, drop_rate=0.25), 1, CLASSES)
+    model = make_model(ModelConfig(name=name, head_hidden=11, drop_rate=0.25), 1, CLASSES)
     assert output(model, 1, 32).shape == (3, CLASSES)
     dropout, hidden, activation, classifier = model.head
     assert (hidden.in_features, hidden.out_features) == (output(model.backbone, 1, 32).shape[1], 11)
@@ -84,23 +84,23 @@ def test_a_hidden_layer_stands_between_features_and_classes(name: str) -> None:
 def test_an_unknown_name_suggests_one() -> None:
     for name, meant in (("efficientnet_b22", "efficientnet_b2"), ("three_block_cn", SMALL_CNN)):
         with pytest.raises(UserError) as caught:
-            make_model(Model(name=name), 1, CLASSES)
+            make_model(ModelConfig(name=name), 1, CLASSES)
         assert caught.value.found == f"model.name={name}"
         assert meant in caught.value.hint
     with pytest.raises(UserError, match="list_models"):
-        make_model(Model(name="???"), 1, CLASSES)
+        make_model(ModelConfig(name="???"), 1, CLASSES)
 
 
 def test_a_model_without_shortcuts_takes_no_stochastic_depth() -> None:
-    assert output(make_model(Model(name="densenet121"), 1, CLASSES), 1, 32).shape == (3, CLASSES)
+    assert output(make_model(ModelConfig(name="densenet121"), 1, CLASSES), 1, 32).shape == (3, CLASSES)
     with pytest.raises(UserError) as caught:
-        make_model(Model(name="densenet121", drop_path_rate=0.1), 1, CLASSES)
+        make_model(ModelConfig(name="densenet121", drop_path_rate=0.1), 1, CLASSES)
     assert caught.value.hint == "model.drop_path_rate=0"
 
 
 @pytest.mark.parametrize(("name", "sides", "refused"), [("test_vit", (160, 28), 28), ("densenet121", (64, 16), 16)])
 def test_sides_that_a_model_does_not_take_are_refused(name: str, sides: tuple[int, ...], refused: int) -> None:
-    model = make_model(Model(name=name), 1, CLASSES)
+    model = make_model(ModelConfig(name=name), 1, CLASSES)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     check_sides(model, name, 1, sides[:1])
     assert model.training
@@ -112,7 +112,7 @@ def test_sides_that_a_model_does_not_take_are_refused(name: str, sides: tuple[in
 def test_published_weights_that_must_be_had_and_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     without_network(monkeypatch)
     with pytest.raises(UserError) as caught:
-        make_model(Model(name=TINY, pretrained=True), 1, CLASSES)
+        make_model(ModelConfig(name=TINY, pretrained=True), 1, CLASSES)
     assert "We couldn't connect to the hub" in caught.value.found
     assert "more about that" not in caught.value.found
     assert "model.init_checkpoint=FILE" in caught.value.hint
@@ -123,7 +123,7 @@ def test_published_weights_that_may_be_missing(
 ) -> None:
     without_network(monkeypatch)
     with caplog.at_level(logging.WARNING):
-        model = make_model(Model(name=TINY, pretrained="auto"), 1, CLASSES)
+        model = make_model(ModelConfig(name=TINY, pretrained="auto"), 1, CLASSES)
     assert output(model, 1, 32).shape == (3, CLASSES)
     assert "beginning with random ones" in caplog.text
     assert TINY in caplog.text
@@ -134,8 +134,8 @@ def test_published_weights_are_asked_for_only_where_they_are_wanted(
 ) -> None:
     without_network(monkeypatch)
     path = tmp_path / "weights.pth"
-    torch.save(make_model(Model(name=TINY), 1, CLASSES).state_dict(), path)
-    make_model(Model(name=TINY, pretrained="auto", init_checkpoint=path), 1, CLASSES)
+    torch.save(make_model(ModelConfig(name=TINY), 1, CLASSES).state_dict(), path)
+    make_model(ModelConfig(name=TINY, pretrained="auto", init_checkpoint=path), 1, CLASSES)
     assert caplog.text == ""
 
 
@@ -148,7 +148,7 @@ def test_published_weights_in_the_cache_are_taken_without_a_network(
     save_file(published.state_dict(), path)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, name: str(path))
     monkeypatch.setattr(model_module.socket, "create_connection", None)
-    model = make_model(Model(name=TINY, pretrained=True), 1, CLASSES)
+    model = make_model(ModelConfig(name=TINY, pretrained=True), 1, CLASSES)
     assert torch.allclose(model.conv_stem.weight, published.conv_stem.weight.sum(dim=1, keepdim=True), atol=1e-6)
     assert torch.equal(model.conv_head.weight, published.conv_head.weight)
     assert output(model, 1, 32).shape == (3, CLASSES)
@@ -156,20 +156,20 @@ def test_published_weights_in_the_cache_are_taken_without_a_network(
 
 def test_a_model_that_was_never_published_has_no_weights_to_begin_with() -> None:
     with pytest.raises(UserError, match="there are none"):
-        make_model(Model(name="efficientnet_b6", pretrained=True), 1, CLASSES)
+        make_model(ModelConfig(name="efficientnet_b6", pretrained=True), 1, CLASSES)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "best.pt"])
 def test_begins_with_the_weights_of_a_file(tmp_path: Path, name: str) -> None:
-    trained = make_model(Model(name=SMALL_CNN), 1, CLASSES)
+    trained = make_model(ModelConfig(name=SMALL_CNN), 1, CLASSES)
     path = tmp_path / name
     if path.suffix == ".safetensors":
         save_file(trained.state_dict(), path)
     else:
         torch.save({"model": trained.state_dict(), "epoch": 3} if path.suffix == ".pt" else trained.state_dict(), path)
-    begun = make_model(Model(name=SMALL_CNN, init_checkpoint=path), 1, CLASSES)
+    begun = make_model(ModelConfig(name=SMALL_CNN, init_checkpoint=path), 1, CLASSES)
     assert torch.equal(output(begun, 1, 28), output(trained, 1, 28))
-    assert not torch.equal(output(make_model(Model(name=SMALL_CNN), 1, CLASSES), 1, 28), output(trained, 1, 28))
+    assert not torch.equal(output(make_model(ModelConfig(name=SMALL_CNN), 1, CLASSES), 1, 28), output(trained, 1, 28))
 
 
 @pytest.mark.parametrize(("name", "hidden"), [(SMALL_CNN, None), (SMALL_CNN, 5), (TINY, None)])
@@ -177,9 +177,9 @@ def test_a_classifier_of_another_size_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, hidden: int | None
 ) -> None:
     path = tmp_path / "best.pt"
-    trained = make_model(Model(name=name, head_hidden=hidden), 1, CLASSES + 3)
+    trained = make_model(ModelConfig(name=name, head_hidden=hidden), 1, CLASSES + 3)
     torch.save({"model": trained.state_dict(), "epoch": 3}, path)
-    begun = make_model(Model(name=name, head_hidden=hidden, init_checkpoint=path), 1, CLASSES)
+    begun = make_model(ModelConfig(name=name, head_hidden=hidden, init_checkpoint=path), 1, CLASSES)
     differing = [
         key
         for key, tensor in begun.state_dict().items()
@@ -195,25 +195,25 @@ def test_classes_of_the_same_name_keep_their_part_of_a_classifier(
 ) -> None:
     path = tmp_path / "best.pt"
     known, names = list("abcdef"), list("fxbay")
-    trained = make_model(Model(name=TINY), 1, len(known), known)
+    trained = make_model(ModelConfig(name=TINY), 1, len(known), known)
     torch.save({"model": trained.state_dict(), "classes": known}, path)
     trained.eval()
-    begun = make_model(Model(name=TINY, init_checkpoint=path), 1, len(names), names).eval()
+    begun = make_model(ModelConfig(name=TINY, init_checkpoint=path), 1, len(names), names).eval()
     images = torch.rand(4, 1, 32, 32)
     with torch.no_grad():
         before, after = trained(images), begun(images)
     torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [5, 1, 0]])
     assert "keeps 3 of them, and begins anew for 2" in caplog.messages[0]
-    moved = make_model(Model(name=TINY, init_checkpoint=path), 1, len(known), known[::-1]).eval()
+    moved = make_model(ModelConfig(name=TINY, init_checkpoint=path), 1, len(known), known[::-1]).eval()
     with torch.no_grad():
         torch.testing.assert_close(moved(images), before.flip(1), msg="as many classes, in another order")
     caplog.clear()
-    make_model(Model(name=TINY, init_checkpoint=path), 1, len(known), known)
+    make_model(ModelConfig(name=TINY, init_checkpoint=path), 1, len(known), known)
     assert not caplog.messages, "the same classes"
 
 
 def test_a_smaller_step_of_the_stem_doubles_the_features() -> None:
-    plain, fine = (make_model(Model(name=TINY, stem_stride=stride), 1, CLASSES).eval() for stride in (None, 1))
+    plain, fine = (make_model(ModelConfig(name=TINY, stem_stride=stride), 1, CLASSES).eval() for stride in (None, 1))
     fine.load_state_dict(plain.state_dict())
     images = torch.rand(1, 1, 32, 32)
     assert [2 * side for side in plain.forward_features(images).shape[2:]] == list(
@@ -222,13 +222,13 @@ def test_a_smaller_step_of_the_stem_doubles_the_features() -> None:
     assert output(fine, 1, 32).shape == (3, CLASSES)
     for name in (SMALL_CNN, "convnext_atto", "vit_tiny_patch16_224"):
         with pytest.raises(UserError, match="stem_stride=1"):
-            make_model(Model(name=name, stem_stride=1), 1, CLASSES)
+            make_model(ModelConfig(name=name, stem_stride=1), 1, CLASSES)
 
 
 def test_weights_of_another_model_or_number_of_channels_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
-    torch.save(make_model(Model(name=SMALL_CNN), 3, CLASSES + 1).state_dict(), path)
-    for settings in (Model(name=SMALL_CNN, init_checkpoint=path), Model(name=TINY, init_checkpoint=path)):
+    torch.save(make_model(ModelConfig(name=SMALL_CNN), 3, CLASSES + 1).state_dict(), path)
+    for settings in (ModelConfig(name=SMALL_CNN, init_checkpoint=path), ModelConfig(name=TINY, init_checkpoint=path)):
         with pytest.raises(UserError, match="do not fit") as caught:
             make_model(settings, 1, CLASSES)
         assert str(path) in caught.value.found
@@ -272,7 +272,7 @@ class Trap:
 def test_the_average_follows_fast_at_first_and_slowly_later() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    average = Average(model, decay=0.99)
+    average = ModelEma(model, decay=0.99)
     nn.init.ones_(model.weight)
     kept = []
     for update in range(1, 2001):
@@ -303,18 +303,18 @@ def test_a_processor_multiplies_in_bf16_what_has_matrices(
     name: str, by_channel: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
-    asked = Config(model=Model(name=name), data={"shards": "set"})
-    decided = with_precision(asked, torch.device("cpu"))
+    asked = Config(model=ModelConfig(name=name), data={"shards": "set"})
+    decided = resolve_precision(asked, torch.device("cpu"))
     assert decided.trainer.precision == ("bf16" if amx and not by_channel else "fp32")
     for precision in ("fp32", "bf16"):
         said = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"precision": precision})})
-        assert with_precision(said, torch.device("cpu")) == said
+        assert resolve_precision(said, torch.device("cpu")) == said
 
 
 @pytest.mark.parametrize("hidden", [None, 256])
 @pytest.mark.parametrize("name", [TINY, SMALL_CNN, "cifar_efficientnet", "vit_tiny_patch16_224"])
 def test_the_classifier_begins_as_small_as_asked(name: str, hidden: int | None) -> None:
-    model = make_model(Model(name=name, head_hidden=hidden, head_init_std=0.01), 3, CLASSES)
+    model = make_model(ModelConfig(name=name, head_hidden=hidden, head_init_std=0.01), 3, CLASSES)
     *_, classifier = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
     assert classifier.out_features == CLASSES
     assert float(classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.1)
@@ -324,18 +324,20 @@ def test_the_classifier_begins_as_small_as_asked(name: str, hidden: int | None) 
 
 @pytest.mark.parametrize("name", [TINY, "mobilenetv2_100", "cifar_efficientnet"])
 def test_without_asking_it_is_the_networks_own(name: str) -> None:
-    *_, classifier = (layer for layer in make_model(Model(name=name), 3, 10).modules() if isinstance(layer, nn.Linear))
+    *_, classifier = (
+        layer for layer in make_model(ModelConfig(name=name), 3, 10).modules() if isinstance(layer, nn.Linear)
+    )
     assert float(classifier.weight.detach().std()) == pytest.approx((1 / 3 / 10) ** 0.5, rel=0.05)
 
 
 def test_weights_that_are_given_stand_before_a_deviation(tmp_path: Path) -> None:
     path = tmp_path / "trained.pth"
-    trained = make_model(Model(name=SMALL_CNN), 1, CLASSES)
+    trained = make_model(ModelConfig(name=SMALL_CNN), 1, CLASSES)
     torch.save(trained.state_dict(), path)
-    begun = make_model(Model(name=SMALL_CNN, init_checkpoint=path, head_init_std=0.01), 1, CLASSES)
+    begun = make_model(ModelConfig(name=SMALL_CNN, init_checkpoint=path, head_init_std=0.01), 1, CLASSES)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(begun.parameters(), trained.parameters(), strict=True))
 
 
 def test_a_classifier_that_is_a_convolution_has_a_deviation_of_its_own() -> None:
     with pytest.raises(UserError, match=r"head_init_std=0\.01 for squeezenet1_1"):
-        make_model(Model(name="squeezenet1_1", head_init_std=0.01), 3, CLASSES)
+        make_model(ModelConfig(name="squeezenet1_1", head_init_std=0.01), 3, CLASSES)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from shards import UserError
-from trainer.config.architectures import PLAIN, SMALLEST
-from trainer.config.schema import OWN, Model
+from trainer.config.architectures import MIN_RESOLUTION, PLAIN_CNNS
+from trainer.config.schema import BUILTIN_MODELS, ModelConfig
 from trainer.models import efficientnet_cifar, squeezenet
 from trainer.models import factory as model_module
 from trainer.models import lenet_family as plain
@@ -23,7 +23,7 @@ CLASSES = 10
 
 def made(name: str, channels: int = 3, classes: int = CLASSES, **settings: object) -> nn.Module:
     torch.manual_seed(0)
-    return make_model(Model(name=name, **settings), channels, classes).eval()
+    return make_model(ModelConfig(name=name, **settings), channels, classes).eval()
 
 
 def parameters(model: nn.Module) -> int:
@@ -77,11 +77,11 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", PLAIN_CNNS)
 def test_a_plain_network_has_the_layers_of_the_earlier_system(name: str) -> None:
     model = made(name, drop_rate=0.5 if "batchnorm" in name else 0.0)
     assert described(model) == LAYERS[name]
-    side = PLAIN[name].side
+    side = PLAIN_CNNS[name].side
     assert model(torch.rand(2, 3, side, side)).shape == (2, CLASSES)
 
 
@@ -99,26 +99,26 @@ def test_filters_kernels_and_dense_layers_are_settings() -> None:
     assert unpadded(torch.rand(2, 1, 28, 28)).shape == (2, CLASSES)
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", MIN_RESOLUTION)
 def test_the_smallest_side_is_the_smallest(name: str) -> None:
-    model, side = made(name), SMALLEST[name]
+    model, side = made(name), MIN_RESOLUTION[name]
     assert model(torch.rand(2, 3, side, side)).shape == (2, CLASSES)
     if side > 1:
         with pytest.raises(RuntimeError):
             model(torch.rand(2, 3, side - 1, side - 1))
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", BUILTIN_MODELS)
 def test_features_come_out_below_a_head(name: str) -> None:
     model = made(name, channels=1, head_hidden=11)
-    side = PLAIN[name].side if name in PLAIN else 32
+    side = PLAIN_CNNS[name].side if name in PLAIN_CNNS else 32
     assert model(torch.rand(2, 1, side, side)).shape == (2, CLASSES)
     assert model.backbone(torch.rand(2, 1, side, side)).shape == (2, model.head[1].in_features)
 
 
 @pytest.mark.parametrize(
     ("module", "names"),
-    [(plain, [*PLAIN]), (efficientnet_cifar, ["cifar_efficientnet"]), (squeezenet, ["squeezenet1_1"])],
+    [(plain, [*PLAIN_CNNS]), (efficientnet_cifar, ["cifar_efficientnet"]), (squeezenet, ["squeezenet1_1"])],
     ids=["plain", "efficientnet", "squeezenet"],
 )
 def test_the_documentation_counts_the_parameters(module: object, names: list[str]) -> None:

@@ -24,7 +24,7 @@ from trainer.data.training_data import open_data
 from trainer.loop import engine, nan_guard
 from trainer.loop.replay_step import replay_step
 from trainer.loop.state import Training, make_training
-from trainer.optim.distillation import open_teacher
+from trainer.optim.distillation import load_teacher
 from trainer.optim.losses import weighted_kl
 from trainer.runtime.distributed import World
 
@@ -72,7 +72,7 @@ def test_it_sees_the_images_as_it_was_trained_on_them(recipe: Path, teacher: Pat
     pixels = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     student = load(recipe, [f"distillation.teacher={teacher}", "distillation.temperature=3"])
     mean, std = (0.7,), (0.2,)
-    one = open_teacher(student, trained.classes, mean, std, CPU)
+    one = load_teacher(student, trained.classes, mean, std, CPU)
     assert one is not None
     found = one.probabilities((pixels - mean[0]) / std[0])
     model = trained.build_model(CPU).eval()
@@ -92,10 +92,12 @@ def test_the_loss_is_a_share_of_both(recipe: Path, teacher: Path) -> None:
     assert training.teacher is not None
     taught = training.teacher.probabilities(images)
     expected = 0.7 * 5 + 0.3 * 16 * float(weighted_kl(logits / 4, taught, weights))
-    assert float(training.teacher.teach(torch.tensor(5.0), logits, images, weights)) == pytest.approx(expected)
-    assert float(training.teacher.teach(torch.tensor(0.0), 4 * taught.log(), images, weights)) == pytest.approx(
-        0, abs=1e-3
-    ), "nothing to learn for who says the same"
+    assert float(training.teacher.distillation_loss(torch.tensor(5.0), logits, images, weights)) == pytest.approx(
+        expected
+    )
+    assert float(
+        training.teacher.distillation_loss(torch.tensor(0.0), 4 * taught.log(), images, weights)
+    ) == pytest.approx(0, abs=1e-3), "nothing to learn for who says the same"
 
 
 def test_it_alone_is_learned_from_on_the_mixed_images(
@@ -171,8 +173,8 @@ def test_who_may_not_teach(recipe: Path, teacher: Path, made_up_set: Path, tmp_p
     student = load(recipe, [f"distillation.teacher={teacher}"])
     names = open_split(made_up_set, "train").manifest.classes
     with pytest.raises(UserError, match=r"distillation\.teacher=.* with classes 0 1 2"):
-        open_teacher(student, names, (0.0,), (1.0,), CPU)
+        load_teacher(student, names, (0.0,), (1.0,), CPU)
     with pytest.raises(UserError, match="with channels 1"):
-        open_teacher(student, tuple("0123456789"), (0.0,) * 3, (1.0,) * 3, CPU)
+        load_teacher(student, tuple("0123456789"), (0.0,) * 3, (1.0,) * 3, CPU)
     with pytest.raises(UserError, match=r"best\.pt"):
         student_of(recipe, tmp_path)

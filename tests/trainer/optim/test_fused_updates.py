@@ -12,9 +12,9 @@ from support.run_outcome import weights
 from support.training_runs import train, train_here
 from torch import nn
 
-from trainer.config.schema import Model, Optim
+from trainer.config.schema import ModelConfig, OptimConfig
 from trainer.models.factory import make_model
-from trainer.optim.ema import Average
+from trainer.optim.ema import ModelEma
 from trainer.optim.optimizers import make_optimizer
 
 NAMES = {"adam": "adam", "adamw": "adamw", "lion": "lion", "sgd_lookahead": "lookahead_sgd"}
@@ -27,7 +27,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 def model_on(device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    return make_model(Model(name="test_efficientnet"), 1, 5).to(device)
+    return make_model(ModelConfig(name="test_efficientnet"), 1, 5).to(device)
 
 
 def updates(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[torch.Tensor]:
@@ -43,7 +43,7 @@ def updates(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> l
 @pytest.mark.parametrize("name", ["lion", "sgd_lookahead", "adam", "adamw"])
 def test_every_optimiser_computes_what_timms_plain_one_does(name: str, device: torch.device) -> None:
     ours, plain = model_on(device), model_on(device)
-    settings = Optim(name=name, lr=0.01, weight_decay=0.05, momentum=0.8)
+    settings = OptimConfig(name=name, lr=0.01, weight_decay=0.05, momentum=0.8)
     options = {"momentum": 0.8} if name == "sgd_lookahead" else {}
     reference = timm.optim.create_optimizer_v2(
         plain, opt=NAMES[name], lr=0.01, weight_decay=0.05, foreach=False, **options
@@ -58,7 +58,7 @@ def test_every_optimiser_computes_what_timms_plain_one_does(name: str, device: t
 
 def test_the_average_is_timms_to_the_last_bit(device: torch.device) -> None:
     model = model_on(device)
-    ours = Average(model, decay=0.95)
+    ours = ModelEma(model, decay=0.95)
     plain = timm.utils.ModelEmaV3(model, decay=0.95, use_warmup=True)
     for step in range(1, 12):
         with torch.no_grad():
@@ -77,7 +77,7 @@ def test_the_average_is_timms_to_the_last_bit(device: torch.device) -> None:
 @pytest.mark.parametrize(("name", "most"), [("lion", 60), ("adamw", 20)])
 def test_an_update_takes_few_kernels(name: str, most: int) -> None:
     model = model_on(torch.device("cuda"))
-    optimizer, average = make_optimizer(model, Optim(name=name)), Average(model, decay=0.9)
+    optimizer, average = make_optimizer(model, OptimConfig(name=name)), ModelEma(model, decay=0.9)
     updates(model, optimizer, 1)
     average.update(1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -107,7 +107,7 @@ def test_two_ranks_learn_what_one_does(
     assert "Warning" not in two.stderr, two.stderr
     assert train_here(monkeypatch, recipe, tmp_path / "one") == 0
     expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
-    first = make_model(Model(name="test_convnext"), 1, 5).state_dict()
+    first = make_model(ModelConfig(name="test_convnext"), 1, 5).state_dict()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-6)
     assert any((first[name] - tensor).abs().max() > 1e-3 for name, tensor in expected.items())

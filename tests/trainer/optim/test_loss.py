@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer.config.schema import Loss
+from trainer.config.schema import LossConfig
 from trainer.optim.losses import class_weights, weighted_kl
 from trainer.optim.mixup import soft_targets
 
@@ -104,7 +104,7 @@ def test_is_computed_in_float32_whatever_the_model_computes_in() -> None:
     ],
 )
 def test_class_weights_are_what_was_computed_by_hand(kind: str, counts: list[int], by_hand: list[float]) -> None:
-    weights = class_weights(np.array(counts), Loss(class_weights=kind, effective_beta=0.5))
+    weights = class_weights(np.array(counts), LossConfig(class_weights=kind, effective_beta=0.5))
     assert weights.dtype == torch.float32
     assert weights.tolist() == pytest.approx(by_hand, rel=1e-6)
 
@@ -112,8 +112,8 @@ def test_class_weights_are_what_was_computed_by_hand(kind: str, counts: list[int
 def test_effective_weights_lie_between_none_and_inverse() -> None:
     """Cui et al. 2019: beta towards 0 weights nothing, towards 1 by inverse frequency."""
     counts = np.array([10, 20, 70])
-    nearly_none = class_weights(counts, Loss(class_weights="effective", effective_beta=1e-9))
+    nearly_none = class_weights(counts, LossConfig(class_weights="effective", effective_beta=1e-9))
     assert nearly_none.tolist() == pytest.approx([1, 1, 1], rel=1e-6)
-    nearly_inverse = class_weights(counts, Loss(class_weights="effective", effective_beta=1 - 1e-9))
-    inverse = class_weights(counts, Loss(class_weights="inverse"))
+    nearly_inverse = class_weights(counts, LossConfig(class_weights="effective", effective_beta=1 - 1e-9))
+    inverse = class_weights(counts, LossConfig(class_weights="inverse"))
     assert nearly_inverse.tolist() == pytest.approx((inverse / inverse.mean()).tolist(), rel=1e-5)

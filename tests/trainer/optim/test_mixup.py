@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.schema import Mixup
-from trainer.optim.mixup import cut_box, mix, soft_targets
+from trainer.config.schema import MixupConfig
+from trainer.optim.mixup import apply_mixup_cutmix, cut_box, soft_targets
 
-MIXUP = Mixup(prob=1, mixup_alpha=0.4, cutmix_alpha=0)
-CUTMIX = Mixup(prob=1, mixup_alpha=0, cutmix_alpha=0.7)
-BOTH = Mixup(prob=1, mixup_alpha=0.4, cutmix_alpha=0.7)
+MIXUP = MixupConfig(prob=1, mixup_alpha=0.4, cutmix_alpha=0)
+CUTMIX = MixupConfig(prob=1, mixup_alpha=0, cutmix_alpha=0.7)
+BOTH = MixupConfig(prob=1, mixup_alpha=0.4, cutmix_alpha=0.7)
 
 
 def draws(seed: int) -> np.random.Generator:
@@ -35,7 +35,7 @@ def is_cutmix(mixed: torch.Tensor) -> bool:
 
 
 def test_mixing_is_off_in_the_last_epochs() -> None:
-    settings = Mixup(prob=0.8, off_last_epochs=2)
+    settings = MixupConfig(prob=0.8, off_last_epochs=2)
     assert [settings.at(epoch, 5).prob for epoch in range(5)] == [0.8, 0.8, 0.8, 0, 0]
     assert settings.at(1, 5) == settings
 
@@ -51,16 +51,16 @@ def test_soft_targets_spread_the_smoothing_over_all_classes() -> None:
 @pytest.mark.parametrize("count", [1, 2, 5, 8], ids=lambda count: f"batch of {count}")
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX, BOTH], ids=["mixup", "cutmix", "both"])
 @pytest.mark.parametrize("seed", range(8))
-def test_targets_are_the_shares_of_the_pixels(settings: Mixup, count: int, seed: int) -> None:
+def test_targets_are_the_shares_of_the_pixels(settings: MixupConfig, count: int, seed: int) -> None:
     images, targets = marked_batch(count)
-    mixed_images, mixed_targets = mix(images, targets, settings, draws(seed))
+    mixed_images, mixed_targets = apply_mixup_cutmix(images, targets, settings, draws(seed))
     assert torch.allclose(mixed_targets, shares(mixed_images), atol=1e-6)
     assert torch.allclose(mixed_targets.sum(dim=1), torch.ones(count))
 
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
-def test_every_sample_is_mixed_with_one_other_by_the_same_share(settings: Mixup) -> None:
-    _, mixed = mix(*marked_batch(5), settings, draws(1))
+def test_every_sample_is_mixed_with_one_other_by_the_same_share(settings: MixupConfig) -> None:
+    _, mixed = apply_mixup_cutmix(*marked_batch(5), settings, draws(1))
     keep = float(mixed[0, 0])
     assert 0 < keep < 1
     assert torch.allclose(mixed, keep * torch.eye(5) + (1 - keep) * torch.eye(5).roll(1, 0))
@@ -68,11 +68,11 @@ def test_every_sample_is_mixed_with_one_other_by_the_same_share(settings: Mixup)
 
 def test_mixup_blends_every_pixel_and_cutmix_cuts_a_box() -> None:
     images, targets = marked_batch(4)
-    blended, _ = mix(images, targets, MIXUP, draws(1))
+    blended, _ = apply_mixup_cutmix(images, targets, MIXUP, draws(1))
     assert not is_cutmix(blended)
     assert torch.equal(blended.amin(dim=(2, 3)), blended.amax(dim=(2, 3)))
 
-    cut, _ = mix(images, targets, CUTMIX, draws(1))
+    cut, _ = apply_mixup_cutmix(images, targets, CUTMIX, draws(1))
     assert is_cutmix(cut)
     foreign = cut[0, 0] == 0
     rows, columns = foreign.any(dim=1).nonzero().flatten(), foreign.any(dim=0).nonzero().flatten()
@@ -82,9 +82,9 @@ def test_mixup_blends_every_pixel_and_cutmix_cuts_a_box() -> None:
 
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
-def test_leaves_its_inputs_alone(settings: Mixup) -> None:
+def test_leaves_its_inputs_alone(settings: MixupConfig) -> None:
     images, targets = marked_batch(4)
-    mixed_images, mixed_targets = mix(images, targets, settings, draws(1))
+    mixed_images, mixed_targets = apply_mixup_cutmix(images, targets, settings, draws(1))
     assert not torch.equal(mixed_images, images) and not torch.equal(mixed_targets, targets)
     again_images, again_targets = marked_batch(4)
     assert torch.equal(images, again_images) and torch.equal(targets, again_targets)
@@ -92,27 +92,27 @@ def test_leaves_its_inputs_alone(settings: Mixup) -> None:
 
 def test_the_same_draws_give_the_same_mixture_whatever_torch_has_drawn() -> None:
     torch.rand(3)
-    first = mix(*marked_batch(6), BOTH, draws(7))
+    first = apply_mixup_cutmix(*marked_batch(6), BOTH, draws(7))
     torch.rand(5)
-    second = mix(*marked_batch(6), BOTH, draws(7))
+    second = apply_mixup_cutmix(*marked_batch(6), BOTH, draws(7))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-    assert not torch.equal(first[1], mix(*marked_batch(6), BOTH, draws(8))[1])
+    assert not torch.equal(first[1], apply_mixup_cutmix(*marked_batch(6), BOTH, draws(8))[1])
 
 
 def test_probability_0_never_mixes_and_1_always() -> None:
     images, targets = marked_batch(4)
     for seed in range(50):
-        same_images, same_targets = mix(images, targets, Mixup(prob=0), draws(seed))
+        same_images, same_targets = apply_mixup_cutmix(images, targets, MixupConfig(prob=0), draws(seed))
         assert torch.equal(same_images, images) and torch.equal(same_targets, targets)
-        assert not torch.equal(mix(images, targets, MIXUP, draws(seed))[1], targets)
+        assert not torch.equal(apply_mixup_cutmix(images, targets, MIXUP, draws(seed))[1], targets)
 
 
 def test_mixes_and_switches_as_often_as_it_is_told() -> None:
     """Of 1,000 batches; four standard deviations on either side."""
-    settings = Mixup(prob=0.8, mixup_alpha=1, cutmix_alpha=1, switch_prob=0.25)
+    settings = MixupConfig(prob=0.8, mixup_alpha=1, cutmix_alpha=1, switch_prob=0.25)
     images, targets = marked_batch(2, 16, 16)
     random = draws(0)
-    results = [mix(images, targets, settings, random)[0] for _ in range(1000)]
+    results = [apply_mixup_cutmix(images, targets, settings, random)[0] for _ in range(1000)]
     mixed = [result for result in results if result is not images]
     assert len(mixed) == pytest.approx(800, abs=51)
     assert sum(map(is_cutmix, mixed)) == pytest.approx(len(mixed) / 4, abs=49)
@@ -121,8 +121,10 @@ def test_mixes_and_switches_as_often_as_it_is_told() -> None:
 @pytest.mark.parametrize(("alpha", "spread"), [(0.22, (1 / (4 * 1.44)) ** 0.5), (4.0, (1 / 36) ** 0.5)])
 def test_mixup_weights_are_drawn_from_the_beta_distribution(alpha: float, spread: float) -> None:
     """Beta(a, a) has the mean 1/2 and the variance 1 / (4 (2a + 1))."""
-    settings, random = Mixup(prob=1, mixup_alpha=alpha, cutmix_alpha=0), draws(0)
-    keeps = np.array([float(mix(*marked_batch(2, 1, 1), settings, random)[1][0, 0]) for _ in range(2000)])
+    settings, random = MixupConfig(prob=1, mixup_alpha=alpha, cutmix_alpha=0), draws(0)
+    keeps = np.array(
+        [float(apply_mixup_cutmix(*marked_batch(2, 1, 1), settings, random)[1][0, 0]) for _ in range(2000)]
+    )
     assert keeps.mean() == pytest.approx(0.5, abs=4 * spread / 2000**0.5)
     assert keeps.std() == pytest.approx(spread, rel=0.06)
 

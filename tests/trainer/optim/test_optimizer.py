@@ -12,8 +12,9 @@ from conftest import ROOT
 from torch import nn
 
 from trainer.config.load import load
-from trainer.config.schema import Config, Optim
-from trainer.optim.optimizers import LearningRate, make_optimizer
+from trainer.config.schema import Config, OptimConfig
+from trainer.optim.optimizers import make_optimizer
+from trainer.optim.schedules import LRSchedule
 
 OPTIMIZERS = ("adam", "adamw", "lion", "sgd", "sgd_lookahead")
 SCHEDULES = ("constant", "cosine", "warm_restarts", "one_cycle", "plateau")
@@ -51,7 +52,7 @@ def rates(config: Config, figures: Callable[[int], float] = lambda epoch: NO_FIG
     """The learning rate of every update of a run, moved as the engine moves it."""
     parameter = nn.Parameter(torch.zeros(2, 2))
     optimizer = torch.optim.SGD([parameter], lr=config.optim.lr)
-    learning_rate = LearningRate(optimizer, config, [UPDATES] * config.trainer.epochs)
+    learning_rate = LRSchedule(optimizer, config, [UPDATES] * config.trainer.epochs)
     found = []
     for epoch in range(config.trainer.epochs):
         for _ in range(UPDATES):
@@ -77,7 +78,7 @@ def test_every_optimiser_descends_a_quadratic(name: str) -> None:
     with torch.no_grad():
         layer.weight.fill_(1.0)
         layer.bias.fill_(-1.0)
-    optimizer = make_optimizer(layer, Optim(name=name, lr=0.01))
+    optimizer = make_optimizer(layer, OptimConfig(name=name, lr=0.01))
     for _ in range(60):
         optimizer.zero_grad(set_to_none=True)
         (layer.weight.square().sum() + layer.bias.square().sum()).backward()
@@ -94,7 +95,7 @@ def test_kernels_are_decayed_and_biases_and_norms_are_not(name: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
-    optimizer = make_optimizer(model, Optim(name=name, lr=0.01, weight_decay=0.5))
+    optimizer = make_optimizer(model, OptimConfig(name=name, lr=0.01, weight_decay=0.5))
     for _ in range(7):  # Lookahead takes over every sixth step
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -111,7 +112,7 @@ def test_decay_is_decoupled_where_the_settings_say_so(name: str, decoupled: bool
     """A decoupled decay shrinks by lr * decay, whatever the gradient; a coupled one of Adam is a whole step."""
     layer = nn.Linear(1, 1, bias=False)
     nn.init.ones_(layer.weight)
-    optimizer = make_optimizer(layer, Optim(name=name, lr=0.01, weight_decay=0.5))
+    optimizer = make_optimizer(layer, OptimConfig(name=name, lr=0.01, weight_decay=0.5))
     layer.weight.grad = torch.zeros_like(layer.weight)
     optimizer.step()
     assert float(layer.weight.detach()) == pytest.approx(1 - 0.01 * (0.5 if decoupled else 1), rel=1e-5)
@@ -121,7 +122,7 @@ def test_momentum_is_that_of_the_settings() -> None:
     def travelled(momentum: float, name: str = "sgd_lookahead") -> float:
         layer = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(layer.weight)
-        optimizer = make_optimizer(layer, Optim(name=name, lr=0.01, weight_decay=0, momentum=momentum))
+        optimizer = make_optimizer(layer, OptimConfig(name=name, lr=0.01, weight_decay=0, momentum=momentum))
         for _ in range(2):
             layer.weight.grad = torch.ones_like(layer.weight)
             optimizer.step()
@@ -231,7 +232,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.model = small_model()
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.learning_rate = LearningRate(self.optimizer, config, [UPDATES] * config.trainer.epochs)
+        self.learning_rate = LRSchedule(self.optimizer, config, [UPDATES] * config.trainer.epochs)
         self.rates: list[float] = []
 
     def updates(self, first: int, last: int) -> None:

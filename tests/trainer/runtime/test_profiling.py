@@ -19,13 +19,13 @@ from support.training_runs import train_here
 
 from shards import UserError
 from trainer.config.load import load
-from trainer.config.schema import Config, Trainer
+from trainer.config.schema import Config, TrainerConfig
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
 from trainer.models import compile as compiled
 from trainer.models.compile import compile_mode
-from trainer.models.precision import laid_out, memory_format, with_precision
+from trainer.models.precision import memory_format, resolve_precision, to_memory_format
 from trainer.runtime.async_scalar import AsyncScalar
 from trainer.runtime.distributed import World
 from trainer.runtime.profiler import LOADING, TimeProfile, format_profile
@@ -206,10 +206,10 @@ def test_all_batch_sizes_of_a_resolution_share_one_compilation(recipe: Path, mon
 
 def test_compiling_automatically_is_for_gpus_with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
-    automatic, asked = Trainer(compile="auto"), Trainer(compile="reduce-overhead")
+    automatic, asked = TrainerConfig(compile="auto"), TrainerConfig(compile="reduce-overhead")
     assert (compile_mode(automatic, CPU), compile_mode(automatic, gpu)) == ("off", "default")
     assert compile_mode(asked, gpu) == "reduce-overhead"
-    assert (Trainer(compile=True).compile, Trainer(compile=False).compile) == ("default", "off")
+    assert (TrainerConfig(compile=True).compile, TrainerConfig(compile=False).compile) == ("default", "off")
     monkeypatch.setenv("PATH", "/nonexistent")
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
@@ -233,7 +233,7 @@ def test_the_large_recipe_makes_use_of_a_gpu(made_up_set: Path) -> None:
         "model.pretrained=false",
         "optim.grad_accumulation=1",
     )
-    config = with_precision(load(ROOT / "configs" / "byclass.yaml", list(given)), gpu)
+    config = resolve_precision(load(ROOT / "configs" / "byclass.yaml", list(given)), gpu)
     assert (config.trainer.precision, compile_mode(config.trainer, gpu)) == ("bf16", "default")
     world = World(rank=0, size=1, device=gpu)
     learner = make_training(config, open_data(config, world), world)
@@ -266,8 +266,8 @@ def test_images_are_laid_out_as_asked_and_a_single_channel_is_not_copied(
     channels: int, channels_last: bool, device: torch.device
 ) -> None:
     images = torch.rand(4, channels, 6, 5, device=device)
-    settings = Trainer(channels_last=channels_last)
-    found = laid_out(images, settings)
+    settings = TrainerConfig(channels_last=channels_last)
+    found = to_memory_format(images, settings)
     assert torch.equal(found, images)
     assert found.stride() == images.to(memory_format=memory_format(settings)).stride()
     assert (found.data_ptr() == images.data_ptr()) == (channels == 1 or not channels_last)

@@ -415,7 +415,7 @@ def test_every_search_that_comes_with_inkstream_loads(path: Path, monkeypatch: p
     assert wanted.dir == Path("runs/search") / path.stem
     given = set(yaml.safe_load(path.read_text()))
     assert given == set(search.SearchConfig.model_fields), "a search says all that it is"
-    assert list(base.without_effect()) == []
+    assert list(base.settings_without_effect()) == []
 
 
 def test_the_emnist_search_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
