@@ -1,4 +1,4 @@
-"""What all sections of settings have in common."""
+"""The base class of all sections of settings, and their description for `--help` and the documentation."""
 
 from __future__ import annotations
 
@@ -13,59 +13,66 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class Section(BaseModel):
+class BaseConfig(BaseModel):
+    """A section of settings: immutable, without unknown keys, each field described by the string below it."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_is_all_defaults(cls, content: Any) -> Any:
-        """A section without settings (`mixup:`, all of it commented out) is None in YAML."""
+    def _none_is_all_defaults(cls, content: Any) -> Any:
+        """YAML reads a section whose lines are all commented out (`mixup:`) as None."""
         return {} if content is None else content
 
 
-def described(settings: type[Section]) -> list[tuple[str, str]]:
-    """Every setting's name, dotted where it stands in a section, and the sentence about it."""
-    found = []
-    for name, field in settings.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found += [(f"{name}.{inner}", sentence) for inner, sentence in described(field.annotation)]
+def iterate_fields(config: type[BaseConfig], prefix: str = "") -> Iterable[tuple[str, FieldInfo]]:
+    """Yield the dotted name and the field of every setting, including those of inner sections."""
+    for name, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseConfig):
+            yield from iterate_fields(field.annotation, f"{prefix}{name}.")
         else:
-            found.append((name, " ".join((field.description or "").split())))
-    return found
+            yield prefix + name, field
 
 
-def listing(described: Iterable[tuple[str, str]]) -> str:
-    """Names, each with its sentence below it, as wide as the terminal: for `--help`."""
-    width = shutil.get_terminal_size().columns - 2  # as argparse has it
+def describe_settings(config: type[BaseConfig]) -> dict[str, str]:
+    """Return the description of every setting by its dotted name."""
+    return {name: " ".join((field.description or "").split()) for name, field in iterate_fields(config)}
+
+
+def type_and_default(field: FieldInfo) -> tuple[str, str]:
+    """Return the type or choices of a setting, and its default as typed on the command line ("" if required)."""
+    default = "" if field.is_required() else _as_typed(field.get_default(call_default_factory=True))
+    return _type_name(field.annotation), default
+
+
+def format_settings(descriptions: Iterable[tuple[str, str]]) -> str:
+    """Format names with their descriptions below them, wrapped at the width of the terminal, for `--help`."""
+    width = shutil.get_terminal_size().columns - 2  # as argparse does
     indent = " " * 6
     return "\n".join(
-        f"  {name}\n{textwrap.fill(sentence, width, initial_indent=indent, subsequent_indent=indent)}"
-        for name, sentence in described
+        f"  {name}\n{textwrap.fill(description, width, initial_indent=indent, subsequent_indent=indent)}"
+        for name, description in descriptions
     )
 
 
-def settings_help(settings: type[Section]) -> str:
-    """Every setting with its type or choices, its default and its sentence, grouped by section: for `--help`."""
-    groups: dict[str, list[tuple[str, str]]] = {"": []}
-    for name, field in settings.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            groups[f"{name}:\n"] = [_explained(f"{name}.{key}", each) for key, each in inner.model_fields.items()]
-        else:
-            groups[""].append(_explained(name, field))
-    return "\n\n".join(title + listing(explained) for title, explained in groups.items())
+def settings_help(config: type[BaseConfig]) -> str:
+    """Format every setting with its type, default and description, grouped by section, for `--help`."""
+    descriptions = describe_settings(config)
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name, field in iterate_fields(config):
+        kind, default = type_and_default(field)
+        section = name.rpartition(".")[0]
+        title = f"{name}  {kind} ({f'default: {default}' if default else 'required'})"
+        groups.setdefault(section, []).append((title, descriptions[name]))
+    return "\n\n".join(
+        (f"{section}:\n" if section else "") + format_settings(settings) for section, settings in groups.items()
+    )
 
 
-def _explained(name: str, field: FieldInfo) -> tuple[str, str]:
-    """`optim.name  adam|adamw|lion (default: adamw)`, and the sentence."""
-    default = "required" if field.is_required() else f"default: {_yaml(field.get_default(call_default_factory=True))}"
-    return f"{name}  {_type_name(field.annotation)} ({default})", " ".join((field.description or "").split())
-
-
-def _yaml(value: Any) -> str:
+def _as_typed(value: Any) -> str:
     return value or '""' if isinstance(value, str) else json.dumps(value, default=str)
 
 

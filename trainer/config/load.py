@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to checked settings; what is wrong becomes a message with a hint."""
+"""Loading of recipes: YAML file and command line to checked settings, with an error and a hint for each mistake."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import yaml
 from pydantic import ValidationError
 
 from shards.errors import UserError
-from trainer.config.base import described
+from trainer.config.base import describe_settings
 from trainer.config.schema import Config
 
-_RECIPES = Path(__file__).parents[2] / "configs"
-_EXAMPLE = Path("configs/quickstart.yaml")
+RECIPES = Path(__file__).parents[2] / "configs"
+SETTINGS = describe_settings(Config)
+"""Description of every setting, by dotted name."""
 
 
 def load(path: Path, overrides: list[str]) -> Config:
-    """Read a recipe with all that it inherits, and apply `key.key=value` overrides.
+    """Load a recipe with its chain of bases, and apply overrides.
 
     Args:
-        path: YAML file; its `base` names another recipe, whose settings it replaces or adds to.
-        overrides: Settings that replace those of the files.
+        path: YAML file, or the name of a recipe in `configs/`.
+        overrides: Settings as `key.key=value`, which replace those of the files.
 
     Raises:
-        UserError: For an unknown base, bases in a circle, and whatever is wrong with the settings.
+        UserError: The recipe or a base does not exist, the bases form a circle, or a setting is wrong.
     """
-    content = _inherited(path, [])
+    path = find_recipe(path)
+    content = _read_with_bases(path, [])
     for override in overrides:
         _apply(content, override)
     config = validate(content, f"{path} or the command line" if overrides else str(path))
@@ -36,43 +38,55 @@ def load(path: Path, overrides: list[str]) -> Config:
     return config
 
 
-def _inherited(path: Path, derived: list[Path]) -> dict[str, Any]:
-    """The settings of a recipe on top of those of its base. derived: the recipes that led here, the first one first."""
-    content = read(path, [], _EXAMPLE)
+def find_recipe(recipe: Path, directory: Path = Path(), source: str = "") -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        recipe: File relative to `directory`, with or without its suffix, or the name of a recipe in `configs/` of the
+            checkout or installation.
+        directory: Directory of relative paths.
+        source: Where the name comes from, for error messages.
+
+    Raises:
+        UserError: There is no such recipe.
+    """
+    path = directory / recipe
+    for candidate in (path, path.with_name(f"{path.name}.yaml"), RECIPES / f"{recipe}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    near = difflib.get_close_matches(recipe.stem, names, n=3, cutoff=0.5)
+    raise UserError(
+        found=f"no recipe {recipe}" + (f" ({source})" if source else ""),
+        expected="a YAML file of settings, or the name of a recipe",
+        hint=f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(names)}",
+    )
+
+
+def _read_with_bases(path: Path, derived: list[Path]) -> dict[str, Any]:
+    """Read a recipe on top of its base. `derived` lists the recipes that led here, the first one first."""
+    content = read_yaml(path, [], RECIPES / "quickstart.yaml")
     base = content.pop("base", None)
     if base is None:
         return content
-    near = path.parent / str(base)
-    candidates = (near, near.with_name(f"{near.name}.yaml"), _RECIPES / f"{base}.yaml")
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        raise UserError(
-            found=f"base: {base} in {path}, and no such recipe",
-            expected="a file, relative to this one, or the name of a recipe",
-            hint=f"one of {', '.join(sorted(recipe.stem for recipe in _RECIPES.glob('*.yaml')))}",
-        )
+    base_path = find_recipe(Path(str(base)), path.parent, f"base: {base} in {path}")
     chain = [*derived, path.resolve()]
-    if found.resolve() in chain:
+    if base_path.resolve() in chain:
         raise UserError(
-            found=f"a circle of bases: {' -> '.join(recipe.stem for recipe in [*chain, found])}",
+            found=f"a circle of bases: {' -> '.join(recipe.stem for recipe in [*chain, base_path])}",
             expected="a chain of bases that ends",
             hint=f"remove base: {base} from {path}",
         )
-    return _merged(_inherited(found, chain), content)
-
-
-def _merged(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `base` with those of `content` in their place, section by section; an empty section changes none."""
-    merged = dict(base)
+    merged = _read_with_bases(base_path, chain)
     for name, value in content.items():
-        if isinstance(base.get(name), dict) and (value is None or isinstance(value, dict)):
-            value = base[name] | (value or {})
+        if isinstance(merged.get(name), dict) and (value is None or isinstance(value, dict)):
+            value = merged[name] | (value or {})
         merged[name] = value
     return merged
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that refuses a key that a mapping holds twice."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A YAML loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -80,89 +94,95 @@ class _UniqueKeys(yaml.SafeLoader):
             line = key.start_mark.line + 1
             first = lines.setdefault(key.value, line) if isinstance(key, yaml.ScalarNode) else line
             if first != line:
-                raise _Duplicate(f"{key.value} twice, in lines {first} and {line}")
+                raise _DuplicateKeyError(f"{key.value} twice, in lines {first} and {line}")
         return super().construct_mapping(node, deep)
 
 
-class _Duplicate(Exception):
+class _DuplicateKeyError(Exception):
     pass
 
 
-def read(path: Path, overrides: list[str], example: Path) -> dict[str, Any]:
-    """The content of a YAML file with `key.key=value` overrides. Raises `UserError` for what is not settings at all.
+def read_yaml(path: Path, overrides: list[str], example: Path) -> dict[str, Any]:
+    """Read the sections of a YAML file and apply `key.key=value` overrides.
 
-    example: a file of the same kind, which a user can compare with.
+    Args:
+        path: The file.
+        overrides: Settings that replace the file's.
+        example: A file of the same kind, which error messages refer to.
+
+    Raises:
+        UserError: The file does not exist, is not YAML, has a duplicate key or holds no settings.
     """
+    hint = f"compare it with {example}"
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except _Duplicate as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except _DuplicateKeyError as error:
         raise UserError(found=f"{path} with {error}", expected="each key once", hint="remove one of them") from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(
             found=f"no configuration file {path}",
             expected="a YAML file of settings",
-            hint=f"those that come with Inkstream: {', '.join(map(str, sorted(example.parent.glob('*.yaml'))))}",
+            hint=f"one of {', '.join(map(str, sorted(example.parent.glob('*.yaml'))))}",
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = str(error).replace("\n", " ")
         raise UserError(
-            found=f"{path}, which is not YAML: {reason}",
-            expected="a YAML file of settings",
-            hint=f"compare it with {example}",
+            found=f"{path}, which is not YAML: {reason}", expected="a YAML file of settings", hint=hint
         ) from None
     if not isinstance(content, dict):
         raise UserError(
-            found=f"{path}, which holds no settings",
-            expected="sections of settings (data, model, ...)",
-            hint=f"compare it with {example}",
+            found=f"{path}, which holds no settings", expected="sections of settings (data, model, ...)", hint=hint
         )
     for override in overrides:
         _apply(content, override)
     return content
 
 
-def validate(content: dict[str, Any], place: str) -> Config:
-    """Turn nested settings into a `Config`; the first thing that is wrong becomes a `UserError`."""
+def validate(content: dict[str, Any], source: str) -> Config:
+    """Check nested settings.
+
+    Args:
+        content: Settings by section.
+        source: Where they come from, for error messages.
+
+    Raises:
+        UserError: A setting is unknown, missing or wrong. Only the first such setting is reported.
+    """
     try:
         return Config.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        # Alternatives of a type (`int | None`) stand behind the setting's own name; they mean nothing to a user.
-        known = {name for name, _ in settings()} | set(Config.model_fields)
-        name = ".".join(str(part) for part in first["loc"])
-        while first["type"] != "extra_forbidden" and name not in known and "." in name:
-            name = name.rpartition(".")[0]
-        if first["type"] == "extra_forbidden":
-            raise unknown_setting(name, place) from None
-        if first["type"] == "missing":
-            raise UserError(
-                found=f"no {name} in {place}", expected="a value for it", hint=f"add it, or pass {name}=..."
-            ) from None
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(
-            found=f"{name}={first['input']}" if name else reason,
-            expected=reason[0].lower() + reason[1:] if name else "settings that agree with each other",
-            hint=f"{name}: {dict(settings())[name]}" if name in dict(settings()) else f"change one of them in {place}",
-        ) from None
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        raise unknown_setting_error(name, source)
+    # Pydantic appends the alternative of a union (`int | None`) to the name of the setting.
+    while name not in SETTINGS and name not in Config.model_fields and "." in name:
+        name = name.rpartition(".")[0]
+    if first["type"] == "missing":
+        raise UserError(found=f"no {name} in {source}", expected="a value for it", hint=f"add it, or pass {name}=...")
+    reason = first["msg"].removeprefix("Value error, ")
+    raise UserError(
+        found=f"{name}={first['input']}" if name else reason,
+        expected=reason[0].lower() + reason[1:] if name else "settings that agree with each other",
+        hint=f"{name}: {SETTINGS[name]}" if name in SETTINGS else f"change one of them in {source}",
+    )
 
 
-def changed(config: Config, values: dict[str, Any], place: str) -> Config:
-    """The same settings with others in some places, by dotted name; checked as `validate` does, and given as in it."""
+def replace_settings(config: Config, values: dict[str, Any], source: str) -> Config:
+    """Return a configuration with some settings replaced, checked again.
+
+    Args:
+        config: The configuration, which does not change.
+        values: New values by dotted name.
+        source: Where they come from, for error messages.
+
+    Raises:
+        UserError: A setting is unknown or a value is wrong.
+    """
     content = config.model_dump(mode="json", exclude_unset=True)
     for name, value in values.items():
-        *sections, last = name.split(".")
-        inner = content
-        for section in sections:
-            inner = inner.setdefault(section, {})
-            if not isinstance(inner, dict):
-                raise unknown_setting(name, place)
-        inner[last] = value
-    return validate(content, place)
-
-
-def settings() -> list[tuple[str, str]]:
-    """Every setting's dotted name and the sentence about it."""
-    return described(Config)
+        _set(content, name, value, source)
+    return validate(content, source)
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -175,41 +195,35 @@ def _apply(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
+    _set(content, name, value, "the command line")
+
+
+def _set(content: dict[str, Any], name: str, value: Any, source: str) -> None:
     *sections, last = name.split(".")
-    place = content
     for section in sections:
-        if place.get(section) is None:
-            place[section] = {}
-        place = place[section]
-        if not isinstance(place, dict):
-            raise unknown_setting(name, "the command line")
-    place[last] = value
+        if content.get(section) is None:
+            content[section] = {}
+        content = content[section]
+        if not isinstance(content, dict):
+            raise unknown_setting_error(name, source)
+    content[last] = value
 
 
-def unknown_setting(name: str, place: str) -> UserError:
-    known = [setting for setting, _ in settings()]
-    same_end = [setting for setting in known if setting.rpartition(".")[2] == name.rpartition(".")[2]]
+def unknown_setting_error(name: str, source: str) -> UserError:
+    """Return the error for an unknown setting, which suggests the closest known one."""
+    last = name.rpartition(".")[2]
+    words = last.replace("_", " ")
+    by_last_word = {setting.rpartition(".")[2]: setting for setting in SETTINGS}
     near = (
-        same_end
-        or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        or _described_as(name)
-        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        or _near_ends(name, known)
+        [setting for setting in SETTINGS if setting.rpartition(".")[2] == last]
+        or difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)
+        # optim.lr, whose description is "Peak learning rate.", for learning_rate
+        or [setting for setting, description in SETTINGS.items() if f" {words}." in description]
+        or difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
+        or [by_last_word[end] for end in difflib.get_close_matches(last, by_last_word, n=1, cutoff=0.6)]
     )
     return UserError(
-        found=f"unknown setting {name} in {place}",
-        expected="one of the settings that python -m trainer.run --help lists",
+        found=f"unknown setting {name} in {source}",
+        expected="one of the settings listed by python -m trainer.run --help",
         hint=f"did you mean {near[0]}?" if near else "remove it",
     )
-
-
-def _described_as(name: str) -> list[str]:
-    """Settings whose sentence begins with the words of the name: learning_rate is optim.lr."""
-    words = name.rpartition(".")[2].replace("_", " ") + " "
-    return [setting for setting, sentence in settings() if sentence.lower().startswith(words)]
-
-
-def _near_ends(name: str, known: list[str]) -> list[str]:
-    """Settings whose last word is like the name's last word."""
-    ends = {setting.rpartition(".")[2]: setting for setting in known}
-    return [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=1, cutoff=0.6)]

@@ -16,7 +16,7 @@ from shards.cli import Terminated, program_name, run_command
 from shards.errors import UserError
 from shards.manifest import VALIDATION, has_split
 from shards.remote.sets import resolve_dataset
-from trainer.config.base import listing
+from trainer.config.base import format_settings
 from trainer.config.schema import Config
 from trainer.runtime.progress import duration
 from trainer.tune import search_space
@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.tune"),
         description="Hyperparameter search over the settings of a recipe, with the validation split as the objective.",
-        epilog=f"keys (in the file, or key=value):\n{listing(search_space.describe())}",
+        epilog=f"keys (in the file, or key=value):\n{format_settings(search_space.describe().items())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("search", type=Path, metavar="SEARCH", help="YAML file, for instance configs/search/...")

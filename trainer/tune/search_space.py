@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from shards.errors import UserError
 from trainer.config import load as config
-from trainer.config.base import Section, described
+from trainer.config.base import BaseConfig, describe_settings
 from trainer.config.schema import Config, flatten
 
 EXAMPLE = Path("configs/search/optimizers_cpu.yaml")
@@ -24,7 +24,7 @@ _OBJECTIVE = {"data.val_fraction", "trainer.monitor", "data.train_fraction", "se
 _SET_BY_SEARCH = {"data.train_fraction": "train_fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
 
 
-class _Range(Section):
+class _Range(BaseConfig):
     log: bool = False
     """Sample from the logarithmic domain."""
 
@@ -81,7 +81,7 @@ class IntRange(_Range):
         return int(value)
 
 
-class Categorical(Section):
+class Categorical(BaseConfig):
     type: Literal["categorical"]
     """One of some values."""
     choices: Annotated[list[Any], Field(min_length=2)]
@@ -105,7 +105,7 @@ class Categorical(Section):
 Distribution = Annotated[FloatRange | IntRange | Categorical, Field(discriminator="type")]
 
 
-class Conditional(Section):
+class Conditional(BaseConfig):
     type: Literal["conditional"]
     """A range for each choice of another setting; for other choices the setting keeps the recipe's value."""
     of: str
@@ -117,14 +117,14 @@ class Conditional(Section):
 Dimension = Annotated[FloatRange | IntRange | Categorical | Conditional, Field(discriminator="type")]
 
 
-class Sampler(Section):
+class Sampler(BaseConfig):
     name: Literal["tpe", "random"] = "tpe"
     """How values are sampled: by a tree-structured Parzen estimator, or at random."""
     startup_trials: Annotated[int, Field(ge=1)] = 10
     """tpe: random trials before the estimator is used."""
 
 
-class Pruner(Section):
+class Pruner(BaseConfig):
     name: Literal["median", "successive_halving", "none"] = "median"
     """Which trials are pruned: those below the median of the others at the same epoch, or all but one in `reduction`
     at epochs that grow by that factor, or none."""
@@ -136,7 +136,7 @@ class Pruner(Section):
     """successive_halving: factor by which epochs grow and trials become fewer."""
 
 
-class Budget(Section):
+class Budget(BaseConfig):
     trials: Annotated[int, Field(ge=1)] | None = None
     """Trials of the whole study, including pruned ones; null for no limit."""
     minutes: Annotated[float, Field(gt=0)] | None = None
@@ -149,7 +149,7 @@ class Budget(Section):
         return self
 
 
-class SearchConfig(Section):
+class SearchConfig(BaseConfig):
     """A search over settings of a recipe."""
 
     recipe: Path
@@ -216,7 +216,7 @@ def load(path: Path, overrides: list[str]) -> tuple[SearchConfig, Config]:
     Raises:
         UserError: A key, setting or value is unknown or out of range.
     """
-    content = config.read(path, overrides, EXAMPLE)
+    content = config.read_yaml(path, overrides, EXAMPLE)
     if isinstance(content.get("settings"), dict):
         content["settings"] = dict(flatten(content["settings"]))
     place = f"{path} or the command line" if overrides else str(path)
@@ -225,27 +225,27 @@ def load(path: Path, overrides: list[str]) -> tuple[SearchConfig, Config]:
     if search.dir is None:
         changes["dir"] = DEFAULT_ROOT / path.stem
     if not any(override.startswith("recipe=") for override in overrides):
-        changes["recipe"] = Path(os.path.normpath(path.parent / search.recipe))
+        recipe = config.find_recipe(search.recipe, path.parent, f"recipe in {path}")
+        changes["recipe"] = Path(os.path.normpath(recipe))
     search = search.model_copy(update=changes)
     base = config.load(search.recipe, [])
-    known = {name for name, _ in config.settings()}
     for name in [*search.settings, *search.space]:
-        if name not in known:
-            raise config.unknown_setting(name, place)
+        if name not in config.SETTINGS:
+            raise config.unknown_setting_error(name, place)
         if name in _SET_BY_SEARCH:
             raise UserError(
                 found=f"{name} in {place}",
                 expected=f"{_SET_BY_SEARCH[name]}, from which the search sets it",
                 hint=f"set {_SET_BY_SEARCH[name]}, and remove {name}",
             )
-    base = config.changed(base, search.settings, place)
+    base = config.replace_settings(base, search.settings, place)
     _check_space(search, base, place)
     return search, base
 
 
-def describe() -> list[tuple[str, str]]:
+def describe() -> dict[str, str]:
     """Every key of a search file and its description."""
-    return described(SearchConfig)
+    return describe_settings(SearchConfig)
 
 
 def _check_space(search: SearchConfig, base: Config, place: str) -> None:
@@ -262,7 +262,7 @@ def _check_space(search: SearchConfig, base: Config, place: str) -> None:
             _check_cases(search, name, dimension, place)
         for distribution in search.distributions(name):
             for value in distribution.bounds():
-                config.changed(base, {name: value}, f"the space of {place}")
+                config.replace_settings(base, {name: value}, f"the space of {place}")
     for number, values in enumerate(search.initial_trials, 1):
         _check_initial_trial(search, base, values, f"initial_trials, entry {number}, in {place}")
 
@@ -292,7 +292,7 @@ def _check_initial_trial(search: SearchConfig, base: Config, values: dict[str, A
                 expected="settings of the space",
                 hint=_did_you_mean(name, list(search.space)),
             )
-    config.changed(base, values, place)
+    config.replace_settings(base, values, place)
     for name, _, distribution in search.applicable(values):
         if name not in values:
             raise UserError(
@@ -318,10 +318,10 @@ def _validate(content: dict[str, Any], place: str) -> SearchConfig:
         given = first["input"] if isinstance(first["input"], str | int | float | bool | None) else "..."
         found = f"{name}: {given} in {place}" if name else place
         expected = reason[0].lower() + reason[1:]
-        hint = dict(describe()).get(name) or f"compare it with {EXAMPLE}"
+        hint = describe().get(name) or f"compare it with {EXAMPLE}"
         if first["type"] == "extra_forbidden":
             found, expected = f"unknown key {name} in {place}", "one of the keys in python -m trainer.tune --help"
-            settings = [setting for setting, _ in config.settings() if setting.split(".")[0] == name]
+            settings = [setting for setting in config.SETTINGS if setting.split(".")[0] == name]
             models = (SearchConfig, Sampler, Pruner, Budget, FloatRange, Categorical, Conditional)
             keys = [key for model in models for key in model.model_fields]
             hint = f"for all trials: settings.{settings[0]}=..." if settings else _did_you_mean(loc[-1], keys)
@@ -349,6 +349,6 @@ def best_recipe(search: SearchConfig, base: Config, values: dict[str, Any], name
     own = {"run.name": name}
     if "data.val_fraction" in search.settings:
         own["data.val_fraction"] = config.load(search.recipe, []).data.val_fraction
-    content = config.changed(base, values | own, "the best trial").model_dump(mode="json", exclude_unset=True)
+    content = config.replace_settings(base, values | own, "the best trial").model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + text

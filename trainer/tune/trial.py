@@ -22,7 +22,7 @@ from trainer.data.training_data import open_data
 from trainer.loop import engine, resume
 from trainer.loop.nan_guard import NonFiniteLossError
 from trainer.loop.state import make_training
-from trainer.models.precision import with_precision
+from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import World
 from trainer.runtime.env_info import collect_env_info
 from trainer.tune.search_space import SearchConfig
@@ -100,7 +100,7 @@ def train_trial(
     summaries: list[dict[str, Any]] = []
     place = f"trial {trial.number}"
     try:
-        config.changed(base, trial.values, place)
+        config.replace_settings(base, trial.values, place)
     except UserError as error:
         trial.fail(error.found)  # each value is valid, but not their combination
         return
@@ -113,7 +113,7 @@ def train_trial(
                 "resume": "auto",
                 "checkpoint.resume_allow_changes": ["trainer.precision"],  # it may be resumed on another device
             }
-            settings = with_precision(config.changed(base, trial.values | own, place), world.device)
+            settings = resolve_precision(config.replace_settings(base, trial.values | own, place), world.device)
             reporter = TrialReporter(trial, [summary["metrics"] for summary in summaries], settings, is_over)
             summaries.append(_train(settings, study, world, reporter))
             trial.note(scores=[summary["metric"] for summary in summaries])

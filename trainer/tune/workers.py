@@ -50,7 +50,7 @@ def work(search: SearchConfig, base: Config, deadline: float, workers: int = 1) 
     trained = base  # best.yaml keeps the recipe's own loader.cache_gb and data.verify
     if base.loader.cache_gb == "auto" and workers > 1:
         share = memory_limit() / 2 / 1e9 / workers
-        trained = config.changed(base, {"loader.cache_gb": share}, "a share of the memory")
+        trained = config.replace_settings(base, {"loader.cache_gb": share}, "a share of the memory")
     with init_distributed(base.device) as world:
         while not is_over():
             with study.next_trial() as trial:
@@ -69,7 +69,9 @@ def work(search: SearchConfig, base: Config, deadline: float, workers: int = 1) 
             print(study_page.format_result(result), flush=True)
             with study.exclusive():
                 study_page.write(study, search, base)
-            trained = config.changed(trained, {"data.verify": False}, "the search")  # verified by the first trial
+            trained = config.replace_settings(
+                trained, {"data.verify": False}, "the search"
+            )  # verified by the first trial
     return 0
 
 
