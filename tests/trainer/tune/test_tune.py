@@ -466,7 +466,7 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (
         {"recipe": "none.yaml"},
         (
-            "no configuration file",
+            "no recipe",
             "none.yaml",
         ),
     ),
