@@ -1,4 +1,4 @@
-"""Work shared out among processes that inherit what they work on, with one progress bar."""
+"""Map a function over items in forked processes, with one progress bar."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -18,81 +17,75 @@ from shards.cpus import available_cpus
 from shards.errors import UserError
 
 T = TypeVar("T")
-Advance = Callable[[int], None]
 
-_REFRESH = 0.2  # seconds between two looks at how far the workers are
-
-# What the processes of a pool work on; they are forked while it is set, so that nothing has to be pickled.
-_work: Callable[[int, Advance], Any] | None = None
-_done: Any = None
+# The function of the pool. Processes are forked while it is set, so it need not be picklable.
+_work: Callable[[int], Any] | None = None
 
 
 def default_workers() -> int:
-    """The cores that this process may use, shared with the other ranks of this machine."""
+    """Return the number of CPUs of this process: those of the machine divided by its ranks, at least 1."""
     return max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def map_in_processes(work: Callable[[int, Advance], T], items: Sequence[int], workers: int, bar: tqdm) -> list[T]:
-    """`[work(item, advance) for item in items]`, by several processes; `advance(n)` moves the bar by n.
+def map_in_processes(work: Callable[[int], T], sizes: Sequence[int], workers: int, bar: tqdm) -> list[T]:
+    """Return `[work(0), work(1), ...]`, computed by several processes.
 
-    Where processes cannot be forked (Windows), threads do it. An exception of `work` is raised here, once no other
-    item is being worked on. Raises `UserError` if a process is killed.
+    Where processes cannot be forked (Windows), threads are used. An exception of `work` is raised here, after the
+    items in progress have ended.
+
+    Args:
+        work: Called with the number of an item, 0 .. len(sizes) - 1.
+        sizes: The size of each item, by which the bar advances.
+        workers: The number of processes; with 1 this process does the work.
+        bar: The progress bar.
+
+    Raises:
+        UserError: If a process is killed.
     """
-    workers = min(workers, len(items))
+    global _work
+    workers = min(workers, len(sizes))
     if workers <= 1:
-        return [work(item, bar.update) for item in items]
-    with _pool(work, workers) as (pool, done):
-        futures = [pool.submit(_call, item) for item in items]
-        open_ones = set(futures)
-        try:
-            while open_ones:
-                finished, open_ones = wait(open_ones, timeout=_REFRESH, return_when=FIRST_COMPLETED)
-                bar.update(done.value - bar.n)
-                for future in finished:
-                    future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                found="a packing process that was killed",
-                expected="all of them to finish",
-                hint="most likely the memory did not suffice: run again with fewer --workers",
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        bar.update(done.value - bar.n)
-        return [future.result() for future in futures]
-
-
-@contextmanager
-def _pool(work: Callable[[int, Advance], Any], workers: int) -> Iterator[tuple[Executor, Any]]:
-    global _work, _done
+        results = []
+        for number, size in enumerate(sizes):
+            results.append(work(number))
+            bar.update(size)
+        return results
     _work = work
     try:
-        if "fork" in multiprocessing.get_all_start_methods():
-            context = multiprocessing.get_context("fork")
-            _done = context.Value("q", 0)
-            pool: Executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
-        else:
-            _done = multiprocessing.Value("q", 0)
-            pool = ThreadPoolExecutor(workers)
-        with pool:
-            yield pool, _done
+        with _make_pool(workers) as pool:
+            futures = [pool.submit(_call, number) for number in range(len(sizes))]
+            size_of = dict(zip(futures, sizes, strict=True))
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update(size_of[future])
+            except BrokenProcessPool:
+                raise UserError(
+                    found="a packing process that was killed",
+                    expected="all processes to finish",
+                    hint="most likely the memory was too small: run again with fewer --workers",
+                ) from None
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+            return [future.result() for future in futures]
     finally:
-        _work = _done = None
+        _work = None
 
 
-def _call(item: int) -> Any:
+def _make_pool(workers: int) -> Executor:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return ThreadPoolExecutor(workers)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=_follow_parent)
+
+
+def _call(number: int) -> Any:
     assert _work is not None
-    return _work(item, _advance)
-
-
-def _advance(count: int) -> None:
-    with _done.get_lock():
-        _done.value += count
+    return _work(number)
 
 
 def _follow_parent() -> None:
-    """Leave signals to the parent, and end with it: killed, it would leave its children waiting for ever."""
+    """Leave signals to the parent, and end with it: a killed parent would leave its children waiting for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()

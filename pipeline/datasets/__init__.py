@@ -1,6 +1,6 @@
-"""The known raw data sets. Each module defines `SOURCES`; a new data set is a new module here.
+"""The known data sets. Each module defines `SOURCES`; a new data set is a new module here.
 
-Importing a module of this package must load neither torch nor DALI.
+Modules of this package must not import torch or DALI.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def source_names() -> list[str]:
-    """The names of all data sets, sorted."""
+    """Return the names of all data sets, sorted."""
     return sorted(_sources())
 
 
 def find_source(name: str) -> DatasetSource:
-    """The data set of a name out of `source_names()`."""
+    """Return the data set with a name of `source_names()`."""
     return _sources()[name]
 
 

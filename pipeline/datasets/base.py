@@ -1,4 +1,4 @@
-"""What a data set has to tell so that it can be packed."""
+"""The description of a data set that can be packed."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ class DatasetSource:
     """A data set that can be packed.
 
     Attributes:
-        name: As on the command line.
-        plan: Returns a line that says what would be read or downloaded.
-        load: Reads (downloads) and checks the splits: train and test, perhaps val; or `train` alone, where the files
+        name: Its name on the command line.
+        description: One line for `--help`.
+        plan: Returns a line that describes what would be read or downloaded.
+        load: Reads (downloads) and checks the splits: train and test, and val if any; or train alone, if the files
             have no splits.
-        splits: The names that `--split` accepts, the default first; empty if there is nothing to choose.
+        variants: The values of `--split`, the default first; empty if there is nothing to choose.
         raw_files: Whether it reads files from a directory (`--raw`).
-        options: The further fields of `SourceOptions` that it uses.
-        raw_file: Whether `--raw` may name an archive as well.
-        generic: Whether it reads anyone's files, so that `--raw`, a directory or file, is required and names the set.
+        options: The fields of `SourceOptions` that it uses besides `raw` and `variant`.
+        raw_file: Whether `--raw` may also name an archive.
+        generic: Whether it reads any files of a format. Then `--raw`, a directory or file, is required and names the
+            packed set.
     """
 
     name: str
     description: str
     plan: Callable[[SourceOptions], str]
     load: Callable[[SourceOptions], tuple[RawSplit, ...]]
-    splits: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     raw_files: bool = True
     options: tuple[str, ...] = ()
     raw_file: bool = False

@@ -1,7 +1,7 @@
-"""Handwritten digits that scikit-learn carries inside its package: 1,797 images, 8x8, no download.
+"""The handwritten digits of scikit-learn: 1,797 images, 8x8, without download.
 
-Part of the Optical Recognition of Handwritten Digits set (Alpaydin and Kaynak 1998,
-https://doi.org/10.24432/C50P49). It has no official parts; ours are a fixed stratified fifth for testing.
+They are a subset of Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998,
+https://doi.org/10.24432/C50P49) without official splits. The test split is a fixed stratified fifth.
 """
 
 from __future__ import annotations
@@ -17,15 +17,11 @@ from shards.manifest import RawFile
 
 _TEST_FRACTION = 0.2
 _TEST_SEED = 0
-_INK_LEVELS = 16  # the pixels count the dark points of a 4x4 cell
-
-
-def _plan(options: SourceOptions) -> str:
-    return "read the digits inside scikit-learn"
+_INK_LEVELS = 16  # a pixel counts the dark points of a 4x4 cell
 
 
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
-    from sklearn.datasets import load_digits  # takes a second, so only when needed
+    from sklearn.datasets import load_digits  # the import takes a second
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / _INK_LEVELS)).astype(np.uint8)[..., None]
@@ -45,9 +41,9 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
 SOURCES = (
     DatasetSource(
         name="digits",
-        description="the digits inside scikit-learn, 8x8 gray, no download",
+        description="the digits of scikit-learn, 8x8 gray, no download",
         raw_files=False,
-        plan=_plan,
+        plan=lambda options: "read the digits of scikit-learn",
         load=_load,
     ),
 )

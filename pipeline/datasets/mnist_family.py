@@ -2,8 +2,8 @@
 
 MNIST: LeCun, Cortes and Burges, http://yann.lecun.com/exdb/mnist/. Fashion-MNIST: Xiao, Rasul and Vollgraf 2017,
 https://arxiv.org/abs/1708.07747. Kuzushiji-MNIST: Clanuwat et al. 2018, https://arxiv.org/abs/1812.01718,
-http://codh.rois.ac.jp/kmnist/; a class is the reading of its modern character. Sizes and hashes of the last two are
-those of the checksums of TensorFlow Datasets.
+http://codh.rois.ac.jp/kmnist/; a class is named by the reading of its modern character. Sizes and hashes of the last
+two are those of the checksums of TensorFlow Datasets.
 """
 
 from __future__ import annotations
@@ -23,25 +23,14 @@ _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-_FASHION = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 # Name, description, classes, address, and bytes and SHA-256 of the four files in the order of `_FILES`.
 _SETS = (
     (
         "mnist",
         "MNIST, handwritten digits, 28x28 gray",
         DIGITS,
-        # The original server refuses downloads; this mirror, kept by the PyTorch project, has the original files.
+        # The original server refuses downloads; this mirror of the PyTorch project has the original files.
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         (
             (9_912_422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
@@ -78,7 +67,13 @@ _SETS = (
 
 
 def gz_downloads(address: str, names: Sequence[str], files: Sequence[tuple[int, str]]) -> tuple[Download, ...]:
-    """Gzip-compressed files at an address that ends in `/`: names without `.gz`, bytes and SHA-256 of each."""
+    """Return the downloads of gzip-compressed files.
+
+    Args:
+        address: The address of their directory, which ends in `/`.
+        names: Their names without `.gz`.
+        files: The bytes and SHA-256 of each.
+    """
     return tuple(
         Download(f"{address}{name}.gz", f"{name}.gz", size, sha256)
         for name, (size, sha256) in zip(names, files, strict=True)
@@ -86,35 +81,35 @@ def gz_downloads(address: str, names: Sequence[str], files: Sequence[tuple[int, 
 
 
 def plan_download(downloads: Sequence[Download], options: SourceOptions) -> str:
-    """A line that says what `download_files` would do."""
-    absent = _absent(options, downloads)
-    if not absent:
+    """Return a line that describes what `download_files` would do."""
+    missing = _missing(options, downloads)
+    if not missing:
         return f"read the {len(downloads)} files in {options.raw}"
-    size = sum(download.bytes for download in absent)
-    return f"download {', '.join(download.name for download in absent)} ({size / 1e6:,.1f} MB) to {options.raw}"
+    size = sum(download.bytes for download in missing)
+    return f"download {', '.join(download.name for download in missing)} ({size / 1e6:,.1f} MB) to {options.raw}"
 
 
 def download_files(downloads: Sequence[Download], options: SourceOptions) -> RawDirectory:
-    """The directory with all of the files in it, downloaded where they are absent."""
-    for download in _absent(options, downloads):
+    """Download the files that are missing, and return the directory with all files."""
+    for download in _missing(options, downloads):
         fetch(download, options.raw, or_else=f"the files {', '.join(download.name for download in downloads)}")
     return RawDirectory(options.raw)
 
 
-def _absent(options: SourceOptions, downloads: Sequence[Download]) -> list[Download]:
+def _missing(options: SourceOptions, downloads: Sequence[Download]) -> list[Download]:
     files = RawDirectory(options.raw)
-    return [download for download in downloads if files.missing([download.name.removesuffix(".gz")])]
+    return [download for download in downloads if files.missing((download.name.removesuffix(".gz"),))]
 
 
 def _load(downloads: Sequence[Download], classes: tuple[str, ...], options: SourceOptions) -> tuple[RawSplit, ...]:
     files = download_files(downloads, options)
-    parts = []
-    for part, names in _FILES.items():
+    splits = []
+    for split, names in _FILES.items():
         raw = [files.read(name) for name in names]
         images, labels = decode_pair(*raw, len(classes))
-        records = tuple(one.record() for one in raw)
-        parts.append(RawSplit.from_arrays(part, images, labels, classes, files=records))
-    return tuple(parts)
+        records = tuple(each.record() for each in raw)
+        splits.append(RawSplit.from_arrays(split, images, labels, classes, files=records))
+    return tuple(splits)
 
 
 def _source(
@@ -126,4 +121,4 @@ def _source(
     )
 
 
-SOURCES = tuple(_source(*one) for one in _SETS)
+SOURCES = tuple(_source(*fields) for fields in _SETS)

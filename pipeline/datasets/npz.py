@@ -1,15 +1,15 @@
 """Arrays in npz files, as NumPy and Keras save them.
 
-`--raw` names a file with x_train, y_train, x_test and y_test (and perhaps x_val, y_val), or with x and y, which is a
-train part; or a directory with train.npz, test.npz and perhaps val.npz, each with x and y. Instead of x an array may be
-called images, instead of y labels, and the part may come first (train_images). No pickled object is ever loaded.
+`--raw` names a file with x_train, y_train, x_test and y_test (and optionally x_val, y_val), or with x and y, which is
+the train split; or a directory with train.npz, test.npz and optionally val.npz, each with x and y. x may be named
+images, y may be named labels, and the split may come first (train_images). Pickled objects are never loaded.
 
-Images: [N, H, W], [N, H, W, C] or [N, C, H, W], C being 1 or 3, whole numbers 0 .. 255 of any integer type. Floats are
-refused: whether 1.0 is white or nearly black is for you to say.
-Labels: [N] integers or texts, or one-hot [N, classes]. Class names are the texts, or those in an array `classes` (or
+Images: [N, H, W], [N, H, W, C] or [N, C, H, W], C being 1 or 3, integers 0 .. 255 of any type. Floats are refused,
+because 1.0 may be white or nearly black.
+Labels: [N] integers or texts, or one-hot [N, classes]. Class names are the texts, or an array `classes` (or
 `class_names`) in the order of the numbers, or the numbers themselves.
 
-Arrays are copied to a temporary file (TMPDIR), from which they are read as they are packed.
+Arrays are copied to a temporary file (TMPDIR), from which they are read during packing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 
 from pipeline.datasets.base import DatasetSource
 from pipeline.readers.formats.npz import NpzFile
-from pipeline.readers.naming import TRAIN, in_split_order, natural_order, number_labels, some_of, split_named
+from pipeline.readers.naming import (
+    TRAIN,
+    class_name,
+    in_split_order,
+    natural_order,
+    number_labels,
+    some_of,
+    split_named,
+)
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
 
@@ -31,177 +39,161 @@ _KINDS = {"x": "images", "images": "images", "imgs": "images", "y": "labels", "l
 _CLASS_NAMES = ("classes", "class_names")
 _CHANNELS = (1, 3)
 _CHUNK_BYTES = 64 << 20
-_EXPECTED = "x_train, y_train, x_test, y_test; or x and y; or images and labels"
+_LABELS = "[N] integers or texts, or one-hot [N, classes] with a single 1 in each row"
 
 
 @dataclass
 class _Arrays:
-    """The arrays of a part, by kind: the file they are in and their names."""
+    """The names of the arrays of a split, by kind, and their file."""
 
     file: NpzFile
     names: dict[str, str] = field(default_factory=dict)
 
-    def place(self, kind: str) -> str:
-        return self.file.place_of(self.names[kind])
+    def path_of(self, kind: str) -> str:
+        return self.file.path_of(self.names[kind])
 
     def get(self, kind: str) -> tuple[NDArray, str]:
-        return self.file.array(self.names[kind]), self.place(kind)
-
-
-def _plan(options: SourceOptions) -> str:
-    return f"read the arrays in {options.raw}"
+        return self.file.array(self.names[kind]), self.path_of(kind)
 
 
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
-    found = _find_arrays(options.raw)
-    names = _class_names(next(iter(found.values())).file)
-    images = {part: _images(part, *arrays.get("images")) for part, arrays in found.items()}
-    texts = {part: _labels(*arrays.get("labels"), names) for part, arrays in found.items()}
-    classes, labels = number_labels(texts, options.raw, names)
-    parts = []
-    for part in in_split_order(found):
-        shape, read, count = images[part]
-        if count != len(labels[part]):
-            arrays = found[part]
+    arrays = _find_arrays(options.raw)
+    names = _class_names(next(iter(arrays.values())).file)
+    images = {split: _images(*of_split.get("images")) for split, of_split in arrays.items()}
+    labels_by_name = {split: _labels(*of_split.get("labels"), names) for split, of_split in arrays.items()}
+    classes, labels = number_labels(labels_by_name, options.raw, names)
+    splits = []
+    for split in in_split_order(arrays):
+        shape, read, count = images[split]
+        if count != len(labels[split]):
             raise UserError(
-                found=f"{count:,} images in {arrays.place('images')} and {len(labels[part]):,} labels in "
-                f"{arrays.place('labels')}",
-                expected="as many labels as images",
+                found=f"{count:,} images in {arrays[split].path_of('images')} and {len(labels[split]):,} labels in "
+                f"{arrays[split].path_of('labels')}",
+                expected="one label per image",
                 hint="save them again from arrays of one length",
             )
-        parts.append(RawSplit(part, classes, labels[part], shape, False, read, found[part].file.records()))
-    return tuple(parts)
+        files = arrays[split].file.records()
+        splits.append(RawSplit(split, classes, labels[split], shape, False, read, files))
+    return tuple(splits)
 
 
 def _find_arrays(raw: Path) -> dict[str, _Arrays]:
-    """The arrays of each part, `train` among them."""
-    found: dict[str, _Arrays] = {}
-    for path, part_of_file in _files(raw):
+    """The arrays of each split; `train` is one of the splits."""
+    arrays: dict[str, _Arrays] = {}
+    for path, split_of_file in _files(raw):
         file = NpzFile(path)
         for name in file.names:
-            part, kind = _meaning(name)
+            split, kind = _parse(name, split_of_file)
             if kind is None:
                 continue
-            arrays = found.setdefault(part or part_of_file, _Arrays(file))
-            if kind in arrays.names:
-                raise _unclear(raw, f"{name} and {arrays.names[kind]}, both {kind} of the {part or part_of_file} part")
-            arrays.names[kind] = name
-        if not found:
+            names = arrays.setdefault(split, _Arrays(file)).names
+            if kind in names:
+                raise _unclear(raw, f"{name} and {names[kind]}, both {kind} of the {split} split")
+            names[kind] = name
+        if not arrays:
             raise _unclear(raw, f"the arrays {some_of(file.names)}" if file.names else "no array")
-    for part, arrays in found.items():
-        if len(arrays.names) < 2:
-            raise _unclear(raw, f"only {', '.join(arrays.names.values())} for the {part} part")
-    if TRAIN not in found:
-        raise _unclear(raw, f"only {', '.join(found)} arrays")
-    return found
+    for split, of_split in arrays.items():
+        if len(of_split.names) < 2:
+            raise _unclear(raw, f"only {', '.join(of_split.names.values())} for the {split} split")
+    if TRAIN not in arrays:
+        raise _unclear(raw, f"only {', '.join(arrays)} arrays")
+    return arrays
 
 
 def _files(raw: Path) -> list[tuple[Path, str]]:
-    """The npz files, and the part that each holds unless its arrays say otherwise."""
+    """The npz files, and the split of each if its arrays name none."""
     if not raw.is_dir():
         if not raw.exists():
-            raise _unclear(raw, "nothing there")
+            raise _unclear(raw, "nothing")
         return [(raw, TRAIN)]
-    paths = [raw / name for name in natural_order(path.name for path in raw.glob("*.npz"))]
-    of_parts = [(path, part) for path in paths if (part := split_named(path.stem))]
-    if len({part for _, part in of_parts}) < len(of_parts):
-        raise _unclear(raw, f"{some_of([path.name for path, _ in of_parts])}, several for a part")
-    if of_parts or len(paths) == 1:
-        return of_parts or [(paths[0], TRAIN)]
-    raise _unclear(raw, f"the npz files {some_of([path.name for path in paths])}" if paths else "no npz file")
+    names = natural_order(path.name for path in raw.glob("*.npz"))
+    named = [(raw / name, split) for name in names if (split := split_named(Path(name).stem))]
+    if len({split for _, split in named}) < len(named):
+        raise _unclear(raw, f"{some_of([path.name for path, _ in named])}, several files of one split")
+    if not named and len(names) != 1:
+        raise _unclear(raw, f"the npz files {some_of(names)}" if names else "no npz file")
+    return named or [(raw / names[0], TRAIN)]
 
 
-def _meaning(name: str) -> tuple[str | None, str | None]:
-    """The part that an array's name tells, if any, and its kind: x_train, train_images, labels, ..."""
-    first, _, second = name.partition("_")
-    if not second:
-        return None, _KINDS.get(first.lower())
+def _parse(name: str, default: str) -> tuple[str, str | None]:
+    """The split and kind in an array's name: x_train, train_images, labels, ...; None if it is another array."""
+    first, _, second = name.lower().partition("_")
     if split_named(first):
-        return split_named(first), _KINDS.get(second.lower())
-    return (split_named(second), _KINDS.get(first.lower())) if split_named(second) else (None, None)
+        first, second = second, first
+    split = split_named(second) if second else default
+    return (split, _KINDS.get(first)) if split else (default, None)
 
 
 def _class_names(file: NpzFile) -> tuple[str, ...]:
-    """Those that the file has, in the order of the numbers; none if it has none."""
+    """The class names in the file in the order of their numbers; empty if it has none."""
     for name in file.names:
         if name.lower() in _CLASS_NAMES:
             array = file.array(name)
             if array.ndim != 1 or array.dtype.kind not in "US" or len(set(array.tolist())) < len(array):
-                raise _wrong(file.place_of(name), array, "[classes] texts, all different")
+                raise _wrong(file.path_of(name), array, "[classes] texts, all different")
             return tuple(_text(value) for value in array.tolist())
     return ()
 
 
-def _labels(array: NDArray, place: str, names: tuple[str, ...]) -> list[str]:
-    """The class of each image, by name."""
+def _labels(array: NDArray, path: str, names: tuple[str, ...]) -> list[str]:
+    """The class name of each image."""
+    values = array
     if array.ndim == 2 and array.shape[1] > 1:
-        array = _from_one_hot(array, place)
-    if array.ndim == 2:
-        array = array[:, 0]
-    if array.ndim != 1 or array.dtype.kind not in "iuUS" or not len(array):
-        raise _wrong(place, array, "[N] integers or texts, or one-hot [N, classes]")
-    if array.dtype.kind in "US":
-        texts = [_text(value) for value in array.tolist()]
-        if names and (unknown := natural_order(set(texts) - set(names))):
-            raise _wrong(place, array, f"names out of the array of classes, not {some_of(unknown)}")
-        return texts
-    if names and not 0 <= array.min() <= array.max() < len(names):
-        raise _wrong(
-            place, array, f"labels 0 .. {len(names) - 1}, as there are names, not {array.min()} .. {array.max()}"
-        )
-    return [names[value] if names else str(value) for value in array.tolist()]
+        is_number = array.dtype.kind in "biuf"
+        if not (is_number and ((array == 0) | (array == 1)).all() and (array.sum(axis=1) == 1).all()):
+            raise _wrong(path, array, _LABELS)
+        values = array.argmax(axis=1)
+    elif array.ndim == 2:
+        values = array[:, 0]
+    if values.ndim != 1 or values.dtype.kind not in "iuUS" or not len(values):
+        raise _wrong(path, array, _LABELS)
+    try:
+        return [class_name(_text(value), names) for value in values.tolist()]
+    except ValueError as error:
+        raise _wrong(path, array, f"only labels of the array of classes: {error}") from None
 
 
-def _from_one_hot(array: NDArray, place: str) -> NDArray[np.int64]:
-    if array.dtype.kind not in "biuf" or not (((array == 0) | (array == 1)).all() and (array.sum(axis=1) == 1).all()):
-        raise _wrong(place, array, "[N] integers or texts, or one-hot [N, classes]: a single 1 in each row")
-    return array.argmax(axis=1)
-
-
-def _images(part: str, array: NDArray, place: str):
-    """Shape (H, W, C) of the images, what reads them, and how many they are."""
+def _images(array: NDArray, path: str) -> tuple[tuple[int, int, int], partial, int]:
+    """Shape (H, W, C) of the images, a function that reads them, and their number."""
     if array.dtype.kind not in "iu":
         hint = "np.rint(x * 255).astype(np.uint8) if they are 0 .. 1, x.astype(np.uint8) if they are 0 .. 255"
-        raise _wrong(place, array, "uint8 images 0 .. 255", hint)
-    if array.ndim == 3:
-        shape, planes = (*array.shape[1:], 1), False
-    else:
-        last, first = (array.ndim == 4 and array.shape[axis] in _CHANNELS for axis in (3, 1))
-        if last == first:
-            raise _wrong(place, array, "[N, H, W], [N, H, W, C] or [N, C, H, W], with C 1 or 3", "x.reshape(N, H, W)")
-        shape, planes = (array.shape[1:], False) if last else ((*array.shape[2:], array.shape[1]), True)
+        raise _wrong(path, array, "uint8 images 0 .. 255", hint)
+    pixels = array[..., None] if array.ndim == 3 else array
+    if array.ndim != 3:
+        is_last, is_first = (array.ndim == 4 and array.shape[axis] in _CHANNELS for axis in (3, 1))
+        if is_last == is_first:
+            raise _wrong(path, array, "[N, H, W], [N, H, W, C] or [N, C, H, W], with C 1 or 3", "x.reshape(N, H, W)")
+        pixels = array if is_last else array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8:
-        _check_range(array, place)
-    return shape, partial(_read, array, shape, planes), len(array)
+        _check_range(array, path)
+    return pixels.shape[1:], partial(_read, pixels), len(pixels)
 
 
-def _read(array: NDArray, shape: tuple[int, int, int], planes: bool, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    images = array[rows]
-    if planes:
-        images = images.transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images, dtype=np.uint8).reshape(len(rows), *shape)
+def _read(array: NDArray, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array[numbers], dtype=np.uint8)
 
 
-def _check_range(array: NDArray, place: str) -> None:
+def _check_range(array: NDArray, path: str) -> None:
     step = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes))
     for start in range(0, len(array), step):
         chunk = array[start : start + step]
         if chunk.size and not 0 <= chunk.min() <= chunk.max() <= 255:
-            raise _wrong(place, array, f"values 0 .. 255, not {chunk.min()} .. {chunk.max()}", "scale them to 0 .. 255")
+            raise _wrong(path, array, f"values 0 .. 255, not {chunk.min()} .. {chunk.max()}", "scale them to 0 .. 255")
 
 
-def _text(value: str | bytes) -> str:
+def _text(value: str | bytes | int) -> str | int:
     return value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else value
 
 
-def _wrong(place: str, array: NDArray, expected: str, hint: str = "save the arrays again in that form") -> UserError:
-    return UserError(found=f"{place}, {array.dtype} {list(array.shape)}", expected=expected, hint=hint)
+def _wrong(path: str, array: NDArray, expected: str, hint: str = "save the arrays again in that form") -> UserError:
+    return UserError(found=f"{path}, {array.dtype} {list(array.shape)}", expected=expected, hint=hint)
 
 
 def _unclear(raw: Path, found: str) -> UserError:
     return UserError(
         found=f"{found} in {raw}",
-        expected=f"an npz file with {_EXPECTED}; or a directory with train.npz and test.npz",
+        expected="an npz file with x_train, y_train, x_test, y_test, or x and y, or images and labels; or a directory "
+        "with train.npz and test.npz",
         hint="np.savez(NAME, x_train=..., y_train=..., x_test=..., y_test=...)",
     )
 
@@ -210,7 +202,7 @@ SOURCES = (
     DatasetSource(
         name="npz",
         description="arrays of images and labels in npz files",
-        plan=_plan,
+        plan=lambda options: f"read the arrays in {options.raw}",
         load=_load,
         generic=True,
     ),

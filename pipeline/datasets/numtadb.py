@@ -1,23 +1,21 @@
-"""NumtaDB: Bengali handwritten digits from several collections (Alam et al. 2018, https://arxiv.org/abs/1806.02452).
+"""NumtaDB: Bengali handwritten digits of several collections (Alam et al. 2018, https://arxiv.org/abs/1806.02452).
 
-Published at https://www.kaggle.com/BengaliAI/numta, behind a login: download it there and name its directory,
-or the zip as it comes, with --raw. Of a set there is a table, `training-a.csv`, and a directory of pictures,
-`training-a`. The splits name the sets to train and to test on: `abc-d` trains on a, b and c, and tests on d.
+Published at https://www.kaggle.com/BengaliAI/numta, behind a login: download it there and name its directory, or the
+zip, with --raw. A collection consists of a table, `training-a.csv`, and a directory of images, `training-a`. The
+variants name the collections for training and testing: `abc-d` trains on a, b and c, and tests on d.
 
-The pictures have many sizes; without --size they are stored at 48x48. The columns keep, for each picture, its `path`,
-its `set` and the original `database` (for instance to stratify by).
+The images have many sizes; without --size they are stored at 48x48. The columns hold the `path` of each image, its
+collection (`set`) and its original `database` (for instance for --stratify).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 from pipeline.datasets.base import DatasetSource
 from pipeline.readers.archives.file_trees import FileTree
-from pipeline.readers.formats.image import EXTENSIONS
-from pipeline.readers.image_splits import IMAGE_OPTIONS, image_splits, open_tree_of_images, split_of_tree
-from pipeline.readers.layout import extension, locate, read_table
+from pipeline.readers.image_splits import IMAGE_OPTIONS, ImageSplit, image_splits, open_tree_of_images, split_of_tree
+from pipeline.readers.layout import locate, read_table
 from pipeline.readers.naming import number_labels
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
@@ -28,73 +26,57 @@ _DIGITS = frozenset("0123456789")
 _PAGE = "https://www.kaggle.com/BengaliAI/numta"
 
 
-def _plan(options: SourceOptions) -> str:
-    return f"read the sets {' and '.join(options.split.split('-'))} in {options.raw}"
-
-
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     if not options.raw.exists():
-        raise _absent(f"no {options.raw}")
+        raise _missing(f"no such file or directory: {options.raw}")
     tree = open_tree_of_images(options.raw)
-    listings = {
-        part: [_read_set(tree, letter) for letter in letters]
-        for part, letters in zip(REQUIRED_SPLITS, options.split.split("-"), strict=True)
-    }
+    tables: dict[str, list[str]] = {}
+    images: dict[str, list[tuple[str, str, str, str]]] = {}
+    for split, letters in zip(REQUIRED_SPLITS, options.variant.split("-"), strict=True):
+        tables[split] = [_find_table(tree, letter) for letter in letters]
+        images[split] = [
+            image for letter, table in zip(letters, tables[split], strict=True) for image in _read(tree, table, letter)
+        ]
     classes, labels = number_labels(
-        {part: [digit for one in sets for digit in one.digits] for part, sets in listings.items()}, tree.place
+        {split: [each[1] for each in images[split]] for split in REQUIRED_SPLITS}, tree.path
     )
-    pictures = [
-        split_of_tree(
-            tree,
-            part,
-            labels[part],
-            names=[name for one in sets for name in one.names],
-            tables=[one.table for one in sets],
-            columns={
-                "database": [database for one in sets for database in one.databases],
-                "set": [one.letter for one in sets for _ in one.names],
-            },
-        )
-        for part, sets in listings.items()
-    ]
+    splits: list[ImageSplit] = []
+    for split in REQUIRED_SPLITS:
+        names, _, databases, letters_of_images = zip(*images[split], strict=True)
+        columns = {"database": databases, "set": letters_of_images}
+        splits.append(split_of_tree(tree, split, labels[split], names, tables[split], columns))
     size = options.size or (None if options.encoded else _SIZE)
-    return image_splits(pictures, classes, replace(options, size=size))
+    return image_splits(splits, classes, replace(options, size=size))
 
 
-class _Set(NamedTuple):
-    """A set of NumtaDB: its table, and name, digit and original database of each picture."""
-
-    letter: str
-    table: str
-    names: list[str]
-    digits: list[str]
-    databases: list[str]
+def _find_table(tree: FileTree, letter: str) -> str:
+    for name in tree.names:
+        if name.rpartition("/")[2] == f"training-{letter}.csv":
+            return name
+    raise _missing(f"no training-{letter}.csv in {tree.path}")
 
 
-def _read_set(tree: FileTree, letter: str) -> _Set:
-    table_name = next((name for name in tree.names if name.rpartition("/")[2] == f"training-{letter}.csv"), None)
-    if table_name is None:
-        raise _absent(f"no training-{letter}.csv in {tree.place}")
+def _read(tree: FileTree, table_name: str, letter: str) -> list[tuple[str, str, str, str]]:
+    """The name, digit, original database and collection of each image of a table."""
     table = read_table(tree, table_name)
     digits = table.column(["digit"], "labels")
-    if wrong := [row for row, digit in enumerate(digits) if digit not in _DIGITS]:
-        raise UserError(
-            found=f"{table.place_of(wrong[0])}: digit {digits[wrong[0]]!r}",
-            expected="digits 0 .. 9",
-            hint="use the file as published",
-        )
+    for row, digit in enumerate(digits):
+        if digit not in _DIGITS:
+            raise UserError(
+                found=f"{table.line(row)}: digit {digit!r}", expected="digits 0 .. 9", hint="use the file as published"
+            )
     folder = table_name.removesuffix(".csv")
-    known = frozenset(name for name in tree.names if extension(name) in EXTENSIONS)
-    # Unpacked by some tools, the directory comes twice, one in the other.
+    # Some tools unpack the directory into another of the same name.
     folders = (f"{folder}/", f"{folder}/training-{letter}/")
-    names = locate(table, table.column(["filename"], "file names"), known, folders)
-    return _Set(letter, table_name, names, digits, table.column(["database name original"], "databases"))
+    names = locate(tree, table, table.column(["filename"], "file names"), folders)
+    databases = table.column(["database name original"], "databases")
+    return list(zip(names, digits, databases, [letter] * len(names), strict=True))
 
 
-def _absent(found: str) -> UserError:
+def _missing(found: str) -> UserError:
     return UserError(
         found=found,
-        expected="the tables and directories of pictures of NumtaDB, as published",
+        expected="the tables and directories of images of NumtaDB, as published",
         hint=f"download them from {_PAGE} and name the directory or zip with --raw",
     )
 
@@ -102,9 +84,9 @@ def _absent(found: str) -> UserError:
 SOURCES = (
     DatasetSource(
         name="numtadb",
-        description="NumtaDB, Bengali handwritten digits, stored at 48x48 unless --size says otherwise",
-        splits=("abc-d", "abc-e", "abce-d"),
-        plan=_plan,
+        description="NumtaDB, Bengali handwritten digits, stored at 48x48 unless --size is given",
+        variants=("abc-d", "abc-e", "abce-d"),
+        plan=lambda options: f"read the sets {' and '.join(options.variant.split('-'))} in {options.raw}",
         load=_load,
         options=IMAGE_OPTIONS,
         raw_file=True,

@@ -1,16 +1,16 @@
-"""Tables of pictures in Parquet files, as data-set hubs store them.
+"""Tables of images in Parquet files, as the Hugging Face Hub stores them.
 
-`--raw` names a file, which is a train part, or a directory of files whose names, or those of their directories, begin
-with the part: `train-00000-of-00002.parquet`, `data/test-00000-of-00001.parquet`, `validation/0000.parquet`. Files
-that name no part are the train part.
+`--raw` names a file, which is the train split, or a directory of files. The names of the files, or of their
+directories, begin with the split: `train-00000-of-00002.parquet`, `data/test-00000-of-00001.parquet`,
+`validation/0000.parquet`. Other files are the train split.
 
-The column of pictures holds the bytes of PNG, JPEG, WebP, BMP or GIF files, or a struct with them in a field `bytes`;
-it is called image or img, or is the only one of its kind, or --image-column names it. Labels are whole numbers or texts
-in a column label, labels, fine_label, class or target, or --label-column. The names of the classes come from the
-description of the data set in the file (`huggingface`), from the texts, or are the numbers.
+The image column holds the bytes of PNG, JPEG, WebP, BMP or GIF files, or a struct with them in a field `bytes`. It is
+named image or img, or is the only one of its kind, or --image-column names it. Labels are integers or texts in a column
+label, labels, fine_label, class or target, or --label-column. The class names are those of the data set's metadata in
+the file (`huggingface`), or the texts, or the numbers.
 
-The files are read once, some rows at a time (at least a page of the file, which writers keep to megabytes), and the
-pictures kept in a temporary file (TMPDIR), from which they are decoded in the order of the pack. Needs pyarrow:
+The files are read once, some rows at a time (at least a page of the file, usually megabytes), and the images are kept
+in a temporary file (TMPDIR), from which they are decoded in the order of the pack. Needs pyarrow:
 pip install 'inkstream[parquet]'
 """
 
@@ -27,13 +27,9 @@ from shards.errors import UserError
 _ENDING = ".parquet"
 
 
-def _plan(options: SourceOptions) -> str:
-    return f"read the tables in {options.raw}"
-
-
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     try:
-        from pipeline.readers.parquet import read_parts
+        from pipeline.readers.parquet import read_splits
     except ModuleNotFoundError as error:
         if error.name != "pyarrow":
             raise
@@ -42,42 +38,33 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
             expected="the package that reads Parquet files",
             hint="pip install 'inkstream[parquet]'",
         ) from None
-    files = _files(options.raw)
-    sets, classes = read_parts(
-        {part: files[part] for part in in_split_order(files)}, options.image_column, options.label_column
-    )
-    return image_splits(sets, classes, options)
+    splits, classes = read_splits(_find_files(options.raw), options.image_column, options.label_column)
+    return image_splits(splits, classes, options)
 
 
-def _files(raw: Path) -> dict[str, list[Path]]:
-    """The files of each part, `train` among them, in natural order."""
+def _find_files(raw: Path) -> dict[str, list[Path]]:
+    """The files of each split in natural order; `train` is one of the splits."""
     if not raw.is_dir():
         if raw.exists():
             return {TRAIN: [raw]}
-        raise _unclear(f"no {raw}")
+        raise _unclear(f"no such file or directory: {raw}")
     names = natural_order(path.relative_to(raw).as_posix() for path in raw.rglob(f"*{_ENDING}") if path.is_file())
     if not names:
         raise _unclear(f"no {_ENDING} file in {raw}")
-    parts: dict[str, list[Path]] = {}
-    tables = set()
+    files: dict[str, list[Path]] = {}
+    data_sets = set()
     for name in names:
-        part, table = _meaning(name)
-        parts.setdefault(part or TRAIN, []).append(raw / name)
-        tables.add(table)
-    if len(tables) > 1:
-        raise _unclear(f"the tables of several data sets in {raw}: {some_of(natural_order(tables))}")
-    if TRAIN not in parts:
-        raise _unclear(f"only {', '.join(parts)} files in {raw}")
-    return parts
-
-
-def _meaning(name: str) -> tuple[str | None, str]:
-    """The part that a path tells, if any, and the directory of the data set to which it belongs."""
-    *directories, file = name.split("/")
-    part = split_named(file.removesuffix(_ENDING).partition("-")[0])
-    if part is None and directories and (part := split_named(directories[-1])):
-        directories.pop()
-    return part, "/".join(directories) or "."
+        *directories, file = name.split("/")
+        split = split_named(file.removesuffix(_ENDING).partition("-")[0])
+        if split is None and directories and (split := split_named(directories[-1])):
+            directories.pop()
+        files.setdefault(split or TRAIN, []).append(raw / name)
+        data_sets.add("/".join(directories) or ".")
+    if len(data_sets) > 1:
+        raise _unclear(f"the tables of several data sets in {raw}: {some_of(natural_order(data_sets))}")
+    if TRAIN not in files:
+        raise _unclear(f"only {', '.join(files)} files in {raw}")
+    return {split: files[split] for split in in_split_order(files)}
 
 
 def _unclear(found: str) -> UserError:
@@ -91,8 +78,8 @@ def _unclear(found: str) -> UserError:
 SOURCES = (
     DatasetSource(
         name="parquet",
-        description="pictures in Parquet tables, as on data-set hubs (needs pyarrow)",
-        plan=_plan,
+        description="images in Parquet tables, as on the Hugging Face Hub (needs pyarrow)",
+        plan=lambda options: f"read the tables in {options.raw}",
         load=_load,
         options=TABLE_OPTIONS,
         generic=True,

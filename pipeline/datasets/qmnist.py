@@ -1,9 +1,9 @@
-"""QMNIST: MNIST made anew from the NIST forms, with its lost 50,000 test digits (Yadav and Bottou 2019).
+"""QMNIST: MNIST reconstructed from the NIST forms, with its 50,000 lost test digits (Yadav and Bottou 2019).
 
 https://arxiv.org/abs/1905.10498, https://github.com/facebookresearch/qmnist. The training digits and the first 10,000
-test digits match those of MNIST one by one; `--split test10k` keeps these of the test part. The columns `writer` and
-`series` tell who wrote a digit, and in which series of forms (0 and 1: employees, 4: students).
-Sizes and hashes as in the checksums of TensorFlow Datasets.
+test digits correspond one by one to those of MNIST; `--split test10k` keeps only these for testing. The columns
+`writer` and `series` hold the writer of a digit and the series of forms (0 and 1: employees, 4: students).
+Sizes and hashes are those of the checksums of TensorFlow Datasets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shards.manifest import REQUIRED_SPLITS
 
 DOWNLOADS = gz_downloads(
     "https://raw.githubusercontent.com/facebookresearch/qmnist/master/",
-    [f"qmnist-{part}-{what}" for part in REQUIRED_SPLITS for what in ("images-idx3-ubyte", "labels-idx2-int")],
+    [f"qmnist-{split}-{what}" for split in REQUIRED_SPLITS for what in ("images-idx3-ubyte", "labels-idx2-int")],
     (
         (9_704_059, "9e26a7bf1683614e065d7b76460ccd52807165b3f22561fb782bd9f38c52b51d"),
         (463_024, "2c05dc77f6b916b38e455e97ab129a42a444f3dbef09b278a366f82904e0dd9f"),
@@ -29,41 +29,37 @@ DOWNLOADS = gz_downloads(
         (526_800, "9fbcbe594c3766fdf4f0b15c5165dc0d1e57ac604e01422608bb72c906030d06"),
     ),
 )
-_COLUMNS = 8  # class, series, writer, number of the digit with this writer, ... (section 2.2 of its page)
+_COLUMNS = 8  # class, series, writer, number of the digit of this writer, ... (section 2.2 of its page)
 _SERIES, _WRITER = 1, 2
-_OF_MNIST = 10_000
+_MNIST_TEST_SIZE = 10_000
 
 
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     files = download_files(DOWNLOADS, options)
-    parts = []
-    for part in REQUIRED_SPLITS:
-        raw_images = files.read(f"qmnist-{part}-images-idx3-ubyte")
-        raw_labels = files.read(f"qmnist-{part}-labels-idx2-int")
+    splits = []
+    for split in REQUIRED_SPLITS:
+        raw_images = files.read(f"qmnist-{split}-images-idx3-ubyte")
+        raw_labels = files.read(f"qmnist-{split}-labels-idx2-int")
         images, table = decode(raw_images, 3)[..., None], decode_table(raw_labels, _COLUMNS)
-        check_pair(raw_images, len(images), raw_labels, table[:, 0], len(DIGITS))
-        parts.append(
-            RawSplit.from_arrays(
-                part,
-                images,
-                table[:, 0],
-                DIGITS,
-                files=(raw_images.record(), raw_labels.record()),
-                columns={
-                    "writer": text_column(map(str, table[:, _WRITER].tolist())),
-                    "series": text_column(map(str, table[:, _SERIES].tolist())),
-                },
-            )
-        )
-    train, test = parts
-    return train, test.select(np.arange(len(test.labels))[:_OF_MNIST]) if options.split == "test10k" else test
+        labels = table[:, 0]
+        check_pair(raw_images, len(images), raw_labels, labels, len(DIGITS))
+        records = (raw_images.record(), raw_labels.record())
+        columns = {
+            name: text_column(map(str, table[:, column].tolist()))
+            for name, column in (("writer", _WRITER), ("series", _SERIES))
+        }
+        splits.append(RawSplit.from_arrays(split, images, labels, DIGITS, files=records, columns=columns))
+    train, test = splits
+    if options.variant == "test10k":
+        test = test.select(np.arange(len(test.labels))[:_MNIST_TEST_SIZE])
+    return train, test
 
 
 SOURCES = (
     DatasetSource(
         name="qmnist",
         description="QMNIST, MNIST with all its 60,000 test digits and their writers, 28x28 gray",
-        splits=("test60k", "test10k"),
+        variants=("test60k", "test10k"),
         plan=partial(plan_download, DOWNLOADS),
         load=_load,
     ),

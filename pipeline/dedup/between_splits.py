@@ -50,9 +50,9 @@ class Overlap:
         return cls(
             split=part.name,
             other_split=kept.name,
-            source_index=part.rows[matches.first],
+            source_index=part.source_index[matches.first],
             labels=np.array(part.classes)[part.labels[matches.first]],
-            other_source_index=kept.rows[matches.second],
+            other_source_index=kept.source_index[matches.second],
             other_labels=np.array(kept.classes)[kept.labels[matches.second]],
             identical=matches.identical,
             similarity=matches.similarity,
@@ -94,7 +94,7 @@ def remove_duplicates(parts: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) 
 
 
 def _without(part: RawSplit, rows: list[NDArray[np.int64]]) -> RawSplit:
-    found = np.isin(part.rows, np.concatenate([np.empty(0, np.int64), *rows]))
+    found = np.isin(part.source_index, np.concatenate([np.empty(0, np.int64), *rows]))
     if found.all():
         raise UserError(
             found=f"a {part.name} part of {len(found):,} images, all of them in another part too",

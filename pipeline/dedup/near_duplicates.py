@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from pipeline.common.process_pool import Advance, default_workers, map_in_processes
+from pipeline.common.process_pool import default_workers, map_in_processes
 from pipeline.common.rng import permutation
 from pipeline.dedup.hamming_index import HammingIndex
 from pipeline.dedup.perceptual_hash import SHIFTS, UNREADABLE, dct_embeddings, perceptual_hashes, read_thumbnails
@@ -104,16 +104,12 @@ def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
 def _in_blocks(work: Callable[[NDArray[np.int64]], tuple[NDArray, ...]], count: int, what: str) -> list[NDArray]:
     """The results of `work(positions)` for blocks of 0 .. count-1, on all cores, each concatenated."""
 
-    def work_on(block: int, advance: Advance) -> tuple[NDArray, ...]:
-        positions = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, count))
-        results = work(positions)
-        advance(len(positions))
-        return results
+    blocks = [np.arange(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
 
     bar = tqdm(total=count, desc=what, unit=" images", unit_scale=True, disable=None, leave=False)
     # Processes that each multiply matrices on all cores get in each other's way: it takes 1.6 times as long.
     with bar, threadpool_limits(limits=1, user_api="blas"):
-        results = map_in_processes(work_on, range(-(-count // _BLOCK)), default_workers(), bar)
+        results = map_in_processes(lambda block: work(blocks[block]), list(map(len, blocks)), default_workers(), bar)
     return [np.concatenate(values) for values in zip(*results, strict=True)]
 
 

@@ -55,8 +55,8 @@ def find_overlaps(ours: tuple[RawSplit, ...], theirs: tuple[RawSplit, ...], near
 
 def image_digests(part: RawSplit) -> NDArray[np.uint64]:
     """Digests uint64 [N] of the upright images of a split."""
-    starts = range(0, len(part.rows), _READ_BATCH)
-    images = (part.read(part.rows[start : start + _READ_BATCH]) for start in starts)
+    starts = range(0, len(part.source_index), _READ_BATCH)
+    images = (part.read(part.source_index[start : start + _READ_BATCH]) for start in starts)
     return np.concatenate([digests_of_arrays(some, part.transposed) for some in images])
 
 
@@ -64,7 +64,7 @@ def without(ours: tuple[RawSplit, ...], found: Sequence[Overlap]) -> tuple[tuple
     """The parts of a set without what they share with the judging parts of the other, and how many images that is."""
     left_out = [one for one in found if one.split in _LEARNED_FROM and one.other_split in _JUDGED_BY]
     kept = remove_duplicates(ours, left_out)
-    return kept, sum(len(part.rows) for part in ours) - sum(len(part.rows) for part in kept)
+    return kept, sum(len(part.source_index) for part in ours) - sum(len(part.source_index) for part in kept)
 
 
 def _pack_again(
@@ -75,7 +75,7 @@ def _pack_again(
         lambda: parts,
         out,
         dataset=first.dataset,
-        split=first.variant,
+        variant=first.variant,
         block_size=first.block_size,
         seed=first.seed,
         store=first.store,
@@ -126,7 +126,7 @@ def main() -> int:
     if arguments.remove:
         kept, count = without(ours, found)
         _pack_again(directory, other, kept, arguments.remove, arguments.near, arguments.force)
-        sizes_left = ", ".join(f"{len(part.rows):,} {part.name}" for part in kept)
+        sizes_left = ", ".join(f"{len(part.source_index):,} {part.name}" for part in kept)
         print(f"left out {count:,} images; {sizes_left} images in {arguments.remove}")
     return 0
 

@@ -52,7 +52,7 @@ class Thumbnails(NamedTuple):
 
 def read_thumbnails(part: RawSplit, positions: NDArray[np.int64]) -> Thumbnails:
     """Thumbnails of the images at these positions (int64 [n], 0 .. N-1) of a split."""
-    rows = part.rows[positions]
+    rows = part.source_index[positions]
     try:
         return _thumbnails_of_rows(part, rows)
     except UnreadableImages as error:

@@ -1,12 +1,12 @@
-"""Where a pack goes: a local directory, which appears whole by a rename, or a remote place."""
+"""The output of packing: a local directory, which appears complete by a rename, or a remote address."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 from pipeline.packing.ranks import ProcessGroup
 from shards.atomic import Replacement, replace_directory, staging_directory
@@ -23,57 +23,37 @@ from shards.remote.sets import (
 )
 
 
-class OutputLocation(Protocol):
-    """A place for a packed set."""
-
-    def manifests(self) -> tuple[Manifest, ...]:
-        """Those of the complete pack that stands there, none if there is none.
-
-        Raises `UserError` if something else stands there, which is never replaced.
-        """
-        ...
-
-    def needs_recovery(self) -> bool:
-        """Whether a killed writer left something behind that the next pack has to clean up."""
-        ...
-
-    def staging(self, group: ProcessGroup) -> AbstractContextManager[Path]:
-        """The directory in which this rank writes its files; nothing of it stays."""
-        ...
-
-    def complete(self, group: ProcessGroup, directory: Path, manifests: tuple[Manifest, ...]) -> None:
-        """Let what all ranks have written take the place of what stood there, manifests last."""
-        ...
-
-
-def open_output(out: Path | str) -> OutputLocation:
-    return RemoteOutput(str(out)) if is_remote(out) else LocalOutput(resolve_dataset(out))
-
-
 class LocalOutput:
-    """A directory. All ranks write into one staging directory beside it, so they have to share a file system."""
+    """A directory. All ranks write into one staging directory beside it, so they must share a file system."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
         self._replacement: Replacement | None = None
 
     def manifests(self) -> tuple[Manifest, ...]:
+        """Return the manifests of the complete pack in the directory, empty if there is none.
+
+        Raises:
+            UserError: If the directory holds something else, which is never replaced.
+        """
         out = self._out
         if is_packed_dataset(out):
-            return tuple(Manifest.read(out / part) for part in SPLITS if has_split(out, part))
+            return tuple(Manifest.read(out / split) for split in SPLITS if has_split(out, split))
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return ()
         raise UserError(
             found=f"{out}, which exists and is not a complete pack",
             expected="a new or empty directory, or a complete pack",
-            hint="choose another --out, or remove it if nothing in it is needed",
+            hint=f"choose another --out, or remove it if it is not needed: rm -r {out}",
         )
 
     def needs_recovery(self) -> bool:
+        """Return whether a killed writer left files that the next pack removes."""
         return staging_directory(self._out).exists()
 
     @contextmanager
     def staging(self, group: ProcessGroup) -> Iterator[Path]:
+        """Yield the directory into which this rank writes its files. It is removed unless `complete` is called."""
         with ExitStack() as stack:
             self._replacement = group.rank0(lambda: stack.enter_context(replace_directory(self._out)))
             path = self._replacement.path
@@ -81,6 +61,8 @@ class LocalOutput:
             yield path
 
     def complete(self, group: ProcessGroup, directory: Path, manifests: tuple[Manifest, ...]) -> None:
+        """Replace the output by the files of all ranks; manifests are written last."""
+
         def commit() -> None:
             assert self._replacement is not None
             _write_manifests(directory, manifests)
@@ -90,21 +72,25 @@ class LocalOutput:
 
 
 class RemoteOutput:
-    """An address that fsspec knows, such as s3://bucket/name. Every rank uploads what it has packed."""
+    """An address that fsspec supports, such as s3://bucket/name. Every rank uploads its own files.
+
+    The methods are those of `LocalOutput`.
+    """
 
     def __init__(self, address: str) -> None:
         self._address = address
 
     def manifests(self) -> tuple[Manifest, ...]:
-        found = remote_manifests(self._address)
-        return tuple(found[part] for part in SPLITS if part in found) if set(REQUIRED_SPLITS) <= set(found) else ()
+        manifests = remote_manifests(self._address)
+        is_complete = set(REQUIRED_SPLITS) <= set(manifests)
+        return tuple(manifests[split] for split in SPLITS if split in manifests) if is_complete else ()
 
     def needs_recovery(self) -> bool:
-        return False  # without manifests it is no pack, and files are overwritten
+        return False  # a set without manifests is no pack, and its files are overwritten
 
     @contextmanager
     def staging(self, group: ProcessGroup) -> Iterator[Path]:
-        group.rank0(lambda: check_upload(self._address))  # now, not after hours of packing
+        group.rank0(lambda: check_upload(self._address))  # before hours of packing
         with tempfile.TemporaryDirectory(prefix="inkstream-pack-") as directory:
             yield Path(directory)
 
@@ -118,6 +104,14 @@ class RemoteOutput:
         group.rank0(finish)
 
 
+OutputLocation: TypeAlias = LocalOutput | RemoteOutput
+
+
+def open_output(out: Path | str) -> OutputLocation:
+    """Return the output at a directory or address."""
+    return RemoteOutput(str(out)) if is_remote(out) else LocalOutput(resolve_dataset(out))
+
+
 def _write_manifests(directory: Path, manifests: tuple[Manifest, ...]) -> None:
     for manifest in manifests:
         manifest.write(directory / manifest.split)
@@ -126,7 +120,7 @@ def _write_manifests(directory: Path, manifests: tuple[Manifest, ...]) -> None:
 def _check_shared(path: Path) -> None:
     if not path.is_dir():
         raise UserError(
-            found=f"no such directory: {path}, which rank 0 has made",
+            found=f"no such directory: {path}, which rank 0 has created",
             expected="an --out on a file system that all ranks share",
-            hint="name a shared directory, or a remote place: --out s3://bucket/name",
+            hint="use a shared directory, or a remote address: --out s3://bucket/name",
         )

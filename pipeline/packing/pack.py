@@ -1,4 +1,4 @@
-"""Pack the parts of a raw data set into a packed set: permuted once, in blocks, all or nothing."""
+"""Pack the splits of a raw data set: permuted once, in blocks, all or nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.common.process_pool import Advance, default_workers, map_in_processes
+from pipeline.common.process_pool import default_workers, map_in_processes
 from pipeline.common.rng import PACKING_STREAM, permutation
 from pipeline.packing.output import OutputLocation, open_output
 from pipeline.packing.ranks import ProcessGroup
@@ -29,14 +29,14 @@ from shards.errors import UserError
 from shards.manifest import MOST_BLOCK_BYTES, SPLITS, Manifest, RawFile, Shard, StoreKind
 from shards.stores.base import Block, Layout
 
-SHARD_BYTES = 32 << 20  # pixels of one shard: large enough to stream, small enough to fetch again
+SHARD_BYTES = 32 << 20  # pixels of one shard: large enough to stream, small enough to download again
 DEFAULT_BLOCK_SIZE = 512  # the smallest power of two at which 28x28 images cost less than 1.03 times their pixels
 ORIGINS = "origins.csv"
 UNREADABLE = "unreadable.csv"
-_WRITTEN_WITH = {"tar": ("numpy",), "zarr": ("numpy", "zarr", "numcodecs"), "records": ("pillow",)}
+_PACKAGES = {"tar": ("numpy",), "zarr": ("numpy", "zarr", "numcodecs"), "records": ("pillow",)}
 _RECORDS_PER_SHARD = 1024
-_RECORDS_AT_ONCE = 32  # image files read before they are written
-_NAMED = 20  # unreadable pictures named in a message; all of them are in the report
+_RECORDS_PER_READ = 32  # image files that are read before they are written
+_MAX_NAMED = 20  # unreadable images named in a message; the report lists all
 
 
 T = TypeVar("T")
@@ -45,13 +45,20 @@ Written: TypeAlias = tuple[Shard, tuple[RawFile, ...]]
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What decides the bytes of a pack besides the images; two packs of the same settings are the same pack.
+    """The settings that determine the bytes of a pack, besides the images.
 
-    compression: `zstd` or `none`, of a zarr store. options: how the images were chosen and brought to size.
+    Attributes:
+        dataset: The name of the data set.
+        variant: The variant of the data set, or empty.
+        block_size: Images per block.
+        seed: The seed of the order of images.
+        store: `tar`, `zarr` or `records`.
+        compression: `zstd` or `none`, for a zarr store.
+        options: The options with which the images were selected and resized, for the manifest.
     """
 
     dataset: str
-    split: str = ""
+    variant: str = ""
     block_size: int = DEFAULT_BLOCK_SIZE
     seed: int = 0
     store: StoreKind = "tar"
@@ -60,46 +67,52 @@ class PackSettings:
 
     @property
     def recorded_options(self) -> dict[str, str | int | float]:
-        """The options as the manifest holds them."""
+        """The options as the manifest records them."""
         return {**self.options, **({"compression": self.compression} if self.store == "zarr" else {})}
 
     def check_same(self, manifest: Manifest, out: Path | str) -> None:
-        """Raise `UserError` if a pack that stands at `out` is another than these settings ask for."""
+        """Raise `UserError` if the pack at `out` has other settings."""
         pairs = [
             ("data set", manifest.dataset, self.dataset),
-            ("split", manifest.variant, self.split),
+            ("split", manifest.variant, self.variant),
             ("seed", manifest.seed, self.seed),
             ("store", manifest.store, self.store),
         ]
         if self.store != "records":
             pairs.append(("block size", manifest.block_size, self.block_size))
-        asked = self.recorded_options
-        pairs += [(name, manifest.options.get(name), asked.get(name)) for name in {**manifest.options, **asked}]
-        for what, found, wanted in pairs:
-            if wanted != found:
+        options = self.recorded_options
+        pairs += [(name, manifest.options.get(name), options.get(name)) for name in {**manifest.options, **options}]
+        for what, packed, requested in pairs:
+            if packed != requested:
                 raise UserError(
-                    found=f"{out}, packed with {what} {'not set' if found is None else repr(found)}",
-                    expected=f"{what} {'not set' if wanted is None else repr(wanted)}, as asked",
+                    found=f"{out}, packed with {what} {'not set' if packed is None else repr(packed)}",
+                    expected=f"{what} {'not set' if requested is None else repr(requested)}, as requested",
                     hint="add --force to replace it, or choose another --out",
                 )
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What `pack` has done. manifests: of train, test and perhaps val; now: whether they were packed by this call;
-    skipped: unreadable pictures that were left out."""
+    """The result of `pack`.
+
+    Attributes:
+        manifests: The manifests of train, test and val (if any).
+        is_new: Whether this call has packed them.
+        skipped: The number of unreadable images that were skipped.
+    """
 
     manifests: tuple[Manifest, ...]
-    now: bool
+    is_new: bool
     skipped: int = 0
 
 
-def find_pack(target: OutputLocation, settings: PackSettings, out: Path | str) -> tuple[Manifest, ...]:
-    """The manifests of the complete pack that stands at the target, none if there is none.
+def find_pack(output: OutputLocation, settings: PackSettings, out: Path | str) -> tuple[Manifest, ...]:
+    """Return the manifests of the complete pack at the output, empty if there is none.
 
-    Raises `UserError` if what stands there is another pack than the one asked for, or no pack at all.
+    Raises:
+        UserError: If the output holds a pack with other settings, or something else.
     """
-    manifests = target.manifests()
+    manifests = output.manifests()
     for manifest in manifests:
         settings.check_same(manifest, out)
     return manifests
@@ -110,7 +123,7 @@ def pack(
     out: Path | str,
     *,
     dataset: str,
-    split: str = "",
+    variant: str = "",
     block_size: int = DEFAULT_BLOCK_SIZE,
     seed: int = 0,
     store: StoreKind = "tar",
@@ -121,53 +134,58 @@ def pack(
     group: ProcessGroup | None = None,
     force: bool = False,
 ) -> Packed:
-    """Pack a data set into `out` (a directory, or an address that fsspec knows), or leave a complete pack alone.
+    """Pack a data set, or leave a complete pack alone.
 
-    load: reads the raw parts; called only if they are needed. skip_bad: leave unreadable pictures out, instead of
-    failing with all their names. workers: processes of this rank, by default as many as it may use cores. group: the
-    ranks that share the work; every one calls this with the same arguments. The bytes are the same for any number of
-    workers and ranks.
-    The pack appears whole; killed at any moment, this leaves what was there before, and the next call cleans up.
+    The pack appears as a whole. If this process is killed, the previous output remains, and the next call cleans up.
+    The bytes are the same for any number of workers and ranks.
+
+    Args:
+        load: Reads the raw splits. It is called only if they are needed.
+        out: A directory, or an address that fsspec supports.
+        dataset, variant, block_size, seed, store, compression, options: See `PackSettings`.
+        skip_bad: Whether unreadable images are skipped; by default they are an error that names all of them.
+        workers: The number of processes of this rank; by default the number of CPUs.
+        group: The ranks that share the work. Each calls this function with the same arguments.
+        force: Whether a complete pack is replaced.
+
+    Raises:
+        UserError: If `out` holds something else, an image cannot be read, or the disk is full.
     """
-    settings = PackSettings(dataset, split, block_size, seed, store, compression, options or {})
+    settings = PackSettings(dataset, variant, block_size, seed, store, compression, options or {})
     group = group or ProcessGroup()
-    target = open_output(out)
+    output = open_output(out)
 
-    def look() -> tuple[Manifest, ...]:
-        if force or target.needs_recovery():
-            return ()
-        return find_pack(target, settings, out)
+    def find() -> tuple[Manifest, ...]:
+        return () if force else find_pack(output, settings, out)
 
-    found = group.rank0(look)
-    if found:
-        return Packed(found, now=False)
-    with target.staging(group) as directory:
-        # Under the lock now: another writer may have finished meanwhile, or a killed one's pack been put back.
-        found = group.rank0(lambda: () if force else find_pack(target, settings, out))
-        if found:
-            return Packed(found, now=False)
+    if existing := group.rank0(lambda: () if output.needs_recovery() else find()):
+        return Packed(existing, is_new=False)
+    with output.staging(group) as directory:
+        # Again, now under the lock: another writer may have finished, or the pack of a killed one been restored.
+        if existing := group.rank0(find):
+            return Packed(existing, is_new=False)
         if force:
-            group.rank0(target.manifests)  # refuses what is no pack
-        parts = group.barrier_run(load)
+            group.rank0(output.manifests)  # raises if it is not a pack
+        splits = group.barrier_run(load)
         packing = _Packing(settings, directory, workers or default_workers(), group)
-        outcomes = [packing.write(part) for part in parts]
-        unreadable = {
-            part.name: outcome for part, outcome in zip(parts, outcomes, strict=True) if isinstance(outcome, dict)
-        }
+        manifests: dict[str, Manifest] = {}
+        unreadable: dict[str, dict[int, str]] = {}
+        for split in splits:
+            try:
+                manifests[split.name] = packing.write(split)
+            except UnreadableImages as error:
+                unreadable[split.name] = error.reasons
         if unreadable and not skip_bad:
-            raise group.rank0(lambda: _all_unreadable(unreadable, out))
+            raise group.rank0(lambda: _unreadable_error(unreadable, out))
         if unreadable:
-            outcomes = [
-                packing.write(_without(part, outcome)) if isinstance(outcome, dict) else outcome
-                for part, outcome in zip(parts, outcomes, strict=True)
-            ]
-            group.rank0(lambda: write_file(directory / UNREADABLE, _unreadable_lines(unreadable)))
-        manifests = tuple(outcome for outcome in outcomes if isinstance(outcome, Manifest))
-        assert len(manifests) == len(parts), "pictures that could be read can no longer"
-        if unreadable:
-            group.barrier_run(lambda: _remove_others(directory, manifests))
-        target.complete(group, directory, manifests)
-    return Packed(manifests, now=True, skipped=sum(map(len, unreadable.values())))
+            for split in splits:
+                if split.name in unreadable:
+                    manifests[split.name] = packing.write(_without(split, unreadable[split.name]))
+            group.rank0(lambda: write_file(directory / UNREADABLE, _unreadable_report(unreadable)))
+            group.barrier_run(lambda: _remove_others(directory, manifests.values()))
+        in_order = tuple(manifests[split.name] for split in splits)
+        output.complete(group, directory, in_order)
+    return Packed(in_order, is_new=True, skipped=sum(map(len, unreadable.values())))
 
 
 @dataclass(frozen=True)
@@ -177,123 +195,113 @@ class _Packing:
     workers: int
     group: ProcessGroup
 
-    def write(self, part: RawSplit) -> Manifest | dict[int, str]:
-        """Write a part's files; its manifest, or why which raw rows cannot be read. The same on every rank."""
-        directory = self.directory / part.name
-        layout = self._layout(part)
-        order = permutation(layout.samples, self.settings.seed, PACKING_STREAM + SPLITS.index(part.name))
+    def write(self, split: RawSplit) -> Manifest:
+        """Write the files of a split, and return its manifest. Same result or `UnreadableImages` on every rank."""
+        directory = self.directory / split.name
+        layout = self._layout(split)
+        order = permutation(layout.samples, self.settings.seed, PACKING_STREAM + SPLITS.index(split.name))
         writer = make_writer(self.settings.store, directory, layout, self.settings.compression)
 
         def start() -> tuple[RawFile, ...]:
             directory.mkdir(exist_ok=True)
-            return (*writer.start(), *_write_origins(part, directory))
+            return (*writer.start(), *_write_origins(split, directory))
 
-        files = self.group.barrier_run(start)  # on every rank, as their directories may differ; the files do not
-        mine = range(self.group.rank, layout.shards, self.group.size)
-        total = sum(len(layout.samples_of(number)) for number in mine)
-        bar = tqdm(
-            total=total,
-            desc=f"packing {part.name}",
-            unit=" images",
-            unit_scale=True,
-            disable=True if self.group.rank else None,
-        )
+        files = self.group.barrier_run(start)  # on every rank: the directories may differ, the files do not
+        numbers = range(self.group.rank, layout.shards, self.group.size)
+        sizes = [len(layout.samples_of(number)) for number in numbers]
 
-        def write_shard(number: int, advance: Advance) -> tuple[int, Written | dict[int, str]]:
+        def write_shard(item: int) -> tuple[int, Written | dict[int, str]]:
+            number = numbers[item]
             try:
-                return number, writer.write_shard(number, self._blocks(part, order, layout, number, advance))
+                return number, writer.write_shard(number, self._blocks(split, order, layout, number))
             except UnreadableImages as error:
                 return number, error.reasons
 
-        def write_mine() -> list[tuple[int, Written | dict[int, str]]]:
-            with bar:
-                return map_in_processes(write_shard, mine, self.workers, bar)
+        def write_shards() -> list[tuple[int, Written | dict[int, str]]]:
+            title, is_hidden = f"packing {split.name}", True if self.group.rank else None
+            with tqdm(total=sum(sizes), desc=title, unit=" images", unit_scale=True, disable=is_hidden) as bar:
+                return map_in_processes(write_shard, sizes, self.workers, bar)
 
-        shards = dict(shard for shards in self.group.all_gather(write_mine) for shard in shards)
-        reasons = {row: why for shard in shards.values() if isinstance(shard, dict) for row, why in shard.items()}
+        shards = dict(shard for shards in self.group.all_gather(write_shards) for shard in shards)
+        reasons = {index: why for shard in shards.values() if isinstance(shard, dict) for index, why in shard.items()}
         if reasons:
-            return dict(sorted(reasons.items()))
-        written = [shards[number] for number in range(layout.shards)]
-        return self._manifest(part, layout, written, files)
+            raise UnreadableImages(dict(sorted(reasons.items())))
+        return self._manifest(split, layout, [shards[number] for number in range(layout.shards)], files)
 
-    def _layout(self, part: RawSplit) -> Layout:
-        if part.encoded != (self.settings.store == "records"):
+    def _layout(self, split: RawSplit) -> Layout:
+        if split.encoded != (self.settings.store == "records"):
             raise UserError(
-                found=f"--store {self.settings.store} for images of shape {list(part.image_shape)}",
-                expected="records for picture files of differing sizes, tar or zarr for images of one size",
-                hint="leave --store out, or name a --size",
+                found=f"--store {self.settings.store} for images of shape {list(split.image_shape)}",
+                expected="records for image files of different sizes, tar or zarr for images of one size",
+                hint="omit --store, or add --size 64",
             )
-        if part.encoded:
-            return Layout(len(part.labels), part.image_shape, 1, _RECORDS_PER_SHARD)
+        if split.encoded:
+            return Layout(len(split.labels), split.image_shape, 1, _RECORDS_PER_SHARD)
         block_size = self.settings.block_size
-        block_bytes = block_size * int(np.prod(part.image_shape))
+        block_bytes = block_size * int(np.prod(split.image_shape))
         if block_bytes > MOST_BLOCK_BYTES:
-            height, width, channels = part.image_shape
+            height, width, channels = split.image_shape
             raise UserError(
-                found=f"images of {height}x{width}x{channels}, {block_bytes / 1e9:.1f} GB a block of {block_size}",
-                expected=f"blocks of at most {MOST_BLOCK_BYTES / 1e9:.1f} GB, which are read whole",
-                hint="store them smaller (--size 224), fewer together (--block-size 32), or as files (--store records)",
+                found=f"images of {height}x{width}x{channels}, {block_bytes / 1e9:.1f} GB per block of {block_size}",
+                expected=f"blocks of at most {MOST_BLOCK_BYTES / 1e9:.1f} GB, which are read as a whole",
+                hint="store smaller images (--size 224), smaller blocks (--block-size 32) or files (--store records)",
             )
         blocks = max(1, SHARD_BYTES // block_bytes)
-        return Layout(len(part.labels), part.image_shape, block_size, blocks * block_size)
+        return Layout(len(split.labels), split.image_shape, block_size, blocks * block_size)
 
-    def _blocks(
-        self, part: RawSplit, order: NDArray[np.int64], layout: Layout, number: int, advance: Advance
-    ) -> Iterator[Block]:
-        """Read the blocks of a shard one by one; at its end raise `UnreadableImages` for all that could not be read."""
+    def _blocks(self, split: RawSplit, order: NDArray[np.int64], layout: Layout, number: int) -> Iterator[Block]:
+        """Read the blocks of a shard one by one; at the end raise `UnreadableImages` for all unreadable images."""
         samples = layout.samples_of(number)
-        size = _RECORDS_AT_ONCE if part.encoded else layout.block_size
+        size = _RECORDS_PER_READ if split.encoded else layout.block_size
         unreadable: dict[int, str] = {}
 
         def read(first: int) -> tuple[Block | None, dict[int, str]]:
             positions = order[first : min(first + size, samples.stop)]
-            rows = part.rows[positions]
+            indices = split.source_index[positions]
             try:
-                return Block(first, part.read(rows), part.labels[positions], rows), {}
+                return Block(first, split.read(indices), split.labels[positions], indices), {}
             except UnreadableImages as error:
                 return None, error.reasons
-            finally:
-                advance(len(positions))
 
-        # With fewer shards than workers, the workers decode with several threads each.
+        # With fewer shards than workers, each worker decodes with several threads.
         threads = -(-self.workers // max(1, layout.shards // self.group.size))
         with ThreadPoolExecutor(threads) as pool:
-            for block, reasons in _in_order(pool, read, range(samples.start, samples.stop, size), 2 * threads):
+            for block, reasons in _map_ahead(pool, read, range(samples.start, samples.stop, size), 2 * threads):
                 unreadable |= reasons
-                # After a bad one the shard is of no use, and is only read on to find all of them.
+                # After an unreadable image the shard is useless; reading continues only to find all of them.
                 if block is not None and not unreadable:
                     yield block
         if unreadable:
             raise UnreadableImages(unreadable)
 
-    def _manifest(self, part: RawSplit, layout: Layout, written: list[Written], files: tuple[RawFile, ...]) -> Manifest:
+    def _manifest(
+        self, split: RawSplit, layout: Layout, written: list[Written], files: tuple[RawFile, ...]
+    ) -> Manifest:
         settings = self.settings
-        counts = np.bincount(part.labels, minlength=len(part.classes))
+        counts = np.bincount(split.labels, minlength=len(split.classes))
+        versions = {package: version(package) for package in ("inkstream", *_PACKAGES[settings.store])}
         return Manifest(
             store=settings.store,
             dataset=settings.dataset,
-            variant=settings.split,
-            split=part.name,
-            classes=part.classes,
+            variant=settings.variant,
+            split=split.name,
+            classes=split.classes,
             counts=tuple(counts.tolist()),
-            image_shape=part.image_shape,
-            transposed=part.transposed,
+            image_shape=split.image_shape,
+            transposed=split.transposed,
             samples=layout.samples,
             block_size=layout.block_size,
             seed=settings.seed,
             options=settings.recorded_options,
             shards=tuple(shard for shard, _ in written),
             files=(*(file for _, files_of_shard in written for file in files_of_shard), *files),
-            raw=part.files,
-            versions={
-                **{package: version(package) for package in ("inkstream", *_WRITTEN_WITH[settings.store])},
-                "python": platform.python_version(),
-            },
+            raw=split.files,
+            versions={**versions, "python": platform.python_version()},
         )
 
 
-def _in_order(pool: Executor, work: Callable[[int], T], items: Iterable[int], ahead: int) -> Iterator[T]:
-    """`map(work, items)` by a pool, with no more than `ahead` results waiting."""
+def _map_ahead(pool: Executor, work: Callable[[int], T], items: Iterable[int], ahead: int) -> Iterator[T]:
+    """`pool.map(work, items)`, with at most `ahead` results waiting."""
     waiting: deque[Future[T]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
@@ -303,62 +311,63 @@ def _in_order(pool: Executor, work: Callable[[int], T], items: Iterable[int], ah
         yield waiting.popleft().result()
 
 
-def _write_origins(part: RawSplit, directory: Path) -> tuple[RawFile, ...]:
-    """Write `origins.csv`, where the images of a part came from, if the source tells."""
-    if not part.columns:
-        return ()
+def _csv(header: list[str], rows: Iterable[Iterable[object]]) -> str:
     text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["row", *part.columns])
-    columns = [part.rows.tolist(), *(values.tolist() for values in part.columns.values())]
-    lines.writerows(sorted(zip(*columns, strict=True)))
-    content = text.getvalue().encode()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write_origins(split: RawSplit, directory: Path) -> tuple[RawFile, ...]:
+    """Write the columns of a split as `origins.csv`, if it has any."""
+    if not split.columns:
+        return ()
+    columns = [split.source_index.tolist(), *(values.tolist() for values in split.columns.values())]
+    content = _csv(["row", *split.columns], sorted(zip(*columns, strict=True))).encode()
     # Not by a rename: several ranks may write it at once, all with the same bytes.
     (directory / ORIGINS).write_bytes(content)
     return (RawFile(name=ORIGINS, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()),)
 
 
-def _without(part: RawSplit, unreadable: Mapping[int, str]) -> RawSplit:
-    """The part without the raw rows that cannot be read."""
-    readable = np.flatnonzero(~np.isin(part.rows, list(unreadable)))
+def _without(split: RawSplit, unreadable: Mapping[int, str]) -> RawSplit:
+    """The split without the source indices that cannot be read."""
+    readable = np.flatnonzero(~np.isin(split.source_index, list(unreadable)))
     if not len(readable):
         raise UserError(
-            found=f"no readable picture in the {part.name} part: {next(iter(unreadable.values()))}",
+            found=f"no readable image in the {split.name} split: {next(iter(unreadable.values()))}",
             expected="at least one",
-            hint="look at the files: are they pictures (PNG, JPEG, WebP, BMP)?",
+            hint="check that the files are images (PNG, JPEG, WebP, BMP)",
         )
-    return part.select(readable)
+    return split.select(readable)
 
 
-def _remove_others(directory: Path, manifests: tuple[Manifest, ...]) -> None:
+def _remove_others(directory: Path, manifests: Iterable[Manifest]) -> None:
     """Remove files of the first attempt that the second, with fewer images, has not overwritten."""
     for manifest in manifests:
-        part = directory / manifest.split
-        named = {part / file.name for file in manifest.everything}
-        for path in part.rglob("*"):
+        path_of_split = directory / manifest.split
+        named = {path_of_split / file.name for file in manifest.everything}
+        for path in path_of_split.rglob("*"):
             if path.is_file() and path not in named:
                 path.unlink(missing_ok=True)
 
 
-def _unreadable_lines(unreadable: Mapping[str, Mapping[int, str]]) -> str:
-    """The report of unreadable pictures: part, raw row and reason, as CSV."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["part", "row", "reason"])
-    lines.writerows((part, row, reason) for part, reasons in unreadable.items() for row, reason in reasons.items())
-    return text.getvalue()
+def _unreadable_report(unreadable: Mapping[str, Mapping[int, str]]) -> str:
+    """The unreadable images as CSV: split, source index and reason."""
+    rows = ((split, index, reason) for split, reasons in unreadable.items() for index, reason in reasons.items())
+    return _csv(["part", "row", "reason"], rows)
 
 
-def _all_unreadable(unreadable: Mapping[str, Mapping[int, str]], out: Path | str) -> UserError:
-    """The message that names the unreadable pictures; where they are many, a report beside `out` names the others."""
-    reasons = [reason for part in unreadable.values() for reason in part.values()]
-    named = "\n       ".join(reasons[:_NAMED])
-    if len(reasons) > _NAMED:
+def _unreadable_error(unreadable: Mapping[str, Mapping[int, str]], out: Path | str) -> UserError:
+    """The message that names the unreadable images; if there are many, a report beside `out` lists all."""
+    reasons = [reason for reasons in unreadable.values() for reason in reasons.values()]
+    named = "\n       ".join(reasons[:_MAX_NAMED])
+    if len(reasons) > _MAX_NAMED:
         report = Path(f"{Path(str(out)).name}.{UNREADABLE}").absolute()
-        write_file(report, _unreadable_lines(unreadable))
-        named += f"\n           and {len(reasons) - _NAMED:,} more, all of them in {report}"
+        write_file(report, _unreadable_report(unreadable))
+        named += f"\n       and {len(reasons) - _MAX_NAMED:,} more, all listed in {report}"
     return UserError(
-        found=f"{len(reasons):,} unreadable pictures:\n           {named}",
-        expected="pictures that can be decoded",
-        hint="mend or remove them, or leave them out with --skip-bad",
+        found=f"{len(reasons):,} unreadable image{'s' if len(reasons) > 1 else ''}:\n       {named}",
+        expected="images that can be decoded",
+        hint="repair or remove them, or skip them with --skip-bad",
     )

@@ -1,4 +1,4 @@
-"""The processes that pack together: one, or those that torchrun started, on one machine or many."""
+"""The process group of packing: one process, or the ranks of torchrun on one machine or many."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process's rank among `size` processes.
+    """The rank of this process and the number of ranks.
 
     A `UserError` that any rank raises in the methods below is raised on all ranks.
     """
@@ -24,7 +24,7 @@ class ProcessGroup:
     size: int = 1
 
     def all_gather(self, work: Callable[[], T]) -> list[T]:
-        """Run `work` on every rank; all (picklable) results, in the order of ranks, on every rank."""
+        """Call a function on every rank; return all (picklable) results in the order of ranks, on every rank."""
         outcome: tuple[T | None, UserError | None]
         try:
             outcome = (work(), None)
@@ -32,7 +32,7 @@ class ProcessGroup:
             outcome = (None, error)
         outcomes: list[Any] = [outcome]
         if self.size > 1:
-            import torch.distributed as dist  # takes seconds, so only where there are several
+            import torch.distributed as dist  # the import takes seconds
 
             outcomes = [None] * self.size
             dist.all_gather_object(outcomes, outcome)
@@ -41,19 +41,19 @@ class ProcessGroup:
         return [result for result, _ in outcomes]
 
     def barrier_run(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank and wait for all; this rank's result, which need not be picklable."""
+        """Call a function on every rank and wait for all; return this rank's result, which need not be picklable."""
         results: list[T] = []
         self.all_gather(lambda: results.append(work()))
         return results[0]
 
     def rank0(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0; its (picklable) result on every rank."""
-        return self.all_gather(lambda: work() if self.rank == 0 else None)[0]
+        """Call a function on rank 0; return its (picklable) result on every rank."""
+        return self.all_gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]  # T on rank 0
 
 
 @contextmanager
 def init_process_group() -> Iterator[ProcessGroup]:
-    """Join the processes that torchrun started, if any, and leave them at the end."""
+    """Join the ranks of torchrun, if there are several, and leave them at the end."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ProcessGroup()

@@ -1,4 +1,4 @@
-"""Packed parts as raw ones, so that some of their images can be packed again, beside others or without them."""
+"""Packed splits as raw splits, to pack some of their images again or to append others."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from shards.stores.base import Store
 
 
 def packed_splits(shards: Path | str) -> tuple[RawSplit, ...]:
-    """The parts of a packed set (a directory or an address) with the rows that they have.
+    """Return the splits of a packed set (a directory or an address) with their source indices.
 
-    Raises `UserError` if there is no such set, or if it holds picture files of differing sizes.
+    Raises:
+        UserError: If there is no such set, or if it holds image files of different sizes.
     """
     directory = resolve_dataset(shards)
     return tuple(
@@ -32,19 +33,23 @@ def packed_splits(shards: Path | str) -> tuple[RawSplit, ...]:
 
 
 def packed_split(store: Store, directory: Path) -> RawSplit:
-    """An open packed part, and its directory, as a raw one. Raises `UserError` if it holds picture files."""
+    """Return an open packed split, and its directory, as a raw split.
+
+    Raises:
+        UserError: If it holds image files.
+    """
     manifest = store.manifest
     if manifest.encoded:
         raise UserError(
-            found=f"{directory}, which holds picture files of differing sizes",
+            found=f"{directory}, which holds image files of different sizes",
             expected="images of one size",
             hint="pack it again with a size: python -m pipeline.shard ... --size N",
         )
     order = np.argsort(store.rows, kind="stable")
-    rows = store.rows[order]
+    source_index = store.rows[order]
 
-    def read(wanted: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return cast(NDArray[np.uint8], store.read(order[np.searchsorted(rows, wanted)]))
+    def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return cast(NDArray[np.uint8], store.read(order[np.searchsorted(source_index, indices)]))
 
     return RawSplit(
         name=manifest.split,
@@ -54,67 +59,68 @@ def packed_split(store: Store, directory: Path) -> RawSplit:
         transposed=manifest.transposed,
         read=read,
         files=manifest.raw,
-        rows=rows,
-        columns=_origins(directory, rows),
+        source_index=source_index,
+        columns=_read_origins(directory, source_index),
     )
 
 
-def concatenate(part: RawSplit, other: RawSplit) -> RawSplit:
-    """A part with the images of another appended, which are given rows above its own.
+def concatenate(split: RawSplit, other: RawSplit) -> RawSplit:
+    """Append the images of another split, with source indices above those of the first.
 
-    Which part and row they have come from stands in the columns `from` and `from_row`. Raises `UserError` if images
-    or classes are of another kind.
+    The columns `from` and `from_row` hold the split and source index from which each image comes.
+
+    Raises:
+        UserError: If images or classes are of another kind.
     """
-    for what, in_part, in_other in (
-        ("images of shape", part.image_shape, other.image_shape),
-        ("images stored transposed:", part.transposed, other.transposed),
-        ("classes", part.classes, other.classes),
+    for what, first, second in (
+        ("images of shape", split.image_shape, other.image_shape),
+        ("images stored transposed:", split.transposed, other.transposed),
+        ("classes", split.classes, other.classes),
     ):
-        if in_part != in_other:
+        if first != second:
             raise UserError(
-                found=f"{what} {in_other} beside {in_part}",
-                expected="parts that are alike",
+                found=f"{what} {second} beside {first}",
+                expected="splits of the same kind",
                 hint="pack both from the same kind of files, with the same --size and --color",
             )
-    first = int(part.rows.max()) + 1
-    rows = np.concatenate([part.rows, first + np.arange(len(other.rows))])
+    offset = int(split.source_index.max()) + 1
 
-    def read(wanted: NDArray[np.int64]) -> NDArray[np.uint8]:
-        images = np.empty((len(wanted), *part.image_shape), np.uint8)
-        theirs = wanted >= first
-        for mask, source, own in ((~theirs, part, wanted), (theirs, other, other.rows[(wanted - first) * theirs])):
-            if mask.any():
-                images[mask] = source.read(own[mask])
+    def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        images = np.empty((len(indices), *split.image_shape), np.uint8)
+        is_other = indices >= offset
+        if not is_other.all():
+            images[~is_other] = split.read(indices[~is_other])
+        if is_other.any():
+            images[is_other] = other.read(other.source_index[indices[is_other] - offset])
         return images
 
-    names = dict.fromkeys([*part.columns, *other.columns])
-    columns = {name: np.concatenate([_column(part, name), _column(other, name)]) for name in names}
-    columns["from"] = np.repeat([part.name, other.name], [len(part.rows), len(other.rows)])
-    columns["from_row"] = np.concatenate([part.rows, other.rows]).astype(str)
+    both = (split, other)
+    columns = {
+        name: np.concatenate([each.columns.get(name, np.full(len(each.labels), "")) for each in both])
+        for name in dict.fromkeys([*split.columns, *other.columns])
+    }
+    columns["from"] = np.repeat([each.name for each in both], [len(each.labels) for each in both])
+    columns["from_row"] = np.concatenate([each.source_index for each in both]).astype(str)
     return RawSplit(
-        name=part.name,
-        classes=part.classes,
-        labels=np.concatenate([part.labels, other.labels]),
-        image_shape=part.image_shape,
-        transposed=part.transposed,
+        name=split.name,
+        classes=split.classes,
+        labels=np.concatenate([split.labels, other.labels]),
+        image_shape=split.image_shape,
+        transposed=split.transposed,
         read=read,
-        files=tuple(dict.fromkeys(part.files + other.files)),
-        rows=rows,
+        files=tuple(dict.fromkeys(split.files + other.files)),
+        source_index=np.concatenate([split.source_index, offset + np.arange(len(other.labels))]),
         columns=columns,
     )
 
 
-def _column(part: RawSplit, name: str) -> NDArray[np.str_]:
-    return part.columns.get(name, np.full(len(part.rows), ""))
-
-
-def _origins(directory: Path, rows: NDArray[np.int64]) -> dict[str, NDArray[np.str_]]:
-    """The columns of `origins.csv` in the order of rows, none if a part has no such file."""
+def _read_origins(directory: Path, source_index: NDArray[np.int64]) -> dict[str, NDArray[np.str_]]:
+    """The columns of `origins.csv` in the order of source indices, empty if a split has no such file."""
     path = directory / ORIGINS
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
-        head, *lines = csv.reader(file)
-    lines = sorted(lines, key=lambda line: int(line[0]))
-    assert [int(line[0]) for line in lines] == rows.tolist(), "origins.csv lists every row once"
-    return {name: np.array([line[place] for line in lines]) for place, name in enumerate(head) if place}
+        names, *lines = csv.reader(file)
+    lines.sort(key=lambda line: int(line[0]))
+    assert [int(line[0]) for line in lines] == source_index.tolist(), "origins.csv lists every row once"
+    return {name: np.array([line[column] for line in lines]) for column, name in enumerate(names) if column}

@@ -1,4 +1,4 @@
-"""The parts of a raw data set as a user wants them: test and val parts carved out of train, and train made smaller."""
+"""Make the splits of a packed set from those of a raw data set: split off test and val, and subsample train."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, VALIDATION
 
-# Independent of each other, and of the choices that are made when training.
-_TEST_STREAM, _VAL_STREAM, _SUBSET_STREAM = (PARTITION_STREAM + number for number in (1, 2, 3))
+TRAIN, TEST = REQUIRED_SPLITS
+# Independent of each other, and of the choices during training.
+_STREAMS = {TEST: PARTITION_STREAM + 1, VALIDATION: PARTITION_STREAM + 2, TRAIN: PARTITION_STREAM + 3}
 
 
 def make_splits(
-    parts: tuple[RawSplit, ...],
+    splits: tuple[RawSplit, ...],
     *,
     test_fraction: float | None,
     val_fraction: float | None,
@@ -24,80 +25,71 @@ def make_splits(
     stratify: str,
     seed: int,
 ) -> tuple[RawSplit, ...]:
-    """The parts train, test and perhaps val, in this order. A pure function of its arguments.
+    """Return the splits train, test and val (if any), in this order. A pure function of its arguments.
 
-    test_fraction: share of a set without parts (only `train`) that becomes its test part. val_fraction: share of what
-    then is the train part that becomes a val part. subset: share of the rest to keep for training; it changes neither
-    test nor val. All are drawn by label; with stratify, the name of a column of the train part, also in proportion to
-    its values within each label. Raises `UserError`.
+    Args:
+        splits: The splits of the raw data set.
+        test_fraction: Fraction of a data set with only a train split that becomes the test split.
+        val_fraction: Fraction of the remaining train split that becomes the val split.
+        subset: Fraction of the remaining train split that is kept; it changes neither test nor val.
+        stratify: A column of the train split. Images are chosen in proportion by label, and within each label by the
+            values of this column; empty for the label alone.
+        seed: The seed of all choices.
+
+    Raises:
+        UserError: If the options do not fit the data set.
     """
-    by_name = {part.name: part for part in parts}
-    train = by_name["train"]
-    test, val = by_name.get(REQUIRED_SPLITS[1]), by_name.get(VALIDATION)
-    if test is None and test_fraction is None:
+    result = {split.name: split for split in splits}
+    train = result[TRAIN]
+    fractions = {TEST: test_fraction, VALIDATION: val_fraction}
+    if TEST not in result and test_fraction is None:
         raise UserError(
-            found="no test part in this data set",
-            expected="a share of it to test on",
-            hint="--test-fraction 0.2",
+            found="no test split in this data set", expected="a fraction for testing", hint="--test-fraction 0.2"
         )
-    if test is not None and test_fraction is not None:
-        raise UserError(
-            found=f"--test-fraction {test_fraction} for a data set with a test part of {len(test.labels):,} images",
-            expected="a data set without one",
-            hint="leave --test-fraction out",
-        )
-    if val is not None and val_fraction is not None:
-        raise UserError(
-            found=f"--val-fraction {val_fraction} for a data set with a val part of {len(val.labels):,} images",
-            expected="a data set without one",
-            hint="leave --val-fraction out",
-        )
+    for name, fraction in fractions.items():
+        if name in result and fraction is not None:
+            images = len(result[name].labels)
+            raise UserError(
+                found=f"--{name}-fraction {fraction} for a data set with a {name} split of {images:,} images",
+                expected=f"a data set without a {name} split",
+                hint=f"omit --{name}-fraction",
+            )
     if stratify and stratify not in train.columns:
+        columns = ", ".join(train.columns)
         raise UserError(
             found=f"--stratify {stratify}",
-            expected=f"one of the columns {', '.join(train.columns)}"
-            if train.columns
-            else "no --stratify, as nothing but the labels is known of these images",
-            hint=f"--stratify {next(iter(train.columns))}" if train.columns else "leave it out to choose by label",
+            expected=f"one of the columns {columns}" if columns else "no --stratify: these images have only labels",
+            hint=f"--stratify {next(iter(train.columns))}" if columns else "omit --stratify to choose by label",
         )
-    if test_fraction is not None:
-        train, test = _carve(train, REQUIRED_SPLITS[1], test_fraction, stratify, seed, _TEST_STREAM)
-    if val_fraction is not None:
-        train, val = _carve(train, VALIDATION, val_fraction, stratify, seed, _VAL_STREAM)
+    for name, fraction in fractions.items():
+        if fraction is None:
+            continue
+        chosen = _choose(train, fraction, stratify, seed, _STREAMS[name])
+        if chosen.all() or not chosen.any():
+            amount = "all" if chosen.any() else "none"
+            raise UserError(
+                found=f"--{name}-fraction {fraction}, which is {amount} of {len(chosen):,} images",
+                expected="at least one image in each split",
+                hint=f"--{name}-fraction 0.2",
+            )
+        result[name] = train.select(np.flatnonzero(chosen), name)
+        train = train.select(np.flatnonzero(~chosen))
     if subset != 1:
-        train = _keep(train, subset, stratify, seed)
-    return tuple(part for part in (train, test, val) if part is not None)
+        # The images to remove are chosen, so that no class loses its last image.
+        removed = _choose(train, 1 - subset, stratify, seed, _STREAMS[TRAIN])
+        if removed.all():
+            raise UserError(
+                found=f"--subset {subset}, which is none of {len(removed):,} training images",
+                expected="at least one image",
+                hint="--subset 0.1",
+            )
+        train = train.select(np.flatnonzero(~removed))
+    return (train, *(result[name] for name in (TEST, VALIDATION) if name in result))
 
 
-def _carve(
-    part: RawSplit, name: str, fraction: float, stratify: str, seed: int, stream: int
-) -> tuple[RawSplit, RawSplit]:
-    """What is left of a part, and the new one."""
-    aside = _choose(part, fraction, stratify, seed, stream)
-    if aside.all() or not aside.any():
-        raise UserError(
-            found=f"--{name}-fraction {fraction}, which is {'all' if aside.any() else 'none'} of {len(aside):,} images",
-            expected="at least one image in each part",
-            hint=f"--{name}-fraction 0.2",
-        )
-    return part.select(np.flatnonzero(~aside)), part.select(np.flatnonzero(aside), name)
-
-
-def _keep(part: RawSplit, share: float, stratify: str, seed: int) -> RawSplit:
-    """A part with a share of its images. What is chosen is to be left out, so that no class loses its last image."""
-    left_out = _choose(part, 1 - share, stratify, seed, _SUBSET_STREAM)
-    if left_out.all():
-        raise UserError(
-            found=f"--subset {share}, which is none of {len(left_out):,} images to train on",
-            expected="at least one image",
-            hint="--subset 0.1",
-        )
-    return part.select(np.flatnonzero(~left_out))
-
-
-def _choose(part: RawSplit, fraction: float, stratify: str, seed: int, stream: int) -> NDArray[np.bool_]:
+def _choose(split: RawSplit, fraction: float, stratify: str, seed: int, stream: int) -> NDArray[np.bool_]:
     """A mask of images in proportion by label, and by the values of the column to stratify by."""
-    # Classes in random order: of many small ones not always the first give an image more.
-    classes = permutation(len(part.classes), seed, stream)[part.labels]
-    groups = np.unique(part.columns[stratify], return_inverse=True)[1] if stratify else None
+    # Classes in random order: otherwise, of many small classes, always the first would contribute one more image.
+    classes = permutation(len(split.classes), seed, stream)[split.labels]
+    groups = np.unique(split.columns[stratify], return_inverse=True)[1] if stratify else None
     return stratified_mask(classes, fraction, seed, stream, groups)

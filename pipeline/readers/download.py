@@ -29,20 +29,17 @@ class Download:
     bytes: int
     sha256: str
 
-    def path(self, directory: Path) -> Path:
-        """Return the path of the file in a directory of raw files."""
-        return directory / self.name
-
 
 def fetch(download: Download, directory: Path, or_else: str) -> Path:
     """Download a file into a directory, or continue where an earlier call ended.
 
-    The incomplete file is `NAME.part`; it gets its name when size and hash are right.
+    The incomplete file is `NAME.part`; it gets its name when size and hash are right. Without a network the call fails
+    at its first request; a connection that breaks later is tried again.
 
     Args:
         download: The file.
         directory: The directory of raw files.
-        or_else: What else the user could put into the directory, for the message without a network.
+        or_else: The files that can take its place in the directory, for the message without a network.
 
     Returns:
         The path of the file.
@@ -50,9 +47,9 @@ def fetch(download: Download, directory: Path, or_else: str) -> Path:
     Raises:
         UserError: If the server cannot be reached or sends another file, or if the disk is full.
     """
-    target = download.path(directory)
+    target = directory / download.name
     partial = target.with_name(f"{download.name}.part")
-    # One at a time: processes that need the same file would write the same part of it.
+    # One process at a time: several would write the same partial file.
     with created_directory(directory), file_lock(target.with_name(f".{target.name}.lock")):
         if target.exists():
             return target  # another process has downloaded it
@@ -68,10 +65,10 @@ def fetch(download: Download, directory: Path, or_else: str) -> Path:
 
 def _unreachable(download: Download, target: Path, partial: Path, or_else: str, error: RemoteError) -> UserError:
     host = urllib.parse.urlsplit(download.url).hostname
-    have = partial.stat().st_size if partial.exists() else 0
-    kept = f" ({have:,} of {download.bytes:,} bytes came and are kept; the next run continues)" if have else ""
+    size = partial.stat().st_size if partial.exists() else 0
+    progress = f" ({size:,} of {download.bytes:,} bytes came and are kept; the next run continues)" if size else ""
     return UserError(
-        found=f"no way to download {download.name} from {host}: {error.reason}{kept}",
+        found=f"no way to download {download.name} from {host}: {error.reason}{progress}",
         expected=f"{target} ({download.bytes:,} bytes), or a network to fetch it",
         hint=f"download {download.url} on another machine and put it at {target}, or put {or_else} into a directory "
         "and name it with --raw",

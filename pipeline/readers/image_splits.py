@@ -1,4 +1,4 @@
-"""Parts made of picture files: shape and color found from the headers, pixels decoded when they are asked for."""
+"""Splits of image files: shape and color are read from the headers, pixels are decoded on demand."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.common.process_pool import Advance, default_workers, map_in_processes
+from pipeline.common.process_pool import default_workers, map_in_processes
 from pipeline.readers.archives.file_trees import FileTree
-from pipeline.readers.archives.files import CorruptFileError
+from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
 from pipeline.readers.archives.zip_tar import open_tree
-from pipeline.readers.formats import image as pictures
+from pipeline.readers.formats import image as image_format
 from pipeline.readers.naming import printable, text_column
 from pipeline.readers.raw_dir import RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
@@ -25,225 +25,233 @@ from shards.errors import UserError
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
 
-IMAGE_OPTIONS = ("size", "fit", "color", "encoded")  # of a `SourceOptions`, heeded by `image_splits`
-TABLE_OPTIONS = (*IMAGE_OPTIONS, "image_column", "label_column")  # where a table lists the pictures
-_LOOK = 256  # pictures looked at by a process at a time
-_UNKNOWN = 0  # height and width of a picture whose header cannot be read
+IMAGE_OPTIONS = ("size", "fit", "color", "encoded")  # the fields of `SourceOptions` that `image_splits` uses
+TABLE_OPTIONS = (*IMAGE_OPTIONS, "image_column", "label_column")  # if a table lists the images
+_CHUNK = 256  # headers that a process reads at a time
+_UNKNOWN = 0  # height and width of an image whose header cannot be read
+_HEADER = np.dtype([("height", "i4"), ("width", "i4"), ("gray", "?"), ("bytes", "i8"), ("sha256", "u1", 32)])
 
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """The picture files of one part.
+    """The image files of one split.
 
-    labels: int64 [N]. content: the bytes of picture 0 .. N-1; raises `CorruptFileError`; for any thread and process.
-    place: where it lies. files: what the pictures were read from; hashed_as: the name of one more file, which stands
-    for all of the pictures, where they lie loose: its bytes are theirs together, its SHA-256 that of the lines
-    that sha256sum prints for the pictures by these names, in order.
-    columns: as of a `RawSplit`.
+    Attributes:
+        name: `train`, `test` or `val`.
+        labels: int64 [N].
+        read: Returns the bytes of image 0 .. N-1, or raises `CorruptFileError`. Several threads and processes call it.
+        path_of: Returns the path of an image, for messages.
+        files: The files from which the images are read, with hashes.
+        hashed_as: If the images are loose files, the name of one more `RawFile` that stands for all of them: its size
+            is the sum of their sizes, its SHA-256 that of the lines that sha256sum prints for them, in order.
+        names: The names of loose files, as sha256sum prints them.
+        columns: See `RawSplit`.
     """
 
     name: str
     labels: NDArray[np.int64]
-    content: Callable[[int], bytes]
-    place: Callable[[int], str]
+    read: Callable[[int], bytes]
+    path_of: Callable[[int], str]
     files: tuple[RawFile, ...] = ()
     hashed_as: str = ""
     names: Sequence[str] = ()
     columns: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
 
 
-class _Looks(NamedTuple):
-    """What is known of n pictures: heights, widths int32 [n], gray bool [n], bytes int64 [n], digests [n]."""
+def open_tree_of_images(path: Path) -> FileTree:
+    """Open a directory or archive of images.
 
-    heights: NDArray[np.int32]
-    widths: NDArray[np.int32]
-    gray: NDArray[np.bool_]
-    bytes: NDArray[np.int64]
-    digests: list[bytes]
-
-
-def open_tree_of_images(place: Path) -> FileTree:
-    """A directory or archive of pictures; raises `UserError`."""
-    if not place.exists():
+    Raises:
+        UserError: If it does not exist or is damaged.
+    """
+    if not path.exists():
         raise UserError(
-            found=f"no {place}",
-            expected="a directory, or a zip or tar archive, of pictures",
+            found=f"no such file or directory: {path}",
+            expected="a directory, or a zip or tar archive, of images",
             hint="name it with --raw",
         )
-    try:
-        return open_tree(place)
-    except CorruptFileError as error:
-        raise UserError(
-            found=f"{place}: {error}",
-            expected="pictures in a directory, a zip, or a tar (not compressed, or by gzip, bzip2 or xz)",
-            hint="get the archive again, or unpack it yourself and name the directory with --raw",
-        ) from None
+    with corrupt_as_user_error(
+        path,
+        expected="images in a directory, a zip, or a tar (uncompressed, or by gzip, bzip2 or xz)",
+        hint="get the archive again, or unpack it and name the directory with --raw",
+    ):
+        return open_tree(path)
 
 
 def split_of_tree(
     tree: FileTree,
-    part: str,
+    split: str,
     labels: NDArray[np.int64],
     names: Sequence[str],
     tables: Sequence[str],
     columns: Mapping[str, Sequence[str]] | None = None,
 ) -> ImageSplit:
-    """The pictures of these names in a tree, told by these tables in it; columns: further ones than `path`."""
-    whole = tree.records()
+    """Return the split of some images in a tree.
+
+    Args:
+        tree: The directory or archive.
+        split: The name of the split.
+        labels: int64 [N].
+        names: The names of the images in the tree, N.
+        tables: The tables in the tree that list the images.
+        columns: Further columns than `path`, N values each.
+    """
+    archive = tree.records()
     return ImageSplit(
-        name=part,
+        name=split,
         labels=labels,
-        content=lambda number: tree.read(names[number]),
-        place=lambda number: tree.place_of(names[number]),
-        files=whole or tuple(RawContent(name, tree.place_of(name), tree.read(name)).record() for name in tables),
-        hashed_as="" if whole else f"pictures of {tree.place.name}",
+        read=lambda number: tree.read(names[number]),
+        path_of=lambda number: tree.path_of(names[number]),
+        files=archive or tuple(RawContent(name, tree.path_of(name), tree.read(name)).record() for name in tables),
+        hashed_as="" if archive else f"pictures of {tree.path.name}",
         names=names,
         columns={name: text_column(values) for name, values in {"path": names, **(columns or {})}.items()},
     )
 
 
-def image_splits(sets: Sequence[ImageSplit], classes: tuple[str, ...], options: SourceOptions) -> tuple[RawSplit, ...]:
-    """Parts of pictures, all of one shape: that of `options.size`, or the one they all have; or of encoded images.
+def image_splits(
+    splits: Sequence[ImageSplit], classes: tuple[str, ...], options: SourceOptions
+) -> tuple[RawSplit, ...]:
+    """Return splits of images of one shape, or of encoded images.
 
-    Headers are read by all cores, as far as the request leaves something to be found. A picture whose header cannot
-    be read is left for `RawSplit.read` to report. Raises `UserError` if the pictures differ and no size is given.
+    The shape is `options.size` and `options.color`, or the common shape of the images according to their headers. An
+    image whose header cannot be read is reported by `RawSplit.read`.
+
+    Raises:
+        UserError: If the images have different sizes and `options` has none.
     """
     if options.encoded and options.size:
         raise UserError(
             found=f"--size {options.size[0]}x{options.size[1]} with --store records",
             expected="one of the two: records keep the files as they are",
-            hint="leave --size or --store out",
+            hint="omit --size or --store",
         )
-    for one in sets:
-        if not len(one.labels):
+    for split in splits:
+        if not len(split.labels):
             raise UserError(
-                found=f"no picture in the {one.name} part", expected="at least one", hint="look into the raw files"
+                found=f"no image in the {split.name} split", expected="at least one", hint="check the raw files"
             )
-    find_color = options.color == "auto"
-    find_size = options.size is None and not options.encoded
-    looks = [_look_at(one, find_color or find_size) for one in sets]
-    channels = {"gray": 1, "rgb": 3}.get(options.color) or _channels(looks)
-    size = _size(sets, looks) if find_size else options.size
-    parts = []
-    for one, look in zip(sets, looks, strict=True):
+    detect_color = options.color == "auto"
+    detect_size = options.size is None and not options.encoded
+    headers = [_read_headers(split, detect_color or detect_size) for split in splits]
+    channels = _channels(headers) if detect_color else {"gray": 1, "rgb": 3}[options.color]
+    size = _size(splits, headers) if detect_size else options.size
+    result = []
+    for split, headers_of_split in zip(splits, headers, strict=True):
+        shape: tuple[int | None, int | None, int]
         if options.encoded:
-            shape, read = (None, None, channels), partial(_read_records, one)
+            shape, read = (None, None, channels), partial(_read_records, split)
         else:
             assert size is not None
             shape = (*size, channels)
-            read = partial(_read_pixels, one, shape, options.fit if options.size else None)
-        files = (*one.files, _combined(one, look)) if one.hashed_as else one.files
-        parts.append(RawSplit(one.name, classes, one.labels, shape, False, read, files, columns=one.columns))
-    return tuple(parts)
+            read = partial(_read_pixels, split, shape, options.fit if options.size else None)
+        files = (*split.files, *_hash_of_all(split, headers_of_split))
+        result.append(RawSplit(split.name, classes, split.labels, shape, False, read, files, columns=split.columns))
+    return tuple(result)
 
 
 def _read_pixels(
-    one: ImageSplit, shape: tuple[int, int, int], fit: str | None, rows: NDArray[np.int64]
+    split: ImageSplit, shape: tuple[int, int, int], fit: str | None, numbers: NDArray[np.int64]
 ) -> NDArray[np.uint8]:
-    """fit: how pictures are brought to the shape; None if they have it."""
-    images = np.empty((len(rows), *shape), np.uint8)
+    """Decode images. fit: how they are resized; None if they have the shape."""
     height, width, channels = shape
 
-    def read(content: bytes, position: int) -> None:
-        image = pictures.decode(content, channels, (height, width) if fit else None, fit or "")
+    def decode(content: bytes) -> NDArray[np.uint8]:
+        image = image_format.decode(content, channels, (height, width) if fit else None, fit or "")
         if image.shape != shape:
             raise CorruptFileError(
                 f"of {image.shape[0]} x {image.shape[1]} pixels, where others have {height} x {width}"
             )
-        images[position] = image
+        return image
 
-    _for_each(one, rows, read)
+    images = np.empty((len(numbers), *shape), np.uint8)
+    _decode_each(split, numbers, decode, images)
     return images
 
 
-def _read_records(one: ImageSplit, rows: NDArray[np.int64]) -> list[EncodedImage]:
-    images: list[EncodedImage] = []
-
-    def read(content: bytes, _: int) -> None:
-        images.append(EncodedImage(content, pictures.check_record(content)))
-
-    _for_each(one, rows, read)
+def _read_records(split: ImageSplit, numbers: NDArray[np.int64]) -> list[EncodedImage]:
+    images: list = [None] * len(numbers)
+    _decode_each(split, numbers, lambda content: EncodedImage(content, image_format.check_record(content)), images)
     return images
 
 
-def _for_each(one: ImageSplit, rows: NDArray[np.int64], read: Callable[[bytes, int], None]) -> None:
-    """Give `read` the content of every row, and its position in rows; raises `UnreadableImages` for the bad ones."""
+def _decode_each(
+    split: ImageSplit, numbers: NDArray[np.int64], decode: Callable[[bytes], Any], images: NDArray | list
+) -> None:
+    """Decode images into `images`; raise `UnreadableImages` for all corrupt ones."""
     unreadable = {}
-    for position, row in enumerate(rows.tolist()):
+    for position, number in enumerate(numbers.tolist()):
         try:
-            read(one.content(row), position)
+            images[position] = decode(split.read(number))
         except CorruptFileError as error:
-            unreadable[row] = f"{one.place(row)}: {error}"
+            unreadable[number] = f"{split.path_of(number)}: {error}"
     if unreadable:
         raise UnreadableImages(unreadable)
 
 
-def _look_at(one: ImageSplit, headers: bool) -> _Looks | None:
-    """Read the headers, or the whole files where they are hashed, of all pictures of a part."""
-    if not headers and not one.hashed_as:
+def _read_headers(split: ImageSplit, has_to_parse: bool) -> NDArray | None:
+    """Read the headers, and hash the files if required, of all images; `_HEADER` [N], None if nothing is required."""
+    if not has_to_parse and not split.hashed_as:
         return None
-    count = len(one.labels)
+    count = len(split.labels)
+    chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
 
-    def look(chunk: int, advance: Advance) -> _Looks:
-        numbers = range(chunk * _LOOK, min((chunk + 1) * _LOOK, count))
-        seen = _Looks(*(np.zeros(len(numbers), kind) for kind in (np.int32, np.int32, bool, np.int64)), [])
-        for place, number in enumerate(numbers):
-            digest = b""
+    def read_chunk(chunk: int) -> NDArray:
+        headers = np.zeros(len(chunks[chunk]), _HEADER)
+        for header, number in zip(headers, chunks[chunk], strict=True):
             try:
-                content = one.content(number)
-                seen.bytes[place] = len(content)
-                digest = hashlib.sha256(content).digest() if one.hashed_as else b""
-                if headers:
-                    header = pictures.header(content)
-                    seen.heights[place], seen.widths[place] = header.height, header.width
-                    seen.gray[place] = header.gray
+                content = split.read(number)
+                header["bytes"] = len(content)
+                if split.hashed_as:
+                    header["sha256"] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+                if has_to_parse:
+                    header["height"], header["width"], header["gray"] = _parse(content)
             except CorruptFileError:
-                pass  # it is reported when its pixels are asked for
-            seen.digests.append(digest)
-        advance(len(numbers))
-        return seen
+                pass  # reported when the pixels are read
+        return headers
 
-    bar = tqdm(total=count, desc=f"looking at {one.name}", unit=" images", unit_scale=True, disable=None, leave=False)
-    with bar:
-        looks = map_in_processes(look, range(-(-count // _LOOK)), default_workers(), bar)
-    arrays = [np.concatenate(values) for values in list(zip(*looks, strict=True))[:-1]]
-    return _Looks(*arrays, [digest for seen in looks for digest in seen.digests])
+    title = f"reading headers of {split.name}"
+    with tqdm(total=count, desc=title, unit=" images", unit_scale=True, disable=None, leave=False) as bar:
+        return np.concatenate(map_in_processes(read_chunk, list(map(len, chunks)), default_workers(), bar))
 
 
-def _channels(looks: Sequence[_Looks | None]) -> int:
-    """1 if all pictures are gray by their headers, else 3."""
-    known = [look.gray[look.heights != _UNKNOWN] for look in looks if look is not None]
+def _parse(content: bytes) -> tuple[int, int, bool]:
+    header = image_format.header(content)
+    return header.height, header.width, header.gray
+
+
+def _channels(headers: Sequence[NDArray | None]) -> int:
+    """1 if all images are gray according to their headers, else 3."""
+    known = [each["gray"][each["height"] != _UNKNOWN] for each in headers if each is not None]
     return 1 if all(gray.all() for gray in known) else 3
 
 
-def _size(sets: Sequence[ImageSplit], looks: Sequence[_Looks | None]) -> tuple[int, int]:
-    """Height and width of all pictures; raises `UserError`, naming two, if they differ."""
-    first: tuple[int, int] | None = None
-    first_named = ""
-    for one, look in zip(sets, looks, strict=True):
-        assert look is not None
-        known = np.flatnonzero(look.heights != _UNKNOWN)
-        if not len(known):
-            continue
-        if first is None:
-            first = int(look.heights[known[0]]), int(look.widths[known[0]])
-            first_named = f"{one.place(int(known[0]))} of {first[0]} x {first[1]} pixels"
-        others = known[(look.heights[known] != first[0]) | (look.widths[known] != first[1])]
-        if len(others):
-            other = int(others[0])
-            raise UserError(
-                found=f"pictures of differing sizes: {first_named}, {one.place(other)} of {look.heights[other]} x "
-                f"{look.widths[other]} (height x width)",
-                expected="one size, or a size to store them at",
-                hint="--size 64 (with --fit pad, crop or stretch), or --store records to keep the files as they are",
-            )
-    # Where no header at all can be read any size will do: reading will name every picture.
-    return first or (1, 1)
+def _size(splits: Sequence[ImageSplit], headers: Sequence[NDArray | None]) -> tuple[int, int]:
+    """Height and width of all images; raises `UserError`, which names two images, if they differ."""
+    sizes: dict[tuple[int, int], str] = {}
+    for split, each in zip(splits, headers, strict=True):
+        assert each is not None
+        known = np.flatnonzero(each["height"] != _UNKNOWN)
+        heights, widths = each["height"].astype(np.int64), each["width"].astype(np.int64)
+        _, firsts = np.unique((heights << 32 | widths)[known], return_index=True)
+        for number in known[np.sort(firsts)].tolist():
+            sizes.setdefault((int(heights[number]), int(widths[number])), split.path_of(number))
+    if len(sizes) > 1:
+        first, second = (f"{path} of {height} x {width} pixels" for (height, width), path in list(sizes.items())[:2])
+        raise UserError(
+            found=f"images of different sizes: {first}, {second} (height x width)",
+            expected="one size, or a size at which they are stored",
+            hint="--size 64 (with --fit pad, crop or stretch), or --store records to keep the files as they are",
+        )
+    # If no header can be read, the size does not matter: reading reports every image.
+    return next(iter(sizes), (1, 1))
 
 
-def _combined(one: ImageSplit, look: _Looks | None) -> RawFile:
-    assert look is not None
+def _hash_of_all(split: ImageSplit, headers: NDArray | None) -> tuple[RawFile, ...]:
+    if not split.hashed_as:
+        return ()
+    assert headers is not None
     digest = hashlib.sha256()
-    for value, name in zip(look.digests, one.names, strict=True):
-        digest.update(f"{value.hex()}  {printable(name)}\n".encode())
-    return RawFile(name=one.hashed_as, bytes=int(look.bytes.sum()), sha256=digest.hexdigest())
+    for value, name in zip(headers["sha256"], split.names, strict=True):
+        digest.update(f"{value.tobytes().hex()}  {printable(name)}\n".encode())
+    return (RawFile(name=split.hashed_as, bytes=int(headers["bytes"].sum()), sha256=digest.hexdigest()),)

@@ -1,4 +1,4 @@
-"""How people name parts, classes and files, and the order in which such names count."""
+"""Names of splits, classes and files: which split a name stands for, natural order, class numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, SPLITS, VALIDATION
 
 TRAIN, TEST = REQUIRED_SPLITS
-_PART_NAMES = {
+_SPLIT_NAMES = {
     "train": TRAIN,
     "training": TRAIN,
     "test": TEST,
@@ -21,26 +21,24 @@ _PART_NAMES = {
     "valid": VALIDATION,
     "validation": VALIDATION,
 }
-_NAMED = 5  # names listed in a message
+_MAX_NAMES = 5  # in a message
 _NUMBER = re.compile("[0-9]+")
 
 
 def split_named(name: str) -> str | None:
-    """The part (`train`, `test` or `val`) that a directory, file or array of this name holds, if any."""
-    return _PART_NAMES.get(name.lower())
+    """Return the split (`train`, `test` or `val`) that a directory, file or array of this name holds, or None."""
+    return _SPLIT_NAMES.get(name.lower())
 
 
 def natural_key(name: str) -> tuple[str, str]:
-    """Sorts names as people do, numbers by value (`2` before `10`); the same on every machine.
-
-    Directories of a path (`a/b`) are compared one by one.
-    """
-    # Made of text alone, as tuples of numbers would take a kilobyte a name: the length of a number, then its digits,
-    # compare as its value does. Numbers come before letters, and the end of a directory's name before both.
+    """Return a sort key for natural order: numbers by value (`2` before `10`), the directories of a path one by one."""
+    # A key of text alone: tuples of numbers would take a kilobyte per name. The length of a number followed by its
+    # digits compares as its value does. Numbers come before letters, the end of a directory's name before both.
     return _NUMBER.sub(_number_key, name.replace("/", "\0")), name
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
+    """Return names sorted by `natural_key`."""
     return sorted(names, key=natural_key)
 
 
@@ -50,45 +48,72 @@ def _number_key(number: re.Match[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """A name as one can print and store it: control characters and undecodable bytes escaped."""
+    """Return a name with control characters and undecodable bytes escaped."""
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first few of some names, for a message."""
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(printable(name) for name in names[:_NAMED]) + more
+    """Return the first few names, for a message."""
+    more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(printable(name) for name in names[:_MAX_NAMES]) + more
 
 
 def text_column(values: Iterable[str]) -> NDArray[np.str_]:
-    """Texts as an array in which each takes the room it needs."""
+    """Return texts as an array of variable-length strings."""
     return np.array([printable(value) for value in values], dtype=np.dtypes.StringDType())
 
 
-def in_split_order(parts: Iterable[str]) -> list[str]:
-    return sorted(parts, key=SPLITS.index)
+def in_split_order(splits: Iterable[str]) -> list[str]:
+    """Return split names in the order train, test, val."""
+    return sorted(splits, key=SPLITS.index)
+
+
+def class_name(label: int | str | None, names: tuple[str, ...]) -> str:
+    """Return the name of a class.
+
+    Args:
+        label: The name, or the number of the class.
+        names: The names of all classes in the order of their numbers; empty if they have only numbers.
+
+    Raises:
+        ValueError: If the label is None or not in the names.
+    """
+    if isinstance(label, int) and (not names or 0 <= label < len(names)):
+        return names[label] if names else str(label)
+    if isinstance(label, str) and (not names or label in names):
+        return label
+    raise ValueError(f"label {label}" + (f", not one of the {len(names)} classes {some_of(names)}" if names else ""))
 
 
 def number_labels(
-    labels: Mapping[str, Sequence[str]], place: object, names: tuple[str, ...] = ()
+    labels: Mapping[str, Sequence[str]], source: object, names: tuple[str, ...] = ()
 ) -> tuple[tuple[str, ...], dict[str, NDArray[np.int64]]]:
-    """Class names, and the labels of each part as int64 [N], their places among them.
+    """Number the classes of a data set.
 
-    labels: names of classes, N of each part, `train` among the parts. names: all classes in their order, where one is
-    given; else they are put in natural order. Raises `UserError` for a class without training images.
+    Args:
+        labels: Class names of the images of each split; `train` is one of the splits.
+        source: The directory or file, for messages.
+        names: All classes in the order of their numbers; by default the classes in natural order.
+
+    Returns:
+        The class names, and the labels of each split as int64 [N].
+
+    Raises:
+        UserError: If a class has no training images.
     """
-    found = {part: set(values) for part, values in labels.items()}
-    for part, in_part in found.items():
-        if extra := natural_order(in_part - found[TRAIN]):
+    classes_of = {split: set(values) for split, values in labels.items()}
+    for split, classes in classes_of.items():
+        if extra := natural_order(classes - classes_of[TRAIN]):
             raise UserError(
-                found=f"no training images of {some_of(extra)}, which the {part} part of {place} has",
-                expected="every class in the train part",
-                hint="check how the class is spelled there, or remove it from the other parts",
+                found=f"no training images of {some_of(extra)}, a class of the {split} split of {source}",
+                expected="every class in the train split",
+                hint="check the spelling of the class, or remove it from the other splits",
             )
-    classes = names or tuple(natural_order(found[TRAIN]))
-    number = {name: label for label, name in enumerate(classes)}
-    return tuple(printable(name) for name in classes), {
-        part: np.fromiter((number[value] for value in values), np.int64, len(values)) for part, values in labels.items()
+    all_names = names or tuple(natural_order(classes_of[TRAIN]))
+    numbers = {name: number for number, name in enumerate(all_names)}
+    return tuple(printable(name) for name in all_names), {
+        split: np.fromiter((numbers[value] for value in values), np.int64, len(values))
+        for split, values in labels.items()
     }

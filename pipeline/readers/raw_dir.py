@@ -1,87 +1,92 @@
-"""Raw files where people have them: loose in a directory, compressed or not, or inside an archive there."""
+"""Raw files of published data sets: loose in a directory, compressed or not, or inside an archive in it."""
 
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.readers.archives.file_trees import FileTree
-from pipeline.readers.archives.files import CorruptFileError
+from pipeline.readers.archives.files import corrupt_as_user_error
 from pipeline.readers.archives.zip_tar import open_tree
 from pipeline.readers.download import Download, fetch
 from shards.errors import UserError, as_user_error
 from shards.manifest import RawFile
 
-MOST_RAW_BYTES = 2 << 30  # of one file, as it lies there; the largest one known here has 0.6 GB
+MAX_RAW_BYTES = 2 << 30  # of one file; the largest known file has 0.6 GB
 
 
 @dataclass(frozen=True)
 class RawContent:
-    """The bytes of a raw file as they lie on the disk (or in the archive), and where they came from."""
+    """The bytes of a raw file as stored on disk or in an archive.
+
+    Attributes:
+        name: The name of the file.
+        path: Its path, for messages.
+        content: Its bytes.
+    """
 
     name: str
-    place: str
+    path: str
     content: bytes
 
     def record(self) -> RawFile:
+        """Return the name, size and SHA-256 of the file."""
         digest = hashlib.sha256(self.content).hexdigest()
         return RawFile(name=self.name, bytes=len(self.content), sha256=digest)
 
 
 class RawDirectory:
-    """A directory of raw files, with or without an archive that holds them.
+    """A directory of raw files, which may be inside an archive in it.
 
-    unpacked: the directory in it to which the archive unpacks; loose files are looked for there too.
+    Args:
+        directory: The directory.
+        archive: The name of the archive.
+        unpacked: The directory to which the archive unpacks; loose files in it count too.
     """
 
-    def __init__(self, directory: Path, archive: str | None = None, unpacked: str = "") -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, archive: str = "", unpacked: str = "") -> None:
         self._archive = directory / archive if archive else None
-        self._folders = (directory, directory / unpacked) if unpacked else (directory,)
+        self._folders = dict.fromkeys((directory, directory / unpacked))
         self._opened: FileTree | None = None
 
-    def missing(self, names: list[str]) -> list[str]:
-        """Those of the names that are neither loose nor in the archive."""
+    def missing(self, names: tuple[str, ...]) -> list[str]:
+        """Return the names that are neither loose nor in the archive."""
         return [name for name in names if self._loose(name) is None and self._member(name) is None]
 
     def read(self, name: str) -> RawContent:
-        """Read a file that is there, loose ones first. Raises `UserError` if it cannot be read."""
+        """Read a file that is not missing; a loose file takes precedence over the archive.
+
+        Raises:
+            UserError: If it cannot be read.
+        """
         path = self._loose(name)
         if path is not None:
             return RawContent(path.name, str(path), _read_loose(path))
-        member, tree = self._member(name), self._tree()
-        assert member is not None and tree is not None
-        try:
-            content = tree.read(member, MOST_RAW_BYTES)
-        except CorruptFileError as error:
-            raise self._bad_archive(error) from None
-        return RawContent(Path(member).name, tree.place_of(member), content)
+        member = self._member(name)
+        assert member is not None
+        tree, inner = member
+        with self._archive_errors():
+            return RawContent(Path(inner).name, tree.path_of(inner), tree.read(inner, MAX_RAW_BYTES))
 
     def _loose(self, name: str) -> Path | None:
         candidates = (folder / f"{name}{suffix}" for folder in self._folders for suffix in (".gz", ""))
         return next((path for path in candidates if path.is_file()), None)
 
-    def _member(self, name: str) -> str | None:
-        wanted = {name, f"{name}.gz"}
-        tree = self._tree()
-        members = tree.names if tree else []
-        return next((member for member in members if member.rpartition("/")[2] in wanted), None)
-
-    def _tree(self) -> FileTree | None:
-        """The archive, opened once it is there."""
+    def _member(self, name: str) -> tuple[FileTree, str] | None:
         if self._opened is None and self._archive is not None and self._archive.is_file():
-            try:
+            with self._archive_errors():
                 self._opened = open_tree(self._archive)
-            except CorruptFileError as error:
-                raise self._bad_archive(error) from None
-        return self._opened
+        if (tree := self._opened) is None:
+            return None
+        return next(((tree, inner) for inner in tree.names if Path(inner).name in (name, f"{name}.gz")), None)
 
-    def _bad_archive(self, error: CorruptFileError) -> UserError:
-        return UserError(
-            found=f"{self._archive}, a damaged archive: {error}",
-            expected="the whole archive, as published",
-            hint=f"remove it and run again, so that it is downloaded anew: rm {self._archive}",
+    def _archive_errors(self) -> AbstractContextManager[None]:
+        return corrupt_as_user_error(
+            f"{self._archive}, a damaged archive",
+            expected="the complete archive, as published",
+            hint=f"remove it and run again to download it: rm {self._archive}",
         )
 
 
@@ -90,9 +95,9 @@ class PublishedArchive:
     """A published archive, or its content as loose files.
 
     Attributes:
-        archive: Where it is downloaded from.
-        names: The files that are read of it, without `.gz`.
-        label: What the files are, for messages.
+        archive: The address, name, size and hash of the archive.
+        names: The files that are read from it, without `.gz`.
+        label: The name of the data set or variant, for messages.
         unpacked: The directory to which the archive unpacks.
     """
 
@@ -102,43 +107,48 @@ class PublishedArchive:
     unpacked: str = ""
 
     def plan(self, directory: Path) -> str:
-        """A line that says what `open` would do."""
-        files = RawDirectory(directory, self.archive.name, self.unpacked)
-        if not (missing := files.missing(list(self.names))):
+        """Return a line that describes what `open` would do."""
+        _, missing, is_absent = self._inspect(directory)
+        if not missing:
             return f"read the {self.label} files in {directory}"
-        if len(missing) < len(self.names) or self.archive.path(directory).exists():
+        if not is_absent:
             return f"fail: {', '.join(missing)} not in {directory}"
         return f"download {self.archive.url} ({self.archive.bytes / 1e6:,.0f} MB) to {directory}"
 
     def open(self, directory: Path) -> RawDirectory:
-        """The directory with all of the files, loose or in the archive, which is downloaded if none is there.
+        """Return the directory with all files, loose or in the archive, which is downloaded if none is there.
 
         Raises:
-            UserError: Files are missing, or the archive cannot be downloaded.
+            UserError: If files are missing, or the archive cannot be downloaded.
         """
-        files = RawDirectory(directory, self.archive.name, self.unpacked)
-        missing = files.missing(list(self.names))
-        if len(missing) == len(self.names) and not self.archive.path(directory).exists():
+        files, missing, is_absent = self._inspect(directory)
+        if is_absent:
             fetch(self.archive, directory, or_else=f"the loose files ({self.names[-1]}, ...)")
-            missing = files.missing(list(self.names))
+            missing = files.missing(self.names)
         if missing:
             raise UserError(
                 found=f"no {', '.join(missing)} in {directory}",
                 expected=f"the {self.label} files of the official {self.archive.name}, or that archive itself",
-                hint=f"add what is missing, or name an empty --raw directory to download {self.archive.url}",
+                hint=f"add what is missing, or use an empty --raw directory to download {self.archive.url}",
             )
         return files
+
+    def _inspect(self, directory: Path) -> tuple[RawDirectory, list[str], bool]:
+        """The directory, the missing files, and whether neither the archive nor any of its files is there."""
+        files = RawDirectory(directory, self.archive.name, self.unpacked)
+        missing = files.missing(self.names)
+        return files, missing, len(missing) == len(self.names) and not (directory / self.archive.name).exists()
 
 
 def _read_loose(path: Path) -> bytes:
     try:
         size = path.stat().st_size
-        if size <= MOST_RAW_BYTES:
+        if size <= MAX_RAW_BYTES:
             return path.read_bytes()
     except OSError as error:
         raise as_user_error(error, path) from None
     raise UserError(
         found=f"{path} of {size:,} bytes",
-        expected=f"at most {MOST_RAW_BYTES:,}, as such files have",
-        hint="is it another file of that name? Remove it, and the right one is downloaded",
+        expected=f"at most {MAX_RAW_BYTES:,} bytes",
+        hint=f"remove it and run again to download the right file: rm {path}",
     )

@@ -1,4 +1,4 @@
-"""A split of a raw data set, ready to be packed, and the options with which it is read."""
+"""A split of a raw data set, ready for packing, and the options with which it is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from shards.stores.base import EncodedImage
 
 
 class UnreadableImages(Exception):
-    """Images that cannot be decoded: for each raw row, the place of the file and what is wrong with it."""
+    """Images that cannot be decoded.
+
+    Args:
+        reasons: The path and the error of each image, by its source index.
+    """
 
     def __init__(self, reasons: dict[int, str]) -> None:
         super().__init__(reasons)
@@ -24,18 +28,22 @@ class UnreadableImages(Exception):
 
 @dataclass(frozen=True)
 class RawSplit:
-    """One part of a raw data set, ready to be packed.
+    """One split of a raw data set, ready for packing.
 
-    name: `train`, `test` or `val`.
-    classes: names, in the order of the labels.
-    labels: int64 [N], 0 .. len(classes) - 1.
-    image_shape: (H, W, C) of every image, as stored; (None, None, C) for image files of differing sizes.
-    transposed: the pixels are stored with rows and columns exchanged.
-    read: given raw rows int64 [n], the images uint8 [n, H, W, C], or a list of `EncodedImage` where the shape is
-    (None, None, C). Raises `UnreadableImages`. Called from several processes and threads.
-    files: what it was read from, with hashes.
-    rows: int64 [N], the raw row of each image, which `read` is asked for; 0 .. N-1 by default.
-    columns: further facts of each image, by column name, N values each (its `path`, its original database, ...).
+    Attributes:
+        name: `train`, `test` or `val`.
+        classes: The class names in the order of the labels.
+        labels: int64 [N], 0 .. len(classes) - 1.
+        image_shape: (H, W, C) of every image as stored; (None, None, C) for image files of different sizes.
+        transposed: Whether the pixels are stored with rows and columns exchanged.
+        read: Returns the images of source indices int64 [n]: uint8 [n, H, W, C], or a list of `EncodedImage` if the
+            shape is (None, None, C). Raises `UnreadableImages`. Several processes and threads call it.
+        files: The raw files with their hashes.
+        source_index: int64 [N], the index of each image in the raw data; 0 .. N-1 by default.
+        columns: Further values of each image, N per column (`path`, `database`, ...).
+
+    Raises:
+        UserError: If the images or labels could not be loaded once packed.
     """
 
     name: str
@@ -45,41 +53,43 @@ class RawSplit:
     transposed: bool
     read: Callable[[NDArray[np.int64]], NDArray[np.uint8] | list[EncodedImage]]
     files: tuple[RawFile, ...] = ()
-    rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    source_index: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     columns: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what could be packed but not be loaded; raises `UserError`."""
-        shape = self.image_shape
-        faults = (
-            (len(shape) != 3, f"images of shape {shape}", "height, width and channels"),
-            (shape[-1] not in (1, 3), f"{shape[-1]} channels", "1 (gray) or 3 (RGB)"),
-            (any(side is not None and side < 1 for side in shape), f"images of shape {shape}", "at least one pixel"),
-            (self.labels.ndim != 1 or not len(self.labels), f"labels of shape {self.labels.shape}", "[N], not empty"),
-        )
-        for wrong, found, expected in faults:
-            if wrong:
-                raise _unfit(self.name, found, expected)
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= len(self.classes):
-            raise _unfit(self.name, f"labels {low} .. {high}", f"0 .. {len(self.classes) - 1}, as there are classes")
-        if not len(self.rows):
-            object.__setattr__(self, "rows", np.arange(len(self.labels)))
-        assert len(self.rows) == len(self.labels)
-        assert all(len(values) == len(self.labels) for values in self.columns.values())
+        shape, labels, last = self.image_shape, self.labels, len(self.classes) - 1
+        self._require(len(shape) == 3, f"images of shape {shape}", "height, width and channels")
+        self._require(shape[-1] in (1, 3), f"{shape[-1]} channels", "1 (gray) or 3 (RGB)")
+        self._require(all(side != 0 for side in shape), f"images of shape {shape}", "at least one pixel")
+        self._require(labels.ndim == 1 and len(labels) > 0, f"labels of shape {labels.shape}", "[N], not empty")
+        low, high = int(labels.min()), int(labels.max())
+        self._require(low >= 0 and high <= last, f"labels {low} .. {high}", f"0 .. {last}, one per class")
+        if not len(self.source_index):
+            object.__setattr__(self, "source_index", np.arange(len(labels)))
+        assert len(self.source_index) == len(labels)
+        assert all(len(values) == len(labels) for values in self.columns.values())
+
+    def _require(self, is_right: bool, found: str, expected: str) -> None:
+        if not is_right:
+            raise _unfit(self.name, found, expected)
 
     @property
     def encoded(self) -> bool:
-        """Whether `read` gives image files instead of pixels."""
+        """Whether `read` returns image files instead of pixels."""
         return self.image_shape[0] is None
 
     def select(self, positions: NDArray[np.int64], name: str | None = None) -> RawSplit:
-        """The part that holds only the images at these positions (int64 [n], 0 .. N-1), perhaps under another name."""
+        """Return the split with only the images at some positions.
+
+        Args:
+            positions: int64 [n], 0 .. N-1.
+            name: A new name of the split.
+        """
         return replace(
             self,
             name=name or self.name,
             labels=self.labels[positions],
-            rows=self.rows[positions],
+            source_index=self.source_index[positions],
             columns={column: values[positions] for column, values in self.columns.items()},
         )
 
@@ -95,13 +105,26 @@ class RawSplit:
         files: tuple[RawFile, ...] = (),
         columns: Mapping[str, NDArray[np.str_]] | None = None,
     ) -> RawSplit:
-        """A part that lies in memory: images uint8 [N, H, W, C], labels [N], integers. Raises `UserError`."""
+        """Return a split of images in memory.
+
+        Args:
+            name: `train`, `test` or `val`.
+            images: uint8 [N, H, W, C].
+            labels: Integers [N], 0 .. len(classes) - 1.
+            classes: The class names.
+            transposed: Whether the pixels are stored with rows and columns exchanged.
+            files: The raw files with their hashes.
+            columns: Further values of each image, N per column.
+
+        Raises:
+            UserError: If the arrays have other types or shapes.
+        """
         if images.dtype != np.uint8 or images.ndim != 4:
             raise _unfit(name, f"images of {images.dtype} {list(images.shape)}", "uint8 [N, H, W, C]")
         if not np.issubdtype(labels.dtype, np.integer):
             raise _unfit(name, f"labels of {labels.dtype}", "integers")
         if len(images) != len(labels):
-            raise _unfit(name, f"{len(images)} images and {len(labels)} labels", "as many labels as images")
+            raise _unfit(name, f"{len(images)} images and {len(labels)} labels", "one label per image")
         return cls(
             name=name,
             classes=classes,
@@ -114,22 +137,27 @@ class RawSplit:
         )
 
 
-def _unfit(part: str, found: str, expected: str) -> UserError:
-    return UserError(found=f"{found} in the {part} part", expected=expected, hint="convert them before packing")
+def _unfit(split: str, found: str, expected: str) -> UserError:
+    return UserError(found=f"{found} in the {split} split", expected=expected, hint="convert them before packing")
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a user asks of a source.
+    """The options with which a data set is read.
 
-    raw: the directory or file to read. split: one of the source's splits, or empty. The rest is for sources of
-    picture files: size: store all at one size, (H, W), None for the size they have; fit: how to bring them there,
-    `pad`, `crop` or `stretch`; color: `gray`, `rgb`, or `auto` for what the pictures are; encoded: keep the files as
-    they are. image_column, label_column: of a table.
+    Attributes:
+        raw: The directory or file to read.
+        variant: One of the variants of the data set, or empty.
+        size: Size (H, W) at which image files are stored; None for their own size.
+        fit: How image files are resized: `pad`, `crop` or `stretch`.
+        color: `gray`, `rgb`, or `auto` for the channels of the image files.
+        encoded: Whether image files are stored as they are.
+        image_column: The column of paths or images in a table; empty to detect it.
+        label_column: The column of labels in a table; empty to detect it.
     """
 
     raw: Path
-    split: str = ""
+    variant: str = ""
     size: tuple[int, int] | None = None
     fit: str = "pad"
     color: str = "auto"

@@ -178,7 +178,7 @@ class TestVerify:
         train, test = made_up_parts(train=50, test=1, shape=SHAPE)
         rows = np.arange(50)
         rows[7] = 8
-        out = pack_parts((replace(train, rows=rows), test), tmp_path / "set", BLOCK_SIZE, store=store)
+        out = pack_parts((replace(train, source_index=rows), test), tmp_path / "set", BLOCK_SIZE, store=store)
         assert check_split(out / "train")[1] == [f"{out}/train: a source row is packed twice"]
 
     @pytest.mark.parametrize("store", ["tar", "zarr"])

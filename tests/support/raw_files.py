@@ -40,7 +40,7 @@ def load(source: str, raw: Path, split: str = "", **options: object) -> tuple[Ra
 
 
 def read_all(part: RawSplit) -> NDArray[np.uint8]:
-    return part.read(part.rows)
+    return part.read(part.source_index)
 
 
 def unreadable(part: RawSplit) -> dict[int, str]:

@@ -79,7 +79,7 @@ def with_pseudo_labels(
     """The parts of a set with the images found added to train, but for those that are in another part; how many
     these are. unlabelled: the part that was predicted."""
     train, others = parts[0], parts[1:]
-    some = unlabelled.select(np.flatnonzero(np.isin(unlabelled.rows, found.rows)))
+    some = unlabelled.select(np.flatnonzero(np.isin(unlabelled.source_index, found.rows)))
     some = replace(
         some,
         name="pseudo-labelled",
@@ -102,14 +102,14 @@ def _add(directory: Path, out: str, unlabelled: RawSplit, found: PseudoLabels, o
         lambda: parts,
         out,
         dataset=manifest.dataset,
-        split=manifest.variant,
+        variant=manifest.variant,
         block_size=manifest.block_size,
         seed=manifest.seed,
         store=manifest.store,
         options={"packed_from": manifest.digest()[:12], **options},
     )
     left = f", {held:,} left out that its other parts hold" if held else ""
-    there = "" if packed.now else " (packed already)"
+    there = "" if packed.is_new else " (packed already)"
     return f"{packed.manifests[0].samples:,} images to train on{left}, in {out}{there}"
 
 

@@ -17,7 +17,7 @@ from pipeline.readers.archives.files import CorruptFileError
 from shards.errors import first_line
 
 _CHUNK = 1 << 20
-_MAX_XZ_MEMORY = 256 << 20  # bytes; the largest preset of xz takes 65 MB
+_MAX_XZ_MEMORY = 256 << 20  # bytes; the largest preset of xz needs 65 MB
 
 _DECOMPRESSORS: dict[bytes, Callable[[], Any]] = {
     b"\x1f\x8b": lambda: igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP),
@@ -27,17 +27,17 @@ _DECOMPRESSORS: dict[bytes, Callable[[], Any]] = {
 
 
 def is_compressed(head: bytes) -> bool:
-    """Whether `decompress` reads a file with these first six bytes."""
+    """Return whether `decompress` reads a file with these first six bytes."""
     return head.startswith(tuple(_DECOMPRESSORS))
 
 
 def decompress(file: IO[bytes]) -> Iterator[bytes]:
-    """The content of a compressed file, in chunks of at most 1 MiB; several streams in a row count as one.
+    """Yield the content of a compressed file in chunks of at most 1 MiB. Consecutive streams count as one.
 
-    The caller limits the total.
+    The caller limits the total size.
 
     Raises:
-        CorruptFileError: Damaged or incomplete content is reached.
+        CorruptFileError: If the content is damaged or incomplete.
     """
     data = file.read(_CHUNK)
     make = next(make for magic, make in _DECOMPRESSORS.items() if data.startswith(magic))
@@ -48,7 +48,7 @@ def decompress(file: IO[bytes]) -> Iterator[bytes]:
             data = b""
             if stream.eof:
                 data = stream.unused_data.lstrip(b"\0")
-                while not data:  # zeros may stand between two streams
+                while not data:  # zeros between two streams are padding
                     if not (chunk := file.read(_CHUNK)):
                         return
                     data = chunk.lstrip(b"\0")

@@ -1,4 +1,4 @@
-"""Files that any thread or process may read at any offset, temporary files, and the error for corrupt content."""
+"""Files that any thread or process can read at any offset, temporary files, and the error for corrupt content."""
 
 from __future__ import annotations
 
@@ -8,30 +8,45 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from shards.errors import UserError, as_user_error
 from shards.manifest import RawFile
 
-_FLOOR = 256 << 20  # bytes that anything may expand to
-_RATIO = 100  # and beyond them, times its size: pixels and tars of small files expand two to ten times
-_RESERVE = 256 << 20  # bytes of the disk that are left free
+_MIN_EXPANDED_BYTES = 256 << 20
+_MAX_RATIO = 100  # pixels and tars of small files expand two to ten times
+_RESERVE = 256 << 20  # bytes of the disk that stay free
 _CHECK_EVERY = 64 << 20  # bytes written between two checks of the free space
 
 
 class CorruptFileError(Exception):
-    """A file, or a member of an archive, that is damaged or not what it should be; the text says what is wrong."""
+    """A file, or a member of an archive, that is damaged or of another format. The message is the reason."""
+
+
+@contextmanager
+def corrupt_as_user_error(path: object, expected: str, hint: str) -> Iterator[None]:
+    """Raise each `CorruptFileError` of the block as a `UserError` that names the file."""
+    try:
+        yield
+    except CorruptFileError as error:
+        raise UserError(found=f"{path}: {error}", expected=expected, hint=hint) from None
 
 
 def max_expanded_bytes(compressed: int) -> int:
-    """The most bytes that so many compressed bytes may expand to before they count as a bomb."""
-    return _FLOOR + _RATIO * compressed
+    """Return the limit in bytes for the content of a compressed file; beyond it the file counts as a bomb."""
+    return _MIN_EXPANDED_BYTES + _MAX_RATIO * compressed
 
 
 class StoredFile:
-    """An open file, read at any offset; forked processes and threads may share it."""
+    """An open file that forked processes and threads share.
+
+    Attributes:
+        file: The file object.
+        size: The size of the file in bytes.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -39,7 +54,11 @@ class StoredFile:
         self._lock = threading.Lock()
 
     def read(self, offset: int, size: int) -> bytes:
-        """Read exactly these bytes; raises `CorruptFileError` where the file has fewer."""
+        """Return exactly `size` bytes from `offset` on.
+
+        Raises:
+            CorruptFileError: If the file has fewer bytes.
+        """
         if offset < 0 or size < 0 or offset + size > self.size:
             raise CorruptFileError(f"it ends at {self.size:,}, before byte {offset + size:,}")
         if hasattr(os, "pread"):
@@ -53,7 +72,7 @@ class StoredFile:
         return content
 
     def mapped(self, offset: int, size: int) -> memoryview:
-        """Map these bytes into memory; the file must not shrink meanwhile."""
+        """Map bytes of the file into memory. The file must not shrink afterwards."""
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         mapping = mmap.mmap(self.file.fileno(), offset + size - start, access=mmap.ACCESS_READ, offset=start)
         return memoryview(mapping)[offset - start :]
@@ -68,23 +87,23 @@ def open_file(path: Path) -> StoredFile:
 
 
 def record_file(path: Path) -> RawFile:
-    """A file's name, size and SHA-256."""
+    """Return the name, size and SHA-256 of a file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return RawFile(name=path.name, bytes=file.tell(), sha256=digest)
 
 
 class TempFile:
-    """A temporary file without a name, written once and then read at random.
+    """A temporary file without a name, first written, then read at any offset.
 
-    It lies in the directory for temporary files (TMPDIR) and is gone when the process ends, however it ends.
+    It is created in the directory for temporary files (TMPDIR) and disappears when the process ends.
 
     Args:
-        what: What is written, for messages.
-        max_bytes: The most bytes it may have; `write` raises `CorruptFileError` beyond.
+        what: The content, for messages.
+        max_bytes: The limit of its size; `write` raises `CorruptFileError` beyond it.
 
     Raises:
-        UserError: The disk is nearly full (also raised by `write` and `finish`).
+        UserError: If the disk is nearly full (also raised by `write` and `finish`).
     """
 
     def __init__(self, what: str, max_bytes: int) -> None:
@@ -96,8 +115,9 @@ class TempFile:
         self.size = 0
 
     def write(self, content: bytes) -> None:
+        """Append bytes."""
         if self.size + len(content) > self._max_bytes:
-            raise CorruptFileError(f"it expands to more than {self._max_bytes:,} bytes, which no such file does")
+            raise CorruptFileError(f"it expands to more than {self._max_bytes:,} bytes, the limit for its size")
         if self.size + len(content) - self._checked > _CHECK_EVERY:
             self._check_disk()
             self._checked = self.size
@@ -108,7 +128,7 @@ class TempFile:
         self.size += len(content)
 
     def finish(self) -> StoredFile:
-        """The file, to be read."""
+        """Return the complete file for reading."""
         try:
             self._file.flush()
         except OSError:
@@ -124,8 +144,8 @@ class TempFile:
         free = shutil.disk_usage(directory).free
         return UserError(
             found=f"no room to unpack {self._what}: {free / 1e6:,.0f} MB free in {directory}",
-            expected="room for its content, which is read from there while it is packed",
-            hint="name a directory with more room: TMPDIR=/large/disk python -m pipeline.shard ...",
+            expected="room for its content, which is read from there during packing",
+            hint="use a directory with more room: TMPDIR=/large/disk python -m pipeline.shard ...",
         )
 
 

@@ -1,4 +1,4 @@
-"""Zip and tar archives, read member by member without unpacking them, within limits on members, sizes and names."""
+"""Zip and tar archives, read member by member without unpacking, with limits on members, sizes and names."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from shards.manifest import RawFile
 from shards.stores.image_header import MAX_BYTES
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of name and extra field
-_DEFLATED_END = 8  # a deflated member may be this much longer than what it holds
+_DEFLATE_OVERHEAD = 8  # bytes by which a deflated member may exceed its content
 _CHUNK = 1 << 20
 _TAR_BLOCK = 512
 _MAX_TAR_HEADER = 1 << 20  # bytes of a long name or a PAX header
-# Errors of zipfile for damaged archives. NotImplementedError: an unknown version or flag; struct.error, ValueError:
-# fields out of range.
+# Errors of zipfile and tarfile for damaged archives. NotImplementedError: an unknown version or flag; struct.error,
+# ValueError: fields out of range.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, struct.error, ValueError)
 _TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
 
 
 class _Archive(FileTree):
-    """What zip and tar have in common."""
+    """The common base of zip and tar."""
 
     _separator = ":"
 
@@ -50,21 +50,21 @@ class _Archive(FileTree):
 
     @cached_property
     def _records(self) -> tuple[RawFile, ...]:
-        return (record_file(self.place),)
+        return (record_file(self.path),)
 
 
 class ZipTree(_Archive):
     """A zip archive.
 
     Raises:
-        CorruptFileError: The archive is damaged, encrypted, or compressed with anything but deflate.
+        CorruptFileError: If it is damaged, encrypted, or compressed by another method than deflate.
     """
 
-    def __init__(self, place: Path) -> None:
-        self._file = open_file(place)
+    def __init__(self, path: Path) -> None:
+        self._file = open_file(path)
         members: dict[str, zipfile.ZipInfo] = {}
         try:
-            with zipfile.ZipFile(place) as archive:
+            with zipfile.ZipFile(path) as archive:
                 infos = archive.infolist()
         except _ZIP_ERRORS as error:
             raise CorruptFileError(first_line(error)) from None
@@ -83,20 +83,20 @@ class ZipTree(_Archive):
                 raise CorruptFileError(f"{member} is compressed by method {info.compress_type}, not by deflate (8)")
             members[name] = info
         self._members = members
-        super().__init__(place, natural_order(members))
+        super().__init__(path, natural_order(members))
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
-        """Read a member; see `FileTree.read`.
+        """Return the bytes of a member; see `FileTree.read`.
 
-        Not by `zipfile`, which takes 25 us a member where this takes 3 (stored JPEGs), and whose position in the file
-        forked processes share: packing 60,000 of them took 13 to 14 s of CPU time instead of 10.
+        `zipfile` is not used here: it takes 25 us per member, this takes 3 (stored JPEGs), and forked processes share
+        its file position. Packing 60,000 members took 13 to 14 s of CPU time with it and takes 10 s without.
         """
         info = self._members[name]
-        check_size(max(info.file_size, info.compress_size - _DEFLATED_END), max_bytes)
+        check_size(max(info.file_size, info.compress_size - _DEFLATE_OVERHEAD), max_bytes)
         header = self._file.read(info.header_offset, _LOCAL_HEADER.size)
         signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         if signature != b"PK\x03\x04":
-            raise CorruptFileError("the archive has something else in its place")
+            raise CorruptFileError("the archive has no member at its offset")
         start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         content = self._file.read(start, info.compress_size)
         if info.compress_type == zipfile.ZIP_DEFLATED:
@@ -109,12 +109,12 @@ class ZipTree(_Archive):
         return content
 
     def unpack(self, name: str) -> StoredFile:
-        """A member that may be larger than the memory, checked and copied to a temporary file."""
+        """Copy a member, which may be larger than the memory, to a temporary file, and check it."""
         info = self._members[name]
         limit = min(info.file_size, max_expanded_bytes(info.compress_size))
         try:
-            with zipfile.ZipFile(self.place) as archive, archive.open(info) as content:
-                return write_temp_file(iter(lambda: content.read(_CHUNK), b""), self.place_of(name), limit)
+            with zipfile.ZipFile(self.path) as archive, archive.open(info) as content:
+                return write_temp_file(iter(lambda: content.read(_CHUNK), b""), self.path_of(name), limit)
         except _ZIP_ERRORS as error:
             raise CorruptFileError(first_line(error)) from None
 
@@ -125,16 +125,16 @@ class TarTree(_Archive):
     A compressed one can only be read from its beginning, so it is decompressed once, into a temporary file.
 
     Raises:
-        CorruptFileError: The file is damaged or not a tar archive.
+        CorruptFileError: If the file is damaged or not a tar archive.
     """
 
-    def __init__(self, place: Path) -> None:
-        file = open_file(place)
+    def __init__(self, path: Path) -> None:
+        file = open_file(path)
         if is_compressed(file.read(0, min(6, file.size))):
-            file = write_temp_file(decompress(file.file), str(place), max_expanded_bytes(file.size))
+            file = write_temp_file(decompress(file.file), str(path), max_expanded_bytes(file.size))
         self._file = file
         self._members = _tar_members(file)
-        super().__init__(place, natural_order(self._members))
+        super().__init__(path, natural_order(self._members))
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         offset, size = self._members[name]
@@ -142,21 +142,21 @@ class TarTree(_Archive):
         return self._file.read(offset, size)
 
 
-def open_tree(place: Path) -> FileTree:
-    """Open a directory or an archive; the first bytes of a file tell its kind.
+def open_tree(path: Path) -> FileTree:
+    """Open a directory or an archive, whose kind is recognized by its first bytes.
 
     Raises:
-        UserError: Nothing is there, or it may not be read.
-        CorruptFileError: The file is not an archive, or a damaged one.
+        UserError: If the path does not exist or may not be read.
+        CorruptFileError: If the file is damaged or not an archive.
     """
-    if place.is_dir():
-        return DirectoryTree(place)
+    if path.is_dir():
+        return DirectoryTree(path)
     try:
-        with open(place, "rb") as file:
+        with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"
     except OSError as error:
-        raise as_user_error(error, place) from None
-    return ZipTree(place) if is_zip else TarTree(place)
+        raise as_user_error(error, path) from None
+    return ZipTree(path) if is_zip else TarTree(path)
 
 
 def _checked_name(raw: str, others: Container[str]) -> str:
@@ -169,10 +169,10 @@ def _checked_name(raw: str, others: Container[str]) -> str:
 
 
 class _HeaderReader(io.FileIO):
-    """A tar file from which only headers are read: one that claims to be huge is refused."""
+    """A tar file from which only headers are read; a header that claims to be huge is refused."""
 
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MAX_TAR_HEADER:
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _MAX_TAR_HEADER:
             raise tarfile.ReadError(f"a header of {size:,} bytes at byte {self.tell():,}")
         return super().read(size)
 
@@ -186,7 +186,7 @@ def _tar_members(file: StoredFile) -> dict[str, tuple[int, int]]:
         headers.seek(0)
         with tarfile.open(fileobj=headers, mode="r:") as archive:
             while (info := archive.next()) is not None:
-                archive.members = []  # tarfile keeps them all, a kilobyte each
+                archive.members = []  # tarfile keeps all members, a kilobyte each
                 # A negative size would lead back to an earlier header, in circles.
                 if info.size < 0 or archive.offset <= end:
                     raise CorruptFileError(f"the header at byte {end:,} is damaged")
@@ -203,7 +203,7 @@ def _tar_members(file: StoredFile) -> dict[str, tuple[int, int]]:
                 members[name] = (info.offset_data, info.size)
     except _TAR_ERRORS as error:
         raise CorruptFileError(f"not a zip or tar archive, or a damaged one: {first_line(error)}") from None
-    # tarfile takes a header that it does not understand for the end.
+    # tarfile ends without an error at a header that it cannot parse.
     if end + _TAR_BLOCK > file.size:
         raise CorruptFileError("it is cut short: its end mark is missing")
     if any(file.read(end, _TAR_BLOCK)):

@@ -1,14 +1,16 @@
-"""Picture files: what they are by their headers, and their pixels at one size. PNG, JPEG, WebP, BMP and GIF.
+"""Image files (PNG, JPEG, WebP, BMP, GIF): their headers, and their pixels at one size.
 
-A picture is turned as its EXIF orientation says, laid over white where it is transparent, and scaled to 8 bits; of an
-animation it is the first frame. Truncated files are refused. A changed byte is noticed where the format has checksums
-(PNG) or where it breaks the coding; in a JPEG, WebP or BMP it may pass.
+An image is rotated according to its EXIF orientation, composited on white where it is transparent, and scaled to
+8 bits. Of an animation the first frame is used. Truncated files are refused. A changed byte is detected if the format
+has checksums (PNG) or if it breaks the coding; in a JPEG, WebP or BMP it may remain undetected.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +20,9 @@ from pipeline.readers.archives.files import CorruptFileError
 from shards.errors import first_line
 from shards.stores.image_header import MAX_BYTES, MAX_PIXELS, ImageHeader, read_image_header, to_8_bits
 
+KINDS = "PNG, JPEG, WebP, BMP or GIF"
 EXTENSIONS = frozenset({"png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif"})
-# Pictures that are not read: to be told of, where a README is passed over.
+# Images that are not supported. They are named in an error, where other files are skipped.
 OTHER_EXTENSIONS = frozenset({"tif", "tiff", "jp2", "avif", "heic", "heif", "jxl", "svg", "ppm", "pgm", "pbm", "dcm"})
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 _RECORD_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp"}  # DALI decodes them too
@@ -27,95 +30,102 @@ _PNG_END = b"IEND\xaeB`\x82"
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 exchange height and width
 _GRAY_MODES = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I"}
 
-# What it warns of is more than MAX_PIXELS, and refused; the warning alone would only be printed.
+# Pillow warns of images beyond MAX_PIXELS, which are refused; as a warning it would only be printed.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def header(content: bytes) -> ImageHeader:
-    """The header of an image file, with height and width as it is to be seen: after the rotation that EXIF asks for.
+    """Return the header of an image file, with height and width after the rotation that EXIF requests.
 
     Raises:
-        CorruptFileError: If it is no image that can be read.
+        CorruptFileError: If the file is not a supported image.
     """
-    image = _open(content)
-    try:
+    with _decoder_errors():
+        image = _open(content)
         # Asking for EXIF that is not there makes Pillow decode a whole PNG to look behind its pixels.
-        turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        height, width = (image.width, image.height) if turned else (image.height, image.width)
+        is_rotated = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        height, width = (image.width, image.height) if is_rotated else (image.height, image.width)
         return ImageHeader(height=height, width=width, gray=_is_gray(image))
-    except Exception as error:  # see _open
-        raise _bad(error) from None
 
 
 def decode(content: bytes, channels: int, size: tuple[int, int] | None, fit: str = "pad") -> NDArray[np.uint8]:
-    """The pixels of a picture file, uint8 [H, W, channels]; 1 channel for gray, 3 for RGB. Raises `CorruptFileError`.
+    """Decode an image file.
 
-    size: (H, W) to bring it to, None for its own. fit: `pad` keeps all of the picture and its proportions and fills
-    the rest with the median of the picture's border, most likely its background, white or black; `crop` keeps the
-    proportions and cuts off what is too much, the same at both sides; `stretch` does neither. Scaling is linear, with
-    antialiasing where the picture gets smaller.
+    Args:
+        content: The bytes of the file.
+        channels: 1 for gray, 3 for RGB.
+        size: Size (H, W) of the result; None for the size of the image.
+        fit: `pad` keeps the complete image and its aspect ratio and fills the rest with the median of the image's
+            border, which most likely is its background; `crop` keeps the aspect ratio and crops both sides equally;
+            `stretch` does neither. Scaling is bilinear, with antialiasing where the image gets smaller.
+
+    Returns:
+        The pixels, uint8 [H, W, channels].
+
+    Raises:
+        CorruptFileError: If the file is not a supported image, or is damaged.
     """
-    image = _open(content)
     mode = "L" if channels == 1 else "RGB"
-    try:
+    with _decoder_errors():
+        image = _open(content)
         if size is not None:
             # A large JPEG is decoded at a half, a quarter or an eighth, still twice as large as needed.
             image.draft(mode if image.mode in ("L", "RGB") else None, (2 * max(size), 2 * max(size)))
-        image.load()
-        _check_end(image, content)
+        _load(image, content)
         ImageOps.exif_transpose(image, in_place=True)
         image = _convert(image, mode)
-    except Exception as error:  # see _open
-        raise _bad(error) from None
     if size is not None and image.size != size[::-1]:
         image = _FITS[fit](image, size)
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
 def check_record(content: bytes) -> str:
-    """The extension of a picture file that may be stored as it is: it decodes, by DALI too, to the same picture.
+    """Check that an image file can be stored as a record: torch and DALI decode it to the same image.
 
-    Raises `CorruptFileError`.
+    Returns:
+        The extension of the record.
+
+    Raises:
+        CorruptFileError: If it cannot be stored.
     """
-    image = _open(content)
-    if image.format not in _RECORD_EXTENSIONS:
-        raise CorruptFileError(f"a {image.format}, which cannot be stored as a record; convert it to PNG")
-    try:
-        read_image_header(content)  # as it will be when the record is read
-        image.load()
-        _check_end(image, content)
-        transparent = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-    except Exception as error:  # see _open
-        raise _bad(error) from None
-    if transparent:
-        raise CorruptFileError("it is transparent, which decoders of records do not heed; lay it over a background")
+    with _decoder_errors():
+        image = _open(content)
+        if image.format not in _RECORD_EXTENSIONS:
+            raise CorruptFileError(f"a {image.format}, which cannot be stored as a record; convert it to PNG")
+        read_image_header(content)  # as on reading the record
+        _load(image, content)
+        if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+            raise CorruptFileError("it is transparent, which decoders of records ignore; composite it on a background")
     return _RECORD_EXTENSIONS[image.format]
 
 
-def _open(content: bytes) -> Image.Image:
-    """An image whose header is read. Decoders meet damaged files with any kind of exception, so all are caught."""
-    if len(content) > MAX_BYTES:
-        raise CorruptFileError(f"of {len(content):,} bytes; a picture file may have {MAX_BYTES:,}")
+@contextmanager
+def _decoder_errors() -> Iterator[None]:
+    """Raise any exception as a `CorruptFileError`: for damaged files decoders raise exceptions of any type."""
     try:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        yield
+    except CorruptFileError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise CorruptFileError(f"not a {KINDS} image") from None
     except Exception as error:
-        raise _bad(error) from None
+        raise CorruptFileError(first_line(error)) from None
+
+
+def _open(content: bytes) -> Image.Image:
+    """An image whose header has been read."""
+    if len(content) > MAX_BYTES:
+        raise CorruptFileError(f"of {len(content):,} bytes; an image file may have {MAX_BYTES:,}")
+    image = Image.open(io.BytesIO(content), formats=_FORMATS)
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
-        raise CorruptFileError(f"of {height} x {width} pixels; a picture may have 1 to {MAX_PIXELS:,} pixels in all")
+        raise CorruptFileError(f"of {height} x {width} pixels; an image may have 1 to {MAX_PIXELS:,} pixels")
     return image
 
 
-def _bad(error: Exception) -> CorruptFileError:
-    if isinstance(error, CorruptFileError):
-        return error
-    if isinstance(error, Image.UnidentifiedImageError):
-        return CorruptFileError("not a PNG, JPEG, WebP, BMP or GIF picture")
-    return CorruptFileError(first_line(error))
-
-
-def _check_end(image: Image.Image, content: bytes) -> None:
-    """Pillow is content with a PNG that ends after its last pixel."""
+def _load(image: Image.Image, content: bytes) -> None:
+    image.load()
+    # Pillow accepts a PNG that ends after its last pixel.
     if image.format == "PNG" and _PNG_END not in content:
         raise CorruptFileError("it is truncated")
 
@@ -130,9 +140,9 @@ def _is_gray(image: Image.Image) -> bool:
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     image = to_8_bits(image)
     if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        image = Image.new("RGBA", picture.size, "white")
-        image.alpha_composite(picture)
+        foreground = image.convert("RGBA")
+        image = Image.new("RGBA", foreground.size, "white")
+        image.alpha_composite(foreground)
     return image if image.mode == mode else image.convert("RGB").convert(mode)
 
 
@@ -156,7 +166,7 @@ def _background(image: Image.Image) -> tuple[int, ...]:
 
 def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     scale = max(size[0] / image.height, size[1] / image.width)
-    height, width = min(size[0] / scale, image.height), min(size[1] / scale, image.width)  # but for rounding it is less
+    height, width = min(size[0] / scale, image.height), min(size[1] / scale, image.width)  # min: rounding errors
     left, top = (image.width - width) / 2, (image.height - height) / 2
     return _scale(image, size, (left, top, left + width, top + height))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tokenize import TokenError
 
@@ -14,67 +15,72 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from pipeline.readers.archives.files import CorruptFileError
+from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
 from pipeline.readers.archives.zip_tar import ZipTree
-from shards.errors import UserError, first_line
+from shards.errors import first_line
 
 _ENDING = ".npy"
-_MOST_HEADER = 1 << 14  # bytes; numpy itself takes no header beyond 10,000
-_KINDS = "buifUS"  # truth values, integers, floats, texts
+_MAX_HEADER = 1 << 14  # bytes; numpy itself reads no header beyond 10,000
+_KINDS = "buifUS"  # booleans, integers, floats, texts
 
 
 class NpzFile:
-    """An npz archive. names: of its arrays. Raises `UserError` if it is damaged, or no npz."""
+    """An npz archive.
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        try:
-            self._tree = ZipTree(place)
-        except CorruptFileError as error:
-            raise self._bad(str(place), str(error)) from None
+    Attributes:
+        path: The archive.
+        names: The names of its arrays.
+
+    Raises:
+        UserError: If it is damaged or not an npz file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._errors(str(path)):
+            self._tree = ZipTree(path)
         self.names = [name.removesuffix(_ENDING) for name in self._tree.names if name.endswith(_ENDING)]
         self.records = self._tree.records
 
-    def place_of(self, name: str) -> str:
-        return f"{self.place}:{name}"
+    def path_of(self, name: str) -> str:
+        """Return the path of an array, for messages."""
+        return f"{self.path}:{name}"
 
     def array(self, name: str) -> NDArray:
-        """An array, read-only, and read from a temporary file as it is used.
+        """Return an array, read-only and mapped from a temporary file.
 
-        Its header is held against the size of the member before anything of the array's size is made. Raises
-        `UserError` for a damaged one, and for one of Python objects, which are code.
+        Its header is compared with the size of the member before memory is reserved.
+
+        Raises:
+            UserError: If the array is damaged, or holds Python objects, which are code.
         """
-        place = self.place_of(name)
-        try:
+        with self._errors(self.path_of(name)):
             file = self._tree.unpack(name + _ENDING)
-            head = io.BytesIO(file.read(0, min(file.size, _MOST_HEADER)))
+            head = io.BytesIO(file.read(0, min(file.size, _MAX_HEADER)))
             shape, fortran_order, dtype = _read_header(head)
             if dtype.kind not in _KINDS:
-                raise CorruptFileError(
-                    f"it holds {'pickled objects' if dtype.hasobject else dtype}, not numbers or texts"
-                )
+                content = "pickled objects" if dtype.hasobject else dtype
+                raise CorruptFileError(f"it holds {content}, not numbers or texts")
             if any(side < 0 for side in shape):
                 raise CorruptFileError(f"its header says a shape of {list(shape)}")
-            claimed = head.tell() + math.prod(shape) * dtype.itemsize
-            if claimed != file.size:
+            size = head.tell() + math.prod(shape) * dtype.itemsize
+            if size != file.size:
                 raise CorruptFileError(
-                    f"its header says {list(shape)} of {dtype}, {claimed:,} bytes, where it has {file.size:,}"
+                    f"its header says {list(shape)} of {dtype}, {size:,} bytes, where it has {file.size:,}"
                 )
-        except CorruptFileError as error:
-            raise self._bad(place, str(error)) from None
         order = "F" if fortran_order else "C"
         return np.ndarray(shape, dtype, file.mapped(0, file.size), head.tell(), order=order)
 
-    def _bad(self, place: str, what: str) -> UserError:
-        return UserError(
-            found=f"{place}: {what}",
-            expected="a whole npz file of number and text arrays, as numpy.savez writes it",
+    def _errors(self, path: str) -> AbstractContextManager[None]:
+        return corrupt_as_user_error(
+            path,
+            expected="a complete npz file of number and text arrays, as numpy.savez writes it",
             hint="save it again: np.savez(NAME, x_train=..., y_train=..., x_test=..., y_test=...)",
         )
 
 
 def _read_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type of an array; the position is behind the header then. Raises `CorruptFileError`."""
+    """Shape, Fortran order and type of an array; the position is then behind the header."""
     readers = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
     try:
         version = npy_format.read_magic(head)

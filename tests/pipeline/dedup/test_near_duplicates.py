@@ -210,8 +210,8 @@ class TestParts:
     def test_test_stays_whole(self, parts: tuple[RawSplit, ...]) -> None:
         train, test, val = remove_duplicates(parts, find_duplicates(parts))
         assert test is parts[1]
-        assert train.rows.tolist() == list(range(15, 100))
-        assert val.rows.tolist() == list(range(2, 30))
+        assert train.source_index.tolist() == list(range(15, 100))
+        assert val.source_index.tolist() == list(range(2, 30))
         again = find_duplicates((train, test, val))
         assert summarize(again) == "near-duplicates: none"
         assert remove_duplicates((train, test, val), again) == (train, test, val)
@@ -221,7 +221,7 @@ class TestParts:
         chosen = train.select(np.array([50, 8, 30, 2])), test.select(np.array([40, 13, 7]))
         found = find_duplicates(chosen)[0]
         assert (found.source_index.tolist(), found.other_source_index.tolist()) == ([8, 2], [13, 7])
-        assert remove_duplicates(chosen, find_duplicates(chosen))[0].rows.tolist() == [50, 30]
+        assert remove_duplicates(chosen, find_duplicates(chosen))[0].source_index.tolist() == [50, 30]
 
     def test_report(self, parts: tuple[RawSplit, ...], tmp_path: Path) -> None:
         path = tmp_path / "report.csv"
@@ -298,7 +298,7 @@ class TestGenuinePictures:
     def test_changed_copies_are_found_and_few_others(self, shared_data: Path, source: str, split: str) -> None:
         train, test = genuine(shared_data, source, source, split)
         second = test.read(np.arange(2000))
-        first = train.read(np.arange(0, len(train.rows), 3))
+        first = train.read(np.arange(0, len(train.source_index), 3))
         planted = {name: change(second[number::5][:200]) for number, (name, change) in enumerate(CHANGES.items())}
         found = found_of(first, second, np.concatenate(list(planted.values())))
         for number, name in enumerate(planted):
@@ -310,8 +310,8 @@ class TestGenuinePictures:
         """Two thirds of ByMerge's test images lie in this ByClass's train part, byte for byte."""
         train = genuine(shared_data, "emnist", "emnist", "byclass")[0]
         test = genuine(shared_data, "emnist", "emnist", "bymerge")[1].select(np.arange(3000))
-        known = {image.tobytes() for image in train.read(train.rows)}
-        equal = sum(image.tobytes() in known for image in test.read(test.rows))
+        known = {image.tobytes() for image in train.read(train.source_index)}
+        equal = sum(image.tobytes() in known for image in test.read(test.source_index))
         found = find_duplicates((replace(train, classes=test.classes, labels=train.labels % 47), test))[0]
         assert found.identical.sum() == equal > 1800
         assert found.other_matches - equal < 10

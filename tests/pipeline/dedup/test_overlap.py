@@ -113,7 +113,7 @@ def test_sets_of_other_sizes_are_never_equal(sets: tuple[Path, Path], made_up_se
 def test_parts_are_joined_with_rows_of_their_own(sets: tuple[Path, Path], pixels: NDArray[np.uint8]) -> None:
     train, test, _ = packed_splits(sets[0])
     both = concatenate(train, test)
-    assert both.rows.tolist() == list(range(14))
+    assert both.source_index.tolist() == list(range(14))
     wanted = np.array([13, 0, 10, 9])
     assert np.array_equal(both.read(wanted), pixels[[17, 0, 14, 9]])
     assert both.columns["from"].tolist() == ["train"] * 10 + ["test"] * 4

@@ -172,7 +172,7 @@ def test_how_ink_lies_is_measured_on_the_set(digits_set: Path, made_up_set: Path
 
 
 def test_emnist_and_mnist_are_told_apart(shared_data: Path) -> None:
-    train, _ = find_source("emnist").load(SourceOptions(shared_data / "emnist", split="byclass"))
+    train, _ = find_source("emnist").load(SourceOptions(shared_data / "emnist", variant="byclass"))
     emnist = InkFrame.measure(np.asarray(train.read(np.arange(0, 90_000, 200)))[..., 0].swapaxes(1, 2))
     assert emnist is not None
     assert not emnist.by_mass

@@ -115,7 +115,7 @@ class TestUnreadable:
         parts = (with_bad(train, self.BAD), with_bad(test, {7}))
         with pytest.raises(UserError) as caught:
             packed(parts, tmp_path / "out", workers=workers)
-        assert caught.value.found.startswith("5 unreadable pictures")
+        assert caught.value.found.startswith("5 unreadable images")
         for name in ("train/0.png", "train/5.png", "train/333.png", "train/699.png", "test/7.png: cut short"):
             assert name in caught.value.found
         assert "--skip-bad" in caught.value.hint
@@ -164,7 +164,7 @@ class TestUnreadable:
 
     def test_a_part_without_a_readable_picture_is_refused(self, tmp_path: Path, workers: int) -> None:
         train, test = made_up_parts()
-        with pytest.raises(UserError, match="no readable picture in the test part"):
+        with pytest.raises(UserError, match="no readable image in the test split"):
             packed((train, with_bad(test, set(range(90)))), tmp_path / "out", workers=workers, skip_bad=True)
         assert list(tmp_path.iterdir()) == []
 
@@ -203,33 +203,32 @@ def test_another_pack_is_not_taken_for_this_one(tmp_path: Path, settings: dict, 
 def test_work_done_by_processes_comes_back_in_order() -> None:
     bar = Tick()
 
-    def work(item: int, advance) -> tuple[int, int]:
+    def work(item: int) -> tuple[int, int]:
         time.sleep(0.02 * (item % 3))
-        advance(10)
         return item, os.getpid()
 
-    results = map_in_processes(work, range(12), 3, bar)
+    results = map_in_processes(work, [10] * 12, 3, bar)
     assert [item for item, _ in results] == list(range(12))
     assert len({process for _, process in results} - {os.getpid()}) > 1
     assert bar.n == 120
 
 
 def test_an_exception_in_a_process_is_raised_here() -> None:
-    def work(item: int, advance) -> None:
+    def work(item: int) -> None:
         if item == 3:
             raise UserError("a picture", "another", "none")
 
     with pytest.raises(UserError, match="a picture"):
-        map_in_processes(work, range(8), 3, Tick())
+        map_in_processes(work, [1] * 8, 3, Tick())
 
 
 def test_a_killed_process_ends_in_a_message() -> None:
-    def work(item: int, advance) -> None:
+    def work(item: int) -> None:
         if item == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(UserError, match="was killed") as caught:
-        map_in_processes(work, range(8), 2, Tick())
+        map_in_processes(work, [1] * 8, 2, Tick())
     assert "--workers" in caught.value.hint
 
 

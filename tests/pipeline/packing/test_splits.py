@@ -42,9 +42,9 @@ def refusal(parts: tuple[RawSplit, ...] | RawSplit, **asked: object) -> UserErro
 def assert_shows_its_rows(part: RawSplit) -> None:
     """What is read for its rows are the images of these rows, with their labels."""
     raw = made_up(SIZE)
-    np.testing.assert_array_equal(part.read(part.rows), raw.read(part.rows))
-    np.testing.assert_array_equal(part.labels, raw.labels[part.rows])
-    np.testing.assert_array_equal(part.columns["writer"], raw.columns["writer"][part.rows])
+    np.testing.assert_array_equal(part.read(part.source_index), raw.read(part.source_index))
+    np.testing.assert_array_equal(part.labels, raw.labels[part.source_index])
+    np.testing.assert_array_equal(part.columns["writer"], raw.columns["writer"][part.source_index])
 
 
 @settings(deadline=None, max_examples=40)
@@ -62,23 +62,23 @@ def test_parts_are_disjoint_complete_and_of_the_sizes_asked_for(
     asked = {"test_fraction": test, "val_fraction": val, "stratify": stratify, "seed": seed}
     parts = carved(whole, **asked)
     assert list(parts) == ["train", "test"] if val is None else ["train", "test", "val"]
-    assert sorted(np.concatenate([part.rows for part in parts.values()])) == list(range(SIZE))
-    assert len(parts["test"].rows) == round(test * SIZE)
+    assert sorted(np.concatenate([part.source_index for part in parts.values()])) == list(range(SIZE))
+    assert len(parts["test"].source_index) == round(test * SIZE)
     if val is not None:
-        assert len(parts["val"].rows) == round(val * (SIZE - len(parts["test"].rows)))
+        assert len(parts["val"].source_index) == round(val * (SIZE - len(parts["test"].source_index)))
     for part in parts.values():
         assert_shows_its_rows(part)
 
     smaller = carved(whole, **asked, subset=subset)
     for name in set(parts) - {"train"}:
-        np.testing.assert_array_equal(smaller[name].rows, parts[name].rows)
-    assert set(smaller["train"].rows) <= set(parts["train"].rows)
-    assert abs(len(smaller["train"].rows) - subset * len(parts["train"].rows)) <= 0.5
+        np.testing.assert_array_equal(smaller[name].source_index, parts[name].source_index)
+    assert set(smaller["train"].source_index) <= set(parts["train"].source_index)
+    assert abs(len(smaller["train"].source_index) - subset * len(parts["train"].source_index)) <= 0.5
     assert_shows_its_rows(smaller["train"])
 
     again = carved(made_up(SIZE), **asked, subset=subset)
     for name, part in smaller.items():
-        np.testing.assert_array_equal(again[name].rows, part.rows)
+        np.testing.assert_array_equal(again[name].source_index, part.source_index)
 
 
 def counts(part: RawSplit, writers: NDArray[np.str_]) -> NDArray[np.int64]:
@@ -111,22 +111,24 @@ def test_labels_and_writers_are_in_proportion_to_an_image_or_two(seed: int) -> N
 
 
 def test_another_seed_makes_other_parts() -> None:
-    one, other = (carved(made_up(SIZE), test_fraction=0.2, seed=seed)["test"].rows for seed in (0, 1))
+    one, other = (carved(made_up(SIZE), test_fraction=0.2, seed=seed)["test"].source_index for seed in (0, 1))
     assert 20 < len(np.intersect1d(one, other)) < 70  # 40 by chance
 
 
 def test_test_val_and_subset_are_drawn_independently() -> None:
     """Of what would be the test part at another draw, the val part and the subset hold their share, not all or none."""
     whole = made_up(SIZE)
-    test = carved(whole, test_fraction=0.5)["test"].rows
+    test = carved(whole, test_fraction=0.5)["test"].source_index
     as_train = carved((whole, made_up(10, "test")), val_fraction=0.5, subset=0.5)
-    for rows, expected in ((as_train["val"].rows, 250), (as_train["train"].rows, 125)):
+    for rows, expected in ((as_train["val"].source_index, 250), (as_train["train"].source_index, 125)):
         assert abs(len(np.intersect1d(test, rows)) - expected) < 60
 
 
 def test_a_smaller_subset_lies_in_a_larger_one_but_for_an_image_of_each_class() -> None:
     whole = made_up(SIZE)
-    rows = [carved(whole, test_fraction=0.2, subset=subset)["train"].rows for subset in (0.05, 0.1, 0.33, 0.7, 1)]
+    rows = [
+        carved(whole, test_fraction=0.2, subset=subset)["train"].source_index for subset in (0.05, 0.1, 0.33, 0.7, 1)
+    ]
     for smaller, larger in itertools.pairwise(rows):
         assert len(np.setdiff1d(smaller, larger)) <= len(CLASSES)
         assert len(smaller) < len(larger)
@@ -138,7 +140,7 @@ def test_no_class_is_lost_from_training() -> None:
     images = np.zeros((450, 2, 2, 1), np.uint8)
     whole = RawSplit.from_arrays("train", images, labels, tuple(map(str, range(300))))
     parts = carved(whole, test_fraction=0.2, val_fraction=0.1)
-    assert {name: len(part.rows) for name, part in parts.items()} == {"train": 324, "test": 90, "val": 36}
+    assert {name: len(part.source_index) for name, part in parts.items()} == {"train": 324, "test": 90, "val": 36}
     assert len(np.unique(parts["train"].labels)) == 300
     assert len(np.unique(carved(whole, test_fraction=0.2, subset=0.9)["train"].labels)) == 300
     # Equal shares of many classes are not always settled in favour of the first ones.
@@ -152,17 +154,17 @@ def test_parts_that_are_there_stay_as_they_are() -> None:
     assert all(part in parts for part in arranged)
     carved_val = carved(parts[::2], val_fraction=0.1, subset=0.5)
     assert carved_val["test"] is parts[0]
-    assert {name: len(part.rows) for name, part in carved_val.items()} == {"train": 450, "test": 40, "val": 100}
+    assert {name: len(part.source_index) for name, part in carved_val.items()} == {"train": 450, "test": 40, "val": 100}
 
 
 class TestRefusals:
     def test_a_set_without_test_part(self) -> None:
         error = refusal(made_up(100))
-        assert "no test part" in error.found and error.hint == "--test-fraction 0.2"
+        assert "no test split" in error.found and error.hint == "--test-fraction 0.2"
 
     def test_a_test_part_besides_the_one_there(self) -> None:
         error = refusal((made_up(100), made_up(7, "test")), test_fraction=0.2)
-        assert "--test-fraction 0.2" in error.found and "7 images" in error.found and "leave" in error.hint
+        assert "--test-fraction 0.2" in error.found and "7 images" in error.found and "omit" in error.hint
 
     def test_a_val_part_besides_the_one_there(self) -> None:
         error = refusal((made_up(100), made_up(7, "test"), made_up(8, "val")), val_fraction=0.2)
@@ -175,7 +177,7 @@ class TestRefusals:
     def test_a_column_where_there_is_none(self) -> None:
         images = np.zeros((9, 2, 2, 1), np.uint8)
         part = RawSplit.from_arrays("train", images, np.arange(9) % 3, tuple("abc"))
-        assert "leave it out" in refusal(part, test_fraction=0.3, stratify="writer").hint
+        assert "omit --stratify" in refusal(part, test_fraction=0.3, stratify="writer").hint
 
     @pytest.mark.parametrize(("fraction", "amount"), [(0.0, "none"), (0.004, "none"), (1.0, "all")])
     def test_empty_parts(self, fraction: float, amount: str) -> None:

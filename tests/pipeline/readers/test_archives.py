@@ -220,7 +220,7 @@ class TestDamage:
 class TestBombs:
     @pytest.fixture(autouse=True)
     def small_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(files, "_FLOOR", 1 << 20)
+        monkeypatch.setattr(files, "_MIN_EXPANDED_BYTES", 1 << 20)
 
     @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
     def test_a_tar_that_grows_a_thousandfold_is_refused(self, tmp_path: Path, kind: str) -> None:

@@ -83,7 +83,7 @@ class TestIdx:
         if content.startswith(b"\x1f\x8b"):
             wrap = bytes
         error = refusal(lambda: decode(raw(wrap(content)), dimensions))
-        assert error.found.startswith("/there/some-idx, ")
+        assert error.found.startswith("/there/some-idx: ")
         assert reason in error.found
 
     def test_counts_that_differ_name_both_files(self) -> None:
@@ -126,7 +126,7 @@ class TestMapping:
         ],
     )
     def test_anything_else_is_refused(self, content: bytes) -> None:
-        assert "/there/some-idx, which is not a mapping file" in refusal(lambda: parse_mapping(raw(content))).found
+        assert "/there/some-idx: not a mapping file" in refusal(lambda: parse_mapping(raw(content))).found
 
 
 def emnist_files(split: str = "byclass", first_label: int = 0, mapping: bytes = MAPPING) -> dict[str, bytes]:
@@ -243,7 +243,7 @@ class TestEmnist:
         name = f"emnist-byclass-{part}-{what}-ubyte.gz"
         files = emnist_files()
         write_tree(tmp_path, {**files, name: files[name][:-5]})
-        assert refusal(lambda: load("emnist", tmp_path, "byclass")).found.startswith(f"{tmp_path / name}, ")
+        assert refusal(lambda: load("emnist", tmp_path, "byclass")).found.startswith(f"{tmp_path / name}: ")
 
     def test_plan_says_what_would_be_done(self, tmp_path: Path) -> None:
         plan = find_source("emnist").plan
@@ -310,7 +310,7 @@ def test_every_source_keeps_its_contract() -> None:
         source = find_source(name)
         assert source.name == name
         assert source.description
-        assert len(set(source.splits)) == len(source.splits)
+        assert len(set(source.variants)) == len(source.variants)
 
 
 @pytest.mark.parametrize(

@@ -147,16 +147,16 @@ class TestDirectories:
     @pytest.mark.parametrize(
         "files, words",
         [
-            ({}, "but nothing"),
+            ({}, "which is empty"),
             ({"a/readme.txt": b"", "b/x.csv": b""}, "2 files (.csv, .txt)"),
-            ({"1.png": b"", "a/2.png": b""}, "1.png, a picture outside any class"),
-            ({"train/1.png": b"", "train/a/2.png": b""}, "train/1.png, a picture outside any class"),
+            ({"1.png": b"", "a/2.png": b""}, "1.png, an image outside any class"),
+            ({"train/1.png": b"", "train/a/2.png": b""}, "train/1.png, an image outside any class"),
             ({"train/a/1.png": b"", "dog/b/1.png": b""}, "dog beside train"),
             ({"train/a/1.png": b"", "val/a/1.png": b"", "valid/a/1.png": b""}, "train, val, valid"),
-            ({"a/1.png": b"", "a/2.tif": b"", "b/3.HEIC": b""}, "2 pictures of a kind that is not read: a/2.tif"),
+            ({"a/1.png": b"", "a/2.tif": b"", "b/3.HEIC": b""}, "2 images of an unsupported format: a/2.tif"),
             (
                 {"train/a/1.png": b"", "test/a/1.png": b"", "test/b/1.png": b""},
-                "no training images of b, which the test",
+                "no training images of b, a class of the test",
             ),
         ],
     )
@@ -269,13 +269,13 @@ class TestTables:
     @pytest.mark.parametrize(
         "content, words",
         [
-            (b"", "labels.csv: nothing in it"),
+            (b"", "labels.csv: it is empty"),
             (b"path,label\n", "labels.csv: only one line in it"),
             (b"path,label\n3.png,\n", "line 2: no label for '3.png'"),
-            (b"path,label\n3.png,a\n4.png,a\n", "line 3: the path '4.png', where no picture is"),
-            (b"path,label\nlabels.csv,a\n", "line 2: the path 'labels.csv', where no picture is"),
+            (b"path,label\n3.png,a\n4.png,a\n", "line 3: the path '4.png', where no image is"),
+            (b"path,label\nlabels.csv,a\n", "line 2: the path 'labels.csv', where no image is"),
             (b"path,label\n3.png,a\n\n3.png,b\n", "line 4: '3.png' again, after line 2"),
-            (b"path,label\n3.png\n", "line 2: 1 fields where the first line has 2"),
+            (b"path,label\n3.png\n", "line 2: 1 field where the first line has 2"),
             (b"path,label\n3.png,a,b\n", "line 2: 3 fields where the first line has 2"),
             (b"path,label,Label\n3.png,a,b\n", "line 1: two columns named 'Label'"),
             (b"name,label\n3.png,a\n", "with the columns name, label"),
@@ -306,7 +306,7 @@ class TestTables:
     def test_two_tables_of_a_part_are_refused(self, tmp_path: Path) -> None:
         content = table(("path", "label"), ("3.png", "a"))
         assert (
-            "two tables of the train part"
+            "two tables of the train split"
             in refusal(lambda: self.listed(tmp_path, train=content, labels=content)).found
         )
 
@@ -398,7 +398,7 @@ class TestUnreadablePictures:
         assert [paths(train)[row] for row in reasons] == natural_order(BAD)
         for row, words in zip(reasons, ("not a PNG", "not a PNG", "truncated", "pixels", "truncated"), strict=True):
             assert reasons[row].startswith(f"{tmp_path}/{paths(train)[row]}: ") and words in reasons[row]
-        good = np.setdiff1d(train.rows, list(reasons))
+        good = np.setdiff1d(train.source_index, list(reasons))
         np.testing.assert_array_equal(train.read(good), np.stack(list(IMAGES.values())))
 
     def test_the_pack_fails_with_all_their_names_and_leaves_nothing(self, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ class TestBadPictures:
         "content", [b"", b"not a picture", b"<html></html>", b"\x80\x04\x95cos\nsystem\n(S'true'\ntR.", b"%PDF-1.4"]
     )
     def test_something_else_is_told_from_a_picture(self, content: bytes) -> None:
-        assert refused(content) == "not a PNG, JPEG, WebP, BMP or GIF picture"
+        assert refused(content) == "not a PNG, JPEG, WebP, BMP or GIF image"
 
     def test_kinds_that_are_not_listed_are_refused(self) -> None:
         """Pillow knows many more, some of which run other programs."""

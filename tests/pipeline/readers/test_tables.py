@@ -149,8 +149,8 @@ class TestNpz:
             ({"classes": np.array([1, 2, 3])}, "a.npz:classes, int64 [3]"),
             ({"y": LABELS - 1, "classes": np.array(["a", "b", "c"])}, "a.npz:y, int64 [20]"),
             ({"y": np.array(["q"] * 20), "classes": np.array(["a"])}, "a.npz:y, <U1 [20]"),
-            ({"images": GRAY}, "both images of the train part"),
-            ({"x_test": GRAY}, "only x_test for the test part"),
+            ({"images": GRAY}, "both images of the train split"),
+            ({"x_test": GRAY}, "only x_test for the test split"),
             ({"x_test": GRAY, "y_test": LABELS + 1}, "no training images of 3"),
         ],
     )
@@ -164,7 +164,7 @@ class TestNpz:
         [
             ({}, "no array"),
             ({"a": GRAY, "b": GRAY}, "the arrays a, b"),
-            ({"x": GRAY}, "only x for the train part"),
+            ({"x": GRAY}, "only x for the train split"),
             ({"x_test": GRAY, "y_test": LABELS}, "only test arrays"),
         ],
     )
@@ -177,7 +177,7 @@ class TestNpz:
             npz(tmp_path / f"{name}.npz", KERAS)
         assert "the npz files a.npz, b.npz" in refusal(lambda: load("npz", tmp_path)).found
         npz(tmp_path / "val.npz", KERAS), npz(tmp_path / "valid.npz", KERAS)
-        assert "several for a part" in refusal(lambda: load("npz", tmp_path)).found
+        assert "several files of one split" in refusal(lambda: load("npz", tmp_path)).found
 
 
 class Touch:
@@ -371,7 +371,7 @@ class TestParquet:
         reasons = unreadable(load("parquet", tmp_path)[0])
         assert list(reasons) == [1, 2, 3, 4, 7, 8, 9, 10]
         assert reasons[1].startswith(f"{tmp_path}/train-0.parquet row 1 (1.png): not a PNG")
-        assert reasons[8] == f"{tmp_path}/train-1.parquet row 2 (2.png): no bytes of a picture"
+        assert reasons[8] == f"{tmp_path}/train-1.parquet row 2 (2.png): no bytes of an image"
 
     @pytest.mark.parametrize(
         "labels, words", [([0, None], "row 1: label None"), ([0, 2], "row 1: label 2"), ([-1, 0], "row 0: label -1")]
@@ -403,11 +403,11 @@ class TestParquet:
     def test_other_class_names_in_test_are_refused(self, tmp_path: Path) -> None:
         write_parquet(tmp_path / "train-0.parquet", hub_table(PICTURES))
         write_parquet(tmp_path / "test-0.parquet", plain_table())
-        assert "name the classes differently" in refusal(lambda: load("parquet", tmp_path)).found
+        assert "with different class names" in refusal(lambda: load("parquet", tmp_path)).found
 
     def test_an_empty_table_is_refused(self, tmp_path: Path) -> None:
         path = write_parquet(tmp_path / "a.parquet", hub_table([]))
-        assert "no picture in the train part" in refusal(lambda: load("parquet", path)).found
+        assert "no image in the train split" in refusal(lambda: load("parquet", path)).found
 
     def test_without_pyarrow_it_is_told_how_to_get_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -458,7 +458,7 @@ class TestHostileParquet:
 
     def test_one_picture_a_million_times_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A dictionary makes it small in the file; unpacked it would fill the disk."""
-        monkeypatch.setattr("pipeline.readers.archives.files._FLOOR", 1 << 20)
+        monkeypatch.setattr("pipeline.readers.archives.files._MIN_EXPANDED_BYTES", 1 << 20)
         large = picture(pixels(200, 200))
         path = write_parquet(tmp_path / "a.parquet", arrow.table({"image": [large] * 3000, "label": [0] * 3000}))
         assert path.stat().st_size < 1 << 20

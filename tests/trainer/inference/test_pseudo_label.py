@@ -25,7 +25,7 @@ def sets(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     train, test = packed_splits(digits_set)
     labelled = train.select(np.arange(700))
     rest = train.select(np.arange(700, 1100))
-    images = np.concatenate([rest.read(rest.rows), test.read(test.rows[:10])])
+    images = np.concatenate([rest.read(rest.source_index), test.read(test.source_index[:10])])
     unlabelled = type(train).from_arrays(
         "train", images, np.zeros(len(images), np.int64), train.classes, transposed=train.transposed
     )
