@@ -23,7 +23,7 @@ lint: .venv/.installed  ## style, docstrings and types
 	@$(RUN) -m mypy
 
 docs: .venv/.installed  ## build the documentation site in docs/_build
-	@$(RUN) -m trainer.config.docs docs/config.md
+	@$(RUN) docs/make_config.py
 	@$(RUN) -m sphinx -q -W -b html docs docs/_build
 	@echo "docs/_build/index.html"
 

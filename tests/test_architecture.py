@@ -1,9 +1,12 @@
-"""The rules of DESIGN that a reader can hold code against, held by a machine."""
+"""Rules of docs/architecture.md: import order, import cycles, size of packages, owners of libraries."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +43,17 @@ OWNERS = {
     "numcodecs": {"shards/stores/zarr.py"},
     "optuna": {"trainer/tune/study.py"},
 }
+MAX_ENTRIES = 14
+# From bottom to top: a sub-package of trainer imports only those before it, or of its own level.
+TRAINER_LEVELS = (
+    {"config"},
+    {"models", "runtime"},
+    {"checkpoint", "data"},
+    {"optim"},
+    {"evaluate"},
+    {"loop", "inference", "export", "report"},
+    {"run", "train", "tune", "predict"},
+)
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all", "np.random.seed", "random.seed"}
 
 
@@ -47,12 +61,18 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imported(path: Path) -> Iterator[str]:
+@functools.cache
+def imported(path: Path) -> tuple[str, ...]:
     """Dotted names of all modules that a file imports, wherever in it; relative ones made absolute."""
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -105,6 +125,77 @@ def test_imports_point_one_way(package: str) -> None:
         if name.partition(".")[0] in FORBIDDEN[package]
     }
     assert found == set()
+
+
+def module_name(path: Path) -> str:
+    return name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+@functools.cache
+def import_graph() -> dict[str, set[str]]:
+    """The modules of the four packages that each of them imports, imports inside functions included."""
+    names = {module_name(path) for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        graph[module_name(path)] = dependencies = set()
+        for name in imported(path):
+            while name and name not in names:
+                name = name.rpartition(".")[0]
+            # `from package import module` also yields the package, which it needs for its path only.
+            if name and not any(other.startswith(f"{name}.") and other in names for other in imported(path)):
+                dependencies.add(name)
+        dependencies.discard(module_name(path))
+    return graph
+
+
+def assert_no_cycle(graph: dict[str, set[str]]) -> None:
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
+
+
+def test_modules_import_without_cycles() -> None:
+    assert_no_cycle(import_graph())
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_packages_import_without_cycles(depth: int) -> None:
+    """Each sub-package, taken as one, with the modules beside it."""
+    graph: dict[str, set[str]] = {}
+    for module, dependencies in import_graph().items():
+        package = ".".join(module.split(".")[:depth])
+        inner = {".".join(name.split(".")[:depth]) for name in dependencies} - {package}
+        graph.setdefault(package, set()).update(inner)
+    assert_no_cycle(graph)
+
+
+def test_a_cycle_is_found() -> None:
+    with pytest.raises(pytest.fail.Exception, match="a -> b"):
+        assert_no_cycle({"a": {"b"}, "b": {"a"}})
+
+
+def test_the_trainer_imports_from_below() -> None:
+    level = {name: number for number, names in enumerate(TRAINER_LEVELS) for name in names}
+    found = {
+        f"{module} imports {dependency}"
+        for module, dependencies in import_graph().items()
+        for dependency in dependencies
+        if module.startswith("trainer.") and dependency.startswith("trainer.")
+        if level[module.split(".")[1]] < level[dependency.split(".")[1]]
+    }
+    assert found == set()
+
+
+def test_packages_have_few_entries() -> None:
+    listed = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    entries: dict[str, set[str]] = {}
+    for name in listed.stdout.splitlines():
+        if not name.startswith("benchmarks/results/") and not name.endswith("/py.typed"):
+            parts = name.split("/")
+            for number in range(1, len(parts)):
+                entries.setdefault("/".join(parts[:number]), set()).add(parts[number])
+    assert {package: len(names) for package, names in entries.items() if len(names) > MAX_ENTRIES} == {}
 
 
 @pytest.mark.parametrize("library", OWNERS)
