@@ -1,1 +1,4 @@
-"""Images that two splits or two sets share: exact copies by digests, changed copies by perceptual hashes."""
+"""Images shared by two splits or two data sets: exact copies by digests, changed copies by perceptual hashes.
+
+Reading order: `perceptual_hash`, `hamming_index`, `near_duplicates`, `between_splits`, `overlap` (command).
+"""

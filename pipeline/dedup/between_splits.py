@@ -1,4 +1,4 @@
-"""Images of the train part that are in test too, perhaps changed a little: to be listed, or left out."""
+"""Duplicates between the splits of a data set: search, report and removal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +17,24 @@ from pipeline.readers.raw_split import RawSplit
 from shards.atomic import write_file
 from shards.errors import UserError
 
-_KEPT_FIRST = ("test", "val", "train")  # what is in two splits is removed from the later one
+_PRIORITY = ("test", "val", "train")  # a duplicate is removed from the later one of two splits
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Images of one split that are also in another, which keeps them; each once, with the closest there.
+    """The P images of a split that are also in another split, each with the most similar image there.
 
     Attributes:
-        part, other_split: names of both splits.
-        rows, other_source_index: int64 [P], raw rows of both.
-        labels, other_labels: class names, str [P].
-        identical: bool [P], whether both images are equal, byte for byte.
-        similarity: float32 [P], the cosine of their embeddings (see `pipeline.dedup.perceptual_hash`).
-        other_matches: number of images of the other split that are in this one.
-        other_size: number of images of the other split.
+        split: Name of the split.
+        other_split: Name of the other split.
+        source_index: int64 [P], index of each image in the raw data.
+        labels: str [P], class names.
+        other_source_index: int64 [P], index of the most similar image of the other split.
+        other_labels: str [P], class names in the other split.
+        identical: bool [P], whether both images have the same bytes.
+        similarity: float32 [P], cosine similarity of the embeddings (see `pipeline.dedup.perceptual_hash`).
+        other_matches: Number of images of the other split that are in this split.
+        other_size: Number of images of the other split.
     """
 
     split: str
@@ -45,82 +49,82 @@ class Overlap:
     other_size: int
 
     @classmethod
-    def of(cls, part: RawSplit, kept: RawSplit, matches: Matches) -> Overlap:
-        """The overlap of two splits from the positions of the matches in both."""
+    def of(cls, split: RawSplit, other: RawSplit, matches: Matches) -> Overlap:
+        """Build the overlap from the positions of the matches in both splits."""
         return cls(
-            split=part.name,
-            other_split=kept.name,
-            source_index=part.source_index[matches.first],
-            labels=np.array(part.classes)[part.labels[matches.first]],
-            other_source_index=kept.source_index[matches.second],
-            other_labels=np.array(kept.classes)[kept.labels[matches.second]],
+            split=split.name,
+            other_split=other.name,
+            source_index=split.source_index[matches.first],
+            labels=np.array(split.classes)[split.labels[matches.first]],
+            other_source_index=other.source_index[matches.second],
+            other_labels=np.array(other.classes)[other.labels[matches.second]],
             identical=matches.identical,
             similarity=matches.similarity,
             other_matches=len(matches.second_matches),
-            other_size=len(kept.labels),
+            other_size=len(other.labels),
         )
 
     def __str__(self) -> str:
         return (
             f"{len(self.source_index):,} {self.split} images are in {self.other_split} "
-            f"({self.identical.sum():,} identical, "
-            f"{(self.labels != self.other_labels).sum():,} under another label; they are {self.other_matches:,} of the "
-            f"{self.other_size:,} {self.other_split} images)"
+            f"({self.identical.sum():,} identical, {(self.labels != self.other_labels).sum():,} with another label; "
+            f"they match {self.other_matches:,} of the {self.other_size:,} {self.other_split} images)"
         )
 
 
-def find_duplicates(parts: tuple[RawSplit, ...]) -> tuple[Overlap, ...]:
-    """Find the images that are in several splits of a set; `near_duplicates` says what counts as the same image.
+def find_duplicates(splits: tuple[RawSplit, ...]) -> tuple[Overlap, ...]:
+    """Find the images that are in several splits of a data set, including near-duplicates.
 
-    Images that cannot be read are skipped. A pure function of the images.
+    Unreadable images are skipped. The result is a pure function of the images.
     """
-    order = sorted(parts, key=lambda part: _KEPT_FIRST.index(part.name))
-    pairs = [(part, kept) for place, kept in enumerate(order) for part in order[place + 1 :]]
-    return tuple(Overlap.of(part, kept, find_near_duplicates(part, kept)) for part, kept in pairs)
+    ordered = sorted(splits, key=lambda split: _PRIORITY.index(split.name))
+    return tuple(
+        Overlap.of(split, other, find_near_duplicates(split, other)) for other, split in combinations(ordered, 2)
+    )
 
 
 def summarize(overlaps: Sequence[Overlap]) -> str:
-    """One line to print."""
-    return f"near-duplicates: {'; '.join(str(one) for one in overlaps if len(one.source_index)) or 'none'}"
+    """Return a summary of the overlaps in one line."""
+    return f"near-duplicates: {'; '.join(str(overlap) for overlap in overlaps if len(overlap.source_index)) or 'none'}"
 
 
-def remove_duplicates(parts: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> tuple[RawSplit, ...]:
-    """The splits without what is in another: val without what is in test, train without what is in test or val.
+def remove_duplicates(splits: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> tuple[RawSplit, ...]:
+    """Return the splits without the images that each overlap lists.
 
     Raises:
-        UserError: if nothing remains of a split.
+        UserError: A split would be empty.
     """
-    return tuple(_without(part, [one.source_index for one in overlaps if one.split == part.name]) for part in parts)
+    return tuple(_without_duplicates(split, overlaps) for split in splits)
 
 
-def _without(part: RawSplit, rows: list[NDArray[np.int64]]) -> RawSplit:
-    found = np.isin(part.source_index, np.concatenate([np.empty(0, np.int64), *rows]))
-    if found.all():
+def _without_duplicates(split: RawSplit, overlaps: Sequence[Overlap]) -> RawSplit:
+    listed = [overlap.source_index for overlap in overlaps if overlap.split == split.name]
+    is_duplicate = np.isin(split.source_index, np.concatenate([np.empty(0, np.int64), *listed]))
+    if is_duplicate.all():
         raise UserError(
-            found=f"a {part.name} part of {len(found):,} images, all of them in another part too",
-            expected="at least one that is not",
-            hint="are the parts copies of each other? --near-duplicates report lists the images",
+            found=f"a {split.name} split of {len(is_duplicate):,} images, all of them also in another split",
+            expected="at least one image that is in no other split",
+            hint="check whether the splits are copies of each other; --near-duplicates report lists the images",
         )
-    return part.select(np.flatnonzero(~found)) if found.any() else part
+    return split.select(np.flatnonzero(~is_duplicate)) if is_duplicate.any() else split
 
 
 def write_report(overlaps: Sequence[Overlap], path: Path) -> None:
-    """Write a CSV with a line for each image that is in another part too, the most similar first."""
+    """Write a CSV file with one line for each image that is also in another split, most similar first."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["part", "row", "label", "in_part", "in_row", "in_label", "identical", "similarity"])
-    for one in overlaps:
-        for place in np.lexsort((one.source_index, -one.similarity, ~one.identical)):
-            lines.writerow(
-                [
-                    one.split,
-                    one.source_index[place],
-                    one.labels[place],
-                    one.other_split,
-                    one.other_source_index[place],
-                    one.other_labels[place],
-                    "yes" if one.identical[place] else "no",
-                    f"{one.similarity[place]:.4f}",
-                ]
-            )
+    for overlap in overlaps:
+        order = np.lexsort((overlap.source_index, -overlap.similarity, ~overlap.identical))
+        columns = (
+            np.full(len(order), overlap.split),
+            overlap.source_index[order],
+            overlap.labels[order],
+            np.full(len(order), overlap.other_split),
+            overlap.other_source_index[order],
+            overlap.other_labels[order],
+            np.where(overlap.identical[order], "yes", "no"),
+            [f"{similarity:.4f}" for similarity in overlap.similarity[order]],
+        )
+        lines.writerows(zip(*columns, strict=True))
     write_file(path, text.getvalue())

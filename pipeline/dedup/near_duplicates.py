@@ -1,23 +1,28 @@
-"""Images of one split that are in another too, perhaps brighter, noisier, recompressed or moved by a pixel.
+"""Images of one split that are also in another, possibly brighter, noisier, recompressed or shifted by a pixel.
 
-Identical images are found by their digests. For the others, candidates are pairs whose perceptual hashes differ in few
-bits (`pipeline.dedup.perceptual_hash`), where one of the two is also tried moved by a pixel in each direction. Then the
-embeddings of the candidates are compared.
+Identical images are found by their digests. Candidates for near-duplicates are pairs whose perceptual hashes differ in
+few bits (`pipeline.dedup.perceptual_hash`); one image of each pair is also hashed shifted by a pixel in each direction.
+The embeddings of the candidates are then compared.
 
-How similar two images have to be depends on the image: two people's handwritten '1' differ less than two copies of a
-photograph. So a pair counts if it is much closer than the closest unrelated image is expected to be, which a sample of
-the first split tells (in the spirit of Lowe's ratio test, 2004, https://doi.org/10.1023/B:VISI.0000029664.99615.94).
-The expectation is extrapolated from the sample to the whole split by the dimension that the images around seem to have
-(Levina and Bickel 2004,
+The required similarity depends on the image: two handwritten digits '1' by different people differ less than two copies
+of a photograph. A pair counts if it is much closer than the closest unrelated image is expected to be (in the spirit of
+Lowe's ratio test, 2004, https://doi.org/10.1023/B:VISI.0000029664.99615.94). This distance is estimated on a sample of
+the first split and extrapolated to the complete split by the local dimension of the images (Levina and Bickel 2004,
 https://proceedings.neurips.cc/paper/2004/hash/74934548253bcab8490ebd74afed7031-Abstract.html).
 
-Measured with 500 changed copies of genuine images of each kind, put among the train splits: found are over 99 % of
-those with another brightness, noise of 8 levels or JPEG quality 50; of those moved by a pixel 100 % (CIFAR-10) and 90
-to 99 % (drawings of 28x28, MNIST and EMNIST); with noise of 16 levels 98 % and 90 to 93 %; made smaller to 24 pixels
-and larger again 100 % and 81 to 92 %; moved by half a pixel 99 % and 39 to 66 %. Of 21 pairs of the same photograph
-that are in a fifth of CIFAR-10, found by eye, 12. Not found are mirrored, turned and inverted images, crops, and
-images of which the sample has more than seven copies that differ notably. Found though no copies are simple drawings
-that agree by chance: 14 of 10,000 test images of EMNIST in 96,323, 2 of MNIST in 60,000, none of CIFAR-10.
+Measured recall on 500 changed copies of each kind, inserted into the training splits:
+
+| change | CIFAR-10 | MNIST and EMNIST |
+|---|---|---|
+| brightness, noise of 8 levels, JPEG quality 50 | over 99% | over 99% |
+| shift by one pixel | 100% | 90 to 99% |
+| noise of 16 levels | 98% | 90 to 93% |
+| downsampled to 24 pixels and upsampled | 100% | 81 to 92% |
+| shift by half a pixel | 99% | 39 to 66% |
+
+Of 21 pairs of the same photograph in a fifth of CIFAR-10, identified by eye, 12 are found. Not found are flipped,
+rotated, inverted and cropped copies, and images with more than seven different copies in the sample. False positives
+are simple drawings: 14 of 10,000 test images of EMNIST (96,323 training images), 2 of MNIST (60,000), none of CIFAR-10.
 """
 
 from __future__ import annotations
@@ -36,26 +41,26 @@ from pipeline.dedup.hamming_index import HammingIndex
 from pipeline.dedup.perceptual_hash import SHIFTS, UNREADABLE, dct_embeddings, perceptual_hashes, read_thumbnails
 from pipeline.readers.raw_split import RawSplit
 
-# A pair counts if its squared distance is at most this fraction of the one expected of the closest unrelated image, or
-# if it hardly differs at all: no two of EMNIST, MNIST or CIFAR-10 come as close by chance.
+# A pair counts if its squared distance is at most this fraction of the expected one of the closest unrelated image, or
+# at most `_SAME`, below which there are no unrelated pairs in EMNIST, MNIST and CIFAR-10.
 _MAX_DISTANCE_RATIO = 0.25
 _SAME = 0.004
-# That follows from the distances to the images of two ranks in a sample. The first leaves room for several copies.
+# The expected distance follows from the 8th and 128th closest images of a sample; up to seven may be copies.
 _RANKS = (8, 128)
 _SAMPLE = 8192
-_UNRELATED = 2.0  # squared distance of embeddings that have nothing in common
-_BLOCK = 1024  # images that a process handles at a time
+_UNRELATED = 2.0  # squared distance of orthogonal embeddings
+_BLOCK = 1024  # images per task of a process
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Images of a first split that are in a second, each once, with the closest there.
+    """The P images of a first split that are in a second split, each with the most similar image there.
 
     Attributes:
-        first: int64 [P], their positions, ascending.
-        second: int64 [P], the position of the closest image in the second split.
-        identical: bool [P], whether both are equal, byte for byte.
-        similarity: float32 [P], the cosine of their embeddings; 1 for identical images.
+        first: int64 [P], positions in the first split, ascending.
+        second: int64 [P], position of the most similar image in the second split.
+        identical: bool [P], whether both images have the same bytes.
+        similarity: float32 [P], cosine similarity of the embeddings; 1 for identical images.
         second_matches: int64, positions of all images of the second split that are in the first, ascending.
     """
 
@@ -67,47 +72,47 @@ class Matches:
 
 
 def find_identical(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Matches:
-    """Find the images of a first split that are in a second by their digests, uint64 [N] and [M]."""
+    """Find identical images of two splits by their digests, uint64 [N] and [M]."""
     known, first_position = np.unique(second, return_index=True)
-    found = np.flatnonzero(np.isin(first, known) & (first != UNREADABLE))
+    matches = np.flatnonzero(np.isin(first, known) & (first != UNREADABLE))
     return Matches(
-        first=found,
-        second=first_position[np.searchsorted(known, first[found])],
-        identical=np.ones(len(found), bool),
-        similarity=np.ones(len(found), np.float32),
-        second_matches=np.flatnonzero(np.isin(second, first[found])),
+        first=matches,
+        second=first_position[np.searchsorted(known, first[matches])],
+        identical=np.ones(len(matches), bool),
+        similarity=np.ones(len(matches), np.float32),
+        second_matches=np.flatnonzero(np.isin(second, first[matches])),
     )
 
 
 def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
-    """Find the images of a first split that are in a second, on all cores. A pure function of the images.
+    """Find the images of a first split that are in a second, on all cores.
 
-    The memory taken is about 1 KB for each image of the second split, and some 100 MB for each core.
+    The result is a pure function of the images. Memory: about 1 KB per image of the second split and 100 MB per core.
     """
     reference = _Reference.of(first, second)
 
     def search(positions: NDArray[np.int64]) -> tuple[NDArray, ...]:
         return reference.search(first, positions)
 
-    what = f"comparing {first.name} with {second.name}"
-    digests, closest, similarity, met = _in_blocks(search, len(first.labels), what)
+    description = f"comparing {first.name} with {second.name}"
+    digests, closest, similarity, matched = _in_blocks(search, len(first.labels), description)
     exact = find_identical(digests, reference.digests)
     identical = np.zeros(len(digests), bool)
     identical[exact.first] = True
     closest[exact.first], similarity[exact.first] = exact.second, 1
-    found = np.flatnonzero(closest >= 0)
-    copies = np.isin(reference.digests, reference.digests[met])  # the index holds one image of each digest
-    copies[exact.second_matches] = True
-    return Matches(found, closest[found], identical[found], similarity[found], np.flatnonzero(copies))
+    matches = np.flatnonzero(closest >= 0)
+    is_copy = np.isin(reference.digests, reference.digests[matched])  # the index has one image of each digest
+    is_copy[exact.second_matches] = True
+    return Matches(matches, closest[matches], identical[matches], similarity[matches], np.flatnonzero(is_copy))
 
 
-def _in_blocks(work: Callable[[NDArray[np.int64]], tuple[NDArray, ...]], count: int, what: str) -> list[NDArray]:
-    """The results of `work(positions)` for blocks of 0 .. count-1, on all cores, each concatenated."""
+def _in_blocks(work: Callable[[NDArray[np.int64]], tuple[NDArray, ...]], count: int, description: str) -> list[NDArray]:
+    """Compute `work(positions)` for blocks of 0 .. count-1 on all cores, and concatenate each result."""
 
     blocks = [np.arange(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
 
-    bar = tqdm(total=count, desc=what, unit=" images", unit_scale=True, disable=None, leave=False)
-    # Processes that each multiply matrices on all cores get in each other's way: it takes 1.6 times as long.
+    bar = tqdm(total=count, desc=description, unit=" images", unit_scale=True, disable=None, leave=False)
+    # With BLAS threads in each process the search takes 1.6 times as long.
     with bar, threadpool_limits(limits=1, user_api="blas"):
         results = map_in_processes(lambda block: work(blocks[block]), list(map(len, blocks)), default_workers(), bar)
     return [np.concatenate(values) for values in zip(*results, strict=True)]
@@ -119,76 +124,81 @@ class _Reference:
 
     Attributes:
         digests: uint64 [M], of all images.
-        positions: int64 [m], of the images that have structure, one of each digest.
-        embeddings: float32 [m, 256].
-        least_cosine: float32 [m], from which on an image of the first split counts as a copy.
-        index: of their hashes.
+        positions: int64 [m], of the images with structure, one of each digest.
+        embeddings: float32 [m, 256], of the images at `positions`.
+        min_cosine: float32 [m], cosine similarity from which an image of the first split counts as a copy.
+        index: Index of the hashes of `embeddings`.
     """
 
     digests: NDArray[np.uint64]
     positions: NDArray[np.int64]
     embeddings: NDArray[np.float32]
-    least_cosine: NDArray[np.float32]
+    min_cosine: NDArray[np.float32]
     index: HammingIndex
 
     @classmethod
     def of(cls, first: RawSplit, second: RawSplit) -> _Reference:
         count = len(first.labels)
-        drawn = np.sort(permutation(count, seed=0, stream=0)[:_SAMPLE])
-        blocks = [read_thumbnails(first, some) for some in np.split(drawn, range(_BLOCK, len(drawn), _BLOCK))]
+        sampled = np.sort(permutation(count, seed=0, stream=0)[:_SAMPLE])
+        blocks = [
+            read_thumbnails(first, positions) for positions in np.split(sampled, range(_BLOCK, len(sampled), _BLOCK))
+        ]
         distinct = np.unique(np.concatenate([block.digests for block in blocks]), return_index=True)[1]
         sample = np.concatenate([dct_embeddings(block.images)[0] for block in blocks])[distinct]
 
         def embed(positions: NDArray[np.int64]) -> tuple[NDArray, ...]:
             thumbnails = read_thumbnails(second, positions)
             embeddings = dct_embeddings(thumbnails.images)[0]
-            return thumbnails.digests, embeddings, _least_cosine(embeddings, sample, len(drawn) / count)
+            return thumbnails.digests, embeddings, _min_cosine(embeddings, sample, len(sampled) / count)
 
-        digests, embeddings, least_cosine = _in_blocks(embed, len(second.labels), f"hashing {second.name}")
+        digests, embeddings, min_cosine = _in_blocks(embed, len(second.labels), f"hashing {second.name}")
         positions = np.unique(digests, return_index=True)[1]
         positions = positions[embeddings[positions].any(axis=1)]
         embeddings = embeddings[positions]
         index = HammingIndex(perceptual_hashes(embeddings))
-        return cls(digests, positions, embeddings, least_cosine[positions], index)
+        return cls(digests, positions, embeddings, min_cosine[positions], index)
 
     def search(self, first: RawSplit, positions: NDArray[np.int64]) -> tuple[NDArray, ...]:
-        """Compare images of the first split, each moved by a pixel in each direction, with the second.
+        """Compare n images of the first split, each shifted by a pixel in each direction, with the second.
 
         Returns:
-            Of the n images: digests uint64 [n], positions int64 [n] of the closest near-duplicates in the second, -1
-            where there is none, and the cosines float32 [n]; and positions int64 of all that match one of them.
+            The digests uint64 [n]; the position int64 [n] of the closest near-duplicate in the second split, -1 for
+            none; its cosine similarity float32 [n]; the positions int64 of all images of the second split that match.
         """
         thumbnails = read_thumbnails(first, positions)
         _, distinct, copy_of = np.unique(thumbnails.digests, return_index=True, return_inverse=True)
         embeddings = dct_embeddings(thumbnails.images[distinct], SHIFTS).reshape(-1, self.embeddings.shape[1])
         closest, similarity = np.full(len(distinct), -1), np.zeros(len(distinct), np.float32)
-        met = np.zeros(len(self.positions), bool)
+        is_matched = np.zeros(len(self.positions), bool)
         for indexed, queried in self.index.search(perceptual_hashes(embeddings)):
             cosines = np.einsum("nk,nk->n", self.embeddings[indexed], embeddings[queried])
-            close = np.flatnonzero(cosines >= self.least_cosine[indexed])
-            met[indexed[close]] = True
-            close = close[np.argsort(cosines[close], kind="stable")]  # of equal indices, the last assignment holds
+            close = np.flatnonzero(cosines >= self.min_cosine[indexed])
+            is_matched[indexed[close]] = True
+            close = close[np.argsort(cosines[close], kind="stable")]  # for repeated indices, the last assignment wins
             image = queried[close] % len(distinct)
             better = cosines[close] > similarity[image]
             image, close = image[better], close[better]
             closest[image], similarity[image] = self.positions[indexed[close]], cosines[close]
-        return thumbnails.digests, closest[copy_of], similarity[copy_of], self.positions[met]
+        return thumbnails.digests, closest[copy_of], similarity[copy_of], self.positions[is_matched]
 
 
-def _least_cosine(embeddings: NDArray[np.float32], sample: NDArray[np.float32], fraction: float) -> NDArray[np.float32]:
-    """The cosine float32 [n] to each embedding [n, 256] from which on an image of the first split is a copy.
+def _min_cosine(embeddings: NDArray[np.float32], sample: NDArray[np.float32], fraction: float) -> NDArray[np.float32]:
+    """Compute the cosine similarity from which an image of the first split counts as a copy.
 
     Args:
-        embeddings: of images of the second split.
-        sample: float32 [s, 256], embeddings of different images of the first split.
-        fraction: of the first split that was drawn for the sample.
+        embeddings: float32 [n, 256], of images of the second split.
+        sample: float32 [s, 256], of distinct images of the first split.
+        fraction: Size of the sample as a fraction of the first split.
+
+    Returns:
+        float32 [n].
     """
     distances = np.full((len(embeddings), max(_RANKS[1], len(sample))), _UNRELATED, np.float32)
     distances[:, : len(sample)] = _UNRELATED * (1 - embeddings @ sample.T)
     ranked = np.partition(distances, [rank - 1 for rank in _RANKS], axis=1)
     near, far = (np.maximum(ranked[:, rank - 1].astype(np.float64), 1e-6) for rank in _RANKS)
-    # The number of images within a distance is a power of it: of the squared distance, half the dimension.
+    # The number of images within a distance is a power of it: half the dimension for the squared distance.
     inverse_power = np.log(far / near) / np.log(_RANKS[1] / _RANKS[0])
     closest_unrelated = near * (fraction / _RANKS[0]) ** inverse_power
-    most = np.clip(_MAX_DISTANCE_RATIO * closest_unrelated, _SAME, _MAX_DISTANCE_RATIO * _UNRELATED)
-    return (1 - most / _UNRELATED).astype(np.float32)
+    max_distance = np.clip(_MAX_DISTANCE_RATIO * closest_unrelated, _SAME, _MAX_DISTANCE_RATIO * _UNRELATED)
+    return (1 - max_distance / _UNRELATED).astype(np.float32)

@@ -1,13 +1,13 @@
-"""Tell which images of one packed set are in another, and write the set without them.
+"""Find the images of one packed data set that are in another, and write the data set without them.
 
-    python -m pipeline.dedup.overlap A B                    how many images of each part of A are in each part of B
-    python -m pipeline.dedup.overlap A B --csv FILE         a line for each of them
-    python -m pipeline.dedup.overlap A B --near             also near-duplicates, which are changed a little
-    python -m pipeline.dedup.overlap A B --remove OUT       write A without what B is judged by
+    python -m pipeline.dedup.overlap A B                    count the images of each split of A in each split of B
+    python -m pipeline.dedup.overlap A B --csv FILE         list the images
+    python -m pipeline.dedup.overlap A B --near             include near-duplicates
+    python -m pipeline.dedup.overlap A B --remove OUT       write A without the images on which B is evaluated
 
-Before a model is trained on A and then fine-tuned on B, what of B's test and val parts lies in A's train and val parts
-has to go: `--remove` leaves those images out (A's own test part stays whole, as nothing is learned from it). Images
-are the same if their upright pixels are, byte for byte.
+Pretraining on A and fine-tuning on B leaks B's evaluation data if images of B's test or val split are in A's train or
+val split. `--remove` leaves these images out; A's test split is complete, because no model is trained on it. Two images
+are the same if their upright pixels are identical.
 """
 
 from __future__ import annotations
@@ -31,48 +31,55 @@ from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, VALIDATION, Manifest
 from shards.remote.sets import resolve_dataset
 
-_JUDGED_BY = (REQUIRED_SPLITS[1], VALIDATION)
-_LEARNED_FROM = (REQUIRED_SPLITS[0], VALIDATION)
+_EVALUATED_ON = (REQUIRED_SPLITS[1], VALIDATION)
+_TRAINED_ON = (REQUIRED_SPLITS[0], VALIDATION)
 _READ_BATCH = 8192  # images
 
 
-def find_overlaps(ours: tuple[RawSplit, ...], theirs: tuple[RawSplit, ...], near: bool = False) -> tuple[Overlap, ...]:
-    """What of each split of one set is in each split of another. A pure function of the images.
+def find_overlaps(
+    splits: tuple[RawSplit, ...], others: tuple[RawSplit, ...], near: bool = False
+) -> tuple[Overlap, ...]:
+    """Find the images of each split of one data set in each split of another.
+
+    The result is a pure function of the images.
 
     Args:
-        ours: splits of the set whose images are counted.
-        theirs: splits of the other set.
-        near: also find near-duplicates; otherwise only images that are equal in all pixels.
+        splits: Splits of the data set whose images are counted.
+        others: Splits of the other data set.
+        near: Whether to include near-duplicates; otherwise all pixels must be equal.
     """
-    pairs = [(part, other) for part in ours for other in theirs]
+    pairs = [(split, other) for split in splits for other in others]
     if near:
-        return tuple(Overlap.of(part, other, find_near_duplicates(part, other)) for part, other in pairs)
-    known = [{part.name: image_digests(part) for part in parts} for parts in (ours, theirs)]
-    return tuple(
-        Overlap.of(part, other, find_identical(known[0][part.name], known[1][other.name])) for part, other in pairs
+        return tuple(Overlap.of(split, other, find_near_duplicates(split, other)) for split, other in pairs)
+    digests = [image_digests(split) for split in splits]
+    other_digests = [image_digests(other) for other in others]
+    matches = [find_identical(first, second) for first in digests for second in other_digests]
+    return tuple(Overlap.of(split, other, match) for (split, other), match in zip(pairs, matches, strict=True))
+
+
+def image_digests(split: RawSplit) -> NDArray[np.uint64]:
+    """Compute the digests uint64 [N] of the upright images of a split with images of one size."""
+    starts = range(0, len(split.source_index), _READ_BATCH)
+    batches = (np.asarray(split.read(split.source_index[start : start + _READ_BATCH])) for start in starts)
+    return np.concatenate([digests_of_arrays(images, split.transposed) for images in batches])
+
+
+def remove_leaks(splits: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> tuple[tuple[RawSplit, ...], int]:
+    """Return the splits without training images on which the other data set is evaluated, and the number removed."""
+    leaks = [one for one in overlaps if one.split in _TRAINED_ON and one.other_split in _EVALUATED_ON]
+    remaining = remove_duplicates(splits, leaks)
+    return remaining, sum(len(split.source_index) for split in splits) - sum(
+        len(split.source_index) for split in remaining
     )
 
 
-def image_digests(part: RawSplit) -> NDArray[np.uint64]:
-    """Digests uint64 [N] of the upright images of a split."""
-    starts = range(0, len(part.source_index), _READ_BATCH)
-    images = (part.read(part.source_index[start : start + _READ_BATCH]) for start in starts)
-    return np.concatenate([digests_of_arrays(some, part.transposed) for some in images])
-
-
-def without(ours: tuple[RawSplit, ...], found: Sequence[Overlap]) -> tuple[tuple[RawSplit, ...], int]:
-    """The parts of a set without what they share with the judging parts of the other, and how many images that is."""
-    left_out = [one for one in found if one.split in _LEARNED_FROM and one.other_split in _JUDGED_BY]
-    kept = remove_duplicates(ours, left_out)
-    return kept, sum(len(part.source_index) for part in ours) - sum(len(part.source_index) for part in kept)
-
-
-def _pack_again(
-    directory: Path, other: Path, parts: tuple[RawSplit, ...], out: Path | str, near: bool, force: bool
+def _repack(
+    directory: Path, other: Path, splits: tuple[RawSplit, ...], out: Path | str, near: bool, force: bool
 ) -> None:
+    """Pack splits with the parameters of the packed data set in `directory`."""
     first = Manifest.read(directory / REQUIRED_SPLITS[0])
     pack(
-        lambda: parts,
+        lambda: splits,
         out,
         dataset=first.dataset,
         variant=first.variant,
@@ -89,45 +96,46 @@ def _pack_again(
 
 
 def _identity(directory: Path) -> str:
-    """Stands for the content of a packed set."""
-    return "-".join(Manifest.read(directory / part).digest()[:12] for part in REQUIRED_SPLITS)
+    """Digest of the content of a packed data set."""
+    return "-".join(Manifest.read(directory / split).digest()[:12] for split in REQUIRED_SPLITS)
 
 
 def main() -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog=program_name("pipeline.dedup.overlap"),
-        description="Tell which images of a packed set are in another, and write the set without them.",
+        description="Find the images of one packed data set that are in another, and write the data set without them.",
     )
     add = parser.add_argument
-    add("set", metavar="A", help="packed set, or its address")
-    add("other", metavar="B", help="packed set that A is compared with, or its address")
-    add("--near", action="store_true", help="also near-duplicates: images that are changed a little")
-    add("--csv", type=Path, metavar="FILE", help="write a line for each image")
-    add("--remove", metavar="OUT", help="write A without what of B's test and val parts is in its train and val parts")
-    add("--force", action="store_true", help="replace a complete pack at OUT")
+    add("set", metavar="A", help="packed data set: directory or URL")
+    add("other", metavar="B", help="packed data set to compare with: directory or URL")
+    add("--near", action="store_true", help="include near-duplicates (slightly changed images)")
+    add("--csv", type=Path, metavar="FILE", help="write a CSV file with one line per image")
+    add("--remove", metavar="OUT", help="write A to OUT without train and val images that are in B's test or val split")
+    add("--force", action="store_true", help="replace a complete packed data set at OUT")
     arguments = parser.parse_args()
     if arguments.csv:
         check_writable(arguments.csv)
     directory, other = resolve_dataset(arguments.set), resolve_dataset(arguments.other)
-    ours, theirs = packed_splits(directory), packed_splits(other)
-    sizes = [parts[0].image_shape for parts in (ours, theirs)]
-    if sizes[0] != sizes[1] and not arguments.near:
+    splits, others = packed_splits(directory), packed_splits(other)
+    shape, other_shape = splits[0].image_shape, others[0].image_shape
+    if shape != other_shape and not arguments.near:
         raise UserError(
-            found=f"images of shape {list(sizes[0])} in {arguments.set}, {list(sizes[1])} in {arguments.other}",
-            expected="images of one shape, as others are never equal",
-            hint="--near finds those that are alike whatever their size",
+            found=f"images of shape {list(shape)} in {arguments.set}, {list(other_shape)} in {arguments.other}",
+            expected="images of one shape; images of different shapes are never identical",
+            hint="use --near to compare images of different sizes",
         )
-    found = find_overlaps(ours, theirs, arguments.near)
+    overlaps = find_overlaps(splits, others, arguments.near)
     print(f"{Manifest.read(directory / REQUIRED_SPLITS[0]).name} in {Manifest.read(other / REQUIRED_SPLITS[0]).name}:")
-    for one in found:
-        print(f"  {one}")
+    for overlap in overlaps:
+        print(f"  {overlap}")
     if arguments.csv:
-        write_report(found, arguments.csv)
+        write_report(overlaps, arguments.csv)
     if arguments.remove:
-        kept, count = without(ours, found)
-        _pack_again(directory, other, kept, arguments.remove, arguments.near, arguments.force)
-        sizes_left = ", ".join(f"{len(part.source_index):,} {part.name}" for part in kept)
-        print(f"left out {count:,} images; {sizes_left} images in {arguments.remove}")
+        remaining, count = remove_leaks(splits, overlaps)
+        _repack(directory, other, remaining, arguments.remove, arguments.near, arguments.force)
+        sizes = ", ".join(f"{len(split.source_index):,} {split.name}" for split in remaining)
+        print(f"removed {count:,} {'image' if count == 1 else 'images'}; {sizes} images in {arguments.remove}")
     return 0
 
 

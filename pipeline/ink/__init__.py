@@ -1,1 +1,4 @@
-"""Ink in pictures of any kind, laid as the images of a packed set have it."""
+"""Conversion of arbitrary images to the format of a packed data set, including the placement of ink.
+
+Reading order: `adapter`, `geometry`, `shading`.
+"""

@@ -1,8 +1,8 @@
-"""Bring any picture to the form of the images of a packed set, so that a model can predict it.
+"""Convert an arbitrary image to the format of a packed data set (size, channels, ink placement) before inference.
 
-Where the set is ink on a plain background (measured on its images), `pipeline.ink.geometry` finds the ink and lays it
-as in the set. A picture of the size of the set's images whose ink lies as theirs stays as it is. Pictures for other
-sets are brought to their size in the way that the set was packed.
+If the data set consists of ink on a plain background, `pipeline.ink.geometry` segments the ink and places it as in the
+data set. An image that already has the size and ink placement of the data set is not changed. For other data sets,
+images are resized with the method that was used for packing.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from pipeline.readers.formats import image as pictures
 from shards.stores.base import Store
 
 _MEASURED_IMAGES = 256
-_UNCHANGED = "taken as it is"
+_UNCHANGED = "unchanged"
 _FITS = ("pad", "crop", "stretch")
 
 
 class UnusableImageError(Exception):
-    """A picture that cannot be shown to a model: damaged, or without content. The text says why."""
+    """An image is damaged or has no content. The message states the reason."""
 
 
 class BlankImageError(UnusableImageError):
-    """A complete picture without content."""
+    """An image is intact but has no content."""
 
 
 class AdaptedImage(NamedTuple):
-    """A picture in the form of the set's images.
+    """An image in the format of a data set.
 
     Attributes:
-        image: uint8 [H, W, C], upright; an image file uint8 [bytes] where the set holds those.
-        done: what was done to the picture, in words.
+        image: uint8 [H, W, C], upright; an image file, uint8 [bytes], for a data set of image files.
+        description: Description of the conversion.
     """
 
     image: NDArray[np.uint8]
@@ -49,12 +49,12 @@ class AdaptedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class InputAdapter:
-    """Brings pictures to the form of a set's images.
+    """Converts images to the format of a data set.
 
     Attributes:
-        image_shape: (H, W, C) of the upright images, (None, None, C) where the set holds image files.
-        fit: how pictures get that size, as in `pipeline.readers.formats.image.decode`.
-        frame: how ink lies in the images, None if they are not ink.
+        image_shape: (H, W, C) of the upright images; (None, None, C) for a data set of image files.
+        fit: Resize method, as in `pipeline.readers.formats.image.decode`.
+        frame: Placement of ink in the images; None if they do not consist of ink.
     """
 
     image_shape: tuple[int | None, int | None, int]
@@ -63,7 +63,7 @@ class InputAdapter:
 
     @classmethod
     def of(cls, store: Store) -> InputAdapter:
-        """The adapter for a packed split, measured on its first images, which are a fair sample."""
+        """Build the adapter of a packed split from its first images, which are a random subset."""
         manifest = store.manifest
         height, width, channels = manifest.image_shape
         fit = str(manifest.options.get("fit", "pad"))
@@ -76,22 +76,24 @@ class InputAdapter:
         return cls((height, width, channels), fit if fit in _FITS else "pad", frame)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, from which `from_state_dict` makes the adapter again."""
+        """Return the state as plain values for `from_state_dict`."""
         return asdict(self)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> InputAdapter:
+        """Build an adapter from `state_dict()`."""
         frame = InkFrame(**{**state["frame"], "centre": tuple(state["frame"]["centre"])}) if state["frame"] else None
         return cls(tuple(state["image_shape"]), state["fit"], frame)
 
     def adapt(self, content: bytes) -> AdaptedImage:
-        """Bring a picture to the set.
+        """Convert an image file to the format of the data set.
 
         Args:
-            content: of a file: PNG, JPEG, WebP, BMP or GIF; gray, RGB, palette, transparent or 16 bits.
+            content: Bytes of a PNG, JPEG, WebP, BMP or GIF file: gray, RGB, palette, with transparency or 16 bits.
 
         Raises:
-            UnusableImageError: if the file is damaged or the picture has no content.
+            UnusableImageError: The file is damaged.
+            BlankImageError: The image has no content.
         """
         height, width, channels = self.image_shape
         try:
@@ -107,19 +109,19 @@ class InputAdapter:
             raise BlankImageError(str(error)) from None
         if (header.height, header.width) == (height, width):
             return AdaptedImage(image, _UNCHANGED)
-        return AdaptedImage(image, f"{header.width}x{header.height} brought to {width}x{height} ({self.fit})")
+        return AdaptedImage(image, f"resized from {header.width}x{header.height} to {width}x{height} ({self.fit})")
 
     def _adapt_ink(self, picture: NDArray[np.uint8]) -> AdaptedImage:
         assert self.frame is not None
         height, width, _ = self.image_shape
-        assert height and width, "ink is in images of one size"
+        assert height and width, "images with ink have one size"
         own_height, own_width, _ = picture.shape
         ink = find_ink(remove_shading(limit_size(picture[..., 0])))
-        if (own_height, own_width) == (height, width) and self.frame.holds(ink):
+        if (own_height, own_width) == (height, width) and self.frame.contains(ink):
             return AdaptedImage(picture, _UNCHANGED)
         image = frame_ink(ink, self.frame, (height, width))[..., None]
-        how = "dark" if self.frame.light else "light"
-        inverted = "" if ink.light == self.frame.light else f"{how} ink inverted; "
+        polarity = "light" if ink.is_light else "dark"
+        inverted = "" if ink.is_light == self.frame.is_light else f"{polarity} ink inverted; "
         return AdaptedImage(image, f"{inverted}ink of {own_width}x{own_height} centred and scaled")
 
 

@@ -1,42 +1,48 @@
-"""Removal of the shading of photographs of paper, on which light falls unevenly."""
+"""Removal of uneven lighting from photographs of paper."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-_LEAST_SIDE = 64  # pixels; smaller pictures are drawn or cut out, and ink may cover most of them
-_LEAST_SHADING = 16  # gray levels, below which nothing is done
-_GRID = 64  # points along the longer side that the shading is fitted to
-_ROUNDS = 8
-_FAR = 3.0  # times the median distance from the fit: what is further off is ink
+_MIN_SIDE = 64  # pixels; smaller images are drawings or crops, which ink may cover almost completely
+_MIN_SHADING = 16  # gray levels; a smaller range is not corrected
+_GRID = 64  # points of the fit along the longer side
+_ITERATIONS = 8
+_OUTLIER_RATIO = 3.0  # points further from the fit than this multiple of the median distance are ink
 
 
 def remove_shading(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A picture of gray levels [H, W] without the shading of its background; itself where that is even.
+    """Remove the shading of the background; an evenly lit image is returned as it is.
 
-    The shading is a polynomial of second degree in the place, fitted to the levels by least squares again and again
-    without those that lie far from it, so that the background, of which there is most, decides.
+    The shading is a quadratic polynomial of the position. It is fitted by iterated least squares, each time without the
+    outliers of the previous fit, so the background dominates as the largest part of the image.
+
+    Args:
+        picture: uint8 [H, W], gray.
+
+    Returns:
+        uint8 [H, W].
     """
     height, width = picture.shape
-    if min(height, width) < _LEAST_SIDE:
+    if min(height, width) < _MIN_SIDE:
         return picture
     step = -(-max(height, width) // _GRID)
     rows, columns = np.arange(0, height, step), np.arange(0, width, step)
     levels = picture[::step, ::step].reshape(-1).astype(np.float64)
     basis = _basis(rows / height, columns / width)
-    factors = np.array([np.median(levels), 0, 0, 0, 0, 0])
-    for _ in range(_ROUNDS):
-        distance = np.abs(levels - basis @ factors)
-        near = distance <= max(_FAR * np.median(distance), 1)
-        factors = np.linalg.lstsq(basis[near], levels[near], rcond=None)[0]
-    shading = (_basis(np.arange(height) / height, np.arange(width) / width) @ factors).reshape(height, width)
-    if np.ptp(shading) < _LEAST_SHADING:
+    coefficients = np.array([np.median(levels), 0, 0, 0, 0, 0])
+    for _ in range(_ITERATIONS):
+        distance = np.abs(levels - basis @ coefficients)
+        is_inlier = distance <= max(_OUTLIER_RATIO * np.median(distance), 1)
+        coefficients = np.linalg.lstsq(basis[is_inlier], levels[is_inlier], rcond=None)[0]
+    shading = (_basis(np.arange(height) / height, np.arange(width) / width) @ coefficients).reshape(height, width)
+    if np.ptp(shading) < _MIN_SHADING:
         return picture
     return np.rint(picture - shading + np.median(shading)).clip(0, 255).astype(np.uint8)
 
 
 def _basis(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The six terms of the polynomial at all places of a grid: float64 [len(y) * len(x), 6]."""
-    down, across = (one.reshape(-1) - 0.5 for one in np.meshgrid(y, x, indexing="ij"))
-    return np.stack([np.ones_like(down), down, across, down**2, down * across, across**2], axis=1)
+    """The six terms of the polynomial at all points of a grid, float64 [len(y) * len(x), 6]."""
+    y, x = (axis.reshape(-1) - 0.5 for axis in np.meshgrid(y, x, indexing="ij"))
+    return np.stack([np.ones_like(y), y, x, y**2, y * x, x**2], axis=1)

@@ -202,9 +202,9 @@ class TestParts:
             ("train", "val"): {row: row - 7 for row in range(10, 15)},
         }
         assert summarize(found) == (
-            "near-duplicates: 2 val images are in test (2 identical, 0 under another label; they are 2 of the 60 test "
-            "images); 10 train images are in test (5 identical, 10 under another label; they are 10 of the 60 test "
-            "images); 5 train images are in val (0 identical, 5 under another label; they are 5 of the 30 val images)"
+            "near-duplicates: 2 val images are in test (2 identical, 0 with another label; they match 2 of the 60 test "
+            "images); 10 train images are in test (5 identical, 10 with another label; they match 10 of the 60 test "
+            "images); 5 train images are in val (0 identical, 5 with another label; they match 5 of the 30 val images)"
         )
 
     def test_test_stays_whole(self, parts: tuple[RawSplit, ...]) -> None:
@@ -249,7 +249,7 @@ class TestParts:
         copies = (replace(parts[1], name="train"), parts[1])
         with pytest.raises(UserError) as caught:
             remove_duplicates(copies, find_duplicates(copies))
-        assert "train part of 60 images" in caught.value.found
+        assert "train split of 60 images" in caught.value.found
 
     def test_a_single_part_has_none(self, parts: tuple[RawSplit, ...]) -> None:
         assert summarize(find_duplicates(parts[:1])) == "near-duplicates: none"

@@ -10,7 +10,7 @@ import pytest
 from conftest import assert_user_error, pack_parts, run_module
 from numpy.typing import NDArray
 
-from pipeline.dedup.overlap import find_overlaps, without
+from pipeline.dedup.overlap import find_overlaps, remove_leaks
 from pipeline.packing.repack import concatenate, packed_splits
 from pipeline.readers.raw_split import RawSplit
 from shards import UserError, open_split
@@ -58,7 +58,7 @@ def test_shared_images_are_counted_by_part(sets: tuple[Path, Path]) -> None:
     one = by_parts["train", "test"]
     assert one.other_source_index.tolist() == [0, 1] and (one.other_matches, one.other_size) == (2, 5)
     # 2 is an a in both, 3 a b here and an a there, although class 1 in both.
-    line = "2 train images are in test (2 identical, 1 under another label; they are 2 of the 5 test images)"
+    line = "2 train images are in test (2 identical, 1 with another label; they match 2 of the 5 test images)"
     assert str(one) == line
 
 
@@ -82,7 +82,7 @@ def test_a_set_is_written_without_what_the_other_is_judged_by(sets: tuple[Path, 
     out, report = tmp_path / "clean", tmp_path / "shared.csv"
     process = run_module("pipeline.dedup.overlap", ours, theirs, "--remove", out, "--csv", report)
     assert process.returncode == 0, process.stderr
-    assert "left out 3 images; 8 train, 4 test, 3 val images" in process.stdout
+    assert "removed 3 images; 8 train, 4 test, 3 val images" in process.stdout
     lines = list(csv.DictReader(report.open()))
     assert {(line["part"], line["row"], line["label"], line["in_part"], line["in_label"]) for line in lines} >= {
         ("train", "3", "b", "test", "a"),
@@ -102,8 +102,8 @@ def test_a_set_is_written_without_what_the_other_is_judged_by(sets: tuple[Path, 
 
 def test_a_set_that_would_be_empty_is_refused(sets: tuple[Path, Path], pixels: NDArray[np.uint8]) -> None:
     everything = (some("train", pixels[:3], [0, 1, 0], "ab"), some("test", pixels[:10], [0, 1] * 5, "ab"))
-    with pytest.raises(UserError, match="all of them in another part"):
-        without(everything, find_overlaps(everything, everything))
+    with pytest.raises(UserError, match="all of them also in another split"):
+        remove_leaks(everything, find_overlaps(everything, everything))
 
 
 def test_sets_of_other_sizes_are_never_equal(sets: tuple[Path, Path], made_up_set: Path) -> None:

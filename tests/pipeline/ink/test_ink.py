@@ -84,7 +84,7 @@ def slow_frame(ink: Ink, frame: InkFrame, size: int) -> NDArray[np.float64]:
 def test_the_geometry_is_that_of_the_definition(shape: tuple, box: tuple, frame: InkFrame) -> None:
     ink = find_ink(stroke(*shape, box))
     assert ink.box == box
-    assert not ink.light
+    assert not ink.is_light
     assert np.abs(frame_ink(ink, frame, (28, 28)) - slow_frame(ink, frame, 28)).max() <= 0.5 + 1e-6
 
 
@@ -133,7 +133,7 @@ def test_shaded_paper_counts_as_even(angle: float) -> None:
     assert find_ink(photograph).box != box, "one threshold for all of it does not do"
     ink = find_ink(remove_shading(photograph))
     assert np.abs(np.subtract(ink.box, box)).max() <= 1
-    assert not ink.light
+    assert not ink.is_light
     with pytest.raises(NoInkError):
         find_ink(remove_shading(paper.clip(0, 255).astype(np.uint8)))
 
@@ -158,7 +158,7 @@ def test_a_blank_picture_has_no_ink(level: int) -> None:
     with pytest.raises(NoInkError, match="0 of 255"):
         find_ink(np.full((30, 40), level, np.uint8))
     grain = np.random.default_rng(0).integers(-4, 5, (30, 40))
-    with pytest.raises(NoInkError, match="stands out"):
+    with pytest.raises(NoInkError, match="low contrast"):
         find_ink((np.full((30, 40), level) + grain).clip(0, 255).astype(np.uint8))
 
 
@@ -166,7 +166,7 @@ def test_how_ink_lies_is_measured_on_the_set(digits_set: Path, made_up_set: Path
     digits = InputAdapter.of(open_split(digits_set, "train"))
     assert digits.image_shape == (8, 8, 1)
     assert digits.frame is not None
-    assert (digits.frame.light, digits.frame.side) == (True, 8)
+    assert (digits.frame.is_light, digits.frame.side) == (True, 8)
     assert InputAdapter.from_state_dict(digits.state_dict()) == digits
     assert InputAdapter.of(open_split(made_up_set, "train")).frame is None, "noise with a band is not ink"
 
@@ -219,7 +219,7 @@ def test_an_image_of_the_set_is_taken_as_it_is(digits_set: Path) -> None:
     images = store.read(np.arange(len(store)))
     for image in images:
         adapted = adapter.adapt(png(Image.fromarray(image[..., 0])))
-        assert adapted.description == "taken as it is"
+        assert adapted.description == "unchanged"
         np.testing.assert_array_equal(adapted.image, image)
     inverted = adapter.adapt(png(Image.fromarray(255 - images[0, ..., 0])))
     assert "dark ink inverted" in inverted.description
@@ -235,15 +235,15 @@ def test_pictures_for_other_sets_are_brought_to_size(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     adapted = adapter.adapt(png(Image.fromarray(picture)))
     np.testing.assert_array_equal(adapted.image, picture)
-    assert adapted.description == "taken as it is"
+    assert adapted.description == "unchanged"
     adapted = adapter.adapt(png(Image.fromarray(picture).resize((50, 70))))
     assert adapted.image.shape == (12, 16, 3)
-    assert adapted.description == "50x70 brought to 16x12 (pad)"
+    assert adapted.description == "resized from 50x70 to 16x12 (pad)"
 
 
 def test_what_cannot_be_used_says_why() -> None:
     adapter = InputAdapter((28, 28, 1), "pad", EMNIST)
-    with pytest.raises(BlankImageError, match="stands out"):
+    with pytest.raises(BlankImageError, match="low contrast"):
         adapter.adapt(png(Image.new("L", (50, 50), 255)))
     whole = png(Image.fromarray(stroke(120, 90, (30, 100, 20, 60))))
     for content in (b"", b"hello", whole[: len(whole) // 2]):

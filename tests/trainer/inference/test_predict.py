@@ -124,7 +124,7 @@ def test_files_are_predicted_and_faults_are_told(digits_run: Path, pictures: Pat
     assert process.returncode == 1, process.stderr
     assert process.stderr == ""
     lines = {line.split()[0].rpartition("/")[2]: line for line in process.stdout.splitlines() if ".png" in line}
-    assert "not predicted: nothing stands out" in lines["blank.png"]
+    assert "not predicted: low contrast" in lines["blank.png"]
     assert "truncated" in lines["broken.png"]
     assert "not a PNG" in lines["text.png"]
     assert "dark ink inverted" in lines["7.png"]
