@@ -79,6 +79,13 @@ def to_pil_image(image: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert("RGB")
 
 
+def to_png(picture: Image.Image) -> bytes:
+    """Encode a picture as PNG."""
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
 def contact_sheet(
     store: Store,
     resolution: int,
@@ -221,9 +228,7 @@ def main() -> int:
 
 def save_png(sheet: Image.Image, out: Path) -> None:
     """Write a contact sheet as a PNG file and print its path."""
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
-    write_file(out, content.getvalue())
+    write_file(out, to_png(sheet))
     print(out)
 
 

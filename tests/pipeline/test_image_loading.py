@@ -195,7 +195,7 @@ def test_a_set_of_pictures_trains_and_is_reported(
 
 
 def test_the_report_shows_confused_pictures_small() -> None:
-    address = error_gallery._data_address(pixels(900, 300, 3), 128)
+    address = error_gallery._data_url(pixels(900, 300, 3), 128)
     shown = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
     assert shown.size == (43, 128)
 

@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         assert train_here(patch, recipe, directory) == 0
     assert "at 8x8, from epoch 2 on 12x12, from epoch 3 on 20x20" in said.getvalue()
-    assert "96 images each, from epoch 2 on 40 images each, from epoch 3 on 16 images each" in said.getvalue()
+    assert "batch size 96, from epoch 2 on batch size 40, from epoch 3 on batch size 16" in said.getvalue()
     return directory
 
 

@@ -166,7 +166,13 @@ def test_dry_run_shows_and_writes_nothing(
 ) -> None:
     assert train_here(monkeypatch, recipe, tmp_path / "run", "--dry-run") == 0
     output = capsys.readouterr().out
-    for words in ("lr: 0.001", "[32, 1, 20, 20]", "parameters", "20 an epoch, 10 updates", "one step      loss"):
+    for words in (
+        "lr: 0.001",
+        "[32, 1, 20, 20]",
+        "parameters",
+        "20 per epoch, 10 optimizer steps",
+        "one step      loss",
+    ):
         assert words in output
     assert not (tmp_path / "run").exists()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +67,14 @@ class Confusion:
             "weighted_f1": self.weighted_f1,
             "samples": self.samples,
         }
+
+    def class_metrics(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Name, `samples`, `precision`, `recall` and `f1` of each class."""
+        columns = {"samples": self.support, "precision": self.precision, "recall": self.recall, "f1": self.f1}
+        return [
+            {"name": name} | {column: values[label].item() for column, values in columns.items()}
+            for label, name in enumerate(classes)
+        ]
 
     def most_confused(self, pairs: int) -> list[tuple[int, int, int]]:
         """The largest entries off the diagonal: (true class, predicted class, count), most frequent first."""

@@ -1,1 +1,1 @@
-"""HTML reports: one page about a run, or one that compares several runs."""
+"""HTML reports of one run or several runs, and the console output of a run."""

@@ -1,89 +1,89 @@
-"""Pictures of the test part by true and predicted class, small enough together to travel inside a page."""
+"""Images of the test split by true and predicted class, embedded in the report."""
 
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from pipeline.preview import read_images, to_pil_image, upright
+from pipeline.preview import read_images, to_pil_image, to_png, upright
 from shards.stores.base import Store
 
-_OF_AN_ERROR = 24  # pictures of a pair of classes, the most confident first
-_OF_A_CLASS = 8  # pictures that were recognised, the least confident first
-_MOST_PICTURES = 4000
-_MOST_BYTES = 2_500_000  # of all pictures' addresses together
-_AT_ONCE = 256  # pictures read together
-_LARGEST = 64  # side of a picture, pixels
+_PER_ERROR = 24  # images of a pair of classes, the most confident first
+_PER_CLASS = 8  # correctly classified images of a class, the least confident first
+_MAX_IMAGES = 4000
+_MAX_BYTES = 2_500_000  # of all data URLs together
+_BATCH = 256  # images read together
+_MAX_SIDE = 64  # pixels
 
 
-def explorer(store: Store, predictions: Any) -> dict[str, Any]:
-    """What the page's explorer knows, as plain values.
+def build_gallery(store: Store, predictions: Any) -> dict[str, Any]:
+    """Collect images by true and predicted class for the script of the page.
 
-    predictions: as in predictions.npz. cells: for each [true, predicted] that has samples, its count and its pictures,
-    each [address, row, confidence]. Where not all have room, each cell gives up its last ones, the frequent cells last.
-    errors, shown: errors of the part, and those of them with a picture.
+    Args:
+        store: The test split.
+        predictions: Arrays as in `predictions.npz`.
+
+    Returns:
+        `classes`; `cells`: true class, predicted class, count and `pictures` (data URL, source index, confidence) of
+        each pair that occurs; `errors`: their number; `shown`: number of those with an image. If the images exceed the
+        size limit, each cell loses its last ones, the most frequent cells last.
     """
-    labels, predicted = predictions["labels"], predictions["predicted"]
+    labels, predicted, confidence = predictions["labels"], predictions["predicted"], predictions["confidence"]
     classes = store.manifest.classes
-    places = labels * len(classes) + predicted
+    pairs = labels * len(classes) + predicted
     cells: dict[int, dict[str, Any]] = {
-        int(place): {"true": int(place) // len(classes), "said": int(place) % len(classes), "count": int(count)}
+        int(pair): {"true": int(pair) // len(classes), "predicted": int(pair) % len(classes), "count": int(count)}
         | {"pictures": []}
-        for place, count in zip(*np.unique(places, return_counts=True), strict=True)
+        for pair, count in zip(*np.unique(pairs, return_counts=True), strict=True)
     }
-    chosen = _in_turn(places, labels == predicted, predictions["confidence"])
-    room, shown = _MOST_BYTES, 0
-    for sample, address in _addresses(store, predictions["rows"], chosen):
-        room -= len(address)
-        if room < 0:
+    selected = _select(pairs, labels == predicted, confidence)
+    size = shown = 0
+    for start in range(0, len(selected), _BATCH):
+        batch = selected[start : start + _BATCH]
+        for sample, url in zip(batch.tolist(), data_urls(store, predictions["rows"][batch], _MAX_SIDE), strict=True):
+            size += len(url)
+            if size <= _MAX_BYTES:
+                image = [url, int(predictions["rows"][sample]), round(float(confidence[sample]), 4)]
+                cells[int(pairs[sample])]["pictures"].append(image)
+                shown += int(labels[sample] != predicted[sample])
+        if size > _MAX_BYTES:
             break
-        confidence = round(float(predictions["confidence"][sample]), 4)
-        cells[int(places[sample])]["pictures"].append([address, int(predictions["rows"][sample]), confidence])
-        shown += int(labels[sample] != predicted[sample])
-    return {
-        "classes": list(classes),
-        "cells": list(cells.values()),
-        "errors": int((labels != predicted).sum()),
-        "shown": shown,
-    }
+    errors = int((labels != predicted).sum())
+    return {"classes": list(classes), "cells": list(cells.values()), "errors": errors, "shown": shown}
 
 
-def _in_turn(places: NDArray[np.int64], right: NDArray[np.bool_], confidence: NDArray[np.float32]) -> NDArray[np.int64]:
+def _select(pairs: NDArray[np.int64], correct: NDArray[np.bool_], confidence: NDArray[np.float32]) -> NDArray[np.int64]:
     """Positions of the samples to show: the first of every cell, frequent errors first, then the second, and so on."""
-    order = np.lexsort((np.where(right, confidence, -confidence), places))
-    counts = np.bincount(places)
+    order = np.lexsort((np.where(correct, confidence, -confidence), pairs))
+    counts = np.bincount(pairs)
     starts = np.cumsum(counts) - counts
-    turn = np.arange(len(order)) - starts[places[order]]
-    wanted = turn < np.where(right[order], _OF_A_CLASS, _OF_AN_ERROR)
-    order, turn = order[wanted], turn[wanted]
-    frequent = np.where(right[order], 0, counts[places[order]])
-    return order[np.lexsort((places[order], -frequent, turn))][:_MOST_PICTURES]
+    rank = np.arange(len(order)) - starts[pairs[order]]
+    is_selected = rank < np.where(correct[order], _PER_CLASS, _PER_ERROR)
+    order, rank = order[is_selected], rank[is_selected]
+    frequency = np.where(correct[order], 0, counts[pairs[order]])
+    return order[np.lexsort((pairs[order], -frequency, rank))][:_MAX_IMAGES]
 
 
-def _addresses(store: Store, rows: NDArray[np.int64], chosen: NDArray[np.int64]) -> Iterator[tuple[int, str]]:
-    for start in range(0, len(chosen), _AT_ONCE):
-        some = chosen[start : start + _AT_ONCE]
-        yield from zip(some.tolist(), pictures(store, rows[some], _LARGEST), strict=True)
+def data_urls(store: Store, source_index: NDArray[np.int64], max_side: int) -> list[str]:
+    """Encode images as `data:` URLs of PNGs.
 
-
-def pictures(store: Store, rows: NDArray[np.int64], largest: int) -> list[str]:
-    """`data:` addresses of PNGs of some raw rows, upright, made smaller if a side is more than `largest` pixels."""
+    Args:
+        store: A split.
+        source_index: int64 [n], rows of the images in the raw file.
+        max_side: Larger images are reduced to this side, in pixels.
+    """
     by_row = np.argsort(store.rows)
-    samples = by_row[np.searchsorted(store.rows[by_row], rows)]
-    return [_data_address(upright(image, store.manifest.transposed), largest) for image in read_images(store, samples)]
+    samples = by_row[np.searchsorted(store.rows[by_row], source_index)]
+    images = read_images(store, samples)
+    return [_data_url(upright(image, store.manifest.transposed), max_side) for image in images]
 
 
-def _data_address(image: NDArray[np.uint8], largest: int) -> str:
-    content = io.BytesIO()
-    picture: Image.Image = to_pil_image(image)
+def _data_url(image: NDArray[np.uint8], max_side: int) -> str:
+    picture = to_pil_image(image)
     if image.shape[2] == 1:
         picture = picture.convert("L")
-    picture.thumbnail((largest, largest))
-    picture.save(content, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+    picture.thumbnail((max_side, max_side))
+    return "data:image/png;base64," + base64.b64encode(to_png(picture)).decode()

@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page about a run."""
+"""`report.html`: the self-contained report of a run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from trainer.checkpoint.run_dir import RunDirectory
 from trainer.evaluate.calibration import reliability
 from trainer.evaluate.metrics import Confusion
 from trainer.report import html
-from trainer.report.error_gallery import explorer, pictures
+from trainer.report.error_gallery import build_gallery, data_urls
+from trainer.report.learning_curves import learning_curves, style
 from trainer.report.svg import Bins, confusion_chart, reliability_chart
 from trainer.runtime.profiler import format_profile
 
-_PAIRS = 12  # of most confused classes
-_PICTURES = 8  # of each pair
-_LARGEST = 128  # side of a picture on the page, pixels
+_PAIRS = 12  # most frequent confusions
+_PICTURES = 8  # images of each pair
+_MAX_SIDE = 128  # of an image, in pixels
 
 
 def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    """Write the page into a run directory.
+    """Write the report into a run directory.
 
-    store: the part that `predictions.npz` is about. summary, history: as in summary.json and metrics.jsonl.
+    Args:
+        path: The run directory.
+        store: The test split, to which `predictions.npz` belongs.
+        summary: Results, as in `summary.json`.
+        history: Records of the epochs, as in `metrics.jsonl`.
     """
     directory = RunDirectory(path)
     classes = store.manifest.classes
@@ -39,11 +44,11 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
         "run_page.html.j2",
         summary=summary,
         history=history,
-        charts=html.curves(history),
+        charts=learning_curves(history),
         calibration=_calibration(predictions, summary["calibration"]["temperature"]),
         confusion=confusion_chart(confusion.counts, classes),
-        explorer=explorer(store, predictions),
-        classes=_class_rows(confusion, classes),
+        gallery=build_gallery(store, predictions),
+        classes=confusion.class_metrics(classes),
         pairs=_pair_rows(confusion, predictions, store),
         settings=settings,
         config=yaml.safe_load(settings),
@@ -54,44 +59,31 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
 
 
 def _calibration(predictions: dict[str, NDArray], temperature: float) -> dict[str, Any]:
-    """The reliability diagram, after the temperature and before it."""
+    """Reliability diagram with temperature scaling and, if T is not 1, without."""
     correct = predictions["predicted"] == predictions["labels"]
-    wanted = {"confidence": f"at the temperature {temperature:.2f}", "uncalibrated": "before it"}
-    if temperature == 1:
-        del wanted["uncalibrated"]
+    names = {"confidence": f"T = {temperature:.2f}"}
+    if temperature != 1:
+        names["uncalibrated"] = "without temperature scaling"
     series = [
-        Bins(name, reliability(predictions[which], correct), html.style(number))
-        for number, (which, name) in enumerate(wanted.items())
+        Bins(name, reliability(predictions[column], correct), style(number))
+        for number, (column, name) in enumerate(names.items())
     ]
-    return {"series": series, "svg": reliability_chart(series, "Accuracy of the test part by bins of confidence")}
-
-
-def _class_rows(confusion: Confusion, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    columns = zip(classes, confusion.support, confusion.precision, confusion.recall, confusion.f1, strict=True)
-    return [
-        {"name": name, "samples": int(samples), "precision": precision, "recall": recall, "f1": f1}
-        for name, samples, precision, recall, f1 in columns
-    ]
+    return {"series": series, "svg": reliability_chart(series, "Accuracy on the test split by bins of confidence")}
 
 
 def _pair_rows(confusion: Confusion, predictions: dict[str, NDArray], store: Store) -> list[dict[str, Any]]:
-    """The most confused pairs, each with pictures of its errors, the most confident first."""
+    """The most frequent confusions with images, the most confident first."""
     labels, predicted, confidence = predictions["labels"], predictions["predicted"], predictions["confidence"]
+    classes = store.manifest.classes
     rows = []
-    for true, said, count in confusion.most_confused(_PAIRS):
-        errors = np.flatnonzero((labels == true) & (predicted == said))
+    for true, wrong, count in confusion.most_confused(_PAIRS):
+        errors = np.flatnonzero((labels == true) & (predicted == wrong))
         errors = errors[np.argsort(-confidence[errors], kind="stable")][:_PICTURES]
-        sources = pictures(store, predictions["rows"][errors], _LARGEST)
+        source_index = predictions["rows"][errors]
+        urls = data_urls(store, source_index, _MAX_SIDE)
+        pictures = list(zip(urls, confidence[errors].tolist(), source_index.tolist(), strict=True))
         rows.append(
-            {
-                "true": store.manifest.classes[true],
-                "said": store.manifest.classes[said],
-                "count": count,
-                "share": count / confusion.support[true],
-                "pictures": [
-                    {"source": source, "confidence": float(share), "row": int(row)}
-                    for source, share, row in zip(sources, confidence[errors], predictions["rows"][errors], strict=True)
-                ],
-            }
+            {"true": classes[true], "predicted": classes[wrong], "count": count, "pictures": pictures}
+            | {"fraction": count / confusion.support[true]}
         )
     return rows

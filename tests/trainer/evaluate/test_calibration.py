@@ -151,7 +151,7 @@ def test_a_run_calibrates_and_says_so(run: Path) -> None:
     assert calibration_error(predictions["uncalibrated"], correct) == found["ece_before"]
     best = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
     assert best["temperature"] == found["temperature"] != 1
-    assert f"{100 * found['ece']:.2f} %" in (run / "report.html").read_text()
+    assert f"{found['ece']:.2%}" in (run / "report.html").read_text()
 
 
 def test_evaluating_again_gives_the_same(run: Path, digits_set: Path) -> None:

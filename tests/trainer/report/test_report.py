@@ -21,9 +21,9 @@ from shards import UserError, open_split
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate.calibration import calibration_error, reliability
-from trainer.report import error_gallery as explorer_module
+from trainer.report import error_gallery
 from trainer.report.__main__ import main as report_main
-from trainer.report.compare_page import page as comparison_page
+from trainer.report.compare_page import render_page
 from trainer.report.svg import Bins, Line, confusion_chart, line_chart, reliability_chart
 from trainer.run import main as run_main
 
@@ -88,8 +88,8 @@ def test_the_page_is_whole_in_itself_and_true(run: Path) -> None:
     assert not {"src", "href"} & page.of_scripts
     assert "link" not in page.tags
     summary = json.loads((run / "summary.json").read_text())
-    assert f"{100 * summary['accuracy']:.2f} %" in page.text
-    assert f"{100 * summary['macro_f1']:.2f} %" in page.text
+    assert f"{summary['accuracy']:.2%}" in page.text
+    assert f"{summary['macro_f1']:.2%}" in page.text
     assert "a <b> name" in page.text, "names are escaped"
 
 
@@ -100,12 +100,12 @@ def test_the_most_confused_pair_is_shown_with_its_count(run: Path) -> None:
         np.stack([predictions["labels"][wrong], predictions["predicted"][wrong]]), axis=1, return_counts=True
     )
     text = re.sub(r"\s+", " ", Page((run / "report.html").read_text()).text)
-    true, said = pairs[:, counts.argmax()]
+    true, predicted = pairs[:, counts.argmax()]
     assert counts.max() > 1, "the run is to make mistakes"
-    first = re.search(r"(\d) taken for (\d) (\d+) times", text)
+    first = re.search(r"(\d) → (\d) (\d+) images", text)
     assert first is not None
     assert int(first[3]) == counts.max()
-    assert f"{true} taken for {said} {counts.max()} times" in text
+    assert f"{true} → {predicted} {counts.max()} images" in text
 
 
 @pytest.fixture(scope="module")
@@ -131,39 +131,39 @@ def show(browser: Browser, page: Path, **options: Any) -> tuple[BrowserPage, lis
     return shown, faults
 
 
-def test_the_explorer_shows_the_pictures_of_a_choice(run: Path, browser: Browser) -> None:
+def test_the_gallery_shows_the_pictures_of_a_choice(run: Path, browser: Browser) -> None:
     predictions = np.load(run / "predictions.npz")
     labels, predicted = predictions["labels"], predictions["predicted"]
     shown, faults = show(browser, run / "report.html")
-    truth, said = shown.locator("#explorer select").all()
-    told = shown.locator("#explorer output")
+    truth, prediction = shown.locator("#gallery select").all()
+    status = shown.locator("#gallery output")
     wrong, counts = np.unique((labels * 10 + predicted)[labels != predicted], return_counts=True)
-    assert told.inner_text().startswith(f"{counts.max()} error"), "the most confused pair comes first"
+    assert status.inner_text().startswith(f"{counts.max()} error"), "the most confused pair comes first"
 
     pair = wrong[counts.argmin()]
     truth.select_option(str(pair // 10))
-    said.select_option(str(pair % 10))
-    pictures = shown.locator("#explorer li img")
+    prediction.select_option(str(pair % 10))
+    pictures = shown.locator("#gallery li img")
     assert pictures.count() == counts.min()
     rows = predictions["rows"][(labels == pair // 10) & (predicted == pair % 10)]
     found = {pictures.nth(number).get_attribute("alt") for number in range(pictures.count())}
-    assert found == {f"{pair // 10} taken for {pair % 10}, row {row}" for row in rows}
-    assert shown.locator("rect.chosen").get_attribute("data-said") == str(pair % 10)
+    assert found == {f"{pair // 10} → {pair % 10}, row {row}" for row in rows}
+    assert shown.locator("rect.chosen").get_attribute("data-predicted") == str(pair % 10)
     assert all(shown.evaluate("[...document.images].map((image) => image.complete && image.naturalWidth > 0)"))
 
-    said.select_option("")
-    assert told.inner_text().startswith(f"{((labels == pair // 10) & (predicted != labels)).sum()} error")
+    prediction.select_option("")
+    assert status.inner_text().startswith(f"{((labels == pair // 10) & (predicted != labels)).sum()} error")
     shown.locator("#matrix rect.hit").first.click()
-    assert "recognised" in told.inner_text()
+    assert "correct" in status.inner_text()
     shown.get_by_role("button", name="F1").click()
     values = shown.locator("table.sortable tbody td:nth-child(5)").all_inner_texts()
-    assert values == sorted(values, key=lambda text: -float(text.split()[0]))
+    assert values == sorted(values, key=lambda text: -float(text.removesuffix("%")))
     assert faults == []
 
 
 def test_the_page_is_whole_without_scripts(run: Path, browser: Browser) -> None:
     shown, _ = show(browser, run / "report.html", java_script_enabled=False)
-    assert not shown.locator("#explorer").is_visible()
+    assert not shown.locator("#gallery").is_visible()
     assert shown.locator(".pair img").first.is_visible()
     assert shown.locator("#matrix svg").is_visible()
 
@@ -224,7 +224,7 @@ def test_runs_are_compared(
     shown, faults = show(browser, out)
     settings = shown.locator("#settings ~ div table").first
     assert settings.locator("tbody tr").all_inner_texts() == ["optim.lr\t0.0003\t0.002"]
-    figures = shown.locator("#figures ~ div tbody tr").all_inner_texts()
+    figures = shown.locator("#metrics ~ div tbody tr").all_inner_texts()
     first, second = (np.load(each / "predictions.npz") for each in (run, other))
     only_other = ((first["labels"] != first["predicted"]) & (second["labels"] == second["predicted"])).sum()
     assert [row for row in figures if "only this run" in row and row.endswith(f"\t{only_other}")]
@@ -247,29 +247,29 @@ def test_runs_without_validation_and_of_other_classes_have_pages_too(
     assert run_main() == 0
     page = Page((other / "report.html").read_text())
     assert "Validation accuracy" not in page.text
-    compared = Page(comparison_page([CompletedRun.open(run), CompletedRun.open(other)]))
-    assert "Not on the same packed set" in compared.text
-    assert "tell different classes apart" in compared.text
-    assert "only this run recognises" not in compared.text
+    compared = Page(render_page([CompletedRun.open(run), CompletedRun.open(other)]))
+    assert "The data sets differ" in compared.text
+    assert "The runs have different classes" in compared.text
+    assert "only this run classifies" not in compared.text
 
 
 def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="named twice"):
-        comparison_page([CompletedRun.open(run), CompletedRun.open(run)])
+        render_page([CompletedRun.open(run), CompletedRun.open(run)])
     with pytest.raises(UserError, match="9 runs"):
-        comparison_page([CompletedRun.open(run)] * 9)
+        render_page([CompletedRun.open(run)] * 9)
 
 
 def test_pictures_stay_within_their_bound(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_split(load_trained_model(run).config.data.shards, "test")
     predictions = dict(np.load(run / "predictions.npz"))
-    full = explorer_module.explorer(store, predictions)
+    full = error_gallery.build_gallery(store, predictions)
     assert full["shown"] == full["errors"] == (predictions["labels"] != predictions["predicted"]).sum()
-    monkeypatch.setattr(explorer_module, "_MOST_BYTES", 4000)
-    small = explorer_module.explorer(store, predictions)
+    monkeypatch.setattr(error_gallery, "_MAX_BYTES", 4000)
+    small = error_gallery.build_gallery(store, predictions)
     pictures = [picture for cell in small["cells"] for picture in cell["pictures"]]
     assert 0 < sum(len(address) for address, _, _ in pictures) <= 4000
-    most = max((cell for cell in small["cells"] if cell["true"] != cell["said"]), key=lambda cell: cell["count"])
+    most = max((cell for cell in small["cells"] if cell["true"] != cell["predicted"]), key=lambda cell: cell["count"])
     assert most["pictures"], "the most frequent error has a picture before others have two"
     assert max(len(cell["pictures"]) for cell in small["cells"]) <= 2 or small["shown"] == full["shown"]
 
@@ -279,7 +279,7 @@ def test_a_reliability_diagram_names_its_bins() -> None:
     correct = np.array([True] * 27 + [False] * 3 + [True] * 5 + [False] * 5)
     chart = reliability_chart([Bins("<after>", reliability(confidence, correct), "series1")], "accuracy by confidence")
     Page(chart)
-    assert "&lt;after&gt;: 30 images, confidence 95.00 %, accuracy 90.00 %" in chart
+    assert "&lt;after&gt;: 30 images, confidence 95.00%, accuracy 90.00%" in chart
     assert calibration_error(confidence, correct) == pytest.approx(30 / 40 * 0.05, abs=1e-6)
 
 
@@ -294,4 +294,4 @@ def test_confusion_chart_names_every_cell_that_is_not_empty() -> None:
     counts = np.array([[8, 2], [0, 5]])
     chart = confusion_chart(counts, ("<a>", "b"))
     assert chart.count("<title>") == 3
-    assert "&lt;a&gt; taken for b: 2 of 10 (20.0%)" in chart
+    assert "&lt;a&gt; → b: 2 of 10 (20.00%)" in chart

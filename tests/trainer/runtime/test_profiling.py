@@ -91,7 +91,7 @@ def test_a_profile_adds_up_and_a_trace_tells_of_its_steps(
     assert sum(record["seconds"] for record in inside) < seconds
     output = capsys.readouterr().out
     assert format_profile(list(found.values())) in output
-    assert "Where the time went" in (directory / "report.html").read_text()
+    assert "Time profile" in (directory / "report.html").read_text()
 
     events = json.loads(gzip.decompress((directory / "trace.json.gz").read_bytes()))["traceEvents"]
     names = [event.get("name") for event in events]
