@@ -1,4 +1,4 @@
-"""Sets of picture files, packed by us or written by others, through loader, statistics, preview and a training run."""
+"""Sets of image files, packed by us or written by others, through loader, statistics, preview and a training run."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_a_dry_run_tells_of_picture_files(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(monkeypatch, recipe(tmp_path, packed), "--dry-run") == 0
-    assert "raw images    picture files, 3 channels, upright" in capsys.readouterr().out
+    assert "raw images    image files, 3 channels, upright" in capsys.readouterr().out
 
 
 def test_evaluation_covers_every_picture_once(set_of_pictures: Path) -> None:

@@ -1,1 +1,4 @@
-"""Inference with a trained run: prediction of files, the drawing demo, pseudo-labels, and a preview of the input."""
+"""Inference with a trained model: predict image files, the drawing demo, pseudo-labels, previews.
+
+Reading order: predictor, input_files, trainer.predict, contact_sheet, demo, pseudo_label, preview.
+"""

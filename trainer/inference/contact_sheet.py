@@ -1,4 +1,4 @@
-"""A picture of what a model saw in each image, with what it said."""
+"""Contact sheet of predictions: each model input with its predicted class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.preview import to_pil_image
 
-MOST_TILES = 240
+MAX_TILES = 240
 _COLUMNS = 12
 _TILE = 84  # side of an image, pixels
 _GAP = 12
@@ -24,49 +24,57 @@ _WRONG = (190, 18, 60)
 
 
 class Tile(NamedTuple):
-    """image: uint8 [R, R, C]. said: the predicted class, with its probability. true: the true class, if known."""
+    """An image of the sheet.
+
+    Attributes:
+        image: Model input as uint8 [R, R, C].
+        predicted: Predicted class.
+        probability: Probability of the predicted class.
+        true: True class, if known.
+    """
 
     image: NDArray[np.uint8]
-    said: str
+    predicted: str
     probability: float
     true: str | None
 
 
-def prediction_sheet(tiles: list[Tile], title: str, left_out: int = 0) -> Image.Image:
-    """The tiles in rows, in their order; wrong ones have a red frame and name the true class.
+def prediction_sheet(tiles: list[Tile], title: str, not_shown: int = 0) -> Image.Image:
+    """Draw the tiles in rows. Wrong predictions have a red frame and the true class.
 
-    left_out: how many more images there were.
+    Args:
+        tiles: At least one tile.
+        title: Heading of the sheet.
+        not_shown: Number of further images, for the heading.
     """
     columns = min(_COLUMNS, max(5, len(tiles)))
     rows = -(-len(tiles) // columns)
     width = 2 * _MARGIN + columns * (_TILE + _GAP) - _GAP
     sheet = Image.new("RGB", (width, _HEADER + rows * (_TILE + _CAPTION + _GAP) + _MARGIN - _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, 16), _cut(title, width - 2 * _MARGIN, 20), _INK, ImageFont.load_default(20))
-    more = f"; {left_out:,} more are not shown" if left_out else ""
-    draw.text((_MARGIN, 44), f"what the model saw, and what it said{more}", _MUTED, ImageFont.load_default(13))
-    for place, tile in enumerate(tiles):
-        x = _MARGIN + place % columns * (_TILE + _GAP)
-        y = _HEADER + place // columns * (_TILE + _CAPTION + _GAP)
-        wrong = tile.true is not None and tile.true != tile.said
-        if wrong:
+
+    def write(x: float, y: float, text: str, color: tuple[int, int, int], size: int, room: float) -> None:
+        font = ImageFont.load_default(size)
+        if font.getlength(text) > room:
+            while text and font.getlength(f"{text}…") > room:
+                text = text[:-1]
+            text += "…"
+        draw.text((x, y), text, color, font)
+
+    write(_MARGIN, 16, title, _INK, 20, width - 2 * _MARGIN)
+    more = f"; {not_shown:,} more not shown" if not_shown else ""
+    write(_MARGIN, 44, f"model input and prediction{more}", _MUTED, 13, width - 2 * _MARGIN)
+    for position, tile in enumerate(tiles):
+        x = _MARGIN + position % columns * (_TILE + _GAP)
+        y = _HEADER + position // columns * (_TILE + _CAPTION + _GAP)
+        is_wrong = tile.true is not None and tile.true != tile.predicted
+        if is_wrong:
             draw.rectangle((x - 3, y - 3, x + _TILE + 2, y + _TILE + 2), fill=_WRONG)
-        grows = Image.Resampling.NEAREST if tile.image.shape[0] * 2 <= _TILE else Image.Resampling.LANCZOS
-        sheet.paste(to_pil_image(tile.image).resize((_TILE, _TILE), grows), (x, y))
-        share = f"{tile.probability:.0%}"
-        room = _TILE - draw.textlength(share, ImageFont.load_default(12)) - 4
-        draw.text((x, y + _TILE + 4), _cut(tile.said, room, 14), _WRONG if wrong else _INK, ImageFont.load_default(14))
-        draw.text((x + _TILE, y + _TILE + 6), share, _MUTED, ImageFont.load_default(12), anchor="ra")
-        if wrong:
-            draw.text((x, y + _TILE + 21), _cut(f"is {tile.true}", _TILE, 12), _MUTED, ImageFont.load_default(12))
+            write(x, y + _TILE + 21, f"true: {tile.true}", _MUTED, 12, _TILE)
+        resample = Image.Resampling.NEAREST if tile.image.shape[0] * 2 <= _TILE else Image.Resampling.LANCZOS
+        sheet.paste(to_pil_image(tile.image).resize((_TILE, _TILE), resample), (x, y))
+        percent, font = f"{tile.probability:.0%}", ImageFont.load_default(12)
+        draw.text((x + _TILE, y + _TILE + 6), percent, _MUTED, font, anchor="ra")
+        room = _TILE - font.getlength(percent) - 4
+        write(x, y + _TILE + 4, tile.predicted, _WRONG if is_wrong else _INK, 14, room)
     return sheet
-
-
-def _cut(text: str, room: float, size: int) -> str:
-    """A text that is not wider than so many pixels."""
-    font = ImageFont.load_default(size)
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(f"{text}…") > room:
-        text = text[:-1]
-    return f"{text}…"

@@ -1,10 +1,11 @@
-"""What a person names to be predicted: picture files, directories, patterns, tables of truth and packed sets."""
+"""Inputs of `trainer.predict`: image files, directories, glob patterns, CSV tables with labels and packed data sets."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,20 +27,24 @@ from trainer.inference.predictor import Predictor, upright_images
 
 _FILE_COLUMNS = ("file", "path", "filename", "image", "picture")
 _LABEL_COLUMNS = ("label", "class", "target", "truth", "character", "digit")
-_KINDS = "picture files (PNG, JPEG, WebP, BMP, GIF), directories of them, patterns, a CSV table or a packed set"
+_KINDS = "image files (PNG, JPEG, WebP, BMP, GIF), directories of them, patterns, a CSV table or a packed data set"
 
 
-class PictureFile(NamedTuple):
-    """A picture to be read. label: its true class, None if nobody told."""
+class ImageFile(NamedTuple):
+    """An image file with its true class (None if unknown)."""
 
     path: Path
     label: int | None
 
 
 class Sample(NamedTuple):
-    """A picture as it was read. image: as the model takes it, None if it cannot be used, for which `note` says why.
+    """An image that has been read.
 
-    note: else what was done to it. label: its true class, None if nobody told.
+    Attributes:
+        name: Path of the file, or split and row.
+        label: True class, None if unknown.
+        image: The image as `Predictor.predict` accepts it; None if it is unusable.
+        note: Conversion of the image, or the reason why it is unusable.
     """
 
     name: str
@@ -48,94 +53,74 @@ class Sample(NamedTuple):
     note: str
 
 
-def find_inputs(names: Sequence[str], predictor: Predictor) -> list[PictureFile | Store]:
-    """The pictures and packed parts behind what was named, those of a directory in natural order.
+def find_inputs(names: Sequence[str], predictor: Predictor) -> list[ImageFile | Store]:
+    """Find the image files and packed splits of the command line, files of a directory in natural order.
 
-    Raises `UserError` for what is not there, holds no picture, or tells classes that the run does not know.
+    Raises:
+        UserError: An input does not exist, contains no image, or has classes other than the run's.
     """
-    found: list[PictureFile | Store] = []
+    inputs: list[ImageFile | Store] = []
     for name in names:
         path = Path(name)
-        if is_remote(name) or _is_packed(path):
+        if is_remote(name) or any((path / split / MANIFEST_NAME).is_file() for split in ("", *REQUIRED_SPLITS)):
             store = open_dataset_or_split(name, "test")
             predictor.check_store(store, name)
-            found.append(store)
+            inputs.append(store)
         elif path.is_dir():
-            found += _directory(path)
+            files = [file for file in path.rglob("*") if file.suffix.lower()[1:] in EXTENSIONS and file.is_file()]
+            inputs += _image_files(files, f"no image in {path}", path)
         elif path.suffix.lower() == ".csv":
-            found += _table(path, predictor)
+            inputs += _table(path, predictor)
         elif path.exists():
-            found.append(PictureFile(path, None))
+            inputs.append(ImageFile(path, None))
         else:
-            found += _pattern(name)
-    return found
+            files = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
+            kind = "no file that matches" if glob.has_magic(name) else "no such file:"
+            inputs += _image_files(files, f"{kind} {name}", path.parent)
+    return inputs
 
 
-def read_samples(inputs: Sequence[PictureFile | Store], predictor: Predictor) -> Iterator[list[Sample]]:
-    """The samples of all inputs in their order, up to `predictor.batch_size` at a time."""
-    batch: list[Sample] = []
-    for one in inputs:
-        for sample in [_read(one, predictor.adapter)] if isinstance(one, PictureFile) else _samples_of(one, predictor):
-            batch.append(sample)
-            if len(batch) == predictor.batch_size:
-                yield batch
-                batch = []
-    if batch:
+def read_samples(inputs: Sequence[ImageFile | Store], predictor: Predictor) -> Iterator[list[Sample]]:
+    """Read the samples of all inputs in their order, up to `predictor.batch_size` at a time."""
+    samples = chain.from_iterable(
+        [_read(each, predictor.adapter)] if isinstance(each, ImageFile) else _read_split(each, predictor.batch_size)
+        for each in inputs
+    )
+    while batch := list(islice(samples, predictor.batch_size)):
         yield batch
 
 
-def _samples_of(store: Store, predictor: Predictor) -> Iterator[Sample]:
-    part = f"{store.manifest.name}/{store.manifest.split}"
-    for start in range(0, len(store), predictor.batch_size):
-        samples = np.arange(start, min(start + predictor.batch_size, len(store)))
+def _read_split(store: Store, batch_size: int) -> Iterator[Sample]:
+    split = f"{store.manifest.name}/{store.manifest.split}"
+    for start in range(0, len(store), batch_size):
+        samples = np.arange(start, min(start + batch_size, len(store)))
         for sample, image in zip(samples.tolist(), upright_images(store, samples), strict=True):
-            yield Sample(f"{part} row {store.rows[sample]}", int(store.labels[sample]), image, "as it is stored")
+            yield Sample(f"{split} row {store.rows[sample]}", int(store.labels[sample]), image, "as stored")
 
 
-def _read(one: PictureFile, adapter: InputAdapter) -> Sample:
-    name = printable(str(one.path))
+def _read(file: ImageFile, adapter: InputAdapter) -> Sample:
+    name = printable(str(file.path))
     try:
-        if one.path.stat().st_size > MAX_BYTES:
-            raise UnusableImageError(f"of more than {MAX_BYTES:,} bytes")
-        taken = adapter.adapt(one.path.read_bytes())
+        if file.path.stat().st_size > MAX_BYTES:
+            raise UnusableImageError(f"more than {MAX_BYTES:,} bytes")
+        adapted = adapter.adapt(file.path.read_bytes())
     except UnusableImageError as error:
-        return Sample(name, one.label, None, str(error))
+        return Sample(name, file.label, None, str(error))
     except OSError as error:
-        return Sample(name, one.label, None, error.strerror or str(error))
-    return Sample(name, one.label, taken.image, taken.description)
+        return Sample(name, file.label, None, error.strerror or str(error))
+    return Sample(name, file.label, adapted.image, adapted.description)
 
 
-def _is_packed(path: Path) -> bool:
-    return any((path / part / MANIFEST_NAME).is_file() for part in ("", *REQUIRED_SPLITS))
-
-
-def _directory(path: Path) -> list[PictureFile]:
-    files = sorted(
-        (file for file in path.rglob("*") if file.suffix.lower()[1:] in EXTENSIONS and file.is_file()),
-        key=lambda file: natural_key(file.as_posix()),
-    )
+def _image_files(files: list[Path], missing: str, directory: Path) -> list[ImageFile]:
     if not files:
-        raise UserError(
-            found=f"{path}, in which there is no picture",
-            expected=_KINDS,
-            hint=f"ls {path} shows what is there",
-        )
-    return [PictureFile(file, None) for file in files]
+        raise UserError(found=missing, expected=_KINDS, hint=f"ls {directory}")
+    return [ImageFile(file, None) for file in sorted(files, key=lambda file: natural_key(file.as_posix()))]
 
 
-def _pattern(name: str) -> list[PictureFile]:
-    files = sorted((Path(file) for file in glob.glob(name, recursive=True)), key=lambda file: natural_key(str(file)))
-    files = [file for file in files if file.is_file()]
-    if not files:
-        kind = "no file that matches" if glob.has_magic(name) else "no"
-        raise UserError(found=f"{kind} {name}", expected=_KINDS, hint=f"ls {Path(name).parent} shows what is there")
-    return [PictureFile(file, None) for file in files]
+def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
+    """Read the files and classes of a CSV table; paths are relative to its directory.
 
-
-def _table(path: Path, predictor: Predictor) -> list[PictureFile]:
-    """The pictures that a table names, by paths from its directory, with their classes.
-
-    Without a line of column names a row is a path and a class.
+    Without column names, a row is a path and a class.
     """
     try:
         table = read_csv(path.read_bytes(), str(path))
@@ -151,13 +136,13 @@ def _table(path: Path, predictor: Predictor) -> list[PictureFile]:
             raise UserError(
                 found=f"{table.place_of(row)}: class {printable(label)!r}",
                 expected=f"a class of the run: {some_of(predictor.classes)}",
-                hint="mend that line, or name the pictures alone to predict them without truth",
+                hint="correct this line, or name the image files to predict them without labels",
             )
-    pictures = [PictureFile(path.parent / file, numbers[label]) for file, label in zip(files, labels, strict=True)]
-    if not any(picture.path.is_file() for picture in pictures):
+    images = [ImageFile(path.parent / file, numbers[label]) for file, label in zip(files, labels, strict=True)]
+    if not any(image.path.is_file() for image in images):
         raise UserError(
-            found=f"{path}, of whose pictures none is there (no {pictures[0].path})",
-            expected="paths from the directory of the table",
-            hint="put the table where its paths lead to pictures",
+            found=f"{path}, none of whose image files exists ({images[0].path})",
+            expected="paths relative to the directory of the table",
+            hint="move the table to the directory of the images",
         )
-    return pictures
+    return images

@@ -1,4 +1,4 @@
-"""One look at what a recipe trains on: raw images beside what preparation and augmentation make of them, by class.
+"""Command: a contact sheet of a recipe's training images, raw beside preprocessed and augmented, by class.
 
 python -m trainer.inference.preview CONFIG [key=value ...] [--out FILE]
 """
@@ -17,21 +17,23 @@ from trainer.config import load as config
 
 
 def main() -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.inference.preview"),
-        description="Draw a contact sheet of what a recipe trains on: raw beside prepared and augmented.",
+        description="Draw a contact sheet of a recipe's training images: raw beside preprocessed and augmented.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings, for instance configs/...")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default ./preview.png)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("preview.png"), metavar="FILE", help="PNG to write (default preview.png)"
+    )
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
-    out = arguments.out or Path("preview.png")
-    check_writable(out)
+    check_writable(arguments.out)
     data = settings.data
     store = open_split(resolve_dataset(data.shards), "train")
     changes = data.interpolation, data.preprocessing(), settings.augment.augmentation()
-    save_png(contact_sheet(store, data.final_resolution, *changes), out)
+    save_png(contact_sheet(store, data.final_resolution, *changes), arguments.out)
     return 0
 
 

@@ -118,7 +118,7 @@ def test_genuine_characters_drawn_large_are_read_as_they_were(shared_data: Path,
 def test_files_are_predicted_and_faults_are_told(digits_run: Path, pictures: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "white").save(tmp_path / "blank.png")
     (tmp_path / "broken.png").write_bytes((pictures / "inner" / "0.png").read_bytes()[:200])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image in")
     outputs = ("--csv", tmp_path / "out.csv", "--json", tmp_path / "out.json", "--sheet", tmp_path / "out.sheet")
     process = run_module("trainer.predict", digits_run, tmp_path, pictures, *outputs)
     assert process.returncode == 1, process.stderr
@@ -128,7 +128,7 @@ def test_files_are_predicted_and_faults_are_told(digits_run: Path, pictures: Pat
     assert "truncated" in lines["broken.png"]
     assert "not a PNG" in lines["text.png"]
     assert "dark ink inverted" in lines["7.png"]
-    assert "3 of 15 pictures could not be used" in process.stdout
+    assert "3 of 15 images unusable" in process.stdout
     assert "accuracy" not in process.stdout, "nobody told the truth"
 
     found = json.loads((tmp_path / "out.json").read_text())
@@ -160,7 +160,7 @@ def test_a_table_of_truth_brings_the_figures(
     assert found["metrics"]["accuracy"] == pytest.approx(right / 12)
     assert found["metrics"]["samples"] == 12
     assert f"accuracy {right / 12:.2%}" in printed
-    assert "most often taken" in printed or right == 12
+    assert "most frequent confusions" in printed or right == 12
 
 
 def test_a_table_without_a_head_and_a_pattern(
@@ -198,11 +198,11 @@ def test_mistakes_are_told(
     (tmp_path / "bare.csv").write_text("a,b\nx.png,7\n")
     (tmp_path / "empty").mkdir()
     for images, words in (
-        ((tmp_path / "no.png",), r"no.png\n.*packed set"),
-        ((tmp_path / "empty",), "no picture"),
+        ((tmp_path / "no.png",), r"no.png\n.*packed data set"),
+        ((tmp_path / "empty",), "no image in"),
         ((tmp_path / "*.jpg",), "no file that matches"),
         ((tmp_path / "labels.csv",), "line 2: class 'Q'"),
-        ((tmp_path / "away.csv",), "none is there"),
+        ((tmp_path / "away.csv",), "none of whose image files exists"),
         ((tmp_path / "bare.csv",), "columns a, b"),
         ((made_up_set,), "with classes class 0"),
         ((pictures, "--csv", tmp_path / "no" / "out.csv"), "no such directory"),
