@@ -115,14 +115,14 @@ def _add(directory: Path, out: str, unlabelled: RawSplit, pseudo: PseudoLabels, 
         lambda: splits,
         out,
         dataset=manifest.dataset,
-        split=manifest.variant,
+        variant=manifest.variant,
         block_size=manifest.block_size,
         seed=manifest.seed,
         store=manifest.store,
         options={"packed_from": manifest.digest()[:12], **options},
     )
     note = f", {skipped:,} skipped (also in another split)" if skipped else ""
-    return f"{packed.manifests[0].samples:,} training images{note} in {out}{'' if packed.now else ' (already packed)'}"
+    return f"{packed.manifests[0].samples:,} training images{note} in {out}{'' if packed.is_new else ' (already packed)'}"
 
 
 def _fraction(text: str) -> float:
