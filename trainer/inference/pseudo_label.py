@@ -122,7 +122,8 @@ def _add(directory: Path, out: str, unlabelled: RawSplit, pseudo: PseudoLabels, 
         options={"packed_from": manifest.digest()[:12], **options},
     )
     note = f", {skipped:,} skipped (also in another split)" if skipped else ""
-    return f"{packed.manifests[0].samples:,} training images{note} in {out}{'' if packed.is_new else ' (already packed)'}"
+    already = "" if packed.is_new else " (already packed)"
+    return f"{packed.manifests[0].samples:,} training images{note} in {out}{already}"
 
 
 def _fraction(text: str) -> float:
