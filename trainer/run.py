@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    from trainer.train import train  # here, as torch takes seconds, which --help does without
+    from trainer.loop.train import train  # here, as torch takes seconds, which --help does without
 
     return train(arguments.config, arguments.overrides, arguments.dry_run)
 

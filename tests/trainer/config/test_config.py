@@ -421,7 +421,7 @@ def test_help_and_the_small_network_do_without_large_libraries() -> None:
 import sys
 import trainer.run
 assert not {"torch", "timm", "torchvision"} & set(sys.modules)
-import trainer.train
+import trainer.loop.train
 from trainer.models.factory import make_model
 from trainer.optim.optimizers import make_optimizer
 from trainer.config.schema import ModelConfig, OptimConfig

@@ -22,11 +22,11 @@ from trainer.config import load as config
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData, open_data
 from trainer.evaluate.evaluator import Evaluation
-from trainer.loop import engine, resume
+from trainer.loop import console, engine, resume
 from trainer.loop.state import Training, make_training
 from trainer.loop.summary import summarize
 from trainer.models.precision import resolve_precision
-from trainer.report import console, run_page
+from trainer.report import run_page
 from trainer.runtime import rendezvous
 from trainer.runtime.distributed import World, init_distributed, report_errors_on_main
 from trainer.runtime.env_info import collect_env_info
