@@ -275,7 +275,7 @@ class Command:
             print(text, flush=True)
 
     def _print_plan(self) -> None:
-        existing = self._group.rank0(lambda: find_pack(open_output(self._out), self._settings, self._out))
+        existing = self._group.run_on_main(lambda: find_pack(open_output(self._out), self._settings, self._out))
         if existing and not self._arguments.force:
             self._print(f"{self._name}: would leave the complete pack alone")
             return
@@ -295,12 +295,12 @@ class Command:
             from pipeline.dedup.between_splits import find_duplicates, remove_duplicates, summarize, write_report
 
             # On rank 0 only: on different processors the ranks might disagree about a borderline pair.
-            duplicates = self._group.rank0(lambda: find_duplicates(splits))
+            duplicates = self._group.run_on_main(lambda: find_duplicates(splits))
             self._print(f"  {summarize(duplicates)}")
             if arguments.near_duplicates == "remove":
                 return remove_duplicates(splits, duplicates)
             report = Path(f"{self._name}.near-duplicates.csv")
-            self._group.rank0(lambda: write_report(duplicates, report))
+            self._group.run_on_main(lambda: write_report(duplicates, report))
             self._print(f"  listed in {report}")
         return splits
 

@@ -52,7 +52,7 @@ TRAINER_LEVELS = (
     {"optim"},
     {"evaluate"},
     {"loop", "inference", "export", "report"},
-    {"run", "train", "tune", "predict"},
+    {"run", "tune", "predict"},
 )
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all", "np.random.seed", "random.seed"}
 

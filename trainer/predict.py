@@ -27,7 +27,7 @@ from pipeline.transforms.spec import UndecodableImage
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
 from trainer.evaluate.calibration import calibration_error
-from trainer.evaluate.metrics import Confusion
+from trainer.evaluate.metrics import ConfusionMatrix
 from trainer.inference.contact_sheet import MAX_TILES, Tile, prediction_sheet
 from trainer.inference.input_files import Sample, find_inputs, read_samples
 from trainer.inference.predictor import Predictor, add_run_arguments
@@ -100,7 +100,7 @@ def compute_metrics(predictions: list[Prediction], classes: tuple[str, ...]) -> 
         return None
     labels, probabilities = np.array([label for label, _ in pairs]), np.stack([output for _, output in pairs])
     predicted = probabilities.argmax(axis=1)
-    confusion = Confusion.of(labels, predicted, len(classes))
+    confusion = ConfusionMatrix.of(labels, predicted, len(classes))
     return {
         **confusion.summary(),
         "calibration_error": calibration_error(probabilities.max(axis=1), predicted == labels),

@@ -54,7 +54,7 @@ class Stretched:
     def __init__(self, loader: TrainingLoader, steps: int) -> None:
         self._loader = loader
         self._steps = steps
-        self.phases, self.phase = loader.phases, loader.phase
+        self.stages, self.stage_at = loader.stages, loader.stage_at
         self.window, self.samples = loader.window, loader.samples
 
     def steps(self, epoch: int) -> int:
@@ -171,7 +171,7 @@ def measure(study: Study, point: Point, batch_size: int, accumulation: int) -> d
             "epochs": settings.trainer.epochs,
             "seconds": study.seconds if study.is_timed(point) else None,
             "training_images_per_second": rate.to_json(),
-            "data_wait_share": training.state.total.wait_share,
+            "data_wait_share": training.state.total.wait_fraction,
             "parameters": sum(parameter.numel() for parameter in training.state.model.parameters()),
             "by_epochs": by_epochs,
             "by_time": by_time,

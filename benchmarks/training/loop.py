@@ -54,7 +54,7 @@ class ResidentLoader:
     def __init__(self, loader: TrainingLoader, steps: int | None = None) -> None:
         self._loader = loader
         self._most = steps
-        self.phases = loader.phases
+        self.stages = loader.stages
         with contextlib.closing(loader.batches()) as batches:
             pairs = zip(range(_RESIDENT), batches, strict=False)
             self._kept = [replace(batch, images=batch.images.clone()) for _, batch in pairs]
@@ -139,7 +139,7 @@ def measure_in(
         "whole_images_per_second": Spread.of([loop.images_per_second for loop in loops["whole"]]).to_json(),
         "synthetic_images_per_second": Spread.of([loop.images_per_second for loop in loops["synthetic"]]).to_json(),
         "whole_of_synthetic": Spread.of(ratios).to_json(),
-        "data_wait_share": Spread.of([loop.wait_share for loop in loops["whole"]]).to_json(),
+        "data_wait_share": Spread.of([loop.wait_fraction for loop in loops["whole"]]).to_json(),
         "step_milliseconds": Spread.of([1000 * loop.seconds / steps for loop in loops["whole"]]).to_json(),
         "first_steps_seconds": first,
         "steps_a_run": steps,

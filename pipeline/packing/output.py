@@ -55,7 +55,7 @@ class LocalOutput:
     def staging(self, group: ProcessGroup) -> Iterator[Path]:
         """Yield the directory into which this rank writes its files. It is removed unless `complete` is called."""
         with ExitStack() as stack:
-            self._replacement = group.rank0(lambda: stack.enter_context(replace_directory(self._out)))
+            self._replacement = group.run_on_main(lambda: stack.enter_context(replace_directory(self._out)))
             path = self._replacement.path
             group.barrier_run(lambda: _check_shared(path))
             yield path
@@ -68,7 +68,7 @@ class LocalOutput:
             _write_manifests(directory, manifests)
             self._replacement.commit()
 
-        group.rank0(commit)
+        group.run_on_main(commit)
 
 
 class RemoteOutput:
@@ -90,7 +90,7 @@ class RemoteOutput:
 
     @contextmanager
     def staging(self, group: ProcessGroup) -> Iterator[Path]:
-        group.rank0(lambda: check_upload(self._address))  # before hours of packing
+        group.run_on_main(lambda: check_upload(self._address))  # before hours of packing
         with tempfile.TemporaryDirectory(prefix="inkstream-pack-") as directory:
             yield Path(directory)
 
@@ -99,9 +99,9 @@ class RemoteOutput:
             _write_manifests(directory, manifests)
             upload_manifests(directory, self._address)
 
-        group.rank0(lambda: remove_manifests(self._address))
+        group.run_on_main(lambda: remove_manifests(self._address))
         group.barrier_run(lambda: upload_files(directory, self._address))
-        group.rank0(finish)
+        group.run_on_main(finish)
 
 
 OutputLocation: TypeAlias = LocalOutput | RemoteOutput

@@ -158,14 +158,14 @@ def pack(
     def find() -> tuple[Manifest, ...]:
         return () if force else find_pack(output, settings, out)
 
-    if existing := group.rank0(lambda: () if output.needs_recovery() else find()):
+    if existing := group.run_on_main(lambda: () if output.needs_recovery() else find()):
         return Packed(existing, is_new=False)
     with output.staging(group) as directory:
         # Again, now under the lock: another writer may have finished, or the pack of a killed one been restored.
-        if existing := group.rank0(find):
+        if existing := group.run_on_main(find):
             return Packed(existing, is_new=False)
         if force:
-            group.rank0(output.manifests)  # raises if it is not a pack
+            group.run_on_main(output.manifests)  # raises if it is not a pack
         splits = group.barrier_run(load)
         packing = _Packing(settings, directory, workers or default_workers(), group)
         manifests: dict[str, Manifest] = {}
@@ -176,12 +176,12 @@ def pack(
             except UnreadableImages as error:
                 unreadable[split.name] = error.reasons
         if unreadable and not skip_bad:
-            raise group.rank0(lambda: _unreadable_error(unreadable, out))
+            raise group.run_on_main(lambda: _unreadable_error(unreadable, out))
         if unreadable:
             for split in splits:
                 if split.name in unreadable:
                     manifests[split.name] = packing.write(_without(split, unreadable[split.name]))
-            group.rank0(lambda: write_file(directory / UNREADABLE, _unreadable_report(unreadable)))
+            group.run_on_main(lambda: write_file(directory / UNREADABLE, _unreadable_report(unreadable)))
             group.barrier_run(lambda: _remove_others(directory, manifests.values()))
         in_order = tuple(manifests[split.name] for split in splits)
         output.complete(group, directory, in_order)

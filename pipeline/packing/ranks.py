@@ -46,7 +46,7 @@ class ProcessGroup:
         self.all_gather(lambda: results.append(work()))
         return results[0]
 
-    def rank0(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """Call a function on rank 0; return its (picklable) result on every rank."""
         return self.all_gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]  # T on rank 0
 

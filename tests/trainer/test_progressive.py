@@ -19,7 +19,7 @@ from support.training_runs import QUICK, stop_in_epoch, train_here
 from shards import UserError
 from trainer.config.load import load
 from trainer.config.schema import Config
-from trainer.data.resolution_schedule import Phase, phases
+from trainer.data.resolution_schedule import ResolutionStage, resolution_stages
 from trainer.data.training_data import open_data
 from trainer.models.precision import resolve_precision
 from trainer.optim.schedules import LRSchedule
@@ -58,11 +58,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
 
 def test_phases_follow_the_schedule_and_keep_the_pixels_of_a_batch() -> None:
     given = ("data.resolution=[[1, 48], [5, 80], [9, 112]]", "trainer.epochs=12", "loader.batch_size=512")
-    assert phases(config(*given)) == (Phase(0, 48, 512), Phase(4, 80, 512), Phase(8, 112, 512))
-    scaled = phases(config(*given, "loader.scale_batch_with_resolution=true"))
-    assert scaled == (Phase(0, 48, 2784), Phase(4, 80, 1000), Phase(8, 112, 512))
-    assert all(phase.batch_size * phase.resolution**2 <= 512 * 112**2 for phase in scaled)
-    assert phases(config("data.resolution=28")) == (Phase(0, 28, 64),)
+    assert resolution_stages(config(*given)) == (
+        ResolutionStage(0, 48, 512),
+        ResolutionStage(4, 80, 512),
+        ResolutionStage(8, 112, 512),
+    )
+    scaled = resolution_stages(config(*given, "loader.scale_batch_with_resolution=true"))
+    assert scaled == (ResolutionStage(0, 48, 2784), ResolutionStage(4, 80, 1000), ResolutionStage(8, 112, 512))
+    assert all(stage.batch_size * stage.resolution**2 <= 512 * 112**2 for stage in scaled)
+    assert resolution_stages(config("data.resolution=28")) == (ResolutionStage(0, 28, 64),)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def save_last(directory: Path, state: dict[str, Any], keep: bool) -> None:
     sync_directory(directory)
 
 
-def is_there(directory: Path) -> bool:
+def has_checkpoint(directory: Path) -> bool:
     """Whether a directory holds a checkpoint to go on from; killed between two renames, it may be `previous.pt`."""
     return (directory / LAST).exists() or (directory / PREVIOUS).exists()
 

@@ -64,7 +64,7 @@ class RunDirectory:
         return json.loads(self.summary_path.read_text())
 
 
-def choose(config: Config, earlier: Path | None = None) -> tuple[RunDirectory, bool]:
+def choose_run_dir(config: Config, earlier: Path | None = None) -> tuple[RunDirectory, bool]:
     """The directory of this run, and whether it continues what is there.
 
     earlier: the directory that this run was given before its processes were started again; then it is that one.
@@ -72,13 +72,13 @@ def choose(config: Config, earlier: Path | None = None) -> tuple[RunDirectory, b
     """
     if earlier is not None:
         directory = RunDirectory(earlier)
-        return directory, checkpoint.is_there(directory.checkpoints)
+        return directory, checkpoint.has_checkpoint(directory.checkpoints)
     resume = config.resume == "auto"
     if config.run.dir is not None:
         directory = RunDirectory(config.run.dir)
         if (directory.path / _CONFIG).exists():
             if resume:
-                return directory, checkpoint.is_there(directory.checkpoints)
+                return directory, checkpoint.has_checkpoint(directory.checkpoints)
             raise UserError(
                 found=f"run.dir={directory.path}, which holds a run",
                 expected="a new directory",
@@ -97,7 +97,7 @@ def choose(config: Config, earlier: Path | None = None) -> tuple[RunDirectory, b
         unfinished = [
             path.parent
             for path in sorted(root.glob("*/checkpoints"))
-            if checkpoint.is_there(path) and not (path.parent / _SUMMARY).exists()
+            if checkpoint.has_checkpoint(path) and not (path.parent / _SUMMARY).exists()
         ]
         if unfinished:
             return RunDirectory(unfinished[-1]), True

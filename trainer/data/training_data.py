@@ -24,7 +24,7 @@ from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
 from shards.verify.check import check_hashes
 from trainer.config.schema import Config
-from trainer.data.resolution_schedule import Phase, TrainingLoader, phases
+from trainer.data.resolution_schedule import ResolutionStage, TrainingLoader, resolution_stages
 from trainer.runtime.distributed import World
 from trainer.runtime.memory import memory_limit
 
@@ -79,7 +79,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         world.run_on_main(lambda: _check_hashes(directory, *stores))
 
     aside = 0 if own_validation else config.data.val_fraction
-    train, validation = carve(train_store.labels, aside, config.data.train_fraction, config.seed)
+    train, validation = split_train_val(train_store.labels, aside, config.data.train_fraction, config.seed)
     validation_store = stores[2] if own_validation else train_store
     if own_validation:
         validation = np.arange(len(validation_store))
@@ -96,7 +96,7 @@ def open_data(config: Config, world: World) -> TrainingData:
             hint="raise it, or data.val_fraction=0 to train without",
         )
     manifest = train_store.manifest
-    parts = phases(config)
+    parts = resolution_stages(config)
     spec = TransformSpec.of(manifest, parts[-1].resolution, config.data.interpolation, config.data.preprocessing())
     augmentation = config.augment.augmentation()
     if manifest.image_shape[2] == 1 and (augmentation.saturation or augmentation.hue):
@@ -104,16 +104,16 @@ def open_data(config: Config, world: World) -> TrainingData:
     backend, reason = choose_backend(config.loader.backend, world.device, spec)
     specs = {
         resolution: _normalised(replace(spec, resolution=resolution), config, train_store, directory, backend, world)
-        for resolution in sorted({phase.resolution for phase in parts})
+        for resolution in sorted({stage.resolution for stage in parts})
     }
     spec = specs[parts[-1].resolution]
-    largest_batch = max(phase.batch_size for phase in parts)
+    largest_batch = max(stage.batch_size for stage in parts)
     graph = build_transform(spec, backend, world.device, parts[-1].batch_size)
 
-    def graph_of(phase: Phase) -> Transform:
-        if phase[1:] == parts[-1][1:] and not augmentation:
+    def graph_of(stage: ResolutionStage) -> Transform:
+        if stage[1:] == parts[-1][1:] and not augmentation:
             return graph
-        return build_transform(specs[phase.resolution], backend, world.device, phase.batch_size, augmentation)
+        return build_transform(specs[stage.resolution], backend, world.device, stage.batch_size, augmentation)
 
     ranks = {"rank": world.rank, "world_size": world.size}
     window = world.broadcast_object(max_shuffle_window(manifest, int(memory * _TRAIN_SHARE), largest_batch))
@@ -156,7 +156,7 @@ def _memory(setting: float | Literal["auto"]) -> int:
     return memory_limit() // 2 // local_ranks
 
 
-def carve(
+def split_train_val(
     labels: NDArray[np.int64], validation: float, subset: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions to train on and positions to validate on, each by class and by the seed; they share none.

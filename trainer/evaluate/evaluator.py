@@ -24,7 +24,7 @@ from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.config.schema import TrainerConfig
 from trainer.data.training_data import evaluation_loader
 from trainer.evaluate.calibration import calibration_error
-from trainer.evaluate.metrics import Confusion
+from trainer.evaluate.metrics import ConfusionMatrix
 from trainer.evaluate.tta import mean_logits
 from trainer.models.precision import autocast, to_memory_format
 from trainer.runtime.distributed import World
@@ -52,7 +52,7 @@ class Evaluation:
     seconds, wait_seconds: how long it took on this rank, and how much of that it waited for data.
     """
 
-    confusion: Confusion
+    confusion: ConfusionMatrix
     loss: float
     temperature: float
     calibrated_loss: float
@@ -121,17 +121,19 @@ def evaluate(
     if world.all_reduce_max(len(received)):
         raise Interrupted
     mine = [_joined(parts) for parts in (rows, labels, predicted, confidence, uncalibrated)]
-    confusion = Confusion.of(mine[1].astype(np.int64), mine[2].astype(np.int64), classes)
+    confusion = ConfusionMatrix.of(mine[1].astype(np.int64), mine[2].astype(np.int64), classes)
     counts = world.sum(torch.from_numpy(confusion.counts)).numpy()
     mean_loss, calibrated_loss = (world.sum(loss.cpu()) / int(counts.sum())).tolist()
     gathered = _by_row(world.gather(mine))
     predictions = Predictions(*gathered) if gathered else None
     seconds = time.perf_counter() - start
-    return Evaluation(Confusion(counts), mean_loss, temperature, calibrated_loss, predictions, seconds, wait_seconds)
+    return Evaluation(
+        ConfusionMatrix(counts), mean_loss, temperature, calibrated_loss, predictions, seconds, wait_seconds
+    )
 
 
 @torch.inference_mode()
-def logits_of(
+def predict_logits(
     model: nn.Module, loader: Loader, settings: TrainerConfig, world: World, received: Sequence[int] = ()
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
     """A model's logits [N, C] for the samples of a loader and their labels [N], in the order of rows; on rank 0, None

@@ -18,7 +18,7 @@ from torch import nn
 
 from trainer.config.schema import LossConfig
 from trainer.evaluate.calibration import fit_temperature
-from trainer.evaluate.metrics import Confusion
+from trainer.evaluate.metrics import ConfusionMatrix
 from trainer.optim.losses import class_weights, log_priors
 
 _TAUS = np.linspace(-2, 2, 81)  # that `auto` tries
@@ -27,7 +27,7 @@ _CURVE_STEP = 5  # of the taus, in what is written down
 
 
 @dataclass(frozen=True)
-class Decision:
+class PosthocCalibration:
     """How logits become a class and a confidence, and what that is worth on the validation part.
 
     offsets: float32 [C], tau log w, which is taken from the logits before all else. temperature: by which the rest is
@@ -37,8 +37,8 @@ class Decision:
     tau: float
     offsets: NDArray[np.float32]
     temperature: float
-    validation: Confusion
-    as_learned: Confusion
+    validation: ConfusionMatrix
+    as_learned: ConfusionMatrix
     curve: list[dict[str, float]]
 
     def summary(self) -> dict[str, Any]:
@@ -74,20 +74,20 @@ def log_weights(counts: NDArray[np.int64], settings: LossConfig) -> NDArray[np.f
     return found.numpy()
 
 
-def decide(
+def fit_posthoc(
     logits: NDArray[np.float32],
     labels: NDArray[np.int64],
     log_weights: NDArray[np.float32],
     tau: float | Literal["auto"],
     select: Literal["accuracy", "macro_f1"],
-) -> Decision:
+) -> PosthocCalibration:
     """The decision for a model with logits [N, C] on validation images of labels [N].
 
     tau: how far the weights are undone, or `auto` for what suits the figure best; of equals the smallest in size.
     """
 
-    def confusion(tau: float) -> Confusion:
-        return Confusion.of(labels, (logits - np.float32(tau) * log_weights).argmax(axis=1), logits.shape[1])
+    def confusion(tau: float) -> ConfusionMatrix:
+        return ConfusionMatrix.of(labels, (logits - np.float32(tau) * log_weights).argmax(axis=1), logits.shape[1])
 
     if tau == "auto":
         tried = [confusion(value) for value in _TAUS]
@@ -95,7 +95,7 @@ def decide(
     else:
         chosen = float(tau)
     offsets = np.float32(chosen) * log_weights
-    return Decision(
+    return PosthocCalibration(
         tau=chosen,
         offsets=offsets,
         temperature=fit_temperature(logits - offsets, labels),
@@ -114,6 +114,6 @@ def best_tau(figures: list[float]) -> float:
     return float(round(_TAUS[best[np.argmin(np.abs(_TAUS[best]))]], 6))
 
 
-def _curve(confusion: Callable[[float], Confusion]) -> list[dict[str, float]]:
+def _curve(confusion: Callable[[float], ConfusionMatrix]) -> list[dict[str, float]]:
     points = [(float(round(tau, 6)), confusion(tau)) for tau in _TAUS[::_CURVE_STEP]]
     return [{"tau": tau, "accuracy": one.accuracy, "macro_f1": one.macro_f1} for tau, one in points]

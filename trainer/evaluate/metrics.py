@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Confusion:
+class ConfusionMatrix:
     """counts: int64 [C, C]; row: the true class, column: the predicted one."""
 
     counts: NDArray[np.int64]
 
     @classmethod
-    def of(cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> Confusion:
+    def of(cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> ConfusionMatrix:
         pairs = np.bincount(labels * classes + predictions, minlength=classes * classes)
         return cls(pairs.reshape(classes, classes))
 

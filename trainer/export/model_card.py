@@ -17,7 +17,7 @@ from torch import nn
 from shards import Manifest
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.config.schema import BUILTIN_MODELS
-from trainer.evaluate.metrics import Confusion
+from trainer.evaluate.metrics import ConfusionMatrix
 from trainer.export.parity import TOLERANCE, Parity, Reference
 from trainer.models.factory import pretrained_license
 
@@ -57,7 +57,7 @@ class Card:
         environment.filters["percent"] = lambda share: f"{100 * share:.2f} %"
         classes, settings = self.run.trained.classes, self.run.config.model
         predictions = np.load(self.run.directory.predictions)
-        confusion = Confusion.of(predictions["labels"], predictions["predicted"], len(classes))
+        confusion = ConfusionMatrix.of(predictions["labels"], predictions["predicted"], len(classes))
         return environment.get_template(_TEMPLATE.name).render(
             file=self.file,
             form=self.form,

@@ -34,7 +34,7 @@ from shards.open import open_store
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import load_trained_model
-from trainer.evaluate.evaluator import loader_for, logits_of
+from trainer.evaluate.evaluator import loader_for, predict_logits
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.inference.predictor import add_run_arguments
 from trainer.runtime.distributed import World, init_distributed
@@ -64,7 +64,7 @@ def predict(run: Path, store: Store, world: World) -> PseudoLabels:
     """Predict every image of a split with the best epoch of a run, with its logit adjustment and temperature."""
     trained = load_trained_model(run)
     model = trained.build_model(world.device)
-    output = logits_of(model, loader_for(store, trained, world), trained.config.trainer, world)
+    output = predict_logits(model, loader_for(store, trained, world), trained.config.trainer, world)
     assert output is not None, "one rank"
     top = ProbabilityHead(**trained.posthoc_kwargs())(torch.from_numpy(output[0])).max(dim=1)
     return PseudoLabels(np.sort(store.rows), top.indices.numpy(), top.values.numpy())

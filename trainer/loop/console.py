@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.run_dir import RunDirectory
-from trainer.data.resolution_schedule import Phase
+from trainer.data.resolution_schedule import ResolutionStage
 from trainer.data.training_data import TrainingData
 from trainer.loop.state import Training
 
@@ -48,11 +48,11 @@ def print_plan(training: Training) -> None:
     raw = f"image files, {channels} channels" if data.spec.encoded else f"{height}x{width}x{channels}"
     weights = training.class_weights
 
-    def model_input(stage: Phase) -> str:
+    def model_input(stage: ResolutionStage) -> str:
         per_rank = -(-stage.batch_size // world.size)
         return f"[{per_rank}, {channels}, {stage.resolution}, {stage.resolution}] per rank"
 
-    def steps(stage: Phase) -> str:
+    def steps(stage: ResolutionStage) -> str:
         count = data.train.steps(stage.first)
         return f"{count:,} per epoch, {-(-count // settings.optim.grad_accumulation):,} optimizer steps"
 
@@ -92,11 +92,11 @@ def _metrics(metrics: dict[str, Any]) -> str:
     return f"accuracy {metrics['accuracy']:.2%}  macro F1 {metrics['macro_f1']:.2%}"
 
 
-def _by_stage(data: TrainingData, describe: Callable[[Phase], str]) -> str:
+def _by_stage(data: TrainingData, describe: Callable[[ResolutionStage], str]) -> str:
     """One phrase for each stage whose phrase differs from the stage before: `48x48, from epoch 5 on 112x112`."""
     phrases: list[str] = []
     previous = ""
-    for stage in data.train.phases:
+    for stage in data.train.stages:
         phrase = describe(stage)
         if phrase != previous:
             phrases.append(phrase if stage.first == 0 else f"from epoch {stage.first + 1} on {phrase}")

@@ -17,8 +17,8 @@ from pipeline.loader import Batch
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
-from trainer.evaluate.evaluator import Evaluation, evaluate, logits_of
-from trainer.evaluate.logit_adjustment import decide
+from trainer.evaluate.evaluator import Evaluation, evaluate, predict_logits
+from trainer.evaluate.logit_adjustment import fit_posthoc
 from trainer.loop.epoch_meter import EpochMeter
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
 from trainer.loop.state import Totals, Training
@@ -250,12 +250,12 @@ def _end_epoch(training: Training, services: Services) -> None:
         world.broadcast_tensors_(list(state.ema.module.buffers()))
     record: dict[str, Any] = {
         "epoch": state.epoch + 1,
-        "resolution": training.data.train.phase(state.epoch).resolution,
+        "resolution": training.data.train.stage_at(state.epoch).resolution,
         "train_loss": totals.loss / max(totals.samples, 1),
         "lr": state.lr,
         "seconds": totals.seconds,
         "images_per_second": totals.images_per_second,
-        "data_wait_share": totals.wait_share,
+        "data_wait_share": totals.wait_fraction,
     }
     metric = float(state.epoch + 1)  # without a validation split every epoch is the best so far
     if training.data.validation is not None:
@@ -298,9 +298,9 @@ def test(training: Training, services: Services) -> Evaluation:
     trained = world.run_on_main(services.checkpointer.best)
     model = trained.build_model(world.device)
     if data.validation is not None:
-        found = logits_of(model, data.validation, settings, world, services.signals_received)
+        found = predict_logits(model, data.validation, settings, world, services.signals_received)
         tau = training.config.posthoc.tau
-        decided = decide(*found, training.log_weights, tau, settings.monitor) if found else None
+        decided = fit_posthoc(*found, training.log_weights, tau, settings.monitor) if found else None
         training.decision = decided = world.broadcast_object(decided)
         trained = replace(trained, tau=decided.tau, offsets=decided.offsets, temperature=decided.temperature)
         if world.is_main_process:

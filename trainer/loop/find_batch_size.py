@@ -39,7 +39,7 @@ _SPARED = 0.9  # of the free memory of a CPU, which other processes share
 
 
 @dataclass(frozen=True)
-class Trial:
+class BatchSizeResult:
     """A batch size that fits. memory: bytes at the peak."""
 
     batch_size: int
@@ -47,12 +47,12 @@ class Trial:
     memory: int
 
 
-def search(attempt: Callable[[int], Trial | None], most: int) -> list[Trial]:
+def search_batch_sizes(attempt: Callable[[int], BatchSizeResult | None], most: int) -> list[BatchSizeResult]:
     """The trials that fit, smallest first: doubled up to `most` images, then bisected to a sixteenth.
 
     attempt: tries a batch size; None if it does not fit.
     """
-    trials: list[Trial] = []
+    trials: list[BatchSizeResult] = []
     size, too_large = min(_FIRST, most), None
     while too_large is None and (not trials or size > trials[-1].batch_size):
         found = attempt(size)
@@ -75,7 +75,7 @@ def search(attempt: Callable[[int], Trial | None], most: int) -> list[Trial]:
     return trials
 
 
-class Attempts:
+class BatchSizeRunner:
     """Training steps with made-up batches of any size."""
 
     def __init__(self, training: Training) -> None:
@@ -85,7 +85,7 @@ class Attempts:
         self._before = peak_memory()
         self._per_image = 0.0
 
-    def __call__(self, batch_size: int) -> Trial | None:
+    def __call__(self, batch_size: int) -> BatchSizeResult | None:
         """The speed and memory of a batch size; None if the device's memory is not enough for it.
 
         A GPU says so. A system kills the process instead, so on a CPU the memory is estimated from the sizes before.
@@ -95,7 +95,7 @@ class Attempts:
             torch.cuda.reset_peak_memory_stats(self._device)
             try:
                 speed = self._speed(batch_size)
-                return Trial(batch_size, speed, torch.cuda.max_memory_reserved(self._device))
+                return BatchSizeResult(batch_size, speed, torch.cuda.max_memory_reserved(self._device))
             except torch.cuda.OutOfMemoryError:
                 return None
             finally:
@@ -105,7 +105,7 @@ class Attempts:
             return None
         speed = self._speed(batch_size)
         self._per_image = (peak_memory() - self._before) / batch_size
-        return Trial(batch_size, speed, peak_memory())
+        return BatchSizeResult(batch_size, speed, peak_memory())
 
     def _speed(self, batch_size: int) -> float:
         """Images a second of whole steps, the optimiser's update included."""
@@ -154,10 +154,10 @@ def main() -> int:
         settings = resolve_precision(settings, world.device)
         data = open_data(settings, world)
         training = make_training(settings, data, world)
-        attempts = Attempts(training)
+        attempts = BatchSizeRunner(training)
         print(f"{settings.model.name} at {data.spec.resolution}x{data.spec.resolution} on {world.device}")
 
-        def attempt(size: int) -> Trial | None:
+        def attempt(size: int) -> BatchSizeResult | None:
             found = attempts(size)
             told = (
                 f"{found.images_per_second:>10,.0f} images/s  {found.memory / 1e9:6.1f} GB" if found else "does not fit"
@@ -165,7 +165,7 @@ def main() -> int:
             print(f"{size:>8,} images  {told}", flush=True)
             return found
 
-        trials = search(attempt, most=len(data.train.samples))
+        trials = search_batch_sizes(attempt, most=len(data.train.samples))
         if not trials:
             raise UserError(
                 found=f"not even {_FIRST} images that fit", expected="some", hint="a smaller model or data.resolution"

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
-from trainer.evaluate.logit_adjustment import Decision, log_weights
+from trainer.evaluate.logit_adjustment import PosthocCalibration, log_weights
 from trainer.models.compile import compile_model
 from trainer.models.factory import check_sides, make_model
 from trainer.models.precision import memory_format
@@ -54,7 +54,7 @@ class Totals:
         return self.samples / self.seconds if self.seconds else 0.0
 
     @property
-    def wait_share(self) -> float:
+    def wait_fraction(self) -> float:
         return self.wait_seconds / self.seconds if self.seconds else 0.0
 
 
@@ -145,7 +145,7 @@ class Training:
     teacher: DistillationTeacher | None
     profile: Profile
     trace: Trace
-    decision: Decision | None = None
+    decision: PosthocCalibration | None = None
     """Post-hoc calibration of the best weights; set before the test if there is a validation split."""
 
     @property
@@ -213,7 +213,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     model = make_model(settings, channels, len(data.classes), data.classes)
     check_sides(model, settings.name, channels, {side for _, side in config.data.resolution_by_epoch()})
     model.to(world.device, memory_format=memory_format(config.trainer))
-    forward = compile_model(model, config.trainer, world.device, len(data.train.phases))
+    forward = compile_model(model, config.trainer, world.device, len(data.train.stages))
     if world.size > 1:
         gpu = [world.device.index] if world.device.type == "cuda" else None
         forward = DistributedDataParallel(

@@ -26,7 +26,7 @@ def summarize(training: Training, evaluation: Evaluation) -> dict[str, Any]:
         "seconds": state.elapsed,
         "training_seconds": state.total.seconds,
         "images_per_second": state.total.images_per_second,
-        "data_wait_share": state.total.wait_share,
+        "data_wait_share": state.total.wait_fraction,
         "resolution": training.config.data.final_resolution,
         "parameters": state.parameter_count,
         "model": training.config.model.name,

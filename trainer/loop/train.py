@@ -16,8 +16,7 @@ import numpy as np
 from shards.atomic import write_file
 from shards.remote.sets import resolve_dataset
 from trainer.checkpoint import io as checkpoint
-from trainer.checkpoint import run_dir as run_directory
-from trainer.checkpoint.run_dir import RunDirectory
+from trainer.checkpoint.run_dir import RunDirectory, choose_run_dir
 from trainer.config import load as config
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData, open_data
@@ -69,9 +68,7 @@ def train(path: Path, overrides: list[str], dry: bool) -> int:
 
 def run(settings: Config, data: TrainingData, world: World) -> int:
     """Train in a new run directory, or resume in an existing one; returns the exit status."""
-    run_dir, resuming = world.run_on_main(
-        lambda: run_directory.choose(settings, rendezvous.get_run_dir_of_job(settings.run))
-    )
+    run_dir, resuming = world.run_on_main(lambda: choose_run_dir(settings, rendezvous.get_run_dir_of_job(settings.run)))
     saved, source = world.run_on_main(lambda: _load_newest(run_dir, settings, data)) if resuming else (None, None)
     if resuming and world.run_on_main(run_dir.summary_path.exists):
         if world.is_main_process:

@@ -10,7 +10,7 @@ import yaml
 from shards.errors import UserError
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.config.schema import flatten
-from trainer.evaluate.metrics import Confusion
+from trainer.evaluate.metrics import ConfusionMatrix
 from trainer.report import html
 from trainer.report.learning_curves import compared_curves, style
 from trainer.report.svg import MAX_SERIES, Line
@@ -107,7 +107,7 @@ def _class_rows(runs: list[CompletedRun]) -> list[dict[str, Any]]:
     confusions = []
     for run in runs:
         predictions = np.load(run.directory.predictions)
-        confusions.append(Confusion.of(predictions["labels"], predictions["predicted"], len(run.trained.classes)))
+        confusions.append(ConfusionMatrix.of(predictions["labels"], predictions["predicted"], len(run.trained.classes)))
     f1 = np.stack([confusion.f1 for confusion in confusions])  # [runs, C]
     return [
         {

@@ -14,7 +14,7 @@ from shards.atomic import write_file
 from shards.stores.base import Store
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.evaluate.calibration import reliability
-from trainer.evaluate.metrics import Confusion
+from trainer.evaluate.metrics import ConfusionMatrix
 from trainer.report import html
 from trainer.report.error_gallery import build_gallery, data_urls
 from trainer.report.learning_curves import learning_curves, style
@@ -38,7 +38,7 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
     directory = RunDirectory(path)
     classes = store.manifest.classes
     predictions = dict(np.load(directory.predictions))
-    confusion = Confusion.of(predictions["labels"], predictions["predicted"], len(classes))
+    confusion = ConfusionMatrix.of(predictions["labels"], predictions["predicted"], len(classes))
     profile, settings = directory.profile, directory.config.read_text()
     page = html.render(
         "run_page.html.j2",
@@ -71,7 +71,7 @@ def _calibration(predictions: dict[str, NDArray], temperature: float) -> dict[st
     return {"series": series, "svg": reliability_chart(series, "Accuracy on the test split by bins of confidence")}
 
 
-def _pair_rows(confusion: Confusion, predictions: dict[str, NDArray], store: Store) -> list[dict[str, Any]]:
+def _pair_rows(confusion: ConfusionMatrix, predictions: dict[str, NDArray], store: Store) -> list[dict[str, Any]]:
     """The most frequent confusions with images, the most confident first."""
     labels, predicted, confidence = predictions["labels"], predictions["predicted"], predictions["confidence"]
     classes = store.manifest.classes

@@ -15,7 +15,7 @@ import torch
 
 from shards.errors import UserError
 from trainer.checkpoint import io as checkpoint
-from trainer.checkpoint import run_dir as run_directory
+from trainer.checkpoint.run_dir import choose_run_dir
 from trainer.config import load as config
 from trainer.config.schema import Config
 from trainer.data.training_data import open_data
@@ -135,7 +135,7 @@ def train_trial(
 
 def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialReporter) -> dict[str, Any]:
     """Train once, or resume, in `run.dir`; returns the best validation metric, and those of all epochs."""
-    directory, resuming = run_directory.choose(settings)
+    directory, resuming = choose_run_dir(settings)
     if directory.summary_path.exists():
         return directory.read_summary()
     with contextlib.ExitStack() as held:

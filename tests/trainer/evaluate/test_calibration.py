@@ -131,9 +131,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
         fitted_on.append(len(arguments[1].sampler.samples))  # type: ignore[attr-defined]
         return original(*arguments)  # type: ignore[arg-type]
 
-    original = engine.logits_of
+    original = engine.predict_logits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "logits_of", counted)
+        patch.setattr(engine, "predict_logits", counted)
         patch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory}"])
         assert run_main() == 0
     assert fitted_on == [288], "the validation part, once"

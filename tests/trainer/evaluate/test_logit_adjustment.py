@@ -19,7 +19,7 @@ from shards import open_split
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config.schema import LossConfig
 from trainer.evaluate.evaluator import evaluate_run
-from trainer.evaluate.logit_adjustment import best_tau, decide, log_weights
+from trainer.evaluate.logit_adjustment import best_tau, fit_posthoc, log_weights
 from trainer.inference.predictor import Predictor, upright_images
 from trainer.optim.losses import class_weights, log_priors, weighted_kl
 from trainer.run import main as run_main
@@ -67,17 +67,17 @@ def imbalanced(count: int = 40_000) -> tuple[NDArray[np.float32], NDArray[np.int
 
 def test_tau_is_tuned_for_the_figure_asked_for() -> None:
     logits, labels, undone = imbalanced()
-    top, fair = (decide(logits, labels, undone, "auto", select) for select in ("accuracy", "macro_f1"))
+    top, fair = (fit_posthoc(logits, labels, undone, "auto", select) for select in ("accuracy", "macro_f1"))
     assert top.tau == pytest.approx(1, abs=0.1), "the most probable class"
     assert fair.tau < top.tau
     assert top.validation.accuracy > top.as_learned.accuracy + 0.05
     assert fair.validation.macro_f1 > max(top.validation.macro_f1, fair.as_learned.macro_f1)
     assert top.temperature == pytest.approx(1, abs=0.05), "probabilities are those of the labels again"
-    learned = decide(logits, labels, undone, 0.0, "accuracy")
+    learned = fit_posthoc(logits, labels, undone, 0.0, "accuracy")
     assert np.array_equal(learned.validation.counts, learned.as_learned.counts)
     assert not learned.offsets.any()
     at_one = next(point for point in top.curve if point["tau"] == 1)
-    assert at_one["accuracy"] == decide(logits, labels, undone, 1.0, "accuracy").validation.accuracy
+    assert at_one["accuracy"] == fit_posthoc(logits, labels, undone, 1.0, "accuracy").validation.accuracy
 
 
 def test_a_tau_that_stands_out_alone_is_not_taken() -> None:

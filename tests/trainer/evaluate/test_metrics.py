@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
-from trainer.evaluate.metrics import Confusion
+from trainer.evaluate.metrics import ConfusionMatrix
 
 Pairs = tuple[int, list[tuple[int, int]]]
 
@@ -33,7 +33,7 @@ def test_figures_are_those_of_scikit_learn(made: Pairs) -> None:
     classes, pairs = made
     true, said = columns(pairs)
     every = range(classes)
-    confusion = Confusion.of(true, said, classes)
+    confusion = ConfusionMatrix.of(true, said, classes)
     assert np.array_equal(confusion.counts, confusion_matrix(true, said, labels=every))
     assert confusion.samples == len(pairs)
     precision, recall, f1, support = precision_recall_fscore_support(true, said, labels=every, zero_division=0)
@@ -56,13 +56,13 @@ def test_figures_are_those_of_scikit_learn(made: Pairs) -> None:
 def test_matrices_of_ranks_add_up_to_the_matrix_of_all(made: Pairs, ranks: int) -> None:
     classes, pairs = made
     true, said = columns(pairs)
-    parts = [Confusion.of(true[rank::ranks], said[rank::ranks], classes).counts for rank in range(ranks)]
-    assert np.array_equal(sum(parts), Confusion.of(true, said, classes).counts)
+    parts = [ConfusionMatrix.of(true[rank::ranks], said[rank::ranks], classes).counts for rank in range(ranks)]
+    assert np.array_equal(sum(parts), ConfusionMatrix.of(true, said, classes).counts)
 
 
 def test_a_class_that_is_absent_counts_for_nothing() -> None:
     """Class 2 is nowhere; class 3 is predicted but never true, which is a fault that macro F1 must see."""
-    confusion = Confusion.of(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 3]), 4)
+    confusion = ConfusionMatrix.of(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 3]), 4)
     assert confusion.support.tolist() == [2, 2, 0, 0]
     assert confusion.precision.tolist() == [1, 1, 0, 0]
     assert confusion.recall.tolist() == [1, 0.5, 0, 0]
@@ -72,15 +72,15 @@ def test_a_class_that_is_absent_counts_for_nothing() -> None:
 
 
 def test_rows_are_true_classes_and_columns_predictions() -> None:
-    assert Confusion.of(np.array([0, 0, 1]), np.array([1, 1, 0]), 2).counts.tolist() == [[0, 2], [1, 0]]
+    assert ConfusionMatrix.of(np.array([0, 0, 1]), np.array([1, 1, 0]), 2).counts.tolist() == [[0, 2], [1, 0]]
 
 
 def test_most_confused_pairs_come_first_and_right_ones_never() -> None:
-    confusion = Confusion(np.array([[90, 3, 0], [7, 80, 3], [0, 1, 70]]))
+    confusion = ConfusionMatrix(np.array([[90, 3, 0], [7, 80, 3], [0, 1, 70]]))
     assert confusion.most_confused(3) == [(1, 0, 7), (0, 1, 3), (1, 2, 3)]
     assert confusion.most_confused(100) == [(1, 0, 7), (0, 1, 3), (1, 2, 3), (2, 1, 1)]
     assert confusion.counts[0, 0] == 90, "the matrix is not changed"
 
 
 def test_a_perfect_classifier_confuses_nothing() -> None:
-    assert Confusion(np.diag([3, 4])).most_confused(5) == []
+    assert ConfusionMatrix(np.diag([3, 4])).most_confused(5) == []

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from trainer.config.load import load
 from trainer.data.training_data import open_data
 from trainer.loop import find_batch_size as find_batch
-from trainer.loop.find_batch_size import Attempts, Trial, search
+from trainer.loop.find_batch_size import BatchSizeResult, BatchSizeRunner, search_batch_sizes
 from trainer.loop.state import make_training
 from trainer.models.precision import resolve_precision
 from trainer.runtime import memory
@@ -29,11 +29,11 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 def test_the_search_ends_just_below_the_limit(limit: int, most: int) -> None:
     tried: list[int] = []
 
-    def attempt(size: int) -> Trial | None:
+    def attempt(size: int) -> BatchSizeResult | None:
         tried.append(size)
-        return Trial(size, 1.0, size) if size <= limit else None
+        return BatchSizeResult(size, 1.0, size) if size <= limit else None
 
-    found = search(attempt, most)
+    found = search_batch_sizes(attempt, most)
     largest = max(trial.batch_size for trial in found)
     assert largest <= min(limit, most)
     assert largest >= min(most, limit - max(8, limit // 16) - 8)
@@ -42,7 +42,7 @@ def test_the_search_ends_just_below_the_limit(limit: int, most: int) -> None:
 
 
 def test_nothing_may_fit() -> None:
-    assert search(lambda size: None, 1000) == []
+    assert search_batch_sizes(lambda size: None, 1000) == []
 
 
 def test_the_command_reports_every_size_and_the_largest(
@@ -62,16 +62,16 @@ def test_on_a_cpu_it_stops_before_the_memory_ends(digits_set: Path, monkeypatch:
     world = World(rank=0, size=1, device=torch.device("cpu"))
     settings = resolve_precision(load(QUICKSTART, [f"data.shards={digits_set}"]), world.device)
     held = [memory.peak_memory()]
-    monkeypatch.setattr(find_batch, "free", lambda: 100_000_000)
-    monkeypatch.setattr(find_batch, "peak", lambda: held[-1])
-    attempts = Attempts(make_training(settings, open_data(settings, world), world))
+    monkeypatch.setattr(find_batch, "available_memory", lambda: 100_000_000)
+    monkeypatch.setattr(find_batch, "peak_memory", lambda: held[-1])
+    attempts = BatchSizeRunner(make_training(settings, open_data(settings, world), world))
 
     def step(size: int) -> float:
         held.append(held[0] + 1_000_000 * size)
         return 1.0
 
     monkeypatch.setattr(attempts, "_speed", step)
-    found = search(attempts, 10_000)
+    found = search_batch_sizes(attempts, 10_000)
     assert max(trial.batch_size for trial in found) in range(80, 91), "90 images of a megabyte in nine tenths of 100 MB"
     assert max(held) - held[0] <= 90_000_000
 

@@ -19,7 +19,7 @@ from pipeline.loader import Batch, Loader
 from pipeline.sampler import ShuffledBatchSampler
 from shards import UserError, open_split
 from trainer.checkpoint import io as checkpoint
-from trainer.data.training_data import carve
+from trainer.data.training_data import split_train_val
 from trainer.loop import engine, replay_step
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep
 from trainer.run import main as run_main
@@ -62,7 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path) -> Callab
 def rows_at(recipe: Path, epoch: int, step: int) -> list[int]:
     """Row ids of a global batch."""
     store = open_split(yaml.safe_load(recipe.read_text())["data"]["shards"], "train")
-    samples, _ = carve(store.labels, SMALL["data"]["val_fraction"], 1.0, SMALL["seed"])
+    samples, _ = split_train_val(store.labels, SMALL["data"]["val_fraction"], 1.0, SMALL["seed"])
     order = ShuffledBatchSampler(samples, SMALL["loader"]["batch_size"], SMALL["seed"])
     return store.rows[next(order.steps(epoch, 0, 1, step)).samples].tolist()
 
