@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.common.buffer_pool import Buffers
+from pipeline.common.buffer_pool import BufferPool
 from pipeline.sampler import BatchIndices, BatchSampler
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.spec import Transform, UndecodableImage
@@ -77,7 +77,7 @@ class Loader:
         self._device = device
         self._rank = rank
         self._world_size = world_size
-        self._buffers = Buffers()
+        self._buffers = BufferPool()
         self._table: tuple[NDArray[np.uint8], torch.Tensor] | None = None
         self.sampler = sampler
         # Steps are fused in groups that depend on their numbers only, so a resumed epoch makes the same calls.

@@ -1,1 +1,1 @@
-"""What several parts of the pipeline share: devices, random keys, stratified choices, process and buffer pools."""
+"""Common tools of the pipeline: devices, random keys, stratified subsets, process and buffer pools."""

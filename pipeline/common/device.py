@@ -1,4 +1,4 @@
-"""Which device does the work, chosen by name, by what is there and by the rank on this machine."""
+"""Choose the torch device of a process."""
 
 from __future__ import annotations
 
@@ -8,20 +8,29 @@ from shards.errors import UserError
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """The torch device for `auto`, `cpu` or `cuda`; the `local_size` ranks of one machine take a GPU each."""
+    """Return the torch device of a rank.
+
+    Args:
+        name: `auto` (a GPU if there is one), `cpu` or `cuda`.
+        local_rank: The rank on this machine, which is the index of its GPU.
+        local_size: The number of ranks on this machine.
+
+    Raises:
+        UserError: If there are fewer GPUs than ranks.
+    """
     gpus = torch.cuda.device_count() if name != "cpu" else 0
     if name == "cpu" or (name == "auto" and not gpus):
         return torch.device("cpu")
     if not gpus:
         raise UserError(
-            found="device: cuda, and no CUDA device on this machine",
+            found="device: cuda, but no CUDA device on this machine",
             expected="a CUDA device that torch can see",
             hint="use device=auto or device=cpu; nvidia-smi shows what the driver sees",
         )
     if local_size > gpus:
         raise UserError(
-            found=f"{local_size} processes on a machine with {gpus} CUDA devices",
-            expected="one process for each GPU",
+            found=f"{local_size} processes on a machine with {gpus} CUDA device{'s' if gpus > 1 else ''}",
+            expected="one process per GPU",
             hint=f"torchrun --nproc_per_node={gpus} ...",
         )
     return torch.device("cuda", local_rank)

@@ -66,10 +66,10 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     mapping = directory.read(mapping_name)
     classes, first_label = parse_mapping(mapping)
     splits = []
-    for split, names in pairs.items():
-        raw = [directory.read(name) for name in names]
-        images, labels = decode_pair(*raw, len(classes), first_label)
-        records = tuple(each.record() for each in (*raw, mapping))
+    for split, (images_name, labels_name) in pairs.items():
+        raw_images, raw_labels = directory.read(images_name), directory.read(labels_name)
+        images, labels = decode_pair(raw_images, raw_labels, len(classes), first_label)
+        records = (raw_images.record(), raw_labels.record(), mapping.record())
         splits.append(RawSplit.from_arrays(split, images, labels, classes, transposed=True, files=records))
     return tuple(splits)
 

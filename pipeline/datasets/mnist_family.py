@@ -104,10 +104,10 @@ def _missing(options: SourceOptions, downloads: Sequence[Download]) -> list[Down
 def _load(downloads: Sequence[Download], classes: tuple[str, ...], options: SourceOptions) -> tuple[RawSplit, ...]:
     files = download_files(downloads, options)
     splits = []
-    for split, names in _FILES.items():
-        raw = [files.read(name) for name in names]
-        images, labels = decode_pair(*raw, len(classes))
-        records = tuple(each.record() for each in raw)
+    for split, (images_name, labels_name) in _FILES.items():
+        raw_images, raw_labels = files.read(images_name), files.read(labels_name)
+        images, labels = decode_pair(raw_images, raw_labels, len(classes))
+        records = (raw_images.record(), raw_labels.record())
         splits.append(RawSplit.from_arrays(split, images, labels, classes, files=records))
     return tuple(splits)
 

@@ -131,7 +131,7 @@ def _class_names(file: NpzFile) -> tuple[str, ...]:
             array = file.array(name)
             if array.ndim != 1 or array.dtype.kind not in "US" or len(set(array.tolist())) < len(array):
                 raise _wrong(file.path_of(name), array, "[classes] texts, all different")
-            return tuple(_text(value) for value in array.tolist())
+            return tuple(str(_text(value)) for value in array.tolist())
     return ()
 
 

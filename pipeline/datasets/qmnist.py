@@ -41,7 +41,7 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
         raw_images = files.read(f"qmnist-{split}-images-idx3-ubyte")
         raw_labels = files.read(f"qmnist-{split}-labels-idx2-int")
         images, table = decode(raw_images, 3)[..., None], decode_table(raw_labels, _COLUMNS)
-        labels = table[:, 0]
+        labels = table[:, 0].astype(np.int64)
         check_pair(raw_images, len(images), raw_labels, labels, len(DIGITS))
         records = (raw_images.record(), raw_labels.record())
         columns = {

@@ -226,7 +226,8 @@ class _Packing:
         reasons = {index: why for shard in shards.values() if isinstance(shard, dict) for index, why in shard.items()}
         if reasons:
             raise UnreadableImages(dict(sorted(reasons.items())))
-        return self._manifest(split, layout, [shards[number] for number in range(layout.shards)], files)
+        written = [shard for _, shard in sorted(shards.items()) if not isinstance(shard, dict)]
+        return self._manifest(split, layout, written, files)
 
     def _layout(self, split: RawSplit) -> Layout:
         if split.encoded != (self.settings.store == "records"):
@@ -238,9 +239,10 @@ class _Packing:
         if split.encoded:
             return Layout(len(split.labels), split.image_shape, 1, _RECORDS_PER_SHARD)
         block_size = self.settings.block_size
-        block_bytes = block_size * int(np.prod(split.image_shape))
+        height, width, channels = split.image_shape
+        assert height is not None and width is not None
+        block_bytes = block_size * height * width * channels
         if block_bytes > MOST_BLOCK_BYTES:
-            height, width, channels = split.image_shape
             raise UserError(
                 found=f"images of {height}x{width}x{channels}, {block_bytes / 1e9:.1f} GB per block of {block_size}",
                 expected=f"blocks of at most {MOST_BLOCK_BYTES / 1e9:.1f} GB, which are read as a whole",
@@ -280,7 +282,7 @@ class _Packing:
         settings = self.settings
         counts = np.bincount(split.labels, minlength=len(split.classes))
         versions = {package: version(package) for package in ("inkstream", *_PACKAGES[settings.store])}
-        return Manifest(
+        return Manifest(  # type: ignore[call-arg]  # pydantic accepts the names of fields with an alias
             store=settings.store,
             dataset=settings.dataset,
             variant=settings.variant,

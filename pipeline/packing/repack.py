@@ -86,7 +86,7 @@ def concatenate(split: RawSplit, other: RawSplit) -> RawSplit:
     offset = int(split.source_index.max()) + 1
 
     def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        images = np.empty((len(indices), *split.image_shape), np.uint8)
+        images = np.empty((len(indices), *cast(tuple[int, int, int], split.image_shape)), np.uint8)
         is_other = indices >= offset
         if not is_other.all():
             images[~is_other] = split.read(indices[~is_other])

@@ -138,7 +138,8 @@ def image_splits(
     size = _size(splits, headers) if detect_size else options.size
     result = []
     for split, headers_of_split in zip(splits, headers, strict=True):
-        shape: tuple[int | None, int | None, int]
+        shape: tuple[Any, Any, int]
+        read: Callable[..., Any]
         if options.encoded:
             shape, read = (None, None, channels), partial(_read_records, split)
         else:

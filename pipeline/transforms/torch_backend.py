@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.common.buffer_pool import Buffers
+from pipeline.common.buffer_pool import BufferPool
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams
 from pipeline.transforms.ops.resize import resize_weights
 from pipeline.transforms.raw_ops import RawOps
@@ -32,7 +32,7 @@ class TorchTransform:
         height, width = spec.upright_size
         self.max_fused_batch = _MAX_FUSED_BYTES // (4 * spec.image_shape[2] * spec.resolution**2)
         self._device = device
-        self._buffers = Buffers()
+        self._buffers = BufferPool()
         self._transposed = spec.transposed
         self._raw_ops = RawOps(spec, augmentation)
         self._augmentation = augmentation

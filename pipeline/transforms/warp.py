@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.common.buffer_pool import Buffers
+from pipeline.common.buffer_pool import BufferPool
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from pipeline.transforms.spec import TransformSpec
 
@@ -29,7 +29,7 @@ class Warp:
         self._device = device
         self._shifts = fill_to_mean_shifts(augmentation, spec)
         self._padding = "border" if augmentation.fill == "border" else "zeros"
-        self._buffers = Buffers()
+        self._buffers = BufferPool()
         coordinates = (np.arange(resolution, dtype=np.float64) + 0.5) * (2 / resolution) - 1
         functions = [coordinates[:, None], np.ones((resolution, 1))]
         self._amplitude = 2 * augmentation.elastic

@@ -55,5 +55,5 @@ def decompress(file: IO[bytes]) -> Iterator[bytes]:
                 stream = make()
             elif stream.needs_input and not (data := file.read(_CHUNK)):
                 raise EOFError("it ends before its content does")
-    except (igzip_lib.IsalError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+    except (igzip_lib.IsalError, lzma.LZMAError, EOFError, OSError, ValueError) as error:  # type: ignore[misc]  # isal
         raise CorruptFileError(f"it does not decompress: {first_line(error)}") from None

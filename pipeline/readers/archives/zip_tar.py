@@ -102,7 +102,7 @@ class ZipTree(_Archive):
         if info.compress_type == zipfile.ZIP_DEFLATED:
             try:
                 content = isal_zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, info.file_size + 1)
-            except isal_zlib.error as error:
+            except isal_zlib.error as error:  # type: ignore[misc]  # isal has no types
                 raise CorruptFileError(f"it does not decompress: {first_line(error)}") from None
         if len(content) != info.file_size or isal_zlib.crc32(content) != info.CRC:
             raise CorruptFileError("it differs from its checksum in the archive")
@@ -186,7 +186,8 @@ def _tar_members(file: StoredFile) -> dict[str, tuple[int, int]]:
         headers.seek(0)
         with tarfile.open(fileobj=headers, mode="r:") as archive:
             while (info := archive.next()) is not None:
-                archive.members = []  # tarfile keeps all members, a kilobyte each
+                # tarfile keeps all members, a kilobyte each.
+                archive.members = []  # type: ignore[attr-defined]  # missing in its type stubs
                 # A negative size would lead back to an earlier header, in circles.
                 if info.size < 0 or archive.offset <= end:
                     raise CorruptFileError(f"the header at byte {end:,} is damaged")

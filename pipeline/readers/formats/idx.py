@@ -19,7 +19,7 @@ from pipeline.readers.raw_dir import RawContent
 from shards.errors import UserError
 
 _UINT8, _INT32 = 0x08, 0x0C
-_DTYPES = {_UINT8: np.dtype(np.uint8), _INT32: np.dtype(">i4")}
+_DTYPES: dict[int, np.dtype] = {_UINT8: np.dtype(np.uint8), _INT32: np.dtype(">i4")}
 _CONTENT = {1: "labels", 3: "images"}  # by number of dimensions
 
 

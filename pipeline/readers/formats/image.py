@@ -94,7 +94,8 @@ def check_record(content: bytes) -> str:
             raise CorruptFileError(f"a {image.format}, which cannot be stored as a record; convert it to PNG")
         read_image_header(content)  # as on reading the record
         _load(image, content)
-        if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        if alpha is not None and alpha.histogram()[255] < alpha.width * alpha.height:
             raise CorruptFileError("it is transparent, which decoders of records ignore; composite it on a background")
     return _RECORD_EXTENSIONS[image.format]
 

@@ -10,6 +10,7 @@ import math
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tokenize import TokenError
+from typing import Literal
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -68,7 +69,7 @@ class NpzFile:
                 raise CorruptFileError(
                     f"its header says {list(shape)} of {dtype}, {size:,} bytes, where it has {file.size:,}"
                 )
-        order = "F" if fortran_order else "C"
+        order: Literal["C", "F"] = "F" if fortran_order else "C"
         return np.ndarray(shape, dtype, file.mapped(0, file.size), head.tell(), order=order)
 
     def _errors(self, path: str) -> AbstractContextManager[None]:
