@@ -142,7 +142,13 @@ def pack(
     Args:
         load: Reads the raw splits. It is called only if they are needed.
         out: A directory, or an address that fsspec supports.
-        dataset, variant, block_size, seed, store, compression, options: See `PackSettings`.
+        dataset: The name of the data set.
+        variant: The variant of the data set, or empty.
+        block_size: Images per block.
+        seed: The seed of the order of images.
+        store: `tar`, `zarr` or `records`.
+        compression: `zstd` or `none`, for a zarr store.
+        options: The options with which the images were selected and resized, for the manifest.
         skip_bad: Whether unreadable images are skipped; by default they are an error that names all of them.
         workers: The number of processes of this rank; by default the number of CPUs.
         group: The ranks that share the work. Each calls this function with the same arguments.

@@ -36,8 +36,15 @@ class _Columns(NamedTuple):
 
 @dataclass
 class _Rows:
-    """The rows of a split: class names, paths of the images, their offsets and sizes in the temporary file; files:
-    each with the row of the split that is its first."""
+    """The rows of a split.
+
+    Attributes:
+        labels: The class name of each row.
+        paths: The path of each image, or an empty text.
+        offsets: The offset of each image in the temporary file.
+        sizes: The size of each image in bytes.
+        files: The files, each with its first row.
+    """
 
     labels: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
