@@ -44,7 +44,7 @@ class LocalOutput:
         raise UserError(
             found=f"{out}, which exists and is not a complete pack",
             expected="a new or empty directory, or a complete pack",
-            hint=f"choose another --out, or remove it if it is not needed: rm -r {out}",
+            hint="choose another --out, or remove it if nothing in it is needed",
         )
 
     def needs_recovery(self) -> bool:
