@@ -1,6 +1,7 @@
-"""On-disk format: writing, reading and verifying packed image shards. `docs/format.md` describes it.
+"""On-disk format: writing, reading and verifying packed image shards.
 
-Knows nothing of data-set names, devices, batches, DALI or torch.
+Reading order: `manifest`, `stores.base`, `stores.tar`, `open`. `docs/format.md` specifies the format. This package
+does not import `pipeline` or `trainer`, nor torch or DALI.
 """
 
 from shards.errors import UserError

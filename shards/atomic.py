@@ -12,58 +12,58 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from shards.errors import UserError, as_user_error
+from shards.errors import NotFoundError, UserError, as_user_error, os_errors_as_user_errors
 
 
 def make_directory(path: Path) -> None:
     """Make a directory and its parents; raise `UserError` if the operating system refuses."""
-    try:
+    with os_errors_as_user_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise as_user_error(error, path) from None
 
 
 def check_writable(path: Path) -> None:
-    """Raise `UserError` now if a file could not be written at `path` later."""
+    """Raise `UserError` if a file cannot be written at `path`."""
+    directory = path.absolute().parent
     if path.is_dir():
-        raise UserError(found=f"{path}, a directory", expected="a file to write", hint=f"name a file in it: {path}/...")
-    if not path.absolute().parent.is_dir():
-        raise UserError(
+        raise UserError(found=f"{path}, a directory", expected="the path of a file", hint=f"name a file: {path}/...")
+    if not directory.is_dir():
+        raise NotFoundError(
             found=f"no such directory: {path.parent}",
-            expected="a place to write a file",
+            expected="a file in an existing directory",
             hint=f"mkdir -p {path.parent}",
         )
-    if not os.access(path.absolute().parent, os.W_OK):
+    if not os.access(directory, os.W_OK):
         raise as_user_error(PermissionError(errno.EACCES, "Permission denied"), path)
 
 
 @contextmanager
 def created_directory(path: Path) -> Iterator[None]:
-    """Make a directory and its parents; at the end remove again those of them that stayed empty."""
-    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    """Make a directory and its parents; at the end remove those of them that are empty."""
+    created = [parent for parent in (path, *path.parents) if not parent.exists()]
     make_directory(path)
     try:
         yield
     finally:
-        for parent in made:
+        for parent in created:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
 
 
 @contextmanager
 def file_lock(path: Path, busy: UserError | None = None) -> Iterator[None]:
-    """Hold a lock file, and remove it at the end.
+    """Hold a lock file, and remove it at the end. The lock of a killed process is free.
 
-    busy: raised if another process holds it; without one, wait until it is free. A killed holder's lock is free.
+    Args:
+        path: The lock file.
+        busy: The error to raise if another process holds the lock; None: wait for it.
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0 if busy else -1)
+        with os_errors_as_user_errors(path):
+            lock.acquire(timeout=0 if busy else -1)
     except Timeout:
         assert busy is not None
         raise busy from None
-    except OSError as error:
-        raise as_user_error(error, path) from None
     try:
         yield
     finally:
@@ -72,7 +72,7 @@ def file_lock(path: Path, busy: UserError | None = None) -> Iterator[None]:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames inside a directory survive a power cut."""
+    """Flush the entries of a directory to disk, so that renames survive a power failure."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -84,10 +84,10 @@ def sync_directory(path: Path) -> None:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write that takes the place of `path` when the block ends well.
+    """Open a binary file that replaces `path` if the block ends without an exception.
 
-    Until then `path` is untouched. The temporary name is fixed, so a killed writer's leftover is
-    overwritten by the next one; only one process may write the same `path` at a time.
+    Until then `path` is unchanged. The temporary name is fixed, so the next writer overwrites an incomplete file that
+    a killed one has left. Only one process may write the same `path` at a time.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -103,19 +103,19 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Replace the content of a file (text is UTF-8) at once."""
+    """Replace the content of a file atomically. Text is encoded as UTF-8."""
     with replace_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def staging_directory(target: Path) -> Path:
-    """Where a replacement of `target` is prepared: a hidden directory beside it, on the same file system."""
+    """Return the hidden directory beside `target`, on the same file system, in which its replacement is prepared."""
     target = target.absolute()
     return target.parent / f".{target.name}.packing"
 
 
 class Replacement:
-    """A directory in preparation: fill `path`, then `commit()` renames it to the target."""
+    """A directory in preparation: the caller fills `path`, then `commit()` renames it to the target."""
 
     def __init__(self, target: Path) -> None:
         self._target = target.absolute()
@@ -123,32 +123,32 @@ class Replacement:
         self.path = staging_directory(target) / "new"
 
     def start_clean(self) -> None:
-        """Put back what a killed writer had moved aside, and remove what it had half written."""
-        self.put_back()
+        """Restore the target if a killed writer has moved it aside, and remove that writer's incomplete files."""
+        self.roll_back()
         for stale in (self.path, self._old):
             shutil.rmtree(stale, ignore_errors=True)
         self.path.mkdir()
 
     def commit(self) -> None:
-        """Move what stands at the target aside, then the new directory into its place."""
+        """Move the existing target aside, then rename the new directory to the target."""
         sync_directory(self.path)
         if self._target.exists():
             os.replace(self._target, self._old)
         os.replace(self.path, self._target)
         sync_directory(self._target.parent)
 
-    def put_back(self) -> None:
-        """Undo half a commit: between its two renames only the moved-aside directory exists."""
+    def roll_back(self) -> None:
+        """Undo an incomplete commit: between its two renames only the old directory exists."""
         if self._old.exists() and not self._target.exists():
             os.replace(self._old, self._target)
 
 
 @contextmanager
 def replace_directory(target: Path) -> Iterator[Replacement]:
-    """Prepare a directory that takes the place of `target` at `commit()`, and not before.
+    """Prepare a directory that replaces `target` at `commit()`. Without a commit the target is unchanged.
 
-    A lock in the staging directory refuses a second writer of the same target; what a killed writer left
-    is cleaned up by the next one. Without a commit the target stays as it was.
+    A lock in the staging directory excludes a second writer of the same target. The next writer removes what a killed
+    one has left.
     """
     staging = staging_directory(target)
     busy = UserError(
@@ -157,16 +157,14 @@ def replace_directory(target: Path) -> Iterator[Replacement]:
         hint="wait for it to end, or choose another --out",
     )
     with created_directory(staging.parent):
-        try:
+        with os_errors_as_user_errors(target):
             staging.mkdir(exist_ok=True)
-        except OSError as error:
-            raise as_user_error(error, target) from None
         with file_lock(staging / "lock", busy):
             replacement = Replacement(target)
             try:
                 replacement.start_clean()
                 yield replacement
             finally:
-                replacement.put_back()
-                # Still locked: a writer that comes now is refused, instead of losing its files to this removal.
+                replacement.roll_back()
+                # Before the lock is released: a writer that started earlier would lose its files to this removal.
                 shutil.rmtree(staging, ignore_errors=True)

@@ -1,8 +1,7 @@
-"""Run a command: exit statuses, messages of `UserError`, SIGTERM as an exception."""
+"""Run a command: exit status, error messages, SIGTERM as an exception."""
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -10,16 +9,13 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from shards.errors import UserError, as_user_error
+from shards.errors import UserError, as_user_error, is_refusal
 
 USER_ERROR_STATUS = 2
 
-# Errors of the machine, not of the program: a full disk, a read-only file system, missing permissions.
-_MACHINE_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
 
 class Terminated(BaseException):
-    """SIGTERM, raised as an exception so that `finally` clauses leave nothing half-written."""
+    """SIGTERM as an exception, so that `finally` clauses remove incomplete files."""
 
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
@@ -31,8 +27,16 @@ def program_name(module: str) -> str:
     return sys.argv[0] if sys.argv[0].startswith("inkstream ") else f"python -m {module}"
 
 
+def plural(count: int, noun: str, ending: str = "s") -> str:
+    """Return a count with its noun, for instance `1 shard` or `2,000 shards`."""
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's main function and exit: 0 or its result, 2 for a `UserError`, 128 + signal number if stopped."""
+    """Run the main function of a command and exit.
+
+    The exit status is the function's result (None: 0), 2 for a `UserError`, or 128 + the number of a signal.
+    """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _raise_terminated)
     try:
@@ -47,12 +51,12 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         print("stopped", file=sys.stderr)
         status = 128 + signal.SIGTERM
     except BrokenPipeError:
-        # The reader of our output (head, less) went away; keep the interpreter from complaining about it at exit.
+        # The program that reads our output (head, less) has ended. Without this the interpreter reports it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in _MACHINE_REFUSALS:
+        if not is_refusal(error):
             raise
-        print(as_user_error(error, error.filename or "the disk"), file=sys.stderr)
+        print(as_user_error(error, error.filename or "(unnamed file)"), file=sys.stderr)
         status = USER_ERROR_STATUS
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""The number of CPU cores that this process may use."""
+"""Number of CPU cores available to this process."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def available_cpus() -> int:
-    """The cores that the scheduler grants this process (`taskset`, cgroup cpusets), or all of the machine."""
+    """Return the number of cores in the affinity mask (`taskset`, cgroup cpusets), or of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Make the writer of a kind of store."""
+"""Create the writer of a store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shards.stores.base import Layout, SplitWriter
 
 
 def make_writer(store: StoreKind, directory: Path, layout: Layout, compression: str = "zstd") -> SplitWriter:
-    """The writer of a kind of store. compression: `zstd` or `none`; for zarr only."""
+    """Return the writer of a store. `compression` (`zstd` or `none`) is for zarr only."""
     if store == "zarr":
         from shards.stores.zarr_arrays import ZarrWriter
 

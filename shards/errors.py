@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class UserError(Exception):
     """An error that the user can fix.
 
     Args:
-        found: What was found, and where (a file, a setting, a number).
-        expected: What would have been right.
-        hint: What to do next; a command to run if there is one.
+        found: The problem: a noun phrase that names the file, setting or number.
+        expected: The valid input, a noun phrase.
+        hint: A command or an instruction that fixes the problem.
     """
 
     def __init__(self, found: str, expected: str, hint: str) -> None:
@@ -29,41 +34,60 @@ class NotFoundError(UserError):
 
 
 class CorruptError(UserError):
-    """A file whose content is not what its writer wrote."""
+    """A file whose content differs from what was written."""
 
 
 class MismatchError(UserError):
-    """Two things that do not fit each other, such as a file and its manifest."""
+    """Two inputs that do not fit each other, such as a file and its manifest."""
 
 
 class AccessDeniedError(UserError):
-    """A place that this user may not read or write."""
+    """A path or address that this user may not read or write."""
 
 
 class DiskFullError(UserError):
-    """A disk or quota without room for what has to be written."""
+    """A disk or quota without space for a file."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class name if the message is empty."""
+    """Return the first line of an exception's message, or its class name if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def is_refusal(error: OSError) -> bool:
+    """Whether an error comes from the machine, not the program: a full disk, a read-only disk, no permission."""
+    return error.errno in _DISK_FULL | _REFUSED
+
+
 def as_user_error(error: OSError, path: object) -> AccessDeniedError | DiskFullError:
-    """The error for a file or directory that the operating system refuses to read or write."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return (DiskFullError if full else AccessDeniedError)(
-        found=f"{path}: {error.strerror or error}",
-        expected="a place this user may read and write, with room on the disk",
-        hint="choose another place, free some room or ask for the permission (ls -ld, df -h)",
+    """Return the error for a file or directory that the operating system refuses to read or write."""
+    if error.errno in _DISK_FULL:
+        return DiskFullError(
+            found=f"{'file too large' if error.errno == errno.EFBIG else 'no space left on device'}: {path}",
+            expected="room on the disk for the file, within the quota and the file size limit",
+            hint="free disk space (df -h), or choose a directory on another disk",
+        )
+    return AccessDeniedError(
+        found=f"{error.strerror or error}: {path}",
+        expected="a path that this user may read and write",
+        hint="choose another path, or change its permissions (ls -ld)",
     )
 
 
-def damaged(place: object, reason: str) -> CorruptError:
-    """The error for a packed file whose content is not what was packed; place: the file, and the block in it."""
+@contextmanager
+def os_errors_as_user_errors(path: object) -> Iterator[None]:
+    """Raise every `OSError` of the block as a `UserError`. `path` is named if the error itself names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise as_user_error(error, error.filename or path) from None
+
+
+def corrupt_shard(location: object, reason: str) -> CorruptError:
+    """Return the error for a packed file with wrong content. The location is a file, or a file and a block."""
     return CorruptError(
-        found=f"{place}: {reason}",
+        found=f"{location}: {reason}",
         expected="the shard as it was packed",
-        hint="see what else is damaged: python -m shards.verify DIR; then pack again with --force, or fetch "
-        "the shards again",
+        hint="list all damaged files: python -m shards.verify DIR; then pack again with --force, or download the "
+        "shards again",
     )

@@ -1,10 +1,10 @@
-"""Make tar shards that others have written, with one picture a record, a set that trains, without repacking them.
+"""Adopt WebDataset shards of other tools (one image per record) as a packed data set, without rewriting them.
 
     python -m shards.index DIR [--classes FILE]
 
-DIR holds train/*.tar and test/*.tar (and val/*.tar, if there is such a part), or is one split. The shards are ordinary
-WebDataset: a picture (.jpg, .jpeg, .png, .webp or .bmp) and a class number (.cls) under each key; other components are
-passed over. The shards stay as they are; written are an index (.idx) beside each and, at the end, a manifest a split.
+DIR holds train/*.tar and test/*.tar (and optionally val/*.tar), or is one split. The shards are ordinary WebDataset:
+an image (.jpg, .jpeg, .png, .webp or .bmp) and a class number (.cls) per key; other components are ignored. The shards
+are not changed. The command writes an index (.idx) beside each shard and then a manifest per split.
 """
 
 from __future__ import annotations
@@ -22,212 +22,207 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shards.atomic import write_file
-from shards.cli import program_name, run_command
+from shards.cli import plural, program_name, run_command
 from shards.cpus import available_cpus
-from shards.errors import MismatchError, NotFoundError, UserError, as_user_error
+from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest, Shard
-from shards.stores.base import INDEX_VERSION
+from shards.stores.base import INDEX_VERSION, read_at
 from shards.stores.image_header import MAX_BYTES, read_image_header
 from shards.stores.record_index import (
-    NotANumber,
+    InvalidNumberError,
     bad_record,
-    choose,
+    find_components,
     index_content,
     index_file,
     index_line,
     index_name,
     name_in_index,
+    read_component_ranges,
     read_numbers,
-    read_places,
     read_records,
-    same_places,
+    same_ranges,
 )
 
-_MOST_CLASSES = 1_000_000
-_MOST_HEADER = 16 << 20  # bytes of a picture in which its size must be found
+_MAX_CLASSES = 1_000_000
+_MAX_HEADER = 16 << 20  # bytes of an image file in which its size must be found
 
 
 class _Scan(NamedTuple):
-    """A shard, its index, the int64 [n] labels of its records, and whether all its pictures are without colour."""
+    """A shard, the content of its index, its labels int64 [n], and whether it has rows and only gray images."""
 
     shard: Shard
-    index: bytes
+    content: bytes
     labels: NDArray[np.int64]
     with_rows: bool
     gray: bool
 
 
 def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifest, ...]:
-    """Index a set or a split; its manifests. Raises `UserError`, and then nothing was written.
+    """Index the shards of a data set or a split.
 
-    class_names: in the order of the labels; None for the numbers themselves.
+    Args:
+        directory: The data set, or one split.
+        class_names: Names in the order of the labels; None: the labels themselves.
+
+    Returns:
+        The manifests of the splits.
+
+    Raises:
+        UserError: If the shards cannot be used for training. Nothing is written then.
     """
     splits = _find_splits(directory)
     scans = {split: _scan_split(path, split) for split, path in splits.items()}
-    everything = [scan for split in splits for scan in scans[split]]
-    highest = max(int(scan.labels.max()) for scan in everything)
+    all_scans = [scan for split in splits for scan in scans[split]]
+    highest = max(int(scan.labels.max()) for scan in all_scans)
     classes = class_names or tuple(map(str, range(highest + 1)))
     if highest >= len(classes):
-        raise UserError(
+        raise MismatchError(
             found=f"label {highest} in {directory}",
-            expected=f"0 .. {len(classes) - 1}, as there are names of {len(classes)} classes",
-            hint="give a name for each class: --classes FILE, one a line",
+            expected=f"0 .. {len(classes) - 1}, for {len(classes)} class names",
+            hint="name every class: --classes FILE, one per line",
         )
-    # Pictures of all splits make one kind of model input.
-    channels = 1 if all(scan.gray for scan in everything) else 3
-    place = directory.absolute()
-    dataset = place.parent.name if list(splits.values()) == [directory] and place.name in splits else place.name
+    # All splits have the same number of channels, that of the model input.
+    channels = 1 if all(scan.gray for scan in all_scans) else 3
+    path = directory.absolute()
+    dataset = path.parent.name if list(splits.values()) == [directory] and path.name in splits else path.name
     manifests = {split: _manifest(dataset, split, classes, channels, scans[split]) for split in splits}
     for split, path in splits.items():
-        _check_manifest(path, manifests[split])
+        _check_existing_manifest(path, manifests[split])
     for split, path in splits.items():
         for scan in scans[split]:
-            _write(path / index_name(scan.shard), scan.index)
+            _write_if_absent(path / index_name(scan.shard), scan.content)
     for split, path in splits.items():
-        _write(path / MANIFEST_NAME, manifests[split].to_json().encode())
+        _write_if_absent(path / MANIFEST_NAME, manifests[split].to_json().encode())
     return tuple(manifests.values())
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Names of classes from a text file, one a line; raises `UserError`."""
+    """Read class names from a text file, one per line; raise `UserError` if it is missing or invalid."""
+    expected = "a UTF-8 text file with one class name per line, in the order of the labels"
     try:
-        names = path.read_text(encoding="utf-8").rstrip().split("\n")
-        names = [name.strip() for name in names]
+        names = [name.strip() for name in path.read_text(encoding="utf-8").rstrip().split("\n")]
     except FileNotFoundError:
-        raise NotFoundError(
-            found=f"no such file: {path}",
-            expected="a text file with the name of a class in each line",
-            hint="name another",
-        ) from None
+        raise NotFoundError(f"no such file: {path}", expected, "name another file") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            found=f"{path}, which is no UTF-8 text: {error}", expected="a class in each line", hint="convert it"
-        ) from None
+        raise UserError(f"{path}, which is not UTF-8: {error}", expected, "convert it to UTF-8") from None
     seen: set[str] = set()
     for number, name in enumerate(names, start=1):
         if not name or name in seen:
-            raise UserError(
-                found=f"{path}: line {number} {'is empty' if not name else f'names {name!r} again'}",
-                expected="another class in each line, in the order of the labels",
-                hint="give each class a name of its own",
-            )
+            fault = f"repeats {name!r}" if name else "is empty"
+            raise UserError(f"{path}: line {number} {fault}", expected, "give each class a different name")
         seen.add(name)
     return tuple(names)
 
 
 def _find_splits(directory: Path) -> dict[str, Path]:
-    """The splits by name: those in a set, or the directory itself."""
+    """Return the splits of a data set by name, or the directory itself."""
     if not directory.is_dir():
         raise NotFoundError(
             found=f"no such directory: {directory}",
             expected="a directory of tar shards",
-            hint="name the one that holds them",
+            hint="name the directory that holds the shards",
         )
     splits = {split: directory / split for split in SPLITS if (directory / split).is_dir()}
     missing = [split for split in REQUIRED_SPLITS if split not in splits]
     if splits and missing:
-        raise UserError(
+        raise NotFoundError(
             found=f"{directory} with {' and '.join(splits)}, but without {' and '.join(missing)}",
-            expected=f"the splits {' and '.join(REQUIRED_SPLITS)}, and val if there is one",
+            expected=f"the splits {' and '.join(REQUIRED_SPLITS)}, and optionally val",
             hint=f"add or rename one: {directory / missing[0]}; or index one split alone: {directory / min(splits)}",
         )
-    return splits or {
-        directory.absolute().name if directory.absolute().name in SPLITS else REQUIRED_SPLITS[0]: directory
-    }
+    name = directory.absolute().name
+    return splits or {name if name in SPLITS else REQUIRED_SPLITS[0]: directory}
 
 
 def _scan_split(directory: Path, split: str) -> list[_Scan]:
     paths = sorted(path for path in directory.glob("*.tar") if not path.name.startswith("."))
     if not paths:
         compressed = next((path for kind in ("*.tar.*", "*.tgz") for path in sorted(directory.glob(kind))), None)
-        raise UserError(
+        raise NotFoundError(
             found=f"{directory} without .tar files" + (f", but with {compressed.name}" if compressed else ""),
-            expected="uncompressed tar shards, in which any picture can be read by its place",
+            expected="uncompressed tar shards, which allow random access",
             hint="uncompress them" if compressed else "name the directory that holds the shards, or train/ and test/",
         )
-    # Reading and hashing run side by side.
+    # Reading and hashing run in parallel.
     with ThreadPoolExecutor(available_cpus()) as pool:
         scans = list(tqdm(pool.map(_scan, paths), f"indexing {split}", len(paths), unit=" shards", disable=None))
-    for scan in scans:
-        if scan.with_rows != scans[0].with_rows:
-            with_rows, without = (scan, scans[0]) if scan.with_rows else (scans[0], scan)
-            raise UserError(
-                found=f"{directory}: {with_rows.shard.name} with rows (.row), {without.shard.name} without",
-                expected="a row in every record, or in none",
-                hint="index shards of different origin as different sets",
-            )
+    with_rows = [scan.shard.name for scan in scans if scan.with_rows]
+    without = [scan.shard.name for scan in scans if not scan.with_rows]
+    if with_rows and without:
+        raise MismatchError(
+            found=f"{directory}: {with_rows[0]} with rows (.row), {without[0]} without",
+            expected="a row in every record, or in none",
+            hint="index shards of different origin as different data sets",
+        )
     return scans
 
 
 def _scan(path: Path) -> _Scan:
-    """Read through a shard; raises `UserError` for whatever could not be trained on."""
+    """Read a shard completely; raise `UserError` if it cannot be used for training."""
     with open(path, "rb", buffering=0) as file:
-        lines, with_rows, gray = _read_through(file, path)
+        lines, with_rows, gray = _read_records(file, path)
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
     content = index_content(lines)
-    places = read_places(content)
+    ranges = read_component_ranges(content)
     data = np.memmap(path, np.uint8, mode="r")
     try:
-        labels = read_numbers(data, places.labels)
-        if places.rows is not None:
-            read_numbers(data, places.rows)
-    except NotANumber as fault:
-        name = name_in_index(content, fault.record)
-        raise bad_record(path, name, f"has the label or row {fault.text!r}, which is no number") from None
-    too_high = np.flatnonzero(labels >= _MOST_CLASSES)
+        labels = read_numbers(data, ranges.labels)
+        if ranges.rows is not None:
+            read_numbers(data, ranges.rows)
+    except InvalidNumberError as error:
+        name = name_in_index(content, error.record)
+        raise bad_record(path, name, f"has the label or row {error.text!r}, which is no number") from None
+    too_high = np.flatnonzero(labels >= _MAX_CLASSES)
     if len(too_high):
         name = name_in_index(content, int(too_high[0]))
-        raise bad_record(path, name, f"has the label {labels[too_high[0]]}, {_MOST_CLASSES:,} or more")
+        raise bad_record(path, name, f"has the label {labels[too_high[0]]}, {_MAX_CLASSES:,} or more")
     shard = Shard(name=path.name, samples=len(lines), bytes=size, sha256=digest, blocks_crc32=())
-    return _Scan(shard, _settled_index(path, content), labels, with_rows, gray)
+    return _Scan(shard, _existing_index(path, content) or content, labels, with_rows, gray)
 
 
-def _read_through(file: BinaryIO, path: Path) -> tuple[list[str], bool, bool]:
-    """The lines of a shard's index, whether its records have rows, and whether all pictures are without colour."""
+def _read_records(file: BinaryIO, path: Path) -> tuple[list[str], bool, bool]:
+    """Return the lines of a shard's index, whether its records have rows, and whether all images are gray."""
     lines: list[str] = []
     with_rows, gray = False, True
     for key, components in read_records(path):
         try:
-            choice = choose(tuple(components))
+            selected = find_components(tuple(components))
         except ValueError as error:
             raise bad_record(path, key, f"has {error}") from None
-        if lines and (choice.row is not None) != with_rows:
+        if lines and (selected.row is not None) != with_rows:
             raise bad_record(path, key, f"{'lacks' if with_rows else 'has'} a row, unlike others")
-        with_rows = choice.row is not None
-        picture = list(components.values())[choice.picture]
-        if picture.size > MAX_BYTES:
-            raise bad_record(path, picture.name, f"is of {picture.size:,} bytes, more than {MAX_BYTES:,}")
-        file.seek(picture.offset)
+        with_rows = selected.row is not None
+        image = list(components.values())[selected.image]
+        if image.size > MAX_BYTES:
+            raise bad_record(path, image.name, f"is of {image.size:,} bytes, more than {MAX_BYTES:,}")
         try:
-            gray &= read_image_header(file.read(min(picture.size, _MOST_HEADER))).gray
+            gray &= read_image_header(read_at(file, image.offset, min(image.size, _MAX_HEADER))).gray
         except ValueError as error:
-            raise bad_record(path, picture.name, f"is {error}") from None
+            raise bad_record(path, image.name, f"is {error}") from None
         lines.append(index_line(components))
     if not lines:
-        raise UserError(
-            found=f"{path} without any record", expected="pictures with labels", hint="remove it, or fetch it again"
-        )
+        raise UserError(f"{path} without any record", "images with labels", "remove it, or download it again")
     return lines, with_rows, gray
 
 
-def _settled_index(shard: Path, content: bytes) -> bytes:
-    """The index that stands beside a shard, by `wds2idx` perhaps, if it says what ours (`content`) says; or else ours.
+def _existing_index(shard: Path, content: bytes) -> bytes | None:
+    """Return the index beside a shard (perhaps of `wds2idx`) if it is equivalent to `content`; None if there is none.
 
-    Raises `UserError` if it says something else, which may be of use to someone.
+    A different index raises `UserError`: it may be of use to its owner, so it is not overwritten.
     """
     path = shard.with_suffix(".idx")
     if not path.exists():
-        return content
-    found = path.read_bytes() if path.stat().st_size < 4 * len(content) else b""
-    if not same_places(content, found):
+        return None
+    existing = path.read_bytes() if path.stat().st_size < 4 * len(content) else b""
+    if not same_ranges(content, existing):
         raise MismatchError(
-            found=f"{path}, which is not the {INDEX_VERSION} index of {shard.name} as it is now",
-            expected="that index, or none",
-            hint=f"remove it (what an index says is in the shard, too): rm {path}",
+            found=f"{path}, which is not the {INDEX_VERSION} index of {shard.name}",
+            expected="the index of this shard, or none",
+            hint=f"remove it (the shard holds the same information): rm {path}",
         )
-    return found
+    return existing
 
 
 def _manifest(dataset: str, split: str, classes: tuple[str, ...], channels: int, scans: list[_Scan]) -> Manifest:
@@ -245,45 +240,43 @@ def _manifest(dataset: str, split: str, classes: tuple[str, ...], channels: int,
         block_size=1,
         seed=0,
         shards=tuple(scan.shard for scan in scans),
-        files=tuple(index_file(scan.shard, scan.index) for scan in scans),
+        files=tuple(index_file(scan.shard, scan.content) for scan in scans),
         raw=(),
         versions={"inkstream": version("inkstream"), "numpy": np.__version__, "python": platform.python_version()},
     )
 
 
-def _check_manifest(directory: Path, manifest: Manifest) -> None:
-    """Raise `UserError` if another manifest than this one stands in a split."""
+def _check_existing_manifest(directory: Path, manifest: Manifest) -> None:
     path = directory / MANIFEST_NAME
     if path.exists() and Manifest.read(directory).digest() != manifest.digest():
         raise MismatchError(
-            found=f"{path}, which tells of something else than the shards that are there",
-            expected="the manifest of these shards (and classes), or none",
-            hint=f"if they are to be indexed as they are: rm {path}",
+            found=f"{path}, which does not describe the shards beside it",
+            expected="the manifest of these shards and classes, or none",
+            hint=f"to index the shards as they are: rm {path}",
         )
 
 
-def _write(path: Path, content: bytes) -> None:
-    if path.exists():
-        return  # and was found to say the same
-    try:
-        write_file(path, content)
-    except OSError as error:
-        raise as_user_error(error, path) from None
+def _write_if_absent(path: Path, content: bytes) -> None:
+    """Write a file. An existing file has been checked: it is equivalent."""
+    if not path.exists():
+        with os_errors_as_user_errors(path):
+            write_file(path, content)
 
 
 def main() -> int:
+    """Run the command. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=program_name("shards.index"),
-        description="Make WebDataset shards that others have written a set that trains, without repacking them.",
+        description="Adopt WebDataset shards of other tools as a packed data set, without rewriting them.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds train/*.tar and test/*.tar, or is one split")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line (else: numbers)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line (default: the labels)")
     arguments = parser.parse_args()
     for manifest in index(arguments.directory, read_classes(arguments.classes) if arguments.classes else None):
         print(
-            f"{manifest.split}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
-            f"{len(manifest.shards)} shards, {manifest.packed_bytes:,} bytes, "
-            f"{'gray' if manifest.image_shape[2] == 1 else 'in colour'}"
+            f"{manifest.split}: {plural(manifest.samples, 'image')} of {plural(len(manifest.classes), 'class', 'es')} "
+            f"in {plural(len(manifest.shards), 'shard')}, {manifest.packed_bytes:,} bytes, "
+            f"{'gray' if manifest.image_shape[2] == 1 else 'color'}"
         )
     print(f"train on them with data.shards={arguments.directory}")
     return 0

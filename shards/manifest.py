@@ -1,23 +1,24 @@
-"""`manifest.json`: description of a packed split. It is written last, so a split with a manifest is complete."""
+"""`manifest.json`, the description of a packed split. It is written last: a split with a manifest is complete."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from shards.atomic import write_file
-from shards.errors import CorruptError, NotFoundError, UserError
+from shards.errors import CorruptError, MismatchError, NotFoundError
 
 MANIFEST_NAME = "manifest.json"
 REQUIRED_SPLITS = ("train", "test")
-VALIDATION = "val"  # a third split, which a set may have
+VALIDATION = "val"  # optional
 SPLITS = (*REQUIRED_SPLITS, VALIDATION)
 StoreKind = Literal["tar", "zarr", "records"]
-MOST_BLOCK_BYTES = 1 << 30  # of pixels: what a reader of blocks has to have room for
+MOST_BLOCK_BYTES = 1 << 30  # of pixels: readers hold a block in memory
 
 
 class _Record(BaseModel):
@@ -26,15 +27,22 @@ class _Record(BaseModel):
 
 
 class RawFile(_Record):
-    """A file as it was when the split was packed: its name, size in bytes and SHA-256 (hex)."""
+    """Name, size in bytes and SHA-256 (hex) of a file when the split was packed."""
 
     name: str
     bytes: int = Field(ge=0)
     sha256: str
 
+    @classmethod
+    def of(cls, directory: Path, name: str) -> RawFile:
+        """Measure and hash a file in a directory."""
+        with open(directory / name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return cls(name=name, bytes=file.tell(), sha256=digest)
+
 
 class Shard(_Record):
-    """A file of images: its size in bytes, SHA-256 (hex), samples, and a CRC-32 for each block in it."""
+    """A file of images: number of samples, size in bytes, SHA-256 (hex), and a CRC-32 for each block."""
 
     name: str
     samples: int = Field(gt=0)
@@ -44,14 +52,14 @@ class Shard(_Record):
 
 
 class Manifest(_Record):
-    """A packed split (train, test or val) of a data set. `docs/format.md` gives the meaning of every field."""
+    """A packed split (train, test or val) of a data set. `docs/format.md` describes every field."""
 
     format: Literal["inkstream-blocks"] = "inkstream-blocks"
     version: Literal[1, 2] = 2
     store: StoreKind = "tar"
     dataset: str
-    variant: str = Field(alias="split")
-    split: str = Field(alias="part")
+    variant: str = Field(validation_alias="split", serialization_alias="split")
+    split: str = Field(validation_alias="part", serialization_alias="part")
     classes: tuple[str, ...]
     counts: tuple[NonNegativeInt, ...]
     image_shape: tuple[PositiveInt | None, PositiveInt | None, PositiveInt]
@@ -87,7 +95,7 @@ class Manifest(_Record):
         return self
 
     def _check_blocks(self) -> None:
-        """Raise ValueError for shards that cannot hold what they claim: readers allocate by these numbers."""
+        """Raise ValueError for shards too small for their samples. Readers allocate memory by these numbers."""
         if min(self.block_size, self.samples) * max(self.image_bytes, 8) > MOST_BLOCK_BYTES:
             raise ValueError(f"blocks of {self.block_size:,} images of {self.image_bytes:,} bytes")
         for shard in self.shards:
@@ -100,45 +108,52 @@ class Manifest(_Record):
 
     @property
     def name(self) -> str:
-        """Data set and split, for instance `emnist-byclass`."""
+        """Data set and variant, for instance `emnist-byclass`."""
         return f"{self.dataset}-{self.variant}" if self.variant else self.dataset
 
     @property
     def encoded(self) -> bool:
-        """Whether the images are files (JPEG, PNG, ...) of differing sizes, image_shape [None, None, C]."""
+        """Whether the images are files (JPEG, PNG, ...) of different sizes; image_shape is then [None, None, C]."""
         return self.image_shape[0] is None
 
     @property
-    def image_bytes(self) -> int:
-        """Bytes of one raw image, height x width x channels. Not for encoded images."""
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """[H, W, C] of every image. Only for images of one size."""
         height, width, channels = self.image_shape
-        assert height and width, "encoded images have no one size"
-        return height * width * channels
+        assert height and width, "encoded images differ in size"
+        return height, width, channels
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one raw image, H * W * C. Only for images of one size."""
+        return math.prod(self.pixel_shape)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all files of the split together, but for the manifest."""
+        """Total bytes of all files of the split except the manifest."""
         return sum(file.bytes for file in self.everything)
 
     @property
     def everything(self) -> tuple[Shard | RawFile, ...]:
-        """All files of the split but the manifest itself, with sizes and hashes."""
+        """All files of the split except the manifest."""
         return (*self.shards, *self.files)
 
     def to_json(self) -> str:
+        """Return the content of the file."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
-        """SHA-256 (hex) that stands for the content of the split, whichever versions packed it."""
+        """Return a SHA-256 (hex) of the content of the split, independent of the versions that packed it."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"versions"})
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def write(self, directory: Path) -> None:
+        """Write `manifest.json` into the directory of the split."""
         write_file(directory / MANIFEST_NAME, self.to_json())
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Read a split's manifest; a missing or damaged one is a `UserError`."""
+        """Read the manifest of a split; raise `UserError` if it is missing or damaged."""
         try:
             content = (directory / MANIFEST_NAME).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -146,13 +161,21 @@ class Manifest(_Record):
         return cls.parse(content, directory / MANIFEST_NAME)
 
     @classmethod
-    def parse(cls, content: bytes, place: object) -> Manifest:
-        """A manifest from the content of its file. place: where that is, for the `UserError` about a damaged one."""
+    def parse(cls, content: bytes, path: object) -> Manifest:
+        """Parse the content of a manifest.
+
+        Args:
+            content: The bytes of the file.
+            path: Path or address of the file, for error messages.
+
+        Raises:
+            UserError: If the manifest is damaged, or of a later version.
+        """
         try:
             fields = json.loads(content.decode("utf-8"))
             if isinstance(fields, dict) and fields.get("version", 1) not in (1, 2):
-                raise UserError(
-                    found=f"{place} of format version {fields['version']}",
+                raise MismatchError(
+                    found=f"{path} of format version {fields['version']}",
                     expected="format version 1 or 2",
                     hint="use the version of Inkstream that packed it, or pack again with --force",
                 )
@@ -160,23 +183,24 @@ class Manifest(_Record):
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, not a manifest
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise CorruptError(
-                found=f"{place}, which is damaged: {reason}",
-                expected="the manifest that the packer wrote",
+                found=f"{path}, which is damaged: {reason}",
+                expected="the manifest that was packed",
                 hint="pack again: python -m pipeline.shard SOURCE --out DIR --force",
             ) from None
 
 
 def is_packed_dataset(directory: Path) -> bool:
-    """Whether a directory holds complete splits (each of `train` and `test` has a manifest)."""
+    """Whether a directory holds a complete `train` and a complete `test` split."""
     return all(has_split(directory, split) for split in REQUIRED_SPLITS)
 
 
 def has_split(directory: Path, split: str) -> bool:
-    """Whether a directory holds the named split, complete."""
+    """Whether a directory holds the named split completely."""
     return (directory / split / MANIFEST_NAME).is_file()
 
 
 def _missing(directory: Path) -> NotFoundError:
+    """Return the error for a directory without a manifest. The hint depends on what the directory holds."""
     if not directory.is_dir():
         return NotFoundError(
             found=f"no such directory: {directory}",
@@ -184,16 +208,16 @@ def _missing(directory: Path) -> NotFoundError:
             hint="pack a data set first: python -m pipeline.shard emnist (or mnist, or digits)",
         )
     splits = [split for split in SPLITS if has_split(directory, split)]
-    inside = sorted(path.parent.parent for path in directory.glob(f"*/train/{MANIFEST_NAME}"))
+    datasets = sorted(path.parent.parent for path in directory.glob(f"*/train/{MANIFEST_NAME}"))
     if any(directory.glob("*.tar")):
-        whole = directory.parent if directory.name in SPLITS else directory
-        hint = f"if others wrote these shards, a picture a record: python -m shards.index {whole}; if not, pack again"
+        dataset = directory.parent if directory.name in SPLITS else directory
+        hint = f"if these are WebDataset shards of another tool: python -m shards.index {dataset}; else pack again"
     elif splits:
         hint = f"name one split: {directory / splits[0]}"
-    elif inside:
-        hint = f"name the packed set inside it: {inside[0]}"
+    elif datasets:
+        hint = f"name the packed data set inside it: {datasets[0]}"
     else:
-        hint = "pack it again: python -m pipeline.shard SOURCE --out DIR (a pack without manifest is incomplete)"
+        hint = "pack again: python -m pipeline.shard SOURCE --out DIR (without a manifest a split is incomplete)"
     return NotFoundError(
-        found=f"{directory} without {MANIFEST_NAME}", expected="a directory that holds a complete pack", hint=hint
+        found=f"{directory} without {MANIFEST_NAME}", expected="the directory of a complete split", hint=hint
     )

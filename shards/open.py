@@ -1,4 +1,4 @@
-"""Open packed splits: pick the store that the manifest names."""
+"""Open packed splits: select the store that the manifest names."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
 
+_EXPECTED = f"a packed data set: the directory that holds {' and '.join(REQUIRED_SPLITS)}"
+
 
 def open_store(directory: Path | str, memory: int | None = None) -> Store:
-    """Open one packed split (a directory with a manifest). Raises `UserError` if it is not whole.
+    """Open one packed split.
 
-    memory: most bytes of images to hold in memory (compressed stores hold what they have decompressed); None for no
-    bound.
+    Args:
+        directory: A directory with a manifest, or an address such as s3://bucket/name/train, which is downloaded.
+        memory: Maximum bytes of images to hold in memory (compressed stores hold decompressed blocks); None: no limit.
+
+    Raises:
+        UserError: If the split is missing, incomplete or damaged.
     """
     directory = resolve_dataset(directory)
     return open_files(directory, Manifest.read(directory), memory)
 
 
 def open_files(directory: Path, manifest: Manifest, memory: int | None = None) -> Store:
-    """Open the files of a split whose manifest is known, and perhaps not written yet; see `open_store`."""
+    """Open the files of a split with a manifest that may not be on disk yet; see `open_store`."""
     if manifest.store == "zarr":
         from shards.stores.zarr import ZarrStore
 
@@ -36,29 +42,35 @@ def open_files(directory: Path, manifest: Manifest, memory: int | None = None) -
 
 
 def open_dataset_or_split(directory: Path | str, split: str) -> Store:
-    """Open a directory (or address) that is a split itself, or the named split of a packed set."""
+    """Open a directory (or address) that is a split itself, or the named split of a packed data set."""
     directory = resolve_dataset(directory)
     return open_store(directory) if (directory / MANIFEST_NAME).is_file() else open_split(directory, split)
 
 
 def open_split(directory: Path | str, split: str, memory: int | None = None) -> Store:
-    """Open the `train`, `test` or `val` split of a packed set (the directory or address that holds them).
+    """Open the `train`, `test` or `val` split of a packed data set.
 
-    A set at an address such as s3://bucket/name is fetched into the local cache first. Otherwise as `open_store`.
+    Args:
+        directory: The directory that holds the splits, or an address, which is downloaded into the local cache first.
+        split: The name of the split.
+        memory: As in `open_store`.
+
+    Raises:
+        UserError: If the split is missing, incomplete or damaged.
     """
     directory = resolve_dataset(directory)
     if (directory / MANIFEST_NAME).is_file():
         raise UserError(
             found=f"{directory}, which is a single split",
-            expected=f"the packed set: the directory that holds {' and '.join(REQUIRED_SPLITS)}",
+            expected=_EXPECTED,
             hint=f"name {directory.absolute().parent}",
         )
     if directory.is_dir() and not (directory / split).is_dir():
         if any((directory / other).is_dir() for other in SPLITS):
             raise NotFoundError(
                 found=f"{directory} without its {split} split",
-                expected=f"a packed set: a directory that holds {' and '.join(REQUIRED_SPLITS)}",
-                hint="pack the set again: python -m pipeline.shard SOURCE --out DIR",
+                expected=_EXPECTED,
+                hint="pack the data set again: python -m pipeline.shard SOURCE --out DIR",
             )
-        Manifest.read(directory)  # says what is there instead
+        Manifest.read(directory)  # its error names what the directory holds
     return open_store(directory / split, memory)

@@ -16,8 +16,8 @@ from shards.errors import UserError, first_line
 
 T = TypeVar("T")
 
-STALL_SECONDS = 30.0  # without an answer (HTTP: without a byte) before a request is given up
-ATTEMPTS = 5  # in a row that bring nothing new
+STALL_SECONDS = 30.0  # timeout of a request without an answer (HTTP: without a byte)
+ATTEMPTS = 5  # in a row without new bytes
 FIRST_PAUSE = 1.0  # seconds, doubled after every failed attempt
 
 # HTTP status codes of client errors that another attempt may resolve: timeouts, conflicts, rate limits.
@@ -62,8 +62,8 @@ class NotFoundError(RemoteError, errors.NotFoundError):
     """The file, or its bucket, does not exist."""
 
     _problem = "nothing at"
-    _expected = "the address of something that is there"
-    _hint = "check its spelling; {}"
+    _expected = "an existing address"
+    _hint = "check the spelling; {}"
     _general_advice = "check the credentials"
 
     @property
@@ -85,7 +85,7 @@ class TransientError(RemoteError):
 
     _problem = "no way to reach"
     _expected = "a server that answers"
-    _hint = "{}; then run again, what came is kept"
+    _hint = "{}; then run again (downloaded bytes are kept)"
     _advice = _NETWORK
     _general_advice = "check the network and the address"
 
@@ -215,17 +215,17 @@ class RemoteStorage(ABC):
     def _read_only(self) -> UserError:
         return UserError(
             found=f"{self.shown} as a place to write to",
-            expected="a place that takes files",
+            expected="a writable storage",
             hint="write to a directory or to s3://bucket/name, and serve that",
         )
 
 
 def remove_secrets(address: str) -> tuple[str, list[str]]:
-    """Return an address without user, password and query, and the list of what was removed."""
+    """Return an address without user, password and query, and the list of removed strings."""
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     user, at, host = host.rpartition("@")
-    # Elsewhere a question mark is a letter like any other.
+    # In other protocols a question mark is part of the path.
     path, mark, query = path.partition("?") if scheme.lower() in ("http", "https") else (path, "", "")
     shown = f"{scheme}{separator}{'***@' if at else ''}{host}{slash}{path}{'?***' if mark else ''}"
     password = user.partition(":")[2]

@@ -1,11 +1,11 @@
-"""The cache of downloaded files: a directory per entry, bounded in size, shared by all processes of a machine.
+"""Cache of downloaded files: a directory per entry, limited in size, shared by all processes of a machine.
 
 CACHE/sets/KEY/NAME        downloaded files
 CACHE/sets/KEY/.parts/     incomplete files
-CACHE/sets/KEY/.use        locked (shared) by every process that uses the entry, for as long as it lives; its time
-                           is that of the last use, its content the bytes that the entry will have
-CACHE/sets/.KEY.lock       held by the one process that fetches
-CACHE/.room.lock           held while room is made
+CACHE/sets/KEY/.use        locked (shared) by every process that uses the entry, until the process ends; its
+                           modification time is that of the last use, its content the final bytes of the entry
+CACHE/sets/.KEY.lock       held by the process that downloads
+CACHE/.room.lock           held during eviction
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.atomic import file_lock, make_directory
-from shards.errors import UserError, as_user_error
+from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
 
 try:
     import fcntl
-except ImportError:  # Windows: there a directory with open files cannot be moved, so it is not evicted either
-    fcntl = None
+except ImportError:  # Windows: a directory with open files cannot be renamed there, so it is not evicted either
+    fcntl = None  # type: ignore[assignment]  # no such module
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ DIRECTORY_VARIABLE = "INKSTREAM_CACHE"
 SIZE_VARIABLE = "INKSTREAM_CACHE_SIZE"
 _UNITS = ("", "K", "M", "G", "T")
 _EVICTED = ".evicted-"
-_NOTICE_AFTER = 2.0  # seconds; those who only look wait for one another for less
+_NOTICE_AFTER = 2.0  # seconds; a process that does not download releases the lock earlier
 
-_held: dict[Path, int] = {}
+_descriptors: dict[Path, int] = {}
 """Open descriptors of the `.use` files that this process has locked."""
 
 
@@ -49,7 +49,7 @@ def cache_directory() -> Path:
 
 
 def cache_limit() -> int | None:
-    """Return the bound in bytes that $INKSTREAM_CACHE_SIZE sets (200GB, 1.5TB, 300GiB); None without one."""
+    """Return the limit in bytes that $INKSTREAM_CACHE_SIZE sets (200GB, 1.5TB, 300GiB); None without one."""
     text = os.environ.get(SIZE_VARIABLE, "").strip()
     if not text:
         return None
@@ -58,7 +58,7 @@ def cache_limit() -> int | None:
         raise UserError(
             found=f"{SIZE_VARIABLE}={text}",
             expected="a size such as 200GB, 1.5TB or 300GiB",
-            hint=f"export {SIZE_VARIABLE}=200GB, or unset it: half of the disk's room is the bound then",
+            hint=f"export {SIZE_VARIABLE}=200GB, or unset it (the default is half of the disk space)",
         )
     return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.index(match[2]))
 
@@ -88,20 +88,20 @@ class Entry:
             what: The name of the entry in messages.
 
         Raises:
-            UserError: If the entry does not fit below the bound or on the disk; nothing is evicted then.
+            UserError: If the entry exceeds the limit or the disk. Nothing is evicted then.
         """
         root = cache_directory()
         with file_lock(root / ".room.lock"):
             _make_room(root, self.directory, total, what)
 
     @contextlib.contextmanager
-    def alone(self, busy: UserError) -> Iterator[None]:
-        """Hold the entry exclusively, to change files that are there; raises `busy` if another process uses it."""
-        descriptor = _held[self.directory / ".use"]
+    def exclusive(self, busy: UserError) -> Iterator[None]:
+        """Lock the entry exclusively, to change existing files; raise `busy` if another process uses it."""
+        descriptor = _descriptors[self.directory / ".use"]
         try:
             _lock(descriptor, exclusive=True)
         except BlockingIOError:
-            _lock(descriptor)  # what failed has given up the lock that was held
+            _lock(descriptor)  # the failed attempt has released the shared lock
             raise busy from None
         try:
             yield
@@ -111,13 +111,13 @@ class Entry:
 
 @contextlib.contextmanager
 def open_entry(kind: str, key: str, name: str) -> Iterator[Entry]:
-    """Open an entry, new or existing, to read and to fill. One process at a time; the others wait.
+    """Open a new or existing entry, to read and to fill it. Other processes wait.
 
-    The entry is in use, and not evicted, until this process ends.
+    The entry is not evicted until this process ends.
 
     Args:
         kind: The kind of the entry: "sets" or "files".
-        key: What identifies the entry.
+        key: The unique name of the entry.
         name: The name of the directory for its files.
 
     Raises:
@@ -132,40 +132,38 @@ def open_entry(kind: str, key: str, name: str) -> Iterator[Entry]:
             stack.enter_context(file_lock(root / f".{key}.lock"))
         finally:
             waiting.cancel()
-        try:
-            _use(root / key)
-            yield Entry(root / key, root / key / name)
-        except OSError as error:
-            raise as_user_error(error, error.filename or root / key) from None
+        stack.enter_context(os_errors_as_user_errors(root / key))
+        _lock_for_use(root / key)
+        yield Entry(root / key, root / key / name)
 
 
-def _use(directory: Path) -> None:
-    """Lock an entry for this process's life, and note the time."""
+def _lock_for_use(directory: Path) -> None:
+    """Lock an entry until this process ends, and record the time of use."""
     path = directory / ".use"
     while True:
-        # Not exist_ok, which looks again and takes a directory that was evicted in between for a file.
+        # Not exist_ok: it checks again, and mistakes a directory that was evicted in between for a file.
         with contextlib.suppress(FileExistsError):
             directory.mkdir()
-        descriptor = _held.get(path)
+        descriptor = _descriptors.get(path)
         if descriptor is None:
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:
                 if directory.is_symlink():
-                    raise  # to nowhere
-                continue  # evicted since the line above
+                    raise  # a broken link
+                continue  # evicted since mkdir
             _lock(descriptor)
         if _is(descriptor, path):
-            _held[path] = descriptor
+            _descriptors[path] = descriptor
             os.utime(path)
             return
-        # Evicted while we waited, or removed by hand: the lock is on a file that is no more.
-        _held.pop(path, None)
+        # Evicted while this process waited, or removed by hand: the locked file does not exist any more.
+        _descriptors.pop(path, None)
         os.close(descriptor)
 
 
 def _lock(descriptor: int, exclusive: bool = False) -> None:
-    """Share the lock, waiting for it, or have it alone; raises BlockingIOError if others share it."""
+    """Wait for the shared lock, or take the exclusive one; raise BlockingIOError if others share it."""
     if fcntl is not None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
 
@@ -179,7 +177,7 @@ def _is(descriptor: int, path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Usage:
-    """Of one entry: its bytes now and when it is whole, the time of its last use, and whether it is in use."""
+    """Disk usage of an entry: its bytes now and when it is complete, the time of its last use, whether it is in use."""
 
     directory: Path
     bytes: int
@@ -191,32 +189,32 @@ class _Usage:
 def _make_room(root: Path, directory: Path, total: int, what: str) -> None:
     for leftover in root.glob(f"*/{_EVICTED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    there = _bytes_in(directory)
+    present = _bytes_in(directory)
     others = [_usage(path) for path in root.glob("*/[!.]*/") if path != directory and (path / ".use").exists()]
     idle = sorted((other for other in others if not other.in_use), key=lambda other: other.last_use)
     free = shutil.disk_usage(root).free
     used = sum(other.bytes for other in others)
-    # What others are fetching at this moment, and have made room for.
+    # Bytes that other processes are still downloading.
     promised = sum(max(0, other.promised - other.bytes) for other in others if other.in_use)
-    bound = cache_limit() or (free + used + there) // 2
+    limit = cache_limit() or (free + used + present) // 2
 
-    if total > bound:
+    if total > limit:
         raise UserError(
-            found=f"{what} of {_size(total)}, and a cache of at most {_size(bound)} in {root}",
-            expected="a cache that it fits into",
-            hint=f"export {SIZE_VARIABLE}={_size(total + total // 10)} (the default is half of the disk's room), "
+            found=f"{what} of {_size(total)}, and a cache of at most {_size(limit)} in {root}",
+            expected="a cache that is large enough",
+            hint=f"export {SIZE_VARIABLE}={_size(total + total // 10)} (the default is half of the disk space), "
             f"or {DIRECTORY_VARIABLE}=DIR on a larger disk",
         )
     evictable = sum(other.bytes for other in idle)
-    over_bound = used + promised + total - bound
-    over_disk = total - there + promised - free
+    over_limit = used + promised + total - limit
+    over_disk = total - present + promised - free
     if over_disk > evictable:
-        raise UserError(
-            found=f"{_size(free + evictable)} of room for {what} on the disk of {root}",
-            expected=f"{_size(total - there + promised)}",
-            hint=f"free some room, or export {DIRECTORY_VARIABLE}=DIR on a larger disk",
+        raise DiskFullError(
+            found=f"{_size(free + evictable)} of free space for {what} on the disk of {root}",
+            expected=f"{_size(total - present + promised)}",
+            hint=f"free disk space, or export {DIRECTORY_VARIABLE}=DIR on a larger disk",
         )
-    over = max(over_bound, over_disk)
+    over = max(over_limit, over_disk)
     if over <= evictable:
         for other in idle:
             if over > 0 and _evict(other.directory):
@@ -224,7 +222,7 @@ def _make_room(root: Path, directory: Path, total: int, what: str) -> None:
     if over > 0:
         raise UserError(
             found=f"{_size(used - evictable + promised)} of the cache in {root} in use by running processes",
-            expected=f"room for {what} of {_size(total)} beneath the bound of {_size(bound)}",
+            expected=f"room for {what} of {_size(total)} beneath the bound of {_size(limit)}",
             hint=f"wait for them to end, or export {SIZE_VARIABLE}={_size((total + used + promised) * 11 // 10)}",
         )
     (directory / ".use").write_text(str(total), encoding="ascii")
@@ -243,7 +241,7 @@ def _usage(directory: Path) -> _Usage:
 
 
 def _evict(directory: Path) -> bool:
-    """Remove an entry at once, unless somebody has begun to use it."""
+    """Remove an entry, unless a process has begun to use it. Returns whether it was removed."""
     aside = directory.with_name(f"{_EVICTED}{directory.name}")
     with contextlib.ExitStack() as stack:
         try:
@@ -261,12 +259,12 @@ def _bytes_in(directory: Path) -> int:
     total = 0
     for path, _, names in os.walk(directory):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # another process is filling it
+            with contextlib.suppress(FileNotFoundError):  # another process writes to it
                 total += os.lstat(os.path.join(path, name)).st_size
     return total
 
 
 def _size(count: int) -> str:
-    """Bytes as 1.23GB, in the form that $INKSTREAM_CACHE_SIZE takes."""
+    """Return bytes as 1.23GB, the format of $INKSTREAM_CACHE_SIZE."""
     power = max((power for power in range(1, len(_UNITS)) if count >= 1000**power), default=0)
     return f"{count / 1000**power:.2f}{_UNITS[power]}B" if power else f"{count}B"

@@ -16,7 +16,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from shards.atomic import make_directory
-from shards.errors import MismatchError, UserError, as_user_error
+from shards.errors import MismatchError, UserError, os_errors_as_user_errors
 from shards.remote.base import RemoteStorage, RetryPolicy, TransientError
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class RemoteFile:
 
 
 def check_names(files: Sequence[RemoteFile], storage: RemoteStorage) -> None:
-    """Raise `UserError` if a name points outside of the directory to download into, or names collide."""
+    """Raise `UserError` if a name is outside the directory to download into, or names collide."""
     names = Counter(file.name for file in files)
     above = {str(parent) for name in names for parent in PurePosixPath(name).parents}
     for name, count in names.items():
@@ -62,8 +62,8 @@ def check_names(files: Sequence[RemoteFile], storage: RemoteStorage) -> None:
             continue
         raise UserError(
             found=f"{storage.shown} with {reason}",
-            expected="files that can be put into a directory",
-            hint="fetch nothing more from there unless you know who made it",
+            expected="file names that are valid in a directory",
+            hint="download from there only if you trust its author",
         )
 
 
@@ -148,17 +148,16 @@ def download_file(
     stop = stop or Event()
     make_directory(target.parent)
     try:
-        for _ in range(2):
-            digest = _receive(storage, file, partial, bar, RetryPolicy(stop=stop, fail_fast=fail_fast), stop)
-            if stop.is_set():
-                return
-            if file.sha256 in (None, digest):
-                partial.replace(target)
-                return
-            partial.unlink()
-            bar.update(-file.bytes)
-    except OSError as error:
-        raise as_user_error(error, error.filename or partial) from None
+        with os_errors_as_user_errors(partial):
+            for _ in range(2):
+                digest = _receive(storage, file, partial, bar, RetryPolicy(stop=stop, fail_fast=fail_fast), stop)
+                if stop.is_set():
+                    return
+                if file.sha256 in (None, digest):
+                    partial.replace(target)
+                    return
+                partial.unlink()
+                bar.update(-file.bytes)
     finally:
         if partial.exists() and partial.stat().st_size == 0:
             partial.unlink()
@@ -174,7 +173,7 @@ def _receive(
     storage: RemoteStorage, file: RemoteFile, partial: Path, bar: tqdm, policy: RetryPolicy, stop: Event
 ) -> str:
     """Append the missing bytes to a partial file, unless stopped; returns the SHA-256 of its content."""
-    # Unbuffered: what could not be written to a full disk must not be tried again at the closing.
+    # Unbuffered: after a write to a full disk has failed, close() must not repeat it.
     with open(partial, "ab", buffering=0) as out:
         if out.tell() > file.bytes:
             out.truncate(0)

@@ -14,9 +14,9 @@ from shards.remote import base
 from shards.remote.base import FileInfo, NotFoundError, RemoteError, RemoteStorage, TransientError, error_of_status
 
 PIECE = 4 << 20  # bytes of one range request
-SMALLEST_PIECE = 64 << 10  # what a slow line must bring within STALL_SECONDS
-_SLOWEST_UPLOAD = 100e3  # bytes/s; slower ones are given up
-_LONGEST_LISTING = 3600.0  # seconds; a thousand files come with each of its answers
+SMALLEST_PIECE = 64 << 10  # bytes that even a slow connection transfers within STALL_SECONDS
+_SLOWEST_UPLOAD = 100e3  # bytes/s; slower uploads time out
+_LONGEST_LISTING = 3600.0  # seconds; each response lists a thousand files
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 # Errors that no retry resolves. By name, because the libraries that raise them may not be installed: botocore's and
@@ -25,9 +25,9 @@ _DENIED = (PermissionError, ValueError, NotImplementedError)
 _DENIED_WORDS = re.compile(
     r"\w*(Credential|SSOToken|TokenRetrieval|ProfileNotFound|RefreshError|ParamValidation)\w*:|\w+: Forbidden"
 )
-# S3's codes for requests that were damaged on the way, which come with the status of a wrong request.
+# S3's codes for requests damaged in transfer. Their HTTP status is that of an invalid request.
 _TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
-# What file systems call that which changes with the content of a file, the surest first.
+# Names of the field that changes with the content of a file, the most reliable first.
 _VERSIONS = ("ETag", "etag", "md5Hash", "xet_hash", "blob_id", "LastModified", "last_modified", "updated", "mtime")
 
 
@@ -56,12 +56,12 @@ class FsspecStorage(RemoteStorage):
             ) from None
         except Exception as error:
             raise self._translate(error, "") from None
-        # Attempts are counted by our caller; s3fs and botocore would each multiply them.
+        # The caller counts attempts; s3fs and botocore would each multiply them.
         if _EXTRAS.get(protocol) == "s3":
             file_system.retries = 1
             file_system.config_kwargs = {"retries": {"max_attempts": 0}, **file_system.config_kwargs}
         if _EXTRAS.get(protocol) == "gs":
-            # It logs a traceback for every failed attempt; what matters is raised as well.
+            # It logs a traceback for every failed attempt, besides raising the error.
             logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         return file_system, root
 
@@ -76,7 +76,7 @@ class FsspecStorage(RemoteStorage):
                 data = self._call(name, "cat_file", self._path(name), start=start, end=end)
             except TransientError as error:
                 if isinstance(error.__cause__, TimeoutError):
-                    # A line too slow for a piece of this size: smaller ones bring it forward.
+                    # The connection is too slow for a piece of this size.
                     self._piece = max(self._piece // 2, SMALLEST_PIECE)
                 raise
             if not data:
@@ -85,11 +85,11 @@ class FsspecStorage(RemoteStorage):
             start += len(data)
 
     def find(self) -> dict[str, FileInfo]:
-        found = self._call("", "find", self._root, detail=True, more_seconds=_LONGEST_LISTING)
+        files = self._call("", "find", self._root, detail=True, more_seconds=_LONGEST_LISTING)
         listed = {
             path[len(self._root) :].strip("/"): _file_info(info)
-            for path, info in found.items()
-            if info["type"] == "file" and not path.endswith("/")  # S3's consoles make such files for directories
+            for path, info in files.items()
+            if info["type"] == "file" and not path.endswith("/")  # S3's consoles create such files for directories
         }
         if not listed:
             raise NotFoundError(self.shown, "no such file or directory, or an empty one")
@@ -99,8 +99,8 @@ class FsspecStorage(RemoteStorage):
         return _file_info(self._call(name, "info", self._path(name)))
 
     def put(self, path: Path, name: str) -> None:
-        patience = path.stat().st_size / _SLOWEST_UPLOAD
-        self._call(name, "put_file", str(path), self._path(name), more_seconds=patience)
+        seconds = path.stat().st_size / _SLOWEST_UPLOAD
+        self._call(name, "put_file", str(path), self._path(name), more_seconds=seconds)
 
     def remove(self, name: str) -> None:
         self._call(name, "rm_file", self._path(name))
@@ -120,7 +120,7 @@ class FsspecStorage(RemoteStorage):
             raise self._translate(error, name) from error
 
     def _translate(self, error: Exception, name: str) -> RemoteError:
-        """Return the `RemoteError` that stands for whatever exception a library raised."""
+        """Return the `RemoteError` of an exception that a library raised."""
         status, code = _status_and_code(error)
         reason = self.reason(error)
         words = f"{type(error).__name__}: {reason}"
@@ -136,7 +136,7 @@ class FsspecStorage(RemoteStorage):
 
 
 def _status_and_code(error: BaseException) -> tuple[int | None, str]:
-    """Return the HTTP status and S3's code of an error, as botocore, gcsfs and huggingface_hub carry them."""
+    """Return the HTTP status and S3's code of an error of botocore, gcsfs or huggingface_hub."""
     for carrier in (error, error.__cause__):
         response = getattr(carrier, "response", None)
         if isinstance(response, dict):
@@ -144,7 +144,7 @@ def _status_and_code(error: BaseException) -> tuple[int | None, str]:
             return status, response.get("Error", {}).get("Code", "")
         if isinstance(status := getattr(response, "status_code", None), int):
             return status, ""
-    # Not that of the cause: aiohttp gives a connection that was cut the code 400.
+    # Not that of the cause: aiohttp uses the code 400 for a broken connection.
     code = getattr(error, "code", None)
     return (code if isinstance(code, int) else None), ""
 

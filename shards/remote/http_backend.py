@@ -1,4 +1,4 @@
-"""HTTP(S) by the standard library: read-only, without listings, with range requests where the server has them."""
+"""HTTP(S) by the standard library: read-only, without listings, with range requests if the server supports them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _NO_CONNECTION = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH}
 class HttpStorage(RemoteStorage):
     """An http:// or https:// address.
 
-    fsspec's own HTTP file system holds a whole file in memory where a server ignores ranges, and has no limit of
-    seconds without a byte. obstore 0.12 refuses such servers, ignores a user in the address, and limits the seconds
+    fsspec's own HTTP file system holds a complete file in memory if a server ignores ranges, and has no timeout
+    between bytes. obstore 0.12 refuses such servers, ignores a user in the address, and limits the seconds
     of a whole request only.
     """
 
@@ -50,18 +50,18 @@ class HttpStorage(RemoteStorage):
             # A server without ranges sends the whole file: the bytes before `start` are skipped.
             at = start if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
             length = _content_length(response)
-            end = size if size is not None or length is None else at + length
-            if length is not None and at + length > end:
+            end = at + length if size is None and length is not None else size
+            if length is not None and end is not None and at + length > end:
                 raise MismatchError(
                     found=f"{self.show(name)}, which is longer than {end:,} bytes",
                     expected=f"exactly {end:,} bytes",
-                    hint="the published file has changed, or something on the way answers in its place",
+                    hint="the published file has changed, or a proxy answers in its place",
                 )
             while end is None or at < end:
                 chunk = response.read1(_CHUNK if end is None else min(_CHUNK, end - at))
-                if not chunk and end is None:
-                    return
                 if not chunk:
+                    if end is None:
+                        return
                     raise TransientError(self.show(name), f"the connection ended after {at:,} of {end:,} bytes")
                 new = chunk[max(0, start - at) :]
                 at += len(chunk)
@@ -73,7 +73,7 @@ class HttpStorage(RemoteStorage):
             raise UserError(
                 found=f"{self.shown}, a directory of which a web server gives no list",
                 expected="the address of a file",
-                hint="name an archive of the raw files, or a place that lists them, such as s3://bucket/name",
+                hint="name an archive of the raw files, or a storage with listings, such as s3://bucket/name",
             )
         return {"": self.info("")}
 

@@ -1,4 +1,4 @@
-"""Resolve addresses of packed sets and raw files to local paths in the cache, and upload packed sets."""
+"""Resolve addresses of packed data sets and raw files to local paths in the cache, and upload packed data sets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 
 from tqdm import tqdm
 
+from shards import errors
 from shards.atomic import make_directory, write_file
-from shards.errors import UserError
+from shards.errors import MismatchError, UserError
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
 from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
@@ -29,8 +31,8 @@ log = logging.getLogger(__name__)
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _INDEX = ".index.json"
-_WHOLE = ""  # in place of the name of a part, where the address is that of a single part
-_ATTEMPTS_WITH_COPY = 2  # for the manifests, when a copy in the cache can be used instead
+_SINGLE = ""  # in place of the name of a split, if the address is that of a single split
+_ATTEMPTS_WITH_COPY = 2  # for the manifests, if the cache holds a copy
 
 
 def is_remote(address: str | Path) -> bool:
@@ -40,16 +42,16 @@ def is_remote(address: str | Path) -> bool:
 
 
 def resolve_dataset(address: str | Path) -> Path:
-    """Return the local directory of a packed set or of one of its parts, downloaded into the cache if it is remote.
+    """Return the local directory of a packed data set or of one split, downloaded into the cache if it is remote.
 
-    A set whose manifests have not changed is not downloaded again. Without a network the last copy is used, with a
-    warning. The set stays in the cache as long as this process lives.
+    A data set is downloaded again only if its manifests have changed. Without a network the last copy is used, with a
+    warning. The data set is not evicted from the cache while this process runs.
 
     Args:
         address: A path, or an address such as s3://bucket/name.
 
     Raises:
-        UserError: If the set cannot be reached, is incomplete, or does not fit into the cache.
+        UserError: If the data set cannot be reached, is incomplete, or does not fit into the cache.
     """
     if not is_remote(address):
         return _local_path(address)
@@ -63,12 +65,12 @@ def resolve_dataset(address: str | Path) -> Path:
             raise
         log.warning("%s cannot be reached (%s): the copy in %s is used", storage.shown, error.reason, directory)
         return directory
-    absent = [_manifest_name(part) for part in REQUIRED_SPLITS if part not in manifests]
-    if absent and _WHOLE not in manifests:
-        raise UserError(
+    absent = [_manifest_name(split) for split in REQUIRED_SPLITS if split not in manifests]
+    if absent and _SINGLE not in manifests:
+        raise errors.NotFoundError(
             found=f"{storage.shown} without {' and '.join(absent)}",
-            expected=f"a complete set: {' and '.join(REQUIRED_SPLITS)}, each with {MANIFEST_NAME}",
-            hint="wait until it is written, or pack it again: python -m pipeline.shard SOURCE --out ADDRESS",
+            expected=f"a complete data set: {' and '.join(REQUIRED_SPLITS)}, each with {MANIFEST_NAME}",
+            hint="wait until its upload has ended, or pack it again: python -m pipeline.shard SOURCE --out ADDRESS",
         )
     return _download_set(storage, manifests, record)
 
@@ -76,7 +78,7 @@ def resolve_dataset(address: str | Path) -> Path:
 def resolve_files(address: str | Path) -> Path:
     """Return the local path of raw files, a directory or a single file, downloaded into the cache if they are remote.
 
-    Files whose size and version (ETag or time) have not changed are not downloaded again.
+    A file is downloaded again only if its size or version (ETag or time) has changed.
 
     Args:
         address: A path, or an address such as s3://bucket/name.
@@ -97,13 +99,13 @@ def resolve_files(address: str | Path) -> Path:
 
 
 def remote_manifests(address: str) -> dict[str, Manifest]:
-    """Return the manifests of the parts at an address, by part; empty if there are none.
+    """Return the manifests at an address by split; empty if there are none.
 
     Raises:
         UserError: If the bucket does not exist or cannot be reached.
     """
     try:
-        return {part: manifest for part, (manifest, _) in _read_manifests(open_storage(address)).items() if part}
+        return {split: manifest for split, (manifest, _) in _read_manifests(open_storage(address)).items() if split}
     except NotFoundError as error:
         if error.no_bucket:
             raise
@@ -111,7 +113,7 @@ def remote_manifests(address: str) -> dict[str, Manifest]:
 
 
 def check_upload(address: str) -> None:
-    """Upload a small file and delete it, so that an address that cannot be written to fails before hours of packing.
+    """Upload a small file and delete it, so that an address without write access fails before packing.
 
     Raises:
         UserError: If the address cannot be written to.
@@ -120,35 +122,35 @@ def check_upload(address: str) -> None:
     storage = open_storage(address)
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / name).write_text("May Inkstream write here?", encoding="utf-8")
-        retry(lambda: storage.put(Path(directory) / name, name))
-        retry(lambda: _remove_if_present(storage, name))
+        retry(partial(storage.put, Path(directory) / name, name))
+        retry(partial(_remove_if_present, storage, name))
 
 
 def remove_manifests(address: str) -> None:
-    """Delete the manifests at an address: the packed set is incomplete then, and its files may be replaced."""
+    """Delete the manifests at an address. The data set is incomplete then, and its files may be replaced."""
     storage = open_storage(address)
-    for part in SPLITS:
-        retry(lambda part=part: _remove_if_present(storage, _manifest_name(part)))
+    for name in map(_manifest_name, SPLITS):
+        retry(partial(_remove_if_present, storage, name))
 
 
 def upload_files(directory: Path, address: str) -> None:
-    """Upload all files below a directory except the manifests of parts."""
-    manifests = {_manifest_name(part) for part in SPLITS}
+    """Upload all files below a directory except the manifests."""
+    manifests = set(map(_manifest_name, SPLITS))
     names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     _upload(directory, open_storage(address), sorted(names - manifests))
 
 
 def upload_manifests(directory: Path, address: str) -> None:
-    """Upload the manifests of the parts below a directory: the last step, which completes the packed set."""
+    """Upload the manifests below a directory. This is the last step, which completes the data set."""
     storage = open_storage(address)
-    # `val` first: a set is complete with train and test, and must have all of its parts then.
+    # `val` first: once train and test are there the data set counts as complete.
     for name in map(_manifest_name, reversed(SPLITS)):
         if (directory / name).is_file():
             _upload(directory, storage, [name])
 
 
 def upload_dataset(directory: Path, address: str) -> None:
-    """Upload a packed set, manifests last. It replaces the set at the address."""
+    """Upload a packed data set, manifests last. It replaces the data set at the address."""
     remove_manifests(address)
     upload_files(directory, address)
     upload_manifests(directory, address)
@@ -165,56 +167,56 @@ def _local_path(address: str | Path) -> Path:
 def _open_parent(address: str) -> tuple[RemoteStorage, str]:
     """Open the directory of a single file; returns its storage, and the name of the file in it."""
     path, mark, query = address.partition("?")
-    above, _, name = path.rstrip("/").rpartition("/")
-    web = address.lower().startswith("http")
-    return open_storage(f"{above}{mark}{query}"), urllib.parse.unquote(name) if web else name
+    parent, _, name = path.rstrip("/").rpartition("/")
+    is_http = address.lower().startswith("http")
+    return open_storage(f"{parent}{mark}{query}"), urllib.parse.unquote(name) if is_http else name
 
 
-def _manifest_name(part: str) -> str:
-    return f"{part}/{MANIFEST_NAME}" if part else MANIFEST_NAME
+def _manifest_name(split: str) -> str:
+    return f"{split}/{MANIFEST_NAME}" if split else MANIFEST_NAME
 
 
 def _read_manifests(storage: RemoteStorage, attempts: int | None = None) -> dict[str, tuple[Manifest, bytes]]:
-    """Return the manifests of a storage by part (`_WHOLE` for a single part), each with the content of its file."""
+    """Return the manifests of a storage by split (`_SINGLE` for a single split), each with the content of its file."""
 
-    def read(part: str) -> tuple[Manifest, bytes] | NotFoundError | AccessDeniedError:
-        name = _manifest_name(part)
+    def read(split: str) -> tuple[Manifest, bytes] | NotFoundError | AccessDeniedError:
+        name = _manifest_name(split)
         try:
             content = retry(lambda: storage.read(name), attempts)
         except (NotFoundError, AccessDeniedError) as error:
             return error
         try:
             return Manifest.parse(content, storage.show(name)), content
-        except UserError:  # possibly damaged on the way
+        except UserError:  # possibly damaged in transfer
             content = retry(lambda: storage.read(name), attempts)
             return Manifest.parse(content, storage.show(name)), content
 
-    parts = (*SPLITS, _WHOLE)
-    with ThreadPoolExecutor(len(parts)) as pool:
-        answers = dict(zip(parts, pool.map(read, parts), strict=True))
-    found = {part: answer for part, answer in answers.items() if isinstance(answer, tuple)}
-    if not found:
-        # S3 denies access to absent files where the user may not list the bucket: that error says more than absence.
-        errors = [answer for answer in answers.values() if isinstance(answer, Exception)]
-        telling = (error for error in errors if isinstance(error, AccessDeniedError) or error.no_bucket)
-        raise next(telling, NotFoundError(storage.shown, f"no {MANIFEST_NAME}, of a set's parts or of a single one"))
-    if len(found) > 1:
-        found.pop(_WHOLE, None)
-    return found
+    splits = (*SPLITS, _SINGLE)
+    with ThreadPoolExecutor(len(splits)) as pool:
+        answers = dict(zip(splits, pool.map(read, splits), strict=True))
+    manifests = {split: answer for split, answer in answers.items() if isinstance(answer, tuple)}
+    if not manifests:
+        # S3 denies access to absent files if the user may not list the bucket. That error is more useful than absence.
+        failures = [answer for answer in answers.values() if isinstance(answer, Exception)]
+        specific = (error for error in failures if isinstance(error, AccessDeniedError) or error.no_bucket)
+        raise next(specific, NotFoundError(storage.shown, f"no {MANIFEST_NAME} of a data set or of a single split"))
+    if len(manifests) > 1:
+        manifests.pop(_SINGLE, None)
+    return manifests
 
 
 def _download_set(storage: RemoteStorage, manifests: dict[str, tuple[Manifest, bytes]], record: Path) -> Path:
-    """Download a set into the cache entry that is named by its content, and record it as the copy of its address."""
+    """Download a data set into the cache entry named by its content, and record it as the copy of its address."""
     files = [
-        RemoteFile(f"{part}/{file.name}" if part else file.name, file.bytes, file.sha256)
-        for part, (manifest, _) in manifests.items()
+        RemoteFile(f"{split}/{file.name}" if split else file.name, file.bytes, file.sha256)
+        for split, (manifest, _) in manifests.items()
         for file in manifest.everything
     ]
-    contents = {_manifest_name(part): content for part, (_, content) in manifests.items()}
+    contents = {_manifest_name(split): content for split, (_, content) in manifests.items()}
     everything = [*files, *(RemoteFile(name, len(content)) for name, content in contents.items())]
     check_names(everything, storage)
     first, _ = next(iter(manifests.values()))
-    key = _digest(*(f"{part} {manifest.digest()}" for part, (manifest, _) in manifests.items()))
+    key = _digest(*(f"{split} {manifest.digest()}" for split, (manifest, _) in manifests.items()))
     with open_entry("sets", key, _directory_name(first.name)) as entry:
         complete = all((entry.content / name).is_file() for name in contents)
         if not complete or not all(file.is_in(entry.content) for file in files):
@@ -230,9 +232,9 @@ def _download_set(storage: RemoteStorage, manifests: dict[str, tuple[Manifest, b
 
 
 def _last_copy(record: Path) -> Path | None:
-    """Return the directory of the set that a record names, None if there is none or it is incomplete.
+    """Return the directory of the data set in a record, None if there is none or it is incomplete.
 
-    The record of an address is named by a hash, because the address may hold secrets.
+    The file name of a record is a hash of the address, because the address may contain secrets.
     """
     if not record.is_file():
         return None
@@ -250,7 +252,7 @@ def _download_into(entry: Entry, storage: RemoteStorage, files: Sequence[RemoteF
 
 
 def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label: str) -> Path:
-    """Download the files of a storage into the cache, and delete there what the storage does not hold any more."""
+    """Download the files of a storage into the cache, and delete files there that the storage no longer holds."""
     files = [RemoteFile(name, info.bytes, version=info.version) for name, info in sorted(listed.items())]
     check_names(files, storage)
     versions = {file.name: [file.bytes, file.version] for file in files}
@@ -259,12 +261,12 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
         known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
         stale = [entry.content / name for name in known if known[name] != versions.get(name)]
         if any(path.exists() for path in stale):
-            busy = UserError(
+            busy = MismatchError(
                 found=f"{storage.shown}, which has changed while another process reads an earlier copy of it",
-                expected="raw files that stay as they are while they are packed",
+                expected="raw files that do not change while they are packed",
                 hint="run again when that process has ended",
             )
-            with entry.alone(busy):
+            with entry.exclusive(busy):
                 for path in stale:
                     path.unlink(missing_ok=True)
         if known != versions:
@@ -275,13 +277,13 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
 
 
 def _upload(directory: Path, storage: RemoteStorage, names: Sequence[str]) -> None:
-    """Upload files in parallel, and check each at the other side."""
-    # Every file is a commit at Hugging Face, and only one is possible at a time.
+    """Upload files in parallel, and check each after its upload."""
+    # At Hugging Face every file is a commit, and commits are sequential.
     threads = 1 if storage.shown.lower().startswith("hf:") else None
     total = sum((directory / name).stat().st_size for name in names)
 
     def upload(name: str, stop: Event) -> None:
-        retry(lambda: _put(storage, directory / name, name), stop=stop)
+        retry(partial(_put, storage, directory / name, name), stop=stop)
         bar.update((directory / name).stat().st_size)
 
     with tqdm(total=total, desc="uploading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
@@ -299,7 +301,7 @@ def _put(storage: RemoteStorage, path: Path, name: str) -> None:
     with open(path, "rb") as file:
         sent = hashlib.file_digest(file, _new_md5).hexdigest()
     if info.md5 != sent:
-        # Either other bytes arrived, or the service encrypts what it keeps: reading it back tells.
+        # Either other bytes arrived, or the service encrypts its files: the content is read back to decide.
         arrived = _new_md5()
         for chunk in storage.stream(name, 0, size):
             arrived.update(chunk)

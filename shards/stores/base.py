@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import corrupt_shard
 from shards.manifest import Manifest, RawFile, Shard
 
 INDEX_VERSION = "v1.2"  # first word of the index that DALI's `wds2idx` writes
@@ -16,44 +20,78 @@ Images: TypeAlias = NDArray[np.uint8] | list[NDArray[np.uint8]]
 
 
 def block_key(number: int) -> str:
-    """Name of a block record: its number in the split, eight digits."""
+    """Return the name of a block record: its number in the split with eight digits."""
     return f"{number:08d}"
 
 
 def shard_name(number: int) -> str:
+    """Return the file name of a tar shard."""
     return f"shard-{number:05d}.tar"
 
 
 def check_positions(samples: NDArray[np.int64], count: int) -> None:
-    """Raise IndexError unless all positions of samples (int64 [n]) lie in 0 .. count - 1."""
+    """Raise IndexError unless all positions (int64 [n]) are in 0 .. count - 1."""
     if len(samples) and (samples.min() < 0 or samples.max() >= count):
         raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {count - 1}")
 
 
+@contextmanager
+def open_packed_file(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+    """Open a file of a split to read, unbuffered.
+
+    Raises:
+        CorruptError: If the file is missing, cannot be read, or does not have the size (bytes) of the manifest.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            actual = os.fstat(file.fileno()).st_size
+            if size not in (None, actual):
+                raise corrupt_shard(path, f"{actual:,} bytes, the manifest says {size:,}")
+            yield file
+    except OSError as error:
+        raise corrupt_shard(path, error.strerror or str(error)) from None
+
+
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Read up to `size` bytes at a byte offset."""
+    file.seek(offset)
+    return file.read(size)
+
+
 class ImageTable(NamedTuple):
-    """Images in memory. table: uint8 [M, H * W * C], not to be written to; its rows may overlap. rows: int64 [n], the
-    row of the table that is each image."""
+    """Images in memory.
+
+    Attributes:
+        table: uint8 [M, H * W * C], read-only. Its rows may overlap.
+        rows: int64 [n], the table row of each image.
+    """
 
     table: NDArray[np.uint8]
     rows: NDArray[np.int64]
 
 
 class Store(Protocol):
-    """Samples 0 .. N-1 of one split, in packed order (a seeded permutation of the raw rows)."""
+    """Samples 0 .. N-1 of one split in packed order (a seeded permutation of the source rows)."""
 
     manifest: Manifest
     labels: NDArray[np.int64]
     """[N], class of each sample, 0 .. len(manifest.classes) - 1."""
     rows: NDArray[np.int64]
-    """[N], row of each sample in the raw source."""
+    """[N], index of each sample in the raw source."""
 
     def __len__(self) -> int: ...
 
     def read(self, samples: NDArray[np.int64]) -> Images:
-        """The images of samples (int64 [n], positions 0 .. N-1 in any order, repeats allowed).
+        """Return the images of samples.
 
-        uint8 [n, H, W, C], or, where manifest.encoded, a list of n image files, each uint8 [bytes].
-        Raises IndexError for a position outside the store.
+        Args:
+            samples: int64 [n], positions 0 .. N-1 in any order, repeats allowed.
+
+        Returns:
+            uint8 [n, H, W, C], or, if `manifest.encoded`, a list of n image files, each uint8 [bytes].
+
+        Raises:
+            IndexError: If a position is outside the store.
         """
         ...
 
@@ -62,40 +100,45 @@ class ImageStore(Store, Protocol):
     """A store of images of one size."""
 
     def locate(self, samples: NDArray[np.int64]) -> ImageTable | None:
-        """Where the images of samples (as in `read`) lie in memory; None if they may have to make room for others.
-
-        Raises IndexError for a position outside the store.
-        """
+        """Return the images of samples without copying; None if the store may evict them. Otherwise as `read`."""
         ...
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Copy images into the caller's buffer.
+        """Copy images into a buffer.
 
-        samples: as in `read`. out: uint8 [n, H, W, C], C-contiguous.
-        Raises IndexError for a position outside the store; `out` is then unspecified.
+        Args:
+            samples: As in `read`.
+            out: uint8 [n, H, W, C], C-contiguous.
+
+        Raises:
+            IndexError: If a position is outside the store. The content of `out` is undefined then.
         """
         ...
 
 
 class EncodedStore(Store, Protocol):
-    """A store of picture files."""
+    """A store of image files."""
 
     def describe_sample(self, sample: int) -> str:
-        """Where the picture of a sample lies, for messages: its file, and its name in there."""
+        """Return the shard of a sample and its file name there, for messages."""
         ...
 
 
 class EncodedImage(NamedTuple):
-    """An image file as it is: its bytes, and the extension (without a dot) that tells its format."""
+    """An image file: its bytes, and the extension of its format, without a dot."""
 
     content: bytes
     extension: str
 
 
 class Block(NamedTuple):
-    """Samples in a row. first: position of the first one in the split.
+    """Consecutive samples.
 
-    images: uint8 [n, H, W, C], or a list of n `EncodedImage`. labels, rows: int64 [n].
+    Attributes:
+        first: Position of the first sample in the split.
+        images: uint8 [n, H, W, C], or a list of n `EncodedImage`.
+        labels: int64 [n].
+        rows: int64 [n], index in the raw source.
     """
 
     first: int
@@ -106,7 +149,14 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """samples: N of the split. block_size, shard_size: samples of a block and of a shard, a whole number of blocks."""
+    """Division of a split into shards and blocks.
+
+    Attributes:
+        samples: Number of samples of the split.
+        image_shape: As in the manifest.
+        block_size: Samples of a block.
+        shard_size: Samples of a shard, a multiple of `block_size`.
+    """
 
     samples: int
     image_shape: tuple[int | None, int | None, int]
@@ -115,26 +165,28 @@ class Layout:
 
     @property
     def shards(self) -> int:
+        """Number of shards."""
         return -(-self.samples // self.shard_size)
 
     def samples_of(self, shard: int) -> range:
-        """Positions of a shard's samples."""
+        """Return the positions of a shard's samples."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.samples))
 
 
 class SplitWriter(Protocol):
-    """Writes the files of one split into a directory that exists; every byte follows from the samples alone.
+    """Write the files of one split into an existing directory. The bytes depend on the samples only.
 
-    Shards may be written in any order and by different processes, each with a writer of its own.
+    Shards may be written in any order and by several processes, each with its own writer.
     """
 
     def start(self) -> tuple[RawFile, ...]:
-        """Write what is there once, before any shard; returns the files."""
+        """Write the files that do not belong to a shard; returns them. Called before the first shard."""
         ...
 
     def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
-        """Write shard `number` from its blocks in order; returns it and the files that go with it.
+        """Write a shard from its blocks, in order. If `blocks` raises, the shard is incomplete.
 
-        If `blocks` raises, so does this, and what it has begun to write is of no use.
+        Returns:
+            The manifest's entries of the shard and of the files that accompany it.
         """
         ...

@@ -1,4 +1,4 @@
-"""An in-memory cache of blocks, for stores that cannot be memory-mapped: compressed, or larger than the memory."""
+"""In-memory cache of blocks, for stores that cannot be memory-mapped: compressed, or larger than the memory."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class BlockCache:
             allocated only as blocks are loaded.
 
     Raises:
-        UserError: If `memory` is less than one block, or more than the machine gives.
+        UserError: If `memory` is less than one block, or more than the machine has.
     """
 
     def __init__(self, manifest: Manifest, load: LoadBlocks, memory: int | None) -> None:
         self._load = load
         self._samples = manifest.samples
         self._block_size = min(manifest.block_size, manifest.samples)
-        self._image_shape = manifest.image_shape
+        self._image_shape = manifest.pixel_shape
         self._image_bytes = manifest.image_bytes
         blocks = -(-manifest.samples // self._block_size)
         block_bytes = self._block_size * self._image_bytes
@@ -49,77 +49,77 @@ class BlockCache:
             self._buffer = np.empty((self.slots * self._block_size, self._image_bytes), np.uint8)
         except (MemoryError, ValueError, OverflowError):
             raise UserError(
-                found=f"{self.slots * block_bytes:,} bytes of images, more memory than this machine gives",
-                expected="images that fit into it, or a bound on how many are held",
+                found=f"{self.slots * block_bytes:,} bytes of images, more than the memory of this machine",
+                expected="images that fit into memory, or a limit on the cached bytes",
                 hint="set loader.cache_gb",
             ) from None
         self._slot_of_block = np.full(blocks, -1, np.int64)
         self._block_in_slot = np.full(self.slots, -1, np.int64)
-        self._came_in = np.zeros(self.slots, np.int64)  # load counter at which each slot was filled, for FIFO eviction
+        self._load_of_slot = np.zeros(self.slots, np.int64)  # load counter when each slot was filled, for FIFO eviction
         self._loads = 0
         self._lock = threading.Lock()  # a training and a validation loader may share the store
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Copy images into the caller's buffer; see `shards.stores.base.ImageStore.gather`."""
+        """Copy images into a buffer; see `shards.stores.base.ImageStore.gather`."""
         check_positions(samples, self._samples)
         assert out.flags.c_contiguous and out.shape == (len(samples), *self._image_shape)
         flat = out.reshape(len(samples), self._image_bytes)
-        blocks, places = np.divmod(samples, self._block_size)
+        blocks, offsets = np.divmod(samples, self._block_size)
         with self._lock:
             slots = self._slot_of_block[blocks]
             if len(slots) and slots.min() < 0:
                 # Cached blocks first: loading the others would evict them.
-                for some in self._roomfuls(blocks):
-                    self._bring(np.unique(blocks[some]))
-                    flat[some] = self._buffer[self._slot_of_block[blocks[some]] * self._block_size + places[some]]
+                for some in self._groups(blocks):
+                    self._load_missing(np.unique(blocks[some]))
+                    flat[some] = self._buffer[self._slot_of_block[blocks[some]] * self._block_size + offsets[some]]
                 return
-            # `clip` because only so does NumPy write straight into `out`; no index is outside.
-            np.take(self._buffer, slots * self._block_size + places, axis=0, out=flat, mode="clip")
+            # NumPy writes directly into `out` only with mode `clip`. All indices are in range.
+            np.take(self._buffer, slots * self._block_size + offsets, axis=0, out=flat, mode="clip")
 
     def locate(self, samples: NDArray[np.int64]) -> ImageTable | None:
-        """Positions of images in the buffer if all blocks fit into it, else None; see `ImageStore.locate`."""
+        """Return the images in the buffer if all blocks fit into it, else None; see `ImageStore.locate`."""
         check_positions(samples, self._samples)
         if self.slots < len(self._slot_of_block):
             return None
-        blocks, places = np.divmod(samples, self._block_size)
+        blocks, offsets = np.divmod(samples, self._block_size)
         with self._lock:
             slots = self._slot_of_block[blocks]
             if len(slots) and slots.min() < 0:
-                self._bring(np.unique(blocks))
+                self._load_missing(np.unique(blocks))
                 slots = self._slot_of_block[blocks]
-            return ImageTable(self._buffer, slots * self._block_size + places)
+            return ImageTable(self._buffer, slots * self._block_size + offsets)
 
-    def _roomfuls(self, blocks: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Indices into `blocks`, each once, in groups that have no more blocks than there are slots."""
-        needed, of_needed = np.unique(blocks, return_inverse=True)
+    def _groups(self, blocks: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Yield all indices into `blocks`, in groups with at most as many different blocks as there are slots."""
+        needed, inverse = np.unique(blocks, return_inverse=True)
         order = np.argsort(self._slot_of_block[needed] < 0, kind="stable")
-        roomful_of = np.empty(len(needed), np.int64)
-        roomful_of[order] = np.arange(len(needed)) // self.slots
+        group_of_block = np.empty(len(needed), np.int64)
+        group_of_block[order] = np.arange(len(needed)) // self.slots
         for number in range(-(-len(needed) // self.slots)):
-            yield np.flatnonzero(roomful_of[of_needed] == number)
+            yield np.flatnonzero(group_of_block[inverse] == number)
 
-    def _bring(self, needed: NDArray[np.int64]) -> None:
-        """Load the missing ones of these blocks (at most as many as there are slots).
+    def _load_missing(self, needed: NDArray[np.int64]) -> None:
+        """Load the blocks that are not cached. `needed` has at most as many blocks as there are slots.
 
-        First-in first-out suits a sampler that draws from a sliding window of blocks: a block is needed for the length
-        of the window after it was loaded, however long it is not used in between.
+        First-in first-out eviction suits a sampler with a sliding window of blocks: a block is needed for the length
+        of the window after it was loaded, even if it is not used for a long time in between.
         """
-        there = self._slot_of_block[needed]
-        missing = needed[there < 0]
+        present = self._slot_of_block[needed]
+        missing = needed[present < 0]
         if not len(missing):
             return
-        age = self._came_in.copy()
-        age[there[there >= 0]] = np.iinfo(np.int64).max
+        age = self._load_of_slot.copy()
+        age[present[present >= 0]] = np.iinfo(np.int64).max
         slots = np.argpartition(age, len(missing) - 1)[: len(missing)]
-        leaving = self._block_in_slot[slots]
-        self._slot_of_block[leaving[leaving >= 0]] = -1
+        evicted = self._block_in_slot[slots]
+        self._slot_of_block[evicted[evicted >= 0]] = -1
         self._block_in_slot[slots] = -1
-        self._came_in[slots] = 0
+        self._load_of_slot[slots] = 0
         self._load(missing, [self._slot(slot, block) for slot, block in zip(slots, missing, strict=True)])
         self._loads += 1
         self._block_in_slot[slots] = missing
         self._slot_of_block[missing] = slots
-        self._came_in[slots] = self._loads
+        self._load_of_slot[slots] = self._loads
 
     def _slot(self, slot: int, block: int) -> NDArray[np.uint8]:
         count = min(self._block_size, self._samples - block * self._block_size)
@@ -128,7 +128,7 @@ class BlockCache:
 
 
 class BlockStore(ABC):
-    """What the stores of blocks have in common."""
+    """Base class of the stores of blocks."""
 
     manifest: Manifest
 
@@ -136,11 +136,11 @@ class BlockStore(ABC):
         return self.manifest.samples
 
     def read(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images uint8 [n, H, W, C]; see `Store.read`."""
-        images = np.empty((len(samples), *self.manifest.image_shape), np.uint8)
+        """Return images uint8 [n, H, W, C]; see `Store.read`."""
+        images = np.empty((len(samples), *self.manifest.pixel_shape), np.uint8)
         self.gather(samples, images)
         return images
 
     @abstractmethod
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Copy images into the caller's buffer; see `ImageStore.gather`."""
+        """Copy images into a buffer; see `ImageStore.gather`."""

@@ -1,4 +1,4 @@
-"""Image files: the size in their header, and their pixels.
+"""Image files: size from the header, and pixels.
 
 Headers are parsed here and not by a library because the loader reads one for every image of every batch: it takes a
 few microseconds, and a file that only claims to be huge is refused before memory is allocated for its pixels.
@@ -18,20 +18,22 @@ from PIL import Image, ImageOps
 FORMATS = "JPEG, PNG, WebP or BMP"
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 MAX_PIXELS = 1 << 26
-MAX_BYTES = 1 << 28  # of a file
+MAX_BYTES = 1 << 28  # per file
 Content: TypeAlias = bytes | NDArray[np.uint8]
 
-_SCANS = {0xD9, 0xDA}  # JPEG markers after which no size can come
+_SCANS = {0xD9, 0xDA}  # JPEG markers that end the header
 _SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that carry the size
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
 
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What an image file says of its image.
+    """Size and color of an image, as its file header states them.
 
-    height, width: Pixels. From `read_image_header` as stored, before any rotation that EXIF asks for.
-    gray: Whether the image has no color.
+    Attributes:
+        height: Pixels, before the EXIF rotation if it comes from `read_image_header`.
+        width: Pixels, likewise.
+        gray: Whether the image has no color.
     """
 
     height: int
@@ -40,8 +42,12 @@ class ImageHeader:
 
 
 def read_image_header(content: Content) -> ImageHeader:
-    """What a picture file says of itself; ValueError (what it is instead) if it is none of `FORMATS` or too large."""
-    view = memoryview(content).cast("B")
+    """Parse the header of an image file.
+
+    Raises:
+        ValueError: If the file is not one of `FORMATS`, or its image is too large.
+    """
+    view = (memoryview(content) if isinstance(content, bytes) else content.data).cast("B")
     try:
         header = _parse_header(view)
     except (struct.error, IndexError):
@@ -58,8 +64,8 @@ def _parse_header(view: memoryview) -> ImageHeader:
     if start[:3] == b"\xff\xd8\xff":
         return _jpeg(view)
     if start[:8] == b"\x89PNG\r\n\x1a\n":
-        width, height, _, colour = struct.unpack_from(">IIBB", view, 16)
-        return ImageHeader(height, width, gray=colour in (0, 4))
+        width, height, _, color = struct.unpack_from(">IIBB", view, 16)
+        return ImageHeader(height, width, gray=color in (0, 4))
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return _webp(view)
     if start[:2] == b"BM":
@@ -68,22 +74,22 @@ def _parse_header(view: memoryview) -> ImageHeader:
 
 
 def _jpeg(view: memoryview) -> ImageHeader:
-    place = 2
+    offset = 2
     while True:
-        if view[place] != 0xFF:
-            raise ValueError(f"a JPEG picture whose header breaks off at byte {place:,}")
-        marker = view[place + 1]
-        if marker == 0xFF:  # a filling byte
-            place += 1
+        if view[offset] != 0xFF:
+            raise ValueError(f"a JPEG picture whose header breaks off at byte {offset:,}")
+        marker = view[offset + 1]
+        if marker == 0xFF:  # padding
+            offset += 1
         elif marker in _WITHOUT_LENGTH:
-            place += 2
+            offset += 2
         elif marker in _SIZES:
-            height, width, channels = struct.unpack_from(">HHB", view, place + 5)
+            height, width, channels = struct.unpack_from(">HHB", view, offset + 5)
             return ImageHeader(height, width, gray=channels == 1)
         elif marker in _SCANS:
             raise ValueError("a JPEG picture without a size")
         else:
-            place += 2 + struct.unpack_from(">H", view, place + 2)[0]
+            offset += 2 + struct.unpack_from(">H", view, offset + 2)[0]
 
 
 def _webp(view: memoryview) -> ImageHeader:
@@ -105,29 +111,37 @@ def _bmp(view: memoryview) -> ImageHeader:
     if size < 40:
         raise ValueError(f"a BMP picture with a header of {size} bytes, as no program has written for decades")
     width, height, _, bits = struct.unpack_from("<iiHH", view, 18)
-    (colours,) = struct.unpack_from("<I", view, 46)
-    palette = bytes(view[14 + size : 14 + size + 4 * (colours or 1 << bits)]) if bits <= 8 else b""
+    (colors,) = struct.unpack_from("<I", view, 46)
+    palette = bytes(view[14 + size : 14 + size + 4 * (colors or 1 << bits)]) if bits <= 8 else b""
     gray = bool(palette) and palette[0::4] == palette[1::4] == palette[2::4]
-    return ImageHeader(abs(height), width, gray)  # a negative height: rows from top to bottom
+    return ImageHeader(abs(height), width, gray)  # height is negative if the top row comes first
 
 
 def decode(content: Content, channels: int) -> NDArray[np.uint8]:
-    """The pixels uint8 [H, W, channels], turned as EXIF asks; channels: 1 (gray) or 3 (RGB).
+    """Decode an image file, with the EXIF rotation applied. Most files give the same bits as DALI.
 
-    What DALI makes of the file, to the last bit for most. ValueError if it cannot be decoded.
+    Args:
+        content: The bytes of the file.
+        channels: 1 (gray) or 3 (RGB).
+
+    Returns:
+        uint8 [H, W, channels].
+
+    Raises:
+        ValueError: If the file cannot be decoded.
     """
     read_image_header(content)
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP", "BMP")) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            pixels = np.asarray(to_8_bits(picture).convert("L" if channels == 1 else "RGB"))
-    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
+        with Image.open(io.BytesIO(bytes(content)), formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
+            upright = ImageOps.exif_transpose(image)
+            pixels = np.asarray(to_8_bits(upright).convert("L" if channels == 1 else "RGB"))
+    except Exception as error:  # Pillow raises many types for damaged files
         raise ValueError(f"a picture that cannot be decoded: {error}") from None
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale gray levels of 16 bits to 8, which Pillow would cut off at 255; other images stay as they are."""
+    """Scale 16-bit gray levels to 8 bits (Pillow would clip them at 255). Other images are returned unchanged."""
     if not image.mode.startswith("I"):
         return image
     levels = np.asarray(image, dtype=np.int64).clip(0, 0xFFFF)

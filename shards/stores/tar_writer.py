@@ -1,4 +1,4 @@
-"""Write tar shards, and beside each the index that DALI's `wds2idx` would write."""
+"""Write tar shards, each with the index that DALI's `wds2idx` would write."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ _END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 
 class TarRecord(NamedTuple):
-    """Members of a tar file under one key.
+    """Members of a tar file with a common key.
 
-    samples: Number of samples in the record.
-    components: What follows the key in each member's name, and the pieces that make up its content.
+    Attributes:
+        key: Common start of the members' names.
+        samples: Number of samples in the record.
+        components: For each member the end of its name after the key, and the pieces of its content.
     """
 
     key: str
@@ -66,6 +68,6 @@ def write_tar_shard(path: Path, records: Iterable[TarRecord], with_crc: bool) ->
         size = file.tell()
     crcs = crcs if with_crc else []
     shard = Shard(name=path.name, samples=samples, bytes=size, sha256=sha256.hexdigest(), blocks_crc32=tuple(crcs))
-    content = index_content(lines)
-    write_file(path.with_suffix(".idx"), content)
-    return shard, index_file(shard, content)
+    index = index_content(lines)
+    write_file(path.with_suffix(".idx"), index)
+    return shard, index_file(shard, index)

@@ -1,6 +1,6 @@
-"""Zarr arrays as a store: blocks are decoded in parallel, straight from the shard files, and cached in memory.
+"""Store of zarr arrays: blocks are decoded in parallel from the shard files and cached in memory.
 
-zarr-python opens and checks the arrays; the blocks are read here, and tests compare them with what zarr-python reads.
+zarr-python opens and checks the arrays. The blocks are read here, and tests compare them with those of zarr-python.
 zarr-python spends 1.5 ms on a block of 512 EMNIST images, of which decompression takes 0.3 ms: with it two cores
 decode 0.35 million images/s, with zarrs 0.7. tensorstore is as fast as this module (1.07 against 0.88 million images/s
 in one run on two busy cores, random blocks of EMNIST ByMerge, median of 8). It is not used because it aborts every
@@ -10,173 +10,178 @@ process that is forked after an array was opened, as the workers of `pipeline.sh
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numcodecs
+import numcodecs  # type: ignore[import-untyped]  # it has no type stubs
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
 from shards.cpus import available_cpus
-from shards.errors import damaged, first_line
-from shards.manifest import Manifest
-from shards.stores.base import ImageTable, block_key
+from shards.errors import corrupt_shard, first_line
+from shards.manifest import Manifest, RawFile
+from shards.stores.base import ImageTable, block_key, open_packed_file, read_at
 from shards.stores.block_cache import BlockCache, BlockStore
-from shards.stores.zarr_arrays import ArrayCut, cut_of, open_arrays
+from shards.stores.zarr_arrays import ArrayLayout, array_layouts, open_arrays
 
 _INDEX_ENTRY = 16  # offset and length of a block in its shard, uint64 each
 _CHECKSUM = 4  # CRC-32C, of an index and of a block that is not compressed
-_MOST_THREADS = 16
+_MAX_THREADS = 16
 
 
 class ShardFile:
-    """A shard of one array: whole blocks, and at the end the index that tells where each of them lies.
+    """A shard of one array: blocks, and at its end the index of their byte ranges.
 
-    size: its bytes, as the manifest says. Raises `UserError` if it has another size or its index was changed.
+    Args:
+        directory: The directory of the split.
+        array: Layout of the array.
+        number: Number of the shard.
+        size: Bytes of the shard, from the manifest.
+        compressed: Whether the blocks are compressed.
+
+    Raises:
+        CorruptError: If the file has another size or its index is damaged.
     """
 
-    def __init__(self, directory: Path, array: ArrayCut, number: int, size: int, compressed: bool) -> None:
+    def __init__(self, directory: Path, array: ArrayLayout, number: int, size: int, compressed: bool) -> None:
         self._path = directory / array.shard_name(number)
         self._array = array
         self._compressed = compressed
         self._first = number * array.blocks_in_shard
-        self._places = self._read_index(size)
+        self._ranges = self._read_index(size)
 
     def _read_index(self, size: int) -> NDArray[np.int64]:
-        """[blocks, 2], offset and length of each block."""
+        """Return offset and length of each block, [blocks, 2]."""
         array = self._array
         length = array.blocks_in_shard * _INDEX_ENTRY + _CHECKSUM
         end = size - length  # of the blocks
-        if not self._path.is_file():
-            raise damaged(self._path, "no such shard, though the manifest names it")
-        with open(self._path, "rb", buffering=0) as file:
-            if (found := os.fstat(file.fileno()).st_size) != size:
-                raise damaged(self._path, f"{found:,} bytes where the manifest says {size:,}")
-            if end < 0:
-                raise damaged(self._path, f"{size:,} bytes, too few for an index of {array.blocks_in_shard:,} blocks")
-            file.seek(end)
-            content = file.read(length)
+        if end < 0:
+            raise corrupt_shard(self._path, f"{size:,} bytes, too few for an index of {array.blocks_in_shard:,} blocks")
+        with open_packed_file(self._path, size) as file:
+            content = read_at(file, end, length)
         try:
             index = np.frombuffer(numcodecs.CRC32C().decode(content), "<u8").reshape(-1, 2)
         except RuntimeError:
-            raise damaged(self._path, "the index of its blocks was changed (CRC-32C differs)") from None
-        places = index[: array.blocks - self._first].astype(np.int64)  # 2^64 - 1, no block, becomes -1
-        offsets, lengths = places.T
-        # A zstd frame is longer than its content by 1/256 at most, but for a few bytes.
-        most = array.block_bytes + (array.block_bytes >> 8) + 512
-        wrong = (offsets < 0) | (lengths < 0) | (lengths > most) | (offsets > end - lengths)
-        if wrong.any():
-            block = self._first + int(np.argmax(wrong))
-            raise damaged(self.place(block), "the index places it outside the shard, or nowhere")
-        return places
+            raise corrupt_shard(self._path, "the index of its blocks was changed (CRC-32C differs)") from None
+        ranges = index[: array.blocks - self._first].astype(np.int64)  # 2^64 - 1 (no block) becomes -1
+        offsets, lengths = ranges.T
+        # A zstd frame is at most 1/256 longer than its content, plus a few bytes.
+        max_length = array.block_bytes + (array.block_bytes >> 8) + 512
+        invalid = (offsets < 0) | (lengths < 0) | (lengths > max_length) | (offsets > end - lengths)
+        if invalid.any():
+            block = self._first + int(np.argmax(invalid))
+            raise corrupt_shard(self.describe(block), "its byte range in the index is absent or outside the shard")
+        return ranges
 
-    def place(self, block: int) -> str:
-        """File and block, for a message."""
+    def describe(self, block: int) -> str:
+        """Return the file and the block, for messages."""
         return f"{self._path}: block {block_key(block)}"
 
     def read(self, block: int) -> NDArray:
-        """Decode the samples of a block (its number in the part). Raises `UserError`."""
+        """Decode the samples of a block (its number in the split). Raises `CorruptError`."""
         array = self._array
         shape = (len(array.samples_of_block(block)), *array.sample)
-        values = np.full(math.prod(shape) * np.dtype(array.dtype).itemsize, 0xFF, np.uint8)  # which are numbers below 0
+        # Filled with ones: a block with too few bytes then has labels and rows below 0.
+        values = np.full(math.prod(shape) * np.dtype(array.dtype).itemsize, 0xFF, np.uint8)
         self.read_into(block, values)
         return values.view(array.dtype).reshape(shape)
 
     def read_into(self, block: int, out: NDArray[np.uint8]) -> None:
-        """Decode the bytes of a block's samples into a buffer, uint8 [bytes]. Raises `UserError`.
+        """Decode the bytes of a block's samples into a buffer, uint8 [bytes]. Raises `CorruptError`.
 
-        Of a block that holds fewer bytes than it should, the rest of the buffer stays as it was.
+        If the block holds fewer bytes, the rest of the buffer is unchanged.
         """
-        whole = self._array.block_bytes
-        offset, length = self._places[block - self._first]
-        stored = np.empty(length, np.uint8)
+        block_bytes = self._array.block_bytes
+        offset, length = self._ranges[block - self._first].tolist()
+        # The last block of the split is stored with its full length.
+        content = out if len(out) == block_bytes else np.full(block_bytes, 0xFF, np.uint8)
+        with open_packed_file(self._path) as file:
+            stored = read_at(file, offset, length)
         try:
-            with open(self._path, "rb", buffering=0) as file:
-                file.seek(offset)
-                if file.readinto(memoryview(stored)) != length:
-                    raise ValueError("the shard ends inside it")
-            # The last block of the split is stored at its full length.
-            content = out if len(out) == whole else np.full(whole, 0xFF, np.uint8)
+            if len(stored) != length:
+                raise ValueError("the shard ends inside it")
             if self._compressed:
-                # Into a buffer: so a frame that claims to be longer is refused before memory is taken for it.
+                # A frame that claims to be longer than the buffer is refused before memory is allocated.
                 numcodecs.zstd.decompress(stored, content)
-            elif length == whole + _CHECKSUM:
-                content[...] = numcodecs.CRC32C().decode(stored)
+            elif length == block_bytes + _CHECKSUM:
+                content[...] = np.frombuffer(numcodecs.CRC32C().decode(stored), np.uint8)
             else:
-                raise ValueError(f"{length:,} bytes instead of {whole + _CHECKSUM:,}")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise damaged(self.place(block), first_line(error)) from None
+                raise ValueError(f"{length:,} bytes instead of {block_bytes + _CHECKSUM:,}")
+        except (ValueError, RuntimeError) as error:
+            raise corrupt_shard(self.describe(block), first_line(error)) from None
         if content is not out:
             out[...] = content[: len(out)]
 
 
-def open_shards(directory: Path, manifest: Manifest, array: ArrayCut, compressed: bool) -> list[ShardFile]:
-    """The shards of an array, in order; those of labels and rows are checked by their SHA-256. Raises `UserError`."""
-    named = {file.name: file for file in manifest.everything}
+def open_shards(directory: Path, manifest: Manifest, array: ArrayLayout, compressed: bool) -> list[ShardFile]:
+    """Open the shards of an array in order; check the SHA-256 of those of labels and rows. Raises `CorruptError`."""
+    entries = {file.name: file for file in manifest.everything}
     shards = []
     for number in range(array.shards):
-        expected = named[array.shard_name(number)]
-        shards.append(ShardFile(directory, array, number, expected.bytes, compressed))
-        if array.name != "images":
-            path = directory / expected.name
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-                    raise damaged(path, "it was changed (SHA-256 differs)")
+        entry = entries[array.shard_name(number)]
+        shards.append(ShardFile(directory, array, number, entry.bytes, compressed))
+        if array.name != "images" and RawFile.of(directory, entry.name).sha256 != entry.sha256:
+            raise corrupt_shard(directory / entry.name, "it was changed (SHA-256 differs)")
     return shards
 
 
 class ZarrStore(BlockStore):
-    """The `shards.stores.base.ImageStore` over zarr arrays: whole blocks are decoded, on all cores, and kept in memory.
+    """The `shards.stores.base.ImageStore` of zarr arrays: blocks are decoded on all cores and cached in memory.
 
-    memory: most bytes of images to hold, None for no bound. Labels and rows are read at once. What is read is checked:
-    labels and rows by their SHA-256, images by the CRC-32 of each block.
+    Labels and rows are read on opening and checked by their SHA-256, images by the CRC-32 of each block.
+
+    Args:
+        directory: The directory of the split.
+        manifest: Its manifest.
+        memory: Maximum bytes of images to hold, None for no limit.
+
+    Raises:
+        CorruptError: If a file is missing or does not fit the manifest.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, memory: int | None = None) -> None:
         self.manifest = manifest
-        compressed = open_arrays(directory, manifest).compressed
-        images, labels, rows = cut_of(manifest)
-        self.labels = _numbers(open_shards(directory, manifest, labels, compressed), labels, len(manifest.classes) - 1)
-        self.rows = _numbers(open_shards(directory, manifest, rows, compressed), rows, np.iinfo(np.int64).max)
+        _, compressed = open_arrays(directory, manifest)
+        images, labels, rows = array_layouts(manifest)
+        self.labels = _read_all(directory, manifest, labels, compressed, len(manifest.classes) - 1)
+        self.rows = _read_all(directory, manifest, rows, compressed, np.iinfo(np.int64).max)
         self._shards = open_shards(directory, manifest, images, compressed)
         self._blocks_in_shard = images.blocks_in_shard
         self._crcs = [crc for shard in manifest.shards for crc in shard.blocks_crc32]
         self._cache = BlockCache(manifest, self._read_blocks, memory)
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Copy images into the caller's buffer; see `ImageStore.gather`."""
+        """Copy images into a buffer; see `ImageStore.gather`."""
         self._cache.gather(samples, out)
 
     def locate(self, samples: NDArray[np.int64]) -> ImageTable | None:
-        """Images among those decoded; see `ImageStore.locate`."""
+        """Return decoded images; see `ImageStore.locate`."""
         return self._cache.locate(samples)
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
-        """Decode the images of whole blocks; see `shards.stores.block_cache.LoadBlocks`."""
-        threads = min(available_cpus(), len(blocks), _MOST_THREADS)
-        # Threads of this call alone: a pool that outlives it would not survive a fork.
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(self._read_block, blocks.tolist(), buffers):
-                pass
+        """Decode the images of blocks; see `shards.stores.block_cache.LoadBlocks`."""
+        # A pool per call: a longer-lived one would not survive a fork.
+        with ThreadPoolExecutor(min(available_cpus(), len(blocks), _MAX_THREADS)) as pool:
+            list(pool.map(self._read_block, blocks.tolist(), buffers))
 
     def _read_block(self, block: int, buffer: NDArray[np.uint8]) -> None:
         shard = self._shards[block // self._blocks_in_shard]
         shard.read_into(block, buffer.reshape(-1))
         if isal_zlib.crc32(buffer) != self._crcs[block]:
-            raise damaged(shard.place(block), "it was changed (CRC-32 differs)")
+            raise corrupt_shard(shard.describe(block), "it was changed (CRC-32 differs)")
 
 
-def _numbers(shards: list[ShardFile], array: ArrayCut, most: int) -> NDArray[np.int64]:
-    """The whole of an array of numbers, int64 [N]. Raises `UserError` unless they are 0 .. most."""
-    parts = []
+def _read_all(
+    directory: Path, manifest: Manifest, array: ArrayLayout, compressed: bool, highest: int
+) -> NDArray[np.int64]:
+    """Return all values of an array of numbers, int64 [N]. Raises `CorruptError` unless they are 0 .. highest."""
+    shards = open_shards(directory, manifest, array, compressed)
+    blocks = []
     for block in range(array.blocks):
         shard = shards[block // array.blocks_in_shard]
-        numbers = shard.read(block)
-        if numbers.min() < 0 or numbers.max() > most:
-            raise damaged(shard.place(block), f"{array.name} outside 0 .. {most}")
-        parts.append(numbers)
-    return np.concatenate(parts)
+        blocks.append(shard.read(block))
+        if blocks[-1].min() < 0 or blocks[-1].max() > highest:
+            raise corrupt_shard(shard.describe(block), f"{array.name} outside 0 .. {highest}")
+    return np.concatenate(blocks)

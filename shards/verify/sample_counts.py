@@ -1,4 +1,4 @@
-"""Count samples by class during a full check, and find raw rows that are packed twice."""
+"""Count samples per class during a full check, and find source rows that are packed twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shards.manifest import Manifest
 
 
 class SampleCounter:
-    """Counts labels and rows block by block, to be compared with the manifest at the end."""
+    """Count labels and rows block by block, and compare the totals with the manifest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -19,7 +19,7 @@ class SampleCounter:
         self._rows: list[NDArray[np.int64]] = []
 
     def add(self, labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[str]:
-        """Count the samples of one block, labels and rows int64 [n]; yields what is wrong with their values."""
+        """Count the samples of one block. `labels` and `rows` are int64 [n]. Yields a line for each invalid value."""
         if len(labels) and (labels.min() < 0 or labels.max() >= len(self._counts)):
             yield f"a label outside 0 .. {len(self._counts) - 1}"
         elif len(rows) and rows.min() < 0:
@@ -29,7 +29,7 @@ class SampleCounter:
             self._rows.append(rows)
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with the whole; meaningful only if every block could be added."""
+        """Yield the differences of the totals from the manifest. Only meaningful if every block was added."""
         if self._counts.tolist() != list(self._manifest.counts):
             yield "counts by class differ from the manifest"
         if len(np.unique(np.concatenate(self._rows))) != self._manifest.samples:

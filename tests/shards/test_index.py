@@ -25,7 +25,7 @@ from shards.index import index, read_classes
 from shards.open import open_store
 from shards.stores.base import Store
 from shards.stores.image_header import MAX_BYTES
-from shards.stores.record_index import index_content, index_line, name_in_index, read_places, split_name
+from shards.stores.record_index import index_content, index_line, name_in_index, read_component_ranges, split_name
 from shards.stores.tar_members import Member, read_members
 from shards.verify.check import check_split
 
@@ -163,8 +163,8 @@ def test_an_index_keeps_places_whatever_the_names(records: list[tuple], picture:
         components = zip((picture, label), places, strict=True)
         lines.append(index_line({kind: Member(f"{name}.{kind}", *place) for kind, place in components}))
     content = index_content(lines)
-    found = read_places(content)
-    assert found.pictures.tolist() == [list(places) for _, places, _ in records]
+    found = read_component_ranges(content)
+    assert found.images.tolist() == [list(places) for _, places, _ in records]
     assert found.labels.tolist() == [list(places) for _, _, places in records]
     assert found.rows is None
     assert name_in_index(content, len(records) - 1).endswith(f".{picture}")
@@ -331,7 +331,7 @@ def test_classes_are_named_by_a_file(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("grèbe\n heron \nstork\n")
     process = run_module("shards.index", out, "--classes", tmp_path / "classes.txt")
     assert process.returncode == 0, process.stderr
-    assert "train: 60 pictures of 3 classes in 3 shards" in process.stdout
+    assert "train: 60 images of 3 classes in 3 shards" in process.stdout
     assert Manifest.read(out / "test").classes == ("grèbe", "heron", "stork")
     assert Manifest.read(out / "test").counts == (10, 10, 0)
 
@@ -340,7 +340,7 @@ def test_classes_are_named_by_a_file(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (b"a\n\nb\n", "line 2 is empty"),
-        (b"a\nb\na\n", "line 3 names 'a' again"),
+        (b"a\nb\na\n", "line 3 repeats 'a'"),
         (b"", "line 1 is empty"),
         (b"\xff\xfe", "UTF-8"),
     ],

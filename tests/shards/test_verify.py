@@ -274,13 +274,13 @@ class TestVerifyZarr:
     def test_the_command_checks_all_parts(self, zarr_pack: Path) -> None:
         process = run_module("shards.verify", zarr_pack)
         assert process.returncode == 0, process.stderr
-        assert re.search(r"whole .*train: 95 samples of 5 classes in 3 shards", process.stdout)
+        assert re.search(r"complete .*train: 95 samples of 5 classes in 3 shards", process.stdout)
         shutil.copytree(zarr_pack / "test", zarr_pack / "val")
         path = zarr_pack / "val" / GROUP / "rows" / "c" / "0"
         flip(path, 20)
         process = run_module("shards.verify", zarr_pack)
         assert_user_error(process, f"{path}: block 00000000: ")
-        assert process.stdout.count("whole") == 2
+        assert process.stdout.count("complete ") == 2
 
 
 class TestVerifyCommand:
@@ -290,8 +290,8 @@ class TestVerifyCommand:
         process = run_module("shards.verify", whole)
         assert process.returncode == 0, process.stderr
         assert process.stderr == ""
-        assert re.search(r"whole .*train: 95 samples of 5 classes in 3 shards", process.stdout)
-        assert re.search(r"whole .*test: 30 samples of 5 classes in 1 shards", process.stdout)
+        assert re.search(r"complete .*train: 95 samples of 5 classes in 3 shards", process.stdout)
+        assert re.search(r"complete .*test: 30 samples of 5 classes in 1 shard,", process.stdout)
 
     def test_damage_in_both_parts(self, pack: Path) -> None:
         flip(pack / "train" / "shard-00001.tar", member(pack, 3, "images.npy").offset_data + 140)
@@ -308,7 +308,7 @@ class TestVerifyCommand:
     def test_one_part_alone(self, whole: Path) -> None:
         process = run_module("shards.verify", whole / "test")
         assert process.returncode == 0, process.stderr
-        assert process.stdout.count("whole") == 1
+        assert process.stdout.count("complete ") == 1
 
     def test_missing_manifest(self, pack: Path) -> None:
         (pack / "train" / MANIFEST_NAME).unlink()

@@ -33,9 +33,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def end_of_process() -> None:
     """Let go of what this process uses, as its end would."""
-    for descriptor in cache_module._held.values():
+    for descriptor in cache_module._descriptors.values():
         os.close(descriptor)
-    cache_module._held.clear()
+    cache_module._descriptors.clear()
 
 
 def fill(key: str, size: int, age: float = 0) -> Path:
@@ -298,9 +298,9 @@ def test_an_evictor_and_a_user_do_not_meet(cache: Path, monkeypatch: pytest.Monk
                 entry.content.mkdir(exist_ok=True)
                 (entry.content / "file").write_bytes(bytes(100_000))
             assert (entry.content / "file").stat().st_size == 100_000
-            for descriptor in cache_module._held.values():
+            for descriptor in cache_module._descriptors.values():
                 os.close(descriptor)
-            cache_module._held.clear()
+            cache_module._descriptors.clear()
             time.sleep(0.003)
     """
     with other_process(user) as process:

@@ -522,7 +522,7 @@ def test_a_disk_that_fills_on_the_way(
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
         with pytest.raises(UserError) as caught:
             resolve_dataset(at_s3)
-        assert "No space left" in caught.value.found
+        assert "no space left on device" in caught.value.found
         assert str(small_disk) in caught.value.found
         assert list(small_disk.rglob("manifest.json")) == []
         kept = came(small_disk)
