@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import zarr
@@ -21,6 +21,7 @@ from shards.errors import corrupt_shard, first_line
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, Shard
 from shards.stores.base import Block, Layout
 
+ZarrArray: TypeAlias = zarr.Array
 GROUP = "samples.zarr"
 _METADATA = "zarr.json"
 _CHECKED = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs", "storage_transformers")

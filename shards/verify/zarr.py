@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from shards.errors import UserError, corrupt_shard, first_line
 from shards.manifest import Manifest
 from shards.stores.base import block_key
 from shards.stores.zarr import ShardFile
-from shards.stores.zarr_arrays import GROUP, array_layouts, open_arrays
+from shards.stores.zarr_arrays import GROUP, ZarrArray, array_layouts, open_arrays
 from shards.verify.sample_counts import SampleCounter
 
 
@@ -52,7 +51,7 @@ def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> 
                     yield f"{directory / GROUP}: block {block_key(block)}: {fault}"
 
 
-def _decode(array: zarr.Array, file: ShardFile, block: int, samples: range) -> NDArray:
+def _decode(array: ZarrArray, file: ShardFile, block: int, samples: range) -> NDArray:
     """Decode a block with zarr-python. Raises `CorruptError` if that fails or differs from our reader."""
     ours = file.read(block)  # first, because it refuses a block that claims too much memory
     try:
