@@ -1,5 +1,5 @@
-"""What does it cost?
+"""Benchmarks: resolution sweep, loader throughput, shuffle quality, training throughput, scaling, ablation.
 
-Every benchmark uses the public interfaces of the other folders and one harness: warm-up excluded, several runs, median
-and spread, rivals measured in turn, an environment stamp, JSON lines, a plot and a Markdown table.
+All use the public interfaces of the packages and one harness: warm-up, several runs, median and spread, alternating
+order, environment, JSON lines, a chart and a Markdown table.
 """

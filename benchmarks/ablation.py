@@ -1,17 +1,16 @@
-"""What does each addition to a recipe bring, at equal compute?
+"""Measure what each addition to a training recipe gains at equal compute.
 
     python benchmarks/ablation.py [key=value ...] [--plan FILE.yaml] [--shards DIR] [--seeds 3]
                                   [--budget-minutes M] [--out DIR]
 
-A plan names a base configuration, the overrides that make it the recipe to compare with, and additions, each with a
-name and further overrides. Every variant is trained once per seed in a fresh process, on the same images, from the same
-initial weights and with the same validation split. The report gives the gain of each addition over the recipe; which
-additions to adopt is left to the reader. An addition with a `teacher` is distilled from that variant's run of the same
-seed, so it takes one more run.
+A plan names a base configuration, overrides that turn it into the recipe, and additions with further overrides. Each
+variant is trained once per seed in a fresh process, on the same images, from the same initial weights and with the same
+validation split. The report shows the gain of each addition over the recipe; it does not select any. An addition with a
+`teacher` is distilled from the run of that variant with the same seed.
 
-Runs that are already recorded with the same settings and data are not repeated, so a stopped ablation resumes.
-Overrides on the command line (key=value) apply to all runs. Writes NAME.jsonl (a line per run), NAME.md and NAME.png,
-where NAME is the plan's.
+Runs that are already recorded with the same settings and data are skipped, so the same command resumes an interrupted
+ablation. Overrides on the command line (key=value) apply to all runs. Output: NAME.jsonl (a line per run), NAME.md and
+NAME.png, where NAME is that of the plan.
 """
 
 from __future__ import annotations
@@ -31,9 +30,10 @@ from typing import Any
 
 import yaml
 
+from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, positive
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import in_process
-from benchmarks.training.ablation_report import draw, markdown
+from benchmarks.training.ablation_report import ablation_markdown, plot_gains
 from shards.atomic import make_directory, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError
@@ -48,54 +48,73 @@ from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.env_info import collect_env_info
 
-DEFAULT_OUT = Path("benchmarks/out")
 DEFAULT_PLAN = Path("benchmarks/training/plans/ablation.yaml")
 RECIPE = "recipe"
 SEEDS = 3
 
 
 @dataclass(frozen=True)
-class Variant:
-    """overrides: of the base, by dotted name. teacher: the variant whose run of the same seed teaches this one."""
+class RecipeVariant:
+    """Recipe with further overrides.
+
+    Args:
+        name: Name in the report.
+        overrides: Values by dotted setting.
+        teacher: Variant to distil from; None for no distillation.
+    """
 
     name: str
     overrides: dict[str, Any] = field(default_factory=dict)
     teacher: str | None = None
 
-    def settings(self, plan: Plan, seed: int, shards: Path, kept: Path) -> Config:
-        """Its complete settings. kept: where the checkpoints of teachers are."""
+    def make_config(self, plan: Plan, seed: int, shards: Path, teachers: Path) -> Config:
+        """Build the settings of a run; `teachers` is the directory of the teachers' checkpoints."""
         overrides = plan.recipe | self.overrides | plan.common | {"seed": seed, "data.shards": str(shards)}
         if self.teacher is not None:
-            overrides["distillation.teacher"] = str(checkpoint_of(kept, self.teacher, seed))
+            overrides["distillation.teacher"] = str(checkpoint_of(teachers, self.teacher, seed))
         return config.load(plan.base, [f"{name}={json.dumps(value)}" for name, value in overrides.items()])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """base: a configuration file. recipe: overrides of it. additions: each on top of the recipe. common: overrides that
-    hold for all."""
+    """Content of a plan.
+
+    Args:
+        base: Configuration file.
+        recipe: Overrides that turn the base into the recipe.
+        additions: Variants of the recipe.
+        common: Overrides of all runs.
+    """
 
     base: Path
     recipe: dict[str, Any]
-    additions: tuple[Variant, ...]
+    additions: tuple[RecipeVariant, ...]
     common: dict[str, Any]
 
     @property
-    def variants(self) -> tuple[Variant, ...]:
-        return (Variant(RECIPE), *self.additions)
+    def variants(self) -> tuple[RecipeVariant, ...]:
+        return (RecipeVariant(RECIPE), *self.additions)
 
     @property
     def teachers(self) -> set[str]:
-        """Names of the variants that teach others."""
+        """Names of the variants that others are distilled from."""
         return {variant.teacher for variant in self.additions if variant.teacher is not None}
 
 
 def read_plan(path: Path, common: list[str]) -> Plan:
-    """A plan from its file (see `benchmarks/training/plans/ablation.yaml`). Raises `UserError` for what is none."""
+    """Read a plan, such as `benchmarks/training/plans/ablation.yaml`.
+
+    Args:
+        path: YAML file.
+        common: Overrides of all runs, `key=value`.
+
+    Raises:
+        UserError: The file is not a plan.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         additions = [
-            Variant(one["name"], dict(one.get("set") or {}), one.get("teacher")) for one in content["additions"]
+            RecipeVariant(one["name"], dict(one.get("set") or {}), one.get("teacher")) for one in content["additions"]
         ]
         overrides = dict(override.split("=", 1) for override in common)
         plan = Plan(
@@ -106,23 +125,23 @@ def read_plan(path: Path, common: list[str]) -> Plan:
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            found=f"{path}, which is no plan: {type(error).__name__} {error}".replace("\n", " "),
-            expected="base, recipe and additions, each of these with a name and overrides under set",
+            found=f"{path}, not a plan: {type(error).__name__} {error}".replace("\n", " "),
+            expected="base, recipe and additions, each addition with a name and overrides under set",
             hint=f"compare it with {DEFAULT_PLAN}",
         ) from None
     names = [variant.name for variant in plan.variants]
-    strange = plan.teachers - set(names)
-    if len(set(names)) < len(names) or strange:
+    unknown = plan.teachers - set(names)
+    if len(set(names)) < len(names) or unknown:
         raise UserError(
-            found=f"{path} with additions {', '.join(names)}" + (f" taught by {min(strange)}" if strange else ""),
-            expected=f"distinct names, none of them {RECIPE}, and teachers among them",
-            hint="rename one",
+            found=f"{path} with additions {', '.join(names)}" + (f" and teacher {min(unknown)}" if unknown else ""),
+            expected=f"distinct names other than {RECIPE}, and teachers among them",
+            hint="rename an addition or its teacher",
         )
     return plan
 
 
-def measure(settings: Config, keep: Path | None) -> dict[str, Any]:
-    """Train and test once; called in a process of its own. keep: where to copy the best checkpoint to."""
+def measure(settings: Config, checkpoint: Path | None) -> dict[str, Any]:
+    """Train and test once; copy the best checkpoint to `checkpoint` unless it is None."""
     start = time.perf_counter()
     with init_distributed(settings.device) as world, tempfile.TemporaryDirectory() as run:
         settings = resolve_precision(settings, world.device)
@@ -131,9 +150,9 @@ def measure(settings: Config, keep: Path | None) -> dict[str, Any]:
         directory = RunDirectory(Path(run))
         with directory.lock(), contextlib.redirect_stdout(io.StringIO()):
             evaluation = engine.fit(training, directory, loggers=[])
-        if keep is not None:
-            make_directory(keep.parent)
-            with directory.best.open("rb") as source, replace_file(keep) as target:
+        if checkpoint is not None:
+            make_directory(checkpoint.parent)
+            with directory.best.open("rb") as source, replace_file(checkpoint) as target:
                 shutil.copyfileobj(source, target)
         decision = training.decision
         assert decision is not None, "an ablation needs a validation split"
@@ -151,13 +170,13 @@ def measure(settings: Config, keep: Path | None) -> dict[str, Any]:
         }
 
 
-def checkpoint_of(kept: Path, variant: str, seed: int) -> Path:
-    """Where the best checkpoint of a variant that teaches others is kept."""
-    return kept / f"{variant.replace(' ', '-')}-{seed}.pt"
+def checkpoint_of(teachers: Path, variant: str, seed: int) -> Path:
+    """Return the path of the best checkpoint of a teacher."""
+    return teachers / f"{variant.replace(' ', '-')}-{seed}.pt"
 
 
-class Results:
-    """The records of an ablation, each appended to a file as soon as it is there."""
+class RunRecords:
+    """Records of an ablation in a file of JSON lines, appended as runs finish."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -165,15 +184,17 @@ class Results:
         make_directory(path.parent)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for line in lines:
-            # A process that was killed while it wrote leaves half a line.
+            # A killed process leaves an incomplete line.
             with contextlib.suppress(json.JSONDecodeError):
                 self.records.append(json.loads(line))
         if len(self.records) < len(lines):
             write_file(path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def find(self, settings: Config, data: str) -> dict[str, Any] | None:
-        """The newest record of a run with these settings on this data; what it says nothing of, being older than the
-        setting, was at its default."""
+        """Return the newest record of a run with these settings and data, or None.
+
+        A setting that an older record does not contain had its default value.
+        """
         identity = identity_of(settings, data)
         defaults = identity_of(Config(data=DataConfig(shards=settings.data.shards)), data)
         return next((one for one in reversed(self.records) if defaults | one["identity"] == identity), None)
@@ -187,7 +208,7 @@ class Results:
 
 
 def identity_of(settings: Config, data: str) -> dict[str, Any]:
-    """What a run's figures depend on. data: the digest of the packed set. A teacher is known by its name alone."""
+    """Return all that the metrics of a run depend on; `data` is the digest of the packed data set."""
     recipe = settings.recipe()
     if recipe.get("distillation.teacher"):
         recipe["distillation.teacher"] = Path(recipe["distillation.teacher"]).name
@@ -196,20 +217,28 @@ def identity_of(settings: Config, data: str) -> dict[str, Any]:
 
 @dataclass
 class Ablation:
-    """Runs what a plan asks for and is not in the results yet."""
+    """Runs of a plan that are not recorded yet.
+
+    Args:
+        plan: The plan.
+        shards: Packed data set.
+        seeds: Number of seeds.
+        results: Records.
+        teachers: Directory of the teachers' checkpoints.
+        until: Value of `time.monotonic()` after which no run starts.
+    """
 
     plan: Plan
     shards: Path
     seeds: int
-    results: Results
-    kept: Path
+    results: RunRecords
+    teachers: Path
     until: float = float("inf")
-    """Seconds of `time.monotonic()` after which no run is begun."""
 
     def __post_init__(self) -> None:
-        self._data = "".join(open_split(self.shards, part).manifest.digest() for part in ("train", "test"))
-        for variant in self.plan.variants:  # what is wrong in one is told before anything runs
-            variant.settings(self.plan, 0, self.shards, self.kept)
+        self._data = "".join(open_split(self.shards, split).manifest.digest() for split in ("train", "test"))
+        for variant in self.plan.variants:  # refuse invalid settings before the first run
+            variant.make_config(self.plan, 0, self.shards, self.teachers)
 
     def run(self) -> bool:
         """Run every variant, seed by seed.
@@ -220,70 +249,67 @@ class Ablation:
         return all(self._run(variant, seed) for seed in range(self.seeds) for variant in self.plan.variants)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per variant that has been run: its name and its records by seed."""
-        rows = [{"name": variant.name, "records": dict(self._found(variant))} for variant in self.plan.variants]
+        """Return name and records by seed of each variant with results."""
+        rows = [{"name": variant.name, "records": dict(self._find(variant))} for variant in self.plan.variants]
         return [row for row in rows if row["records"]]
 
-    def _found(self, variant: Variant) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _find(self, variant: RecipeVariant) -> Iterator[tuple[int, dict[str, Any]]]:
         for seed in range(self.seeds):
-            record = self.results.find(variant.settings(self.plan, seed, self.shards, self.kept), self._data)
+            record = self.results.find(variant.make_config(self.plan, seed, self.shards, self.teachers), self._data)
             if record is not None:
                 yield seed, record
 
-    def _run(self, variant: Variant, seed: int) -> bool:
-        settings = variant.settings(self.plan, seed, self.shards, self.kept)
-        keep = checkpoint_of(self.kept, variant.name, seed) if variant.name in self.plan.teachers else None
-        if self.results.find(settings, self._data) and (keep is None or keep.exists()):
+    def _run(self, variant: RecipeVariant, seed: int) -> bool:
+        settings = variant.make_config(self.plan, seed, self.shards, self.teachers)
+        is_teacher = variant.name in self.plan.teachers
+        checkpoint = checkpoint_of(self.teachers, variant.name, seed) if is_teacher else None
+        if self.results.find(settings, self._data) and (checkpoint is None or checkpoint.exists()):
             return True
         if time.monotonic() > self.until:
             return False
         print(f"{variant.name}, seed {seed} ...", end=" ", flush=True)
-        found = in_process(measure, settings, keep)
-        if "failed" in found:
+        result = in_process(measure, settings, checkpoint)
+        if "failed" in result:
             raise UserError(
-                found=f"{variant.name} with seed {seed}: {found['failed']}",
-                expected="a run that fits in the memory",
-                hint="a smaller loader.batch_size or data.resolution, as a further override; what ran is kept",
+                found=f"{variant.name} with seed {seed}: {result['failed']}",
+                expected="a run that fits into memory",
+                hint="override loader.batch_size or data.resolution with a smaller value; complete runs are kept",
             )
         names = {"name": "ablation", "variant": variant.name, "seed": seed, "overrides": variant.overrides}
-        self.results.append({**names, "identity": identity_of(settings, self._data), **found})
-        judged = found["validation"]
-        print(f"validation {judged['accuracy']:.2%}, macro F1 {judged['macro_f1']:.2%}  ({found['seconds']:.0f} s)")
+        self.results.append({**names, "identity": identity_of(settings, self._data), **result})
+        scores = result["validation"]
+        print(f"validation {scores['accuracy']:.2%}, macro F1 {scores['macro_f1']:.2%}  ({result['seconds']:.0f} s)")
         return True
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What does each addition to a recipe bring, at equal compute?")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that hold for all runs")
-    parser.add_argument("--plan", type=Path, default=DEFAULT_PLAN, metavar="FILE", help=f"default: {DEFAULT_PLAN}")
-    parser.add_argument(
-        "--shards", metavar="DIR", help="packed set or its address (default: EMNIST ByClass, or digits)"
-    )
-    parser.add_argument("--seeds", type=positive, default=SEEDS, help="runs of each, with seeds 0, 1, ...")
-    parser.add_argument("--budget-minutes", type=float, metavar="M", help="begin no run after so many minutes")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write the results")
+    """Run the command."""
+    parser = argparse.ArgumentParser(description="Measure what each addition to a recipe gains at equal compute.")
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    add("--plan", type=Path, default=DEFAULT_PLAN, metavar="FILE", help=f"plan (default: {DEFAULT_PLAN})")
+    add("--shards", metavar="DIR", help=SHARDS_HELP)
+    add("--seeds", type=positive(int), default=SEEDS, metavar="N", help=f"runs per variant (default: {SEEDS})")
+    add("--budget-minutes", type=float, metavar="M", help="start no run after this time (default: no limit)")
+    add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
     arguments = parser.parse_intermixed_args()
     out = arguments.out / arguments.plan.stem
     plan = read_plan(arguments.plan, arguments.overrides)
     shards = choose_set(arguments.shards)
-    ablation = Ablation(plan, shards, arguments.seeds, Results(out.with_suffix(".jsonl")), arguments.out / "teachers")
+    ablation = Ablation(
+        plan, shards, arguments.seeds, RunRecords(out.with_suffix(".jsonl")), arguments.out / "teachers"
+    )
     if arguments.budget_minutes is not None:
         ablation = replace(ablation, until=time.monotonic() + 60 * arguments.budget_minutes)
-    complete = ablation.run()
+    is_complete = ablation.run()
     rows = ablation.rows()
     if rows:
-        text = markdown(rows)
+        text = ablation_markdown(rows)
         write_file(out.with_suffix(".md"), text + "\n")
-        draw(rows, out.with_suffix(".png"))
+        plot_gains(rows, out.with_suffix(".png"))
         print(f"\n{text}\n\n{out}.jsonl, .md, .png")
-    if not complete:
-        print("the time is over; the same command goes on")
+    if not is_complete:
+        print("time budget exhausted; run the same command to resume")
     return 0
 
 

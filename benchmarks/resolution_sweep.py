@@ -1,33 +1,33 @@
-"""What does each resolution cost, and what does it buy?
+"""Measure what each resolution costs (time, memory, bytes) and which accuracy it reaches.
 
     python benchmarks/resolution_sweep.py [--config FILE] [--resolutions 28,56,112] [--subset 0.002 --subset 1.0]
                                           [--models A,B] [--seeds N] [--seconds S] [--budget-minutes M] [--resume]
     python benchmarks/resolution_sweep.py --full
     python benchmarks/resolution_sweep.py --compare A.jsonl B.jsonl
 
-Every point (model, resolution, subset of the training images, seed) is measured in a fresh process: the loader, the
-training, memory, and what was learned after the recipe's epochs and after the same seconds of training. At the end the
-interpolations are compared at the resolution that the figures recommend. Lines are written as points finish, so a study
-that was stopped goes on with --resume; one that ran before is kept as resolution_sweep.previous.jsonl.
+Each point (model, resolution, subset of the training images, seed) is measured in its own process: throughput of the
+loader and of training, memory, and accuracy after the recipe's epochs and after equal training time. Then the
+interpolations are compared at the recommended resolution. Results are written as points finish; --resume continues an
+interrupted sweep. Without it, earlier results are moved to resolution_sweep.previous.jsonl.
 
-Without arguments: a packed EMNIST ByClass if there is one (about 2,000 training images of it), the digits inside
-scikit-learn otherwise, a small network, three seeds, at most 15 minutes on two cores. --full is configs/byclass.yaml at
-seven resolutions on 0.2 % of the images and on all of them, for a GPU. Writes resolution_sweep.jsonl, .md, .png, .html.
+Default: packed EMNIST ByClass if present (about 2,000 training images), else the digits of scikit-learn; a small
+network, three seeds, at most 15 minutes on two cores. --full: configs/byclass.yaml at seven resolutions on 0.2% and
+100% of the images, for a GPU. Output: resolution_sweep.jsonl, .md, .png and .html.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, fraction_of, parse_numbers, positive
 from benchmarks.common.default_set import choose_set
-from benchmarks.common.harness import DEFAULT_OUT, write_results
-from benchmarks.sweep.plan import INTERPOLATIONS, NAME, Journal, Point, Study, expected_seconds, points
+from benchmarks.common.harness import write_results
+from benchmarks.sweep.plan import INTERPOLATIONS, NAME, Journal, Point, SweepConfig, expected_seconds, make_points
 from benchmarks.sweep.point import measure_point
 from shards import Manifest, UserError
 from shards.atomic import file_lock, make_directory
@@ -36,12 +36,11 @@ from shards.manifest import REQUIRED_SPLITS, VALIDATION, has_split
 from shards.remote.sets import resolve_dataset
 from trainer.config import load as config
 from trainer.config.load import validate
-from trainer.config.schema import Config
 
-SMALL_IMAGES = 2_000  # to train on without arguments
-SMALL_TEST_IMAGES = 10_000
-_SHARE_OF_RESOLUTIONS = 0.8  # of the time; the rest is kept for the interpolations
-SMALL_RECIPE = {
+_SMALL_IMAGES = 2_000  # training images without arguments
+_SMALL_TEST_IMAGES = 10_000
+_BUDGET_OF_RESOLUTIONS = 0.8  # fraction of the time budget; the rest is for the interpolations
+_SMALL_RECIPE: dict[str, Any] = {
     "data": {"shards": "", "val_fraction": 0.1},
     "loader": {"batch_size": 64},
     "model": {"name": "three_block_cnn", "drop_rate": 0.3},
@@ -51,9 +50,8 @@ SMALL_RECIPE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Defaults:
-    """What is measured where nothing else is said."""
+class Defaults(NamedTuple):
+    """Values of options that the command line omits."""
 
     config: Path | None
     resolutions: str
@@ -64,118 +62,133 @@ class Defaults:
     test_images: int | None
 
 
-QUICK = Defaults(None, "28,56,84,112", None, 3, 10.0, 14.0, SMALL_TEST_IMAGES)
+QUICK = Defaults(None, "28,56,84,112", None, 3, 10.0, 14.0, _SMALL_TEST_IMAGES)
 FULL = Defaults(Path("configs/byclass.yaml"), "28,56,84,112,140,168,224", (0.002, 1.0), 3, 1800.0, None, None)
 
 
-class Sweep:
-    """A study that runs: measures the points that are not there yet and still fit into its time."""
+class SweepRunner:
+    """Measures the points that are not in the journal yet and fit into the time budget.
 
-    def __init__(self, study: Study, journal: Journal, minutes: float | None) -> None:
-        self._study = study
+    Args:
+        config: The sweep.
+        journal: File of the results.
+        minutes: Time budget; None for no limit.
+    """
+
+    def __init__(self, config: SweepConfig, journal: Journal, minutes: float | None) -> None:
+        self._config = config
         self._journal = journal
-        self._seconds = None if minutes is None else 60 * minutes
+        self._budget = float("inf") if minutes is None else 60 * minutes
         self._start = time.monotonic()
-        self.left_out: list[str] = []
+        self.skipped: list[str] = []
 
-    def run(self, wanted: Sequence[Point], share: float = 1.0) -> None:
-        """share: of the time, from the start of the study on, until which these points have to end."""
-        for number, point in enumerate(wanted, 1):
-            place = f"[{number}/{len(wanted)}] {point}"
+    def run(self, points: Sequence[Point], budget_fraction: float = 1.0) -> None:
+        """Measure points; skip those that would exceed this fraction of the time budget."""
+        for number, point in enumerate(points, 1):
+            label = f"[{number}/{len(points)}] {point}"
+            remaining = self._start + budget_fraction * self._budget - time.monotonic()
             if self._journal.has(point):
-                print(f"{place}: measured already")
-            elif not self._fits(point, share):
-                self.left_out.append(str(point))
-                print(f"{place}: left out, it would not fit into the time that is left", flush=True)
+                print(f"{label}: already measured")
+            elif remaining <= (expected_seconds(point, self._journal.records) or 0):
+                self.skipped.append(str(point))
+                print(f"{label}: skipped, exceeds the time budget", flush=True)
             else:
-                print(f"{place} ...", flush=True)
+                print(f"{label} ...", flush=True)
                 self._measure(point)
 
-    def _fits(self, point: Point, share: float) -> bool:
-        if self._seconds is None:
-            return True
-        left = self._start + share * self._seconds - time.monotonic()
-        return left > 0 and (expected_seconds(point, self._journal.records) or 0) < left
-
     def _measure(self, point: Point) -> None:
-        for found in measure_point(self._study, point):
-            if isinstance(found, str):
-                print(f"    {found}", flush=True)
+        for result in measure_point(self._config, point):
+            if isinstance(result, str):
+                print(f"    {result}", flush=True)
                 continue
-            self._journal.append(point, found)
-            if "failed" in found:
-                print(f"    FAILED: {found['failed']}", flush=True)
-            else:
-                print(
-                    f"    accuracy {found['by_epochs']['accuracy']:.2%}, "
-                    f"{found['training_images_per_second']['median']:,.0f} images/s, {found['point_seconds']:.0f} s",
-                    flush=True,
-                )
+            self._journal.append(point, result)
+            if "failed" in result:
+                print(f"    FAILED: {result['failed']}", flush=True)
+                continue
+            accuracy, rate = result["by_epochs"]["accuracy"], result["training_images_per_second"]["median"]
+            print(f"    accuracy {accuracy:.2%}, {rate:,.0f} images/s, {result['point_seconds']:.0f} s", flush=True)
 
 
-def sweep(
-    study: Study, wanted: Sequence[Point], seeds: int, out: Path, resume: bool, minutes: float | None
-) -> dict[str, Any]:
-    """Measure a study and write what it found. Returns the failed points with their reasons."""
+def run_sweep(
+    config: SweepConfig, points: Sequence[Point], seeds: int, out: Path, resume: bool, minutes: float | None
+) -> dict[str, str]:
+    """Run a sweep and write its results.
+
+    Args:
+        config: The sweep.
+        points: Points to measure before the comparison of interpolations.
+        seeds: Number of seeds of that comparison.
+        out: Path of the results without suffix.
+        resume: Whether to continue the existing results.
+        minutes: Time budget; None for no limit.
+
+    Returns:
+        The reason of each failed point.
+    """
     make_directory(out.parent)
     busy = UserError(
-        found=f"another study that writes {out}.jsonl", expected="one at a time", hint="wait for it, or another --out"
+        found=f"another sweep that writes {out}.jsonl",
+        expected="one sweep per output directory",
+        hint="wait until it ends, or choose another --out",
     )
-    interpolation = study.settings.data.interpolation
+    settings = config.settings
     with file_lock(out.with_name(f".{out.name}.lock"), busy):
-        journal = Journal(out.with_suffix(".jsonl"), study, resume)
-        if journal.others:
-            print(f"{journal.others} lines of other settings or another set stay in {out}.jsonl and are not shown")
-        running = Sweep(study, journal, minutes)
-        running.run(wanted, _SHARE_OF_RESOLUTIONS)
-        # Here and not above: every process that is measured imports this file, and is to hold nothing but its work.
-        from benchmarks.sweep.text import Findings, markdown
+        journal = Journal(out.with_suffix(".jsonl"), config, resume)
+        if journal.other_records:
+            print(f"{out}.jsonl: {len(journal.other_records)} records of other settings or data are kept, not reported")
+        runner = SweepRunner(config, journal, minutes)
+        runner.run(points, _BUDGET_OF_RESOLUTIONS)
+        # Imported here because every measured process imports this file.
+        from benchmarks.sweep.text import SweepResults, sweep_markdown
 
-        place = Findings(journal.records, interpolation).to_interpolate()
-        if place is not None:
-            print(f"interpolations at {place.resolution}x{place.resolution}:")
-            chosen = (place.model, place.subset, place.resolution)
-            numbers = [study.settings.seed + number for number in range(seeds)]
-            running.run([Point(*chosen, name, seed) for seed in numbers for name in INTERPOLATIONS])
-        failed = {str(point): reason for point, reason in journal.failures()}
-        findings = Findings(journal.records, interpolation, running.left_out)
-        if not findings.panels:
-            print("nothing could be measured")
-            return failed
+        interpolation = settings.data.interpolation
+        group = SweepResults(journal.records, interpolation).interpolation_group()
+        if group is not None:
+            print(f"interpolations at {group.resolution}x{group.resolution}:")
+            key = (group.model, group.subset, group.resolution)
+            numbers = range(settings.seed, settings.seed + seeds)
+            runner.run([Point(*key, name, seed) for seed in numbers for name in INTERPOLATIONS])
+        results = SweepResults(journal.records, interpolation, runner.skipped)
+        if not results.series:
+            print("no point could be measured")
+            return journal.failures()
         from benchmarks.sweep.charts import write_png
         from benchmarks.sweep.page import write_page
 
-        write_page(findings, out.with_suffix(".html"))
-        picture = functools.partial(write_png, findings)
-        write_results(out, journal.lines, markdown(findings), picture)
+        write_page(results, out.with_suffix(".html"))
+        write_results(out, journal.all_records, sweep_markdown(results), partial(write_png, results))
         print(f"{out}.html")
-    return failed
+    return journal.failures()
 
 
-def make_study(arguments: argparse.Namespace, defaults: Defaults) -> tuple[Study, Config]:
-    """The study that a command line asks for, and its recipe. Raises `UserError`."""
+def make_config(arguments: argparse.Namespace, defaults: Defaults) -> SweepConfig:
+    """Build the sweep of a command line.
+
+    Raises:
+        UserError: The recipe is invalid or has no validation split.
+    """
     path = arguments.config or defaults.config
     if path is None:
         shards = choose_set(arguments.shards)
-        # Validating many more images than are trained on would take most of the time.
-        share = min(SMALL_RECIPE["data"]["val_fraction"], SMALL_IMAGES / Manifest.read(shards / "train").samples)
-        settings = validate({**SMALL_RECIPE, "data": {**SMALL_RECIPE["data"], "val_fraction": share}}, "the sweep")
+        # Validation on many more images than training would dominate the time.
+        val_fraction = min(_SMALL_RECIPE["data"]["val_fraction"], fraction_of(_SMALL_IMAGES, shards))
+        settings = validate({**_SMALL_RECIPE, "data": {"shards": "", "val_fraction": val_fraction}}, "the sweep")
     else:
         settings = config.load(path, [])
         shards = resolve_dataset(arguments.shards or settings.data.shards)
     if arguments.epochs is not None:
         trainer = {**settings.trainer.model_dump(mode="json"), "epochs": arguments.epochs}
         settings = validate({**settings.model_dump(mode="json"), "trainer": trainer}, "--epochs")
-    manifests = [Manifest.read(shards / part) for part in REQUIRED_SPLITS]
+    manifests = [Manifest.read(shards / split) for split in REQUIRED_SPLITS]
     if settings.data.val_fraction == 0 and not has_split(shards, VALIDATION):
         raise UserError(
-            found=f"data.val_fraction=0 in {path}, and no val part in {shards}",
-            expected="a validation part, by which resolutions are chosen",
-            hint="data.val_fraction: 0.05",
+            found=f"data.val_fraction=0 in {path}, and no val split in {shards}",
+            expected="a validation split, which selects the resolution",
+            hint="set data.val_fraction: 0.05",
         )
-    # A schedule of resolutions gives way to the resolution of the point.
+    # The resolution of a point replaces a resolution schedule.
     data = settings.data.model_copy(update={"resolution": manifests[0].image_shape[0] or 28})
-    study = Study(
+    return SweepConfig(
         shards=shards,
         dataset=manifests[0].name,
         digest="".join(manifest.digest() for manifest in manifests),
@@ -183,92 +196,59 @@ def make_study(arguments: argparse.Namespace, defaults: Defaults) -> tuple[Study
         seconds=arguments.seconds or defaults.seconds,
         test_images=defaults.test_images,
     )
-    return study, settings
 
 
-def _numbers(text: str, option: str, expected: str, hint: str, most: float = float("inf")) -> list[float]:
-    try:
-        numbers = [float(word) for word in text.split(",")]
-        if not all(0 < number <= most for number in numbers):
-            raise ValueError
-    except ValueError:
-        raise UserError(found=f"{option} {text}", expected=expected, hint=hint) from None
-    return list(dict.fromkeys(numbers))
-
-
-def _resolutions(text: str) -> list[int]:
-    expected, hint = "sides in pixels with commas", "--resolutions 28,56,112"
-    numbers = _numbers(text, "--resolutions", expected, hint)
-    if not all(number.is_integer() for number in numbers):
-        raise UserError(found=f"--resolutions {text}", expected=expected, hint=hint)
-    return [int(number) for number in numbers]
-
-
-def _subsets(given: list[str] | None, defaults: Defaults, shards: Path) -> list[float]:
-    if given is not None:
-        expected = "a share of the training images, above 0 and up to 1"
-        return [share for text in given for share in _numbers(text, "--subset", expected, "--subset 0.002", 1)]
-    return list(defaults.subsets or [min(1.0, SMALL_IMAGES / Manifest.read(shards / "train").samples)])
-
-
-def _positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        if not 0 < kind(text) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return kind(text)
-
-    return parse
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What does each resolution cost, and what does it buy?")
-    number, share = _positive(int), _positive(float)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="recipe to train by (default: a small network's)")
-    parser.add_argument("--shards", metavar="DIR", help="packed set or its address (default: the recipe's, or digits)")
-    parser.add_argument("--resolutions", metavar="28,56", help=f"sides in pixels (default: {QUICK.resolutions})")
-    parser.add_argument(
-        "--subset", action="append", metavar="SHARE", help="of the training images; may be given several times"
-    )
-    parser.add_argument("--models", metavar="A,B", help="three_block_cnn or timm models (default: the recipe's)")
-    parser.add_argument("--seeds", type=number, metavar="N", help=f"at every point (default: {QUICK.seeds})")
-    parser.add_argument("--epochs", type=number, metavar="N", help="at every resolution (default: the recipe's)")
-    parser.add_argument(
-        "--seconds", type=share, metavar="S", help="of training at every resolution, beside the epochs (default: 10)"
-    )
-    parser.add_argument("--budget-minutes", type=share, metavar="M", help="begin no point that would not fit into this")
-    parser.add_argument("--resume", action="store_true", help="go on with the lines that are there")
-    parser.add_argument(
-        "--full", action="store_true", help="the full study, for a GPU: configs/byclass.yaml, 28 .. 224"
-    )
-    parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar="FILE", help="compare two files of lines; status 1 for a regression"
-    )
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write the results")
-    return parser.parse_args()
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    description = "Measure what each resolution costs (time, memory, bytes) and which accuracy it reaches."
+    parser = argparse.ArgumentParser(description=description)
+    count, number = positive(int), positive(float)
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="training recipe (default: a small network)")
+    add("--shards", metavar="DIR", help=SHARDS_HELP)
+    add("--resolutions", metavar="28,56", help=f"image sides in pixels (default: {QUICK.resolutions})")
+    add("--subset", action="append", metavar="FRACTION", help="fraction of the training images; may be repeated")
+    add("--models", metavar="A,B", help="three_block_cnn or timm models (default: that of the recipe)")
+    add("--seeds", type=count, metavar="N", help=f"seeds per point (default: {QUICK.seeds})")
+    add("--epochs", type=count, metavar="N", help="epochs per point (default: those of the recipe)")
+    add("--seconds", type=number, metavar="S", help="training time of the runs of equal time (default: 10)")
+    add("--budget-minutes", type=number, metavar="M", help="skip points that would exceed this time (default: 14)")
+    add("--resume", action="store_true", help="continue the existing results")
+    add("--full", action="store_true", help="use configs/byclass.yaml at 28 .. 224 pixels, without a time limit")
+    add("--compare", nargs=2, type=Path, metavar="FILE", help="compare two result files; exit with 1 on a regression")
+    add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
+    return parser.parse_args(arguments)
 
 
 def main() -> int:
+    """Run the command."""
     arguments = parse()
     if arguments.compare:
         from benchmarks.sweep.compare import compare
 
-        text, worse = compare(*arguments.compare)
+        text, has_regression = compare(*arguments.compare)
         print(text)
-        return 1 if worse else 0
+        return 1 if has_regression else 0
     defaults = FULL if arguments.full else QUICK
-    resolutions = _resolutions(arguments.resolutions or defaults.resolutions)
-    study, settings = make_study(arguments, defaults)
-    subsets = _subsets(arguments.subset, defaults, study.shards)
+    sides = arguments.resolutions or defaults.resolutions
+    resolutions = parse_numbers("--resolutions", sides, int, "comma-separated sides in pixels", "28,56,112")
+    sweep_config = make_config(arguments, defaults)
+    settings = sweep_config.settings
+    subsets = defaults.subsets or [fraction_of(_SMALL_IMAGES, sweep_config.shards)]
+    if arguments.subset:
+        expected = "fractions of the training images, above 0 and up to 1"
+        parsed = [parse_numbers("--subset", text, float, expected, "0.002", highest=1) for text in arguments.subset]
+        subsets = [fraction for fractions in parsed for fraction in fractions]
     models = arguments.models.split(",") if arguments.models else [settings.model.name]
     seeds = arguments.seeds or defaults.seeds
     minutes = arguments.budget_minutes or defaults.budget_minutes
-    wanted = points(study, models, subsets, resolutions, seeds)
-    for point in wanted:  # a mistake ends it before anything is measured
-        study.config(point, settings.loader.batch_size, settings.optim.grad_accumulation)
-    failed = sweep(study, wanted, seeds, arguments.out / NAME, arguments.resume, minutes)
-    for point, reason in failed.items():
-        print(f"{point}: {reason}")
-    return 1 if failed else 0
+    points = make_points(sweep_config, models, subsets, resolutions, seeds)
+    for point in points:  # refuse invalid settings before anything is measured
+        sweep_config.point_config(point, settings.loader.batch_size, settings.optim.grad_accumulation)
+    failures = run_sweep(sweep_config, points, seeds, arguments.out / NAME, arguments.resume, minutes)
+    for label, reason in failures.items():
+        print(f"{label}: {reason}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,188 +1,165 @@
-"""What does each further rank bring?
+"""Measure the training throughput on 1 .. N ranks of this machine, at a constant batch size per rank.
 
     python benchmarks/scaling.py [--ranks 1,2,4] [--device auto] [--batch N] [--shards DIR] [--out DIR]
 
-The training loop on 1 .. N ranks of this machine, each rank with a batch of its own of the same size, beside the same
-loop over batches that lie on the device already. On a CPU the cores are shared out evenly among the most ranks, and
-fewer ranks leave the others idle. Without arguments: one rank for each GPU, or for each core; a packed EMNIST ByClass
-if there is one, the digits inside scikit-learn otherwise. Writes scaling.jsonl, .md and .png.
+The complete loop is measured beside the same loop over batches that are already on the device. On a CPU the cores are
+divided evenly among the largest number of ranks; with fewer ranks the other cores are idle. Default: one rank per GPU,
+or per core; packed EMNIST ByClass if present, else the digits of scikit-learn. Output: scaling.jsonl, .md and .png.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 
+from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, fraction_of, parse_numbers, positive
+from benchmarks.common.charts import MUTED, RULE, SERIES, Chart, plain_numbers, plot_spread
 from benchmarks.common.default_set import choose_set
-from benchmarks.common.harness import DEFAULT_OUT, table, write_results
+from benchmarks.common.harness import write_results
+from benchmarks.common.text import format_percent, format_spread, markdown_table, plural
 from benchmarks.train_throughput import LISTS, RUNS, SECONDS
-from benchmarks.training.loop import Setting, measure
+from benchmarks.training.loop import LoopCase, measure
 from pipeline.common.device import choose_device
-from shards import Manifest
 from shards.cli import run_command
 from shards.cpus import available_cpus
-from shards.errors import UserError
 
-_MOST_SECONDS = 1800  # for one number of ranks
+_TIMEOUT = 1800  # seconds for one number of ranks
 
 
-def measure_ranks(
-    shards: Path, setting: Setting, ranks: int, threads: int, device: str, subset: float, runs: int, seconds: float
-) -> dict[str, Any]:
-    """Start the ranks by torchrun, each with so many threads, and return what their first one measured."""
+def measure_ranks(ranks: int, threads: int, case: LoopCase, **options: Any) -> dict[str, Any]:
+    """Start the ranks with torchrun, each with `threads` threads, and return the measurement of rank 0."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "result.json"
-        work = {"shards": str(shards), "setting": vars(setting), "device": device, "subset": subset}
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        work = json.dumps({**options, "case": vars(case), "out": str(out)})
         process = subprocess.run(
-            [*launcher, __file__, "--rank-of", json.dumps(work | {"runs": runs, "seconds": seconds, "out": str(out)})],
+            [*launcher, __file__, "--worker", work],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             capture_output=True,
             text=True,
-            timeout=_MOST_SECONDS,
+            timeout=_TIMEOUT,
         )
         if process.returncode != 0 or not out.exists():
-            said = [line for line in process.stderr.splitlines() if "rror" in line]
-            return {"failed": said[0] if said else f"exit status {process.returncode}"}
+            errors = [line for line in process.stderr.splitlines() if "rror" in line]
+            return {"failed": errors[0] if errors else f"exit status {process.returncode}"}
         return json.loads(out.read_text())
 
 
-def be_a_rank(work: dict[str, Any]) -> int:
-    """One of the processes that torchrun started."""
-    shards, setting = Path(work["shards"]), Setting(**work["setting"])
-    found = measure(shards, setting, work["device"], work["subset"], work["runs"], work["seconds"])
-    if found is not None:
-        Path(work["out"]).write_text(json.dumps(found))
+def run_worker(work: dict[str, Any]) -> int:
+    """Measure in a process that torchrun started."""
+    shards, case = Path(work["shards"]), LoopCase(**work["case"])
+    result = measure(shards, case, work["device"], work["fraction"], work["runs"], work["seconds"])
+    if result is not None:
+        Path(work["out"]).write_text(json.dumps(result))
     return 0
 
 
-def markdown(records: list[dict[str, Any]]) -> str:
+def scaling_markdown(records: Sequence[dict[str, Any]]) -> str:
+    """Format the table by number of ranks."""
     rows = []
-    alone = _alone(records)
+    single = _single_rank_rate(records)
     for record in records:
+        row = [str(record["ranks"]), str(record["batch_size"])]
         if "failed" in record:
-            rows.append([str(record["ranks"]), str(record["batch_size"]), record["failed"], "", "", ""])
+            rows.append([*row, f"FAILED, {record['failed']}", "", "", ""])
             continue
         rate = record["whole_images_per_second"]
-        efficiency = f"{rate['median'] / record['ranks'] / alone:.1%}" if alone else ""
-        rows.append(
-            [
-                str(record["ranks"]),
-                str(record["batch_size"]),
-                f"{rate['median']:,.0f} ({rate['low']:,.0f} .. {rate['high']:,.0f})",
-                efficiency,
-                f"{record['whole_of_synthetic']['median']:.1%}",
-                f"{record['data_wait_share']['median']:.2%}",
-            ]
-        )
-    head = ["ranks", "global batch", "images/s (range)", "of as many alone", "whole of synthetic", "data wait"]
-    return table(head, rows)
+        row += [format_spread(rate), format_percent(rate["median"] / record["ranks"] / single) if single else ""]
+        row.append(format_percent(record["whole_of_synthetic"]["median"]))
+        rows.append([*row, format_percent(record["data_wait_share"]["median"])])
+    head = ["ranks", "global batch", "images/s (range)", "scaling efficiency", "complete / synthetic", "data wait"]
+    return markdown_table(head, rows)
 
 
-def _alone(records: list[dict[str, Any]]) -> float | None:
-    """Images a second of one rank, if that was measured."""
-    ones = [record for record in records if record["ranks"] == 1 and "failed" not in record]
-    return ones[0]["whole_images_per_second"]["median"] if ones else None
+def _single_rank_rate(records: Sequence[dict[str, Any]]) -> float | None:
+    """Return images/s of one rank, if measured."""
+    singles = [record for record in records if record["ranks"] == 1 and "failed" not in record]
+    return singles[0]["whole_images_per_second"]["median"] if singles else None
 
 
-def draw(records: list[dict[str, Any]], path: Path) -> None:
+def plot_scaling(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot images/s over the number of ranks, with linear scaling as a reference."""
     measured = [record for record in records if "failed" not in record]
     ranks = [record["ranks"] for record in measured]
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=160, layout="constrained")
-    lines = (("synthetic", "#a8a29e", "batches on the device already"), ("whole", "#1d4ed8", "whole loop"))
-    for name, colour, label in lines:
-        rates = [record[f"{name}_images_per_second"] for record in measured]
-        middle = [rate["median"] for rate in rates]
-        ends = [[rate["median"] - rate["low"] for rate in rates], [rate["high"] - rate["median"] for rate in rates]]
-        axes.errorbar(ranks, middle, yerr=ends, color=colour, marker="o", capsize=3, label=label)
-    if alone := _alone(records):
-        axes.plot(ranks, [alone * count for count in ranks], color="#d6d3d1", linestyle="--", label="as many alone")
-    axes.set_xticks(ranks)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("ranks")
-    axes.set_ylabel("images/s")
     first = measured[0]
-    axes.set_title(
-        f"{first['model']} at {first['resolution']}x{first['resolution']}, {first['batch_size'] // first['ranks']} "
-        "images a rank",
-        loc="left",
-        fontsize=11,
-        weight="bold",
-    )
-    axes.legend(fontsize=8, frameon=False)
-    axes.grid(color="#e7e5e4")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    with path.open("wb") as file:
-        figure.savefig(file, format="png")
-    plt.close(figure)
 
+    def draw(panels: Sequence[Axes]) -> None:
+        axes = panels[0]
+        lines = (("synthetic", MUTED, "batches already on the device"), ("whole", SERIES[0], "complete loop"))
+        for name, color, label in lines:
+            rates = [record[f"{name}_images_per_second"] for record in measured]
+            plot_spread(axes, ranks, rates, color=color, marker="o", label=label)
+        if single := _single_rank_rate(records):
+            linear = [single * count for count in ranks]
+            axes.plot(ranks, linear, color=RULE, linestyle="--", label="linear scaling", zorder=1)
+        axes.set_xticks(ranks)
+        axes.set_ylim(bottom=0)
+        plain_numbers(axes.yaxis)
+        axes.set_xlabel("ranks")
+        axes.set_ylabel("images/s")
+        batch = plural(first["batch_size"] // first["ranks"], "image")
+        axes.set_title(f"{first['model']} at {first['resolution']}x{first['resolution']}, {batch} per rank")
+        axes.legend()
 
-def _ranks(text: str) -> list[int]:
-    try:
-        ranks = [int(word) for word in text.split(",")]
-        if min(ranks) < 1:
-            raise ValueError
-    except ValueError:
-        raise UserError(found=f"--ranks {text}", expected="numbers with commas", hint="--ranks 1,2") from None
-    return ranks
+    Chart(draw, (6.4, 4.2)).write_png(path)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What does each further rank bring?")
-    parser.add_argument("--ranks", metavar="1,2", help="numbers of processes, with commas (default: 1 .. all)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
-    parser.add_argument("--model", help="three_block_cnn or a timm model")
-    parser.add_argument("--resolution", type=int, help="side in pixels")
-    parser.add_argument("--batch", type=int, help="images of a batch of each rank")
-    parser.add_argument("--precision", help="fp32, bf16 or auto")
-    parser.add_argument("--shards", metavar="DIR", help="packed set or its address (default: EMNIST, or digits)")
-    parser.add_argument("--images", type=int, metavar="N", help="most training images (default: all)")
-    parser.add_argument("--runs", type=int, default=RUNS, help="of either loop; the median counts")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of a run, at least")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write the results")
-    parser.add_argument("--rank-of", type=json.loads, help=argparse.SUPPRESS)
+    """Run the command."""
+    description = "Measure the training throughput on 1 .. N ranks, at a constant batch size per rank."
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--ranks", metavar="1,2", help="comma-separated numbers of ranks (default: 1 .. all)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model (default: auto)")
+    add("--model", metavar="NAME", help="three_block_cnn or a timm model")
+    add("--resolution", type=positive(int), metavar="PX", help="image side in pixels")
+    add("--batch", type=positive(int), metavar="N", help="batch size per rank")
+    add("--precision", metavar="P", help="fp32, bf16 or auto")
+    add("--shards", metavar="DIR", help=SHARDS_HELP)
+    add("--images", type=positive(int), metavar="N", help="number of training images (default: all)")
+    add("--runs", type=positive(int), default=RUNS, metavar="N", help=f"runs of each loop (default: {RUNS})")
+    add("--seconds", type=float, default=SECONDS, metavar="S", help=f"minimum time of a run (default: {SECONDS})")
+    add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
+    add("--worker", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.rank_of:
-        return be_a_rank(arguments.rank_of)
+    if arguments.worker:
+        return run_worker(arguments.worker)
     device = choose_device(arguments.device).type
     cores = available_cpus()
-    places = torch.cuda.device_count() if device == "cuda" else cores
-    ranks = _ranks(arguments.ranks) if arguments.ranks else list(range(1, places + 1))
-    threads = max(1, cores // max(ranks))
+    devices = torch.cuda.device_count() if device == "cuda" else cores
+    counts = list(range(1, devices + 1))
+    if arguments.ranks:
+        counts = parse_numbers("--ranks", arguments.ranks, int, "comma-separated numbers above 0", "1,2")
+    threads = max(1, cores // max(counts))
     base = {name: text.split(",")[0] for name, text in LISTS[device].items()}
     shards = choose_set(arguments.shards)
-    samples = Manifest.read(shards / "train").samples
-    subset = min(1.0, arguments.images / samples) if arguments.images else 1.0
+    options = {"shards": str(shards), "device": device, "fraction": fraction_of(arguments.images, shards)}
     records = []
-    for count in ranks:
-        setting = Setting(
+    for ranks in counts:
+        case = LoopCase(
             resolution=arguments.resolution or int(base["resolutions"]),
             model=arguments.model or base["models"],
-            batch_size=count * (arguments.batch or int(base["batches"])),
+            batch_size=ranks * (arguments.batch or int(base["batches"])),
             precision=arguments.precision or base["precisions"],
             compile=base["compile"],
         )
-        print(f"{count} {'rank' if count == 1 else 'ranks'} ...", flush=True)
-        found = measure_ranks(shards, setting, count, threads, device, subset, arguments.runs, arguments.seconds)
-        records.append({"name": "scaling", "ranks": count, "threads": threads, **vars(setting), **found})
-    measured = any("failed" not in record for record in records)
-    picture = functools.partial(draw, records) if measured else None
-    write_results(arguments.out / "scaling", records, markdown(records), picture)
+        print(f"{plural(ranks, 'rank')} ...", flush=True)
+        result = measure_ranks(ranks, threads, case, runs=arguments.runs, seconds=arguments.seconds, **options)
+        records.append({"name": "scaling", "ranks": ranks, "threads": threads, **vars(case), **result})
+    has_results = any("failed" not in record for record in records)
+    write_png = partial(plot_scaling, records) if has_results else None
+    write_results(arguments.out / "scaling", records, scaling_markdown(records), write_png)
     return 0
 
 

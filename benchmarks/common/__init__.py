@@ -1,1 +1,1 @@
-"""What do all benchmarks share? Spreads, fresh processes, result files and the default data set."""
+"""Shared by all benchmarks: arguments, timing, processes, number formats, tables and charts."""

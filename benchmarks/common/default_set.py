@@ -1,4 +1,4 @@
-"""On which packed set a benchmark runs when none is named."""
+"""Default data set of the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKED_DIGITS = Path("data/shards/digits")
 
 
 def choose_set(shards: str | None) -> Path:
-    """The packed set to measure: the one named, a packed EMNIST, or the embedded digits, packed if need be."""
+    """Return the named data set, else packed EMNIST ByClass, else the digits of scikit-learn (packed if missing)."""
     if shards is not None:
         return resolve_dataset(shards)
     if is_packed_dataset(PACKED_EMNIST):

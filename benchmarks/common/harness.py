@@ -1,4 +1,4 @@
-"""What every benchmark shares: timing, isolation in a process, peak memory, JSON lines and tables."""
+"""Timing, process isolation and result files of all benchmarks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from typing import Any
 from shards.atomic import make_directory, write_file
 from trainer.runtime.memory import peak_memory
 
-DEFAULT_OUT = Path("benchmarks/out")
-# Imported once, by the process that all others are forked from: a fresh process is there in a moment.
+# Imported once, by the fork server, so that a fresh process starts at once.
 _PRELOADED = ["timm", "torch", "torchvision"]
 KILLED = "the process was killed, most likely out of memory"
 
@@ -39,28 +38,37 @@ class Spread:
         return {"median": self.median, "low": self.low, "high": self.high, "n": self.n}
 
 
-def rates(works: Mapping[str, Callable[[], int]], runs: int, warmup: int = 1) -> dict[str, Spread]:
-    """Items a second of several works, run in turn (A B A B ...), so that a drifting machine hits all alike.
+def measure_rates(workloads: Mapping[str, Callable[[], int]], runs: int, warmup: int = 1) -> dict[str, Spread]:
+    """Measure items/s of several workloads in turn (A B A B ...), so that drift of the machine affects all alike.
 
-    works: by name, a function that does its work once and returns how many items it did. The first `warmup` rounds
-    are not counted.
+    Args:
+        workloads: By name, a function that does its work once and returns the number of items.
+        runs: Measured rounds.
+        warmup: Rounds before them that are not counted.
     """
-    measured: dict[str, list[float]] = {name: [] for name in works}
+    rates: dict[str, list[float]] = {name: [] for name in workloads}
     for round_number in range(warmup + runs):
-        for name, work in works.items():
+        for name, work in workloads.items():
             start = time.perf_counter()
             items = work()
             seconds = time.perf_counter() - start
             if round_number >= warmup:
-                measured[name].append(items / seconds)
-    return {name: Spread.of(values) for name, values in measured.items()}
+                rates[name].append(items / seconds)
+    return {name: Spread.of(values) for name, values in rates.items()}
 
 
-def in_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Run a function in a fresh process and return its result with `peak_memory_bytes` of that process added.
+def in_process(work: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any]:
+    """Run a function in a fresh process.
 
-    work: a function of a module, with picklable arguments and result. If the process is killed (out of memory) the
-    result is `{"failed": reason}`; an exception of the function is raised here. A signal ends the process, too.
+    Exceptions of the function are raised in this process. A signal that stops this process stops the other one as well.
+
+    Args:
+        work: Function of a module, with picklable arguments and result.
+        arguments: Its arguments.
+
+    Returns:
+        Its result (nothing for None) and the `peak_memory_bytes` of the process; `{"failed": reason}` if the process
+        was killed.
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
@@ -72,55 +80,35 @@ def in_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
         except BrokenProcessPool:
             return {"failed": KILLED}
         except BaseException:
-            # Stopped: otherwise leaving the pool would wait until the work is done.
+            # On a signal: otherwise the exit of the pool waits until the work is complete.
             for process in multiprocessing.active_children():
                 process.kill()
             raise
 
 
-def _with_peak_memory(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    return work(*arguments) | {"peak_memory_bytes": peak_memory()}
+def _with_peak_memory(work: Callable[..., dict[str, Any] | None], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    return (work(*arguments) or {}) | {"peak_memory_bytes": peak_memory()}
 
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     make_directory(path.parent)
     write_file(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_results(
-    path: Path, records: Sequence[Mapping[str, Any]], text: str, draw: Callable[[Path], None] | None
+    path: Path, records: Sequence[Mapping[str, Any]], report: str, write_png: Callable[[Path], None] | None
 ) -> None:
-    """Write the records as PATH.jsonl, the table as PATH.md and the plot as PATH.png, and print the table.
+    """Write the results of a benchmark and print the report.
 
-    path: without an ending. draw: makes the picture; None where nothing was measured that could be drawn.
+    Args:
+        path: Path without suffix of the .jsonl, .md and .png files.
+        records: Measurements.
+        report: Report in Markdown.
+        write_png: Draws the chart to a path; None if there is nothing to draw.
     """
     write_lines(path.with_suffix(".jsonl"), records)
-    write_file(path.with_suffix(".md"), text + "\n")
-    if draw is not None:
-        draw(path.with_suffix(".png"))
-    print(f"\n{text}\n\n{path}.jsonl, .md{', .png' if draw is not None else ''}")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, first column to the left and the others to the right, aligned for reading as text."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [f"{'-' * (width - 1)}{'-' if column == 0 else ':'}" for column, width in enumerate(widths)]
-    return "\n".join([line(head), line(rule), *map(line, rows)])
-
-
-def size(count: float) -> str:
-    """Bytes for people: 12.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError
+    write_file(path.with_suffix(".md"), report + "\n")
+    if write_png is not None:
+        write_png(path.with_suffix(".png"))
+    print(f"\n{report}\n\n{path}.jsonl, .md{', .png' if write_png is not None else ''}")

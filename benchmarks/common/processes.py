@@ -1,4 +1,4 @@
-"""Fresh processes that are kept and commanded through a pipe, and what a tree of processes costs."""
+"""Worker processes that hold one object, and the CPU time and memory of a process tree."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ import psutil
 
 from shards.errors import first_line
 
-# Imported once, by the process that all others are forked from: a fresh process is there in a moment.
+# Imported once, by the fork server, so that a fresh process starts at once.
 _PRELOADED = ["numpy", "psutil", "torch", "PIL.Image"]
 
 
-class ProcessFailed(Exception):
-    """The kept process raised, died or gave no answer. reason: a line for people; details: its traceback."""
+class WorkerError(Exception):
+    """The worker process raised an exception, died or did not answer.
+
+    Args:
+        reason: One line for the user.
+        kind: Class name of the exception, or "".
+        details: Traceback, or "".
+    """
 
     def __init__(self, reason: str, kind: str = "", details: str = "") -> None:
         super().__init__(reason)
@@ -33,11 +39,13 @@ class ProcessFailed(Exception):
         self.details = details
 
 
-class KeptProcess:
-    """A fresh process that holds one object and calls its methods on request.
+class WorkerProcess:
+    """Fresh process that holds one object and calls its methods on request.
 
-    make, arguments: a function of a module and what it gets, to make the object there; both are pickled.
-    log: a file that takes what the process and its libraries print. Beside it go their temporary files.
+    Args:
+        make: Function of a module that creates the object in the process.
+        arguments: Its arguments; they are pickled.
+        log: File for the output of the process. Its directory also holds temporary files of libraries.
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any, log: Path) -> None:
@@ -46,7 +54,7 @@ class KeptProcess:
         if method == "forkserver":
             context.set_forkserver_preload(_PRELOADED)
         self._pipe, theirs = context.Pipe()
-        # Not a daemon: those may not have workers of their own.
+        # Not a daemon: daemons cannot start worker processes.
         self._process = context.Process(
             target=_serve, args=(theirs, make, arguments, log, multiprocessing.get_start_method()), daemon=False
         )
@@ -58,9 +66,16 @@ class KeptProcess:
     def call(
         self, method: str, *arguments: Any, timeout: float = 300, meanwhile: Callable[[], None] | None = None
     ) -> Any:
-        """Call a method of the object there and wait for its result.
+        """Call a method of the object and wait for its result.
 
-        meanwhile: called every 50 ms while waiting. Raises `ProcessFailed`, with `kind` the class of an exception.
+        Args:
+            method: Name of the method.
+            arguments: Its arguments; they are pickled.
+            timeout: Seconds after which the process is killed.
+            meanwhile: Function that is called every 50 ms during the wait.
+
+        Raises:
+            WorkerError: The method raised an exception, or the process died or did not answer.
         """
         self._pipe.send((method, arguments))
         start = time.monotonic()
@@ -68,29 +83,29 @@ class KeptProcess:
             while not self._pipe.poll(0.05):
                 if time.monotonic() - start > timeout:
                     self._process.kill()
-                    raise ProcessFailed(f"no answer in {timeout:g} s")
+                    raise WorkerError(f"no answer in {timeout:g} s")
                 if meanwhile is not None:
                     meanwhile()
             outcome, *values = self._pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join(5)
-            raise ProcessFailed(f"the process died (exit status {self._process.exitcode})") from None
+            raise WorkerError(f"the process died (exit status {self._process.exitcode})") from None
         if outcome == "error":
-            raise ProcessFailed(*values)
+            raise WorkerError(*values)
         return values[0]
 
     def close(self) -> None:
-        """End the process and the workers it may have left."""
-        left = tree(self.pid)
+        """End the process and its own worker processes."""
+        processes = process_tree(self.pid)
         self._pipe.close()
         self._process.join(5)
-        for process in left:
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.join(5)
-        psutil.wait_procs(left, timeout=5)
+        psutil.wait_procs(processes, timeout=5)
 
-    def __enter__(self) -> KeptProcess:
+    def __enter__(self) -> WorkerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,33 +115,33 @@ class KeptProcess:
 def _serve(
     pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], log: Path, start_method: str
 ) -> None:
-    # What this process starts in its turn (workers of loaders) is started as in any program, not as it was itself.
+    # Workers of loaders are started with the default method, not with that of this process.
     multiprocessing.set_start_method(start_method, force=True)
-    os.environ["TMPDIR"] = tempfile.tempdir = str(log.parent)  # some libraries leave lock files and caches there
+    os.environ["TMPDIR"] = tempfile.tempdir = str(log.parent)  # for lock files and caches of libraries
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
         os.dup2(file, number)
-    held: Any = None
-    made = False
+    instance: Any = None
+    is_made = False
     while True:
         try:
             method, values = pipe.recv()
         except (EOFError, ConnectionError):
-            # A process of multiprocessing leaves these out at its end, and libraries free shared memory in them.
+            # multiprocessing does not call these at exit, and libraries free shared memory in them.
             atexit._run_exitfuncs()
             return
         try:
-            if not made:  # at the first call, so that what it raises is the answer to something
-                held, made = make(*arguments), True
-            answer = ("result", getattr(held, method)(*values))
+            if not is_made:  # at the first call, so that its exception is an answer
+                instance, is_made = make(*arguments), True
+            answer = ("result", getattr(instance, method)(*values))
         except Exception as error:
             answer = ("error", first_line(error), type(error).__name__, traceback.format_exc())
         pipe.send(answer)
 
 
-def tree(pid: int) -> list[psutil.Process]:
-    """A process and all its descendants, those that are still there."""
+def process_tree(pid: int) -> list[psutil.Process]:
+    """Return a process and its living descendants."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
@@ -135,32 +150,32 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process, its living descendants and those that they have waited for."""
+    """Return user and system time of a process, its living descendants and their ended children."""
     total = 0.0
-    for process in tree(pid):
+    for process in process_tree(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
-            total += sum(process.cpu_times()[:4])  # user, system, and the same of children that have ended
+            total += sum(process.cpu_times()[:4])  # user, system, and both of ended children
     return total
 
 
-def forget_peak_memory() -> None:
-    """Have `trainer.runtime.memory.peak_memory` of this process count from now on, where the system can."""
+def reset_peak_memory() -> None:
+    """Reset the peak of `trainer.runtime.memory.peak_memory` of this process, if the system supports it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def workers_memory(pid: int) -> int:
-    """Bytes that the descendants of a process hold and share with no other process."""
+    """Return the bytes of the descendants of a process that they share with no other process."""
     total = 0
-    for process in tree(pid)[1:]:
+    for process in process_tree(pid)[1:]:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             total += process.memory_full_info().uss
     return total
 
 
-def wait_until_quiet(pid: int, most_seconds: float = 5.0) -> None:
-    """Wait until a process and its workers rest: nothing may run on behind the back of the next measurement."""
-    end = time.monotonic() + most_seconds
+def wait_until_idle(pid: int, timeout: float = 5.0) -> None:
+    """Wait until a process and its workers are idle, so that they do not disturb the next measurement."""
+    end = time.monotonic() + timeout
     before = cpu_seconds(pid)
     while time.monotonic() < end:
         time.sleep(0.04)

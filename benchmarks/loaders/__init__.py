@@ -1,1 +1,1 @@
-"""How are data loaders measured, verified and compared?"""
+"""Loader benchmarks: throughput (setting, runs, loader_worker, verify, report) and shuffle quality (shuffle_*)."""

@@ -1,4 +1,4 @@
-"""What a comparison of loaders is made on: images, resolutions, runs and places, checked before anything starts."""
+"""Configuration of the loader benchmark: images, resolutions, runs and output files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.common.arguments import parse_numbers
 from benchmarks.common.default_set import choose_set
-from benchmarks.common.harness import DEFAULT_OUT
-from benchmarks.loaders.baselines.peer import Source, Task
+from benchmarks.loaders.baselines.base import Source, Task
 from pipeline.common.device import choose_device
 from shards import UserError, open_split
 from shards.atomic import check_writable
@@ -22,10 +22,19 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The store and the samples of it that are packed anew by every loader, and how they are measured.
+class BenchmarkConfig:
+    """What the loaders are measured on.
 
-    samples: int64 [N], positions in the store. seconds: of a run, at least. json: a further file for the lines.
+    Args:
+        store: Packed training split.
+        samples: int64 [N], positions in the store of the images that each loader packs.
+        resolutions: Sides of the outputs in pixels.
+        batch_size: Images per batch.
+        runs: Measured runs of each loader.
+        seconds: Minimum time of a run.
+        device: Device of the batches.
+        json: Additional file of JSON lines, or None.
+        out: Output directory.
     """
 
     store: Store
@@ -42,76 +51,70 @@ class Setting:
     def dataset(self) -> str:
         return self.store.manifest.name
 
-    def source(self, directory: Path) -> Source:
-        """Write the images in the order of the raw files, rows 0 .. N-1, for the loaders to pack."""
+    def make_source(self, directory: Path) -> Source:
+        """Write the images in the order of the raw files, with indices 0 .. N-1."""
         manifest = self.store.manifest
         ordered = self.samples[np.argsort(self.store.rows[self.samples])]
         pixels = np.empty((len(ordered), *manifest.image_shape), np.uint8)
         self.store.gather(ordered, pixels)
         return Source.write(directory, pixels, self.store.labels[ordered], manifest.transposed, len(manifest.classes))
 
-    def task(self, source: Source, resolution: int) -> Task:
-        """What is asked of every loader at a resolution; mean and deviation are those of the raw pixels."""
+    def make_task(self, source: Source, resolution: int) -> Task:
+        """Return the task of every loader at a resolution, with the mean and std of the raw pixels."""
         height, width, channels = source.pixels.shape[1:]
         counts = [np.bincount(source.pixels[..., channel].reshape(-1), minlength=256) for channel in range(channels)]
         levels = np.arange(256) / 255
         means = [float(np.average(levels, weights=count)) for count in counts]
         pairs = zip(counts, means, strict=True)
-        deviations = [float(np.average((levels - mean) ** 2, weights=count) ** 0.5) for count, mean in pairs]
+        stds = [float(np.average((levels - mean) ** 2, weights=count) ** 0.5) for count, mean in pairs]
         return Task(
             image_shape=(width, height, channels) if source.transposed else (height, width, channels),
             samples=len(source),
             resolution=resolution,
             batch_size=self.batch_size,
             mean=tuple(means),
-            std=tuple(max(deviation, 1 / 255) for deviation in deviations),
+            std=tuple(max(std, 1 / 255) for std in stds),
             seed=_SEED,
             device=self.device,
         )
 
 
-def choose(arguments: argparse.Namespace) -> Setting:
-    """The setting that a command line asks for. Raises `UserError`."""
+def make_config(arguments: argparse.Namespace) -> BenchmarkConfig:
+    """Build the configuration of a command line.
+
+    Raises:
+        UserError: The arguments or the data set are not suitable.
+    """
     store = open_split(choose_set(arguments.shards), "train")
-    samples = np.arange(min(len(store), arguments.images or len(store)))  # a prefix of a pack is a fair sample
+    samples = np.arange(min(len(store), arguments.images or len(store)))  # packed order is random
     height, width, _ = store.manifest.image_shape
     if height is None or width is None:
         raise UserError(
-            found=f"{store.manifest.name}, packed as picture files of differing sizes",
-            expected="images of one size, which every loader can be given alike",
+            found=f"{store.manifest.name}, packed as image files of different sizes",
+            expected="images of one size, which every loader supports",
             hint="pack it at one size: python -m pipeline.shard ... --size N",
         )
     if arguments.json is not None:
         check_writable(arguments.json)
     if arguments.batch_size > len(samples):
         raise UserError(
-            found=f"--batch-size {arguments.batch_size} of {len(samples)} images",
-            expected="an epoch of at least one whole batch",
+            found=f"--batch-size {arguments.batch_size} with {len(samples)} images",
+            expected="at least one complete batch per epoch",
             hint=f"--batch-size {min(64, len(samples))}",
         )
-    return Setting(
+    # Below the size of the raw images, the libraries treat the borders differently.
+    smallest = max(height, width)
+    expected = f"comma-separated sides in pixels, none smaller than the images' {smallest}"
+    example = f"{smallest},{2 * smallest}"
+    resolutions = parse_numbers("--resolutions", arguments.resolutions, int, expected, example, lowest=smallest)
+    return BenchmarkConfig(
         store=store,
         samples=samples,
-        resolutions=_resolutions(arguments.resolutions, max(height, width)),
+        resolutions=tuple(resolutions),
         batch_size=arguments.batch_size,
         runs=arguments.runs,
         seconds=arguments.seconds,
         device=choose_device(arguments.device),
         json=arguments.json,
-        out=arguments.out or DEFAULT_OUT,
+        out=arguments.out,
     )
-
-
-def _resolutions(text: str, least: int) -> tuple[int, ...]:
-    """Sides in pixels. At smaller ones than the raw images' the libraries differ in what they do at the borders."""
-    try:
-        resolutions = tuple(int(word) for word in text.split(","))
-        if min(resolutions) < least:
-            raise ValueError
-    except ValueError:
-        raise UserError(
-            found=f"--resolutions {text}",
-            expected=f"sides in pixels with commas, none smaller than the images' {least}",
-            hint=f"--resolutions {least},{2 * least}",
-        ) from None
-    return resolutions

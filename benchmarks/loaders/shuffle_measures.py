@@ -1,11 +1,11 @@
-"""How far is an order from a uniformly random one? Numbers that are known for a uniform one.
+"""Measures of the distance between an order and a uniformly random one.
 
-An epoch is a sequence of batches, each the source rows of its samples, int64 [b]; the rows are 0 .. N-1.
+An epoch is a sequence of batches, each the source indices of its samples, int64 [b], in 0 .. N-1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -14,20 +14,22 @@ from numpy.typing import NDArray
 
 Epoch = Sequence[NDArray[np.int64]]
 
-_NEAR = 8  # rows that are so far apart, or less, are neighbours in the source
+_MAX_DISTANCE = 8  # between the indices of neighbours in the source
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What is measured of an order. For a uniform one the first three are 1 and the last two 0, but for chance.
+    """Measures of an order. For a uniform one, the first three are 1 and the last two 0, except for chance.
 
-    neighbour_pairs: how often two neighbours in the source share a batch, as a multiple of how often two samples do.
-    repeated_pairs: how often two that shared a batch share one in the next epoch again, as such a multiple.
-    class_unevenness: chi-square of the classes in a batch, as a multiple of what drawing at random gives.
-    mean_class_run, longest_class_run: of samples of one class in a row.
-    reach: of the first batch, the range that holds the middle 90 % of its rows, as a share of all (0.9 if uniform).
-    displacement: correlation of a sample's place in the epoch with its row.
-    same_order: correlation of its places in one epoch and the next.
+    Args:
+        neighbour_pairs: Frequency of two neighbours of the source in one batch, relative to any two samples.
+        repeated_pairs: Frequency of two samples of one batch in one batch of the next epoch, relative to chance.
+        class_unevenness: Chi-square of the classes in a batch, relative to its expectation.
+        mean_class_run: Mean number of consecutive samples of one class.
+        longest_class_run: Largest number of consecutive samples of one class.
+        reach: Range of the middle 90% of the indices of the first batch, as a fraction of the source (0.9 if uniform).
+        displacement: Correlation of position in the epoch and source index.
+        same_order: Correlation of the positions in consecutive epochs.
     """
 
     neighbour_pairs: float
@@ -43,8 +45,13 @@ class Quality:
         return asdict(self)
 
 
-def quality(epochs: Sequence[Epoch], labels: NDArray[np.int64]) -> Quality:
-    """Measure an order by two epochs of it or more. labels: int64 [N], the class of each row."""
+def measure_quality(epochs: Sequence[Epoch], labels: NDArray[np.int64]) -> Quality:
+    """Measure an order.
+
+    Args:
+        epochs: At least two epochs.
+        labels: Class of each sample, int64 [N].
+    """
     assert len(epochs) >= 2
     pairs = list(pairwise(epochs))
     runs = [class_runs(labels[np.concatenate(epoch)]) for epoch in epochs]
@@ -55,83 +62,79 @@ def quality(epochs: Sequence[Epoch], labels: NDArray[np.int64]) -> Quality:
         mean_class_run=_mean(run.mean() for run in runs),
         longest_class_run=_mean(run.max() for run in runs),
         reach=float(np.subtract(*np.percentile(epochs[0][0], [95, 5]))) / len(labels),
-        displacement=_mean(_correlation(np.arange(len(rows)), rows) for rows in map(np.concatenate, epochs)),
+        displacement=_mean(_correlation(np.arange(len(order)), order) for order in map(np.concatenate, epochs)),
         same_order=_mean(same_order(*pair, len(labels)) for pair in pairs),
     )
 
 
-def batch_of_rows(epoch: Epoch, samples: int) -> NDArray[np.int64]:
-    """int64 [samples]: the number of the batch that each row is in, -1 for rows that the epoch left out."""
-    batches = np.full(samples, -1)
-    for number, rows in enumerate(epoch):
-        batches[rows] = number
-    return batches
+def batch_numbers(epoch: Epoch, samples: int) -> NDArray[np.int64]:
+    """Return the batch number of each sample, int64 [samples]; -1 for samples that the epoch skips."""
+    numbers = np.full(samples, -1)
+    for number, indices in enumerate(epoch):
+        numbers[indices] = number
+    return numbers
 
 
 def neighbour_pairs(epoch: Epoch, samples: int) -> float:
-    """See `Quality`."""
-    batches = batch_of_rows(epoch, samples)
+    """Compute `Quality.neighbour_pairs`."""
+    numbers = batch_numbers(epoch, samples)
     together = pairs = 0
-    for distance in range(1, _NEAR + 1):
-        first, second = batches[:-distance], batches[distance:]
-        given = (first >= 0) & (second >= 0)
-        together += int(((first == second) & given).sum())
-        pairs += int(given.sum())
-    return together / pairs / _share_a_batch(epoch)
+    for distance in range(1, _MAX_DISTANCE + 1):
+        first, second = numbers[:-distance], numbers[distance:]
+        is_used = (first >= 0) & (second >= 0)
+        together += int(((first == second) & is_used).sum())
+        pairs += int(is_used.sum())
+    return together / pairs / _same_batch_probability(epoch)
 
 
 def repeated_pairs(epoch: Epoch, following: Epoch, samples: int) -> float:
-    """See `Quality`; exact, over all pairs that both epochs gave."""
-    first, second = batch_of_rows(epoch, samples), batch_of_rows(following, samples)
-    given = (first >= 0) & (second >= 0)
-    first, second = first[given], second[given]
-    table = np.zeros((len(epoch), len(following)), np.int64)
-    np.add.at(table, (first, second), 1)
-    count = len(first)
-    together = [_pairs(table.sum(axis=1)), _pairs(table.sum(axis=0))]
-    return _pairs(table) * (count * (count - 1)) / (together[0] * together[1])
+    """Compute `Quality.repeated_pairs` exactly, over all pairs of samples that both epochs contain."""
+    first, second = batch_numbers(epoch, samples), batch_numbers(following, samples)
+    is_used = (first >= 0) & (second >= 0)
+    first, second = first[is_used], second[is_used]
+    counts = np.zeros((len(epoch), len(following)), np.int64)
+    np.add.at(counts, (first, second), 1)
+    total = len(first)
+    together = [_pairs(counts.sum(axis=1)), _pairs(counts.sum(axis=0))]
+    return _pairs(counts) * (total * (total - 1)) / (together[0] * together[1])
 
 
 def class_unevenness(epoch: Epoch, labels: NDArray[np.int64]) -> float:
-    """See `Quality`."""
+    """Compute `Quality.class_unevenness`."""
     counts = np.bincount(labels)
-    shares = counts[counts > 0] / len(labels)
+    fractions = counts[counts > 0] / len(labels)
     total = freedom = 0.0
-    for rows in epoch:
-        found = np.bincount(labels[rows], minlength=len(counts))[counts > 0]
-        expected = shares * len(rows)
-        total += float(((found - expected) ** 2 / expected).sum())
-        # Without replacement: a batch that is a large part of the set is more even than one drawn from an endless one.
-        freedom += (len(shares) - 1) * (len(labels) - len(rows)) / (len(labels) - 1)
+    for indices in epoch:
+        observed = np.bincount(labels[indices], minlength=len(counts))[counts > 0]
+        expected = fractions * len(indices)
+        total += float(((observed - expected) ** 2 / expected).sum())
+        # Finite-population correction: batches are drawn without replacement.
+        freedom += (len(fractions) - 1) * (len(labels) - len(indices)) / (len(labels) - 1)
     return total / freedom if freedom else 1.0
 
 
 def class_runs(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Lengths of the runs of one class in a sequence of classes."""
+    """Return the lengths of the runs of equal labels."""
     ends = np.flatnonzero(np.r_[labels[1:] != labels[:-1], True])
     return np.diff(np.r_[-1, ends])
 
 
 def same_order(epoch: Epoch, following: Epoch, samples: int) -> float:
-    """See `Quality`."""
-    places = []
-    for one in (epoch, following):
-        place = np.full(samples, -1)
-        rows = np.concatenate(one)
-        place[rows] = np.arange(len(rows))
-        places.append(place)
-    given = (places[0] >= 0) & (places[1] >= 0)
-    return _correlation(places[0][given], places[1][given])
+    """Compute `Quality.same_order`."""
+    positions = np.full((2, samples), -1)
+    for row, order in zip(positions, (np.concatenate(epoch), np.concatenate(following)), strict=True):
+        row[order] = np.arange(len(order))
+    return _correlation(*positions[:, (positions >= 0).all(axis=0)])
 
 
-def _share_a_batch(epoch: Epoch) -> float:
-    """The probability that two samples of an epoch share a batch, if it is uniform."""
-    sizes = np.array([len(rows) for rows in epoch])
+def _same_batch_probability(epoch: Epoch) -> float:
+    """Return the probability that two samples of a uniform epoch share a batch."""
+    sizes = np.array([len(indices) for indices in epoch])
     return _pairs(sizes) / (sizes.sum() * (sizes.sum() - 1))
 
 
 def _pairs(sizes: NDArray[np.int64]) -> int:
-    """Ordered pairs within groups of these sizes."""
+    """Return the number of ordered pairs within groups of these sizes."""
     return int((sizes * (sizes - 1)).sum())
 
 
@@ -139,5 +142,5 @@ def _correlation(first: NDArray, second: NDArray) -> float:
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def _mean(values: object) -> float:
+def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))

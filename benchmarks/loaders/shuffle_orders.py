@@ -1,73 +1,105 @@
-"""The orders that are compared: those that are rules, and those that only running the library tells."""
+"""Orders of the shuffle benchmark: those of samplers, and those of libraries, which are run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
-from benchmarks.common.processes import KeptProcess, ProcessFailed
-from benchmarks.loaders.baselines import IMPORT_FAILURES, LISTINGS, absent, load
+from benchmarks.common.processes import WorkerError, WorkerProcess
+from benchmarks.loaders.baselines import IMPORT_ERRORS, REGISTRY, import_loader, missing_requirement
+from benchmarks.loaders.baselines.base import Source, Task
 from benchmarks.loaders.baselines.inkstream import pack_as_stored
-from benchmarks.loaders.baselines.peer import Source, Task
 from benchmarks.loaders.shuffle_measures import Epoch
 from pipeline.sampler import ShuffledBatchSampler
 from shards import open_split
 
-_SIDE = 8  # of the made-up images, in pixels: only their order matters
-_WINDOW = 1 / 8  # of the set, for the order that is made for sets larger than memory
+_SIDE = 8  # pixels of the synthetic images; only their order matters
+_WINDOW = 1 / 8  # fraction of the data set in the window of the sampler for large data sets
 
 
-def sorted_source(directory: Path, samples: int, classes: int) -> Source:
-    """Made-up images, sorted by class: what a shuffle has to cope with in a folder that was read class by class."""
+@dataclass(frozen=True)
+class LoaderOrder:
+    """Order of a loader: name, description, and the batches of each epoch."""
+
+    name: str
+    note: str
+    epochs: list[Epoch]
+
+
+@dataclass
+class OrderResults:
+    """Orders of all loaders.
+
+    Args:
+        labels: Class of each sample, int64 [N].
+        orders: The orders.
+        skipped: Reason of each skipped loader.
+        failed: Reason of each failed loader and variant.
+    """
+
+    labels: NDArray[np.int64]
+    orders: list[LoaderOrder] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def make_sorted_source(directory: Path, samples: int, classes: int) -> Source:
+    """Write synthetic images sorted by class, like a folder that is read class by class."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (samples, _SIDE, _SIDE, 1), dtype=np.uint8)
     labels = np.sort(random.integers(0, classes, samples))
     return Source.write(directory, pixels, labels, transposed=False, classes=classes)
 
 
-def rules(source: Source, scratch: Path, batch_size: int, epochs: int) -> Iterator[Given]:
-    """The orders that are a rule: ours and torch's samplers."""
+def sampler_orders(source: Source, scratch: Path, batch_size: int, epochs: int) -> Iterator[LoaderOrder]:
+    """Yield the orders of Inkstream's and torch's samplers."""
     pack_as_stored(source, "tar", scratch / "set")
     store = open_split(scratch / "set", "train")
     samples = np.arange(len(store))
 
-    def ours(order: Any) -> list[Epoch]:
-        return [[store.rows[step.samples] for step in order.steps(number, 0, 1)] for number in range(epochs)]
+    def run(sampler: ShuffledBatchSampler) -> list[Epoch]:
+        return [[store.rows[step.samples] for step in sampler.steps(number, 0, 1)] for number in range(epochs)]
 
-    order = ShuffledBatchSampler(samples, batch_size, seed=0)
-    yield Given("inkstream", "a uniform permutation of the packed samples", ours(order))
+    sampler = ShuffledBatchSampler(samples, batch_size, seed=0)
+    yield LoaderOrder("inkstream", "uniform permutation of the packed samples", run(sampler))
     block = max(1, batch_size // 8)
     window = max(1, round(_WINDOW * len(source) / block))
-    order = ShuffledBatchSampler(samples, batch_size, seed=0, block_size=block, shuffle_window_blocks=window)
-    note = f"for sets larger than memory: a sliding window of {window * block:,} of them"
-    yield Given("inkstream windowed", note, ours(order))
-    torch_random = torch.Generator().manual_seed(0)
-    for name, note, sampler in (
-        ("torch RandomSampler", "a uniform permutation", RandomSampler(samples, generator=torch_random)),
-        ("sequential", "no shuffling at all", SequentialSampler(samples)),
+    sampler = ShuffledBatchSampler(samples, batch_size, seed=0, block_size=block, shuffle_window_blocks=window)
+    note = f"for data sets larger than memory: a sliding window of {window * block:,} packed samples"
+    yield LoaderOrder("inkstream windowed", note, run(sampler))
+    random = torch.Generator().manual_seed(0)
+    for name, note, torch_sampler in (
+        ("torch RandomSampler", "uniform permutation", RandomSampler(samples, generator=random)),
+        ("sequential", "no shuffling", SequentialSampler(samples)),
     ):
-        batches = BatchSampler(sampler, batch_size, drop_last=True)
-        epochs_given = [[np.array(rows) for rows in batches] for _ in range(epochs)]
-        yield Given(name, note, epochs_given)
+        batches = BatchSampler(torch_sampler, batch_size, drop_last=True)
+        yield LoaderOrder(name, note, [[np.array(indices) for indices in batches] for _ in range(epochs)])
 
 
-class OrderOf:
-    """A library's loader, run for its order alone."""
+class OrderWorker:
+    """Runs the loader of a library for its order.
+
+    Args:
+        name: Name of the loader.
+        variant: Name of its variant.
+        source: Directory of the images.
+        directory: Directory for the packed images.
+        batch_size: Images per batch.
+    """
 
     def __init__(self, name: str, variant: str, source: Path, directory: Path, batch_size: int) -> None:
-        peer = load(name)
-        known = next(known for known in peer.variants if known.name == variant)
-        self._note = known.note
+        loader = import_loader(name)
+        spec = next(one for one in loader.variants if one.name == variant)
+        self._note = spec.note
         images = Source(source)
         directory.mkdir()
-        peer.pack(images, known.form, directory, batch_size)
+        loader.pack(images, spec.file_format, directory, batch_size)
         height, width, channels = images.upright.shape[1:]
         assert height == width
         task = Task(
@@ -80,60 +112,42 @@ class OrderOf:
             seed=0,
             device=torch.device("cpu"),
         )
-        self._epochs = peer.open(directory, variant, task)
+        self._epochs = loader.open(directory, variant, task)
 
     def note(self) -> str:
         return self._note
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
-        return [np.array(rows) for _, rows in self._epochs(number)]
+        return [np.array(indices) for _, indices in self._epochs(number)]
 
 
-@dataclass(frozen=True)
-class Given:
-    """An order as it was given. note: what it is. epochs: of each the batches, of each the rows."""
-
-    name: str
-    note: str
-    epochs: list[Epoch]
-
-
-@dataclass
-class Found:
-    """labels: int64 [N], the class of each row. skipped, failed: why, by name."""
-
-    labels: NDArray[np.int64]
-    orders: list[Given] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-
-def gather_orders(
+def collect_orders(
     libraries: Sequence[tuple[str, str]], scratch: Path, samples: int, classes: int, batch_size: int, epochs: int
-) -> Found:
-    """The orders of the rules and of the libraries named, by loader and variant."""
-    source = sorted_source(scratch / "source", samples, classes)
-    found = Found(source.labels)
-    for given in rules(source, scratch, batch_size, epochs):
-        found.orders.append(given)
-        print(given.name, flush=True)
+) -> OrderResults:
+    """Collect the orders of the samplers and of the named loaders and variants."""
+    source = make_sorted_source(scratch / "source", samples, classes)
+    results = OrderResults(source.labels)
+    for order in sampler_orders(source, scratch, batch_size, epochs):
+        results.orders.append(order)
+        print(order.name, flush=True)
     for name, variant in libraries:
         title = f"{name} {variant}"
-        reason = absent(LISTINGS[name])
+        reason = missing_requirement(REGISTRY[name])
         if reason is not None:
-            found.skipped[name] = reason
+            results.skipped[name] = reason
             continue
         arguments = (name, variant, scratch / "source", scratch / title.replace(" ", "-"), batch_size)
-        with KeptProcess(OrderOf, *arguments, log=scratch / "log") as process:
+        with WorkerProcess(OrderWorker, *arguments, log=scratch / "log") as process:
             try:
                 note = process.call("note")
-                found.orders.append(Given(title, note, [process.call("epoch", number) for number in range(epochs)]))
+                batches = [process.call("epoch", number) for number in range(epochs)]
+                results.orders.append(LoaderOrder(title, note, batches))
                 print(title, flush=True)
-            except ProcessFailed as error:
-                if error.kind in IMPORT_FAILURES:
-                    found.skipped[name] = f"{error.reason} ({LISTINGS[name].install})"
+            except WorkerError as error:
+                if error.kind in IMPORT_ERRORS:
+                    results.skipped[name] = f"{error.reason} ({REGISTRY[name].install})"
                 else:
-                    found.failed[title] = error.reason
-    for name, reason in (found.skipped | found.failed).items():
-        print(f"{name}: {'skipped' if name in found.skipped else 'FAILED'}, {reason}", flush=True)
-    return found
+                    results.failed[title] = error.reason
+    for name, reason in (results.skipped | results.failed).items():
+        print(f"{name}: {'skipped' if name in results.skipped else 'FAILED'}, {reason}", flush=True)
+    return results

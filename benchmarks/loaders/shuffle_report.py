@@ -1,150 +1,126 @@
-"""What the comparison of orders found: JSON lines, a Markdown table and a picture."""
+"""Report of the shuffle benchmark: JSON lines, Markdown table and chart."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from benchmarks.common.harness import DEFAULT_OUT, table, write_lines, write_results
-from benchmarks.loaders.shuffle_measures import Epoch, quality
-from benchmarks.loaders.shuffle_orders import Found, Given
+from benchmarks.common.charts import MUTED, SERIES, Chart, grid, set_title
+from benchmarks.common.harness import write_lines, write_results
+from benchmarks.common.text import bullets, markdown_table, plural
+from benchmarks.loaders.shuffle_measures import Epoch, measure_quality
+from benchmarks.loaders.shuffle_orders import LoaderOrder, OrderResults
 from trainer.runtime.env_info import collect_env_info
 
-_DRAWS = 20  # of a uniform order, to tell chance from fault
-_POINTS = 6_000  # of an order, in its picture
-_OURS = "#1d4ed8"
-_OTHERS = "#57534e"
-_HEAD = {
+_UNIFORM_ORDERS = 20  # random permutations, for the range of chance
+_MAX_POINTS = 6_000  # samples per panel of the chart
+_TITLES = {
     "neighbour_pairs": "neighbours in a batch",
     "repeated_pairs": "pairs repeated",
     "class_unevenness": "class unevenness",
     "mean_class_run": "class run, mean",
     "longest_class_run": "longest",
     "reach": "reach",
-    "displacement": "place ~ row",
+    "displacement": "position ~ index",
     "same_order": "epoch ~ next",
 }
 
 
-def write(found: Found, batch_size: int, out: Path | None, json: Path | None) -> None:
-    """Print the table and write shuffle_quality.jsonl, .md and .png, and the further file of lines if asked for."""
-    records = measure(found, batch_size)
+def write_report(results: OrderResults, batch_size: int, out: Path, json: Path | None) -> None:
+    """Print the table and write shuffle_quality.jsonl, .md and .png, and the additional file of JSON lines."""
+    records = make_records(results, batch_size)
     if json is not None:
         write_lines(json, records)
-    picture = functools.partial(draw, found, records)
-    write_results((out or DEFAULT_OUT) / "shuffle_quality", records, markdown(records, found), picture)
+    write_png = partial(plot_orders, results, records)
+    write_results(out / "shuffle_quality", records, shuffle_markdown(records, results), write_png)
 
 
-def measure(found: Found, batch_size: int) -> list[dict[str, Any]]:
-    """A record for each order, with the range that each measure has for uniform orders of the same batches."""
-    samples = len(found.labels)
+def make_records(results: OrderResults, batch_size: int) -> list[dict[str, Any]]:
+    """Measure each order; `uniform` holds the range of each measure over uniform orders of the same batches."""
+    samples = len(results.labels)
     random = np.random.default_rng(0)
-    uniform = [quality([_uniform(random, samples, batch_size) for _ in range(2)], found.labels) for _ in range(_DRAWS)]
-    drawn = [one.to_json() for one in uniform]
-    ranges = {name: [min(one[name] for one in drawn), max(one[name] for one in drawn)] for name in _HEAD}
-    stamp = collect_env_info(torch.device("cpu"))
+    uniform = [
+        measure_quality([_uniform_epoch(random, samples, batch_size) for _ in range(2)], results.labels).to_json()
+        for _ in range(_UNIFORM_ORDERS)
+    ]
+    ranges = {name: [min(one[name] for one in uniform), max(one[name] for one in uniform)] for name in _TITLES}
+    machine = collect_env_info(torch.device("cpu"))
     return [
         {
-            "name": given.name,
-            "note": given.note,
+            "name": order.name,
+            "note": order.note,
             "samples": samples,
             "batch_size": batch_size,
-            "epochs": len(given.epochs),
-            "given": sum(len(rows) for rows in given.epochs[0]) / samples,
-            **quality(given.epochs, found.labels).to_json(),
+            "epochs": len(order.epochs),
+            "given": sum(map(len, order.epochs[0])) / samples,
+            **measure_quality(order.epochs, results.labels).to_json(),
             "uniform": ranges,
-            "environment": stamp,
+            "environment": machine,
         }
-        for given in found.orders
+        for order in results.orders
     ]
 
 
-def _uniform(random: np.random.Generator, samples: int, batch_size: int) -> Epoch:
-    rows = random.permutation(samples)
-    return [rows[start : start + batch_size] for start in range(0, samples - batch_size + 1, batch_size)]
+def _uniform_epoch(random: np.random.Generator, samples: int, batch_size: int) -> Epoch:
+    order = random.permutation(samples)
+    return [order[start : start + batch_size] for start in range(0, samples - batch_size + 1, batch_size)]
 
 
-def markdown(records: list[dict[str, Any]], found: Found) -> str:
-    ranges = records[0]["uniform"]
-    rows = [["uniform", *(f"{_figure(low)} .. {_figure(high)}" for low, high in ranges.values())]]
-    rows += [[record["name"], *(_figure(record[name]) for name in _HEAD)] for record in records]
+def shuffle_markdown(records: Sequence[dict[str, Any]], results: OrderResults) -> str:
+    """Format the table and its explanation."""
     first = records[0]
+    rows = [["uniform", *(f"{_number(low)} .. {_number(high)}" for low, high in first["uniform"].values())]]
+    rows += [[record["name"], *(_number(record[name]) for name in _TITLES)] for record in records]
     notes = [
-        f"{first['samples']:,} samples sorted by class, batches of {first['batch_size']}, {first['epochs']} epochs; "
-        f"uniform: the range of {_DRAWS} draws",
-        "neighbours in a batch: how often samples that lie side by side in the source share a batch, and pairs "
-        "repeated: how often two that shared one share one in the next epoch again, both as a multiple of chance",
+        f"{plural(first['samples'], 'sample')} sorted by class, batch size {first['batch_size']}, "
+        f"{plural(first['epochs'], 'epoch')}; uniform: range of {_UNIFORM_ORDERS} random permutations",
+        "neighbours in a batch: how often adjacent samples of the source share a batch; pairs repeated: how often two "
+        "samples that share a batch share one in the next epoch; both as a multiple of chance",
         "class unevenness: chi-square of the classes in a batch, as a multiple of chance; reach: of the first batch; "
-        "place ~ row, epoch ~ next: correlations",
+        "position ~ index, epoch ~ next: correlations",
     ]
     notes += [f"{record['name']}: {record['note']}" for record in records]
-    notes += [f"{name}: skipped, {reason}" for name, reason in found.skipped.items()]
-    notes += [f"{name}: FAILED, {reason}" for name, reason in found.failed.items()]
-    return table(["order", *_HEAD.values()], rows) + "\n\n" + "\n".join(f"- {note}" for note in notes)
+    notes += [f"{name}: skipped, {reason}" for name, reason in results.skipped.items()]
+    notes += [f"{name}: FAILED, {reason}" for name, reason in results.failed.items()]
+    return f"{markdown_table(['order', *_TITLES.values()], rows)}\n\n{bullets(notes)}"
 
 
-def _figure(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
-def draw(found: Found, records: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each order: in which order the first epoch gives the rows. A uniform one fills it evenly."""
-    columns = min(5, len(found.orders))
-    rows = -(-len(found.orders) // columns)
-    figure, panels = plt.subplots(
-        rows,
-        columns,
-        figsize=(2.7 * columns, 2.95 * rows + 0.9),
-        dpi=140,
-        squeeze=False,
-        layout="constrained",
-    )
-    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
-    for axes in panels.flat[len(found.orders) :]:
-        axes.remove()
-    for axes, given, record in zip(panels.flat, found.orders, records, strict=False):
-        _panel(axes, given, record, len(found.labels))
+def plot_orders(results: OrderResults, records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot source index over position in the first epoch, a panel per order. A uniform order fills it evenly."""
+    panels = grid(len(results.orders), 5)
     first = records[0]
-    figure.suptitle(
-        "Which rows come when: the first epoch of each order", x=0.015, ha="left", fontsize=14, weight="bold"
-    )
-    figure.supxlabel(
-        f"place in the epoch, of {first['samples']:,} samples in batches of {first['batch_size']}; an evenly filled "
-        "square is a full shuffle. Neighbours in a batch, pairs repeated in the next epoch: multiples of chance",
-        fontsize=9.5,
-        color="#57534e",
-    )
-    figure.supylabel("row in the source, which is sorted by class", fontsize=9.5, color="#57534e")
-    with path.open("wb") as file:
-        figure.savefig(file, format="png")
-    plt.close(figure)
+
+    def draw(axes_list: Sequence[Axes]) -> None:
+        for axes, order, record in zip(axes_list, results.orders, records, strict=True):
+            _draw_order(axes, order, record, len(results.labels))
+
+    Chart(
+        draw,
+        size=(2.7 * len(panels[0]), 2.95 * len(panels) + 0.9),
+        panels=panels,
+        title="Source index (sorted by class) over position in the first epoch",
+        note=f"{plural(first['samples'], 'sample')}, batch size {first['batch_size']}. A complete shuffle fills the "
+        "square evenly. Neighbours in a batch and pairs repeated in the next epoch are multiples of chance.",
+    ).write_png(path)
 
 
-def _panel(axes: Axes, given: Given, record: dict[str, Any], samples: int) -> None:
-    order = np.concatenate(given.epochs[0])
-    chosen = np.sort(np.random.default_rng(0).choice(len(order), min(_POINTS, len(order)), replace=False))
-    ours = given.name.startswith("inkstream")
-    color = _OURS if ours else _OTHERS
-    axes.plot(chosen / samples, order[chosen] / samples, ".", color=color, markersize=1.3, markeredgewidth=0)
-    axes.set_title(given.name, loc="left", fontsize=10, weight="bold" if ours else "normal", color=color, pad=16)
-    axes.text(
-        0,
-        1.025,
-        f"neighbours {_figure(record['neighbour_pairs'])}, repeats {_figure(record['repeated_pairs'])}",
-        transform=axes.transAxes,
-        fontsize=8,
-        color="#57534e",
-        in_layout=False,
-    )
+def _draw_order(axes: Axes, order: LoaderOrder, record: dict[str, Any], samples: int) -> None:
+    indices = np.concatenate(order.epochs[0])
+    positions = np.random.default_rng(0).choice(len(indices), min(_MAX_POINTS, len(indices)), replace=False)
+    is_ours = order.name.startswith("inkstream")
+    color = SERIES[0] if is_ours else MUTED
+    axes.plot(positions / samples, indices[positions] / samples, ".", color=color, markersize=1.3, markeredgewidth=0)
+    pairs = f"neighbours {_number(record['neighbour_pairs'])}, repeats {_number(record['repeated_pairs'])}"
+    set_title(axes, order.name, pairs)
+    axes.title.set(fontsize=10, weight="bold" if is_ours else "normal", color=color)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-    axes.tick_params(labelsize=8, length=2)
-    axes.spines[["top", "right"]].set_visible(False)

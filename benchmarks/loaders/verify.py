@@ -1,4 +1,4 @@
-"""Is what a loader gives right? Held against float64, computed from the raw images."""
+"""Verification of loader outputs against a float64 reference computed from the raw images."""
 
 from __future__ import annotations
 
@@ -6,67 +6,99 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.loaders.baselines.peer import Rows, Source, Task, Variant
+from benchmarks.loaders.baselines.base import Indices, Source, Task, Variant
 from pipeline.transforms.ops.resize import resize_weights
 
-IMAGES = 64  # of a batch, from its beginning and its end
-_FLOAT32 = 2e-5  # of pixels in 0 .. 1: sums of four products of float32, some in a lower precision's accumulators
+IMAGES = 64  # verified images of a batch, at its start and end
+_FLOAT32_TOLERANCE = 2e-5  # of pixels in 0 .. 1: sums of four products, some with reduced-precision accumulators
 
 
-class WrongOutput(Exception):
-    """A loader gave something else than was asked for; its speed means nothing."""
+class WrongOutputError(Exception):
+    """A loader returned a wrong batch, so its speed is meaningless."""
 
 
 def model_input(pixels: NDArray[np.uint8], task: Task) -> NDArray[np.float64]:
-    """Upright uint8 [B, H, W, C] to the model input float64 [B, C, R, R], linear interpolation."""
+    """Convert upright images to model input by linear interpolation and normalization.
+
+    Args:
+        pixels: uint8 [B, H, W, C].
+        task: Resolution R, mean and std.
+
+    Returns:
+        float64 [B, C, R, R].
+    """
     height, width, _ = pixels.shape[1:]
-    rows = resize_weights(height, task.resolution, "linear")
-    columns = resize_weights(width, task.resolution, "linear")
-    resized = np.einsum("rh,bhwc,sw->bcrs", rows, pixels / 255, columns, optimize=True)
+    vertical = resize_weights(height, task.resolution, "linear")
+    horizontal = resize_weights(width, task.resolution, "linear")
+    resized = np.einsum("rh,bhwc,sw->bcrs", vertical, pixels / 255, horizontal, optimize=True)
     return (resized - np.reshape(task.mean, (-1, 1, 1))) / np.reshape(task.std, (-1, 1, 1))
 
 
 def tolerance(variant: Variant, task: Task) -> float:
-    """How far an output may be off, in the units of the model input."""
-    return (_FLOAT32 + variant.levels / 255) / min(task.std)
+    """Return the largest valid error in units of the model input."""
+    return (_FLOAT32_TOLERANCE + variant.tolerance_levels / 255) / min(task.std)
 
 
-def check(images: torch.Tensor, rows: Rows, variant: Variant, task: Task, source: Source) -> float:
-    """The largest error of a batch (of `IMAGES` of its images). Raises `WrongOutput` if it is too large."""
-    rows = np.asarray(rows.cpu() if isinstance(rows, torch.Tensor) else rows)
+def check_batch(images: torch.Tensor, indices: Indices, variant: Variant, task: Task, source: Source) -> float:
+    """Verify a batch.
+
+    Args:
+        images: The batch, as `base.Batch` describes it.
+        indices: Source index of each image, int64 [B].
+        variant: Variant of the loader.
+        task: Expected output.
+        source: Raw images.
+
+    Returns:
+        The largest error of `IMAGES` images.
+
+    Raises:
+        WrongOutputError: Type, shape, device, indices or values are wrong.
+    """
+    indices = to_numpy(indices)
     channels, side = task.image_shape[2], task.resolution
-    shape = source.pixels.shape[1:] if variant.raw else (channels, side, side)
-    kind = torch.uint8 if variant.raw else torch.float32
-    if images.dtype != kind or tuple(images.shape) != (len(rows), *shape) or images.device.type != task.device.type:
-        raise WrongOutput(
-            f"{images.dtype} {list(images.shape)} on {images.device}, not {kind} {[len(rows), *shape]} on {task.device}"
+    shape = source.pixels.shape[1:] if variant.is_raw else (channels, side, side)
+    dtype = torch.uint8 if variant.is_raw else torch.float32
+    expected = (len(indices), *shape)
+    if images.dtype != dtype or tuple(images.shape) != expected or images.device.type != task.device.type:
+        raise WrongOutputError(
+            f"{images.dtype} {list(images.shape)} on {images.device}, not {dtype} {list(expected)} on {task.device}"
         )
-    if rows.min() < 0 or rows.max() >= task.samples:
-        raise WrongOutput(f"rows {rows.min()} .. {rows.max()} of {task.samples}")
-    chosen = np.unique(np.r_[: min(IMAGES // 2, len(rows)), max(0, len(rows) - IMAGES // 2) : len(rows)])
-    given = images[torch.from_numpy(chosen).to(images.device)].cpu().numpy()
-    if variant.raw:
-        if not np.array_equal(given, source.pixels[rows[chosen]]):
-            raise WrongOutput("other bytes than the source holds")
+    if indices.min() < 0 or indices.max() >= task.samples:
+        raise WrongOutputError(f"source indices {indices.min()} .. {indices.max()} of {task.samples} samples")
+    half = IMAGES // 2
+    chosen = np.unique(np.r_[: min(half, len(indices)), max(0, len(indices) - half) : len(indices)])
+    values = images[torch.from_numpy(chosen).to(images.device)].cpu().numpy()
+    if variant.is_raw:
+        if not np.array_equal(values, source.pixels[indices[chosen]]):
+            raise WrongOutputError("bytes differ from the source")
         return 0.0
-    error = float(np.abs(given - model_input(source.upright_rows(rows[chosen]), task)).max())
-    if not error <= tolerance(variant, task):  # so that a NaN is an error too
-        raise WrongOutput(f"off by {error:.2g}, where {tolerance(variant, task):.2g} is allowed")
+    error = float(np.abs(values - model_input(source.upright_images(indices[chosen]), task)).max())
+    if not error <= tolerance(variant, task):  # NaN is an error as well
+        raise WrongOutputError(f"error {error:.2g}, tolerance {tolerance(variant, task):.2g}")
     return error
 
 
-def check_no_repeats(rows: NDArray[np.int64]) -> None:
-    """Raise `WrongOutput` if an epoch (or a part of one) gave a sample twice. rows: int64 [n]."""
-    repeats = len(rows) - len(np.unique(rows))
-    if repeats:
-        raise WrongOutput(f"{repeats} of {len(rows)} samples of an epoch were given twice")
+def check_no_repeats(indices: NDArray[np.int64]) -> None:
+    """Verify that an epoch or a part of it contains no sample twice.
 
+    Args:
+        indices: Source indices, int64 [n].
 
-def reach(rows: Rows, samples: int) -> float:
-    """How far a batch reaches over the source: the range that holds the middle 90 % of its rows, as a share of all.
-
-    0.9 for a full shuffle.
+    Raises:
+        WrongOutputError: A sample is repeated.
     """
-    rows = np.asarray(rows.cpu() if isinstance(rows, torch.Tensor) else rows)
-    low, high = np.percentile(rows, [5, 95])
+    repeats = len(indices) - len(np.unique(indices))
+    if repeats:
+        raise WrongOutputError(f"{repeats} of {len(indices)} samples of an epoch are repeated")
+
+
+def reach(indices: Indices, samples: int) -> float:
+    """Return the range of the middle 90% of the indices of a batch as a fraction of the source; 0.9 if uniform."""
+    low, high = np.percentile(to_numpy(indices), [5, 95])
     return float(high - low) / samples
+
+
+def to_numpy(indices: Indices) -> NDArray[np.int64]:
+    """Convert indices to an array in main memory."""
+    return np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)

@@ -1,1 +1,1 @@
-"""What does the resolution sweep plan, measure, compute and draw?"""
+"""Resolution sweep: plan -> point -> stats -> text -> charts -> page; compare for two result files."""

@@ -1,269 +1,201 @@
-"""The pictures of a resolution study: one drawing for the PNG and for the page, where style sheets give the colours."""
+"""Charts of a resolution sweep: accuracy over throughput, cost per image, bytes on disk, interpolations."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from benchmarks.sweep.stats import BY_EPOCHS, BY_TIME, Cell, Growth, pareto
-from benchmarks.sweep.text import Findings, Panel, run_name
+from benchmarks.common.charts import CARD, MUTED, RULE, SERIES, Chart, plain_numbers, set_row_labels, set_title
+from benchmarks.sweep.stats import BY_EPOCHS, PowerLaw, SeedGroup, pareto_front
+from benchmarks.sweep.text import Series, SweepResults, format_estimate, growth_lines, run_name
 
-# In the page each of these becomes the variable of that name, which is another colour in the dark.
-COLOURS = {
-    "ink": "#1c1917",
-    "muted": "#57534e",
-    "rule": "#e7e5e4",
-    "card": "#ffffff",
-    "first": "#1d4ed8",
-    "second": "#b45309",
-    "third": "#0f766e",
-    "fourth": "#9d174d",
-}
-_SERIES = [COLOURS[name] for name in ("first", "second", "third", "fourth")]
-_MARGINS = {"h_pad": 0.1, "w_pad": 0.12}  # inches around each chart
-_STYLE = {
-    "font.size": 10,
-    "text.color": COLOURS["ink"],
-    "axes.labelcolor": COLOURS["muted"],
-    "axes.edgecolor": COLOURS["muted"],
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": COLOURS["rule"],
-    "xtick.color": COLOURS["muted"],
-    "ytick.color": COLOURS["muted"],
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "inkstream",
-}
+TRADE_NOTE = (
+    "Bars: one standard error. Filled: no other point is both faster and more accurate (joined by the line). "
+    "Ring: smallest resolution within one standard error of the best validation accuracy."
+)
 
 
-def write_png(findings: Findings, path: Path) -> None:
-    """Accuracy against throughput after either kind of run, a column for each subset; beneath it the costs."""
-    with plt.rc_context(_STYLE):
-        runs, subsets = _runs(findings), _subsets(findings)
-        rows, columns = _grid(len(runs), len(subsets))
-        figure = plt.figure(
-            figsize=(6.2 * columns, 3.7 * rows + 4.3), dpi=140, layout="constrained", facecolor=COLOURS["card"]
-        )
-        upper, lower = figure.subfigures(2, 1, height_ratios=(3.7 * rows, 3.4))
-        for each in (upper, lower):
-            each.set_facecolor("none")
-        figure.get_layout_engine().set(**_MARGINS)
-        first = findings.first
-        figure.suptitle(
-            f"{first['dataset']}: what each resolution costs and buys", x=0.012, ha="left", fontsize=14, weight="bold"
-        )
-        _trades(upper.subplots(rows, columns, squeeze=False).flat, findings)
-        costs, sizes = lower.subplots(1, 2)
-        _costs(costs, findings.panels)
-        costs.set_title("What an image costs", loc="left", fontsize=11, weight="bold")
-        _sizes(sizes, findings)
-        sizes.set_title("What the set takes on disk", loc="left", fontsize=11, weight="bold")
-        figure.supxlabel(
-            "Bars: one standard error. Full dot: no other is both faster and better (joined by the line). "
-            "Ring: the smallest within one standard error of the best on the validation part.",
-            fontsize=8.5,
-            color=COLOURS["muted"],
-        )
-        with path.open("wb") as file:
-            figure.savefig(file, format="png")
-        plt.close(figure)
+def write_png(results: SweepResults, path: Path) -> None:
+    """Draw accuracy over throughput (a panel per kind of run and subset) above cost per image and bytes on disk."""
+    pairs = _trade_pairs(results)
+    columns = len(results.subsets) if len(results.subsets) > 1 else len(pairs)
+    rows = len(pairs) // columns
+    upper = [[f"trade {row * columns + half // 2}" for half in range(2 * columns)] for row in range(rows)]
+
+    def draw(panels: Sequence[Axes]) -> None:
+        *trades, costs, sizes = panels
+        for axes, (run, subset) in zip(trades, pairs, strict=True):
+            _draw_trade(axes, results, run, subset)
+            own = [series for series in results.series if series.subset == subset]
+            set_title(axes, f"After {run_name(run, results.first)}", own[0].title if len(own) == 1 else own[0].subtitle)
+        _draw_costs(costs, results)
+        costs.set_title("Cost per image")
+        _draw_sizes(sizes, results)
+        sizes.set_title("Size on disk")
+
+    Chart(
+        draw,
+        size=(6.2 * columns, 3.7 * rows + 4.3),
+        panels=[*upper, ["costs"] * columns + ["sizes"] * columns],
+        height_ratios=[3.7] * rows + [3.4],
+        title=f"{results.first['dataset']}: cost and accuracy of each resolution",
+        note=TRADE_NOTE,
+    ).write_png(path)
 
 
-def svgs(findings: Findings) -> dict[str, str]:
-    """The charts of the page, by name: trade, costs, sizes and, if they were compared, interpolation."""
-    rows, columns = _grid(len(_runs(findings)), len(_subsets(findings)))
-    drawn = {
-        "trade": _svg(rows, columns, (5.6 * columns, 3.6 * rows), lambda axes: _trades(axes, findings)),
-        "costs": _svg(1, 1, (5.6, 3.6), lambda axes: _costs(axes[0], findings.panels)),
-        "sizes": _svg(1, 1, (5.6, 3.6), lambda axes: _sizes(axes[0], findings)),
-    }
-    if found := findings.interpolations():
-        inches = (7, 0.5 * len(found) + 0.9)
-        drawn["interpolation"] = _svg(1, 1, inches, lambda axes: _interpolations(axes[0], found))
-    # Names within a picture, made so that no other picture of the page has them.
-    return {name: re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{name}-", text) for name, text in drawn.items()}
+@dataclass(frozen=True)
+class PageChart:
+    """Chart of the HTML page: heading, `<svg>` element and description for screen readers."""
+
+    title: str
+    svg: str
+    alt: str
 
 
-def _svg(rows: int, columns: int, inches: tuple[float, float], draw: Callable[[list[Axes]], None]) -> str:
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=inches, layout="constrained", squeeze=False)
-        figure.set_facecolor("none")
-        figure.get_layout_engine().set(**_MARGINS)
-        draw(list(axes.flat))
-        text = _as_svg(figure)
-        plt.close(figure)
-    return text
-
-
-def _as_svg(figure: Figure) -> str:
-    """The element alone, without a size or a colour of its own."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', text)
-    for name, colour in COLOURS.items():
-        text = text.replace(colour, f"var(--{name})")
-    return re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
-
-
-def _runs(findings: Findings) -> list[str]:
-    timed = any(cell.figure(BY_TIME, "accuracy") for cell in findings.cells)
-    return [BY_EPOCHS, BY_TIME] if timed else [BY_EPOCHS]
-
-
-def _subsets(findings: Findings) -> list[float]:
-    return sorted({panel.subset for panel in findings.panels})
-
-
-def _grid(runs: int, subsets: int) -> tuple[int, int]:
-    """A column for each subset and a row for each run; of a single subset the runs side by side."""
-    return (runs, subsets) if subsets > 1 else (1, runs)
-
-
-def _trades(places: Sequence[Axes], findings: Findings) -> None:
-    pairs = [(run, subset) for run in _runs(findings) for subset in _subsets(findings)]
-    for axes, (run, subset) in zip(places, pairs, strict=True):
-        _trade(axes, [panel for panel in findings.panels if panel.subset == subset], run)
-
-
-def _trade(axes: Axes, panels: Sequence[Panel], run: str) -> None:
-    """Test accuracy against training throughput: the models of one subset after one kind of run."""
-    points: list[tuple[Cell, float, float, float]] = []
-    for panel in panels:
-        for cell in panel.cells:
-            if found := cell.figure(run, "accuracy"):
-                points.append((cell, cell.throughput, 100 * found.mean, 100 * (found.error or 0)))
-    front = pareto([point[1:3] for point in points])
-    axes.plot(
-        [points[n][1] for n in front], [points[n][2] for n in front], color=COLOURS["rule"], linewidth=5, zorder=1
+def page_charts(results: SweepResults) -> list[PageChart]:
+    """Draw accuracy over throughput (a chart per kind of run and subset), cost per image and bytes on disk."""
+    charts: list[PageChart] = []
+    for run, subset in _trade_pairs(results):
+        own = [series for series in results.series if series.subset == subset]
+        scores = [
+            f"{series.model} at {group.resolution}: {format_estimate(accuracy)} at {group.throughput:,.0f} images/s"
+            for series in own
+            for group in series.groups
+            if (accuracy := group.metric(run, "accuracy"))
+        ]
+        detail = f", {own[0].subtitle}" if len(results.subsets) > 1 else ""
+        title = f"Accuracy over throughput after {run_name(run, results.first)}{detail}"
+        draw = partial(_draw_trade, results=results, run=run, subset=subset)
+        alt = f"Test accuracy over training throughput. {'; '.join(scores)}"
+        charts.append(PageChart(title, _svg(draw, f"trade{len(charts)}"), alt))
+    growth = ". ".join(f"{series.title}: {'; '.join(growth_lines(series))}" for series in results.series)
+    largest = results.main.groups[-1]
+    ratio = largest.records[0]["bytes_pre_resized_uint8"] / largest.records[0]["bytes_at_rest"]
+    sizes = (
+        "Megabytes on disk by resolution: constant if resized at load time; resized in advance to "
+        f"{largest.resolution}x{largest.resolution} {ratio:.3g} times as many as uint8, four times that as float32"
     )
-    models = [panel.model for panel in panels]
-    for number, (cell, speed, accuracy, error) in enumerate(points):
-        place = models.index(cell.model)
-        colour = _SERIES[place % len(_SERIES)]
-        above = (7, 6 if place % 2 == 0 else -13)
-        face = colour if number in front else COLOURS["card"]
-        axes.errorbar(speed, accuracy, yerr=error, color=colour, capsize=3, linewidth=1.2, zorder=2)
-        axes.plot(speed, accuracy, "o", color=face, markeredgecolor=colour, markersize=7, zorder=3)
-        axes.annotate(
-            str(cell.resolution), (speed, accuracy), above, textcoords="offset points", weight="bold", color=colour
-        )
-    for panel in panels:
-        if choice := panel.choice(run):
-            found = choice.chosen.figure(run, "accuracy")
-            assert found is not None
-            colour = _SERIES[models.index(panel.model) % len(_SERIES)]
-            ring = {"markerfacecolor": "none", "markeredgecolor": colour, "markersize": 14, "zorder": 2}
-            axes.plot(choice.chosen.throughput, 100 * found.mean, "o", **ring)
+    costs_svg, sizes_svg = (_svg(partial(draw, results=results), draw.__name__) for draw in (_draw_costs, _draw_sizes))
+    costs = PageChart("Cost per image", costs_svg, f"Milliseconds per image by number of pixels. {growth}")
+    return [*charts, costs, PageChart("Size on disk", sizes_svg, sizes)]
+
+
+def interpolation_chart(groups: Sequence[SeedGroup]) -> PageChart:
+    """Draw the test accuracy of each interpolation."""
+    svg = _svg(partial(_draw_interpolations, groups=groups), "interpolation", height=0.45 * len(groups) + 0.8)
+    scores = [f"{group.interpolation}: {format_estimate(group.metric(BY_EPOCHS, 'accuracy'))}" for group in groups]
+    return PageChart("Test accuracy", svg, f"Test accuracy by interpolation. {'; '.join(scores)}")
+
+
+def _svg(draw: Callable[..., None], prefix: str, height: float = 2.9) -> str:
+    # At 3.9 inches, text of 10 points stays readable at the width of a phone.
+    return Chart(lambda panels: draw(panels[0]), (3.9, height)).to_svg(prefix)
+
+
+def _trade_pairs(results: SweepResults) -> list[tuple[str, float]]:
+    return [(run, subset) for run in results.runs for subset in results.subsets]
+
+
+def _draw_trade(axes: Axes, results: SweepResults, run: str, subset: float) -> None:
+    """Plot test accuracy over training throughput: all models of one subset after one kind of run."""
+    own = [series for series in results.series if series.subset == subset]
+    points = [
+        (series, group, group.throughput, accuracy)
+        for series in own
+        for group in series.groups
+        if (accuracy := group.metric(run, "accuracy"))
+    ]
+    front = pareto_front([(speed, accuracy.mean) for _, _, speed, accuracy in points])
+    line = [(points[index][2], 100 * points[index][3].mean) for index in front]
+    axes.plot(*zip(*line, strict=True), color=RULE, linewidth=5, zorder=1)
+    choices = {series.model: series.recommend(run) for series in own}
+    for index, (series, group, speed, accuracy) in enumerate(points):
+        number, choice = own.index(series), choices[series.model]
+        color, percent = SERIES[number % len(SERIES)], 100 * accuracy.mean
+        axes.errorbar(speed, percent, yerr=100 * (accuracy.std_error or 0), color=color, linewidth=1.2, zorder=2)
+        dot: dict[str, Any] = {
+            "color": color if index in front else CARD,
+            "markeredgecolor": color,
+            "markersize": 7,
+            "zorder": 3,
+        }
+        axes.plot(speed, percent, "o", label=series.model if group is series.groups[0] else None, **dot)
+        if choice is not None and group is choice.chosen:
+            ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": color, "markersize": 14, "zorder": 2}
+            axes.plot(speed, percent, "o", **ring)
+        offset = (7, 6 if number % 2 == 0 else -13)
+        label: dict[str, Any] = {"textcoords": "offset points", "weight": "bold", "color": color}
+        axes.annotate(str(group.resolution), (speed, percent), offset, **label)
     axes.set_xscale("log")
-    speeds = [point[1] for point in points]
-    if speeds:
-        axes.set_xlim(min(speeds) / 1.5, max(speeds) * 1.9)
-    _plain_numbers(axes)
+    speeds = [point[2] for point in points]
+    axes.set_xlim(min(speeds) / 1.5, max(speeds) * 1.9)
+    plain_numbers(axes.xaxis)
+    axes.margins(y=0.12)  # room for the labels
     axes.set_xlabel("training images/s")
     axes.set_ylabel("test accuracy, %")
-    first = panels[0].cells[0].records[0]
-    axes.set_title(f"After {run_name(run, first)}", loc="left", fontsize=11, weight="bold", pad=18)
-    below = panels[0].title if len(panels) == 1 else panels[0].title.partition(", ")[2]
-    axes.text(0, 1.025, below, transform=axes.transAxes, fontsize=9, color=COLOURS["muted"])
-    _legend(axes, models)
+    if len(own) > 1:
+        axes.legend()
 
 
-def _legend(axes: Axes, models: Sequence[str]) -> None:
-    if len(models) > 1:
-        for number, model in enumerate(models):
-            axes.plot([], [], "o", color=_SERIES[number % len(_SERIES)], label=model)
-        axes.legend(fontsize=9)
-
-
-def _costs(axes: Axes, panels: Sequence[Panel]) -> None:
-    """Milliseconds an image by pixels, of training and of the loader, with the fitted lines."""
-    by_model: dict[str, Panel] = {}
-    for panel in panels:  # the one with most images
-        if panel.model not in by_model or panel.subset > by_model[panel.model].subset:
-            by_model[panel.model] = panel
-    for number, panel in enumerate(by_model.values()):
-        name = "training" if len(by_model) == 1 else panel.model
-        costs = [1000 * cell.seconds_per_image for cell in panel.cells]
-        _cost(axes, panel, costs, panel.growth()["training time"], name, _SERIES[number % len(_SERIES)], 1000)
-    panel = next(iter(by_model.values()))
-    costs = [cell.spread("loader_cpu_seconds_per_thousand").median for cell in panel.cells]
-    _cost(axes, panel, costs, panel.growth()["loader's processor time"], "loader (CPU)", COLOURS["muted"], 1)
+def _draw_costs(axes: Axes, results: SweepResults) -> None:
+    """Plot the time per image over its pixels for training and loading, with the fitted power laws."""
+    all_series = results.largest_subsets
+    for number, series in enumerate(all_series):
+        name = "training" if len(all_series) == 1 else series.model
+        costs = [group.train_ms for group in series.groups]
+        _plot_cost(axes, series, costs, series.growth()["training time"], name, SERIES[number % len(SERIES)])
+    main = results.main
+    costs = [group.loader_ms for group in main.groups]
+    _plot_cost(axes, main, costs, main.growth()["loader CPU time"], "loader (CPU)", MUTED)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    sides = [cell.resolution for cell in panel.cells]
-    axes.set_xticks([side**2 for side in sides], [f"{side}²" for side in sides])
+    axes.set_xticks(main.pixels, [f"{group.resolution}²" for group in main.groups])
+    axes.set_xlim(min(main.pixels) / 1.4, max(main.pixels) * 1.4)
+    plain_numbers(axes.yaxis)
     axes.minorticks_off()
-    axes.set_xlim(min(sides) ** 2 / 1.4, max(sides) ** 2 * 1.4)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("pixels")
-    axes.set_ylabel("ms an image")
-    axes.legend(fontsize=9)
+    axes.set_ylabel("ms/image")
+    axes.legend()
 
 
-def _cost(
-    axes: Axes, panel: Panel, costs: Sequence[float], fit: Growth | None, name: str, colour: str, unit: float
-) -> None:
-    """unit: by what the fitted cost is multiplied to become milliseconds."""
-    pixels = [cell.resolution**2 for cell in panel.cells]
-    label = name
+def _plot_cost(axes: Axes, series: Series, costs: Sequence[float], fit: PowerLaw | None, name: str, color: str) -> None:
+    axes.plot(series.pixels, costs, "o", color=color, label=name if fit is None else f"{name}: pixels^({fit})")
     if fit is not None:
-        error = f" ± {fit.error:.2f}" if fit.error is not None else ""
-        label = f"{name}: pixels to the {fit.exponent:.2f}{error}"
-        ends = [min(pixels), max(pixels)]
-        axes.plot(ends, [unit * fit.factor * end**fit.exponent for end in ends], color=colour, linewidth=1.2, zorder=1)
-    axes.plot(pixels, costs, "o", color=colour, markersize=6, label=label)
+        ends = [min(series.pixels), max(series.pixels)]
+        axes.plot(ends, [fit.factor * end**fit.exponent for end in ends], color=color, linewidth=1.2, zorder=1)
 
 
-def _sizes(axes: Axes, findings: Findings) -> None:
-    """Bytes at rest, which do not depend on the resolution, beside those of images resized beforehand."""
-    cells = findings.main.cells
-    sides = [cell.resolution for cell in cells]
-    lines = (
-        ("bytes_pre_resized_float32", "second", "resized beforehand, float32"),
-        ("bytes_pre_resized_uint8", "third", "resized beforehand, uint8"),
-        ("bytes_at_rest", "first", "at rest, resized when loaded"),
-    )
-    for name, colour, label in lines:
-        megabytes = [cell.records[0][name] / 1e6 for cell in cells]
-        axes.plot(sides, megabytes, "o-", color=COLOURS[colour], markersize=5, label=label)
+def _draw_sizes(axes: Axes, results: SweepResults) -> None:
+    """Plot the bytes on disk, which do not depend on the resolution, and those of images resized in advance."""
+    groups = results.main.groups
+    sides = [group.resolution for group in groups]
+    for number, name, label in (
+        (1, "bytes_pre_resized_float32", "resized in advance, float32"),
+        (2, "bytes_pre_resized_uint8", "resized in advance, uint8"),
+        (0, "bytes_at_rest", "resized at load time"),
+    ):
+        axes.plot(sides, [group.records[0][name] / 1e6 for group in groups], "o-", color=SERIES[number], label=label)
     axes.set_yscale("log")
     axes.set_xticks(sides, map(str, sides))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    plain_numbers(axes.yaxis)
     axes.minorticks_off()
     axes.set_xlabel("resolution")
     axes.set_ylabel("MB")
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high * 8)  # room for the legend
-    axes.legend(fontsize=9, loc="upper left")
+    axes.set_ylim(low, high * 10)  # room for the legend
+    axes.legend(loc="upper left")
 
 
-def _interpolations(axes: Axes, found: Sequence[Cell]) -> None:
-    for place, cell in enumerate(reversed(found)):
-        accuracy = cell.figure(BY_EPOCHS, "accuracy")
+def _draw_interpolations(axes: Axes, groups: Sequence[SeedGroup]) -> None:
+    for row, group in enumerate(groups):
+        accuracy = group.metric(BY_EPOCHS, "accuracy")
         assert accuracy is not None
-        axes.errorbar(100 * accuracy.mean, place, xerr=100 * (accuracy.error or 0), color=COLOURS["first"], capsize=3)
-        axes.plot(100 * accuracy.mean, place, "o", color=COLOURS["first"], markersize=7)
-    axes.set_yticks(range(len(found)), [cell.interpolation for cell in reversed(found)])
-    axes.set_ylim(-0.6, len(found) - 0.4)
-    axes.tick_params(axis="y", length=0)
+        error = 100 * (accuracy.std_error or 0)
+        axes.errorbar(100 * accuracy.mean, row, xerr=error, fmt="o", color=SERIES[0], markersize=7)
+    set_row_labels(axes, [group.interpolation for group in groups])
     axes.set_xlabel("test accuracy, %")
-
-
-def _plain_numbers(axes: Axes) -> None:
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "25" else "")

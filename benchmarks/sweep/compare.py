@@ -1,4 +1,4 @@
-"""Two files of the resolution study side by side: what changed, and what got worse beyond the spread of both."""
+"""Comparison of two result files of a resolution sweep: changes beyond the spread of both."""
 
 from __future__ import annotations
 
@@ -8,167 +8,165 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.harness import size, table
-from benchmarks.sweep.plan import read_lines
-from benchmarks.sweep.stats import BY_EPOCHS, BY_TIME, Cell, Estimate, cells
+from benchmarks.common.text import bullets, format_bytes, format_percent, markdown_table
+from benchmarks.sweep.plan import read_records
+from benchmarks.sweep.stats import BY_EPOCHS, BY_TIME, SeedGroup, group_seeds
 from shards.errors import UserError
 
-_MEMORY_VARIES = 0.05  # of the peak, between runs of the same code
+_MEMORY_TOLERANCE = 0.05  # variation of peak memory between runs of the same code
 BETTER, WORSE = "better", "REGRESSION"
+
+_Key = tuple[str, str, float, int, str]
 
 
 @dataclass(frozen=True)
 class Range:
-    """A figure and the range that it was measured in."""
+    """A value and its range; infinite if the value was measured only once."""
 
     value: float
-    low: float
-    high: float
-
-
-def _unknown(value: float) -> Range:
-    """Of a figure that was measured once: nothing can be said to lie outside of its range."""
-    return Range(value, -math.inf, math.inf)
+    low: float = -math.inf
+    high: float = math.inf
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure to compare. read: of a cell, None where it has none. sign: 1 where more is better, -1 where less is."""
+    """A quantity to compare.
+
+    Args:
+        name: Title of its rows.
+        read: Returns its value in a group, or None if the group has none.
+        sign: 1 if higher is better, -1 if lower is better.
+        format: Formats a value.
+    """
 
     name: str
-    read: Callable[[Cell], Range | None]
+    read: Callable[[SeedGroup], Range | None]
     sign: int
-    show: Callable[[float], str]
+    format: Callable[[float], str]
 
 
-def _rate(name: str) -> Callable[[Cell], Range | None]:
-    def read(cell: Cell) -> Range:
-        found = cell.spread(name)
-        return Range(found.median, found.low, found.high) if found.n > 1 else _unknown(found.median)
+def _rate(name: str) -> Callable[[SeedGroup], Range | None]:
+    def read(group: SeedGroup) -> Range:
+        spread = group.spread(name)
+        return Range(spread.median, spread.low, spread.high) if spread.n > 1 else Range(spread.median)
 
     return read
 
 
-def _share(run: str, name: str) -> Callable[[Cell], Range | None]:
+def _score(run: str, name: str) -> Callable[[SeedGroup], Range | None]:
     """Mean ± the standard deviation over seeds or the standard error, whichever is larger."""
 
-    def read(cell: Cell) -> Range | None:
-        found: Estimate | None = cell.figure(run, name)
-        if found is None:
+    def read(group: SeedGroup) -> Range | None:
+        estimate = group.metric(run, name)
+        if estimate is None:
             return None
-        if found.error is None:
-            return _unknown(found.mean)
-        width = max(found.deviation or 0.0, found.error)
-        return Range(found.mean, found.mean - width, found.mean + width)
+        if estimate.std_error is None:
+            return Range(estimate.mean)
+        width = max(estimate.std or 0.0, estimate.std_error)
+        return Range(estimate.mean, estimate.mean - width, estimate.mean + width)
 
     return read
 
 
-def _memory(name: str) -> Callable[[Cell], Range | None]:
-    def read(cell: Cell) -> Range | None:
-        found = cell.largest(name)
-        return None if found is None else Range(found, found * (1 - _MEMORY_VARIES), found * (1 + _MEMORY_VARIES))
+def _memory(name: str) -> Callable[[SeedGroup], Range | None]:
+    def read(group: SeedGroup) -> Range | None:
+        peak = group.largest(name)
+        return None if peak is None else Range(peak, peak * (1 - _MEMORY_TOLERANCE), peak * (1 + _MEMORY_TOLERANCE))
 
     return read
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
-
-
-def _whole(value: float) -> str:
-    return f"{value:,.0f}"
 
 
 MEASURES = (
-    Measure("loader images/s", _rate("loader_images_per_second"), 1, _whole),
-    Measure("loader CPU-s / 1,000", _rate("loader_cpu_seconds_per_thousand"), -1, lambda value: f"{value:.4f}"),
-    Measure("training images/s", _rate("training_images_per_second"), 1, _whole),
-    Measure("peak memory", _memory("peak_memory_bytes"), -1, size),
-    Measure("peak memory, device", _memory("peak_device_memory_bytes"), -1, size),
+    Measure("loader images/s", _rate("loader_images_per_second"), 1, "{:,.0f}".format),
+    Measure("loader CPU-s / 1,000", _rate("loader_cpu_seconds_per_thousand"), -1, "{:.4f}".format),
+    Measure("training images/s", _rate("training_images_per_second"), 1, "{:,.0f}".format),
+    Measure("peak memory", _memory("peak_memory_bytes"), -1, format_bytes),
+    Measure("peak GPU memory", _memory("peak_device_memory_bytes"), -1, format_bytes),
     *(
-        Measure(f"{shown}, {after}", _share(run, name), sign, _percent)
+        Measure(f"{title}, {after}", _score(run, name), sign, format_percent)
         for run, after in ((BY_EPOCHS, "epochs"), (BY_TIME, "time"))
-        for name, shown, sign in (("accuracy", "accuracy", 1), ("macro_f1", "macro F1", 1), ("ece", "calibration", -1))
+        for name, title, sign in (("accuracy", "accuracy", 1), ("macro_f1", "macro F1", 1), ("ece", "calibration", -1))
     ),
 )
 
 
 def compare(before: Path, after: Path) -> tuple[str, bool]:
-    """The table of changes in Markdown, and whether a regression is among them. Raises `UserError`."""
-    earlier, later = _study(before), _study(after)
-    old = {_key(cell): cell for cell in cells(earlier)}
-    new = {_key(cell): cell for cell in cells(later)}
-    # Points that were measured before and have failed now are lost, however little there is to compare.
-    lost = sorted({_words(key) for key in old if key not in new and key in {_record_key(record) for record in later}})
+    """Compare two result files.
+
+    Returns:
+        The changes in Markdown, and whether any of them is a regression.
+
+    Raises:
+        UserError: A file cannot be read, or the files have no point in common.
+    """
+    earlier, later = _read_last_sweep(before), _read_last_sweep(after)
+    old = {_key(group.records[0]): group for group in group_seeds(earlier)}
+    new = {_key(group.records[0]): group for group in group_seeds(later)}
+    # A point that was measured before and fails now is a regression.
+    lost = [key for key in old if key not in new and key in map(_key, later)]
     common = [key for key in old if key in new]
     if not common and not lost:
         raise UserError(
-            found=f"no point that both {before} and {after} hold",
-            expected="studies of the same set with some resolutions, models and subsets in common",
+            found=f"no point that both {before} and {after} contain",
+            expected="sweeps of one data set with resolutions, models and subsets in common",
             hint="measure again with the arguments of the other file",
         )
-    rows = []
-    worse = bool(lost)
+    rows, has_regression = [], bool(lost)
     for key in common:
         for measure in MEASURES:
             first, second = measure.read(old[key]), measure.read(new[key])
             if first is None or second is None:
                 continue
             verdict = _verdict(first, second, measure.sign)
-            worse = worse or verdict == WORSE
-            rows.append([_words(key), measure.name, measure.show(first.value), measure.show(second.value)])
-            rows[-1] += [f"{second.value / first.value - 1:+.1%}" if first.value else "", verdict]
-    parts = [table(["point", "measure", before.name, after.name, "change", "beyond the spread"], rows)] if rows else []
-    lines = [f"{words}: {WORSE}, it was measured in {before} and has failed in {after}" for words in lost]
+            has_regression = has_regression or verdict == WORSE
+            change = f"{second.value / first.value - 1:+.1%}" if first.value else ""
+            values = [measure.format(first.value), measure.format(second.value)]
+            rows.append([_describe(key), measure.name, *values, change, verdict])
+    lines = [f"{_describe(key)}: {WORSE}, measured in {before} and failed in {after}" for key in lost]
     lines += _differences(earlier, later, before, after)
-    lines += [f"{_words(key)}: only in {before}" for key in old if key not in new and _words(key) not in lost]
-    lines += [f"{_words(key)}: only in {after}" for key in new if key not in old]
-    if lines:
-        parts.append("\n".join(f"- {line}" for line in lines))
-    return "\n\n".join(parts), worse
+    lines += [f"{_describe(key)}: only in {before}" for key in old if key not in new and key not in lost]
+    lines += [f"{_describe(key)}: only in {after}" for key in new if key not in old]
+    head = ["point", "measure", before.name, after.name, "change", "beyond the spread"]
+    blocks = [markdown_table(head, rows) if rows else "", bullets(lines)]
+    return "\n\n".join(filter(None, blocks)), has_regression
 
 
-def _study(path: Path) -> list[dict[str, Any]]:
-    """The points of a file; where several studies went into it those of the last one."""
-    records = list(read_lines(path))
+def _read_last_sweep(path: Path) -> list[dict[str, Any]]:
+    """Read the records of a file; if it holds several sweeps, those of the last one."""
+    records = list(read_records(path))
     if not records:
-        raise UserError(found=f"{path}, which is empty", expected="lines of a study", hint="name another file")
+        raise UserError(found=f"{path} is empty", expected="the lines of a resolution sweep", hint="name another file")
     return [record for record in records if record["settings"] == records[-1]["settings"]]
 
 
-def _key(cell: Cell) -> tuple[str, str, float, int, str]:
-    return _record_key(cell.records[0])
-
-
-def _record_key(record: dict[str, Any]) -> tuple[str, str, float, int, str]:
+def _key(record: dict[str, Any]) -> _Key:
     return (record["set"], record["model"], record["subset"], record["resolution"], record["interpolation"])
 
 
-def _words(key: tuple[str, str, float, int, str]) -> str:
+def _describe(key: _Key) -> str:
     _, model, subset, resolution, interpolation = key
     return f"{model}, {resolution}, {interpolation}" + (f", {subset:.3g} of the images" if subset != 1 else "")
 
 
 def _verdict(before: Range, after: Range, sign: int) -> str:
-    """Whether the ranges lie apart, and on which side."""
-    if sign * before.value < sign * after.value:
-        apart = after.low > before.high if sign > 0 else after.high < before.low
-        return BETTER if apart else ""
-    apart = after.high < before.low if sign > 0 else after.low > before.high
-    return WORSE if apart else ""
+    """Return whether the ranges are disjoint, and in which direction."""
+    if after.low > before.high:
+        return BETTER if sign > 0 else WORSE
+    if after.high < before.low:
+        return WORSE if sign > 0 else BETTER
+    return ""
 
 
 def _differences(earlier: list[dict[str, Any]], later: list[dict[str, Any]], before: Path, after: Path) -> list[str]:
-    """What else differs between the files, so that nobody takes another machine for a regression."""
+    """Describe differences in hardware and settings that may explain a change."""
     lines = []
-    for name, words in (("processor", "processors"), ("device", "devices"), ("cores", "numbers of cores")):
-        values = [
-            sorted({str(one["environment"][name]) for one in side if "environment" in one}) for side in (earlier, later)
-        ]
-        if values[0] != values[1]:
-            lines.append(f"the {words} differ: {', '.join(values[0])} in {before}, {', '.join(values[1])} in {after}")
-    settings = [{one["settings"] for one in side} for side in (earlier, later)]
-    if settings[0] != settings[1]:
-        lines.append("the settings of the studies differ (recipe, epochs, seconds or test images)")
+    for name, noun in (("processor", "processors"), ("device", "devices"), ("cores", "numbers of cores")):
+        first, second = (
+            ", ".join(sorted({str(one["environment"][name]) for one in side if "environment" in one}))
+            for side in (earlier, later)
+        )
+        if first != second:
+            lines.append(f"the {noun} differ: {first} in {before}, {second} in {after}")
+    if earlier[-1]["settings"] != later[-1]["settings"]:
+        lines.append("the settings of the sweeps differ (recipe, epochs, seconds or test images)")
     return lines

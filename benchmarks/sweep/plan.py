@@ -1,4 +1,4 @@
-"""Which points the resolution study measures, which of them are there already, and which still fit into its time."""
+"""Points of a resolution sweep, the file of their results, and the estimate of their duration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _VARIED = {
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured in a process of its own. subset: share of the training images. interpolation: of the resize."""
+    """One measurement, made in its own process. `subset` is the fraction of the training images, in (0, 1]."""
 
     model: str
     subset: float
@@ -47,12 +47,16 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Study:
-    """What all points of a study share.
+class SweepConfig:
+    """Settings common to all points of a sweep.
 
-    shards: the packed set, `digest` stands for its content. recipe: settings as nested values; what a point says takes
-    their place. seconds: of training, of the runs of a fixed time. test_images: of a larger test part the first in
-    packed order, which is random; None for all.
+    Args:
+        shards: Packed data set.
+        dataset: Name of the data set.
+        digest: Hash of its content.
+        recipe: Training settings as nested values; each point overrides some of them.
+        seconds: Training time of the runs of equal time.
+        test_images: Number of test images to use, the first ones in packed (random) order; None for all.
     """
 
     shards: Path
@@ -62,10 +66,13 @@ class Study:
     seconds: float
     test_images: int | None
 
-    def config(self, point: Point, batch_size: int, accumulation: int) -> Config:
-        """The settings of a point. Raises `UserError` where they do not agree."""
-        content = {**self.recipe, "seed": point.seed, "resume": "never", "logging": {}}
-        changed = {
+    def point_config(self, point: Point, batch_size: int, accumulation: int) -> Config:
+        """Build the training settings of a point.
+
+        Raises:
+            UserError: The settings are invalid.
+        """
+        overrides = {
             "data": {
                 "shards": str(self.shards),
                 "train_fraction": point.subset,
@@ -77,30 +84,29 @@ class Study:
             "optim": {"grad_accumulation": accumulation},
             "checkpoint": {"every_minutes": None, "every_steps": None},
         }
-        for section, values in changed.items():
-            content[section] = {**content.get(section, {}), **values}
-        return validate(content, "the study")
+        sections = {name: {**self.recipe.get(name, {}), **values} for name, values in overrides.items()}
+        return validate({**self.recipe, "seed": point.seed, "resume": "never", "logging": {}, **sections}, "the sweep")
 
     @property
     def settings(self) -> Config:
-        return validate(self.recipe, "the study")
+        return validate(self.recipe, "the sweep")
 
     def is_timed(self, point: Point) -> bool:
-        """Whether it is also trained for a fixed time: the points that only compare interpolations are not."""
+        """Return whether the point is also trained for equal time; points that compare interpolations are not."""
         return point.interpolation == self.settings.data.interpolation
 
     def identity(self) -> dict[str, str]:
-        """What lines of a file must agree in to belong to this study."""
+        """Return the fields that all records of this sweep have in common."""
         content = self.settings.model_dump(mode="json", exclude=_VARIED)
         content |= {"seconds": self.seconds, "test_images": self.test_images}
         return {"set": self.digest, "settings": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
 
 
-def points(
-    study: Study, models: Sequence[str], subsets: Sequence[float], resolutions: Sequence[int], seeds: int
+def make_points(
+    config: SweepConfig, models: Sequence[str], subsets: Sequence[float], resolutions: Sequence[int], seeds: int
 ) -> list[Point]:
-    """All points by the one seed before the next, so that a study that is cut off has every resolution."""
-    settings = study.settings
+    """List all points, ordered by seed first, so that an interrupted sweep covers every resolution."""
+    settings = config.settings
     return [
         Point(model, subset, resolution, settings.data.interpolation, settings.seed + number)
         for number in range(seeds)
@@ -111,42 +117,42 @@ def points(
 
 
 class Journal:
-    """The file of lines, one for each point, that grows as they finish."""
+    """JSON lines of a sweep, one per measured point, appended as points finish.
 
-    def __init__(self, path: Path, study: Study, resume: bool) -> None:
-        """resume: go on with the lines that are there. Without, they are moved to NAME.previous.jsonl."""
+    Args:
+        path: File of the lines.
+        config: The sweep.
+        resume: Whether to keep the existing lines; otherwise the file is moved to NAME.previous.jsonl.
+    """
+
+    def __init__(self, path: Path, config: SweepConfig, resume: bool) -> None:
         self._path = path
-        self._identity = study.identity()
+        self._identity = config.identity()
         make_directory(path.parent)
-        self._others: list[dict[str, Any]] = []
+        self.other_records: list[dict[str, Any]] = []
+        """Records of other settings or another data set, which stay in the file and are not reported."""
         self.records: list[dict[str, Any]] = []
         if path.exists() and resume:
-            for record in read_lines(path, whole=False):
-                mine = all(record.get(name) == value for name, value in self._identity.items())
-                (self.records if mine else self._others).append(record)
-            # A line that was cut off by a kill goes.
-            write_lines(path, self.lines)
+            for record in read_records(path, complete=False):
+                is_ours = self._identity.items() <= record.items()
+                (self.records if is_ours else self.other_records).append(record)
+            write_lines(path, self.all_records)  # drops an incomplete last line
         elif path.exists():
             os.replace(path, path.with_name(f"{path.stem}.previous.jsonl"))
 
     @property
-    def others(self) -> int:
-        """Lines of other settings or another set, which are kept and not shown."""
-        return len(self._others)
+    def all_records(self) -> list[dict[str, Any]]:
+        return [*self.other_records, *self.records]
 
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """All records of the file."""
-        return [*self._others, *self.records]
-
-    def failures(self) -> list[tuple[Point, str]]:
-        return [(point_of(record), record["failed"]) for record in self.records if "failed" in record]
+    def failures(self) -> dict[str, str]:
+        """Return the reason of each failed point."""
+        return {str(point_of(record)): record["failed"] for record in self.records if "failed" in record}
 
     def has(self, point: Point) -> bool:
         return any(point_of(record) == point for record in self.records)
 
-    def append(self, point: Point, found: dict[str, Any]) -> None:
-        record = {"name": NAME, **asdict(point), **self._identity, **found}
+    def append(self, point: Point, result: dict[str, Any]) -> None:
+        record = {"name": NAME, **asdict(point), **self._identity, **result}
         self.records.append(record)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -155,46 +161,58 @@ class Journal:
 
 
 def point_of(record: dict[str, Any]) -> Point:
+    """Return the point that a record belongs to."""
     return Point(*(record[name] for name in Point.__dataclass_fields__))
 
 
-def read_lines(path: Path, whole: bool = True) -> Iterator[dict[str, Any]]:
-    """The records of a study's file. whole: a last line that was cut off is an error too. Raises `UserError`."""
+def read_records(path: Path, complete: bool = True) -> Iterator[dict[str, Any]]:
+    """Read the records of a sweep.
+
+    Args:
+        path: File of JSON lines.
+        complete: Whether an incomplete last line is an error; otherwise it is ignored.
+
+    Raises:
+        UserError: The file cannot be read or has other content.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text"
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(
             found=f"{path}: {reason}",
-            expected=f"the lines that a study wrote, for instance benchmarks/out/{NAME}.jsonl",
-            hint="python benchmarks/resolution_sweep.py writes them",
+            expected=f"the JSON lines of a resolution sweep, such as benchmarks/out/{NAME}.jsonl",
+            hint="run python benchmarks/resolution_sweep.py to write them",
         ) from None
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             point_of(record), record["set"], record["settings"]
         except (ValueError, KeyError, TypeError):
-            if not whole and number == len(lines) and not line.endswith("\n"):
+            if not complete and number == len(lines) and not line.endswith("\n"):
                 return
             raise UserError(
-                found=f"{path}, line {number}, which is no point of a study",
+                found=f"{path}, line {number}: not a point of a resolution sweep",
                 expected="the lines that python benchmarks/resolution_sweep.py writes",
-                hint="measure again (an older version wrote other lines), or name another file",
+                hint="measure again (older versions wrote other lines), or name another file",
             ) from None
         yield record
 
 
 def expected_seconds(point: Point, records: Sequence[dict[str, Any]]) -> float | None:
-    """How long a point may take, going by those that were measured; None if nothing can be said.
+    """Estimate the duration of a point from the measured points of its model that are nearest in cost.
 
-    What training for a number of epochs took is scaled by pixels and images (which is more than it grows by, if
-    anything); the rest (starting, measuring the loader, a fixed time of training) stays as it was.
+    The time of the epochs is scaled by pixels and images, an upper bound of its growth. The rest (start, loader
+    benchmark, training of fixed time) is constant.
+
+    Returns:
+        Seconds, or None if the model has not been measured.
     """
-    alike = [record for record in records if "failed" not in record and record["model"] == point.model]
-    guesses = []
-    for record in alike:
-        scale = (point.resolution / record["resolution"]) ** 2 * point.subset / record["subset"]
-        guess = record["point_seconds"] + record["by_epochs"]["wall_seconds"] * (scale - 1)
-        guesses.append((abs(scale - 1), guess))
-    nearest = min((distance for distance, _ in guesses), default=None)
-    return max((guess for distance, guess in guesses if distance == nearest), default=None)
+    estimates = []
+    for record in records:
+        if "failed" not in record and record["model"] == point.model:
+            scale = (point.resolution / record["resolution"]) ** 2 * point.subset / record["subset"]
+            seconds = record["point_seconds"] + record["by_epochs"]["wall_seconds"] * (scale - 1)
+            estimates.append((abs(scale - 1), seconds))
+    nearest = min((distance for distance, _ in estimates), default=None)
+    return max((seconds for distance, seconds in estimates if distance == nearest), default=None)

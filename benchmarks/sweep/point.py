@@ -1,14 +1,13 @@
-"""One point of the resolution study: everything about a resolution that costs or counts, in a process of its own.
+"""Measurement of one point of the resolution sweep, in its own process.
 
-Two trainings make a point. The first takes the recipe's epochs. The second takes the same seconds at every resolution:
-from the first one's throughput (images/s, median over its epochs but the first) follows how many updates fit, and
-that many are planned before it begins, so that its learning-rate schedule ends at its trough. Epochs then are no
-longer passes over the data but as many periods of equal length as the recipe has epochs; every period goes on where
-the one before stopped in the endless sequence of passes, so that warm-up, restarts and validation come at the same
-shares of the training. Only training counts as time: not building, compiling, validation and test. The seconds that it
-took in the end are kept beside those that were planned.
+A point is trained twice. The first training has the recipe's epochs. The second has the same training time at every
+resolution: the throughput of the first training (median images/s, without its first epoch) determines the number of
+updates. That number is fixed in advance so that the learning-rate schedule completes. An epoch of the second training
+is one of N equal-length periods, not a pass over the data; each period continues in the sequence of passes where the
+previous one ended, so warm-up, restarts and validation fall on the same fractions of the training. Training time
+excludes building, compiling, validation and test. The actual seconds are recorded as well.
 
-Each training chooses its best epoch on the validation part and looks at the test part once, at its end.
+Each training selects its best epoch on the validation split and evaluates the test split once, at its end.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.harness import Spread, in_process
-from benchmarks.sweep.plan import Point, Study
+from benchmarks.sweep.plan import Point, SweepConfig
 from pipeline.loader import Batch
 from shards import UserError, open_split
 from shards.errors import first_line
@@ -43,13 +42,13 @@ from trainer.runtime.distributed import World, init_distributed
 from trainer.runtime.env_info import collect_env_info
 
 LOADER_RUNS = 5
-LOADER_IMAGES = 32_768  # of one run, in as many passes over the training part as that takes
+LOADER_IMAGES = 32_768  # per run, in one or more passes over the training split
 SMALLEST_BATCH = 8
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "failed to allocate", "allocation failed")
 
 
-class Stretched:
-    """Stands in for a `TrainingLoader`: epochs of so many steps, each going on in the passes where the last stopped."""
+class FixedStepLoader:
+    """`TrainingLoader` whose epochs have a fixed number of steps, each continuing in the passes of the previous one."""
 
     def __init__(self, loader: TrainingLoader, steps: int) -> None:
         self._loader = loader
@@ -64,64 +63,72 @@ class Stretched:
         return float(self._steps * (epochs - epoch - 1))
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
-        in_pass = self._loader.steps(0)
+        steps_per_pass = self._loader.steps(0)
         step = first_step
         while step < self._steps:
-            number, first = divmod(epoch * self._steps + step, in_pass)
-            last = min(self._steps, step + in_pass - first)
+            number, first = divmod(epoch * self._steps + step, steps_per_pass)
+            last = min(self._steps, step + steps_per_pass - first)
             with contextlib.closing(self._loader.batches(number, first)) as batches:
-                # By map, which holds no batch while the next one is made.
-                yield from map(_renumbered, batches, range(step, last))
+                # `map` keeps no reference to a batch while the next one is made.
+                yield from map(_with_step, batches, range(step, last))
             step = last
 
 
-def _renumbered(batch: Batch, step: int) -> Batch:
+def _with_step(batch: Batch, step: int) -> Batch:
     return replace(batch, step=step)
 
 
 def measure_point(
-    study: Study, point: Point, work: Callable[..., dict[str, Any]] | None = None
+    config: SweepConfig, point: Point, work: Callable[..., dict[str, Any]] | None = None
 ) -> Iterator[str | dict[str, Any]]:
-    """Measure a point: yields words about every attempt that ran out of memory, and the record at the end.
+    """Measure a point in a fresh process.
 
-    After such an attempt the batch is halved, with twice as many to an update where that is possible, so that the
-    updates stay what they were. A point that cannot be measured has `failed` in its record. work: what is done in the
-    process, `measure` by default.
+    After an attempt that runs out of memory the batch size is halved and gradient accumulation doubled, where the
+    compile mode allows it, so that the updates stay the same.
+
+    Args:
+        config: The sweep.
+        point: What to measure.
+        work: Function to call in the process, `measure` by default.
+
+    Yields:
+        A message per attempt that ran out of memory, then the record. The record of a point that cannot be measured
+        has the reason in `failed`.
     """
-    settings = study.settings
+    settings = config.settings
     batch_size, accumulation = settings.loader.batch_size, settings.optim.grad_accumulation
-    # These use the memory of gradients again in every step.
-    adds_up = settings.trainer.compile not in ("reduce-overhead", "max-autotune")
+    # CUDA graphs reuse the memory of the gradients in every step.
+    can_accumulate = settings.trainer.compile not in ("reduce-overhead", "max-autotune")
     attempts: list[dict[str, Any]] = []
     start = time.perf_counter()
     while True:
         head = {"batch_size": batch_size, "accumulation": accumulation, "out_of_memory": attempts}
         try:
-            found = in_process(_within_memory, work or measure, study, point, batch_size, accumulation)
+            result = in_process(_catch_out_of_memory, work or measure, config, point, batch_size, accumulation)
         except UserError:
             raise
-        except Exception as error:  # of this point alone: a model that does not take images so small, for instance
-            found = {"failed": first_line(error)}
+        except Exception as error:  # only this point fails: a model may not accept such small images
+            result = {"failed": first_line(error)}
             break
-        short = found.get("out_of_memory") or found.get("failed")
-        if not short:
+        reason = result.get("out_of_memory") or result.get("failed")
+        if not reason:
             break
-        attempts.append({"batch_size": batch_size, "reason": short})
+        attempts.append({"batch_size": batch_size, "reason": reason})
         if batch_size // 2 < SMALLEST_BATCH:
-            found = {"failed": f"out of memory with {batch_size} images a batch: {short}"}
+            result = {"failed": f"out of memory at batch size {batch_size}: {reason}"}
             break
         batch_size //= 2
-        accumulation *= 2 if adds_up else 1
-        yield f"out of memory ({short}); again with {batch_size} images a batch"
-    yield {**size_of(study, point), **head, **found, "point_seconds": time.perf_counter() - start}
+        accumulation *= 2 if can_accumulate else 1
+        yield f"out of memory ({reason}); retrying with batch size {batch_size}"
+    yield {**dataset_sizes(config, point), **head, **result, "point_seconds": time.perf_counter() - start}
 
 
-def size_of(study: Study, point: Point) -> dict[str, Any]:
-    """The set, its stored size, and the bytes of its images at rest and as they would be if resized beforehand."""
-    manifests = [open_split(study.shards, part).manifest for part in ("train", "test")]
+def dataset_sizes(config: SweepConfig, point: Point) -> dict[str, Any]:
+    """Return the size of the data set in bytes: as packed, and if its images were resized in advance."""
+    manifests = [open_split(config.shards, split).manifest for split in ("train", "test")]
     values = sum(manifest.samples for manifest in manifests) * point.resolution**2 * manifests[0].image_shape[2]
     return {
-        "dataset": study.dataset,
+        "dataset": config.dataset,
         "image_shape": list(manifests[0].image_shape),
         "bytes_at_rest": sum(manifest.packed_bytes for manifest in manifests),
         "bytes_pre_resized_uint8": values,
@@ -129,47 +136,41 @@ def size_of(study: Study, point: Point) -> dict[str, Any]:
     }
 
 
-def _within_memory(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What the work returns, or `out_of_memory` with the reason; called in a process of its own."""
+def _catch_out_of_memory(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Return the result of the work, or the reason in `out_of_memory`."""
     try:
         return work(*arguments)
-    except (MemoryError, RuntimeError) as error:  # torch's and DALI's are RuntimeErrors
-        if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or _speaks_of_memory(error):
+    except (MemoryError, RuntimeError) as error:  # torch and DALI raise RuntimeError
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_WORDS):
             return {"out_of_memory": first_line(error)}
         raise
 
 
-def _speaks_of_memory(error: RuntimeError) -> bool:
-    return any(words in str(error).lower() for words in _MEMORY_WORDS)
-
-
-def measure(study: Study, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
-    """The figures of a point, with such a batch and so many of them to an update."""
-    settings = study.config(point, batch_size, accumulation)
+def measure(config: SweepConfig, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
+    """Measure a point at a batch size and a number of batches per update."""
+    settings = config.point_config(point, batch_size, accumulation)
     with init_distributed(settings.device) as world:
         settings = resolve_precision(settings, world.device)
         data = open_data(settings, world)
-        data.test.sampler = replace(data.test.sampler, samples=data.test.sampler.samples[: study.test_images])
-        loader = _loader_figures(data, world)
+        data.test.sampler = replace(data.test.sampler, samples=data.test.sampler.samples[: config.test_images])
+        loader = _measure_loader(data, world)
         by_epochs, history, training = _train(settings, data, world)
         rates = [record["images_per_second"] for record in history]
-        # The first epoch warms up; of a single one there is nothing else.
-        rate = Spread.of(rates[1:] or rates)
+        rate = Spread.of(rates[1:] or rates)  # the first epoch warms up
         by_time = None
-        if study.is_timed(point):
-            steps = _steps_in(study.seconds, rate.median, data.train, settings)
+        if config.is_timed(point):
+            steps = _steps_per_period(config.seconds, rate.median, data.train, settings)
             if steps:
-                timed = replace(data, train=Stretched(data.train, steps))
-                by_time, _, _ = _train(settings, timed, world)
+                by_time, _, _ = _train(settings, replace(data, train=FixedStepLoader(data.train, steps)), world)
             else:
-                by_time = {"failed": f"{study.seconds:g} s are too short for {settings.trainer.epochs} updates"}
+                by_time = {"failed": f"{config.seconds:g} s are too short for {settings.trainer.epochs} updates"}
         on_gpu = world.device.type == "cuda"
         return {
             **loader,
             "loader_backend": data.backend,
             "training_images": len(data.train.samples),
             "epochs": settings.trainer.epochs,
-            "seconds": study.seconds if study.is_timed(point) else None,
+            "seconds": config.seconds if config.is_timed(point) else None,
             "training_images_per_second": rate.to_json(),
             "data_wait_share": training.state.total.wait_fraction,
             "parameters": sum(parameter.numel() for parameter in training.state.model.parameters()),
@@ -181,17 +182,17 @@ def measure(study: Study, point: Point, batch_size: int, accumulation: int) -> d
         }
 
 
-def _loader_figures(data: TrainingData, world: World) -> dict[str, Any]:
-    """Images a second of the loader alone, and the processor's seconds, of all threads, for a thousand images."""
+def _measure_loader(data: TrainingData, world: World) -> dict[str, Any]:
+    """Measure images/s of the loader alone, and the CPU seconds of all threads per 1,000 images."""
     passes = max(1, LOADER_IMAGES // len(data.train.samples))
     rates, costs = [], []
     for run in range(1 + LOADER_RUNS):
         start, cpu = time.perf_counter(), time.process_time()
-        # By map, which holds no batch while the next one is made.
-        images = sum(sum(map(_size, data.train.batches(number))) for number in range(passes))
+        # `map` keeps no reference to a batch while the next one is made.
+        images = sum(sum(map(_batch_size, data.train.batches(number))) for number in range(passes))
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
-        if run:  # the first one warms up
+        if run:  # the first run warms up
             rates.append(images / (time.perf_counter() - start))
             costs.append(1000 * (time.process_time() - cpu) / images)
     return {
@@ -200,38 +201,35 @@ def _loader_figures(data: TrainingData, world: World) -> dict[str, Any]:
     }
 
 
-def _size(batch: Batch) -> int:
+def _batch_size(batch: Batch) -> int:
     return len(batch.labels)
 
 
 def _train(settings: Config, data: TrainingData, world: World) -> tuple[dict[str, Any], list[dict[str, Any]], Training]:
-    """Train and test: the figures, the epochs' records and what was trained."""
+    """Train and test; return the metrics, the records of the epochs and the training."""
     start = time.perf_counter()
     training = make_training(settings, data, world)
     _compile(training)
-    with tempfile.TemporaryDirectory(prefix="inkstream-study-") as path:
+    with tempfile.TemporaryDirectory(prefix="inkstream-sweep-") as path:
         directory = RunDirectory(Path(path))
         with directory.lock(), contextlib.redirect_stdout(io.StringIO()):
             evaluation = engine.fit(training, directory, loggers=[])
-    best = training.state.history[training.state.best_epoch - 1]
-    return (
-        {
-            **evaluation.summary(),
-            **evaluation.calibration(),
-            "validation": best["validation"],
-            "best_epoch": training.state.best_epoch,
-            "updates": training.state.updates,
-            "images": training.state.total.samples,
-            "training_seconds": training.state.total.seconds,
-            "wall_seconds": time.perf_counter() - start,
-        },
-        training.state.history,
-        training,
-    )
+    state = training.state
+    metrics = {
+        **evaluation.summary(),
+        **evaluation.calibration(),
+        "validation": state.history[state.best_epoch - 1]["validation"],
+        "best_epoch": state.best_epoch,
+        "updates": state.updates,
+        "images": state.total.samples,
+        "training_seconds": state.total.seconds,
+        "wall_seconds": time.perf_counter() - start,
+    }
+    return metrics, state.history, training
 
 
 def _compile(training: Training) -> None:
-    """Where the model is compiled, take two steps first and forget them: compiling does not count as training."""
+    """Compile the model by two steps and restore the state, so that training time excludes compilation."""
     if compile_mode(training.config.trainer, training.world.device) == "off":
         return
     before = copy.deepcopy(training.checkpoint())
@@ -242,8 +240,8 @@ def _compile(training: Training) -> None:
     training.restore(before)
 
 
-def _steps_in(seconds: float, images_per_second: float, loader: TrainingLoader, settings: Config) -> int:
-    """Steps of each of the recipe's epochs that fit into the time, whole updates; 0 if not even one does."""
+def _steps_per_period(seconds: float, images_per_second: float, loader: TrainingLoader, settings: Config) -> int:
+    """Return how many steps fit in each of the recipe's epochs, a multiple of the steps per update; 0 if none fits."""
     images_per_step = len(loader.samples) / loader.steps(0)
     steps = seconds * images_per_second / images_per_step / settings.trainer.epochs
     return int(steps) // settings.optim.grad_accumulation * settings.optim.grad_accumulation

@@ -1,4 +1,4 @@
-"""What the lines of a resolution study say: means over seeds, growth with pixels, the Pareto front, the choice."""
+"""Statistics of a resolution sweep: means over seeds, growth with pixels, Pareto front, recommendation."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ BY_EPOCHS, BY_TIME = "by_epochs", "by_time"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds. deviation: the sample standard deviation, None for one seed. error: standard error or None."""
+    """Mean over n seeds, sample standard deviation and standard error (None for one seed)."""
 
     mean: float
-    deviation: float | None
-    error: float | None
+    std: float | None
+    std_error: float | None
     n: int
 
     @classmethod
     def of(cls, values: Sequence[float], samples: int | None = None) -> Estimate:
-        """samples: of which each value is a share; then the error is at least what chance makes of so many.
+        """Estimate a mean.
 
-        That is the binomial one at the share that Agresti and Coull take, (x + 2) / (n + 4), which is not 0 where all
-        are right (1998, https://doi.org/10.1080/00031305.1998.10480550). It does not fall with the seeds: they are
-        judged by the same images, or by ones that overlap.
+        Args:
+            values: One value per seed.
+            samples: If the values are fractions of this many samples, the standard error is at least the binomial one
+                at the fraction (x + 2) / (n + 4) of Agresti and Coull (1998,
+                https://doi.org/10.1080/00031305.1998.10480550), which is not 0 if all samples are correct. It does not
+                decrease with the number of seeds, because all seeds are evaluated on the same images.
         """
         mean = statistics.fmean(values)
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        error = deviation / math.sqrt(len(values)) if deviation is not None else None
+        std = statistics.stdev(values) if len(values) > 1 else None
+        std_error = std / math.sqrt(len(values)) if std is not None else None
         if samples:
-            share = (mean * samples + 2) / (samples + 4)
-            error = max(error or 0.0, math.sqrt(share * (1 - share) / (samples + 4)))
-        return cls(mean, deviation, error, len(values))
+            fraction = (mean * samples + 2) / (samples + 4)
+            std_error = max(std_error or 0.0, math.sqrt(fraction * (1 - fraction) / (samples + 4)))
+        return cls(mean, std, std_error, len(values))
 
 
 @dataclass(frozen=True)
-class Cell:
-    """The points that differ in nothing but the seed."""
+class SeedGroup:
+    """Records of points that differ only in the seed."""
 
     model: str
     subset: float
@@ -49,55 +52,54 @@ class Cell:
     interpolation: str
     records: tuple[dict[str, Any], ...]
 
-    def figure(self, run: str, name: str) -> Estimate | None:
-        """A figure of the test part (`accuracy`, `macro_f1`, `ece`) or `updates`; None if there is no such run."""
+    def metric(self, run: str, name: str) -> Estimate | None:
+        """Return a test metric (`accuracy`, `macro_f1`, `ece`) or `updates`; None without a successful run."""
         runs = self._runs(run)
         samples = runs[0]["samples"] if runs and name == "accuracy" else None
         return Estimate.of([one[name] for one in runs], samples) if runs else None
 
     def validation(self, run: str) -> Estimate | None:
-        """Accuracy on the validation part, by which resolutions are chosen."""
-        judged = [one["validation"] for one in self._runs(run)]
-        return Estimate.of([one["accuracy"] for one in judged], judged[0]["samples"]) if judged else None
+        """Return the validation accuracy, which selects the resolution; None without a successful run."""
+        scores = [one["validation"] for one in self._runs(run)]
+        return Estimate.of([score["accuracy"] for score in scores], scores[0]["samples"]) if scores else None
 
     def _runs(self, run: str) -> list[dict[str, Any]]:
-        found = [record[run] for record in self.records]
-        return [one for one in found if one is not None and "failed" not in one]
+        return [record[run] for record in self.records if record[run] and "failed" not in record[run]]
 
     def spread(self, name: str) -> Spread:
-        """The median of the seeds' medians, with the range of all."""
-        found = [record[name] for record in self.records]
+        """Return the median over seeds of the medians, with the range of all measurements."""
+        spreads = [record[name] for record in self.records]
         return Spread(
-            statistics.median(one["median"] for one in found),
-            min(one["low"] for one in found),
-            max(one["high"] for one in found),
-            sum(one["n"] for one in found),
+            statistics.median(one["median"] for one in spreads),
+            min(one["low"] for one in spreads),
+            max(one["high"] for one in spreads),
+            sum(one["n"] for one in spreads),
         )
 
-    def all_reduce_max(self, name: str) -> float | None:
-        values = [record[name] for record in self.records if record[name] is not None]
-        return max(values, default=None)
+    def largest(self, name: str) -> float | None:
+        return max((record[name] for record in self.records if record[name] is not None), default=None)
 
     def median(self, name: str) -> float:
         return statistics.median(record[name] for record in self.records)
 
     @property
     def throughput(self) -> float:
+        """Training images/s."""
         return self.spread("training_images_per_second").median
 
     @property
-    def seconds_per_image(self) -> float:
-        return 1 / self.throughput
+    def train_ms(self) -> float:
+        """Training time in ms/image."""
+        return 1000 / self.throughput
 
     @property
-    def batches(self) -> str:
-        """The batch of each point, where it had to be smaller than asked for."""
-        smaller = sorted({record["batch_size"] for record in self.records if record["out_of_memory"]})
-        return ", ".join(map(str, smaller))
+    def loader_ms(self) -> float:
+        """CPU time of the loader in ms/image, equal to seconds per 1,000 images."""
+        return self.spread("loader_cpu_seconds_per_thousand").median
 
 
-def cells(records: Sequence[dict[str, Any]]) -> list[Cell]:
-    """The measured points by model, subset, resolution and interpolation, in this order."""
+def group_seeds(records: Sequence[dict[str, Any]]) -> list[SeedGroup]:
+    """Group the successful points by model, subset, resolution and interpolation, in this order."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         if "failed" not in record:
@@ -105,67 +107,73 @@ def cells(records: Sequence[dict[str, Any]]) -> list[Cell]:
             groups.setdefault(key, []).append(record)
     models = list(dict.fromkeys(key[0] for key in groups))
     order = sorted(groups, key=lambda key: (models.index(key[0]), *key[1:]))
-    return [Cell(*key, tuple(groups[key])) for key in order]
+    return [SeedGroup(*key, tuple(groups[key])) for key in order]
 
 
 @dataclass(frozen=True)
-class Growth:
-    """cost = factor * pixels ** exponent, by least squares of the logarithms. error: standard error of the exponent,
-    None for two points, through which the line goes."""
+class PowerLaw:
+    """Fit of cost = factor * pixels ** exponent. The standard error of the exponent is None for two points."""
 
     factor: float
     exponent: float
-    error: float | None
+    std_error: float | None
+
+    def __str__(self) -> str:
+        return f"{self.exponent:.2f}" + (f" ± {self.std_error:.2f}" if self.std_error is not None else "")
 
 
-def growth(pixels: Sequence[float], costs: Sequence[float]) -> Growth | None:
-    """How a cost grows with the pixels of an image; None for fewer than two sizes."""
+def fit_power_law(pixels: Sequence[float], costs: Sequence[float]) -> PowerLaw | None:
+    """Fit a power law by least squares of the logarithms; None for fewer than two sizes."""
     if len(set(pixels)) < 2:
         return None
     x, y = [math.log(value) for value in pixels], [math.log(value) for value in costs]
-    middle_x, middle_y = statistics.fmean(x), statistics.fmean(y)
-    squares = sum((one - middle_x) ** 2 for one in x)
-    slope = sum((one - middle_x) * (other - middle_y) for one, other in zip(x, y, strict=True)) / squares
-    start = middle_y - slope * middle_x
-    error = None
+    slope, intercept = statistics.linear_regression(x, y)
+    std_error = None
     if len(x) > 2:
-        rest = sum((other - start - slope * one) ** 2 for one, other in zip(x, y, strict=True))
-        error = math.sqrt(rest / (len(x) - 2) / squares)
-    return Growth(math.exp(start), slope, error)
+        residuals = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
+        std_error = math.sqrt(residuals / (len(x) - 2) / (len(x) * statistics.pvariance(x)))
+    return PowerLaw(math.exp(intercept), slope, std_error)
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points no other one beats: at least as fast and as good, and better in one of both; the fastest first."""
-    order = sorted(range(len(points)), key=lambda number: points[number], reverse=True)
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indices of the points that no other point dominates, sorted by decreasing first coordinate."""
     front: list[int] = []
-    for number in order:
-        if not front or points[number][1] > points[front[-1]][1]:
-            front.append(number)
+    for index in sorted(range(len(points)), key=lambda index: points[index], reverse=True):
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
     return front
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The smallest resolution within one standard error of the best, by the accuracy on the validation part.
+class Recommendation:
+    """Smallest resolution within one standard error of the best validation accuracy.
 
-    That is the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.
-    larger: the next resolution that was measured, None for the largest.
+    This is the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.
+    `next_larger` is None if `chosen` is the largest measured resolution.
     """
 
     run: str
-    chosen: Cell
-    best: Cell
-    larger: Cell | None
+    chosen: SeedGroup
+    best: SeedGroup
+    next_larger: SeedGroup | None
 
 
-def choose(cells: Sequence[Cell], run: str) -> Choice | None:
-    """cells: of one model, subset and interpolation, by resolution. None if none of them has such a run."""
-    judged = [(cell, found) for cell in cells if (found := cell.validation(run)) is not None]
-    if not judged:
+def recommend(groups: Sequence[SeedGroup], run: str) -> Recommendation | None:
+    """Recommend a resolution.
+
+    Args:
+        groups: Groups of one model, subset and interpolation, in order of resolution.
+        run: `BY_EPOCHS` or `BY_TIME`.
+
+    Returns:
+        The recommendation, or None if no group has such a run.
+    """
+    scores = [(group, score) for group in groups if (score := group.validation(run)) is not None]
+    if not scores:
         return None
-    # Of equals the smaller one.
-    best, of_best = max(judged, key=lambda pair: (pair[1].mean, -pair[0].resolution))
-    assert of_best.error is not None
-    chosen = next(cell for cell, found in judged if found.mean >= of_best.mean - of_best.error)
-    larger = [cell for cell in cells if cell.resolution > chosen.resolution]
-    return Choice(run, chosen, best, larger[0] if larger else None)
+    # On ties prefer the smaller resolution.
+    best, best_score = max(scores, key=lambda pair: (pair[1].mean, -pair[0].resolution))
+    assert best_score.std_error is not None
+    chosen = next(group for group, score in scores if score.mean >= best_score.mean - best_score.std_error)
+    larger = [group for group in groups if group.resolution > chosen.resolution]
+    return Recommendation(run, chosen, best, larger[0] if larger else None)

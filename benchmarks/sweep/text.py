@@ -1,278 +1,317 @@
-"""The findings of a resolution study in words and Markdown: tables, recommendation, growth, what is missing."""
+"""Report of a resolution sweep in Markdown: tables, recommendation, growth of the costs, notes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.common.harness import Spread, size, table
+from benchmarks.common.text import (
+    Table,
+    bullets,
+    format_bytes,
+    format_machine,
+    format_percent,
+    format_spread,
+    markdown_table,
+    plural,
+    tabulate,
+)
 from benchmarks.sweep.plan import INTERPOLATIONS, point_of
-from benchmarks.sweep.stats import BY_EPOCHS, BY_TIME, Cell, Choice, Estimate, Growth, cells, choose, growth
+from benchmarks.sweep.stats import (
+    BY_EPOCHS,
+    BY_TIME,
+    Estimate,
+    PowerLaw,
+    Recommendation,
+    SeedGroup,
+    fit_power_law,
+    group_seeds,
+    recommend,
+)
 
 RUNS = (BY_EPOCHS, BY_TIME)
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One model and one subset of the training images. cells: by resolution, with the recipe's interpolation."""
+class Series:
+    """Results of one model and one subset of the training images, by resolution, with the recipe's interpolation."""
 
     model: str
     subset: float
-    cells: tuple[Cell, ...]
+    groups: tuple[SeedGroup, ...]
 
     @property
     def title(self) -> str:
-        share = "all" if self.subset == 1 else f"{100 * self.subset:.3g} %:"
-        return f"{self.model}, {share} {self.cells[0].records[0]['training_images']:,} training images"
+        return f"{self.model}, {self.subtitle}"
 
-    def choice(self, run: str) -> Choice | None:
-        return choose(self.cells, run)
+    @property
+    def subtitle(self) -> str:
+        fraction = "all" if self.subset == 1 else f"{100 * self.subset:.3g}%:"
+        return f"{fraction} {self.groups[0].records[0]['training_images']:,} training images"
 
-    def growth(self) -> dict[str, Growth | None]:
-        """How the costs of an image grow with its pixels, by the name of the cost."""
-        pixels = [cell.resolution**2 for cell in self.cells]
-        training = [cell.seconds_per_image for cell in self.cells]
-        loading = [cell.spread("loader_cpu_seconds_per_thousand").median for cell in self.cells]
-        return {"training time": growth(pixels, training), "loader's processor time": growth(pixels, loading)}
+    @property
+    def pixels(self) -> list[int]:
+        return [group.resolution**2 for group in self.groups]
+
+    def recommend(self, run: str) -> Recommendation | None:
+        return recommend(self.groups, run)
+
+    def growth(self) -> dict[str, PowerLaw | None]:
+        """Fit the training time and the loader's CPU time in ms/image over the number of pixels."""
+        return {
+            "training time": fit_power_law(self.pixels, [group.train_ms for group in self.groups]),
+            "loader CPU time": fit_power_law(self.pixels, [group.loader_ms for group in self.groups]),
+        }
 
 
 @dataclass(frozen=True)
-class Findings:
-    """All that a study measured. left_out: words about points that did not fit into the time."""
+class SweepResults:
+    """All results of a sweep.
+
+    Args:
+        records: One per measured or failed point.
+        interpolation: Interpolation of the recipe.
+        skipped: Points that did not fit into the time budget.
+    """
 
     records: Sequence[dict[str, Any]]
     interpolation: str
-    left_out: Sequence[str] = ()
-    panels: tuple[Panel, ...] = field(init=False)
-    cells: tuple[Cell, ...] = field(init=False)
+    skipped: Sequence[str] = ()
+    groups: tuple[SeedGroup, ...] = field(init=False)
+    series: tuple[Series, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        found = tuple(cells(self.records))
-        own = [cell for cell in found if cell.interpolation == self.interpolation]
-        keys = dict.fromkeys((cell.model, cell.subset) for cell in own)
-        panels = tuple(Panel(*key, tuple(cell for cell in own if (cell.model, cell.subset) == key)) for key in keys)
-        object.__setattr__(self, "cells", found)
-        object.__setattr__(self, "panels", panels)
+        by_key: dict[tuple[str, float], list[SeedGroup]] = {}
+        groups = tuple(group_seeds(self.records))
+        for group in groups:
+            if group.interpolation == self.interpolation:
+                by_key.setdefault((group.model, group.subset), []).append(group)
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "series", tuple(Series(*key, tuple(own)) for key, own in by_key.items()))
 
     @property
     def first(self) -> dict[str, Any]:
-        return self.panels[0].cells[0].records[0]
+        return self.series[0].groups[0].records[0]
 
     @property
-    def main(self) -> Panel:
-        """The panel that the recommendation stands on: the first model with most images."""
-        model = self.panels[0].model
-        return max((panel for panel in self.panels if panel.model == model), key=lambda panel: panel.subset)
+    def main(self) -> Series:
+        """The series of the headline recommendation: the first model with the largest subset."""
+        return self.largest_subsets[0]
 
-    def to_interpolate(self) -> Cell | None:
-        """Where interpolations are compared: the recommended resolution, or the next one if that is the stored size,
-        at which nothing is resized. None if there is no such."""
-        choice = self.main.choice(BY_EPOCHS) if self.panels else None
+    @property
+    def largest_subsets(self) -> list[Series]:
+        """The series with the largest subset of each model."""
+        models = dict.fromkeys(series.model for series in self.series)
+        return [max((one for one in self.series if one.model == model), key=lambda one: one.subset) for model in models]
+
+    @property
+    def runs(self) -> list[str]:
+        """Kinds of runs with results."""
+        return [run for run in RUNS if any(group.metric(run, "accuracy") for group in self.groups)]
+
+    @property
+    def subsets(self) -> list[float]:
+        return sorted({series.subset for series in self.series})
+
+    def interpolation_group(self) -> SeedGroup | None:
+        """Return the group at which interpolations are compared: the recommended resolution.
+
+        At the stored size nothing is resized, so the next larger resolution replaces it. None if there is none.
+        """
+        choice = self.main.recommend(BY_EPOCHS) if self.series else None
         if choice is None:
             return None
         height, width, _ = choice.chosen.records[0]["image_shape"]
-        return choice.larger if height == width == choice.chosen.resolution else choice.chosen
+        return choice.next_larger if height == width == choice.chosen.resolution else choice.chosen
 
-    def interpolations(self) -> list[Cell]:
-        """The cells of that resolution, in the usual order of interpolations; none if only one was measured."""
-        place = self.to_interpolate()
-        if place is None:
+    def interpolations(self) -> list[SeedGroup]:
+        """Return the groups that differ only in interpolation; empty if only one was measured."""
+        base = self.interpolation_group()
+        if base is None:
             return []
-        key = (place.model, place.subset, place.resolution)
-        here = [cell for cell in self.cells if (cell.model, cell.subset, cell.resolution) == key]
-        return sorted(here, key=lambda cell: INTERPOLATIONS.index(cell.interpolation)) if len(here) > 1 else []
+        key = (base.model, base.subset, base.resolution)
+        groups = [one for one in self.groups if (one.model, one.subset, one.resolution) == key]
+        return sorted(groups, key=lambda one: INTERPOLATIONS.index(one.interpolation)) if len(groups) > 1 else []
 
 
 def run_name(run: str, record: dict[str, Any]) -> str:
-    """`5 epochs`, `10 s of training` or `30 min of training`."""
-    if run == BY_TIME:
-        seconds = record["seconds"]
-        return f"{seconds / 60:.3g} min of training" if seconds >= 120 else f"{seconds:g} s of training"
-    return f"{record['epochs']} {'epoch' if record['epochs'] == 1 else 'epochs'}"
+    """Name a kind of run: `5 epochs`, `10 s of training` or `30 min of training`."""
+    if run == BY_EPOCHS:
+        return plural(record["epochs"], "epoch")
+    seconds = record["seconds"]
+    return f"{seconds / 60:.3g} min of training" if seconds >= 120 else f"{seconds:g} s of training"
 
 
-def percent(found: Estimate | None) -> str:
-    """Mean and standard deviation over seeds of a share."""
-    if found is None:
-        return ""
-    deviation = f" ± {100 * found.deviation:.2f}" if found.deviation is not None else ""
-    return f"{100 * found.mean:.2f}{deviation} %"
+def format_estimate(estimate: Estimate | None) -> str:
+    """Format the mean and standard deviation of a fraction."""
+    return "" if estimate is None else format_percent(estimate.mean, estimate.std)
 
 
-def spread(found: Spread, digits: int = 0) -> str:
-    return f"{found.median:,.{digits}f} ({found.low:,.{digits}f} .. {found.high:,.{digits}f})"
+def cost_table(series: Series) -> Table:
+    """Tabulate what each resolution costs."""
+    columns = {
+        "resolution": lambda group: str(group.resolution),
+        "loader images/s (range)": lambda group: format_spread(group.spread("loader_images_per_second")),
+        "loader CPU-s / 1,000 (range)": _loader_cpu,
+        "training images/s (range)": lambda group: format_spread(group.spread("training_images_per_second")),
+        "data wait": lambda group: format_percent(group.median("data_wait_share")),
+        "peak memory": lambda group: format_bytes(group.largest("peak_memory_bytes") or 0),
+        "on disk": lambda group: format_bytes(group.records[0]["bytes_at_rest"]),
+        "pre-resized (uint8 / float32)": lambda group: " / ".join(
+            format_bytes(group.records[0][f"bytes_pre_resized_{dtype}"]) for dtype in ("uint8", "float32")
+        ),
+    }
+    if any(group.largest("peak_device_memory_bytes") for group in series.groups):
+        columns["peak GPU memory"] = lambda group: format_bytes(group.largest("peak_device_memory_bytes") or 0)
+    return tabulate(columns, series.groups)
 
 
-def cost_rows(panel: Panel) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of what each resolution costs."""
-    head = ["resolution", "loader images/s (range)", "loader CPU-s / 1,000 (range)", "training images/s (range)"]
-    head += ["data wait", "peak memory", "at rest", "pre-resized (uint8 / float32)"]
-    on_gpu = any(cell.largest("peak_device_memory_bytes") for cell in panel.cells)
-    rows = []
-    for cell in panel.cells:
-        first = cell.records[0]
-        rows.append(
-            [
-                str(cell.resolution),
-                spread(cell.spread("loader_images_per_second")),
-                spread(cell.spread("loader_cpu_seconds_per_thousand"), 4),
-                spread(cell.spread("training_images_per_second")),
-                f"{cell.median('data_wait_share'):.1%}",
-                size(cell.largest("peak_memory_bytes") or 0),
-                size(first["bytes_at_rest"]),
-                f"{size(first['bytes_pre_resized_uint8'])} / {size(first['bytes_pre_resized_float32'])}",
-            ]
-        )
-        if on_gpu:
-            rows[-1].append(size(cell.largest("peak_device_memory_bytes") or 0))
-    return head + (["peak memory, device"] if on_gpu else []), rows
+def _loader_cpu(group: SeedGroup) -> str:
+    return format_spread(group.spread("loader_cpu_seconds_per_thousand"), ",.4f")
 
 
-def gain_rows(panel: Panel, runs: Sequence[str] = RUNS) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of what each resolution buys: mean and standard deviation over seeds."""
-    first = panel.cells[0].records[0]
-    head = ["resolution", "seeds"]
-    for run in runs:
-        after = run_name(run, first)
-        head += [f"{after}: accuracy", "macro F1", "calibration error", "updates", "validation"]
-    rows = []
-    for cell in panel.cells:
-        row = [str(cell.resolution), str(len(cell.records))]
-        for run in runs:
-            figures = [cell.figure(run, name) for name in ("accuracy", "macro_f1", "ece", "updates")]
-            row += [percent(found) for found in figures[:3]]
-            row += ["" if figures[3] is None else f"{figures[3].mean:,.0f}", percent(cell.validation(run))]
-        rows.append(row)
-    return head, rows
+def _score_columns(run: str) -> dict[str, Callable[[SeedGroup], str]]:
+    return {
+        "accuracy": lambda group: format_estimate(group.metric(run, "accuracy")),
+        "macro F1": lambda group: format_estimate(group.metric(run, "macro_f1")),
+        "calibration error": lambda group: format_estimate(group.metric(run, "ece")),
+        "validation accuracy": lambda group: format_estimate(group.validation(run)),
+    }
 
 
-def interpolation_rows(found: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    head = ["interpolation", "seeds", "accuracy", "macro F1", "calibration error", "validation"]
-    head += ["loader CPU-s / 1,000 (range)"]
-    rows = [
-        [
-            cell.interpolation,
-            str(len(cell.records)),
-            *(percent(cell.figure(BY_EPOCHS, name)) for name in ("accuracy", "macro_f1", "ece")),
-            percent(cell.validation(BY_EPOCHS)),
-            spread(cell.spread("loader_cpu_seconds_per_thousand"), 4),
-        ]
-        for cell in found
-    ]
-    return head, rows
+def accuracy_table(series: Series, run: str) -> Table:
+    """Tabulate the test metrics after one kind of run: mean and standard deviation over seeds."""
+    columns = {
+        "resolution": lambda group: str(group.resolution),
+        "seeds": lambda group: str(len(group.records)),
+        **_score_columns(run),
+        "updates": lambda group: f"{updates.mean:,.0f}" if (updates := group.metric(run, "updates")) else "",
+    }
+    return tabulate(columns, series.groups)
 
 
-def recommendation(panel: Panel) -> list[str]:
-    """Which resolution to take, why, and what the next one would cost; a paragraph for each kind of run."""
-    return [text for run in RUNS if (choice := panel.choice(run)) is not None for text in _paragraphs(choice)]
+def interpolation_table(groups: Sequence[SeedGroup]) -> Table:
+    """Tabulate the comparison of interpolations."""
+    columns = {
+        "interpolation": lambda group: group.interpolation,
+        "seeds": lambda group: str(len(group.records)),
+        **_score_columns(BY_EPOCHS),
+        "loader CPU-s / 1,000 (range)": _loader_cpu,
+    }
+    return tabulate(columns, groups)
 
 
-def _paragraphs(choice: Choice) -> list[str]:
+def interpolation_title(groups: Sequence[SeedGroup]) -> str:
+    """Return the heading of the comparison of interpolations."""
+    first = groups[0]
+    after = run_name(BY_EPOCHS, first.records[0])
+    return f"Interpolation at {first.resolution}x{first.resolution}, {first.model}, {after}"
+
+
+def recommendation_text(series: Series) -> list[str]:
+    """Explain which resolution is recommended and what the next larger one costs; two paragraphs per kind of run."""
+    choices = [choice for run in RUNS if (choice := series.recommend(run)) is not None]
+    return [text for choice in choices for text in (_explain_choice(choice), _explain_next(choice))]
+
+
+def _explain_choice(choice: Recommendation) -> str:
     chosen, best = choice.chosen, choice.best
-    first = chosen.records[0]
-    best_found, found = best.validation(choice.run), chosen.validation(choice.run)
-    test = chosen.figure(choice.run, "accuracy")
-    assert best_found and found and test and best_found.error is not None
+    best_score, score = best.validation(choice.run), chosen.validation(choice.run)
+    test = chosen.metric(choice.run, "accuracy")
+    assert best_score and score and test
+    error = f"{100 * (best_score.std_error or 0):.2f} points"
     if chosen is best:
-        why = (
-            f"which has the best validation accuracy, {100 * found.mean:.2f} % (standard error "
-            f"{100 * best_found.error:.2f} points)"
-        )
+        reason = f"the best validation accuracy, {format_percent(score.mean)} (standard error {error})"
     else:
-        why = (
-            f"the smallest resolution whose validation accuracy ({100 * found.mean:.2f} %) lies within one standard "
-            f"error ({100 * best_found.error:.2f} points) of the best, {100 * best_found.mean:.2f} % at "
+        reason = (
+            f"the smallest resolution whose validation accuracy ({format_percent(score.mean)}) lies within one "
+            f"standard error ({error}) of the best, {format_percent(best_score.mean)} at "
             f"{best.resolution}x{best.resolution}"
         )
-    seeds = f"mean of {found.n} seeds" if found.n > 1 else "one seed, so the spread between seeds is not known"
-    text = (
-        f"After {run_name(choice.run, first)}: {chosen.resolution}x{chosen.resolution}, {why}. On the test part it "
-        f"reaches {percent(test)} ({seeds}; standard error {100 * (test.error or 0):.2f} points)."
+    seeds = f"mean of {score.n} seeds" if score.n > 1 else "one seed, so the spread between seeds is unknown"
+    return (
+        f"After {run_name(choice.run, chosen.records[0])}: {chosen.resolution}x{chosen.resolution}, {reason}. Its test "
+        f"accuracy is {format_estimate(test)} ({seeds}; standard error {100 * (test.std_error or 0):.2f} points)."
     )
-    return [text, _next_step(choice)]
 
 
-def _next_step(choice: Choice) -> str:
-    chosen, larger = choice.chosen, choice.larger
+def _explain_next(choice: Recommendation) -> str:
+    chosen, larger = choice.chosen, choice.next_larger
     if larger is None:
-        return "No larger resolution was measured, so what the next step up would cost is not known."
-    loading = [cell.spread("loader_cpu_seconds_per_thousand").median for cell in (larger, chosen)]
+        return "No larger resolution was measured, so the cost of the next larger one is unknown."
     memory = [
-        cell.largest("peak_device_memory_bytes") or cell.largest("peak_memory_bytes") for cell in (larger, chosen)
+        group.largest("peak_device_memory_bytes") or group.largest("peak_memory_bytes") or 0
+        for group in (larger, chosen)
     ]
-    cost = (
-        f"The next step up, {larger.resolution}x{larger.resolution}, would cost "
-        f"{chosen.throughput / larger.throughput:.2f} times the training time of an image, "
-        f"{loading[0] / loading[1]:.2f} times the loader's processor time and {memory[0] / memory[1]:.2f} times the "
-        "peak memory"
+    text = (
+        f"The next larger resolution, {larger.resolution}x{larger.resolution}, costs "
+        f"{larger.train_ms / chosen.train_ms:.2f} times the training time per image, "
+        f"{larger.loader_ms / chosen.loader_ms:.2f} times the CPU time of the loader and "
+        f"{memory[0] / memory[1]:.2f} times the peak memory"
     )
-    ours, theirs = chosen.figure(choice.run, "accuracy"), larger.figure(choice.run, "accuracy")
+    ours, theirs = chosen.metric(choice.run, "accuracy"), larger.metric(choice.run, "accuracy")
     if ours is None or theirs is None:
-        return cost + "."
+        return f"{text}."
     gain = theirs.mean - ours.mean
-    error = math.hypot(ours.error or 0, theirs.error or 0)
+    error = math.hypot(ours.std_error or 0, theirs.std_error or 0)
     if choice.run == BY_TIME:
-        cost += " (so fewer images in the same time)"
-    verb = "gain" if gain >= 0 else "lose"
-    return f"{cost}, and {verb} {100 * abs(gain):.2f} points of test accuracy (standard error {100 * error:.2f})."
+        text += " (so fewer images in the same time)"
+    verb = "gains" if gain >= 0 else "loses"
+    return f"{text}, and {verb} {100 * abs(gain):.2f} points of test accuracy (standard error {100 * error:.2f})."
 
 
-def growth_lines(panel: Panel) -> list[str]:
-    lines = []
-    for name, found in panel.growth().items():
-        if found is not None:
-            error = f" ± {found.error:.2f}" if found.error is not None else ""
-            lines.append(f"{name} of an image grows with its pixels to the power of {found.exponent:.2f}{error}")
-    return lines
-
-
-def notes(findings: Findings) -> list[str]:
-    """What the figures are, on what they were measured, and what could not be measured."""
-    first = findings.first
-    machine = first["environment"]
-    device = "" if machine["device"] == "cpu" else f", {machine['device']}"
-    samples = first["by_epochs"]["samples"]
-    lines = [
-        f"{first['dataset']}: {samples:,} test images; batches of {first['batch_size']} in {first['precision']}, "
-        f"loader {first['loader_backend']}; {machine['cores']} cores of {machine['processor']}{device}",
-        "shares: mean ± standard deviation over seeds; rates: median, with the range over all runs and seeds",
-        "every training chooses its best epoch on the validation part and looks at the test part once, at its end; "
-        "resolutions are chosen by the validation part, too",
+def growth_lines(series: Series) -> list[str]:
+    """Describe how the costs of an image grow with its number of pixels."""
+    return [
+        f"{name} per image grows with the number of pixels to the power of {fit}"
+        for name, fit in series.growth().items()
+        if fit is not None
     ]
-    timed = [record for record in findings.records if (record.get("by_time") or {}).get("training_seconds")]
+
+
+def notes(results: SweepResults) -> list[str]:
+    """Describe the conditions of the measurement and what could not be measured."""
+    first = results.first
+    lines = [
+        f"{first['dataset']}: {plural(first['by_epochs']['samples'], 'test image')}; batch size {first['batch_size']}, "
+        f"{first['precision']}, loader {first['loader_backend']}; {format_machine(first['environment'])}",
+        "percentages: mean ± standard deviation over seeds; rates: median and range over all runs and seeds",
+        "each training selects its best epoch on the validation split and evaluates the test split once, at its end; "
+        "resolutions are selected on the validation split as well",
+    ]
+    timed = [record["by_time"] for record in results.records if (record.get("by_time") or {}).get("training_seconds")]
     if timed:
-        took = [record["by_time"]["training_seconds"] for record in timed]
+        seconds = [run["training_seconds"] for run in timed]
         lines.append(
-            f"{run_name(BY_TIME, first)}: as many updates as fit by the measured throughput, so that the "
-            f"schedule ends at its trough; they took {min(took):.1f} .. {max(took):.1f} s"
+            f"{run_name(BY_TIME, first)}: the number of updates is fixed in advance from the measured throughput, so "
+            f"that the learning-rate schedule completes; actual time {min(seconds):.1f} .. {max(seconds):.1f} s"
         )
-    for record in findings.records:
+    for record in results.records:
         point = point_of(record)
         if "failed" in record:
             lines.append(f"{point}: FAILED, {record['failed']}")
         elif record["out_of_memory"]:
             lines.append(
-                f"{point}: out of memory with {record['out_of_memory'][0]['batch_size']} images a batch, so "
-                f"{record['batch_size']} and {record['accumulation']} batches an update"
+                f"{point}: out of memory at batch size {record['out_of_memory'][0]['batch_size']}, so measured with "
+                f"batch size {record['batch_size']} and gradient accumulation {record['accumulation']}"
             )
         elif "failed" in (record["by_time"] or {}):
             lines.append(f"{point}: {record['by_time']['failed']}")
-    lines += [f"{words}: left out, it would not have fitted into the time" for words in findings.left_out]
-    return lines
+    return lines + [f"{point}: skipped, exceeds the time budget" for point in results.skipped]
 
 
-def markdown(findings: Findings) -> str:
-    parts = []
-    for panel in findings.panels:
-        parts += [f"### {panel.title}", table(*cost_rows(panel)), table(*gain_rows(panel))]
-        parts += recommendation(panel)
-        if lines := growth_lines(panel):
-            parts.append("\n".join(f"- {line}" for line in lines))
-    if found := findings.interpolations():
-        after = run_name(BY_EPOCHS, found[0].records[0])
-        parts += [f"### Interpolation at {found[0].resolution}x{found[0].resolution}, {found[0].model}, {after}"]
-        parts += [table(*interpolation_rows(found))]
-    parts += ["### What was run", "\n".join(f"- {line}" for line in notes(findings))]
-    return "\n\n".join(parts)
+def sweep_markdown(results: SweepResults) -> str:
+    """Format the complete report."""
+    blocks = []
+    for series in results.series:
+        blocks += [f"### {series.title}", markdown_table(*cost_table(series))]
+        for run in results.runs:
+            blocks += [f"After {run_name(run, results.first)}:", markdown_table(*accuracy_table(series, run))]
+        blocks += recommendation_text(series)
+        blocks.append(bullets(growth_lines(series)))
+    if groups := results.interpolations():
+        blocks += [f"### {interpolation_title(groups)}", markdown_table(*interpolation_table(groups))]
+    blocks += ["### Conditions", bullets(notes(results))]
+    return "\n\n".join(filter(None, blocks))

@@ -1,1 +1,1 @@
-"""How is training measured, and which ablations are there?"""
+"""Training benchmarks: the measured loop, the report of ablations and their plans."""

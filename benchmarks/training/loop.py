@@ -1,4 +1,4 @@
-"""The whole training loop, and the same loop over batches that lie on the device already."""
+"""Throughput of the training loop, and of the same loop over batches that are already on the device."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import World, init_distributed
 from trainer.runtime.env_info import collect_env_info
 
-_RESIDENT = 4  # batches that the synthetic loop goes round
-_WARM_UP = 1  # rounds that are not counted
-_FEWEST_STEPS = 6  # of a run
+_RESIDENT_BATCHES = 4  # batches of the synthetic loop
+_WARM_UP_ROUNDS = 1
+_MIN_STEPS = 6  # per run
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is measured. batch_size: of all ranks together."""
+class LoopCase:
+    """What is measured. `batch_size` is global: the sum over all ranks."""
 
     resolution: int
     model: str
@@ -46,93 +46,111 @@ class Setting:
 
 
 class ResidentLoader:
-    """Stands in for a `TrainingLoader`: as many steps of as many images, out of a few batches kept on the device.
+    """`TrainingLoader` with the same numbers of steps and images, from a few batches that stay on the device.
 
-    steps: at most so many.
+    Args:
+        loader: Source of the batches.
+        max_steps: Maximum number of steps per epoch; None for no limit.
     """
 
-    def __init__(self, loader: TrainingLoader, steps: int | None = None) -> None:
+    def __init__(self, loader: TrainingLoader, max_steps: int | None = None) -> None:
         self._loader = loader
-        self._most = steps
+        self._max_steps = max_steps
         self.stages = loader.stages
         with contextlib.closing(loader.batches()) as batches:
-            pairs = zip(range(_RESIDENT), batches, strict=False)
-            self._kept = [replace(batch, images=batch.images.clone()) for _, batch in pairs]
+            pairs = zip(range(_RESIDENT_BATCHES), batches, strict=False)
+            self._batches = [replace(batch, images=batch.images.clone()) for _, batch in pairs]
 
     def steps(self, epoch: int) -> int:
         steps = self._loader.steps(epoch)
-        return steps if self._most is None else min(steps, self._most)
+        return steps if self._max_steps is None else min(steps, self._max_steps)
 
     def steps_ahead(self, epoch: int, epochs: int) -> float:
         return self._loader.steps_ahead(epoch, epochs)
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
         for step in range(first_step, self.steps(epoch)):
-            yield replace(self._kept[step % len(self._kept)], step=step)
+            yield replace(self._batches[step % len(self._batches)], step=step)
 
 
-def recipe(shards: Path, setting: Setting, subset: float) -> dict[str, Any]:
+def make_recipe(shards: Path, case: LoopCase, fraction: float) -> dict[str, Any]:
+    """Return the settings of a case, as nested values."""
     return {
-        "data": {"shards": str(shards), "resolution": setting.resolution, "train_fraction": subset, "val_fraction": 0},
-        "loader": {"batch_size": setting.batch_size},
-        "model": {"name": setting.model},
+        "data": {"shards": str(shards), "resolution": case.resolution, "train_fraction": fraction, "val_fraction": 0},
+        "loader": {"batch_size": case.batch_size},
+        "model": {"name": case.model},
         "optim": {"name": "lion", "lr": 1e-4, "max_grad_norm": 1.0},
         "schedule": {"name": "constant"},
-        "trainer": {"epochs": 1, "precision": setting.precision, "compile": setting.compile, "ema_decay": 0.999},
+        "trainer": {"epochs": 1, "precision": case.precision, "compile": case.compile, "ema_decay": 0.999},
     }
 
 
 def measure(
-    shards: Path, setting: Setting, device: str, subset: float, runs: int, seconds: float
+    shards: Path, case: LoopCase, device: str, fraction: float, runs: int, seconds: float
 ) -> dict[str, Any] | None:
-    """Both loops in turn, `runs` times each, for at least `seconds` a time; the result on rank 0, None elsewhere."""
+    """Measure both loops in turn.
+
+    Args:
+        shards: Packed data set.
+        case: What to measure.
+        device: Setting `device` of the training.
+        fraction: Fraction of the training images, in (0, 1].
+        runs: Measured runs of each loop.
+        seconds: Minimum time of a run.
+
+    Returns:
+        The measurements on rank 0, None on other ranks.
+
+    Raises:
+        UserError: The training split has fewer than two batches.
+    """
     with init_distributed(device) as world:
-        return measure_in(world, shards, setting, subset, runs, seconds)
+        return _measure(world, shards, case, fraction, runs, seconds)
 
 
-def measure_in(
-    world: World, shards: Path, setting: Setting, subset: float, runs: int, seconds: float
+def _measure(
+    world: World, shards: Path, case: LoopCase, fraction: float, runs: int, seconds: float
 ) -> dict[str, Any] | None:
-    settings = resolve_precision(validate(recipe(shards, setting, subset), "the benchmark"), world.device)
+    settings = resolve_precision(validate(make_recipe(shards, case, fraction), "the benchmark"), world.device)
     data = open_data(settings, world)
     if data.train.steps(0) < 2:
         raise UserError(
-            found=f"{len(data.train.samples)} training images in batches of {setting.batch_size}",
+            found=f"{len(data.train.samples)} training images at batch size {case.batch_size}",
             expected="at least two batches",
-            hint="a smaller batch, or --shards DIR with more images",
+            hint="choose a smaller batch size, or --shards DIR with more images",
         )
     training = make_training(settings, data, world)
     start = time.perf_counter()
-    _epoch(training, replace(data, train=ResidentLoader(data.train, steps=2)))  # compiles, if that is asked for
-    first = time.perf_counter() - start
-    trial = _epoch(training, replace(data, train=ResidentLoader(data.train, steps=_FEWEST_STEPS)))
-    # As many images as take the time asked for, of a large set only a part.
-    images = max(seconds * trial.images_per_second, _FEWEST_STEPS * setting.batch_size)
-    share = world.broadcast_object(min(1.0, images / len(data.train.samples)))
+    _run_epoch(training, replace(data, train=ResidentLoader(data.train, max_steps=2)))  # includes compilation
+    first_steps_seconds = time.perf_counter() - start
+    trial = _run_epoch(training, replace(data, train=ResidentLoader(data.train, max_steps=_MIN_STEPS)))
+    # A run has as many images as fill the time: several passes, or a fraction of a large data set.
+    images = max(seconds * trial.images_per_second, _MIN_STEPS * case.batch_size)
+    run_fraction = world.broadcast_object(min(1.0, images / len(data.train.samples)))
     passes = world.broadcast_object(max(1, round(images / len(data.train.samples))))
-    section = settings.data.model_copy(update={"train_fraction": subset * share})
+    section = settings.data.model_copy(update={"train_fraction": fraction * run_fraction})
     data = open_data(settings.model_copy(update={"data": section}), world)
     resident = replace(data, train=ResidentLoader(data.train))
     loops: dict[str, list[Totals]] = {"whole": [], "synthetic": []}
     pair = [("whole", data), ("synthetic", resident)]
-    for number in range(_WARM_UP + runs):
-        # In turn first and second, so that a machine that speeds up or slows down favours neither.
-        for name, source in pair[:: 1 if number % 2 else -1]:
-            together = Totals()
+    for round_number in range(_WARM_UP_ROUNDS + runs):
+        # The order alternates, so that drift of the machine affects both alike.
+        for name, source in pair[:: 1 if round_number % 2 else -1]:
+            totals = Totals()
             for _ in range(passes):
-                together = together.plus(_epoch(training, source))
-            if number >= _WARM_UP:
-                loops[name].append(together)
+                totals = totals.plus(_run_epoch(training, source))
+            if round_number >= _WARM_UP_ROUNDS:
+                loops[name].append(totals)
     if not world.is_main_process:
         return None
     steps = passes * data.train.steps(0)
     ratios = [
-        whole.images_per_second / synthetic.images_per_second
-        for whole, synthetic in zip(loops["whole"], loops["synthetic"], strict=True)
+        complete.images_per_second / synthetic.images_per_second
+        for complete, synthetic in zip(loops["whole"], loops["synthetic"], strict=True)
     ]
     on_gpu = world.device.type == "cuda"
     return {
-        **asdict(setting),
+        **asdict(case),
         "precision": settings.trainer.precision,
         "compile": compile_mode(settings.trainer, world.device),
         "ranks": world.size,
@@ -141,7 +159,7 @@ def measure_in(
         "whole_of_synthetic": Spread.of(ratios).to_json(),
         "data_wait_share": Spread.of([loop.wait_fraction for loop in loops["whole"]]).to_json(),
         "step_milliseconds": Spread.of([1000 * loop.seconds / steps for loop in loops["whole"]]).to_json(),
-        "first_steps_seconds": first,
+        "first_steps_seconds": first_steps_seconds,
         "steps_a_run": steps,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(world.device) if on_gpu else None,
         "loader_backend": data.backend,
@@ -149,8 +167,8 @@ def measure_in(
     }
 
 
-def _epoch(training: Training, data: Any) -> Totals:
-    """One pass of the trainer's own loop over the data."""
+def _run_epoch(training: Training, data: Any) -> Totals:
+    """Run one epoch of the trainer's loop over the data."""
     training.data, state = data, training.state
     state.step, state.epoch_totals, state.rank_losses = 0, Totals(), []
     never = CheckpointConfig(every_minutes=None)

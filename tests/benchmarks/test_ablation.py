@@ -1,4 +1,4 @@
-"""An ablation runs what its plan asks for once, resumes where it was stopped, and reports gains by seed."""
+"""Ablations: runs of a plan, resumption after interruption, gains by seed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from conftest import ROOT
 from PIL import Image
 
 from benchmarks import ablation
-from benchmarks.ablation import RECIPE, Results, identity_of, read_plan
-from benchmarks.training.ablation_report import FIGURES, far_off, gains, markdown, mean_and_error
+from benchmarks.ablation import RECIPE, RunRecords, identity_of, read_plan
+from benchmarks.training.ablation_report import METRICS, ablation_markdown, find_outlier, gains, mean_and_error
 from shards import UserError
 from trainer.config.load import load
 
@@ -35,7 +35,7 @@ def write_plan(path: Path, additions: list[dict[str, Any]], recipe: dict[str, An
     return path
 
 
-def test_it_goes_on_where_it_was_stopped(
+def test_an_interrupted_ablation_resumes(
     digits_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     additions = [
@@ -46,11 +46,11 @@ def test_it_goes_on_where_it_was_stopped(
     calls: list[tuple[float, int]] = []
     cut = [3]
 
-    def here(work: Callable[..., dict[str, Any]], settings: Any, keep: Path | None) -> dict[str, Any]:
+    def here(work: Callable[..., dict[str, Any]], settings: Any, checkpoint: Path | None) -> dict[str, Any]:
         if len(calls) == cut[0]:
             raise KeyboardInterrupt
         calls.append((settings.optim.lr, settings.seed))
-        return work(settings, keep)
+        return work(settings, checkpoint)
 
     monkeypatch.setattr(ablation, "in_process", here)
 
@@ -60,7 +60,7 @@ def test_it_goes_on_where_it_was_stopped(
         assert ablation.main() == 0
         return capsys.readouterr().out
 
-    assert "the same command goes on" in run("--budget-minutes", "0")
+    assert "run the same command to resume" in run("--budget-minutes", "0")
     assert not calls
     with pytest.raises(KeyboardInterrupt):
         run()
@@ -92,26 +92,26 @@ def test_records_from_before_a_setting_was_there_still_count(tmp_path: Path) -> 
     )
     (tmp_path / "ours.jsonl").write_text(json.dumps({"identity": at_default}) + "\n")
     (tmp_path / "theirs.jsonl").write_text(json.dumps({"identity": changed}) + "\n")
-    assert Results(tmp_path / "ours.jsonl").find(settings, "digest") == {"identity": at_default}
-    assert Results(tmp_path / "ours.jsonl").find(settings, "other") is None
-    assert Results(tmp_path / "theirs.jsonl").find(settings, "digest") is None
+    assert RunRecords(tmp_path / "ours.jsonl").find(settings, "digest") == {"identity": at_default}
+    assert RunRecords(tmp_path / "ours.jsonl").find(settings, "other") is None
+    assert RunRecords(tmp_path / "theirs.jsonl").find(settings, "digest") is None
 
 
 @pytest.mark.parametrize(
     ("gains", "place"), [([0.1, -19.0, 4.8], 1), ([9.7, 4.8, -4.8], 0), ([9.5, 4.8, 0.0], None), ([5.0, 0.1], None)]
 )
 def test_one_gain_far_from_the_others_is_not_drawn_to_scale(gains: list[float], place: int | None) -> None:
-    assert far_off(gains) == place
+    assert find_outlier(gains) == place
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "benchmarks/training/plans").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_the_plans_beside_it_are_ones(path: Path) -> None:
+def test_the_shipped_plans_are_valid(path: Path) -> None:
     plan = read_plan(path, ["trainer.precision=fp32"])
     assert plan.common == {"trainer.precision": "fp32"}
     for variant in plan.variants:
-        settings = variant.settings(plan, 3, Path("set"), Path("kept"))
+        settings = variant.make_config(plan, 3, Path("set"), Path("teachers"))
         assert settings.seed == 3 and settings.data.shards == "set"
     names = [variant.name for variant in plan.variants]
     assert names[0] == RECIPE and len(names) > 2
@@ -121,11 +121,11 @@ def test_the_plans_beside_it_are_ones(path: Path) -> None:
     ("additions", "word"),
     [
         ([{"name": RECIPE}], RECIPE),
-        ([{"name": "a", "teacher": "b"}], "taught by b"),
+        ([{"name": "a", "teacher": "b"}], "teacher b"),
         ([{"set": {}}], "name"),
     ],
 )
-def test_what_is_no_plan_is_refused(tmp_path: Path, additions: list[dict[str, Any]], word: str) -> None:
+def test_invalid_plans_are_refused(tmp_path: Path, additions: list[dict[str, Any]], word: str) -> None:
     with pytest.raises(UserError, match=word):
         read_plan(write_plan(tmp_path / "plan.yaml", additions, {}), [])
     with pytest.raises(UserError, match=r"none\.yaml"):
@@ -135,8 +135,8 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, additions: list[dict[str, An
 def row(name: str, validation: list[tuple[float, float]], test: float = 0.5) -> dict[str, Any]:
     records = {
         seed: {
-            "validation": dict(zip(FIGURES, figures, strict=True)),
-            "test": dict.fromkeys(FIGURES, test),
+            "validation": dict(zip(METRICS, figures, strict=True)),
+            "test": dict.fromkeys(METRICS, test),
             "training_seconds": 1.0,
             "images_seen": 100,
             "environment": {"cores": 2, "processor": "one", "device": "cpu"},
@@ -152,10 +152,10 @@ def test_gains_are_paired_by_seed() -> None:
         row("recipe", recipe, test=0.9),
         row("both", [(a + 0.01, f + 0.02) for a, f in recipe], test=0.1),
     ]
-    for metric, gain in zip(FIGURES, (0.01, 0.02), strict=True):
+    for metric, gain in zip(METRICS, (0.01, 0.02), strict=True):
         mean, error = mean_and_error(gains(rows[1], rows[0], "validation", metric))
         assert mean == pytest.approx(gain) and error == pytest.approx(0, abs=1e-9)
-    text = markdown(rows)
+    text = ablation_markdown(rows)
     assert "| +1" not in text and "-80.00 ± 0.00" in text
 
 
@@ -170,17 +170,17 @@ def test_a_teacher_is_the_run_of_the_same_seed(
     plan = write_plan(tmp_path / "ours.yaml", additions, {"optim.lr": 1e-3, "model.drop_rate": 0.4})
     taught_by: list[str | None] = []
 
-    def made_up(work: Callable[..., Any], settings: Any, keep: Path | None) -> dict[str, Any]:
+    def fake_in_process(work: Callable[..., Any], settings: Any, checkpoint: Path | None) -> dict[str, Any]:
         teacher = settings.distillation.teacher
         assert teacher is None or teacher.exists()
         taught_by.append(teacher and teacher.name)
-        if keep is not None:
-            keep.parent.mkdir(exist_ok=True)
-            keep.touch()
+        if checkpoint is not None:
+            checkpoint.parent.mkdir(exist_ok=True)
+            checkpoint.touch()
         gains = (settings.optim.lr == 3e-3) + (settings.model.drop_rate == 0.1) + (settings.distillation.weight == 0.3)
         return {"seconds": 1.0, **row("", [(0.5 + 0.01 * gains,) * 2], test=0.6)["records"][0]}
 
-    monkeypatch.setattr(ablation, "in_process", made_up)
+    monkeypatch.setattr(ablation, "in_process", fake_in_process)
     options = ["--plan", str(plan), "--shards", str(digits_set), "--seeds", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["ablation.py", *options])
     assert ablation.main() == 0

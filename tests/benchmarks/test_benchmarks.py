@@ -17,9 +17,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from benchmarks.common.harness import Spread, in_process, rates, size, table
-from benchmarks.train_throughput import settings_of
-from benchmarks.training.loop import Setting
+from benchmarks.common.harness import Spread, in_process, measure_rates
+from benchmarks.common.text import format_bytes, format_percent, format_spread, markdown_table, plural
+from benchmarks.train_throughput import make_cases
+from benchmarks.training.loop import LoopCase
 from shards import UserError
 
 
@@ -31,7 +32,7 @@ def test_rates_interleave_and_leave_out_the_warm_up() -> None:
         time.sleep(seconds if calls.count(name) > 1 else 0.2)
         return 10
 
-    found = rates({"slow": lambda: work("slow", 0.02), "fast": lambda: work("fast", 0.01)}, runs=3)
+    found = measure_rates({"slow": lambda: work("slow", 0.02), "fast": lambda: work("fast", 0.01)}, runs=3)
     assert calls == ["slow", "fast"] * 4
     assert found["slow"].n == 3
     assert found["slow"].median < found["fast"].median
@@ -83,15 +84,19 @@ def test_a_signal_ends_the_process_too() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_spread_table_and_size() -> None:
+def test_numbers_and_tables_are_formatted() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0, n=3)
-    assert table(["a", "b"], [["x", "1"], ["long", "22"]]).splitlines() == [
+    assert markdown_table(["a", "b"], [["x", "1"], ["long", "22"]]).splitlines() == [
         "| a    |  b |",
         "| ---- | -: |",
         "| x    |  1 |",
         "| long | 22 |",
     ]
-    assert [size(count) for count in (12, 1500, 39.5e9)] == ["12 B", "1.5 kB", "39.5 GB"]
+    assert [format_bytes(count) for count in (12, 1500, 39.5e9)] == ["12 B", "1.5 kB", "39.5 GB"]
+    assert [format_percent(0.83125), format_percent(0.76312, 0.0048)] == ["83.12%", "76.31 ± 0.48%"]
+    assert format_spread(Spread.of([1000.0, 2000.0, 3000.0])) == "2,000 (1,000 .. 3,000)"
+    assert format_spread({"median": 0.5, "low": 0.25, "high": 1}, ".1%") == "50.0% (25.0% .. 100.0%)"
+    assert [plural(1, "seed"), plural(2, "seed")] == ["1 seed", "2 seeds"]
 
 
 def run_benchmark(name: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -139,10 +144,10 @@ def test_ranks_are_measured_side_by_side(digits_set: Path, tmp_path: Path) -> No
     assert (tmp_path / "scaling.png").exists()
 
 
-def test_settings_are_measured_one_change_at_a_time() -> None:
+def test_cases_differ_from_the_base_in_one_value() -> None:
     lists = {"resolutions": "28,56", "models": "a,b", "batches": "128", "precisions": "auto", "compile": "off,default"}
-    found = settings_of(lists)
-    base = Setting(28, "a", 128, "auto", "off")
+    found = make_cases(lists)
+    base = LoopCase(28, "a", 128, "auto", "off")
     assert found == [
         base,
         replace(base, resolution=56),
@@ -150,4 +155,4 @@ def test_settings_are_measured_one_change_at_a_time() -> None:
         replace(base, compile="default"),
     ]
     with pytest.raises(UserError, match="28,0"):
-        settings_of(lists | {"resolutions": "28,0"})
+        make_cases(lists | {"resolutions": "28,0"})

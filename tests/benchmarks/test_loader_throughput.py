@@ -1,4 +1,4 @@
-"""The comparison of loaders: run as a user runs it, at a tiny size, and held to tell right outputs from wrong ones."""
+"""Loader benchmark: the command at a tiny size, verification of outputs, worker processes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from conftest import ROOT, assert_user_error
 from PIL import Image
 from support.transform_reference import model_input as slow_model_input
 
-from benchmarks.common.processes import KeptProcess, ProcessFailed, cpu_seconds, workers_memory
+from benchmarks.common.processes import WorkerError, WorkerProcess, cpu_seconds, workers_memory
 from benchmarks.loaders import loader_worker
-from benchmarks.loaders.baselines import LISTINGS, Listing, absent
-from benchmarks.loaders.baselines.peer import Source, Task, Variant
-from benchmarks.loaders.loader_worker import MeasuredLoader, Stream
+from benchmarks.loaders.baselines import REGISTRY, LoaderSpec, missing_requirement
+from benchmarks.loaders.baselines.base import Source, Task, Variant
+from benchmarks.loaders.loader_worker import BatchStream, LoaderWorker
 from benchmarks.loaders.report import ratios
-from benchmarks.loaders.setting import choose
-from benchmarks.loaders.verify import WrongOutput, check, check_no_repeats, model_input, reach, tolerance
+from benchmarks.loaders.setting import make_config
+from benchmarks.loaders.verify import WrongOutputError, check_batch, check_no_repeats, model_input, reach, tolerance
 from shards import UserError
 
 ALWAYS_THERE = {
@@ -96,7 +96,7 @@ def test_the_comparison_measures_verifies_draws_and_skips(
     assert all(record["reach"] > 0.6 for record in full)
     text = (tmp_path / "loader_throughput.md").read_text()
     assert text.strip() in process.stdout
-    assert "times the best torch DataLoader, image by image" in text
+    assert "times the fastest torch DataLoader image by image" in text
     picture = np.asarray(Image.open(tmp_path / "loader_throughput.png").convert("RGB"))
     assert len(np.unique(picture.reshape(-1, 3) // 32, axis=0)) > 5
 
@@ -120,26 +120,26 @@ def test_a_missing_set_is_one_message(tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_be_measured(digits_set: Path, wrong: dict, words: str) -> None:
     given = {"shards": digits_set, "images": None, "resolutions": "8", "batch_size": 64, "runs": 1, "seconds": 1.0}
-    given |= {"device": "cpu", "json": None, "out": None}
+    given |= {"device": "cpu", "json": None, "out": Path("out")}
     with pytest.raises(UserError) as raised:
-        choose(argparse.Namespace(**{**given, **wrong}))
+        make_config(argparse.Namespace(**{**given, **wrong}))
     assert words in str(raised.value)
 
 
 def test_a_setting_gives_the_raw_order(made_up_set: Path, tmp_path: Path) -> None:
     given = {"shards": made_up_set, "images": 300, "resolutions": "28", "batch_size": 64, "runs": 1, "seconds": 1.0}
-    setting = choose(argparse.Namespace(**given, device="cpu", json=None, out=None))
-    source = setting.source(tmp_path / "source")
+    setting = make_config(argparse.Namespace(**given, device="cpu", json=None, out=Path("out")))
+    source = setting.make_source(tmp_path / "source")
     # The made-up images are sorted by class; a prefix of the pack is a sample of all of them, here in that order.
     assert len(source) == 300 and (np.diff(source.labels) >= 0).all() and set(source.labels) == set(range(5))
-    task = setting.task(source, 56)
+    task = setting.make_task(source, 56)
     assert task.mean == pytest.approx([source.pixels.mean() / 255])
     assert task.std == pytest.approx([source.pixels.std() / 255])
 
 
 def test_absent_libraries_are_told_with_what_brings_them() -> None:
-    assert absent(LISTINGS["floor"]) is None
-    reason = absent(Listing("x", "x", ("no_such_package.inner", "torch"), "pip install x"))
+    assert missing_requirement(REGISTRY["floor"]) is None
+    reason = missing_requirement(LoaderSpec("x", "x", ("no_such_package.inner", "torch"), "pip install x"))
     assert reason == "no_such_package.inner not installed (pip install x)"
 
 
@@ -150,8 +150,8 @@ def made_up_task(tmp_path: Path, resolution: int = 56, channels: int = 1) -> tup
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (80, 24, 28, channels), dtype=np.uint8)
     source = Source.write(tmp_path / "source", pixels, np.arange(80) % 3, transposed=True, classes=3)
-    means, deviations = (0.2, 0.3, 0.4)[:channels], (0.3, 0.25, 0.5)[:channels]
-    return source, Task((28, 24, channels), 80, resolution, 16, means, deviations, 0, torch.device("cpu"))
+    means, stds = (0.2, 0.3, 0.4)[:channels], (0.3, 0.25, 0.5)[:channels]
+    return source, Task((28, 24, channels), 80, resolution, 16, means, stds, 0, torch.device("cpu"))
 
 
 PLAIN = Variant("best", "form", "")
@@ -163,18 +163,19 @@ def test_the_reference_agrees_with_the_slow_one(tmp_path: Path, channels: int, r
     source, task = made_up_task(tmp_path, resolution, channels)
     rows = np.array([3, 79, 0])
     slow = slow_model_input(source.pixels[rows], resolution, transposed=True, mean=task.mean, std=task.std)
-    assert np.abs(model_input(source.upright_rows(rows), task) - slow).max() < 1e-12
+    assert np.abs(model_input(source.upright_images(rows), task) - slow).max() < 1e-12
 
 
 def test_right_outputs_pass(tmp_path: Path) -> None:
     source, task = made_up_task(tmp_path)
     rows = np.random.default_rng(1).permutation(80)
-    right = torch.from_numpy(model_input(source.upright_rows(rows), task)).float()
-    assert check(right, torch.from_numpy(rows), PLAIN, task, source) < 1e-5
+    right = torch.from_numpy(model_input(source.upright_images(rows), task)).float()
+    assert check_batch(right, torch.from_numpy(rows), PLAIN, task, source) < 1e-5
     rounded = right + 0.9 / 255 / task.std[0]
-    assert check(rounded, rows, replace(PLAIN, levels=1.0), task, source) < tolerance(replace(PLAIN, levels=1.0), task)
+    rounding = replace(PLAIN, tolerance_levels=1.0)
+    assert check_batch(rounded, rows, rounding, task, source) < tolerance(rounding, task)
     raw = torch.from_numpy(source.pixels[rows])
-    assert check(raw, rows, replace(PLAIN, raw=True), task, source) == 0
+    assert check_batch(raw, rows, replace(PLAIN, is_raw=True), task, source) == 0
 
 
 def spoil(kind: str, images: torch.Tensor, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
@@ -205,12 +206,12 @@ def spoil(kind: str, images: torch.Tensor, rows: np.ndarray) -> tuple[torch.Tens
 def test_wrong_outputs_are_found(tmp_path: Path, kind: str) -> None:
     source, task = made_up_task(tmp_path)
     rows = np.random.default_rng(1).permutation(80)[:50]
-    right = torch.from_numpy(model_input(source.upright_rows(rows), task)).float()
-    check(right, rows, PLAIN, task, source)
-    with pytest.raises(WrongOutput):
-        check(*spoil(kind, right.clone(), rows), PLAIN, task, source)
-    with pytest.raises(WrongOutput):
-        check(torch.from_numpy(source.pixels[rows]), rows[::-1].copy(), replace(PLAIN, raw=True), task, source)
+    right = torch.from_numpy(model_input(source.upright_images(rows), task)).float()
+    check_batch(right, rows, PLAIN, task, source)
+    with pytest.raises(WrongOutputError):
+        check_batch(*spoil(kind, right.clone(), rows), PLAIN, task, source)
+    with pytest.raises(WrongOutputError):
+        check_batch(torch.from_numpy(source.pixels[rows]), rows[::-1].copy(), replace(PLAIN, is_raw=True), task, source)
 
 
 class Faulty:
@@ -229,7 +230,7 @@ class Faulty:
                 rows[40:] = rows[:40]
             for start in range(0, 80, 16):
                 chosen = rows[start : start + 16]
-                images = torch.from_numpy(model_input(self._source.upright_rows(chosen), task)).float()
+                images = torch.from_numpy(model_input(self._source.upright_images(chosen), task)).float()
                 yield (images + (0.1 if self._fault == "late" and start == 64 else 0)), chosen
 
         return epoch
@@ -238,33 +239,33 @@ class Faulty:
 @pytest.mark.parametrize("fault", ["none", "repeats", "late"])
 def test_a_run_is_checked_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     source, task = made_up_task(tmp_path, 28)
-    monkeypatch.setattr(loader_worker, "load", lambda name: Faulty(source, fault))
-    loader = MeasuredLoader("faulty", "best", tmp_path / "source", tmp_path, task.device)
+    monkeypatch.setattr(loader_worker, "import_loader", lambda name: Faulty(source, fault))
+    loader = LoaderWorker("faulty", "best", tmp_path / "source", tmp_path, task.device)
     assert loader.start(task)["error"] < 1e-5
     # Two batches warm up, and the eight that follow end with the last one of the second epoch.
-    monkeypatch.setattr(loader_worker, "_LEAST_BATCHES", 8)
+    monkeypatch.setattr(loader_worker, "_MIN_BATCHES", 8)
     if fault == "none":
         measured = loader.run(0.0)
         assert measured["images"] == 8 * 16 and measured["images_per_second"] > 0
     else:
-        with pytest.raises(WrongOutput, match="given twice" if fault == "repeats" else "off by 0.1"):
+        with pytest.raises(WrongOutputError, match="are repeated" if fault == "repeats" else "error 0.1"):
             loader.run(0.0)
 
 
 def test_repeats_and_reach() -> None:
     check_no_repeats(np.array([3, 1, 2]))
-    with pytest.raises(WrongOutput, match="1 of 3 samples"):
+    with pytest.raises(WrongOutputError, match="1 of 3 samples"):
         check_no_repeats(np.array([3, 1, 3]))
     assert reach(torch.arange(1000), 1000) == pytest.approx(0.9, abs=0.01)
     assert reach(np.arange(100), 1000) == pytest.approx(0.09, abs=0.001)
 
 
 def test_a_stream_goes_on_over_epochs_and_refuses_empty_ones() -> None:
-    stream = Stream(lambda number: iter([(torch.zeros(2), np.array([number, 9]))] * 2), first=4)
+    stream = BatchStream(lambda number: iter([(torch.zeros(2), np.array([number, 9]))] * 2), first=4)
     assert [int(next(stream)[1][0]) for _ in range(5)] == [4, 4, 5, 5, 6]
-    assert stream.epoch == 6 and [len(rows) for rows in stream.rows] == [2, 2, 1]
-    with pytest.raises(RuntimeError, match="without a whole batch"):
-        next(Stream(lambda number: iter([]), first=0))
+    assert stream.epoch == 6 and [len(rows) for rows in stream.indices] == [2, 2, 1]
+    with pytest.raises(RuntimeError, match="without a complete batch"):
+        next(BatchStream(lambda number: iter([]), first=0))
 
 
 def test_ratios_name_what_they_are_against() -> None:
@@ -275,7 +276,7 @@ def test_ratios_name_what_they_are_against() -> None:
         {"name": name, "variant": variant, "images_per_second": speed} for (name, variant), speed in speeds.items()
     ]
     assert ratios(records) == [
-        "inkstream-tar-torch: 10.00 times the best torch DataLoader, image by image, 2.00 times its batched form, "
+        "inkstream-tar-torch: 10.00 times the fastest torch DataLoader image by image, 2.00 times its batched variant, "
         "0.80 times the floor, 1.00 times the floor with new memory for every batch"
     ]
 
@@ -312,24 +313,24 @@ class Subject:
 
 
 def test_a_kept_process_answers_fails_and_dies(tmp_path: Path) -> None:
-    with KeptProcess(Subject, 40, log=tmp_path / "log") as process:
+    with WorkerProcess(Subject, 40, log=tmp_path / "log") as process:
         assert process.call("plus", 2) == 42
         assert process.call("plus", 3) == 43
-        with pytest.raises(ProcessFailed, match="unsupported operand") as raised:
+        with pytest.raises(WorkerError, match="unsupported operand") as raised:
             process.call("plus", None)
         assert raised.value.kind == "TypeError" and "Traceback" in raised.value.details
-        with pytest.raises(ProcessFailed, match=r"no answer in 0\.2 s"):
+        with pytest.raises(WorkerError, match=r"no answer in 0\.2 s"):
             process.call("sleep", 5.0, timeout=0.2)
     assert "a word that goes to the log" in (tmp_path / "log").read_text()
-    dies, never_made = (KeptProcess(Subject, number, log=tmp_path / "log") for number in (0, -1))
-    with dies, pytest.raises(ProcessFailed, match=r"died \(exit status 7\)"):
+    dies, never_made = (WorkerProcess(Subject, number, log=tmp_path / "log") for number in (0, -1))
+    with dies, pytest.raises(WorkerError, match=r"died \(exit status 7\)"):
         dies.call("die")
-    with never_made, pytest.raises(ProcessFailed, match="below zero"):
+    with never_made, pytest.raises(WorkerError, match="below zero"):
         never_made.call("plus", 1)
 
 
 def test_workers_are_counted_and_end_with_their_process(tmp_path: Path) -> None:
-    with KeptProcess(Subject, 0, log=tmp_path / "log") as process:
+    with WorkerProcess(Subject, 0, log=tmp_path / "log") as process:
         process.call("plus", 1)
         before = cpu_seconds(process.pid)
         seen = []

@@ -1,4 +1,4 @@
-"""The resolution study: real points, killed and resumed; out of memory; what the figures say; two files compared."""
+"""The resolution sweep: real points, killed and resumed; out of memory; statistics; comparison of two files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,30 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks import resolution_sweep
-from benchmarks.resolution_sweep import QUICK, Sweep, make_study, parse, sweep
+from benchmarks.resolution_sweep import QUICK, SweepRunner, make_config, parse, run_sweep
 from benchmarks.sweep import point as sweep_point
 from benchmarks.sweep.compare import compare
-from benchmarks.sweep.plan import INTERPOLATIONS, Journal, Point, Study, expected_seconds, points, read_lines
-from benchmarks.sweep.point import Stretched, measure_point
-from benchmarks.sweep.stats import BY_EPOCHS, BY_TIME, Cell, Estimate, cells, choose, growth, pareto
-from benchmarks.sweep.text import Findings, markdown
+from benchmarks.sweep.plan import (
+    INTERPOLATIONS,
+    Journal,
+    Point,
+    SweepConfig,
+    expected_seconds,
+    make_points,
+    read_records,
+)
+from benchmarks.sweep.point import FixedStepLoader, measure_point
+from benchmarks.sweep.stats import (
+    BY_EPOCHS,
+    BY_TIME,
+    Estimate,
+    SeedGroup,
+    fit_power_law,
+    group_seeds,
+    pareto_front,
+    recommend,
+)
+from benchmarks.sweep.text import SweepResults, sweep_markdown
 from shards import UserError
 from trainer.data.training_data import open_data
 from trainer.models.precision import resolve_precision
@@ -53,8 +70,8 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def out(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small study that was killed behind its first point, and resumed; `said` holds what it then printed."""
-    directory = tmp_path_factory.mktemp("study")
+    """A small sweep that was killed after its first point and resumed; `stdout` holds the output of the second run."""
+    directory = tmp_path_factory.mktemp("sweep")
     lines = directory / "resolution_sweep.jsonl"
     killed = start(*SMALL, "--shards", digits_set, "--out", directory, start_new_session=True)
     end = time.monotonic() + 300
@@ -67,16 +84,16 @@ def out(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert first.count("\n") == 1
     lines.write_text(first + first[:100])  # as a kill in the middle of a line leaves it
     resumed = start(*SMALL, "--shards", digits_set, "--out", directory, "--resume")
-    said, errors = resumed.communicate(timeout=400)
+    output, errors = resumed.communicate(timeout=400)
     assert resumed.returncode == 0, errors
     assert lines.read_text().startswith(first), "the point that was there is not measured again"
-    (directory / "said").write_text(said)
+    (directory / "stdout").write_text(output)
     return directory
 
 
 @pytest.fixture
 def records(out: Path) -> list[dict[str, Any]]:
-    return list(read_lines(out / "resolution_sweep.jsonl"))
+    return list(read_records(out / "resolution_sweep.jsonl"))
 
 
 def test_every_point_has_all_its_figures(out: Path, records: list[dict[str, Any]]) -> None:
@@ -116,13 +133,13 @@ def test_every_point_has_all_its_figures(out: Path, records: list[dict[str, Any]
         assert by_time["updates"] == 2 * int(planned)
 
 
-def test_it_says_and_draws_what_was_found(out: Path, records: list[dict[str, Any]]) -> None:
-    said = (out / "said").read_text()
-    assert "[1/2] three_block_cnn at 8x8, linear, 0.2 of the images, seed 0: measured already" in said
+def test_the_report_and_the_chart_are_written(out: Path, records: list[dict[str, Any]]) -> None:
+    output = (out / "stdout").read_text()
+    assert "[1/2] three_block_cnn at 8x8, linear, 0.2 of the images, seed 0: already measured" in output
     text = (out / "resolution_sweep.md").read_text()
-    assert text.strip() in said
-    assert "The next step up" in text or "No larger resolution" in text
-    assert "looks at the test part once" in text
+    assert text.strip() in output
+    assert "The next larger resolution" in text or "No larger resolution" in text
+    assert "evaluates the test split once" in text
     for name in INTERPOLATIONS:
         assert f"| {name} " in text
     picture = np.asarray(Image.open(out / "resolution_sweep.png").convert("RGB"))
@@ -134,9 +151,9 @@ def test_the_page_stands_alone(out: Path) -> None:
     page = (out / "resolution_sweep.html").read_text()
     assert not re.search(r"https?:|<script|<link|@import|src=|url\((?!#)", page.replace("http://www.w3.org/", ""))
     pictures = re.findall(r'role="img" aria-label="([^"]*)"', page)
-    assert len(pictures) == page.count("<svg") == 4
+    assert len(pictures) == page.count("<svg") == 5
     assert all(len(words) > 60 for words in pictures)
-    for rule in ("prefers-color-scheme: dark", "@media print", "var(--first)"):
+    for rule in ("prefers-color-scheme: dark", "@media print", "var(--s1)"):
         assert rule in page
     assert "#1d4ed8" not in page.partition("</style>")[2], "a colour that the dark cannot change"
     names = re.findall(r'\bid="([^"]*)"', page)
@@ -144,19 +161,19 @@ def test_the_page_stands_alone(out: Path) -> None:
     used = re.findall(r'(?:href="#|url\(#)([^")]*)', page)
     assert used
     assert set(used) <= set(names)
-    assert "Recommended, after 2 epochs" in page
+    assert "Recommended after 2 epochs" in page
 
 
-def test_a_study_that_was_there_is_kept_unless_it_is_resumed(out: Path, tmp_path: Path) -> None:
+def test_previous_results_are_kept_unless_resumed(out: Path, tmp_path: Path) -> None:
     lines = tmp_path / "resolution_sweep.jsonl"
     lines.write_bytes((out / "resolution_sweep.jsonl").read_bytes())
-    journal = Journal(lines, made_up_study(), resume=True)
-    assert (journal.records, journal.others) == ([], 5)
+    journal = Journal(lines, synthetic_config(), resume=True)
+    assert (journal.records, len(journal.other_records)) == ([], 5)
     journal.append(POINT, {"failed": "for a test"})
-    assert len(list(read_lines(lines))) == 6
-    Journal(lines, made_up_study(), resume=False)
+    assert len(list(read_records(lines))) == 6
+    Journal(lines, synthetic_config(), resume=False)
     assert not lines.exists()
-    assert len(list(read_lines(tmp_path / "resolution_sweep.previous.jsonl"))) == 6
+    assert len(list(read_records(tmp_path / "resolution_sweep.previous.jsonl"))) == 6
 
 
 # Out of memory, and other ends of a point.
@@ -165,11 +182,11 @@ POINT = Point("three_block_cnn", 1.0, 16, "linear", 0)
 RECIPE = {"data": {"shards": "", "val_fraction": 0.1}, "loader": {"batch_size": 64}, "trainer": {"epochs": 3}}
 
 
-def made_up_study(shards: Path = Path("nowhere"), **changes: Any) -> Study:
-    return replace(Study(shards, "digits", "0" * 64, RECIPE, 1.0, None), **changes)
+def synthetic_config(shards: Path = Path("nowhere"), **changes: Any) -> SweepConfig:
+    return replace(SweepConfig(shards, "digits", "0" * 64, RECIPE, 1.0, None), **changes)
 
 
-def _greedy(study: Study, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
+def _greedy(config: SweepConfig, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
     if batch_size == 64:
         os.kill(os.getpid(), signal.SIGKILL)
     if batch_size == 32:
@@ -179,21 +196,23 @@ def _greedy(study: Study, point: Point, batch_size: int, accumulation: int) -> d
     return {"learned": [batch_size, accumulation]}
 
 
-def _too_large(study: Study, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
+def _too_large(config: SweepConfig, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
     raise MemoryError("no room")
 
 
-def _without_memory(study: Study, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
+def _without_memory(config: SweepConfig, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
     raise ValueError("kernel larger than the image")
 
 
-def _mistaken(study: Study, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
+def _mistaken(config: SweepConfig, point: Point, batch_size: int, accumulation: int) -> dict[str, Any]:
     raise UserError(found="a", expected="b", hint="c")
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(digits_set: Path) -> None:
-    *words, record = measure_point(made_up_study(digits_set), POINT, _greedy)
-    assert [f"again with {size} images" in said for size, said in zip((32, 16, 8), words, strict=True)] == [True] * 3
+def test_out_of_memory_halves_the_batch_and_is_reported(digits_set: Path) -> None:
+    *messages, record = measure_point(synthetic_config(digits_set), POINT, _greedy)
+    assert [
+        f"retrying with batch size {size}" in message for size, message in zip((32, 16, 8), messages, strict=True)
+    ] == [True] * 3
     assert record["learned"] == [8, 8], "the updates stay those of 64 images"
     assert (record["batch_size"], record["accumulation"]) == (8, 8)
     assert [attempt["batch_size"] for attempt in record["out_of_memory"]] == [64, 32, 16]
@@ -202,21 +221,21 @@ def test_out_of_memory_halves_the_batch_and_says_so(digits_set: Path) -> None:
     assert all("llocate" in reason for reason in reasons[1:])
 
 
-def test_a_point_that_cannot_be_measured_is_a_failure_and_a_mistake_is_the_users(digits_set: Path) -> None:
-    *words, record = measure_point(made_up_study(digits_set), POINT, _too_large)
-    assert len(words) == 3
-    assert record["failed"] == "out of memory with 8 images a batch: no room"
+def test_an_unmeasurable_point_is_a_failure_and_a_user_error_is_raised(digits_set: Path) -> None:
+    *messages, record = measure_point(synthetic_config(digits_set), POINT, _too_large)
+    assert len(messages) == 3
+    assert record["failed"] == "out of memory at batch size 8: no room"
     assert record["bytes_at_rest"] > 0
-    (record,) = measure_point(made_up_study(digits_set), POINT, _without_memory)
+    (record,) = measure_point(synthetic_config(digits_set), POINT, _without_memory)
     assert record["failed"] == "kernel larger than the image"
     with pytest.raises(UserError):
-        list(measure_point(made_up_study(digits_set), POINT, _mistaken))
+        list(measure_point(synthetic_config(digits_set), POINT, _mistaken))
 
 
-# A fixed time.
+# Equal training time.
 
 
-def test_periods_go_on_where_the_one_before_stopped_and_the_schedule_ends_at_its_trough(
+def test_periods_continue_the_passes_and_the_schedule_completes(
     digits_set: Path,
 ) -> None:
     recipe = {
@@ -225,13 +244,13 @@ def test_periods_go_on_where_the_one_before_stopped_and_the_schedule_ends_at_its
         "optim": {"lr": 1e-3},
         "schedule": {"name": "one_cycle", "warmup": 1},
     }
-    study = made_up_study(digits_set, recipe=recipe)
+    sweep_config = synthetic_config(digits_set, recipe=recipe)
     with init_distributed("cpu") as world:
         point = replace(POINT, resolution=8, subset=0.2)
-        settings = resolve_precision(study.config(point, 64, 1), world.device)
+        settings = resolve_precision(sweep_config.point_config(point, 64, 1), world.device)
         data = open_data(settings, world)
         assert data.train.steps(0) == 5
-        stretched = Stretched(data.train, steps=7)
+        stretched = FixedStepLoader(data.train, steps=7)
         rows = [batch.source_index for number in range(3) for batch in stretched.batches(number)]
         passes = [batch.source_index for number in range(5) for batch in data.train.batches(number)]
         assert len(rows) == 21
@@ -243,50 +262,50 @@ def test_periods_go_on_where_the_one_before_stopped_and_the_schedule_ends_at_its
     assert history[-1]["lr"] < 0.02 * settings.optim.lr
 
 
-# What the figures say.
+# Statistics.
 
 
 def test_an_estimate_has_the_larger_of_both_errors() -> None:
-    found = Estimate.of([0.8, 0.9, 1.0])
-    assert (found.mean, found.deviation, found.n) == (pytest.approx(0.9), pytest.approx(0.1), 3)
-    assert found.error == pytest.approx(0.1 / math.sqrt(3))
-    assert Estimate.of([0.8, 0.9, 1.0], samples=10**6).error == pytest.approx(0.1 / math.sqrt(3))
+    estimate = Estimate.of([0.8, 0.9, 1.0])
+    assert (estimate.mean, estimate.std, estimate.n) == (pytest.approx(0.9), pytest.approx(0.1), 3)
+    assert estimate.std_error == pytest.approx(0.1 / math.sqrt(3))
+    assert Estimate.of([0.8, 0.9, 1.0], samples=10**6).std_error == pytest.approx(0.1 / math.sqrt(3))
     few = Estimate.of([1.0], samples=96)
-    assert few.deviation is None
-    assert few.error == pytest.approx(math.sqrt(0.98 * 0.02 / 100))  # (96 + 2) / (96 + 4)
-    assert Estimate.of([0.5]).error is None
+    assert few.std is None
+    assert few.std_error == pytest.approx(math.sqrt(0.98 * 0.02 / 100))  # (96 + 2) / (96 + 4)
+    assert Estimate.of([0.5]).std_error is None
 
 
 def test_growth_finds_the_exponent_and_its_error() -> None:
-    exact = growth([10, 100, 1000], [2.0 * side**1.5 for side in (10, 100, 1000)])
+    exact = fit_power_law([10, 100, 1000], [2.0 * side**1.5 for side in (10, 100, 1000)])
     assert exact is not None
     assert (exact.factor, exact.exponent) == (pytest.approx(2), pytest.approx(1.5))
-    assert exact.error == pytest.approx(0, abs=1e-9)
+    assert exact.std_error == pytest.approx(0, abs=1e-9)
     # In logarithms 0, 1, 2 against 0, 1, 0: slope 0, residuals -1/3, 2/3, -1/3, so sqrt(6/9 / 1 / 2).
-    bent = growth([1, math.e, math.e**2], [1, math.e, 1])
+    bent = fit_power_law([1, math.e, math.e**2], [1, math.e, 1])
     assert bent is not None
-    assert (bent.exponent, bent.error) == (pytest.approx(0), pytest.approx(math.sqrt(1 / 3)))
-    line = growth([1, 4], [1, 2])
+    assert (bent.exponent, bent.std_error) == (pytest.approx(0), pytest.approx(math.sqrt(1 / 3)))
+    line = fit_power_law([1, 4], [1, 2])
     assert line is not None
-    assert (line.exponent, line.error) == (pytest.approx(0.5), None)
-    assert growth([784], [1]) is None
+    assert (line.exponent, line.std_error) == (pytest.approx(0.5), None)
+    assert fit_power_law([784], [1]) is None
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=9))
-def test_the_front_is_what_no_other_beats(found: list[tuple[int, int]]) -> None:
-    front = [found[number] for number in pareto(found)]
+def test_no_point_dominates_the_front(found: list[tuple[int, int]]) -> None:
+    front = [found[number] for number in pareto_front(found)]
     beaten = {one for one in found for other in found if other != one and other[0] >= one[0] and other[1] >= one[1]}
     assert set(front) == set(found) - beaten
     assert front == sorted(set(front), reverse=True)
 
 
-def made_up_record(resolution: int, accuracy: float, seed: int = 0, **changes: Any) -> dict[str, Any]:
+def synthetic_record(resolution: int, accuracy: float, seed: int = 0, **changes: Any) -> dict[str, Any]:
     rate = 1e6 / resolution**2
     run = {"accuracy": accuracy, "macro_f1": accuracy, "ece": 0.02, "samples": 10_000, "updates": 50}
     run |= {"validation": {"accuracy": accuracy, "samples": 10_000}, "training_seconds": 1.0, "wall_seconds": 2.0}
     record = {
         **vars(replace(POINT, resolution=resolution, seed=seed)),
-        **made_up_study().identity(),
+        **synthetic_config().identity(),
         "dataset": "digits",
         "image_shape": [8, 8, 1],
         "batch_size": 64,
@@ -321,48 +340,56 @@ def made_up_record(resolution: int, accuracy: float, seed: int = 0, **changes: A
 
 def test_the_smallest_resolution_within_one_standard_error_is_chosen() -> None:
     """At 98 % of 10,000 images one standard error is 0.14 points."""
-    found = cells([made_up_record(side, share) for side, share in ((14, 0.97), (28, 0.9792), (56, 0.98), (84, 0.9795))])
-    choice = choose(found, BY_EPOCHS)
-    assert choice is not None and choice.larger is not None
-    assert [cell.resolution for cell in (choice.chosen, choice.best, choice.larger)] == [28, 56, 56]
-    text = markdown(Findings([record for cell in found for record in cell.records], "linear"))
-    assert "28x28, the smallest resolution whose validation accuracy (97.92 %) lies within one standard error" in text
-    assert "The next step up, 56x56, would cost 4.00 times the training time of an image" in text
-    assert "gain 0.08 points of test accuracy (standard error 0.20)" in text
+    found = group_seeds(
+        [synthetic_record(side, share) for side, share in ((14, 0.97), (28, 0.9792), (56, 0.98), (84, 0.9795))]
+    )
+    choice = recommend(found, BY_EPOCHS)
+    assert choice is not None and choice.next_larger is not None
+    assert [cell.resolution for cell in (choice.chosen, choice.best, choice.next_larger)] == [28, 56, 56]
+    text = sweep_markdown(SweepResults([record for cell in found for record in cell.records], "linear"))
+    assert "28x28, the smallest resolution whose validation accuracy (97.92%) lies within one standard error" in text
+    assert "The next larger resolution, 56x56, costs 4.00 times the training time per image" in text
+    assert "gains 0.08 points of test accuracy (standard error 0.20)" in text
     assert "to the power of 1.00 ± 0.00" in text
-    alone = choose(found[:1], BY_TIME)
-    assert alone is not None and alone.larger is None
+    alone = recommend(found[:1], BY_TIME)
+    assert alone is not None and alone.next_larger is None
 
 
-def test_points_that_only_compare_interpolations_come_beside_the_others() -> None:
-    record = made_up_record(28, 0.97)
-    others = [made_up_record(28, 0.96, interpolation=name, by_time=None, seconds=None) for name in ("cubic", "nearest")]
-    text = markdown(Findings([*others, record], "linear"))
+def test_points_that_only_compare_interpolations_have_their_own_table() -> None:
+    record = synthetic_record(28, 0.97)
+    others = [
+        synthetic_record(28, 0.96, interpolation=name, by_time=None, seconds=None) for name in ("cubic", "nearest")
+    ]
+    text = sweep_markdown(SweepResults([*others, record], "linear"))
     assert text.index("### Interpolation at 28x28") < text.index("| nearest") < text.index("| linear")
     assert "After 1 s of training: 28x28" in text
 
 
 def test_interpolations_are_not_compared_where_nothing_is_resized() -> None:
-    stored = [made_up_record(side, 0.98, image_shape=[28, 28, 1]) for side in (28, 56)]
-    at = Findings(stored, "linear").to_interpolate()
+    stored = [synthetic_record(side, 0.98, image_shape=[28, 28, 1]) for side in (28, 56)]
+    at = SweepResults(stored, "linear").interpolation_group()
     assert at is not None and at.resolution == 56
-    assert Findings(stored[:1], "linear").to_interpolate() is None
+    assert SweepResults(stored[:1], "linear").interpolation_group() is None
 
 
-def test_failures_and_smaller_batches_are_told() -> None:
-    smaller = made_up_record(56, 0.98, batch_size=16, accumulation=4, out_of_memory=[{"batch_size": 64, "reason": "x"}])
-    failed = {**vars(replace(POINT, resolution=112)), **made_up_study().identity(), "failed": "no room"}
-    text = markdown(Findings([made_up_record(28, 0.9), smaller, failed], "linear", ["three_block_cnn at 224x224"]))
-    assert "out of memory with 64 images a batch, so 16 and 4 batches an update" in text
+def test_failures_and_smaller_batches_are_reported() -> None:
+    smaller = synthetic_record(
+        56, 0.98, batch_size=16, accumulation=4, out_of_memory=[{"batch_size": 64, "reason": "x"}]
+    )
+    failed = {**vars(replace(POINT, resolution=112)), **synthetic_config().identity(), "failed": "no room"}
+    text = sweep_markdown(
+        SweepResults([synthetic_record(28, 0.9), smaller, failed], "linear", ["three_block_cnn at 224x224"])
+    )
+    assert "out of memory at batch size 64, so measured with batch size 16 and gradient accumulation 4" in text
     assert "112x112, linear, 1 of the images, seed 0: FAILED, no room" in text
-    assert "three_block_cnn at 224x224: left out" in text
+    assert "three_block_cnn at 224x224: skipped" in text
 
 
-# What is measured.
+# Points.
 
 
-def test_a_study_that_is_cut_off_has_every_resolution_first() -> None:
-    found = points(made_up_study(), ["a", "b"], [1.0, 0.002], [56, 28], seeds=2)
+def test_an_interrupted_sweep_covers_every_resolution() -> None:
+    found = make_points(synthetic_config(), ["a", "b"], [1.0, 0.002], [56, 28], seeds=2)
     assert [(one.seed, one.subset, one.model, one.resolution) for one in found[:5]] == [
         (0, 0.002, "a", 28),
         (0, 0.002, "a", 56),
@@ -375,7 +402,7 @@ def test_a_study_that_is_cut_off_has_every_resolution_first() -> None:
 
 
 def test_a_point_is_expected_to_take_as_much_longer_as_it_has_pixels() -> None:
-    measured = [made_up_record(28, 0.9), made_up_record(56, 0.9, point_seconds=16.0)]
+    measured = [synthetic_record(28, 0.9), synthetic_record(56, 0.9, point_seconds=16.0)]
     assert expected_seconds(POINT, []) is None
     assert expected_seconds(replace(POINT, resolution=56, seed=3), measured) == pytest.approx(16)
     # Four times the pixels of 56: its 2 s of epochs become 8.
@@ -383,32 +410,32 @@ def test_a_point_is_expected_to_take_as_much_longer_as_it_has_pixels() -> None:
     assert expected_seconds(replace(POINT, model="another"), measured) is None
 
 
-def test_what_does_not_fit_into_the_time_is_left_out_and_said(
+def test_points_beyond_the_time_budget_are_skipped_and_listed(
     digits_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun = []
 
-    def stand_in(study: Study, point: Point) -> Any:
+    def stand_in(config: SweepConfig, point: Point) -> Any:
         begun.append(point.resolution)
-        yield made_up_record(point.resolution, 0.98)
+        yield synthetic_record(point.resolution, 0.98)
 
     monkeypatch.setattr(resolution_sweep, "measure_point", stand_in)
-    study = made_up_study(digits_set)
-    journal = Journal(tmp_path / "resolution_sweep.jsonl", study, resume=False)
-    running = Sweep(study, journal, minutes=0.3)
-    running.run([replace(POINT, resolution=side) for side in (28, 40, 112)])
+    sweep_config = synthetic_config(digits_set)
+    journal = Journal(tmp_path / "resolution_sweep.jsonl", sweep_config, resume=False)
+    runner = SweepRunner(sweep_config, journal, minutes=0.3)
+    runner.run([replace(POINT, resolution=side) for side in (28, 40, 112)])
     # Of the 18 s 40 pixels are expected to take 10 + 2 * 1.04, and 112 then 10 + 2 * 6.84, which is too much.
     assert begun == [28, 40]
-    assert running.left_out == ["three_block_cnn at 112x112, linear, 1 of the images, seed 0"]
-    assert "112x112, linear, 1 of the images, seed 0: left out" in capsys.readouterr().out
-    assert [record["resolution"] for record in read_lines(tmp_path / "resolution_sweep.jsonl")] == [28, 40]
+    assert runner.skipped == ["three_block_cnn at 112x112, linear, 1 of the images, seed 0"]
+    assert "112x112, linear, 1 of the images, seed 0: skipped" in capsys.readouterr().out
+    assert [record["resolution"] for record in read_records(tmp_path / "resolution_sweep.jsonl")] == [28, 40]
 
 
-def test_two_studies_do_not_write_the_same_file(digits_set: Path, tmp_path: Path) -> None:
+def test_two_sweeps_do_not_write_the_same_file(digits_set: Path, tmp_path: Path) -> None:
     from shards.atomic import file_lock
 
-    with file_lock(tmp_path / ".resolution_sweep.lock"), pytest.raises(UserError, match="another study"):
-        sweep(made_up_study(digits_set), [], 1, tmp_path / "resolution_sweep", resume=False, minutes=None)
+    with file_lock(tmp_path / ".resolution_sweep.lock"), pytest.raises(UserError, match="another sweep"):
+        run_sweep(synthetic_config(digits_set), [], 1, tmp_path / "resolution_sweep", resume=False, minutes=None)
 
 
 def arguments_of(monkeypatch: pytest.MonkeyPatch, *words: object) -> Any:
@@ -416,23 +443,22 @@ def arguments_of(monkeypatch: pytest.MonkeyPatch, *words: object) -> Any:
     return parse()
 
 
-def test_a_recipe_is_taken_with_what_a_point_changes(digits_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_overrides_settings_of_the_recipe(digits_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments_of(monkeypatch, "--config", "configs/quickstart.yaml", "--shards", digits_set, "--epochs", 3)
-    study, settings = make_study(given, QUICK)
-    assert (settings.trainer.epochs, study.seconds, study.dataset) == (3, QUICK.seconds, "digits")
+    sweep_config = make_config(given, QUICK)
+    settings = sweep_config.settings
+    assert (settings.trainer.epochs, sweep_config.seconds, sweep_config.dataset) == (3, QUICK.seconds, "digits")
     point = Point("efficientnet_b0", 0.5, 96, "lanczos", 7)
-    config = study.config(point, 32, 2)
+    config = sweep_config.point_config(point, 32, 2)
     assert (config.model.name, config.data.train_fraction, config.data.resolution) == ("efficientnet_b0", 0.5, 96)
     assert (config.data.interpolation, config.seed) == ("lanczos", 7)
     assert (config.loader.batch_size, config.optim.grad_accumulation) == (32, 2)
     assert config.optim.lr == settings.optim.lr
-    other, _ = make_study(
-        arguments_of(monkeypatch, "--config", "configs/quickstart.yaml", "--shards", digits_set), QUICK
-    )
-    assert other.identity()["set"] == study.identity()["set"]
-    assert other.identity()["settings"] != study.identity()["settings"]
-    assert made_up_study(recipe=RECIPE | {"seed": 5}).identity() == made_up_study().identity()
-    assert made_up_study(seconds=2.0).identity() != made_up_study().identity()
+    other = make_config(arguments_of(monkeypatch, "--config", "configs/quickstart.yaml", "--shards", digits_set), QUICK)
+    assert other.identity()["set"] == sweep_config.identity()["set"]
+    assert other.identity()["settings"] != sweep_config.identity()["settings"]
+    assert synthetic_config(recipe=RECIPE | {"seed": 5}).identity() == synthetic_config().identity()
+    assert synthetic_config(seconds=2.0).identity() != synthetic_config().identity()
 
 
 @pytest.mark.parametrize(
@@ -466,7 +492,7 @@ def test_a_mistake_ends_with_status_2() -> None:
     assert "Traceback" not in errors
 
 
-# Two files side by side.
+# Comparison of two files.
 
 
 def write(path: Path, *records: dict[str, Any]) -> Path:
@@ -483,8 +509,8 @@ def test_a_file_compared_with_itself_shows_no_regression(out: Path) -> None:
     assert text.count("training images/s") == 5
 
 
-def test_what_is_worse_beyond_the_spread_of_both_is_a_regression(tmp_path: Path) -> None:
-    before = [made_up_record(28, share, seed) for seed, share in enumerate((0.980, 0.981, 0.982))]
+def test_a_change_beyond_the_spread_of_both_files_is_a_regression(tmp_path: Path) -> None:
+    before = [synthetic_record(28, share, seed) for seed, share in enumerate((0.980, 0.981, 0.982))]
     after = copy.deepcopy(before)
     for record in after:
         record["training_images_per_second"] = {"median": 1000.0, "low": 990.0, "high": 1010.0, "n": 4}  # was 1,276
@@ -503,10 +529,10 @@ def test_what_is_worse_beyond_the_spread_of_both_is_a_regression(tmp_path: Path)
     assert text.count("REGRESSION") == 1
 
 
-def test_a_point_that_fails_now_is_a_regression_and_another_machine_is_told(tmp_path: Path) -> None:
-    kept = made_up_record(28, 0.98, environment={"processor": "Q", "device": "cpu", "cores": 2})
-    failed = {**vars(replace(POINT, resolution=56)), **made_up_study().identity(), "failed": "no room"}
-    before = write(tmp_path / "a.jsonl", made_up_record(28, 0.98), made_up_record(56, 0.98))
+def test_a_new_failure_is_a_regression_and_another_machine_is_reported(tmp_path: Path) -> None:
+    kept = synthetic_record(28, 0.98, environment={"processor": "Q", "device": "cpu", "cores": 2})
+    failed = {**vars(replace(POINT, resolution=56)), **synthetic_config().identity(), "failed": "no room"}
+    before = write(tmp_path / "a.jsonl", synthetic_record(28, 0.98), synthetic_record(56, 0.98))
     text, worse = compare(before, write(tmp_path / "b.jsonl", kept, failed))
     assert worse
     assert "three_block_cnn, 56, linear: REGRESSION" in text
@@ -514,9 +540,9 @@ def test_a_point_that_fails_now_is_a_regression_and_another_machine_is_told(tmp_
 
 
 def test_files_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
-    one = write(tmp_path / "a.jsonl", made_up_record(28, 0.98))
+    one = write(tmp_path / "a.jsonl", synthetic_record(28, 0.98))
     for name, content, found in (
-        ("other.jsonl", json.dumps(made_up_record(28, 0.98, set="1" * 64)) + "\n", "no point that both"),
+        ("other.jsonl", json.dumps(synthetic_record(28, 0.98, set="1" * 64)) + "\n", "no point that both"),
         ("empty.jsonl", "", "empty"),
         ("old.jsonl", '{"name": "resolution_sweep", "resolution": 28}\n', "line 1"),
         ("binary.jsonl", "\0", "line 1"),
@@ -527,9 +553,9 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         assert found in caught.value.found
 
 
-def test_cells_are_what_differs_in_nothing_but_the_seed() -> None:
-    found = cells([made_up_record(56, 0.9), made_up_record(28, 0.8, 1), made_up_record(28, 0.9, 0)])
+def test_groups_differ_only_in_the_seed() -> None:
+    found = group_seeds([synthetic_record(56, 0.9), synthetic_record(28, 0.8, 1), synthetic_record(28, 0.9, 0)])
     assert [(cell.resolution, len(cell.records)) for cell in found] == [(28, 2), (56, 1)]
-    assert isinstance(found[0], Cell)
+    assert isinstance(found[0], SeedGroup)
     spread = found[0].spread("loader_images_per_second")
     assert (spread.n, spread.low) == (10, pytest.approx(8e6 / 28))

@@ -1,4 +1,4 @@
-"""The comparison of orders: run as a user runs it, and its measures on orders whose numbers are known."""
+"""Shuffle benchmark: the command, and its measures on orders with known values."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from PIL import Image
 
 from benchmarks.loaders.shuffle_measures import (
     Quality,
-    batch_of_rows,
+    batch_numbers,
     class_runs,
     class_unevenness,
+    measure_quality,
     neighbour_pairs,
-    quality,
     repeated_pairs,
     same_order,
 )
@@ -82,7 +82,7 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
 
 
 def test_a_uniform_order_is_what_it_is_measured_against() -> None:
-    found = [quality([uniform(2 * seed), uniform(2 * seed + 1)], LABELS) for seed in range(10)]
+    found = [measure_quality([uniform(2 * seed), uniform(2 * seed + 1)], LABELS) for seed in range(10)]
     mean = {name: np.mean([getattr(one, name) for one in found]) for name in Quality.__dataclass_fields__}
     assert mean["neighbour_pairs"] == pytest.approx(1, abs=0.05)
     assert mean["repeated_pairs"] == pytest.approx(1, abs=0.02)
@@ -95,7 +95,7 @@ def test_a_uniform_order_is_what_it_is_measured_against() -> None:
 
 def test_no_shuffle_at_all() -> None:
     epoch = cut(np.arange(N))
-    found = quality([epoch, epoch], LABELS)
+    found = measure_quality([epoch, epoch], LABELS)
     # Of 63 other places in a batch, the 8 nearest on each side are taken by neighbours, but for those at its ends.
     inside = sum(B - distance for distance in range(1, 9)) * (N // B)
     pairs = sum(N - distance for distance in range(1, 9))
@@ -118,7 +118,7 @@ def test_the_same_batches_in_another_order_are_repeats_though_they_look_shuffled
 
 def test_rows_that_an_epoch_left_out_do_not_count() -> None:
     epoch, following = uniform(0)[:-1], uniform(1)[3:]
-    assert (batch_of_rows(epoch, N) == -1).sum() == B
+    assert (batch_numbers(epoch, N) == -1).sum() == B
     assert repeated_pairs(epoch, following, N) == pytest.approx(1, abs=0.1)
     assert neighbour_pairs(epoch, N) == pytest.approx(1, abs=0.2)
     assert class_unevenness(epoch, LABELS) == pytest.approx(1, abs=0.2)

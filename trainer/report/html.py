@@ -15,9 +15,9 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _environment(directory: Path) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([_TEMPLATES, _TEMPLATES.parents[1] / "tune"]),
+        loader=jinja2.FileSystemLoader([directory, _TEMPLATES]),
         autoescape=True,
         extensions=["jinja2.ext.do"],
         trim_blocks=True,
@@ -28,9 +28,15 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def render(template: str, **content: Any) -> str:
-    """Render a template with HTML escaping; undefined names raise an error."""
-    return _environment().get_template(template).render(**content)
+def render(template: str, directory: Path = _TEMPLATES, **content: Any) -> str:
+    """Render a template with HTML escaping; undefined names raise an error.
+
+    Args:
+        template: File name of the template, which may extend `base.html.j2`.
+        directory: Directory of the template.
+        content: Variables of the template.
+    """
+    return _environment(directory).get_template(template).render(**content)
 
 
 def percent(fraction: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -33,6 +34,7 @@ def write(study: SharedStudy, search: SearchConfig, base: Config) -> None:
         write_file(study.directory / BEST, recipe)
     page = render(
         "study_page.html.j2",
+        Path(__file__).parent,
         format_value=format_value,
         format_score=format_score,
         name=study.directory.name,

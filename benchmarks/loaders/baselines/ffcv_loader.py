@@ -15,36 +15,38 @@ from ffcv.transforms import Convert, Squeeze, ToDevice, ToTensor, ToTorchImage
 from ffcv.writer import DatasetWriter
 from torchvision.transforms import v2
 
-from benchmarks.loaders.baselines.peer import Batch, Epochs, Source, Task, Variant
+from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Variant
 from benchmarks.loaders.baselines.transforms import BatchTransform
 from shards.cpus import available_cpus
 
 
-class Indexed:
-    """What the writer asks for: a length and samples by index."""
+class IndexedSource:
+    """Images for the writer, which needs a length and samples by index."""
 
     def __init__(self, source: Source, channels: int) -> None:
-        # FFCV has no field for gray pictures: its documentation's way is RGB.
+        # FFCV has no field for gray images; its documentation uses RGB.
         self._pixels = np.repeat(source.upright, channels // source.upright.shape[3], axis=3)
 
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
-        return self._pixels[row], row
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self._pixels[index], index
 
 
 class Ffcv:
+    """`ffcv.loader.Loader` with `OrderOption.RANDOM`."""
+
     variants = (
-        Variant("documented", "rgb", "RGBImageField (raw), torchvision modules in the pipeline; gray kept three times"),
+        Variant("documented", "rgb", "RGBImageField (raw), torchvision modules in the pipeline, gray as RGB"),
         Variant("best", "arrays", "NDArrayField, F.interpolate on the batch as a module of the pipeline"),
     )
 
-    def pack(self, source: Source, form: str, directory: Path, batch_size: int) -> Path:
+    def pack(self, source: Source, file_format: str, directory: Path, batch_size: int) -> Path:
         shape = source.upright.shape[1:]
-        image = RGBImageField(write_mode="raw") if form == "rgb" else NDArrayField(np.dtype("uint8"), shape)
+        image = RGBImageField(write_mode="raw") if file_format == "rgb" else NDArrayField(np.dtype("uint8"), shape)
         writer = DatasetWriter(str(directory / "set.beton"), {"image": image, "row": IntField()}, num_workers=1)
-        writer.from_indexed_dataset(Indexed(source, 3 if form == "rgb" else shape[2]))
+        writer.from_indexed_dataset(IndexedSource(source, 3 if file_format == "rgb" else shape[2]))
         return directory / "set.beton"
 
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
@@ -70,8 +72,8 @@ class Ffcv:
         def epoch(number: int) -> Iterator[Batch]:
             batches = iter(loader)
             try:
-                for images, rows in batches:
-                    yield images[:, :channels], rows
+                for images, indices in batches:
+                    yield images[:, :channels], indices
             finally:
                 batches.close()
 
@@ -79,10 +81,10 @@ class Ffcv:
 
 
 def _torchvision(task: Task) -> list[torch.nn.Module]:
-    """Modules as in the documentation's CIFAR example, for the three channels, each the first one if it is gray."""
+    """Return the modules of the CIFAR example of the documentation; gray images have three equal channels."""
     mean, std = ([255 * value for value in (values * 3)[:3]] for values in (task.mean, task.std))
     resize = [] if task.image_shape[:2] == (task.resolution,) * 2 else [v2.Resize((task.resolution,) * 2)]
     return [v2.Normalize(mean, std), *resize]
 
 
-PEERS = {"ffcv": Ffcv()}
+LOADERS = {"ffcv": Ffcv()}

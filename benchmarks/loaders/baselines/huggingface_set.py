@@ -1,4 +1,4 @@
-"""Hugging Face datasets: Arrow files, read through torch's DataLoader."""
+"""Hugging Face datasets: Arrow files, read through torch's `DataLoader`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks.loaders.baselines.peer import Batch, Epochs, Source, Task, Variant
-from benchmarks.loaders.baselines.torch_dataloader import as_it_is
-from benchmarks.loaders.baselines.transforms import BatchTransform, on_device, picture_transform, transformed
+from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Variant
+from benchmarks.loaders.baselines.torch_dataloader import keep_batch
+from benchmarks.loaders.baselines.transforms import (
+    BatchTransform,
+    apply_transform,
+    move_to_device,
+    pil_transform,
+    to_pil,
+)
 
 
-class Batches:
-    """Whole batches of the Arrow table, through `__getitems__`, which DataLoader calls where a data set has it."""
+class ArrowBatches:
+    """Complete batches of the Arrow table through `__getitems__`, which `DataLoader` calls if it exists."""
 
     def __init__(self, dataset: datasets.Dataset, image_shape: tuple[int, int, int]) -> None:
         self._dataset = dataset
@@ -26,34 +31,35 @@ class Batches:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitems__(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        table = self._dataset[rows].combine_chunks()
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        table = self._dataset[indices].combine_chunks()
         pixels = np.frombuffer(bytearray().join(table["pixels"].to_pylist()), np.uint8).reshape(-1, *self._image_shape)
         return torch.from_numpy(pixels), torch.from_numpy(table["row"].to_numpy().copy())
 
 
 class HuggingFace:
+    """`datasets.Dataset` on disk."""
+
     variants = (
         Variant(
             "documented",
-            "pictures",
+            "png",
             "Image feature, set_transform with torchvision transforms image by image",
-            levels=1.5,
-            processes=True,
+            tolerance_levels=1.5,
+            uses_workers=True,
         ),
-        Variant("best", "bytes", "binary feature, with_format('arrow'), F.interpolate on the batch", processes=True),
+        Variant("best", "bytes", "binary feature, with_format('arrow'), F.interpolate on the batch", uses_workers=True),
     )
 
-    def pack(self, source: Source, form: str, directory: Path, batch_size: int) -> Path:
-        rows = np.arange(len(source))
-        if form == "bytes":
-            columns = {"pixels": [pixels.tobytes() for pixels in source.upright], "row": rows}
+    def pack(self, source: Source, file_format: str, directory: Path, batch_size: int) -> Path:
+        indices = np.arange(len(source))
+        if file_format == "bytes":
+            columns = {"pixels": [pixels.tobytes() for pixels in source.upright], "row": indices}
             dataset = datasets.Dataset.from_dict(columns)
         else:
-            gray = source.upright.shape[3] == 1
-            pictures = [Image.fromarray(pixels[..., 0] if gray else pixels) for pixels in source.upright]
+            images = [to_pil(pixels) for pixels in source.upright]
             features = datasets.Features({"image": datasets.Image(), "row": datasets.Value("int64")})
-            dataset = datasets.Dataset.from_dict({"image": pictures, "row": rows}, features=features)
+            dataset = datasets.Dataset.from_dict({"image": images, "row": indices}, features=features)
         dataset.save_to_disk(str(directory / "arrow"))
         return directory / "arrow"
 
@@ -61,14 +67,14 @@ class HuggingFace:
         dataset = datasets.load_from_disk(str(directory / "arrow"))
         documented = variant == "documented"
         if documented:
-            picture = picture_transform(task)
+            transform_image = pil_transform(task)
 
             def transforms(examples: dict) -> dict:
-                return {"image": [picture(image) for image in examples["image"]], "row": examples["row"]}
+                return {"image": [transform_image(image) for image in examples["image"]], "row": examples["row"]}
 
             dataset.set_transform(transforms)
         else:
-            dataset = Batches(dataset.with_format("arrow"), task.image_shape)
+            dataset = ArrowBatches(dataset.with_format("arrow"), task.image_shape)
         random = torch.Generator()
         loader = DataLoader(
             dataset,
@@ -79,17 +85,17 @@ class HuggingFace:
             persistent_workers=task.workers > 0,
             pin_memory=task.device.type == "cuda",
             generator=random,
-            collate_fn=None if documented else as_it_is,
+            collate_fn=None if documented else keep_batch,
         )
         transform = BatchTransform(task)
 
         def epoch(number: int) -> Iterator[Batch]:
             random.manual_seed(task.seed + number)
             if not documented:
-                return transformed(loader, transform)
-            return on_device(((batch["image"], batch["row"]) for batch in loader), task)
+                return apply_transform(loader, transform)
+            return move_to_device(((batch["image"], batch["row"]) for batch in loader), task)
 
         return epoch
 
 
-PEERS = {"huggingface-datasets": HuggingFace()}
+LOADERS = {"huggingface-datasets": HuggingFace()}

@@ -1,8 +1,8 @@
-"""LitData: chunks of serialised samples, read by StreamingDataset and StreamingDataLoader."""
+"""LitData: chunks of serialized samples, read by `StreamingDataset` and `StreamingDataLoader`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,63 +10,62 @@ import litdata
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
-from benchmarks.loaders.baselines.peer import Epochs, Source, Task, Variant
-from benchmarks.loaders.baselines.transforms import BatchTransform, on_device, picture_transform, transformed
-
-_ROW_BYTES = 8
-
-
-def picture_sample(row: int, pixels: NDArray[np.uint8]) -> dict:
-    """A sample as the documentation shows it: a picture and its class."""
-    image = pixels[row]
-    return {"image": Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), "class": row}
-
-
-def bytes_sample(row: int, pixels: NDArray[np.uint8]) -> bytes:
-    """The leanest sample: pixels and row in one string of bytes."""
-    return pixels[row].tobytes() + row.to_bytes(_ROW_BYTES, "little")
+from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Variant
+from benchmarks.loaders.baselines.transforms import (
+    BatchTransform,
+    apply_transform,
+    from_bytes,
+    move_to_device,
+    pil_transform,
+    to_bytes,
+    to_pil,
+)
 
 
-class Pictures(litdata.StreamingDataset):
-    """Samples with a picture, through a transform of pictures."""
+def pil_sample(index: int, pixels: NDArray[np.uint8]) -> dict:
+    """Make a sample as in the documentation, a PIL image and its class."""
+    return {"image": to_pil(pixels[index]), "class": index}
 
-    def __init__(self, *arguments: object, picture: object, **settings: object) -> None:
-        super().__init__(*arguments, **settings)
-        self._picture = picture
+
+def bytes_sample(index: int, pixels: NDArray[np.uint8]) -> bytes:
+    """Make the smallest sample."""
+    return to_bytes(index, pixels[index])
+
+
+class PilDataset(litdata.StreamingDataset):
+    """Samples with a PIL image, through a transform."""
+
+    def __init__(self, *arguments: object, transform: Callable, **options: object) -> None:
+        super().__init__(*arguments, **options)
+        self._transform_image = transform
 
     def __getitem__(self, index: object) -> tuple[torch.Tensor, int]:
         sample = super().__getitem__(index)
-        return self._picture(sample["image"]), sample["class"]
-
-
-def joined(samples: Sequence[bytes], shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples of `bytes_sample` to tensors uint8 [B, H, W, C] and int64 [B]."""
-    table = np.frombuffer(bytearray().join(samples), np.uint8).reshape(len(samples), -1)
-    rows = np.ascontiguousarray(table[:, -_ROW_BYTES:]).view("<i8")[:, 0]
-    return torch.from_numpy(table[:, :-_ROW_BYTES].reshape(-1, *shape)), torch.from_numpy(rows)
+        return self._transform_image(sample["image"]), sample["class"]
 
 
 class LitData:
+    """`StreamingDataset` with shuffle=True."""
+
     variants = (
         Variant(
             "documented",
-            "pictures",
+            "png",
             "PIL samples, chunks of 64 MB, shuffle=True, torchvision transforms image by image",
-            levels=1.5,
-            processes=True,
+            tolerance_levels=1.5,
+            uses_workers=True,
         ),
         Variant(
             "best",
             "bytes",
-            "samples of bytes, decoded and shuffled a whole chunk at a time, F.interpolate on the batch",
-            processes=True,
+            "byte samples, decoded and shuffled by complete chunks, F.interpolate on the batch",
+            uses_workers=True,
         ),
     )
 
-    def pack(self, source: Source, form: str, directory: Path, batch_size: int) -> Path:
-        sample = picture_sample if form == "pictures" else bytes_sample
+    def pack(self, source: Source, file_format: str, directory: Path, batch_size: int) -> Path:
+        sample = pil_sample if file_format == "png" else bytes_sample
         litdata.optimize(
             partial(sample, pixels=source.upright),
             inputs=list(range(len(source))),
@@ -79,12 +78,12 @@ class LitData:
         return directory / "chunks"
 
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
-        place = str(directory / "chunks")
-        settings = {"shuffle": True, "drop_last": False, "seed": task.seed}
+        chunks = str(directory / "chunks")
+        options = {"shuffle": True, "drop_last": False, "seed": task.seed}
         if variant == "documented":
-            dataset: litdata.StreamingDataset = Pictures(place, picture=picture_transform(task), **settings)
+            dataset: litdata.StreamingDataset = PilDataset(chunks, transform=pil_transform(task), **options)
         else:
-            dataset = litdata.StreamingDataset(place, item_shuffle_window=0, batch_decode="all", **settings)
+            dataset = litdata.StreamingDataset(chunks, item_shuffle_window=0, batch_decode="all", **options)
         loader = litdata.StreamingDataLoader(
             dataset,
             batch_size=task.batch_size,
@@ -92,14 +91,14 @@ class LitData:
             drop_last=True,
             persistent_workers=task.workers > 0,
             pin_memory=task.device.type == "cuda",
-            collate_fn=None if variant == "documented" else partial(joined, shape=task.image_shape),
+            collate_fn=None if variant == "documented" else partial(from_bytes, shape=task.image_shape),
         )
         transform = BatchTransform(task)
 
-        def epoch(number: int):
-            return on_device(loader, task) if variant == "documented" else transformed(loader, transform)
+        def epoch(number: int) -> Iterator[Batch]:
+            return move_to_device(loader, task) if variant == "documented" else apply_transform(loader, transform)
 
         return epoch
 
 
-PEERS = {"litdata": LitData()}
+LOADERS = {"litdata": LitData()}

@@ -1,74 +1,80 @@
-"""MosaicML Streaming: MDS shards, read by StreamingDataset through torch's DataLoader."""
+"""MosaicML Streaming: MDS shards, read by `StreamingDataset` through torch's `DataLoader`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 from torch.utils.data import DataLoader
 
-from benchmarks.loaders.baselines.peer import Epochs, Source, Task, Variant
-from benchmarks.loaders.baselines.transforms import BatchTransform, on_device, picture_transform, transformed
+from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Variant
+from benchmarks.loaders.baselines.transforms import (
+    BatchTransform,
+    apply_transform,
+    from_bytes,
+    move_to_device,
+    pil_transform,
+    to_bytes,
+    to_pil,
+)
 
-_ROW_BYTES = 8
-_COLUMNS = {"pictures": {"image": "png", "class": "int"}, "bytes": {"sample": "bytes"}}
+_COLUMNS = {"png": {"image": "png", "class": "int"}, "bytes": {"sample": "bytes"}}
 
 
-class Pictures(StreamingDataset):
-    """Samples with a picture, through a transform of pictures."""
+class PilDataset(StreamingDataset):
+    """Samples with a PIL image, through a transform."""
 
-    def __init__(self, *, picture: object, **settings: object) -> None:
-        super().__init__(**settings)
-        self._picture = picture
+    def __init__(self, *, transform: Callable, **options: object) -> None:
+        super().__init__(**options)
+        self._transform_image = transform
 
     def __getitem__(self, index: object) -> tuple[torch.Tensor, int]:
         sample = super().__getitem__(index)
-        return self._picture(sample["image"]), sample["class"]
+        return self._transform_image(sample["image"]), sample["class"]
 
 
-def joined(samples: Sequence[dict[str, bytes]], shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples of pixels and row in one string of bytes to tensors uint8 [B, H, W, C] and int64 [B]."""
-    table = np.frombuffer(bytearray().join(sample["sample"] for sample in samples), np.uint8).reshape(len(samples), -1)
-    rows = np.ascontiguousarray(table[:, -_ROW_BYTES:]).view("<i8")[:, 0]
-    return torch.from_numpy(table[:, :-_ROW_BYTES].reshape(-1, *shape)), torch.from_numpy(rows)
+def collate_bytes(
+    samples: Sequence[dict[str, bytes]], shape: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode samples of bytes to images uint8 [B, H, W, C] and source indices int64 [B]."""
+    return from_bytes([sample["sample"] for sample in samples], shape)
 
 
 class MosaicStreaming:
+    """`StreamingDataset` with shuffle=True."""
+
     variants = (
         Variant(
             "documented",
-            "pictures",
+            "png",
             "PNG samples, shuffle=True (py1e), torchvision transforms image by image",
-            levels=1.5,
-            processes=True,
+            tolerance_levels=1.5,
+            uses_workers=True,
         ),
-        Variant("best", "bytes", "samples of bytes, shuffle=True (py1e), F.interpolate on the batch", processes=True),
+        Variant("best", "bytes", "byte samples, shuffle=True (py1e), F.interpolate on the batch", uses_workers=True),
     )
 
-    def pack(self, source: Source, form: str, directory: Path, batch_size: int) -> Path:
-        with MDSWriter(out=str(directory / "mds"), columns=_COLUMNS[form]) as writer:
-            for row, pixels in enumerate(source.upright):
-                if form == "bytes":
-                    writer.write({"sample": pixels.tobytes() + row.to_bytes(_ROW_BYTES, "little")})
+    def pack(self, source: Source, file_format: str, directory: Path, batch_size: int) -> Path:
+        with MDSWriter(out=str(directory / "mds"), columns=_COLUMNS[file_format]) as writer:
+            for index, pixels in enumerate(source.upright):
+                if file_format == "bytes":
+                    writer.write({"sample": to_bytes(index, pixels)})
                 else:
-                    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-                    writer.write({"image": picture, "class": row})
+                    writer.write({"image": to_pil(pixels), "class": index})
         return directory / "mds"
 
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
-        settings = {
+        options = {
             "local": str(directory / "mds"),
             "shuffle": True,
             "shuffle_seed": task.seed,
             "batch_size": task.batch_size,
         }
         documented = variant == "documented"
-        dataset = Pictures(picture=picture_transform(task), **settings) if documented else StreamingDataset(**settings)
+        dataset = PilDataset(transform=pil_transform(task), **options) if documented else StreamingDataset(**options)
         loader = DataLoader(
             dataset,
             batch_size=task.batch_size,
@@ -76,14 +82,14 @@ class MosaicStreaming:
             drop_last=True,
             persistent_workers=task.workers > 0,
             pin_memory=task.device.type == "cuda",
-            collate_fn=None if documented else partial(joined, shape=task.image_shape),
+            collate_fn=None if documented else partial(collate_bytes, shape=task.image_shape),
         )
         transform = BatchTransform(task)
 
-        def epoch(number: int):
-            return on_device(loader, task) if documented else transformed(loader, transform)
+        def epoch(number: int) -> Iterator[Batch]:
+            return move_to_device(loader, task) if documented else apply_transform(loader, transform)
 
         return epoch
 
 
-PEERS = {"mosaicml-streaming": MosaicStreaming()}
+LOADERS = {"mosaicml-streaming": MosaicStreaming()}

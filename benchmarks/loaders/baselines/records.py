@@ -1,4 +1,4 @@
-"""One image a tar record, as the documentation of webdataset and of DALI's reader shows it: a PNG and a class file."""
+"""Tar records of one image, a PNG and a class file, as in the documentation of webdataset and DALI."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
-from PIL import Image
 
-from benchmarks.loaders.baselines.peer import Source
+from benchmarks.loaders.baselines.base import Source
+from benchmarks.loaders.baselines.transforms import to_pil
 
-_SHARDS = 8  # so that up to eight workers have shards of their own
+_SHARDS = 8  # at least one per worker, for up to eight workers
 
 
 def write_records(source: Source, directory: Path) -> list[Path]:
-    """Write tar shards of records `00000042.png`, `00000042.cls` (the row as text); returns their paths."""
+    """Write tar shards of records `00000042.png`, `00000042.cls` (the source index as text) and return their paths."""
     paths = []
-    for number, rows in enumerate(np.array_split(np.arange(len(source)), min(_SHARDS, len(source)))):
+    for number, indices in enumerate(np.array_split(np.arange(len(source)), min(_SHARDS, len(source)))):
         path = directory / f"records-{number:02d}.tar"
-        # Without a fixed time the writer notes a fractional one, for which tar takes two more blocks a member.
+        # The default is a fractional time, which costs two more tar blocks per member.
         with webdataset.TarWriter(str(path), mtime=0) as writer:
-            for row in rows.tolist():
-                pixels = source.upright[row]
-                picture = io.BytesIO()
-                Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(picture, "PNG")
-                writer.write({"__key__": f"{row:08d}", "png": picture.getvalue(), "cls": str(row).encode()})
+            for index in indices.tolist():
+                png = io.BytesIO()
+                to_pil(source.upright[index]).save(png, "PNG")
+                writer.write({"__key__": f"{index:08d}", "png": png.getvalue(), "cls": str(index).encode()})
         paths.append(path)
     return paths
 
 
 def record_paths(directory: Path) -> list[Path]:
-    """The shards that `write_records` wrote."""
+    """Return the shards of `write_records`."""
     return sorted(directory.glob("records-*.tar"))

@@ -1,4 +1,4 @@
-"""torch's DataLoader over an array in memory."""
+"""torch's `DataLoader` over an array in memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.loaders.baselines.peer import Batch, Epochs, Source, Task, Variant
+from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Variant
 from benchmarks.loaders.baselines.transforms import (
     BatchTransform,
-    on_device,
-    picture_transform,
+    apply_transform,
+    move_to_device,
+    pil_transform,
     tensor_transform,
-    transformed,
 )
 
 
-class Pictures(Dataset):
-    """An array as torchvision's own MNIST serves it: a PIL image at a time, through a transform."""
+class PilDataset(Dataset):
+    """PIL images through a transform, like torchvision's MNIST."""
 
     def __init__(self, pixels: NDArray[np.uint8], transform: Callable) -> None:
         self._pixels = pixels.squeeze(3) if pixels.shape[3] == 1 else pixels
@@ -31,12 +31,12 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        return self._transform(Image.fromarray(self._pixels[row])), row
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._transform(Image.fromarray(self._pixels[index])), index
 
 
-class Tensors(Dataset):
-    """A tensor at a time, uint8 [C, H, W], through a transform."""
+class TensorDataset(Dataset):
+    """Tensors uint8 [C, H, W] through a transform."""
 
     def __init__(self, pixels: NDArray[np.uint8], transform: Callable) -> None:
         self._pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -45,12 +45,12 @@ class Tensors(Dataset):
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        return self._transform(self._pixels[row]), row
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._transform(self._pixels[index]), index
 
 
-class Batches(Dataset):
-    """Whole batches, through `__getitems__`, which DataLoader calls where a data set has it."""
+class BatchDataset(Dataset):
+    """Complete batches through `__getitems__`, which `DataLoader` calls if it exists."""
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:
         self._pixels = torch.from_numpy(pixels)
@@ -58,24 +58,32 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def __getitems__(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = torch.tensor(rows)
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.tensor(indices)
         return self._pixels[chosen], chosen
 
 
-def as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The collate function of whole batches."""
+def keep_batch(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Collate function of complete batches."""
     return batch
 
 
 class TorchDataLoader:
+    """`DataLoader` with shuffle=True."""
+
     variants = (
-        Variant("documented", "array", "PIL image by image, torchvision transforms", levels=1.5, processes=True),
-        Variant("best", "array", "tensor by tensor, torchvision v2 transforms", processes=True),
-        Variant("batched", "array", "__getitems__ and F.interpolate on the batch", processes=True),
+        Variant(
+            "documented",
+            "array",
+            "single PIL images, torchvision transforms",
+            tolerance_levels=1.5,
+            uses_workers=True,
+        ),
+        Variant("best", "array", "single tensors, torchvision v2 transforms", uses_workers=True),
+        Variant("batched", "array", "__getitems__ and F.interpolate on the batch", uses_workers=True),
     )
 
-    def pack(self, source: Source, form: str, directory: Path, batch_size: int) -> Path:
+    def pack(self, source: Source, file_format: str, directory: Path, batch_size: int) -> Path:
         np.save(directory / "pixels.npy", source.upright)
         np.save(directory / "labels.npy", source.labels)
         return directory
@@ -83,11 +91,11 @@ class TorchDataLoader:
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
         pixels = np.load(directory / "pixels.npy")
         if variant == "documented":
-            dataset: Dataset = Pictures(pixels, picture_transform(task))
+            dataset: Dataset = PilDataset(pixels, pil_transform(task))
         elif variant == "best":
-            dataset = Tensors(pixels, tensor_transform(task))
+            dataset = TensorDataset(pixels, tensor_transform(task))
         else:
-            dataset = Batches(pixels)
+            dataset = BatchDataset(pixels)
         random = torch.Generator()
         loader = DataLoader(
             dataset,
@@ -97,16 +105,16 @@ class TorchDataLoader:
             num_workers=task.workers,
             persistent_workers=task.workers > 0,
             pin_memory=task.device.type == "cuda",
-            collate_fn=as_it_is if variant == "batched" else None,
+            collate_fn=keep_batch if variant == "batched" else None,
             generator=random,
         )
         transform = BatchTransform(task)
 
         def epoch(number: int) -> Iterator[Batch]:
             random.manual_seed(task.seed + number)
-            return transformed(loader, transform) if variant == "batched" else on_device(loader, task)
+            return apply_transform(loader, transform) if variant == "batched" else move_to_device(loader, task)
 
         return epoch
 
 
-PEERS = {"torch-dataloader": TorchDataLoader()}
+LOADERS = {"torch-dataloader": TorchDataLoader()}

@@ -1,20 +1,25 @@
-"""Raw images to model input as a user of torch and torchvision writes it, a batch at a time or an image at a time."""
+"""Conversion of raw images to model input with torch and torchvision, and sample encodings of several loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from torchvision.transforms import v2
 
-from benchmarks.loaders.baselines.peer import Batch, Rows, Task
+from benchmarks.loaders.baselines.base import Batch, Indices, Task
+
+_INDEX_BYTES = 8
 
 
 class BatchTransform(torch.nn.Module):
-    """uint8 [B, H, W, C] to model input on the task's device, with torch's own resize.
+    """Convert uint8 [B, H, W, C] to model input on the device of the task with `F.interpolate`.
 
-    Normalised first, which gives the same numbers with fewer pixels to touch.
+    Normalization comes first: the result is the same, and there are fewer pixels before the resize.
     """
 
     def __init__(self, task: Task) -> None:
@@ -33,20 +38,20 @@ class BatchTransform(torch.nn.Module):
         return F.interpolate(planes, size=self._size, mode="bilinear", align_corners=False)
 
 
-def transformed(batches: Iterable[tuple[torch.Tensor, Rows]], transform: BatchTransform) -> Iterator[Batch]:
-    """Model input from a loader of raw batches uint8 [B, H, W, C]."""
-    for pixels, rows in batches:
-        yield transform(pixels), rows
+def apply_transform(batches: Iterable[tuple[torch.Tensor, Indices]], transform: BatchTransform) -> Iterator[Batch]:
+    """Convert the batches of a loader of raw images uint8 [B, H, W, C]."""
+    for pixels, indices in batches:
+        yield transform(pixels), indices
 
 
-def on_device(batches: Iterable[tuple[torch.Tensor, Rows]], task: Task) -> Iterator[Batch]:
-    """Batches of a loader that makes model input on the CPU, moved to the task's device."""
-    for images, rows in batches:
-        yield images.to(task.device, non_blocking=True), rows
+def move_to_device(batches: Iterable[tuple[torch.Tensor, Indices]], task: Task) -> Iterator[Batch]:
+    """Move the batches of a loader that makes model input on the CPU to the device of the task."""
+    for images, indices in batches:
+        yield images.to(task.device, non_blocking=True), indices
 
 
-def picture_transform(task: Task) -> Callable:
-    """A PIL image to model input [C, R, R], as the documentation of torchvision shows it; rounds to levels of grey."""
+def pil_transform(task: Task) -> Callable:
+    """Return the documented torchvision transform of a PIL image to [C, R, R]; it rounds to integer gray levels."""
     return v2.Compose(
         [
             v2.Resize((task.resolution, task.resolution)),
@@ -58,7 +63,7 @@ def picture_transform(task: Task) -> Callable:
 
 
 def tensor_transform(task: Task) -> Callable:
-    """A tensor uint8 [C, H, W] to model input [C, R, R]: torchvision's faster form, without PIL."""
+    """Return the faster torchvision transform of a tensor uint8 [C, H, W] to [C, R, R], without PIL."""
     return v2.Compose(
         [
             v2.ToDtype(torch.float32, scale=True),
@@ -66,3 +71,20 @@ def tensor_transform(task: Task) -> Callable:
             v2.Resize((task.resolution, task.resolution), antialias=False),
         ]
     )
+
+
+def to_pil(pixels: NDArray[np.uint8]) -> Image.Image:
+    """Convert an image uint8 [H, W, C] to PIL."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def to_bytes(index: int, pixels: NDArray[np.uint8]) -> bytes:
+    """Encode an image and its source index as one byte string, the smallest sample."""
+    return pixels.tobytes() + index.to_bytes(_INDEX_BYTES, "little")
+
+
+def from_bytes(samples: Sequence[bytes], shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode samples of `to_bytes` to images uint8 [B, H, W, C] and source indices int64 [B]."""
+    encoded = np.frombuffer(bytearray().join(samples), np.uint8).reshape(len(samples), -1)
+    indices = np.ascontiguousarray(encoded[:, -_INDEX_BYTES:]).view("<i8")[:, 0]
+    return torch.from_numpy(encoded[:, :-_INDEX_BYTES].reshape(-1, *shape)), torch.from_numpy(indices)

@@ -1,4 +1,4 @@
-"""The webdataset library: on records of one image, and on our blocks, which are webdataset records too."""
+"""The webdataset library on records of one image, and on Inkstream's blocks, which are webdataset records as well."""
 
 from __future__ import annotations
 
@@ -9,38 +9,43 @@ import numpy as np
 import torch
 import webdataset
 
+from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Variant
 from benchmarks.loaders.baselines.inkstream import pack_upright_blocks
-from benchmarks.loaders.baselines.peer import Batch, Epochs, Source, Task, Variant
 from benchmarks.loaders.baselines.records import record_paths, write_records
-from benchmarks.loaders.baselines.transforms import BatchTransform, on_device, picture_transform, transformed
+from benchmarks.loaders.baselines.transforms import BatchTransform, apply_transform, move_to_device, pil_transform
 
-_DOCUMENTED_SHUFFLE = 1000  # samples in the buffer, as the documentation's examples have it
+_DOCUMENTED_SHUFFLE = 1000  # samples in the buffer, as in the examples of the documentation
 _BEST_SHUFFLE = 4096
 
 
-def stacked(samples: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decoded images and their rows to tensors uint8 [B, H, W, C] and int64 [B]."""
+def stack_samples(samples: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack decoded images and their source indices to tensors uint8 [B, H, W, C] and int64 [B]."""
     pixels = torch.from_numpy(np.stack([image for image, _ in samples]))
-    return pixels if pixels.ndim == 4 else pixels.unsqueeze(3), torch.tensor([row for _, row in samples])
+    return pixels if pixels.ndim == 4 else pixels.unsqueeze(3), torch.tensor([index for _, index in samples])
 
 
 class WebDatasetReader:
+    """`WebDataset` with shuffled shards and a shuffle buffer."""
+
     variants = (
         Variant(
             "documented",
             "records",
             f"shuffle({_DOCUMENTED_SHUFFLE}), decode to PIL, torchvision transforms image by image",
-            levels=1.5,
-            processes=True,
+            tolerance_levels=1.5,
+            uses_workers=True,
         ),
         Variant(
-            "best", "records", f"shuffle({_BEST_SHUFFLE}), decode to arrays, F.interpolate on the batch", processes=True
+            "best",
+            "records",
+            f"shuffle({_BEST_SHUFFLE}), decode to arrays, F.interpolate per batch",
+            uses_workers=True,
         ),
-        Variant("blocks", "blocks", "our block records: a block is a batch, only their order is random"),
+        Variant("blocks", "blocks", "Inkstream's block records: a block is a batch, only their order is random"),
     )
 
-    def pack(self, source: Source, form: str, directory: Path, batch_size: int) -> Path:
-        if form == "blocks":
+    def pack(self, source: Source, file_format: str, directory: Path, batch_size: int) -> Path:
+        if file_format == "blocks":
             return pack_upright_blocks(source, directory / "set", batch_size)
         write_records(source, directory)
         return directory
@@ -48,42 +53,42 @@ class WebDatasetReader:
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
         transform = BatchTransform(task)
         if variant == "blocks":
-            return lambda number: transformed(self._blocks(directory, task, number), transform)
+            return lambda number: apply_transform(self._blocks(directory, task, number), transform)
         if variant == "best":
-            return lambda number: transformed(self._records(directory, task, number), transform)
-        return lambda number: on_device(self._pictures(directory, task, number), task)
+            return lambda number: apply_transform(self._array_batches(directory, task, number), transform)
+        return lambda number: move_to_device(self._pil_batches(directory, task, number), task)
 
     def _loader(self, dataset: webdataset.WebDataset, task: Task) -> webdataset.WebLoader:
         return webdataset.WebLoader(
             dataset, batch_size=None, num_workers=task.workers, pin_memory=task.device.type == "cuda"
         )
 
-    def _pictures(self, directory: Path, task: Task, number: int) -> webdataset.WebLoader:
+    def _pil_batches(self, directory: Path, task: Task, number: int) -> webdataset.WebLoader:
         dataset = (
             self._shards(record_paths(directory), task, number)
             .shuffle(_DOCUMENTED_SHUFFLE)
             .decode("pil" if task.image_shape[2] == 3 else "pill")
             .to_tuple("png", "cls")
-            .map_tuple(picture_transform(task))
+            .map_tuple(pil_transform(task))
             .batched(task.batch_size, partial=False)
         )
         return self._loader(dataset, task)
 
-    def _records(self, directory: Path, task: Task, number: int) -> webdataset.WebLoader:
+    def _array_batches(self, directory: Path, task: Task, number: int) -> webdataset.WebLoader:
         dataset = (
             self._shards(record_paths(directory), task, number)
             .shuffle(_BEST_SHUFFLE)
             .decode("rgb8" if task.image_shape[2] == 3 else "l8")
             .to_tuple("png", "cls")
-            .batched(task.batch_size, collation_fn=stacked, partial=False)
+            .batched(task.batch_size, collation_fn=stack_samples, partial=False)
         )
         return self._loader(dataset, task)
 
     def _blocks(self, directory: Path, task: Task, number: int) -> Iterator[Batch]:
         paths = sorted((directory / "set" / "train").glob("*.tar"))
         dataset = self._shards(paths, task, number).shuffle(_BEST_SHUFFLE).decode().to_tuple("images.npy", "rows.npy")
-        for pixels, rows in dataset:
-            yield torch.from_numpy(pixels), rows
+        for pixels, indices in dataset:
+            yield torch.from_numpy(pixels), indices
 
     def _shards(self, paths: list[Path], task: Task, number: int) -> webdataset.WebDataset:
         return webdataset.WebDataset(
@@ -91,4 +96,4 @@ class WebDatasetReader:
         )
 
 
-PEERS = {"webdataset": WebDatasetReader()}
+LOADERS = {"webdataset": WebDatasetReader()}
