@@ -134,7 +134,7 @@ def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
     for row, label in enumerate(labels):
         if label not in numbers:
             raise UserError(
-                found=f"{table.place_of(row)}: class {printable(label)!r}",
+                found=f"{table.line(row)}: class {printable(label)!r}",
                 expected=f"a class of the run: {some_of(predictor.classes)}",
                 hint="correct this line, or name the image files to predict them without labels",
             )

@@ -40,7 +40,7 @@ def line_chart(lines: list[Line], label: str, is_percent: bool = False, from_zer
     values = [value for line in lines for value in line.values if math.isfinite(value)] + [0.0] * from_zero
     low, high = min(values), max(values)
     margin = (abs(high) / 10 or 1.0) if math.isclose(low, high, rel_tol=1e-12) else 0.0
-    ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low - margin, high + margin).tolist()
+    ticks = list(map(float, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low - margin, high + margin)))
     epochs = max(len(line.values) for line in lines)
 
     def x(epoch: float) -> float:

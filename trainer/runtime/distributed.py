@@ -59,9 +59,9 @@ class World:
                 outcome = (work(), None)
             except UserError as error:
                 outcome = (None, error)
-        result, error = self.broadcast_object(outcome)
-        if error is not None:
-            raise error
+        result, raised = self.broadcast_object(outcome)
+        if raised is not None:
+            raise raised
         return result
 
     def all_reduce_max(self, value: int) -> int:
@@ -142,7 +142,7 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
     try:
         on_gpu = device.type == "cuda"
         control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
-        yield World(rank=dist.get_rank(), size=size, device=device, control=control)
+        yield World(dist.get_rank(), size, device, control)  # type: ignore[arg-type]  # -100 is for ranks outside
     finally:
         dist.destroy_process_group()
 

@@ -57,7 +57,7 @@ class WandbLogger:
             project=config.logging.wandb_project,
             name=directory.name if config.run.dir else f"{config.run.name} {directory.name}",
             dir=directory,
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]  # wandb checks the value of WANDB_MODE
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
         )

@@ -24,6 +24,7 @@ from trainer.tune.search_space import SearchConfig
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.tune"),
         description="Hyperparameter search over the settings of a recipe, with the validation split as the objective.",
@@ -44,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Run the command; returns the exit status."""
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     search, base = search_space.load(arguments.search, arguments.overrides)
@@ -72,8 +74,6 @@ def main() -> int:
         print("stopped; the same command resumes the search", flush=True)
         raise
     if status == 0:
-        with study.exclusive():
-            study_page.write(study, search, base)
         print(study_page.format_table(study.results()))
         print(f"page        {study.directory / study_page.PAGE}")
         if (study.directory / study_page.BEST).exists():
@@ -100,8 +100,8 @@ def _describe_budget(search: SearchConfig) -> str:
     trials = f"up to {budget.trials} trials" if budget.trials is not None else "trials"
     minutes = f" within {duration(60 * budget.minutes)}" if budget.minutes is not None else ""
     seeds = f", {search.seeds_per_trial} seeds each" if search.seeds_per_trial > 1 else ""
-    part = f", {100 * search.train_fraction:.4g} % of the train split" if search.train_fraction < 1 else ""
-    return f"{trials}{minutes}{seeds}{part}, over {', '.join(search.space)}"
+    fraction = f", {search.train_fraction:.2%} of the train split" if search.train_fraction < 1 else ""
+    return f"{trials}{minutes}{seeds}{fraction}, over {', '.join(search.space)}"
 
 
 if __name__ == "__main__":

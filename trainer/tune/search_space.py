@@ -45,8 +45,14 @@ class _Range(BaseConfig):
     def contains(self, value: Any) -> bool:
         return self.low <= float(value) <= self.high  # type: ignore[attr-defined]
 
+    def encode(self, value: Any) -> Any:
+        """The value as Optuna stores it."""
+        return value
+
 
 class FloatRange(_Range):
+    """A range of numbers."""
+
     type: Literal["float"]
     """A number from a range."""
     low: float
@@ -60,11 +66,10 @@ class FloatRange(_Range):
         value = trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
         return min(max(float(f"{value:.6g}"), self.low), self.high)  # as many digits as a person writes into a recipe
 
-    def encode(self, value: Any) -> float:
-        return float(value)
-
 
 class IntRange(_Range):
+    """A range of integers."""
+
     type: Literal["int"]
     """A whole number from a range."""
     low: int
@@ -77,11 +82,10 @@ class IntRange(_Range):
     def suggest(self, trial: Any, name: str) -> int:
         return trial.suggest_int(name, self.low, self.high, step=self.step or 1, log=self.log)
 
-    def encode(self, value: Any) -> int:
-        return int(value)
-
 
 class Categorical(BaseConfig):
+    """A choice among values."""
+
     type: Literal["categorical"]
     """One of some values."""
     choices: Annotated[list[Any], Field(min_length=2)]
@@ -106,6 +110,8 @@ Distribution = Annotated[FloatRange | IntRange | Categorical, Field(discriminato
 
 
 class Conditional(BaseConfig):
+    """A dimension whose range depends on another setting."""
+
     type: Literal["conditional"]
     """A range for each choice of another setting; for other choices the setting keeps the recipe's value."""
     of: str
@@ -118,6 +124,8 @@ Dimension = Annotated[FloatRange | IntRange | Categorical | Conditional, Field(d
 
 
 class Sampler(BaseConfig):
+    """Sampler of values."""
+
     name: Literal["tpe", "random"] = "tpe"
     """How values are sampled: by a tree-structured Parzen estimator, or at random."""
     startup_trials: Annotated[int, Field(ge=1)] = 10
@@ -125,6 +133,8 @@ class Sampler(BaseConfig):
 
 
 class Pruner(BaseConfig):
+    """Pruner of trials."""
+
     name: Literal["median", "successive_halving", "none"] = "median"
     """Which trials are pruned: those below the median of the others at the same epoch, or all but one in `reduction`
     at epochs that grow by that factor, or none."""
@@ -137,6 +147,8 @@ class Pruner(BaseConfig):
 
 
 class Budget(BaseConfig):
+    """End of a search."""
+
     trials: Annotated[int, Field(ge=1)] | None = None
     """Trials of the whole study, including pruned ones; null for no limit."""
     minutes: Annotated[float, Field(gt=0)] | None = None
@@ -346,7 +358,7 @@ def best_recipe(search: SearchConfig, base: Config, values: dict[str, Any], name
         name: The recipe's `run.name`.
         head: Comment lines for the top of the file.
     """
-    own = {"run.name": name}
+    own: dict[str, Any] = {"run.name": name}
     if "data.val_fraction" in search.settings:
         own["data.val_fraction"] = config.load(search.recipe, []).data.val_fraction
     content = config.replace_settings(base, values | own, "the best trial").model_dump(mode="json", exclude_unset=True)

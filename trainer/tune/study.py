@@ -2,7 +2,7 @@
 
 A running trial belongs to the process that holds the lock in its directory. A running trial whose lock is free was left
 by a process that was stopped or killed: the next process resumes it, with its values, from its checkpoint. (Optuna's
-heartbeat and `RetryFailedTrialCallback` need an SQL server and start such a trial anew.)
+heartbeat and `RetryFailedTrialCallback` need an SQL server and start such a trial from scratch.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from pipeline.readers.naming import natural_key
 from shards.atomic import file_lock, make_directory
 from shards.errors import UserError
 from trainer.config.schema import Config
@@ -26,6 +27,7 @@ from trainer.tune.search_space import Categorical, SearchConfig
 
 try:
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 except ImportError:
     raise UserError(
         found="no package optuna, which python -m trainer.tune needs",
@@ -96,20 +98,19 @@ class RunningTrial:
         return self._trial.should_prune()
 
     def note(self, **attributes: Any) -> None:
+        """Store user attributes."""
         for name, value in attributes.items():
             self._trial.set_user_attr(name, value)
 
     def complete(self, scores: list[float]) -> None:
+        """End the trial with the scores of its seeds."""
         self.note(scores=scores)
         self._trial.study.tell(self._trial, float(np.mean(scores)))
 
-    def prune(self, reason: str) -> None:
+    def abort(self, state: State, reason: str) -> None:
+        """End the trial as pruned or failed."""
         self.note(note=reason)
-        self._trial.study.tell(self._trial, state=State.PRUNED)
-
-    def fail(self, reason: str) -> None:
-        self.note(note=reason)
-        self._trial.study.tell(self._trial, state=State.FAIL)
+        self._trial.study.tell(self._trial, state=state)
 
 
 class SharedStudy:
@@ -130,7 +131,7 @@ class SharedStudy:
         lock = FileLock(f"{journal}.lock")
         with self.exclusive():
             _cut_torn_line(journal, lock)
-            backend = optuna.storages.journal.JournalFileBackend(str(journal), lock_obj=lock)  # type: ignore[arg-type]
+            backend = JournalFileBackend(str(journal), lock_obj=lock)  # type: ignore[arg-type]
             self._study = optuna.create_study(
                 storage=optuna.storages.JournalStorage(backend),
                 study_name="search",
@@ -140,11 +141,9 @@ class SharedStudy:
             )
             self._check_same({"search": search.identity(), "recipe": base.recipe()})
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """Lock the study for other processes."""
-        with file_lock(self.directory / ".lock"):
-            yield
+        return file_lock(self.directory / ".lock")
 
     def check_data(self, digest: str) -> None:
         """Raise `UserError` for data that differ from those of the trials before."""
@@ -166,16 +165,16 @@ class SharedStudy:
         Yields:
             The trial; None once the budget of trials is used up.
         """
-        with ExitStack() as held:
+        with ExitStack() as stack:
             with self.exclusive():
-                trial = self._resume(held) or self._ask(held)
+                trial = self._resume(stack) or self._ask(stack)
             yield trial
 
     def unfinished(self) -> list[int]:
-        """Numbers of the trials that are neither finished nor locked by any process."""
-        with self.exclusive():
+        """Numbers of the running trials whose lock is free."""
+        with self.exclusive(), ExitStack() as stack:
             running = self._study.get_trials(deepcopy=False, states=(State.RUNNING,))
-            return [trial.number for trial in running if self._is_free(trial.number)]
+            return [trial.number for trial in running if self._lock(trial.number, stack)]
 
     def results(self) -> list[TrialResult]:
         return [
@@ -211,26 +210,26 @@ class SharedStudy:
                         hint="start another study: dir=...",
                     )
 
-    def _resume(self, held: ExitStack) -> RunningTrial | None:
+    def _resume(self, stack: ExitStack) -> RunningTrial | None:
         for known in self._study.get_trials(deepcopy=False, states=(State.RUNNING,)):
-            if not self._lock(known.number, held):
+            if not self._lock(known.number, stack):
                 continue
             trial = self._trial(known._trial_id, known.number)
             starts = known.user_attrs.get("starts", 0)
             if starts < _MAX_STARTS:
                 trial.note(starts=starts + 1)
                 return trial
-            trial.fail(f"its process died {starts} times")
-            held.close()
+            trial.abort(State.FAIL, f"its process died {starts} times")
+            stack.close()
         return None
 
-    def _ask(self, held: ExitStack) -> RunningTrial | None:
+    def _ask(self, stack: ExitStack) -> RunningTrial | None:
         most = self._search.budget.trials
         begun = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state != State.WAITING]
         if most is not None and len(begun) >= most:
             return None
         asked = self._study.ask()
-        assert self._lock(asked.number, held)
+        assert self._lock(asked.number, stack)
         trial = self._trial(asked._trial_id, asked.number)
         trial.note(starts=1)
         return trial
@@ -240,39 +239,34 @@ class SharedStudy:
         self._study.sampler = _sampler(self._search, number)
         return RunningTrial(optuna.Trial(self._study, identifier), self._search, self._trial_dir(number))
 
-    def _lock(self, number: int, held: ExitStack) -> bool:
+    def _lock(self, number: int, stack: ExitStack) -> bool:
         make_directory(self._trial_dir(number))
         try:
-            held.enter_context(FileLock(self._trial_dir(number) / ".lock", timeout=0))
+            stack.enter_context(FileLock(self._trial_dir(number) / ".lock", timeout=0))
         except Timeout:
             return False
         return True
-
-    def _is_free(self, number: int) -> bool:
-        with ExitStack() as held:
-            return self._lock(number, held)
 
     def _trial_dir(self, number: int) -> Path:
         return self.directory / "trials" / f"{number:04}"
 
 
 def flat_study(results: list[TrialResult], search: SearchConfig, base: Config) -> optuna.Study:
-    """Copy results into a study in which every trial has every searched setting, the recipe's value where a condition
-    did not apply: Optuna's importances and plots leave out parameters that only some trials have."""
+    """Copy results into a study in which every trial has every searched setting.
+
+    Optuna's importances and plots omit parameters that only some trials have, so a setting whose condition did not
+    apply gets the recipe's value.
+    """
     recipe = base.recipe()
     rows = [{name: result.values.get(name, recipe[name]) for name in search.space} for result in results]
     distributions = {name: _distribution(search, name, [row[name] for row in rows]) for name in search.space}
     study = optuna.create_study(direction="maximize")
     for result, row in zip(results, rows, strict=True):
-        params = {}
-        for name, value in row.items():
-            is_choice = isinstance(distributions[name], optuna.distributions.CategoricalDistribution)
-            params[name] = _label(value) if is_choice else value
         study.add_trial(
             optuna.trial.create_trial(
                 state=State.COMPLETE if result.mean is not None else State.PRUNED,
                 value=result.mean,
-                params=params,
+                params={name: _param(value, distributions[name]) for name, value in row.items()},
                 distributions=distributions,
                 intermediate_values=dict(result.curve),
             )
@@ -281,22 +275,20 @@ def flat_study(results: list[TrialResult], search: SearchConfig, base: Config) -
 
 
 def _distribution(search: SearchConfig, name: str, column: list[Any]) -> optuna.distributions.BaseDistribution:
-    ranges = search.distributions(name)
-    if any(isinstance(each, Categorical) for each in ranges) or any(value is None for value in column):
-        return optuna.distributions.CategoricalDistribution(sorted(set(map(_label, column)), key=_numbers_first))
+    ranges = [each for each in search.distributions(name) if not isinstance(each, Categorical)]
+    if len(ranges) < len(search.distributions(name)) or any(value is None for value in column):
+        labels = sorted({_label(value) for value in column}, key=natural_key)
+        return optuna.distributions.CategoricalDistribution(labels)
     log = all(each.log for each in ranges) and min(column) > 0
     return optuna.distributions.FloatDistribution(float(min(column)), float(max(column)), log=log)
 
 
+def _param(value: Any, distribution: optuna.distributions.BaseDistribution) -> Any:
+    return _label(value) if isinstance(distribution, optuna.distributions.CategoricalDistribution) else value
+
+
 def _label(value: Any) -> str:
     return "null" if value is None else str(value)
-
-
-def _numbers_first(text: str) -> tuple[bool, float, str]:
-    try:
-        return False, float(text), text
-    except ValueError:
-        return True, 0.0, text
 
 
 def can_rank(study: optuna.Study) -> bool:
@@ -306,8 +298,9 @@ def can_rank(study: optuna.Study) -> bool:
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """Importance of each searched setting for the objective, by functional ANOVA (Hutter et al. 2014,
-    https://proceedings.mlr.press/v32/hutter14.html).
+    """Estimate the importance of each searched setting for the objective by functional ANOVA.
+
+    Source: Hutter et al. 2014, https://proceedings.mlr.press/v32/hutter14.html.
 
     Args:
         study: As `flat_study` returns it.

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.text import Text
+from matplotlib.colors import ListedColormap
 
 from shards.atomic import write_file
 from trainer.config.schema import Config
-from trainer.report.html import percent, render
+from trainer.report.html import render
 from trainer.tune.search_space import SearchConfig, best_recipe
 from trainer.tune.study import SharedStudy, TrialResult, can_rank, flat_study, optuna
 
 PAGE = "study.html"
 BEST = "best.yaml"
 _SHOWN = 20  # best trials of the table
-_INK = "#010203"  # becomes the text colour of the page, light or dark
+_BLUES = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.45, 1, 256)))  # without its faint part
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1"}
 
 
-def write(study: SharedStudy, search: SearchConfig, base: Config) -> None:
-    """Write the page, and the best recipe once there is one, into the study's directory."""
+def write(study: SharedStudy, search: SearchConfig, base: Config, min_age: float = 0) -> None:
+    """Write the page into the study's directory.
+
+    Args:
+        study: The study.
+        search: The search.
+        base: The recipe with the settings of all trials.
+        min_age: Keep an existing page that is younger, in seconds.
+    """
+    path = study.directory / PAGE
+    if path.exists() and time.time() - path.stat().st_mtime < min_age:
+        return
     results = study.results()
-    ranked = ranking(results)
-    recipe = _best(ranked[0], results, search, base) if ranked else None
-    if recipe:
-        write_file(study.directory / BEST, recipe)
+    states = [result.state for result in results]
     page = render(
         "study_page.html.j2",
         Path(__file__).parent,
@@ -42,15 +51,21 @@ def write(study: SharedStudy, search: SearchConfig, base: Config) -> None:
         base=base,
         metric=_METRICS[base.trainer.monitor],
         results=results,
-        ranked=ranked,
-        states=[result.state for result in results],
+        ranked=ranking(results),
+        counts=", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
         seconds=sum(result.seconds for result in results),
         charts=_charts(flat_study(results, search, base), _METRICS[base.trainer.monitor]),
         shown_trials=_SHOWN,
         seeds=_seeds(search),
-        recipe=recipe,
+        recipe=_best(results, search, base),
     )
-    write_file(study.directory / PAGE, page)
+    write_file(path, page)
+
+
+def write_best(study: SharedStudy, search: SearchConfig, base: Config) -> None:
+    """Write the recipe of the best trial, once a trial is complete."""
+    if recipe := _best(study.results(), search, base):
+        write_file(study.directory / BEST, recipe)
 
 
 def ranking(results: list[TrialResult]) -> list[TrialResult]:
@@ -76,31 +91,35 @@ def format_table(results: list[TrialResult], rows: int = 5) -> str:
 
 
 def format_values(values: dict[str, Any]) -> str:
+    """Format settings as key=value."""
     return " ".join(f"{name}={format_value(value)}" for name, value in values.items())
 
 
 def format_value(value: Any) -> str:
+    """Format a value with up to 4 digits."""
     return f"{value:.4g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
 def format_score(result: TrialResult) -> str:
     """The mean metric of a complete trial, with the standard deviation over its seeds."""
     assert result.mean is not None
-    spread = f" ± {100 * result.std:.2f}" if result.std is not None else ""
-    return percent(result.mean).replace(" %", f"{spread} %")
+    return f"{result.mean:.2%}" + (f" ± {result.std:.2%}" if result.std is not None else "")
 
 
-def _best(best: TrialResult, results: list[TrialResult], search: SearchConfig, base: Config) -> str:
+def _best(results: list[TrialResult], search: SearchConfig, base: Config) -> str | None:
+    ranked = ranking(results)
+    if not ranked:
+        return None
     assert search.dir is not None
-    part = f"{100 * search.train_fraction:.4g} % of the train split" if search.train_fraction < 1 else "the train split"
     head = [
-        f"Best of {len(results)} trials of a search around {search.recipe}: trial {best.number}, "
+        f"Best of {len(results)} trials of a search around {search.recipe}: trial {ranked[0].number}, "
         f"{_METRICS[base.trainer.monitor]}",
-        f"{format_score(best)} on the validation split, {_seeds(search)} on {part}.",
+        f"{format_score(ranked[0])} on the validation split, {_seeds(search)},",
+        f"trained on {search.train_fraction:.2%} of the train split.",
         "",
         f"  python -m trainer.run {search.dir / BEST}",
     ]
-    return best_recipe(search, base, best.values, f"{search.dir.name}_best", head)
+    return best_recipe(search, base, ranked[0].values, f"{search.dir.name}_best", head)
 
 
 def _seeds(search: SearchConfig) -> str:
@@ -109,54 +128,54 @@ def _seeds(search: SearchConfig) -> str:
 
 
 def _charts(study: optuna.Study, metric: str) -> dict[str, str]:
-    """Optuna's plots as SVG by name, those that the trials so far suffice for."""
+    """Draw Optuna's plots as SVG by name, as far as there are enough trials."""
     plots = optuna.visualization.matplotlib
     trials = study.get_trials(deepcopy=False)
     names = list(trials[0].params) if trials else []
-    wide = max(6.4, 1.25 * len(names) + 1.25)
     charts = {}
-    with matplotlib.rc_context({"svg.fonttype": "none", "figure.figsize": (6.4, 3.4)}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "figure.figsize": (4.6, 3)}):
         plt.switch_backend("agg")
         if any(trial.intermediate_values for trial in trials):
-            charts["curves"] = _svg(plots.plot_intermediate_values(study), f"Validation {metric} by epoch")
+            plots.plot_intermediate_values(study)
+            charts["curves"] = _figure_to_svg(f"Validation {metric} by epoch")
         if any(trial.value is not None for trial in trials):
-            history = plots.plot_optimization_history(study, target_name=f"validation {metric}")
-            charts["history"] = _svg(history, f"Validation {metric} of each trial, and the best so far")
+            plots.plot_optimization_history(study, target_name=f"validation {metric}")
+            charts["history"] = _figure_to_svg(f"Validation {metric} of each trial, and the best so far")
             if can_rank(study):
-                evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-                bars = plots.plot_param_importances(study, evaluator=evaluator)
-                charts["importances"] = _svg(bars, "Importance of each setting", (6.4, 1 + 0.35 * len(names)))
-            parallel = plots.plot_parallel_coordinate(study, target_name=metric)
-            charts["parallel"] = _svg(parallel, f"Parallel coordinates: {metric}, {', '.join(names)}", (wide, 4))
-            slices = plots.plot_slice(study, target_name=f"validation {metric}")
-            charts["slice"] = _svg(slices, f"Validation {metric} by each setting", (max(6.4, 1.9 * len(names)), 3))
+                plots.plot_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
+                charts["importances"] = _figure_to_svg("Importance of each setting", (4.6, 1 + 0.35 * len(names)))
+            plots.plot_parallel_coordinate(study, target_name=metric)
+            label = f"Parallel coordinates: {metric}, {', '.join(names)}"
+            charts["parallel"] = _figure_to_svg(label, (max(8.0, 1.6 * len(names) + 1.6), 4.2))
+            plots.plot_slice(study, target_name=f"validation {metric}")
+            size = (max(8.0, 3.2 * len(names)), 3.4)
+            charts["slice"] = _figure_to_svg(f"Validation {metric} by each setting", size)
     return charts
 
 
-def _svg(axes: Any, label: str, size: tuple[float, float] | None = None) -> str:
-    """A plot as SVG for inclusion in the page: transparent, with text in the page's colour."""
-    first = axes if isinstance(axes, plt.Axes) else axes[0]
-    figure = first.figure
+def _figure_to_svg(label: str, size: tuple[float, float] | None = None) -> str:
+    """Convert the current figure to SVG for inclusion in the page, without faint colours."""
+    figure = plt.gcf()
     if size:
         figure.set_size_inches(size)
+    figure.suptitle("")
     for ax in figure.axes:
-        ax.set_facecolor("none")
+        ax.set_facecolor("white")
         for place in ("left", "center"):
             ax.set_title("", loc=place)
-        ax.tick_params(colors=_INK)
+        for line in ax.get_lines():
+            line.set_alpha(0.9)
+        for collection in ax.collections:
+            collection.set_cmap(_BLUES)
+        if len(figure.axes) > 2 and any(len(tick.get_text()) > 5 for tick in ax.get_xticklabels()):
+            ax.tick_params(axis="x", rotation=30)
         if (legend := ax.get_legend()) is not None:
-            legend.get_frame().set_alpha(0)
-            if len(legend.get_texts()) > 6:
-                legend.remove()
-    figure.suptitle("")
-    for text in figure.findobj(Text):
-        text.set_color(_INK)
+            legend.set_visible(1 < len(legend.get_texts()) <= 6)
+            legend.set_loc("lower right")
+            legend.set_bbox_to_anchor((1, 0))
     content = io.StringIO()
     figure.savefig(content, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
-    svg = content.getvalue().replace(_INK, "currentColor")
-    svg = svg[svg.index("<svg ") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
-    width = re.search(r'viewBox="0 0 ([\d.]+)', svg)[1]  # type: ignore[index]
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'style="max-width:{float(width) * 1.6:.0f}px"', svg, count=1)
+    svg = content.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg ") :], count=1, flags=re.DOTALL)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)

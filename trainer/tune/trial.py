@@ -1,4 +1,4 @@
-"""A trial of a search: the same settings trained with some seeds, judged on the validation split, never on test."""
+"""A trial of a search: one training per seed, evaluated on the validation split, never on the test split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import World
 from trainer.runtime.env_info import collect_env_info
 from trainer.tune.search_space import SearchConfig
-from trainer.tune.study import RunningTrial, SharedStudy
+from trainer.tune.study import RunningTrial, SharedStudy, State
 
 
 class TrialPruned(Exception):
@@ -43,7 +43,8 @@ class TrialReporter:
     def __init__(
         self, trial: RunningTrial, earlier: list[list[float]], settings: Config, is_over: Callable[[], bool]
     ) -> None:
-        """
+        """Start to report a seed of a trial.
+
         Args:
             trial: The trial to report to.
             earlier: Metrics by epoch of the seeds before this one.
@@ -102,7 +103,7 @@ def train_trial(
     try:
         config.replace_settings(base, trial.values, place)
     except UserError as error:
-        trial.fail(error.found)  # each value is valid, but not their combination
+        trial.abort(State.FAIL, error.found)  # each value is valid, but not their combination
         return
     try:
         for seed in range(search.seeds_per_trial):
@@ -118,13 +119,13 @@ def train_trial(
             summaries.append(_train(settings, study, world, reporter))
             trial.note(scores=[summary["metric"] for summary in summaries])
     except TrialPruned:
-        trial.prune("pruned")
+        trial.abort(State.PRUNED, "pruned")
     except NonFiniteLossError as error:
-        trial.prune(error.found)
+        trial.abort(State.PRUNED, error.found)
     except torch.cuda.OutOfMemoryError:
-        trial.fail("out of device memory")
+        trial.abort(State.FAIL, "out of device memory")
     except BaseException:
-        trial.note(starts=0)  # not a death of the process: stopped, out of time, or a mistake of the user
+        trial.note(starts=0)  # the process did not die: it was stopped, out of time, or met an error of the user
         raise
     else:
         trial.complete([summary["metric"] for summary in summaries])
@@ -138,12 +139,12 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
     directory, resuming = choose_run_dir(settings)
     if directory.summary_path.exists():
         return directory.read_summary()
-    with contextlib.ExitStack() as held:
-        held.enter_context(directory.lock())
-        # Beside the directory: a directory with a file and no settings is not taken for a run.
-        log = held.enter_context(open(directory.path.with_suffix(".log"), "a"))
-        held.enter_context(contextlib.redirect_stdout(log))
-        held.enter_context(contextlib.redirect_stderr(log))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(directory.lock())
+        # Beside the directory, because a directory that contains a file but no settings is not a run.
+        log = stack.enter_context(open(directory.path.with_suffix(".log"), "a"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
         with study.exclusive():  # one process computes and writes the input statistics
             data = open_data(settings, world)
         study.check_data(data.digest)

@@ -25,6 +25,7 @@ from trainer.tune.search_space import SearchConfig
 from trainer.tune.study import SharedStudy
 from trainer.tune.trial import TrialPaused, train_trial
 
+_PAGE_SECONDS = 60.0  # between two versions of the page, whose plots take seconds
 _MAX_DEATHS = 3  # for each worker, before the search fails
 _STOP_SECONDS = 10.0  # for workers to exit after SIGTERM, beyond checkpoint.grace_seconds
 
@@ -49,8 +50,8 @@ def work(search: SearchConfig, base: Config, deadline: float, workers: int = 1) 
     study = SharedStudy(search, base)
     trained = base  # best.yaml keeps the recipe's own loader.cache_gb and data.verify
     if base.loader.cache_gb == "auto" and workers > 1:
-        share = memory_limit() / 2 / 1e9 / workers
-        trained = config.replace_settings(base, {"loader.cache_gb": share}, "a share of the memory")
+        per_worker = memory_limit() / 2 / 1e9 / workers
+        trained = config.replace_settings(base, {"loader.cache_gb": per_worker}, "the memory per worker")
     with init_distributed(base.device) as world:
         while not is_over():
             with study.next_trial() as trial:
@@ -67,11 +68,13 @@ def work(search: SearchConfig, base: Config, deadline: float, workers: int = 1) 
                     return 128 + stop.signum
             result = next(result for result in study.results() if result.number == trial.number)
             print(study_page.format_result(result), flush=True)
-            with study.exclusive():
-                study_page.write(study, search, base)
+            study_page.write_best(study, search, base)
+            study_page.write(study, search, base, min_age=_PAGE_SECONDS)
             trained = config.replace_settings(
                 trained, {"data.verify": False}, "the search"
             )  # verified by the first trial
+    study_page.write_best(study, search, base)
+    study_page.write(study, search, base)
     return 0
 
 

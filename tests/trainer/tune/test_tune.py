@@ -90,7 +90,7 @@ def metrics_of(path: Path) -> list[str]:
 def start(*arguments: object, slowed: float = 0.0) -> subprocess.Popen:
     """A search by a real process, each of its steps slowed down by some seconds."""
     code = (
-        "import time, trainer.engine as engine\n"
+        "import time, trainer.loop.engine as engine\n"
         "step = engine.train_step\n"
         "def slow_step(*arguments, **options):\n"
         f"    time.sleep({slowed})\n"
@@ -160,7 +160,7 @@ def test_a_search_leaves_trials_a_page_and_the_best_recipe(searched: Path) -> No
     best = ranking(found)[0]
     assert best.mean == max(sum(result.scores) / 2 for result in found)
     page = (study / "study.html").read_text()
-    assert f"{100 * best.mean:.2f} ± {100 * best.std:.2f} %" in page
+    assert f"{best.mean:.2%} ± {best.std:.2%}" in page
     assert not re.findall(r'(?:src|href)=(?!"(?:#|data:))|url\((?!#)|@import', page)
     assert len(re.findall('<svg [^>]*role="img" aria-label=', page)) == page.count("<svg ") == 4
 
