@@ -231,8 +231,8 @@ def load(path: Path, overrides: list[str]) -> tuple[SearchConfig, Config]:
     content = config.read_yaml(path, overrides, EXAMPLE)
     if isinstance(content.get("settings"), dict):
         content["settings"] = dict(flatten(content["settings"]))
-    place = f"{path} or the command line" if overrides else str(path)
-    search = _validate(content, place)
+    source = f"{path} or the command line" if overrides else str(path)
+    search = _validate(content, source)
     changes: dict[str, Any] = {}
     if search.dir is None:
         changes["dir"] = DEFAULT_ROOT / path.stem
@@ -243,15 +243,15 @@ def load(path: Path, overrides: list[str]) -> tuple[SearchConfig, Config]:
     base = config.load(search.recipe, [])
     for name in [*search.settings, *search.space]:
         if name not in config.SETTINGS:
-            raise config.unknown_setting_error(name, place)
+            raise config.unknown_setting_error(name, source)
         if name in _SET_BY_SEARCH:
             raise UserError(
-                found=f"{name} in {place}",
+                found=f"{name} in {source}",
                 expected=f"{_SET_BY_SEARCH[name]}, from which the search sets it",
                 hint=f"set {_SET_BY_SEARCH[name]}, and remove {name}",
             )
-    base = config.replace_settings(base, search.settings, place)
-    _check_space(search, base, place)
+    base = config.replace_settings(base, search.settings, source)
+    _check_space(search, base, source)
     return search, base
 
 
@@ -260,65 +260,65 @@ def describe() -> dict[str, str]:
     return describe_settings(SearchConfig)
 
 
-def _check_space(search: SearchConfig, base: Config, place: str) -> None:
+def _check_space(search: SearchConfig, base: Config, source: str) -> None:
     """Check that each setting can be searched, and that each bound and choice is a valid value of it."""
     searchable = set(base.recipe()) - _OBJECTIVE
     for name, dimension in search.space.items():
         if name not in searchable:
             raise UserError(
-                found=f"{name} in the space of {place}",
+                found=f"{name} in the space of {source}",
                 expected="a setting of the training that does not change the objective",
                 hint=f"set it for all trials: settings: {{{name}: ...}}" if name != "seed" else "raise seeds_per_trial",
             )
         if isinstance(dimension, Conditional):
-            _check_cases(search, name, dimension, place)
+            _check_cases(search, name, dimension, source)
         for distribution in search.distributions(name):
             for value in distribution.bounds():
-                config.replace_settings(base, {name: value}, f"the space of {place}")
+                config.replace_settings(base, {name: value}, f"the space of {source}")
     for number, values in enumerate(search.initial_trials, 1):
-        _check_initial_trial(search, base, values, f"initial_trials, entry {number}, in {place}")
+        _check_initial_trial(search, base, values, f"initial_trials, entry {number}, in {source}")
 
 
-def _check_cases(search: SearchConfig, name: str, dimension: Conditional, place: str) -> None:
+def _check_cases(search: SearchConfig, name: str, dimension: Conditional, source: str) -> None:
     condition = search.space.get(dimension.of)
     if not isinstance(condition, Categorical):
         raise UserError(
-            found=f"{name} in {place}, conditional on {dimension.of}",
+            found=f"{name} in {source}, conditional on {dimension.of}",
             expected="a categorical setting of the same space",
             hint=f"add {dimension.of}: {{type: categorical, choices: [...]}} to the space",
         )
     for case in dimension.cases:
         if case not in condition.choices:
             raise UserError(
-                found=f"case {case} of {name} in {place}",
+                found=f"case {case} of {name} in {source}",
                 expected=f"one of the choices of {dimension.of}: {', '.join(map(str, condition.choices))}",
                 hint=_did_you_mean(str(case), list(map(str, condition.choices))),
             )
 
 
-def _check_initial_trial(search: SearchConfig, base: Config, values: dict[str, Any], place: str) -> None:
+def _check_initial_trial(search: SearchConfig, base: Config, values: dict[str, Any], source: str) -> None:
     for name in values:
         if name not in search.space:
             raise UserError(
-                found=f"{name} in {place}",
+                found=f"{name} in {source}",
                 expected="settings of the space",
                 hint=_did_you_mean(name, list(search.space)),
             )
-    config.replace_settings(base, values, place)
+    config.replace_settings(base, values, source)
     for name, _, distribution in search.applicable(values):
         if name not in values:
             raise UserError(
-                found=f"no {name} in {place}", expected="a value for every setting of the space", hint="add it"
+                found=f"no {name} in {source}", expected="a value for every setting of the space", hint="add it"
             )
         if not distribution.contains(values[name]):
             raise UserError(
-                found=f"{name}={values[name]} in {place}, which is outside of the space",
+                found=f"{name}={values[name]} in {source}, which is outside of the space",
                 expected=str(distribution.model_dump(exclude={"type"}, exclude_none=True)),
                 hint="widen the space, or choose another value",
             )
 
 
-def _validate(content: dict[str, Any], place: str) -> SearchConfig:
+def _validate(content: dict[str, Any], source: str) -> SearchConfig:
     try:
         return SearchConfig.model_validate(content)
     except ValidationError as error:
@@ -328,18 +328,18 @@ def _validate(content: dict[str, Any], place: str) -> SearchConfig:
         name = ".".join(loc)
         reason = first["msg"].removeprefix("Value error, ")
         given = first["input"] if isinstance(first["input"], str | int | float | bool | None) else "..."
-        found = f"{name}: {given} in {place}" if name else place
+        found = f"{name}: {given} in {source}" if name else source
         expected = reason[0].lower() + reason[1:]
         hint = describe().get(name) or f"compare it with {EXAMPLE}"
         if first["type"] == "extra_forbidden":
-            found, expected = f"unknown key {name} in {place}", "one of the keys in python -m trainer.tune --help"
+            found, expected = f"unknown key {name} in {source}", "one of the keys in python -m trainer.tune --help"
             settings = [setting for setting in config.SETTINGS if setting.split(".")[0] == name]
             models = (SearchConfig, Sampler, Pruner, Budget, FloatRange, Categorical, Conditional)
             keys = [key for model in models for key in model.model_fields]
             hint = f"for all trials: settings.{settings[0]}=..." if settings else _did_you_mean(loc[-1], keys)
         elif first["type"] in ("missing", "union_tag_not_found"):
             kind = ".type" if first["type"] == "union_tag_not_found" else ""
-            found, expected = f"no {name}{kind} in {place}", "a value for it"
+            found, expected = f"no {name}{kind} in {source}", "a value for it"
         raise UserError(found=found, expected=expected, hint=hint) from None
 
 
