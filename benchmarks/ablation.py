@@ -44,7 +44,7 @@ from trainer.config.schema import Config, DataConfig
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import make_training
-from trainer.models.precision import resolve_precision
+from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.env_info import collect_env_info
 
@@ -144,7 +144,7 @@ def measure(settings: Config, checkpoint: Path | None) -> dict[str, Any]:
     """Train and test once; copy the best checkpoint to `checkpoint` unless it is None."""
     start = time.perf_counter()
     with init_distributed(settings.device) as world, tempfile.TemporaryDirectory() as run:
-        settings = resolve_precision(settings, world.device)
+        settings = resolve_auto(settings, world.device)
         data = open_data(settings, world)
         training = make_training(settings, data, world)
         directory = RunDirectory(Path(run))

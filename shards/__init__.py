@@ -4,8 +4,23 @@ Reading order: `manifest`, `stores.base`, `stores.tar`, `open`. `docs/format.md`
 does not import `pipeline` or `trainer`, nor torch or DALI.
 """
 
-from shards.errors import UserError
-from shards.manifest import Manifest
-from shards.open import open_split, open_store
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shards.errors import UserError
+    from shards.manifest import Manifest
+    from shards.open import open_split, open_store
 
 __all__ = ["Manifest", "UserError", "open_split", "open_store"]
+
+_MODULES = {"Manifest": "manifest", "UserError": "errors", "open_split": "open", "open_store": "open"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `--help` takes a fraction of a second without numpy."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"shards.{_MODULES[name]}"), name)

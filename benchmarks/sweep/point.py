@@ -36,8 +36,8 @@ from trainer.data.resolution_schedule import TrainingLoader
 from trainer.data.training_data import TrainingData, open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
+from trainer.models.auto import resolve_auto
 from trainer.models.compile import compile_mode
-from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import World, init_distributed
 from trainer.runtime.env_info import collect_env_info
 
@@ -150,7 +150,7 @@ def measure(config: SweepConfig, point: Point, batch_size: int, accumulation: in
     """Measure a point at a batch size and a number of batches per update."""
     settings = config.point_config(point, batch_size, accumulation)
     with init_distributed(settings.device) as world:
-        settings = resolve_precision(settings, world.device)
+        settings = resolve_auto(settings, world.device)
         data = open_data(settings, world)
         data.test.sampler = replace(data.test.sampler, samples=data.test.sampler.samples[: config.test_images])
         loader = _measure_loader(data, world)

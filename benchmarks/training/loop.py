@@ -24,8 +24,8 @@ from trainer.data.resolution_schedule import TrainingLoader
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Totals, Training, make_training
+from trainer.models.auto import resolve_auto
 from trainer.models.compile import compile_mode
-from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import World, init_distributed
 from trainer.runtime.env_info import collect_env_info
 
@@ -111,7 +111,7 @@ def measure(
 def _measure(
     world: World, shards: Path, case: LoopCase, fraction: float, runs: int, seconds: float
 ) -> dict[str, Any] | None:
-    settings = resolve_precision(validate(make_recipe(shards, case, fraction), "the benchmark"), world.device)
+    settings = resolve_auto(validate(make_recipe(shards, case, fraction), "the benchmark"), world.device)
     data = open_data(settings, world)
     if data.train.steps(0) < 2:
         raise UserError(

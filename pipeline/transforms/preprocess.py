@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # trainer.config imports this module and must not import torch
+if TYPE_CHECKING:  # --help imports this module and must not import numpy or torch
     import torch
+
+
+MAX_RESOLUTION = 4096
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.transforms.augmentation import AugmentationParams
-from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing
+from pipeline.transforms.preprocess import MAX_RESOLUTION, NO_PREPROCESSING, Preprocessing
 from shards.errors import UserError
 from shards.manifest import Manifest
 
 if TYPE_CHECKING:  # the settings, which need MAX_RESOLUTION, do without torch
     import torch
-
-MAX_RESOLUTION = 4096
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def stop_in_epoch(recipe: Path, directory: Path, epoch: int, how: int, delay: fl
     Batches are slowed down by a wrapper so that the signal meets the middle of an epoch.
     """
     slow = (
-        "import time, trainer.engine as engine\n"
+        "import time, trainer.loop.engine as engine\n"
         "step = engine.train_step\n"
         "def slow_step(*arguments, **options):\n"
         "    time.sleep(0.05)\n"

@@ -72,12 +72,12 @@ def test_phases_follow_the_schedule_and_keep_the_pixels_of_a_batch() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.resolution=[[2, 48]]", "begin with 1"),
-        ("data.resolution=[]", "begin with 1"),
-        ("data.resolution=[[1, 48], [1, 56]]", "begin with 1 and rise"),
-        ("data.resolution=[48, 56]", "pairs of an epoch and a side"),
-        ("data.resolution=[[1, 48.5]]", "pairs of an epoch and a side"),
-        ("data.resolution=[[1, 0]]", "sides of 1 .. 4096 pixels"),
+        ("data.resolution=[[2, 48]]", "start with 1"),
+        ("data.resolution=[]", "start with 1"),
+        ("data.resolution=[[1, 48], [1, 56]]", "start with 1 and increase"),
+        ("data.resolution=[48, 56]", "pairs of an epoch and a resolution"),
+        ("data.resolution=[[1, 48.5]]", "pairs of an epoch and a resolution"),
+        ("data.resolution=[[1, 0]]", "resolutions of 1 .. 4096 pixels"),
     ],
 )
 def test_a_schedule_that_is_none_is_refused(override: str, words: str) -> None:
@@ -88,7 +88,7 @@ def test_a_schedule_that_is_none_is_refused(override: str, words: str) -> None:
 
 
 def test_a_schedule_agrees_with_the_other_settings() -> None:
-    with pytest.raises(UserError, match=r"goes on to epoch 9, but trainer\.epochs is 8"):
+    with pytest.raises(UserError, match=r"changes at epoch 9, but trainer\.epochs is 8"):
         load(QUICKSTART, ["data.resolution=[[1, 8], [9, 28]]"])
     with pytest.raises(UserError, match="three_block_cnn takes 4 or more"):
         load(QUICKSTART, ["data.resolution=[[1, 3], [2, 28]]"])
@@ -129,13 +129,13 @@ def test_the_learning_rate_goes_by_epochs_whatever_their_number_of_updates(sched
         """The learning rate with which each epoch begins, the last one's end included."""
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
         rate = LRSchedule(optimizer, config(*given), updates)
-        found = [rate.now]
+        found = [rate.lr]
         for count in updates:
             for _ in range(count):
                 optimizer.step()
-                rate.after_update()
-            rate.after_epoch(0.0)
-            found.append(rate.now)
+                rate.step_update()
+            rate.step_epoch(0.0)
+            found.append(rate.lr)
         return found
 
     uneven, even = ends([2, 2, 5, 5, 7, 12]), ends([12] * 6)

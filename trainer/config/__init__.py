@@ -1,1 +1,1 @@
-"""Settings: recipes, types, defaults and checks."""
+"""Settings: types, defaults, descriptions, checks and recipes. Read schema, then load."""

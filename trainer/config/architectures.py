@@ -1,21 +1,25 @@
-"""Descriptions of the networks defined in `trainer.models`, as data: settings are checked against them."""
+"""Architectures of the networks in `trainer.models`, as data, so that settings are checked without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-# Those that take images of any size, and the smallest side in pixels that leaves something of the last feature map.
+# Networks that take images of any size, and the smallest side in pixels with a non-empty last feature map.
 MIN_RESOLUTION = {"three_block_cnn": 4, "cifar_efficientnet": 1, "squeezenet1_1": 17}
 
 
 @dataclass(frozen=True)
 class PlainCnn:
-    """What a plain network consists of.
+    """Architecture of a network of convolutions with pooling, followed by dense layers.
 
-    side: of its square input, in pixels. filters: output channels of each convolution. kernels: their sides in pixels.
-    padded: which of them keep the size of the image. dense: widths of the dense layers before the classifier.
-    batch_norm: whether one follows each convolution.
+    Attributes:
+        side: Side of the square input in pixels.
+        filters: Output channels of each convolution.
+        kernels: Kernel size of each convolution.
+        padded: Whether each convolution keeps the size of the image.
+        dense: Widths of the dense layers before the classifier.
+        batch_norm: Whether batch norm follows each convolution.
     """
 
     side: int
@@ -26,27 +30,33 @@ class PlainCnn:
     batch_norm: bool = False
 
     def with_layers(self, filters: Sequence[int] | None, kernel: int | None, dense: Sequence[int] | None) -> PlainCnn:
-        """With other filters, one kernel side for all convolutions, or other dense layers; None leaves what is there.
+        """Replace layers; None keeps them.
 
-        Raises `ValueError` for what does not fit.
+        Args:
+            filters: Output channels of each convolution.
+            kernel: Kernel size of all convolutions.
+            dense: Widths of the dense layers.
+
+        Raises:
+            ValueError: The layers do not fit together.
         """
         if filters is not None and len(filters) != len(self.filters):
-            raise ValueError(f"{len(filters)} numbers of filters for {len(self.filters)} convolutions (model.filters)")
+            raise ValueError(f"model.filters has {len(filters)} numbers for {len(self.filters)} convolutions")
         if kernel is not None and kernel % 2 == 0 and any(self.padded):
-            raise ValueError(f"a kernel of {kernel}x{kernel} (model.kernel), where only an odd one is padded evenly")
-        changed = replace(
+            raise ValueError(f"model.kernel={kernel} is even, but padded convolutions need an odd kernel size")
+        network = replace(
             self,
             filters=self.filters if filters is None else tuple(filters),
             kernels=self.kernels if kernel is None else (kernel,) * len(self.kernels),
             dense=self.dense if dense is None else tuple(dense),
         )
-        if changed.last_side < 1:
-            raise ValueError(f"a kernel of {kernel}x{kernel} (model.kernel), which leaves nothing of the image")
-        return changed
+        if network.last_side < 1:
+            raise ValueError(f"model.kernel={kernel} is too large for images of {self.side} pixels")
+        return network
 
     @property
     def last_side(self) -> int:
-        """Side of the last feature map; below 1 for none."""
+        """Side of the last feature map; below 1 for an empty one."""
         side = self.side
         for kernel, padded in zip(self.kernels, self.padded, strict=True):
             side = (side if padded else side - kernel + 1) // 2
@@ -55,14 +65,13 @@ class PlainCnn:
 
 _TWO = PlainCnn(32, filters=(32, 64), kernels=(3, 3), padded=(True, True), dense=(128,))
 _THREE = PlainCnn(64, filters=(16, 32, 32), kernels=(3, 3, 3), padded=(True, True, True), dense=(1024, 512))
+_LENET = PlainCnn(28, filters=(6, 16), kernels=(5, 5), padded=(False, False), dense=(120, 84))
 
 PLAIN_CNNS = {
     "cifar_cnn": _TWO,
     "cifar_cnn_batchnorm": replace(_TWO, dense=(256,), batch_norm=True),
-    "lenet": PlainCnn(28, filters=(6, 16), kernels=(5, 5), padded=(False, False), dense=(120, 84)),
+    "lenet": _LENET,
     "numtadb_model1": _THREE,
-    "numtadb_model2": PlainCnn(
-        48, filters=(6, 16, 32), kernels=(5, 5, 3), padded=(False, False, True), dense=(120, 84)
-    ),
+    "numtadb_model2": replace(_LENET, side=48, filters=(6, 16, 32), kernels=(5, 5, 3), padded=(False, False, True)),
     "numtadb_model3": replace(_THREE, side=48),
 }

@@ -1,70 +1,62 @@
-"""Settings of augmentation; `pipeline.transforms.augmentation` is what does it."""
+"""Settings of augmentation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.transforms.augmentation import Augmentation
 from trainer.config.base import BaseConfig, Fraction
+
+if TYPE_CHECKING:  # --help imports this module and must not import numpy
+    from pipeline.transforms.augmentation import Augmentation
 
 
 class AugmentConfig(BaseConfig):
-    """Random changes of training images, drawn for each of them by seed, epoch and step; all off by default."""
+    """Random changes of training images, drawn per image from (seed, epoch, step); all off by default."""
 
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Degrees, up to, that images are turned either way."""
+    """Maximum rotation in degrees, in either direction."""
     shear: Annotated[float, Field(ge=0, lt=90)] = 0.0
-    """Degrees, up to, that upright lines are slanted either way."""
+    """Maximum horizontal shear in degrees, in either direction."""
     translation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the side, up to, that images are moved along each axis."""
+    """Maximum translation along each axis, as a fraction of the image's side."""
     scale: Annotated[float, Field(ge=0)] = 0.0
-    """Images become larger or smaller by up to 1 + this factor."""
+    """Maximum scaling: images are enlarged or reduced by a factor of up to 1 + scale."""
     flip: Fraction = 0.0
-    """Share of images that are mirrored, left to right; not for characters."""
+    """Probability of a horizontal flip; not for characters."""
     crop_padding: Annotated[int, Field(ge=0)] = 0
-    """Raw pixels that are added on each side before a part of the old size is cut out."""
+    """Padding of each side in raw pixels before a random crop of the original size."""
     elastic: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Elastic distortion: how far pixels are displaced (root mean square along each axis), as a share of the side.
-    Simard et al. (2003) take 0.048 for digits."""
+    """RMS displacement of elastic distortion along each axis, as a fraction of the image's side. Simard et al. (2003)
+    use 0.048 for digits."""
     elastic_sigma: Annotated[float, Field(ge=0.02, le=1)] = 0.14
-    """Standard deviation of the Gaussian that smooths the displacements, as a share of the side."""
+    """Std of the Gaussian that smooths elastic displacements, as a fraction of the image's side."""
     fill: Literal["border"] | Annotated[int, Field(ge=0, le=255)] = "border"
-    """What moves in from outside: a grey value, or the pixels of the border over and over."""
+    """Value of pixels from outside the image: a gray level 0 .. 255, or border to repeat the border pixels."""
     stroke: Annotated[float, Field(ge=0, le=16)] = 0.0
-    """Raw pixels, up to, that bright strokes become thicker or thinner on each side."""
+    """Maximum dilation or erosion of bright strokes, in raw pixels on each side."""
     brightness: Fraction = 0.0
-    """Colours are multiplied by 1 plus or minus up to this."""
+    """Maximum change of brightness: colors are multiplied by 1 - brightness .. 1 + brightness."""
     contrast: Fraction = 0.0
-    """Colours are stretched about mid-grey by 1 plus or minus up to this."""
+    """Maximum change of contrast: differences from mid-gray are multiplied by 1 - contrast .. 1 + contrast."""
     saturation: Fraction = 0.0
-    """Colours are stretched about their own grey by 1 plus or minus up to this."""
+    """Maximum change of saturation: differences from gray are multiplied by 1 - saturation .. 1 + saturation."""
     hue: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Degrees, up to, that hues are turned either way."""
+    """Maximum rotation of the hue in degrees, in either direction."""
     erase: Fraction = 0.0
-    """Share of images of which a box is erased."""
+    """Probability of erasing a box."""
     erase_area_min: Fraction = 0.02
-    """Smallest share of the image that the box takes."""
+    """Minimum area of the erased box, as a fraction of the image."""
     erase_area_max: Fraction = 0.2
-    """Largest share of the image that the box takes."""
+    """Maximum area of the erased box, as a fraction of the image."""
     erase_at: Literal["anywhere", "contour"] = "anywhere"
-    """Where the box is: anywhere, or around a pixel of the ink's contour."""
+    """Position of the erased box: anywhere, or centered on a pixel of the ink's contour."""
     erase_value: Annotated[int, Field(ge=0, le=255)] = 0
-    """Grey value of what is erased."""
+    """Gray level of the erased box, 0 .. 255."""
 
     def augmentation(self) -> Augmentation:
-        """The same as the pipeline knows it."""
-        return Augmentation(**{name: getattr(self, name) for name in type(self).model_fields})
+        """Return the settings as the pipeline takes them."""
+        from pipeline.transforms.augmentation import Augmentation
 
-    def settings_without_effect(self) -> Iterator[str]:
-        """A line for each setting that was given and changes nothing."""
-        given = self.model_fields_set
-        if "elastic_sigma" in given and self.elastic == 0:
-            yield "augment.elastic_sigma has no effect with augment.elastic=0"
-        if self.fill != "border" and not self.augmentation().has_warp:
-            yield f"augment.fill={self.fill} has no effect where nothing is moved: augment.rotation and others are 0"
-        for setting in ("erase_area_min", "erase_area_max", "erase_at", "erase_value"):
-            if setting in given and self.erase == 0:
-                yield f"augment.{setting} has no effect with augment.erase=0"
+        return Augmentation(**dict(self))

@@ -11,46 +11,53 @@ from trainer.config.base import BaseConfig, Fraction
 
 
 class LossConfig(BaseConfig):
+    """The loss."""
+
     class_weights: Literal["none", "inverse", "minmax", "effective"] = "none"
-    """Weights by class: inverse frequency, that scaled to 1 .. 2, or by effective number of samples."""
+    """Class weights: inverse frequency, inverse frequency scaled to 1 .. 2 (minmax), or effective number of samples."""
     effective_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Beta of the effective number of samples, (1 - beta^n) / (1 - beta)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Label smoothing: fraction of the target spread evenly over all classes."""
     logit_adjustment: Annotated[float, Field(ge=0)] = 0.0
-    """Train on logits raised by this many times the logarithm of the class frequencies, so that rare classes count as
-    much as others; 1 is the balanced softmax."""
+    """Factor tau of logit adjustment in the loss, which adds tau * log(class frequency) to the logits; 1 is the
+    balanced softmax."""
 
 
 class PosthocConfig(BaseConfig):
+    """Post-hoc logit adjustment."""
+
     tau: Annotated[float, Field(ge=-4, le=4)] | Literal["auto"] = 0.0
-    """How far the class weights w of the loss are undone to predict, argmax(z - tau log w): 0 not at all, 1 wholly,
-    which suits accuracy; below that macro F1. auto is what suits trainer.monitor on the validation part. Where the loss
-    has no weights they are inverse frequencies: 0 suits accuracy, down to -1 macro F1."""
+    """Factor that undoes the class weights w of the loss in predictions, argmax(z - tau * log w): 0 keeps them, 1
+    removes them. auto tunes it on the validation split for trainer.monitor. Without class weights, w is the inverse
+    class frequency, and negative values favor rare classes."""
 
 
 class DistillationConfig(BaseConfig):
+    """Distillation from an earlier run."""
+
     teacher: Path | None = None
-    """A run to learn from beside the labels: its directory, or a best.pt. It sees the same images, mixed as they are;
-    null for none."""
+    """Run directory or best.pt of the teacher, which sees the student's augmented and mixed images; null for none."""
     weight: Fraction = 0.5
-    """Share of the loss that is the divergence from the teacher's probabilities."""
+    """Weight of the divergence from the teacher's probabilities; the loss on the labels has 1 - weight."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    """By which the logits of both are divided for that divergence."""
+    """Temperature of the student's and the teacher's logits in the divergence."""
 
 
 class MixupConfig(BaseConfig):
+    """MixUp and CutMix."""
+
     prob: Fraction = 0.0
-    """Share of batches that are mixed."""
+    """Probability that a batch is mixed."""
     mixup_alpha: Annotated[float, Field(ge=0)] = 0.2
-    """MixUp: parameter of the Beta distribution of the weight; 0 for none."""
+    """Alpha of MixUp's Beta distribution; 0 for no MixUp."""
     cutmix_alpha: Annotated[float, Field(ge=0)] = 1.0
-    """CutMix: parameter of the Beta distribution of the area; 0 for none."""
+    """Alpha of CutMix's Beta distribution; 0 for no CutMix."""
     switch_prob: Fraction = 0.5
-    """Share of mixed batches that take CutMix, where both are on."""
+    """Probability of CutMix instead of MixUp for a mixed batch, if both are on."""
     off_last_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs at the end of the training whose batches are not mixed."""
+    """Number of final epochs without mixing."""
 
     def at(self, epoch: int, epochs: int) -> MixupConfig:
-        """What holds in an epoch (from 0) of so many."""
+        """Return the settings of an epoch, from 0, out of `epochs`."""
         return self.model_copy(update={"prob": 0.0}) if epoch >= epochs - self.off_last_epochs else self

@@ -229,8 +229,8 @@ def _update(training: Training) -> None:
     if state.ema is not None:
         state.ema.update(state.updates)
         training.profile.mark("average")
-    state.lr = state.learning_rate.now
-    state.learning_rate.after_update()
+    state.lr = state.learning_rate.lr
+    state.learning_rate.step_update()
 
 
 @contextlib.contextmanager
@@ -263,7 +263,7 @@ def _end_epoch(training: Training, services: Services) -> None:
         record["validation"] = _validate(training, services.signals_received).summary()
         training.profile.mark("validation")
         metric = record["validation"][config.trainer.monitor]
-    state.learning_rate.after_epoch(metric)
+    state.learning_rate.step_epoch(metric)
     is_best = metric >= state.best  # on ties keep the later epoch
     state.epoch += 1
     if is_best:

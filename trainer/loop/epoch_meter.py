@@ -53,7 +53,7 @@ class EpochMeter:
         here.samples += batch.global_size
         if self._training.world.is_main_process:
             self._shown_loss.update(loss, len(batch.labels))
-            rate = self._training.state.learning_rate.now
+            rate = self._training.state.learning_rate.lr
             self._progress.step(batch.step + 1, self._shown_loss, rate, here.samples, here.wait_seconds)
 
     def commit(self) -> None:

@@ -26,7 +26,7 @@ from trainer.config import load as config
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
-from trainer.models.precision import resolve_precision
+from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.memory import available_memory, peak_memory
 
@@ -151,7 +151,7 @@ def main() -> int:
                 expected="one process: what fits on a rank does not depend on the others",
                 hint=f"python -m trainer.loop.find_batch_size {arguments.config}",
             )
-        settings = resolve_precision(settings, world.device)
+        settings = resolve_auto(settings, world.device)
         data = open_data(settings, world)
         training = make_training(settings, data, world)
         attempts = BatchSizeRunner(training)

@@ -41,7 +41,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     state.updates = before + -(-state.step // accumulation)
     metrics = [record["validation"][config.trainer.monitor] for record in state.history if "validation" in record]
     state.learning_rate.replay(state.updates, state.epoch, metrics)
-    state.lr = state.learning_rate.now
+    state.lr = state.learning_rate.lr
 
 
 def _groups(training: Training) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from trainer.evaluate.evaluator import Evaluation
 from trainer.loop import console, engine, resume
 from trainer.loop.state import Training, make_training
 from trainer.loop.summary import summarize
-from trainer.models.precision import resolve_precision
+from trainer.models.auto import resolve_auto
 from trainer.report import run_page
 from trainer.runtime import rendezvous
 from trainer.runtime.distributed import World, init_distributed, report_errors_on_main
@@ -59,7 +59,7 @@ def train(path: Path, overrides: list[str], dry: bool) -> int:
         check_installed(settings)
         resolve_dataset(settings.data.shards)  # before ranks wait for each other, as a download may take longer
         with init_distributed(settings.device, settings.trainer.timeout_minutes) as world:
-            settings = resolve_precision(settings, world.device)
+            settings = resolve_auto(settings, world.device)
             data = open_data(settings, world)
             if dry:
                 return dry_run(settings, data, world)

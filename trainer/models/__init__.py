@@ -1,1 +1,1 @@
-"""Networks, their precision and compilation."""
+"""Networks, their initial weights, precision, memory format and compilation. Read factory first."""

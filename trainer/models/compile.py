@@ -1,10 +1,11 @@
-"""The model compiled, once for each resolution and not for each batch size."""
+"""Compilation with torch.compile: once per resolution, for any batch size."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -15,45 +16,52 @@ from trainer.config.schema import TrainerConfig
 
 log = logging.getLogger(__name__)
 
-# Inductor's kernels, Triton's launchers too, are built by a C compiler.
+# A C compiler builds Inductor's kernels and Triton's launchers.
 _COMPILERS = ("cc", "gcc", "clang", "cl")
 
 
 def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.device, resolutions: int) -> nn.Module:
-    """The model as `trainer.compile` asks for it: itself, or compiled with the same weights.
+    """Compile a model as `trainer.compile` asks for; the compiled model shares its weights.
 
-    resolutions: how many different ones it will see. Raises `UserError` where nothing can be compiled.
+    Args:
+        model: The model.
+        settings: The settings with `compile`.
+        device: Device of the model.
+        resolutions: Number of different resolutions of its input.
+
+    Raises:
+        UserError: There is no C compiler.
     """
     mode = compile_mode(settings, device)
     if mode == "off":
         return model
-    # Beyond this many variants it would go on uncompiled.
+    # torch runs further variants uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, resolutions + 1)
-    options = {} if mode == "default" else {"mode": mode}
-    return _AnyBatch(torch.compile(model, dynamic=False, **options))
+    compiled: Any = torch.compile(model, dynamic=False, mode=None if mode == "default" else mode)
+    return _DynamicBatch(compiled)
 
 
 def compile_mode(settings: TrainerConfig, device: torch.device) -> str:
-    """`off` or a mode of torch.compile: what `auto` means on this machine."""
+    """Return `off` or the mode of torch.compile, with `auto` resolved for this machine."""
     has_compiler = bool(os.environ.get("CXX") or os.environ.get("CC") or any(map(shutil.which, _COMPILERS)))
     if settings.compile == "auto":
         if device.type == "cuda" and not has_compiler:
-            log.warning("trainer.compile=auto: no C compiler here, so the model is not compiled; apt install gcc g++")
+            log.warning("trainer.compile=auto: no C compiler, so the model is not compiled; apt install gcc g++")
         return "default" if device.type == "cuda" and has_compiler else "off"
     if settings.compile != "off" and not has_compiler:
         raise UserError(
-            found=f"trainer.compile={settings.compile}, and no C compiler on this machine",
+            found=f"trainer.compile={settings.compile}, but no C compiler on this machine",
             expected="gcc or clang, with which torch.compile builds its kernels",
             hint="apt install gcc g++, or trainer.compile=off",
         )
     return settings.compile
 
 
-class _AnyBatch(nn.Module):
-    """Calls a compiled model, whose code is to hold for every batch size.
+class _DynamicBatch(nn.Module):
+    """Calls a compiled model with a dynamic batch size.
 
-    The batches of an epoch differ by one image, and so do the shares of ranks. The height and width stay constants of
-    the code, which is compiled anew for another resolution.
+    The batches of an epoch and of ranks differ by one image. Height and width are constants of the compiled code, which
+    is compiled again for another resolution.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -62,5 +70,5 @@ class _AnyBatch(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         torch._dynamo.maybe_mark_dynamic(images, 0)
-        torch.compiler.cudagraph_mark_step_begin()  # what the step before left in the graphs' memory is done with
+        torch.compiler.cudagraph_mark_step_begin()  # the outputs of the previous step may be overwritten
         return self.inner(images)

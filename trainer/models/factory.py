@@ -24,41 +24,49 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SMALL_CNN = "three_block_cnn"
-_HUB_TIMEOUT = 5.0  # seconds
+_CONNECT_TIMEOUT = 5.0  # seconds
 
 
-def make_model(settings: ModelConfig, channels: int, classes: int, names: Sequence[str] = ()) -> nn.Module:
-    """A model of images float [B, channels, R, R] to logits [B, classes].
+def make_model(settings: ModelConfig, channels: int, classes: int, class_names: Sequence[str] = ()) -> nn.Module:
+    """Build a model from images float [B, channels, R, R] to logits [B, classes].
 
-    names: of the classes, by which those that `model.init_checkpoint` knows keep their part of its classifier.
-    Raises `UserError` for an unknown name and for weights that cannot be had or do not fit.
+    Args:
+        settings: Name, initial weights and head of the model.
+        channels: Channels of the images.
+        classes: Number of classes.
+        class_names: Names of the classes, by which rows of the classifier in `model.init_checkpoint` are kept.
+
+    Raises:
+        UserError: The name is unknown, or the weights are unavailable or do not fit.
     """
     hidden = settings.head_hidden
     repeats = settings.gray_input == "repeated" and channels == 1
     backbone, features = _backbone(settings, 3 if repeats else channels, 0 if hidden else classes)
     if settings.stem_stride is not None:
-        _step_by_one(backbone, settings.name)
+        _set_stem_stride(backbone, settings.name)
     if settings.gray_input == "random" and channels == 1:
-        _first_convolution(backbone).reset_parameters()
-    layers = OrderedDict(backbone=backbone)
+        next(layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d)).reset_parameters()
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
     if repeats:
-        layers = OrderedDict(repeat=RepeatChannels(3), **layers)
+        layers["repeat"] = RepeatChannels(3)
+    layers["backbone"] = backbone
     if hidden:
         layers["head"] = nn.Sequential(
             nn.Dropout(settings.drop_rate), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)
         )
     model = nn.Sequential(layers) if len(layers) > 1 else backbone
     if settings.head_init_std is not None:
-        _draw_classifier(model, settings.head_init_std, settings.name)
+        _init_classifier(model, settings.head_init_std, settings.name)
     if settings.init_checkpoint is not None:
-        load_weights(model, settings.init_checkpoint, names)
+        load_weights(model, settings.init_checkpoint, class_names)
     return model
 
 
 def has_depthwise_convolutions(settings: ModelConfig) -> bool:
-    """Whether a network has convolutions of single channels (depthwise ones), as EfficientNets have.
+    """Whether a model, such as an EfficientNet, has convolutions of single channels.
 
-    Makes the network, with random weights, to look. Raises `UserError` for an unknown name.
+    Raises:
+        UserError: The name is unknown.
     """
     network, _ = _backbone(settings.model_copy(update={"pretrained": False}), channels=3, classes=0)
     convolutions = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
@@ -66,10 +74,18 @@ def has_depthwise_convolutions(settings: ModelConfig) -> bool:
 
 
 def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int]) -> None:
-    """Raise `UserError` for a side of its input, in pixels, that a model (on the CPU) does not take.
+    """Check that a model on the CPU takes images of each side, by calling it with an empty image.
 
-    Many pool until nothing is left of a small image, and some transformers take one size only. What a model takes is
-    written down nowhere, so each side is tried with an empty image.
+    Many models pool small images to nothing, and some transformers take one size only; no attribute tells which.
+
+    Args:
+        model: The model.
+        name: Its name, for the error message.
+        channels: Channels of the images.
+        sides: Sides of the images in pixels.
+
+    Raises:
+        UserError: The model does not take images of a side.
     """
     training = model.training
     model.eval()
@@ -77,23 +93,27 @@ def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int]
         try:
             with torch.no_grad():
                 model(torch.zeros(1, channels, side, side))
-        except Exception as error:  # assertions, shapes that do not fit, sizes of 0
+        except Exception as error:  # models raise many types of exceptions
             raise UserError(
-                found=f"data.resolution={side} for model.name={name}, which says: {first_line(error)}",
-                expected="images of a size that the model takes",
-                hint="another data.resolution, or another model.name",
+                found=f"data.resolution={side} for model.name={name}, which raises: {first_line(error)}",
+                expected="a resolution that the model takes",
+                hint="change data.resolution or model.name",
             ) from None
     model.train(training)
 
 
-def load_weights(model: nn.Module, path: Path, names: Sequence[str] = ()) -> None:
-    """Load a state dict from a .safetensors file, a .pth file or one of our checkpoints.
+def load_weights(model: nn.Module, path: Path, class_names: Sequence[str] = ()) -> None:
+    """Load a state dict. If the classes differ, the classifier keeps the rows of classes with the same name.
 
-    Of a classifier (the last linear layer) for other classes, those rows are kept that a checkpoint of ours has for
-    classes of the same name, and the others begin anew; so do all where the classes have no names but another number.
-    The log says so; all else has to fit. names: of the model's classes, empty for none.
+    Args:
+        model: The model.
+        path: A .safetensors file, a .pth file or a checkpoint of a run. Only a checkpoint has names of classes.
+        class_names: Names of the model's classes; empty if unknown.
+
+    Raises:
+        UserError: The file cannot be read, or tensors other than the classifier do not fit.
     """
-    known: Sequence[str] = ()
+    checkpoint_names: Sequence[str] = ()
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -102,91 +122,85 @@ def load_weights(model: nn.Module, path: Path, names: Sequence[str] = ()) -> Non
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
             state = content.get("model", content)
-            known = content.get("classes", ()) if "model" in content else ()
-        model.load_state_dict(_fitting(model, state, path, names, known))
+            checkpoint_names = content.get("classes", ()) if "model" in content else ()
+        model.load_state_dict(_map_classifier(model, state, path, class_names, checkpoint_names))
     except FileNotFoundError:
         raise UserError(
             found=f"no such file: {path}", expected="a file of weights (model.init_checkpoint)", hint="check the path"
         ) from None
-    except Exception as error:  # the readers raise many kinds
+    except Exception as error:  # the readers raise many types of exceptions
         raise UserError(
             found=f"weights in {path} that do not fit: {first_line(error)}",
             expected=f"a state dict of {type(model).__name__} with this number of classes and channels",
-            hint="check model.name, or that the file is whole",
+            hint="check model.name, and that the file is complete",
         ) from None
 
 
-def _fitting(
-    model: nn.Module, state: dict[str, Any], path: Path, names: Sequence[str], known: Sequence[str]
+def _map_classifier(
+    model: nn.Module, state: dict[str, Any], path: Path, names: Sequence[str], checkpoint_names: Sequence[str]
 ) -> dict[str, Any]:
-    """A state dict for a model with classes of these names, from one for the known ones."""
+    """Map the classifier of a state dict to the model's classes, if they differ and all else fits."""
     own = model.state_dict()
     last = _classifier(model)
     classifier = {f"{last}.{tensor}" for tensor in ("weight", "bias")} & own.keys() & state.keys()
-    differing = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
-    features = {name: own[name].shape[1:] == state[name].shape[1:] for name in classifier}
-    named = bool(names and known)
-    same = list(names) == list(known) if named else not differing
-    if same or not classifier or not differing <= classifier or not all(features.values()):
+    mismatched = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
+    same_width = all(own[name].shape[1:] == state[name].shape[1:] for name in classifier)
+    has_names = bool(names and checkpoint_names)
+    same_classes = list(names) == list(checkpoint_names) if has_names else not mismatched
+    if same_classes or not classifier or not mismatched <= classifier or not same_width:
         return state
-    shared = [name for name in names if name in known] if named else []
-    here, there = ([of.index(name) for name in shared] for of in (list(names), list(known)))
-    fitted = {name: own[name].clone() for name in classifier}
-    for name, tensor in fitted.items():
-        tensor[here] = state[name][there].to(tensor)
-    fresh = len(own[min(classifier)]) - len(shared)
+    shared = [name for name in names if name in checkpoint_names] if has_names else []
+    rows = [list(names).index(name) for name in shared]
+    checkpoint_rows = [list(checkpoint_names).index(name) for name in shared]
+    mapped = {name: own[name].clone() for name in classifier}
+    for name, tensor in mapped.items():
+        tensor[rows] = state[name][checkpoint_rows].to(tensor)
     log.warning(
-        "model.init_checkpoint=%s is for %d classes: its classifier (%s) keeps %d of them%s",
+        "model.init_checkpoint=%s: the classifier (%s) keeps the rows of %d of %d classes; %d rows start from random "
+        "weights",
         path,
-        len(state[min(classifier)]),
         ", ".join(sorted(classifier)),
         len(shared),
-        f", and begins anew for {fresh} that it does not know" if fresh else "",
+        len(state[min(classifier)]),
+        len(own[min(classifier)]) - len(shared),
     )
-    return state | fitted
+    return state | mapped
 
 
 def _classifier(model: nn.Module) -> str | None:
-    """The name of the last linear layer; None for networks that end in a convolution."""
+    """Name of the last linear layer; None if there is none."""
     return next((name for name, layer in reversed([*model.named_modules()]) if isinstance(layer, nn.Linear)), None)
 
 
-def _draw_classifier(model: nn.Module, std: float, name: str) -> None:
-    """Have a model's classifier begin with normal weights of this deviation, and no bias."""
+def _init_classifier(model: nn.Module, std: float, name: str) -> None:
     classifier = _classifier(model)
     if classifier is None:
         raise UserError(
-            found=f"model.head_init_std={std} for {name}, which ends in no linear layer",
+            found=f"model.head_init_std={std} for {name}, which has no linear layer",
             expected="a network with a linear classifier",
-            hint="leave it out, or choose another model.name",
+            hint="remove model.head_init_std, or choose another model.name",
         )
     layer = model.get_submodule(classifier)
+    assert isinstance(layer, nn.Linear)
     nn.init.normal_(layer.weight, std=std)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 class RepeatChannels(nn.Module):
-    """Gray images as several equal channels, for a network of RGB."""
+    """Repeats gray images for a network with RGB input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """float [B, 1, H, W] to [B, channels, H, W], without a copy."""
+        """Expand float [B, 1, H, W] to [B, channels, H, W] without a copy."""
         return images.expand(-1, self.channels, -1, -1)
 
 
-def _first_convolution(model: nn.Module) -> nn.Conv2d:
-    return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-
-
 def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Module, int]:
-    """A network, and the width of its features, which come out where classes is 0."""
-    if settings.name not in BUILTIN_MODELS:
-        model = _timm_model(settings, channels, classes)
-        return model, model.num_features
+    """Build a network without our head, and return the width of its features too."""
     if settings.plain_cnn:
         return make_plain_cnn(settings.plain_cnn, channels, classes, settings.drop_rate)
     if settings.name == SMALL_CNN:
@@ -202,24 +216,26 @@ def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Mo
             settings.channel_multiplier,
             settings.depth_multiplier,
         )
-    from trainer.models.squeezenet import squeezenet1_1
+    if settings.name == "squeezenet1_1":
+        from trainer.models.squeezenet import squeezenet1_1
 
-    return _begin(
-        settings,
-        published=lambda: _published_squeezenet(channels, classes, settings.drop_rate),
-        random=lambda: squeezenet1_1(channels, classes, settings.drop_rate),
-    )
+        return _with_initial_weights(
+            settings,
+            pretrained=lambda: _pretrained_squeezenet(channels, classes, settings.drop_rate),
+            random=lambda: squeezenet1_1(channels, classes, settings.drop_rate),
+        )
+    model = _timm_model(settings, channels, classes)
+    return model, model.num_features
 
 
-def _timm_model(settings: ModelConfig, channels: int, classes: int) -> nn.Module:
+def _timm_model(settings: ModelConfig, channels: int, classes: int) -> Any:
     import timm
 
     options: dict[str, Any] = {
         "in_chans": channels,
         "num_classes": classes,
-        # With a head of our own the dropout stands there.
-        "drop_rate": 0.0 if settings.head_hidden else settings.drop_rate,
-        # timm leaves out what is None; models without shortcuts do not know this one.
+        "drop_rate": 0.0 if settings.head_hidden else settings.drop_rate,  # our head has its own dropout
+        # timm drops options that are None; models without residual branches do not take this one.
         "drop_path_rate": settings.drop_path_rate or None,
     }
     if not timm.is_model(settings.name):
@@ -230,36 +246,36 @@ def _timm_model(settings: ModelConfig, channels: int, classes: int) -> nn.Module
             hint=f"did you mean {' or '.join(near)}?" if near else 'python -c "import timm; print(timm.list_models())"',
         )
     try:
-        return _begin(
+        return _with_initial_weights(
             settings,
-            published=lambda: _published(settings.name, options),
+            pretrained=lambda: _pretrained_timm_model(settings.name, options),
             random=lambda: timm.create_model(settings.name, pretrained=False, **options),
         )
     except TypeError as error:
         raise UserError(
-            found=f"model.name={settings.name}, which does not take some of our settings: {first_line(error)}",
-            expected="a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, shortcuts",
+            found=f"model.name={settings.name}, which does not take some settings: {first_line(error)}",
+            expected="a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, drop_path_rate",
             hint="model.drop_path_rate=0" if settings.drop_path_rate else "choose another model.name",
         ) from None
 
 
-def _begin(settings: ModelConfig, published: Callable[[], T], random: Callable[[], T]) -> T:
-    """A network with published weights, where the settings ask for them and they can be had, or with random ones."""
+def _with_initial_weights(settings: ModelConfig, pretrained: Callable[[], T], random: Callable[[], T]) -> T:
+    """Build a network with published weights if the settings ask for them and they are available, else random ones."""
     if not settings.pretrained or settings.init_checkpoint is not None:
         return random()
     try:
-        return published()
-    except Exception as error:  # hub libraries raise many kinds: no network, no such weights, a full disk
+        return pretrained()
+    except Exception as error:  # hub libraries raise many types of exceptions
         reason = first_line(error)
         if settings.pretrained != "auto":
             raise UserError(
-                found=f"no way to fetch the published weights of {settings.name}: {reason}",
-                expected="a network, or the weights in the cache of the hub that they are published on",
-                hint="model.init_checkpoint=FILE for weights that you have, or model.pretrained=false to begin without",
+                found=f"published weights of {settings.name} that are not available: {reason}",
+                expected="a network connection, or the weights in the cache of their hub",
+                hint="model.init_checkpoint=FILE to load weights from a file, or model.pretrained=false",
             ) from None
         log.warning(
-            "model.pretrained=auto: the published weights of %s cannot be fetched here (%s); beginning with "
-            "random ones, which needs more epochs for the same accuracy",
+            "model.pretrained=auto: the published weights of %s are not available (%s); starting from random weights, "
+            "which need more epochs for the same accuracy",
             settings.name,
             reason,
         )
@@ -267,58 +283,54 @@ def _begin(settings: ModelConfig, published: Callable[[], T], random: Callable[[
 
 
 def pretrained_license(name: str) -> str | None:
-    """What timm notes as the licence of a model's published weights; None if it notes none."""
+    """Return the license of a model's published weights according to timm; None if timm does not state one."""
     import timm
 
     published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return published.license if published is not None else None
 
 
-def _step_by_one(model: nn.Module, name: str) -> None:
-    """Have a model's first convolution step by one pixel; its weights, and all that follows, stay as they are."""
-    place = model.pretrained_cfg.get("first_conv") if name not in BUILTIN_MODELS else None
-    stem = model.get_submodule(place) if isinstance(place, str) and place else None
+def _set_stem_stride(model: Any, name: str) -> None:
+    stem_name = model.pretrained_cfg.get("first_conv") if name not in BUILTIN_MODELS else None
+    stem = model.get_submodule(stem_name) if isinstance(stem_name, str) and stem_name else None
     if not isinstance(stem, nn.Conv2d) or stem.stride != (2, 2):
         raise UserError(
             found=f"model.stem_stride=1 for {name}"
-            + (f", whose first convolution steps by {stem.stride[0]}" if isinstance(stem, nn.Conv2d) else ""),
-            expected="a timm model that begins with a convolution of stride 2, as EfficientNets do",
-            hint="leave it out, or choose another model.name",
+            + (f", whose first convolution has stride {stem.stride[0]}" if isinstance(stem, nn.Conv2d) else ""),
+            expected="a timm model whose first layer is a convolution of stride 2, such as an EfficientNet",
+            hint="remove model.stem_stride, or choose another model.name",
         )
     stem.stride = (1, 1)
 
 
-def _published(name: str, options: dict[str, Any]) -> nn.Module:
-    """A timm model with its published weights: from the hub's cache, else from the network.
-
-    Without a network the hub's library would try for half a minute; one look at its address says so at once.
-    """
+def _pretrained_timm_model(name: str, options: dict[str, Any]) -> nn.Module:
+    """Build a timm model with published weights from the cache of the hub, else from the network."""
     import huggingface_hub
     import timm
 
     published = timm.get_pretrained_cfg(name)
     if published is None or not published.has_weights:
         raise ValueError("there are none")
-    if published.hf_hub_id is None:
-        return timm.create_model(name, pretrained=True, **options)
-    cached = huggingface_hub.try_to_load_from_cache(published.hf_hub_id, "model.safetensors")
-    if isinstance(cached, str):
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}, **options)
-    _check_reachable(huggingface_hub.constants.ENDPOINT)
+    if published.hf_hub_id is not None:
+        cached = huggingface_hub.try_to_load_from_cache(published.hf_hub_id, "model.safetensors")
+        if isinstance(cached, str):
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}, **options)
+        _check_reachable(huggingface_hub.constants.ENDPOINT)
     return timm.create_model(name, pretrained=True, **options)
 
 
-def _published_squeezenet(channels: int, classes: int, drop_rate: float) -> tuple[nn.Module, int]:
-    """SqueezeNet with its published weights: from the cache of torch's hub, else from the network."""
-    from trainer.models.squeezenet import PUBLISHED, squeezenet1_1
+def _pretrained_squeezenet(channels: int, classes: int, drop_rate: float) -> tuple[nn.Module, int]:
+    """Build SqueezeNet with published weights from the cache of torch.hub, else from the network."""
+    from trainer.models.squeezenet import WEIGHTS_URL, squeezenet1_1
 
-    if not Path(torch.hub.get_dir(), "checkpoints", PUBLISHED.rpartition("/")[2]).exists():
-        _check_reachable(PUBLISHED)
-    return squeezenet1_1(channels, classes, drop_rate, published=True)
+    if not Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rpartition("/")[2]).exists():
+        _check_reachable(WEIGHTS_URL)
+    return squeezenet1_1(channels, classes, drop_rate, pretrained=True)
 
 
-def _check_reachable(address: str) -> None:
+def _check_reachable(url: str) -> None:
+    """Fail at once without a network; the hub's client would retry for half a minute."""
     if not urllib.request.getproxies():
-        host = urllib.parse.urlsplit(address)
-        place = (host.hostname, host.port or (443 if host.scheme == "https" else 80))
-        socket.create_connection(place, timeout=_HUB_TIMEOUT).close()
+        parts = urllib.parse.urlsplit(url)
+        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        socket.create_connection(address, timeout=_CONNECT_TIMEOUT).close()

@@ -1,6 +1,6 @@
-"""Plain networks: convolutions with ReLU and pooling, then dense layers, for images of one size.
+"""LeNet-5 and its relatives: convolutions with ReLU and pooling, then dense layers, for images of one size.
 
-| name | input | what | parameters (3 channels, 10 classes) |
+| name | input | layers | parameters (3 channels, 10 classes) |
 |---|---|---|---|
 | cifar_cnn | 32 | convolutions 32, 64 (3x3); dense 128 | 545,098 |
 | cifar_cnn_batchnorm | 32 | the same with batch norm after each convolution; dense 256 | 1,070,986 |
@@ -9,8 +9,7 @@
 | numtadb_model2 | 48 | convolutions 6, 16 (5x5, not padded), 32 (3x3); dense 120, 84 | 80,086 |
 | numtadb_model3 | 48 | convolutions 16, 32, 32 (3x3); dense 1024, 512 | 1,724,938 |
 
-LeNet-5: LeCun et al. 1998, https://doi.org/10.1109/5.726791. The others are those of earlier systems for CIFAR-10 and
-NumtaDB.
+LeNet-5: LeCun et al. 1998, https://doi.org/10.1109/5.726791.
 """
 
 from __future__ import annotations
@@ -21,9 +20,16 @@ from trainer.config.architectures import PlainCnn
 
 
 def make_plain_cnn(network: PlainCnn, channels: int, classes: int, drop_rate: float) -> tuple[nn.Sequential, int]:
-    """The network of images float [B, channels, side, side], and the width of its last dense layer.
+    """Build a network.
 
-    drop_rate: dropout before every dense layer and the classifier. classes 0: no classifier, the features come out.
+    Args:
+        network: Its architecture.
+        channels: Channels of the input, float [B, channels, side, side].
+        classes: Number of logits; 0 for no classifier.
+        drop_rate: Dropout before every dense layer and the classifier.
+
+    Returns:
+        The network and the width of its features.
     """
     layers: list[nn.Module] = []
     width = channels

@@ -1,4 +1,4 @@
-"""The small network for small images on a CPU: three blocks, as of an earlier MNIST system."""
+"""A small CNN for small images on a CPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ _FEATURES = 128
 
 
 def three_block_cnn(channels: int, classes: int, drop_rate: float) -> tuple[nn.Sequential, int]:
-    """Three blocks of convolution, batch norm, ReLU and pooling; a hidden layer of 128; a classifier. And 128.
+    """Build three blocks of convolution, batch norm, ReLU and pooling, and a hidden layer.
 
-    channels of the blocks: 32, 64, 128; 241,898 parameters with 1 channel and 10 classes. Images of any size from 4x4
-    up: the last feature map is pooled to 3x3 (its size for 28x28 images). classes 0: no classifier, the 128 features
-    come out.
+    241,898 parameters with 1 channel and 10 classes. The last feature map is pooled to 3x3.
+
+    Args:
+        channels: Channels of the input, float [B, channels, R, R] with R of 4 or more.
+        classes: Number of logits; 0 for no classifier.
+        drop_rate: Dropout before the classifier.
+
+    Returns:
+        The network and the width of its features.
     """
     layers: list[nn.Module] = []
     width = channels

@@ -1,4 +1,4 @@
-"""SqueezeNet 1.1 (Iandola et al. 2016, https://arxiv.org/abs/1602.07360), which timm does not have: torchvision's."""
+"""torchvision's SqueezeNet 1.1 (Iandola et al. 2016, https://arxiv.org/abs/1602.07360), which timm does not have."""
 
 from __future__ import annotations
 
@@ -8,22 +8,29 @@ from torchvision.models import SqueezeNet1_1_Weights
 from torchvision.models import squeezenet1_1 as torchvision_squeezenet
 
 _WEIGHTS = SqueezeNet1_1_Weights.IMAGENET1K_V1
-PUBLISHED = _WEIGHTS.url
+WEIGHTS_URL = _WEIGHTS.url
 _FEATURES = 512
 
 
-def squeezenet1_1(channels: int, classes: int, drop_rate: float, published: bool = False) -> tuple[nn.Module, int]:
-    """The network of images float [B, channels, R, R], R from 17 up, and the width of its features.
+def squeezenet1_1(channels: int, classes: int, drop_rate: float, pretrained: bool = False) -> tuple[nn.Module, int]:
+    """Build the network: 727,626 parameters with 3 channels and 10 classes.
 
-    727,626 parameters with 3 channels and 10 classes. The classifier is a 1x1 convolution with ReLU, as published, and
-    its mean over the image. published: begin with the ImageNet weights, but for the classifier; a first convolution of
-    one channel is then the sum over the three. classes 0: no classifier, the features come out.
+    Args:
+        channels: Channels of the input, float [B, channels, R, R] with R of 17 or more.
+        classes: Number of logits; 0 for no classifier. The classifier is a 1x1 convolution with ReLU and average
+            pooling, as published.
+        drop_rate: Dropout before the classifier.
+        pretrained: Start from ImageNet weights, except for the classifier. The weights of the first convolution are
+            summed over its channels for gray images, and are random for other numbers of channels than 1 and 3.
+
+    Returns:
+        The network and the width of its features.
     """
-    network = torchvision_squeezenet(weights=_WEIGHTS if published else None)
+    network = torchvision_squeezenet(weights=_WEIGHTS if pretrained else None)
     stem = network.features[0]
     if channels != stem.in_channels:
         network.features[0] = nn.Conv2d(channels, stem.out_channels, stem.kernel_size, stem.stride)
-        if published and channels == 1:
+        if pretrained and channels == 1:
             with torch.no_grad():
                 network.features[0].weight.copy_(stem.weight.sum(dim=1, keepdim=True))
                 network.features[0].bias.copy_(stem.bias)
@@ -32,6 +39,7 @@ def squeezenet1_1(channels: int, classes: int, drop_rate: float, published: bool
         return network, _FEATURES
     head = nn.Conv2d(_FEATURES, classes, 1)
     nn.init.normal_(head.weight, std=0.01)
+    assert head.bias is not None
     nn.init.zeros_(head.bias)
     network.classifier = nn.Sequential(nn.Dropout(drop_rate), head, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1))
     return network, _FEATURES

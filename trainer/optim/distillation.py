@@ -1,4 +1,4 @@
-"""A run that is over teaches another: its probabilities for the very images that the student learns from."""
+"""Distillation: the best model of an earlier run as the teacher."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from trainer.optim.losses import weighted_kl
 
 
 class DistillationTeacher:
-    """The best model of a run, looking at a student's images: augmented, mixed, at the student's resolution or its own.
+    """The best model of a run, applied to the augmented and mixed images of a student.
 
-    A teacher that sees what the student sees is the consistent one of Beyer et al. 2022,
-    https://arxiv.org/abs/2106.05237.
+    Teacher and student see the same images, as in Beyer et al. 2022, https://arxiv.org/abs/2106.05237.
     """
 
     def __init__(
@@ -28,25 +27,34 @@ class DistillationTeacher:
         std: tuple[float, ...],
         device: torch.device,
     ) -> None:
-        """trained: the teacher. student: its settings; mean, std: of its model input."""
+        """Build the teacher's model.
+
+        Args:
+            trained: The teacher.
+            student: Settings of the student.
+            mean: Mean by which the student's input is normalized.
+            std: Std by which the student's input is normalized.
+            device: Device of both models.
+        """
         self._model = trained.build_model(device).eval().requires_grad_(False)
         self._resolution = trained.config.data.final_resolution
         self._trainer = student.trainer
         self._settings = student.distillation
         self._device = device
-        theirs, spread, own, own_spread = (
+        student_mean, student_std, own_mean, own_std = (
             torch.tensor(values, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
             for values in (mean, std, trained.mean, trained.std)
         )
-        # From the student's normalisation to the teacher's.
-        self._scale, self._shift = spread / own_spread, (theirs - own) / own_spread
+        # From the student's normalization to the teacher's.
+        self._scale, self._shift = student_std / own_std, (student_mean - own_mean) / own_std
         self._offsets = torch.from_numpy(trained.posthoc_kwargs()["offsets"]).to(device)
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """float32 [B, C], at `distillation.temperature`, of the student's input [B, channels, R, R].
+        """Predict the student's input [B, channels, R, R], resized to the teacher's resolution.
 
-        They are those of the logits that the teacher decides by (see `trainer.evaluate.logit_adjustment`).
+        Returns:
+            Probabilities float32 [B, C] at `distillation.temperature`, with the teacher's post-hoc logit adjustment.
         """
         images = images * self._scale + self._shift
         if images.shape[3] != self._resolution:
@@ -56,16 +64,21 @@ class DistillationTeacher:
         return ((logits.float() - self._offsets) / self._settings.temperature).softmax(dim=1)
 
     def distillation_loss(
-        self, loss: torch.Tensor, logits: torch.Tensor, images: torch.Tensor, weights: torch.Tensor
+        self, loss: torch.Tensor, logits: torch.Tensor, images: torch.Tensor, class_weights: torch.Tensor
     ) -> torch.Tensor:
-        """A share of the loss on the targets, and for the rest the divergence from the teacher, times temperature^2.
+        """Compute (1 - weight) * loss + weight * temperature^2 * divergence from the teacher's probabilities.
 
-        Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2. loss: the sum over the batch. logits, weights:
-        as `weighted_kl` takes them.
+        Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
+
+        Args:
+            loss: Loss on the labels, summed over the batch.
+            logits: Logits of the student [B, C].
+            images: Input of the student [B, channels, R, R].
+            class_weights: See `weighted_kl`.
         """
-        temperature, share = self._settings.temperature, self._settings.weight
-        distance = weighted_kl(logits.float() / temperature, self.probabilities(images), weights)
-        return (1 - share) * loss + share * temperature**2 * distance
+        temperature, weight = self._settings.temperature, self._settings.weight
+        divergence = weighted_kl(logits.float() / temperature, self.probabilities(images), class_weights)
+        return (1 - weight) * loss + weight * temperature**2 * divergence
 
 
 def load_teacher(
@@ -75,29 +88,34 @@ def load_teacher(
     std: tuple[float, ...],
     device: torch.device,
 ) -> DistillationTeacher | None:
-    """The teacher that the settings name, None if they name none. Raises `UserError` if it teaches something else.
+    """Load the teacher of `distillation.teacher`; None if there is none.
 
-    student, mean, std: as in `Teacher`. classes: what is learned.
+    Args:
+        student: Settings of the student.
+        classes: Class names of the student.
+        mean: Mean by which the student's input is normalized.
+        std: Std by which the student's input is normalized.
+        device: Device of both models.
+
+    Raises:
+        UserError: The teacher has other classes, channels or preprocessing.
     """
-    place = student.distillation.teacher
-    if place is None:
+    teacher = student.distillation.teacher
+    if teacher is None:
         return None
-    path = place if place.suffix == ".pt" else place / "checkpoints" / BEST
-    trained = TrainedModel.load(path)
-    for what, has, needed in (
-        ("classes", trained.classes, classes),
-        ("channels", trained.channels, len(mean)),
+    trained = TrainedModel.load(teacher if teacher.suffix == ".pt" else teacher / "checkpoints" / BEST)
+    preprocessing = trained.config.data.preprocessing()
+    for attribute, value, expected in (
+        ("classes", " ".join(trained.classes), " ".join(classes)),
+        ("channels", str(trained.channels), str(len(mean))),
+        ("preprocessing", str(preprocessing), str(student.data.preprocessing())),
     ):
-        if has != needed:
+        if value != expected:
             raise UserError(
-                found=f"distillation.teacher={place} with {what} {has if what == 'channels' else ' '.join(has)}",
-                expected=f"those that are learned here: {needed if what == 'channels' else ' '.join(needed)}",
-                hint="name a run on the same data set and split; for the weights of another, model.init_checkpoint",
+                found=f"distillation.teacher={teacher} with {attribute} {value}",
+                expected=f"the {attribute} of this run: {expected}",
+                hint="set data.invert, data.opening_radius, data.crop_to_foreground and data.equalize as in that run"
+                if attribute == "preprocessing"
+                else "use a run on the same data set; model.init_checkpoint takes the weights of another",
             )
-    if trained.config.data.preprocessing() != student.data.preprocessing():
-        raise UserError(
-            found=f"distillation.teacher={place} that learned from {trained.config.data.preprocessing()}",
-            expected=f"images prepared as here: {student.data.preprocessing()}",
-            hint="set data.invert, opening_radius, crop_to_foreground and equalize as that run had them",
-        )
     return DistillationTeacher(trained, student, mean, std, device)

@@ -7,14 +7,15 @@ from typing import Any
 import timm.optim
 import torch
 
-_SLOW = "lookahead_slow_buff"  # as timm names it
+_SLOW = "lookahead_slow_buff"  # timm's key
 
 
 class Lookahead(timm.optim.Lookahead):
-    """timm's Lookahead, with all parameters of a group at once."""
+    """timm's Lookahead, which updates all parameters of a group at once."""
 
     @torch.no_grad()
     def update_slow(self, group: dict[str, Any]) -> None:
+        """Move the slow weights of a parameter group towards the fast ones, and copy them back."""
         fast = [weight for weight in group["params"] if weight.grad is not None]
         states = [self._base_optimizer.state[weight] for weight in fast]
         for weight, state in zip(fast, states, strict=True):

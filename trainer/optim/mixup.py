@@ -1,4 +1,4 @@
-"""Soft targets, MixUp and CutMix, on the device, with draws that depend on nothing but (seed, epoch, step)."""
+"""Soft targets, MixUp and CutMix on the device, with random numbers from (seed, epoch, step)."""
 
 from __future__ import annotations
 
@@ -10,38 +10,46 @@ from trainer.config.schema import MixupConfig
 
 
 def soft_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
-    """One-hot rows float32 [B, C] with a share of the mass spread evenly over all classes."""
+    """Convert labels int64 [B] to one-hot rows float32 [B, classes] with label smoothing."""
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
 def apply_mixup_cutmix(
-    images: torch.Tensor, targets: torch.Tensor, settings: MixupConfig, draws: np.random.Generator
+    images: torch.Tensor, targets: torch.Tensor, settings: MixupConfig, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix a whole batch, or leave it, as the draws decide.
+    """Mix each sample of a batch with the previous one by MixUp or CutMix, or leave the batch as it is.
 
-    images: float32 [B, C, H, W]; targets: float32 [B, classes]. Every sample is mixed with the one before it in
-    the batch, which the order has shuffled. MixUp: Zhang et al. 2018, https://arxiv.org/abs/1710.09412;
-    CutMix: Yun et al. 2019, https://arxiv.org/abs/1905.04899. The inputs are not changed.
+    MixUp: Zhang et al. 2018, https://arxiv.org/abs/1710.09412. CutMix: Yun et al. 2019,
+    https://arxiv.org/abs/1905.04899.
+
+    Args:
+        images: float32 [B, C, H, W], in random order; not changed.
+        targets: float32 [B, classes]; not changed.
+        settings: Probabilities and parameters of the Beta distributions.
+        rng: Generator of this step.
+
+    Returns:
+        The mixed images and targets.
     """
-    if draws.random() >= settings.prob:
+    if rng.random() >= settings.prob:
         return images, targets
-    cut = settings.mixup_alpha == 0 or (settings.cutmix_alpha > 0 and draws.random() < settings.switch_prob)
+    cut = settings.mixup_alpha == 0 or (settings.cutmix_alpha > 0 and rng.random() < settings.switch_prob)
     alpha = settings.cutmix_alpha if cut else settings.mixup_alpha
-    keep = float(draws.beta(alpha, alpha))
+    lam = float(rng.beta(alpha, alpha))
     if cut:
-        top, bottom, left, right = cut_box(images.shape[2], images.shape[3], keep, draws)
+        top, bottom, left, right = cut_box(images.shape[2], images.shape[3], lam, rng)
         mixed = images.clone()
         mixed[:, :, top:bottom, left:right] = images.roll(1, 0)[:, :, top:bottom, left:right]
-        keep = 1 - (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
+        lam = 1 - (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
     else:
-        mixed = torch.lerp(images.roll(1, 0), images, keep)
-    return mixed, torch.lerp(targets.roll(1, 0), targets, keep)
+        mixed = torch.lerp(images.roll(1, 0), images, lam)
+    return mixed, torch.lerp(targets.roll(1, 0), targets, lam)
 
 
-def cut_box(height: int, width: int, keep: float, draws: np.random.Generator) -> tuple[int, int, int, int]:
-    """A box (top, bottom, left, right) of about 1 - keep of the area around a uniform centre, clipped at the edges."""
-    side = np.sqrt(1 - keep)
+def cut_box(height: int, width: int, lam: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draw a box (top, bottom, left, right) of area 1 - lam around a uniform center, clipped at the edges."""
+    side = np.sqrt(1 - lam)
     box_height, box_width = int(height * side), int(width * side)
-    centre_y, centre_x = int(draws.integers(height)), int(draws.integers(width))
-    top, left = centre_y - box_height // 2, centre_x - box_width // 2
+    center_y, center_x = int(rng.integers(height)), int(rng.integers(width))
+    top, left = center_y - box_height // 2, center_x - box_width // 2
     return max(top, 0), min(top + box_height, height), max(left, 0), min(left + box_width, width)

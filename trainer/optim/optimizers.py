@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from fnmatch import fnmatch
 
 import torch
@@ -10,13 +11,14 @@ from trainer.config.schema import OptimConfig
 
 
 def make_optimizer(model: torch.nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser over a model's parameters, all of them in few kernels; biases and norms are not decayed."""
-    # Some of timm's models name further parameters that are not to be decayed.
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    decayed, others = [], []
+    """Build the optimizer of a model's parameters, without weight decay of biases and norms."""
+    # timm's models name further parameters without weight decay.
+    no_decay: Collection[str] = getattr(model, "no_weight_decay", tuple)()
+    decayed: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            exempt = weight.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, pattern) for pattern in spared)
+            exempt = weight.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, pattern) for pattern in no_decay)
             (others if exempt else decayed).append(weight)
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": settings.weight_decay}]
     groups = [group for group in groups if group["params"]]
@@ -30,5 +32,5 @@ def make_optimizer(model: torch.nn.Module, settings: OptimConfig) -> torch.optim
         from trainer.optim.lookahead import Lookahead
 
         return Lookahead(torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=True, fused=True))
-    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return kind(groups, settings.lr, fused=True)
+    optimizer = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return optimizer(groups, settings.lr, fused=True)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, by optimizer update or by epoch."""
+"""Learning-rate schedules, by optimizer step or by epoch."""
 
 from __future__ import annotations
 
@@ -24,72 +24,88 @@ from trainer.config.schema import Config, ScheduleConfig
 
 
 class LRSchedule:
-    """The schedule of a run: told of every update and every epoch, it moves at those it follows."""
+    """Learning-rate schedule of a run, which steps after optimizer steps or after epochs by `schedule.unit`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: Config, updates: Sequence[int]) -> None:
-        """updates: of each epoch. Where they differ, an epoch of fewer moves the schedule as far, in larger moves."""
+        """Build the schedule.
+
+        Args:
+            optimizer: The optimizer whose learning rate is set.
+            config: The recipe.
+            updates: Optimizer steps of each epoch. If they differ, every epoch advances the schedule equally far.
+        """
         self._optimizer = optimizer
         self._by_update = config.schedule.unit == "step" and config.schedule.name != "plateau"
-        self._moves_per_epoch = max(updates) if self._by_update else 1
+        self._steps_per_epoch = max(updates) if self._by_update else 1
         self._ends = list(itertools.accumulate(updates))
         self._updates = 0
-        self._scheduler = make_lr_scheduler(optimizer, config.schedule, config.trainer.epochs, self._moves_per_epoch)
+        self._scheduler = make_lr_scheduler(optimizer, config.schedule, config.trainer.epochs, self._steps_per_epoch)
 
     @property
-    def now(self) -> float:
+    def lr(self) -> float:
+        """Current learning rate."""
         return self._optimizer.param_groups[0]["lr"]
 
-    def after_update(self) -> None:
-        before = self._moves()
+    def step_update(self) -> None:
+        """Advance after an optimizer step."""
+        before = self._position()
         self._updates += 1
         if self._by_update:
-            for _ in range(self._moves() - before):
+            for _ in range(self._position() - before):
                 self._scheduler.step()
 
-    def _moves(self) -> int:
-        """How far the schedule is to have moved after the updates so far."""
+    def _position(self) -> int:
+        """Steps of the scheduler that correspond to the optimizer steps so far."""
         epoch = bisect.bisect_right(self._ends, self._updates)
         if epoch == len(self._ends):
-            return epoch * self._moves_per_epoch
+            return epoch * self._steps_per_epoch
         first = self._ends[epoch - 1] if epoch else 0
-        in_epoch = (self._updates - first) * self._moves_per_epoch // (self._ends[epoch] - first)
-        return epoch * self._moves_per_epoch + in_epoch
+        in_epoch = (self._updates - first) * self._steps_per_epoch // (self._ends[epoch] - first)
+        return epoch * self._steps_per_epoch + in_epoch
 
-    def after_epoch(self, validation_figure: float) -> None:
-        """validation_figure: the one that chooses the best epoch; higher is better."""
+    def step_epoch(self, metric: float) -> None:
+        """Advance after an epoch with this value of `trainer.monitor` (higher is better)."""
         if isinstance(self._scheduler, ReduceLROnPlateau):
-            self._scheduler.step(validation_figure)
+            self._scheduler.step(metric)
         elif not self._by_update:
             self._scheduler.step()
 
-    def replay(self, updates: int, epochs: int, validation_figures: list[float]) -> None:
-        """Move a schedule that has not moved yet as if told of all these updates, epochs and figures of epochs."""
+    def replay(self, updates: int, epochs: int, metrics: list[float]) -> None:
+        """Advance a new schedule to a later point of the run.
+
+        Args:
+            updates: Optimizer steps.
+            epochs: Epochs.
+            metrics: Values of `trainer.monitor` for the first epochs; missing ones count as 0.
+        """
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of moving without an update between
+            warnings.simplefilter("ignore")  # about scheduler steps without optimizer steps
             for _ in range(updates):
-                self.after_update()
+                self.step_update()
             for epoch in range(epochs):
-                self.after_epoch(validation_figures[epoch] if epoch < len(validation_figures) else 0.0)
+                self.step_epoch(metrics[epoch] if epoch < len(metrics) else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
         return {"scheduler": self._scheduler.state_dict(), "updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint."""
         self._scheduler.load_state_dict(state["scheduler"])
         self._updates = state["updates"]
 
 
 def make_lr_scheduler(
-    optimizer: torch.optim.Optimizer, settings: ScheduleConfig, epochs: int, per_epoch: int
+    optimizer: torch.optim.Optimizer, settings: ScheduleConfig, epochs: int, steps_per_epoch: int
 ) -> LRScheduler | ReduceLROnPlateau:
-    """per_epoch: how often the schedule moves in an epoch."""
-    warmup = round(settings.warmup * per_epoch)
-    total = epochs * per_epoch
+    """Build torch's scheduler, which makes `steps_per_epoch` steps in each epoch."""
+    warmup = round(settings.warmup * steps_per_epoch)
+    total = epochs * steps_per_epoch
     if settings.name == "one_cycle":
         return OneCycleLR(
             optimizer,
             max_lr=[group["lr"] for group in optimizer.param_groups],
-            # The state after the last update is never used, but the scheduler is told of it.
+            # The scheduler also steps after the last update, whose learning rate is never used.
             total_steps=total + 1,
             pct_start=warmup / total if warmup else 0.3,
             cycle_momentum=False,
@@ -103,7 +119,7 @@ def make_lr_scheduler(
     elif settings.name == "warm_restarts":
         main = CosineAnnealingWarmRestarts(
             optimizer,
-            T_0=max(1, round(settings.cycle_epochs * per_epoch)),
+            T_0=max(1, round(settings.cycle_epochs * steps_per_epoch)),
             T_mult=settings.cycle_mult,
             eta_min=settings.min_lr,
         )
@@ -111,5 +127,5 @@ def make_lr_scheduler(
         main = ConstantLR(optimizer, factor=1.0)
     if not warmup:
         return main
-    rising = LambdaLR(optimizer, lambda moves: (moves + 1) / warmup)
-    return SequentialLR(optimizer, [rising, main], milestones=[warmup])
+    warming_up = LambdaLR(optimizer, lambda step: (step + 1) / warmup)
+    return SequentialLR(optimizer, [warming_up, main], milestones=[warmup])

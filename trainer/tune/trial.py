@@ -22,7 +22,7 @@ from trainer.data.training_data import open_data
 from trainer.loop import engine, resume
 from trainer.loop.nan_guard import NonFiniteLossError
 from trainer.loop.state import make_training
-from trainer.models.precision import resolve_precision
+from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import World
 from trainer.runtime.env_info import collect_env_info
 from trainer.tune.search_space import SearchConfig
@@ -114,7 +114,7 @@ def train_trial(
                 "resume": "auto",
                 "checkpoint.resume_allow_changes": ["trainer.precision"],  # it may be resumed on another device
             }
-            settings = resolve_precision(config.replace_settings(base, trial.values | own, place), world.device)
+            settings = resolve_auto(config.replace_settings(base, trial.values | own, place), world.device)
             reporter = TrialReporter(trial, [summary["metrics"] for summary in summaries], settings, is_over)
             summaries.append(_train(settings, study, world, reporter))
             trial.note(scores=[summary["metric"] for summary in summaries])

@@ -176,14 +176,14 @@ def test_a_wrong_value_says_what_the_setting_is(override: str, expected: str) ->
         (["mixup.prob=1", "mixup.mixup_alpha=0", "mixup.cutmix_alpha=0"], "cutmix_alpha are both 0"),
         (["schedule.name=plateau", "data.val_fraction=0"], "data.val_fraction is 0"),
         (["schedule.name=one_cycle", "schedule.warmup=9"], "epochs"),
-        (["model.pretrained=true", "model.init_checkpoint=x.pth"], "both say what to begin with"),
+        (["model.pretrained=true", "model.init_checkpoint=x.pth"], "both set the initial weights"),
         (["data.resolution=3"], "three_block_cnn takes 4 or more"),
-        (["model.name=squeezenet1_1", "data.resolution=16"], "data.resolution=16, and squeezenet1_1 takes 17 or more"),
-        (["model.name=lenet", "data.resolution=32"], "data.resolution=32, and lenet takes 28 only"),
-        (["model.name=lenet", "data.resolution=[[1, 20], [3, 28]]"], "data.resolution=20, and lenet takes 28 only"),
-        (["model.name=lenet", "model.filters=[6]"], "1 numbers of filters for 2 convolutions"),
-        (["model.name=lenet", "model.kernel=13"], "leaves nothing of the image"),
-        (["model.name=cifar_cnn", "data.resolution=32", "model.kernel=4"], "a kernel of 4x4"),
+        (["model.name=squeezenet1_1", "data.resolution=16"], "data.resolution=16, but squeezenet1_1 takes 17 or more"),
+        (["model.name=lenet", "data.resolution=32"], "data.resolution=32, but lenet takes 28 only"),
+        (["model.name=lenet", "data.resolution=[[1, 20], [3, 28]]"], "data.resolution=20, but lenet takes 28 only"),
+        (["model.name=lenet", "model.filters=[6]"], "model.filters has 1 numbers for 2 convolutions"),
+        (["model.name=lenet", "model.kernel=13"], "model.kernel=13 is too large for images of 28 pixels"),
+        (["model.name=cifar_cnn", "data.resolution=32", "model.kernel=4"], "model.kernel=4 is even"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides: list[str], word: str) -> None:
@@ -416,11 +416,11 @@ def test_every_setting_is_explained_as_wide_as_the_terminal(monkeypatch: pytest.
 
 
 def test_help_and_the_small_network_do_without_large_libraries() -> None:
-    """`--help` imports no torch; the small network and its optimiser neither timm nor torchvision."""
+    """`--help` imports neither numpy nor torch; the small network and its optimiser neither timm nor torchvision."""
     code = """
 import sys
 import trainer.run
-assert not {"torch", "timm", "torchvision"} & set(sys.modules)
+assert not {"torch", "timm", "torchvision", "numpy"} & set(sys.modules)
 import trainer.loop.train
 from trainer.models.factory import make_model
 from trainer.optim.optimizers import make_optimizer

@@ -16,6 +16,7 @@ from torch import nn
 from shards import UserError
 from trainer.config.schema import Config, ModelConfig
 from trainer.models import factory as model_module
+from trainer.models.auto import resolve_auto
 from trainer.models.factory import SMALL_CNN, check_sides, load_weights, make_model
 from trainer.models.precision import resolve_precision
 from trainer.optim.ema import ModelEma
@@ -125,7 +126,7 @@ def test_published_weights_that_may_be_missing(
     with caplog.at_level(logging.WARNING):
         model = make_model(ModelConfig(name=TINY, pretrained="auto"), 1, CLASSES)
     assert output(model, 1, 32).shape == (3, CLASSES)
-    assert "beginning with random ones" in caplog.text
+    assert "starting from random weights" in caplog.text
     assert TINY in caplog.text
 
 
@@ -203,7 +204,7 @@ def test_classes_of_the_same_name_keep_their_part_of_a_classifier(
     with torch.no_grad():
         before, after = trained(images), begun(images)
     torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [5, 1, 0]])
-    assert "keeps 3 of them, and begins anew for 2" in caplog.messages[0]
+    assert "keeps the rows of 3 of 6 classes; 2 rows start from random weights" in caplog.messages[0]
     moved = make_model(ModelConfig(name=TINY, init_checkpoint=path), 1, len(known), known[::-1]).eval()
     with torch.no_grad():
         torch.testing.assert_close(moved(images), before.flip(1), msg="as many classes, in another order")
@@ -341,3 +342,13 @@ def test_weights_that_are_given_stand_before_a_deviation(tmp_path: Path) -> None
 def test_a_classifier_that_is_a_convolution_has_a_deviation_of_its_own() -> None:
     with pytest.raises(UserError, match=r"head_init_std=0\.01 for squeezenet1_1"):
         make_model(ModelConfig(name="squeezenet1_1", head_init_std=0.01), 3, CLASSES)
+
+
+def test_the_automatic_model_suits_the_device(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config(data={"shards": "set"}, trainer={"precision": "fp32"})
+    for device, name in (("cpu", SMALL_CNN), ("cuda", "efficientnet_b2")):
+        caplog.clear()
+        assert resolve_auto(config, torch.device(device)).model.name == name
+        assert f"model.name=auto: {name}" in caplog.text
+    stated = config.model_copy(update={"model": ModelConfig(name=TINY)})
+    assert resolve_auto(stated, torch.device("cpu")) == stated

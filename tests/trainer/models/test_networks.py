@@ -172,7 +172,7 @@ def test_squeezenet_begins_with_published_weights(monkeypatch: pytest.MonkeyPatc
     published = squeezenet.torchvision_squeezenet()
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    (checkpoints / squeezenet.PUBLISHED.rpartition("/")[2]).write_bytes(b"there")
+    (checkpoints / squeezenet.WEIGHTS_URL.rpartition("/")[2]).write_bytes(b"there")
     monkeypatch.setattr(model_module.torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(model_module.socket, "create_connection", None)
     monkeypatch.setattr(squeezenet, "torchvision_squeezenet", lambda weights: weights and published)

@@ -56,10 +56,10 @@ def rates(config: Config, figures: Callable[[int], float] = lambda epoch: NO_FIG
     found = []
     for epoch in range(config.trainer.epochs):
         for _ in range(UPDATES):
-            found.append(learning_rate.now)
+            found.append(learning_rate.lr)
             optimizer.step()
-            learning_rate.after_update()
-        learning_rate.after_epoch(figures(epoch))
+            learning_rate.step_update()
+        learning_rate.step_epoch(figures(epoch))
     return found
 
 
@@ -239,13 +239,13 @@ class Run:
         for update in range(first, last):
             generator = torch.Generator().manual_seed(update)
             images = torch.randn(6, 1, 4, 4, generator=generator)
-            self.rates.append(self.learning_rate.now)
+            self.rates.append(self.learning_rate.lr)
             self.model(images).square().mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.learning_rate.after_update()
+            self.learning_rate.step_update()
             if update % UPDATES == UPDATES - 1:
-                self.learning_rate.after_epoch(0.5)
+                self.learning_rate.step_epoch(0.5)
 
     def saved(self) -> io.BytesIO:
         file = io.BytesIO()

@@ -219,7 +219,7 @@ def test_compiling_automatically_is_for_gpus_with_a_compiler(monkeypatch: pytest
 
 
 def test_cuda_graphs_are_not_for_accumulated_gradients() -> None:
-    with pytest.raises(UserError, match=r"optim\.grad_accumulation=2 adds them up"):
+    with pytest.raises(UserError, match=r"optim\.grad_accumulation=2 accumulates them"):
         load(ROOT / "configs" / "quickstart.yaml", ["trainer.compile=reduce-overhead", "optim.grad_accumulation=2"])
 
 
