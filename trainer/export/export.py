@@ -1,9 +1,10 @@
-"""Export a finished run's model, with a model card, after holding it against the trainer on real samples.
+"""Export a run's model with a model card, after comparing it with the trainer on test images.
 
     python -m trainer.export RUN --format onnx|safetensors|torch-export [--out FILE_OR_DIR] [--shards SHARDS]
 
-onnx and torch-export hold everything between raw uint8 images as they lie at rest and probabilities: orientation,
-resize, normalisation, the model, its decision and temperature. safetensors holds the weights, for timm or plain torch.
+onnx and torch-export contain everything between raw uint8 images as stored on disk and probabilities: preprocessing,
+orientation, resize, normalization, model, post-hoc logit adjustment and temperature. safetensors contains the weights,
+for timm or plain torch.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ from torch import nn
 from pipeline.transforms.spec import TransformSpec
 from shards import Manifest, UserError
 from shards.atomic import check_writable, created_directory, write_file
-from shards.cli import program_name, run_command
+from shards.cli import program_name
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.evaluate.tta import mean_logits
-from trainer.export import formats as export_formats
-from trainer.export import model_card, parity
+from trainer.export import formats, model_card, parity
 from trainer.export.module import InferenceModule
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
@@ -36,75 +36,87 @@ CARD = "README.md"
 _CPU = torch.device("cpu")
 
 
-def export(run: Path, form: str, out: Path | None = None, shards: str | None = None) -> tuple[Path, parity.Parity]:
-    """Write a run's model and its card. form: a key of `SUFFIXES`. shards: where the run's packed set is now.
+def export(
+    run: Path, format_name: str, out: Path | None = None, shards: str | None = None
+) -> tuple[Path, parity.Parity]:
+    """Write a run's model and its model card.
 
-    Returns the file and how it compares with the trainer. Raises `UserError`, and then leaves no file.
+    Args:
+        run: Run directory.
+        format_name: A key of `SUFFIXES`.
+        out: File or directory to write; RUN/export/FORMAT if None.
+        shards: The run's data set, if it has moved.
+
+    Returns:
+        The file and its parity with the trainer.
+
+    Raises:
+        UserError: The run is not complete or cannot be exported, or the exported model differs from the trainer. No
+            file is written then.
     """
-    finished = CompletedRun.open(run)
-    config, trained = finished.config, finished.trained
-    target = _target(run, form, out)
-    train, store = finished.data(shards)
-    data = config.data
+    completed = CompletedRun.open(run)
+    trained, data = completed.trained, completed.config.data
+    target = _target(run, format_name, out)
+    train, store = completed.data(shards)
     spec = TransformSpec.of(store.manifest, data.final_resolution, data.interpolation, data.preprocessing())
     spec = spec.with_normalization(trained.mean, trained.std)
-    if spec.encoded and form != "safetensors":
+    if spec.encoded and format_name != "safetensors":
         raise UserError(
-            found=f"a run on picture files of differing sizes, and --format {form}",
-            expected="images of one size, which a graph from raw images to probabilities begins with",
-            hint="--format safetensors; or pack the pictures at one size (python -m pipeline.shard ... --size N) "
-            "and train on those",
+            found=f"a run on images of different sizes, and --format {format_name}",
+            expected="images of one size, the input of the exported graph",
+            hint="--format safetensors; or pack the images at one size (python -m pipeline.shard ... --size N) and "
+            "train on those",
         )
-    expected = parity.reference(config, spec, _model(trained), ProbabilityHead(**trained.posthoc_kwargs()), store)
-    metadata = describe(finished, train, store.manifest)
+    head = ProbabilityHead(**trained.posthoc_kwargs())
+    reference = parity.compute_reference(completed.config, spec, _build_model(trained), head, store)
+    metadata = export_metadata(completed, train, store.manifest)
     with created_directory(target.parent):
-        content, found = _written(form, trained, spec, expected, metadata)
-        agreement = parity.compare(expected.probabilities, found)
-        card = model_card.Card(finished, metadata, train, store.manifest, form, target.name, agreement)
-        page = card.render(hashlib.sha256(content).hexdigest(), len(content), _model(trained), expected)
+        content, probabilities = _export(format_name, trained, spec, reference, metadata)
+        agreement = parity.compare(reference.probabilities, probabilities)
+        card = model_card.Card(completed, metadata, train, store.manifest, format_name, target.name, agreement)
+        page = card.render(hashlib.sha256(content).hexdigest(), len(content), _build_model(trained), reference)
         write_file(target, content)
         write_file(target.with_name(CARD), page)
     return target, agreement
 
 
-def _written(
-    form: str,
+def _export(
+    format_name: str,
     trained: TrainedModel,
     spec: TransformSpec,
-    expected: parity.Reference,
+    reference: parity.Reference,
     metadata: dict[str, Any],
 ) -> tuple[bytes, NDArray[np.float32]]:
-    """The content of the file, and the probabilities of a model that was read back from it."""
-    views, decided = trained.config.trainer.test_time_augmentation, ProbabilityHead(**trained.posthoc_kwargs())
-    if form == "safetensors":
-        zeros = {name: torch.zeros_like(each) for name, each in trained.weights.items()}
-        rebuilt = _model(replace(trained, weights=zeros))
-        content = export_formats.to_safetensors(_model(trained), rebuilt, metadata)
+    """Return the content of the file, and the probabilities of the model that is read back from it."""
+    views, head = trained.config.trainer.test_time_augmentation, ProbabilityHead(**trained.posthoc_kwargs())
+    if format_name == "safetensors":
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in trained.weights.items()}
+        loaded = _build_model(replace(trained, weights=zeros))
+        content = formats.to_safetensors(_build_model(trained), loaded, metadata)
         with torch.inference_mode():
-            logits = mean_logits(rebuilt.eval(), expected.inputs, views)
-        return content, decided(logits).numpy()
-    classifier = InferenceModule(spec, _model(trained), views, decided).eval()
-    write = export_formats.to_onnx if form == "onnx" else export_formats.to_torch_export
-    exported = write(classifier, trained.image_shape, metadata)
-    assert isinstance(expected.images, np.ndarray)
-    answers = [exported.answers(expected.images[part]) for part in parity.parts(len(expected.images))]
-    return exported.content, np.concatenate(answers)
+            return content, head(mean_logits(loaded.eval(), reference.inputs, views)).numpy()
+    module = InferenceModule(spec, _build_model(trained), views, head).eval()
+    to_format = formats.to_onnx if format_name == "onnx" else formats.to_torch_export
+    assert isinstance(reference.images, np.ndarray)
+    _, height, width, channels = reference.images.shape
+    exported = to_format(module, (height, width, channels), metadata)
+    batches = parity.batch_slices(len(reference.images))
+    return exported.content, np.concatenate([exported.predict(reference.images[batch]) for batch in batches])
 
 
-def _model(trained: TrainedModel) -> nn.Module:
-    """For use alone: without gradients, its kernels in the plain layout."""
+def _build_model(trained: TrainedModel) -> nn.Module:
     return trained.build_model(_CPU).requires_grad_(False).to(memory_format=torch.contiguous_format)
 
 
-def describe(run: CompletedRun, train: Manifest, test: Manifest) -> dict[str, Any]:
-    """What a program has to know to use the model, as plain values; it stands inside the file."""
+def export_metadata(run: CompletedRun, train: Manifest, test: Manifest) -> dict[str, Any]:
+    """Collect all that a program needs to use the model, as plain values that the file contains."""
     config, trained = run.config, run.trained
     offsets = trained.posthoc_kwargs()["offsets"]
     return {
         "classes": list(trained.classes),
         "image_shape": list(trained.image_shape),  # height, width, channels of a raw image
-        "transposed": test.transposed,  # rows and columns are exchanged in a raw image
-        "preparation": list(config.data.preprocessing().steps),  # of raw images, before anything else
+        "transposed": test.transposed,  # whether raw images have rows and columns exchanged
+        "preparation": list(config.data.preprocessing().steps),  # on raw images, before all other steps
         "resolution": config.data.final_resolution,
         "interpolation": config.data.interpolation,
         "mean": list(trained.mean),
@@ -121,23 +133,23 @@ def describe(run: CompletedRun, train: Manifest, test: Manifest) -> dict[str, An
     }
 
 
-def _target(run: Path, form: str, out: Path | None) -> Path:
-    """The file to write; its directory may have to be made."""
-    suffix = SUFFIXES[form]
-    out = out or run / "export" / form
+def _target(run: Path, format_name: str, out: Path | None) -> Path:
+    """Return the file to write, whose directory may not exist yet."""
+    suffix = SUFFIXES[format_name]
+    out = out or run / "export" / format_name
     target = out if out.suffix == suffix else out / f"model{suffix}"
     if out != target and out.exists() and not out.is_dir():
         raise UserError(
-            found=f"--out {out} for --format {form}",
+            found=f"--out {out} for --format {format_name}",
             expected=f"a directory, or a file that ends in {suffix}",
             hint=f"--out {out.with_suffix(suffix)}",
         )
     card = target.with_name(CARD)
-    if card.exists() and model_card.subject(card) != target.name:
+    if card.exists() and model_card.described_file(card) != target.name:
         raise UserError(
             found=f"{card}, which is not the card of {target.name}",
-            expected="a place where a model card takes nothing away",
-            hint=f"a directory of its own: --out {target.parent / form}",
+            expected="a directory without another README.md",
+            hint=f"--out {target.parent / format_name}",
         )
     if target.parent.exists():
         check_writable(target)
@@ -145,24 +157,21 @@ def _target(run: Path, form: str, out: Path | None) -> Path:
 
 
 def main() -> int:
+    """Run the command. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.export"),
-        description="Export a finished run's model, held against the trainer on images of its test part.",
+        description="Export a run's model, after comparing it with the trainer on test images.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
-    parser.add_argument("--format", choices=tuple(SUFFIXES), required=True, help="what to write")
-    parser.add_argument("--out", type=Path, metavar="FILE_OR_DIR", help="where (default RUN/export/FORMAT)")
-    parser.add_argument("--shards", metavar="SHARDS", help="the run's packed set, if it is elsewhere now")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--format", choices=tuple(SUFFIXES), required=True, help="file format")
+    parser.add_argument("--out", type=Path, metavar="FILE_OR_DIR", help="file or directory (default RUN/export/FORMAT)")
+    parser.add_argument("--shards", metavar="SHARDS", help="the run's data set, if it has moved")
     arguments = parser.parse_args()
     target, agreement = export(arguments.run, arguments.format, arguments.out, arguments.shards)
     print(
         f"{target}  {target.stat().st_size / 1e6:.1f} MB\n"
         f"{target.with_name(CARD)}\n"
-        f"as the trainer: the same class for {agreement.same} of {agreement.samples} test images, probabilities within "
-        f"{agreement.difference:.1g} (allowed {parity.TOLERANCE:g})"
+        f"compared with the trainer: the same class for {agreement.same} of {agreement.samples} test images, "
+        f"probabilities within {agreement.difference:.1g} (tolerance {parity.TOLERANCE:g})"
     )
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""The formats of an exported model: how each is written, and how its answers are read back for comparison."""
+"""Formats of exported models: how each is written, and read back for comparison with the trainer."""
 
 from __future__ import annotations
 
@@ -20,27 +20,35 @@ from torch import nn
 from shards.errors import UserError
 from trainer.export.module import InferenceModule
 
-Answers = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-"""Raw images uint8 [N, H, W, C] to probabilities [N, classes]."""
-
 METADATA = "inkstream.json"  # in a .pt2 file
 _INPUT, _OUTPUTS = "images", ["probabilities", "logits"]
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-_EXAMPLES = 2  # images that the model is traced with; of one image the tracer would take the number for fixed
+_TRACED_IMAGES = 2  # with one image the tracer would take the batch size for a constant
 
 
 @dataclass(frozen=True)
-class Exported:
-    """content: of the file. answers: of a model that was read back from these bytes."""
+class ExportedModel:
+    """An exported model.
+
+    Attributes:
+        content: The file.
+        predict: The model read back from `content`: raw images uint8 [N, H, W, C] to probabilities [N, classes].
+    """
 
     content: bytes
-    answers: Answers
+    predict: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
-def to_onnx(classifier: InferenceModule, image_shape: tuple[int, int, int], metadata: dict[str, Any]) -> Exported:
-    """An ONNX graph (opset 20) from raw images to probabilities and logits. metadata: goes into its properties.
+def to_onnx(module: InferenceModule, image_shape: tuple[int, int, int], metadata: dict[str, Any]) -> ExportedModel:
+    """Export to ONNX (opset 20): raw images to probabilities and logits.
 
-    Raises `UserError` if a package is missing.
+    Args:
+        module: The model with pre- and postprocessing.
+        image_shape: Height, width and channels of raw images.
+        metadata: Properties of the ONNX model.
+
+    Raises:
+        UserError: A package is missing, or ONNX cannot express the model.
     """
     if missing := [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(
@@ -51,13 +59,12 @@ def to_onnx(classifier: InferenceModule, image_shape: tuple[int, int, int], meta
     import onnx
     import onnxruntime
 
-    traced = _traced(classifier, image_shape)
+    traced = _trace(module, image_shape)
     with _quiet():
         try:
-            names = {"input_names": [_INPUT], "output_names": _OUTPUTS}
-            program = torch.onnx.export(traced, **names, dynamo=True, verbose=False)
-        except Exception as error:  # the exporter raises many kinds
-            raise _refused(error, "onnx") from None
+            program = torch.onnx.export(traced, input_names=[_INPUT], output_names=_OUTPUTS, dynamo=True, verbose=False)
+        except Exception as error:  # the exporter raises many types of exceptions
+            raise _unsupported(error, "onnx") from None
     assert program is not None
     proto = program.model_proto
     for value in (*proto.graph.input, *proto.graph.output):
@@ -66,55 +73,70 @@ def to_onnx(classifier: InferenceModule, image_shape: tuple[int, int, int], meta
     content = proto.SerializeToString()
     onnx.checker.check_model(content)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return Exported(content, lambda images: session.run(_OUTPUTS[:1], {_INPUT: images})[0])
+    return ExportedModel(content, lambda images: session.run(_OUTPUTS[:1], {_INPUT: images})[0])
 
 
 def to_torch_export(
-    classifier: InferenceModule, image_shape: tuple[int, int, int], metadata: dict[str, Any]
-) -> Exported:
-    """A `torch.export` program from raw images to probabilities and logits. metadata: a file within it."""
+    module: InferenceModule, image_shape: tuple[int, int, int], metadata: dict[str, Any]
+) -> ExportedModel:
+    """Export to a `torch.export` program: raw images to probabilities and logits.
+
+    Args:
+        module: The model with pre- and postprocessing.
+        image_shape: Height, width and channels of raw images.
+        metadata: Content of the extra file `METADATA`.
+
+    Raises:
+        UserError: torch.export cannot express the model.
+    """
     content = io.BytesIO()
-    torch.export.save(_traced(classifier, image_shape), content, extra_files={METADATA: json.dumps(metadata, indent=1)})
+    torch.export.save(_trace(module, image_shape), content, extra_files={METADATA: json.dumps(metadata, indent=1)})
     content.seek(0)
-    module = torch.export.load(content).module()
-    return Exported(content.getvalue(), lambda images: module(torch.from_numpy(images))[0].numpy())
+    loaded = torch.export.load(content).module()
+    return ExportedModel(content.getvalue(), lambda images: loaded(torch.from_numpy(images))[0].numpy())
 
 
-def to_safetensors(model: nn.Module, rebuilt: nn.Module, metadata: dict[str, Any]) -> bytes:
-    """The weights alone. rebuilt: a model of the same form, which takes its weights from what was written."""
+def to_safetensors(model: nn.Module, loaded: nn.Module, metadata: dict[str, Any]) -> bytes:
+    """Export the weights.
+
+    Args:
+        model: The model.
+        loaded: A model of the same architecture, which loads the weights from the exported bytes.
+        metadata: Metadata of the file.
+    """
     from safetensors.torch import load, save
 
-    content = save({name: each.contiguous() for name, each in model.state_dict().items()}, as_text(metadata))
-    rebuilt.load_state_dict(load(content))
+    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, as_text(metadata))
+    loaded.load_state_dict(load(content))
     return content
 
 
 def as_text(metadata: dict[str, Any]) -> dict[str, str]:
-    """Each value as it is if it is text, else as JSON."""
-    return {name: each if isinstance(each, str) else json.dumps(each) for name, each in metadata.items()}
+    """Convert values to text: strings unchanged, others to JSON."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
 
 
-def _traced(classifier: InferenceModule, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
-    """The classifier as a graph of tensor operations, for any number of images."""
-    example = torch.zeros((_EXAMPLES, *image_shape), dtype=torch.uint8)
+def _trace(module: InferenceModule, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+    """Trace the module with a dynamic batch size."""
+    example = torch.zeros((_TRACED_IMAGES, *image_shape), dtype=torch.uint8)
     try:
-        return torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("N")},))
-    except Exception as error:  # the tracer raises many kinds
-        raise _refused(error, "torch-export") from None
+        return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("N")},))
+    except Exception as error:  # the tracer raises many types of exceptions
+        raise _unsupported(error, "torch-export") from None
 
 
-def _refused(error: Exception, form: str) -> UserError:
+def _unsupported(error: Exception, format_name: str) -> UserError:
     reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
     return UserError(
-        found=f"a model that cannot be written as {form}: {reason.strip()}",
-        expected="one whose every step is known to the format, for any number of images",
+        found=f"a model that cannot be written as {format_name}: {reason.strip()}",
+        expected="a model whose operations the format supports for any batch size",
         hint="--format safetensors, for the weights alone",
     )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks, which are about its own insides."""
+    """Silence the exporter's warnings about its own implementation."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Does an exported model say what the trainer says? Held on real samples before a file is left anywhere."""
+"""Comparison of an exported model with the trainer on test images, before a file is written."""
 
 from __future__ import annotations
 
@@ -21,63 +21,86 @@ from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.runtime.distributed import World
 
 TOLERANCE = 1e-4  # of a probability
-_SAMPLES = 512  # of the test part, whose packed order is a random one
-_FIRST = (1, 2)  # images of the first batches: a graph that is made for one number of images does not take another
+_SAMPLES = 512  # of the test split, which is packed in random order
+_FIRST_BATCHES = (1, 2)  # a graph that is traced with a fixed batch size fails on the others
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the trainer answers. images: raw, as at rest. inputs: float32 [n, C, R, R], of the trainer's graph.
-    probabilities: float32 [n, classes], computed in fp32. rows: int64 [n], in the raw source."""
+    """Predictions of the trainer.
+
+    Attributes:
+        images: Raw images as stored on disk.
+        inputs: Input of the model, float32 [n, C, R, R].
+        probabilities: Probabilities float32 [n, classes], computed in fp32.
+        source_index: Index of each image in the raw split, int64 [n].
+    """
 
     images: Images
     inputs: torch.Tensor
     probabilities: NDArray[np.float32]
-    rows: NDArray[np.int64]
+    source_index: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Parity:
-    """samples: compared. same: of them, with the same most probable class. difference: the largest of a probability."""
+    """Result of a comparison.
+
+    Attributes:
+        samples: Number of images.
+        same: Number of images with the same most probable class.
+        difference: Largest absolute difference of a probability.
+    """
 
     samples: int
     same: int
     difference: float
 
+    @classmethod
+    def of(cls, expected: NDArray[np.float32], actual: NDArray[np.float32]) -> Parity:
+        """Compare probabilities [n, classes]."""
+        same = int((expected.argmax(axis=1) == actual.argmax(axis=1)).sum())
+        return cls(len(expected), same, float(np.abs(expected - actual).max()))
+
 
 @torch.inference_mode()
-def reference(
-    config: Config, spec: TransformSpec, model: nn.Module, decided: ProbabilityHead, store: Store
+def compute_reference(
+    config: Config, spec: TransformSpec, model: nn.Module, head: ProbabilityHead, store: Store
 ) -> Reference:
-    """Answers of the trainer's own graph and evaluation, on the first samples of a part, on this processor in fp32."""
-    cpu = World(rank=0, size=1, device=torch.device("cpu"))
+    """Predict the first samples of a store with the trainer's transform and evaluation, on the CPU in fp32."""
+    world = World(rank=0, size=1, device=torch.device("cpu"))
     settings = config.trainer.model_copy(update={"precision": "fp32"})
     samples = np.arange(min(len(store), _SAMPLES))
-    graph = build_transform(spec, choose_backend(config.loader.backend, cpu.device, spec)[0], cpu.device, len(samples))
-    inputs, probabilities, rows = [], [], []
-    for batch in evaluation_loader(store, samples, graph, config, cpu).batches():
+    backend, _ = choose_backend(config.loader.backend, world.device, spec)
+    transform = build_transform(spec, backend, world.device, len(samples))
+    inputs, probabilities, source_index = [], [], []
+    for batch in evaluation_loader(store, samples, transform, config, world).batches():
         inputs.append(batch.images.clone(memory_format=torch.contiguous_format))
-        probabilities.append(decided(model_logits(model.eval(), batch, settings, cpu)))
-        rows.append(batch.source_index)
-    return Reference(store.read(samples), torch.cat(inputs), torch.cat(probabilities).numpy(), torch.cat(rows).numpy())
+        probabilities.append(head(model_logits(model.eval(), batch, settings, world)))
+        source_index.append(batch.source_index)
+    return Reference(
+        store.read(samples), torch.cat(inputs), torch.cat(probabilities).numpy(), torch.cat(source_index).numpy()
+    )
 
 
-def parts(samples: int) -> Iterator[slice]:
-    """Batches of different sizes that cover some samples."""
-    stops = [stop for stop in np.cumsum(_FIRST).tolist() if stop < samples] + [samples]
+def batch_slices(samples: int) -> Iterator[slice]:
+    """Yield slices of different lengths that cover all samples."""
+    stops = [stop for stop in np.cumsum(_FIRST_BATCHES).tolist() if stop < samples] + [samples]
     return map(slice, [0, *stops[:-1]], stops)
 
 
-def compare(expected: NDArray[np.float32], found: NDArray[np.float32]) -> Parity:
-    """expected, found: probabilities [n, classes]. Raises `UserError` if they are not the same within the tolerance."""
-    difference = float(np.abs(expected - found).max())
-    top, other = expected.argmax(axis=1), found.argmax(axis=1)
-    parity = Parity(len(expected), int((top == other).sum()), difference)
-    if not difference <= TOLERANCE:  # also where it is not a number
+def compare(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> Parity:
+    """Compare probabilities [n, classes] of the trainer and of the exported model.
+
+    Raises:
+        UserError: They differ by more than the tolerance.
+    """
+    parity = Parity.of(expected, actual)
+    if not parity.difference <= TOLERANCE:  # also for NaN
         raise UserError(
-            found=f"an exported model whose probabilities differ from the trainer's by up to {difference:.2g}, with "
-            f"another most probable class for {parity.samples - parity.same} of {parity.samples} test images",
-            expected=f"the same within {TOLERANCE:g}; nothing was written",
-            hint="try another --format, and tell us about it, with the run's config.yaml and env.json",
+            found=f"an exported model whose probabilities differ from the trainer's by up to {parity.difference:.2g}, "
+            f"with another most probable class for {parity.samples - parity.same} of {parity.samples} test images",
+            expected=f"a difference of at most {TOLERANCE:g}; no file was written",
+            hint="try another --format, and report it with the run's config.yaml and env.json",
         )
     return parity

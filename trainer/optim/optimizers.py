@@ -29,8 +29,8 @@ def make_optimizer(model: torch.nn.Module, settings: OptimConfig) -> torch.optim
     if settings.name == "sgd":
         return torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
     if settings.name == "sgd_lookahead":
-        from trainer.optim.lookahead import Lookahead
+        import timm.optim
 
-        return Lookahead(torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=True, fused=True))
+        return timm.optim.Lookahead(torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=True, fused=True))
     optimizer = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
     return optimizer(groups, settings.lr, fused=True)

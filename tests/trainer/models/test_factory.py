@@ -204,7 +204,7 @@ def test_classes_of_the_same_name_keep_their_part_of_a_classifier(
     with torch.no_grad():
         before, after = trained(images), begun(images)
     torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [5, 1, 0]])
-    assert "keeps the rows of 3 of 6 classes; 2 rows start from random weights" in caplog.messages[0]
+    assert "keeps the rows of 3 classes, and 2 rows start from random weights" in caplog.messages[0]
     moved = make_model(ModelConfig(name=TINY, init_checkpoint=path), 1, len(known), known[::-1]).eval()
     with torch.no_grad():
         torch.testing.assert_close(moved(images), before.flip(1), msg="as many classes, in another order")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import timm
+import timm.optim
+import timm.utils
 import torch
 import yaml
 from support.run_outcome import weights

@@ -107,7 +107,7 @@ def test_without_being_asked_for_there_is_neither(
 
 
 def test_a_trace_that_ends_before_it_begins_is_refused(recipe: Path) -> None:
-    with pytest.raises(UserError, match="ends before it begins"):
+    with pytest.raises(UserError, match="ends before it starts"):
         load(recipe, ["trainer.trace=[5, 2]"])
 
 
