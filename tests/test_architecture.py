@@ -35,7 +35,6 @@ OWNERS = {
     "timm": {
         "trainer/models/factory.py",
         "trainer/models/efficientnet_cifar.py",
-        "trainer/optim/lookahead.py",
         "trainer/optim/optimizers.py",
     },
     "torchvision": {"trainer/models/squeezenet.py"},

@@ -139,7 +139,7 @@ def main() -> int:
         prog=program_name("trainer.loop.find_batch_size"),
         description="The largest batch that fits, and how fast each size is.",
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings, for instance configs/...")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or the name of a recipe in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)

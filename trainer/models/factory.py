@@ -156,8 +156,8 @@ def _map_classifier(
     for name, tensor in mapped.items():
         tensor[rows] = state[name][checkpoint_rows].to(tensor)
     log.warning(
-        "model.init_checkpoint=%s is for %d classes: the classifier (%s) keeps the rows of %d classes, and %d rows start "
-        "from random weights",
+        "model.init_checkpoint=%s is for %d classes: the classifier (%s) keeps the rows of %d classes, and %d rows "
+        "start from random weights",
         path,
         len(state[min(classifier)]),
         ", ".join(sorted(classifier)),

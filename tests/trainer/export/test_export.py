@@ -128,11 +128,12 @@ def test_the_cards_code_runs_as_written(which: str, request: pytest.FixtureReque
     np.save(run / "images.npy", images)
     head = f"import os\nimport numpy as np\nraw = {str(run / 'images.npy')!r}\n"
     plain = not config.data.preprocessing().steps
+    zeros = "model(__import__('torch').zeros(1, 1, 20, 20)).detach()"
     for form, ask in (
         ("torch-export", "model(torch.from_numpy(np.load(raw)))[0].detach().numpy()"),
         (
             "safetensors",
-            "probabilities(np.load(raw))" if plain else "model(__import__('torch').zeros(1, 1, 20, 20)).detach()",
+            "probabilities(np.load(raw))" if plain else zeros,
         ),
     ):
         target, _ = export(run, form)
