@@ -94,12 +94,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             first = lines.setdefault(key.value, line) if isinstance(key, yaml.ScalarNode) else line
             if first != line:
-                raise _DuplicateKeyError(f"{key.value} twice, in lines {first} and {line}")
+                raise yaml.YAMLError(f"{key.value} twice, in lines {first} and {line}")
         return super().construct_mapping(node, deep)
-
-
-class _DuplicateKeyError(Exception):
-    pass
 
 
 def read_yaml(path: Path, overrides: list[str], example: Path) -> dict[str, Any]:
@@ -116,8 +112,6 @@ def read_yaml(path: Path, overrides: list[str], example: Path) -> dict[str, Any]
     hint = f"compare it with {example}"
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except _DuplicateKeyError as error:
-        raise UserError(found=f"{path} with {error}", expected="each key once", hint="remove one of them") from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(
             found=f"no configuration file {path}",
@@ -127,7 +121,7 @@ def read_yaml(path: Path, overrides: list[str], example: Path) -> dict[str, Any]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = str(error).replace("\n", " ")
         raise UserError(
-            found=f"{path}, which is not YAML: {reason}", expected="a YAML file of settings", hint=hint
+            found=f"{path}, which is not YAML: {reason}", expected="a YAML file without duplicate keys", hint=hint
         ) from None
     if not isinstance(content, dict):
         raise UserError(

@@ -20,8 +20,7 @@ class LossConfig(BaseConfig):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing: fraction of the target spread evenly over all classes."""
     logit_adjustment: Annotated[float, Field(ge=0)] = 0.0
-    """Factor tau of logit adjustment in the loss, which adds tau * log(class frequency) to the logits; 1 is the
-    balanced softmax."""
+    """Logit adjustment: this factor times log(class frequency) is added to the logits; 1 is the balanced softmax."""
 
 
 class PosthocConfig(BaseConfig):

@@ -73,8 +73,7 @@ class DataConfig(BaseConfig):
     opening_radius: Annotated[int, Field(ge=0, le=16)] = 0
     """Radius in raw pixels of a morphological opening, which removes bright specks; 0 for none."""
     crop_to_foreground: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Crop raw images to the smallest square around the bright foreground, with this margin on each side as a fraction
-    of the square's side; null for no crop."""
+    """Margin of a square crop around the bright foreground, as a fraction of the square's side; null for no crop."""
     equalize: bool = False
     """Equalize the histogram of each channel of each raw image."""
     normalize: Literal["dataset", "half"] = "dataset"
@@ -104,8 +103,7 @@ class LoaderConfig(BaseConfig):
     batch_size: Annotated[int, Field(ge=1)] = 512
     """Global batch size: images per batch over all ranks."""
     scale_batch_with_resolution: bool = False
-    """With a resolution schedule, keep the number of pixels per batch: batch_size applies to the largest resolution.
-    The learning rate does not change."""
+    """Keep the number of pixels per batch in a resolution schedule: batch_size applies to the largest resolution."""
     cache_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Memory for cached images per process in GB; auto is half of the machine's memory divided by its processes. Larger
     data sets are read through a sliding shuffle window of blocks."""
@@ -130,19 +128,16 @@ class ModelConfig(BaseConfig):
     channel_multiplier: Annotated[float, Field(gt=0)] = 1.0
     """Width multiplier of cifar_efficientnet: 1, 1, 1.1, 1.2, 1.4, 1.6, 1.8 and 2 for B0 to B7."""
     depth_multiplier: Annotated[float, Field(gt=0)] = 1.0
-    """Depth multiplier of cifar_efficientnet: 1, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6 and 3.1 for B0 to B7 (drop_rate 0.2, 0.2,
-    0.3, 0.3, 0.4, 0.4, 0.5, 0.5)."""
+    """Depth multiplier of cifar_efficientnet: 1, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6 and 3.1 for B0 to B7."""
     stem_stride: Literal[1] | None = None
-    """Stride of the first convolution of a timm model: 1 instead of 2 for small images, at four times the cost; null
-    for the model's own."""
+    """Stride of a timm model's first convolution: 1 for small images, at four times the cost; null for its own."""
     head_hidden: Annotated[int, Field(ge=1)] | None = None
     """Width of a hidden layer with ReLU before the classifier; null for none."""
     head_init_std: Annotated[float, Field(gt=0)] | None = None
-    """Std of the classifier's initial weights; null for the model's default. EfficientNet and MobileNet use
-    0.58/sqrt(classes), which starts overconfident with few classes."""
+    """Std of the classifier's initial weights; null for the model's default (EfficientNet and MobileNet:
+    0.58/sqrt(classes), which starts overconfident with few classes)."""
     filters: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    """Output channels of the convolutions of cifar_cnn, lenet and numtadb models, such as [32, 64]; null for their
-    own."""
+    """Output channels of the convolutions of cifar_cnn, lenet and numtadb models, as [32, 64]; null for their own."""
     kernel: Annotated[int, Field(ge=1)] | None = None
     """Kernel size of all convolutions of cifar_cnn, lenet and numtadb models; null for their own."""
     dense: tuple[Annotated[int, Field(ge=1)], ...] | None = None
@@ -202,28 +197,23 @@ class TrainerConfig(BaseConfig):
     epochs: Annotated[int, Field(ge=1)] = 15
     """Passes over the training split."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the model, bf16 by autocast; auto is bf16 where the hardware supports it, but fp32 on CPUs for
-    models with depthwise convolutions."""
+    """Precision; auto is bf16 if supported, but fp32 on CPUs for models with depthwise convolutions."""
     channels_last: bool = True
     """Use the channels-last (NHWC) memory format."""
     compile: Annotated[
         Literal["off", "auto", "default", "reduce-overhead", "max-autotune"], BeforeValidator(_bool_to_compile_mode)
     ] = "off"
-    """Mode of torch.compile; the first steps then take minutes. auto is default on a GPU and off on a CPU, true is
-    default."""
+    """Mode of torch.compile; the first steps take minutes. auto is default on a GPU and off on a CPU."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights, which is then evaluated; null for none. The decay warms up
-    as 1 - step^(-2/3)."""
+    """Decay of the moving average of the weights that is evaluated; null for none. It warms up as 1 - step^(-2/3)."""
     monitor: Literal["accuracy", "macro_f1"] = "accuracy"
     """Validation metric that selects the best epoch (also watched by schedule.name=plateau)."""
     test_time_augmentation: Literal["none", "shifts", "shifts_scales"] = "none"
-    """Average the probabilities of each image over 5 shifted views, or 7 shifted and resized views, at that many times
-    the cost."""
+    """Average the probabilities over 5 shifted views of each image, or 7 shifted and resized views."""
     profile: bool = False
     """Measure the time of each phase of a step; printed at the end and written to profile.json."""
     trace: bool | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = False
-    """Write a trace of some steps with torch.profiler (trace.json.gz): [first, last], counted from the start of the
-    process; true is [6, 10]."""
+    """Steps that torch.profiler traces to trace.json.gz: [first, last] of the process; true is [6, 10]."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
     """Ranks time out after this many minutes without contact."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +59,9 @@ def to_onnx(module: InferenceModule, image_shape: tuple[int, int, int], metadata
     import onnxruntime
 
     traced = _trace(module, image_shape)
-    with _quiet():
+    # Silence the exporter, which warns about its own implementation.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):
         try:
             program = torch.onnx.export(traced, input_names=[_INPUT], output_names=_OUTPUTS, dynamo=True, verbose=False)
         except Exception as error:  # the exporter raises many types of exceptions
@@ -132,17 +133,3 @@ def _unsupported(error: Exception, format_name: str) -> UserError:
         expected="a model whose operations the format supports for any batch size",
         hint="--format safetensors, for the weights alone",
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's warnings about its own implementation."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
