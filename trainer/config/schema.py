@@ -115,7 +115,7 @@ class ModelConfig(BaseConfig):
     name: str = "auto"
     """A timm model, or three_block_cnn (small, for CPUs), cifar_cnn, cifar_cnn_batchnorm, cifar_efficientnet, lenet,
     numtadb_model1, numtadb_model2, numtadb_model3 or squeezenet1_1; auto is efficientnet_b2 on a GPU and
-    three_block_cnn on a CPU."""
+    three_block_cnn on a CPU (with data.resolution=28 unless it is set)."""
     pretrained: bool | Literal["auto"] = False
     """Start from published weights; auto does so if they are cached or can be downloaded, and warns otherwise."""
     init_checkpoint: Path | None = None

@@ -348,7 +348,10 @@ def test_the_automatic_model_suits_the_device(caplog: pytest.LogCaptureFixture) 
     config = Config(data={"shards": "set"}, trainer={"precision": "fp32"})
     for device, name in (("cpu", SMALL_CNN), ("cuda", "efficientnet_b2")):
         caplog.clear()
-        assert resolve_auto(config, torch.device(device)).model.name == name
+        resolved = resolve_auto(config, torch.device(device))
+        assert (resolved.model.name, resolved.data.resolution) == (name, 28 if device == "cpu" else 112)
         assert f"model.name=auto: {name}" in caplog.text
+    larger = Config(data={"shards": "set", "resolution": 40}, trainer={"precision": "fp32"})
+    assert resolve_auto(larger, torch.device("cpu")).data.resolution == 40
     stated = config.model_copy(update={"model": ModelConfig(name=TINY)})
     assert resolve_auto(stated, torch.device("cpu")) == stated
