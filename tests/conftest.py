@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side: threads of each would only be in the way of the others. Read when torch is loaded.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.warm_process import WarmProcesses
 
 from pipeline.datasets import find_source
 from pipeline.packing.pack import pack
@@ -108,16 +110,12 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Pa
     return directory
 
 
+_warm_processes = functools.cache(WarmProcesses)
+
+
 def run_module(module: str, *arguments: object, cwd: Path | None = None, timeout: float = 120, **env: str):
-    """Run `python -m module arguments` as a user does; returns the finished process with its output as text."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=cwd or ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    """Run `python -m module arguments` in a process of its own; returns it, finished, with its output as text."""
+    return _warm_processes().run(module, [*map(str, arguments)], cwd or ROOT, {**os.environ, **env}, timeout)
 
 
 def free_port() -> int:

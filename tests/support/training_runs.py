@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROOT, free_port, run_module
 
 from trainer.run import main as run_main
@@ -23,14 +22,6 @@ QUICK = {
     "schedule": {"name": "warm_restarts", "unit": "step", "warmup": 1, "cycle_epochs": 1},
     "trainer": {"epochs": 3, "precision": "fp32", "ema_decay": 0.9},
 }
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
-    """A recipe with everything that has a state: accumulation, mixing, dropout, average, restarts."""
-    path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
-    path.write_text(yaml.safe_dump(QUICK | {"data": QUICK["data"] | {"shards": str(made_up_set)}}))
-    return path
 
 
 def train(recipe: Path, directory: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:

@@ -11,13 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import assert_user_error, free_port, made_up_parts, pack_parts, run_module
 from support.run_outcome import assert_same_run, history, weights
-from support.training_runs import stop_in_epoch, train, train_here
+from support.training_runs import QUICK, stop_in_epoch, train, train_here
 
 from shards import UserError
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.loop import engine
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+    """A recipe with everything that has a state: accumulation, mixing, dropout, average, restarts."""
+    path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
+    path.write_text(yaml.safe_dump(QUICK | {"data": QUICK["data"] | {"shards": str(made_up_set)}}))
+    return path
 
 
 @pytest.fixture(scope="module")
