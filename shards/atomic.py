@@ -58,12 +58,12 @@ def file_lock(path: Path, busy: UserError | None = None) -> Iterator[None]:
         busy: The error to raise if another process holds the lock; None: wait for it.
     """
     lock = FileLock(path)
-    try:
-        with os_errors_as_user_errors(path):
+    with os_errors_as_user_errors(path):
+        try:
             lock.acquire(timeout=0 if busy else -1)
-    except Timeout:
-        assert busy is not None
-        raise busy from None
+        except Timeout:
+            assert busy is not None
+            raise busy from None
     try:
         yield
     finally:

@@ -189,7 +189,7 @@ class TestOut:
         if options == ("--dry-run",) and "none" in out:
             assert process.returncode == 0
         else:
-            assert_user_error(process, f"error: {Path(out).parent}" if "deeper" in out else f"error: {out}")
+            assert_user_error(process, "error: ", f": {Path(out).parent if 'deeper' in out else out}\n")
 
 
 class TestDryRun:

@@ -296,7 +296,7 @@ def test_weights_and_biases_runs_offline_without_a_key_or_a_server(recipe: Path,
         HOME=str(tmp_path),
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    assert ("runs offline" in process.stderr) == bool(key)
+    assert ("Weights & Biases is offline" in process.stderr) == bool(key)
     assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
 
 
