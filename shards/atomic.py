@@ -17,8 +17,10 @@ from shards.errors import NotFoundError, UserError, as_user_error, os_errors_as_
 
 def make_directory(path: Path) -> None:
     """Make a directory and its parents; raise `UserError` if the operating system refuses."""
-    with os_errors_as_user_errors(path):
+    try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # it names the first of the parents that is missing
+        raise as_user_error(error, path) from None
 
 
 def check_writable(path: Path) -> None:
@@ -157,8 +159,10 @@ def replace_directory(target: Path) -> Iterator[Replacement]:
         hint="wait for it to end, or choose another --out",
     )
     with created_directory(staging.parent):
-        with os_errors_as_user_errors(target):
+        try:
             staging.mkdir(exist_ok=True)
+        except OSError as error:
+            raise as_user_error(error, target) from None
         with file_lock(staging / "lock", busy):
             replacement = Replacement(target)
             try:

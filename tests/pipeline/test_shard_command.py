@@ -189,7 +189,8 @@ class TestOut:
         if options == ("--dry-run",) and "none" in out:
             assert process.returncode == 0
         else:
-            assert_user_error(process, "error: ", f": {Path(out).parent if 'deeper' in out else out}\n")
+            assert_user_error(process)
+            assert str(Path(out).parent if "deeper" in out else out) in process.stderr.splitlines()[0]
 
 
 class TestDryRun:

@@ -346,7 +346,7 @@ class TestFailedPacking:
         out = Path(shutil.copytree(made_up_set, tmp_path / "set"))
         before = (out / "train" / "manifest.json").read_bytes()
         with pytest.raises(Interrupted):
-            pack(fail, out, dataset="made-up", split="", block_size=64, seed=1, force=True)
+            pack(fail, out, dataset="made-up", variant="", block_size=64, seed=1, force=True)
         assert (out / "train" / "manifest.json").read_bytes() == before
         assert_stands_alone(out)
 
