@@ -19,7 +19,7 @@ COMMANDS = {
     "train": ("trainer.run", "train a recipe"),
     "evaluate": ("trainer.evaluate", "evaluate a run on a packed data set"),
     "predict": ("trainer.predict", "predict image files"),
-    "demo": ("trainer.inference.demo", "open a drawing page in the browser"),
+    "demo": ("trainer.predict.demo", "open a drawing page in the browser"),
     "export": ("trainer.export", "export a run to ONNX, torch.export or safetensors"),
     "report": ("trainer.report", "write the report of a run, or compare runs"),
     "tune": ("trainer.tune", "search hyperparameters with Optuna"),

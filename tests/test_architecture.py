@@ -50,8 +50,8 @@ TRAINER_LEVELS = (
     {"checkpoint", "data"},
     {"optim"},
     {"evaluate"},
-    {"loop", "inference", "export", "report"},
-    {"run", "tune", "predict"},
+    {"loop", "predict", "export", "report"},
+    {"run", "tune"},
 )
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all", "np.random.seed", "random.seed"}
 

@@ -69,7 +69,7 @@ def test_the_command_writes_a_picture_beside_the_set_or_where_it_is_told(made_up
 def test_what_a_recipe_trains_on_is_shown_beside_the_raw_images(made_up_set: Path, tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
     overrides = (f"data.shards={made_up_set}", "data.invert=true", "augment.rotation=20", "data.resolution=28")
-    process = run_module("trainer.inference.preview", "configs/quickstart.yaml", *overrides, "--out", out)
+    process = run_module("trainer.predict.preview", "configs/quickstart.yaml", *overrides, "--out", out)
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == str(out)
     store = open_split(made_up_set, "train")

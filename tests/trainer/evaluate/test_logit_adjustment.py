@@ -20,8 +20,8 @@ from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config.schema import LossConfig
 from trainer.evaluate.evaluator import evaluate_run
 from trainer.evaluate.logit_adjustment import best_tau, fit_posthoc, log_weights
-from trainer.inference.predictor import Predictor, upright_images
 from trainer.optim.losses import class_weights, log_priors, weighted_kl
+from trainer.predict.predictor import Predictor, upright_images
 from trainer.run import main as run_main
 from trainer.runtime.distributed import World
 

@@ -21,8 +21,8 @@ from conftest import ROOT
 from PIL import Image, ImageDraw
 
 from shards import UserError
-from trainer.inference.demo import DrawingClassifier, Server
-from trainer.inference.predictor import Predictor
+from trainer.predict.demo import DrawingClassifier, Server
+from trainer.predict.predictor import Predictor
 
 PNG = {"Content-Type": "image/png"}
 
@@ -31,7 +31,7 @@ PNG = {"Content-Type": "image/png"}
 def server(digits_run: Path) -> Iterator[int]:
     """The command as a process; the port that it took. At its end it must stop as any command does on Ctrl-C."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer.inference.demo", str(digits_run), "--port", "0"],
+        [sys.executable, "-m", "trainer.predict.demo", str(digits_run), "--port", "0"],
         cwd=ROOT,
         env=dict(os.environ),
         stdout=subprocess.PIPE,

@@ -28,9 +28,9 @@ from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
 from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import ConfusionMatrix
-from trainer.inference.contact_sheet import MAX_TILES, Tile, prediction_sheet
-from trainer.inference.input_files import Sample, find_inputs, read_samples
-from trainer.inference.predictor import Predictor, add_run_arguments
+from trainer.predict.contact_sheet import MAX_TILES, Tile, prediction_sheet
+from trainer.predict.input_files import Sample, find_inputs, read_samples
+from trainer.predict.predictor import Predictor, add_run_arguments
 
 _MAX_LINES = 100  # of the table on the terminal
 _RUNNERS_UP = 2

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards import UserError, open_split
-from trainer.inference.predictor import Predictor, upright_images
-from trainer.predict import main
+from trainer.predict.__main__ import main
+from trainer.predict.predictor import Predictor, upright_images
 
 Predict = Callable[..., int]
 

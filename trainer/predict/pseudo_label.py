@@ -1,7 +1,7 @@
 """Command: label images by a model's own confident predictions.
 
-    python -m trainer.inference.pseudo_label RUN_DIR SHARDS [--part train] --confidence 0.95 --csv FILE
-    python -m trainer.inference.pseudo_label RUN_DIR SHARDS --confidence 0.95 --add-to SET --out DIR
+    python -m trainer.predict.pseudo_label RUN_DIR SHARDS [--part train] --confidence 0.95 --csv FILE
+    python -m trainer.predict.pseudo_label RUN_DIR SHARDS --confidence 0.95 --add-to SET --out DIR
 
 The first form writes row, label and confidence of each image with at least this confidence. Labels in SHARDS are
 ignored. The second form packs SET again with these images added to its train split under the predicted labels. The
@@ -36,7 +36,7 @@ from shards.stores.base import Store
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate.evaluator import loader_for, predict_logits
 from trainer.evaluate.logit_adjustment import ProbabilityHead
-from trainer.inference.predictor import add_run_arguments
+from trainer.predict.predictor import add_run_arguments
 from trainer.runtime.distributed import World, init_distributed
 
 
@@ -135,7 +135,7 @@ def _fraction(text: str) -> float:
 def main() -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog=program_name("trainer.inference.pseudo_label"),
+        prog=program_name("trainer.predict.pseudo_label"),
         description="Label images by a model's own confident predictions.",
     )
     add_run_arguments(parser)

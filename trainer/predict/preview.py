@@ -1,6 +1,6 @@
 """Command: a contact sheet of a recipe's training images, raw beside preprocessed and augmented, by class.
 
-python -m trainer.inference.preview CONFIG [key=value ...] [--out FILE]
+python -m trainer.predict.preview CONFIG [key=value ...] [--out FILE]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.config import load as config
 def main() -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog=program_name("trainer.inference.preview"),
+        prog=program_name("trainer.predict.preview"),
         description="Draw a contact sheet of a recipe's training images: raw beside preprocessed and augmented.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or the name of a recipe in configs/")

@@ -15,7 +15,7 @@ from support.training_runs import train_here
 from pipeline.packing.pack import ORIGINS
 from pipeline.packing.repack import packed_splits
 from shards import UserError, open_split
-from trainer.inference import pseudo_label
+from trainer.predict import pseudo_label
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def run(sets: tuple[Path, Path]) -> Path:
 def label(*arguments: object) -> None:
     """Run the command in this process, which saves the start of another."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["trainer.inference.pseudo_label", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["trainer.predict.pseudo_label", *map(str, arguments)])
         assert pseudo_label.main() == 0
 
 

@@ -1,6 +1,6 @@
 """Command: draw a character in the browser and see the prediction of a trained model.
 
-    python -m trainer.inference.demo RUN_DIR [--port N]
+    python -m trainer.predict.demo RUN_DIR [--port N]
 
 The command serves one page on this machine only. Drawing works with mouse, pen, finger and keyboard. The page shows the
 five most probable classes and the model input, updated with every stroke. It uses the standard library's server: a web
@@ -31,7 +31,7 @@ from pipeline.readers.formats import image as images
 from shards import UserError
 from shards.cli import program_name, run_command
 from shards.errors import as_user_error
-from trainer.inference.predictor import Predictor, add_run_arguments
+from trainer.predict.predictor import Predictor, add_run_arguments
 
 _HOST = "127.0.0.1"  # not configurable: every client of the page can keep this machine busy
 _PORT = 8028
@@ -223,7 +223,7 @@ def _port(text: str) -> int:
 def main() -> int:
     """Run the command until Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog=program_name("trainer.inference.demo"),
+        prog=program_name("trainer.predict.demo"),
         description="Draw a character in the browser and see the prediction of a trained model.",
     )
     add_run_arguments(parser)

@@ -23,7 +23,7 @@ from shards.open import open_dataset_or_split
 from shards.remote.sets import is_remote
 from shards.stores.base import Store
 from shards.stores.image_header import MAX_BYTES
-from trainer.inference.predictor import Predictor, upright_images
+from trainer.predict.predictor import Predictor, upright_images
 
 _FILE_COLUMNS = ("file", "path", "filename", "image", "picture")
 _LABEL_COLUMNS = ("label", "class", "target", "truth", "character", "digit")
