@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,15 @@ def make_cases(lists: dict[str, str]) -> list[LoopCase]:
         name: parse_numbers(f"--{name}", lists[name], int, "comma-separated numbers above 0", example)
         for name, example in (("resolutions", "28,56"), ("batches", "64,128"))
     }
-    columns: list[list[Any]] = [numbers["resolutions"], lists["models"].split(","), numbers["batches"]]
-    columns += [lists["precisions"].split(","), lists["compile"].split(",")]
-    base: list[Any] = [column[0] for column in columns]
-    others = [
-        LoopCase(*base[:index], value, *base[index + 1 :])
-        for index, column in enumerate(columns)
-        for value in column[1:]
-    ]
-    return [LoopCase(*base), *others]
+    fields: dict[str, list[Any]] = {
+        "resolution": numbers["resolutions"],
+        "model": lists["models"].split(","),
+        "batch_size": numbers["batches"],
+        "precision": lists["precisions"].split(","),
+        "compile": lists["compile"].split(","),
+    }
+    base = LoopCase(**{name: values[0] for name, values in fields.items()})
+    return [base, *(replace(base, **{name: value}) for name, values in fields.items() for value in values[1:])]
 
 
 def throughput_markdown(records: Sequence[dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import itertools
 import queue
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -84,13 +84,13 @@ class Loader:
         fused_steps = max(1, transform.max_fused_batch * world_size // sampler.batch_size)
         self._fused_steps = fused_steps if sampler.can_fuse else 1
 
-    def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
         """Iterate over this rank's batches of an epoch, from global step `first_step` on."""
         steps = self.sampler.steps(epoch, self._rank, self._world_size, first_step - first_step % self._fused_steps)
         batches = self._prepare(steps, first_step)
         return prefetch(batches, _PREFETCH_BATCHES) if self._device.type == "cuda" else batches
 
-    def _prepare(self, steps: Iterator[BatchIndices], first_step: int) -> Iterator[Batch]:
+    def _prepare(self, steps: Iterator[BatchIndices], first_step: int) -> Generator[Batch, None, None]:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is a property of the thread
         while group := list(itertools.islice(steps, self._fused_steps)):
@@ -156,7 +156,7 @@ def undecodable_image_error(store: Store, sample: int, reason: str) -> UserError
     )
 
 
-def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     """Iterate over items in a thread, up to `depth` items ahead of the consumer.
 
     An exception of the iteration is raised in the consumer. The thread ends when the iteration ends or the iterator is

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -15,6 +16,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.typing import HashableList, RcKeyType
 
 # Colors by the names that they have as CSS variables in style.css.j2, which dark mode replaces.
 COLORS = {
@@ -28,7 +32,7 @@ COLORS = {
     "s4": "#a21caf",
 }
 INK, MUTED, RULE, CARD, *SERIES = COLORS.values()
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "font.size": 10,
     "figure.titlesize": 14,
     "figure.titleweight": "bold",
@@ -112,7 +116,8 @@ class Chart:
 
     def _make_figure(self, background: str) -> Figure:
         figure = plt.figure(figsize=self.size, facecolor=background)
-        axes = figure.subplot_mosaic(self.panels, height_ratios=self.height_ratios, sharey=self.share_y)
+        mosaic: list[HashableList[str]] = [list(row) for row in self.panels]
+        axes = figure.subplot_mosaic(mosaic, height_ratios=self.height_ratios, sharey=self.share_y)
         if self.title:
             figure.suptitle(self.title, x=0.012, ha="left")
         if self.note:
@@ -149,7 +154,7 @@ def plain_numbers(axis: Axis, minor: bool = True) -> None:
     axis.set_minor_formatter(lambda value, _: f"{value:,.6g}" if f"{value:.0e}"[0] in is_labeled else "")
 
 
-def plot_spread(axes: Axes, x: Sequence[float], spreads: Sequence[dict[str, float]], **style: object) -> None:
+def plot_spread(axes: Axes, x: Sequence[float], spreads: Sequence[dict[str, float]], **style: Any) -> None:
     """Plot medians over x with bars from the lowest to the highest value."""
     medians = [spread["median"] for spread in spreads]
     bars = [

@@ -13,11 +13,14 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from shards.errors import first_line
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 # Imported once, by the fork server, so that a fresh process starts at once.
 _PRELOADED = ["numpy", "psutil", "torch", "PIL.Image"]
@@ -49,10 +52,12 @@ class WorkerProcess:
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any, log: Path) -> None:
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
-        if method == "forkserver":
+        context: ForkServerContext | SpawnContext
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(_PRELOADED)
+        else:
+            context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         # Not a daemon: daemons cannot start worker processes.
         self._process = context.Process(
@@ -134,7 +139,7 @@ def _serve(
         try:
             if not is_made:  # at the first call, so that its exception is an answer
                 instance, is_made = make(*arguments), True
-            answer = ("result", getattr(instance, method)(*values))
+            answer: tuple[Any, ...] = ("result", getattr(instance, method)(*values))
         except Exception as error:
             answer = ("error", first_line(error), type(error).__name__, traceback.format_exc())
         pipe.send(answer)

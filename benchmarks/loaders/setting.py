@@ -16,7 +16,7 @@ from benchmarks.loaders.baselines.base import Source, Task
 from pipeline.common.device import choose_device
 from shards import UserError, open_split
 from shards.atomic import check_writable
-from shards.stores.base import Store
+from shards.stores.base import ImageStore, is_image_store
 
 _SEED = 0
 
@@ -37,7 +37,7 @@ class BenchmarkConfig:
         out: Output directory.
     """
 
-    store: Store
+    store: ImageStore
     samples: NDArray[np.int64]
     resolutions: tuple[int, ...]
     batch_size: int
@@ -55,7 +55,7 @@ class BenchmarkConfig:
         """Write the images in the order of the raw files, with indices 0 .. N-1."""
         manifest = self.store.manifest
         ordered = self.samples[np.argsort(self.store.rows[self.samples])]
-        pixels = np.empty((len(ordered), *manifest.image_shape), np.uint8)
+        pixels = np.empty((len(ordered), *manifest.pixel_shape), np.uint8)
         self.store.gather(ordered, pixels)
         return Source.write(directory, pixels, self.store.labels[ordered], manifest.transposed, len(manifest.classes))
 
@@ -86,14 +86,13 @@ def make_config(arguments: argparse.Namespace) -> BenchmarkConfig:
         UserError: The arguments or the data set are not suitable.
     """
     store = open_split(choose_set(arguments.shards), "train")
-    samples = np.arange(min(len(store), arguments.images or len(store)))  # packed order is random
-    height, width, _ = store.manifest.image_shape
-    if height is None or width is None:
+    if not is_image_store(store):
         raise UserError(
             found=f"{store.manifest.name}, packed as image files of different sizes",
             expected="images of one size, which every loader supports",
             hint="pack it at one size: python -m pipeline.shard ... --size N",
         )
+    samples = np.arange(min(len(store), arguments.images or len(store)))  # packed order is random
     if arguments.json is not None:
         check_writable(arguments.json)
     if arguments.batch_size > len(samples):
@@ -103,7 +102,7 @@ def make_config(arguments: argparse.Namespace) -> BenchmarkConfig:
             hint=f"--batch-size {min(64, len(samples))}",
         )
     # Below the size of the raw images, the libraries treat the borders differently.
-    smallest = max(height, width)
+    smallest = max(store.manifest.pixel_shape[:2])
     expected = f"comma-separated sides in pixels, none smaller than the images' {smallest}"
     example = f"{smallest},{2 * smallest}"
     resolutions = parse_numbers("--resolutions", arguments.resolutions, int, expected, example, lowest=smallest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from trainer.config.schema import Config
 
 NAME = "resolution_sweep"
 INTERPOLATIONS = ("nearest", "linear", "cubic", "lanczos")
-_VARIED = {
+_VARIED: Mapping[str, bool | set[str]] = {
     "seed": True,
     "resume": True,
     "run": True,
@@ -72,7 +72,7 @@ class SweepConfig:
         Raises:
             UserError: The settings are invalid.
         """
-        overrides = {
+        overrides: dict[str, dict[str, Any]] = {
             "data": {
                 "shards": str(self.shards),
                 "train_fraction": point.subset,

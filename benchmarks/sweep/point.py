@@ -28,6 +28,7 @@ import torch
 from benchmarks.common.harness import Spread, in_process
 from benchmarks.sweep.plan import Point, SweepConfig
 from pipeline.loader import Batch
+from pipeline.sampler import SequentialBatchSampler
 from shards import UserError, open_split
 from shards.errors import first_line
 from trainer.checkpoint.run_dir import RunDirectory
@@ -152,7 +153,8 @@ def measure(config: SweepConfig, point: Point, batch_size: int, accumulation: in
     with init_distributed(settings.device) as world:
         settings = resolve_auto(settings, world.device)
         data = open_data(settings, world)
-        data.test.sampler = replace(data.test.sampler, samples=data.test.sampler.samples[: config.test_images])
+        test_samples = data.test.sampler.samples[: config.test_images]
+        data.test.sampler = SequentialBatchSampler(test_samples, data.test.sampler.batch_size)
         loader = _measure_loader(data, world)
         by_epochs, history, training = _train(settings, data, world)
         rates = [record["images_per_second"] for record in history]

@@ -100,7 +100,7 @@ class SeedGroup:
 
 def group_seeds(records: Sequence[dict[str, Any]]) -> list[SeedGroup]:
     """Group the successful points by model, subset, resolution and interpolation, in this order."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, float, int, str], list[dict[str, Any]]] = {}
     for record in records:
         if "failed" not in record:
             key = (record["model"], record["subset"], record["resolution"], record["interpolation"])

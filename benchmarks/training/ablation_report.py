@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,9 @@ def ablation_markdown(rows: Sequence[dict[str, Any]]) -> str:
     }
     for split in ("validation", "test"):
         for metric, title in METRICS.items():
-            columns[f"{split} {title}"] = lambda row, split=split, metric=metric: _format_percent(
-                [record[split][metric] for record in row["records"].values()]
-            )
+            columns[f"{split} {title}"] = partial(_format_metric, split=split, metric=metric)
     for metric, title in METRICS.items():
-        columns[f"test {title}, gain"] = lambda row, metric=metric: (
-            "" if row is recipe else _format_points(gains(row, recipe, "test", metric))
-        )
+        columns[f"test {title}, gain"] = partial(_format_gain, recipe=recipe, metric=metric)
     columns["training"] = lambda row: (
         f"{statistics.mean(record['training_seconds'] for record in row['records'].values()):.0f} s"
     )
@@ -57,6 +54,14 @@ def ablation_markdown(rows: Sequence[dict[str, Any]]) -> str:
         f"Gains are in points, between runs of the same seed.\n{format_machine(first['environment'])}."
     )
     return f"{markdown_table(*tabulate(columns, rows))}\n\n{notes}"
+
+
+def _format_metric(row: dict[str, Any], split: str, metric: str) -> str:
+    return _format_percent([record[split][metric] for record in row["records"].values()])
+
+
+def _format_gain(row: dict[str, Any], recipe: dict[str, Any], metric: str) -> str:
+    return "" if row is recipe else _format_points(gains(row, recipe, "test", metric))
 
 
 def _format_percent(fractions: Sequence[float]) -> str:
@@ -98,13 +103,20 @@ def _draw_gains(axes: Axes, recipe: dict[str, Any], others: Sequence[dict[str, A
     for index, (row, (mean, error)) in enumerate(zip(others, test, strict=True)):
         if index == outlier:  # written as a number, because it would compress all others
             label = f"◂ {mean:+.2f}" if mean < 0 else f"{mean:+.2f} ▸"
-            position = {"xycoords": ("axes fraction", "data"), "ha": "left" if mean < 0 else "right", "va": "center"}
-            axes.annotate(label, (float(mean > 0), index), color=MUTED, fontsize=9, **position)
+            axes.annotate(
+                label,
+                (float(mean > 0), index),
+                xycoords=("axes fraction", "data"),
+                ha="left" if mean < 0 else "right",
+                va="center",
+                color=MUTED,
+                fontsize=9,
+            )
             continue
         validation, _ = mean_and_error([100 * gain for gain in gains(row, recipe, "validation", metric)])
         axes.plot(validation, index + 0.17, "o", color=CARD, markeredgecolor=SERIES[0], markersize=4.5)
         axes.errorbar(mean, index - 0.1, xerr=error, fmt="o", color=SERIES[0], markersize=6.5, linewidth=1.6)
-    baseline = _format_percent([record["test"][metric] for record in recipe["records"].values()])
+    baseline = _format_metric(recipe, "test", metric)
     axes.set_title(METRICS[metric])
     axes.set_xlabel(f"gain in points over {baseline} of the recipe")
     axes.margins(x=0.08)

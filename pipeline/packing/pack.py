@@ -288,7 +288,7 @@ class _Packing:
         settings = self.settings
         counts = np.bincount(split.labels, minlength=len(split.classes))
         versions = {package: version(package) for package in ("inkstream", *_PACKAGES[settings.store])}
-        return Manifest(  # type: ignore[call-arg]  # pydantic accepts the names of fields with an alias
+        return Manifest(
             store=settings.store,
             dataset=settings.dataset,
             variant=settings.variant,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, TypeAlias
+from typing import BinaryIO, NamedTuple, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +114,11 @@ class ImageStore(Store, Protocol):
             IndexError: If a position is outside the store. The content of `out` is undefined then.
         """
         ...
+
+
+def is_image_store(store: Store) -> TypeGuard[ImageStore]:
+    """Whether a store has images of one size, and so the methods of `ImageStore`."""
+    return not store.manifest.encoded
 
 
 class EncodedStore(Store, Protocol):

@@ -14,7 +14,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numcodecs  # type: ignore[import-untyped]  # it has no type stubs
+import numcodecs
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray

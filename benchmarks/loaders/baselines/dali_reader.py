@@ -83,7 +83,7 @@ class DaliReader:
 @pipeline_def(exec_dynamic=True)
 def _pipeline(paths: list[Path], task: Task, variant: str) -> tuple[Any, Any]:
     blocks = variant == "blocks"
-    pixels, indices = fn.readers.webdataset(
+    records: Any = fn.readers.webdataset(  # type information of DALI also allows None and single outputs
         paths=[str(path) for path in paths],
         index_paths=[str(path.with_suffix(".idx")) for path in paths],
         ext=["images.npy", "rows.npy"] if blocks else ["png", "cls"],
@@ -93,6 +93,7 @@ def _pipeline(paths: list[Path], task: Task, variant: str) -> tuple[Any, Any]:
         pad_last_batch=True,  # otherwise epochs overlap and repeat samples
         name="Reader",
     )
+    pixels, indices = records
     on_gpu = task.device.type == "cuda"
     if blocks:
         pixels = fn.reshape(fn.decoders.numpy(pixels), layout="FHWC")

@@ -20,6 +20,7 @@ from pipeline.sampler import ShuffledBatchSampler
 from pipeline.transforms.build import build_transform
 from pipeline.transforms.spec import TransformSpec
 from shards import open_split
+from shards.stores.base import is_image_store
 
 
 def pack_as_stored(source: Source, store: str, out: Path) -> Path:
@@ -83,7 +84,8 @@ class Gather:
     def open(self, directory: Path, variant: str, task: Task) -> Epochs:
         store = open_split(directory / "set", "train")
         sampler = ShuffledBatchSampler(np.arange(len(store)), task.batch_size, task.seed)
-        buffer = np.empty((task.batch_size, *store.manifest.image_shape), np.uint8)
+        assert is_image_store(store)
+        buffer = np.empty((task.batch_size, *store.manifest.pixel_shape), np.uint8)
 
         def epoch(number: int) -> Iterator[Batch]:
             for step in sampler.steps(number, rank=0, world_size=1):

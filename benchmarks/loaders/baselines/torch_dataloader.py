@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from benchmarks.loaders.baselines.transforms import (
     pil_transform,
     tensor_transform,
 )
+
+T = TypeVar("T")
 
 
 class PilDataset(Dataset):
@@ -63,7 +66,7 @@ class BatchDataset(Dataset):
         return self._pixels[chosen], chosen
 
 
-def keep_batch(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def keep_batch(batch: T) -> T:
     """Collate function of complete batches."""
     return batch
 
