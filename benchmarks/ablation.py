@@ -148,18 +148,23 @@ def measure(settings: Config, checkpoint: Path | None) -> dict[str, Any]:
         data = open_data(settings, world)
         training = make_training(settings, data, world)
         directory = RunDirectory(Path(run))
-        with directory.lock(), contextlib.redirect_stdout(io.StringIO()):
-            evaluation = engine.fit(training, directory, loggers=[])
+        with (
+            directory.lock(),
+            contextlib.redirect_stdout(io.StringIO()),
+            engine.open_services(training, directory, loggers=[]) as services,
+        ):
+            engine.fit(training, services)
+            evaluation = engine.test(training, services)
         if checkpoint is not None:
             make_directory(checkpoint.parent)
             with directory.best.open("rb") as source, replace_file(checkpoint) as target:
                 shutil.copyfileobj(source, target)
-        decision = training.decision
-        assert decision is not None, "an ablation needs a validation split"
+        posthoc = training.posthoc
+        assert posthoc is not None, "an ablation needs a validation split"
         return {
-            "tau": decision.tau,
+            "tau": posthoc.tau,
             "best_epoch": training.state.best_epoch,
-            "validation": decision.validation.summary(),
+            "validation": posthoc.validation.summary(),
             "test": evaluation.summary(),
             "training_images": len(data.train.samples),
             "images_seen": training.state.total.samples,

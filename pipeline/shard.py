@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.process_group import ProcessGroup, init_process_group
 from pipeline.datasets import find_source, source_names
 from pipeline.datasets.base import DatasetSource
 from pipeline.packing.output import open_output
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSettings, find_pack, pack
-from pipeline.packing.ranks import ProcessGroup, init_process_group
 from pipeline.packing.splits import make_splits
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.cli import USER_ERROR_STATUS, program_name, run_command

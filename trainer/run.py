@@ -1,4 +1,4 @@
-"""Train a recipe and report.
+"""Command: train a recipe and write its report.
 
 python -m trainer.run configs/quickstart.yaml [key=value ...] [--dry-run]
 torchrun --nproc_per_node=2 -m trainer.run configs/byclass.yaml
@@ -15,9 +15,10 @@ from trainer.config.schema import Config
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.run"),
-        description="Train a recipe and report.",
+        description="Train a recipe and write its report.",
         epilog=f"settings (in the file, or key=value):\n{settings_help(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -28,8 +29,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Run the command; returns the exit status."""
     arguments = parse_arguments()
-    from trainer.loop.train import train  # here, as torch takes seconds, which --help does without
+    from trainer.loop.train import train  # the import of torch takes seconds; --help does not need it
 
     return train(arguments.config, arguments.overrides, arguments.dry_run)
 

@@ -214,8 +214,13 @@ def _train(settings: Config, data: TrainingData, world: World) -> tuple[dict[str
     _compile(training)
     with tempfile.TemporaryDirectory(prefix="inkstream-sweep-") as path:
         directory = RunDirectory(Path(path))
-        with directory.lock(), contextlib.redirect_stdout(io.StringIO()):
-            evaluation = engine.fit(training, directory, loggers=[])
+        with (
+            directory.lock(),
+            contextlib.redirect_stdout(io.StringIO()),
+            engine.open_services(training, directory, loggers=[]) as services,
+        ):
+            engine.fit(training, services)
+            evaluation = engine.test(training, services)
     state = training.state
     metrics = {
         **evaluation.summary(),

@@ -174,7 +174,7 @@ def _run_epoch(training: Training, data: Any) -> Totals:
     never = CheckpointConfig(every_minutes=None)
     with contextlib.ExitStack() as stack:
         directory = RunDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        checkpointer = stack.enter_context(Checkpointer(directory, never, step=0, keeps_last=False))
+        checkpointer = stack.enter_context(Checkpointer(directory, never, step=0, last_is_intact=False))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         engine.train_epoch(training, engine.Services(directory, checkpointer, [], []))
     return state.epoch_totals

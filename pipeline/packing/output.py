@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from pipeline.packing.ranks import ProcessGroup
+from pipeline.common.process_group import ProcessGroup
 from shards.atomic import Replacement, replace_directory, staging_directory
 from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, SPLITS, Manifest, has_split, is_packed_dataset

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pipeline.common.process_group import ProcessGroup
 from pipeline.common.process_pool import default_workers, map_in_processes
 from pipeline.common.rng import PACKING_STREAM, permutation
 from pipeline.packing.output import OutputLocation, open_output
-from pipeline.packing.ranks import ProcessGroup
 from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards.atomic import write_file
 from shards.create import make_writer

@@ -64,7 +64,7 @@ def test_only_training_is_augmented_and_statistics_are_free_of_it(digits_set: Pa
     again = [next(data.train.batches(epoch)).images for epoch in (0, 1)]
     assert torch.equal(again[0], one.images)
     assert not torch.equal(again[1][: len(one.source_index)], one.images)
-    assert isinstance(data.train.order(0).augmentation, Augmentation)
+    assert isinstance(data.train.sampler_at(0).augmentation, Augmentation)
     assert np.isfinite(data.spec.mean).all()
 
 

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints while it trains on, in the order in which they were taken."""
+"""Asynchronous checkpoints: the state is copied, and a thread writes it while training continues."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.run_dir import RunDirectory
@@ -20,18 +21,23 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Takes copies of the training's state on rank 0 and writes them in a thread of its own; leaving it waits for that.
+    """Writes the checkpoints of a run on rank 0, in the order of `save`; a context manager that waits at its end.
 
-    A disk that does not take a checkpoint is warned of, and training goes on: the checkpoint before it stands. Where
-    `last.pt` tells of a best epoch, `best.pt` holds that epoch or one after it: it is written first, and as long as it
-    cannot be, `last.pt` stays as it was.
+    If the disk is full, a warning is logged, training continues, and the previous checkpoint stays. `best.pt` is
+    written before `last.pt`, so it holds the best epoch that `last.pt` names, or a later one.
     """
 
-    def __init__(self, directory: RunDirectory, settings: CheckpointConfig, step: int, keeps_last: bool) -> None:
-        """step: of the epoch that the training stands at. keeps_last: whether the `last.pt` that is there is whole."""
-        self._directory = directory
+    def __init__(self, run_dir: RunDirectory, settings: CheckpointConfig, step: int, last_is_intact: bool) -> None:
+        """
+        Args:
+            run_dir: The run directory.
+            settings: When checkpoints are due.
+            step: Steps of the current epoch that are done.
+            last_is_intact: Whether an existing `last.pt` can be read, so that it becomes `previous.pt`.
+        """
+        self._run_dir = run_dir
         self._settings = settings
-        self._keeps_last = keeps_last
+        self._last_is_intact = last_is_intact
         self._unsaved_best: TrainedModel | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._writing: Future[None] | None = None
@@ -50,16 +56,18 @@ class Checkpointer:
             self._writer.shutdown()
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint within the epoch is due after `step` steps of it, by `checkpoint.every_...`."""
+        """Whether a checkpoint is due after `step` steps of the epoch, by `every_steps` or `every_minutes`."""
         minutes, steps = self._settings.every_minutes, self._settings.every_steps
         if steps is not None and step // steps > self._saved_step // steps:
             return True
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, state: dict[str, Any], best: TrainedModel | None = None) -> None:
-        """Copy a state, and the one to be kept as the best, and begin to write them; waits for those before.
+        """Copy a state and start to write it; waits for the previous write.
 
-        `metrics.jsonl` is written with them, so that it holds the epochs that `last.pt` tells of.
+        Args:
+            state: Contents of `last.pt`. `metrics.jsonl` is replaced by its history.
+            best: The model for `best.pt`, if this epoch is the best.
         """
         self.finish()
         self._saved_step, self._saved_at = state["step"], time.monotonic()
@@ -68,52 +76,52 @@ class Checkpointer:
         )
 
     def finish(self) -> None:
-        """Wait until everything is written (or was refused)."""
+        """Wait for the write in progress."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def best(self) -> TrainedModel:
-        """The best checkpoint, also one that the disk did not take. Raises `UserError` if it cannot be read."""
+        """Return the best checkpoint, even if it could not be written.
+
+        Raises:
+            UserError: It cannot be read.
+        """
         self.finish()
-        return self._unsaved_best or TrainedModel.load(self._directory.best)
+        return self._unsaved_best or TrainedModel.load(self._run_dir.best)
 
     def replace_best(self, best: TrainedModel) -> None:
-        """Write the best checkpoint again, with what was found out about it since; or warn that the disk is full."""
+        """Write the best checkpoint again, with its post-hoc calibration; log a warning if the disk is full."""
         self.finish()
         self._unsaved_best = best
         try:
-            checkpoint.save(self._directory.best, best.state_dict())
-            self._unsaved_best = None
+            self._write_best()
         except OSError as error:
-            log.warning("%s stays as it was: %s", self._directory.best, error.strerror or error)
+            log.warning("%s not updated: %s", self._run_dir.best, error.strerror or error)
+
+    def _write_best(self) -> None:
+        if self._unsaved_best is not None:
+            checkpoint.save(self._run_dir.best, self._unsaved_best.state_dict())
+            self._unsaved_best = None
 
     def _write(self, state: dict[str, Any], best: TrainedModel | None) -> None:
         self._unsaved_best = best or self._unsaved_best
         try:
-            if self._unsaved_best is not None:
-                checkpoint.save(self._directory.best, self._unsaved_best.state_dict())
-                self._unsaved_best = None
-            checkpoint.save_last(self._directory.checkpoints, state, keep=self._keeps_last)
-            self._keeps_last = True
-            self._directory.write_history(state["history"])
+            self._write_best()
+            checkpoint.save_last(self._run_dir.checkpoints, state, keep=self._last_is_intact)
+            self._last_is_intact = True
+            self._run_dir.write_history(state["history"])
         except OSError as error:
             log.warning(
-                "no checkpoint of epoch %d after step %d: %s in %s; training goes on, and the checkpoint before it "
-                "stands. Free some room there (df -h)",
+                "checkpoint for epoch %d, step %d not written to %s: %s. Training continues; the previous checkpoint "
+                "is intact. Free disk space (df -h).",
                 state["epoch"] + 1,
                 state["step"],
+                self._run_dir.checkpoints,
                 error.strerror or error,
-                self._directory.checkpoints,
             )
 
 
-def _copy(value: Any) -> Any:
-    """The same with tensors that later steps do not change, in the processor's memory."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copy(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copy(inner) for inner in value)
-    return value
+def _copy(state: Any) -> Any:
+    """Copy nested dicts and lists, and tensors to the CPU, so that later steps do not change them."""
+    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, torch.Tensor) else leaf, state)

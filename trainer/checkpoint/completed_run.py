@@ -1,4 +1,4 @@
-"""A finished run as others read it: its settings, its best checkpoint, its figures, and the set it was tested on."""
+"""A completed run: its settings, best checkpoint and metrics, and the data set of its test."""
 
 from __future__ import annotations
 
@@ -17,24 +17,32 @@ from trainer.config.schema import Config
 
 @dataclass(frozen=True)
 class CompletedRun:
-    """trained: the best epoch. summary, history, environment: as in summary.json, metrics.jsonl, env.json."""
+    """The contents of a run directory."""
 
     directory: RunDirectory
     trained: TrainedModel
+    """The best epoch."""
     summary: dict[str, Any]
+    """`summary.json`."""
     history: list[dict[str, Any]]
+    """`metrics.jsonl`."""
     environment: dict[str, Any]
+    """`env.json`."""
 
     @classmethod
     def open(cls, path: Path) -> CompletedRun:
-        """Read a run's directory. Raises `UserError` if it holds no run, or one that is not finished."""
+        """Read a run directory.
+
+        Raises:
+            UserError: The directory holds no run, or one that is not complete.
+        """
         directory = RunDirectory(path)
         trained = load_trained_model(path)
         if not directory.summary_path.exists():
             raise UserError(
-                found=f"{path}, a run that is not finished",
-                expected="one that was tested (summary.json), and so has its temperature and its figures",
-                hint=f"go on with it: python -m trainer.run CONFIG resume=auto run.dir={path}",
+                found=f"{path}, a run that is not complete",
+                expected="a run with the metrics of its test (summary.json)",
+                hint=f"resume it: python -m trainer.run {directory.config} resume=auto run.dir={path}",
             )
         return cls(
             directory,
@@ -49,23 +57,30 @@ class CompletedRun:
         return self.trained.config
 
     def data(self, shards: str | None = None) -> tuple[Manifest, Store]:
-        """The manifest of the train part, and the test part. shards: where the packed set is, if not where it was.
+        """Open the data set of the run.
 
-        Raises `UserError` if the set is not there, or is another.
+        Args:
+            shards: Directory or address of the data set, if it has moved.
+
+        Returns:
+            The manifest of the training split, and the test split.
+
+        Raises:
+            UserError: The data set cannot be read, or is another one.
         """
-        place = shards or self.config.data.shards
+        address = shards or self.config.data.shards
         try:
-            directory = resolve_dataset(place)
+            directory = resolve_dataset(address)
             train, store = Manifest.read(directory / "train"), open_split(directory, "test")
         except UserError as error:
             if shards:
                 raise
-            hint = f"name the place where the run's packed set is now: --shards DIR ({error.hint})"
+            hint = f"name the directory of the run's data set: --shards DIR ({error.hint})"
             raise UserError(found=error.found, expected=error.expected, hint=hint) from None
         if not self.trained.data_digest.startswith(train.digest() + store.manifest.digest()):
             raise UserError(
-                found=f"{place}, another packed set than the run was trained on",
-                expected="that one, by which it was tested",
-                hint="name the place where it is now: --shards DIR",
+                found=f"{address}, another packed data set than that of the run",
+                expected="the data set of the run",
+                hint="name its directory: --shards DIR",
             )
         return train, store

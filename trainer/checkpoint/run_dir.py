@@ -1,10 +1,10 @@
-"""A run is a directory: what was asked, on what it ran, every epoch's figures, the checkpoints, the report."""
+"""The run directory: settings, environment, metrics, checkpoints and report of a run."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ _LOCK = ".lock"
 
 
 class RunDirectory:
-    """Names and writes the files of a run. Only rank 0 makes one that writes."""
+    """Paths of the files of a run, and methods that write them on rank 0."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,25 +36,24 @@ class RunDirectory:
         self.trace = path / "trace.json.gz"
         self.profile = path / "profile.json"
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Make the directory and keep other processes from training in it."""
+    def lock(self) -> AbstractContextManager[None]:
+        """Create the directory, and lock it against other processes while the context is open."""
         make_directory(self.checkpoints)
         busy = UserError(
             found=f"another process that trains in {self.path}",
             expected="one run in a directory at a time",
-            hint="wait for it to end, or choose another run.dir",
+            hint="wait until it has ended, or choose another run.dir",
         )
-        with file_lock(self.checkpoints / _LOCK, busy):
-            yield
+        return file_lock(self.checkpoints / _LOCK, busy)
 
-    def begin(self, config: Config, environment: dict[str, Any]) -> None:
-        """Write down the settings and the environment."""
+    def begin(self, config: Config, environment: dict[str, Any], history: list[dict[str, Any]]) -> None:
+        """Write the settings, the environment and the metrics of the epochs that are complete."""
         write_file(self.config, config.to_yaml())
         write_file(self.environment, json.dumps(environment, indent=1) + "\n")
+        self.write_history(history)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
-        """Replace metrics.jsonl by the epochs that a checkpoint tells of."""
+        """Replace `metrics.jsonl` by one record per epoch."""
         write_file(self.metrics, "".join(json.dumps(record) + "\n" for record in history))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -65,51 +64,47 @@ class RunDirectory:
 
 
 def choose_run_dir(config: Config, earlier: Path | None = None) -> tuple[RunDirectory, bool]:
-    """The directory of this run, and whether it continues what is there.
+    """Choose the directory of a run.
 
-    earlier: the directory that this run was given before its processes were started again; then it is that one.
-    Raises `UserError` if run.dir holds a run (or anything else) and resume is not asked for.
+    Args:
+        config: `run.dir`, `run.name` and `resume`.
+        earlier: The directory of this run before torchrun restarted its processes.
+
+    Returns:
+        The directory, and whether it holds a checkpoint to resume.
+
+    Raises:
+        UserError: `run.dir` holds a run and `resume` is not `auto`, or it holds something else.
     """
-    if earlier is not None:
-        directory = RunDirectory(earlier)
-        return directory, checkpoint.has_checkpoint(directory.checkpoints)
     resume = config.resume == "auto"
-    if config.run.dir is not None:
-        directory = RunDirectory(config.run.dir)
-        if (directory.path / _CONFIG).exists():
-            if resume:
-                return directory, checkpoint.has_checkpoint(directory.checkpoints)
+    path = earlier or config.run.dir
+    if path is not None:
+        directory = RunDirectory(path)
+        is_run = earlier is not None or directory.config.exists()
+        if is_run and not (resume or earlier):
             raise UserError(
-                found=f"run.dir={directory.path}, which holds a run",
+                found=f"run.dir={path}, which holds a run",
                 expected="a new directory",
-                hint="resume=auto continues it; another run.dir begins anew",
+                hint="add resume=auto to resume it, or choose another run.dir",
             )
-        if directory.path.exists() and not _is_unused(directory.path):
+        if not is_run and path.exists() and not _is_unused(path):
             raise UserError(
-                found=f"run.dir={directory.path}, which exists and is no run",
+                found=f"run.dir={path}, which exists and is no run",
                 expected="a new or empty directory",
                 hint="choose another run.dir",
             )
-        return directory, False
+        return directory, is_run and checkpoint.has_checkpoint(directory.checkpoints)
     root = DEFAULT_ROOT / config.run.name
     if resume:
-        # Names are dates, so the last in order is the newest.
-        unfinished = [
-            path.parent
-            for path in sorted(root.glob("*/checkpoints"))
-            if checkpoint.has_checkpoint(path) and not (path.parent / _SUMMARY).exists()
-        ]
-        if unfinished:
-            return RunDirectory(unfinished[-1]), True
+        runs = [RunDirectory(path) for path in sorted(root.glob("*/"), reverse=True)]  # names are dates
+        for run in runs:
+            if checkpoint.has_checkpoint(run.checkpoints) and not run.summary_path.exists():
+                return run, True
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    directory = RunDirectory(root / stamp)
-    number = 2
-    while directory.path.exists():
-        directory = RunDirectory(root / f"{stamp}_{number}")
-        number += 1
-    return directory, False
+    names = itertools.chain([stamp], (f"{stamp}_{number}" for number in itertools.count(2)))
+    return RunDirectory(next(root / name for name in names if not (root / name).exists())), False
 
 
 def _is_unused(path: Path) -> bool:
-    """Whether a directory holds no file, or only the lock of a run that was killed before it began."""
+    """Whether a directory holds no file except the lock of a run that was killed at its start."""
     return path.is_dir() and all(inner.is_dir() or inner.name == _LOCK for inner in path.rglob("*"))

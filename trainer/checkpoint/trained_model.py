@@ -1,4 +1,4 @@
-"""A trained model for use: the contents of `best.pt`, typed, and how to build the network from it."""
+"""A trained model for inference: the contents of `best.pt`, and the network built from it."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """Weights of the best epoch with all that inference needs."""
+    """Weights of the best epoch, and the settings and statistics that inference needs."""
 
     weights: dict[str, torch.Tensor]
-    """State dict of the network; the moving average where the run kept one."""
+    """State dict of the network; the moving average of the weights if the run had one."""
     config: Config
     classes: tuple[str, ...]
     data_digest: str
-    """Manifest digests of the packed set that the run was trained on."""
+    """Manifest digests of the data set of the run."""
     image_shape: tuple[int | None, int | None, int]
-    """Height, width and channels of a raw image; None for picture files of any size."""
+    """Height, width and channels of a raw image; None for image files of any size."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """Input statistics [channels], of pixels scaled to 0 .. 1."""
     adapter_state: dict[str, Any]
-    """State of the adapter that converts other pictures to the format of the set."""
+    """State of the adapter that converts other pictures to the format of the data set."""
     epoch: int
     """The epoch of the weights, from 1."""
     tau: float = 0.0
@@ -72,7 +72,7 @@ class TrainedModel:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, as `best.pt` holds them."""
+        """Return tensors and plain values, as `best.pt` holds them."""
         return {
             "model": self.weights,
             "config": self.config.model_dump(mode="json"),
@@ -94,21 +94,35 @@ class TrainedModel:
         return self.image_shape[2]
 
     def posthoc_kwargs(self) -> dict[str, Any]:
-        """Offsets (float32 [C]) and temperature, the keyword arguments of `evaluate` and `ProbabilityHead`."""
+        """Return offsets (float32 [C]) and temperature, the keyword arguments of `evaluate` and `ProbabilityHead`."""
         offsets = np.zeros(len(self.classes), np.float32) if self.offsets is None else self.offsets
         return {"offsets": offsets, "temperature": self.temperature}
 
     def build_model(self, device: torch.device) -> nn.Module:
-        """The network with these weights, on a device."""
-        # The weights come from the checkpoint, wherever the run's own came from.
-        settings = self.config.model.model_copy(update={"pretrained": False, "init_checkpoint": None})
-        model = make_model(settings, self.channels, len(self.classes))
-        model.load_state_dict(self.weights)
-        return model.to(device, memory_format=memory_format(self.config.trainer))
+        """Return the network with these weights, on a device."""
+        return load_model(self.weights, self.config, self.channels, len(self.classes), device)
+
+
+def load_model(
+    weights: dict[str, torch.Tensor], config: Config, channels: int, classes: int, device: torch.device
+) -> nn.Module:
+    """Build the network of a run and load its weights.
+
+    Args:
+        weights: State dict.
+        config: Settings of the run. Its pretrained or initial weights are not loaded.
+        channels: Channels of the model input.
+        classes: Number of classes.
+        device: Device of the network.
+    """
+    settings = config.model.model_copy(update={"pretrained": False, "init_checkpoint": None})
+    model = make_model(settings, channels, classes)
+    model.load_state_dict(weights)
+    return model.to(device).to(memory_format=memory_format(config.trainer))
 
 
 def load_trained_model(run_dir: Path) -> TrainedModel:
-    """The best epoch of a run directory.
+    """Load the best epoch of a run directory.
 
     Raises:
         UserError: The directory holds no best checkpoint.

@@ -1,1 +1,1 @@
-"""The packed set as training reads it."""
+"""The packed data set of a run, and its resolution schedule."""

@@ -1,4 +1,4 @@
-"""The packed set as training sees it: a train, a validation and a test loader over one graph."""
+"""The packed data set of a run: loaders of the training, validation and test split, and the input statistics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,27 +29,26 @@ from trainer.runtime.memory import memory_limit
 
 log = logging.getLogger(__name__)
 
-_MOST_IN_EVALUATION = 512  # images of an evaluation batch
-_TRAIN_SHARE = 0.75  # of the memory for images, the rest is for the other parts
+_MAX_EVALUATION_BATCH = 512  # images
+_TRAIN_MEMORY = 0.75  # fraction of the memory for images; the other splits share the rest
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from and is judged by.
-
-    spec: of the model input that is evaluated. adapter: how other pictures are brought to the set's images.
-    train: over what remains of the train part; validation: over the part set aside or packed so, None if there
-    is none;
-    test: over the test part. counts: int64 [C], training samples of each class. digest: stands for both parts.
-    """
+    """The data of a run."""
 
     manifest: Manifest
+    """Of the training split."""
     digest: str
+    """Manifest digests of all splits."""
     spec: TransformSpec
+    """The transform of evaluation."""
     adapter: InputAdapter
+    """Converts other pictures to the format of the data set."""
     backend: str
     backend_reason: str
     counts: NDArray[np.int64]
+    """[C], training samples of each class."""
     train: TrainingLoader
     validation: Loader | None
     test: Loader
@@ -62,144 +60,147 @@ class TrainingData:
 
 
 def open_data(config: Config, world: World) -> TrainingData:
-    """Open a packed set, check it, take or carve the validation part and measure the statistics of the model input."""
-    directory = resolve_dataset(config.data.shards)
-    memory = _memory(config.loader.cache_gb)
-    train_store = open_split(directory, "train", int(memory * _TRAIN_SHARE))
-    # Evaluation goes through a part in order, and gains nothing from holding more of it.
-    others = {"memory": int(memory * (1 - _TRAIN_SHARE) / 2)}
-    test_store = open_split(directory, "test", **others)
-    stores = [train_store, test_store]
-    own_validation = has_split(directory, VALIDATION)
-    if own_validation:
-        stores.append(open_split(directory, VALIDATION, **others))
-    for store in stores[1:]:
-        _check_parts_agree(train_store.manifest, store.manifest, directory)
-    if config.data.verify:
-        world.run_on_main(lambda: _check_hashes(directory, *stores))
+    """Open and check a packed data set, split off validation samples, and compute the input statistics.
 
-    aside = 0 if own_validation else config.data.val_fraction
-    train, validation = split_train_val(train_store.labels, aside, config.data.train_fraction, config.seed)
-    validation_store = stores[2] if own_validation else train_store
-    if own_validation:
-        validation = np.arange(len(validation_store))
+    Raises:
+        UserError: The data set is missing or damaged, its splits disagree, or a split is too small.
+    """
+    directory = resolve_dataset(config.data.shards)
+    memory = _image_memory(config)
+    train_memory = int(memory * _TRAIN_MEMORY)
+    # Evaluation reads a split in order, so a larger cache would not help it.
+    splits = ["test", *([VALIDATION] if has_split(directory, VALIDATION) else [])]
+    train_store = open_split(directory, "train", train_memory)
+    test_store, *val_stores = (open_split(directory, split, (memory - train_memory) // 2) for split in splits)
+    stores = [train_store, test_store, *val_stores]
+    for store in stores[1:]:
+        _check_splits_agree(train_store.manifest, store.manifest, directory)
+    if config.data.verify:
+        world.run_on_main(lambda: _check_hashes(directory, stores))
+
+    val_fraction = 0 if val_stores else config.data.val_fraction
+    train, validation = split_train_val(train_store.labels, val_fraction, config.data.train_fraction, config.seed)
     if min(len(train), config.loader.batch_size) < 2 * world.size:
         raise UserError(
             found=f"{len(train)} training samples in batches of {config.loader.batch_size} for {world.size} ranks",
-            expected="at least two samples of every batch for each rank, which batch normalisation needs",
+            expected="at least two samples of every batch for each rank, which batch norm needs",
             hint="raise loader.batch_size or data.train_fraction, or start fewer ranks",
         )
-    if aside > 0 and not len(validation):
+    if val_fraction > 0 and not len(validation):
         raise UserError(
             found=f"data.val_fraction={config.data.val_fraction} of {len(train_store)} samples, which is none",
-            expected="a part that holds at least one sample",
-            hint="raise it, or data.val_fraction=0 to train without",
+            expected="a validation split of at least one sample",
+            hint="raise it, or set data.val_fraction=0 to train without validation",
         )
     manifest = train_store.manifest
-    parts = resolution_stages(config)
-    spec = TransformSpec.of(manifest, parts[-1].resolution, config.data.interpolation, config.data.preprocessing())
+    stages = resolution_stages(config)
+    final = stages[-1]
+    spec = TransformSpec.of(manifest, final.resolution, config.data.interpolation, config.data.preprocessing())
     augmentation = config.augment.augmentation()
     if manifest.image_shape[2] == 1 and (augmentation.saturation or augmentation.hue):
-        log.warning("augment.saturation and augment.hue have no effect on images without colour")
+        log.warning("augment.saturation and augment.hue have no effect on grayscale images")
     backend, reason = choose_backend(config.loader.backend, world.device, spec)
-    specs = {
-        resolution: _normalised(replace(spec, resolution=resolution), config, train_store, directory, backend, world)
-        for resolution in sorted({stage.resolution for stage in parts})
-    }
-    spec = specs[parts[-1].resolution]
-    largest_batch = max(stage.batch_size for stage in parts)
-    graph = build_transform(spec, backend, world.device, parts[-1].batch_size)
 
-    def graph_of(stage: ResolutionStage) -> Transform:
-        if stage[1:] == parts[-1][1:] and not augmentation:
-            return graph
+    def normalized(resolution: int) -> TransformSpec:
+        scaled = replace(spec, resolution=resolution)
+        if config.data.normalize == "half":  # pixels become -1 .. 1
+            half = (0.5,) * spec.image_shape[2]
+            return scaled.with_normalization(half, half)
+        stats = world.run_on_main(
+            lambda: load_or_compute_stats(train_store, directory / "train", scaled, backend, world.device)
+        )
+        return scaled.with_normalization(stats.mean, stats.std)
+
+    specs = {resolution: normalized(resolution) for resolution in sorted({stage.resolution for stage in stages})}
+    transform = build_transform(specs[final.resolution], backend, world.device, final.batch_size)
+
+    def make_transform(stage: ResolutionStage) -> Transform:
+        if stage[1:] == final[1:] and not augmentation:
+            return transform
         return build_transform(specs[stage.resolution], backend, world.device, stage.batch_size, augmentation)
 
-    ranks = {"rank": world.rank, "world_size": world.size}
-    window = world.broadcast_object(max_shuffle_window(manifest, int(memory * _TRAIN_SHARE), largest_batch))
-    order = ShuffledBatchSampler(
+    def evaluation(store: Store, samples: NDArray[np.int64]) -> Loader:
+        return evaluation_loader(store, samples, transform, config, world)
+
+    largest_batch = max(stage.batch_size for stage in stages)
+    window = world.broadcast_object(max_shuffle_window(manifest, train_memory, largest_batch))
+    sampler = ShuffledBatchSampler(
         train, config.loader.batch_size, config.seed, manifest.block_size, window, augmentation
     )
+    val_store = val_stores[0] if val_stores else train_store
+    val_samples = np.arange(len(val_store)) if val_stores else validation
     return TrainingData(
         manifest=manifest,
         digest="".join(store.manifest.digest() for store in stores),
-        spec=spec,
+        spec=specs[final.resolution],
         adapter=InputAdapter.of(train_store),
         backend=backend,
         backend_reason=reason,
         counts=np.bincount(train_store.labels[train], minlength=len(manifest.classes)),
-        train=TrainingLoader(train_store, order, parts, graph_of, world.device, **ranks),
-        validation=evaluation_loader(validation_store, validation, graph, config, world) if len(validation) else None,
-        test=evaluation_loader(test_store, np.arange(len(test_store)), graph, config, world),
+        train=TrainingLoader(
+            train_store, sampler, stages, make_transform, world.device, rank=world.rank, world_size=world.size
+        ),
+        validation=evaluation(val_store, val_samples) if len(val_samples) else None,
+        test=evaluation(test_store, np.arange(len(test_store))),
         test_store=test_store,
     )
 
 
-def _normalised(
-    spec: TransformSpec, config: Config, store: Store, directory: Path, backend: str, world: World
-) -> TransformSpec:
-    """A spec with the mean and deviation of the train part at its resolution, or that brings pixels to -1 .. 1."""
-    if config.data.normalize == "half":
-        half = (0.5,) * spec.image_shape[2]
-        return spec.with_normalization(half, half)
-    statistics = world.run_on_main(
-        lambda: load_or_compute_stats(store, directory / "train", spec, backend, world.device)
-    )
-    return spec.with_normalization(statistics.mean, statistics.std)
-
-
-def _memory(setting: float | Literal["auto"]) -> int:
+def _image_memory(config: Config) -> int:
     """Bytes of images that this process may hold."""
-    if setting != "auto":
-        return int(setting * 1e9)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return memory_limit() // 2 // local_ranks
+    if config.loader.cache_gb != "auto":
+        return int(config.loader.cache_gb * 1e9)
+    return memory_limit() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def split_train_val(
-    labels: NDArray[np.int64], validation: float, subset: float, seed: int
+    labels: NDArray[np.int64], val_fraction: float, train_fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions to train on and positions to validate on, each by class and by the seed; they share none.
+    """Choose the training and validation samples, stratified by class.
 
-    validation: share of all samples. subset: share of the others that is trained on, so that a smaller subset is
-    judged by the same validation part.
+    Args:
+        labels: [N].
+        val_fraction: Fraction of all samples for validation. It does not depend on `train_fraction`, so models trained
+            on different fractions are validated on the same samples.
+        train_fraction: Fraction of the other samples for training.
+        seed: Determines the choice.
+
+    Returns:
+        Positions of the training and of the validation samples, which are disjoint.
     """
-    aside = stratified_mask(labels, validation, seed)
-    rest = np.flatnonzero(~aside)
-    return rest[stratified_mask(labels[rest], subset, seed)], np.flatnonzero(aside)
+    is_validation = stratified_mask(labels, val_fraction, seed)
+    rest = np.flatnonzero(~is_validation)
+    return rest[stratified_mask(labels[rest], train_fraction, seed)], np.flatnonzero(is_validation)
 
 
 def evaluation_loader(
-    store: Store, samples: NDArray[np.int64], graph: Transform, config: Config, world: World
+    store: Store, samples: NDArray[np.int64], transform: Transform, config: Config, world: World
 ) -> Loader:
-    """A loader that gives every sample once, dealt to the ranks.
+    """Return a loader that reads every sample once, divided among the ranks.
 
-    The size of its batches follows from the settings, not from the number of ranks, so that predictions are the same
-    to the last bit on any number.
+    The batch size depends on the settings, not on the number of ranks, so that predictions are bit-identical with any
+    number of ranks.
     """
-    order = SequentialBatchSampler(samples, min(config.loader.batch_size, _MOST_IN_EVALUATION))
-    return Loader(store, order, graph, world.device, rank=world.rank, world_size=world.size)
+    sampler = SequentialBatchSampler(samples, min(config.loader.batch_size, _MAX_EVALUATION_BATCH))
+    return Loader(store, sampler, transform, world.device, rank=world.rank, world_size=world.size)
 
 
-def _check_parts_agree(train: Manifest, test: Manifest, directory: Path) -> None:
-    for what, in_train, in_test in (
-        ("classes", train.classes, test.classes),
-        ("image shape", train.image_shape, test.image_shape),
-        ("orientation", train.transposed, test.transposed),
-    ):
-        if in_train != in_test:
+def _check_splits_agree(train: Manifest, other: Manifest, directory: Path) -> None:
+    for name, attribute in (("classes", "classes"), ("image shape", "image_shape"), ("orientation", "transposed")):
+        expected, actual = getattr(train, attribute), getattr(other, attribute)
+        if expected != actual:
             raise UserError(
-                found=f"{directory}: {what} {in_train} in {train.split}, {in_test} in {test.split}",
-                expected="parts of one data set",
-                hint="pack the set again: python -m pipeline.shard SOURCE --out DIR --force",
+                found=f"{directory}: {name} {expected} in {train.split}, {actual} in {other.split}",
+                expected="splits of one data set",
+                hint="pack the data set again: python -m pipeline.shard SOURCE --out DIR --force",
             )
 
 
-def _check_hashes(directory: Path, *stores: Store) -> None:
+def _check_hashes(directory: Path, stores: list[Store]) -> None:
     faults = [fault for store in stores for fault in check_hashes(directory / store.manifest.split, store.manifest)]
     if faults:
         raise UserError(
             found="; ".join(faults),
-            expected="shards as they were packed",
+            expected="shards with the hashes of their manifest",
             hint=f"python -m shards.verify {directory} names the block; then pack again with --force",
         )

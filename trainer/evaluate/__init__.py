@@ -1,1 +1,1 @@
-"""Evaluation: metrics, calibration, logit adjustment, test-time augmentation."""
+"""Evaluation: metrics, calibration, post-hoc logit adjustment, test-time augmentation."""

@@ -1,9 +1,9 @@
-"""Evaluate a model on every sample of a part, once.
+"""Evaluate a run on every sample of a split, once.
 
-    python -m trainer.evaluate RUN_DIR SHARD_DIR [--json FILE]
+    python -m trainer.evaluate RUN_DIR SHARDS [--json FILE]
 
-takes the best checkpoint of a finished run and any packed set with the same classes (its test part, or the part
-that SHARD_DIR itself is) and writes the metrics that `summary.json` holds.
+SHARDS is a packed data set with the classes of the run (its test split is evaluated) or one split of it. FILE receives
+the metrics that `summary.json` holds.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from trainer.runtime.distributed import init_distributed, report_errors_on_main
 
 
 def main() -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.evaluate"),
-        description="Evaluate a finished run on a packed set with the same classes.",
+        description="Evaluate a run on a packed data set with the same classes.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
-    parser.add_argument("shards", metavar="SHARDS", help="packed set (its test part) or one part, or its address")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here as well")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    parser.add_argument("shards", metavar="SHARDS", help="directory or address of a packed data set or a split")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics to this file")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model")
     arguments = parser.parse_args()
     if arguments.json:
         check_writable(arguments.json)
@@ -35,7 +36,7 @@ def main() -> int:
         if world.is_main_process:
             print(
                 f"{metrics['dataset']}: accuracy {metrics['accuracy']:.2%}, macro F1 {metrics['macro_f1']:.2%}, "
-                f"weighted F1 {metrics['weighted_f1']:.2%} on {metrics['samples']:,} samples"
+                f"weighted F1 {metrics['weighted_f1']:.2%} on {metrics['samples']:,} images"
             )
             if arguments.json:
                 write_file(arguments.json, json.dumps(metrics, indent=1) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,176 +32,213 @@ from trainer.runtime.signals import Interrupted
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """For every sample, in the order of rows: its row in the raw source, true class, predicted class (int64 [N]),
-    and the probability float32 [N] of its prediction, at the temperature and as the model gave it."""
+class ModelOutputs:
+    """The logits of all samples of a split, in the order of `rows`."""
 
     rows: NDArray[np.int64]
+    """[N], positions in the raw source."""
     labels: NDArray[np.int64]
+    """[N], true classes."""
+    logits: NDArray[np.float32]
+    """[N, C]."""
+    wait_seconds: float
+    """How long rank 0 waited for data."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The prediction for each sample, in the order of `rows`; the columns of `predictions.npz`."""
+
+    rows: NDArray[np.int64]
+    """[N], positions in the raw source."""
+    labels: NDArray[np.int64]
+    """[N], true classes."""
     predicted: NDArray[np.int64]
+    """[N], predicted classes."""
     confidence: NDArray[np.float32]
+    """[N], probability of the predicted class after temperature scaling."""
     uncalibrated: NDArray[np.float32]
+    """[N], the same before temperature scaling."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """confusion: over all ranks. loss: mean cross-entropy in nats, of the logits that are decided by. predictions: on
-    rank 0, None elsewhere.
-
-    temperature: by which the logits were divided. calibrated_loss: the cross-entropy then.
-    seconds, wait_seconds: how long it took on this rank, and how much of that it waited for data.
-    """
+    """Metrics of a model on a split."""
 
     confusion: ConfusionMatrix
     loss: float
+    """Mean cross-entropy in nats, before temperature scaling."""
     temperature: float
     calibrated_loss: float
+    """Mean cross-entropy in nats, after temperature scaling."""
     predictions: Predictions | None
+    """None on ranks other than 0."""
     seconds: float
     wait_seconds: float
+    """The part of `seconds` that rank 0 waited for data."""
 
     def summary(self) -> dict[str, float | int]:
+        """Return the metrics as `summary.json` holds them."""
         return {**self.confusion.summary(), "loss": self.loss}
 
     def calibration(self) -> dict[str, float]:
-        """How well confidence tells accuracy before and after the temperature; on rank 0."""
-        found = self.predictions
-        assert found is not None
-        correct = found.predicted == found.labels
+        """Return calibration error and cross-entropy before and after temperature scaling; on rank 0 only."""
+        predictions = self.predictions
+        assert predictions is not None
+        is_correct = predictions.predicted == predictions.labels
         return {
             "temperature": self.temperature,
-            "ece_before": calibration_error(found.uncalibrated, correct),
-            "ece": calibration_error(found.confidence, correct),
+            "ece_before": calibration_error(predictions.uncalibrated, is_correct),
+            "ece": calibration_error(predictions.confidence, is_correct),
             "nll_before": self.loss,
             "nll": self.calibrated_loss,
         }
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     loader: Loader,
     classes: int,
     settings: TrainerConfig,
     world: World,
-    received: Sequence[int] = (),
+    signals_received: Sequence[int] = (),
     *,
     temperature: float = 1.0,
     offsets: NDArray[np.float32] | None = None,
 ) -> Evaluation:
-    """Run a model over all batches of a loader; the same figures on any number of ranks.
+    """Evaluate a model on all batches of a loader. The metrics do not depend on the number of ranks.
 
-    received: signals that came, which end it with `Interrupted` on every rank.
-    offsets: [C], taken from the logits before all else (see `trainer.evaluate.logit_adjustment`); None for none.
-    temperature: divides the logits before they become probabilities.
+    Args:
+        model: Set to evaluation mode.
+        loader: Evaluation loader of this rank.
+        classes: Number of classes C.
+        settings: Precision and test-time augmentation.
+        world: The process group.
+        signals_received: Signals that this process received.
+        temperature: Divides the logits.
+        offsets: [C], subtracted from the logits (see `trainer.evaluate.logit_adjustment`); None for zeros.
+
+    Returns:
+        The evaluation, on every rank.
+
+    Raises:
+        Interrupted: A rank received a signal; raised on all ranks.
     """
-    model.eval()
-    rows, labels, predicted, confidence, uncalibrated = [], [], [], [], []
-    loss = torch.zeros(2, dtype=torch.float64, device=world.device)
-    taken = None if offsets is None else torch.from_numpy(offsets).to(world.device)
-    wait_seconds = 0.0
-    start = before = time.perf_counter()
-    for batch in loader.batches():
-        if received:
-            break
-        wait_seconds += time.perf_counter() - before
-        logits = model_logits(model, batch, settings, world)
-        if taken is not None:
-            logits = logits - taken
-        top = logits.softmax(dim=1).max(dim=1)
-        calibrated = logits / temperature
-        losses = [F.cross_entropy(each, batch.labels, reduction="sum") for each in (logits, calibrated)]
-        loss += torch.stack(losses).double()
-        rows.append(batch.source_index)
-        labels.append(batch.labels)
-        predicted.append(top.indices)
-        confidence.append(calibrated.softmax(dim=1).amax(dim=1))
-        uncalibrated.append(top.values)
-        before = time.perf_counter()
-    if world.all_reduce_max(len(received)):
-        raise Interrupted
-    mine = [_joined(parts) for parts in (rows, labels, predicted, confidence, uncalibrated)]
-    confusion = ConfusionMatrix.of(mine[1].astype(np.int64), mine[2].astype(np.int64), classes)
-    counts = world.sum(torch.from_numpy(confusion.counts)).numpy()
-    mean_loss, calibrated_loss = (world.sum(loss.cpu()) / int(counts.sum())).tolist()
-    gathered = _by_row(world.gather(mine))
-    predictions = Predictions(*gathered) if gathered else None
-    seconds = time.perf_counter() - start
-    return Evaluation(
-        ConfusionMatrix(counts), mean_loss, temperature, calibrated_loss, predictions, seconds, wait_seconds
+    start = time.perf_counter()
+    outputs = predict_logits(model, loader, settings, world, signals_received)
+    if outputs is None:
+        return world.broadcast_object(None)
+    logits = torch.from_numpy(outputs.logits if offsets is None else outputs.logits - offsets)
+    labels = torch.from_numpy(outputs.labels)
+    calibrated = logits / temperature
+    uncalibrated, predicted = logits.softmax(dim=1).max(dim=1)
+    confidence = calibrated.softmax(dim=1).amax(dim=1)
+    loss, calibrated_loss = (
+        float(F.cross_entropy(each, labels, reduction="none").double().mean()) for each in (logits, calibrated)
     )
+    evaluation = Evaluation(
+        confusion=ConfusionMatrix.of(outputs.labels, predicted.numpy(), classes),
+        loss=loss,
+        temperature=temperature,
+        calibrated_loss=calibrated_loss,
+        predictions=None,
+        seconds=time.perf_counter() - start,
+        wait_seconds=outputs.wait_seconds,
+    )
+    world.broadcast_object(evaluation)
+    columns = predicted.numpy(), confidence.numpy(), uncalibrated.numpy()
+    return replace(evaluation, predictions=Predictions(outputs.rows, outputs.labels, *columns))
 
 
 @torch.inference_mode()
 def predict_logits(
-    model: nn.Module, loader: Loader, settings: TrainerConfig, world: World, received: Sequence[int] = ()
-) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
-    """A model's logits [N, C] for the samples of a loader and their labels [N], in the order of rows; on rank 0, None
-    elsewhere. The same on any number of ranks.
+    model: nn.Module, loader: Loader, settings: TrainerConfig, world: World, signals_received: Sequence[int] = ()
+) -> ModelOutputs | None:
+    """Compute the logits of all samples of a loader. They do not depend on the number of ranks.
 
-    received: as in `evaluate`.
+    Args:
+        model: Set to evaluation mode.
+        loader: Evaluation loader of this rank.
+        settings: Precision and test-time augmentation.
+        world: The process group.
+        signals_received: Signals that this process received.
+
+    Returns:
+        The outputs on rank 0, None elsewhere.
+
+    Raises:
+        Interrupted: A rank received a signal; raised on all ranks.
     """
     model.eval()
-    rows, labels, logits = [], [], []
+    batches: list[tuple[torch.Tensor, ...]] = []
+    wait_seconds, waiting_since = 0.0, time.perf_counter()
     for batch in loader.batches():
-        if received:
+        if signals_received:
             break
-        rows.append(batch.source_index)
-        labels.append(batch.labels)
-        logits.append(model_logits(model, batch, settings, world))
-    if world.all_reduce_max(len(received)):
+        wait_seconds += time.perf_counter() - waiting_since
+        batches.append((batch.source_index, batch.labels, model_logits(model, batch, settings, world)))
+        waiting_since = time.perf_counter()
+    if world.all_reduce_max(len(signals_received)):
         raise Interrupted
-    gathered = _by_row(world.gather([_joined(parts) for parts in (rows, labels, logits)]))
-    return (gathered[2], gathered[1]) if gathered else None
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True)]
+    gathered = [columns for columns in world.gather(columns) if columns]  # a rank may have no batch
+    if not world.is_main_process:
+        return None
+    rows, labels, logits = (np.concatenate(column) for column in zip(*gathered, strict=True))
+    order = np.argsort(rows, kind="stable")
+    return ModelOutputs(rows[order], labels[order].astype(np.int64), logits[order], wait_seconds)
 
 
 def model_logits(model: nn.Module, batch: Batch, settings: TrainerConfig, world: World) -> torch.Tensor:
-    """float32 [n, classes], over the views of `trainer.test_time_augmentation`."""
+    """Return the logits of a batch, float32 [n, C], with `trainer.test_time_augmentation`."""
     images = to_memory_format(batch.images, settings)
     with autocast(settings, world.device):
         return mean_logits(model, images, settings.test_time_augmentation)
 
 
-def _by_row(gathered: list[list[NDArray]]) -> list[NDArray]:
-    """Columns of all ranks together, in the order of the first one, the rows; nothing of nothing."""
-    # A rank without a batch has empty columns of no width.
-    full = [columns for columns in gathered if len(columns[0])]
-    together = [np.concatenate(columns) for columns in zip(*full, strict=True)]
-    return [column[np.argsort(together[0], kind="stable")] for column in together]
-
-
-def _joined(parts: list[torch.Tensor]) -> NDArray:
-    """One array of the batches' tensors, empty if this rank had no batch."""
-    return torch.cat(parts).cpu().numpy() if parts else np.empty(0, np.int64)
-
-
 def loader_for(store: Store, trained: TrainedModel, world: World) -> Loader:
-    """The images of a part as a trained model takes them. Raises `UserError` for another number of channels."""
+    """Return a loader of all images of a split, with the input transform of a trained model.
+
+    Raises:
+        UserError: The images have another number of channels.
+    """
     manifest, config = store.manifest, trained.config
     if manifest.image_shape[2] != trained.channels:
         raise UserError(
             found=f"{manifest.name}/{manifest.split} with {manifest.image_shape[2]} channels",
-            expected=f"{trained.channels}, as the run was trained on",
-            hint="name a packed set of such images",
+            expected=f"{trained.channels}, as in the training data of the run",
+            hint="name a packed data set of such images",
         )
     data = config.data
     spec = TransformSpec.of(manifest, data.final_resolution, data.interpolation, data.preprocessing())
     backend, _ = choose_backend(config.loader.backend, world.device, spec)
     spec = spec.with_normalization(trained.mean, trained.std)
-    graph = build_transform(spec, backend, world.device, config.loader.batch_size)
-    return evaluation_loader(store, np.arange(len(store)), graph, config, world)
+    transform = build_transform(spec, backend, world.device, config.loader.batch_size)
+    return evaluation_loader(store, np.arange(len(store)), transform, config, world)
 
 
-def evaluate_run(run: Path, shards: str, world: World) -> dict[str, Any]:
-    """The metrics of a run's best checkpoint on a packed set, as in `summary.json`."""
-    trained = load_trained_model(run)
+def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
+    """Evaluate the best checkpoint of a run on a packed data set.
+
+    Args:
+        run_dir: A run directory.
+        shards: Directory or address of a packed data set (its test split) or of one split.
+        world: The process group.
+
+    Returns:
+        The metrics, with the fields of `summary.json`.
+
+    Raises:
+        UserError: The data set has other classes, or one of both cannot be read.
+    """
+    trained = load_trained_model(run_dir)
     config = trained.config
     store = open_dataset_or_split(shards, "test")
     if store.manifest.classes != trained.classes:
         raise UserError(
             found=f"{shards} with classes {' '.join(store.manifest.classes)}",
             expected=f"the classes of the run: {' '.join(trained.classes)}",
-            hint="name a packed set of the same data set and split",
+            hint="name a packed data set with these classes",
         )
     loader = loader_for(store, trained, world)
     model = trained.build_model(world.device)

@@ -1,13 +1,12 @@
-"""Which class a model's logits stand for: the weights of the classes undone, as far as it serves the figure asked for.
+"""Post-hoc logit adjustment: undo class weights at prediction time by a factor tau, tuned for accuracy or macro F1.
 
-A model that learned with class weights w says p_c proportional to w_c times the probability of c, so `argmax z` errs
-towards the classes of large weight, and `argmax(z - log w)` is the most probable class. Between and beyond both lies
-the trade-off between accuracy and macro F1, `argmax(z - tau log w)`.
+A model trained with class weights w predicts p_c proportional to w_c times the probability of class c. `argmax z` is
+then biased towards classes of large weight, and `argmax(z - log w)` is the most probable class. A factor tau in
+`argmax(z - tau log w)` trades accuracy against macro F1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,27 +20,28 @@ from trainer.evaluate.calibration import fit_temperature
 from trainer.evaluate.metrics import ConfusionMatrix
 from trainer.optim.losses import class_weights, log_priors
 
-_TAUS = np.linspace(-2, 2, 81)  # that `auto` tries
-_NEIGHBOURS = 2  # on each side, that a tau is judged with: on few images a single one stands out by chance
-_CURVE_STEP = 5  # of the taus, in what is written down
+_TAUS = np.linspace(-2, 2, 81)  # candidates of `auto`
+_SMOOTHING = 5  # candidates over which a metric is averaged: on few images a single one can be best by chance
+_CURVE_STEP = 5  # every fifth candidate is a point of the curve
 
 
 @dataclass(frozen=True)
 class PosthocCalibration:
-    """How logits become a class and a confidence, and what that is worth on the validation part.
-
-    offsets: float32 [C], tau log w, which is taken from the logits before all else. temperature: by which the rest is
-    divided. validation, as_learned: the confusion with these offsets and without. curve: accuracy and macro F1 by tau.
-    """
+    """Offsets and temperature that turn logits into probabilities, and their metrics on the validation split."""
 
     tau: float
     offsets: NDArray[np.float32]
+    """[C], tau log w, subtracted from the logits."""
     temperature: float
+    """Divides the logits after the subtraction."""
     validation: ConfusionMatrix
     as_learned: ConfusionMatrix
+    """The confusion matrix without offsets."""
     curve: list[dict[str, float]]
+    """Accuracy and macro F1 by tau."""
 
     def summary(self) -> dict[str, Any]:
+        """Return the field `decision` of `summary.json`."""
         return {
             "tau": self.tau,
             "validation": self.validation.summary(),
@@ -51,7 +51,9 @@ class PosthocCalibration:
 
 
 class ProbabilityHead(nn.Module):
-    """Logits [N, C] to probabilities [N, C], by the offsets and the temperature of a decision."""
+    """Convert logits [N, C] to probabilities [N, C], by the offsets and temperature of a post-hoc calibration."""
+
+    offsets: torch.Tensor
 
     def __init__(self, offsets: NDArray[np.float32], temperature: float) -> None:
         super().__init__()
@@ -63,15 +65,21 @@ class ProbabilityHead(nn.Module):
 
 
 def log_weights(counts: NDArray[np.int64], settings: LossConfig) -> NDArray[np.float32]:
-    """log w, float32 [C], of the weights that a loss gives the classes, from their training samples int64 [C].
+    """Compute log w, the logarithms of the weights that a loss gives the classes.
 
-    Those are the class weights, and 1 / prior^a by logit adjustment a. Where a loss treats all classes alike they are
-    1 / prior: then tau=0 suits accuracy, and tau=-1 is the post-hoc logit adjustment of Menon et al. 2021,
-    https://arxiv.org/abs/2007.07314, equation 9.
+    These are the class weights, times 1 / prior^a with logit adjustment a. If the loss weights all classes equally,
+    they are 1 / prior: tau=0 is then best for accuracy, and tau=-1 is the post-hoc logit adjustment of Menon et al.
+    2021, https://arxiv.org/abs/2007.07314, equation 9.
+
+    Args:
+        counts: [C], training samples of each class.
+        settings: The loss.
+
+    Returns:
+        float32 [C].
     """
-    given = class_weights(counts, settings).log() - settings.logit_adjustment * log_priors(counts)
-    found = given if bool((given != given[0]).any()) else -log_priors(counts)
-    return found.numpy()
+    weights = class_weights(counts, settings).log() - settings.logit_adjustment * log_priors(counts)
+    return (weights if bool((weights != weights[0]).any()) else -log_priors(counts)).numpy()
 
 
 def fit_posthoc(
@@ -79,41 +87,38 @@ def fit_posthoc(
     labels: NDArray[np.int64],
     log_weights: NDArray[np.float32],
     tau: float | Literal["auto"],
-    select: Literal["accuracy", "macro_f1"],
+    monitor: Literal["accuracy", "macro_f1"],
 ) -> PosthocCalibration:
-    """The decision for a model with logits [N, C] on validation images of labels [N].
+    """Fit tau and temperature on a validation split.
 
-    tau: how far the weights are undone, or `auto` for what suits the figure best; of equals the smallest in size.
+    Args:
+        logits: [N, C].
+        labels: [N].
+        log_weights: [C], see `log_weights`.
+        tau: The value of tau, or `auto` for the one with the best metric.
+        monitor: The metric.
     """
 
     def confusion(tau: float) -> ConfusionMatrix:
         return ConfusionMatrix.of(labels, (logits - np.float32(tau) * log_weights).argmax(axis=1), logits.shape[1])
 
     if tau == "auto":
-        tried = [confusion(value) for value in _TAUS]
-        chosen = best_tau([getattr(one, select) for one in tried])
-    else:
-        chosen = float(tau)
-    offsets = np.float32(chosen) * log_weights
+        tau = best_tau([getattr(confusion(value), monitor) for value in _TAUS])
+    offsets = np.float32(tau) * log_weights
+    points = [(float(round(value, 6)), confusion(value)) for value in _TAUS[::_CURVE_STEP]]
     return PosthocCalibration(
-        tau=chosen,
+        tau=float(tau),
         offsets=offsets,
         temperature=fit_temperature(logits - offsets, labels),
-        validation=confusion(chosen),
+        validation=confusion(tau),
         as_learned=confusion(0.0),
-        curve=_curve(confusion),
+        curve=[{"tau": value, "accuracy": each.accuracy, "macro_f1": each.macro_f1} for value, each in points],
     )
 
 
-def best_tau(figures: list[float]) -> float:
-    """The tau whose figure is the highest, each averaged with its neighbours; of equals the smallest in size."""
-    padded = np.pad(figures, _NEIGHBOURS, mode="edge")
-    width = 2 * _NEIGHBOURS + 1
-    smooth = np.round(np.lib.stride_tricks.sliding_window_view(padded, width).mean(axis=1), 12)
+def best_tau(metrics: list[float]) -> float:
+    """Return the candidate with the highest metric, smoothed over neighbours; on ties the smallest in magnitude."""
+    padded = np.pad(metrics, _SMOOTHING // 2, mode="edge")
+    smooth = np.round(np.lib.stride_tricks.sliding_window_view(padded, _SMOOTHING).mean(axis=1), 12)
     best = np.flatnonzero(smooth == smooth.max())
     return float(round(_TAUS[best[np.argmin(np.abs(_TAUS[best]))]], 6))
-
-
-def _curve(confusion: Callable[[float], ConfusionMatrix]) -> list[dict[str, float]]:
-    points = [(float(round(tau, 6)), confusion(tau)) for tau in _TAUS[::_CURVE_STEP]]
-    return [{"tau": tau, "accuracy": one.accuracy, "macro_f1": one.macro_f1} for tau, one in points]

@@ -1,4 +1,4 @@
-"""Every figure of a classifier follows exactly from its confusion matrix."""
+"""Metrics of a classifier, all computed from its confusion matrix."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class ConfusionMatrix:
-    """counts: int64 [C, C]; row: the true class, column: the predicted one."""
+    """Number of samples by true and predicted class."""
 
     counts: NDArray[np.int64]
+    """[C, C]; rows are true classes, columns predicted ones."""
 
     @classmethod
     def of(cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> ConfusionMatrix:
+        """Count labels [N] and predictions [N], both 0 .. classes - 1."""
         pairs = np.bincount(labels * classes + predictions, minlength=classes * classes)
         return cls(pairs.reshape(classes, classes))
 
@@ -36,7 +38,7 @@ class ConfusionMatrix:
 
     @property
     def precision(self) -> NDArray[np.float64]:
-        """[C]; 0 for a class that was never predicted."""
+        """[C]; 0 for a class that is never predicted."""
         return _divide(np.diag(self.counts), self.counts.sum(axis=0))
 
     @property
@@ -46,7 +48,7 @@ class ConfusionMatrix:
 
     @property
     def f1(self) -> NDArray[np.float64]:
-        """[C], harmonic mean of precision and recall; 0 where neither has samples."""
+        """[C], harmonic mean of precision and recall; 0 for a class without samples and predictions."""
         return _divide(2 * np.diag(self.counts), self.support + self.counts.sum(axis=0))
 
     @property
@@ -61,15 +63,11 @@ class ConfusionMatrix:
         return float((self.f1 * self.support).sum() / self.support.sum())
 
     def summary(self) -> dict[str, float | int]:
-        return {
-            "accuracy": self.accuracy,
-            "macro_f1": self.macro_f1,
-            "weighted_f1": self.weighted_f1,
-            "samples": self.samples,
-        }
+        """Return the metrics as `summary.json` holds them."""
+        return {name: getattr(self, name) for name in ("accuracy", "macro_f1", "weighted_f1", "samples")}
 
     def class_metrics(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Name, `samples`, `precision`, `recall` and `f1` of each class."""
+        """Return name, `samples`, `precision`, `recall` and `f1` of each class."""
         columns = {"samples": self.support, "precision": self.precision, "recall": self.recall, "f1": self.f1}
         return [
             {"name": name} | {column: values[label].item() for column, values in columns.items()}
@@ -77,12 +75,12 @@ class ConfusionMatrix:
         ]
 
     def most_confused(self, pairs: int) -> list[tuple[int, int, int]]:
-        """The largest entries off the diagonal: (true class, predicted class, count), most frequent first."""
-        wrong = self.counts.copy()
-        np.fill_diagonal(wrong, 0)
-        order = np.argsort(-wrong, axis=None, kind="stable")[:pairs]
-        places = zip(*np.unravel_index(order, wrong.shape), strict=True)
-        return [(int(true), int(said), int(wrong[true, said])) for true, said in places if wrong[true, said]]
+        """Return the largest entries off the diagonal: (true class, predicted class, count), most frequent first."""
+        errors = self.counts.copy()
+        np.fill_diagonal(errors, 0)
+        order = np.argsort(-errors, axis=None, kind="stable")[:pairs]
+        cells = zip(*np.unravel_index(order, errors.shape), strict=True)
+        return [(int(true), int(guess), int(errors[true, guess])) for true, guess in cells if errors[true, guess]]
 
 
 def _divide(numerator: NDArray, denominator: NDArray) -> NDArray[np.float64]:

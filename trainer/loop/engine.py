@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, validation after each, and a test of the best epoch at the end."""
+"""The training loop: `fit` runs epochs of `train_step` with validation after each, `test` evaluates the best epoch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from pipeline.loader import Batch
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
+from trainer.config.schema import Config
 from trainer.evaluate.evaluator import Evaluation, evaluate, predict_logits
 from trainer.evaluate.logit_adjustment import fit_posthoc
 from trainer.loop.epoch_meter import EpochMeter
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
 from trainer.loop.state import Totals, Training
 from trainer.models.precision import autocast, to_memory_format
+from trainer.optim.distillation import DistillationTeacher
 from trainer.optim.losses import weighted_kl
 from trainer.optim.mixup import apply_mixup_cutmix, soft_targets
 from trainer.runtime.distributed import AsyncFlags
@@ -35,7 +37,13 @@ GradientCheck = Callable[[int, torch.Tensor, bool], None]
 
 
 class Stopped(Exception):
-    """A signal stopped the run; its state is in the last checkpoint."""
+    """A signal stopped the run after a checkpoint was written.
+
+    Attributes:
+        signum: The signal.
+        epoch: Epochs that are done.
+        step: Steps of the next epoch that are done.
+    """
 
     def __init__(self, signum: int, epoch: int, step: int) -> None:
         super().__init__(signum)
@@ -46,7 +54,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Services:
-    """Where the loop writes, and the signals that it obeys."""
+    """The outputs of the training loop, and the signals that stop it."""
 
     run_dir: RunDirectory
     checkpointer: Checkpointer
@@ -54,63 +62,55 @@ class Services:
     loggers: list[MetricLogger]
 
 
-def fit(
+@contextlib.contextmanager
+def open_services(
     training: Training, run_dir: RunDirectory, loggers: list[MetricLogger], source: Path | None = None
-) -> Evaluation:
-    """Train from the current state to the last epoch, then evaluate the best epoch on the test split.
+) -> Iterator[Services]:
+    """Open the checkpointer and record signals; a new run also writes its first checkpoint.
 
     Args:
-        training: Changed in place.
+        training: The training.
         run_dir: Rank 0 writes checkpoints and metrics into it.
-        loggers: Further receivers of an epoch's record, on rank 0.
+        loggers: Further receivers of each epoch's record, on rank 0.
         source: The checkpoint that is resumed, if any.
 
     Raises:
         Stopped: After a SIGINT or SIGTERM.
-        NonFiniteLossError: A loss or gradient is not finite.
     """
-    with _services(training, run_dir, loggers, source) as services:
-        _train(training, services)
-        evaluation = test(training, services)
-        training.profile.mark("test")
-        return evaluation
-
-
-def fit_without_test(
-    training: Training, run_dir: RunDirectory, loggers: list[MetricLogger], source: Path | None = None
-) -> None:
-    """Train as `fit` does, without the test. An exception of a logger ends it after the epoch's checkpoint."""
-    with _services(training, run_dir, loggers, source) as services:
-        _train(training, services)
-
-
-@contextlib.contextmanager
-def _services(
-    training: Training, run_dir: RunDirectory, loggers: list[MetricLogger], source: Path | None
-) -> Iterator[Services]:
-    """Open the checkpointer, write a first checkpoint and record signals; `Interrupted` becomes `Stopped`."""
     training.profile.mark("start")
     settings = training.config.checkpoint
-    last_is_complete = source is None or source.name == checkpoint.LAST
+    last_is_intact = source is None or source.name == checkpoint.LAST
     with (
         record_signals(settings.grace_seconds) as signals_received,
-        Checkpointer(run_dir, settings, training.state.step, last_is_complete) as checkpointer,
+        Checkpointer(run_dir, settings, training.state.step, last_is_intact) as checkpointer,
     ):
         if source is None and training.world.is_main_process:
             checkpointer.save(training.checkpoint())
         try:
             yield Services(run_dir, checkpointer, signals_received, loggers)
         except Interrupted:
-            raise _stopped(training, signals_received) from None
+            signum = signals_received[0] if signals_received else signal.SIGTERM
+            signum = training.world.broadcast_object(signum)
+            raise Stopped(signum, training.state.epoch, training.state.step) from None
 
 
-def _train(training: Training, services: Services) -> None:
+def fit(training: Training, services: Services) -> None:
+    """Train from the current state to the last epoch.
+
+    Args:
+        training: Changed in place.
+        services: See `open_services`. An exception of a logger is raised after the checkpoint of the epoch.
+
+    Raises:
+        Interrupted: After a SIGINT or SIGTERM; the checkpoint is written.
+        NonFiniteLossError: A loss or gradient is not finite.
+    """
     while training.state.epoch < training.config.trainer.epochs:
         try:
             train_epoch(training, services)
-        except NonFiniteStep as found:
+        except NonFiniteStep as step:
             services.checkpointer.finish()
-            raise save_batch(training, services.run_dir, found) from None
+            raise save_batch(training, services.run_dir, step) from None
         _end_epoch(training, services)
         if training.world.all_reduce_max(len(services.signals_received)):
             raise Interrupted
@@ -120,7 +120,7 @@ def train_epoch(training: Training, services: Services) -> None:
     """Train from the current step to the end of the epoch; its totals are in `training.state.epoch_totals`.
 
     Raises:
-        Stopped: A signal came; the checkpoint is written.
+        Interrupted: After a SIGINT or SIGTERM; the checkpoint is written.
         NonFiniteStep: A loss or gradient is not finite.
     """
     state, world, train = training.state, training.world, training.data.train
@@ -143,8 +143,8 @@ def train_epoch(training: Training, services: Services) -> None:
             meter.update(batch, loss)
             state.step = batch.step + 1
             if is_last_microbatch:
-                signalled, due = bool(services.signals_received), services.checkpointer.is_due(state.step)
-                stop, save = flags.reduce(signalled, due)
+                is_signalled, is_due = bool(services.signals_received), services.checkpointer.is_due(state.step)
+                stop, save = flags.reduce(is_signalled, is_due)
                 if stop:
                     break
                 if save:
@@ -158,18 +158,13 @@ def train_epoch(training: Training, services: Services) -> None:
     commit()
     if stop:
         _save_checkpoint(training, services)
-        raise _stopped(training, services.signals_received)
+        raise Interrupted
 
 
 def _save_checkpoint(training: Training, services: Services) -> None:
     if training.world.is_main_process:
         services.checkpointer.save(training.checkpoint())
     training.profile.mark("checkpoint")
-
-
-def _stopped(training: Training, signals_received: list[int]) -> Stopped:
-    signum = training.world.broadcast_object(signals_received[0] if signals_received else signal.SIGTERM)
-    return Stopped(signum, training.state.epoch, training.state.step)
 
 
 def train_step(
@@ -183,31 +178,25 @@ def train_step(
 
     Args:
         training: Changed in place.
-        batch: This rank's share of a global batch.
+        batch: This rank's slice of a global batch.
         accumulation_steps: Batches whose gradients are averaged for one update.
         is_last_microbatch: Whether this batch is the last of them.
         gradient_check: Called with step, loss and `is_last_microbatch` before the update.
 
     Returns:
-        This rank's loss, summed over its samples: a scalar on the device, without waiting for it.
+        This rank's loss, summed over its samples: a scalar on the device. No synchronization takes place.
     """
     config, world, epoch = training.config, training.world, training.state.epoch
-    mixing_draws = seed_step(config.seed, epoch, batch.step, world.rank)
-    targets = soft_targets(batch.labels, len(training.data.classes), config.loss.label_smoothing)
-    images, targets = apply_mixup_cutmix(
-        batch.images, targets, config.mixup.at(epoch, config.trainer.epochs), mixing_draws
+    images, targets = mix_batch(
+        config, epoch, batch.step, world.rank, batch.images, batch.labels, len(training.data.classes)
     )
-    images = to_memory_format(images, config.trainer)
     training.profile.mark("mixing")
     with _gradient_sync(training.forward, is_last_microbatch):
         with autocast(config.trainer, world.device):
             logits = training.forward(images)
-        logits = logits + training.logit_shift
-        loss = weighted_kl(logits, targets, training.class_weights)
-        if training.teacher is not None:
-            loss = training.teacher.distillation_loss(loss, logits, images, training.class_weights)
+        loss = compute_loss(logits, targets, images, training.logit_shift, training.class_weights, training.teacher)
         training.profile.mark("forward")
-        # The mean over the global batch; DDP averages ranks of unequal shares, hence the factor.
+        # The mean over the global batch. DDP averages over ranks, whose slices differ in size, hence the factor.
         (loss * (world.size / (batch.global_size * accumulation_steps))).backward()
         training.profile.mark("backward")
     if gradient_check is not None:
@@ -215,6 +204,52 @@ def train_step(
     if is_last_microbatch:
         _update(training)
     return loss.detach()
+
+
+def mix_batch(
+    config: Config, epoch: int, step: int, rank: int, images: torch.Tensor, labels: torch.Tensor, classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seed the step, smooth the labels, and apply mixup or CutMix.
+
+    Args:
+        config: The settings.
+        epoch: From 0.
+        step: From 0.
+        rank: The rank of the batch.
+        images: float32 [n, channels, R, R].
+        labels: int64 [n].
+        classes: Number of classes C.
+
+    Returns:
+        The images in the memory format of the model, and targets float32 [n, C].
+    """
+    rng = seed_step(config.seed, epoch, step, rank)
+    targets = soft_targets(labels, classes, config.loss.label_smoothing)
+    images, targets = apply_mixup_cutmix(images, targets, config.mixup.at(epoch, config.trainer.epochs), rng)
+    return to_memory_format(images, config.trainer), targets
+
+
+def compute_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    images: torch.Tensor,
+    logit_shift: torch.Tensor,
+    class_weights: torch.Tensor,
+    teacher: DistillationTeacher | None,
+) -> torch.Tensor:
+    """Compute the training loss, summed over the batch.
+
+    Args:
+        logits: [n, C].
+        targets: float32 [n, C].
+        images: The model input, for the teacher.
+        logit_shift: float32 [C], added to the logits.
+        class_weights: float32 [C].
+        teacher: The teacher of knowledge distillation, if any.
+    """
+    logits = logits + logit_shift
+    loss = weighted_kl(logits, targets, class_weights)
+    return loss if teacher is None else teacher.distillation_loss(loss, logits, images, class_weights)
 
 
 def _update(training: Training) -> None:
@@ -233,16 +268,15 @@ def _update(training: Training) -> None:
     state.learning_rate.step_update()
 
 
-@contextlib.contextmanager
-def _gradient_sync(forward: nn.Module, enabled: bool) -> Iterator[None]:
+def _gradient_sync(forward: nn.Module, is_enabled: bool) -> contextlib.AbstractContextManager[None]:
     """All-reduce gradients in this backward pass, or only accumulate them."""
-    skip = isinstance(forward, DistributedDataParallel) and not enabled
-    with forward.no_sync() if skip else contextlib.nullcontext():
-        yield
+    if isinstance(forward, DistributedDataParallel) and not is_enabled:
+        return forward.no_sync()
+    return contextlib.nullcontext()
 
 
 def _end_epoch(training: Training, services: Services) -> None:
-    """Validate, step the schedule, update the best epoch, write checkpoint and record."""
+    """Validate, step the schedule, update the best epoch, and write checkpoint and record."""
     state, config, world, totals = training.state, training.config, training.world, training.state.epoch_totals
     # Batch norm's running statistics differ between ranks; rank 0's are evaluated and saved.
     world.broadcast_tensors_(list(state.model.buffers()))
@@ -260,7 +294,17 @@ def _end_epoch(training: Training, services: Services) -> None:
     metric = float(state.epoch + 1)  # without a validation split every epoch is the best so far
     if training.data.validation is not None:
         _save_checkpoint(training, services)  # a kill during validation costs no training
-        record["validation"] = _validate(training, services.signals_received).summary()
+        classes, received = len(training.data.classes), services.signals_received
+        evaluation = evaluate(
+            state.eval_model,
+            training.data.validation,
+            classes,
+            config.trainer,
+            world,
+            received,
+            offsets=training.offsets,
+        )
+        record["validation"] = evaluation.summary()
         training.profile.mark("validation")
         metric = record["validation"][config.trainer.monitor]
     state.learning_rate.step_epoch(metric)
@@ -269,7 +313,7 @@ def _end_epoch(training: Training, services: Services) -> None:
     if is_best:
         state.best, state.best_epoch = metric, state.epoch
     state.step = 0
-    state.total = state.total.plus(totals)
+    state.total = state.total + totals
     state.epoch_totals, state.rank_losses = Totals(), []
     state.history.append(record)
     if world.is_main_process:
@@ -280,30 +324,25 @@ def _end_epoch(training: Training, services: Services) -> None:
     training.profile.mark("end of epoch")
 
 
-def _validate(training: Training, signals_received: list[int]) -> Evaluation:
-    return evaluate(
-        training.state.eval_model,
-        training.data.validation,
-        len(training.data.classes),
-        training.config.trainer,
-        training.world,
-        signals_received,
-        offsets=training.offsets,
-    )
-
-
 def test(training: Training, services: Services) -> Evaluation:
-    """Evaluate the best epoch on the test split, calibrated on the validation split if there is one."""
+    """Evaluate the best epoch on the test split, calibrated on the validation split if there is one.
+
+    Raises:
+        Interrupted: After a SIGINT or SIGTERM.
+    """
     data, settings, world = training.data, training.config.trainer, training.world
     trained = world.run_on_main(services.checkpointer.best)
     model = trained.build_model(world.device)
     if data.validation is not None:
-        found = predict_logits(model, data.validation, settings, world, services.signals_received)
-        tau = training.config.posthoc.tau
-        decided = fit_posthoc(*found, training.log_weights, tau, settings.monitor) if found else None
-        training.decision = decided = world.broadcast_object(decided)
-        trained = replace(trained, tau=decided.tau, offsets=decided.offsets, temperature=decided.temperature)
+        outputs = predict_logits(model, data.validation, settings, world, services.signals_received)
+        if outputs is not None:
+            tau, monitor = training.config.posthoc.tau, settings.monitor
+            training.posthoc = fit_posthoc(outputs.logits, outputs.labels, training.log_weights, tau, monitor)
+        training.posthoc = posthoc = world.broadcast_object(training.posthoc)
+        trained = replace(trained, tau=posthoc.tau, offsets=posthoc.offsets, temperature=posthoc.temperature)
         if world.is_main_process:
             services.checkpointer.replace_best(trained)
-    classes, posthoc = len(data.classes), trained.posthoc_kwargs()
-    return evaluate(model, data.test, classes, settings, world, services.signals_received, **posthoc)
+    classes, kwargs = len(data.classes), trained.posthoc_kwargs()
+    evaluation = evaluate(model, data.test, classes, settings, world, services.signals_received, **kwargs)
+    training.profile.mark("test")
+    return evaluation

@@ -1,4 +1,4 @@
-"""Totals and progress of an epoch, kept without waiting for the device."""
+"""Totals and progress of an epoch, without a device synchronization per step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.runtime.progress import Progress
 
 
 class EpochMeter:
-    """Sums loss, samples and seconds over the steps of an epoch, and shows them on rank 0.
+    """Sums loss, samples and seconds over the steps of an epoch, and displays progress on rank 0.
 
     Each rank continues its own sum across a stop, so a resumed epoch has the loss of an uninterrupted one.
     """
@@ -34,19 +34,19 @@ class EpochMeter:
         self._start = self._waiting_since = time.perf_counter()
 
     def start_waiting(self) -> None:
-        """The next batch is asked for."""
+        """Start to measure the data wait."""
         self._waiting_since = time.perf_counter()
 
     def stop_waiting(self) -> None:
-        """The batch has arrived."""
+        """Add the data wait since `start_waiting`."""
         self._here.wait_seconds += time.perf_counter() - self._waiting_since
 
     def update(self, batch: Batch, loss: torch.Tensor) -> None:
         """Add a step.
 
         Args:
-            batch: This rank's share of the global batch.
-            loss: Scalar on the device, summed over the share.
+            batch: This rank's slice of the global batch.
+            loss: Scalar on the device, summed over the slice.
         """
         self._loss += loss
         here = self._here
@@ -57,12 +57,13 @@ class EpochMeter:
             self._progress.step(batch.step + 1, self._shown_loss, rate, here.samples, here.wait_seconds)
 
     def commit(self) -> None:
-        """Store the totals in the training state. Waits for the device, so that the seconds are true."""
+        """Store the totals in the training state. Synchronizes with the device, so that the seconds are correct."""
         state = self._training.state
-        state.rank_losses = self._training.world.all_gather_scalar(float(self._loss))
+        state.rank_losses = self._training.world.all_gather(lambda: float(self._loss))
         self._here.seconds = time.perf_counter() - self._start
-        state.epoch_totals = self._before.plus(self._here)
+        state.epoch_totals = self._before + self._here
         state.epoch_totals.loss = sum(state.rank_losses)
 
     def close(self) -> None:
+        """End the display of progress."""
         self._progress.close()

@@ -1,10 +1,9 @@
-"""The largest batch that fits, and how fast each size is.
+"""Command: find the largest batch size that fits into memory, and the fastest.
 
     python -m trainer.loop.find_batch_size configs/byclass.yaml [key=value ...]
 
-takes training steps of a recipe with made-up images of its size, with more and more of them: twice as many each time
-until the memory is not enough, then in between. Nothing is written but the input statistics beside the set, where there
-are none yet.
+The command takes training steps of a recipe on synthetic images. It doubles the batch size until memory is not
+sufficient, then bisects. No file is written, except the input statistics of the data set.
 """
 
 from __future__ import annotations
@@ -31,64 +30,69 @@ from trainer.runtime.distributed import init_distributed
 from trainer.runtime.memory import available_memory, peak_memory
 
 _FIRST = 16
-_FINEST = 8  # images; and a sixteenth of the size
+_FINEST = 8  # images; the search also ends at 1/16 of the size
 _WARM_UP = 2  # steps, the first of which also compiles
-_SECONDS = 0.5  # of a trial, at least
-_AHEAD = 3  # batches that the loader holds beside the one that is learnt from
-_SPARED = 0.9  # of the free memory of a CPU, which other processes share
+_SECONDS = 0.5  # minimum duration of a measurement
+_PREFETCHED = 3  # batches that the loader holds besides the current one
+_USABLE = 0.9  # fraction of the available CPU memory, which other processes also use
 
 
 @dataclass(frozen=True)
 class BatchSizeResult:
-    """A batch size that fits. memory: bytes at the peak."""
+    """A batch size that fits."""
 
     batch_size: int
     images_per_second: float
     memory: int
+    """Peak memory in bytes."""
+
+    def __str__(self) -> str:
+        return f"{self.images_per_second:>10,.0f} images/s  {self.memory / 1e9:6.1f} GB"
 
 
 def search_batch_sizes(attempt: Callable[[int], BatchSizeResult | None], most: int) -> list[BatchSizeResult]:
-    """The trials that fit, smallest first: doubled up to `most` images, then bisected to a sixteenth.
+    """Double the batch size up to a limit or to the first that does not fit, then bisect to a sixteenth.
 
-    attempt: tries a batch size; None if it does not fit.
+    Args:
+        attempt: Measures a batch size; returns None if it does not fit.
+        most: The limit.
+
+    Returns:
+        The batch sizes that fit, in ascending order.
     """
-    trials: list[BatchSizeResult] = []
-    size, too_large = min(_FIRST, most), None
-    while too_large is None and (not trials or size > trials[-1].batch_size):
-        found = attempt(size)
-        if found is None:
+    results: list[BatchSizeResult] = []
+    size, fits, too_large = min(_FIRST, most), 0, None
+    while size > fits:
+        result = attempt(size)
+        if result is None:
             too_large = size
         else:
-            trials.append(found)
+            fits = size
+            results.append(result)
+        if too_large is None:
             size = min(2 * size, most)
-    fits = trials[-1].batch_size if trials else 0
-    while too_large is not None and too_large - fits > max(_FINEST, fits // 16):
-        middle = (fits + too_large) // 2 // _FINEST * _FINEST
-        if middle <= fits:
-            break
-        found = attempt(middle)
-        if found is None:
-            too_large = middle
+        elif too_large - fits > max(_FINEST, fits // 16):
+            size = (fits + too_large) // 2 // _FINEST * _FINEST
         else:
-            fits = middle
-            trials.append(found)
-    return trials
+            break
+    return results
 
 
 class BatchSizeRunner:
-    """Training steps with made-up batches of any size."""
+    """Takes training steps on synthetic batches of any size."""
 
     def __init__(self, training: Training) -> None:
         self._training = training
         self._device = training.world.device
-        self._free = _SPARED * available_memory()
+        self._available = _USABLE * available_memory()
         self._before = peak_memory()
         self._per_image = 0.0
 
     def __call__(self, batch_size: int) -> BatchSizeResult | None:
-        """The speed and memory of a batch size; None if the device's memory is not enough for it.
+        """Measure speed and memory of a batch size; return None if it does not fit.
 
-        A GPU says so. A system kills the process instead, so on a CPU the memory is estimated from the sizes before.
+        A GPU raises an error when memory is exhausted. On a CPU the system kills the process instead, so the memory is
+        estimated from the previous size.
         """
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -101,43 +105,41 @@ class BatchSizeRunner:
             finally:
                 self._training.state.optimizer.zero_grad(set_to_none=True)
                 gc.collect()
-        if self._per_image * batch_size > self._free:
+        if self._per_image * batch_size > self._available:
             return None
         speed = self._speed(batch_size)
         self._per_image = (peak_memory() - self._before) / batch_size
         return BatchSizeResult(batch_size, speed, peak_memory())
 
     def _speed(self, batch_size: int) -> float:
-        """Images a second of whole steps, the optimiser's update included."""
+        """Return the images/s of complete steps, optimizer included."""
         spec = self._training.data.spec
         shape = (batch_size, spec.image_shape[2], spec.resolution, spec.resolution)
         images = torch.rand(shape, device=self._device)
-        held = [images.clone() for _ in range(_AHEAD)]
+        prefetched = [images.clone() for _ in range(_PREFETCHED)]
         labels = torch.arange(batch_size, device=self._device) % len(self._training.data.classes)
         batch = Batch(images, labels, labels, 0, batch_size)
         self._training.forward.train()
-        steps, start = -_WARM_UP, 0.0
-        while steps <= 0 or time.perf_counter() - start < _SECONDS:
-            if steps == 0:
-                self._wait()
-                start = time.perf_counter()
-            engine.train_step(self._training, batch, 1, True)
+        for _ in range(_WARM_UP):
+            self._step(batch)
+        steps, start = 0, time.perf_counter()
+        while steps == 0 or time.perf_counter() - start < _SECONDS:
+            self._step(batch)
             steps += 1
-            if steps > 0:
-                self._wait()
-        seconds = time.perf_counter() - start
-        del held
-        return steps * batch_size / seconds
+        del prefetched
+        return steps * batch_size / (time.perf_counter() - start)
 
-    def _wait(self) -> None:
+    def _step(self, batch: Batch) -> None:
+        engine.train_step(self._training, batch, 1, True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
 
 def main() -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.loop.find_batch_size"),
-        description="The largest batch that fits, and how fast each size is.",
+        description="Find the largest batch size that fits into memory, and the fastest.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or the name of a recipe in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
@@ -148,34 +150,34 @@ def main() -> int:
         if world.size > 1:
             raise UserError(
                 found=f"{world.size} ranks",
-                expected="one process: what fits on a rank does not depend on the others",
+                expected="one process; the memory of a rank does not depend on the others",
                 hint=f"python -m trainer.loop.find_batch_size {arguments.config}",
             )
         settings = resolve_auto(settings, world.device)
         data = open_data(settings, world)
-        training = make_training(settings, data, world)
-        attempts = BatchSizeRunner(training)
+        run = BatchSizeRunner(make_training(settings, data, world))
         print(f"{settings.model.name} at {data.spec.resolution}x{data.spec.resolution} on {world.device}")
 
         def attempt(size: int) -> BatchSizeResult | None:
-            found = attempts(size)
-            told = (
-                f"{found.images_per_second:>10,.0f} images/s  {found.memory / 1e9:6.1f} GB" if found else "does not fit"
-            )
-            print(f"{size:>8,} images  {told}", flush=True)
-            return found
+            result = run(size)
+            print(f"{size:>8,} images  {result or 'does not fit'}", flush=True)
+            return result
 
-        trials = search_batch_sizes(attempt, most=len(data.train.samples))
-        if not trials:
-            raise UserError(
-                found=f"not even {_FIRST} images that fit", expected="some", hint="a smaller model or data.resolution"
-            )
-    largest = max(trials, key=lambda trial: trial.batch_size)
-    fastest = max(trials, key=lambda trial: trial.images_per_second)
-    print(
-        f"largest  loader.batch_size={largest.batch_size} for each rank, {largest.images_per_second:,.0f} images/s\n"
-        f"fastest  loader.batch_size={fastest.batch_size} for each rank, {fastest.images_per_second:,.0f} images/s"
-    )
+        most = len(data.train.samples)
+        results = search_batch_sizes(attempt, most)
+    if not results:
+        raise UserError(
+            found="a batch of 8 images that does not fit",
+            expected="enough memory for one batch",
+            hint="choose a smaller model.name or data.resolution",
+        )
+    for name, result in (
+        ("largest", results[-1]),
+        ("fastest", max(results, key=lambda each: each.images_per_second)),
+    ):
+        limit = " (all training images)" if result.batch_size == most else ""
+        speed = f"{result.images_per_second:,.0f} images/s"
+        print(f"{name}  loader.batch_size={result.batch_size} for one rank, {speed}{limit}")
     return 0
 
 

@@ -1,7 +1,8 @@
 """Detection of losses and gradients that are not finite, without a device synchronization.
 
 A GPU's losses and gradient norms are copied asynchronously and read some steps later. Batches are a function of (seed,
-epoch, step), so the batch of a bad step is loaded again, saved for `trainer.loop.replay_step`, and the run stops.
+epoch, step), so the batch of a bad step can be loaded again. It is saved for `trainer.loop.replay_step`, and the run
+stops.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _ROWS_SHOWN = 16
 
 
 class NonFiniteLossError(UserError):
-    """The end of a run whose loss or gradient is not finite."""
+    """A loss or gradient is not finite; the run cannot continue."""
 
 
 class NonFiniteStep(Exception):
@@ -48,7 +49,7 @@ class NonFiniteMonitor:
     """Checks the losses of an epoch's steps and the gradients of its updates.
 
     On a CPU an update is checked before it is applied. On a GPU the values of 32 steps are copied together, without
-    waiting, and read when the next 32 are copied. All ranks have the same gradients, so all find the same update.
+    waiting, and read when the next 32 are copied. All ranks have the same gradients, so all detect the same update.
     """
 
     def __init__(self, training: Training) -> None:
@@ -86,7 +87,7 @@ class NonFiniteMonitor:
                 self._read()
 
     def finish(self) -> None:
-        """Check all recorded steps and the weights, on all ranks; waits for the device.
+        """Check all recorded steps and the weights, on all ranks. Synchronizes with the device.
 
         Raises:
             NonFiniteStep: As in `check_batch`.
@@ -98,7 +99,7 @@ class NonFiniteMonitor:
             self._stop(self._last)
 
     def _gradient_norm(self) -> torch.Tensor:
-        """L2 norm; infinite as well beyond 1.8e19, whose square float32 does not hold."""
+        """Return the L2 norm; infinite also above 1.8e19, whose square overflows float32."""
         gradients = [each.grad for each in self._training.state.model.parameters() if each.grad is not None]
         return get_total_norm(gradients)
 
@@ -109,7 +110,7 @@ class NonFiniteMonitor:
             self._event.record()
 
     def _read(self) -> None:
-        """Check the copied values; on a GPU their copy was finished long ago."""
+        """Check the copied values. On a GPU the copy was started 32 steps ago, so it is complete."""
         if self._event is not None:
             self._event.synchronize()
         copied, self._copied = self._copied, []
@@ -120,43 +121,42 @@ class NonFiniteMonitor:
                 self._stop(step)
 
     def _stop(self, update: int) -> None:
-        """Raise for the update that ends with a step: for its first loss that is not finite on any rank, if any."""
+        """Raise for the first bad loss of all ranks up to an update, else for the gradient of the update."""
         here = math.inf if self._bad_loss is None else self._bad_loss
-        first = min(self._training.world.all_gather_scalar(here))
+        first = min(self._training.world.all_gather(lambda: here))
         raise NonFiniteStep(int(first), "loss") if first <= update else NonFiniteStep(update, "gradient")
 
 
-def save_batch(training: Training, run_dir: RunDirectory, found: NonFiniteStep) -> NonFiniteLossError:
-    """Load the batch of a bad step again and save it for study.
+def save_batch(training: Training, run_dir: RunDirectory, bad: NonFiniteStep) -> NonFiniteLossError:
+    """Load the batch of a bad step again and save it.
 
     Returns:
         The error that ends the run, on every rank.
     """
     state, world = training.state, training.world
-    batch = next(iter(training.data.train.batches(state.epoch, found.step)))
-    shares = world.gather(
+    batch = next(iter(training.data.train.batches(state.epoch, bad.step)))
+    rank_batches = world.gather(
         {"images": batch.images.cpu(), "labels": batch.labels.cpu(), "rows": batch.source_index.cpu()}
     )
-    path = run_dir.path / "nonfinite" / f"epoch-{state.epoch + 1}-step-{found.step + 1}.pt"
-    saved = world.run_on_main(lambda: _save(path, training, run_dir, batch, shares))
-    rows = world.broadcast_object(torch.cat([share["rows"] for share in shares]).tolist() if shares else None)
+    path = run_dir.path / "nonfinite" / f"epoch-{state.epoch + 1}-step-{bad.step + 1}.pt"
+    saved = world.run_on_main(lambda: _save(path, training, run_dir, batch, rank_batches))
+    rows = world.run_on_main(lambda: torch.cat([each["rows"] for each in rank_batches]).tolist())
     shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
     more = f" and {len(rows) - _ROWS_SHOWN} more" if len(rows) > _ROWS_SHOWN else ""
-    replay = f"python -m trainer.loop.replay_step {path} shows where it arises; " if saved else ""
+    replay = f"python -m trainer.loop.replay_step {path} shows the layer where it arises; " if saved else ""
     return NonFiniteLossError(
-        found=f"a {found.what} that is not finite in epoch {state.epoch + 1} step {found.step + 1}, of rows "
-        f"{shown}{more}",
+        found=f"a {bad.what} that is not finite in epoch {state.epoch + 1} step {bad.step + 1}, of rows {shown}{more}",
         expected="finite losses and gradients",
         hint=f"{replay}a lower optim.lr or trainer.precision=fp32 may help (checkpoint.resume_allow_changes)",
     )
 
 
 def _save(
-    path: Path, training: Training, run_dir: RunDirectory, batch: Batch, shares: list[dict[str, torch.Tensor]]
+    path: Path, training: Training, run_dir: RunDirectory, batch: Batch, rank_batches: list[dict[str, torch.Tensor]]
 ) -> bool:
-    """Write the input of `trainer.loop.replay_step`; False if the disk is full.
+    """Write the input of `trainer.loop.replay_step`; returns False if the disk is full.
 
-    The weights are those before the step, or of the newest checkpoint if the step has spoiled them already.
+    The weights are those before the step. If they are not finite, they are those of the newest checkpoint.
     """
     weights, origin = training.state.model.state_dict(), "before the step"
     if not all_finite(training.state.model.parameters()):
@@ -175,7 +175,7 @@ def _save(
         "std": list(training.data.spec.std),
         "epoch": training.state.epoch,
         "step": batch.step,
-        "shares": shares,
+        "shares": rank_batches,
     }
     try:
         path.parent.mkdir(exist_ok=True)
@@ -187,4 +187,5 @@ def _save(
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all values are finite; synchronizes with the device."""
     return all(bool(tensor.isfinite().all()) for tensor in tensors)

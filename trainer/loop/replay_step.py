@@ -1,10 +1,11 @@
-"""Replay the training step that ended a run with a loss or gradient that is not finite, and list where it arises.
+"""Command: replay the training step whose loss or gradient is not finite, and list the layers where the value arises.
 
     python -m trainer.loop.replay_step runs/NAME/DATE/nonfinite/epoch-2-step-17.pt
 
-The file holds the inputs of the step: under `shares` each rank's images (float32 [n, C, R, R], the model input before
-mixup), labels and rows (int64 [n]); under `model` the weights, which `weights` describes; and `config`,
-`class_weights`, `logit_shift`, `epoch` and `step` (from 0). `torch.load(FILE, weights_only=True)` reads it.
+The file holds the inputs of the step. `shares` has the batch of each rank: images (float32 [n, C, R, R], the model
+input before mixup), labels and rows (int64 [n]). `model` holds the weights, and `weights` describes them. Further keys
+are `config`, `class_weights`, `logit_shift`, `epoch` and `step` (from 0). `torch.load(FILE, weights_only=True)` reads
+it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,11 @@ from torch import nn
 from pipeline.common.device import choose_device
 from shards.cli import program_name, run_command
 from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.trained_model import load_model
 from trainer.config.load import validate
-from trainer.config.schema import Config
-from trainer.models.factory import make_model
-from trainer.models.precision import autocast, memory_format, to_memory_format
+from trainer.loop.engine import compute_loss, mix_batch
+from trainer.models.precision import autocast
 from trainer.optim.distillation import load_teacher
-from trainer.optim.losses import weighted_kl
-from trainer.optim.mixup import apply_mixup_cutmix, soft_targets
-from trainer.runtime.seeding import seed_step
 
 _NEEDED = (
     *("config", "model", "weights", "class_weights", "logit_shift", "channels", "mean", "std"),
@@ -35,73 +33,65 @@ _NEEDED = (
 
 
 def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[float, list[str]]:
-    """Replay one rank's share of a saved step, up to the gradients.
+    """Replay one rank's part of a saved step, up to the gradients.
+
+    Args:
+        state: Contents of the file.
+        rank: The rank.
+        device: Device of the model.
 
     Returns:
-        The loss, summed over the samples; and what is not finite: outputs of layers in the order of computation, then
-        gradients of parameters.
+        The loss, summed over the samples, and the names of non-finite values: outputs of layers in the order of
+        computation, then gradients of parameters.
     """
-    config = validate(state["config"], "the saved step")
-    model = _model(state, config, device)
-    share = {name: tensor.to(device) for name, tensor in state["shares"][rank].items()}
-    found: list[str] = []
+    config, classes = validate(state["config"], "the saved step"), state["classes"]
+    model = load_model(state["model"], config, state["channels"], len(classes), device).train()
+    batch = {name: tensor.to(device) for name, tensor in state["shares"][rank].items()}
+    nonfinite: list[str] = []
+
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            nonfinite.append(name)
+
+    def watch(name: str, module: nn.Module) -> None:
+        module.register_forward_hook(lambda _, inputs, output: check(f"output of {name}", output))
+
     for name, module in model.named_modules():
         if not list(module.children()):
-            module.register_forward_hook(_output_hook(f"output of {name} ({type(module).__name__})", found))
-    draws = seed_step(config.seed, state["epoch"], state["step"], rank)
-    targets = soft_targets(share["labels"], len(state["classes"]), config.loss.label_smoothing)
-    images, targets = apply_mixup_cutmix(
-        share["images"], targets, config.mixup.at(state["epoch"], config.trainer.epochs), draws
+            watch(f"{name} ({type(module).__name__})", module)
+    images, targets = mix_batch(
+        config, state["epoch"], state["step"], rank, batch["images"], batch["labels"], len(classes)
     )
-    if not images.isfinite().all():
-        found.append("images")
+    check("images", images)
     with autocast(config.trainer, device):
-        logits = model(to_memory_format(images, config.trainer))
-    logits = logits + state["logit_shift"].to(device)
-    weights = state["class_weights"].to(device)
-    loss = weighted_kl(logits, targets, weights)
-    teacher = load_teacher(config, tuple(state["classes"]), state["mean"], state["std"], device)
-    if teacher is not None:
-        loss = teacher.distillation_loss(loss, logits, images, weights)
+        logits = model(images)
+    shift, weights = state["logit_shift"].to(device), state["class_weights"].to(device)
+    teacher = load_teacher(config, tuple(classes), state["mean"], state["std"], device)
+    loss = compute_loss(logits, targets, images, shift, weights, teacher)
     loss.backward()
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            found.append(f"gradient of {name}")
-    return float(loss.detach()), found
-
-
-def _model(state: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
-    settings = config.model.model_copy(update={"pretrained": False, "init_checkpoint": None})
-    model = make_model(settings, state["channels"], len(state["classes"]))
-    model.load_state_dict(state["model"])
-    return model.to(device, memory_format=memory_format(config.trainer)).train()
-
-
-def _output_hook(what: str, found: list[str]) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and not output.isfinite().all():
-            found.append(what)
-
-    return hook
+        check(f"gradient of {name}", parameter.grad)
+    return float(loss.detach()), nonfinite
 
 
 def main() -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.loop.replay_step"),
-        description="Replay a saved training step whose loss or gradient was not finite.",
+        description="Replay a saved training step whose loss or gradient is not finite.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="what the run saved under nonfinite/")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    parser.add_argument("file", type=Path, metavar="FILE", help="file that the run saved under nonfinite/")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model")
     arguments = parser.parse_args()
     state = checkpoint.load(arguments.file, needed=_NEEDED)
     device = choose_device(arguments.device, 0, 1)
     print(f"epoch {state['epoch'] + 1} step {state['step'] + 1}, weights {state['weights']}, on {device}")
-    for rank, share in enumerate(state["shares"]):
-        loss, found = replay_step(state, rank, device)
-        print(f"rank {rank}: rows {', '.join(map(str, share['rows'].tolist()))}")
-        print(f"  loss {loss / len(share['rows']):.6g}; " + ("all is finite here" if not found else "not finite:"))
-        for what in found:
-            print(f"    {what}")
+    for rank, batch in enumerate(state["shares"]):
+        loss, nonfinite = replay_step(state, rank, device)
+        print(f"rank {rank}: rows {', '.join(map(str, batch['rows'].tolist()))}")
+        print(f"  loss {loss / len(batch['rows']):.6g}; " + ("not finite:" if nonfinite else "all values are finite"))
+        for name in nonfinite:
+            print(f"    {name}")
     return 0
 
 

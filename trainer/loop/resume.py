@@ -1,44 +1,44 @@
-"""Resuming from a checkpoint: bit-identical, or as close as changed settings allow."""
+"""Resume a training from a checkpoint, also with other settings or data."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from trainer.checkpoint.io import changed_settings
+from trainer.checkpoint.compat import changed_settings
 from trainer.loop.state import Training
 
-# Options of a parameter group that come from the settings; the rest is the optimizer's own state.
+# Options of a parameter group that come from the settings; the others are state of the optimizer.
 _GROUP_SETTINGS = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "momentum")
 
 
 def restore(training: Training, saved: dict[str, Any]) -> None:
-    """Continue a training from a checkpoint.
+    """Load a checkpoint. The result is bit-identical to an uninterrupted training if nothing has changed.
 
-    Where settings or data differ (`checkpoint.resume_allow_changes`), weights and the optimizer's moments are kept, the
-    schedule stands where it would stand had it always been as it is now, and the epoch continues after the same
+    If settings or data differ (`checkpoint.resume_allow_changes`), the weights and the optimizer's moments are loaded.
+    The schedule continues as if the new settings had been used from the start. The epoch continues after the same
     fraction of its samples, at the next update.
 
     Args:
         training: A new training; changed in place.
         saved: Contents of a checkpoint that `check_fits` accepted.
     """
-    if not changed_settings(saved, training.config) and saved["data"] == training.data.digest:
+    is_same_data = saved["data"] == training.data.digest
+    if is_same_data and not changed_settings(saved, training.config):
         training.restore(saved)
         return
     state, train, config = training.state, training.data.train, training.config
     window = train.window
-    groups = [{name: group[name] for name in _GROUP_SETTINGS if name in group} for group in _groups(training)]
+    settings = [{name: group[name] for name in _GROUP_SETTINGS if name in group} for group in _groups(training)]
     training.restore(saved | {"learning_rate": state.learning_rate.state_dict()})
-    if saved["data"] != training.data.digest:
+    if not is_same_data:
         train.window = window
-    for group, settings in zip(_groups(training), groups, strict=True):
-        group.update(settings)
+    for group, own in zip(_groups(training), settings, strict=True):
+        group.update(own)
     steps, accumulation = train.steps(state.epoch), config.optim.grad_accumulation
     if steps != saved["steps"] or saved["step"] % accumulation:
         nearest = -(-saved["step"] * steps // saved["steps"])
         state.step = min(steps, -(-nearest // accumulation) * accumulation)
-    before = sum(-(-train.steps(epoch) // accumulation) for epoch in range(state.epoch))
-    state.updates = before + -(-state.step // accumulation)
+    state.updates = sum(-(-count // accumulation) for count in [*map(train.steps, range(state.epoch)), state.step])
     metrics = [record["validation"][config.trainer.monitor] for record in state.history if "validation" in record]
     state.learning_rate.replay(state.updates, state.epoch, metrics)
     state.lr = state.learning_rate.lr

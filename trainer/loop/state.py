@@ -1,9 +1,10 @@
-"""The training state that checkpoints hold, and the services around it."""
+"""The training state that a checkpoint holds, and the objects that a training needs besides."""
 
 from __future__ import annotations
 
+import operator
 import time
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,26 +29,21 @@ from trainer.runtime.distributed import World
 from trainer.runtime.profiler import Profile, TimeProfile, Trace
 from trainer.runtime.seeding import seed_weights
 
-# Fields of TrainState that are written as they are.
+# Fields of TrainState that a checkpoint holds unchanged.
 _PLAIN = ("epoch", "step", "updates", "rank_losses", "history", "best", "best_epoch", "lr")
 
 
 @dataclass
 class Totals:
-    """Sums over the training steps of an epoch (or of all epochs): loss over samples, samples, seconds."""
+    """Sums over the training steps of one epoch or all: loss (over samples), samples, seconds, seconds of data wait."""
 
     loss: float = 0.0
     samples: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
 
-    def plus(self, other: Totals) -> Totals:
-        return Totals(
-            self.loss + other.loss,
-            self.samples + other.samples,
-            self.seconds + other.seconds,
-            self.wait_seconds + other.wait_seconds,
-        )
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def images_per_second(self) -> float:
@@ -60,7 +56,7 @@ class Totals:
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds: weights, optimizer, learning-rate schedule, moving average and position."""
+    """The contents of a checkpoint: weights, optimizer, learning-rate schedule, moving average and position."""
 
     model: nn.Module
     """The network itself, without wrappers."""
@@ -69,12 +65,13 @@ class TrainState:
     ema: ModelEma | None
     epoch: int = 0
     step: int = 0
-    """Position: `step` steps of epoch `epoch` (both from 0) are done."""
+    """Steps of epoch `epoch` that are done; both count from 0."""
     updates: int = 0
+    """Optimizer steps that are done."""
     epoch_totals: Totals = field(default_factory=Totals)
     """Of the current epoch, up to the last checkpoint."""
     rank_losses: list[float] = field(default_factory=list)
-    """Each rank's sum of losses in `epoch_totals`: a resumed epoch continues every rank's sum, bit for bit."""
+    """The sum of losses of each rank, so that a resumed epoch continues it bit for bit."""
     total: Totals = field(default_factory=Totals)
     """Of the completed epochs; its loss is not used."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -85,17 +82,17 @@ class TrainState:
     lr: float = 0.0
     """Learning rate of the last update."""
     earlier_seconds: float = 0.0
-    """Time spent by the processes that this one continues."""
+    """Seconds of the earlier processes of the run."""
     started: float = field(default_factory=time.perf_counter)
 
     @property
     def elapsed(self) -> float:
-        """Seconds of all processes of the run."""
+        """Seconds of the run, over all its processes."""
         return self.earlier_seconds + time.perf_counter() - self.started
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model that is evaluated and kept: the moving average if there is one."""
+        """The model that is evaluated and saved as the best: the moving average if there is one."""
         return self.ema.module if self.ema is not None else self.model
 
     @property
@@ -103,7 +100,7 @@ class TrainState:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Return tensors and plain values."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
@@ -116,6 +113,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the values of `state_dict`."""
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"] or state["model"])
@@ -129,15 +127,16 @@ class TrainState:
 
 @dataclass
 class Training:
-    """A training state with the services that change it: data, ranks, loss, profiler."""
+    """A training state with the objects that change it: data, process group, loss, profiler."""
 
     state: TrainState
     config: Config
     world: World
     data: TrainingData
     forward: nn.Module
-    """The network as it is called: compiled and wrapped for several ranks if need be."""
+    """The network that training calls: compiled, and wrapped in DistributedDataParallel with several ranks."""
     class_weights: torch.Tensor
+    """float32 [C]."""
     logit_shift: torch.Tensor
     """float32 [C], added to the logits in training (`loss.logit_adjustment`)."""
     log_weights: NDArray[np.float32]
@@ -145,12 +144,12 @@ class Training:
     teacher: DistillationTeacher | None
     profile: Profile
     trace: Trace
-    decision: PosthocCalibration | None = None
-    """Post-hoc calibration of the best weights; set before the test if there is a validation split."""
+    posthoc: PosthocCalibration | None = None
+    """Fitted to the best weights before the test; None without a validation split."""
 
     @property
     def tau(self) -> float:
-        """The tau of validation within the run; `auto` is tuned after the last epoch."""
+        """The tau of validation; `auto` is tuned after the last epoch, and 0 before."""
         return 0.0 if self.config.posthoc.tau == "auto" else self.config.posthoc.tau
 
     @property
@@ -159,7 +158,7 @@ class Training:
         return np.float32(self.tau) * self.log_weights
 
     def checkpoint(self) -> dict[str, Any]:
-        """The contents of `last.pt`: what a later process needs to continue exactly here."""
+        """Return the contents of `last.pt`."""
         train = self.data.train
         return {
             **self.identity(),
@@ -169,12 +168,13 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        # The shuffle window of the first process stays, whatever the memory of this machine would allow.
+        """Load the contents of `last.pt`."""
+        # The order of samples depends on the shuffle window, so a machine with other memory keeps that of the run.
         self.data.train.window = state["window"]
         self.state.load_state_dict(state)
 
     def trained_model(self) -> TrainedModel:
-        """The weights that are evaluated, with all that inference needs."""
+        """Return the contents of `best.pt`."""
         spec = self.data.spec
         return TrainedModel(
             weights=self.state.eval_model.state_dict(),
@@ -191,7 +191,7 @@ class Training:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint is compared by."""
+        """Return what a checkpoint and the run that resumes it must agree on."""
         return {
             "classes": list(self.data.classes),
             "data": self.data.digest,
@@ -200,10 +200,16 @@ class Training:
 
 
 def make_training(config: Config, data: TrainingData, world: World, resuming: bool = False) -> Training:
-    """Build model, optimizer, schedule and loss; the initial weights depend on the seed alone.
+    """Build model, optimizer, schedule and loss. The initial weights depend on the seed only.
 
     Args:
-        resuming: The weights will be loaded from a checkpoint, so pretrained ones are not needed.
+        config: The settings.
+        data: The data of the run.
+        world: The process group.
+        resuming: Whether a checkpoint will be loaded; pretrained weights are then not loaded.
+
+    Raises:
+        UserError: The settings do not fit each other or the data.
     """
     seed_weights(config.seed)
     settings = (
@@ -212,17 +218,17 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     channels = data.spec.image_shape[2]
     model = make_model(settings, channels, len(data.classes), data.classes)
     check_sides(model, settings.name, channels, {side for _, side in config.data.resolution_by_epoch()})
-    model.to(world.device, memory_format=memory_format(config.trainer))
+    model.to(world.device).to(memory_format=memory_format(config.trainer))
     forward = compile_model(model, config.trainer, world.device, len(data.train.stages))
     if world.size > 1:
         gpu = [world.device.index] if world.device.type == "cuda" else None
         forward = DistributedDataParallel(
             forward,
             device_ids=gpu,
-            # A static graph has to exchange gradients in its first backward pass, which accumulation puts off.
+            # A static graph must reduce gradients in its first backward pass, which accumulation skips.
             static_graph=config.optim.grad_accumulation == 1,
             gradient_as_bucket_view=True,
-            # Batch norm trains on each rank's own batch; rank 0's running statistics are shared when they are used.
+            # Batch norm uses the batch of its rank; rank 0's running statistics are broadcast at the end of an epoch.
             forward_sync_buffers=False,
         )
     optimizer = make_optimizer(model, config.optim)

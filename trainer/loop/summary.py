@@ -1,4 +1,4 @@
-"""The metrics of a completed run, as `summary.json` holds them."""
+"""The contents of `summary.json`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from trainer.loop.state import Training
 
 
 def summarize(training: Training, evaluation: Evaluation) -> dict[str, Any]:
-    """Metrics of the test split, and those of validation in the best epoch.
+    """Return the metrics of the test split, and those of the validation split in the best epoch.
 
     Args:
-        training: A training that is over.
-        evaluation: Of its best epoch on the test split.
+        training: A completed training.
+        evaluation: The best epoch on the test split.
     """
     state = training.state
     return {
         **evaluation.summary(),
         "calibration": evaluation.calibration(),
-        "decision": training.decision.summary() if training.decision else None,
+        "decision": training.posthoc.summary() if training.posthoc else None,
         "epochs": state.epoch,
         "best_epoch": state.best_epoch,
         "validation": state.history[state.best_epoch - 1].get("validation"),

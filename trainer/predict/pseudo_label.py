@@ -66,7 +66,7 @@ def predict(run: Path, store: Store, world: World) -> PseudoLabels:
     model = trained.build_model(world.device)
     output = predict_logits(model, loader_for(store, trained, world), trained.config.trainer, world)
     assert output is not None, "one rank"
-    top = ProbabilityHead(**trained.posthoc_kwargs())(torch.from_numpy(output[0])).max(dim=1)
+    top = ProbabilityHead(**trained.posthoc_kwargs())(torch.from_numpy(output.logits)).max(dim=1)
     return PseudoLabels(np.sort(store.rows), top.indices.numpy(), top.values.numpy())
 
 

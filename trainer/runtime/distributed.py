@@ -4,97 +4,49 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.common.device import choose_device
+from pipeline.common.process_group import ProcessGroup
 from shards.cli import USER_ERROR_STATUS
 from shards.errors import UserError
 from trainer.runtime.memory import keep_freed_memory
 from trainer.runtime.rendezvous import elastic_agent_store, rendezvous
 
-T = TypeVar("T")
-
 _LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))  # set by torchrun, of this host
 
 
 @dataclass(frozen=True)
-class World:
-    """The process group of a training.
+class World(ProcessGroup):
+    """The process group of a training, with the device of this process."""
 
-    Attributes:
-        rank: 0 .. size - 1. Rank 0, the main process, writes files and prints.
-        device: The device of this process.
-        control: A gloo group for small CPU messages; None in a single process.
-    """
-
-    rank: int
-    size: int
-    device: torch.device
-    control: dist.ProcessGroup | None = None
-
-    @property
-    def is_main_process(self) -> bool:
-        return self.rank == 0
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value, a picklable object, on every rank."""
-        if self.control is None:
-            return value
-        objects = [value]
-        dist.broadcast_object_list(objects, src=0, group=self.control)
-        return objects[0]
-
-    def run_on_main(self, work: Callable[[], T]) -> T:
-        """Call a function on rank 0; its result, or the `UserError` that it raised, on every rank."""
-        outcome: tuple[T | None, UserError | None] = (None, None)
-        if self.is_main_process:
-            try:
-                outcome = (work(), None)
-            except UserError as error:
-                outcome = (None, error)
-        result, raised = self.broadcast_object(outcome)
-        if raised is not None:
-            raise raised
-        return result
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of the ranks' values, on every rank."""
+        """Return the largest of the ranks' values, on every rank."""
         largest = torch.tensor(value)
-        if self.control is not None:
+        if self.size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return int(largest)
 
-    def all_gather_scalar(self, value: float) -> list[float]:
-        """Every rank's value, in the order of ranks, on every rank."""
-        values = torch.zeros(self.size, dtype=torch.float64)
-        values[self.rank] = value
-        return self.sum(values).tolist()
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of a CPU tensor, on every rank."""
-        if self.control is not None:
-            tensor = tensor.clone()
-            dist.all_reduce(tensor, group=self.control)
-        return tensor
-
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks, on rank 0; an empty list elsewhere."""
-        if self.control is None:
+        """Return every rank's value, a picklable object, in the order of ranks, on rank 0; an empty list elsewhere."""
+        if self.size == 1:
             return [value]
-        values = [None] * self.size if self.rank == 0 else None
+        values = [None] * self.size if self.is_main_process else None
         dist.gather_object(value, values, dst=0, group=self.control)
         return values or []
 
     def broadcast_tensors_(self, tensors: list[torch.Tensor]) -> None:
-        """Overwrite tensors with rank 0's, in place."""
-        if self.control is not None:
+        """Overwrite tensors by rank 0's, in place."""
+        if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
@@ -117,6 +69,9 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
     Args:
         device_name: `auto`, `cpu` or `cuda`. NCCL reduces gradients between GPUs, gloo between CPUs.
         timeout_minutes: How long ranks wait for each other before they fail.
+
+    Yields:
+        The process group.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in _LOCAL)
@@ -160,8 +115,8 @@ class AsyncFlags:
         self._work: dist.Work | None = None
 
     def reduce(self, *flags: int) -> list[int]:
-        """Start the reduction of this step's flags; returns that of the step before (of this step in one process)."""
-        if self._world.control is None:
+        """Start the reduction of this step's flags; return those of the previous step (of this one if size is 1)."""
+        if self._world.size == 1:
             return list(flags)
         previous = self.wait()
         self._flags = torch.tensor(flags)
@@ -169,7 +124,7 @@ class AsyncFlags:
         return previous
 
     def wait(self) -> list[int]:
-        """Wait for the reduction that was started last; its result, or zeros if there is none."""
+        """Wait for the last reduction; return its result, or zeros if there is none."""
         if self._work is None:
             return self._none
         assert self._flags is not None

@@ -15,6 +15,7 @@ import torch
 
 from shards.errors import UserError
 from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.compat import check_fits
 from trainer.checkpoint.run_dir import choose_run_dir
 from trainer.config import load as config
 from trainer.config.schema import Config
@@ -152,13 +153,14 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
         source: Path | None = None
         if resuming:
             state, source = checkpoint.load_newest(directory.checkpoints)
-            checkpoint.check_fits(state, settings, data.classes, data.digest, source)
+            check_fits(state, settings, data.classes, data.digest, source)
             resume.restore(training, state)
-        directory.begin(settings, collect_env_info(world.device) | {"backend": data.backend, "data": data.digest})
-        directory.write_history(training.state.history)
+        environment = collect_env_info(world.device) | {"backend": data.backend, "data": data.digest}
+        directory.begin(settings, environment, training.state.history)
         for record in training.state.history[-1:]:  # the process may have died before it reported this epoch
             reporter.log_epoch(record)
-        engine.fit_without_test(training, directory, [reporter], source)
+        with engine.open_services(training, directory, [reporter], source) as services:
+            engine.fit(training, services)
     summary = {
         "metric": training.state.best,
         "metrics": [record["validation"][settings.trainer.monitor] for record in training.state.history],

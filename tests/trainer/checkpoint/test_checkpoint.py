@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from shards import UserError
 from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.compat import check_fits
 from trainer.config.load import load
 from trainer.config.schema import Config
 
@@ -38,7 +39,7 @@ def config() -> Config:
 
 def refusal(state: dict[str, Any], config: Config, classes: tuple[str, ...] = CLASSES, data: str = "digest"):
     with pytest.raises(UserError) as caught:
-        checkpoint.check_fits(state, config, classes, data, Path("runs/x/last.pt"))
+        check_fits(state, config, classes, data, Path("runs/x/last.pt"))
     return caught.value
 
 
@@ -109,7 +110,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path: Path) -> None:
 
 def test_what_fits_is_accepted_wherever_it_lies_and_runs(config: Config) -> None:
     elsewhere = load(BYCLASS, ["data.shards=x", "run.dir=y", "device=cpu", "resume=auto", "loader.backend=torch"])
-    checkpoint.check_fits(state_of(config), elsewhere, CLASSES, "digest", Path("last.pt"))
+    check_fits(state_of(config), elsewhere, CLASSES, "digest", Path("last.pt"))
 
 
 def test_another_number_of_classes_is_refused(config: Config) -> None:
@@ -157,4 +158,4 @@ def test_the_overrides_of_the_hint_are_those_that_make_it_fit(override: str, rev
     state = state_of(load(BYCLASS, then))
     hint = refusal(state, load(BYCLASS, now)).hint
     command = hint.removeprefix("add ").partition(" to the command")[0]
-    checkpoint.check_fits(state, load(BYCLASS, [*now, *shlex.split(command)]), CLASSES, "digest", Path("last.pt"))
+    check_fits(state, load(BYCLASS, [*now, *shlex.split(command)]), CLASSES, "digest", Path("last.pt"))

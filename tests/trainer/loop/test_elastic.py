@@ -148,7 +148,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(whole: Path, recipe: Pa
         running.process.send_signal(signal.SIGTERM)
         output = running.end()
     assert running.process.returncode != 0
-    assert "stopped in epoch 2 after step" in output and "go on with: resume=auto" in output
+    assert "stopped in epoch 2 after step" in output and "resume with: resume=auto" in output
     with job(tmp_path / "second", recipe, f"run.dir={run}", "resume=auto") as running:
         output = running.end()
     assert running.process.returncode == 0, output

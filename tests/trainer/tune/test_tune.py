@@ -188,7 +188,7 @@ def test_a_finished_search_trains_no_more_and_a_larger_budget_goes_on(
     assert tune_here(monkeypatch, searched) == 0
     assert results(searched) == before
     assert "started" not in capsys.readouterr().out
-    monkeypatch.setattr("trainer.tune.trial.engine.fit_without_test", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("trainer.tune.trial.engine.fit", lambda *_: pytest.fail("it trains"))
     with pytest.raises(pytest.fail.Exception):
         tune_here(monkeypatch, searched, "budget.trials=4")
 
@@ -374,14 +374,14 @@ def test_the_time_ends_a_search_and_the_trial_goes_on_later(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path, recipe, budget={"trials": 1}, settings={"trainer.epochs": 2})
-    learn = engine.fit_without_test
+    learn = engine.fit
     now = time.time()
 
     def slowly(*given: Any) -> None:
         monkeypatch.setattr(time, "time", lambda: now + 3600)
         learn(*given)
 
-    monkeypatch.setattr("trainer.tune.trial.engine.fit_without_test", slowly)
+    monkeypatch.setattr("trainer.tune.trial.engine.fit", slowly)
     assert tune_here(monkeypatch, path, "budget.minutes=30") == 0
     (found,) = results(path)
     assert (found.state, len(found.curve)) == ("running", 1)

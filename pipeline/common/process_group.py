@@ -1,11 +1,11 @@
-"""The process group of packing: one process, or the ranks of torchrun on one machine or many."""
+"""The process group of a command: one process, or the ranks that torchrun started."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from shards.errors import UserError
@@ -17,25 +17,37 @@ T = TypeVar("T")
 class ProcessGroup:
     """The rank of this process and the number of ranks.
 
-    A `UserError` that any rank raises in the methods below is raised on all ranks.
+    A `UserError` that a rank raises in `all_gather`, `barrier_run` or `run_on_main` is raised on all ranks.
     """
 
     rank: int = 0
     size: int = 1
+    control: Any = field(default=None, kw_only=True)
+    """The gloo group of small CPU messages; None for torch's default group."""
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
+        return self.rank == 0
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Return rank 0's value, a picklable object, on every rank."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist  # the import takes seconds
+
+        objects = [value]
+        dist.broadcast_object_list(objects, src=0, group=self.control)
+        return objects[0]
 
     def all_gather(self, work: Callable[[], T]) -> list[T]:
         """Call a function on every rank; return all (picklable) results in the order of ranks, on every rank."""
-        outcome: tuple[T | None, UserError | None]
-        try:
-            outcome = (work(), None)
-        except UserError as error:
-            outcome = (None, error)
-        outcomes: list[Any] = [outcome]
+        outcomes: list[Any] = [_call(work)]
         if self.size > 1:
-            import torch.distributed as dist  # the import takes seconds
+            import torch.distributed as dist
 
-            outcomes = [None] * self.size
-            dist.all_gather_object(outcomes, outcome)
+            (outcome,), outcomes = outcomes, [None] * self.size
+            dist.all_gather_object(outcomes, outcome, group=self.control)
         if errors := [error for _, error in outcomes if error is not None]:
             raise errors[0]
         return [result for result, _ in outcomes]
@@ -48,7 +60,17 @@ class ProcessGroup:
 
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Call a function on rank 0; return its (picklable) result on every rank."""
-        return self.all_gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]  # T on rank 0
+        result, error = self.broadcast_object(_call(work) if self.is_main_process else None)
+        if error is not None:
+            raise error
+        return result
+
+
+def _call(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    try:
+        return work(), None
+    except UserError as error:
+        return None, error
 
 
 @contextmanager

@@ -1,0 +1,68 @@
+"""Compatibility of a checkpoint with the data and settings of the run that resumes it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from shards.errors import UserError
+from trainer.config.schema import SHARDS_SETTING, Config
+
+# The weights or the optimizer's state have another form with another value.
+_FIXED = ("model.name", "model.head_hidden", "optim.name")
+
+
+def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], data_digest: str, path: Path) -> None:
+    """Check that a checkpoint can be resumed.
+
+    Args:
+        state: Contents of the checkpoint.
+        config: Settings to resume with; those in `checkpoint.resume_allow_changes` may differ.
+        classes: Class names of the data.
+        data_digest: Manifest digests of the data.
+        path: The checkpoint, for messages.
+
+    Raises:
+        UserError: Classes, data or settings differ.
+    """
+    if tuple(state["classes"]) != classes:
+        raise UserError(
+            found=f"{len(classes)} classes in data.shards={config.data.shards}",
+            expected=f"the {len(state['classes'])} classes of the checkpoint {path}",
+            hint="name the data set of that run, or start a new run with another run.dir",
+        )
+    allowed = set(config.checkpoint.resume_allow_changes)
+    if state["data"] != data_digest and SHARDS_SETTING not in allowed:
+        raise UserError(
+            found=f"data.shards={config.data.shards}, packed otherwise than the data of {path}",
+            expected="the same packed data set (manifest digests are compared)",
+            hint=f"name that data set, resume with this one by {_allow(allowed | {SHARDS_SETTING})}, or start a new "
+            "run with another run.dir",
+        )
+    recipe = config.recipe()
+    differing = [name for name in changed_settings(state, config) if name not in allowed or name in _FIXED]
+    if differing:
+        before = " ".join(_override(name, state["recipe"].get(name)) for name in differing)
+        fixed = [name for name in differing if name in _FIXED]
+        other = f"as {fixed[0]} cannot change" if fixed else f"resume by {_allow(allowed.union(differing))}"
+        raise UserError(
+            found=f"{' '.join(_override(name, recipe[name]) for name in differing)}, resuming {path}",
+            expected=f"the settings of the checkpoint: {before}",
+            hint=f"add {before} to the command, {other}, or start a new run with another run.dir",
+        )
+
+
+def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
+    """Return the names of settings that affect the weights and differ from those of a checkpoint."""
+    recipe = config.recipe()
+    return [name for name in recipe if recipe[name] != state["recipe"].get(name)]
+
+
+def _allow(names: set[str]) -> str:
+    return shlex.quote(f"checkpoint.resume_allow_changes=[{', '.join(sorted(names))}]")
+
+
+def _override(name: str, value: Any) -> str:
+    """Return a setting as a command-line argument."""
+    return shlex.quote(f"{name}={'null' if value is None else value}")
