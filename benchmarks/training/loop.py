@@ -138,7 +138,7 @@ def _measure(
         for name, source in pair[:: 1 if round_number % 2 else -1]:
             totals = Totals()
             for _ in range(passes):
-                totals = totals.plus(_run_epoch(training, source))
+                totals += _run_epoch(training, source)
             if round_number >= _WARM_UP_ROUNDS:
                 loops[name].append(totals)
     if not world.is_main_process:

@@ -97,7 +97,7 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
     try:
         on_gpu = device.type == "cuda"
         control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
-        yield World(dist.get_rank(), size, device, control)  # type: ignore[arg-type]  # -100 is for ranks outside
+        yield World(dist.get_rank(), size, device, control=control)
     finally:
         dist.destroy_process_group()
 
