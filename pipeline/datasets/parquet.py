@@ -11,7 +11,7 @@ the file (`huggingface`), or the texts, or the numbers.
 
 The files are read once, some rows at a time (at least a page of the file, usually megabytes), and the images are kept
 in a temporary file (TMPDIR), from which they are decoded in the order of the pack. Needs pyarrow:
-pip install 'inkstream[parquet]'
+pip install -e '.[parquet]'
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
         raise UserError(
             found="no pyarrow in this environment",
             expected="the package that reads Parquet files",
-            hint="pip install 'inkstream[parquet]'",
+            hint="pip install -e '.[parquet]'",
         ) from None
     splits, classes = read_splits(_find_files(options.raw), options.image_column, options.label_column)
     return image_splits(splits, classes, options)

@@ -22,8 +22,8 @@ BUCKET = "bucket"
 @contextmanager
 def s3_server() -> Iterator[int]:
     """The port of an S3 server with an empty bucket. Skips the test without moto and s3fs."""
-    pytest.importorskip("moto", reason="no moto (pip install 'inkstream[test]')")
-    pytest.importorskip("s3fs", reason="no s3fs (pip install 'inkstream[s3]')")
+    pytest.importorskip("moto", reason="no moto (pip install -e '.[test]')")
+    pytest.importorskip("s3fs", reason="no s3fs (pip install -e '.[s3]')")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]

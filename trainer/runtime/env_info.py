@@ -13,6 +13,7 @@ import torch
 
 from shards.cpus import available_cpus
 
+_ROOT = Path(__file__).parents[2]
 _PACKAGES = ("inkstream", "torch", "nvidia-dali-cuda120", "timm", "numpy", "torchvision")
 
 
@@ -48,7 +49,9 @@ def _processor() -> str:
 
 def _revision() -> str | None:
     """Git revision of the code, with a + if tracked files have changed; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--abbrev=12", "--exclude=*"]
+    if not (_ROOT / ".git").exists():
+        return None  # git would describe a repository around an installed package
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -119,7 +119,7 @@ def check_installed(config: Config) -> None:
         raise UserError(
             found="logging.tensorboard=true, but no package tensorboard",
             expected="the package, or logging.tensorboard=false",
-            hint="pip install 'inkstream[tensorboard]'",
+            hint="pip install -e '.[tensorboard]'",
         )
 
 

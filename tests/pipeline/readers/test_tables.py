@@ -413,7 +413,7 @@ class TestParquet:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         monkeypatch.delitem(sys.modules, "pipeline.readers.parquet", raising=False)
         (tmp_path / "a.parquet").touch()
-        assert "inkstream[parquet]" in refusal(lambda: load("parquet", tmp_path / "a.parquet")).hint
+        assert ".[parquet]" in refusal(lambda: load("parquet", tmp_path / "a.parquet")).hint
 
 
 class TestHostileParquet:

@@ -544,5 +544,5 @@ def test_without_optuna_the_extra_is_named(tmp_path: Path, recipe: Path, monkeyp
         monkeypatch.delattr(f"trainer.tune.{name}", raising=False)
     with pytest.raises(UserError) as caught:
         tune_here(monkeypatch, written(tmp_path, recipe))
-    assert "inkstream[tune]" in caught.value.hint
+    assert ".[tune]" in caught.value.hint
     assert not (tmp_path / "study").exists()
