@@ -108,7 +108,6 @@ def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
 
 def _in_blocks(work: Callable[[NDArray[np.int64]], tuple[NDArray, ...]], count: int, description: str) -> list[NDArray]:
     """Compute `work(positions)` for blocks of 0 .. count-1 on all cores, and concatenate each result."""
-
     blocks = [np.arange(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
 
     bar = tqdm(total=count, desc=description, unit=" images", unit_scale=True, disable=None, leave=False)

@@ -52,7 +52,11 @@ def line_chart(lines: list[Line], label: str, is_percent: bool = False, from_zer
 
     return render(
         "line_chart.svg.j2",
-        **{"label": label, "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _WIDTH - _RIGHT},
+        label=label,
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=_WIDTH - _RIGHT,
         series=[(line, [point for point in enumerate(line.values, 1) if math.isfinite(point[1])]) for line in lines],
         ticks=[(y(tick), _format_tick(tick, is_percent)) for tick in ticks],
         epochs=sorted({1, *(round(1 + (epochs - 1) * quarter / 4) for quarter in range(5))}),

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -28,9 +28,14 @@ class _Range(BaseConfig):
     log: bool = False
     """Sample from the logarithmic domain."""
 
+    if TYPE_CHECKING:  # subclasses have these fields, as float or int
+        low: float
+        high: float
+        step: float | None
+
     @model_validator(mode="after")
     def _check_bounds(self) -> _Range:
-        low, high, step = self.low, self.high, self.step  # type: ignore[attr-defined]
+        low, high, step = self.low, self.high, self.step
         if low >= high:
             raise ValueError(f"low below high, not {low} and {high}")
         if self.log and low <= 0:
@@ -40,10 +45,10 @@ class _Range(BaseConfig):
         return self
 
     def bounds(self) -> list[Any]:
-        return [self.low, self.high]  # type: ignore[attr-defined]
+        return [self.low, self.high]
 
     def contains(self, value: Any) -> bool:
-        return self.low <= float(value) <= self.high  # type: ignore[attr-defined]
+        return self.low <= float(value) <= self.high
 
     def encode(self, value: Any) -> Any:
         """The value as Optuna stores it."""

@@ -131,7 +131,7 @@ class SharedStudy:
         lock = FileLock(f"{journal}.lock")
         with self.exclusive():
             _cut_torn_line(journal, lock)
-            backend = JournalFileBackend(str(journal), lock_obj=lock)  # type: ignore[arg-type]
+            backend = JournalFileBackend(str(journal), lock_obj=lock)  # type: ignore[arg-type]  # has the same methods
             self._study = optuna.create_study(
                 storage=optuna.storages.JournalStorage(backend),
                 study_name="search",

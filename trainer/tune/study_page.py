@@ -70,8 +70,8 @@ def write_best(study: SharedStudy, search: SearchConfig, base: Config) -> None:
 
 def ranking(results: list[TrialResult]) -> list[TrialResult]:
     """The complete trials, the best first."""
-    complete = [result for result in results if result.mean is not None]
-    return sorted(complete, key=lambda result: -result.mean)  # type: ignore[operator]
+    complete = [(result.mean, result) for result in results if result.mean is not None]
+    return [result for _, result in sorted(complete, key=lambda pair: -pair[0])]
 
 
 def format_result(result: TrialResult) -> str:
