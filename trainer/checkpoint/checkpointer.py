@@ -28,7 +28,8 @@ class Checkpointer:
     """
 
     def __init__(self, run_dir: RunDirectory, settings: CheckpointConfig, step: int, last_is_intact: bool) -> None:
-        """
+        """Open the checkpointer.
+
         Args:
             run_dir: The run directory.
             settings: When checkpoints are due.

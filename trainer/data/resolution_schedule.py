@@ -65,7 +65,8 @@ class TrainingLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """
+        """Create the loader.
+
         Args:
             store: The training images.
             sampler: Its batch size is replaced by that of the stage.

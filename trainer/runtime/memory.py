@@ -15,21 +15,21 @@ _NEVER = 2**31 - 1
 
 
 def memory_limit() -> int:
-    """Bytes of memory of this machine, or of the Linux control group if that allows fewer."""
+    """Return the memory of this machine in bytes, or the limit of its Linux control group if that is lower."""
     limit = _read_cgroup("memory.max")
     total = psutil.virtual_memory().total
     return total if limit is None else min(total, limit)
 
 
 def available_memory() -> int:
-    """Bytes that this process can still allocate."""
+    """Return how many bytes this process can still allocate."""
     limit, used = _read_cgroup("memory.max"), _read_cgroup("memory.current")
     available = psutil.virtual_memory().available
     return available if limit is None or used is None else min(available, limit - used)
 
 
 def peak_memory(pid: int | None = None) -> int:
-    """Peak resident memory of a process in bytes; without /proc, another process's current memory."""
+    """Return the peak resident memory of a process in bytes; without /proc, the current memory of another process."""
     status = Path(f"/proc/{pid or 'self'}/status")
     if status.exists():
         # Not getrusage: a process inherits its maximum from the process that started it.

@@ -5,8 +5,8 @@ that reads one of them waits for a process that is gone. So the ranks of a start
 earlier start used.
 
 The agent's store also keeps the run directory of the first start: a restarted job continues in its own directory
-whatever `resume` says, and another job never does. torchrun's restart count does not tell: it excludes the restarts
-after a host has joined or left.
+with any value of `resume`, and another job never does. torchrun's restart count cannot replace this: it excludes
+restarts after a host has joined or left.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TIMEOUT = timedelta(seconds=60)
 
 
 def elastic_agent_store(timeout: timedelta) -> dist.Store | None:
-    """The store of torchrun's agent; None without torchrun."""
+    """Return the store of torchrun's agent; None without torchrun."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -35,7 +35,7 @@ def elastic_agent_store(timeout: timedelta) -> dist.Store | None:
 
 
 def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """A view of the store that only the ranks of this start use.
+    """Return a view of the store that only the ranks of this start use.
 
     Each rank writes a random token. Rank 0 publishes the list of tokens; every rank that finds its own acknowledges.
     Once all have, the list becomes the key prefix of this start.
@@ -71,7 +71,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> d
 
 
 def get_run_dir_of_job(run: RunConfig) -> Path | None:
-    """The directory that this torchrun job has given to a run; None at its first start, or without torchrun."""
+    """Return the directory of a run of this torchrun job; None at the first start, or without torchrun."""
     store = elastic_agent_store(_TIMEOUT)
     if store is None or not store.check([_run_dir_key(run)]):
         return None
