@@ -396,7 +396,7 @@ def test_another_batch_or_pack_goes_on_after_the_same_share_of_the_epoch(recipe:
 
 
 def test_a_name_that_allows_nothing_is_refused(recipe: Path) -> None:
-    with pytest.raises(UserError, match=r"optim\.rate, which no checkpoint is compared by"):
+    with pytest.raises(UserError, match=r"optim\.rate, which is not compared with checkpoints"):
         load(recipe, ["checkpoint.resume_allow_changes=[optim.rate]"])
 
 
