@@ -63,7 +63,7 @@ def map_in_processes(work: Callable[[int], T], sizes: Sequence[int], workers: in
                 raise UserError(
                     found="a packing process that was killed",
                     expected="all processes to finish",
-                    hint="most likely the memory was too small: run again with fewer --workers",
+                    hint="the process probably ran out of memory: run again with fewer --workers",
                 ) from None
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)

@@ -95,7 +95,7 @@ def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "rec
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = [name for name in needed if name not in state]
         if missing:
-            raise ValueError(f"it holds no {missing[0]}")
+            raise ValueError(f"key {missing[0]} is missing")
         return state
     except FileNotFoundError:
         raise UserError(
@@ -106,7 +106,7 @@ def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "rec
     except Exception as error:  # the zip, pickle and tensor readers raise different exceptions
         raise UserError(
             found=f"{path}, which cannot be read: {first_line(error)}",
-            expected="a checkpoint written by this program",
+            expected="a checkpoint written by Inkstream",
             hint="use another checkpoint of the run, or train from scratch in another run.dir",
         ) from None
 

@@ -24,7 +24,7 @@ class AugmentConfig(BaseConfig):
     scale: Annotated[float, Field(ge=0)] = 0.0
     """Maximum scaling: images are enlarged or reduced by a factor of up to 1 + scale."""
     flip: Fraction = 0.0
-    """Probability of a horizontal flip; not for characters."""
+    """Probability of a horizontal flip; leave at 0 for characters."""
     crop_padding: Annotated[int, Field(ge=0)] = 0
     """Padding of each side in raw pixels before a random crop of the original size."""
     elastic: Annotated[float, Field(ge=0, le=1)] = 0.0

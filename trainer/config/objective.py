@@ -38,7 +38,7 @@ class DistillationConfig(BaseConfig):
     teacher: Path | None = None
     """Run directory or best.pt of the teacher, which sees the student's augmented and mixed images; null for none."""
     weight: Fraction = 0.5
-    """Weight of the divergence from the teacher's probabilities; the loss on the labels has 1 - weight."""
+    """Weight of the distillation loss (KL divergence from the teacher); the loss on the labels gets 1 - weight."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Temperature of the student's and the teacher's logits in the divergence."""
 

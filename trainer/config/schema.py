@@ -174,11 +174,13 @@ class ScheduleConfig(BaseConfig):
     """The learning-rate schedule."""
 
     name: Literal["constant", "cosine", "warm_restarts", "one_cycle", "plateau"] = "cosine"
-    """Learning-rate schedule; plateau reduces the rate when trainer.monitor stops improving."""
+    """Learning-rate schedule: one_cycle is OneCycleLR, warm_restarts is SGDR; plateau reduces the rate when
+    trainer.monitor
+    stops improving."""
     unit: Literal["step", "epoch"] = "step"
     """Update the learning rate after every optimizer step or after every epoch."""
     warmup: Annotated[float, Field(ge=0)] = 0.0
-    """Linear warm-up in epochs."""
+    """Length of the linear warm-up in epochs; 0 for none."""
     cycle_epochs: Annotated[float, Field(gt=0)] = 8.0
     """warm_restarts: epochs from the end of the warm-up to the first restart."""
     cycle_mult: Annotated[int, Field(ge=1)] = 1
@@ -205,7 +207,9 @@ class TrainerConfig(BaseConfig):
     ] = "off"
     """Mode of torch.compile; the first steps take minutes. auto is default on a GPU and off on a CPU."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the moving average of the weights that is evaluated; null for none. It warms up as 1 - step^(-2/3)."""
+    """Decay of the exponential moving average (EMA) of the weights; with it, the averaged weights are evaluated and
+    saved as
+    best.pt. null for none. The decay warms up as 1 - step^(-2/3)."""
     monitor: Literal["accuracy", "macro_f1"] = "accuracy"
     """Validation metric that selects the best epoch (also watched by schedule.name=plateau)."""
     test_time_augmentation: Literal["none", "shifts", "shifts_scales"] = "none"
@@ -231,10 +235,12 @@ class CheckpointConfig(BaseConfig):
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps between checkpoints within an epoch; null for none."""
     grace_seconds: Annotated[float, Field(gt=0)] = 25.0
-    """Seconds from SIGTERM or SIGINT to the forced end of the process; torchrun kills after 30."""
+    """Seconds after SIGTERM or SIGINT at which the process exits even without a checkpoint; keep it below torchrun's
+    30."""
     resume_allow_changes: list[str] = Field(default_factory=list)
-    """Settings that may differ from the checkpoint when a run is resumed, such as [optim.lr]; data.shards allows
-    another data set with the same classes."""
+    """Settings that may differ from those in the checkpoint when a run is resumed, such as [optim.lr]; listing
+    data.shards
+    allows another data set with the same classes."""
 
 
 class LoggingConfig(BaseConfig):

@@ -148,7 +148,7 @@ def _target(run: Path, format_name: str, out: Path | None) -> Path:
     if card.exists() and model_card.described_file(card) != target.name:
         raise UserError(
             found=f"{card}, which is not the card of {target.name}",
-            expected="a directory without another README.md",
+            expected="a directory without the README.md (model card) of another model",
             hint=f"--out {target.parent / format_name}",
         )
     if target.parent.exists():

@@ -260,10 +260,10 @@ def _update(training: Training) -> None:
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.updates += 1
-    training.profile.mark("optimiser")
+    training.profile.mark("optimizer")
     if state.ema is not None:
         state.ema.update(state.updates)
-        training.profile.mark("average")
+        training.profile.mark("EMA")
     state.lr = state.learning_rate.lr
     state.learning_rate.step_update()
 

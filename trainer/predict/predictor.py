@@ -112,7 +112,7 @@ class Predictor:
         if upright_shape(store) != self.adapter.image_shape:
             raise UserError(
                 found=f"{name} with images of shape {upright_shape(store)}",
-                expected=f"{self.adapter.image_shape}, the shape of the training images",
+                expected=f"images of shape {self.adapter.image_shape}, as in training",
                 hint="name a packed data set of this shape, or image files, which may have any size",
             )
 

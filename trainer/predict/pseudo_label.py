@@ -1,6 +1,6 @@
 """Command: label images by a model's own confident predictions.
 
-    python -m trainer.predict.pseudo_label RUN_DIR SHARDS [--part train] --confidence 0.95 --csv FILE
+    python -m trainer.predict.pseudo_label RUN_DIR SHARDS [--split train] --confidence 0.95 --csv FILE
     python -m trainer.predict.pseudo_label RUN_DIR SHARDS --confidence 0.95 --add-to SET --out DIR
 
 The first form writes row, label and confidence of each image with at least this confidence. Labels in SHARDS are
@@ -141,11 +141,11 @@ def main() -> int:
     add_run_arguments(parser)
     add = parser.add_argument
     add("shards", metavar="SHARDS", help="packed images to label, a directory or URL; their labels are ignored")
-    add("--part", choices=SPLITS, default="train", help="split of SHARDS (default train)")
+    add("--split", choices=SPLITS, default="train", help="split of SHARDS (default train)")
     add("--confidence", type=_fraction, required=True, metavar="P", help="minimum calibrated probability, 0 .. 1")
     add("--csv", type=Path, metavar="FILE", help="write row, label and confidence of each image")
     add("--add-to", metavar="SET", help="packed data set to whose train split the images are added")
-    add("--out", metavar="PLACE", help="directory or URL of the extended data set")
+    add("--out", metavar="PATH", help="directory or address of the extended data set")
     arguments = parser.parse_args()
     if arguments.csv:
         check_writable(arguments.csv)
@@ -165,7 +165,7 @@ def main() -> int:
         )
     directory = resolve_dataset(arguments.shards)
     if not (directory / MANIFEST_NAME).is_file():
-        directory /= arguments.part
+        directory /= arguments.split
     with init_distributed(arguments.device) as world:
         store = open_store(directory)
         predictions = predict(arguments.run, store, world)

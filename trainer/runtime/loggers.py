@@ -118,7 +118,7 @@ def check_installed(config: Config) -> None:
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             found="logging.tensorboard=true, but no package tensorboard",
-            expected="the package, or logging.tensorboard=false",
+            expected="tensorboard installed, or logging.tensorboard=false",
             hint="pip install -e '.[tensorboard]'",
         )
 

@@ -295,7 +295,7 @@ def _check_cases(search: SearchConfig, name: str, dimension: Conditional, source
     for case in dimension.cases:
         if case not in condition.choices:
             raise UserError(
-                found=f"case {case} of {name} in {source}",
+                found=f"{name} in {source} has a case {case}",
                 expected=f"one of the choices of {dimension.of}: {', '.join(map(str, condition.choices))}",
                 hint=_did_you_mean(str(case), list(map(str, condition.choices))),
             )

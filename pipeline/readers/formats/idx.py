@@ -72,7 +72,7 @@ def decode_table(raw: RawContent, columns: int) -> NDArray[np.int32]:
     table = decode(raw, 2, _INT32)
     if table.shape[1] != columns:
         raise UserError(
-            found=f"{raw.path}: with {table.shape[1]} columns",
+            found=f"{raw.path}, with {table.shape[1]} columns",
             expected=f"{columns} columns, as published",
             hint=f"remove it and run again to download it: rm {raw.path}",
         )

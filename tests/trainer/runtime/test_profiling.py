@@ -79,12 +79,12 @@ def test_a_profile_adds_up_and_a_trace_tells_of_its_steps(
     seconds = time.perf_counter() - start
     found = {record["part"]: record for record in json.loads((directory / "profile.json").read_text())}
     steps = 2 * 10
-    for part in ("data wait", "mixing", "forward", "backward", "optimiser", "average", "logging"):
+    for part in ("data wait", "mixing", "forward", "backward", "optimizer", "EMA", "logging"):
         assert found[part]["times"] == steps, part
     assert 0 < found[LOADING]["times"] <= steps  # small batches are prepared several at a time
     assert found["validation"]["times"] == found["end of epoch"]["times"] == 2
     assert found["forward"]["seconds"] > slow * steps
-    assert found["forward"]["median_ms"] > 1000 * slow > found["optimiser"]["median_ms"]
+    assert found["forward"]["median_ms"] > 1000 * slow > found["optimizer"]["median_ms"]
     assert found[LOADING]["seconds"] < found["data wait"]["seconds"]
     inside = [record for part, record in found.items() if part != LOADING]
     assert sum(record["share"] for record in inside) == pytest.approx(1)
