@@ -18,7 +18,7 @@ import io
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from shards import UserError, open_split
 from shards.errors import first_line
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import Config
-from trainer.data.resolution_schedule import TrainingLoader
+from trainer.data.resolution_schedule import EpochLoader
 from trainer.data.training_data import TrainingData, open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
@@ -49,13 +49,13 @@ _MEMORY_WORDS = ("out of memory", "can't allocate memory", "failed to allocate",
 
 
 class FixedStepLoader:
-    """`TrainingLoader` whose epochs have a fixed number of steps, each continuing in the passes of the previous one."""
+    """`EpochLoader` whose epochs have a fixed number of steps, each continuing in the passes of the previous one."""
 
-    def __init__(self, loader: TrainingLoader, steps: int) -> None:
+    def __init__(self, loader: EpochLoader, steps: int) -> None:
         self._loader = loader
         self._steps = steps
         self.stages, self.stage_at = loader.stages, loader.stage_at
-        self.window, self.samples = loader.window, loader.samples
+        self.window, self.timed, self.samples = loader.window, loader.timed, loader.samples
 
     def steps(self, epoch: int) -> int:
         return self._steps
@@ -63,7 +63,7 @@ class FixedStepLoader:
     def steps_ahead(self, epoch: int, epochs: int) -> float:
         return float(self._steps * (epochs - epoch - 1))
 
-    def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
         steps_per_pass = self._loader.steps(0)
         step = first_step
         while step < self._steps:
@@ -247,7 +247,7 @@ def _compile(training: Training) -> None:
     training.restore(before)
 
 
-def _steps_per_period(seconds: float, images_per_second: float, loader: TrainingLoader, settings: Config) -> int:
+def _steps_per_period(seconds: float, images_per_second: float, loader: EpochLoader, settings: Config) -> int:
     """Return how many steps fit in each of the recipe's epochs, a multiple of the steps per update; 0 if none fits."""
     images_per_step = len(loader.samples) / loader.steps(0)
     steps = seconds * images_per_second / images_per_step / settings.trainer.epochs

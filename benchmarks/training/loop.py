@@ -6,7 +6,7 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.load import validate
 from trainer.config.schema import CheckpointConfig
-from trainer.data.resolution_schedule import TrainingLoader
-from trainer.data.training_data import open_data
+from trainer.data.resolution_schedule import EpochLoader
+from trainer.data.training_data import TrainingData, open_data
 from trainer.loop import engine
 from trainer.loop.state import Totals, Training, make_training
 from trainer.models.auto import resolve_auto
@@ -46,17 +46,18 @@ class LoopCase:
 
 
 class ResidentLoader:
-    """`TrainingLoader` with the same numbers of steps and images, from a few batches that stay on the device.
+    """`EpochLoader` with the same numbers of steps and images, from a few batches that stay on the device.
 
     Args:
         loader: Source of the batches.
         max_steps: Maximum number of steps per epoch; None for no limit.
     """
 
-    def __init__(self, loader: TrainingLoader, max_steps: int | None = None) -> None:
+    def __init__(self, loader: EpochLoader, max_steps: int | None = None) -> None:
         self._loader = loader
         self._max_steps = max_steps
-        self.stages = loader.stages
+        self.stages, self.stage_at = loader.stages, loader.stage_at
+        self.window, self.timed, self.samples = loader.window, loader.timed, loader.samples
         with contextlib.closing(loader.batches()) as batches:
             pairs = zip(range(_RESIDENT_BATCHES), batches, strict=False)
             self._batches = [replace(batch, images=batch.images.clone()) for _, batch in pairs]
@@ -68,7 +69,7 @@ class ResidentLoader:
     def steps_ahead(self, epoch: int, epochs: int) -> float:
         return self._loader.steps_ahead(epoch, epochs)
 
-    def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
         for step in range(first_step, self.steps(epoch)):
             yield replace(self._batches[step % len(self._batches)], step=step)
 
@@ -167,7 +168,7 @@ def _measure(
     }
 
 
-def _run_epoch(training: Training, data: Any) -> Totals:
+def _run_epoch(training: Training, data: TrainingData) -> Totals:
     """Run one epoch of the trainer's loop over the data."""
     training.data, state = data, training.state
     state.step, state.epoch_totals, state.rank_losses = 0, Totals(), []

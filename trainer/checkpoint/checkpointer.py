@@ -25,17 +25,15 @@ class Checkpointer:
 
     If the disk is full, a warning is logged, training continues, and the previous checkpoint stays. `best.pt` is
     written before `last.pt`, so it holds the best epoch that `last.pt` names, or a later one.
+
+    Args:
+        run_dir: The run directory.
+        settings: When checkpoints are due.
+        step: Steps of the current epoch that are done.
+        last_is_intact: Whether an existing `last.pt` can be read, so that it becomes `previous.pt`.
     """
 
     def __init__(self, run_dir: RunDirectory, settings: CheckpointConfig, step: int, last_is_intact: bool) -> None:
-        """Open the checkpointer.
-
-        Args:
-            run_dir: The run directory.
-            settings: When checkpoints are due.
-            step: Steps of the current epoch that are done.
-            last_is_intact: Whether an existing `last.pt` can be read, so that it becomes `previous.pt`.
-        """
         self._run_dir = run_dir
         self._settings = settings
         self._last_is_intact = last_is_intact

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,15 +43,54 @@ def resolution_stages(config: Config) -> tuple[ResolutionStage, ...]:
     return tuple(stages)
 
 
-class TrainingLoader:
-    """Training batches, each epoch at the resolution and batch size of its stage.
-
-    Like `Loader` it has no state: a batch is a function of (epoch, step).
+class EpochLoader(Protocol):
+    """The loader of the training loop: a `TrainingLoader`, or one that a benchmark puts in its place.
 
     Attributes:
         stages: The stages of the run.
         window: See `ShuffledBatchSampler.shuffle_window_blocks`.
         timed: Wraps transforms to measure their time; None without a profiler.
+    """
+
+    stages: tuple[ResolutionStage, ...]
+    window: int | None
+    timed: Callable[[Transform], Transform] | None
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """[N], positions in the store of the samples of an epoch."""
+        ...
+
+    def stage_at(self, epoch: int) -> ResolutionStage:
+        """Return the stage of an epoch, from 0."""
+        ...
+
+    def steps(self, epoch: int) -> int:
+        """Return the number of global batches of an epoch."""
+        ...
+
+    def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
+        """Yield this rank's batches of an epoch, from global step `first_step`."""
+        ...
+
+    def steps_ahead(self, epoch: int, epochs: int) -> float:
+        """Estimate the time of all later epochs in steps of this epoch, in proportion to pixels."""
+        ...
+
+
+class TrainingLoader:
+    """Training batches, each epoch at the resolution and batch size of its stage.
+
+    Like `Loader` it has no state: a batch is a function of (epoch, step).
+
+    Args:
+        store: The training images.
+        sampler: Its batch size is replaced by that of the stage.
+        stages: The stages of the run.
+        make_transform: Builds the transform of a stage when it starts.
+        device: Device of the batches.
+        rank: Rank of this process.
+        world_size: Number of ranks.
     """
 
     def __init__(
@@ -65,17 +104,6 @@ class TrainingLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Create the loader.
-
-        Args:
-            store: The training images.
-            sampler: Its batch size is replaced by that of the stage.
-            stages: The stages of the run.
-            make_transform: Builds the transform of a stage when it starts.
-            device: Device of the batches.
-            rank: Rank of this process.
-            world_size: Number of ranks.
-        """
         self.stages = stages
         self.window = sampler.shuffle_window_blocks
         self.timed: Callable[[Transform], Transform] | None = None
@@ -88,11 +116,9 @@ class TrainingLoader:
 
     @property
     def samples(self) -> NDArray[np.int64]:
-        """[N], positions in the store of the samples of an epoch."""
         return self._sampler.samples
 
     def stage_at(self, epoch: int) -> ResolutionStage:
-        """Return the stage of an epoch, from 0."""
         return [stage for stage in self.stages if stage.first <= epoch][-1]
 
     def sampler_at(self, epoch: int) -> ShuffledBatchSampler:
@@ -100,11 +126,9 @@ class TrainingLoader:
         return replace(self._sampler, batch_size=self.stage_at(epoch).batch_size, shuffle_window_blocks=self.window)
 
     def steps(self, epoch: int) -> int:
-        """Return the number of global batches of an epoch."""
         return self.sampler_at(epoch).steps_per_epoch
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
-        """Yield this rank's batches of an epoch, from global step `first_step`."""
         stage = self.stage_at(epoch)
         if self._open is None or self._open[0] != stage:
             self._open = None  # free the memory of the previous stage
@@ -115,6 +139,5 @@ class TrainingLoader:
         return self._open[1].batches(epoch, first_step)
 
     def steps_ahead(self, epoch: int, epochs: int) -> float:
-        """Estimate the time of all later epochs in steps of this epoch, in proportion to pixels."""
         now = self.stage_at(epoch).resolution ** 2
         return self.steps(epoch) * sum(self.stage_at(later).resolution ** 2 / now for later in range(epoch + 1, epochs))

@@ -23,7 +23,7 @@ from shards.remote.sets import resolve_dataset
 from shards.stores.base import Store
 from shards.verify.check import check_hashes
 from trainer.config.schema import Config
-from trainer.data.resolution_schedule import ResolutionStage, TrainingLoader, resolution_stages
+from trainer.data.resolution_schedule import EpochLoader, ResolutionStage, TrainingLoader, resolution_stages
 from trainer.runtime.distributed import World
 from trainer.runtime.memory import memory_limit
 
@@ -49,7 +49,7 @@ class TrainingData:
     backend_reason: str
     counts: NDArray[np.int64]
     """[C], training samples of each class."""
-    train: TrainingLoader
+    train: EpochLoader
     validation: Loader | None
     test: Loader
     test_store: Store
