@@ -109,7 +109,7 @@ class TempFile:
     def __init__(self, what: str, max_bytes: int) -> None:
         self._what = what
         self._max_bytes = max_bytes
-        self._file = tempfile.TemporaryFile(prefix="inkstream-")  # noqa: SIM115  `StoredFile` closes it
+        self._file = tempfile.TemporaryFile(prefix="inkstream-")  # noqa: SIM115  `finish` hands it over
         self._checked = 0
         self._check_disk()
         self.size = 0
