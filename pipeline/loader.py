@@ -19,7 +19,7 @@ from pipeline.sampler import BatchIndices, BatchSampler
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.spec import Transform, UndecodableImage
 from shards.errors import UserError
-from shards.stores.base import EncodedStore, Images, ImageStore, Store
+from shards.stores.base import EncodedStore, Images, Store, is_image_store
 
 T = TypeVar("T")
 
@@ -123,12 +123,10 @@ class Loader:
         ]
 
     def _read(self, samples: NDArray[np.int64]) -> Images:
-        if self._store.manifest.encoded:
-            return self._store.read(samples)
-        store = cast(ImageStore, self._store)
-        height, width, channels = store.manifest.image_shape
-        assert height and width
-        images = self._buffers.array((len(samples), height, width, channels))
+        store = self._store
+        if not is_image_store(store):
+            return store.read(samples)
+        images = self._buffers.array((len(samples), *store.manifest.pixel_shape))
         located = store.locate(samples)
         if located is None:
             store.gather(samples, images)

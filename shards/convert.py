@@ -26,7 +26,7 @@ from shards.create import make_writer
 from shards.errors import CorruptError, UserError
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_dataset
 from shards.open import open_files
-from shards.stores.base import Block, ImageStore, Layout, block_key
+from shards.stores.base import Block, Layout, Store, block_key
 from shards.stores.zarr_arrays import GROUP
 from shards.verify.check import check_hashes, corrupt_files, split_directories
 
@@ -107,7 +107,7 @@ def _convert_split(split: Path, manifest: Manifest, directory: Path, store: Stor
     shard_size = -(-manifest.shards[0].samples // manifest.block_size) * manifest.block_size
     layout = Layout(manifest.samples, manifest.image_shape, manifest.block_size, shard_size)
     one_block = layout.block_size * manifest.image_bytes
-    before = cast(ImageStore, open_files(split, manifest, one_block))
+    before = open_files(split, manifest, one_block)
     writer = make_writer(store, directory, layout, compression)
     metadata = writer.start()
     written = []
@@ -130,7 +130,7 @@ def _convert_split(split: Path, manifest: Manifest, directory: Path, store: Stor
     converted = Manifest(**fields)
     if faults := list(check_hashes(directory, converted)):
         raise _differs(faults)
-    after = cast(ImageStore, open_files(directory, converted, one_block))
+    after = open_files(directory, converted, one_block)
     with _progress_bar("comparing", manifest) as bar:
         blocks = (
             _blocks(one, layout, range(layout.samples), one_bar) for one, one_bar in ((before, bar), (after, None))
@@ -146,7 +146,7 @@ def _progress_bar(action: str, manifest: Manifest) -> tqdm:
     return tqdm(total=manifest.samples, desc=description, unit=" images", unit_scale=True, disable=None)
 
 
-def _blocks(store: ImageStore, layout: Layout, samples: range, bar: tqdm | None) -> Iterator[Block]:
+def _blocks(store: Store, layout: Layout, samples: range, bar: tqdm | None) -> Iterator[Block]:
     """Yield the blocks of a range of samples that starts at the start of a block."""
     for first in range(samples.start, samples.stop, layout.block_size):
         positions = np.arange(first, min(first + layout.block_size, samples.stop))

@@ -128,8 +128,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
     fitted_on: list[int] = []
 
     def counted(*arguments: object) -> object:
-        fitted_on.append(len(arguments[1].sampler.samples))  # type: ignore[attr-defined]
-        return original(*arguments)  # type: ignore[arg-type]
+        fitted_on.append(len(arguments[1].sampler.samples))
+        return original(*arguments)
 
     original = engine.predict_logits
     with pytest.MonkeyPatch.context() as patch:

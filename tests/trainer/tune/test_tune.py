@@ -364,7 +364,7 @@ def test_values_that_contradict_each_other_fail_alone(
         trial.values = both
         from trainer.tune.trial import train_trial
 
-        train_trial(study, trial, wanted, base, None, lambda: False)  # type: ignore[arg-type]
+        train_trial(study, trial, wanted, base, None, lambda: False)
     (found,) = study.results()
     assert found.state == "failed"
     assert "are both 0" in found.note
