@@ -114,7 +114,10 @@ _warm_processes = functools.cache(WarmProcesses)
 
 
 def run_module(module: str, *arguments: object, cwd: Path | None = None, timeout: float = 120, **env: str):
-    """Run `python -m module arguments` in a process of its own; returns it, finished, with its output as text."""
+    """Run `python -m module arguments` in a process of its own; returns it, finished, with its output as text.
+
+    `module` may also be the path of a script, for `python script.py arguments`.
+    """
     return _warm_processes().run(module, [*map(str, arguments)], cwd or ROOT, {**os.environ, **env}, timeout)
 
 

@@ -7,14 +7,13 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import run_module
 from PIL import Image
 
 from benchmarks.common.harness import Spread, in_process, measure_rates
@@ -100,14 +99,7 @@ def test_numbers_and_tables_are_formatted() -> None:
 
 
 def run_benchmark(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, f"benchmarks/{name}.py", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    return run_module(f"benchmarks/{name}.py", *arguments, timeout=400, OMP_NUM_THREADS="1")
 
 
 def test_the_training_loop_is_measured_beside_one_without_a_loader(digits_set: Path, tmp_path: Path) -> None:

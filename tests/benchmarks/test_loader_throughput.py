@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, assert_user_error
+from conftest import assert_user_error, run_module
 from PIL import Image
 from support.transform_reference import model_input as slow_model_input
 
@@ -46,14 +46,7 @@ A_FEW = ("inkstream-tar-torch", "inkstream-tar-gather", "torch-dataloader", "flo
 
 def compare(*arguments: object, **env: str) -> subprocess.CompletedProcess:
     """Run `python benchmarks/loader_throughput.py` as a user does."""
-    return subprocess.run(
-        [sys.executable, "benchmarks/loader_throughput.py", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run_module("benchmarks/loader_throughput.py", *arguments, timeout=240, **env)
 
 
 @pytest.mark.parametrize("names", [A_FEW, pytest.param(tuple(ALWAYS_THERE), marks=pytest.mark.slow)], ids=len)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_user_error
+from conftest import assert_user_error, run_module
 from PIL import Image
 
 from benchmarks.loaders.shuffle_measures import (
@@ -36,13 +35,7 @@ def uniform(seed: int) -> list[np.ndarray]:
 
 
 def compare(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "benchmarks/shuffle_quality.py", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    return run_module("benchmarks/shuffle_quality.py", *arguments, timeout=180)
 
 
 def test_orders_are_run_measured_and_drawn(tmp_path: Path) -> None:

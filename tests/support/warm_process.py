@@ -41,7 +41,7 @@ class WarmProcesses:
     def run(
         self, module: str, arguments: list[str], cwd: Path, env: dict[str, str], timeout: float
     ) -> subprocess.CompletedProcess[str]:
-        """Run `python -m module arguments` to its end.
+        """Run `python -m module arguments` to its end, or `python script.py arguments` if `module` is a path.
 
         Raises:
             subprocess.TimeoutExpired: The command is killed after `timeout` seconds.
@@ -110,7 +110,11 @@ def _run_command(request: dict, descriptors: list[int]) -> int:
     sys.path[:] = [request["cwd"], *added, *(path for path in sys.path[1:] if path != str(ROOT / "tests"))]
     sys.argv = [request["module"], *request["arguments"]]
     try:
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        if request["module"].endswith(".py"):
+            sys.path[0] = str(Path(request["module"]).resolve().parent)
+            runpy.run_path(request["module"], run_name="__main__")
+        else:
+            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
