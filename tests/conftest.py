@@ -1,4 +1,4 @@
-"""What the tests share: real and made-up data sets, packed once, and commands run as a user runs them."""
+"""What the tests share: real and synthetic data sets, packed once, and commands run as a user runs them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-def made_up_parts(
+def synthetic_splits(
     train: int = 700,
     test: int = 90,
     classes: int = 5,
@@ -60,12 +60,12 @@ def made_up_parts(
         if transposed:
             images = np.ascontiguousarray(images.swapaxes(1, 2))
         names = tuple(f"class {number}" for number in range(classes))
-        record = RawFile(name=f"made-up {name}", bytes=images.nbytes, sha256="0" * 64)
+        record = RawFile(name=f"synthetic {name}", bytes=images.nbytes, sha256="0" * 64)
         parts.append(RawSplit.from_arrays(name, images, labels, names, transposed=transposed, files=(record,)))
     return tuple(parts)
 
 
-def pack_parts(
+def pack_splits(
     parts: tuple[RawSplit, ...],
     out: Path,
     block_size: int = 64,
@@ -74,14 +74,14 @@ def pack_parts(
     compression: str = "zstd",
 ) -> Path:
     settings = {"block_size": block_size, "seed": seed, "store": store, "compression": compression}
-    pack(lambda: parts, out, dataset="made-up", **settings)
+    pack(lambda: parts, out, dataset="synthetic", **settings)
     return out
 
 
 @pytest.fixture(scope="session")
-def made_up_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed set of 700 + 90 made-up images of five classes, 28x28, transposed. Not to be changed."""
-    return pack_parts(made_up_parts(), tmp_path_factory.mktemp("made-up") / "set")
+def synthetic_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of 700 + 90 synthetic images of five classes, 28x28, transposed. Not to be changed."""
+    return pack_splits(synthetic_splits(), tmp_path_factory.mktemp("synthetic") / "set")
 
 
 @pytest.fixture(scope="session")

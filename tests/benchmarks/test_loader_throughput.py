@@ -119,11 +119,11 @@ def test_settings_that_cannot_be_measured(digits_set: Path, wrong: dict, words: 
     assert words in str(raised.value)
 
 
-def test_a_setting_gives_the_raw_order(made_up_set: Path, tmp_path: Path) -> None:
-    given = {"shards": made_up_set, "images": 300, "resolutions": "28", "batch_size": 64, "runs": 1, "seconds": 1.0}
+def test_a_setting_gives_the_raw_order(synthetic_set: Path, tmp_path: Path) -> None:
+    given = {"shards": synthetic_set, "images": 300, "resolutions": "28", "batch_size": 64, "runs": 1, "seconds": 1.0}
     setting = make_config(argparse.Namespace(**given, device="cpu", json=None, out=Path("out")))
     source = setting.make_source(tmp_path / "source")
-    # The made-up images are sorted by class; a prefix of the pack is a sample of all of them, here in that order.
+    # The synthetic images are sorted by class; a prefix of the pack is a sample of all of them, here in that order.
     assert len(source) == 300 and (np.diff(source.labels) >= 0).all() and set(source.labels) == set(range(5))
     task = setting.make_task(source, 56)
     assert task.mean == pytest.approx([source.pixels.mean() / 255])
@@ -139,7 +139,7 @@ def test_absent_libraries_are_told_with_what_brings_them() -> None:
 # What is right and what is wrong ----------------------------------------------------------------------------------
 
 
-def made_up_task(tmp_path: Path, resolution: int = 56, channels: int = 1) -> tuple[Source, Task]:
+def synthetic_task(tmp_path: Path, resolution: int = 56, channels: int = 1) -> tuple[Source, Task]:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (80, 24, 28, channels), dtype=np.uint8)
     source = Source.write(tmp_path / "source", pixels, np.arange(80) % 3, transposed=True, classes=3)
@@ -153,14 +153,14 @@ PLAIN = Variant("best", "form", "")
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("resolution", [28, 61])
 def test_the_reference_agrees_with_the_slow_one(tmp_path: Path, channels: int, resolution: int) -> None:
-    source, task = made_up_task(tmp_path, resolution, channels)
+    source, task = synthetic_task(tmp_path, resolution, channels)
     rows = np.array([3, 79, 0])
     slow = slow_model_input(source.pixels[rows], resolution, transposed=True, mean=task.mean, std=task.std)
     assert np.abs(model_input(source.upright_images(rows), task) - slow).max() < 1e-12
 
 
 def test_right_outputs_pass(tmp_path: Path) -> None:
-    source, task = made_up_task(tmp_path)
+    source, task = synthetic_task(tmp_path)
     rows = np.random.default_rng(1).permutation(80)
     right = torch.from_numpy(model_input(source.upright_images(rows), task)).float()
     assert check_batch(right, torch.from_numpy(rows), PLAIN, task, source) < 1e-5
@@ -197,7 +197,7 @@ def spoil(kind: str, images: torch.Tensor, rows: np.ndarray) -> tuple[torch.Tens
     ],
 )
 def test_wrong_outputs_are_found(tmp_path: Path, kind: str) -> None:
-    source, task = made_up_task(tmp_path)
+    source, task = synthetic_task(tmp_path)
     rows = np.random.default_rng(1).permutation(80)[:50]
     right = torch.from_numpy(model_input(source.upright_images(rows), task)).float()
     check_batch(right, rows, PLAIN, task, source)
@@ -231,7 +231,7 @@ class Faulty:
 
 @pytest.mark.parametrize("fault", ["none", "repeats", "late"])
 def test_a_run_is_checked_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    source, task = made_up_task(tmp_path, 28)
+    source, task = synthetic_task(tmp_path, 28)
     monkeypatch.setattr(loader_worker, "import_loader", lambda name: Faulty(source, fault))
     loader = LoaderWorker("faulty", "best", tmp_path / "source", tmp_path, task.device)
     assert loader.start(task)["error"] < 1e-5

@@ -19,7 +19,7 @@ from typing import Any
 import numcodecs
 import numpy as np
 import pytest
-from conftest import made_up_parts, pack_parts
+from conftest import pack_splits, synthetic_splits
 from numpy.typing import NDArray
 
 import pipeline.packing.pack
@@ -39,10 +39,10 @@ TERA = 10**12
 
 def pack_whole(store: StoreKind, directory: Path) -> Path:
     """One part of 95 small images in three shards of two blocks."""
-    parts = made_up_parts(train=95, test=1, shape=SHAPE, transposed=False)
+    parts = synthetic_splits(train=95, test=1, shape=SHAPE, transposed=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
-        return pack_parts(parts, directory / "set", block_size=BLOCK_SIZE, store=store) / "train"
+        return pack_splits(parts, directory / "set", block_size=BLOCK_SIZE, store=store) / "train"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 from support.raw_files import picture, pixels, refusal
-from support.synthetic_records import foreign_set, made_up_image, pack_pictures
+from support.synthetic_records import foreign_set, pack_pictures, synthetic_image
 from support.transform_reference import model_input
 
 from pipeline import normalization
@@ -223,8 +223,8 @@ def test_evaluation_covers_every_picture_once(set_of_pictures: Path) -> None:
     assert sorted(row for batch in batches for row in batch.source_index.tolist()) == sorted(store.rows.tolist())
 
 
-def test_made_up_classes_differ_in_where_they_are_bright() -> None:
+def test_synthetic_classes_differ_in_where_they_are_bright() -> None:
     for label, bright in ((0, 0), (1, 1)):
-        image = made_up_image(5, label)
+        image = synthetic_image(5, label)
         halves = image[: len(image) // 2].mean(), image[len(image) // 2 :].mean()
         assert int(np.argmax(halves)) == bright

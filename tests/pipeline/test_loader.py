@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import made_up_parts
+from conftest import synthetic_splits
 from numpy.typing import NDArray
 from support.batches import assert_same
 from support.transform_reference import model_input
@@ -35,8 +35,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
-def store(made_up_set: Path) -> Store:
-    return open_split(made_up_set, "train")
+def store(synthetic_set: Path) -> Store:
+    return open_split(synthetic_set, "train")
 
 
 def make_loader(
@@ -76,7 +76,7 @@ def test_batches_hold_what_order_and_store_say(store: Store, device: torch.devic
 
 
 def test_rows_lead_back_to_the_raw_images(store: Store) -> None:
-    raw = made_up_parts()[0]
+    raw = synthetic_splits()[0]
     loader = make_loader(store, training_order(store, batch_size=50), torch.device("cpu"))
     seen = []
     for batch in loader.batches():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import made_up_parts, pack_parts
+from conftest import pack_splits, synthetic_splits
 from support.transform_reference import model_input
 
 from pipeline import normalization
@@ -30,7 +30,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     """A packed set of its own, to be written into."""
-    return pack_parts(made_up_parts(train=150, test=20), tmp_path / "set")
+    return pack_splits(synthetic_splits(train=150, test=20), tmp_path / "set")
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def test_measures_mean_and_deviation_of_the_model_input(
     shape: tuple[int, int, int],
     transposed: bool,
 ) -> None:
-    parts = made_up_parts(train=150, test=20, shape=shape, transposed=transposed)
-    store = open_split(pack_parts(parts, tmp_path / "set"), "train")
+    parts = synthetic_splits(train=150, test=20, shape=shape, transposed=transposed)
+    store = open_split(pack_splits(parts, tmp_path / "set"), "train")
     measured = compute_stats(store, TransformSpec.of(store.manifest, resolution, interpolation), backend, device)
     mean, std = from_reference(store, resolution, interpolation)
     assert measured.samples == 150
@@ -84,9 +84,9 @@ def test_the_normalised_input_has_mean_0_and_deviation_1(store: Store) -> None:
 def test_blank_images_are_not_divided_by_nothing(tmp_path: Path) -> None:
     parts = tuple(
         dataclasses.replace(part, read=lambda rows: np.full((len(rows), 28, 28, 1), 51, np.uint8))
-        for part in made_up_parts(train=30, test=10)
+        for part in synthetic_splits(train=30, test=10)
     )
-    blank = open_split(pack_parts(parts, tmp_path / "set"), "train")
+    blank = open_split(pack_splits(parts, tmp_path / "set"), "train")
     measured = compute_stats(blank, TransformSpec.of(blank.manifest, 28), "torch", CPU)
     assert measured.mean == pytest.approx((0.2,), abs=1e-6)
     assert measured.std == (1.0,)

@@ -33,8 +33,8 @@ def bright_lines(profile: np.ndarray) -> np.ndarray:
     return np.flatnonzero(profile > 200)
 
 
-def test_the_band_stands_in_the_raw_image_and_lies_in_the_processed(made_up_set: Path) -> None:
-    sheet = contact_sheet(open_split(made_up_set, "train"), resolution=112)
+def test_the_band_stands_in_the_raw_image_and_lies_in_the_processed(synthetic_set: Path) -> None:
+    sheet = contact_sheet(open_split(synthetic_set, "train"), resolution=112)
     for label in range(CLASSES):
         raw, processed = tiles(sheet, label)
         band = np.arange(2 * (label * 28 // CLASSES), 2 * ((label + 1) * 28 // CLASSES))
@@ -46,33 +46,33 @@ def test_the_band_stands_in_the_raw_image_and_lies_in_the_processed(made_up_set:
         assert len(bright_lines(processed.mean(axis=0))) == 0
 
 
-def test_the_processed_image_is_what_a_person_reads(made_up_set: Path) -> None:
-    store = open_split(made_up_set, "train")
+def test_the_processed_image_is_what_a_person_reads(synthetic_set: Path) -> None:
+    store = open_split(synthetic_set, "train")
     raw = preview.read_images(store, np.flatnonzero(store.labels == 1)[:3])
     for image in raw:
         assert np.all(upright(image, transposed=True)[28 // CLASSES : 2 * 28 // CLASSES] == 255)
         assert np.array_equal(upright(image, transposed=False), image)
 
 
-def test_the_command_writes_a_picture_beside_the_set_or_where_it_is_told(made_up_set: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_picture_beside_the_set_or_where_it_is_told(synthetic_set: Path, tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
-    process = run_module("pipeline.preview", made_up_set, "--out", out, "--resolution", 28)
+    process = run_module("pipeline.preview", synthetic_set, "--out", out, "--resolution", 28)
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == str(out)
     with Image.open(out) as sheet:
         assert sheet.format == "PNG"
-        expected = contact_sheet(open_split(made_up_set, "train"), resolution=28)
+        expected = contact_sheet(open_split(synthetic_set, "train"), resolution=28)
         assert np.array_equal(np.asarray(sheet), np.asarray(expected))
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 
 
-def test_what_a_recipe_trains_on_is_shown_beside_the_raw_images(made_up_set: Path, tmp_path: Path) -> None:
+def test_what_a_recipe_trains_on_is_shown_beside_the_raw_images(synthetic_set: Path, tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
-    overrides = (f"data.shards={made_up_set}", "data.invert=true", "augment.rotation=20", "data.resolution=28")
+    overrides = (f"data.shards={synthetic_set}", "data.invert=true", "augment.rotation=20", "data.resolution=28")
     process = run_module("trainer.predict.preview", "configs/quickstart.yaml", *overrides, "--out", out)
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == str(out)
-    store = open_split(made_up_set, "train")
+    store = open_split(synthetic_set, "train")
     steps, augmentation = Preprocessing(invert=True), Augmentation(rotation=20)
     expected = contact_sheet(store, 28, "linear", steps, augmentation)
     with Image.open(out) as sheet:
@@ -89,22 +89,22 @@ def test_what_a_recipe_trains_on_is_shown_beside_the_raw_images(made_up_set: Pat
         assert each.mean() == pytest.approx(255 - raw.mean(), abs=12), "inverted"
 
 
-def test_one_part_can_be_shown(made_up_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_part_can_be_shown(synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "sheet.png"
-    _run(monkeypatch, made_up_set / "test", "--out", out)
+    _run(monkeypatch, synthetic_set / "test", "--out", out)
     with Image.open(out) as sheet:
-        expected = contact_sheet(open_split(made_up_set, "test"), resolution=112)
+        expected = contact_sheet(open_split(synthetic_set, "test"), resolution=112)
         assert np.array_equal(np.asarray(sheet), np.asarray(expected))
 
 
 def test_an_out_that_cannot_be_written_to_is_the_users_mistake(
-    made_up_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError) as missing:
-        _run(monkeypatch, made_up_set, "--out", tmp_path / "nowhere" / "sheet.png")
+        _run(monkeypatch, synthetic_set, "--out", tmp_path / "nowhere" / "sheet.png")
     assert missing.value.hint == f"mkdir -p {tmp_path / 'nowhere'}"
     with pytest.raises(UserError, match="a directory"):
-        _run(monkeypatch, made_up_set, "--out", tmp_path)
+        _run(monkeypatch, synthetic_set, "--out", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

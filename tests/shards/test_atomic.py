@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_user_error, made_up_parts, pack_parts, run_module
+from conftest import ROOT, assert_user_error, pack_splits, run_module, synthetic_splits
 
 import shards.atomic
 from pipeline.packing.pack import pack
@@ -315,9 +315,9 @@ class TestKilledPacking:
         assert list(tmp_path.iterdir()) == []
 
     def test_terminated_while_replacing_a_pack_it_leaves_the_old(
-        self, made_up_set: Path, raw: Path, tmp_path: Path
+        self, synthetic_set: Path, raw: Path, tmp_path: Path
     ) -> None:
-        out = Path(shutil.copytree(made_up_set, tmp_path / "set"))
+        out = Path(shutil.copytree(synthetic_set, tmp_path / "set"))
         before = (out / "train" / "manifest.json").read_bytes()
         process = start_packing(raw, out, "--force")
         wait_for("shard-00000.tar", process, staging_directory(out))
@@ -342,19 +342,19 @@ class TestKilledPacking:
 
 
 class TestFailedPacking:
-    def test_raw_files_that_cannot_be_read_leave_the_old_pack(self, made_up_set: Path, tmp_path: Path) -> None:
-        out = Path(shutil.copytree(made_up_set, tmp_path / "set"))
+    def test_raw_files_that_cannot_be_read_leave_the_old_pack(self, synthetic_set: Path, tmp_path: Path) -> None:
+        out = Path(shutil.copytree(synthetic_set, tmp_path / "set"))
         before = (out / "train" / "manifest.json").read_bytes()
         with pytest.raises(Interrupted):
-            pack(fail, out, dataset="made-up", variant="", block_size=64, seed=1, force=True)
+            pack(fail, out, dataset="synthetic", variant="", block_size=64, seed=1, force=True)
         assert (out / "train" / "manifest.json").read_bytes() == before
         assert_stands_alone(out)
 
     def test_images_that_cannot_be_read_leave_nothing(self, tmp_path: Path) -> None:
         """The failure happens in a thread that writes a shard."""
-        parts = tuple(dataclasses.replace(part, read=fail) for part in made_up_parts())
+        parts = tuple(dataclasses.replace(part, read=fail) for part in synthetic_splits())
         with pytest.raises(Interrupted):
-            pack_parts(parts, tmp_path / "set")
+            pack_splits(parts, tmp_path / "set")
         assert list(tmp_path.iterdir()) == []
 
 

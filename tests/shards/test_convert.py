@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_user_error, made_up_parts, pack_parts, run_module
+from conftest import ROOT, assert_user_error, pack_splits, run_module, synthetic_splits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +37,7 @@ BLOCK_SIZE = 16
 @pytest.fixture(scope="module")
 def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set in tars, with a val part and origins.csv: 150 + 40 + 30 images in shards of 48. Not to be changed."""
-    train, test = made_up_parts(train=150, test=70, shape=SHAPE)
+    train, test = synthetic_splits(train=150, test=70, shape=SHAPE)
     numbers = {name: np.array([f"{name}/{row}.png" for row in range(70)]) for name in ("val", "test")}
     parts = (
         replace(train, columns={"path": np.array([f'"{row}", é.png' for row in range(150)])}),
@@ -47,7 +47,7 @@ def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("convert") / "tar"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 3 * BLOCK_SIZE * int(np.prod(SHAPE)))
-        pack(lambda: parts, out, dataset="made-up", block_size=BLOCK_SIZE, options={"size": 6})
+        pack(lambda: parts, out, dataset="synthetic", block_size=BLOCK_SIZE, options={"size": 6})
     return out
 
 
@@ -80,9 +80,9 @@ class TestRoundTrip:
         assert content(tmp_path / "zarr") == content(tmp_path / "zarr2")
 
     def test_conversion_gives_the_bytes_that_packing_gives(self, tmp_path: Path) -> None:
-        parts = made_up_parts(train=100, test=10, shape=SHAPE)
-        pack_parts(parts, tmp_path / "tar", BLOCK_SIZE)
-        pack_parts(parts, tmp_path / "zarr", BLOCK_SIZE, store="zarr")
+        parts = synthetic_splits(train=100, test=10, shape=SHAPE)
+        pack_splits(parts, tmp_path / "tar", BLOCK_SIZE)
+        pack_splits(parts, tmp_path / "zarr", BLOCK_SIZE, store="zarr")
         convert(tmp_path / "tar", tmp_path / "converted", "zarr")
         converted, packed = content(tmp_path / "converted"), content(tmp_path / "zarr")
         for part in ("train", "test"):
@@ -154,11 +154,11 @@ class TestRoundTrip:
         compression: str,
     ) -> None:
         monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", blocks_per_shard * block_size * int(np.prod(shape)))
-        parts = made_up_parts(train=samples, test=1, classes=classes, shape=shape)
+        parts = synthetic_splits(train=samples, test=1, classes=classes, shape=shape)
         second: StoreKind = "zarr" if first == "tar" else "tar"
         with tempfile.TemporaryDirectory() as directory:
             names = [Path(directory) / name for name in ("packed", "converted", "back")]
-            pack_parts(parts, names[0], block_size, store=first, compression=compression)
+            pack_splits(parts, names[0], block_size, store=first, compression=compression)
             convert(names[0], names[1], second, compression)
             assert_same_samples(names[0], names[1])
             convert(names[1], names[2], first, compression)
@@ -168,7 +168,7 @@ class TestRoundTrip:
         """3,200 images of 3 KB in shards of 128; zarr-python has several copies of the shard that it writes."""
         raw, shard = 3200 * 3072, 128 * 3072
         monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", shard)
-        source = pack_parts(made_up_parts(train=3200, test=1, shape=(32, 32, 3)), tmp_path / "tar", 16)
+        source = pack_splits(synthetic_splits(train=3200, test=1, shape=(32, 32, 3)), tmp_path / "tar", 16)
         convert(source / "test", tmp_path / "warm", "zarr")  # imports, caches
         tracemalloc.start()
         try:
@@ -217,7 +217,7 @@ class TestAllOrNothing:
 
     @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
     def test_killed_in_the_middle_leaves_no_pack(self, tmp_path: Path, sign: signal.Signals) -> None:
-        pack_parts(made_up_parts(train=40_000, test=10, shape=(16, 16, 1)), tmp_path / "tar", 64)
+        pack_splits(synthetic_splits(train=40_000, test=10, shape=(16, 16, 1)), tmp_path / "tar", 64)
         target = tmp_path / "zarr"
         command = [sys.executable, "-m", "shards.convert", tmp_path / "tar", target, "--store", "zarr"]
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)

@@ -16,7 +16,7 @@ from conftest import assert_user_error, run_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.raw_files import picture, pixels, refusal
-from support.synthetic_records import foreign_samples, foreign_set, made_up_file, write_foreign
+from support.synthetic_records import foreign_samples, foreign_set, synthetic_file, write_foreign
 from wds2idx import IndexCreator
 from webdataset.tariterators import base_plus_ext
 
@@ -564,5 +564,5 @@ def test_damage_after_indexing_is_found(indexed: Path, tmp_path: Path) -> None:
     assert any(f"{path}: record {member.name.removesuffix('.png')}: a picture that" in fault for fault in faults)
 
 
-def test_made_up_files_are_of_four_kinds() -> None:
-    assert {made_up_file(number, 0).extension for number in range(8)} == {"png", "jpg", "webp", "bmp"}
+def test_synthetic_files_are_of_four_kinds() -> None:
+    assert {synthetic_file(number, 0).extension for number in range(8)} == {"png", "jpg", "webp", "bmp"}

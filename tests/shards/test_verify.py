@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_user_error, made_up_parts, pack_parts, run_module
+from conftest import assert_user_error, pack_splits, run_module, synthetic_splits
 from numpy.typing import NDArray
 
 import pipeline.packing.pack
@@ -33,10 +33,10 @@ LAST = "shard-00002.tar"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """95 small images in three shards: blocks 0 and 1, 2 and 3, and 4 with 15 images. Not to be changed."""
-    parts = made_up_parts(train=95, test=30, shape=SHAPE, transposed=False)
+    parts = synthetic_splits(train=95, test=30, shape=SHAPE, transposed=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
-        return pack_parts(parts, tmp_path_factory.mktemp("verify") / "set", block_size=BLOCK_SIZE)
+        return pack_splits(parts, tmp_path_factory.mktemp("verify") / "set", block_size=BLOCK_SIZE)
 
 
 @pytest.fixture
@@ -175,16 +175,16 @@ class TestVerify:
 
     @pytest.mark.parametrize("store", ["tar", "zarr"])
     def test_a_row_that_comes_twice_is_found(self, tmp_path: Path, store: StoreKind) -> None:
-        train, test = made_up_parts(train=50, test=1, shape=SHAPE)
+        train, test = synthetic_splits(train=50, test=1, shape=SHAPE)
         rows = np.arange(50)
         rows[7] = 8
-        out = pack_parts((replace(train, source_index=rows), test), tmp_path / "set", BLOCK_SIZE, store=store)
+        out = pack_splits((replace(train, source_index=rows), test), tmp_path / "set", BLOCK_SIZE, store=store)
         assert check_split(out / "train")[1] == [f"{out}/train: a source row is packed twice"]
 
     @pytest.mark.parametrize("store", ["tar", "zarr"])
     def test_a_shard_need_not_fit_into_memory(self, tmp_path: Path, store: StoreKind) -> None:
         """One shard of 4 MB, in 80 blocks of 50 KB."""
-        out = pack_parts(made_up_parts(train=1280, test=1, shape=(32, 32, 3)), tmp_path / "set", 16, store=store)
+        out = pack_splits(synthetic_splits(train=1280, test=1, shape=(32, 32, 3)), tmp_path / "set", 16, store=store)
         check_split(out / "test")  # imports, caches
         tracemalloc.start()
         try:

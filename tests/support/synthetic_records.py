@@ -18,7 +18,7 @@ from support.raw_files import picture
 FORMATS = {"png": ("PNG", {}), "jpg": ("JPEG", {"quality": 95}), "webp": ("WEBP", {}), "bmp": ("BMP", {})}
 
 
-def made_up_image(seed: int, label: int, channels: int = 3) -> NDArray[np.uint8]:
+def synthetic_image(seed: int, label: int, channels: int = 3) -> NDArray[np.uint8]:
     """A random image of a random size, uint8 [H, W, C]; bright at the top for label 0, at the bottom for others."""
     random = np.random.default_rng([seed, label])
     height, width = random.integers(8, 48, 2)
@@ -28,10 +28,10 @@ def made_up_image(seed: int, label: int, channels: int = 3) -> NDArray[np.uint8]
     return image
 
 
-def made_up_file(seed: int, label: int) -> EncodedImage:
+def synthetic_file(seed: int, label: int) -> EncodedImage:
     extension = [*FORMATS][seed % len(FORMATS)]
     kind, options = FORMATS[extension]
-    return EncodedImage(picture(made_up_image(seed, label), kind, **options), extension)
+    return EncodedImage(picture(synthetic_image(seed, label), kind, **options), extension)
 
 
 def image_splits(train: int = 120, test: int = 40, classes: int = 2) -> tuple[RawSplit, ...]:
@@ -39,7 +39,7 @@ def image_splits(train: int = 120, test: int = 40, classes: int = 2) -> tuple[Ra
     parts = []
     for name, count in (("train", train), ("test", test)):
         labels = np.sort(np.arange(count) % classes)
-        files = [made_up_file(count + number, int(label)) for number, label in enumerate(labels)]
+        files = [synthetic_file(count + number, int(label)) for number, label in enumerate(labels)]
         parts.append(
             RawSplit(
                 name=name,
@@ -48,18 +48,18 @@ def image_splits(train: int = 120, test: int = 40, classes: int = 2) -> tuple[Ra
                 image_shape=(None, None, 3),
                 transposed=False,
                 read=lambda rows, files=files: [files[row] for row in rows],
-                files=(RawFile(name=f"made-up {name}", bytes=count, sha256="0" * 64),),
+                files=(RawFile(name=f"synthetic {name}", bytes=count, sha256="0" * 64),),
             )
         )
     return tuple(parts)
 
 
 def pack_pictures(out: Path, records_per_shard: int = 50, workers: int = 1, **counts: int) -> Path:
-    """Pack made-up pictures; three shards of train and one of test unless told otherwise."""
+    """Pack synthetic pictures; three shards of train and one of test unless told otherwise."""
     before = pipeline.packing.pack._RECORDS_PER_SHARD
     pipeline.packing.pack._RECORDS_PER_SHARD = records_per_shard
     try:
-        pack(lambda: image_splits(**counts), out, dataset="made-up", store="records", workers=workers)
+        pack(lambda: image_splits(**counts), out, dataset="synthetic", store="records", workers=workers)
     finally:
         pipeline.packing.pack._RECORDS_PER_SHARD = before
     return out
@@ -79,7 +79,7 @@ def foreign_samples(count: int, classes: int = 2) -> list[dict]:
     samples = []
     for number in range(count):
         label = number * classes // count
-        file = made_up_file(number, label)
+        file = synthetic_file(number, label)
         samples.append(
             {
                 "__key__": f"n{label:02d}/picture_{number:04d}",

@@ -34,11 +34,11 @@ def config(*overrides: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, synthetic_set: Path) -> Path:
     """An epoch at each of three resolutions, in batches of other sizes, with all that has a state."""
     path = tmp_path_factory.mktemp("recipe") / "growing.yaml"
     changed = {
-        "data": QUICK["data"] | {"shards": str(made_up_set), "resolution": [[1, 8], [2, 12], [3, 20]]},
+        "data": QUICK["data"] | {"shards": str(synthetic_set), "resolution": [[1, 8], [2, 12], [3, 20]]},
         "loader": {"batch_size": 16, "scale_batch_with_resolution": True},
     }
     path.write_text(yaml.safe_dump(QUICK | changed))
@@ -97,8 +97,8 @@ def test_a_schedule_agrees_with_the_other_settings() -> None:
     )
 
 
-def test_every_epoch_has_its_resolution_with_its_own_statistics(made_up_set: Path) -> None:
-    given = ("data.resolution=[[1, 8], [2, 28], [3, 40]]", f"data.shards={made_up_set}", "loader.batch_size=32")
+def test_every_epoch_has_its_resolution_with_its_own_statistics(synthetic_set: Path) -> None:
+    given = ("data.resolution=[[1, 8], [2, 28], [3, 40]]", f"data.shards={synthetic_set}", "loader.batch_size=32")
     data = open_data(
         config(*given, "loader.scale_batch_with_resolution=true", "trainer.epochs=3", "loader.backend=torch"), ALONE
     )

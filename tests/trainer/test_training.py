@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import assert_user_error, free_port, made_up_parts, pack_parts, run_module
+from conftest import assert_user_error, free_port, pack_splits, run_module, synthetic_splits
 from support.run_outcome import assert_same_run, history, weights
 from support.training_runs import QUICK, stop_in_epoch, train, train_here
 
@@ -22,10 +22,10 @@ from trainer.loop import engine
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, synthetic_set: Path) -> Path:
     """A recipe with everything that has a state: accumulation, mixing, dropout, average, restarts."""
     path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
-    path.write_text(yaml.safe_dump(QUICK | {"data": QUICK["data"] | {"shards": str(made_up_set)}}))
+    path.write_text(yaml.safe_dump(QUICK | {"data": QUICK["data"] | {"shards": str(synthetic_set)}}))
     return path
 
 
@@ -107,7 +107,7 @@ def test_a_finished_run_is_left_alone(finished: Path, recipe: Path, monkeypatch:
     assert_user_error(process, "resume=auto")
 
 
-def test_two_ranks_train_and_three_evaluate_the_same(recipe: Path, tmp_path: Path, made_up_set: Path) -> None:
+def test_two_ranks_train_and_three_evaluate_the_same(recipe: Path, tmp_path: Path, synthetic_set: Path) -> None:
     directory = tmp_path / "run"
     process = train(recipe, directory, ranks=2)
     assert process.returncode == 0, process.stdout + process.stderr
@@ -119,7 +119,7 @@ def test_two_ranks_train_and_three_evaluate_the_same(recipe: Path, tmp_path: Pat
     found = {}
     for ranks in (1, 3):
         out = tmp_path / f"{ranks}.json"
-        arguments = ("trainer.evaluate", directory, made_up_set, "--json", out)
+        arguments = ("trainer.evaluate", directory, synthetic_set, "--json", out)
         if ranks > 1:
             launcher = (f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "-m")
             process = run_module("torch.distributed.run", *launcher, *arguments)
@@ -132,10 +132,10 @@ def test_two_ranks_train_and_three_evaluate_the_same(recipe: Path, tmp_path: Pat
 
 
 def test_evaluate_writes_the_summary_figures_of_any_set_with_the_same_classes(
-    finished: Path, made_up_set: Path, digits_set: Path, tmp_path: Path
+    finished: Path, synthetic_set: Path, digits_set: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "metrics.json"
-    process = run_module("trainer.evaluate", finished, made_up_set, "--json", out)
+    process = run_module("trainer.evaluate", finished, synthetic_set, "--json", out)
     assert process.returncode == 0, process.stderr
     summary, metrics = json.loads((finished / "summary.json").read_text()), json.loads(out.read_text())
     same = (
@@ -153,14 +153,14 @@ def test_evaluate_writes_the_summary_figures_of_any_set_with_the_same_classes(
         assert metrics[figure] == summary[figure]
     assert set(metrics) >= {"seconds", "images_per_second", "data_wait_share"}
     assert_user_error(run_module("trainer.evaluate", finished, digits_set), "classes")
-    assert_user_error(run_module("trainer.evaluate", tmp_path, made_up_set), "best.pt")
+    assert_user_error(run_module("trainer.evaluate", tmp_path, synthetic_set), "best.pt")
 
 
 def test_resuming_refuses_other_classes_and_other_recipes(
     finished: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more_classes = pack_parts(made_up_parts(classes=7), tmp_path / "seven")
-    other_pack = pack_parts(made_up_parts(), tmp_path / "other", seed=5)
+    more_classes = pack_splits(synthetic_splits(classes=7), tmp_path / "seven")
+    other_pack = pack_splits(synthetic_splits(), tmp_path / "other", seed=5)
     for overrides, words in (
         ([f"data.shards={more_classes}"], "7 classes"),
         ([f"data.shards={other_pack}"], "packed otherwise"),
@@ -186,7 +186,7 @@ def test_dry_run_shows_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_mistakes_end_in_one_message(recipe: Path, tmp_path: Path, made_up_set: Path) -> None:
+def test_mistakes_end_in_one_message(recipe: Path, tmp_path: Path, synthetic_set: Path) -> None:
     assert_user_error(train(recipe, tmp_path / "run", "data.resolution=0"), "data.resolution")
     assert_user_error(train(recipe, tmp_path / "run", "optim.learning_rate=1"), "did you mean optim.lr")
     assert_user_error(train(recipe, tmp_path / "run", f"data.shards={tmp_path}"), "manifest.json")
@@ -248,7 +248,7 @@ def test_a_directory_in_use_is_refused(recipe: Path, tmp_path: Path, monkeypatch
 
 
 def test_checkpoints_of_others_and_parts_that_are_missing_are_named(
-    finished: Path, recipe: Path, made_up_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, recipe: Path, synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -257,24 +257,24 @@ def test_checkpoints_of_others_and_parts_that_are_missing_are_named(
         torch.save({"other": torch.zeros(1)}, run / "checkpoints" / name)
     with pytest.raises(UserError, match="it holds no"):
         train_here(monkeypatch, recipe, run, "resume=auto")
-    assert_user_error(run_module("trainer.evaluate", run, made_up_set), "it holds no")
+    assert_user_error(run_module("trainer.evaluate", run, synthetic_set), "it holds no")
     half = tmp_path / "half"
-    shutil.copytree(made_up_set / "train", half / "train")
+    shutil.copytree(synthetic_set / "train", half / "train")
     with pytest.raises(UserError, match="without its test split"):
         train_here(monkeypatch, recipe, tmp_path / "new", f"data.shards={half}")
     with pytest.raises(UserError, match="which is none"):
         train_here(monkeypatch, recipe, tmp_path / "new", "data.val_fraction=0.0001")
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_evaluating(finished: Path, made_up_set: Path) -> None:
+def test_a_file_that_cannot_be_written_is_refused_before_evaluating(finished: Path, synthetic_set: Path) -> None:
     for place, words in (("/nonexistent/x.json", "mkdir -p /nonexistent"), ("/tmp", "/tmp, a directory")):
-        process = run_module("trainer.evaluate", finished, made_up_set, "--json", place)
+        process = run_module("trainer.evaluate", finished, synthetic_set, "--json", place)
         assert_user_error(process, words)
         assert "accuracy" not in process.stdout
 
 
 def test_a_tampered_shard_is_never_trained_on(recipe: Path, tmp_path: Path) -> None:
-    shards = pack_parts(made_up_parts(), tmp_path / "set")
+    shards = pack_splits(synthetic_splits(), tmp_path / "set")
     shard = shards / "train" / "shard-00000.tar"
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1

@@ -94,7 +94,7 @@ def found_of(first: Images, second: Images, planted: Images) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("make", [drawings, photographs])
-class TestMadeUpPictures:
+class TestSyntheticPictures:
     @pytest.mark.parametrize("change", CHANGES)
     def test_changed_copies_are_found(self, make: Callable[[int, int], Images], change: str) -> None:
         second = make(300, 1)

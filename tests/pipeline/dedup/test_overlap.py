@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_user_error, pack_parts, run_module
+from conftest import assert_user_error, pack_splits, run_module
 from numpy.typing import NDArray
 
 from pipeline.dedup.overlap import find_overlaps, remove_leaks
@@ -40,7 +40,7 @@ def sets(pixels: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) ->
         some("train", pixels[[8, 9, 10, 11, 20, 21]], [1, 0, 1, 0, 0, 0], "ba", transposed=True),
         some("test", pixels[[2, 3, 12, 15, 22]], [1, 1, 1, 0, 0], "ba", transposed=True),
     )
-    return pack_parts(ours, directory / "a"), pack_parts(theirs, directory / "b", seed=7)
+    return pack_splits(ours, directory / "a"), pack_splits(theirs, directory / "b", seed=7)
 
 
 def test_shared_images_are_counted_by_part(sets: tuple[Path, Path]) -> None:
@@ -69,7 +69,7 @@ def test_images_that_are_changed_a_little_are_found_when_asked_for(tmp_path: Pat
     labels = store.labels[:60].tolist()
     classes = "0123456789"
     parts = (some("train", brighter[:40], labels[:40], classes), some("test", images[40:], labels[40:], classes))
-    changed = packed_splits(pack_parts(parts, tmp_path / "changed"))
+    changed = packed_splits(pack_splits(parts, tmp_path / "changed"))
     digits = packed_splits(digits_set)
     for near, fewest, most in ((False, 0, 0), (True, 36, 40)):
         found = {(one.split, one.other_split): len(one.source_index) for one in find_overlaps(changed, digits, near)}
@@ -106,8 +106,8 @@ def test_a_set_that_would_be_empty_is_refused(sets: tuple[Path, Path], pixels: N
         remove_leaks(everything, find_overlaps(everything, everything))
 
 
-def test_sets_of_other_sizes_are_never_equal(sets: tuple[Path, Path], made_up_set: Path) -> None:
-    assert_user_error(run_module("pipeline.dedup.overlap", sets[0], made_up_set), "[28, 28, 1]", "--near")
+def test_sets_of_other_sizes_are_never_equal(sets: tuple[Path, Path], synthetic_set: Path) -> None:
+    assert_user_error(run_module("pipeline.dedup.overlap", sets[0], synthetic_set), "[28, 28, 1]", "--near")
 
 
 def test_parts_are_joined_with_rows_of_their_own(sets: tuple[Path, Path], pixels: NDArray[np.uint8]) -> None:

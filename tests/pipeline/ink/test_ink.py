@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import made_up_parts, pack_parts
+from conftest import pack_splits, synthetic_splits
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -162,13 +162,13 @@ def test_a_blank_picture_has_no_ink(level: int) -> None:
         find_ink((np.full((30, 40), level) + grain).clip(0, 255).astype(np.uint8))
 
 
-def test_how_ink_lies_is_measured_on_the_set(digits_set: Path, made_up_set: Path) -> None:
+def test_how_ink_lies_is_measured_on_the_set(digits_set: Path, synthetic_set: Path) -> None:
     digits = InputAdapter.of(open_split(digits_set, "train"))
     assert digits.image_shape == (8, 8, 1)
     assert digits.frame is not None
     assert (digits.frame.is_light, digits.frame.side) == (True, 8)
     assert InputAdapter.from_state_dict(digits.state_dict()) == digits
-    assert InputAdapter.of(open_split(made_up_set, "train")).frame is None, "noise with a band is not ink"
+    assert InputAdapter.of(open_split(synthetic_set, "train")).frame is None, "noise with a band is not ink"
 
 
 def test_emnist_and_mnist_are_told_apart(shared_data: Path) -> None:
@@ -229,8 +229,8 @@ def test_an_image_of_the_set_is_taken_as_it_is(digits_set: Path) -> None:
 
 
 def test_pictures_for_other_sets_are_brought_to_size(tmp_path: Path) -> None:
-    parts = made_up_parts(train=70, shape=(12, 16, 3), transposed=False)
-    adapter = InputAdapter.of(open_split(pack_parts(parts, tmp_path / "set"), "train"))
+    parts = synthetic_splits(train=70, shape=(12, 16, 3), transposed=False)
+    adapter = InputAdapter.of(open_split(pack_splits(parts, tmp_path / "set"), "train"))
     assert adapter.frame is None
     picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     adapted = adapter.adapt(png(Image.fromarray(picture)))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, assert_user_error, made_up_parts
+from conftest import ROOT, assert_user_error, synthetic_splits
 from numpy.typing import NDArray
 
 import pipeline.packing.pack
@@ -40,7 +40,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def packed(parts: tuple[RawSplit, ...], out: Path, **settings: object) -> dict[str, bytes]:
-    pack(lambda: parts, out, dataset="made-up", block_size=BLOCK, **settings)
+    pack(lambda: parts, out, dataset="synthetic", block_size=BLOCK, **settings)
     return content(out)
 
 
@@ -68,7 +68,7 @@ class Tick:
 @pytest.mark.parametrize("store", ["tar", "zarr"])
 @pytest.mark.parametrize("workers", [2, 5])
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, workers: int, store: str) -> None:
-    parts = made_up_parts()
+    parts = synthetic_splits()
     alone = packed(parts, tmp_path / "alone", workers=1, store=store)
     assert len(alone) > 30
     assert packed(parts, tmp_path / "many", workers=workers, store=store) == alone
@@ -111,7 +111,7 @@ class TestUnreadable:
     BAD = frozenset({0, 5, 333, 699})
 
     def test_all_of_them_are_named_and_nothing_is_written(self, tmp_path: Path, workers: int) -> None:
-        train, test = made_up_parts()
+        train, test = synthetic_splits()
         parts = (with_bad(train, self.BAD), with_bad(test, {7}))
         with pytest.raises(UserError) as caught:
             packed(parts, tmp_path / "out", workers=workers)
@@ -123,7 +123,7 @@ class TestUnreadable:
 
     def test_many_are_named_in_a_report(self, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        train, test = made_up_parts()
+        train, test = synthetic_splits()
         with pytest.raises(UserError) as caught:
             packed((with_bad(train, set(range(100, 150))), test), tmp_path / "out", workers=workers)
         report = tmp_path / "out.unreadable.csv"
@@ -134,12 +134,12 @@ class TestUnreadable:
         assert [path.name for path in tmp_path.iterdir()] == [report.name]
 
     def test_skipped_when_asked_and_listed(self, tmp_path: Path, workers: int) -> None:
-        train, test = made_up_parts()
+        train, test = synthetic_splits()
         out = tmp_path / "out"
         done = pack(
             lambda: (with_bad(train, self.BAD), test),
             out,
-            dataset="made-up",
+            dataset="synthetic",
             block_size=BLOCK,
             skip_bad=True,
             workers=workers,
@@ -163,14 +163,14 @@ class TestUnreadable:
         }
 
     def test_a_part_without_a_readable_picture_is_refused(self, tmp_path: Path, workers: int) -> None:
-        train, test = made_up_parts()
+        train, test = synthetic_splits()
         with pytest.raises(UserError, match="no readable image in the test split"):
             packed((train, with_bad(test, set(range(90)))), tmp_path / "out", workers=workers, skip_bad=True)
         assert list(tmp_path.iterdir()) == []
 
 
 def test_origins_tell_where_each_picture_came_from(tmp_path: Path) -> None:
-    train, test = made_up_parts(train=40)
+    train, test = synthetic_splits(train=40)
     paths = np.array([f'odd "name", {row}.png' for row in range(40)])
     chosen = replace(train, columns={"path": paths}).select(np.arange(39, -1, -3))
     packed((chosen, test), tmp_path / "out")
@@ -192,7 +192,7 @@ def test_origins_tell_where_each_picture_came_from(tmp_path: Path) -> None:
     ],
 )
 def test_another_pack_is_not_taken_for_this_one(tmp_path: Path, settings: dict, word: str) -> None:
-    parts = made_up_parts(train=60)
+    parts = synthetic_splits(train=60)
     packed(parts, tmp_path / "out")
     with pytest.raises(UserError) as caught:
         packed(parts, tmp_path / "out", **settings)
@@ -240,7 +240,7 @@ import sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from dataclasses import replace
 import pipeline.packing.pack
-from conftest import made_up_parts, Path
+from conftest import synthetic_splits, Path
 from shards.cli import run_command
 pipeline.packing.pack.SHARD_BYTES = 16 * 784
 def slow(part):
@@ -250,7 +250,7 @@ def slow(part):
         return part.read(rows)
     return replace(part, read=read)
 def main():
-    parts = tuple(map(slow, made_up_parts()))
+    parts = tuple(map(slow, synthetic_splits()))
     pipeline.packing.pack.pack(lambda: parts, Path({str(tmp_path / "out")!r}), dataset="slow", block_size=16, workers=3)
 run_command(main)
 """

@@ -19,7 +19,7 @@ SIZE = 1000
 UNTOUCHED = {"test_fraction": None, "val_fraction": None, "subset": 1.0, "stratify": "", "seed": 0}
 
 
-def made_up(count: int, name: str = "train", seed: int = 1, classes: int = 5) -> RawSplit:
+def synthetic_raw_split(count: int, name: str = "train", seed: int = 1, classes: int = 5) -> RawSplit:
     """Images that tell their own row by their pixels, with a column of writers that depends on the label."""
     random = np.random.default_rng([seed, count])
     labels = random.integers(0, classes, count)
@@ -41,7 +41,7 @@ def refusal(parts: tuple[RawSplit, ...] | RawSplit, **asked: object) -> UserErro
 
 def assert_shows_its_rows(part: RawSplit) -> None:
     """What is read for its rows are the images of these rows, with their labels."""
-    raw = made_up(SIZE)
+    raw = synthetic_raw_split(SIZE)
     np.testing.assert_array_equal(part.read(part.source_index), raw.read(part.source_index))
     np.testing.assert_array_equal(part.labels, raw.labels[part.source_index])
     np.testing.assert_array_equal(part.columns["writer"], raw.columns["writer"][part.source_index])
@@ -58,7 +58,7 @@ def assert_shows_its_rows(part: RawSplit) -> None:
 def test_parts_are_disjoint_complete_and_of_the_sizes_asked_for(
     test: float, val: float | None, subset: float, stratify: str, seed: int
 ) -> None:
-    whole = made_up(SIZE)
+    whole = synthetic_raw_split(SIZE)
     asked = {"test_fraction": test, "val_fraction": val, "stratify": stratify, "seed": seed}
     parts = carved(whole, **asked)
     assert list(parts) == ["train", "test"] if val is None else ["train", "test", "val"]
@@ -76,7 +76,7 @@ def test_parts_are_disjoint_complete_and_of_the_sizes_asked_for(
     assert abs(len(smaller["train"].source_index) - subset * len(parts["train"].source_index)) <= 0.5
     assert_shows_its_rows(smaller["train"])
 
-    again = carved(made_up(SIZE), **asked, subset=subset)
+    again = carved(synthetic_raw_split(SIZE), **asked, subset=subset)
     for name, part in smaller.items():
         np.testing.assert_array_equal(again[name].source_index, part.source_index)
 
@@ -89,7 +89,7 @@ def counts(part: RawSplit, writers: NDArray[np.str_]) -> NDArray[np.int64]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_labels_are_in_proportion_to_an_image(seed: int) -> None:
-    whole = made_up(SIZE)
+    whole = synthetic_raw_split(SIZE)
     parts = carved(whole, test_fraction=0.2, val_fraction=0.25, subset=0.3, seed=seed)
     share = np.bincount(whole.labels)
     for name, fraction, slack in (("test", 0.2, 1), ("val", 0.2, 1.25), ("train", 0.18, 1.6)):
@@ -98,7 +98,7 @@ def test_labels_are_in_proportion_to_an_image(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_labels_and_writers_are_in_proportion_to_an_image_or_two(seed: int) -> None:
-    whole = made_up(SIZE)
+    whole = synthetic_raw_split(SIZE)
     writers = np.unique(whole.columns["writer"])
     parts = carved(whole, test_fraction=0.2, val_fraction=0.25, stratify="writer", seed=seed)
     for name, fraction in (("test", 0.2), ("val", 0.2), ("train", 0.6)):
@@ -111,21 +111,23 @@ def test_labels_and_writers_are_in_proportion_to_an_image_or_two(seed: int) -> N
 
 
 def test_another_seed_makes_other_parts() -> None:
-    one, other = (carved(made_up(SIZE), test_fraction=0.2, seed=seed)["test"].source_index for seed in (0, 1))
+    one, other = (
+        carved(synthetic_raw_split(SIZE), test_fraction=0.2, seed=seed)["test"].source_index for seed in (0, 1)
+    )
     assert 20 < len(np.intersect1d(one, other)) < 70  # 40 by chance
 
 
 def test_test_val_and_subset_are_drawn_independently() -> None:
     """Of what would be the test part at another draw, the val part and the subset hold their share, not all or none."""
-    whole = made_up(SIZE)
+    whole = synthetic_raw_split(SIZE)
     test = carved(whole, test_fraction=0.5)["test"].source_index
-    as_train = carved((whole, made_up(10, "test")), val_fraction=0.5, subset=0.5)
+    as_train = carved((whole, synthetic_raw_split(10, "test")), val_fraction=0.5, subset=0.5)
     for rows, expected in ((as_train["val"].source_index, 250), (as_train["train"].source_index, 125)):
         assert abs(len(np.intersect1d(test, rows)) - expected) < 60
 
 
 def test_a_smaller_subset_lies_in_a_larger_one_but_for_an_image_of_each_class() -> None:
-    whole = made_up(SIZE)
+    whole = synthetic_raw_split(SIZE)
     rows = [
         carved(whole, test_fraction=0.2, subset=subset)["train"].source_index for subset in (0.05, 0.1, 0.33, 0.7, 1)
     ]
@@ -148,7 +150,7 @@ def test_no_class_is_lost_from_training() -> None:
 
 
 def test_parts_that_are_there_stay_as_they_are() -> None:
-    parts = (made_up(40, "test"), made_up(30, "val"), made_up(SIZE))
+    parts = (synthetic_raw_split(40, "test"), synthetic_raw_split(30, "val"), synthetic_raw_split(SIZE))
     arranged = make_splits(parts, **UNTOUCHED)
     assert [part.name for part in arranged] == ["train", "test", "val"]
     assert all(part in parts for part in arranged)
@@ -159,19 +161,21 @@ def test_parts_that_are_there_stay_as_they_are() -> None:
 
 class TestRefusals:
     def test_a_set_without_test_part(self) -> None:
-        error = refusal(made_up(100))
+        error = refusal(synthetic_raw_split(100))
         assert "no test split" in error.found and error.hint == "--test-fraction 0.2"
 
     def test_a_test_part_besides_the_one_there(self) -> None:
-        error = refusal((made_up(100), made_up(7, "test")), test_fraction=0.2)
+        error = refusal((synthetic_raw_split(100), synthetic_raw_split(7, "test")), test_fraction=0.2)
         assert "--test-fraction 0.2" in error.found and "7 images" in error.found and "omit" in error.hint
 
     def test_a_val_part_besides_the_one_there(self) -> None:
-        error = refusal((made_up(100), made_up(7, "test"), made_up(8, "val")), val_fraction=0.2)
+        error = refusal(
+            (synthetic_raw_split(100), synthetic_raw_split(7, "test"), synthetic_raw_split(8, "val")), val_fraction=0.2
+        )
         assert "--val-fraction 0.2" in error.found and "8 images" in error.found
 
     def test_an_unknown_column(self) -> None:
-        error = refusal(made_up(100), test_fraction=0.2, stratify="writers")
+        error = refusal(synthetic_raw_split(100), test_fraction=0.2, stratify="writers")
         assert "writers" in error.found and "writer" in error.expected and error.hint == "--stratify writer"
 
     def test_a_column_where_there_is_none(self) -> None:
@@ -182,9 +186,15 @@ class TestRefusals:
     @pytest.mark.parametrize(("fraction", "amount"), [(0.0, "none"), (0.004, "none"), (1.0, "all")])
     def test_empty_parts(self, fraction: float, amount: str) -> None:
         for option in ("test", "val"):
-            parts = (made_up(100), made_up(9, "test")) if option == "val" else (made_up(100),)
+            parts = (
+                (synthetic_raw_split(100), synthetic_raw_split(9, "test"))
+                if option == "val"
+                else (synthetic_raw_split(100),)
+            )
             error = refusal(parts, **{f"{option}_fraction": fraction})
             assert f"--{option}-fraction {fraction}" in error.found and f"{amount} of 100" in error.found
 
     def test_an_empty_subset(self) -> None:
-        assert "--subset 0.001" in refusal((made_up(100), made_up(9, "test")), subset=0.001).found
+        assert (
+            "--subset 0.001" in refusal((synthetic_raw_split(100), synthetic_raw_split(9, "test")), subset=0.001).found
+        )

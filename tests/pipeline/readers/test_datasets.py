@@ -144,7 +144,7 @@ def write_archive(directory: Path, files: dict[str, bytes], compression: int = z
     return directory
 
 
-def assert_is_made_up_emnist(parts: tuple[RawSplit, ...], classes: tuple[str, ...] = ("0", "A", "a")) -> None:
+def assert_is_synthetic_emnist(parts: tuple[RawSplit, ...], classes: tuple[str, ...] = ("0", "A", "a")) -> None:
     assert [part.name for part in parts] == ["train", "test"]
     for part, count in zip(parts, (12, 5), strict=True):
         assert part.classes == classes
@@ -157,19 +157,19 @@ def assert_is_made_up_emnist(parts: tuple[RawSplit, ...], classes: tuple[str, ..
 
 class TestEmnist:
     def test_from_loose_files(self, tmp_path: Path) -> None:
-        assert_is_made_up_emnist(load("emnist", write_tree(tmp_path, emnist_files()), "byclass"))
+        assert_is_synthetic_emnist(load("emnist", write_tree(tmp_path, emnist_files()), "byclass"))
 
     def test_from_loose_files_that_were_decompressed(self, tmp_path: Path) -> None:
         files = {
             name.removesuffix(".gz"): gzip.decompress(content) if name.endswith(".gz") else content
             for name, content in emnist_files().items()
         }
-        assert_is_made_up_emnist(load("emnist", write_tree(tmp_path, files), "byclass"))
+        assert_is_synthetic_emnist(load("emnist", write_tree(tmp_path, files), "byclass"))
 
     def test_from_the_official_archive(self, tmp_path: Path) -> None:
         write_archive(tmp_path, emnist_files("balanced") | emnist_files("byclass"))
         for split in ("balanced", "byclass"):
-            assert_is_made_up_emnist(load("emnist", tmp_path, split))
+            assert_is_synthetic_emnist(load("emnist", tmp_path, split))
 
     def test_from_archive_and_loose_files_together(self, tmp_path: Path) -> None:
         """A loose file wins over the archive's."""
@@ -177,11 +177,11 @@ class TestEmnist:
         name = "emnist-byclass-mapping.txt"
         write_archive(tmp_path, {**files, name: b"0 1\n1 2\n2 3\n"})
         write_tree(tmp_path, {name: MAPPING})
-        assert_is_made_up_emnist(load("emnist", tmp_path, "byclass"))
+        assert_is_synthetic_emnist(load("emnist", tmp_path, "byclass"))
 
     def test_letters_are_numbered_from_one(self, tmp_path: Path) -> None:
         write_tree(tmp_path, emnist_files("letters", first_label=1, mapping=b"1 65 97\n2 66 98\n3 67 99\n"))
-        assert_is_made_up_emnist(load("emnist", tmp_path, "letters"), classes=("Aa", "Bb", "Cc"))
+        assert_is_synthetic_emnist(load("emnist", tmp_path, "letters"), classes=("Aa", "Bb", "Cc"))
 
     def test_raw_files_are_recorded_with_their_hashes(self, tmp_path: Path) -> None:
         loose, archived = tmp_path / "loose", tmp_path / "archived"

@@ -1,4 +1,4 @@
-"""Published data sets, from made-up copies in their official layouts: CIFAR, the MNIST family, NumtaDB."""
+"""Published data sets, from synthetic copies in their official layouts: CIFAR, the MNIST family, NumtaDB."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def store(made_up_set: Path) -> Store:
-    return open_split(made_up_set, "train")
+def store(synthetic_set: Path) -> Store:
+    return open_split(synthetic_set, "train")
 
 
 def noise(count: int, shape: tuple[int, int, int]) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from support.image_files import SIZES, as_array
 from support.raw_files import picture, pixels
-from support.synthetic_records import made_up_file
+from support.synthetic_records import synthetic_file
 from support.transform_reference import model_input
 
 from pipeline.transforms import dali_backend
@@ -143,7 +143,7 @@ def test_pictures_are_turned_as_exif_asks(device: torch.device, form: str, orien
 
 def test_takes_batches_of_any_size_and_kinds_up_to_its_own(device: torch.device) -> None:
     transform = graph_of(device)
-    files = [as_array(made_up_file(number, number % 2).content) for number in range(BATCH)]
+    files = [as_array(synthetic_file(number, number % 2).content) for number in range(BATCH)]
     alone = torch.cat([transform([file]) for file in files])
     for count in (BATCH, 1, 7, BATCH):
         assert_alike(transform(files[:count]), alone[:count])
@@ -151,7 +151,7 @@ def test_takes_batches_of_any_size_and_kinds_up_to_its_own(device: torch.device)
 
 def test_a_result_outlives_later_calls(device: torch.device) -> None:
     transform = graph_of(device)
-    files = [as_array(made_up_file(number, 0).content) for number in range(BATCH)]
+    files = [as_array(synthetic_file(number, 0).content) for number in range(BATCH)]
     first = transform(files)
     before = first.clone()
     for _ in range(3):
@@ -206,7 +206,7 @@ def test_a_picture_that_cannot_be_decoded_is_found_in_its_batch(
     device: torch.device, case: str, position: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content, words = DAMAGED[case]
-    good = [as_array(made_up_file(number, 0).content) for number in range(6)]
+    good = [as_array(synthetic_file(number, 0).content) for number in range(6)]
     bad = [*good[:position], as_array(content) if content else np.empty(0, np.uint8), *good[position + 1 :]]
     monkeypatch.setattr(dali_backend, "_MAX_PIXELS", 4000)  # so that some lie in later runs
     transform = graph_of(device)

@@ -9,7 +9,7 @@ import numpy as np
 import nvidia.dali.fn as fn
 import pytest
 import torch
-from conftest import made_up_parts, pack_parts
+from conftest import pack_splits, synthetic_splits
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from scipy import ndimage
@@ -173,7 +173,7 @@ def test_graphs_prepare_before_they_resize(
 
 
 def test_statistics_are_those_of_prepared_images_and_kept_apart(tmp_path: Path) -> None:
-    packed = pack_parts(made_up_parts(train=60, test=10), tmp_path / "set")
+    packed = pack_splits(synthetic_splits(train=60, test=10), tmp_path / "set")
     store, cpu = open_split(packed, "train"), torch.device("cpu")
     found = {}
     for steps in (Preprocessing(), Preprocessing(invert=True), Preprocessing(crop_to_foreground=0.1, equalize=True)):

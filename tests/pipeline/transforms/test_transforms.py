@@ -197,13 +197,13 @@ def _pretend_dali(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
 
 
 @pytest.mark.parametrize("resolution", [0, -1, 4097])
-def test_refuses_a_resolution_that_makes_no_image(made_up_set: Path, resolution: int) -> None:
+def test_refuses_a_resolution_that_makes_no_image(synthetic_set: Path, resolution: int) -> None:
     with pytest.raises(UserError, match=f"resolution={resolution}"):
-        TransformSpec.of(open_split(made_up_set, "train").manifest, resolution)
+        TransformSpec.of(open_split(synthetic_set, "train").manifest, resolution)
 
 
-def test_spec_of_a_pack_takes_shape_and_orientation_from_the_manifest(made_up_set: Path) -> None:
-    assert TransformSpec.of(open_split(made_up_set, "train").manifest, 56, "cubic") == TransformSpec(
+def test_spec_of_a_pack_takes_shape_and_orientation_from_the_manifest(synthetic_set: Path) -> None:
+    assert TransformSpec.of(open_split(synthetic_set, "train").manifest, 56, "cubic") == TransformSpec(
         image_shape=(28, 28, 1), transposed=True, resolution=56, interpolation="cubic", mean=(0.0,), std=(1.0,)
     )
 

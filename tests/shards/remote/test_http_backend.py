@@ -128,10 +128,10 @@ def serving(root: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def server(made_up_set: Path, tmp_path: Path) -> Iterator[Server]:
+def server(synthetic_set: Path, tmp_path: Path) -> Iterator[Server]:
     """Serves a packed set at /my%20sets/set, and a raw file."""
     (tmp_path / "web").mkdir()
-    shutil.copytree(made_up_set, tmp_path / "web" / "my sets" / "set")
+    shutil.copytree(synthetic_set, tmp_path / "web" / "my sets" / "set")
     (tmp_path / "web" / "raw.zip").write_bytes(bytes(range(256)) * 1000)
     yield from serving(tmp_path / "web")
 
@@ -140,8 +140,8 @@ def address(server: Server, path: str = "my%20sets/set", user: str = "") -> str:
     return f"http://{user}127.0.0.1:{server.server_port}/{path}"
 
 
-def test_a_set(server: Server, made_up_set: Path) -> None:
-    ours, theirs = open_split(address(server), "train"), open_split(made_up_set, "train")
+def test_a_set(server: Server, synthetic_set: Path) -> None:
+    ours, theirs = open_split(address(server), "train"), open_split(synthetic_set, "train")
     samples = np.arange(len(theirs))
     np.testing.assert_array_equal(ours.read(samples), theirs.read(samples))
     assert ours.manifest == theirs.manifest
@@ -155,13 +155,13 @@ def test_a_single_part(server: Server) -> None:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_cut_connections(server: Server, made_up_set: Path, ranges: bool) -> None:
+def test_cut_connections(server: Server, synthetic_set: Path, ranges: bool) -> None:
     """Without ranges a file comes from its beginning again, and what is there is passed over."""
-    shard = Manifest.read(made_up_set / "train").shards[0]
+    shard = Manifest.read(synthetic_set / "train").shards[0]
     resolve_dataset(address(server, "my%20sets/set/test"))
     server.behaviour = Behaviour(ranges=ranges, cuts=[100_000, 100_000 if ranges else 200_000, 300_000])
     directory = resolve_dataset(address(server, "my%20sets/set/train"))
-    assert (directory / shard.name).read_bytes() == (made_up_set / "train" / shard.name).read_bytes()
+    assert (directory / shard.name).read_bytes() == (synthetic_set / "train" / shard.name).read_bytes()
     asked = [header for path, header in server.behaviour.requests if path.endswith(shard.name)]
     assert asked[:3] == [None, "bytes=100000-", "bytes=200000-"]
     if ranges:
@@ -243,10 +243,10 @@ def test_a_raw_file_of_unknown_size(server: Server) -> None:
     assert resolve_dataset(address(server)).is_dir(), "a manifest tells the sizes"
 
 
-def test_a_web_server_is_no_place_to_write_to(server: Server, made_up_set: Path) -> None:
+def test_a_web_server_is_no_place_to_write_to(server: Server, synthetic_set: Path) -> None:
     assert set(remote_manifests(address(server))) == {"train", "test"}
     with pytest.raises(UserError, match="as a place to write to"):
-        upload_dataset(made_up_set, address(server))
+        upload_dataset(synthetic_set, address(server))
 
 
 def test_pages_in_place_of_files(server: Server, tmp_path: Path) -> None:

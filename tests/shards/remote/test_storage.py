@@ -275,10 +275,10 @@ def test_a_set_is_fetched_once(at_s3: str, noise: Path, line: Line, cache: Path)
     assert len(line.faults.requests) == 4
 
 
-def test_a_fetched_set_can_be_read(made_up_set: Path, line: Line) -> None:
-    address = f"s3://{BUCKET}/made-up"
-    upload_dataset(made_up_set, address)
-    ours, theirs = open_split(address, "train"), open_split(made_up_set, "train")
+def test_a_fetched_set_can_be_read(synthetic_set: Path, line: Line) -> None:
+    address = f"s3://{BUCKET}/synthetic"
+    upload_dataset(synthetic_set, address)
+    ours, theirs = open_split(address, "train"), open_split(synthetic_set, "train")
     samples = np.arange(len(theirs))
     np.testing.assert_array_equal(ours.read(samples), theirs.read(samples))
     assert ours.manifest == theirs.manifest

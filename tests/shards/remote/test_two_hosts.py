@@ -140,10 +140,10 @@ def train(hosts: tuple[str, str], place: Path, shards: Path, seconds_cut: float)
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds_cut", [3, 15])
 def test_a_host_is_cut_off_and_brought_back(
-    hosts: tuple[str, str], tmp_path: Path, made_up_set: Path, seconds_cut: float
+    hosts: tuple[str, str], tmp_path: Path, synthetic_set: Path, seconds_cut: float
 ) -> None:
     """For less and for more than the ranks wait for one another."""
-    runs = [train(hosts, tmp_path / str(seconds), made_up_set, seconds) for seconds in (0, seconds_cut)]
+    runs = [train(hosts, tmp_path / str(seconds), synthetic_set, seconds) for seconds in (0, seconds_cut)]
     states = [torch.load(run / "checkpoints" / "last.pt", weights_only=True) for run in runs]
     assert all(torch.equal(states[0]["model"][name], states[1]["model"][name]) for name in states[0]["model"])
     accuracies = [json.loads((run / "summary.json").read_text())["accuracy"] for run in runs]

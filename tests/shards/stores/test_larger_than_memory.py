@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, made_up_parts, pack_parts, run_module
+from conftest import ROOT, pack_splits, run_module, synthetic_splits
 
 from pipeline.packing.pack import pack
 from pipeline.readers.raw_split import RawSplit
@@ -68,12 +68,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], in
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("store", ["tar", "zarr"])
 def test_an_epoch_stays_within_its_memory(
-    large: tuple[dict[str, Path], int], made_up_set: Path, tmp_path: Path, store: str
+    large: tuple[dict[str, Path], int], synthetic_set: Path, tmp_path: Path, store: str
 ) -> None:
     directories, total = large
-    warm_up = made_up_set
+    warm_up = synthetic_set
     if store == "zarr":
-        convert(made_up_set, tmp_path / "zarr", "zarr")
+        convert(synthetic_set, tmp_path / "zarr", "zarr")
         warm_up = tmp_path / "zarr"
     process = subprocess.run(
         [sys.executable, "-c", READER, str(directories[store]), str(warm_up)],
@@ -100,7 +100,7 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def small_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_parts(made_up_parts(), tmp_path_factory.mktemp("small-blocks") / "set", block_size=8)
+    return pack_splits(synthetic_splits(), tmp_path_factory.mktemp("small-blocks") / "set", block_size=8)
 
 
 def run(recipe: Path, directory: Path, *overrides: str) -> dict:
@@ -144,9 +144,9 @@ def test_training_resumes_in_its_window_on_a_machine_with_more_memory(small_bloc
 
 
 def test_a_packed_val_part_is_what_validates(tmp_path: Path) -> None:
-    train, test = made_up_parts()
+    train, test = synthetic_splits()
     parts = (train.select(np.arange(0, 700, 2)), test, train.select(np.arange(1, 700, 2), "val"))
-    out = pack_parts(parts, tmp_path / "set", block_size=8)
+    out = pack_splits(parts, tmp_path / "set", block_size=8)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"data": {"shards": str(out), "resolution": 14}}))
     run(recipe, tmp_path / "run")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import made_up_parts, pack_parts
+from conftest import pack_splits, synthetic_splits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -166,7 +166,7 @@ def open_bounded(directory: Path, part: str, blocks: int | None) -> Store:
 
 @pytest.fixture(scope="module")
 def one_shard(kind: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_parts(made_up_parts(), tmp_path_factory.mktemp("one") / "set", **kind)
+    return pack_splits(synthetic_splits(), tmp_path_factory.mktemp("one") / "set", **kind)
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +175,13 @@ def many_shards(kind: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("many") / "set"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 3 * 16 * 9 * 14 * 3)
-        return pack_parts(made_up_parts(train=701, shape=(9, 14, 3)), out, block_size=16, **kind)
+        return pack_splits(synthetic_splits(train=701, shape=(9, 14, 3)), out, block_size=16, **kind)
 
 
 class TestStoreOfOneShard(StoreContract):
     @pytest.fixture(params=REQUIRED_SPLITS)
     def packed(self, request: pytest.FixtureRequest, one_shard: Path, blocks_in_memory: int | None) -> Packed:
-        raw = made_up_parts()[REQUIRED_SPLITS.index(request.param)]
+        raw = synthetic_splits()[REQUIRED_SPLITS.index(request.param)]
         return Packed(open_bounded(one_shard, request.param, blocks_in_memory), raw)
 
     def test_is_a_store_of_one_shard(self, packed: Packed, kind: dict[str, str]) -> None:
@@ -192,7 +192,7 @@ class TestStoreOfOneShard(StoreContract):
 class TestStoreOfManyShards(StoreContract):
     @pytest.fixture
     def packed(self, many_shards: Path, blocks_in_memory: int | None) -> Packed:
-        raw = made_up_parts(train=701, shape=(9, 14, 3))[0]
+        raw = synthetic_splits(train=701, shape=(9, 14, 3))[0]
         return Packed(open_bounded(many_shards, "train", blocks_in_memory), raw)
 
     def test_the_last_shard_and_its_last_block_are_short(self, packed: Packed) -> None:
@@ -232,9 +232,9 @@ def test_what_is_packed_is_read(
     blocks_in_memory: int | None,
 ) -> None:
     monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", blocks_per_shard * block_size * int(np.prod(shape)))
-    parts = made_up_parts(train=samples, test=1, classes=classes, shape=shape, seed=seed)
+    parts = synthetic_splits(train=samples, test=1, classes=classes, shape=shape, seed=seed)
     with tempfile.TemporaryDirectory() as directory:
-        out = pack_parts(parts, Path(directory) / "set", block_size=block_size, seed=seed, **kind)
+        out = pack_splits(parts, Path(directory) / "set", block_size=block_size, seed=seed, **kind)
         for raw in parts:
             packed = Packed(open_bounded(out, raw.name, blocks_in_memory), raw)
             blocks = -(-len(raw.labels) // block_size)
@@ -244,16 +244,16 @@ def test_what_is_packed_is_read(
             assert_traces_back(packed, np.arange(len(raw.labels)))
 
 
-def test_a_store_opens_by_its_own_directory_too(made_up_set: Path) -> None:
-    alone, as_part = open_store(made_up_set / "test"), open_split(made_up_set, "test")
+def test_a_store_opens_by_its_own_directory_too(synthetic_set: Path) -> None:
+    alone, as_part = open_store(synthetic_set / "test"), open_split(synthetic_set, "test")
     assert alone.manifest == as_part.manifest
     np.testing.assert_array_equal(alone.rows, as_part.rows)
 
 
-def test_opening_a_part_of_a_single_part_names_the_set(made_up_set: Path) -> None:
+def test_opening_a_part_of_a_single_part_names_the_set(synthetic_set: Path) -> None:
     with pytest.raises(UserError) as caught:
-        open_split(made_up_set / "train", "train")
-    assert caught.value.hint == f"name {made_up_set}"
+        open_split(synthetic_set / "train", "train")
+    assert caught.value.hint == f"name {synthetic_set}"
 
 
 def test_opening_what_is_not_there_says_how_to_pack(tmp_path: Path) -> None:
@@ -263,17 +263,17 @@ def test_opening_what_is_not_there_says_how_to_pack(tmp_path: Path) -> None:
     assert "python -m pipeline.shard" in caught.value.hint
 
 
-def test_opening_the_directory_above_a_set_names_the_set(made_up_set: Path) -> None:
+def test_opening_the_directory_above_a_set_names_the_set(synthetic_set: Path) -> None:
     with pytest.raises(UserError) as caught:
-        open_split(made_up_set.parent, "train")
-    assert str(made_up_set) in caught.value.hint
+        open_split(synthetic_set.parent, "train")
+    assert str(synthetic_set) in caught.value.hint
 
 
 def test_blocks_larger_than_any_reader_takes_are_not_written(tmp_path: Path) -> None:
-    parts = made_up_parts(train=30, test=1, shape=(4, 4, 1))
+    parts = synthetic_splits(train=30, test=1, shape=(4, 4, 1))
     huge = replace(parts[0], image_shape=(40_000, 40_000, 1))
     with pytest.raises(UserError) as caught:
-        pack_parts((huge, parts[1]), tmp_path / "set")
+        pack_splits((huge, parts[1]), tmp_path / "set")
     assert "40000x40000x1" in caught.value.found
     assert "--block-size" in caught.value.hint
     assert list(tmp_path.iterdir()) == []

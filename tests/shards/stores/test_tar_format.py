@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import made_up_parts, pack_parts
+from conftest import pack_splits, synthetic_splits
 from nvidia.dali import fn, pipeline_def
 from wds2idx import IndexCreator
 
@@ -30,10 +30,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pack_small(out: Path, seed: int) -> Path:
-    parts = made_up_parts(train=300, test=40, shape=(12, 10, 3))
+    parts = synthetic_splits(train=300, test=40, shape=(12, 10, 3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * 12 * 10 * 3)
-        return pack_parts(parts, out, block_size=BLOCK_SIZE, seed=seed)
+        return pack_splits(parts, out, block_size=BLOCK_SIZE, seed=seed)
 
 
 def tars(packed: Path) -> list[Path]:
@@ -152,12 +152,12 @@ def test_another_seed_gives_other_bytes_of_the_same_samples(packed: Path, tmp_pa
 
 
 def test_train_and_test_parts_of_a_seed_are_permuted_differently(tmp_path: Path) -> None:
-    out = pack_parts(made_up_parts(train=200, test=200), tmp_path / "set")
+    out = pack_splits(synthetic_splits(train=200, test=200), tmp_path / "set")
     assert open_split(out, "train").rows.tolist() != open_split(out, "test").rows.tolist()
 
 
 def test_small_images_take_at_most_three_percent_more_than_their_pixels(tmp_path: Path) -> None:
     """DESIGN promises it of 28x28 images with the default blocks; the index and the manifest count too."""
-    out = pack_parts(made_up_parts(train=10_000, test=1), tmp_path / "set", block_size=DEFAULT_BLOCK_SIZE)
+    out = pack_splits(synthetic_splits(train=10_000, test=1), tmp_path / "set", block_size=DEFAULT_BLOCK_SIZE)
     on_disk = sum(path.stat().st_size for path in (out / "train").iterdir())
     assert 1.0 < on_disk / (10_000 * 784) <= 1.03

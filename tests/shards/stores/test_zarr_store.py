@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from conftest import made_up_parts, pack_parts
+from conftest import pack_splits, synthetic_splits
 from numpy.typing import NDArray
 
 import pipeline.packing.pack
@@ -35,10 +35,10 @@ INDEX_ENTRY, CHECKSUM = 16, 4
 
 def pack_small(out: Path, compression: str = "zstd", **settings: object) -> Path:
     """300 colour images in shards of two blocks of 32: five shards, the last block of 12."""
-    parts = made_up_parts(train=300, test=40, shape=SHAPE)
+    parts = synthetic_splits(train=300, test=40, shape=SHAPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
-        return pack_parts(parts, out, BLOCK_SIZE, **{"store": "zarr", "compression": compression, **settings})
+        return pack_splits(parts, out, BLOCK_SIZE, **{"store": "zarr", "compression": compression, **settings})
 
 
 @pytest.fixture(scope="module", params=["zstd", "none"])
@@ -119,13 +119,13 @@ class TestFormat:
                     assert file[offset : offset + 4] == bytes.fromhex("28b52ffd")  # the magic number of zstd
 
     def test_of_a_part_that_is_smaller_than_a_block_the_block_is_no_longer(self, tmp_path: Path) -> None:
-        out = pack_parts(made_up_parts(train=30, test=1, shape=(4, 4, 1)), tmp_path / "set", 1 << 20, store="zarr")
+        out = pack_splits(synthetic_splits(train=30, test=1, shape=(4, 4, 1)), tmp_path / "set", 1 << 20, store="zarr")
         assert zarr.open_array(out / "train" / GROUP / "images", mode="r").shards == (30, 4, 4, 1)
         assert len(open_split(out, "test").read(np.array([0]))) == 1
 
     def test_blocks_of_zeros_are_stored_too(self, tmp_path: Path) -> None:
         images = np.zeros((5 * BLOCK_SIZE, 4, 4, 1), np.uint8)
-        part = replace(made_up_parts(train=len(images), shape=(4, 4, 1))[0], read=lambda rows: images[rows])
+        part = replace(synthetic_splits(train=len(images), shape=(4, 4, 1))[0], read=lambda rows: images[rows])
         part = replace(part, labels=np.zeros(len(images), np.int64))
         pack(
             lambda: (part, replace(part, name="test")),
@@ -158,14 +158,14 @@ class TestBytes:
     def test_by_forked_processes_while_stores_are_open(self, packed: Path, tmp_path: Path, workers: int) -> None:
         """zarr-python has a thread by now, which a forked process has not."""
         open_split(packed, "train").read(np.arange(300))
-        parts = made_up_parts(train=300, test=40, shape=SHAPE)
+        parts = synthetic_splits(train=300, test=40, shape=SHAPE)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 2 * BLOCK_SIZE * int(np.prod(SHAPE)))
             settings = {"compression": str(Manifest.read(packed / "train").options["compression"])}
             pack(
                 lambda: parts,
                 tmp_path / "set",
-                dataset="made-up",
+                dataset="synthetic",
                 block_size=BLOCK_SIZE,
                 store="zarr",
                 workers=workers,
@@ -202,7 +202,7 @@ def write(directory: Path, samples: int) -> None:
 class TestReading:
     def test_memory_stays_within_the_bound(self, tmp_path: Path) -> None:
         """2,000 images of 3 KB, of which a tenth may be held."""
-        out = pack_parts(made_up_parts(train=2000, test=1, shape=(32, 32, 3)), tmp_path / "set", 16, store="zarr")
+        out = pack_splits(synthetic_splits(train=2000, test=1, shape=(32, 32, 3)), tmp_path / "set", 16, store="zarr")
         raw, block = 2000 * 3072, 16 * 3072
         tracemalloc.start()
         try:

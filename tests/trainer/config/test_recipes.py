@@ -1,4 +1,4 @@
-"""Every recipe runs on data in the official layout: on small made-up copies, packed as its head says."""
+"""Every recipe runs on data in the official layout: on small synthetic copies, packed as its head says."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def packing_of(recipe: str) -> list[str]:
 
 
 def write_raw(source: str, split: str, directory: Path) -> Path:
-    """A made-up copy of what the packing command reads."""
+    """A synthetic copy of what the packing command reads."""
     if source == "cifar10":
         directory.mkdir()
         files = {f"cifar-10-batches-bin/{name}": content for name, content in cifar10_files(24, 20).items()}
@@ -57,7 +57,7 @@ def write_raw(source: str, split: str, directory: Path) -> Path:
 
 
 class Packed:
-    """Sets packed from made-up raw files by the commands of recipes, each once."""
+    """Sets packed from synthetic raw files by the commands of recipes, each once."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

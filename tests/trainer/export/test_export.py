@@ -52,13 +52,13 @@ def trained(directory: Path, shards: Path, **sections: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+def small_run(tmp_path_factory: pytest.TempPathFactory, synthetic_set: Path) -> Path:
     """Transposed images of 28x28, and the small network, whose pooling ONNX does not know."""
-    return trained(tmp_path_factory.mktemp("export"), made_up_set)
+    return trained(tmp_path_factory.mktemp("export"), synthetic_set)
 
 
 @pytest.fixture(scope="module")
-def timm_run(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+def timm_run(tmp_path_factory: pytest.TempPathFactory, synthetic_set: Path) -> Path:
     """Prepared transposed images, a timm model with a head of its own, means over five views, class weights undone."""
     sections = {
         "data": "resolution: 20, interpolation: cubic, equalize: true, opening_radius: 1",
@@ -67,7 +67,7 @@ def timm_run(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Pat
         "loss": "class_weights: inverse",
         "posthoc": "tau: 1.0",
     }
-    return trained(tmp_path_factory.mktemp("export"), made_up_set, **sections)
+    return trained(tmp_path_factory.mktemp("export"), synthetic_set, **sections)
 
 
 def code_of(card: Path) -> str:
@@ -150,9 +150,9 @@ def test_the_cards_code_runs_as_written(which: str, request: pytest.FixtureReque
 
 
 def test_the_documented_lines_load_a_timm_model(
-    tmp_path: Path, made_up_set: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, synthetic_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = trained(tmp_path, made_up_set, model="name: test_efficientnet", data="resolution: 16")
+    run = trained(tmp_path, synthetic_set, model="name: test_efficientnet", data="resolution: 16")
     trained_model = load_trained_model(run)
     target, _ = export(run, "safetensors", tmp_path / "model")
     text = (ROOT / "docs" / "inference.md").read_text()

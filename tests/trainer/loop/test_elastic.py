@@ -124,9 +124,9 @@ def job(
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, synthetic_set: Path) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | {"data": QUICK["data"] | {"shards": str(made_up_set)}}))
+    path.write_text(yaml.safe_dump(RECIPE | {"data": QUICK["data"] | {"shards": str(synthetic_set)}}))
     return path
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import made_up_parts, pack_parts
+from conftest import pack_splits, synthetic_splits
 
 from pipeline.loader import Batch, Loader
 from pipeline.sampler import ShuffledBatchSampler
@@ -40,8 +40,8 @@ SMALL = {
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("small")
-    parts = made_up_parts(train=144, test=30, classes=3, shape=(12, 12, 1), transposed=False)
-    shards = pack_parts(parts, directory / "set", block_size=16)
+    parts = synthetic_splits(train=144, test=30, classes=3, shape=(12, 12, 1), transposed=False)
+    shards = pack_splits(parts, directory / "set", block_size=16)
     path = directory / "small.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"data": SMALL["data"] | {"shards": str(shards)}}))
     return path

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import free_port, made_up_parts, pack_parts, run_module
+from conftest import free_port, pack_splits, run_module, synthetic_splits
 
 from shards import UserError
 from trainer.checkpoint import io as checkpoint
@@ -72,8 +72,8 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    parts = made_up_parts(train=144, test=30, classes=3, shape=(12, 12, 1), transposed=False)
-    return pack_parts(parts, tmp_path_factory.mktemp("small") / "set", block_size=16)
+    parts = synthetic_splits(train=144, test=30, classes=3, shape=(12, 12, 1), transposed=False)
+    return pack_splits(parts, tmp_path_factory.mktemp("small") / "set", block_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +386,7 @@ def test_another_batch_or_pack_goes_on_after_the_same_share_of_the_epoch(recipe:
     # 4 of 9 steps are 8 of 17, which a window of three does not end at: 9, the third update of this epoch.
     assert seen[0] == (1, 9, 6 + 3) and seen[-1] == (2, 16, 12 + 5)
 
-    other = pack_parts(made_up_parts(train=160, test=30, classes=3, shape=(12, 12, 1)), tmp_path / "other", seed=3)
+    other = pack_splits(synthetic_splits(train=160, test=30, classes=3, shape=(12, 12, 1)), tmp_path / "other", seed=3)
     stop_at(recipe, tmp_path / "moved", (1, 5))
     moved = ("resume=auto", f"data.shards={other}")
     with pytest.raises(UserError, match="packed otherwise") as caught:

@@ -169,9 +169,9 @@ def test_a_step_with_a_teacher_can_be_taken_again(recipe: Path, teacher: Path, t
     assert again == pytest.approx(loss, rel=1e-6) and found == []
 
 
-def test_who_may_not_teach(recipe: Path, teacher: Path, made_up_set: Path, tmp_path: Path) -> None:
+def test_who_may_not_teach(recipe: Path, teacher: Path, synthetic_set: Path, tmp_path: Path) -> None:
     student = load(recipe, [f"distillation.teacher={teacher}"])
-    names = open_split(made_up_set, "train").manifest.classes
+    names = open_split(synthetic_set, "train").manifest.classes
     with pytest.raises(UserError, match=r"distillation\.teacher=.* with classes 0 1 2"):
         load_teacher(student, names, (0.0,), (1.0,), CPU)
     with pytest.raises(UserError, match="with channels 1"):

@@ -32,7 +32,7 @@ def model_on(device: torch.device) -> nn.Module:
 
 
 def updates(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[torch.Tensor]:
-    """The weights after some updates with made-up gradients."""
+    """The weights after some updates with synthetic gradients."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
         for weight in model.parameters():
@@ -91,12 +91,12 @@ def test_an_update_takes_few_kernels(name: str, most: int) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_ranks_learn_what_one_does(
-    accumulation: int, made_up_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accumulation: int, synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a model without batch norm, which sees its rank's share alone: gradients shared and put off are the same."""
     recipe = tmp_path / "recipe.yaml"
     content = {
-        "data": {"shards": str(made_up_set), "val_fraction": 0.1, "resolution": 32},
+        "data": {"shards": str(synthetic_set), "val_fraction": 0.1, "resolution": 32},
         "loader": {"batch_size": 64},
         "model": {"name": "test_convnext"},
         "optim": {"name": "sgd_lookahead", "lr": 0.05, "grad_accumulation": accumulation},

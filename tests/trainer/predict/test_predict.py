@@ -191,7 +191,7 @@ def test_a_packed_set_gives_the_figures_of_the_run(
 
 
 def test_mistakes_are_told(
-    predict: Predict, digits_run: Path, made_up_set: Path, pictures: Path, tmp_path: Path
+    predict: Predict, digits_run: Path, synthetic_set: Path, pictures: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "labels.csv").write_text("file,label\nx.png,Q\n")
     (tmp_path / "away.csv").write_text("file,label\nx.png,7\n")
@@ -204,7 +204,7 @@ def test_mistakes_are_told(
         ((tmp_path / "labels.csv",), "line 2: class 'Q'"),
         ((tmp_path / "away.csv",), "none of whose image files exists"),
         ((tmp_path / "bare.csv",), "columns a, b"),
-        ((made_up_set,), "with classes class 0"),
+        ((synthetic_set,), "with classes class 0"),
         ((pictures, "--csv", tmp_path / "no" / "out.csv"), "no such directory"),
     ):
         with pytest.raises(UserError, match=words):

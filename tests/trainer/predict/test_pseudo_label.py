@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import pack_parts
+from conftest import pack_splits
 from support.training_runs import train_here
 
 from pipeline.packing.pack import ORIGINS
@@ -30,8 +30,8 @@ def sets(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         "train", images, np.zeros(len(images), np.int64), train.classes, transposed=train.transposed
     )
     return (
-        pack_parts((labelled, test), directory / "labelled"),
-        pack_parts((unlabelled, test), directory / "unlabelled"),
+        pack_splits((labelled, test), directory / "labelled"),
+        pack_splits((unlabelled, test), directory / "unlabelled"),
     )
 
 
@@ -99,13 +99,13 @@ def test_what_it_is_sure_of_is_listed_and_packed(
 
 
 def test_what_cannot_be_labelled_is_refused(
-    run: Path, sets: tuple[Path, Path], made_up_set: Path, tmp_path: Path
+    run: Path, sets: tuple[Path, Path], synthetic_set: Path, tmp_path: Path
 ) -> None:
     command = (run, sets[1], "--confidence", 0.8)
     with pytest.raises(UserError, match="--csv FILE"):
         label(*command)
     with pytest.raises(UserError, match="other classes"):
-        label(*command, "--add-to", made_up_set, "--out", tmp_path / "out")
+        label(*command, "--add-to", synthetic_set, "--out", tmp_path / "out")
     with pytest.raises(UserError, match="without --add-to"):
         label(*command, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from conftest import made_up_parts, pack_parts
+from conftest import pack_splits, synthetic_splits
 from PIL import Image
 
 from shards import UserError, open_split
@@ -236,7 +236,7 @@ def test_runs_are_compared(
 def test_runs_without_validation_and_of_other_classes_have_pages_too(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards = pack_parts(made_up_parts(120, 30, 3, (16, 20, 3), transposed=False), tmp_path / "set")
+    shards = pack_splits(synthetic_splits(120, 30, 3, (16, 20, 3), transposed=False), tmp_path / "set")
     other = tmp_path / "other"
     recipe = tmp_path / "colour.yaml"
     recipe.write_text(

@@ -25,10 +25,10 @@ from trainer.runtime.loggers import TensorBoardLogger, WandbLogger, check_instal
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, synthetic_set: Path) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "loggers.yaml"
     content = {
-        "data": {"shards": str(made_up_set), "resolution": 12},
+        "data": {"shards": str(synthetic_set), "resolution": 12},
         "loader": {"batch_size": 32, "backend": "torch"},
         "model": {"name": "three_block_cnn"},
         "trainer": {"epochs": 3, "precision": "fp32"},

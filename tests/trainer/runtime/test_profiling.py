@@ -46,10 +46,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, made_up_set: Path) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, synthetic_set: Path) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
     content = EVERYTHING | {
-        "data": {"shards": str(made_up_set), "val_fraction": 0.1, "resolution": 16},
+        "data": {"shards": str(synthetic_set), "val_fraction": 0.1, "resolution": 16},
         "loader": {"batch_size": 64},
         "model": {"name": "three_block_cnn", "drop_rate": 0.2},
     }
@@ -224,11 +224,11 @@ def test_cuda_graphs_are_not_for_accumulated_gradients() -> None:
 
 
 @pytest.mark.gpu
-def test_the_large_recipe_makes_use_of_a_gpu(made_up_set: Path) -> None:
+def test_the_large_recipe_makes_use_of_a_gpu(synthetic_set: Path) -> None:
     """EfficientNet-B3 at 112x112 as configs/byclass.yaml has it: compiled, in bf16, channels last, never waiting."""
     gpu = torch.device("cuda", 0)
     given = (
-        f"data.shards={made_up_set}",
+        f"data.shards={synthetic_set}",
         "loader.batch_size=64",
         "model.pretrained=false",
         "optim.grad_accumulation=1",
