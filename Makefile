@@ -9,7 +9,7 @@ demo: .venv/.installed  ## pack the embedded data set, train configs/quickstart.
 	@$(RUN) -m trainer.run configs/quickstart.yaml
 
 test: .venv/.installed  ## the tests, in about six minutes on two cores
-	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile -rs
+	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder -rs
 
 test-slow: .venv/.installed  ## the tests that take minutes
 	@$(RUN) -m pytest -m slow

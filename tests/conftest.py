@@ -32,6 +32,31 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+# With --dist=loadfile a file runs in one process. The longest files start first, so that none runs alone at the end.
+LONGEST_FILES = (
+    "loop/test_elastic.py",
+    "trainer/test_training.py",
+    "benchmarks/test_resolution_sweep.py",
+    "tune/test_tune.py",
+    "benchmarks/test_loader_throughput.py",
+    "benchmarks/test_shuffle_quality.py",
+    "packing/test_pack.py",
+    "loop/test_resume.py",
+    "remote/test_storage.py",
+    "shards/test_atomic.py",
+    "pipeline/test_hostile_input.py",
+    "export/test_export.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((number for number, name in enumerate(LONGEST_FILES) if path.endswith(name)), len(LONGEST_FILES))
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Genuine EMNIST and MNIST files, where there are any beside the project."""

@@ -449,7 +449,7 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"space": {"optim.lr": BY_OPTIMIZER["optim.lr"]}}, ("conditional on optim.name", "categorical setting")),
     (
         {"space": BY_OPTIMIZER | {"optim.lr": BY_OPTIMIZER["optim.lr"] | {"cases": {"adamm": LR}}}},
-        ("case adamm of optim.lr", "did you mean adamw?"),
+        ("has a case adamm", "did you mean adamw?"),
     ),
     ({"space": {"seed": {"type": "int", "low": 0, "high": 9}}}, ("seed in the space", "raise seeds_per_trial")),
     (
