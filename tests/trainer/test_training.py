@@ -257,7 +257,7 @@ def test_checkpoints_of_others_and_parts_that_are_missing_are_named(
         torch.save({"other": torch.zeros(1)}, run / "checkpoints" / name)
     with pytest.raises(UserError, match="key .* is missing"):
         train_here(monkeypatch, recipe, run, "resume=auto")
-    assert_user_error(run_module("trainer.evaluate", run, synthetic_set), "key .* is missing")
+    assert_user_error(run_module("trainer.evaluate", run, synthetic_set), "key ", " is missing")
     half = tmp_path / "half"
     shutil.copytree(synthetic_set / "train", half / "train")
     with pytest.raises(UserError, match="without its test split"):
