@@ -255,7 +255,7 @@ def test_checkpoints_of_others_and_parts_that_are_missing_are_named(
     (run / "summary.json").unlink()
     for name in ("last.pt", "previous.pt", "best.pt"):
         torch.save({"other": torch.zeros(1)}, run / "checkpoints" / name)
-    with pytest.raises(UserError, match="key .* is missing"):
+    with pytest.raises(UserError, match=r"key .* is missing"):
         train_here(monkeypatch, recipe, run, "resume=auto")
     assert_user_error(run_module("trainer.evaluate", run, synthetic_set), "key ", " is missing")
     half = tmp_path / "half"
