@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import pack_parts
+from conftest import pack_splits
 from numpy.typing import NDArray
 
 from pipeline.datasets import find_source
@@ -94,7 +94,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("decided")
     train, test = find_source("digits").load(SourceOptions(directory))
     rare = (train.labels % 2 == 1) & (np.arange(len(train.labels)) % 6 > 0)
-    pack_parts((train.select(np.flatnonzero(~rare)), test), directory / "set")
+    pack_splits((train.select(np.flatnonzero(~rare)), test), directory / "set")
     content = {
         "data": {"shards": str(directory / "set"), "resolution": 12, "val_fraction": 0.4},
         "loader": {"batch_size": 32},

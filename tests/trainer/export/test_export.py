@@ -230,7 +230,7 @@ def test_places_where_something_would_be_lost_are_refused(small_run: Path, digit
     (unfinished / "checkpoints").mkdir(parents=True)
     best = (small_run / "checkpoints" / "best.pt").read_bytes()
     (unfinished / "checkpoints" / "best.pt").write_bytes(best)
-    with pytest.raises(UserError, match="not finished"):
+    with pytest.raises(UserError, match="not complete"):
         export(unfinished, "onnx")
 
 
