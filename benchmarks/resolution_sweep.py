@@ -33,7 +33,7 @@ from shards import Manifest, UserError
 from shards.atomic import file_lock, make_directory
 from shards.cli import run_command
 from shards.manifest import REQUIRED_SPLITS, VALIDATION, has_split
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
 from trainer.config.load import validate
 

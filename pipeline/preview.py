@@ -25,7 +25,7 @@ from pipeline.transforms.spec import TransformSpec
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
 from shards.open import open_dataset_or_split
-from shards.remote.sets import is_remote, resolve_dataset
+from shards.remote.datasets import is_remote, resolve_dataset
 from shards.stores.base import Store
 from shards.stores.image_header import decode
 

@@ -26,7 +26,7 @@ from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.cli import USER_ERROR_STATUS, program_name, run_command
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.remote.sets import is_remote, resolve_dataset, resolve_files
+from shards.remote.datasets import is_remote, resolve_dataset, resolve_files
 
 MAX_SIDE = 4096
 _RANGES = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shards.errors import NotFoundError, UserError
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 
 _EXPECTED = f"a packed data set: the directory that holds {' and '.join(REQUIRED_SPLITS)}"

@@ -8,7 +8,7 @@ from pipeline.datasets import find_source
 from pipeline.packing.pack import pack
 from pipeline.readers.raw_split import SourceOptions
 from shards.manifest import is_packed_dataset
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 
 PACKED_EMNIST = Path("data/shards/emnist-byclass")
 PACKED_DIGITS = Path("data/shards/digits")

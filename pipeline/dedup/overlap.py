@@ -29,7 +29,7 @@ from shards.atomic import check_writable
 from shards.cli import program_name, run_command
 from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, VALIDATION, Manifest
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 
 _EVALUATED_ON = (REQUIRED_SPLITS[1], VALIDATION)
 _TRAINED_ON = (REQUIRED_SPLITS[0], VALIDATION)

@@ -12,7 +12,7 @@ from pipeline.common.process_group import ProcessGroup
 from shards.atomic import Replacement, replace_directory, staging_directory
 from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, SPLITS, Manifest, has_split, is_packed_dataset
-from shards.remote.sets import (
+from shards.remote.datasets import (
     check_upload,
     is_remote,
     remote_manifests,

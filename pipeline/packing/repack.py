@@ -14,7 +14,7 @@ from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
 from shards.manifest import SPLITS, VALIDATION, has_split
 from shards.open import open_split
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 
 

@@ -1,1 +1,1 @@
-"""How do files come from the network into the local cache, and go there? `shards.remote.sets` is its public side."""
+"""Packed data sets and raw files at remote addresses; `shards.remote.datasets` is the public interface."""

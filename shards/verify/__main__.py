@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from shards.cli import plural, program_name, run_command
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from shards.verify.check import check_split, corrupt_files, split_directories
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import Manifest, UserError, open_split
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel, load_trained_model

@@ -19,7 +19,7 @@ from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import Transform, TransformSpec
 from shards import Manifest, UserError, open_split
 from shards.manifest import VALIDATION, has_split
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 from shards.verify.check import check_hashes
 from trainer.config.schema import Config

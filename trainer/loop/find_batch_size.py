@@ -20,7 +20,7 @@ import torch
 from pipeline.loader import Batch
 from shards.cli import program_name, run_command
 from shards.errors import UserError
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
 from trainer.data.training_data import open_data
 from trainer.loop import engine

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.atomic import write_file
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.compat import check_fits
 from trainer.checkpoint.run_dir import RunDirectory, choose_run_dir

@@ -20,7 +20,7 @@ from shards import UserError
 from shards.errors import as_user_error
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS
 from shards.open import open_dataset_or_split
-from shards.remote.sets import is_remote
+from shards.remote.datasets import is_remote
 from shards.stores.base import Store
 from shards.stores.image_header import MAX_BYTES
 from trainer.predict.predictor import Predictor, upright_images

@@ -12,7 +12,7 @@ from pipeline.preview import contact_sheet, save_png
 from shards.atomic import check_writable
 from shards.cli import program_name, run_command
 from shards.open import open_split
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
 
 

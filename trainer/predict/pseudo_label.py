@@ -31,7 +31,7 @@ from shards.cli import program_name, run_command
 from shards.errors import UserError
 from shards.manifest import MANIFEST_NAME, SPLITS, Manifest
 from shards.open import open_store
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate.evaluator import loader_for, predict_logits

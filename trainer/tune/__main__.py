@@ -15,7 +15,7 @@ from shards import open_split
 from shards.cli import Terminated, program_name, run_command
 from shards.errors import UserError
 from shards.manifest import VALIDATION, has_split
-from shards.remote.sets import resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from trainer.config.base import format_settings
 from trainer.config.schema import Config
 from trainer.runtime.progress import duration

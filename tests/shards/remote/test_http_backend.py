@@ -20,7 +20,7 @@ import pytest
 
 import shards.remote.base as remote
 from shards import Manifest, UserError, open_split
-from shards.remote.sets import remote_manifests, resolve_dataset, resolve_files, upload_dataset
+from shards.remote.datasets import remote_manifests, resolve_dataset, resolve_files, upload_dataset
 
 
 @dataclass

@@ -25,7 +25,7 @@ import shards.remote.base as remote
 import shards.remote.fsspec_backend as remote_fsspec
 from shards import UserError, open_split
 from shards.manifest import Manifest, RawFile, Shard
-from shards.remote.sets import (
+from shards.remote.datasets import (
     check_upload,
     is_remote,
     remote_manifests,
@@ -45,7 +45,7 @@ SHARD_BYTES = 200_000
 HASTE = f"""
 import logging, os, sys, time
 from pathlib import Path
-from shards.remote import sets
+from shards.remote import datasets
 from shards.remote import fsspec_backend as remote_fsspec
 from shards.remote import base as remote
 from shards.cli import run_command
@@ -245,7 +245,7 @@ def test_a_missing_package_is_named(address: str, words: str) -> None:
     process = run_code(
         f"""
         sys.modules.update(s3fs=None, gcsfs=None, adlfs=None)
-        run_command(lambda: sets.resolve_dataset({address!r}) and 0)
+        run_command(lambda: datasets.resolve_dataset({address!r}) and 0)
         """
     )
     assert_user_error(process, address, words)
@@ -443,7 +443,7 @@ def test_nothing_there(address: str, line: Line) -> None:
 
 def test_no_credentials(at_s3: str) -> None:
     process = run_code(
-        f"run_command(lambda: sets.resolve_dataset({at_s3!r}) and 0)",
+        f"run_command(lambda: datasets.resolve_dataset({at_s3!r}) and 0)",
         AWS_ACCESS_KEY_ID="",
         AWS_SECRET_ACCESS_KEY="",
         AWS_EC2_METADATA_DISABLED="true",
@@ -456,7 +456,7 @@ def test_no_credentials(at_s3: str) -> None:
 def test_a_public_bucket_needs_no_credentials(at_s3: str, s3: fsspec.AbstractFileSystem) -> None:
     s3.chmod(f"{BUCKET}/sets", "public-read", recursive=True)
     env = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "true"}
-    process = run_code(f"sets.resolve_dataset({at_s3!r})", **env, HOME="/nonexistent", FSSPEC_S3_ANON="true")
+    process = run_code(f"datasets.resolve_dataset({at_s3!r})", **env, HOME="/nonexistent", FSSPEC_S3_ANON="true")
     assert process.returncode == 0, process.stderr
 
 
@@ -549,7 +549,7 @@ def test_a_set_larger_than_the_cache_may_be(at_s3: str, line: Line, monkeypatch:
 @posix
 def test_several_processes_fetch_once(at_s3: str, noise: Path, line: Line) -> None:
     line.faults.seconds_a_chunk = 0.02
-    processes = [start_code(f"print(sets.resolve_dataset({at_s3!r}))") for _ in range(3)]
+    processes = [start_code(f"print(datasets.resolve_dataset({at_s3!r}))") for _ in range(3)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert len({directory for directory, _ in outputs}) == 1
@@ -562,7 +562,7 @@ def test_several_processes_fetch_once(at_s3: str, noise: Path, line: Line) -> No
 @posix
 def test_one_takes_over_from_a_killed_one_and_resumes(at_s3: str, noise: Path, line: Line, cache: Path) -> None:
     line.faults.seconds_a_chunk = 0.05
-    code = f"print(sets.resolve_dataset({at_s3!r}))"
+    code = f"print(datasets.resolve_dataset({at_s3!r}))"
     first = start_code(code)
     wait_until(lambda: came(cache) > 400_000)
     second = start_code(code)
@@ -583,7 +583,7 @@ def test_one_takes_over_from_a_killed_one_and_resumes(at_s3: str, noise: Path, l
 @posix
 def test_sigterm_leaves_what_came_and_the_next_run_resumes(at_s3: str, noise: Path, line: Line, cache: Path) -> None:
     line.faults.seconds_a_chunk = 0.05
-    code = f"run_command(lambda: sets.resolve_dataset({at_s3!r}) and 0)"
+    code = f"run_command(lambda: datasets.resolve_dataset({at_s3!r}) and 0)"
     process = start_code(code)
     wait_until(lambda: came(cache) > 300_000)
     process.terminate()
@@ -692,7 +692,7 @@ def test_raw_files_do_not_change_beneath_a_reader(
     raw_at_s3: tuple[str, dict[str, bytes]], s3: fsspec.AbstractFileSystem
 ) -> None:
     address, files = raw_at_s3
-    with start_code(f"sets.resolve_files({address!r}); print('ready', flush=True); time.sleep(60)") as reader:
+    with start_code(f"datasets.resolve_files({address!r}); print('ready', flush=True); time.sleep(60)") as reader:
         assert reader.stdout is not None
         assert reader.stdout.readline() == "ready\n"
         s3.pipe_file(f"{BUCKET}/raw/a.csv", b"ONE,TWO")
