@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.datasets.base import DatasetSource
 from pipeline.readers.download import Download
 from pipeline.readers.naming import text_column
-from pipeline.readers.raw_dir import PublishedArchive, RawContent
+from pipeline.readers.raw_dir import PublishedFiles, RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
 
@@ -45,11 +45,9 @@ class _Cifar:
     variants: Mapping[str, tuple[str, int]]
 
     @property
-    def published(self) -> PublishedArchive:
-        files = [name for names in self.files.values() for name in names]
-        return PublishedArchive(
-            self.archive, (*(name for name, _ in self.variants.values()), *files), self.label, self.unpacked
-        )
+    def published(self) -> PublishedFiles:
+        names = [name for name, _ in self.variants.values()] + [name for names in self.files.values() for name in names]
+        return PublishedFiles(tuple(names), (self.archive,), self.label, self.unpacked)
 
 
 _CIFAR10 = _Cifar(

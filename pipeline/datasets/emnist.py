@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.datasets.base import DatasetSource
+from pipeline.datasets.mnist_family import read_idx_splits
 from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
 from pipeline.readers.download import Download
-from pipeline.readers.formats.idx import decode_pair
-from pipeline.readers.raw_dir import PublishedArchive, RawContent
+from pipeline.readers.raw_dir import PublishedFiles, RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.manifest import REQUIRED_SPLITS
 
@@ -55,23 +57,18 @@ def parse_mapping(raw: RawContent) -> tuple[tuple[str, ...], int]:
     return names, labels[0]
 
 
-def _archive(variant: str) -> PublishedArchive:
+def _published(variant: str) -> PublishedFiles:
     mapping, pairs = _files(variant)
-    return PublishedArchive(ARCHIVE, (mapping, *(name for pair in pairs.values() for name in pair)), variant)
+    return PublishedFiles((mapping, *(name for pair in pairs.values() for name in pair)), (ARCHIVE,), variant)
 
 
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
-    directory = _archive(options.variant).open(options.raw)
+    directory = _published(options.variant).open(options.raw)
     mapping_name, pairs = _files(options.variant)
     mapping = directory.read(mapping_name)
     classes, first_label = parse_mapping(mapping)
-    splits = []
-    for split, (images_name, labels_name) in pairs.items():
-        raw_images, raw_labels = directory.read(images_name), directory.read(labels_name)
-        images, labels = decode_pair(raw_images, raw_labels, len(classes), first_label)
-        records = (raw_images.record(), raw_labels.record(), mapping.record())
-        splits.append(RawSplit.from_arrays(split, images, labels, classes, transposed=True, files=records))
-    return tuple(splits)
+    splits = read_idx_splits(directory, pairs, classes, first_label)
+    return tuple(replace(split, transposed=True, files=(*split.files, mapping.record())) for split in splits)
 
 
 SOURCES = (
@@ -79,7 +76,7 @@ SOURCES = (
         name="emnist",
         description="EMNIST, handwritten letters and digits, 28x28 gray, six variants",
         variants=VARIANTS,
-        plan=lambda options: _archive(options.variant).plan(options.raw),
+        plan=lambda options: _published(options.variant).plan(options.raw),
         load=_load,
     ),
 )

@@ -8,14 +8,13 @@ two are those of the checksums of TensorFlow Datasets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 from pipeline.datasets.base import DatasetSource
-from pipeline.readers.download import Download, fetch
+from pipeline.readers.download import Download
 from pipeline.readers.formats.idx import decode_pair
-from pipeline.readers.raw_dir import RawDirectory
-from pipeline.readers.raw_split import RawSplit, SourceOptions
+from pipeline.readers.raw_dir import PublishedFiles, RawDirectory
+from pipeline.readers.raw_split import RawSplit
 
 DIGITS = tuple("0123456789")
 # The names of the four files, without `.gz`: images and labels of each split.
@@ -66,47 +65,36 @@ _SETS = (
 )
 
 
-def gz_downloads(address: str, names: Sequence[str], files: Sequence[tuple[int, str]]) -> tuple[Download, ...]:
-    """Return the downloads of gzip-compressed files.
+def published_in_gzip(address: str, names: Sequence[str], files: Sequence[tuple[int, str]]) -> PublishedFiles:
+    """Describe files that are published one by one, compressed by gzip.
 
     Args:
         address: The address of their directory, which ends in `/`.
         names: Their names without `.gz`.
         files: The bytes and SHA-256 of each.
     """
-    return tuple(
+    downloads = tuple(
         Download(f"{address}{name}.gz", f"{name}.gz", size, sha256)
         for name, (size, sha256) in zip(names, files, strict=True)
     )
+    return PublishedFiles(tuple(names), downloads, label=str(len(names)))
 
 
-def plan_download(downloads: Sequence[Download], options: SourceOptions) -> str:
-    """Return a line that describes what `download_files` would do."""
-    missing = _missing(options, downloads)
-    if not missing:
-        return f"read the {len(downloads)} files in {options.raw}"
-    size = sum(download.bytes for download in missing)
-    return f"download {', '.join(download.name for download in missing)} ({size / 1e6:,.1f} MB) to {options.raw}"
+def read_idx_splits(
+    directory: RawDirectory, files: Mapping[str, tuple[str, str]], classes: tuple[str, ...], first_label: int = 0
+) -> tuple[RawSplit, ...]:
+    """Read splits from idx files.
 
-
-def download_files(downloads: Sequence[Download], options: SourceOptions) -> RawDirectory:
-    """Download the files that are missing, and return the directory with all files."""
-    for download in _missing(options, downloads):
-        fetch(download, options.raw, or_else=f"the files {', '.join(download.name for download in downloads)}")
-    return RawDirectory(options.raw)
-
-
-def _missing(options: SourceOptions, downloads: Sequence[Download]) -> list[Download]:
-    files = RawDirectory(options.raw)
-    return [download for download in downloads if files.missing((download.name.removesuffix(".gz"),))]
-
-
-def _load(downloads: Sequence[Download], classes: tuple[str, ...], options: SourceOptions) -> tuple[RawSplit, ...]:
-    files = download_files(downloads, options)
+    Args:
+        directory: The directory of raw files.
+        files: The files of images and of labels of each split.
+        classes: The class names.
+        first_label: The number of the first class in the files.
+    """
     splits = []
-    for split, (images_name, labels_name) in _FILES.items():
-        raw_images, raw_labels = files.read(images_name), files.read(labels_name)
-        images, labels = decode_pair(raw_images, raw_labels, len(classes))
+    for split, names in files.items():
+        raw_images, raw_labels = map(directory.read, names)
+        images, labels = decode_pair(raw_images, raw_labels, len(classes), first_label)
         records = (raw_images.record(), raw_labels.record())
         splits.append(RawSplit.from_arrays(split, images, labels, classes, files=records))
     return tuple(splits)
@@ -115,9 +103,12 @@ def _load(downloads: Sequence[Download], classes: tuple[str, ...], options: Sour
 def _source(
     name: str, description: str, classes: tuple[str, ...], address: str, files: Sequence[tuple[int, str]]
 ) -> DatasetSource:
-    downloads = gz_downloads(address, [name for names in _FILES.values() for name in names], files)
+    published = published_in_gzip(address, [name for names in _FILES.values() for name in names], files)
     return DatasetSource(
-        name, description, plan=partial(plan_download, downloads), load=partial(_load, downloads, classes)
+        name,
+        description,
+        plan=lambda options: published.plan(options.raw),
+        load=lambda options: read_idx_splits(published.open(options.raw), _FILES, classes),
     )
 
 

@@ -8,18 +8,16 @@ Sizes and hashes are those of the checksums of TensorFlow Datasets.
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
 from pipeline.datasets.base import DatasetSource
-from pipeline.datasets.mnist_family import DIGITS, download_files, gz_downloads, plan_download
+from pipeline.datasets.mnist_family import DIGITS, published_in_gzip
 from pipeline.readers.formats.idx import check_pair, decode, decode_table
 from pipeline.readers.naming import text_column
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.manifest import REQUIRED_SPLITS
 
-DOWNLOADS = gz_downloads(
+_PUBLISHED = published_in_gzip(
     "https://raw.githubusercontent.com/facebookresearch/qmnist/master/",
     [f"qmnist-{split}-{what}" for split in REQUIRED_SPLITS for what in ("images-idx3-ubyte", "labels-idx2-int")],
     (
@@ -35,7 +33,7 @@ _MNIST_TEST_SIZE = 10_000
 
 
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
-    files = download_files(DOWNLOADS, options)
+    files = _PUBLISHED.open(options.raw)
     splits = []
     for split in REQUIRED_SPLITS:
         raw_images = files.read(f"qmnist-{split}-images-idx3-ubyte")
@@ -60,7 +58,7 @@ SOURCES = (
         name="qmnist",
         description="QMNIST, MNIST with all its 60,000 test digits and their writers, 28x28 gray",
         variants=("test60k", "test10k"),
-        plan=partial(plan_download, DOWNLOADS),
+        plan=lambda options: _PUBLISHED.plan(options.raw),
         load=_load,
     ),
 )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.readers.archives.file_trees import FileTree
+from pipeline.readers.archives.file_trees import FileTree, read_file
 from pipeline.readers.archives.files import corrupt_as_user_error
 from pipeline.readers.archives.zip_tar import open_tree
 from pipeline.readers.download import Download, fetch
-from shards.errors import UserError, as_user_error
+from shards.errors import UserError
 from shards.manifest import RawFile
 
 MAX_RAW_BYTES = 2 << 30  # of one file; the largest known file has 0.6 GB
@@ -42,16 +43,16 @@ class RawDirectory:
 
     Args:
         directory: The directory.
-        archive: The name of the archive.
+        archive: The name of the archive; empty if there is none.
         unpacked: The directory to which the archive unpacks; loose files in it count too.
     """
 
     def __init__(self, directory: Path, archive: str = "", unpacked: str = "") -> None:
-        self._archive = directory / archive if archive else None
+        self._archive = directory / archive
         self._folders = dict.fromkeys((directory, directory / unpacked))
         self._opened: FileTree | None = None
 
-    def missing(self, names: tuple[str, ...]) -> list[str]:
+    def missing(self, names: Sequence[str]) -> list[str]:
         """Return the names that are neither loose nor in the archive."""
         return [name for name in names if self._loose(name) is None and self._member(name) is None]
 
@@ -63,92 +64,90 @@ class RawDirectory:
         """
         path = self._loose(name)
         if path is not None:
-            return RawContent(path.name, str(path), _read_loose(path))
-        member = self._member(name)
-        assert member is not None
-        tree, inner = member
-        with self._archive_errors():
-            return RawContent(Path(inner).name, tree.path_of(inner), tree.read(inner, MAX_RAW_BYTES))
+            with _errors(path, "file"):
+                return RawContent(path.name, str(path), read_file(path, MAX_RAW_BYTES))
+        with _errors(self._archive, "archive"):
+            inner = self._member(name)
+            assert self._opened is not None and inner is not None
+            content = self._opened.read(inner, MAX_RAW_BYTES)
+            return RawContent(Path(inner).name, self._opened.path_of(inner), content)
 
     def _loose(self, name: str) -> Path | None:
         candidates = (folder / f"{name}{suffix}" for folder in self._folders for suffix in (".gz", ""))
         return next((path for path in candidates if path.is_file()), None)
 
-    def _member(self, name: str) -> tuple[FileTree, str] | None:
-        if self._opened is None and self._archive is not None and self._archive.is_file():
-            with self._archive_errors():
+    def _member(self, name: str) -> str | None:
+        if self._opened is None and self._archive.is_file():
+            with _errors(self._archive, "archive"):
                 self._opened = open_tree(self._archive)
-        if (tree := self._opened) is None:
-            return None
-        return next(((tree, inner) for inner in tree.names if Path(inner).name in (name, f"{name}.gz")), None)
-
-    def _archive_errors(self) -> AbstractContextManager[None]:
-        return corrupt_as_user_error(
-            f"{self._archive}, a damaged archive",
-            expected="the complete archive, as published",
-            hint=f"remove it and run again to download it: rm {self._archive}",
-        )
+        members = self._opened.names if self._opened else ()
+        return next((inner for inner in members if Path(inner).name in (name, f"{name}.gz")), None)
 
 
 @dataclass(frozen=True)
-class PublishedArchive:
-    """A published archive, or its content as loose files.
+class PublishedFiles:
+    """The files of a published data set: each published by itself, or all in one archive.
 
     Attributes:
-        archive: The address, name, size and hash of the archive.
-        names: The files that are read from it, without `.gz`.
+        names: The files that are read, without `.gz`.
+        downloads: The file of each name in gzip, or the archive alone.
         label: The name of the data set or variant, for messages.
         unpacked: The directory to which the archive unpacks.
     """
 
-    archive: Download
     names: tuple[str, ...]
+    downloads: tuple[Download, ...]
     label: str
     unpacked: str = ""
 
+    @property
+    def archive(self) -> str:
+        """The name of the archive; empty if each file is published by itself."""
+        return self.downloads[0].name if len(self.downloads) < len(self.names) else ""
+
     def plan(self, directory: Path) -> str:
         """Return a line that describes what `open` would do."""
-        _, missing, is_absent = self._inspect(directory)
-        if not missing:
-            return f"read the {self.label} files in {directory}"
-        if not is_absent:
+        _, missing, needed = self._inspect(directory)
+        if needed:
+            what = needed[0].url if self.archive else ", ".join(download.name for download in needed)
+            return f"download {what} ({sum(each.bytes for each in needed) / 1e6:,.1f} MB) to {directory}"
+        if missing:
             return f"fail: {', '.join(missing)} not in {directory}"
-        return f"download {self.archive.url} ({self.archive.bytes / 1e6:,.0f} MB) to {directory}"
+        return f"read the {self.label} files in {directory}"
 
     def open(self, directory: Path) -> RawDirectory:
-        """Return the directory with all files, loose or in the archive, which is downloaded if none is there.
+        """Return the directory with all files. Those that can be downloaded are; an archive only if no file is there.
 
         Raises:
-            UserError: If files are missing, or the archive cannot be downloaded.
+            UserError: If files are missing, or cannot be downloaded.
         """
-        files, missing, is_absent = self._inspect(directory)
-        if is_absent:
-            fetch(self.archive, directory, or_else=f"the loose files ({self.names[-1]}, ...)")
-            missing = files.missing(self.names)
-        if missing:
+        files, _, needed = self._inspect(directory)
+        for download in needed:
+            fetch(download, directory, or_else=f"the files {', '.join(self.names)}")
+        if missing := files.missing(self.names):
             raise UserError(
                 found=f"no {', '.join(missing)} in {directory}",
-                expected=f"the {self.label} files of the official {self.archive.name}, or that archive itself",
-                hint=f"add what is missing, or use an empty --raw directory to download {self.archive.url}",
+                expected=f"the {self.label} files of the official {self.archive}, or that archive itself",
+                hint=f"add what is missing, or use an empty --raw directory to download {self.downloads[0].url}",
             )
         return files
 
-    def _inspect(self, directory: Path) -> tuple[RawDirectory, list[str], bool]:
-        """The directory, the missing files, and whether neither the archive nor any of its files is there."""
-        files = RawDirectory(directory, self.archive.name, self.unpacked)
+    def _inspect(self, directory: Path) -> tuple[RawDirectory, list[str], list[Download]]:
+        """The directory, the files that are missing, and what has to be downloaded."""
+        files = RawDirectory(directory, self.archive, self.unpacked)
         missing = files.missing(self.names)
-        return files, missing, len(missing) == len(self.names) and not (directory / self.archive.name).exists()
+        if not self.archive:
+            needed = [each for each, name in zip(self.downloads, self.names, strict=True) if name in missing]
+        elif len(missing) == len(self.names) and not (directory / self.archive).exists():
+            needed = list(self.downloads)
+        else:
+            needed = []
+        return files, missing, needed
 
 
-def _read_loose(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size <= MAX_RAW_BYTES:
-            return path.read_bytes()
-    except OSError as error:
-        raise as_user_error(error, path) from None
-    raise UserError(
-        found=f"{path} of {size:,} bytes",
-        expected=f"at most {MAX_RAW_BYTES:,} bytes",
-        hint=f"remove it and run again to download the right file: rm {path}",
+def _errors(path: Path, kind: str) -> AbstractContextManager[None]:
+    return corrupt_as_user_error(
+        f"{path}, a damaged {kind}",
+        expected=f"the complete {kind}, as published",
+        hint=f"remove it and run again to download it: rm {path}",
     )

@@ -56,12 +56,17 @@ class DirectoryTree(FileTree):
         super().__init__(path, natural_order(_walk(path, "", frozenset())))
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
-        try:
-            with open(self.path / name, "rb") as file:
-                check_size(os.fstat(file.fileno()).st_size, max_bytes)
-                return file.read(max_bytes)
-        except OSError as error:
-            raise CorruptFileError(error.strerror or type(error).__name__) from None
+        return read_file(self.path / name, max_bytes)
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Return the bytes of a file; raises `CorruptFileError` if it is larger than a limit or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            check_size(os.fstat(file.fileno()).st_size, max_bytes)
+            return file.read(max_bytes)
+    except OSError as error:
+        raise CorruptFileError(error.strerror or type(error).__name__) from None
 
 
 def check_size(size: int, max_bytes: int) -> None:
