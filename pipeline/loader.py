@@ -77,7 +77,7 @@ class Loader:
         self._device = device
         self._rank = rank
         self._world_size = world_size
-        self._buffers = BufferPool()
+        self._buffers = BufferPool(device)
         self._table: tuple[NDArray[np.uint8], torch.Tensor] | None = None
         self.sampler = sampler
         # Steps are fused in groups that depend on their numbers only, so a resumed epoch makes the same calls.

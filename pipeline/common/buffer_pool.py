@@ -16,14 +16,18 @@ _HUGE_PAGE = 2 << 20
 
 
 class BufferPool:
-    """Arrays and tensors of varying shapes in a few long-lived buffers.
+    """Arrays and tensors of varying shapes in a few long-lived buffers on the CPU.
 
     A new buffer of a megabyte costs more than filling it, because the kernel maps it page by page and zeroes each. A
     buffer is reused only when nothing refers to the array or tensor in it (or to a view), so a batch may be kept as
     long as required.
+
+    Args:
+        device: The device of `empty`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._buffers: list[NDArray[np.uint8]] = []
 
     def array(self, shape: tuple[int, ...], dtype: type = np.uint8) -> NDArray:
@@ -36,8 +40,10 @@ class BufferPool:
             self._buffers = [*self._buffers[1 - _MAX_BUFFERS :], buffer]
         return buffer[:size].view(dtype).reshape(shape)
 
-    def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return an uninitialised float32 tensor on the CPU."""
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Return an uninitialised float32 tensor on the device; on a GPU without the pool, as torch has its own."""
+        if self._device.type == "cuda":
+            return torch.empty(shape, device=self._device)
         return torch.from_numpy(self.array(shape, np.float32))
 
 

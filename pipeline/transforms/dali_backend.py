@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -15,9 +14,8 @@ from nvidia.dali import Pipeline
 from pipeline.common.process_pool import default_workers
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams
 from pipeline.transforms.ops.resize import nearest_nudge
-from pipeline.transforms.raw_ops import RawOps
+from pipeline.transforms.shared_ops import SharedOps
 from pipeline.transforms.spec import TransformSpec, UndecodableImage
-from pipeline.transforms.warp import Warp, fill_to_mean_shifts
 from shards.stores.image_header import decode, read_image_header
 
 _INTERPOLATIONS = {
@@ -33,54 +31,16 @@ _PACK = 32
 _MAX_PIXELS = 1 << 28
 
 
-class DaliTransform:
-    """The `Transform` for raw images of one size. All randomness is in `params`."""
+class _DaliPipeline:
+    """A DALI pipeline from images to upright, resized pixels float32 [..., R, R, C], (x / 255 - fill_value) / std.
+
+    Attributes:
+        max_fused_batch: See `Transform`.
+    """
 
     max_fused_batch = 0
-
-    def __init__(
-        self,
-        spec: TransformSpec,
-        device: torch.device,
-        batch_size: int,
-        augmentation: Augmentation = NO_AUGMENTATION,
-    ) -> None:
-        self._raw_ops = RawOps(spec, augmentation)
-        self._augmentation = DaliAugmentation(spec, augmentation, device, has_packs=True)
-        self._pipeline = _empty_pipeline(device, -(-batch_size // _PACK))
-        with self._pipeline:
-            images = fn.external_source(
-                name="images", batch=True, no_copy=True, layout="FHWC", dtype=types.UINT8, ndim=4
-            )
-            if device.type == "cuda":
-                images = images.gpu()
-            self._pipeline.set_outputs(_model_input(images, spec, batch_size, self._augmentation))
-        self._pipeline.build()
-
-    def __call__(self, images: NDArray[np.uint8], params: AugmentationParams | None = None) -> torch.Tensor:
-        prepared = self._raw_ops(torch.from_numpy(images), params).numpy()
-        count = len(images)
-        packs = -(-count // _PACK)
-        pack = -(-count // packs)
-        inputs = {"images": prepared, **self._augmentation.arguments(params)}
-        (output,) = self._pipeline.run(**{name: _packed(each, packs, pack) for name, each in inputs.items()})
-        resized = torch.from_dlpack(output.as_tensor())  # [packs, pack, R, R, C], no copy
-        return self._augmentation.warp_elastic(resized.flatten(0, 1)[:count].permute(0, 3, 1, 2), params)
-
-
-def _packed(array: NDArray, packs: int, pack: int) -> NDArray:
-    """Reshape [N, ...] to [packs, pack, ...], padded with zeros."""
-    if packs * pack != len(array):
-        padded = np.zeros((packs * pack, *array.shape[1:]), array.dtype)
-        padded[: len(array)] = array
-        array = padded
-    return array.reshape(packs, pack, *array.shape[1:])
-
-
-class DaliEncodedTransform:
-    """The `Transform` for image files of different sizes. Decodes on the device and applies the EXIF orientation."""
-
-    max_fused_batch = 0
+    _layout: str
+    _pack: int  # images of a sample of the pipeline
 
     def __init__(
         self,
@@ -92,154 +52,130 @@ class DaliEncodedTransform:
         self._spec = spec
         self._device = device
         self._batch_size = batch_size
-        self._augmentation = DaliAugmentation(spec, augmentation, device, has_packs=False)
+        self._fill_value = augmentation.fill_value(spec.mean)
+        self._ops = SharedOps(spec, augmentation, device)
         self._pipeline = self._build()
 
-    def __call__(self, images: list[NDArray[np.uint8]], params: AugmentationParams | None = None) -> torch.Tensor:
-        arguments = self._augmentation.arguments(params)
-        outputs = [
-            self._run(images[run], {name: each[run] for name, each in arguments.items()}, run.start)
-            for run in _runs([*map(_pixel_count, range(len(images)), images)])
-        ]
-        resized = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self._augmentation.warp_elastic(resized.permute(0, 3, 1, 2), params)
-
     def _build(self) -> Pipeline:
-        pipeline = _empty_pipeline(self._device, self._batch_size)
+        pipeline = Pipeline(
+            batch_size=-(-self._batch_size // self._pack),
+            num_threads=default_workers(),
+            device_id=self._device.index or 0 if self._device.type == "cuda" else None,
+            # One batch in flight: the loader prefetches.
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
         with pipeline:
-            files = fn.external_source(name="images", batch=True, dtype=types.UINT8, ndim=1)
-            images = fn.decoders.image(
-                files,
-                device="mixed" if self._device.type == "cuda" else "cpu",
-                output_type=types.GRAY if self._spec.image_shape[2] == 1 else types.RGB,
-                jpeg_fancy_upsampling=True,  # on GPUs too, as libjpeg on CPUs
-            )
-            pipeline.set_outputs(_decoded_model_input(images, self._spec, self._batch_size, self._augmentation))
+            pipeline.set_outputs(self._define())
         pipeline.build()
         return pipeline
 
-    def _run(self, images: list[NDArray[np.uint8]], arguments: dict[str, NDArray], start: int) -> torch.Tensor:
-        try:
-            (output,) = self._pipeline.run(images=images, **arguments)
-        except RuntimeError:
-            self._find_undecodable(images, arguments, start)
-            raise
-        return torch.from_dlpack(output.as_tensor())  # [n, R, R, C], no copy
+    def _define(self):
+        """Return the output of the pipeline as a graph of operators."""
+        raise NotImplementedError
 
-    def _find_undecodable(self, images: list[NDArray[np.uint8]], arguments: dict[str, NDArray], start: int) -> None:
-        """Raise `UndecodableImage` for the first image that fails when decoded alone."""
-        self._pipeline = self._build()  # a pipeline is unusable after an error
-        for position, image in enumerate(images):
-            try:
-                self._pipeline.run(images=[image], **{name: each[position, None] for name, each in arguments.items()})
-            except RuntimeError as error:
-                raise UndecodableImage(
-                    start + position, _describe_defect(image, self._spec.image_shape[2], error)
-                ) from None
-
-
-class DaliAugmentation:
-    """The operators of an augmentation in a DALI pipeline, and their arguments for a batch.
-
-    Args:
-        spec: Specification of the transform.
-        augmentation: Augmentation of training images.
-        device: Device of the pipeline.
-        has_packs: Whether a sample of the pipeline is a pack of images, each with its own arguments.
-    """
-
-    def __init__(
-        self, spec: TransformSpec, augmentation: Augmentation, device: torch.device, *, has_packs: bool
-    ) -> None:
-        self._spec = spec
-        self._augmentation = augmentation
-        self._has_packs = has_packs
-        self._on_gpu = device.type == "cuda"
-        self._layout = "FHWC" if has_packs else "HWC"
-        self.can_warp_raw = augmentation.has_warp and spec.can_warp_raw
-        # DALI cannot displace single pixels on CPUs. Its output becomes a torch tensor without a copy.
-        self._warp = Warp(augmentation, spec, device) if augmentation.elastic else None
-
-    def arguments(self, params: AugmentationParams | None) -> dict[str, NDArray[np.float32]]:
-        """Return the inputs of the pipeline besides the images, each [B, ...]."""
-        augmentation = self._augmentation
-        assert (params is not None) == bool(augmentation)
-        arguments = {}
-        if params is not None and augmentation.has_color_jitter:
-            channels = self._spec.image_shape[2]
-            colours = augmentation.color_matrices(params, channels).swapaxes(1, 2)  # [B, C + 1, C]
-            colours[:, channels] *= 255
-            arguments["colours"] = np.ascontiguousarray(colours[:, None, None], np.float32)
-        if params is not None and augmentation.has_warp and not self._warp:
-            arguments["matrices"] = self._in_pixels(self._matrices(params)).astype(np.float32)
-        return arguments
-
-    def color_jitter(self, images):
-        """Apply the affine map of each image's colours."""
-        if not self._augmentation.has_color_jitter:
-            return images
-        pixel_axes = (slice(None),) * (3 if self._has_packs else 2)
-        colours = fn.external_source(name="colours", batch=True, dtype=types.FLOAT, ndim=len(pixel_axes) + 2)
-        if self._on_gpu:
-            colours = colours.gpu()
-        pixels = fn.cast(images, dtype=types.FLOAT)
-        channels = self._spec.image_shape[2]
-        recolored = colours[(*pixel_axes, channels)]
-        for channel in range(channels):
-            recolored = recolored + pixels[(*pixel_axes, slice(channel, channel + 1))] * colours[(*pixel_axes, channel)]
-        return fn.reshape(recolored, layout=self._layout)
-
-    def normalize(self, images):
-        """Return (x / 255 - fill_value) / std."""
+    def _normalize(self, images):
         return fn.crop_mirror_normalize(
             images,
             dtype=types.FLOAT,
             output_layout=self._layout,
-            mean=[255 * level for level in self._augmentation.fill_value(self._spec.mean)],
+            mean=[255 * level for level in self._fill_value],
             std=[255 * std for std in self._spec.std],
         )
 
-    def warp_affine(self, images):
-        """Apply the affine warp to normalized images; with elastic distortion, `warp_elastic` applies it."""
-        augmentation = self._augmentation
-        if not augmentation.has_warp or self._warp:
-            return images
-        matrices = fn.external_source(name="matrices", batch=True, dtype=types.FLOAT, ndim=3 if self._has_packs else 2)
-        fill: dict[str, Any] = {} if augmentation.fill == "border" else {"fill_value": 0}
-        images = fn.warp_affine(
-            images,
-            matrix=fn.per_frame(matrices) if self._has_packs else matrices,
-            size=[self._spec.resolution] * 2,
-            interp_type=types.INTERP_LINEAR,
-            inverse_map=True,
-            dtype=types.FLOAT,
-            **fill,
-        )
-        shifts = fill_to_mean_shifts(augmentation, self._spec)
-        if not shifts:
-            return images
-        mean = [-shift for shift in shifts]
-        return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=self._layout, mean=mean, std=1)
-
-    def warp_elastic(self, images: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
-        """Apply the elastic distortion and the affine warp to the pipeline's output, float32 [B, C, H, W]."""
-        if self._warp is None or params is None:
-            return images
-        return self._warp(images, self._matrices(params), params)
-
-    def _matrices(self, params: AugmentationParams) -> NDArray[np.float64]:
-        spec = self._spec
-        return self._augmentation.affine_matrices(params, (spec.resolution,) * 2 if spec.encoded else spec.upright_size)
-
-    def _in_pixels(self, matrices: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Convert to DALI's convention: pixels of the output to pixels of the input, with centres at one half."""
+    def _resize(self, images, height, width):
         resolution = self._spec.resolution
-        height, width = self._spec.upright_size if self.can_warp_raw else (resolution, resolution)
-        half = np.array([width, height])[None, :, None] / 2
-        matrices = matrices * half
-        matrices[:, :, 2] += half[:, :, 0] - matrices[:, :, :2].sum(axis=2)
-        matrices[:, :, :2] *= 2 / resolution
-        return matrices
+        region = {}
+        if self._spec.interpolation == "nearest":
+            nudge = nearest_nudge(resolution)
+            region = {"roi_start": [nudge, nudge], "roi_end": fn.stack(height + nudge, width + nudge)}
+        return fn.resize(
+            images,
+            size=[resolution, resolution],
+            interp_type=_INTERPOLATIONS[self._spec.interpolation],
+            dtype=types.FLOAT,
+            minibatch_size=self._batch_size,
+            **region,
+        )
+
+    def _augment(self, pixels: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
+        """Return model input [B, C, R, R] from the pipeline's output [B, R, R, C]."""
+        return self._ops.move(self._ops.change_colors(pixels.permute(0, 3, 1, 2), params), params)
+
+
+class DaliTransform(_DaliPipeline):
+    """The `Transform` for raw images of one size."""
+
+    _layout = "FHWC"
+    _pack = _PACK
+
+    def __call__(self, images: NDArray[np.uint8], params: AugmentationParams | None = None) -> torch.Tensor:
+        prepared = self._ops.change_raw(torch.from_numpy(images), params).numpy()
+        count = len(images)
+        packs = -(-count // _PACK)
+        pack = -(-count // packs)
+        if packs * pack != count:
+            prepared = np.concatenate([prepared, np.zeros((packs * pack - count, *images.shape[1:]), np.uint8)])
+        (output,) = self._pipeline.run(images=prepared.reshape(packs, pack, *images.shape[1:]))
+        pixels = torch.from_dlpack(output.as_tensor())  # [packs, pack, R, R, C], no copy
+        return self._augment(pixels.flatten(0, 1)[:count], params)
+
+    def _define(self):
+        spec = self._spec
+        images = fn.external_source(
+            name="images", batch=True, no_copy=True, layout=self._layout, dtype=types.UINT8, ndim=4
+        )
+        if self._device.type == "cuda":
+            images = images.gpu()
+        if spec.transposed:
+            images = fn.transpose(images, perm=[0, 2, 1, 3], transpose_layout=False)
+        if not self._ops.resizes:
+            return self._normalize(images)
+        if spec.upsamples:
+            return self._resize(self._normalize(images), *spec.upright_size)
+        return self._normalize(self._resize(images, *spec.upright_size))
+
+
+class DaliEncodedTransform(_DaliPipeline):
+    """The `Transform` for image files of different sizes. Decodes on the device and applies the EXIF orientation."""
+
+    _layout = "HWC"
+    _pack = 1
+
+    def __call__(self, images: list[NDArray[np.uint8]], params: AugmentationParams | None = None) -> torch.Tensor:
+        runs = _runs([*map(_pixel_count, range(len(images)), images)])
+        outputs = [self._run(images[run], run.start) for run in runs]
+        return self._augment(outputs[0] if len(outputs) == 1 else torch.cat(outputs), params)
+
+    def _define(self):
+        files = fn.external_source(name="images", batch=True, dtype=types.UINT8, ndim=1)
+        images = fn.decoders.image(
+            files,
+            device="mixed" if self._device.type == "cuda" else "cpu",
+            output_type=types.GRAY if self._spec.image_shape[2] == 1 else types.RGB,
+            jpeg_fancy_upsampling=True,  # on GPUs too, as libjpeg on CPUs
+        )
+        if self._spec.transposed:
+            images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
+        size = images.shape(dtype=types.FLOAT)
+        return self._normalize(self._resize(images, size[0], size[1]))
+
+    def _run(self, images: list[NDArray[np.uint8]], start: int) -> torch.Tensor:
+        try:
+            (output,) = self._pipeline.run(images=images)
+        except RuntimeError:
+            self._find_undecodable(images, start)
+            raise
+        return torch.from_dlpack(output.as_tensor())  # [n, R, R, C], no copy
+
+    def _find_undecodable(self, images: list[NDArray[np.uint8]], start: int) -> None:
+        """Raise `UndecodableImage` for the first image that fails when decoded alone."""
+        self._pipeline = self._build()  # a pipeline is unusable after an error
+        for position, image in enumerate(images, start):
+            try:
+                self._pipeline.run(images=[image])
+            except RuntimeError as error:
+                raise UndecodableImage(position, _describe_defect(image, self._spec.image_shape[2], error)) from None
 
 
 def _pixel_count(position: int, image: NDArray[np.uint8]) -> int:
@@ -269,58 +205,3 @@ def _describe_defect(image: NDArray[np.uint8], channels: int, error: RuntimeErro
         return str(reason)
     lines = [line for line in str(error).splitlines() if line and "pipeline" not in line]
     return f"DALI cannot decode the image: {lines[-1] if lines else 'no reason reported'}"
-
-
-def _empty_pipeline(device: torch.device, batch_size: int) -> Pipeline:
-    return Pipeline(
-        batch_size=batch_size,
-        num_threads=default_workers(),
-        device_id=device.index or 0 if device.type == "cuda" else None,
-        # One batch in flight: the loader prefetches.
-        prefetch_queue_depth=1,
-        exec_dynamic=True,
-    )
-
-
-def _model_input(images, spec: TransformSpec, batch_size: int, augmentation: DaliAugmentation):
-    """Build the transform of packs: raw uint8 [F, H, W, C] to normalized float32 [F, R, R, C]."""
-    height, width = spec.upright_size
-    if spec.transposed:
-        images = fn.transpose(images, perm=[0, 2, 1, 3], transpose_layout=False)
-    images = augmentation.color_jitter(images)
-    region = {}
-    if spec.interpolation == "nearest":
-        nudge = nearest_nudge(spec.resolution)
-        region = {"roi_start": [nudge, nudge], "roi_end": [height + nudge, width + nudge]}
-    if not spec.needs_resize or augmentation.can_warp_raw:
-        images = augmentation.normalize(images)
-    elif spec.upsamples:
-        images = _resize(augmentation.normalize(images), spec, batch_size, region)
-    else:
-        images = augmentation.normalize(_resize(images, spec, batch_size, region))
-    return augmentation.warp_affine(images)
-
-
-def _decoded_model_input(images, spec: TransformSpec, batch_size: int, augmentation: DaliAugmentation):
-    """Build the transform of decoded images uint8 [H, W, C] of different sizes to normalized float32 [R, R, C]."""
-    if spec.transposed:
-        images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
-    region = {}
-    if spec.interpolation == "nearest":
-        nudge = nearest_nudge(spec.resolution)
-        region = {"roi_start": [nudge, nudge], "roi_end": images.shape(dtype=types.FLOAT)[:2] + nudge}
-    # The colour map commutes with the resize; after it there are fewer pixels.
-    resized = augmentation.color_jitter(_resize(images, spec, batch_size, region))
-    return augmentation.warp_affine(augmentation.normalize(resized))
-
-
-def _resize(images, spec: TransformSpec, batch_size: int, region: dict[str, Any]):
-    """Build the resize. region: arguments of the region of each image that is resized; empty for the whole image."""
-    return fn.resize(
-        images,
-        size=[spec.resolution, spec.resolution],
-        interp_type=_INTERPOLATIONS[spec.interpolation],
-        dtype=types.FLOAT,
-        minibatch_size=batch_size,
-        **region,
-    )

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from pipeline.common.buffer_pool import BufferPool
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams
 from pipeline.transforms.ops.resize import resize_weights
-from pipeline.transforms.raw_ops import RawOps
+from pipeline.transforms.shared_ops import SharedOps
 from pipeline.transforms.spec import TransformSpec
-from pipeline.transforms.warp import Warp
 from shards.errors import UserError
 
 _MAX_FUSED_BYTES = 8 << 20  # of model input; for larger batches the overhead of a call is negligible
@@ -32,13 +31,9 @@ class TorchTransform:
         height, width = spec.upright_size
         self.max_fused_batch = _MAX_FUSED_BYTES // (4 * spec.image_shape[2] * spec.resolution**2)
         self._device = device
-        self._buffers = BufferPool()
+        self._buffers = BufferPool(device)
         self._transposed = spec.transposed
-        self._raw_ops = RawOps(spec, augmentation)
-        self._augmentation = augmentation
-        self._shape = height, width
-        self._warp = Warp(augmentation, spec, device) if augmentation.has_warp else None
-        self._resizes = spec.needs_resize and not (self._warp and spec.can_warp_raw)
+        self._ops = SharedOps(spec, augmentation, device)
         rows = resize_weights(height, spec.resolution, spec.interpolation)  # [R, H]
         columns = resize_weights(width, spec.resolution, spec.interpolation)  # [R, W]
         first, second = (rows, columns) if spec.transposed else (columns, rows)  # in the order of the products
@@ -51,34 +46,30 @@ class TorchTransform:
         self._shifts_and_scales = list(zip(shifts, (1 / (255 * std)).tolist(), strict=True))
 
     def __call__(self, images: NDArray[np.uint8], params: AugmentationParams | None = None) -> torch.Tensor:
-        assert (params is not None) == bool(self._augmentation)
         raw = torch.from_numpy(images)
         if self._device.type == "cuda":
             raw = raw.pin_memory().to(self._device, non_blocking=True)
-        raw = self._raw_ops(raw, params)
-        pixels = self._as_floats(raw.permute(0, 3, 1, 2) if self._resizes else self._upright(raw))
-        if params is not None and self._augmentation.has_color_jitter:
-            pixels = apply_color_matrices(pixels, self._augmentation.color_matrices(params, pixels.shape[1]))
+        raw = self._ops.change_raw(raw, params)
+        pixels = self._as_floats(raw.permute(0, 3, 1, 2) if self._ops.resizes else self._upright(raw))
         for channel, (shift, scale) in enumerate(self._shifts_and_scales):
             plane = pixels[:, channel]
             torch.add(shift, plane, alpha=scale, out=plane)  # one pass over the memory
-        if self._resizes:
-            pixels = self._resized(pixels)
-        if params is not None and self._warp:
-            pixels = self._warp(pixels, self._augmentation.affine_matrices(params, self._shape), params)
-        return pixels
+        pixels = self._ops.change_colors(pixels, params)
+        return self._ops.move(self._resized(pixels) if self._ops.resizes else pixels, params)
 
     def _resized(self, pixels: torch.Tensor) -> torch.Tensor:
         """Resize images [B, C, H, W] as stored to upright [B, C, R, R]."""
         batch, channels, height, _ = pixels.shape
         resolution = self._first.shape[1]
         # One large product for all images, then one for each channel of each image.
-        half = torch.matmul(pixels, self._first, out=self._empty(batch, channels, height, resolution)).flatten(0, 1)
+        half = torch.matmul(pixels, self._first, out=self._buffers.empty(batch, channels, height, resolution)).flatten(
+            0, 1
+        )
         factor = self._second.expand(batch * channels, *self._second.shape)
         # For transposed images the second product uses the transpose of the first result, which is cheaper than a copy
         # of the pixels.
         factors = (half.mT, factor) if self._transposed else (factor, half)
-        resized = self._empty(batch, channels, resolution, resolution)
+        resized = self._buffers.empty(batch, channels, resolution, resolution)
         torch.bmm(*factors, out=resized.flatten(0, 1))
         return resized
 
@@ -99,22 +90,4 @@ class TorchTransform:
         if not images.is_contiguous() and images.device.type == "cpu":
             # Reordering bytes is cheaper than reordering floats.
             images = torch.from_numpy(self._buffers.array(tuple(images.shape))).copy_(images)
-        return self._empty(*images.shape).copy_(images)
-
-    def _empty(self, *shape: int) -> torch.Tensor:
-        if self._device.type == "cuda":
-            return torch.empty(shape, device=self._device)  # torch caches GPU memory itself
-        return self._buffers.tensor(shape)
-
-
-def apply_color_matrices(pixels: torch.Tensor, matrices: NDArray[np.float64]) -> torch.Tensor:
-    """Apply an affine map to the channels of each image, without clipping.
-
-    Args:
-        pixels: float32 [B, C, H, W], 0 .. 255.
-        matrices: float64 [B, C, C + 1], as returned by `Augmentation.color_matrices`.
-    """
-    batch, channels, height, width = pixels.shape
-    maps = torch.from_numpy(matrices).float().to(pixels.device)
-    flat = torch.baddbmm(255 * maps[:, :, channels:], maps[:, :, :channels], pixels.view(batch, channels, -1))
-    return flat.view(batch, channels, height, width)
+        return self._buffers.empty(*images.shape).copy_(images)

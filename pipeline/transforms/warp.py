@@ -26,10 +26,14 @@ class Warp:
 
     def __init__(self, augmentation: Augmentation, spec: TransformSpec, device: torch.device) -> None:
         resolution = spec.resolution
+        self._augmentation = augmentation
+        self._input_shape = (resolution, resolution) if spec.encoded else spec.upright_size
         self._device = device
-        self._shifts = fill_to_mean_shifts(augmentation, spec)
+        # From (x / 255 - fill_value) / std to (x / 255 - mean) / std.
+        fill_value = augmentation.fill_value(spec.mean)
+        self._shifts = [(level - mean) / std for level, mean, std in zip(fill_value, spec.mean, spec.std, strict=True)]
         self._padding = "border" if augmentation.fill == "border" else "zeros"
-        self._buffers = BufferPool()
+        self._buffers = BufferPool(device)
         coordinates = (np.arange(resolution, dtype=np.float64) + 0.5) * (2 / resolution) - 1
         functions = [coordinates[:, None], np.ones((resolution, 1))]
         self._amplitude = 2 * augmentation.elastic
@@ -38,21 +42,20 @@ class Warp:
         self._rows = torch.from_numpy(np.concatenate(functions, axis=1)).float().to(device)
         self._columns = self._rows.T.contiguous()
 
-    def __call__(self, pixels: torch.Tensor, matrices: NDArray[np.float64], params: AugmentationParams) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor, params: AugmentationParams) -> torch.Tensor:
         """Move the pixels of a batch, with linear interpolation.
 
         Args:
             pixels: float32 [B, C, H, W] on the device, (x / 255 - fill_value) / std.
-            matrices: float64 [B, 2, 3] of `Augmentation.matrices`.
             params: Augmentation parameters of the batch; their noise drives the elastic distortion.
 
         Returns:
             Normalised images, float32 [B, C, R, R].
         """
-        coefficients = torch.from_numpy(self._coefficients(matrices, params)).to(self._device, non_blocking=True)
+        coefficients = torch.from_numpy(self._coefficients(params)).to(self._device, non_blocking=True)
         resolution = len(self._rows)
         batch, channels = pixels.shape[:2]
-        output = self._empty(batch, channels, resolution, resolution)
+        output = self._buffers.empty(batch, channels, resolution, resolution)
         step = max(1, _CHUNK_PIXELS * torch.get_num_threads() // resolution**2) if self._device.type == "cpu" else batch
         for first in range(0, batch, step):
             chunk = slice(first, first + step)
@@ -64,11 +67,13 @@ class Warp:
                 align_corners=False,
             )
         for channel, shift in enumerate(self._shifts):
-            output[:, channel] += shift
+            if shift:
+                output[:, channel] += shift
         return output
 
-    def _coefficients(self, matrices: NDArray[np.float64], params: AugmentationParams) -> NDArray[np.float32]:
+    def _coefficients(self, params: AugmentationParams) -> NDArray[np.float32]:
         """Coefficients of the functions of row and column, float32 [B, 2, K + 2, K + 2]."""
+        matrices = self._augmentation.affine_matrices(params, self._input_shape)
         functions = self._rows.shape[1]
         coefficients = np.zeros((len(matrices), 2, functions, functions), np.float32)
         if params.noise is not None:
@@ -83,20 +88,8 @@ class Warp:
         batch, _, functions, _ = coefficients.shape
         resolution = len(self._rows)
         # The first product is one large product for all images.
-        wide = torch.matmul(coefficients, self._columns, out=self._empty(batch, 2, functions, resolution))
-        return torch.matmul(self._rows, wide, out=self._empty(batch, 2, resolution, resolution))
-
-    def _empty(self, *shape: int) -> torch.Tensor:
-        if self._device.type == "cuda":
-            return torch.empty(shape, device=self._device)
-        return self._buffers.tensor(shape)
-
-
-def fill_to_mean_shifts(augmentation: Augmentation, spec: TransformSpec) -> list[float]:
-    """Return the offset of each channel from (x / 255 - fill_value) / std to (x / 255 - mean) / std; empty if all 0."""
-    fill_value = augmentation.fill_value(spec.mean)
-    shifts = [(level - mean) / std for level, mean, std in zip(fill_value, spec.mean, spec.std, strict=True)]
-    return shifts if any(shifts) else []
+        wide = torch.matmul(coefficients, self._columns, out=self._buffers.empty(batch, 2, functions, resolution))
+        return torch.matmul(self._rows, wide, out=self._buffers.empty(batch, 2, resolution, resolution))
 
 
 def gaussian_weights(coordinates: NDArray[np.float64], grid_size: int, sigma: float) -> NDArray[np.float64]:
