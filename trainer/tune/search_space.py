@@ -7,9 +7,8 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from shards.errors import UserError
@@ -24,18 +23,25 @@ _OBJECTIVE = {"data.val_fraction", "trainer.monitor", "data.train_fraction", "se
 _SET_BY_SEARCH = {"data.train_fraction": "train_fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
 
 
-class _Range(BaseConfig):
+class Range(BaseConfig):
+    """A range of numbers."""
+
+    type: Literal["float", "int"]
+    """A number from a range, or a whole number."""
+    low: int | float
+    """Smallest value."""
+    high: int | float
+    """Largest value."""
+    step: Annotated[int | float, Field(gt=0)] | None = None
+    """Distance of the values; null for any number, or any whole number."""
     log: bool = False
     """Sample from the logarithmic domain."""
 
-    if TYPE_CHECKING:  # subclasses have these fields, as float or int
-        low: float
-        high: float
-        step: float | None
-
     @model_validator(mode="after")
-    def _check_bounds(self) -> _Range:
+    def _check_bounds(self) -> Range:
         low, high, step = self.low, self.high, self.step
+        if self.type == "int" and not all(isinstance(value, int) for value in (low, high, step or 1)):
+            raise ValueError("whole numbers with type: int")
         if low >= high:
             raise ValueError(f"low below high, not {low} and {high}")
         if self.log and low <= 0:
@@ -50,42 +56,11 @@ class _Range(BaseConfig):
     def contains(self, value: Any) -> bool:
         return self.low <= float(value) <= self.high
 
-    def encode(self, value: Any) -> Any:
-        """The value as Optuna stores it."""
-        return value
-
-
-class FloatRange(_Range):
-    """A range of numbers."""
-
-    type: Literal["float"]
-    """A number from a range."""
-    low: float
-    """Smallest value."""
-    high: float
-    """Largest value."""
-    step: Annotated[float, Field(gt=0)] | None = None
-    """Distance of the values; null for any."""
-
     def suggest(self, trial: Any, name: str) -> float:
+        if self.type == "int":
+            return trial.suggest_int(name, self.low, self.high, step=self.step or 1, log=self.log)
         value = trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
         return min(max(float(f"{value:.6g}"), self.low), self.high)  # as many digits as a person writes into a recipe
-
-
-class IntRange(_Range):
-    """A range of integers."""
-
-    type: Literal["int"]
-    """A whole number from a range."""
-    low: int
-    """Smallest value."""
-    high: int
-    """Largest value."""
-    step: Annotated[int, Field(ge=1)] | None = None
-    """Distance of the values; null for 1."""
-
-    def suggest(self, trial: Any, name: str) -> int:
-        return trial.suggest_int(name, self.low, self.high, step=self.step or 1, log=self.log)
 
 
 class Categorical(BaseConfig):
@@ -103,15 +78,10 @@ class Categorical(BaseConfig):
         return value in self.choices
 
     def suggest(self, trial: Any, name: str) -> Any:
-        labels = [self.encode(choice) for choice in self.choices]
-        return self.choices[labels.index(trial.suggest_categorical(name, labels))]
-
-    def encode(self, value: Any) -> Any:
-        """A choice as Optuna stores it: scalars as they are, lists and mappings as JSON."""
-        return value if value is None or isinstance(value, str | int | float | bool) else json.dumps(value)
+        return trial.suggest_categorical(name, self.choices)
 
 
-Distribution = Annotated[FloatRange | IntRange | Categorical, Field(discriminator="type")]
+Distribution = Annotated[Range | Categorical, Field(discriminator="type")]
 
 
 class Conditional(BaseConfig):
@@ -125,7 +95,7 @@ class Conditional(BaseConfig):
     """A range or choices for each choice of it."""
 
 
-Dimension = Annotated[FloatRange | IntRange | Categorical | Conditional, Field(discriminator="type")]
+Dimension = Annotated[Range | Categorical | Conditional, Field(discriminator="type")]
 
 
 class Sampler(BaseConfig):
@@ -195,7 +165,7 @@ class SearchConfig(BaseConfig):
         """Keys that must not change when a study is resumed, flat and by name."""
         return dict(flatten(json.loads(self.model_dump_json(exclude={"dir", "budget", "recipe"}))))
 
-    def applicable(self, values: dict[str, Any]) -> Iterator[tuple[str, str, FloatRange | IntRange | Categorical]]:
+    def applicable(self, values: dict[str, Any]) -> Iterator[tuple[str, str, Range | Categorical]]:
         """Iterate over the settings that apply, those without a condition first.
 
         Args:
@@ -204,16 +174,15 @@ class SearchConfig(BaseConfig):
         Yields:
             Setting, name of its Optuna parameter (one for each case of a condition), and distribution.
         """
-        for name, dimension in self.space.items():
+        for name, dimension in sorted(self.space.items(), key=lambda item: isinstance(item[1], Conditional)):
             if not isinstance(dimension, Conditional):
                 yield name, name, dimension
-        for name, dimension in self.space.items():
-            if isinstance(dimension, Conditional):
-                for case, distribution in dimension.cases.items():
-                    if values.get(dimension.of) == case:
-                        yield name, f"{name} with {dimension.of}={case}", distribution
+                continue
+            for case, distribution in dimension.cases.items():
+                if values.get(dimension.of) == case:
+                    yield name, f"{name} with {dimension.of}={case}", distribution
 
-    def distributions(self, name: str) -> list[FloatRange | IntRange | Categorical]:
+    def distributions(self, name: str) -> list[Range | Categorical]:
         """The distribution of a setting, or those of all its cases."""
         dimension = self.space[name]
         return list(dimension.cases.values()) if isinstance(dimension, Conditional) else [dimension]
@@ -339,7 +308,7 @@ def _validate(content: dict[str, Any], source: str) -> SearchConfig:
         if first["type"] == "extra_forbidden":
             found, expected = f"unknown key {name} in {source}", "one of the keys in python -m trainer.tune --help"
             settings = [setting for setting in config.SETTINGS if setting.split(".")[0] == name]
-            models = (SearchConfig, Sampler, Pruner, Budget, FloatRange, Categorical, Conditional)
+            models = (SearchConfig, Sampler, Pruner, Budget, Range, Categorical, Conditional)
             keys = [key for model in models for key in model.model_fields]
             hint = f"for all trials: settings.{settings[0]}=..." if settings else _did_you_mean(loc[-1], keys)
         elif first["type"] in ("missing", "union_tag_not_found"):
@@ -351,21 +320,3 @@ def _validate(content: dict[str, Any], source: str) -> SearchConfig:
 def _did_you_mean(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "remove it"
-
-
-def best_recipe(search: SearchConfig, base: Config, values: dict[str, Any], name: str, head: list[str]) -> str:
-    """Format a complete recipe with the best values, as YAML.
-
-    Args:
-        search: The search.
-        base: The recipe with the settings of all trials.
-        values: Values of the best trial, by setting.
-        name: The recipe's `run.name`.
-        head: Comment lines for the top of the file.
-    """
-    own: dict[str, Any] = {"run.name": name}
-    if "data.val_fraction" in search.settings:
-        own["data.val_fraction"] = config.load(search.recipe, []).data.val_fraction
-    content = config.replace_settings(base, values | own, "the best trial").model_dump(mode="json", exclude_unset=True)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return "".join(f"# {line}".rstrip() + "\n" for line in head) + text

@@ -23,7 +23,7 @@ from pipeline.readers.naming import natural_key
 from shards.atomic import file_lock, make_directory
 from shards.errors import UserError
 from trainer.config.schema import Config
-from trainer.tune.search_space import Categorical, SearchConfig
+from trainer.tune.search_space import Range, SearchConfig
 
 try:
     import optuna
@@ -38,6 +38,7 @@ except ImportError:
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 warnings.filterwarnings("ignore", message="The reported value is ignored")  # of an epoch that was reported before
+warnings.filterwarnings("ignore", message="Choices for a categorical distribution")  # lists, which the journal can hold
 
 State = optuna.trial.TrialState
 _MAX_STARTS = 3  # of a trial whose process dies
@@ -198,7 +199,7 @@ class SharedStudy:
             self._study.set_user_attr("content", content)
             for values in self._search.initial_trials:
                 applicable = self._search.applicable(values)
-                self._study.enqueue_trial({key: each.encode(values[name]) for name, key, each in applicable})
+                self._study.enqueue_trial({parameter: values[name] for name, parameter, _ in applicable})
             return
         for part in content:
             for name in {**known[part], **content[part]}:
@@ -258,15 +259,24 @@ def flat_study(results: list[TrialResult], search: SearchConfig, base: Config) -
     apply gets the recipe's value.
     """
     recipe = base.recipe()
-    rows = [{name: result.values.get(name, recipe[name]) for name in search.space} for result in results]
-    distributions = {name: _distribution(search, name, [row[name] for row in rows]) for name in search.space}
+    columns = {name: [result.values.get(name, recipe[name]) for result in results] for name in search.space}
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {}
+    for name, column in columns.items():
+        ranges = [each for each in search.distributions(name) if isinstance(each, Range)]
+        if len(ranges) == len(search.distributions(name)) and None not in column:
+            log = all(each.log for each in ranges) and min(column) > 0
+            distributions[name] = optuna.distributions.FloatDistribution(min(column), max(column), log=log)
+        else:
+            columns[name] = labels = ["null" if value is None else str(value) for value in column]
+            choices = sorted(set(labels), key=natural_key)
+            distributions[name] = optuna.distributions.CategoricalDistribution(choices)
     study = optuna.create_study(direction="maximize")
-    for result, row in zip(results, rows, strict=True):
+    for number, result in enumerate(results):
         study.add_trial(
             optuna.trial.create_trial(
                 state=State.COMPLETE if result.mean is not None else State.PRUNED,
                 value=result.mean,
-                params={name: _param(value, distributions[name]) for name, value in row.items()},
+                params={name: column[number] for name, column in columns.items()},
                 distributions=distributions,
                 intermediate_values=dict(result.curve),
             )
@@ -274,43 +284,10 @@ def flat_study(results: list[TrialResult], search: SearchConfig, base: Config) -
     return study
 
 
-def _distribution(search: SearchConfig, name: str, column: list[Any]) -> optuna.distributions.BaseDistribution:
-    ranges = [each for each in search.distributions(name) if not isinstance(each, Categorical)]
-    if len(ranges) < len(search.distributions(name)) or any(value is None for value in column):
-        labels = sorted({_label(value) for value in column}, key=natural_key)
-        return optuna.distributions.CategoricalDistribution(labels)
-    log = all(each.log for each in ranges) and min(column) > 0
-    return optuna.distributions.FloatDistribution(float(min(column)), float(max(column)), log=log)
-
-
-def _param(value: Any, distribution: optuna.distributions.BaseDistribution) -> Any:
-    return _label(value) if isinstance(distribution, optuna.distributions.CategoricalDistribution) else value
-
-
-def _label(value: Any) -> str:
-    return "null" if value is None else str(value)
-
-
 def can_rank(study: optuna.Study) -> bool:
     """Whether there are at least 4 complete trials, whose results differ."""
     values = [trial.value for trial in study.get_trials(deepcopy=False, states=(State.COMPLETE,))]
     return len(values) >= 4 and len(set(values)) >= 2
-
-
-def importances(study: optuna.Study) -> dict[str, float]:
-    """Estimate the importance of each searched setting for the objective by functional ANOVA.
-
-    Source: Hutter et al. 2014, https://proceedings.mlr.press/v32/hutter14.html.
-
-    Args:
-        study: As `flat_study` returns it.
-
-    Returns:
-        Fractions that add up to 1, the largest first; empty for fewer than 4 complete trials or equal results.
-    """
-    if not can_rank(study):
-        return {}
-    return optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
 
 
 def _sampler(search: SearchConfig, number: int) -> optuna.samplers.BaseSampler:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import io
 import re
 import time
+from collections import Counter
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import yaml
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 
 from shards.atomic import write_file
+from trainer.config import load as config
 from trainer.config.schema import Config
 from trainer.report.html import render
-from trainer.tune.search_space import SearchConfig, best_recipe
+from trainer.tune.search_space import SearchConfig
 from trainer.tune.study import SharedStudy, TrialResult, can_rank, flat_study, optuna
 
 PAGE = "study.html"
@@ -28,7 +31,7 @@ _METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1"}
 
 
 def write(study: SharedStudy, search: SearchConfig, base: Config, min_age: float = 0) -> None:
-    """Write the page into the study's directory.
+    """Write the page into the study's directory and, once a trial is complete, the recipe of the best one.
 
     Args:
         study: The study.
@@ -36,11 +39,11 @@ def write(study: SharedStudy, search: SearchConfig, base: Config, min_age: float
         base: The recipe with the settings of all trials.
         min_age: Keep an existing page that is younger, in seconds.
     """
-    path = study.directory / PAGE
+    path, results = study.directory / PAGE, study.results()
+    if recipe := _best_recipe(results, search, base):
+        write_file(study.directory / BEST, recipe)
     if path.exists() and time.time() - path.stat().st_mtime < min_age:
         return
-    results = study.results()
-    states = [result.state for result in results]
     page = render(
         "study_page.html.j2",
         Path(__file__).parent,
@@ -52,20 +55,14 @@ def write(study: SharedStudy, search: SearchConfig, base: Config, min_age: float
         metric=_METRICS[base.trainer.monitor],
         results=results,
         ranked=ranking(results),
-        counts=", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
+        counts=_counts(results),
         seconds=sum(result.seconds for result in results),
         charts=_charts(flat_study(results, search, base), _METRICS[base.trainer.monitor]),
         shown_trials=_SHOWN,
         seeds=_seeds(search),
-        recipe=_best(results, search, base),
+        recipe=recipe,
     )
     write_file(path, page)
-
-
-def write_best(study: SharedStudy, search: SearchConfig, base: Config) -> None:
-    """Write the recipe of the best trial, once a trial is complete."""
-    if recipe := _best(study.results(), search, base):
-        write_file(study.directory / BEST, recipe)
 
 
 def ranking(results: list[TrialResult]) -> list[TrialResult]:
@@ -82,9 +79,7 @@ def format_result(result: TrialResult) -> str:
 
 def format_table(results: list[TrialResult], rows: int = 5) -> str:
     """The number of trials by state, and the best trials as lines."""
-    states = [result.state for result in results]
-    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
-    lines = [f"trials      {', '.join(counts) or 'none'}"]
+    lines = [f"trials      {_counts(results) or 'none'}"]
     for result in ranking(results)[:rows]:
         lines.append(f"{format_score(result):<20}  trial {result.number}: {format_values(result.values)}")
     return "\n".join(lines)
@@ -106,20 +101,28 @@ def format_score(result: TrialResult) -> str:
     return f"{result.mean:.2%}" + (f" ± {result.std:.2%}" if result.std is not None else "")
 
 
-def _best(results: list[TrialResult], search: SearchConfig, base: Config) -> str | None:
+def _counts(results: list[TrialResult]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in Counter(result.state for result in results).items())
+
+
+def _best_recipe(results: list[TrialResult], search: SearchConfig, base: Config) -> str | None:
+    """Format a complete recipe with the values of the best trial, as YAML; None if no trial is complete."""
     ranked = ranking(results)
     if not ranked:
         return None
     assert search.dir is not None
-    head = [
-        f"Best of {len(results)} trials of a search around {search.recipe}: trial {ranked[0].number}, "
-        f"{_METRICS[base.trainer.monitor]}",
-        f"{format_score(ranked[0])} on the validation split, {_seeds(search)},",
-        f"trained on {search.train_fraction:.2%} of the train split.",
-        "",
-        f"  python -m trainer.run {search.dir / BEST}",
-    ]
-    return best_recipe(search, base, ranked[0].values, f"{search.dir.name}_best", head)
+    own: dict[str, Any] = {"run.name": f"{search.dir.name}_best"}
+    if "data.val_fraction" in search.settings:
+        own["data.val_fraction"] = config.load(search.recipe, []).data.val_fraction
+    best = config.replace_settings(base, ranked[0].values | own, "the best trial")
+    settings = yaml.safe_dump(best.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    return (
+        f"# Best of {len(results)} trials of a search around {search.recipe}: trial {ranked[0].number}, "
+        f"{_METRICS[base.trainer.monitor]}\n"
+        f"# {format_score(ranked[0])} on the validation split, {_seeds(search)},\n"
+        f"# trained on {search.train_fraction:.2%} of the train split.\n"
+        f"#\n#   python -m trainer.run {search.dir / BEST}\n{settings}"
+    )
 
 
 def _seeds(search: SearchConfig) -> str:

@@ -26,19 +26,16 @@ from trainer.loop.state import make_training
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import World
 from trainer.runtime.env_info import collect_env_info
+from trainer.runtime.loggers import MetricLogger
 from trainer.tune.search_space import SearchConfig
-from trainer.tune.study import RunningTrial, SharedStudy, State
-
-
-class TrialPruned(Exception):
-    """The pruner ends the trial."""
+from trainer.tune.study import RunningTrial, SharedStudy, State, optuna
 
 
 class TrialPaused(Exception):
     """The time budget is exhausted; a later command resumes the trial."""
 
 
-class TrialReporter:
+class TrialReporter(MetricLogger):
     """A metric logger that reports each epoch's validation metric to the study, and ends the training if it must."""
 
     def __init__(
@@ -66,15 +63,9 @@ class TrialReporter:
         print(f"{head}: {name} {metric:.2%}", file=self._out, flush=True)
         mean = float(np.mean([*(before[epoch - 1] for before in self._earlier), metric]))
         if self._trial.report(len(self._earlier) * self._settings.epochs + epoch, mean):
-            raise TrialPruned
+            raise optuna.TrialPruned
         if self._is_over():
             raise TrialPaused
-
-    def log_summary(self, summary: dict[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def train_trial(
@@ -119,7 +110,7 @@ def train_trial(
             reporter = TrialReporter(trial, [summary["metrics"] for summary in summaries], settings, is_over)
             summaries.append(_train(settings, study, world, reporter))
             trial.note(scores=[summary["metric"] for summary in summaries])
-    except TrialPruned:
+    except optuna.TrialPruned:
         trial.abort(State.PRUNED, "pruned")
     except NonFiniteLossError as error:
         trial.abort(State.PRUNED, error.found)

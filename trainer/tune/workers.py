@@ -68,12 +68,9 @@ def work(search: SearchConfig, base: Config, deadline: float, workers: int = 1) 
                     return 128 + stop.signum
             result = next(result for result in study.results() if result.number == trial.number)
             print(study_page.format_result(result), flush=True)
-            study_page.write_best(study, search, base)
             study_page.write(study, search, base, min_age=_PAGE_SECONDS)
-            trained = config.replace_settings(
-                trained, {"data.verify": False}, "the search"
-            )  # verified by the first trial
-    study_page.write_best(study, search, base)
+            # The first trial verified the data.
+            trained = config.replace_settings(trained, {"data.verify": False}, "the search")
     study_page.write(study, search, base)
     return 0
 
