@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from shards.atomic import write_file
 from shards.errors import UserError
@@ -20,8 +20,8 @@ _WANDB_ID = "wandb_id"
 _TENSORBOARD = "tensorboard"
 
 
-class MetricLogger(Protocol):
-    """A receiver of metrics."""
+class MetricLogger:
+    """A receiver of metrics. Its methods do nothing; subclasses override those that they need."""
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         """Log the record of an epoch, as in `metrics.jsonl`."""
@@ -33,7 +33,7 @@ class MetricLogger(Protocol):
         """Write what is buffered."""
 
 
-class WandbLogger:
+class WandbLogger(MetricLogger):
     """Weights & Biases: online with an API key, otherwise offline (files in the run directory).
 
     The id is stored in the run directory, so a resumed run continues under the same id.
@@ -72,7 +72,7 @@ class WandbLogger:
         self._run.finish()
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(MetricLogger):
     """Event files in the run directory; steps are epochs."""
 
     def __init__(self, directory: Path, history: list[dict[str, Any]]) -> None:

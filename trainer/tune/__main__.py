@@ -18,9 +18,7 @@ from shards.manifest import VALIDATION, has_split
 from shards.remote.datasets import resolve_dataset
 from trainer.config.base import format_settings
 from trainer.config.schema import Config
-from trainer.runtime.progress import duration
 from trainer.tune import search_space
-from trainer.tune.search_space import SearchConfig
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,7 +62,8 @@ def main() -> int:
     study = SharedStudy(search, base)
     minutes = search.budget.minutes
     deadline = time.time() + 60 * minutes if minutes is not None else float("inf")
-    print(f"{study.directory}: {_describe_budget(search)}", flush=True)
+    budget = study_page.format_values(search.budget.model_dump(exclude_none=True))
+    print(f"{study.directory}: search over {', '.join(search.space)} with budget {budget}", flush=True)
     try:
         if arguments.workers == 1:
             status = workers.work(search, base, deadline)
@@ -93,15 +92,6 @@ def _check_data(base: Config) -> None:
             expected="a validation split, the objective of the search",
             hint="settings: {data.val_fraction: 0.1}",
         )
-
-
-def _describe_budget(search: SearchConfig) -> str:
-    budget = search.budget
-    trials = f"up to {budget.trials} trials" if budget.trials is not None else "trials"
-    minutes = f" within {duration(60 * budget.minutes)}" if budget.minutes is not None else ""
-    seeds = f", {search.seeds_per_trial} seeds each" if search.seeds_per_trial > 1 else ""
-    fraction = f", {search.train_fraction:.2%} of the train split" if search.train_fraction < 1 else ""
-    return f"{trials}{minutes}{seeds}{fraction}, over {', '.join(search.space)}"
 
 
 if __name__ == "__main__":
