@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +20,7 @@ from pipeline.common.process_group import ProcessGroup
 from pipeline.common.process_pool import default_workers, map_in_processes
 from pipeline.common.rng import PACKING_STREAM, permutation
 from pipeline.packing.output import OutputLocation, open_output
+from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards.atomic import write_file
 from shards.create import make_writer
@@ -319,20 +318,12 @@ def _map_ahead(pool: Executor, work: Callable[[int], T], items: Iterable[int], a
         yield waiting.popleft().result()
 
 
-def _csv(header: list[str], rows: Iterable[Iterable[object]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _write_origins(split: RawSplit, directory: Path) -> tuple[RawFile, ...]:
     """Write the columns of a split as `origins.csv`, if it has any."""
     if not split.columns:
         return ()
     columns = [split.source_index.tolist(), *(values.tolist() for values in split.columns.values())]
-    content = _csv(["row", *split.columns], sorted(zip(*columns, strict=True))).encode()
+    content = format_csv(["row", *split.columns], sorted(zip(*columns, strict=True))).encode()
     # Not by a rename: several ranks may write it at once, all with the same bytes.
     (directory / ORIGINS).write_bytes(content)
     return (RawFile(name=ORIGINS, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()),)
@@ -363,7 +354,7 @@ def _remove_others(directory: Path, manifests: Iterable[Manifest]) -> None:
 def _unreadable_report(unreadable: Mapping[str, Mapping[int, str]]) -> str:
     """The unreadable images as CSV: split, source index and reason."""
     rows = ((split, index, reason) for split, reasons in unreadable.items() for index, reason in reasons.items())
-    return _csv(["part", "row", "reason"], rows)
+    return format_csv(["part", "row", "reason"], rows)
 
 
 def _unreadable_error(unreadable: Mapping[str, Mapping[int, str]], out: Path | str) -> UserError:

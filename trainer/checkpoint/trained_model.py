@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from shards import Manifest, UserError
 from trainer.checkpoint import io as checkpoint
 from trainer.config.load import validate
 from trainer.config.schema import Config
@@ -97,6 +98,15 @@ class TrainedModel:
         """Return offsets (float32 [C]) and temperature, the keyword arguments of `evaluate` and `ProbabilityHead`."""
         offsets = np.zeros(len(self.classes), np.float32) if self.offsets is None else self.offsets
         return {"offsets": offsets, "temperature": self.temperature}
+
+    def check_classes(self, manifest: Manifest, name: str) -> None:
+        """Raise `UserError` if a data set, called `name` in the message, has other classes."""
+        if manifest.classes != self.classes:
+            raise UserError(
+                found=f"{name} with classes {' '.join(manifest.classes)}",
+                expected=f"the classes of the run: {' '.join(self.classes)}",
+                hint="name a packed data set with the same classes",
+            )
 
     def build_model(self, device: torch.device) -> nn.Module:
         """Return the network with these weights, on a device."""

@@ -234,12 +234,7 @@ def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
     trained = load_trained_model(run_dir)
     config = trained.config
     store = open_dataset_or_split(shards, "test")
-    if store.manifest.classes != trained.classes:
-        raise UserError(
-            found=f"{shards} with classes {' '.join(store.manifest.classes)}",
-            expected=f"the classes of the run: {' '.join(trained.classes)}",
-            hint="name a packed data set with these classes",
-        )
+    trained.check_classes(store.manifest, shards)
     loader = loader_for(store, trained, world)
     model = trained.build_model(world.device)
     evaluation = evaluate(model, loader, len(trained.classes), config.trainer, world, **trained.posthoc_kwargs())

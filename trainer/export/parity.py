@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,6 @@ from trainer.runtime.distributed import World
 
 TOLERANCE = 1e-4  # of a probability
 _SAMPLES = 512  # of the test split, which is packed in random order
-_FIRST_BATCHES = (1, 2)  # a graph that is traced with a fixed batch size fails on the others
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,11 @@ class Reference:
         images: Raw images as stored on disk.
         inputs: Input of the model, float32 [n, C, R, R].
         probabilities: Probabilities float32 [n, classes], computed in fp32.
-        source_index: Index of each image in the raw split, int64 [n].
     """
 
     images: Images
     inputs: torch.Tensor
     probabilities: NDArray[np.float32]
-    source_index: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -73,20 +69,11 @@ def compute_reference(
     samples = np.arange(min(len(store), _SAMPLES))
     backend, _ = choose_backend(config.loader.backend, world.device, spec)
     transform = build_transform(spec, backend, world.device, len(samples))
-    inputs, probabilities, source_index = [], [], []
+    inputs, probabilities = [], []
     for batch in evaluation_loader(store, samples, transform, config, world).batches():
         inputs.append(batch.images.clone(memory_format=torch.contiguous_format))
         probabilities.append(head(model_logits(model.eval(), batch, settings, world)))
-        source_index.append(batch.source_index)
-    return Reference(
-        store.read(samples), torch.cat(inputs), torch.cat(probabilities).numpy(), torch.cat(source_index).numpy()
-    )
-
-
-def batch_slices(samples: int) -> Iterator[slice]:
-    """Yield slices of different lengths that cover all samples."""
-    stops = [stop for stop in np.cumsum(_FIRST_BATCHES).tolist() if stop < samples] + [samples]
-    return map(slice, [0, *stops[:-1]], stops)
+    return Reference(store.read(samples), torch.cat(inputs), torch.cat(probabilities).numpy())
 
 
 def compare(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> Parity:

@@ -12,10 +12,8 @@ others are predicted); 2 for an error in the command.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.preview import to_png
+from pipeline.readers.formats.csv import format_csv
 from pipeline.transforms.spec import UndecodableImage
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
@@ -51,43 +50,36 @@ class Prediction(NamedTuple):
     probabilities: NDArray[np.float32] | None
 
 
-def predict(
-    batches: Iterable[list[Sample]], predictor: Predictor, max_tiles: int = MAX_TILES
-) -> tuple[list[Prediction], list[Tile]]:
+def predict(batches: Iterable[list[Sample]], predictor: Predictor) -> tuple[list[Prediction], list[Tile]]:
     """Predict all samples.
 
     Args:
         batches: Samples, up to `predictor.batch_size` at a time.
         predictor: The model.
-        max_tiles: Number of images to keep for the contact sheet.
 
     Returns:
-        The predictions in the order of the samples, and the tiles of the first images.
+        The predictions in the order of the samples, and the tiles of the first images for the contact sheet.
     """
     predictions: list[Prediction] = []
     tiles: list[Tile] = []
     for batch in batches:
-        probabilities: Iterable[NDArray[np.float32]] = ()
-        images: Iterable[NDArray[np.uint8]] = ()
-        while usable := [sample for sample in batch if sample.image is not None]:
+        outputs: Iterator[tuple[NDArray[np.float32], NDArray[np.uint8]]] = iter(())
+        while images := [sample.image for sample in batch if sample.image is not None]:
             try:
-                probabilities, images = predictor.predict(
-                    [sample.image for sample in usable if sample.image is not None]
-                )
+                outputs = zip(*predictor.predict(images), strict=True)
                 break
             except UndecodableImage as error:
-                bad = usable[error.position]
-                batch = [each._replace(image=None, note=error.reason) if each is bad else each for each in batch]
-        outputs = iter(zip(probabilities, images, strict=True))
+                bad = images[error.position]
+                batch = [each._replace(image=None, note=error.reason) if each.image is bad else each for each in batch]
         for sample in batch:
-            output = None
-            if sample.image is not None:
-                output, image = next(outputs)
-                if len(tiles) < max_tiles:
-                    best, label = int(output.argmax()), sample.label
-                    true = None if label is None else predictor.classes[label]
-                    tiles.append(Tile(image, predictor.classes[best], float(output[best]), true))
+            if sample.image is None:
+                predictions.append(Prediction(sample, None))
+                continue
+            output, image = next(outputs)
             predictions.append(Prediction(sample._replace(image=None), output))
+            if len(tiles) < MAX_TILES:
+                best, true = int(output.argmax()), None if sample.label is None else predictor.classes[sample.label]
+                tiles.append(Tile(image, predictor.classes[best], float(output[best]), true))
     return predictions, tiles
 
 
@@ -114,26 +106,21 @@ def compute_metrics(predictions: list[Prediction], classes: tuple[str, ...]) -> 
 
 def print_table(predictions: list[Prediction], classes: tuple[str, ...]) -> None:
     """Print a line for each sample: name, class, probability, runners-up, true class if known, and note."""
-    shown = predictions[:_MAX_LINES]
-    width = min(_MAX_NAME, max(len(sample.name) for sample, _ in shown))
-    column = max(len("class"), *map(len, classes))
-    next_width = _RUNNERS_UP * (column + 9)
-    has_labels = any(sample.label is not None for sample, _ in predictions)
-    head = f"{'file':<{width}}  {'class':<{column}}  probability  {'next':<{next_width}}"
-    print(head + (f"  {'true':<{column}}" if has_labels else "") + "  note")
-    for sample, output in shown:
-        name = sample.name if len(sample.name) <= width else f"…{sample.name[1 - width :]}"
+    rows = [["file", "class", "probability", "next", "true", "note"]]
+    for sample, output in predictions[:_MAX_LINES]:
+        name = sample.name if len(sample.name) <= _MAX_NAME else f"…{sample.name[1 - _MAX_NAME :]}"
+        true = "" if sample.label is None else classes[sample.label]
         if output is None:
-            print(f"{name:<{width}}  not predicted: {sample.note}")
+            rows.append([name, "", "", "", true, f"not predicted: {sample.note}"])
             continue
         best, *others = np.argsort(-output, kind="stable")[: 1 + _RUNNERS_UP]
         following = ", ".join(f"{classes[other]} {output[other]:.2%}" for other in others)
-        line = f"{name:<{width}}  {classes[best]:<{column}}  {output[best]:>11.2%}  {following:<{next_width}}"
-        if has_labels:
-            line += f"  {'' if sample.label is None else classes[sample.label]:<{column}}"
-        print(f"{line}  {sample.note}")
-    if len(predictions) > len(shown):
-        print(f"... and {len(predictions) - len(shown):,} more (list all with --csv FILE)")
+        rows.append([name, classes[best], f"{output[best]:>11.2%}", following, true, sample.note])
+    if all(sample.label is None for sample, _ in predictions):
+        rows = [[*row[:4], row[5]] for row in rows]
+    _print_rows(rows)
+    if len(predictions) > _MAX_LINES:
+        print(f"... and {len(predictions) - _MAX_LINES:,} more (list all with --csv FILE)")
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
@@ -141,16 +128,23 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     scores = ", ".join(
         f"{name.replace('_f1', ' F1')} {metrics[name]:.2%}" for name in ("accuracy", "macro_f1", "weighted_f1")
     )
-    print(f"\n{scores}, calibration error {metrics['calibration_error']:.2%} on {metrics['samples']:,} samples")
-    width = max(len("class"), *(len(row["name"]) for row in metrics["classes"]))
-    print(f"\n{'class':<{width}}  {'samples':>9}  precision   recall       F1")
+    print(f"\n{scores}, calibration error {metrics['calibration_error']:.2%} on {metrics['samples']:,} samples\n")
+    rows = [["class", "  samples", "precision", " recall", "     F1"]]
     for row in metrics["classes"]:
         if row["samples"] or row["precision"]:
-            scores = f"{row['precision']:>9.2%}  {row['recall']:>7.2%}  {row['f1']:>7.2%}"
-            print(f"{row['name']:<{width}}  {row['samples']:>9,}  {scores}")
+            fractions = f"{row['precision']:>9.2%}", f"{row['recall']:>7.2%}", f"{row['f1']:>7.2%}"
+            rows.append([row["name"], f"{row['samples']:>9,}", *fractions])
+    _print_rows(rows)
     if metrics["most_confused"]:
         pairs = (f"{row['true']} -> {row['predicted']} ({row['count']:,})" for row in metrics["most_confused"])
         print(f"\nmost frequent confusions: {', '.join(pairs)}")
+
+
+def _print_rows(rows: list[list[str]]) -> None:
+    """Print rows in columns; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 def to_records(predictions: list[Prediction], classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -169,14 +163,12 @@ def to_records(predictions: list[Prediction], classes: tuple[str, ...]) -> list[
 
 def to_csv(records: list[dict[str, Any]], classes: tuple[str, ...]) -> str:
     """Format records as CSV: file, label, predicted, probability, note, and the probability of each class."""
-    content = io.StringIO()
-    writer = csv.writer(content, lineterminator="\n")
-    writer.writerow(["file", "label", "predicted", "probability", "note", *(f"p({name})" for name in classes)])
+    head = ["file", "label", "predicted", "probability", "note", *(f"p({name})" for name in classes)]
+    rows = []
     for record in records:
         values = record["probabilities"] or [""] * len(classes)
-        best = max(values)
-        writer.writerow([record["file"], record["label"], record["predicted"], best, record["note"], *values])
-    return content.getvalue()
+        rows.append([record["file"], record["label"], record["predicted"], max(values), record["note"], *values])
+    return format_csv(head, rows)
 
 
 def main() -> int:

@@ -10,7 +10,6 @@ framework would add a hundred packages and load files from other servers.
 from __future__ import annotations
 
 import argparse
-import base64
 import errno
 import json
 import secrets
@@ -21,17 +20,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from PIL import Image
 
 from pipeline.ink.adapter import BlankImageError, UnusableImageError
-from pipeline.preview import to_pil_image, to_png
+from pipeline.preview import to_pil_image
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as images
 from shards import UserError
 from shards.cli import program_name, run_command
 from shards.errors import as_user_error
 from trainer.predict.predictor import Predictor, add_run_arguments
+from trainer.report.html import image_url, render
 
 _HOST = "127.0.0.1"  # not configurable: every client of the page can keep this machine busy
 _PORT = 8028
@@ -40,7 +39,6 @@ _MAX_BYTES = 1 << 20  # of a drawing
 _MAX_PIXELS = 1 << 21
 _TIMEOUT = 10.0  # seconds for a request to arrive
 _MIN_SIDE = 224  # of the displayed model input, in pixels
-_TEMPLATE = Path(__file__).with_name("demo.html.j2")
 
 
 class DrawingClassifier:
@@ -94,7 +92,7 @@ class DrawingClassifier:
                 {"class": self.predictor.classes[label], "probability": float(probabilities[0, label])}
                 for label in classes
             ],
-            "image": "data:image/png;base64," + base64.b64encode(to_png(enlarged)).decode(),
+            "image": image_url(enlarged),
             "side": self.predictor.resolution,
         }
 
@@ -129,39 +127,29 @@ class _Handler(BaseHTTPRequestHandler):
             f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src data:; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
-        page = self.server.page.render(nonce=nonce, predictor=self.server.classifier.predictor)
+        predictor = self.server.classifier.predictor
+        page = render("demo.html.j2", Path(__file__).parent, nonce=nonce, predictor=predictor)
         self._send(HTTPStatus.OK, page.encode(), "text/html; charset=utf-8", {"Content-Security-Policy": policy})
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
-        is_number = length.isascii() and length.isdigit() and "Transfer-Encoding" not in self.headers
+        if self.path != "/predict":
+            return self._refuse(HTTPStatus.NOT_FOUND, "drawings are sent to /predict")
         # A form on another site cannot send image/png without a preflight request.
-        is_png = self.headers.get("Content-Type") == "image/png"
-        for is_valid, status, reason in (
-            (self.path == "/predict", HTTPStatus.NOT_FOUND, "drawings are sent to /predict"),
-            (is_png, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a drawing is image/png"),
-            (is_number, HTTPStatus.BAD_REQUEST, "no length of the drawing"),
-            (
-                not is_number or (len(length) <= 9 and int(length) <= _MAX_BYTES),
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"a drawing has up to {_MAX_BYTES:,} bytes",
-            ),
-        ):
-            if not is_valid:
-                self._refuse(status, reason)
-                return
+        if self.headers.get("Content-Type") != "image/png":
+            return self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a drawing is image/png")
+        if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
+            return self._refuse(HTTPStatus.BAD_REQUEST, "no length of the drawing")
+        if len(length) > 9 or int(length) > _MAX_BYTES:
+            return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a drawing has up to {_MAX_BYTES:,} bytes")
         try:
-            content = self.rfile.read(int(length))
-            if len(content) < int(length):
-                raise UnusableImageError("the drawing is incomplete")
-            answer = self.server.classifier.classify(content)
+            answer = self.server.classifier.classify(self.rfile.read(int(length)))
         except UnusableImageError as error:
-            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
-            return
+            return self._refuse(HTTPStatus.BAD_REQUEST, str(error))
         self._send(HTTPStatus.OK, json.dumps(answer).encode(), "application/json")
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        self.close_connection = True  # the body may not have been read
+        # Close the connection: the body may not have been read.
         self._send(status, json.dumps({"error": reason}).encode(), "application/json", {"Connection": "close"})
 
     def _send(self, status: HTTPStatus, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
@@ -195,8 +183,6 @@ class Server(ThreadingHTTPServer):
             UserError: The port is in use or not permitted.
         """
         self.classifier = classifier
-        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        self.page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
         try:
             super().__init__((_HOST, port), _Handler)
         except OSError as error:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.device import choose_device
 from pipeline.ink.adapter import InputAdapter
+from pipeline.preview import upright
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError
@@ -59,7 +60,7 @@ class Predictor:
             UserError: The run has no best checkpoint.
         """
         self.run = run
-        trained = load_trained_model(run)
+        self._trained = trained = load_trained_model(run)
         self._config = trained.config
         self._device = choose_device(device)
         self.classes: tuple[str, ...] = trained.classes
@@ -103,12 +104,7 @@ class Predictor:
 
     def check_store(self, store: Store, name: str) -> None:
         """Raise `UserError` if the classes or image shapes of a split are not those of the run."""
-        if store.manifest.classes != self.classes:
-            raise UserError(
-                found=f"{name} with classes {' '.join(store.manifest.classes)}",
-                expected=f"the classes of the run: {' '.join(self.classes)}",
-                hint="name a packed data set with the same classes",
-            )
+        self._trained.check_classes(store.manifest, name)
         if upright_shape(store) != self.adapter.image_shape:
             raise UserError(
                 found=f"{name} with images of shape {upright_shape(store)}",
@@ -125,5 +121,4 @@ def upright_shape(store: Store) -> tuple[int | None, int | None, int]:
 
 def upright_images(store: Store, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
     """Read images of a split in the format that `Predictor.predict` accepts."""
-    images = list(store.read(samples))
-    return [image.swapaxes(0, 1) for image in images] if store.manifest.transposed else images
+    return [upright(image, store.manifest.transposed) for image in store.read(samples)]

@@ -12,8 +12,6 @@ the origin of each image. Lee 2013, Pseudo-label, ICML Workshop on Challenges in
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 from pipeline.dedup.overlap import image_digests
 from pipeline.packing.pack import pack
 from pipeline.packing.repack import concatenate, packed_split, packed_splits
+from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
@@ -33,7 +32,7 @@ from shards.manifest import MANIFEST_NAME, SPLITS, Manifest
 from shards.open import open_store
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
-from trainer.checkpoint.trained_model import load_trained_model
+from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.evaluate.evaluator import loader_for, predict_logits
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.predict.predictor import add_run_arguments
@@ -60,9 +59,8 @@ class PseudoLabels:
         return PseudoLabels(self.source_index[selected], self.labels[selected], self.confidence[selected])
 
 
-def predict(run: Path, store: Store, world: World) -> PseudoLabels:
-    """Predict every image of a split with the best epoch of a run, with its logit adjustment and temperature."""
-    trained = load_trained_model(run)
+def predict(trained: TrainedModel, store: Store, world: World) -> PseudoLabels:
+    """Predict every image of a split, with the logit adjustment and temperature of the model."""
     model = trained.build_model(world.device)
     output = predict_logits(model, loader_for(store, trained, world), trained.config.trainer, world)
     assert output is not None, "one rank"
@@ -70,30 +68,23 @@ def predict(run: Path, store: Store, world: World) -> PseudoLabels:
     return PseudoLabels(np.sort(store.rows), top.indices.numpy(), top.values.numpy())
 
 
-def to_csv(pseudo: PseudoLabels, classes: tuple[str, ...]) -> str:
-    """Format labels as CSV: row, class name, confidence."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "label", "confidence"])
-    for row, label, confidence in zip(pseudo.source_index, pseudo.labels, pseudo.confidence, strict=True):
-        writer.writerow([row, classes[label], f"{confidence:.4f}"])
-    return text.getvalue()
-
-
-def with_pseudo_labels(
-    splits: tuple[RawSplit, ...], unlabelled: RawSplit, pseudo: PseudoLabels
-) -> tuple[tuple[RawSplit, ...], int]:
-    """Add pseudo-labelled images to the train split, except for images of the other splits.
+def add_pseudo_labels(
+    directory: Path, out: str, unlabelled: RawSplit, pseudo: PseudoLabels, options: dict[str, Any]
+) -> str:
+    """Pack a data set again with pseudo-labelled images in its train split, except for images of its other splits.
 
     Args:
-        splits: The splits of a data set, train first.
+        directory: The packed data set.
+        out: Directory or address of the result.
         unlabelled: The split that was predicted.
         pseudo: Labels of some of its images.
+        options: Options to record in the manifests.
 
     Returns:
-        The splits, and the number of images that were skipped because another split contains them.
+        A line for the terminal.
     """
-    train, others = splits[0], splits[1:]
+    manifest = Manifest.read(directory / "train")
+    train, *others = packed_splits(directory)
     added = replace(
         unlabelled.select(np.flatnonzero(np.isin(unlabelled.source_index, pseudo.source_index))),
         name="pseudo-labelled",
@@ -104,15 +95,9 @@ def with_pseudo_labels(
     digests = np.concatenate([np.empty(0, np.uint64), *map(image_digests, others)])
     is_new = ~np.isin(image_digests(added), digests)
     if is_new.any():
-        splits = (concatenate(train, added.select(np.flatnonzero(is_new))), *others)
-    return splits, int((~is_new).sum())
-
-
-def _add(directory: Path, out: str, unlabelled: RawSplit, pseudo: PseudoLabels, options: dict[str, Any]) -> str:
-    manifest = Manifest.read(directory / "train")
-    splits, skipped = with_pseudo_labels(packed_splits(directory), unlabelled, pseudo)
+        train = concatenate(train, added.select(np.flatnonzero(is_new)))
     packed = pack(
-        lambda: splits,
+        lambda: (train, *others),
         out,
         dataset=manifest.dataset,
         variant=manifest.variant,
@@ -121,9 +106,9 @@ def _add(directory: Path, out: str, unlabelled: RawSplit, pseudo: PseudoLabels, 
         store=manifest.store,
         options={"packed_from": manifest.digest()[:12], **options},
     )
-    note = f", {skipped:,} skipped (also in another split)" if skipped else ""
+    skipped = f", {(~is_new).sum():,} skipped (also in another split)" if not is_new.all() else ""
     already = "" if packed.is_new else " (already packed)"
-    return f"{packed.manifests[0].samples:,} training images{note} in {out}{already}"
+    return f"{packed.manifests[0].samples:,} training images{skipped} in {out}{already}"
 
 
 def _fraction(text: str) -> float:
@@ -155,28 +140,27 @@ def main() -> int:
             expected="--csv FILE, or --add-to SET and --out DIR, or both",
             hint="--csv labels.csv",
         )
-    classes = load_trained_model(arguments.run).classes
+    trained = load_trained_model(arguments.run)
     target = resolve_dataset(arguments.add_to) if arguments.add_to else None
-    if target is not None and Manifest.read(target / "train").classes != classes:
-        raise UserError(
-            found=f"--add-to {arguments.add_to} with other classes than the run",
-            expected=f"the classes {' '.join(classes)}",
-            hint="name a packed data set with the classes of the run",
-        )
+    if target is not None:
+        trained.check_classes(Manifest.read(target / "train"), f"--add-to {arguments.add_to}")
     directory = resolve_dataset(arguments.shards)
     if not (directory / MANIFEST_NAME).is_file():
         directory /= arguments.split
     with init_distributed(arguments.device) as world:
         store = open_store(directory)
-        predictions = predict(arguments.run, store, world)
+        predictions = predict(trained, store, world)
     pseudo = predictions.above(arguments.confidence)
-    counts = np.bincount(pseudo.labels, minlength=len(classes))
+    counts = np.bincount(pseudo.labels, minlength=len(trained.classes))
     print(
         f"{len(pseudo.labels):,} of {len(predictions.labels):,} images labelled with a confidence of at least "
         f"{arguments.confidence:.2%}, {counts.min():,} to {counts.max():,} per class"
     )
     if arguments.csv:
-        write_file(arguments.csv, to_csv(pseudo, classes))
+        labels = [trained.classes[label] for label in pseudo.labels]
+        confidence = [f"{value:.4f}" for value in pseudo.confidence]
+        rows = zip(pseudo.source_index, labels, confidence, strict=True)
+        write_file(arguments.csv, format_csv(["row", "label", "confidence"], rows))
         print(f"labels written to {arguments.csv}")
     if target is not None:
         options = {
@@ -185,7 +169,7 @@ def main() -> int:
             "predictions": len(pseudo.labels),
             "run": str(arguments.run),
         }
-        print(_add(target, arguments.out, packed_split(store, directory), pseudo, options))
+        print(add_pseudo_labels(target, arguments.out, packed_split(store, directory), pseudo, options))
     return 0
 
 

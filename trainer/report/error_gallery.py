@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.preview import read_images, to_pil_image, to_png, upright
+from pipeline.preview import read_images, to_pil_image, upright
 from shards.stores.base import Store
+from trainer.report.html import image_url
 
 _PER_ERROR = 24  # images of a pair of classes, the most confident first
 _PER_CLASS = 8  # correctly classified images of a class, the least confident first
@@ -77,13 +77,10 @@ def data_urls(store: Store, source_index: NDArray[np.int64], max_side: int) -> l
     """
     by_row = np.argsort(store.rows)
     samples = by_row[np.searchsorted(store.rows[by_row], source_index)]
-    images = read_images(store, samples)
-    return [_data_url(upright(image, store.manifest.transposed), max_side) for image in images]
-
-
-def _data_url(image: NDArray[np.uint8], max_side: int) -> str:
-    picture = to_pil_image(image)
-    if image.shape[2] == 1:
-        picture = picture.convert("L")
-    picture.thumbnail((max_side, max_side))
-    return "data:image/png;base64," + base64.b64encode(to_png(picture)).decode()
+    mode = "L" if store.manifest.image_shape[2] == 1 else "RGB"
+    urls = []
+    for image in read_images(store, samples):
+        picture = to_pil_image(upright(image, store.manifest.transposed)).convert(mode)
+        picture.thumbnail((max_side, max_side))
+        urls.append(image_url(picture))
+    return urls

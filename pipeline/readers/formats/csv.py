@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.readers.archives.files import CorruptFileError
@@ -91,3 +91,12 @@ def read_csv(content: bytes, path: str) -> CsvTable:
             fields = f"{len(row)} field{'s' if len(row) > 1 else ''}"
             raise CorruptFileError(f"line {line}: {fields} where the first line has {len(columns)}")
     return CsvTable(path, tuple(rows[0]), rows[1:], lines[1:])
+
+
+def format_csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Format a table as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
