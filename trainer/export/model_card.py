@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ from trainer.config.schema import BUILTIN_MODELS
 from trainer.evaluate.metrics import ConfusionMatrix
 from trainer.export.parity import TOLERANCE, Parity, Reference
 from trainer.models.factory import pretrained_license
+from trainer.report.html import render
 
-_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _MARK = re.compile(r"<!-- model card of (.+), written by python -m trainer.export -->")
 _CONFUSIONS = 8
 # Options of `torch.nn.functional.interpolate`, equal to the pipeline's resize except at the border of enlarged images.
@@ -43,6 +43,7 @@ class Card:
         test: Manifest of the test split.
         format_name: Format of the file.
         file: Name of the file.
+        content: Content of the file.
         parity: Comparison of the exported model with the trainer.
     """
 
@@ -52,33 +53,25 @@ class Card:
     test: Manifest
     format_name: str
     file: str
+    content: bytes
     parity: Parity
 
-    def render(self, sha256: str, size: int, model: nn.Module, reference: Reference) -> str:
+    def render(self, model: nn.Module, reference: Reference) -> str:
         """Render the card as Markdown.
 
         Args:
-            sha256: Hash of the file.
-            size: Size of the file in bytes.
             model: The run's model.
             reference: Predictions of the trainer.
         """
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(_TEMPLATE.parent),
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        environment.filters["percent"] = "{:.2%}".format
         classes, settings = self.run.trained.classes, self.run.config.model
         predictions = np.load(self.run.directory.predictions)
         confusion = ConfusionMatrix.of(predictions["labels"], predictions["predicted"], len(classes))
         has_snippet = self._has_torch_preprocessing
-        return environment.get_template(_TEMPLATE.name).render(
+        return render(
+            "model_card.md.j2",
+            Path(__file__).parent,
             card=self,
-            size=size,
-            sha256=sha256,
+            sha256=hashlib.sha256(self.content).hexdigest(),
             meta=self.metadata,
             config=self.run.config,
             settings=self.run.directory.config.read_text(),
@@ -90,7 +83,6 @@ class Card:
                 for label, predicted, count in confusion.most_confused(_CONFUSIONS)
             ],
             tolerance=TOLERANCE,
-            same_as_run=count_same_as_run(predictions, reference),
             front_matter=self._front_matter().to_yaml(),
             publisher="torchvision" if settings.name in BUILTIN_MODELS else "timm",
             license=pretrained_license(settings.name) if settings.pretrained else None,
@@ -150,13 +142,6 @@ class Card:
         offsets = torch.tensor(meta["offsets"]) if meta["offsets"] else 0.0
         probabilities = ((model.eval()(inputs) - offsets) / meta["temperature"]).softmax(dim=1)
         return Parity.of(reference.probabilities, probabilities.numpy())
-
-
-def count_same_as_run(predictions: Any, reference: Reference) -> int:
-    """Count the reference's samples with the class that the run predicted in its own precision."""
-    order = np.argsort(predictions["rows"])
-    positions = order[np.searchsorted(predictions["rows"][order], reference.source_index)]
-    return int((predictions["predicted"][positions] == reference.probabilities.argmax(axis=1)).sum())
 
 
 def described_file(card: Path) -> str | None:
