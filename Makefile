@@ -1,8 +1,10 @@
 # Every target sets itself up in .venv first; nothing is installed elsewhere.
 PYTHON ?= python3
+SAMPLE ?= 20
+SEED ?= 0
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow test-gpu lint docs sweep clean
+.PHONY: demo test test-slow test-gpu mutation lint docs sweep clean
 
 demo: .venv/.installed  ## pack the embedded data set, train configs/quickstart.yaml, report
 	@$(RUN) -m pipeline.shard digits
@@ -16,6 +18,9 @@ test-slow: .venv/.installed  ## the tests that take minutes
 
 test-gpu: .venv/.installed  ## the tests that need a CUDA device
 	@$(RUN) -m pytest -m gpu
+
+mutation: .venv/.mutation  ## small changes of core modules that no test notices; MODULES="path ..." SAMPLE=mutants-of-each SEED=...
+	@$(RUN) tests/mutation.py --sample $(SAMPLE) --seed $(SEED) $(MODULES)
 
 lint: .venv/.installed  ## style, docstrings and types
 	@$(RUN) -m ruff check .
@@ -40,4 +45,8 @@ clean:  ## remove the environment
 	@$(PYTHON) -m venv .venv
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	@touch $@
+
+.venv/.mutation: .venv/.installed
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[test,mutation]'
 	@touch $@
