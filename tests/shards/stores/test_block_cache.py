@@ -173,6 +173,36 @@ def test_a_block_that_could_not_be_loaded_is_not_held() -> None:
     np.testing.assert_array_equal(gathered(cache, np.arange(60)), images)
 
 
+def test_a_slot_whose_load_failed_is_filled_before_a_block_is_let_go() -> None:
+    images = images_of(40)
+    load = Loader(images, 10)
+    cache = BlockCache(manifest_of(40, 10), load, 2 * 10 * IMAGE_BYTES)
+    gathered(cache, np.arange(10))
+    load.failing = {1}
+    with pytest.raises(UserError, match="block 1"):
+        gathered(cache, np.arange(10, 20))
+    gathered(cache, np.arange(20, 30))
+    assert held_by(cache) == {0, 2}
+    gathered(cache, np.arange(30, 40))
+    assert held_by(cache) == {2, 3}, "block 0 came in first"
+
+
+def test_images_are_located_wherever_their_blocks_are() -> None:
+    """Blocks that come in from the last to the first do not lie in order."""
+    images = images_of(57)
+    load = Loader(images, 10)
+    cache = BlockCache(manifest_of(57, 10), load, None)
+    for first in range(50, -10, -10):
+        samples = np.array([first, min(first + 7, 56), first])
+        located = cache.locate(samples)
+        np.testing.assert_array_equal(located.table[located.rows].reshape(3, *SHAPE), images[samples])
+    everything = np.random.default_rng(1).permutation(57)
+    located = cache.locate(everything)
+    np.testing.assert_array_equal(located.table[located.rows].reshape(57, *SHAPE), images[everything])
+    assert [block for blocks in load.loaded for block in blocks] == [5, 4, 3, 2, 1, 0]
+    assert BlockCache(manifest_of(57, 10), load, 5 * 10 * IMAGE_BYTES).locate(samples) is None
+
+
 @pytest.mark.parametrize("outside", [-1, 60])
 def test_outside_loads_nothing(outside: int) -> None:
     load = Loader(images_of(60), 10)

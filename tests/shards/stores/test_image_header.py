@@ -6,6 +6,7 @@ import io
 import struct
 import tracemalloc
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -78,6 +79,20 @@ def test_a_picture_that_ends_too_soon_is_refused_or_says_the_same(kind: str) -> 
             ends += 1
             assert length < 2 or "ends inside its header" in str(error) or "begins with" in str(error)
     assert ends > 20
+
+
+@pytest.mark.parametrize(
+    ("form", "places"),
+    [("JPEG", range(3)), ("PNG", range(8)), ("WEBP", [0, 1, 2, 3, 8, 9, 10, 11]), ("BMP", range(2))],
+)
+def test_a_format_is_known_by_all_bytes_of_its_signature(form: str, places: Iterable[int]) -> None:
+    content = picture(pixels(20, 33, 3), form)
+    for place in places:
+        for step in (-1, 1):
+            changed = bytearray(content)
+            changed[place] = (changed[place] + step) % 256
+            with pytest.raises(ValueError, match="begins with"):
+                read_image_header(bytes(changed))
 
 
 @given(

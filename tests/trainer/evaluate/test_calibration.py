@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import yaml
 from conftest import free_port, run_module
 from numpy.typing import NDArray
 
-from trainer.evaluate.calibration import calibration_error, fit_temperature
+from trainer.evaluate.calibration import calibration_error, fit_temperature, reliability
 from trainer.evaluate.evaluator import evaluate_run
 from trainer.evaluate.tta import mean_logits
 from trainer.loop import engine
@@ -71,6 +72,33 @@ def test_the_calibration_error_is_its_definition() -> None:
     assert calibration_error(confidence, correct) == pytest.approx(expected, rel=1e-6)
     assert calibration_error(np.ones(4, np.float32), np.ones(4, bool)) == 0
     assert calibration_error(np.ones(4, np.float32), np.zeros(4, bool)) == 1
+
+
+def bin_of(confidence: np.float32) -> int:
+    """The bin of a single sample."""
+    (number,) = reliability(np.array([confidence], np.float32), np.array([True])).samples.nonzero()[0]
+    return int(number)
+
+
+def test_an_upper_edge_belongs_to_its_bin() -> None:
+    assert bin_of(np.float32(0)) == bin_of(np.nextafter(np.float32(0), np.float32(1))) == 0
+    for number in range(1, 15):
+        edge = Fraction(number, 15)
+        below = np.float32(number / 15)
+        while Fraction(float(below)) > edge:
+            below = np.nextafter(below, np.float32(0))
+        above = np.nextafter(below, np.float32(1))
+        assert Fraction(float(below)) <= edge < Fraction(float(above))
+        assert bin_of(below) == number - 1
+        assert bin_of(above) == number
+    assert bin_of(np.nextafter(np.float32(1), np.float32(0))) == bin_of(np.float32(1)) == 14
+
+
+def test_bins_hold_the_means_of_their_samples() -> None:
+    found = reliability(np.array([0.25, 0.5, 0.25, 0.2734375, 1.0], np.float32), np.array([1, 0, 0, 0, 1], bool))
+    assert found.samples.tolist() == [0, 0, 0, 2, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1]
+    assert found.confidence.tolist() == [0, 0, 0, 0.25, 0.2734375, 0, 0, 0.5, 0, 0, 0, 0, 0, 0, 1]
+    assert found.accuracy.tolist() == [0, 0, 0, 0.5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
 
 
 def test_the_right_temperature_calibrates() -> None:

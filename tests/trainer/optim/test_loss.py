@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from trainer.config.schema import LossConfig
-from trainer.optim.losses import class_weights, weighted_kl
+from trainer.optim.losses import class_weights, log_priors, weighted_kl
 from trainer.optim.mixup import soft_targets
 
 BATCH, CLASSES = 7, 5
@@ -117,3 +117,13 @@ def test_effective_weights_lie_between_none_and_inverse() -> None:
     nearly_inverse = class_weights(counts, LossConfig(class_weights="effective", effective_beta=1 - 1e-9))
     inverse = class_weights(counts, LossConfig(class_weights="inverse"))
     assert nearly_inverse.tolist() == pytest.approx((inverse / inverse.mean()).tolist(), rel=1e-5)
+
+
+def test_log_priors_are_the_logarithms_of_the_shares() -> None:
+    found = log_priors(np.array([1, 2, 5]))
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx([math.log(1 / 8), math.log(2 / 8), math.log(5 / 8)], rel=1e-6)
+
+
+def test_a_class_without_samples_has_the_prior_of_one_sample() -> None:
+    assert log_priors(np.array([0, 3, 4])).tolist() == pytest.approx([math.log(n / 8) for n in (1, 3, 4)], rel=1e-6)

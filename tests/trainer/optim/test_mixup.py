@@ -152,3 +152,54 @@ def test_a_box_away_from_the_edges_has_its_share_of_the_area_and_every_place_is_
     for top, bottom, left, right in boxes:
         covered[top:bottom, left:right] = True
     assert covered.all()
+
+
+class Center:
+    """Draws that put the box at a given center."""
+
+    def __init__(self, *drawn: int) -> None:
+        self.drawn, self.bounds = list(drawn), []
+
+    def integers(self, bound: int) -> int:
+        self.bounds.append(bound)
+        return self.drawn[len(self.bounds) - 1]
+
+
+@pytest.mark.parametrize(
+    ("keep", "center", "box"),
+    [
+        (0.75, (6, 5), (4, 9, 3, 7)),  # half of 10 rows and of 8 columns
+        (0.75, (0, 0), (0, 3, 0, 2)),  # the same, cut off at the top left
+        (0.75, (9, 7), (7, 10, 5, 8)),  # and at the bottom right
+        (0.75, (2, 2), (0, 5, 0, 4)),  # it just fits
+        (0.75, (7, 6), (5, 10, 4, 8)),
+        (0.8775, (5, 4), (4, 7, 3, 5)),  # 35 percent: 3.5 rows, 2.8 columns
+        (0.0, (5, 4), (0, 10, 0, 8)),  # the whole image
+        (0.0, (0, 0), (0, 5, 0, 4)),
+        (1.0, (5, 4), (5, 5, 4, 4)),  # nothing
+    ],
+)
+def test_the_box_lies_around_its_center(keep: float, center: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    draws_of_it = Center(*center)
+    assert cut_box(10, 8, keep, draws_of_it) == box
+    assert draws_of_it.bounds == [10, 8], "rows, then columns, each as likely"
+
+
+def test_what_is_cut_in_comes_from_the_same_place_of_the_previous_image() -> None:
+    place = torch.arange(12 * 9.0).reshape(12, 9)
+    images = torch.stack([place + 1000 * number for number in range(4)])[:, None]
+    mixed, targets = apply_mixup_cutmix(images, torch.eye(4), CUTMIX, draws(1))
+    own, other = mixed == images, mixed == images.roll(1, 0)
+    assert (own ^ other).all()
+    assert (other == other[0]).all(), "one box for all"
+    assert targets[0, 0] == pytest.approx(float(own[0].float().mean()))
+
+
+def test_both_alphas_of_the_settings_are_needed_to_choose() -> None:
+    """Without a Beta distribution of one kind, the other is taken, whatever `switch_prob`."""
+    for seed in range(20):
+        for share in (0.0, 1.0):
+            mixup = MIXUP.model_copy(update={"switch_prob": share})
+            assert not is_cutmix(apply_mixup_cutmix(*marked_batch(4, 1, 1), mixup, draws(seed))[0])
+            cutmix = CUTMIX.model_copy(update={"switch_prob": share})
+            assert is_cutmix(apply_mixup_cutmix(*marked_batch(4), cutmix, draws(seed))[0])

@@ -188,6 +188,25 @@ def test_warm_restarts_whose_period_grows(unit: str) -> None:
     assert found == pytest.approx(per_move(unit, curve), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("unit", "cycle_epochs", "first"),
+    [
+        ("step", 0.25, 1),
+        ("step", 0.01, 1),  # shorter than a step
+        ("step", 0.5, 2),
+        ("step", 1.7, 7),  # 6.8 steps
+        ("epoch", 1, 1),
+        ("epoch", 0.2, 1),  # shorter than an epoch
+        ("epoch", 2.4, 2),
+    ],
+)
+def test_cycles_are_whole_numbers_of_moves(unit: str, cycle_epochs: float, first: int) -> None:
+    curve = [cosine(move / length) for length in (first << n for n in range(7)) for move in range(length)]
+    overrides = [f"schedule.unit={unit}", f"schedule.cycle_epochs={cycle_epochs}", "schedule.cycle_mult=2"]
+    found = rates(config_of("schedule.name=warm_restarts", *overrides))
+    assert found == pytest.approx(per_move(unit, curve)[: len(found)], rel=1e-6)
+
+
 @pytest.mark.parametrize(("warmup", "share"), [(0, 0.3), (7, 1 / 3)])
 @pytest.mark.parametrize("unit", ["step", "epoch"])
 def test_one_cycle(unit: str, warmup: int, share: float) -> None:
