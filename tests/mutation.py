@@ -46,20 +46,25 @@ LIBRARIES = (
 )
 STORE_CONTRACT = "tests/shards/stores/test_store_contract.py"
 TRANSFORMS = "tests/pipeline/transforms"
-RESUME = "tests/trainer/loop/test_resume.py"
 # The tests of each module, fast ones first.
 TESTS = {
     "pipeline/sampler.py": ["tests/pipeline/test_sampler.py"],
     "pipeline/transforms/augmentation.py": [f"{TRANSFORMS}/test_augmentation.py"],
     "pipeline/transforms/warp.py": [f"{TRANSFORMS}/test_augmentation.py"],
-    "pipeline/transforms/ops/*.py": [TRANSFORMS],
+    "pipeline/transforms/ops/resize.py": [f"{TRANSFORMS}/test_transforms.py"],
+    "pipeline/transforms/ops/*.py": [f"{TRANSFORMS}/test_preprocess.py", f"{TRANSFORMS}/test_augmentation.py"],
     "pipeline/transforms/*.py": [TRANSFORMS],
     "shards/stores/block_cache.py": ["tests/shards/stores/test_block_cache.py"],
     "shards/stores/image_header.py": ["tests/shards/stores/test_image_header.py"],
     "shards/stores/record*.py": ["tests/shards/stores/test_records.py"],
     "shards/stores/zarr*.py": ["tests/shards/stores/test_zarr_store.py", STORE_CONTRACT],
     "shards/stores/*.py": ["tests/shards/stores/test_tar_format.py", STORE_CONTRACT, "tests/shards/test_verify.py"],
-    "trainer/checkpoint/*.py": ["tests/trainer/checkpoint", RESUME],
+    "trainer/checkpoint/checkpointer.py": [
+        "tests/trainer/checkpoint/test_checkpointer.py",
+        "tests/trainer/loop/test_resume.py::test_a_checkpoint_is_due_by_steps_or_minutes",
+        "tests/trainer/loop/test_resume.py::test_what_is_written_is_the_state_when_it_was_given",
+    ],
+    "trainer/checkpoint/*.py": ["tests/trainer/checkpoint"],
     "trainer/evaluate/calibration.py": ["tests/trainer/evaluate/test_calibration.py"],
     "trainer/evaluate/metrics.py": ["tests/trainer/evaluate/test_metrics.py"],
     "trainer/optim/losses.py": ["tests/trainer/optim/test_loss.py"],

@@ -205,6 +205,29 @@ def test_a_windowed_order_reads_every_block_once(slots: int, batch_size: int) ->
         assert reads(order, slots, rank, 3).total <= 600 * 1.01
 
 
+@pytest.mark.parametrize(
+    ("slots", "blocks_per_batch", "window"),
+    [
+        (100, 2, 100 - 20 - 2 - 2),
+        (50, 1, 50 - 10 - 1 - 2),
+        (200, 4, 200 - 40 - 4 - 2),
+        (32, 0.25, 32 - 4 - 3),
+        (9, 2, 1),
+    ],
+)
+def test_the_window_leaves_room_for_the_blocks_of_a_batch(slots: int, blocks_per_batch: float, window: int) -> None:
+    """slots - sqrt(2 slots b) - b - 2, rounded down, with b blocks per batch; at least one."""
+    batch_size = int(blocks_per_batch * BLOCK)
+    assert max_shuffle_window(manifest_of(1_000_000), slots * BLOCK, batch_size) == window
+    assert max_shuffle_window(manifest_of(1_000_000), slots * BLOCK + BLOCK - 1, batch_size) == window
+
+
+def test_only_batches_whose_blocks_and_composition_are_free_may_be_fused() -> None:
+    assert ShuffledBatchSampler(positions(10), 4, 0).can_fuse
+    assert not ShuffledBatchSampler(positions(10), 4, 0, block_size=2, shuffle_window_blocks=2).can_fuse
+    assert not SequentialBatchSampler(positions(10), 4).can_fuse
+
+
 def test_a_set_that_fits_has_no_window() -> None:
     assert max_shuffle_window(manifest_of(1000), 1000, 64) is None
     assert max_shuffle_window(manifest_of(1000), 999, 64) is not None

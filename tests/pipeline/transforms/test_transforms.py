@@ -202,6 +202,11 @@ def test_refuses_a_resolution_that_makes_no_image(synthetic_set: Path, resolutio
         TransformSpec.of(open_split(synthetic_set, "train").manifest, resolution)
 
 
+@pytest.mark.parametrize("resolution", [1, 4096])
+def test_takes_the_smallest_and_the_largest_resolution(synthetic_set: Path, resolution: int) -> None:
+    assert TransformSpec.of(open_split(synthetic_set, "train").manifest, resolution).resolution == resolution
+
+
 def test_spec_of_a_pack_takes_shape_and_orientation_from_the_manifest(synthetic_set: Path) -> None:
     assert TransformSpec.of(open_split(synthetic_set, "train").manifest, 56, "cubic") == TransformSpec(
         image_shape=(28, 28, 1), transposed=True, resolution=56, interpolation="cubic", mean=(0.0,), std=(1.0,)

@@ -128,6 +128,13 @@ def test_another_pack_is_refused(config: Config) -> None:
     error = refusal(state_of(config), config, data="another digest")
     assert f"data.shards={config.data.shards}" in error.found
     assert "same pack" in error.expected
+    allowing = "checkpoint.resume_allow_changes=[data.shards]"
+    assert f"by '{allowing}', or" in error.hint
+    check_fits(state_of(config), load(BYCLASS, [allowing]), CLASSES, "another digest", Path("last.pt"))
+    both = "checkpoint.resume_allow_changes=[data.shards, optim.lr]"
+    assert (
+        both in refusal(state_of(config), load(BYCLASS, [allowing.replace("data.shards", "optim.lr")]), data="x").hint
+    )
 
 
 def test_another_recipe_is_refused_with_the_settings_that_differ(config: Config) -> None:
@@ -136,6 +143,15 @@ def test_another_recipe_is_refused_with_the_settings_that_differ(config: Config)
     assert "optim.lr=1e-05" in error.found and "trainer.epochs=20" in error.found
     assert "optim.lr=0.0003" in error.expected and "trainer.epochs=13" in error.expected
     assert "optim.weight_decay" not in str(error)
+
+
+def test_what_cannot_be_allowed_is_said_to_be_fixed(config: Config) -> None:
+    """Not even by `resume_allow_changes`; the first of the settings is named, and the others only reset."""
+    allowing = "checkpoint.resume_allow_changes=[optim.name, model.name, optim.lr]"
+    now = load(BYCLASS, ["optim.name=sgd", "model.name=three_block_cnn", "optim.lr=1e-5", allowing])
+    error = refusal(state_of(config), now)
+    assert "as model.name cannot change" in error.hint and "resume_allow_changes" not in error.hint
+    assert "optim.name=sgd" in error.found and "optim.lr" not in error.found
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def test_is_computed_in_float32_whatever_the_model_computes_in() -> None:
         ("effective", [8, 8, 8], [1, 1, 1]),
         ("inverse", [0, 1, 4], [1, 5 / 2, 5 / 8]),
         ("minmax", [0, 1, 4], [1, 2, 1]),
+        ("minmax", [30, 31, 32], [2, 1 + (1 / 31 - 1 / 32) / (1 / 30 - 1 / 32), 1]),  # hardly different
         # 2/3 and 4/7, whose mean is 13/21; a class without samples takes no part.
         ("effective", [0, 2, 3], [1, 14 / 13, 12 / 13]),
     ],
