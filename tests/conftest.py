@@ -8,16 +8,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side: threads of each would only be in the way of the others. Read when torch is loaded.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import functools
+import multiprocessing
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support.warm_process import WarmProcesses
+from support import warm_process
 
 from pipeline.datasets import find_source
 from pipeline.packing.pack import pack
@@ -47,6 +48,19 @@ LONGEST_FILES = (
     "pipeline/test_hostile_input.py",
     "export/test_export.py",
 )
+
+
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Test processes are warm as well: they need not import what the tests of all files import."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for spec in specs:
+        spec.python = warm_process.executable()
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # What the tests start by its name is a fresh interpreter; what multiprocessing spawns is forked.
+    sys.executable = sys.orig_argv[0]
+    multiprocessing.set_executable(warm_process.executable())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,15 +149,16 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Pa
     return directory
 
 
-_warm_processes = functools.cache(WarmProcesses)
-
-
-def run_module(module: str, *arguments: object, cwd: Path | None = None, timeout: float = 120, **env: str):
+def run_module(
+    module: str, *arguments: object, cwd: Path | None = None, timeout: float = 120, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run `python -m module arguments` in a process of its own; returns it, finished, with its output as text.
 
     `module` may also be the path of a script, for `python script.py arguments`.
     """
-    return _warm_processes().run(module, [*map(str, arguments)], cwd or ROOT, {**os.environ, **env}, timeout)
+    command = [sys.executable, *([] if module.endswith(".py") else ["-m"]), module, *arguments]
+    environment = os.environ | env
+    return warm_process.run(command, cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_module
 
 from inkstream import COMMANDS
 
@@ -75,7 +75,7 @@ def test_a_package_that_shadows_ours_is_reported(name: str, tmp_path: Path) -> N
 
 
 def test_a_mistake_ends_with_one_message(tmp_path: Path) -> None:
-    process = run_inkstream("train", "quickstrat", cwd=tmp_path)
+    process = run_module("inkstream", "train", "quickstrat", cwd=tmp_path)
     assert process.returncode == 2
     assert "quickstart" in process.stderr
     assert "Traceback" not in process.stderr

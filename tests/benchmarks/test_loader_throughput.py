@@ -295,11 +295,11 @@ class Subject:
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    def work(self, seconds: float, megabytes: int) -> int:
+    def work(self, seconds: float, megabytes: int, python: str) -> int:
         """Have a worker hold memory and use the processor for so long; it stays."""
         code = f"import time; x = bytes(range(256)) * {megabytes * 4096}\n"
         code += f"while time.process_time() < {seconds}: pass\nprint(flush=True); time.sleep(600)"
-        self._worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        self._worker = subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE)
         self._worker.stdout.readline()
         time.sleep(0.3)
         return self._worker.pid
@@ -327,7 +327,8 @@ def test_workers_are_counted_and_end_with_their_process(tmp_path: Path) -> None:
         process.call("plus", 1)
         before = cpu_seconds(process.pid)
         seen = []
-        worker = process.call("work", 0.4, 64, meanwhile=lambda: seen.append(workers_memory(process.pid)))
+        measure = lambda: seen.append(workers_memory(process.pid))  # noqa: E731
+        worker = process.call("work", 0.4, 64, sys.executable, meanwhile=measure)
         assert 0.3 < cpu_seconds(process.pid) - before < 1  # in ticks of 0.01 s
         assert 64e6 < max(seen) < 200e6
     assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE

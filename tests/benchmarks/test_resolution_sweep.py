@@ -22,6 +22,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support import warm_process
 
 from benchmarks import resolution_sweep
 from benchmarks.resolution_sweep import QUICK, SweepRunner, make_config, parse, run_sweep
@@ -57,7 +58,7 @@ SMALL = ["--resolutions", "8,16", "--epochs", "2", "--seconds", "0.3", "--seeds"
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen:
-    return subprocess.Popen(
+    return warm_process.Popen(
         [sys.executable, "benchmarks/resolution_sweep.py", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -17,6 +17,7 @@ from typing import NoReturn
 import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error, pack_splits, run_module, synthetic_splits
+from support import warm_process
 
 import shards.atomic
 from pipeline.packing.pack import pack
@@ -189,7 +190,7 @@ with replace_directory(target) as replacement:
     (replacement.path / "content").write_text("new")
     {code}
 """
-        assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 9
+        assert warm_process.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 9
         assert staging_directory(old).exists()
         assert old.exists() == (moment != "between the renames")
         with replace_directory(old) as replacement:
@@ -215,7 +216,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start_packing(raw: Path, out: Path, *options: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "pipeline.shard", "emnist", "--raw", raw, "--out", out, *options]
-    return subprocess.Popen(
+    return warm_process.Popen(
         list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 

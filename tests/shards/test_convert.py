@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT, assert_user_error, pack_splits, run_module, synthetic_splits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import warm_process
 
 import pipeline.packing.pack
 import shards.convert
@@ -220,7 +221,7 @@ class TestAllOrNothing:
         pack_splits(synthetic_splits(train=40_000, test=10, shape=(16, 16, 1)), tmp_path / "tar", 64)
         target = tmp_path / "zarr"
         command = [sys.executable, "-m", "shards.convert", tmp_path / "tar", target, "--store", "zarr"]
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = warm_process.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
         new = staging_directory(target) / "new"
         deadline = time.monotonic() + 60
         while not (new / "train").exists():

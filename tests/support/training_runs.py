@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, free_port, run_module
 
+from support import warm_process
 from trainer.run import main as run_main
 
 QUICK = {
@@ -55,7 +56,7 @@ def stop_in_epoch(recipe: Path, directory: Path, epoch: int, how: int, delay: fl
         "from shards.cli import run_command\n"
         "run_command(main)\n"
     )
-    process = subprocess.Popen(
+    process = warm_process.Popen(
         [sys.executable, "-c", slow, str(recipe), f"run.dir={directory}", *overrides],
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, assert_user_error, synthetic_splits
+from conftest import ROOT, assert_user_error, run_module, synthetic_splits
 from numpy.typing import NDArray
+from support import warm_process
 
 import pipeline.packing.pack
 from pipeline.common.process_pool import map_in_processes
@@ -77,16 +78,17 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, workers: in
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_torchrun_writes_the_same_bytes(tmp_path: Path, ranks: int) -> None:
     """The digits in many small shards, packed by the command on several ranks and by one process."""
-    run = "import pipeline.packing.pack as p; p.SHARD_BYTES = 2000; from pipeline.shard import *; run_command(main)"
-    (tmp_path / "shard.py").write_text(run)
+    program = "import pipeline.packing.pack as p; p.SHARD_BYTES = 2000; from pipeline.shard import *; run_command(main)"
+    (tmp_path / "shard.py").write_text(program)
     options = [str(tmp_path / "shard.py"), "digits", "--block-size", "16"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    alone = subprocess.run(
+    alone = warm_process.run(
         [sys.executable, *options, "--out", str(tmp_path / "alone")], env=environment, capture_output=True, timeout=120
     )
     assert alone.returncode == 0, alone.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    many = subprocess.run(
+    run_ranks = subprocess.run if ranks == 2 else warm_process.run  # two are fresh interpreters
+    many = run_ranks(
         [*torchrun, *options, "--out", str(tmp_path / "many")], env=environment, capture_output=True, timeout=180
     )
     assert many.returncode == 0, many.stderr
@@ -100,7 +102,7 @@ def test_ranks_meet_a_mistake_with_one_message(tmp_path: Path) -> None:
     (tmp_path / "out" / "precious").write_text("mine")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "-m", "pipeline.shard", "digits", "--out", str(tmp_path / "out")]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    process = warm_process.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.stderr.count("\nexpected: ") == 1
     assert "not a complete pack" in process.stderr
     assert content(tmp_path) == {"out/precious": b"mine"}
@@ -254,7 +256,7 @@ def main():
     pipeline.packing.pack.pack(lambda: parts, Path({str(tmp_path / "out")!r}), dataset="slow", block_size=16, workers=3)
 run_command(main)
 """
-    process = subprocess.Popen(
+    process = warm_process.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
@@ -273,7 +275,5 @@ run_command(main)
 
 
 def test_fewer_than_one_worker_is_refused() -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "pipeline.shard", "digits", "--workers", "0"], cwd=ROOT, capture_output=True, text=True
-    )
+    process = run_module("pipeline.shard", "digits", "--workers", 0)
     assert_user_error(process, "--workers 0")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from support import warm_process
 
 import shards.remote.cache as cache_module
 from shards.errors import UserError
@@ -52,7 +53,7 @@ def fill(key: str, size: int, age: float = 0) -> Path:
 def other_process(code: str) -> subprocess.Popen:
     """Run code in a process that imports the cache; it is ready when it has printed a line."""
     text = "from shards.remote.cache import open_entry\n" + textwrap.dedent(code)
-    process = subprocess.Popen(
+    process = warm_process.Popen(
         [sys.executable, "-c", text], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None

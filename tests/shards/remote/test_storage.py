@@ -19,6 +19,7 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error
+from support import warm_process
 from support.s3_server import BUCKET, Faults, Line, environment, s3_server
 
 import shards.remote.base as remote
@@ -168,7 +169,7 @@ def run_code(code: str, **env: str) -> subprocess.CompletedProcess:
 
 
 def start_code(code: str) -> subprocess.Popen:
-    return subprocess.Popen(
+    return warm_process.Popen(
         [sys.executable, "-c", HASTE + textwrap.dedent(code)],
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, pack_splits, run_module, synthetic_splits
+from support import warm_process
 
 from pipeline.packing.pack import pack
 from pipeline.readers.raw_split import RawSplit
@@ -134,7 +135,7 @@ def test_training_resumes_in_its_window_on_a_machine_with_more_memory(small_bloc
         "from shards.cli import run_command\n"
         "run_command(main)\n"
     )
-    stopped = subprocess.run(
+    stopped = warm_process.run(
         [sys.executable, "-c", stop, str(recipe), f"run.dir={directory}"], cwd=ROOT, capture_output=True, timeout=120
     )
     assert stopped.returncode == 143, stopped.stderr

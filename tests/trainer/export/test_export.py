@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from huggingface_hub import ModelCard
+from support import warm_process
 from torch import nn
 
 from pipeline.transforms.export_module import TransformModule
@@ -77,7 +78,8 @@ def code_of(card: Path) -> str:
 def run_code(code: str, place: Path, without_us: bool = True) -> str:
     """Run Python in a directory, and see whether it does without our packages."""
     after = "\nimport sys\nassert not {'trainer', 'pipeline', 'shards'} & set(sys.modules)\n" if without_us else ""
-    process = subprocess.run(
+    run = subprocess.run if without_us else warm_process.run
+    process = run(
         [sys.executable, "-c", code + after],
         cwd=place,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

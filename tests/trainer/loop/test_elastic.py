@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, free_port
+from support import warm_process
 from support.run_outcome import assert_same_run, history, weights
 from support.training_runs import QUICK
 
@@ -67,7 +68,7 @@ class Job:
         (place / "noting.py").write_text(NOTING)
         environment |= {"NOTES": str(self.notes), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with open(self.output, "w") as output:
-            self.process = subprocess.Popen(
+            self.process = warm_process.Popen(
                 command,
                 cwd=place,
                 env=os.environ | environment,
@@ -278,7 +279,7 @@ def test_what_does_not_end_after_a_signal_is_ended() -> None:
         "    libc = ctypes.CDLL(None)\n"
         "    while libc.sleep(100) > 0: pass\n"
     )
-    process = subprocess.Popen(
+    process = warm_process.Popen(
         [sys.executable, "-c", waiting], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "here\n"

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from PIL import Image, ImageDraw
+from support import warm_process
 
 from shards import UserError
 from trainer.predict.demo import DrawingClassifier, Server
@@ -30,7 +31,7 @@ PNG = {"Content-Type": "image/png"}
 @pytest.fixture(scope="module")
 def server(digits_run: Path) -> Iterator[int]:
     """The command as a process; the port that it took. At its end it must stop as any command does on Ctrl-C."""
-    process = subprocess.Popen(
+    process = warm_process.Popen(
         [sys.executable, "-m", "trainer.predict.demo", str(digits_run), "--port", "0"],
         cwd=ROOT,
         env=dict(os.environ),

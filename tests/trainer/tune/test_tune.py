@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.spawn
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
+from support import warm_process
 
 from shards import UserError
 from shards.cli import run_command
@@ -100,7 +102,7 @@ def start(*arguments: object, slowed: float = 0.0) -> subprocess.Popen:
         "from trainer.tune.__main__ import main\n"
         "run_command(main)\n"
     )
-    return subprocess.Popen(
+    return warm_process.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -289,13 +291,15 @@ def test_workers_share_a_study_and_a_killed_one_is_replaced(
         while len(list(trials.glob("*/seed-1/config.yaml"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+        multiprocessing.set_executable(sys.executable)  # the one that replaces it is a fresh interpreter
         workers[0].kill()
         killed.append(len(workers))
 
-    killer = threading.Thread(target=kill)
+    killer, executable = threading.Thread(target=kill), multiprocessing.spawn.get_executable()
     killer.start()
     assert tune_here(monkeypatch, path, "--workers", 2) == 0
     killer.join()
+    multiprocessing.set_executable(executable)
     assert killed == [2]
     assert "was killed by signal 9" in capsys.readouterr().err
     found = results(path)
