@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
-from support import warm_process
 
 from shards import UserError
 from trainer.config.load import validate
@@ -54,7 +53,7 @@ def record(epoch: int, loss: float) -> dict[str, Any]:
 def test_tensorboard_has_every_epoch_once_after_a_kill(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-u", "-m", "trainer.run", str(recipe), f"run.dir={run}"]
-    process = warm_process.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 2/3"):
