@@ -250,7 +250,7 @@ class Command:
         packed = pack(
             self._load,
             self._out,
-            **vars(self._settings),
+            self._settings,
             skip_bad=arguments.skip_bad,
             workers=arguments.workers,
             group=self._group,

@@ -21,7 +21,7 @@ import pytest
 from support import warm_process
 
 from pipeline.datasets import find_source
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.manifest import RawFile, StoreKind
 
@@ -113,7 +113,7 @@ def pack_splits(
     compression: str = "zstd",
 ) -> Path:
     settings = {"block_size": block_size, "seed": seed, "store": store, "compression": compression}
-    pack(lambda: parts, out, dataset="synthetic", **settings)
+    pack(lambda: parts, out, PackSettings("synthetic", **settings))
     return out
 
 
@@ -128,7 +128,7 @@ def digits_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packed digits of scikit-learn. Not to be changed."""
     out = tmp_path_factory.mktemp("digits") / "digits"
     source = find_source("digits")
-    pack(lambda: source.load(SourceOptions(out)), out, dataset="digits")
+    pack(lambda: source.load(SourceOptions(out)), out, PackSettings("digits"))
     return out
 
 

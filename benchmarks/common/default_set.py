@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.datasets import find_source
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import SourceOptions
 from shards.manifest import is_packed_dataset
 from shards.remote.datasets import resolve_dataset
@@ -21,5 +21,5 @@ def choose_set(shards: str | None) -> Path:
     if is_packed_dataset(PACKED_EMNIST):
         return PACKED_EMNIST
     source = find_source("digits")
-    pack(lambda: source.load(SourceOptions(Path())), PACKED_DIGITS, dataset=source.name)
+    pack(lambda: source.load(SourceOptions(Path())), PACKED_DIGITS, PackSettings(source.name))
     return PACKED_DIGITS

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.dedup.near_duplicates import Matches, find_near_duplicates
+from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit
 from shards.atomic import write_file
 from shards.errors import UserError
@@ -111,20 +110,12 @@ def _without_duplicates(split: RawSplit, overlaps: Sequence[Overlap]) -> RawSpli
 
 def write_report(overlaps: Sequence[Overlap], path: Path) -> None:
     """Write a CSV file with one line for each image that is also in another split, most similar first."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["part", "row", "label", "in_part", "in_row", "in_label", "identical", "similarity"])
-    for overlap in overlaps:
-        order = np.lexsort((overlap.source_index, -overlap.similarity, ~overlap.identical))
-        columns = (
-            np.full(len(order), overlap.split),
-            overlap.source_index[order],
-            overlap.labels[order],
-            np.full(len(order), overlap.other_split),
-            overlap.other_source_index[order],
-            overlap.other_labels[order],
-            np.where(overlap.identical[order], "yes", "no"),
-            [f"{similarity:.4f}" for similarity in overlap.similarity[order]],
-        )
-        lines.writerows(zip(*columns, strict=True))
-    write_file(path, text.getvalue())
+    header = ["part", "row", "label", "in_part", "in_row", "in_label", "identical", "similarity"]
+    write_file(path, format_csv(header, (row for overlap in overlaps for row in _report_rows(overlap))))
+
+
+def _report_rows(overlap: Overlap) -> Iterator[tuple[object, ...]]:
+    for image in np.lexsort((overlap.source_index, -overlap.similarity, ~overlap.identical)):
+        here = overlap.split, overlap.source_index[image], overlap.labels[image]
+        there = overlap.other_split, overlap.other_source_index[image], overlap.other_labels[image]
+        yield *here, *there, "yes" if overlap.identical[image] else "no", f"{overlap.similarity[image]:.4f}"

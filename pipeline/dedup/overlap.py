@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from pipeline.dedup.between_splits import Overlap, remove_duplicates, write_report
 from pipeline.dedup.near_duplicates import find_identical, find_near_duplicates
 from pipeline.dedup.perceptual_hash import digests_of_arrays
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from pipeline.packing.repack import packed_splits
+from pipeline.readers.naming import TEST, TRAIN
 from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable
 from shards.cli import program_name, run_command
@@ -31,8 +32,8 @@ from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, VALIDATION, Manifest
 from shards.remote.datasets import resolve_dataset
 
-_EVALUATED_ON = (REQUIRED_SPLITS[1], VALIDATION)
-_TRAINED_ON = (REQUIRED_SPLITS[0], VALIDATION)
+_EVALUATED_ON = (TEST, VALIDATION)
+_TRAINED_ON = (TRAIN, VALIDATION)
 _READ_BATCH = 8192  # images
 
 
@@ -73,28 +74,6 @@ def remove_leaks(splits: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> t
     )
 
 
-def _repack(
-    directory: Path, other: Path, splits: tuple[RawSplit, ...], out: Path | str, near: bool, force: bool
-) -> None:
-    """Pack splits with the parameters of the packed data set in `directory`."""
-    first = Manifest.read(directory / REQUIRED_SPLITS[0])
-    pack(
-        lambda: splits,
-        out,
-        dataset=first.dataset,
-        variant=first.variant,
-        block_size=first.block_size,
-        seed=first.seed,
-        store=first.store,
-        options={
-            "packed_from": _identity(directory),
-            "without": f"{Manifest.read(other / REQUIRED_SPLITS[1]).name} {_identity(other)}",
-            "near": int(near),
-        },
-        force=force,
-    )
-
-
 def _identity(directory: Path) -> str:
     """Digest of the content of a packed data set."""
     return "-".join(Manifest.read(directory / split).digest()[:12] for split in REQUIRED_SPLITS)
@@ -126,14 +105,20 @@ def main() -> int:
             hint="use --near to compare images of different sizes",
         )
     overlaps = find_overlaps(splits, others, arguments.near)
-    print(f"{Manifest.read(directory / REQUIRED_SPLITS[0]).name} in {Manifest.read(other / REQUIRED_SPLITS[0]).name}:")
+    manifest = Manifest.read(directory / TRAIN)
+    print(f"{manifest.name} in {Manifest.read(other / TRAIN).name}:")
     for overlap in overlaps:
         print(f"  {overlap}")
     if arguments.csv:
         write_report(overlaps, arguments.csv)
     if arguments.remove:
         remaining, count = remove_leaks(splits, overlaps)
-        _repack(directory, other, remaining, arguments.remove, arguments.near, arguments.force)
+        options: dict[str, str | int | float] = {
+            "packed_from": _identity(directory),
+            "without": f"{Manifest.read(other / TEST).name} {_identity(other)}",
+            "near": int(arguments.near),
+        }
+        pack(lambda: remaining, arguments.remove, PackSettings.like(manifest, options), force=arguments.force)
         sizes = ", ".join(f"{len(split.source_index):,} {split.name}" for split in remaining)
         print(f"removed {count:,} {'image' if count == 1 else 'images'}; {sizes} images in {arguments.remove}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -64,6 +65,13 @@ class PackSettings:
     compression: str = "zstd"
     options: Mapping[str, str | int | float] = field(default_factory=dict)
 
+    @classmethod
+    def like(cls, manifest: Manifest, options: Mapping[str, str | int | float]) -> PackSettings:
+        """Return the settings of another pack, with other options."""
+        return cls(
+            manifest.dataset, manifest.variant, manifest.block_size, manifest.seed, manifest.store, options=options
+        )
+
     @property
     def recorded_options(self) -> dict[str, str | int | float]:
         """The options as the manifest records them."""
@@ -120,14 +128,8 @@ def find_pack(output: OutputLocation, settings: PackSettings, out: Path | str) -
 def pack(
     load: Callable[[], tuple[RawSplit, ...]],
     out: Path | str,
+    settings: PackSettings,
     *,
-    dataset: str,
-    variant: str = "",
-    block_size: int = DEFAULT_BLOCK_SIZE,
-    seed: int = 0,
-    store: StoreKind = "tar",
-    compression: str = "zstd",
-    options: Mapping[str, str | int | float] | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
     group: ProcessGroup | None = None,
@@ -141,13 +143,7 @@ def pack(
     Args:
         load: Reads the raw splits. It is called only if they are needed.
         out: A directory, or an address that fsspec supports.
-        dataset: The name of the data set.
-        variant: The variant of the data set, or empty.
-        block_size: Images per block.
-        seed: The seed of the order of images.
-        store: `tar`, `zarr` or `records`.
-        compression: `zstd` or `none`, for a zarr store.
-        options: The options with which the images were selected and resized, for the manifest.
+        settings: The settings of the pack.
         skip_bad: Whether unreadable images are skipped; by default they are an error that names all of them.
         workers: The number of processes of this rank; by default the number of CPUs.
         group: The ranks that share the work. Each calls this function with the same arguments.
@@ -156,7 +152,6 @@ def pack(
     Raises:
         UserError: If `out` holds something else, an image cannot be read, or the disk is full.
     """
-    settings = PackSettings(dataset, variant, block_size, seed, store, compression, options or {})
     group = group or ProcessGroup()
     output = open_output(out)
 
@@ -187,7 +182,6 @@ def pack(
                 if split.name in unreadable:
                     manifests[split.name] = packing.write(_without(split, unreadable[split.name]))
             group.run_on_main(lambda: write_file(directory / UNREADABLE, _unreadable_report(unreadable)))
-            group.barrier_run(lambda: _remove_others(directory, manifests.values()))
         in_order = tuple(manifests[split.name] for split in splits)
         output.complete(group, directory, in_order)
     return Packed(in_order, is_new=True, skipped=sum(map(len, unreadable.values())))
@@ -211,6 +205,8 @@ class _Packing:
             directory.mkdir(exist_ok=True)
             return (*writer.start(), *_write_origins(split, directory))
 
+        # The files of a first attempt, in which images were unreadable.
+        self.group.barrier_run(lambda: shutil.rmtree(directory, ignore_errors=True))
         files = self.group.barrier_run(start)  # on every rank: the directories may differ, the files do not
         numbers = range(self.group.rank, layout.shards, self.group.size)
         sizes = [len(layout.samples_of(number)) for number in numbers]
@@ -339,16 +335,6 @@ def _without(split: RawSplit, unreadable: Mapping[int, str]) -> RawSplit:
             hint="check that the files are images (PNG, JPEG, WebP, BMP)",
         )
     return split.select(readable)
-
-
-def _remove_others(directory: Path, manifests: Iterable[Manifest]) -> None:
-    """Remove files of the first attempt that the second, with fewer images, has not overwritten."""
-    for manifest in manifests:
-        path_of_split = directory / manifest.split
-        named = {path_of_split / file.name for file in manifest.everything}
-        for path in path_of_split.rglob("*"):
-            if path.is_file() and path not in named:
-                path.unlink(missing_ok=True)
 
 
 def _unreadable_report(unreadable: Mapping[str, Mapping[int, str]]) -> str:

@@ -7,11 +7,11 @@ from numpy.typing import NDArray
 
 from pipeline.common.rng import PARTITION_STREAM, permutation
 from pipeline.common.stratified import stratified_mask
+from pipeline.readers.naming import TEST, TRAIN
 from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
-from shards.manifest import REQUIRED_SPLITS, VALIDATION
+from shards.manifest import VALIDATION
 
-TRAIN, TEST = REQUIRED_SPLITS
 # Independent of each other, and of the choices during training.
 _STREAMS = {TEST: PARTITION_STREAM + 1, VALIDATION: PARTITION_STREAM + 2, TRAIN: PARTITION_STREAM + 3}
 

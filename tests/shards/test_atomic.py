@@ -20,7 +20,7 @@ from conftest import ROOT, assert_user_error, pack_splits, run_module, synthetic
 from support import warm_process
 
 import shards.atomic
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from shards import UserError
 from shards.atomic import replace_directory, replace_file, staging_directory, write_file
 from shards.manifest import REQUIRED_SPLITS, is_packed_dataset
@@ -347,7 +347,7 @@ class TestFailedPacking:
         out = Path(shutil.copytree(synthetic_set, tmp_path / "set"))
         before = (out / "train" / "manifest.json").read_bytes()
         with pytest.raises(Interrupted):
-            pack(fail, out, dataset="synthetic", variant="", block_size=64, seed=1, force=True)
+            pack(fail, out, PackSettings("synthetic", block_size=64, seed=1), force=True)
         assert (out / "train" / "manifest.json").read_bytes() == before
         assert_stands_alone(out)
 

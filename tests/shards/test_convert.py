@@ -24,7 +24,7 @@ from support import warm_process
 import pipeline.packing.pack
 import shards.convert
 import shards.create
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from shards import Manifest, UserError, open_split
 from shards.atomic import staging_directory
 from shards.convert import convert
@@ -48,7 +48,7 @@ def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("convert") / "tar"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 3 * BLOCK_SIZE * int(np.prod(SHAPE)))
-        pack(lambda: parts, out, dataset="synthetic", block_size=BLOCK_SIZE, options={"size": 6})
+        pack(lambda: parts, out, PackSettings("synthetic", block_size=BLOCK_SIZE, options={"size": 6}))
     return out
 
 

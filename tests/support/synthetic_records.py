@@ -9,7 +9,7 @@ import webdataset
 from numpy.typing import NDArray
 
 import pipeline.packing.pack
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import RawSplit
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
@@ -59,7 +59,7 @@ def pack_pictures(out: Path, records_per_shard: int = 50, workers: int = 1, **co
     before = pipeline.packing.pack._RECORDS_PER_SHARD
     pipeline.packing.pack._RECORDS_PER_SHARD = records_per_shard
     try:
-        pack(lambda: image_splits(**counts), out, dataset="synthetic", store="records", workers=workers)
+        pack(lambda: image_splits(**counts), out, PackSettings("synthetic", store="records"), workers=workers)
     finally:
         pipeline.packing.pack._RECORDS_PER_SHARD = before
     return out

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.dedup.overlap import image_digests
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from pipeline.packing.repack import concatenate, packed_split, packed_splits
 from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit
@@ -96,16 +96,8 @@ def add_pseudo_labels(
     is_new = ~np.isin(image_digests(added), digests)
     if is_new.any():
         train = concatenate(train, added.select(np.flatnonzero(is_new)))
-    packed = pack(
-        lambda: (train, *others),
-        out,
-        dataset=manifest.dataset,
-        variant=manifest.variant,
-        block_size=manifest.block_size,
-        seed=manifest.seed,
-        store=manifest.store,
-        options={"packed_from": manifest.digest()[:12], **options},
-    )
+    settings = PackSettings.like(manifest, {"packed_from": manifest.digest()[:12], **options})
+    packed = pack(lambda: (train, *others), out, settings)
     skipped = f", {(~is_new).sum():,} skipped (also in another split)" if not is_new.all() else ""
     already = "" if packed.is_new else " (already packed)"
     return f"{packed.manifests[0].samples:,} training images{skipped} in {out}{already}"

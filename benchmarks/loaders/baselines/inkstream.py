@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Variant
 from pipeline.loader import Loader
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import RawSplit
 from pipeline.sampler import ShuffledBatchSampler
 from pipeline.transforms.build import build_transform
@@ -44,7 +44,11 @@ def _pack_arrays(
         return RawSplit.from_arrays(name, pixels[samples], labels[samples], names, transposed=transposed)
 
     # A packed data set needs a test split; one image is enough.
-    pack(lambda: (make_split("train", slice(None)), make_split("test", slice(1))), out, dataset="benchmark", **options)
+    pack(
+        lambda: (make_split("train", slice(None)), make_split("test", slice(1))),
+        out,
+        PackSettings("benchmark", **options),
+    )
     return out / "train"
 
 

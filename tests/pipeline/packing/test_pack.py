@@ -20,7 +20,7 @@ from support import warm_process
 
 import pipeline.packing.pack
 from pipeline.common.process_pool import map_in_processes
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards import UserError, open_split
 from shards.verify.check import check_split
@@ -40,8 +40,11 @@ def content(directory: Path) -> dict[str, bytes]:
     }
 
 
-def packed(parts: tuple[RawSplit, ...], out: Path, **settings: object) -> dict[str, bytes]:
-    pack(lambda: parts, out, dataset="synthetic", block_size=BLOCK, **settings)
+def packed(
+    parts: tuple[RawSplit, ...], out: Path, workers: int | None = None, skip_bad: bool = False, **settings: object
+) -> dict[str, bytes]:
+    settings = {"dataset": "synthetic", "block_size": BLOCK, **settings}
+    pack(lambda: parts, out, PackSettings(**settings), workers=workers, skip_bad=skip_bad)
     return content(out)
 
 
@@ -141,8 +144,7 @@ class TestUnreadable:
         done = pack(
             lambda: (with_bad(train, self.BAD), test),
             out,
-            dataset="synthetic",
-            block_size=BLOCK,
+            PackSettings("synthetic", block_size=BLOCK),
             skip_bad=True,
             workers=workers,
         )
@@ -253,7 +255,8 @@ def slow(part):
     return replace(part, read=read)
 def main():
     parts = tuple(map(slow, synthetic_splits()))
-    pipeline.packing.pack.pack(lambda: parts, Path({str(tmp_path / "out")!r}), dataset="slow", block_size=16, workers=3)
+    settings = pipeline.packing.pack.PackSettings("slow", block_size=16)
+    pipeline.packing.pack.pack(lambda: parts, Path({str(tmp_path / "out")!r}), settings, workers=3)
 run_command(main)
 """
     process = warm_process.Popen(

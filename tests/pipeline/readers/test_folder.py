@@ -26,7 +26,7 @@ from support.raw_files import (
     write_zip,
 )
 
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.naming import natural_order
 from pipeline.readers.raw_split import RawSplit
 from shards import UserError, open_split
@@ -200,9 +200,8 @@ class TestArchives:
         files = {name: picture(image) for name, image in images.items()}
         for place in (write_zip(tmp_path / "a.zip", files), write_tar(tmp_path / "a.tgz", files, "w:gz")):
             out = tmp_path / f"{place.name}-packed"
-            pack(
-                lambda place=place: (*folder(place), ten_for_testing(place)), out, dataset="a", block_size=16, workers=3
-            )
+            settings = PackSettings("a", block_size=16)
+            pack(lambda place=place: (*folder(place), ten_for_testing(place)), out, settings, workers=3)
             store = open_split(out, "train")
             stored = np.empty((300, 8, 8, 1), np.uint8)
             store.gather(np.arange(300), stored)
@@ -406,7 +405,7 @@ class TestUnreadablePictures:
             tmp_path / "set", {f"{part}/{n}": c for part in ("train", "test") for n, c in {**CLASSES, **BAD}.items()}
         )
         with pytest.raises(UserError) as caught:
-            pack(lambda: folder(tmp_path / "set"), tmp_path / "out", dataset="set", workers=2, block_size=2)
+            pack(lambda: folder(tmp_path / "set"), tmp_path / "out", PackSettings("set", block_size=2), workers=2)
         for name in BAD:
             assert f"train/{name}: " in caught.value.found and f"test/{name}: " in caught.value.found
         assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT, pack_splits, run_module, synthetic_splits
 from support import warm_process
 
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import RawSplit
 from shards import open_split
 from shards.convert import convert
@@ -61,7 +61,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], in
         RawSplit.from_arrays("train", images, labels, classes),
         RawSplit.from_arrays("test", images[:9], labels[:9], classes),
     )
-    pack(lambda: parts, directory / "tar", dataset="large", block_size=64)
+    pack(lambda: parts, directory / "tar", PackSettings("large", block_size=64))
     convert(directory / "tar", directory / "zarr", "zarr")
     return {name: directory / name for name in ("tar", "zarr")}, int(images.sum(dtype=np.int64))
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import pipeline.packing.pack
 from pipeline.datasets import find_source
-from pipeline.packing.pack import pack
+from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import SourceOptions
 from shards import Manifest, UserError, open_split
 from shards.create import make_writer
@@ -130,9 +130,7 @@ class TestFormat:
         pack(
             lambda: (part, replace(part, name="test")),
             tmp_path / "set",
-            dataset="zeros",
-            block_size=BLOCK_SIZE,
-            store="zarr",
+            PackSettings("zeros", block_size=BLOCK_SIZE, store="zarr"),
         )
         for name in ("images/c/0/0/0/0", "labels/c/0"):
             file = (tmp_path / "set" / "train" / GROUP / name).read_bytes()
@@ -165,11 +163,8 @@ class TestBytes:
             pack(
                 lambda: parts,
                 tmp_path / "set",
-                dataset="synthetic",
-                block_size=BLOCK_SIZE,
-                store="zarr",
+                PackSettings("synthetic", block_size=BLOCK_SIZE, store="zarr", **settings),
                 workers=workers,
-                **settings,
             )
         assert content(tmp_path / "set") == content(packed)
 
@@ -264,7 +259,7 @@ def test_emnist_takes_less_than_half_of_its_pixels(shared_data: Path, tmp_path: 
     source = find_source("emnist")
     request = SourceOptions(shared_data / "emnist", "byclass")
     test = next(part for part in source.load(request) if part.name == "test")
-    pack(lambda: (replace(test, name="train"), test), tmp_path / "set", dataset="emnist", store="zarr")
+    pack(lambda: (replace(test, name="train"), test), tmp_path / "set", PackSettings("emnist", store="zarr"))
     for part in ("train", "test"):
         manifest = Manifest.read(tmp_path / "set" / part)
         assert manifest.packed_bytes < 0.45 * manifest.samples * manifest.image_bytes
