@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import queue
-import threading
 import warnings
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -160,37 +160,12 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     An exception of the iteration is raised in the consumer. The thread ends when the iteration ends or the iterator is
     closed.
     """
-    # SimpleQueue passes an item in a few microseconds but is unbounded. One token per free slot bounds it.
-    ready: queue.SimpleQueue = queue.SimpleQueue()
-    tokens: queue.SimpleQueue = queue.SimpleQueue()
-    closed = threading.Event()
-    for _ in range(depth):
-        tokens.put(None)
-
-    def work() -> None:
-        try:
-            for item in items:
-                tokens.get()
-                if closed.is_set():
-                    return
-                ready.put(("item", item))
-                del item  # keep no reference, so that the consumer can free it
-            ready.put(("end", None))
-        except BaseException as error:
-            ready.put(("error", error))
-
-    thread = threading.Thread(target=work, name="loader", daemon=True)
-    thread.start()
+    iterator, end = iter(items), object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+    waiting = deque(pool.submit(next, iterator, end) for _ in range(depth + 1))
     try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            tokens.put(None)
-            yield value
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, iterator, end))
+            yield cast(T, item)
     finally:
-        closed.set()
-        tokens.put(None)
-        thread.join()
+        pool.shutdown(cancel_futures=True)

@@ -39,9 +39,9 @@ _LABEL = 96
 _HEADER = 64
 _MARGIN = 24
 _COLUMN_GAP = 28
-_TEXT = (24, 24, 27)
-_MUTED = (113, 113, 122)
-_PAPER = (250, 250, 250)
+TEXT = (24, 24, 27)
+MUTED = (113, 113, 122)
+PAPER = (250, 250, 250)
 
 
 def read_images(store: Store, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
@@ -113,14 +113,14 @@ def contact_sheet(
     block_width = _LABEL + count * (strip_width + _EXAMPLE_GAP)
     line_height = _TILE + 2 * _GAP
     width = 2 * _MARGIN + columns * block_width + (columns - 1) * _COLUMN_GAP
-    sheet = Image.new("RGB", (width, _HEADER + _MARGIN + lines * line_height), _PAPER)
+    sheet = Image.new("RGB", (width, _HEADER + _MARGIN + lines * line_height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    _draw_text(draw, (_MARGIN, 16), f"{manifest.name}, {manifest.split}", 20, width - 2 * _MARGIN)
+    draw_text(draw, (_MARGIN, 16), f"{manifest.name}, {manifest.split}", 20, width - 2 * _MARGIN)
     orientation = "transposed" if manifest.transposed else "upright"
     raw = "original size" if manifest.encoded else "{}x{}, stored {}".format(*manifest.image_shape[:2], orientation)
     processed = f"augmented, {versions} versions" if augmentation else "model input"
     note = f"left: raw ({raw}), right: {processed} ({resolution}x{resolution})"
-    _draw_text(draw, (_MARGIN, 42), note, 13, width - 2 * _MARGIN, _MUTED)
+    draw_text(draw, (_MARGIN, 42), note, 13, width - 2 * _MARGIN, MUTED)
 
     cpu = torch.device("cpu")
     spec = TransformSpec.of(manifest, resolution, interpolation, preprocessing)
@@ -129,8 +129,8 @@ def contact_sheet(
         left = _MARGIN + number // lines * (block_width + _COLUMN_GAP)
         top = _HEADER + number % lines * line_height
         name = manifest.classes[label]
-        _draw_text(draw, (left, top + 6), name, 26 if len(name) < 4 else 13, _LABEL - _GAP)
-        _draw_text(draw, (left, top + _TILE - 16), f"{manifest.counts[label]:,}", 12, _LABEL - _GAP, _MUTED)
+        draw_text(draw, (left, top + 6), name, 26 if len(name) < 4 else 13, _LABEL - _GAP)
+        draw_text(draw, (left, top + _TILE - 16), f"{manifest.counts[label]:,}", 12, _LABEL - _GAP, MUTED)
         if augmentation:
             images = slice(0, len(samples))
             params = [augmentation.sample_params(0, version, label, images) for version in range(versions)]
@@ -154,7 +154,7 @@ def _to_bytes(images: torch.Tensor) -> NDArray[np.uint8]:
 
 def _raw_tile(image: Image.Image, keep_shape: bool) -> Image.Image:
     if keep_shape:
-        return ImageOps.pad(image, (_TILE, _TILE), Image.Resampling.LANCZOS, color=_PAPER)
+        return ImageOps.pad(image, (_TILE, _TILE), Image.Resampling.LANCZOS, color=PAPER)
     return image.resize((_TILE, _TILE), Image.Resampling.NEAREST)
 
 
@@ -166,13 +166,13 @@ def _examples(store: Store, count: int) -> list[tuple[int, NDArray[np.int64]]]:
     return [(label, samples) for label, samples in examples if len(samples)]
 
 
-def _draw_text(
+def draw_text(
     draw: ImageDraw.ImageDraw,
     position: tuple[int, int],
     text: str,
     size: int,
     width: int,
-    colour: tuple[int, int, int] = _TEXT,
+    colour: tuple[int, int, int] = TEXT,
 ) -> None:
     """Draw text, shortened to a width in pixels, in a font that has its letters; else its escape sequences."""
     path = None if text.isascii() else _font_file(frozenset(map(ord, text)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,29 +32,6 @@ class BatchIndices:
     samples: NDArray[np.int64]
     global_size: int
     params: AugmentationParams | None = None
-
-
-class BatchSampler(Protocol):
-    """Selects the samples of each step on each rank.
-
-    Attributes:
-        samples: int64 [N], positions of the samples of an epoch in the store.
-        batch_size: Maximum number of samples of a global batch.
-        can_fuse: Whether the model input of several steps may be computed in one call.
-    """
-
-    @property
-    def samples(self) -> NDArray[np.int64]: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def can_fuse(self) -> bool: ...
-
-    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
-        """Iterate over the steps of an epoch from number `first` on, with the samples of one rank."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +67,7 @@ class ShuffledBatchSampler:
 
     @property
     def can_fuse(self) -> bool:
-        """False with a shuffle window, whose memory bound assumes the blocks of one batch at a time."""
+        """Whether several steps may be computed in one call; a shuffle window's memory bound allows one batch."""
         return self.shuffle_window_blocks is None
 
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
@@ -160,3 +137,7 @@ class SequentialBatchSampler:
         for step in range(first + (rank - first) % world_size, self.steps_per_epoch, world_size):
             batch = self.samples[step * self.batch_size : (step + 1) * self.batch_size]
             yield BatchIndices(step, batch, len(batch))
+
+
+BatchSampler: TypeAlias = ShuffledBatchSampler | SequentialBatchSampler
+"""Selects the samples of each step on each rank."""

@@ -152,32 +152,34 @@ def source_options(
     Raises:
         UserError: If an option does not fit the data set.
     """
-    values: dict[str, Any] = {
-        "size": parse_size(arguments.size),
-        "fit": arguments.fit,
-        "color": arguments.color,
-        "encoded": arguments.store == "records",
-        "image_column": arguments.image_column,
-        "label_column": arguments.label_column,
-    }
-    if values["encoded"] and "encoded" not in source.options:
+    options = SourceOptions(
+        raw,
+        variant,
+        size=parse_size(arguments.size),
+        fit=arguments.fit,
+        color=arguments.color,
+        encoded=arguments.store == "records",
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+    )
+    if options.encoded and "encoded" not in source.options:
         raise UserError(
             found=f"--store records for {source.name}",
             expected="tar or zarr: its images are arrays of one size, not image files",
             hint="omit --store",
         )
-    defaults = SourceOptions(raw, variant)
-    changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
-    for name in changed:
-        if name not in source.options and name != "encoded":
-            warn(f"--{name.replace('_', '-')} has no effect on {source.name}")
+    recorded: dict[str, Any] = {}
+    for name in ("size", "fit", "color", "image_column", "label_column"):
+        value = getattr(options, name)
+        if value != getattr(SourceOptions, name):
+            if name in source.options:
+                recorded[name] = "x".join(map(str, value)) if name == "size" else value
+            else:
+                warn(f"--{name.replace('_', '-')} has no effect on {source.name}")
     if arguments.stratify and not (arguments.val_fraction or arguments.test_fraction) and arguments.subset == 1:
         warn("--stratify has no effect without --test-fraction, --val-fraction or --subset")
     if arguments.compression != "zstd" and arguments.store != "zarr":
         warn("--compression has no effect without --store zarr")
-    recorded = {name: value for name, value in changed.items() if name in source.options and name != "encoded"}
-    if "size" in recorded:
-        recorded["size"] = "x".join(map(str, recorded["size"]))
     for name, default in _SPLIT_DEFAULTS.items():
         if (value := getattr(arguments, name)) != default:
             recorded[name] = value
@@ -185,8 +187,7 @@ def source_options(
         recorded["near_duplicates"] = "remove"
     if arguments.skip_bad:
         recorded["skip_bad"] = 1
-    used = {name: value for name, value in values.items() if name in source.options}
-    return SourceOptions(raw, variant, **used), recorded
+    return options, recorded
 
 
 def warn(text: str) -> None:

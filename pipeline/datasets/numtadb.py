@@ -10,11 +10,12 @@ collection (`set`) and its original `database` (for instance for --stratify).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
 from pipeline.datasets.base import DatasetSource
 from pipeline.readers.archives.file_trees import FileTree
-from pipeline.readers.image_splits import IMAGE_OPTIONS, ImageSplit, image_splits, open_tree_of_images, split_of_tree
+from pipeline.readers.image_splits import IMAGE_OPTIONS, image_splits, open_tree_of_images, split_of_tree
 from pipeline.readers.layout import locate, read_table
 from pipeline.readers.naming import number_labels
 from pipeline.readers.raw_split import RawSplit, SourceOptions
@@ -30,21 +31,22 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     if not options.raw.exists():
         raise _missing(f"no such file or directory: {options.raw}")
     tree = open_tree_of_images(options.raw)
-    tables: dict[str, list[str]] = {}
-    images: dict[str, list[tuple[str, str, str, str]]] = {}
+    tables: dict[str, list[str]] = defaultdict(list)
+    digits: dict[str, list[str]] = defaultdict(list)
+    columns: dict[str, dict[str, list[str]]] = {split: defaultdict(list) for split in REQUIRED_SPLITS}
     for split, letters in zip(REQUIRED_SPLITS, options.variant.split("-"), strict=True):
-        tables[split] = [_find_table(tree, letter) for letter in letters]
-        images[split] = [
-            image for letter, table in zip(letters, tables[split], strict=True) for image in _read(tree, table, letter)
-        ]
-    classes, labels = number_labels(
-        {split: [each[1] for each in images[split]] for split in REQUIRED_SPLITS}, tree.path
-    )
-    splits: list[ImageSplit] = []
-    for split in REQUIRED_SPLITS:
-        names, _, databases, letters_of_images = zip(*images[split], strict=True)
-        columns = {"database": databases, "set": letters_of_images}
-        splits.append(split_of_tree(tree, split, labels[split], names, tables[split], columns))
+        for letter in letters:
+            tables[split].append(_find_table(tree, letter))
+            names, digits_of_table, databases = _read(tree, tables[split][-1], letter)
+            digits[split] += digits_of_table
+            columns[split]["path"] += names
+            columns[split]["database"] += databases
+            columns[split]["set"] += [letter] * len(names)
+    classes, labels = number_labels(digits, tree.path)
+    splits = [
+        split_of_tree(tree, split, labels[split], columns[split]["path"], tables[split], columns[split])
+        for split in REQUIRED_SPLITS
+    ]
     size = options.size or (None if options.encoded else _SIZE)
     return image_splits(splits, classes, replace(options, size=size))
 
@@ -56,8 +58,8 @@ def _find_table(tree: FileTree, letter: str) -> str:
     raise _missing(f"no training-{letter}.csv in {tree.path}")
 
 
-def _read(tree: FileTree, table_name: str, letter: str) -> list[tuple[str, str, str, str]]:
-    """The name, digit, original database and collection of each image of a table."""
+def _read(tree: FileTree, table_name: str, letter: str) -> tuple[list[str], list[str], list[str]]:
+    """The names, digits and original databases of the images of a table."""
     table = read_table(tree, table_name)
     digits = table.column(["digit"], "labels")
     for row, digit in enumerate(digits):
@@ -69,8 +71,7 @@ def _read(tree: FileTree, table_name: str, letter: str) -> list[tuple[str, str, 
     # Some tools unpack the directory into another of the same name.
     folders = (f"{folder}/", f"{folder}/training-{letter}/")
     names = locate(tree, table, table.column(["filename"], "file names"), folders)
-    databases = table.column(["database name original"], "databases")
-    return list(zip(names, digits, databases, [letter] * len(names), strict=True))
+    return names, digits, table.column(["database name original"], "databases")
 
 
 def _missing(found: str) -> UserError:

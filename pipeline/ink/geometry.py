@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from pipeline.transforms.ops.foreground import foreground_mask
 from pipeline.transforms.ops.resize import resize_weights
 
 SCAN_SIDE = 40
@@ -148,14 +150,14 @@ def find_ink(picture: NDArray[np.uint8]) -> Ink:
     Raises:
         NoInkError: The contrast is low, or all ink is specks.
     """
-    counts = np.bincount(picture.reshape(-1), minlength=256).astype(np.float64)
-    threshold, dark, bright = _otsu(counts)
+    is_bright = foreground_mask(torch.tensor(picture)[None, ..., None])[0].numpy()
+    dark, bright = (float(picture[mask].mean()) if mask.any() else 0.0 for mask in (~is_bright, is_bright))
     if bright - dark < _MIN_CONTRAST:
-        raise NoInkError(f"low contrast: {bright - dark:.0f} of 255 gray levels between background and ink")
-    edge = np.concatenate([picture[0], picture[-1], picture[1:-1, 0], picture[1:-1, -1]])
-    dark_border = float((edge <= threshold).mean())  # fraction
+        raise NoInkError(f"low contrast: {max(bright - dark, 0):.0f} of 255 gray levels between background and ink")
+    edge = np.concatenate([is_bright[0], is_bright[-1], is_bright[1:-1, 0], is_bright[1:-1, -1]])
+    dark_border = 1 - float(edge.mean())  # fraction
     is_clear = min(dark_border, 1 - dark_border) < _UNCLEAR
-    is_light = dark_border > 0.5 if is_clear else counts[: threshold + 1].sum() * 2 > picture.size
+    is_light = dark_border > 0.5 if is_clear else is_bright.mean() < 0.5
     background, ink = (dark, bright) if is_light else (bright, dark)
     values: NDArray[np.float64] = (picture.astype(np.float64) - background) / (ink - background)
     values = ((values - _NOISE) / (1 - 2 * _NOISE)).clip(0, 1)
@@ -224,21 +226,6 @@ def _triangle_weights(positions: NDArray[np.float64], length: int, width: float)
     distances = np.abs(np.arange(first, last) + 0.5 - positions[:, None])
     weights = np.maximum(0, 1 - distances / width)
     return (weights / weights.sum(axis=1, keepdims=True))[:, -first : length - first]
-
-
-def _otsu(counts: NDArray[np.float64]) -> tuple[int, float, float]:
-    """Otsu's threshold of a histogram, and the mean level of both classes."""
-    levels = np.arange(len(counts))
-    below = counts.cumsum()
-    sums = (counts * levels).cumsum()
-    above = below[-1] - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        dark, bright = sums / below, (sums[-1] - sums) / above
-        variance = np.nan_to_num(below * above * (bright - dark) ** 2, nan=-1.0)
-    threshold = int(variance.argmax())
-    if variance[threshold] <= 0:  # a single level
-        return threshold, threshold, threshold
-    return threshold, float(dark[threshold]), float(bright[threshold])
 
 
 def _remove_specks(values: NDArray[np.float64]) -> None:

@@ -62,34 +62,33 @@ def make_splits(
             hint=f"--stratify {next(iter(train.columns))}" if columns else "omit --stratify to choose by label",
         )
     for name, fraction in fractions.items():
-        if fraction is None:
-            continue
-        chosen = _choose(train, fraction, stratify, seed, _STREAMS[name])
-        if chosen.all() or not chosen.any():
-            amount = "all" if chosen.any() else "none"
-            raise UserError(
-                found=f"--{name}-fraction {fraction}, which is {amount} of {len(chosen):,} images",
-                expected="at least one image in each split",
-                hint=f"--{name}-fraction 0.2",
-            )
-        result[name] = train.select(np.flatnonzero(chosen), name)
-        train = train.select(np.flatnonzero(~chosen))
+        if fraction is not None:
+            chosen = _choose(train, f"--{name}-fraction", fraction, stratify, seed, _STREAMS[name])
+            result[name] = train.select(np.flatnonzero(chosen), name)
+            train = train.select(np.flatnonzero(~chosen))
     if subset != 1:
-        # The images to remove are chosen, so that no class loses its last image.
-        removed = _choose(train, 1 - subset, stratify, seed, _STREAMS[TRAIN])
-        if removed.all():
-            raise UserError(
-                found=f"--subset {subset}, which is none of {len(removed):,} training images",
-                expected="at least one image",
-                hint="--subset 0.1",
-            )
-        train = train.select(np.flatnonzero(~removed))
+        train = train.select(np.flatnonzero(_choose(train, "--subset", subset, stratify, seed, _STREAMS[TRAIN])))
     return (train, *(result[name] for name in (TEST, VALIDATION) if name in result))
 
 
-def _choose(split: RawSplit, fraction: float, stratify: str, seed: int, stream: int) -> NDArray[np.bool_]:
-    """A mask of images in proportion by label, and by the values of the column to stratify by."""
+def _choose(split: RawSplit, option: str, fraction: float, stratify: str, seed: int, stream: int) -> NDArray[np.bool_]:
+    """A mask of images in proportion by label, and by the values of the column to stratify by.
+
+    Raises:
+        UserError: If it holds no image, or all of them.
+    """
     # Classes in random order: otherwise, of many small classes, always the first would contribute one more image.
     classes = permutation(len(split.classes), seed, stream)[split.labels]
     groups = np.unique(split.columns[stratify], return_inverse=True)[1] if stratify else None
-    return stratified_mask(classes, fraction, seed, stream, groups)
+    if option == "--subset":
+        # The images to remove are chosen, so that no class loses its last image.
+        chosen = ~stratified_mask(classes, 1 - fraction, seed, stream, groups)
+    else:
+        chosen = stratified_mask(classes, fraction, seed, stream, groups)
+    if not chosen.any() or (chosen.all() and option != "--subset"):
+        raise UserError(
+            found=f"{option} {fraction}, which is {'all' if chosen.any() else 'none'} of {len(chosen):,} images",
+            expected="at least one image in each split",
+            hint=f"{option} 0.2",
+        )
+    return chosen

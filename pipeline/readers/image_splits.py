@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
 from shards.errors import UserError
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
+
+T = TypeVar("T")
 
 IMAGE_OPTIONS = ("size", "fit", "color", "encoded")  # the fields of `SourceOptions` that `image_splits` uses
 TABLE_OPTIONS = (*IMAGE_OPTIONS, "image_column", "label_column")  # if a table lists the images
@@ -165,29 +167,24 @@ def _read_pixels(
             )
         return image
 
-    images = np.empty((len(numbers), *shape), np.uint8)
-    _decode_each(split, numbers, decode, images)
-    return images
+    return np.array(_decode_each(split, numbers, decode), np.uint8).reshape(-1, *shape)
 
 
 def _read_records(split: ImageSplit, numbers: NDArray[np.int64]) -> list[EncodedImage]:
-    images: list = [None] * len(numbers)
-    _decode_each(split, numbers, lambda content: EncodedImage(content, image_format.check_record(content)), images)
-    return images
+    return _decode_each(split, numbers, lambda content: EncodedImage(content, image_format.check_record(content)))
 
 
-def _decode_each(
-    split: ImageSplit, numbers: NDArray[np.int64], decode: Callable[[bytes], Any], images: NDArray | list
-) -> None:
-    """Decode images into `images`; raise `UnreadableImages` for all corrupt ones."""
-    unreadable = {}
-    for position, number in enumerate(numbers.tolist()):
+def _decode_each(split: ImageSplit, numbers: NDArray[np.int64], decode: Callable[[bytes], T]) -> list[T]:
+    """Decode images; raise `UnreadableImages` for all corrupt ones."""
+    images, unreadable = [], {}
+    for number in numbers.tolist():
         try:
-            images[position] = decode(split.read(number))
+            images.append(decode(split.read(number)))
         except CorruptFileError as error:
             unreadable[number] = f"{split.path_of(number)}: {error}"
     if unreadable:
         raise UnreadableImages(unreadable)
+    return images
 
 
 def _read_headers(split: ImageSplit, has_to_parse: bool) -> NDArray | None:
@@ -206,7 +203,8 @@ def _read_headers(split: ImageSplit, has_to_parse: bool) -> NDArray | None:
                 if split.hashed_as:
                     header["sha256"] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
                 if has_to_parse:
-                    header["height"], header["width"], header["gray"] = _parse(content)
+                    found = image_format.header(content)
+                    header["height"], header["width"], header["gray"] = found.height, found.width, found.gray
             except CorruptFileError:
                 pass  # reported when the pixels are read
         return headers
@@ -214,11 +212,6 @@ def _read_headers(split: ImageSplit, has_to_parse: bool) -> NDArray | None:
     title = f"reading headers of {split.name}"
     with tqdm(total=count, desc=title, unit=" images", unit_scale=True, disable=None, leave=False) as bar:
         return np.concatenate(map_in_processes(read_chunk, list(map(len, chunks)), default_workers(), bar))
-
-
-def _parse(content: bytes) -> tuple[int, int, bool]:
-    header = image_format.header(content)
-    return header.height, header.width, header.gray
 
 
 def _channels(headers: Sequence[NDArray | None]) -> int:

@@ -146,28 +146,24 @@ def _append(batch: arrow.RecordBatch, columns: _Columns, rows: _Rows, content: T
 
 
 def _find_columns(schema: arrow.Schema, path: Path, image_column: str, label_column: str) -> _Columns:
-    candidates = [each.name for each in schema if _holds_bytes(each.type)]
-    usual = candidates if len(candidates) == 1 else _IMAGE_COLUMNS
-    image = _choose(candidates, (image_column,) if image_column else usual)
+    images = [each.name for each in schema if _holds_bytes(each.type)]
     labels = [each.name for each in schema if _is_label(each.type)]
-    label = _choose(labels, (label_column,) if label_column else _LABEL_COLUMNS)
-    for name, option_value, what, option in (
-        (image, image_column, "images as bytes", "--image-column"),
-        (label, label_column, "labels, integers or texts", "--label-column"),
+    usual = images if len(images) == 1 else _IMAGE_COLUMNS
+    found = []
+    for columns, requested, names, what, option in (
+        (images, image_column, usual, "images as bytes", "--image-column"),
+        (labels, label_column, _LABEL_COLUMNS, "labels, integers or texts", "--label-column"),
     ):
-        if name is None:
-            columns = [f"{each.name} ({each.type})" for each in schema]
+        matching = [name for name in ((requested,) if requested else names) if columns.count(name) == 1]
+        if not matching:
             raise UserError(
-                found=f"{path}, with the columns {some_of(columns)}",
-                expected=f"a column of {what}" + (f" named {option_value}" if option_value else ""),
+                found=f"{path}, with the columns {some_of([f'{each.name} ({each.type})' for each in schema])}",
+                expected=f"a column of {what}" + (f" named {requested}" if requested else ""),
                 hint=f"name it with {option}",
             )
-    assert image is not None and label is not None
+        found.append(matching[0])
+    image, label = found
     return _Columns(image, label, _class_names(schema, label))
-
-
-def _choose(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    return next((name for name in names if columns.count(name) == 1), None)
 
 
 def _holds_bytes(kind: arrow.DataType) -> bool:

@@ -58,20 +58,16 @@ class RawSplit:
 
     def __post_init__(self) -> None:
         shape, labels, last = self.image_shape, self.labels, len(self.classes) - 1
-        self._require(len(shape) == 3, f"images of shape {shape}", "height, width and channels")
-        self._require(shape[-1] in (1, 3), f"{shape[-1]} channels", "1 (gray) or 3 (RGB)")
-        self._require(all(side != 0 for side in shape), f"images of shape {shape}", "at least one pixel")
-        self._require(labels.ndim == 1 and len(labels) > 0, f"labels of shape {labels.shape}", "[N], not empty")
+        _require(len(shape) == 3, self.name, f"images of shape {shape}", "height, width and channels")
+        _require(shape[-1] in (1, 3), self.name, f"{shape[-1]} channels", "1 (gray) or 3 (RGB)")
+        _require(all(side != 0 for side in shape), self.name, f"images of shape {shape}", "at least one pixel")
+        _require(labels.ndim == 1 and len(labels) > 0, self.name, f"labels of shape {labels.shape}", "[N], not empty")
         low, high = int(labels.min()), int(labels.max())
-        self._require(low >= 0 and high <= last, f"labels {low} .. {high}", f"0 .. {last}, one per class")
+        _require(low >= 0 and high <= last, self.name, f"labels {low} .. {high}", f"0 .. {last}, one per class")
         if not len(self.source_index):
             object.__setattr__(self, "source_index", np.arange(len(labels)))
         assert len(self.source_index) == len(labels)
         assert all(len(values) == len(labels) for values in self.columns.values())
-
-    def _require(self, is_right: bool, found: str, expected: str) -> None:
-        if not is_right:
-            raise _unfit(self.name, found, expected)
 
     @property
     def encoded(self) -> bool:
@@ -119,12 +115,11 @@ class RawSplit:
         Raises:
             UserError: If the arrays have other types or shapes.
         """
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise _unfit(name, f"images of {images.dtype} {list(images.shape)}", "uint8 [N, H, W, C]")
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise _unfit(name, f"labels of {labels.dtype}", "integers")
-        if len(images) != len(labels):
-            raise _unfit(name, f"{len(images)} images and {len(labels)} labels", "one label per image")
+        is_image_array, is_integer = images.dtype == np.uint8 and images.ndim == 4, labels.dtype.kind in "iu"
+        _require(is_image_array, name, f"images of {images.dtype} {list(images.shape)}", "uint8 [N, H, W, C]")
+        _require(is_integer, name, f"labels of {labels.dtype}", "integers")
+        counts = f"{len(images)} images and {len(labels)} labels"
+        _require(len(images) == len(labels), name, counts, "one label per image")
         return cls(
             name=name,
             classes=classes,
@@ -137,8 +132,9 @@ class RawSplit:
         )
 
 
-def _unfit(split: str, found: str, expected: str) -> UserError:
-    return UserError(found=f"{found} in the {split} split", expected=expected, hint="convert them before packing")
+def _require(is_right: bool, split: str, found: str, expected: str) -> None:
+    if not is_right:
+        raise UserError(found=f"{found} in the {split} split", expected=expected, hint="convert them before packing")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def raw_images(store: Store, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "loader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 @pytest.mark.parametrize("backend", ["torch", "dali"])

@@ -110,7 +110,7 @@ def test_an_out_that_cannot_be_written_to_is_the_users_mistake(
 
 def drawn(text: str, width: int = 400) -> np.ndarray:
     sheet = Image.new("RGB", (400, 40), "white")
-    preview._draw_text(ImageDraw.Draw(sheet), (4, 4), text, 20, width)
+    preview.draw_text(ImageDraw.Draw(sheet), (4, 4), text, 20, width)
     return np.asarray(sheet)
 
 

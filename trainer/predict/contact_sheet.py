@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.preview import to_pil_image
+from pipeline.preview import MUTED, PAPER, TEXT, draw_text, to_pil_image
 
 MAX_TILES = 240
 _COLUMNS = 12
@@ -17,9 +17,6 @@ _GAP = 12
 _CAPTION = 36
 _HEADER = 72
 _MARGIN = 24
-_INK = (24, 24, 27)
-_MUTED = (113, 113, 122)
-_PAPER = (250, 250, 250)
 _WRONG = (190, 18, 60)
 
 
@@ -50,31 +47,22 @@ def prediction_sheet(tiles: list[Tile], title: str, not_shown: int = 0) -> Image
     columns = min(_COLUMNS, max(5, len(tiles)))
     rows = -(-len(tiles) // columns)
     width = 2 * _MARGIN + columns * (_TILE + _GAP) - _GAP
-    sheet = Image.new("RGB", (width, _HEADER + rows * (_TILE + _CAPTION + _GAP) + _MARGIN - _GAP), _PAPER)
+    sheet = Image.new("RGB", (width, _HEADER + rows * (_TILE + _CAPTION + _GAP) + _MARGIN - _GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-
-    def write(x: float, y: float, text: str, color: tuple[int, int, int], size: int, room: float) -> None:
-        font = ImageFont.load_default(size)
-        if font.getlength(text) > room:
-            while text and font.getlength(f"{text}…") > room:
-                text = text[:-1]
-            text += "…"
-        draw.text((x, y), text, color, font)
-
-    write(_MARGIN, 16, title, _INK, 20, width - 2 * _MARGIN)
+    draw_text(draw, (_MARGIN, 16), title, 20, width - 2 * _MARGIN)
     more = f"; {not_shown:,} more not shown" if not_shown else ""
-    write(_MARGIN, 44, f"model input and prediction{more}", _MUTED, 13, width - 2 * _MARGIN)
+    draw_text(draw, (_MARGIN, 44), f"model input and prediction{more}", 13, width - 2 * _MARGIN, MUTED)
     for position, tile in enumerate(tiles):
         x = _MARGIN + position % columns * (_TILE + _GAP)
         y = _HEADER + position // columns * (_TILE + _CAPTION + _GAP)
         is_wrong = tile.true is not None and tile.true != tile.predicted
         if is_wrong:
             draw.rectangle((x - 3, y - 3, x + _TILE + 2, y + _TILE + 2), fill=_WRONG)
-            write(x, y + _TILE + 21, f"true: {tile.true}", _MUTED, 12, _TILE)
+            draw_text(draw, (x, y + _TILE + 21), f"true: {tile.true}", 12, _TILE, MUTED)
         resample = Image.Resampling.NEAREST if tile.image.shape[0] * 2 <= _TILE else Image.Resampling.LANCZOS
         sheet.paste(to_pil_image(tile.image).resize((_TILE, _TILE), resample), (x, y))
         percent, font = f"{tile.probability:.0%}", ImageFont.load_default(12)
-        draw.text((x + _TILE, y + _TILE + 6), percent, _MUTED, font, anchor="ra")
-        room = _TILE - font.getlength(percent) - 4
-        write(x, y + _TILE + 4, tile.predicted, _WRONG if is_wrong else _INK, 14, room)
+        draw.text((x + _TILE, y + _TILE + 6), percent, MUTED, font, anchor="ra")
+        room = _TILE - int(font.getlength(percent)) - 4
+        draw_text(draw, (x, y + _TILE + 4), tile.predicted, 14, room, _WRONG if is_wrong else TEXT)
     return sheet
