@@ -10,7 +10,6 @@ framework would add a hundred packages and load files from other servers.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import secrets
 import sys
@@ -28,7 +27,6 @@ from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as images
 from shards import UserError
 from shards.cli import program_name, run_command
-from shards.errors import as_user_error
 from trainer.predict.predictor import Predictor, add_run_arguments
 from trainer.report.html import image_url, render
 
@@ -186,12 +184,10 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__((_HOST, port), _Handler)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise as_user_error(error, f"port {port}") from None
             raise UserError(
-                found=f"port {port} of {_HOST} in use by another program",
-                expected="a free port",
-                hint="stop that program, or use a free port: --port 0",
+                found=f"port {port} of {_HOST}: {error.strerror}",
+                expected="a free port that this user may open",
+                hint="stop the program that uses it, or take a free port: --port 0",
             ) from None
 
     def handle_error(self, request: Any, client_address: Any) -> None:

@@ -27,17 +27,11 @@ def main() -> int:
     parser.add_argument("--shards", metavar="SHARDS", help="the run's packed data set, if it has been moved")
     arguments = parser.parse_args()
     is_single = len(arguments.runs) == 1
-    if is_single and arguments.out:
+    if arguments.out if is_single else arguments.shards:
         raise UserError(
-            found=f"--out {arguments.out} with one run",
-            expected="several runs to compare; the report of one run is in its directory",
-            hint=f"python -m trainer.report {arguments.runs[0]}",
-        )
-    if arguments.shards and not is_single:
-        raise UserError(
-            found=f"--shards {arguments.shards} with several runs",
-            expected="one run; a comparison contains no images",
-            hint=f"python -m trainer.report {' '.join(map(str, arguments.runs))}",
+            found="--out with one run" if is_single else "--shards with several runs",
+            expected="--shards for the report of one run, --out for the comparison of several",
+            hint="python -m trainer.report RUN [--shards SHARDS], or python -m trainer.report RUN RUN ... [--out FILE]",
         )
     if is_single:
         run = CompletedRun.open(arguments.runs[0])

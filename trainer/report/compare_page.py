@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ def render_page(runs: list[CompletedRun]) -> str:
     if len({run.directory.path.resolve() for run in runs}) < len(runs):
         raise UserError(found="a run that is named twice", expected="different runs", hint="name each run once")
     names = _names(runs)
+    predictions = [np.load(run.directory.predictions) for run in runs]
     same_classes = len({run.trained.classes for run in runs}) == 1
     same_data = len({run.trained.data_digest for run in runs}) == 1
     return html.render(
@@ -63,20 +65,18 @@ def render_page(runs: list[CompletedRun]) -> str:
         charts=compared_curves({name: run.history for name, run in zip(names, runs, strict=True)}),
         settings=_differences([dict(flatten(run.config.model_dump(mode="json"))) for run in runs]),
         environments=_differences([dict(flatten(run.environment)) for run in runs]),
-        classes=_class_rows(runs) if same_classes else None,
-        paired=_paired(runs) if same_data else None,
+        classes=_class_rows(predictions, runs[0].trained.classes) if same_classes else None,
+        paired=_paired(predictions) if same_data else None,
     )
 
 
 def _names(runs: list[CompletedRun]) -> list[str]:
-    """The runs' names, with as many parts of their paths as make them different."""
-    for depth in range(3):
-        names = [
-            "/".join([run.config.run.name, *run.directory.path.resolve().parts[-depth:]][: depth + 1]) for run in runs
-        ]
-        if len(set(names)) == len(names):
-            return names
-    return [str(run.directory.path) for run in runs]
+    """The runs' names, with the part of their paths that differs if names are equal."""
+    names = [run.config.run.name for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    paths = [run.directory.path.resolve() for run in runs]
+    return [f"{name}/{path.relative_to(os.path.commonpath(paths))}" for name, path in zip(names, paths, strict=True)]
 
 
 def _metric_rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -102,16 +102,13 @@ def _differences(contents: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def _class_rows(runs: list[CompletedRun]) -> list[dict[str, Any]]:
+def _class_rows(predictions: list[Any], classes: tuple[str, ...]) -> list[dict[str, Any]]:
     """F1 of each class in each run, the largest differences first."""
-    confusions = []
-    for run in runs:
-        predictions = np.load(run.directory.predictions)
-        confusions.append(ConfusionMatrix.of(predictions["labels"], predictions["predicted"], len(run.trained.classes)))
+    confusions = [ConfusionMatrix.of(each["labels"], each["predicted"], len(classes)) for each in predictions]
     f1 = np.stack([confusion.f1 for confusion in confusions])  # [runs, C]
     return [
         {
-            "name": runs[0].trained.classes[label],
+            "name": classes[label],
             "samples": int(confusions[0].support[label]),
             "f1": f1[:, label].tolist(),
             "gain": (f1[1:, label] - f1[0, label]).tolist(),
@@ -120,11 +117,8 @@ def _class_rows(runs: list[CompletedRun]) -> list[dict[str, Any]]:
     ]
 
 
-def _paired(runs: list[CompletedRun]) -> list[dict[str, int]]:
+def _paired(predictions: list[Any]) -> list[dict[str, int]]:
     """For each run except the baseline: test images that only the baseline or only this run classifies correctly."""
-    correct = []  # of each run, bool [N] in the order of rows
-    for run in runs:
-        predictions = np.load(run.directory.predictions)
-        correct.append((predictions["labels"] == predictions["predicted"])[np.argsort(predictions["rows"])])
-    baseline = correct[0]
-    return [{"first": int((baseline & ~other).sum()), "this": int((~baseline & other).sum())} for other in correct[1:]]
+    # Of each run, bool [N] in the order of rows.
+    first, *others = [(each["labels"] == each["predicted"])[np.argsort(each["rows"])] for each in predictions]
+    return [{"first": int((first & ~other).sum()), "this": int((~first & other).sum())} for other in others]

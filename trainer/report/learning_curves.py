@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from trainer.config.schema import flatten
 from trainer.report.svg import Line, line_chart
 
 History = list[dict[str, Any]]
 
 
 class _Curve(NamedTuple):
-    """A metric by epoch: value in a record (None if absent), format, start of the axis, title of its chart."""
+    """A metric by epoch: its path in a record, format, start of the axis, title of its chart."""
 
-    value: Callable[[dict[str, Any]], float | None]
+    path: str
     is_percent: bool = False
     from_zero: bool = False
     title: str = ""
 
 
 _CURVES = {
-    "training loss": _Curve(lambda record: record["train_loss"], title="Loss"),
-    "validation cross-entropy": _Curve(lambda record: record.get("validation", {}).get("loss"), title="Loss"),
-    "validation accuracy": _Curve(
-        lambda record: record.get("validation", {}).get("accuracy"), True, title="Validation"
-    ),
-    "validation macro F1": _Curve(
-        lambda record: record.get("validation", {}).get("macro_f1"), True, title="Validation"
-    ),
-    "learning rate": _Curve(lambda record: record["lr"]),
-    "training images/s": _Curve(lambda record: record["images_per_second"], from_zero=True),
-    "data wait, fraction of the step": _Curve(lambda record: record["data_wait_share"], True, True),
+    "training loss": _Curve("train_loss", title="Loss"),
+    "validation cross-entropy": _Curve("validation.loss", title="Loss"),
+    "validation accuracy": _Curve("validation.accuracy", True, title="Validation"),
+    "validation macro F1": _Curve("validation.macro_f1", True, title="Validation"),
+    "learning rate": _Curve("lr"),
+    "training images/s": _Curve("images_per_second", from_zero=True),
+    "data wait, fraction of the step": _Curve("data_wait_share", True, True),
 }
 
 
@@ -69,7 +66,7 @@ def _draw(charts: dict[str, dict[str, tuple[_Curve, History]]]) -> list[dict[str
     for title, series in charts.items():
         lines = []
         for number, (name, (curve, history)) in enumerate(series.items()):
-            values = [value for record in history if (value := curve.value(record)) is not None]
+            values = [value for record in history if (value := dict(flatten(record)).get(curve.path)) is not None]
             if values:
                 lines.append(Line(name, values, style(number)))
         if lines:
