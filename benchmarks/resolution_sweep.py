@@ -35,7 +35,6 @@ from shards.cli import run_command
 from shards.manifest import REQUIRED_SPLITS, VALIDATION, has_split
 from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
-from trainer.config.load import validate
 
 _SMALL_IMAGES = 2_000  # training images without arguments
 _SMALL_TEST_IMAGES = 10_000
@@ -172,13 +171,12 @@ def make_config(arguments: argparse.Namespace, defaults: Defaults) -> SweepConfi
         shards = choose_set(arguments.shards)
         # Validation on many more images than training would dominate the time.
         val_fraction = min(_SMALL_RECIPE["data"]["val_fraction"], fraction_of(_SMALL_IMAGES, shards))
-        settings = validate({**_SMALL_RECIPE, "data": {"shards": "", "val_fraction": val_fraction}}, "the sweep")
+        settings = config.validate({**_SMALL_RECIPE, "data": {"shards": "", "val_fraction": val_fraction}}, "the sweep")
     else:
         settings = config.load(path, [])
         shards = resolve_dataset(arguments.shards or settings.data.shards)
     if arguments.epochs is not None:
-        trainer = {**settings.trainer.model_dump(mode="json"), "epochs": arguments.epochs}
-        settings = validate({**settings.model_dump(mode="json"), "trainer": trainer}, "--epochs")
+        settings = config.replace_settings(settings, {"trainer.epochs": arguments.epochs}, "--epochs")
     manifests = [Manifest.read(shards / split) for split in REQUIRED_SPLITS]
     if settings.data.val_fraction == 0 and not has_split(shards, VALIDATION):
         raise UserError(
@@ -187,12 +185,13 @@ def make_config(arguments: argparse.Namespace, defaults: Defaults) -> SweepConfi
             hint="set data.val_fraction: 0.05",
         )
     # The resolution of a point replaces a resolution schedule.
-    data = settings.data.model_copy(update={"resolution": manifests[0].image_shape[0] or 28})
+    side = manifests[0].image_shape[0] or 28
+    settings = config.replace_settings(settings, {"data.resolution": side}, "the sweep")
     return SweepConfig(
         shards=shards,
         dataset=manifests[0].name,
         digest="".join(manifest.digest() for manifest in manifests),
-        recipe=settings.model_copy(update={"data": data}).model_dump(mode="json"),
+        recipe=settings.model_dump(mode="json"),
         seconds=arguments.seconds or defaults.seconds,
         test_images=defaults.test_images,
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.common.harness import Spread
 from benchmarks.common.text import bullets, format_bytes, format_percent, markdown_table
 from benchmarks.sweep.plan import read_records
 from benchmarks.sweep.stats import BY_EPOCHS, BY_TIME, SeedGroup, group_seeds
@@ -19,75 +19,44 @@ BETTER, WORSE = "better", "REGRESSION"
 _Key = tuple[str, str, float, int, str]
 
 
-@dataclass(frozen=True)
-class Range:
-    """A value and its range; infinite if the value was measured only once."""
+class Measure(NamedTuple):
+    """A quantity of a group with its range, which is infinite if it was measured only once.
 
-    value: float
-    low: float = -math.inf
-    high: float = math.inf
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A quantity to compare.
-
-    Args:
-        name: Title of its rows.
-        read: Returns its value in a group, or None if the group has none.
+    Attributes:
+        spread: Value and range.
         sign: 1 if higher is better, -1 if lower is better.
         format: Formats a value.
     """
 
-    name: str
-    read: Callable[[SeedGroup], Range | None]
+    spread: Spread
     sign: int
     format: Callable[[float], str]
 
 
-def _rate(name: str) -> Callable[[SeedGroup], Range | None]:
-    def read(group: SeedGroup) -> Range:
+def measures(group: SeedGroup) -> dict[str, Measure]:
+    """Return the quantities to compare by title."""
+    found: dict[str, Measure] = {}
+    for title, name, sign, form in (
+        ("loader images/s", "loader_images_per_second", 1, "{:,.0f}".format),
+        ("loader CPU-s / 1,000", "loader_cpu_seconds_per_thousand", -1, "{:.4f}".format),
+        ("training images/s", "training_images_per_second", 1, "{:,.0f}".format),
+    ):
         spread = group.spread(name)
-        return Range(spread.median, spread.low, spread.high) if spread.n > 1 else Range(spread.median)
-
-    return read
-
-
-def _score(run: str, name: str) -> Callable[[SeedGroup], Range | None]:
-    """Mean ± the standard deviation over seeds or the standard error, whichever is larger."""
-
-    def read(group: SeedGroup) -> Range | None:
-        estimate = group.metric(run, name)
-        if estimate is None:
-            return None
-        if estimate.std_error is None:
-            return Range(estimate.mean)
-        width = max(estimate.std or 0.0, estimate.std_error)
-        return Range(estimate.mean, estimate.mean - width, estimate.mean + width)
-
-    return read
+        found[title] = Measure(spread if spread.n > 1 else _around(spread.median, math.inf), sign, form)
+    for title, name in (("peak memory", "peak_memory_bytes"), ("peak GPU memory", "peak_device_memory_bytes")):
+        if peak := group.largest(name):
+            found[title] = Measure(_around(peak, _MEMORY_TOLERANCE * peak), -1, format_bytes)
+    for run, after in ((BY_EPOCHS, "epochs"), (BY_TIME, "time")):
+        for name, title, sign in (("accuracy", "accuracy", 1), ("macro_f1", "macro F1", 1), ("ece", "calibration", -1)):
+            if estimate := group.metric(run, name):
+                error = math.inf if estimate.std_error is None else estimate.std_error
+                spread = _around(estimate.mean, max(estimate.std or 0.0, error))
+                found[f"{title}, {after}"] = Measure(spread, sign, format_percent)
+    return found
 
 
-def _memory(name: str) -> Callable[[SeedGroup], Range | None]:
-    def read(group: SeedGroup) -> Range | None:
-        peak = group.largest(name)
-        return None if peak is None else Range(peak, peak * (1 - _MEMORY_TOLERANCE), peak * (1 + _MEMORY_TOLERANCE))
-
-    return read
-
-
-MEASURES = (
-    Measure("loader images/s", _rate("loader_images_per_second"), 1, "{:,.0f}".format),
-    Measure("loader CPU-s / 1,000", _rate("loader_cpu_seconds_per_thousand"), -1, "{:.4f}".format),
-    Measure("training images/s", _rate("training_images_per_second"), 1, "{:,.0f}".format),
-    Measure("peak memory", _memory("peak_memory_bytes"), -1, format_bytes),
-    Measure("peak GPU memory", _memory("peak_device_memory_bytes"), -1, format_bytes),
-    *(
-        Measure(f"{title}, {after}", _score(run, name), sign, format_percent)
-        for run, after in ((BY_EPOCHS, "epochs"), (BY_TIME, "time"))
-        for name, title, sign in (("accuracy", "accuracy", 1), ("macro_f1", "macro F1", 1), ("ece", "calibration", -1))
-    ),
-)
+def _around(value: float, error: float) -> Spread:
+    return Spread(value, value - error, value + error, 1)
 
 
 def compare(before: Path, after: Path) -> tuple[str, bool]:
@@ -113,15 +82,15 @@ def compare(before: Path, after: Path) -> tuple[str, bool]:
         )
     rows, has_regression = [], bool(lost)
     for key in common:
-        for measure in MEASURES:
-            first, second = measure.read(old[key]), measure.read(new[key])
-            if first is None or second is None:
-                continue
-            verdict = _verdict(first, second, measure.sign)
-            has_regression = has_regression or verdict == WORSE
-            change = f"{second.value / first.value - 1:+.1%}" if first.value else ""
-            values = [measure.format(first.value), measure.format(second.value)]
-            rows.append([_describe(key), measure.name, *values, change, verdict])
+        after_measures = measures(new[key])
+        for title, measure in measures(old[key]).items():
+            if title in after_measures:
+                first, second = measure.spread, after_measures[title].spread
+                verdict = _verdict(first, second, measure.sign)
+                has_regression = has_regression or verdict == WORSE
+                change = f"{second.median / first.median - 1:+.1%}" if first.median else ""
+                values = [measure.format(first.median), measure.format(second.median)]
+                rows.append([_describe(key), title, *values, change, verdict])
     lines = [f"{_describe(key)}: {WORSE}, measured in {before} and failed in {after}" for key in lost]
     lines += _differences(earlier, later, before, after)
     lines += [f"{_describe(key)}: only in {before}" for key in old if key not in new and key not in lost]
@@ -148,7 +117,7 @@ def _describe(key: _Key) -> str:
     return f"{model}, {resolution}, {interpolation}" + (f", {subset:.3g} of the images" if subset != 1 else "")
 
 
-def _verdict(before: Range, after: Range, sign: int) -> str:
+def _verdict(before: Spread, after: Spread, sign: int) -> str:
     """Return whether the ranges are disjoint, and in which direction."""
     if after.low > before.high:
         return BETTER if sign > 0 else WORSE

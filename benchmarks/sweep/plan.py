@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.common.harness import write_lines
 from shards.atomic import make_directory
 from shards.errors import UserError
-from trainer.config.load import validate
+from trainer.config.load import replace_settings, validate
 from trainer.config.schema import Config
 
 NAME = "resolution_sweep"
@@ -72,20 +72,21 @@ class SweepConfig:
         Raises:
             UserError: The settings are invalid.
         """
-        overrides: dict[str, dict[str, Any]] = {
-            "data": {
-                "shards": str(self.shards),
-                "train_fraction": point.subset,
-                "resolution": point.resolution,
-                "interpolation": point.interpolation,
-            },
-            "loader": {"batch_size": batch_size},
-            "model": {"name": point.model},
-            "optim": {"grad_accumulation": accumulation},
-            "checkpoint": {"every_minutes": None, "every_steps": None},
+        values = {
+            "data.shards": str(self.shards),
+            "data.train_fraction": point.subset,
+            "data.resolution": point.resolution,
+            "data.interpolation": point.interpolation,
+            "loader.batch_size": batch_size,
+            "model.name": point.model,
+            "optim.grad_accumulation": accumulation,
+            "checkpoint.every_minutes": None,
+            "checkpoint.every_steps": None,
+            "seed": point.seed,
+            "resume": "never",
+            "logging": {},
         }
-        sections = {name: {**self.recipe.get(name, {}), **values} for name, values in overrides.items()}
-        return validate({**self.recipe, "seed": point.seed, "resume": "never", "logging": {}, **sections}, "the sweep")
+        return replace_settings(self.settings, values, "the sweep")
 
     @property
     def settings(self) -> Config:

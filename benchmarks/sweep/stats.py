@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from scipy.stats import linregress
+
 from benchmarks.common.harness import Spread
 
 BY_EPOCHS, BY_TIME = "by_epochs", "by_time"
@@ -126,13 +129,8 @@ def fit_power_law(pixels: Sequence[float], costs: Sequence[float]) -> PowerLaw |
     """Fit a power law by least squares of the logarithms; None for fewer than two sizes."""
     if len(set(pixels)) < 2:
         return None
-    x, y = [math.log(value) for value in pixels], [math.log(value) for value in costs]
-    slope, intercept = statistics.linear_regression(x, y)
-    std_error = None
-    if len(x) > 2:
-        residuals = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-        std_error = math.sqrt(residuals / (len(x) - 2) / (len(x) * statistics.pvariance(x)))
-    return PowerLaw(math.exp(intercept), slope, std_error)
+    fit = linregress(np.log(pixels), np.log(costs))
+    return PowerLaw(math.exp(fit.intercept), fit.slope, fit.stderr if len(pixels) > 2 else None)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
