@@ -104,10 +104,8 @@ def _read(file: ImageFile, adapter: InputAdapter) -> Sample:
         if file.path.stat().st_size > MAX_BYTES:
             raise UnusableImageError(f"more than {MAX_BYTES:,} bytes")
         adapted = adapter.adapt(file.path.read_bytes())
-    except UnusableImageError as error:
-        return Sample(name, file.label, None, str(error))
-    except OSError as error:
-        return Sample(name, file.label, None, error.strerror or str(error))
+    except (UnusableImageError, OSError) as error:
+        return Sample(name, file.label, None, getattr(error, "strerror", None) or str(error))
     return Sample(name, file.label, adapted.image, adapted.description)
 
 

@@ -140,7 +140,11 @@ class SharedStudy:
                 load_if_exists=True,
                 pruner=_pruner(search),
             )
-            self._check_same({"search": search.identity(), "recipe": base.recipe()})
+            self._check_same("recipe", base.recipe())
+            if self._check_same("search", search.identity()):
+                for values in search.initial_trials:
+                    applicable = search.applicable(values)
+                    self._study.enqueue_trial({parameter: values[name] for name, parameter, _ in applicable})
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Lock the study for other processes."""
@@ -149,15 +153,7 @@ class SharedStudy:
     def check_data(self, digest: str) -> None:
         """Raise `UserError` for data that differ from those of the trials before."""
         with self.exclusive():
-            known = self._study.user_attrs.get("data")
-            if known is None:
-                self._study.set_user_attr("data", digest)
-            elif known != digest:
-                raise UserError(
-                    found=f"other data than that of the trials in {self.directory}",
-                    expected="the same packed set for all trials of a study",
-                    hint="name that set, or start another study: dir=...",
-                )
+            self._check_same("data", {"digest": digest})
 
     @contextmanager
     def next_trial(self) -> Iterator[RunningTrial | None]:
@@ -192,24 +188,21 @@ class SharedStudy:
             if trial.state in _STATES
         ]
 
-    def _check_same(self, content: dict[str, dict[str, Any]]) -> None:
-        known = self._study.user_attrs.get("content")
+    def _check_same(self, key: str, content: dict[str, Any]) -> bool:
+        """Store what the study is made of, or compare it with what is stored; returns whether it is new."""
         content = json.loads(json.dumps(content))
+        known = self._study.user_attrs.get(key)
         if known is None:
-            self._study.set_user_attr("content", content)
-            for values in self._search.initial_trials:
-                applicable = self._search.applicable(values)
-                self._study.enqueue_trial({parameter: values[name] for name, parameter, _ in applicable})
-            return
-        for part in content:
-            for name in {**known[part], **content[part]}:
-                before, now = known[part].get(name), content[part].get(name)
-                if before != now:
-                    raise UserError(
-                        found=f"{name}={now} of the {part}, but {before} in the study in {self.directory}",
-                        expected="the same search when a study is resumed; its budget may differ",
-                        hint="start another study: dir=...",
-                    )
+            self._study.set_user_attr(key, content)
+            return True
+        for name in known | content:
+            if known.get(name) != content.get(name):
+                raise UserError(
+                    found=f"{name}={content.get(name)} of the {key}, but {known.get(name)} in {self.directory}",
+                    expected="the same search, recipe and data when a study is resumed; its budget may differ",
+                    hint="start another study: dir=...",
+                )
+        return False
 
     def _resume(self, stack: ExitStack) -> RunningTrial | None:
         for known in self._study.get_trials(deepcopy=False, states=(State.RUNNING,)):
