@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.common.charts import CARD, MUTED, RULE, SERIES, Chart, plain_numbers, set_row_labels, set_title
 from benchmarks.sweep.stats import BY_EPOCHS, PowerLaw, SeedGroup, pareto_front
-from benchmarks.sweep.text import Series, SweepResults, format_estimate, growth_lines, run_name
+from benchmarks.sweep.text import Series, SweepResults, run_name
 
 TRADE_NOTE = (
     "Bars: one standard error. Filled: no other point is both faster and more accurate (joined by the line). "
@@ -20,23 +21,74 @@ TRADE_NOTE = (
 )
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A chart of the sweep.
+
+    Attributes:
+        title: Heading.
+        subtitle: Line below the heading; empty for none.
+        draw: Draws the chart.
+        alt: Description for screen readers.
+        height: Height on the page in inches.
+    """
+
+    title: str
+    subtitle: str
+    draw: Callable[[Axes], None]
+    alt: str
+    height: float = 2.9
+
+    def to_svg(self, prefix: str) -> str:
+        """Return the `<svg>` element; `prefix` is unique in the page."""
+        # At 3.9 inches, text of 10 points stays readable at the width of a phone.
+        return Chart(lambda panels: self.draw(panels[0]), (3.9, self.height)).to_svg(prefix)
+
+
+def make_panels(results: SweepResults) -> list[Panel]:
+    """Return accuracy over throughput (a panel per kind of run and subset), cost per image and bytes on disk."""
+    panels = []
+    for run, subset in itertools.product(results.runs, results.subsets):
+        own = [series for series in results.series if series.subset == subset]
+        panels.append(
+            Panel(
+                f"Accuracy over throughput after {run_name(run, results.first)}",
+                own[0].title if len(own) == 1 else own[0].subtitle,
+                partial(_draw_trade, own=own, run=run),
+                "Test accuracy over training throughput at each resolution, with the Pareto front; values as below.",
+            )
+        )
+    costs = "Milliseconds per image over its number of pixels, for training and for the loader; values as below."
+    sizes = "Megabytes on disk by resolution: constant if images are resized at load time, else growing with pixels."
+    return [
+        *panels,
+        Panel("Cost per image", "", partial(_draw_costs, results=results), costs),
+        Panel("Size on disk", "", partial(_draw_sizes, groups=results.main.groups), sizes),
+    ]
+
+
+def interpolation_panel(groups: Sequence[SeedGroup]) -> Panel:
+    """Return the test accuracy of each interpolation."""
+    names = ", ".join(group.interpolation for group in groups)
+    alt = f"Test accuracy by interpolation, with one standard error: {names}; values as below."
+    return Panel("Test accuracy", "", partial(_draw_interpolations, groups=groups), alt, 0.45 * len(groups) + 0.8)
+
+
 def write_png(results: SweepResults, path: Path) -> None:
-    """Draw accuracy over throughput (a panel per kind of run and subset) above cost per image and bytes on disk."""
-    pairs = _trade_pairs(results)
-    columns = len(results.subsets) if len(results.subsets) > 1 else len(pairs)
-    rows = len(pairs) // columns
+    """Draw accuracy over throughput above cost per image and bytes on disk."""
+    panels = make_panels(results)
+    trades = len(panels) - 2
+    columns = len(results.subsets) if len(results.subsets) > 1 else trades
+    rows = trades // columns
     upper = [[f"trade {row * columns + half // 2}" for half in range(2 * columns)] for row in range(rows)]
 
-    def draw(panels: Sequence[Axes]) -> None:
-        *trades, costs, sizes = panels
-        for axes, (run, subset) in zip(trades, pairs, strict=True):
-            _draw_trade(axes, results, run, subset)
-            own = [series for series in results.series if series.subset == subset]
-            set_title(axes, f"After {run_name(run, results.first)}", own[0].title if len(own) == 1 else own[0].subtitle)
-        _draw_costs(costs, results)
-        costs.set_title("Cost per image")
-        _draw_sizes(sizes, results)
-        sizes.set_title("Size on disk")
+    def draw(all_axes: Sequence[Axes]) -> None:
+        for axes, panel in zip(all_axes, panels, strict=True):
+            panel.draw(axes)
+            if panel.subtitle:
+                set_title(axes, panel.title, panel.subtitle)
+            else:
+                axes.set_title(panel.title)
 
     Chart(
         draw,
@@ -48,62 +100,8 @@ def write_png(results: SweepResults, path: Path) -> None:
     ).write_png(path)
 
 
-@dataclass(frozen=True)
-class PageChart:
-    """Chart of the HTML page: heading, `<svg>` element and description for screen readers."""
-
-    title: str
-    svg: str
-    alt: str
-
-
-def page_charts(results: SweepResults) -> list[PageChart]:
-    """Draw accuracy over throughput (a chart per kind of run and subset), cost per image and bytes on disk."""
-    charts: list[PageChart] = []
-    for run, subset in _trade_pairs(results):
-        own = [series for series in results.series if series.subset == subset]
-        scores = [
-            f"{series.model} at {group.resolution}: {format_estimate(accuracy)} at {group.throughput:,.0f} images/s"
-            for series in own
-            for group in series.groups
-            if (accuracy := group.metric(run, "accuracy"))
-        ]
-        detail = f", {own[0].subtitle}" if len(results.subsets) > 1 else ""
-        title = f"Accuracy over throughput after {run_name(run, results.first)}{detail}"
-        draw = partial(_draw_trade, results=results, run=run, subset=subset)
-        alt = f"Test accuracy over training throughput. {'; '.join(scores)}"
-        charts.append(PageChart(title, _svg(draw, f"trade{len(charts)}"), alt))
-    growth = ". ".join(f"{series.title}: {'; '.join(growth_lines(series))}" for series in results.series)
-    largest = results.main.groups[-1]
-    ratio = largest.records[0]["bytes_pre_resized_uint8"] / largest.records[0]["bytes_at_rest"]
-    sizes = (
-        "Megabytes on disk by resolution: constant if resized at load time; resized in advance to "
-        f"{largest.resolution}x{largest.resolution} {ratio:.3g} times as many as uint8, four times that as float32"
-    )
-    costs_svg, sizes_svg = (_svg(partial(draw, results=results), draw.__name__) for draw in (_draw_costs, _draw_sizes))
-    costs = PageChart("Cost per image", costs_svg, f"Milliseconds per image by number of pixels. {growth}")
-    return [*charts, costs, PageChart("Size on disk", sizes_svg, sizes)]
-
-
-def interpolation_chart(groups: Sequence[SeedGroup]) -> PageChart:
-    """Draw the test accuracy of each interpolation."""
-    svg = _svg(partial(_draw_interpolations, groups=groups), "interpolation", height=0.45 * len(groups) + 0.8)
-    scores = [f"{group.interpolation}: {format_estimate(group.metric(BY_EPOCHS, 'accuracy'))}" for group in groups]
-    return PageChart("Test accuracy", svg, f"Test accuracy by interpolation. {'; '.join(scores)}")
-
-
-def _svg(draw: Callable[..., None], prefix: str, height: float = 2.9) -> str:
-    # At 3.9 inches, text of 10 points stays readable at the width of a phone.
-    return Chart(lambda panels: draw(panels[0]), (3.9, height)).to_svg(prefix)
-
-
-def _trade_pairs(results: SweepResults) -> list[tuple[str, float]]:
-    return [(run, subset) for run in results.runs for subset in results.subsets]
-
-
-def _draw_trade(axes: Axes, results: SweepResults, run: str, subset: float) -> None:
+def _draw_trade(axes: Axes, own: Sequence[Series], run: str) -> None:
     """Plot test accuracy over training throughput: all models of one subset after one kind of run."""
-    own = [series for series in results.series if series.subset == subset]
     points = [
         (series, group, group.throughput, accuracy)
         for series in own
@@ -118,19 +116,13 @@ def _draw_trade(axes: Axes, results: SweepResults, run: str, subset: float) -> N
         number, choice = own.index(series), choices[series.model]
         color, percent = SERIES[number % len(SERIES)], 100 * accuracy.mean
         axes.errorbar(speed, percent, yerr=100 * (accuracy.std_error or 0), color=color, linewidth=1.2, zorder=2)
-        dot: dict[str, Any] = {
-            "color": color if index in front else CARD,
-            "markeredgecolor": color,
-            "markersize": 7,
-            "zorder": 3,
-        }
-        axes.plot(speed, percent, "o", label=series.model if group is series.groups[0] else None, **dot)
+        fill, label = color if index in front else CARD, series.model if group is series.groups[0] else None
+        axes.plot(speed, percent, "o", color=fill, mec=color, markersize=7, zorder=3, label=label)
         if choice is not None and group is choice.chosen:
-            ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": color, "markersize": 14, "zorder": 2}
-            axes.plot(speed, percent, "o", **ring)
+            axes.plot(speed, percent, "o", color="none", mec=color, markersize=14, zorder=2)
         offset = (7, 6 if number % 2 == 0 else -13)
-        label: dict[str, Any] = {"textcoords": "offset points", "weight": "bold", "color": color}
-        axes.annotate(str(group.resolution), (speed, percent), offset, **label)
+        label_style: dict[str, Any] = {"textcoords": "offset points", "weight": "bold", "color": color}
+        axes.annotate(str(group.resolution), (speed, percent), offset, **label_style)
     axes.set_xscale("log")
     speeds = [point[2] for point in points]
     axes.set_xlim(min(speeds) / 1.5, max(speeds) * 1.9)
@@ -170,9 +162,8 @@ def _plot_cost(axes: Axes, series: Series, costs: Sequence[float], fit: PowerLaw
         axes.plot(ends, [fit.factor * end**fit.exponent for end in ends], color=color, linewidth=1.2, zorder=1)
 
 
-def _draw_sizes(axes: Axes, results: SweepResults) -> None:
+def _draw_sizes(axes: Axes, groups: Sequence[SeedGroup]) -> None:
     """Plot the bytes on disk, which do not depend on the resolution, and those of images resized in advance."""
-    groups = results.main.groups
     sides = [group.resolution for group in groups]
     for number, name, label in (
         (1, "bytes_pre_resized_float32", "resized in advance, float32"),

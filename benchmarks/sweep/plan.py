@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.harness import write_lines
-from shards.atomic import make_directory
-from shards.errors import UserError
+from shards.atomic import make_directory, write_file
+from shards.errors import UserError, os_errors_as_user_errors
 from trainer.config.load import replace_settings, validate
 from trainer.config.schema import Config
 
@@ -134,10 +133,11 @@ class Journal:
         """Records of other settings or another data set, which stay in the file and are not reported."""
         self.records: list[dict[str, Any]] = []
         if path.exists() and resume:
-            for record in read_records(path, complete=False):
+            content = path.read_bytes()
+            write_file(path, content[: content.rfind(b"\n") + 1])  # without an incomplete last line
+            for record in read_records(path):
                 is_ours = self._identity.items() <= record.items()
                 (self.records if is_ours else self.other_records).append(record)
-            write_lines(path, self.all_records)  # drops an incomplete last line
         elif path.exists():
             os.replace(path, path.with_name(f"{path.stem}.previous.jsonl"))
 
@@ -166,32 +166,19 @@ def point_of(record: dict[str, Any]) -> Point:
     return Point(*(record[name] for name in Point.__dataclass_fields__))
 
 
-def read_records(path: Path, complete: bool = True) -> Iterator[dict[str, Any]]:
-    """Read the records of a sweep.
-
-    Args:
-        path: File of JSON lines.
-        complete: Whether an incomplete last line is an error; otherwise it is ignored.
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the records of a sweep, a file of JSON lines.
 
     Raises:
         UserError: The file cannot be read or has other content.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(
-            found=f"{path}: {reason}",
-            expected=f"the JSON lines of a resolution sweep, such as benchmarks/out/{NAME}.jsonl",
-            hint="run python benchmarks/resolution_sweep.py to write them",
-        ) from None
+    with os_errors_as_user_errors(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             point_of(record), record["set"], record["settings"]
         except (ValueError, KeyError, TypeError):
-            if not complete and number == len(lines) and not line.endswith("\n"):
-                return
             raise UserError(
                 found=f"{path}, line {number}: not a point of a resolution sweep",
                 expected="the lines that python benchmarks/resolution_sweep.py writes",

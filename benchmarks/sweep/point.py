@@ -16,6 +16,7 @@ import contextlib
 import copy
 import io
 import itertools
+import operator
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -71,12 +72,8 @@ class FixedStepLoader:
             last = min(self._steps, step + steps_per_pass - first)
             with contextlib.closing(self._loader.batches(number, first)) as batches:
                 # `map` keeps no reference to a batch while the next one is made.
-                yield from map(_with_step, batches, range(step, last))
+                yield from map(lambda batch, step: replace(batch, step=step), batches, range(step, last))
             step = last
-
-
-def _with_step(batch: Batch, step: int) -> Batch:
-    return replace(batch, step=step)
 
 
 def measure_point(
@@ -191,7 +188,8 @@ def _measure_loader(data: TrainingData, world: World) -> dict[str, Any]:
     for run in range(1 + LOADER_RUNS):
         start, cpu = time.perf_counter(), time.process_time()
         # `map` keeps no reference to a batch while the next one is made.
-        images = sum(sum(map(_batch_size, data.train.batches(number))) for number in range(passes))
+        batches = itertools.chain.from_iterable(map(data.train.batches, range(passes)))
+        images = sum(map(len, map(operator.attrgetter("labels"), batches)))
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         if run:  # the first run warms up
@@ -201,10 +199,6 @@ def _measure_loader(data: TrainingData, world: World) -> dict[str, Any]:
         "loader_images_per_second": Spread.of(rates).to_json(),
         "loader_cpu_seconds_per_thousand": Spread.of(costs).to_json(),
     }
-
-
-def _batch_size(batch: Batch) -> int:
-    return len(batch.labels)
 
 
 def _train(settings: Config, data: TrainingData, world: World) -> tuple[dict[str, Any], list[dict[str, Any]], Training]:

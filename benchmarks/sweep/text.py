@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common.text import (
@@ -66,9 +66,8 @@ class Series:
         }
 
 
-@dataclass(frozen=True)
 class SweepResults:
-    """All results of a sweep.
+    """All results of a sweep: groups of seeds, and a series for each model and subset.
 
     Args:
         records: One per measured or failed point.
@@ -76,20 +75,15 @@ class SweepResults:
         skipped: Points that did not fit into the time budget.
     """
 
-    records: Sequence[dict[str, Any]]
-    interpolation: str
-    skipped: Sequence[str] = ()
-    groups: tuple[SeedGroup, ...] = field(init=False)
-    series: tuple[Series, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, records: Sequence[dict[str, Any]], interpolation: str, skipped: Sequence[str] = ()) -> None:
+        self.records = records
+        self.skipped = skipped
+        self.groups = group_seeds(records)
         by_key: dict[tuple[str, float], list[SeedGroup]] = {}
-        groups = tuple(group_seeds(self.records))
-        for group in groups:
-            if group.interpolation == self.interpolation:
+        for group in self.groups:
+            if group.interpolation == interpolation:
                 by_key.setdefault((group.model, group.subset), []).append(group)
-        object.__setattr__(self, "groups", groups)
-        object.__setattr__(self, "series", tuple(Series(*key, tuple(own)) for key, own in by_key.items()))
+        self.series = [Series(*key, tuple(own)) for key, own in by_key.items()]
 
     @property
     def first(self) -> dict[str, Any]:
@@ -172,34 +166,20 @@ def _loader_cpu(group: SeedGroup) -> str:
     return format_spread(group.spread("loader_cpu_seconds_per_thousand"), ",.4f")
 
 
-def _score_columns(run: str) -> dict[str, Callable[[SeedGroup], str]]:
-    return {
+def accuracy_table(groups: Sequence[SeedGroup], run: str, by: str = "resolution") -> Table:
+    """Tabulate the test metrics after one kind of run: mean and standard deviation over seeds."""
+    columns = {
+        by: lambda group: str(getattr(group, by)),
+        "seeds": lambda group: str(len(group.records)),
         "accuracy": lambda group: format_estimate(group.metric(run, "accuracy")),
         "macro F1": lambda group: format_estimate(group.metric(run, "macro_f1")),
         "calibration error": lambda group: format_estimate(group.metric(run, "ece")),
         "validation accuracy": lambda group: format_estimate(group.validation(run)),
     }
-
-
-def accuracy_table(series: Series, run: str) -> Table:
-    """Tabulate the test metrics after one kind of run: mean and standard deviation over seeds."""
-    columns = {
-        "resolution": lambda group: str(group.resolution),
-        "seeds": lambda group: str(len(group.records)),
-        **_score_columns(run),
-        "updates": lambda group: f"{updates.mean:,.0f}" if (updates := group.metric(run, "updates")) else "",
-    }
-    return tabulate(columns, series.groups)
-
-
-def interpolation_table(groups: Sequence[SeedGroup]) -> Table:
-    """Tabulate the comparison of interpolations."""
-    columns = {
-        "interpolation": lambda group: group.interpolation,
-        "seeds": lambda group: str(len(group.records)),
-        **_score_columns(BY_EPOCHS),
-        "loader CPU-s / 1,000 (range)": _loader_cpu,
-    }
+    if by == "interpolation":
+        columns["loader CPU-s / 1,000 (range)"] = _loader_cpu
+    else:
+        columns["updates"] = lambda group: f"{updates.mean:,.0f}" if (updates := group.metric(run, "updates")) else ""
     return tabulate(columns, groups)
 
 
@@ -308,10 +288,11 @@ def sweep_markdown(results: SweepResults) -> str:
     for series in results.series:
         blocks += [f"### {series.title}", markdown_table(*cost_table(series))]
         for run in results.runs:
-            blocks += [f"After {run_name(run, results.first)}:", markdown_table(*accuracy_table(series, run))]
+            blocks += [f"After {run_name(run, results.first)}:", markdown_table(*accuracy_table(series.groups, run))]
         blocks += recommendation_text(series)
         blocks.append(bullets(growth_lines(series)))
     if groups := results.interpolations():
-        blocks += [f"### {interpolation_title(groups)}", markdown_table(*interpolation_table(groups))]
+        table = accuracy_table(groups, BY_EPOCHS, by="interpolation")
+        blocks += [f"### {interpolation_title(groups)}", markdown_table(*table)]
     blocks += ["### Conditions", bullets(notes(results))]
     return "\n\n".join(filter(None, blocks))
