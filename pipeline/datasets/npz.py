@@ -49,11 +49,8 @@ class _Arrays:
     file: NpzFile
     names: dict[str, str] = field(default_factory=dict)
 
-    def path_of(self, kind: str) -> str:
-        return self.file.path_of(self.names[kind])
-
     def get(self, kind: str) -> tuple[NDArray, str]:
-        return self.file.array(self.names[kind]), self.path_of(kind)
+        return self.file.array(self.names[kind]), self.file.path_of(self.names[kind])
 
 
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
@@ -64,16 +61,15 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     classes, labels = number_labels(labels_by_name, options.raw, names)
     splits = []
     for split in in_split_order(arrays):
-        shape, read, count = images[split]
-        if count != len(labels[split]):
+        pixels, file = images[split], arrays[split].file
+        if len(pixels) != len(labels[split]):
             raise UserError(
-                found=f"{count:,} images in {arrays[split].path_of('images')} and {len(labels[split]):,} labels in "
-                f"{arrays[split].path_of('labels')}",
+                found=f"{len(pixels):,} images in {file.path} and {len(labels[split]):,} labels in the {split} split",
                 expected="one label per image",
                 hint="save them again from arrays of one length",
             )
-        files = arrays[split].file.records()
-        splits.append(RawSplit(split, classes, labels[split], shape, False, read, files))
+        read = partial(_read, pixels)
+        splits.append(RawSplit(split, classes, labels[split], pixels.shape[1:], False, read, file.records))
     return tuple(splits)
 
 
@@ -153,8 +149,8 @@ def _labels(array: NDArray, path: str, names: tuple[str, ...]) -> list[str]:
         raise _wrong(path, array, f"only labels of the array of classes: {error}") from None
 
 
-def _images(array: NDArray, path: str) -> tuple[tuple[int, int, int], partial, int]:
-    """Shape (H, W, C) of the images, a function that reads them, and their number."""
+def _images(array: NDArray, path: str) -> NDArray:
+    """The images [N, H, W, C], integers 0 .. 255."""
     if array.dtype.kind not in "iu":
         hint = "np.rint(x * 255).astype(np.uint8) if they are 0 .. 1, x.astype(np.uint8) if they are 0 .. 255"
         raise _wrong(path, array, "uint8 images 0 .. 255", hint)
@@ -166,7 +162,7 @@ def _images(array: NDArray, path: str) -> tuple[tuple[int, int, int], partial, i
         pixels = array if is_last else array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8:
         _check_range(array, path)
-    return pixels.shape[1:], partial(_read, pixels), len(pixels)
+    return pixels
 
 
 def _read(array: NDArray, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:

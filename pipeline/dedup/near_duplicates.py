@@ -90,12 +90,11 @@ def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
     The result is a pure function of the images. Memory: about 1 KB per image of the second split and 100 MB per core.
     """
     reference = _Reference.of(first, second)
-
-    def search(positions: NDArray[np.int64]) -> tuple[NDArray, ...]:
-        return reference.search(first, positions)
-
-    description = f"comparing {first.name} with {second.name}"
-    digests, closest, similarity, matched = _in_blocks(search, len(first.labels), description)
+    digests, closest, similarity, matched = _in_blocks(
+        lambda positions: reference.search(first, positions),
+        len(first.labels),
+        f"comparing {first.name} with {second.name}",
+    )
     exact = find_identical(digests, reference.digests)
     identical = np.zeros(len(digests), bool)
     identical[exact.first] = True

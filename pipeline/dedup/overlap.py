@@ -65,13 +65,10 @@ def image_digests(split: RawSplit) -> NDArray[np.uint64]:
     return np.concatenate([digests_of_arrays(images, split.transposed) for images in batches])
 
 
-def remove_leaks(splits: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> tuple[tuple[RawSplit, ...], int]:
-    """Return the splits without training images on which the other data set is evaluated, and the number removed."""
+def remove_leaks(splits: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> tuple[RawSplit, ...]:
+    """Return the splits without training images on which the other data set is evaluated."""
     leaks = [one for one in overlaps if one.split in _TRAINED_ON and one.other_split in _EVALUATED_ON]
-    remaining = remove_duplicates(splits, leaks)
-    return remaining, sum(len(split.source_index) for split in splits) - sum(
-        len(split.source_index) for split in remaining
-    )
+    return remove_duplicates(splits, leaks)
 
 
 def _identity(directory: Path) -> str:
@@ -112,7 +109,8 @@ def main() -> int:
     if arguments.csv:
         write_report(overlaps, arguments.csv)
     if arguments.remove:
-        remaining, count = remove_leaks(splits, overlaps)
+        remaining = remove_leaks(splits, overlaps)
+        count = sum(len(before.labels) - len(after.labels) for before, after in zip(splits, remaining, strict=True))
         options: dict[str, str | int | float] = {
             "packed_from": _identity(directory),
             "without": f"{Manifest.read(other / TEST).name} {_identity(other)}",

@@ -98,7 +98,7 @@ def split_of_tree(
         tables: The tables in the tree that list the images.
         columns: Further columns than `path`, N values each.
     """
-    archive = tree.records()
+    archive = tree.records
     return ImageSplit(
         name=split,
         labels=labels,

@@ -6,9 +6,10 @@ An archive is never unpacked into named files, so its names cannot write anywher
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 
-from pipeline.readers.archives.files import CorruptFileError
+from pipeline.readers.archives.files import CorruptFileError, record_file
 from pipeline.readers.naming import natural_order, printable
 from shards.errors import UserError, as_user_error
 from shards.manifest import RawFile
@@ -26,11 +27,10 @@ class FileTree:
         names: All files in it except hidden ones, `a/b.png`, in natural order.
     """
 
-    _separator = "/"
-
-    def __init__(self, path: Path, names: list[str]) -> None:
+    def __init__(self, path: Path, names: list[str], is_archive: bool = False) -> None:
         self.path = path
         self.names = names
+        self._is_archive = is_archive
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         """Return the bytes of a file of `names`. Any thread and process may call it.
@@ -42,11 +42,12 @@ class FileTree:
 
     def path_of(self, name: str) -> str:
         """Return the path of a file, for messages."""
-        return printable(f"{self.path}{self._separator}{name}")
+        return printable(f"{self.path}{':' if self._is_archive else '/'}{name}")
 
+    @cached_property
     def records(self) -> tuple[RawFile, ...]:
-        """Return the archive with its hash; empty for a directory, whose files are hashed one by one."""
-        return ()
+        """The archive with its hash; empty for a directory, whose files are hashed one by one."""
+        return (record_file(self.path),) if self._is_archive else ()
 
 
 class DirectoryTree(FileTree):

@@ -9,7 +9,6 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Container
-from functools import cached_property
 from pathlib import Path
 
 from isal import isal_zlib
@@ -21,12 +20,10 @@ from pipeline.readers.archives.files import (
     StoredFile,
     max_expanded_bytes,
     open_file,
-    record_file,
     write_temp_file,
 )
 from pipeline.readers.naming import natural_order, printable
 from shards.errors import as_user_error, first_line
-from shards.manifest import RawFile
 from shards.stores.image_header import MAX_BYTES
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of name and extra field
@@ -40,20 +37,7 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplemented
 _TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
 
 
-class _Archive(FileTree):
-    """The common base of zip and tar."""
-
-    _separator = ":"
-
-    def records(self) -> tuple[RawFile, ...]:
-        return self._records
-
-    @cached_property
-    def _records(self) -> tuple[RawFile, ...]:
-        return (record_file(self.path),)
-
-
-class ZipTree(_Archive):
+class ZipTree(FileTree):
     """A zip archive.
 
     Raises:
@@ -83,7 +67,7 @@ class ZipTree(_Archive):
                 raise CorruptFileError(f"{member} is compressed by method {info.compress_type}, not by deflate (8)")
             members[name] = info
         self._members = members
-        super().__init__(path, natural_order(members))
+        super().__init__(path, natural_order(members), is_archive=True)
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         """Return the bytes of a member; see `FileTree.read`.
@@ -119,7 +103,7 @@ class ZipTree(_Archive):
             raise CorruptFileError(first_line(error)) from None
 
 
-class TarTree(_Archive):
+class TarTree(FileTree):
     """A tar archive, compressed (gzip, bzip2, xz) or not.
 
     A compressed one can only be read from its beginning, so it is decompressed once, into a temporary file.
@@ -134,7 +118,7 @@ class TarTree(_Archive):
             file = write_temp_file(decompress(file.file), str(path), max_expanded_bytes(file.size))
         self._file = file
         self._members = _tar_members(file)
-        super().__init__(path, natural_order(self._members))
+        super().__init__(path, natural_order(self._members), is_archive=True)
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         offset, size = self._members[name]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
 from pipeline.readers.archives.zip_tar import ZipTree
 from shards.errors import first_line
+from shards.manifest import RawFile
 
 _ENDING = ".npy"
 _MAX_HEADER = 1 << 14  # bytes; numpy itself reads no header beyond 10,000
@@ -41,7 +42,11 @@ class NpzFile:
         with self._errors(str(path)):
             self._tree = ZipTree(path)
         self.names = [name.removesuffix(_ENDING) for name in self._tree.names if name.endswith(_ENDING)]
-        self.records = self._tree.records
+
+    @property
+    def records(self) -> tuple[RawFile, ...]:
+        """The file with its hash."""
+        return self._tree.records
 
     def path_of(self, name: str) -> str:
         """Return the path of an array, for messages."""
