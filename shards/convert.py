@@ -103,9 +103,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
 
 def _convert_split(split: Path, manifest: Manifest, directory: Path, store: StoreKind, compression: str) -> Manifest:
     """Write the files of a split into a directory and compare them. Returns their manifest, which is not written."""
-    # A split with a single shard may end inside its last block.
-    shard_size = -(-manifest.shards[0].samples // manifest.block_size) * manifest.block_size
-    layout = Layout(manifest.samples, manifest.image_shape, manifest.block_size, shard_size)
+    layout = Layout.of(manifest)
     one_block = layout.block_size * manifest.image_bytes
     before = open_files(split, manifest, one_block)
     writer = make_writer(store, directory, layout, compression)

@@ -10,12 +10,11 @@ are not changed. The command writes an index (.idx) beside each shard and then a
 from __future__ import annotations
 
 import argparse
-import hashlib
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,22 +24,18 @@ from shards.atomic import write_file
 from shards.cli import plural, program_name, run_command
 from shards.cpus import available_cpus
 from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors
-from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest, Shard
+from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest, RawFile, Shard
 from shards.stores.base import INDEX_VERSION, read_at
-from shards.stores.image_header import MAX_BYTES, read_image_header
+from shards.stores.image_header import read_image_header
 from shards.stores.record_index import (
-    InvalidNumberError,
     bad_record,
-    find_components,
     index_content,
     index_file,
     index_line,
     index_name,
-    name_in_index,
-    read_component_ranges,
-    read_numbers,
+    is_index_of,
+    parse_record,
     read_records,
-    same_ranges,
 )
 
 _MAX_CLASSES = 1_000_000
@@ -159,52 +154,29 @@ def _scan_split(directory: Path, split: str) -> list[_Scan]:
 
 def _scan(path: Path) -> _Scan:
     """Read a shard completely; raise `UserError` if it cannot be used for training."""
-    with open(path, "rb", buffering=0) as file:
-        lines, with_rows, gray = _read_records(file, path)
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.tell()
-    content = index_content(lines)
-    ranges = read_component_ranges(content)
-    data = np.memmap(path, np.uint8, mode="r")
-    try:
-        labels = read_numbers(data, ranges.labels)
-        if ranges.rows is not None:
-            read_numbers(data, ranges.rows)
-    except InvalidNumberError as error:
-        name = name_in_index(content, error.record)
-        raise bad_record(path, name, f"has the label or row {error.text!r}, which is no number") from None
-    too_high = np.flatnonzero(labels >= _MAX_CLASSES)
-    if len(too_high):
-        name = name_in_index(content, int(too_high[0]))
-        raise bad_record(path, name, f"has the label {labels[too_high[0]]}, {_MAX_CLASSES:,} or more")
-    shard = Shard(name=path.name, samples=len(lines), bytes=size, sha256=digest, blocks_crc32=())
-    return _Scan(shard, _existing_index(path, content) or content, labels, with_rows, gray)
-
-
-def _read_records(file: BinaryIO, path: Path) -> tuple[list[str], bool, bool]:
-    """Return the lines of a shard's index, whether its records have rows, and whether all images are gray."""
     lines: list[str] = []
+    labels: list[int] = []
     with_rows, gray = False, True
-    for key, components in read_records(path):
-        try:
-            selected = find_components(tuple(components))
-        except ValueError as error:
-            raise bad_record(path, key, f"has {error}") from None
-        if lines and (selected.row is not None) != with_rows:
-            raise bad_record(path, key, f"{'lacks' if with_rows else 'has'} a row, unlike others")
-        with_rows = selected.row is not None
-        image = list(components.values())[selected.image]
-        if image.size > MAX_BYTES:
-            raise bad_record(path, image.name, f"is of {image.size:,} bytes, more than {MAX_BYTES:,}")
-        try:
-            gray &= read_image_header(read_at(file, image.offset, min(image.size, _MAX_HEADER))).gray
-        except ValueError as error:
-            raise bad_record(path, image.name, f"is {error}") from None
-        lines.append(index_line(components))
+    with open(path, "rb", buffering=0) as file:
+        for key, components in read_records(path):
+            try:
+                image, label, row = parse_record(file, key, components, _MAX_CLASSES)
+            except ValueError as error:
+                raise bad_record(path, error) from None
+            try:
+                gray &= read_image_header(read_at(file, image.offset, min(image.size, _MAX_HEADER))).gray
+            except ValueError as error:
+                raise bad_record(path, f"{image.name!r} is {error}") from None
+            if lines and (row is not None) != with_rows:
+                raise bad_record(path, f"{key!r} {'lacks' if with_rows else 'has'} a row, unlike others")
+            with_rows = row is not None
+            lines.append(index_line(components))
+            labels.append(label)
     if not lines:
         raise UserError(f"{path} without any record", "images with labels", "remove it, or download it again")
-    return lines, with_rows, gray
+    content = index_content(lines)
+    shard = Shard(samples=len(lines), blocks_crc32=(), **RawFile.of(path.parent, path.name).model_dump())
+    return _Scan(shard, _existing_index(path, content) or content, np.array(labels, np.int64), with_rows, gray)
 
 
 def _existing_index(shard: Path, content: bytes) -> bytes | None:
@@ -215,14 +187,13 @@ def _existing_index(shard: Path, content: bytes) -> bytes | None:
     path = shard.with_suffix(".idx")
     if not path.exists():
         return None
-    existing = path.read_bytes() if path.stat().st_size < 4 * len(content) else b""
-    if not same_ranges(content, existing):
+    if not is_index_of(path, content):
         raise MismatchError(
             found=f"{path}, which is not the {INDEX_VERSION} index of {shard.name}",
             expected="the index of this shard, or none",
             hint=f"remove it (the shard holds the same information): rm {path}",
         )
-    return existing
+    return path.read_bytes()
 
 
 def _manifest(dataset: str, split: str, classes: tuple[str, ...], channels: int, scans: list[_Scan]) -> Manifest:

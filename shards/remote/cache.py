@@ -92,7 +92,8 @@ class Entry:
         """
         root = cache_directory()
         with file_lock(root / ".room.lock"):
-            _make_room(root, self.directory, total, what)
+            _evict_until_it_fits(root, self.directory, total, what)
+            (self.directory / ".use").write_text(str(total), encoding="ascii")
 
     @contextlib.contextmanager
     def exclusive(self, busy: UserError) -> Iterator[None]:
@@ -175,27 +176,22 @@ def _is(descriptor: int, path: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class _Usage:
-    """Disk usage of an entry: its bytes now and when it is complete, the time of its last use, whether it is in use."""
-
-    directory: Path
-    bytes: int
-    promised: int
-    last_use: float
-    in_use: bool
-
-
-def _make_room(root: Path, directory: Path, total: int, what: str) -> None:
+def _evict_until_it_fits(root: Path, directory: Path, total: int, what: str) -> None:
     for leftover in root.glob(f"*/{_EVICTED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     present = _bytes_in(directory)
-    others = [_usage(path) for path in root.glob("*/[!.]*/") if path != directory and (path / ".use").exists()]
-    idle = sorted((other for other in others if not other.in_use), key=lambda other: other.last_use)
     free = shutil.disk_usage(root).free
-    used = sum(other.bytes for other in others)
-    # Bytes that other processes are still downloading.
-    promised = sum(max(0, other.promised - other.bytes) for other in others if other.in_use)
+    used = promised = 0  # promised: bytes that other processes are still downloading
+    idle = []
+    for use in root.glob("*/[!.]*/.use"):
+        if use.parent == directory:
+            continue
+        size = _bytes_in(use.parent)
+        used += size
+        if _is_locked(use):
+            promised += max(0, int(use.read_text(encoding="ascii") or 0) - size)
+        else:
+            idle.append((use.stat().st_mtime, size, use.parent))
     limit = cache_limit() or (free + used + present) // 2
 
     if total > limit:
@@ -205,7 +201,7 @@ def _make_room(root: Path, directory: Path, total: int, what: str) -> None:
             hint=f"export {SIZE_VARIABLE}={_size(total + total // 10)} (the default is half of the disk space), "
             f"or {DIRECTORY_VARIABLE}=DIR on a larger disk",
         )
-    evictable = sum(other.bytes for other in idle)
+    evictable = sum(size for _, size, _ in idle)
     over_limit = used + promised + total - limit
     over_disk = total - present + promised - free
     if over_disk > evictable:
@@ -216,41 +212,42 @@ def _make_room(root: Path, directory: Path, total: int, what: str) -> None:
         )
     over = max(over_limit, over_disk)
     if over <= evictable:
-        for other in idle:
-            if over > 0 and _evict(other.directory):
-                over -= other.bytes
+        for _, size, other in sorted(idle):
+            if over > 0 and _evict(other):
+                over -= size
     if over > 0:
         raise UserError(
             found=f"{_size(used - evictable + promised)} of the cache in {root} in use by running processes",
             expected=f"room for {what} of {_size(total)} beneath the bound of {_size(limit)}",
             hint=f"wait for them to end, or export {SIZE_VARIABLE}={_size((total + used + promised) * 11 // 10)}",
         )
-    (directory / ".use").write_text(str(total), encoding="ascii")
+
+@contextlib.contextmanager
+def _locked_exclusively(use: Path) -> Iterator[None]:
+    """Lock a `.use` file; raise BlockingIOError if another process uses the entry."""
+    with open(use, "rb+") as file:
+        _lock(file.fileno(), exclusive=True)
+        yield
 
 
-def _usage(directory: Path) -> _Usage:
-    path = directory / ".use"
-    content = path.read_text(encoding="ascii")
-    with open(path, "rb+") as file:
-        try:
-            _lock(file.fileno(), exclusive=True)
-            in_use = False
-        except BlockingIOError:
-            in_use = True
-    return _Usage(directory, _bytes_in(directory), int(content or 0), path.stat().st_mtime, in_use)
+def _is_locked(use: Path) -> bool:
+    try:
+        with _locked_exclusively(use):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def _evict(directory: Path) -> bool:
     """Remove an entry, unless a process has begun to use it. Returns whether it was removed."""
     aside = directory.with_name(f"{_EVICTED}{directory.name}")
-    with contextlib.ExitStack() as stack:
-        try:
-            if fcntl is not None:
-                _lock(stack.enter_context(open(directory / ".use", "rb+")).fileno(), exclusive=True)
+    try:
+        # Without locks (Windows) no file is open: a directory with open files cannot be renamed there.
+        with contextlib.nullcontext() if fcntl is None else _locked_exclusively(directory / ".use"):
             directory.rename(aside)
-        except OSError:  # locked, or (Windows) open
-            return False
-        shutil.rmtree(aside, ignore_errors=True)
+    except OSError:  # locked, or (Windows) open
+        return False
+    shutil.rmtree(aside, ignore_errors=True)
     log.info("evicted %s from the cache", directory)
     return True
 

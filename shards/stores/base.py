@@ -168,6 +168,13 @@ class Layout:
     block_size: int
     shard_size: int
 
+    @classmethod
+    def of(cls, manifest: Manifest) -> Layout:
+        """Return the layout of a packed split of images of one size."""
+        # The only shard of a split may end inside its last block.
+        blocks = -(-manifest.shards[0].samples // manifest.block_size)
+        return cls(manifest.samples, manifest.image_shape, manifest.block_size, blocks * manifest.block_size)
+
     @property
     def shards(self) -> int:
         """Number of shards."""

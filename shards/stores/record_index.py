@@ -7,20 +7,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.manifest import RawFile, Shard
-from shards.stores.base import INDEX_VERSION
+from shards.stores.base import INDEX_VERSION, read_at
 from shards.stores.image_header import EXTENSIONS, MAX_BYTES
 from shards.stores.tar_members import Member, read_members
 
 LABELS = ("cls", "cls.txt")
 ROW = "row"
-_MAX_TEXT = 32  # bytes of a label or row, including surrounding blanks
+MAX_NUMBER_BYTES = 32  # bytes of a label or row, including surrounding blanks
 _NUMBER = re.compile(rb"(?=.{1,32}\Z)[ \t\r\n]*[0-9]{1,18}[ \t\r\n]*", re.DOTALL)  # fits in 64 bits
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
@@ -53,19 +53,19 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
                 yield key, components
             key, components = split[0], {}
             if key in keys:
-                raise bad_record(path, key, "comes again after other records")
+                raise bad_record(path, f"{key!r} comes again after other records")
             keys.add(key)
         if split[1] in components:
-            raise bad_record(path, member.name, "comes twice")
+            raise bad_record(path, f"{member.name!r} comes twice")
         components[split[1]] = member
     if components:
         yield key, components
 
 
-def bad_record(path: Path, name: str, fault: str) -> UserError:
-    """Return the error for a record, or a file of it, that cannot be used for training."""
+def bad_record(path: Path, fault: object) -> UserError:
+    """Return the error for a record that cannot be used for training. `fault` names it, or a file of it."""
     return UserError(
-        found=f"{path}: {name!r} {fault}",
+        found=f"{path}: {fault}",
         expected=f"one picture ({', '.join(EXTENSIONS)}) and its class, an integer from 0 (cls), per key",
         hint="write the shard again without that record, or remove the shard",
     )
@@ -121,23 +121,6 @@ def index_content(lines: list[str]) -> bytes:
     return "\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]).encode("ascii")
 
 
-class ComponentRanges(NamedTuple):
-    """Byte offset and size of each component of the records of a shard, int64 [n, 2] each."""
-
-    images: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    rows: NDArray[np.int64] | None
-
-    def check_within(self, size: int) -> None:
-        """Raise ValueError if a component is empty or outside a file of `size` bytes, or an image is too large."""
-        if self.images[:, 1].max() > MAX_BYTES:
-            raise ValueError(f"a picture of {self.images[:, 1].max():,} bytes, more than {MAX_BYTES:,}")
-        for ranges in (one for one in self if one is not None):
-            offsets, sizes = ranges.T
-            if offsets.min() < 0 or sizes.min() < 1 or (offsets > size - sizes).any():
-                raise ValueError(f"an empty file, or one outside the {size:,} bytes of the shard")
-
-
 def read_index(content: bytes, find: Callable[[tuple[str, ...]], tuple[int | None, ...]]) -> NDArray[np.int64]:
     """Read the byte ranges of selected components from a `.idx` file.
 
@@ -172,17 +155,31 @@ def read_index(content: bytes, find: Callable[[tuple[str, ...]], tuple[int | Non
         raise ValueError("a number of more than 64 bits") from None
 
 
-def read_component_ranges(content: bytes) -> ComponentRanges:
-    """Read the index of records; raise ValueError if it is invalid, or a record has no image or no label."""
-    table = read_index(content, find_components)
-    return ComponentRanges(table[:, 0], table[:, 1], table[:, 2] if table.shape[1] > 2 else None)
+def check_within(ranges: NDArray[np.int64], size: int) -> None:
+    """Raise ValueError if a byte range of an index, int64 [..., 2], is empty or outside a shard of `size` bytes."""
+    offsets, sizes = ranges[..., 0], ranges[..., 1]
+    if offsets.min() < 0 or sizes.min() < 1 or (offsets > size - sizes).any():
+        raise ValueError(f"an empty file, or one outside the {size:,} bytes of the shard")
 
 
-def same_ranges(one: bytes, other: bytes) -> bool:
-    """Whether two indices agree on images, labels and rows; False if one of them is invalid."""
+def read_component_ranges(content: bytes) -> NDArray[np.int64]:
+    """Read the byte offset and size of image, label and (if there is one) row of each record from an index.
+
+    Returns:
+        int64 [records, 2 or 3, 2].
+
+    Raises:
+        ValueError: If the index is invalid, or a record has no image or no label.
+    """
+    return read_index(content, find_components)
+
+
+def is_index_of(path: Path, expected: bytes) -> bool:
+    """Whether an index file agrees with another index on the byte ranges of images, labels and rows."""
+    with open(path, "rb") as file:
+        content = file.read(4 * len(expected))
     try:
-        one_ranges, other_ranges = read_component_ranges(one), read_component_ranges(other)
-        return all(map(np.array_equal, one_ranges, other_ranges))  # type: ignore[arg-type]  # None is allowed
+        return np.array_equal(read_component_ranges(content), read_component_ranges(expected))
     except ValueError:
         return False
 
@@ -193,15 +190,6 @@ def name_in_index(content: bytes, record: int) -> str:
     return words[4 * find_components(tuple(words[::4])).image + 3]
 
 
-class InvalidNumberError(Exception):
-    """A label or row that is not a decimal number, in record number `record` (from 0)."""
-
-    def __init__(self, record: int, text: bytes) -> None:
-        super().__init__(record, text)
-        self.record = record
-        self.text = text
-
-
 def parse_number(text: bytes) -> int:
     """Parse a decimal integer of 0 or more, blanks around it allowed; raise ValueError if it is invalid."""
     if not _NUMBER.fullmatch(text):
@@ -209,27 +197,42 @@ def parse_number(text: bytes) -> int:
     return int(text)
 
 
-def read_numbers(data: NDArray[np.uint8], ranges: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Parse the decimal integers of a shard.
+def parse_record(
+    file: BinaryIO, key: str, components: dict[str, Member], classes: int
+) -> tuple[Member, int, int | None]:
+    """Find the image of a record, and parse its label and its row.
 
     Args:
-        data: uint8, all bytes of the shard.
-        ranges: int64 [n, 2], byte offset and size of each number.
+        file: The shard.
+        key: The key of the record, for messages.
+        components: As `read_records` returns them.
+        classes: The number of classes.
 
     Returns:
-        int64 [n].
+        The image, the label, and the row (None if there is none).
 
     Raises:
-        InvalidNumberError: For the first invalid number.
+        ValueError: If the record has no image or no label, or they are invalid. Names the key or the file.
     """
-    values = np.empty(len(ranges), np.int64)
-    for record, (offset, size) in enumerate(ranges.tolist()):
-        text = data[offset : offset + min(size, _MAX_TEXT + 1)].tobytes()
-        try:
-            values[record] = parse_number(text)
-        except ValueError:
-            raise InvalidNumberError(record, text[:_MAX_TEXT]) from None
-    return values
+    try:
+        found = find_components(tuple(components))
+    except ValueError as error:
+        raise ValueError(f"{key!r} has {error}") from None
+    members = list(components.values())
+    image = members[found.image]
+    if image.size > MAX_BYTES:
+        raise ValueError(f"{image.name!r} is of {image.size:,} bytes, more than {MAX_BYTES:,}")
+    label = _read_number(file, members[found.label])
+    if label >= classes:
+        raise ValueError(f"{members[found.label].name!r} holds {label}, a label outside 0 .. {classes - 1}")
+    return image, label, None if found.row is None else _read_number(file, members[found.row])
+
+
+def _read_number(file: BinaryIO, member: Member) -> int:
+    try:
+        return parse_number(read_at(file, member.offset, min(member.size, MAX_NUMBER_BYTES + 1)))
+    except ValueError as error:
+        raise ValueError(f"{member.name!r} holds {error}") from None
 
 
 def index_file(shard: Shard, content: bytes) -> RawFile:

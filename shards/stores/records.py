@@ -7,7 +7,6 @@ import mmap
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +14,15 @@ from numpy.typing import NDArray
 from shards.errors import corrupt_shard
 from shards.manifest import Manifest, RawFile, Shard
 from shards.stores.base import Block, Layout, block_key, check_positions, open_packed_file, read_at, shard_name
-from shards.stores.image_header import EXTENSIONS
+from shards.stores.image_header import EXTENSIONS, MAX_BYTES
 from shards.stores.record_index import (
+    MAX_NUMBER_BYTES,
     ROW,
-    InvalidNumberError,
+    check_within,
     index_name,
     name_in_index,
+    parse_number,
     read_component_ranges,
-    read_numbers,
 )
 from shards.stores.tar_writer import TarRecord, write_tar_shard
 
@@ -54,14 +54,6 @@ def _records(blocks: Iterable[Block]) -> Iterator[TarRecord]:
             yield TarRecord(block_key(position), 1, components)
 
 
-class _OpenShard(NamedTuple):
-    """Byte offsets and sizes of the images int64 [n, 2], labels int64 [n], and rows if the shard has them."""
-
-    images: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    rows: NDArray[np.int64] | None
-
-
 class RecordStore:
     """The `EncodedStore` of records. Labels and rows are read on opening, images on request.
 
@@ -75,12 +67,10 @@ class RecordStore:
         with ThreadPoolExecutor(_THREADS) as pool:
             shards = list(pool.map(self._open, range(len(self._paths))))
         self._starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-        self._ranges = np.concatenate([shard.images for shard in shards])
-        self.labels = np.concatenate([shard.labels for shard in shards])
-        rows = [shard.rows for shard in shards if shard.rows is not None]
-        if rows and len(rows) < len(shards):
+        if len({len(numbers) for _, *numbers in shards}) > 1:
             raise corrupt_shard(directory, "shards with rows and shards without")
-        self.rows = np.concatenate(rows) if rows else np.arange(manifest.samples)
+        self._ranges, self.labels, *rows = map(np.concatenate, zip(*shards, strict=True))
+        self.rows = rows[0] if rows else np.arange(manifest.samples)
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -118,27 +108,41 @@ class RecordStore:
         with open_packed_file(self._paths[number].with_suffix(".idx"), size) as file:
             return file.read(size)
 
-    def _open(self, number: int) -> _OpenShard:
+    def _open(self, number: int) -> list[NDArray[np.int64]]:
+        """Return byte offset and size of the images of a shard [n, 2], its labels [n] and, if it has them, its rows."""
         path, shard = self._paths[number], self.manifest.shards[number]
         with open_packed_file(path, shard.bytes) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if shard.bytes // shard.samples > _LARGE_RECORD and hasattr(mmap, "MADV_RANDOM"):
             mapped.madvise(mmap.MADV_RANDOM)  # without it the system reads far more than the labels
-        data = np.frombuffer(mapped, np.uint8)
         try:
             ranges = read_component_ranges(self._read_index(number))
-            ranges.check_within(shard.bytes)
-            if len(ranges.images) != shard.samples:
-                raise ValueError(f"{len(ranges.images):,} records where the manifest says {shard.samples:,}")
+            check_within(ranges, shard.bytes)
+            largest = ranges[:, 0, 1].max()
+            if largest > MAX_BYTES:
+                raise ValueError(f"a picture of {largest:,} bytes, more than {MAX_BYTES:,}")
+            if len(ranges) != shard.samples:
+                raise ValueError(f"{len(ranges):,} records where the manifest says {shard.samples:,}")
         except ValueError as error:
             raise corrupt_shard(path.with_suffix(".idx"), f"no index that fits the shard: {error}") from None
-        try:
-            labels = read_numbers(data, ranges.labels)
-            rows = None if ranges.rows is None else read_numbers(data, ranges.rows)
-        except InvalidNumberError as error:
-            raise corrupt_shard(self._describe(number, error.record), f"{error.text!r} for a label or row") from None
-        outside = np.flatnonzero(labels >= len(self.manifest.classes))
-        if len(outside):
-            reason = f"label {labels[outside[0]]} outside 0 .. {len(self.manifest.classes) - 1}"
-            raise corrupt_shard(self._describe(number, int(outside[0])), reason)
-        return _OpenShard(ranges.images, labels, rows)
+        images, labels, *rows = ranges.transpose(1, 0, 2)
+        highest = len(self.manifest.classes) - 1
+        return [
+            images,
+            self._parse_numbers(number, mapped, labels, highest),
+            *(self._parse_numbers(number, mapped, one, np.iinfo(np.int64).max) for one in rows),
+        ]
+
+    def _parse_numbers(
+        self, number: int, shard: mmap.mmap, ranges: NDArray[np.int64], highest: int
+    ) -> NDArray[np.int64]:
+        """Parse the decimal integers at byte ranges [n, 2] of a shard; returns int64 [n]. Raises `CorruptError`."""
+        values = np.empty(len(ranges), np.int64)
+        for record, (offset, size) in enumerate(ranges.tolist()):
+            try:
+                values[record] = parse_number(shard[offset : offset + min(size, MAX_NUMBER_BYTES + 1)])
+                if values[record] > highest:
+                    raise ValueError(f"label {values[record]} outside 0 .. {highest}")
+            except ValueError as error:
+                raise corrupt_shard(self._describe(number, record), str(error)) from None
+        return values

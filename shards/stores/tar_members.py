@@ -46,22 +46,27 @@ def iterate_members(file: BinaryIO) -> Iterator[Member]:
         TarError: For links, devices, compressed or damaged files, and truncated files.
     """
     length = file.seek(0, os.SEEK_END)
-    end = start = 0
+    start = offset = 0
+    extended: dict[str, str] = {}
     try:
-        while True:
-            start = end
-            header, extended, offset = _next_header(file, start, length)
-            if header is None:
-                return
+        while header := _read_header(file, offset):
+            offset += BLOCK
             name = extended.get("path") or header.name
-            size = _size(extended, header)
+            size = header.size if header.type in _EXTENDED else _size(extended, header)
             if offset + size > length:
                 raise TarError(f"{name!r} claims {size:,} bytes, {length - offset:,} are left")
+            if header.type in _EXTENDED:
+                extended |= _read_extended_header(file, offset, header)
+                offset = round_up(offset + size)
+                continue
             if header.type in _FILES and not name.endswith("/"):
                 yield Member(name, offset, size)
             elif header.type not in (*_FILES, tarfile.DIRTYPE):
                 raise TarError(f"{name!r} is {_TYPES.get(header.type, f'of type {header.type!r}')}")
-            end = round_up(offset + size)
+            start = offset = round_up(offset + size)
+            extended = {}
+        if extended:
+            raise TarError("the file ends after an extended header")
     except TarError as error:
         error.start = start
         raise
@@ -88,38 +93,32 @@ def read_members(path: Path) -> Iterator[Member]:
         ) from None
 
 
-def _next_header(file: BinaryIO, offset: int, length: int) -> tuple[tarfile.TarInfo | None, dict[str, str], int]:
-    """Return the header of the next member (None at the end), its extended headers, and the offset of its content."""
-    extended: dict[str, str] = {}
-    while True:
-        content = read_at(file, offset, BLOCK)
-        offset += BLOCK
-        if not content:
-            raise TarError("it ends without the zeros that end a tar file")
-        if content == bytes(BLOCK):
-            if extended:
-                raise TarError("the file ends after an extended header")
-            return None, extended, offset
-        try:
-            header = tarfile.TarInfo.frombuf(content, "utf-8", "backslashreplace")
-        except (tarfile.HeaderError, ValueError):
-            truncated = len(content) < BLOCK
-            fault = "it ends inside a header" if truncated else "a damaged header (its check sum is wrong)"
-            raise TarError(fault if offset > BLOCK else _NO_TAR) from None
-        if header.size < 0 or not _SIZE.fullmatch(content[124:136]):
-            raise TarError(f"the invalid size {content[124:136]!r}")
-        if header.type not in _EXTENDED:
-            return header, extended, offset
-        if header.size > _MAX_EXTENDED_HEADER:
-            raise TarError(f"an extended header of {header.size:,} bytes, more than {_MAX_EXTENDED_HEADER:,}")
-        if offset + header.size > length:
-            raise TarError("it is cut off inside an extended header")
-        content = read_at(file, offset, header.size)
-        if header.type == tarfile.XHDTYPE:
-            extended |= _pax_records(content)
-        elif header.type == tarfile.GNUTYPE_LONGNAME:
-            extended["path"] = _text(content)
-        offset = round_up(offset + header.size)
+def _read_header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
+    """Return the header at a byte offset, None for the zeros that end a tar file."""
+    content = read_at(file, offset, BLOCK)
+    if not content:
+        raise TarError("it ends without the zeros that end a tar file")
+    if content == bytes(BLOCK):
+        return None
+    try:
+        header = tarfile.TarInfo.frombuf(content, "utf-8", "backslashreplace")
+    except (tarfile.HeaderError, ValueError):
+        truncated = len(content) < BLOCK
+        fault = "it ends inside a header" if truncated else "a damaged header (its check sum is wrong)"
+        raise TarError(fault if offset else _NO_TAR) from None
+    if header.size < 0 or not _SIZE.fullmatch(content[124:136]):
+        raise TarError(f"the invalid size {content[124:136]!r}")
+    return header
+
+
+def _read_extended_header(file: BinaryIO, offset: int, header: tarfile.TarInfo) -> dict[str, str]:
+    """Return the fields of the next member that an extended header at a byte offset replaces."""
+    if header.size > _MAX_EXTENDED_HEADER:
+        raise TarError(f"an extended header of {header.size:,} bytes, more than {_MAX_EXTENDED_HEADER:,}")
+    content = read_at(file, offset, header.size)
+    if header.type == tarfile.XHDTYPE:
+        return _pax_records(content)
+    return {"path": _text(content)} if header.type == tarfile.GNUTYPE_LONGNAME else {}
 
 
 def _size(extended: dict[str, str], header: tarfile.TarInfo) -> int:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from shards.cpus import available_cpus
 from shards.errors import corrupt_shard, first_line
 from shards.manifest import Manifest, RawFile
-from shards.stores.base import ImageTable, block_key, open_packed_file, read_at
+from shards.stores.base import ImageTable, Layout, block_key, open_packed_file, read_at
 from shards.stores.block_cache import BlockCache, BlockStore
 from shards.stores.zarr_arrays import ArrayLayout, array_layouts, open_arrays
 
@@ -144,7 +144,7 @@ class ZarrStore(BlockStore):
     def __init__(self, directory: Path, manifest: Manifest, memory: int | None = None) -> None:
         self.manifest = manifest
         _, compressed = open_arrays(directory, manifest)
-        images, labels, rows = array_layouts(manifest)
+        images, labels, rows = array_layouts(Layout.of(manifest))
         self.labels = _read_all(directory, manifest, labels, compressed, len(manifest.classes) - 1)
         self.rows = _read_all(directory, manifest, rows, compressed, np.iinfo(np.int64).max)
         self._shards = open_shards(directory, manifest, images, compressed)

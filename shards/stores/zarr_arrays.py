@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable
@@ -74,7 +75,7 @@ class ArrayLayout(NamedTuple):
         return range(number * self.block, min((number + 1) * self.block, self.samples))
 
 
-def _array_layouts(layout: Layout) -> tuple[ArrayLayout, ...]:
+def array_layouts(layout: Layout) -> tuple[ArrayLayout, ...]:
     """Return the layouts of images, labels and rows. A split smaller than a block or shard has one of its own size."""
     block = min(layout.block_size, layout.samples)
     shard = -(-min(layout.shard_size, layout.samples) // block) * block
@@ -86,12 +87,6 @@ def _array_layouts(layout: Layout) -> tuple[ArrayLayout, ...]:
         ("rows", "<i8", ()),
     )
     return tuple(ArrayLayout(name, dtype, layout.samples, sample, shard, block) for name, dtype, sample in arrays)
-
-
-def array_layouts(manifest: Manifest) -> tuple[ArrayLayout, ...]:
-    """Return the layouts of the arrays images, labels and rows of a split."""
-    shard_size = manifest.shards[0].samples
-    return _array_layouts(Layout(manifest.samples, manifest.image_shape, manifest.block_size, shard_size))
 
 
 class ZarrWriter:
@@ -106,7 +101,7 @@ class ZarrWriter:
     def __init__(self, directory: Path, layout: Layout, compression: str) -> None:
         self._directory = directory
         self._layout = layout
-        self._arrays = _array_layouts(layout)
+        self._arrays = array_layouts(layout)
         # With checksums, so that readers detect changed blocks.
         self._compressor = ZstdCodec(level=_ZSTD_LEVEL, checksum=True) if compression == "zstd" else Crc32cCodec()
 
@@ -116,14 +111,7 @@ class ZarrWriter:
         group = zarr.create_group(MemoryStore(files))
         for array in self._arrays:
             _create_array(group, array, self._compressor)
-        written = []
-        for key, content in sorted(files.items()):
-            path = self._directory / GROUP / key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.to_bytes())  # several ranks may do so at the same time, with the same bytes
-            written.append(_flush(self._directory, f"{GROUP}/{key}"))
-        _sync_directories(self._directory, [file.name for file in written])
-        return tuple(written)
+        return tuple(self._write(f"{GROUP}/{key}", content.as_numpy_array().data) for key, content in sorted(files.items()))
 
     def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
         """Write a shard, see `SplitWriter`. Holds the samples of the shard in memory."""
@@ -138,21 +126,31 @@ class ZarrWriter:
             crcs.append(isal_zlib.crc32(images[start:end]))
         assert end == len(samples)
         image_file, *others = (
-            self._write(array, number, values)
+            self._write_array(array, number, values)
             for array, values in zip(self._arrays, (images, labels, rows), strict=True)
         )
-        _sync_directories(self._directory, [file.name for file in (image_file, *others)])
         return Shard(samples=len(samples), blocks_crc32=tuple(crcs), **image_file.model_dump()), tuple(others)
 
-    def _write(self, array: ArrayLayout, number: int, values: NDArray) -> RawFile:
-        name = array.shard_name(number)
-        # zarr-python would merge the values into the last shard of an earlier attempt.
-        (self._directory / name).unlink(missing_ok=True)
-        opened = zarr.open_array(self._directory / GROUP / array.name, mode="r+", zarr_format=3)
+    def _write_array(self, array: ArrayLayout, number: int, values: NDArray) -> RawFile:
+        files: dict = {}
+        encoder = _create_array(zarr.create_group(MemoryStore(files)), array, self._compressor)
         # Blocks of zeros, the fill value, are stored too, so that a missing block is an error.
-        opened = opened.with_config({"write_empty_chunks": True})
-        opened[number * array.shard : number * array.shard + len(values)] = values
-        return _flush(self._directory, name)
+        encoder = encoder.with_config({"write_empty_chunks": True})
+        encoder[number * array.shard : number * array.shard + len(values)] = values
+        name = array.shard_name(number)
+        return self._write(name, files[name.removeprefix(f"{GROUP}/")].as_numpy_array().data)
+
+    def _write(self, name: str, content: memoryview) -> RawFile:
+        """Write a file so that it survives a power failure. Several ranks may write the same bytes at the same time."""
+        path = self._directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        for parent in PurePosixPath(name).parents:
+            sync_directory(self._directory / parent)
+        return RawFile(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _create_array(group: zarr.Group, array: ArrayLayout, compressor: ZstdCodec | Crc32cCodec) -> zarr.Array:
@@ -168,19 +166,6 @@ def _create_array(group: zarr.Group, array: ArrayLayout, compressor: ZstdCodec |
     )
 
 
-def _flush(directory: Path, name: str) -> RawFile:
-    """Flush a file to disk; returns its entry in the manifest."""
-    with open(directory / name, "r+b") as file:
-        os.fsync(file.fileno())
-    return RawFile.of(directory, name)
-
-
-def _sync_directories(directory: Path, names: list[str]) -> None:
-    """Flush the directories of new files (their paths in the split), so that they survive a power failure."""
-    for parent in {parent for name in names for parent in PurePosixPath(name).parents}:
-        sync_directory(directory / parent)
-
-
 def open_arrays(directory: Path, manifest: Manifest) -> tuple[dict[str, zarr.Array], bool]:
     """Open the arrays of a split with zarr-python.
 
@@ -194,7 +179,7 @@ def open_arrays(directory: Path, manifest: Manifest) -> tuple[dict[str, zarr.Arr
     """
     arrays = {}
     compressed = set()
-    for layout in array_layouts(manifest):
+    for layout in array_layouts(Layout.of(manifest)):
         _check_shards(directory, manifest, layout)
         path = directory / GROUP / layout.name / _METADATA
         try:

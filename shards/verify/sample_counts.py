@@ -18,12 +18,12 @@ class SampleCounter:
         self._counts = np.zeros(len(manifest.classes), np.int64)
         self._rows: list[NDArray[np.int64]] = []
 
-    def add(self, labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[str]:
-        """Count the samples of one block. `labels` and `rows` are int64 [n]. Yields a line for each invalid value."""
+    def add(self, location: object, labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[str]:
+        """Count the samples of one block. `labels` and `rows` are int64 [n]. Yields a line if one is invalid."""
         if len(labels) and (labels.min() < 0 or labels.max() >= len(self._counts)):
-            yield f"a label outside 0 .. {len(self._counts) - 1}"
+            yield f"{location}: a label outside 0 .. {len(self._counts) - 1}"
         elif len(rows) and rows.min() < 0:
-            yield "a row below 0"
+            yield f"{location}: a row below 0"
         else:
             self._counts += np.bincount(labels, minlength=len(self._counts))
             self._rows.append(rows)

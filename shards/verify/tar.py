@@ -6,7 +6,6 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +28,7 @@ def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> 
         path = directory / shard.name
         if path.is_file():
             lines: list[str] = []
-            with open(path, "rb") as file:
-                for key, fault in _check_blocks(file, shard, manifest, first_block, counter, lines):
-                    yield f"{path}: block {key}{fault}"
+            yield from _check_blocks(path, shard, manifest, first_block, counter, lines)
             # After an unreadable block the expected index is unknown; its SHA-256 is checked in any case.
             if len(lines) == len(shard.blocks_crc32):
                 yield from _check_index(path.with_suffix(".idx"), index_content(lines), first_block)
@@ -39,40 +36,40 @@ def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> 
 
 
 def _check_blocks(
-    file: BinaryIO, shard: Shard, manifest: Manifest, first_block: int, counter: SampleCounter, lines: list[str]
-) -> Iterator[tuple[str, str]]:
-    """Decode a shard's blocks. Yields key and fault, and appends the index line of each readable block to `lines`."""
-    members = iterate_members(file)
+    path: Path, shard: Shard, manifest: Manifest, first_block: int, counter: SampleCounter, lines: list[str]
+) -> Iterator[str]:
+    """Decode a shard's blocks; append the index line of each readable block to `lines`."""
     start = 0
-    remaining = shard.samples
-    for number, crc in enumerate(shard.blocks_crc32, start=first_block):
-        size = min(manifest.block_size, remaining)
-        remaining -= size
-        key = block_key(number)
-        arrays = (("|u1", (size, *manifest.pixel_shape)), ("<i8", (size,)), ("<i8", (size,)))
-        try:
-            block = _next_block(members, key, max(8, manifest.image_bytes) * size + _MAX_NPY_HEADER)
-        except ValueError as error:
-            # Without a readable header the offsets of the following blocks are unknown.
-            yield key, f" cannot be read: {error}"
-            return
-        lines.append(index_line(dict(zip(COMPONENTS, block, strict=True))))
-        end = round_up(block[-1].offset + block[-1].size)
-        content = read_at(file, start, end - start)
-        start, before = end, start
-        if zlib.crc32(content) != crc:
-            yield key, " was changed (CRC-32 differs)"
-            continue
-        try:
-            _, labels, rows = (
-                _load(content[member.offset - before :][: member.size], component, *array)
-                for member, component, array in zip(block, COMPONENTS, arrays, strict=True)
-            )
-        except Exception as error:  # NumPy raises many types for damaged headers
-            yield key, f": {first_line(error)}"
-            continue
-        for fault in counter.add(labels, rows):
-            yield key, f": {fault}"
+    with open(path, "rb") as file:
+        members = iterate_members(file)
+        for number, crc in enumerate(shard.blocks_crc32):
+            size = min(manifest.block_size, shard.samples - number * manifest.block_size)
+            key = block_key(first_block + number)
+            location = f"{path}: block {key}"
+            try:
+                block = _next_block(members, key, max(8, manifest.image_bytes) * size + _MAX_NPY_HEADER)
+            except ValueError as error:
+                # Without a readable header the offsets of the following blocks are unknown.
+                yield f"{location} cannot be read: {error}"
+                return
+            lines.append(index_line(dict(zip(COMPONENTS, block, strict=True))))
+            end = round_up(block[-1].offset + block[-1].size)
+            content = read_at(file, start, end - start)
+            contents = [content[member.offset - start :][: member.size] for member in block]
+            start = end
+            if zlib.crc32(content) != crc:
+                yield f"{location} was changed (CRC-32 differs)"
+                continue
+            try:
+                _load(contents[0], COMPONENTS[0], "|u1", (size, *manifest.pixel_shape))
+                labels, rows = (
+                    _load(content, component, "<i8", (size,))
+                    for content, component in zip(contents[1:], COMPONENTS[1:], strict=True)
+                )
+            except Exception as error:  # NumPy raises many types for damaged headers
+                yield f"{location}: {first_line(error)}"
+                continue
+            yield from counter.add(location, labels, rows)
 
 
 def _next_block(members: Iterator[Member], key: str, max_bytes: int) -> list[Member]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError, corrupt_shard, first_line
 from shards.manifest import Manifest
-from shards.stores.base import block_key
+from shards.stores.base import Layout, block_key
 from shards.stores.zarr import ShardFile
 from shards.stores.zarr_arrays import GROUP, ZarrArray, array_layouts, open_arrays
 from shards.verify.sample_counts import SampleCounter
@@ -24,18 +24,16 @@ def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> 
     except UserError as error:
         yield error.found
         return
-    layouts = array_layouts(manifest)
+    layouts = array_layouts(Layout.of(manifest))
     sizes = {file.name: file.bytes for file in manifest.everything}
     for number, shard in enumerate(manifest.shards):
         files = {}
         for layout in layouts:
-            name = layout.shard_name(number)
-            path = directory / name
-            if path.is_file() and path.stat().st_size == sizes[name]:
-                try:
-                    files[layout.name] = ShardFile(directory, layout, number, sizes[name], compressed)
-                except UserError as error:
-                    yield error.found
+            try:
+                size = sizes[layout.shard_name(number)]
+                files[layout.name] = ShardFile(directory, layout, number, size, compressed)
+            except UserError as error:
+                yield error.found
         for block, crc in enumerate(shard.blocks_crc32, start=number * layouts[0].blocks_in_shard):
             samples = layouts[0].samples_of_block(block)
             values = {}
@@ -47,8 +45,9 @@ def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> 
                 except UserError as error:
                     yield error.found
             if {"labels", "rows"} <= values.keys():
-                for fault in counter.add(values["labels"], values["rows"]):
-                    yield f"{directory / GROUP}: block {block_key(block)}: {fault}"
+                yield from counter.add(
+                    f"{directory / GROUP}: block {block_key(block)}", values["labels"], values["rows"]
+                )
 
 
 def _decode(array: ZarrArray, file: ShardFile, block: int, samples: range) -> NDArray:

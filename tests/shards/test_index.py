@@ -164,9 +164,7 @@ def test_an_index_keeps_places_whatever_the_names(records: list[tuple], picture:
         lines.append(index_line({kind: Member(f"{name}.{kind}", *place) for kind, place in components}))
     content = index_content(lines)
     found = read_component_ranges(content)
-    assert found.images.tolist() == [list(places) for _, places, _ in records]
-    assert found.labels.tolist() == [list(places) for _, _, places in records]
-    assert found.rows is None
+    assert found.tolist() == [[list(place) for place in places] for _, *places in records]
     assert name_in_index(content, len(records) - 1).endswith(f".{picture}")
 
 
