@@ -222,6 +222,7 @@ def _evict_until_it_fits(root: Path, directory: Path, total: int, what: str) -> 
             hint=f"wait for them to end, or export {SIZE_VARIABLE}={_size((total + used + promised) * 11 // 10)}",
         )
 
+
 @contextlib.contextmanager
 def _locked_exclusively(use: Path) -> Iterator[None]:
     """Lock a `.use` file; raise BlockingIOError if another process uses the entry."""

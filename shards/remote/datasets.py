@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
 import urllib.parse
@@ -23,7 +22,15 @@ from shards.atomic import make_directory, write_file
 from shards.errors import MismatchError, UserError
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
-from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
+from shards.remote.base import (
+    AccessDeniedError,
+    FileInfo,
+    NotFoundError,
+    RemoteError,
+    RemoteStorage,
+    TransientError,
+    retry,
+)
 from shards.remote.cache import Entry, cache_directory, open_entry
 from shards.remote.download import RemoteFile, check_names, download_files, run_in_threads
 
@@ -149,13 +156,6 @@ def upload_manifests(directory: Path, address: str) -> None:
             _upload(directory, storage, [name])
 
 
-def upload_dataset(directory: Path, address: str) -> None:
-    """Upload a packed data set, manifests last. It replaces the data set at the address."""
-    remove_manifests(address)
-    upload_files(directory, address)
-    upload_manifests(directory, address)
-
-
 def _local_path(address: str | Path) -> Path:
     """Return a path unchanged, and the path of a file:// address."""
     text = str(address)
@@ -179,27 +179,30 @@ def _manifest_name(split: str) -> str:
 def _read_manifests(storage: RemoteStorage, attempts: int | None = None) -> dict[str, tuple[Manifest, bytes]]:
     """Return the manifests of a storage by split (`_SINGLE` for a single split), each with the content of its file."""
 
-    def read(split: str) -> tuple[Manifest, bytes] | NotFoundError | AccessDeniedError:
-        name = _manifest_name(split)
-        try:
-            content = retry(lambda: storage.read(name), attempts)
-        except (NotFoundError, AccessDeniedError) as error:
-            return error
-        try:
-            return Manifest.parse(content, storage.show(name)), content
-        except UserError:  # possibly damaged in transfer
-            content = retry(lambda: storage.read(name), attempts)
-            return Manifest.parse(content, storage.show(name)), content
+    def read(split: str) -> bytes:
+        return retry(lambda: storage.read(_manifest_name(split)), attempts)
 
+    manifests: dict[str, tuple[Manifest, bytes]] = {}
+    failure: RemoteError = NotFoundError(storage.shown, f"no {MANIFEST_NAME} of a data set or of a single split")
     splits = (*SPLITS, _SINGLE)
     with ThreadPoolExecutor(len(splits)) as pool:
-        answers = dict(zip(splits, pool.map(read, splits), strict=True))
-    manifests = {split: answer for split, answer in answers.items() if isinstance(answer, tuple)}
+        answers = [pool.submit(read, split) for split in splits]
+    for split, answer in zip(splits, answers, strict=True):
+        address = storage.show(_manifest_name(split))
+        try:
+            content = answer.result()
+        except (NotFoundError, AccessDeniedError) as error:
+            # S3 denies access to absent files if the user may not list the bucket: more useful than their absence.
+            if isinstance(error, AccessDeniedError) or error.no_bucket:
+                failure = error
+            continue
+        try:
+            manifests[split] = Manifest.parse(content, address), content
+        except UserError:  # possibly damaged in transfer
+            content = read(split)
+            manifests[split] = Manifest.parse(content, address), content
     if not manifests:
-        # S3 denies access to absent files if the user may not list the bucket. That error is more useful than absence.
-        failures = [answer for answer in answers.values() if isinstance(answer, Exception)]
-        specific = (error for error in failures if isinstance(error, AccessDeniedError) or error.no_bucket)
-        raise next(specific, NotFoundError(storage.shown, f"no {MANIFEST_NAME} of a data set or of a single split"))
+        raise failure
     if len(manifests) > 1:
         manifests.pop(_SINGLE, None)
     return manifests
@@ -224,10 +227,7 @@ def _download_set(storage: RemoteStorage, manifests: dict[str, tuple[Manifest, b
             for name, content in contents.items():
                 write_file(entry.content / name, content)
         make_directory(record.parent)
-        temporary = record.with_name(f".{record.name}.{os.getpid()}")
-        copy = {"key": key, "name": entry.content.name, "manifests": list(contents)}
-        temporary.write_text(json.dumps(copy), encoding="utf-8")
-        temporary.replace(record)
+        write_file(record, json.dumps({"key": key, "name": entry.content.name, "manifests": list(contents)}))
         return entry.content
 
 

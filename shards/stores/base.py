@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class ImageTable(NamedTuple):
     rows: NDArray[np.int64]
 
 
-class Store(Protocol):
+class Store(ABC):
     """Samples 0 .. N-1 of one split in packed order (a seeded permutation of the source rows)."""
 
     manifest: Manifest
@@ -79,8 +80,10 @@ class Store(Protocol):
     rows: NDArray[np.int64]
     """[N], index of each sample in the raw source."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return self.manifest.samples
 
+    @abstractmethod
     def read(self, samples: NDArray[np.int64]) -> Images:
         """Return the images of samples.
 
@@ -93,16 +96,21 @@ class Store(Protocol):
         Raises:
             IndexError: If a position is outside the store.
         """
-        ...
 
 
-class ImageStore(Store, Protocol):
+class ImageStore(Store):
     """A store of images of one size."""
 
+    def read(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+        images = np.empty((len(samples), *self.manifest.pixel_shape), np.uint8)
+        self.gather(samples, images)
+        return images
+
+    @abstractmethod
     def locate(self, samples: NDArray[np.int64]) -> ImageTable | None:
         """Return the images of samples without copying; None if the store may evict them. Otherwise as `read`."""
-        ...
 
+    @abstractmethod
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into a buffer.
 
@@ -113,7 +121,6 @@ class ImageStore(Store, Protocol):
         Raises:
             IndexError: If a position is outside the store. The content of `out` is undefined then.
         """
-        ...
 
 
 def is_image_store(store: Store) -> TypeGuard[ImageStore]:
@@ -121,12 +128,12 @@ def is_image_store(store: Store) -> TypeGuard[ImageStore]:
     return not store.manifest.encoded
 
 
-class EncodedStore(Store, Protocol):
+class EncodedStore(Store):
     """A store of image files."""
 
+    @abstractmethod
     def describe_sample(self, sample: int) -> str:
         """Return the shard of a sample and its file name there, for messages."""
-        ...
 
 
 class EncodedImage(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -125,22 +124,3 @@ class BlockCache:
         count = min(self._block_size, self._samples - block * self._block_size)
         start = slot * self._block_size
         return self._buffer[start : start + count]
-
-
-class BlockStore(ABC):
-    """Base class of the stores of blocks."""
-
-    manifest: Manifest
-
-    def __len__(self) -> int:
-        return self.manifest.samples
-
-    def read(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return images uint8 [n, H, W, C]; see `Store.read`."""
-        images = np.empty((len(samples), *self.manifest.pixel_shape), np.uint8)
-        self.gather(samples, images)
-        return images
-
-    @abstractmethod
-    def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Copy images into a buffer; see `ImageStore.gather`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import corrupt_shard
-from shards.manifest import Manifest, RawFile, Shard
-from shards.stores.base import Block, Layout, block_key, check_positions, open_packed_file, read_at, shard_name
+from shards.manifest import Manifest
+from shards.stores.base import Block, EncodedStore, block_key, check_positions, open_packed_file, read_at
 from shards.stores.image_header import EXTENSIONS, MAX_BYTES
 from shards.stores.record_index import (
     MAX_NUMBER_BYTES,
@@ -24,37 +24,27 @@ from shards.stores.record_index import (
     parse_number,
     read_component_ranges,
 )
-from shards.stores.tar_writer import TarRecord, write_tar_shard
+from shards.stores.tar_writer import TarRecord, TarShardWriter
 
 _THREADS = 8  # shards opened in parallel: with a cold file cache each waits for many small reads
 _LARGE_RECORD = 64 << 10  # bytes from which read-ahead costs more than it saves
 
 
-class RecordWriter:
+class RecordWriter(TarShardWriter):
     """The `shards.stores.base.SplitWriter` of records: an unchanged image file, its label and its row."""
 
-    def __init__(self, directory: Path, layout: Layout) -> None:
-        self._directory = directory
+    with_crc = False
 
-    def start(self) -> tuple[RawFile, ...]:
-        return ()
-
-    def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
-        shard, index = write_tar_shard(self._directory / shard_name(number), _records(blocks), with_crc=False)
-        return shard, (index,)
-
-
-def _records(blocks: Iterable[Block]) -> Iterator[TarRecord]:
-    for block in blocks:
+    def records(self, block: Block) -> Iterator[TarRecord]:
         for position, (image, label, row) in enumerate(
             zip(block.images, block.labels, block.rows, strict=True), start=block.first
         ):
             assert not isinstance(image, np.ndarray) and image.extension in EXTENSIONS
             components = ((image.extension, [image.content]), ("cls", [b"%d" % label]), (ROW, [b"%d" % row]))
-            yield TarRecord(block_key(position), 1, components)
+            yield TarRecord(block_key(position), components)
 
 
-class RecordStore:
+class RecordStore(EncodedStore):
     """The `EncodedStore` of records. Labels and rows are read on opening, images on request.
 
     Images are read, not mapped, so that the memory of the process does not grow with the images it has touched.
@@ -71,9 +61,6 @@ class RecordStore:
             raise corrupt_shard(directory, "shards with rows and shards without")
         self._ranges, self.labels, *rows = map(np.concatenate, zip(*shards, strict=True))
         self.rows = rows[0] if rows else np.arange(manifest.samples)
-
-    def __len__(self) -> int:
-        return self.manifest.samples
 
     def read(self, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Return image files, each uint8 [bytes], read-only; see `shards.stores.base.Store.read`."""

@@ -6,7 +6,7 @@ import ctypes
 import io
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,21 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import CorruptError, corrupt_shard, first_line
-from shards.manifest import Manifest, RawFile, Shard
+from shards.manifest import Manifest
 from shards.stores.base import (
     INDEX_VERSION,
     Block,
+    ImageStore,
     ImageTable,
-    Layout,
     block_key,
     check_positions,
     open_packed_file,
     read_at,
-    shard_name,
 )
-from shards.stores.block_cache import BlockCache, BlockStore
+from shards.stores.block_cache import BlockCache
 from shards.stores.record_index import check_within, read_index
-from shards.stores.tar_writer import TarRecord, write_tar_shard
+from shards.stores.tar_writer import TarRecord, TarShardWriter
 
 COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
 
@@ -40,32 +39,19 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-class TarWriter:
+class TarWriter(TarShardWriter):
     """The `shards.stores.base.SplitWriter` of block records."""
 
-    def __init__(self, directory: Path, layout: Layout) -> None:
-        self._directory = directory
-        self._layout = layout
+    with_crc = True
 
-    def start(self) -> tuple[RawFile, ...]:
-        return ()
-
-    def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
-        records = (
-            TarRecord(block_key(block.first // self._layout.block_size), len(block.labels), _components(block))
-            for block in blocks
-        )
-        shard, index = write_tar_shard(self._directory / shard_name(number), records, with_crc=True)
-        return shard, (index,)
-
-
-def _components(block: Block) -> list[tuple[str, list[bytes | memoryview]]]:
-    images, labels, rows = map(np.asarray, (block.images, block.labels, block.rows))
-    arrays = (images, labels.astype("<i8", copy=False), rows.astype("<i8", copy=False))
-    return [
-        (component, [npy_header(array.dtype.str, array.shape), np.ascontiguousarray(array).data.cast("B")])
-        for component, array in zip(COMPONENTS, arrays, strict=True)
-    ]
+    def records(self, block: Block) -> Iterator[TarRecord]:
+        images, labels, rows = map(np.asarray, (block.images, block.labels, block.rows))
+        arrays = (images, labels.astype("<i8", copy=False), rows.astype("<i8", copy=False))
+        components: list[tuple[str, list[bytes | memoryview]]] = [
+            (component, [npy_header(array.dtype.str, array.shape), np.ascontiguousarray(array).data.cast("B")])
+            for component, array in zip(COMPONENTS, arrays, strict=True)
+        ]
+        yield TarRecord(block_key(block.first // self.layout.block_size), components)
 
 
 def read_block_index(content: bytes) -> NDArray[np.int64]:
@@ -73,7 +59,7 @@ def read_block_index(content: bytes) -> NDArray[np.int64]:
     return read_index(content, lambda components: tuple(map(components.index, COMPONENTS)))
 
 
-class TarStore(BlockStore):
+class TarStore(ImageStore):
     """The `ImageStore` of tar shards. Each shard is memory-mapped, so that reading an image is a memory access.
 
     Args:

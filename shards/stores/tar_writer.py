@@ -6,12 +6,15 @@ import hashlib
 import os
 import tarfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from shards.atomic import write_file
 from shards.manifest import RawFile, Shard
+from shards.stores.base import Block, Layout, shard_name
 from shards.stores.record_index import index_content, index_file, index_line
 from shards.stores.tar_members import BLOCK, Member
 
@@ -23,51 +26,67 @@ class TarRecord(NamedTuple):
 
     Attributes:
         key: Common start of the members' names.
-        samples: Number of samples in the record.
         components: For each member the end of its name after the key, and the pieces of its content.
     """
 
     key: str
-    samples: int
     components: Sequence[tuple[str, Sequence[bytes | memoryview]]]
 
 
-def write_tar_shard(path: Path, records: Iterable[TarRecord], with_crc: bool) -> tuple[Shard, RawFile]:
-    """Write a shard and its index.
+class TarShardWriter(ABC):
+    """A `shards.stores.base.SplitWriter` of tar shards.
 
     Args:
-        path: The shard to write; the index gets the suffix `.idx`.
-        records: Records in order.
-        with_crc: Whether the manifest's entry has a CRC-32 of the bytes of each record.
-
-    Returns:
-        The manifest's entries of the shard and of the index.
+        directory: The directory of the split.
+        layout: Its layout.
     """
-    sha256 = hashlib.sha256()
-    lines, crcs, samples = [], [], 0
-    with open(path, "wb") as file:
-        for record in records:
-            crc = 0
-            members = {}
-            for component, content in record.components:
-                info = tarfile.TarInfo(f"{record.key}.{component}")
-                info.size = sum(map(len, content))
-                info.mode = 0o444
-                members[component] = Member(info.name, file.tell() + BLOCK, info.size)
-                for piece in (info.tobuf(tarfile.USTAR_FORMAT), *content, bytes(-info.size % BLOCK)):
-                    crc = zlib.crc32(piece, crc) if with_crc else 0
-                    sha256.update(piece)
-                    file.write(piece)
-            lines.append(index_line(members))
-            crcs.append(crc)
-            samples += record.samples
-        sha256.update(_END_OF_ARCHIVE)
-        file.write(_END_OF_ARCHIVE)
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    crcs = crcs if with_crc else []
-    shard = Shard(name=path.name, samples=samples, bytes=size, sha256=sha256.hexdigest(), blocks_crc32=tuple(crcs))
-    index = index_content(lines)
-    write_file(path.with_suffix(".idx"), index)
-    return shard, index_file(shard, index)
+
+    with_crc: bool
+    """Whether the manifest's entry of a shard has a CRC-32 of the bytes of each record."""
+
+    def __init__(self, directory: Path, layout: Layout) -> None:
+        self.directory = directory
+        self.layout = layout
+
+    @abstractmethod
+    def records(self, block: Block) -> Iterable[TarRecord]:
+        """Return the records of a block."""
+
+    def start(self) -> tuple[RawFile, ...]:
+        return ()
+
+    def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
+        path = self.directory / shard_name(number)
+        sha256 = hashlib.sha256()
+        lines, crcs = [], []
+        with open(path, "wb") as file:
+            for record in chain.from_iterable(map(self.records, blocks)):
+                crc = 0
+                members = {}
+                for component, content in record.components:
+                    info = tarfile.TarInfo(f"{record.key}.{component}")
+                    info.size = sum(map(len, content))
+                    info.mode = 0o444
+                    members[component] = Member(info.name, file.tell() + BLOCK, info.size)
+                    for piece in (info.tobuf(tarfile.USTAR_FORMAT), *content, bytes(-info.size % BLOCK)):
+                        crc = zlib.crc32(piece, crc) if self.with_crc else 0
+                        sha256.update(piece)
+                        file.write(piece)
+                lines.append(index_line(members))
+                if self.with_crc:
+                    crcs.append(crc)
+            sha256.update(_END_OF_ARCHIVE)
+            file.write(_END_OF_ARCHIVE)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        shard = Shard(
+            name=path.name,
+            samples=len(self.layout.samples_of(number)),
+            bytes=size,
+            sha256=sha256.hexdigest(),
+            blocks_crc32=tuple(crcs),
+        )
+        index = index_content(lines)
+        write_file(path.with_suffix(".idx"), index)
+        return shard, (index_file(shard, index),)

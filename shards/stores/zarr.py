@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from shards.cpus import available_cpus
 from shards.errors import corrupt_shard, first_line
 from shards.manifest import Manifest, RawFile
-from shards.stores.base import ImageTable, Layout, block_key, open_packed_file, read_at
-from shards.stores.block_cache import BlockCache, BlockStore
+from shards.stores.base import ImageStore, ImageTable, Layout, block_key, open_packed_file, read_at
+from shards.stores.block_cache import BlockCache
 from shards.stores.zarr_arrays import ArrayLayout, array_layouts, open_arrays
 
 _INDEX_ENTRY = 16  # offset and length of a block in its shard, uint64 each
@@ -127,7 +127,7 @@ def open_shards(directory: Path, manifest: Manifest, array: ArrayLayout, compres
     return shards
 
 
-class ZarrStore(BlockStore):
+class ZarrStore(ImageStore):
     """The `shards.stores.base.ImageStore` of zarr arrays: blocks are decoded on all cores and cached in memory.
 
     Labels and rows are read on opening and checked by their SHA-256, images by the CRC-32 of each block.

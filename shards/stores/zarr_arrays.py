@@ -111,7 +111,9 @@ class ZarrWriter:
         group = zarr.create_group(MemoryStore(files))
         for array in self._arrays:
             _create_array(group, array, self._compressor)
-        return tuple(self._write(f"{GROUP}/{key}", content.as_numpy_array().data) for key, content in sorted(files.items()))
+        return tuple(
+            self._write(f"{GROUP}/{key}", content.as_numpy_array().data) for key, content in sorted(files.items())
+        )
 
     def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
         """Write a shard, see `SplitWriter`. Holds the samples of the shard in memory."""

@@ -13,11 +13,11 @@ from shards.manifest import Manifest, Shard
 from shards.stores.base import read_at
 from shards.stores.image_header import decode
 from shards.stores.record_index import index_content, index_line, index_name, is_index_of, parse_record, read_records
-from shards.verify.sample_counts import SampleCounter
+from shards.verify.check import SampleCounter
 
 
 def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> Iterator[str]:
-    """Check all records; see `shards.verify.check.CheckStore`. Faults name a record by its key instead of a block."""
+    """Check all records; see `shards.verify.check.check_split`. Faults name a record by its key instead of a block."""
     first = 0
     for shard in manifest.shards:
         if (directory / shard.name).is_file():

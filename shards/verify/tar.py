@@ -16,13 +16,13 @@ from shards.stores.base import INDEX_VERSION, block_key, read_at
 from shards.stores.record_index import index_content, index_line
 from shards.stores.tar import COMPONENTS
 from shards.stores.tar_members import Member, iterate_members, round_up
-from shards.verify.sample_counts import SampleCounter
+from shards.verify.check import SampleCounter
 
 _MAX_NPY_HEADER = 16 << 10
 
 
 def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> Iterator[str]:
-    """Check all blocks; see `shards.verify.check.CheckStore`."""
+    """Check all blocks; see `shards.verify.check.check_split`."""
     first_block = 0
     for shard in manifest.shards:
         path = directory / shard.name

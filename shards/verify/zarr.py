@@ -14,11 +14,11 @@ from shards.manifest import Manifest
 from shards.stores.base import Layout, block_key
 from shards.stores.zarr import ShardFile
 from shards.stores.zarr_arrays import GROUP, ZarrArray, array_layouts, open_arrays
-from shards.verify.sample_counts import SampleCounter
+from shards.verify.check import SampleCounter
 
 
 def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> Iterator[str]:
-    """Check all blocks; see `shards.verify.check.CheckStore`."""
+    """Check all blocks; see `shards.verify.check.check_split`."""
     try:
         arrays, compressed = open_arrays(directory, manifest)
     except UserError as error:

@@ -12,8 +12,11 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+
+from shards.remote.datasets import remove_manifests, upload_files, upload_manifests
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 BUCKET = "bucket"
@@ -158,3 +161,10 @@ def environment(port: int) -> dict[str, str]:
     """What points clients, in this process or another, to a server on this machine."""
     unset = dict.fromkeys([name for name in os.environ if name.lower().endswith("_proxy")], "")
     return {**unset, **CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_CONFIG_FILE": os.devnull}
+
+
+def upload_dataset(directory: Path, address: str) -> None:
+    """Upload a packed data set as packing does: it replaces the data set at the address."""
+    remove_manifests(address)
+    upload_files(directory, address)
+    upload_manifests(directory, address)

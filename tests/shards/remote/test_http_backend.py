@@ -17,10 +17,11 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from support.s3_server import upload_dataset
 
 import shards.remote.base as remote
 from shards import Manifest, UserError, open_split
-from shards.remote.datasets import remote_manifests, resolve_dataset, resolve_files, upload_dataset
+from shards.remote.datasets import remote_manifests, resolve_dataset, resolve_files
 
 
 @dataclass

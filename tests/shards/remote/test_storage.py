@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error
 from support import warm_process
-from support.s3_server import BUCKET, Faults, Line, environment, s3_server
+from support.s3_server import BUCKET, Faults, Line, environment, s3_server, upload_dataset
 
 import shards.remote.base as remote
 import shards.remote.fsspec_backend as remote_fsspec
@@ -33,7 +33,6 @@ from shards.remote.datasets import (
     remove_manifests,
     resolve_dataset,
     resolve_files,
-    upload_dataset,
     upload_files,
     upload_manifests,
 )
