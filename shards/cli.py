@@ -44,12 +44,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         print(error, file=sys.stderr)
         status = USER_ERROR_STATUS
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as error:
         print("stopped", file=sys.stderr)
-        status = 128 + signal.SIGINT
-    except Terminated:
-        print("stopped", file=sys.stderr)
-        status = 128 + signal.SIGTERM
+        status = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     except BrokenPipeError:
         # The program that reads our output (head, less) has ended. Without this the interpreter reports it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -108,50 +108,40 @@ def _convert_split(split: Path, manifest: Manifest, directory: Path, store: Stor
     before = open_files(split, manifest, one_block)
     writer = make_writer(store, directory, layout, compression)
     metadata = writer.start()
-    written = []
-    with _progress_bar("converting", manifest) as bar:
-        for number in range(layout.shards):
-            written.append(writer.write_shard(number, _blocks(before, layout, layout.samples_of(number), bar)))
+    written = [
+        writer.write_shard(number, _blocks(before, layout, layout.samples_of(number)))
+        for number in tqdm(range(layout.shards), f"converting {manifest.split}", unit=" shards", disable=None)
+    ]
     side_files = _side_files(manifest)
     for file in side_files:
         (directory / file.name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(split / file.name, directory / file.name)
     options = {name: value for name, value in manifest.options.items() if name != COMPRESSION}
-    fields = {
-        **dict(manifest),
+    changes = {
         "version": 2,
         "store": store,
         "options": {**options, COMPRESSION: compression} if store == "zarr" else options,
         "shards": tuple(shard for shard, _ in written),
         "files": (*(file for _, files in written for file in files), *metadata, *side_files),
     }
-    converted = Manifest(**fields)
+    converted = Manifest(**{**dict(manifest), **changes})
     if faults := list(check_hashes(directory, converted)):
         raise _differs(faults)
     after = open_files(directory, converted, one_block)
-    with _progress_bar("comparing", manifest) as bar:
-        blocks = (
-            _blocks(one, layout, range(layout.samples), one_bar) for one, one_bar in ((before, bar), (after, None))
-        )
-        for expected, block in zip(*blocks, strict=True):
-            if not all(map(np.array_equal, block, expected)):
-                raise _differs([f"{directory}: block {block_key(block.first // layout.block_size)}"])
+    blocks = zip(*(_blocks(store, layout, range(layout.samples)) for store in (before, after)), strict=True)
+    count = -(-layout.samples // layout.block_size)
+    for expected, block in tqdm(blocks, f"comparing {manifest.split}", count, unit=" blocks", disable=None):
+        if not all(map(np.array_equal, block, expected)):
+            raise _differs([f"{directory}: block {block_key(block.first // layout.block_size)}"])
     return converted
 
 
-def _progress_bar(action: str, manifest: Manifest) -> tqdm:
-    description = f"{action} {manifest.split}"
-    return tqdm(total=manifest.samples, desc=description, unit=" images", unit_scale=True, disable=None)
-
-
-def _blocks(store: Store, layout: Layout, samples: range, bar: tqdm | None) -> Iterator[Block]:
+def _blocks(store: Store, layout: Layout, samples: range) -> Iterator[Block]:
     """Yield the blocks of a range of samples that starts at the start of a block."""
     for first in range(samples.start, samples.stop, layout.block_size):
         positions = np.arange(first, min(first + layout.block_size, samples.stop))
         images = cast(np.ndarray, store.read(positions))
         yield Block(first, images, store.labels[positions], store.rows[positions])
-        if bar is not None:
-            bar.update(len(positions))
 
 
 def _side_files(manifest: Manifest) -> tuple[RawFile, ...]:
@@ -161,11 +151,8 @@ def _side_files(manifest: Manifest) -> tuple[RawFile, ...]:
 
 
 def _differs(faults: list[str]) -> CorruptError:
-    return CorruptError(
-        found="\n       ".join(f"{fault}, read back with another content than was written" for fault in faults),
-        expected="the content that was written",
-        hint="check the disk and the memory of this machine (dmesg), then convert again",
-    )
+    faults = [f"{fault}, read back with another content than was written" for fault in faults]
+    return corrupt_files(faults, "check the disk and the memory of this machine (dmesg), then convert again")
 
 
 def main() -> int:

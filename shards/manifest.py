@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -18,6 +18,7 @@ REQUIRED_SPLITS = ("train", "test")
 VALIDATION = "val"  # optional
 SPLITS = (*REQUIRED_SPLITS, VALIDATION)
 StoreKind = Literal["tar", "zarr", "records"]
+Content: TypeAlias = bytes | memoryview
 MOST_BLOCK_BYTES = 1 << 30  # of pixels: readers hold a block in memory
 
 
@@ -39,6 +40,11 @@ class RawFile(_Record):
         with open(directory / name, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return cls(name=name, bytes=file.tell(), sha256=digest)
+
+    @classmethod
+    def of_content(cls, name: str, content: Content) -> RawFile:
+        """Measure and hash the content of a file."""
+        return cls(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 class Shard(_Record):

@@ -6,8 +6,6 @@ https://doi.org/10.24432/C50P49) without official splits. The test split is a fi
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
 from pipeline.common.stratified import stratified_mask
@@ -27,9 +25,7 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     images = np.rint(digits.images * (255 / _INK_LEVELS)).astype(np.uint8)[..., None]
     labels = digits.target.astype(np.int64)
     content = images.tobytes() + labels.tobytes()
-    record = RawFile(
-        name="sklearn.datasets.load_digits", bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
-    )
+    record = RawFile.of_content("sklearn.datasets.load_digits", content)
     test = stratified_mask(labels, _TEST_FRACTION, _TEST_SEED)
     classes = tuple(str(name) for name in digits.target_names)
     return tuple(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -34,8 +33,7 @@ class RawContent:
 
     def record(self) -> RawFile:
         """Return the name, size and SHA-256 of the file."""
-        digest = hashlib.sha256(self.content).hexdigest()
-        return RawFile(name=self.name, bytes=len(self.content), sha256=digest)
+        return RawFile.of_content(self.name, self.content)
 
 
 class RawDirectory:

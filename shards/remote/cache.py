@@ -70,15 +70,10 @@ class Entry:
     Attributes:
         directory: The directory of the entry.
         content: The directory for complete files.
-        partials: The directory for incomplete files.
     """
 
     directory: Path
     content: Path
-
-    @property
-    def partials(self) -> Path:
-        return self.directory / ".parts"
 
     def make_room(self, total: int, what: str) -> None:
         """Evict other entries, least recently used first, until this one can grow to a size.

@@ -22,15 +22,7 @@ from shards.atomic import make_directory, write_file
 from shards.errors import MismatchError, UserError
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
-from shards.remote.base import (
-    AccessDeniedError,
-    FileInfo,
-    NotFoundError,
-    RemoteError,
-    RemoteStorage,
-    TransientError,
-    retry,
-)
+from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
 from shards.remote.cache import Entry, cache_directory, open_entry
 from shards.remote.download import RemoteFile, check_names, download_files, run_in_threads
 
@@ -183,7 +175,9 @@ def _read_manifests(storage: RemoteStorage, attempts: int | None = None) -> dict
         return retry(lambda: storage.read(_manifest_name(split)), attempts)
 
     manifests: dict[str, tuple[Manifest, bytes]] = {}
-    failure: RemoteError = NotFoundError(storage.shown, f"no {MANIFEST_NAME} of a data set or of a single split")
+    failure: NotFoundError | AccessDeniedError = NotFoundError(
+        storage.shown, f"no {MANIFEST_NAME} of a data set or of a single split"
+    )
     splits = (*SPLITS, _SINGLE)
     with ThreadPoolExecutor(len(splits)) as pool:
         answers = [pool.submit(read, split) for split in splits]
@@ -221,10 +215,9 @@ def _download_set(storage: RemoteStorage, manifests: dict[str, tuple[Manifest, b
     first, _ = next(iter(manifests.values()))
     key = _digest(*(f"{split} {manifest.digest()}" for split, (manifest, _) in manifests.items()))
     with open_entry("sets", key, _directory_name(first.name)) as entry:
-        complete = all((entry.content / name).is_file() for name in contents)
-        if not complete or not all(file.is_in(entry.content) for file in files):
-            _download_into(entry, storage, files, sum(file.bytes for file in everything))
-            for name, content in contents.items():
+        _download_into(entry, storage, files, sum(file.bytes for file in everything))
+        for name, content in contents.items():
+            if not (entry.content / name).is_file():
                 write_file(entry.content / name, content)
         make_directory(record.parent)
         write_file(record, json.dumps({"key": key, "name": entry.content.name, "manifests": list(contents)}))
@@ -247,8 +240,10 @@ def _last_copy(record: Path) -> Path | None:
 
 
 def _download_into(entry: Entry, storage: RemoteStorage, files: Sequence[RemoteFile], total: int) -> None:
-    entry.make_room(total, storage.shown)
-    download_files(storage, files, entry.content, entry.partials, f"fetching {entry.content.name}")
+    """Download the files that are missing into a cache entry, which will have `total` bytes."""
+    if not all(file.is_in(entry.content) for file in files):
+        entry.make_room(total, storage.shown)
+        download_files(storage, files, entry.content, entry.directory / ".parts", f"fetching {entry.content.name}")
 
 
 def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label: str) -> Path:
@@ -271,8 +266,7 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
                     path.unlink(missing_ok=True)
         if known != versions:
             write_file(index, json.dumps(versions))
-        if not all(file.is_in(entry.content) for file in files):
-            _download_into(entry, storage, files, sum(file.bytes for file in files))
+        _download_into(entry, storage, files, sum(file.bytes for file in files))
         return entry.content
 
 

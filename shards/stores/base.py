@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, TypeAlias, TypeGuard
+from typing import BinaryIO, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,20 +192,28 @@ class Layout:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.samples))
 
 
-class SplitWriter(Protocol):
-    """Write the files of one split into an existing directory. The bytes depend on the samples only.
+class SplitWriter(ABC):
+    """Writes the files of one split into an existing directory. The bytes depend on the samples only.
 
     Shards may be written in any order and by several processes, each with its own writer.
+
+    Args:
+        directory: The directory of the split.
+        layout: Its layout.
     """
+
+    def __init__(self, directory: Path, layout: Layout) -> None:
+        self.directory = directory
+        self.layout = layout
 
     def start(self) -> tuple[RawFile, ...]:
         """Write the files that do not belong to a shard; returns them. Called before the first shard."""
-        ...
+        return ()
 
+    @abstractmethod
     def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
         """Write a shard from its blocks, in order. If `blocks` raises, the shard is incomplete.
 
         Returns:
             The manifest's entries of the shard and of the files that accompany it.
         """
-        ...

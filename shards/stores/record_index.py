@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -237,7 +236,7 @@ def _read_number(file: BinaryIO, member: Member) -> int:
 
 def index_file(shard: Shard, content: bytes) -> RawFile:
     """Return the manifest's entry of a shard's index."""
-    return RawFile(name=index_name(shard), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return RawFile.of_content(index_name(shard), content)
 
 
 def index_name(shard: Shard) -> str:

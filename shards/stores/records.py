@@ -31,7 +31,7 @@ _LARGE_RECORD = 64 << 10  # bytes from which read-ahead costs more than it saves
 
 
 class RecordWriter(TarShardWriter):
-    """The `shards.stores.base.SplitWriter` of records: an unchanged image file, its label and its row."""
+    """Writes records of one image: an unchanged image file, its label and its row."""
 
     with_crc = False
 

@@ -40,7 +40,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 class TarWriter(TarShardWriter):
-    """The `shards.stores.base.SplitWriter` of block records."""
+    """Writes block records."""
 
     with_crc = True
 

@@ -33,61 +33,38 @@ class Member(NamedTuple):
     size: int
 
 
-class TarError(ValueError):
-    """A tar file that cannot be read. `start` is the byte offset of the header."""
-
-    start = 0
-
-
-def iterate_members(file: BinaryIO) -> Iterator[Member]:
-    """Iterate over the regular files of an open, seekable tar file in order; directories are skipped.
+def read_members(path: Path) -> Iterator[Member]:
+    """Iterate over the regular files of a tar file in order; directories are skipped.
 
     Raises:
-        TarError: For links, devices, compressed or damaged files, and truncated files.
+        CorruptError: For links, devices, compressed, damaged and truncated files. Names the byte of the header.
     """
-    length = file.seek(0, os.SEEK_END)
     start = offset = 0
     extended: dict[str, str] = {}
     try:
-        while header := _read_header(file, offset):
-            offset += BLOCK
-            name = extended.get("path") or header.name
-            size = header.size if header.type in _EXTENDED else _size(extended, header)
-            if offset + size > length:
-                raise TarError(f"{name!r} claims {size:,} bytes, {length - offset:,} are left")
-            if header.type in _EXTENDED:
-                extended |= _read_extended_header(file, offset, header)
-                offset = round_up(offset + size)
-                continue
-            if header.type in _FILES and not name.endswith("/"):
-                yield Member(name, offset, size)
-            elif header.type not in (*_FILES, tarfile.DIRTYPE):
-                raise TarError(f"{name!r} is {_TYPES.get(header.type, f'of type {header.type!r}')}")
-            start = offset = round_up(offset + size)
-            extended = {}
-        if extended:
-            raise TarError("the file ends after an extended header")
-    except TarError as error:
-        error.start = start
-        raise
-
-
-def read_members(path: Path) -> Iterator[Member]:
-    """Iterate over the regular files of a tar file on disk, see `iterate_members`.
-
-    Raises:
-        CorruptError: Instead of `TarError`; names the file, the byte and the member before it.
-    """
-    name = ""
-    try:
         with open(path, "rb", buffering=0) as file:
-            for member in iterate_members(file):
-                name = member.name
-                yield member
-    except TarError as error:
-        after = f", after {name!r}" if name and repr(name) not in str(error) else ""
+            length = file.seek(0, os.SEEK_END)
+            while header := _read_header(file, offset):
+                offset += BLOCK
+                name = extended.get("path") or header.name
+                size = header.size if header.type in _EXTENDED else _size(extended, header)
+                if offset + size > length:
+                    raise ValueError(f"{name!r} claims {size:,} bytes, {length - offset:,} are left")
+                if header.type in _EXTENDED:
+                    extended |= _read_extended_header(file, offset, header)
+                    offset = round_up(offset + size)
+                    continue
+                if header.type in _FILES and not name.endswith("/"):
+                    yield Member(name, offset, size)
+                elif header.type not in (*_FILES, tarfile.DIRTYPE):
+                    raise ValueError(f"{name!r} is {_TYPES.get(header.type, f'of type {header.type!r}')}")
+                start = offset = round_up(offset + size)
+                extended = {}
+        if extended:
+            raise ValueError("the file ends after an extended header")
+    except ValueError as error:
         raise CorruptError(
-            found=f"{path}: {error} (header at byte {error.start:,}{after})",
+            found=f"{path}: {error} (header at byte {start:,})",
             expected="a complete, uncompressed tar file of regular files",
             hint="download or write it again; tar tf lists its readable members",
         ) from None
@@ -97,7 +74,7 @@ def _read_header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
     """Return the header at a byte offset, None for the zeros that end a tar file."""
     content = read_at(file, offset, BLOCK)
     if not content:
-        raise TarError("it ends without the zeros that end a tar file")
+        raise ValueError("it ends without the zeros that end a tar file")
     if content == bytes(BLOCK):
         return None
     try:
@@ -105,16 +82,16 @@ def _read_header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
     except (tarfile.HeaderError, ValueError):
         truncated = len(content) < BLOCK
         fault = "it ends inside a header" if truncated else "a damaged header (its check sum is wrong)"
-        raise TarError(fault if offset else _NO_TAR) from None
+        raise ValueError(fault if offset else _NO_TAR) from None
     if header.size < 0 or not _SIZE.fullmatch(content[124:136]):
-        raise TarError(f"the invalid size {content[124:136]!r}")
+        raise ValueError(f"the invalid size {content[124:136]!r}")
     return header
 
 
 def _read_extended_header(file: BinaryIO, offset: int, header: tarfile.TarInfo) -> dict[str, str]:
     """Return the fields of the next member that an extended header at a byte offset replaces."""
     if header.size > _MAX_EXTENDED_HEADER:
-        raise TarError(f"an extended header of {header.size:,} bytes, more than {_MAX_EXTENDED_HEADER:,}")
+        raise ValueError(f"an extended header of {header.size:,} bytes, more than {_MAX_EXTENDED_HEADER:,}")
     content = read_at(file, offset, header.size)
     if header.type == tarfile.XHDTYPE:
         return _pax_records(content)
@@ -125,7 +102,7 @@ def _size(extended: dict[str, str], header: tarfile.TarInfo) -> int:
     if "size" not in extended:
         return header.size
     if not re.fullmatch(r"[0-9]{1,18}", extended["size"]):
-        raise TarError(f"a size {extended['size'][:40]!r}")
+        raise ValueError(f"a size {extended['size'][:40]!r}")
     return int(extended["size"])
 
 
@@ -137,10 +114,10 @@ def _pax_records(content: bytes) -> dict[str, str]:
         match = _PAX_RECORD.match(content, offset)
         end = offset + int(match[1]) if match else 0
         if not match or not match.end() < end <= len(content) or content[end - 1 : end] != b"\n":
-            raise TarError("a damaged PAX header")
+            raise ValueError("a damaged PAX header")
         key = _text(match[2])
         if key.startswith("GNU.sparse"):
-            raise TarError("a sparse file")
+            raise ValueError("a sparse file")
         records[key] = _text(content[match.end() : end - 1])
         offset = end
     return records

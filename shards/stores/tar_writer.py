@@ -6,15 +6,14 @@ import hashlib
 import os
 import tarfile
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 from shards.atomic import write_file
 from shards.manifest import RawFile, Shard
-from shards.stores.base import Block, Layout, shard_name
+from shards.stores.base import Block, SplitWriter, shard_name
 from shards.stores.record_index import index_content, index_file, index_line
 from shards.stores.tar_members import BLOCK, Member
 
@@ -33,27 +32,15 @@ class TarRecord(NamedTuple):
     components: Sequence[tuple[str, Sequence[bytes | memoryview]]]
 
 
-class TarShardWriter(ABC):
-    """A `shards.stores.base.SplitWriter` of tar shards.
-
-    Args:
-        directory: The directory of the split.
-        layout: Its layout.
-    """
+class TarShardWriter(SplitWriter):
+    """Writes tar shards."""
 
     with_crc: bool
     """Whether the manifest's entry of a shard has a CRC-32 of the bytes of each record."""
 
-    def __init__(self, directory: Path, layout: Layout) -> None:
-        self.directory = directory
-        self.layout = layout
-
     @abstractmethod
     def records(self, block: Block) -> Iterable[TarRecord]:
         """Return the records of a block."""
-
-    def start(self) -> tuple[RawFile, ...]:
-        return ()
 
     def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
         path = self.directory / shard_name(number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from zarr.storage import MemoryStore
 from shards.atomic import sync_directory
 from shards.errors import corrupt_shard, first_line
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, Shard
-from shards.stores.base import Block, Layout
+from shards.stores.base import Block, Layout, SplitWriter
 
 ZarrArray: TypeAlias = zarr.Array
 GROUP = "samples.zarr"
@@ -89,8 +88,8 @@ def array_layouts(layout: Layout) -> tuple[ArrayLayout, ...]:
     return tuple(ArrayLayout(name, dtype, layout.samples, sample, shard, block) for name, dtype, sample in arrays)
 
 
-class ZarrWriter:
-    """The `shards.stores.base.SplitWriter` of zarr arrays: shard file i of each array holds the samples of shard i.
+class ZarrWriter(SplitWriter):
+    """Writes zarr arrays: shard file i of each array holds the samples of shard i.
 
     Args:
         directory: The directory of the split.
@@ -99,8 +98,7 @@ class ZarrWriter:
     """
 
     def __init__(self, directory: Path, layout: Layout, compression: str) -> None:
-        self._directory = directory
-        self._layout = layout
+        super().__init__(directory, layout)
         self._arrays = array_layouts(layout)
         # With checksums, so that readers detect changed blocks.
         self._compressor = ZstdCodec(level=_ZSTD_LEVEL, checksum=True) if compression == "zstd" else Crc32cCodec()
@@ -117,7 +115,7 @@ class ZarrWriter:
 
     def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
         """Write a shard, see `SplitWriter`. Holds the samples of the shard in memory."""
-        samples = self._layout.samples_of(number)
+        samples = self.layout.samples_of(number)
         images, labels, rows = (np.empty((len(samples), *array.sample), array.dtype) for array in self._arrays)
         crcs = []
         end = 0
@@ -144,15 +142,15 @@ class ZarrWriter:
 
     def _write(self, name: str, content: memoryview) -> RawFile:
         """Write a file so that it survives a power failure. Several ranks may write the same bytes at the same time."""
-        path = self._directory / name
+        path = self.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         for parent in PurePosixPath(name).parents:
-            sync_directory(self._directory / parent)
-        return RawFile(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+            sync_directory(self.directory / parent)
+        return RawFile.of_content(name, content)
 
 
 def _create_array(group: zarr.Group, array: ArrayLayout, compressor: ZstdCodec | Crc32cCodec) -> zarr.Array:

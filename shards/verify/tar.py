@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import first_line
+from shards.errors import UserError, first_line
 from shards.manifest import Manifest, Shard
 from shards.stores.base import INDEX_VERSION, block_key, read_at
 from shards.stores.record_index import index_content, index_line
 from shards.stores.tar import COMPONENTS
-from shards.stores.tar_members import Member, iterate_members, round_up
+from shards.stores.tar_members import Member, read_members, round_up
 from shards.verify.check import SampleCounter
 
 _MAX_NPY_HEADER = 16 << 10
@@ -41,16 +41,16 @@ def _check_blocks(
     """Decode a shard's blocks; append the index line of each readable block to `lines`."""
     start = 0
     with open(path, "rb") as file:
-        members = iterate_members(file)
+        members = read_members(path)
         for number, crc in enumerate(shard.blocks_crc32):
             size = min(manifest.block_size, shard.samples - number * manifest.block_size)
             key = block_key(first_block + number)
             location = f"{path}: block {key}"
             try:
                 block = _next_block(members, key, max(8, manifest.image_bytes) * size + _MAX_NPY_HEADER)
-            except ValueError as error:
+            except (UserError, ValueError) as error:
                 # Without a readable header the offsets of the following blocks are unknown.
-                yield f"{location} cannot be read: {error}"
+                yield f"{location} cannot be read: {getattr(error, 'found', error)}"
                 return
             lines.append(index_line(dict(zip(COMPONENTS, block, strict=True))))
             end = round_up(block[-1].offset + block[-1].size)
