@@ -30,7 +30,6 @@ from shards.stores.image_header import read_image_header
 from shards.stores.record_index import (
     bad_record,
     index_content,
-    index_file,
     index_line,
     index_name,
     is_index_of,
@@ -211,7 +210,7 @@ def _manifest(dataset: str, split: str, classes: tuple[str, ...], channels: int,
         block_size=1,
         seed=0,
         shards=tuple(scan.shard for scan in scans),
-        files=tuple(index_file(scan.shard, scan.content) for scan in scans),
+        files=tuple(RawFile.of_content(index_name(scan.shard), scan.content) for scan in scans),
         raw=(),
         versions={"inkstream": version("inkstream"), "numpy": np.__version__, "python": platform.python_version()},
     )

@@ -15,21 +15,12 @@ from collections.abc import Iterator
 
 from shards.errors import MismatchError, UserError
 from shards.remote import base
-from shards.remote.base import (
-    AccessDeniedError,
-    FileInfo,
-    NoConnectionError,
-    RemoteError,
-    RemoteStorage,
-    TransientError,
-    error_of_status,
-)
 
 _CHUNK = 256 << 10
 _NO_CONNECTION = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH}
 
 
-class HttpStorage(RemoteStorage):
+class HttpStorage(base.RemoteStorage):
     """An http:// or https:// address.
 
     fsspec's own HTTP file system holds a complete file in memory if a server ignores ranges, and has no timeout
@@ -62,13 +53,13 @@ class HttpStorage(RemoteStorage):
                 if not chunk:
                     if end is None:
                         return
-                    raise TransientError(self.show(name), f"the connection ended after {at:,} of {end:,} bytes")
+                    raise base.TransientError(self.show(name), f"the connection ended after {at:,} of {end:,} bytes")
                 new = chunk[max(0, start - at) :]
                 at += len(chunk)
                 if new:
                     yield new
 
-    def find(self) -> dict[str, FileInfo]:
+    def find(self) -> dict[str, base.FileInfo]:
         if not self._parts.path.strip("/") or self._parts.path.endswith("/"):
             raise UserError(
                 found=f"{self.shown}, a directory of which a web server gives no list",
@@ -77,13 +68,13 @@ class HttpStorage(RemoteStorage):
             )
         return {"": self.info("")}
 
-    def info(self, name: str) -> FileInfo:
+    def info(self, name: str) -> base.FileInfo:
         # Not HEAD, which some servers refuse; the content is not read.
         with self._request(name) as response:
             length = _content_length(response)
             if length is None:
-                raise AccessDeniedError(self.show(name), "the server does not tell the size of the file")
-            return FileInfo(length, response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+                raise base.AccessDeniedError(self.show(name), "the server does not tell the size of the file")
+            return base.FileInfo(length, response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
 
     @contextlib.contextmanager
     def _request(self, name: str, start: int = 0) -> Iterator[http.client.HTTPResponse]:
@@ -100,18 +91,18 @@ class HttpStorage(RemoteStorage):
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._translate(error, self.show(name)) from None
 
-    def _translate(self, error: Exception, address: str) -> RemoteError:
+    def _translate(self, error: Exception, address: str) -> base.RemoteError:
         if isinstance(error, urllib.error.HTTPError):
-            return error_of_status(error.code)(address, self.reason(error))
+            return base.error_of_status(error.code)(address, self.reason(error))
         wrapped = getattr(error, "reason", None)  # urllib wraps the error of the socket
         cause = wrapped if isinstance(wrapped, OSError) else error
         if isinstance(cause, TimeoutError):
-            return TransientError(address, f"not a byte for {base.STALL_SECONDS:g} seconds")
-        kind: type[RemoteError] = TransientError
+            return base.TransientError(address, f"not a byte for {base.STALL_SECONDS:g} seconds")
+        kind: type[base.RemoteError] = base.TransientError
         if isinstance(cause, ssl.SSLCertVerificationError):
-            kind = AccessDeniedError
+            kind = base.AccessDeniedError
         elif isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in _NO_CONNECTION:
-            kind = NoConnectionError
+            kind = base.NoConnectionError
         return kind(address, self.reason(cause))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from shards.manifest import RawFile, Shard
+from shards.manifest import Shard
 from shards.stores.base import INDEX_VERSION, read_at
 from shards.stores.image_header import EXTENSIONS, MAX_BYTES
 from shards.stores.tar_members import Member, read_members
@@ -232,11 +232,6 @@ def _read_number(file: BinaryIO, member: Member) -> int:
         return parse_number(read_at(file, member.offset, min(member.size, MAX_NUMBER_BYTES + 1)))
     except ValueError as error:
         raise ValueError(f"{member.name!r} holds {error}") from None
-
-
-def index_file(shard: Shard, content: bytes) -> RawFile:
-    """Return the manifest's entry of a shard's index."""
-    return RawFile.of_content(index_name(shard), content)
 
 
 def index_name(shard: Shard) -> str:

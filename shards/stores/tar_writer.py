@@ -14,7 +14,7 @@ from typing import NamedTuple
 from shards.atomic import write_file
 from shards.manifest import RawFile, Shard
 from shards.stores.base import Block, SplitWriter, shard_name
-from shards.stores.record_index import index_content, index_file, index_line
+from shards.stores.record_index import index_content, index_line, index_name
 from shards.stores.tar_members import BLOCK, Member
 
 _END_OF_ARCHIVE = bytes(2 * BLOCK)
@@ -76,4 +76,4 @@ class TarShardWriter(SplitWriter):
         )
         index = index_content(lines)
         write_file(path.with_suffix(".idx"), index)
-        return shard, (index_file(shard, index),)
+        return shard, (RawFile.of_content(index_name(shard), index),)
