@@ -11,7 +11,7 @@ demo: .venv/.installed  ## pack the embedded data set, train configs/quickstart.
 	@$(RUN) -m trainer.run configs/quickstart.yaml
 
 test: .venv/.installed  ## the tests, in about eight minutes on two cores
-	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder -rs
+	@$(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -rs
 
 test-slow: .venv/.installed  ## the tests that take minutes
 	@$(RUN) -m pytest -m slow

@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import multiprocessing
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has what it starts in the background ignore Ctrl-C, and so would every command that the tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9:
+    # Directories of tests lie in memory, where there is enough: a disk makes every short file wait.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -48,6 +54,11 @@ LONGEST_FILES = (
     "pipeline/test_hostile_input.py",
     "export/test_export.py",
 )
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Two more than there are processors: tests also wait, for processes and for time to pass."""
+    return min(8, len(os.sched_getaffinity(0)) + 2)
 
 
 def pytest_xdist_setupnodes(specs: list[Any]) -> None:

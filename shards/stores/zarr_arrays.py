@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import zarr
@@ -166,6 +167,11 @@ def _create_array(group: zarr.Group, array: ArrayLayout, compressor: ZstdCodec |
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _expected_metadata(array: ArrayLayout, compressor: ZstdCodec | Crc32cCodec) -> dict[str, Any]:
+    return _create_array(zarr.create_group(MemoryStore()), array, compressor).metadata.to_dict()
+
+
 def open_arrays(directory: Path, manifest: Manifest) -> tuple[dict[str, zarr.Array], bool]:
     """Open the arrays of a split with zarr-python.
 
@@ -217,8 +223,7 @@ def _check_metadata(array: zarr.Array, layout: ArrayLayout) -> bool:
         raise ValueError("its blocks are not in shards")
     zstd = [codec for codec in sharding.codecs if isinstance(codec, ZstdCodec)]
     # Any zstd level is accepted.
-    example = _create_array(zarr.create_group(MemoryStore()), layout, zstd[0] if zstd else Crc32cCodec())
-    expected = example.metadata.to_dict()
+    expected = _expected_metadata(layout, zstd[0] if zstd else Crc32cCodec())
     for field, value in metadata.to_dict().items():
         if field in _CHECKED and value != expected[field]:
             raise ValueError(f"{field} {value}, where the manifest requires {expected[field]}")

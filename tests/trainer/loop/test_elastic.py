@@ -160,7 +160,13 @@ def test_a_killed_rank_is_started_again_and_goes_on_in_its_run_directory(
     whole: Path, recipe: Path, tmp_path: Path
 ) -> None:
     """Killed while it writes a checkpoint; the settings say resume=never and name no directory."""
-    with job(tmp_path / "job", recipe, restarts=1) as running:
+    # The killed rank is a fresh interpreter, and so is the one that replaces it.
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$RANK" = 0 ] && exec {sys.executable} "$@"\nexec {warm_process.executable()} "$@"\n'
+    )
+    python.chmod(0o755)
+    with job(tmp_path / "job", recipe, restarts=1, PYTHON_EXEC=str(python)) as running:
 
         def is_writing() -> bool:
             late = any(epoch == 1 and step > 8 for epoch, step, _ in running.steps())
