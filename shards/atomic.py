@@ -1,10 +1,11 @@
-"""Atomic replacement of files and directories, and lock files."""
+"""Bounded reading of files, atomic replacement of files and directories, and lock files."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,36 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from shards.errors import NotFoundError, UserError, as_user_error, os_errors_as_user_errors
+
+
+def read_file(path: Path, most_bytes: int) -> bytes:
+    """Read a file that someone else may have prepared: in bounded time and memory.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UserError: It is a directory, device, pipe or socket, has more than `most_bytes`, or cannot be read.
+    """
+    reason = "not a regular file"
+    try:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode):
+            most = min(status.st_size, most_bytes)
+            with open(path, "rb") as file:
+                content = file.read(most + 1)
+            if len(content) <= most:
+                return content
+            reason = f"more than {most:,} bytes"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    except ValueError as error:  # a zero byte in the path
+        reason = str(error)
+    except OSError as error:
+        raise as_user_error(error, path) from None
+    raise UserError(
+        found=f"{path}: {reason}",
+        expected=f"a file of up to {most_bytes:,} bytes, not a directory, device, pipe or socket",
+        hint="name the right file, or copy the content to a file first",
+    )
 
 
 def make_directory(path: Path) -> None:

@@ -8,6 +8,18 @@ from contextlib import contextmanager
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_UNUSABLE = {errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENXIO}
+_MAX_LINE = 2000  # characters of a line of a message
+
+
+def printable(text: str) -> str:
+    """Return foreign text (a name, a server's answer) with control and format characters escaped.
+
+    A terminal would execute them: they move the cursor, hide or reorder text.
+    """
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class UserError(Exception):
@@ -26,7 +38,9 @@ class UserError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"error: {self.found}\nexpected: {self.expected}\nhint: {self.hint}"
+        message = f"error: {self.found}\nexpected: {self.expected}\nhint: {self.hint}"
+        lines = map(printable, message.split("\n"))
+        return "\n".join(line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}..." for line in lines)
 
 
 class NotFoundError(UserError):
@@ -55,8 +69,8 @@ def first_line(error: BaseException) -> str:
 
 
 def is_refusal(error: OSError) -> bool:
-    """Whether an error comes from the machine, not the program: a full disk, a read-only disk, no permission."""
-    return error.errno in _DISK_FULL | _REFUSED
+    """Whether an error comes from the machine, not the program: a full disk, no permission, an unusable path."""
+    return error.errno in _DISK_FULL | _REFUSED | _UNUSABLE
 
 
 def as_user_error(error: OSError, path: object) -> AccessDeniedError | DiskFullError:

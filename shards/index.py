@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from shards.atomic import write_file
+from shards.atomic import read_file, write_file
 from shards.cli import plural, program_name, run_command
 from shards.cpus import available_cpus
-from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors
+from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors, printable
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest, RawFile, Shard
 from shards.stores.base import INDEX_VERSION, read_at
 from shards.stores.image_header import read_image_header
@@ -38,6 +38,7 @@ from shards.stores.record_index import (
 )
 
 _MAX_CLASSES = 1_000_000
+_MOST_CLASS_BYTES = 64 << 20  # of a file of class names
 _MAX_HEADER = 16 << 20  # bytes of an image file in which its size must be found
 
 
@@ -94,7 +95,8 @@ def read_classes(path: Path) -> tuple[str, ...]:
     """Read class names from a text file, one per line; raise `UserError` if it is missing or invalid."""
     expected = "a UTF-8 text file with one class name per line, in the order of the labels"
     try:
-        names = [name.strip() for name in path.read_text(encoding="utf-8").rstrip().split("\n")]
+        lines = read_file(path, _MOST_CLASS_BYTES).decode().rstrip().split("\n")
+        names = [printable(name.strip()) for name in lines]
     except FileNotFoundError:
         raise NotFoundError(f"no such file: {path}", expected, "name another file") from None
     except UnicodeDecodeError as error:

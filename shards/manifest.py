@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from shards.atomic import write_file
+from shards.atomic import read_file, write_file
 from shards.errors import CorruptError, MismatchError, NotFoundError
 
 MANIFEST_NAME = "manifest.json"
@@ -19,6 +19,7 @@ VALIDATION = "val"  # optional
 SPLITS = (*REQUIRED_SPLITS, VALIDATION)
 StoreKind = Literal["tar", "zarr", "records"]
 Content: TypeAlias = bytes | memoryview
+_MOST_BYTES = 1 << 28  # of a manifest
 MOST_BLOCK_BYTES = 1 << 30  # of pixels: readers hold a block in memory
 
 
@@ -83,6 +84,9 @@ class Manifest(_Record):
     def _sums_agree(self) -> Manifest:
         if len(self.counts) != len(self.classes):
             raise ValueError(f"{len(self.counts)} counts for {len(self.classes)} classes")
+        for text in (self.dataset, self.variant, *self.classes):
+            if not text.isprintable():
+                raise ValueError(f"control characters in {text!r}")
         if sum(self.counts) != self.samples:
             raise ValueError(f"counts by class add up to {sum(self.counts)}, samples is {self.samples}")
         if sum(shard.samples for shard in self.shards) != self.samples:
@@ -161,8 +165,8 @@ class Manifest(_Record):
     def read(cls, directory: Path) -> Manifest:
         """Read the manifest of a split; raise `UserError` if it is missing or damaged."""
         try:
-            content = (directory / MANIFEST_NAME).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+            content = read_file(directory / MANIFEST_NAME, _MOST_BYTES)
+        except FileNotFoundError:
             raise _missing(directory) from None
         return cls.parse(content, directory / MANIFEST_NAME)
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import UserError
+from shards.errors import printable as printable
 from shards.manifest import REQUIRED_SPLITS, SPLITS, VALIDATION
 
 TRAIN, TEST = REQUIRED_SPLITS
@@ -45,13 +46,6 @@ def natural_order(names: Iterable[str]) -> list[str]:
 def _number_key(number: re.Match[str]) -> str:
     digits = number[0].lstrip("0")
     return f"\1{chr(len(digits))}{digits}"
-
-
-def printable(text: str) -> str:
-    """Return a name with control characters and undecodable bytes escaped."""
-    if text.isprintable():
-        return text
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def some_of(names: Sequence[str]) -> str:

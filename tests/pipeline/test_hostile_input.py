@@ -246,6 +246,8 @@ class TestManifest:
             set_all(shards=[]),
             set_all(shards=None),
             set_all(classes={"a": 1}),
+            set_all(classes=["a", "b", "c", "\x1b[2Jd", "e"]),
+            set_all(dataset="\u202edigits"),
             set_all(unknown=1),
             claim_samples,
             claim_small_blocks,

@@ -7,10 +7,12 @@ import gzip
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,7 +24,7 @@ from support import warm_process
 import shards.atomic
 from pipeline.packing.pack import PackSettings, pack
 from shards import UserError
-from shards.atomic import replace_directory, replace_file, staging_directory, write_file
+from shards.atomic import read_file, replace_directory, replace_file, staging_directory, write_file
 from shards.manifest import REQUIRED_SPLITS, is_packed_dataset
 from shards.verify.check import check_split
 
@@ -184,7 +186,7 @@ class TestReplaceDirectory:
         program = f"""
 import os
 from pathlib import Path
-from shards.atomic import replace_directory
+from shards.atomic import read_file, replace_directory
 target = Path({str(old)!r})
 with replace_directory(target) as replacement:
     (replacement.path / "content").write_text("new")
@@ -361,3 +363,60 @@ class TestFailedPacking:
 
 def fail(*_: object) -> NoReturn:
     raise Interrupted
+
+
+class TestReadFile:
+    @pytest.fixture(autouse=True)
+    def in_bounded_time(self) -> Iterator[None]:
+        with_alarm = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.alarm(20)
+        yield
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, with_alarm)
+
+    def test_up_to_the_limit(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_bytes(b"12345")
+        assert read_file(path, 5) == b"12345"
+        with pytest.raises(UserError, match="more than 4 bytes"):
+            read_file(path, 4)
+
+    def test_a_file_without_an_end(self, tmp_path: Path) -> None:
+        with open(tmp_path / "file", "wb") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(UserError, match="more than 9 bytes"):
+            read_file(tmp_path / "file", 9)
+
+    @pytest.mark.parametrize("kind", ["directory", "fifo", "socket", "device", "device behind a link"])
+    def test_what_is_no_file(self, kind: str, tmp_path: Path) -> None:
+        path = tmp_path / "it"
+        if kind == "directory":
+            path.mkdir()
+        elif kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "socket":
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(str(path))
+        elif kind == "device":
+            path = Path("/dev/zero")
+        else:
+            path.symlink_to("/dev/zero")
+        with pytest.raises(UserError) as caught:
+            read_file(path, 100)
+        assert caught.value.found == f"{path}: not a regular file"
+
+    def test_a_loop_of_links(self, tmp_path: Path) -> None:
+        (tmp_path / "a").symlink_to("b")
+        (tmp_path / "b").symlink_to("a")
+        with pytest.raises(UserError, match=f"symbolic links: {tmp_path}/a"):
+            read_file(tmp_path / "a", 100)
+
+    @pytest.mark.parametrize("name", ["missing", "missing/below"])
+    def test_no_file(self, name: str, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            read_file(tmp_path / name, 100)
+
+    @pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+    def test_no_path(self, name: str, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"null (byte|character)|name too long"):
+            read_file(tmp_path / name, 100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -348,6 +349,20 @@ def test_a_file_of_classes_that_names_none_is_refused(tmp_path: Path, content: b
     path.write_bytes(content)
     assert words in refusal(lambda: read_classes(path)).found
     assert str(tmp_path / "none") in refusal(lambda: read_classes(tmp_path / "none")).found
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "fifo", "loop"])
+def test_a_file_of_classes_is_a_regular_file(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    process = run_module("shards.index", foreign_set(tmp_path / "set"), "--classes", tmp_path / name, timeout=60)
+    assert_user_error(process, f"{tmp_path / name}")
+
+
+def test_class_names_cannot_control_the_terminal(tmp_path: Path) -> None:
+    out = foreign_set(tmp_path / "set")
+    (tmp_path / "classes.txt").write_text("a\n\x1b[2Jb\n\u202ec\n")
+    assert index(out, read_classes(tmp_path / "classes.txt"))[0].classes == ("a", "\\x1b[2Jb", "\\u202ec")
 
 
 def test_labels_beyond_the_named_classes_are_refused(tmp_path: Path) -> None:

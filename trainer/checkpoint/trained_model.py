@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from shards import Manifest, UserError
+from shards.errors import printable
 from trainer.checkpoint import io as checkpoint
 from trainer.config.load import validate
 from trainer.config.schema import Config
@@ -60,7 +61,7 @@ class TrainedModel:
         return cls(
             weights=state["model"],
             config=validate(state["config"], str(path)),
-            classes=tuple(state["classes"]),
+            classes=tuple(map(printable, state["classes"])),
             data_digest=state["data"],
             image_shape=tuple(state["image_shape"]),
             mean=tuple(state["mean"]),
