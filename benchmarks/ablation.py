@@ -154,7 +154,7 @@ def measure(settings: Config, checkpoint: Path | None) -> dict[str, Any]:
             engine.open_services(training, directory, loggers=[]) as services,
         ):
             engine.fit(training, services)
-            evaluation = engine.test(training, services)
+            evaluation = engine.evaluate_best(training, services)
         if checkpoint is not None:
             make_directory(checkpoint.parent)
             with directory.best.open("rb") as source, replace_file(checkpoint) as target:

@@ -214,7 +214,7 @@ def _train(settings: Config, data: TrainingData, world: World) -> tuple[dict[str
             engine.open_services(training, directory, loggers=[]) as services,
         ):
             engine.fit(training, services)
-            evaluation = engine.test(training, services)
+            evaluation = engine.evaluate_best(training, services)
     state = training.state
     metrics = {
         **evaluation.summary(),

@@ -177,5 +177,5 @@ def _run_epoch(training: Training, data: TrainingData) -> Totals:
         directory = RunDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         checkpointer = stack.enter_context(Checkpointer(directory, never, step=0, last_is_intact=False))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        engine.train_epoch(training, engine.Services(directory, checkpointer, [], []))
+        engine.train_epoch(training, engine.RunServices(directory, checkpointer, [], []))
     return state.epoch_totals

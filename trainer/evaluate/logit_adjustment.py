@@ -64,7 +64,7 @@ class ProbabilityHead(nn.Module):
         return ((logits - self.offsets) / self._temperature).softmax(dim=1)
 
 
-def log_weights(counts: NDArray[np.int64], settings: LossConfig) -> NDArray[np.float32]:
+def log_class_weights(counts: NDArray[np.int64], settings: LossConfig) -> NDArray[np.float32]:
     """Compute log w, the logarithms of the weights that a loss gives the classes.
 
     These are the class weights, times 1 / prior^a with logit adjustment a. If the loss weights all classes equally,
@@ -85,7 +85,7 @@ def log_weights(counts: NDArray[np.int64], settings: LossConfig) -> NDArray[np.f
 def fit_posthoc(
     logits: NDArray[np.float32],
     labels: NDArray[np.int64],
-    log_weights: NDArray[np.float32],
+    log_class_weights: NDArray[np.float32],
     tau: float | Literal["auto"],
     monitor: Literal["accuracy", "macro_f1"],
 ) -> PosthocCalibration:
@@ -94,17 +94,19 @@ def fit_posthoc(
     Args:
         logits: [N, C].
         labels: [N].
-        log_weights: [C], see `log_weights`.
+        log_class_weights: [C], see `log_class_weights`.
         tau: The value of tau, or `auto` for the one with the best metric.
         monitor: The metric.
     """
 
     def confusion(tau: float) -> ConfusionMatrix:
-        return ConfusionMatrix.of(labels, (logits - np.float32(tau) * log_weights).argmax(axis=1), logits.shape[1])
+        return ConfusionMatrix.of(
+            labels, (logits - np.float32(tau) * log_class_weights).argmax(axis=1), logits.shape[1]
+        )
 
     if tau == "auto":
         tau = best_tau([getattr(confusion(value), monitor) for value in _TAUS])
-    offsets = np.float32(tau) * log_weights
+    offsets = np.float32(tau) * log_class_weights
     points = [(float(round(value, 6)), confusion(value)) for value in _TAUS[::_CURVE_STEP]]
     return PosthocCalibration(
         tau=float(tau),

@@ -1,4 +1,4 @@
-"""The training loop: `fit` runs epochs of `train_step` with validation after each, `test` evaluates the best epoch."""
+"""The training loop: `fit` runs epochs of `train_step` with validation after each, `evaluate_best` tests the best one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Services:
+class RunServices:
     """The outputs of the training loop, and the signals that stop it."""
 
     run_dir: RunDirectory
@@ -65,7 +65,7 @@ class Services:
 @contextlib.contextmanager
 def open_services(
     training: Training, run_dir: RunDirectory, loggers: list[MetricLogger], source: Path | None = None
-) -> Iterator[Services]:
+) -> Iterator[RunServices]:
     """Open the checkpointer and record signals; a new run also writes its first checkpoint.
 
     Args:
@@ -87,14 +87,14 @@ def open_services(
         if source is None and training.world.is_main_process:
             checkpointer.save(training.checkpoint())
         try:
-            yield Services(run_dir, checkpointer, signals_received, loggers)
+            yield RunServices(run_dir, checkpointer, signals_received, loggers)
         except Interrupted:
             signum = signals_received[0] if signals_received else signal.SIGTERM
             signum = training.world.broadcast_object(signum)
             raise Stopped(signum, training.state.epoch, training.state.step) from None
 
 
-def fit(training: Training, services: Services) -> None:
+def fit(training: Training, services: RunServices) -> None:
     """Train from the current state to the last epoch.
 
     Args:
@@ -116,7 +116,7 @@ def fit(training: Training, services: Services) -> None:
             raise Interrupted
 
 
-def train_epoch(training: Training, services: Services) -> None:
+def train_epoch(training: Training, services: RunServices) -> None:
     """Train from the current step to the end of the epoch; its totals are in `training.state.epoch_totals`.
 
     Raises:
@@ -161,7 +161,7 @@ def train_epoch(training: Training, services: Services) -> None:
         raise Interrupted
 
 
-def _save_checkpoint(training: Training, services: Services) -> None:
+def _save_checkpoint(training: Training, services: RunServices) -> None:
     if training.world.is_main_process:
         services.checkpointer.save(training.checkpoint())
     training.profile.mark("checkpoint")
@@ -194,7 +194,9 @@ def train_step(
     with _gradient_sync(training.forward, is_last_microbatch):
         with autocast(config.trainer, world.device):
             logits = training.forward(images)
-        loss = compute_loss(logits, targets, images, training.logit_shift, training.class_weights, training.teacher)
+        loss = compute_loss(
+            logits, targets, images, training.logit_adjustment, training.class_weights, training.teacher
+        )
         training.profile.mark("forward")
         # The mean over the global batch. DDP averages over ranks, whose slices differ in size, hence the factor.
         (loss * (world.size / (batch.global_size * accumulation_steps))).backward()
@@ -233,7 +235,7 @@ def compute_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,
     images: torch.Tensor,
-    logit_shift: torch.Tensor,
+    logit_adjustment: torch.Tensor,
     class_weights: torch.Tensor,
     teacher: DistillationTeacher | None,
 ) -> torch.Tensor:
@@ -243,11 +245,11 @@ def compute_loss(
         logits: [n, C].
         targets: float32 [n, C].
         images: The model input, for the teacher.
-        logit_shift: float32 [C], added to the logits.
+        logit_adjustment: float32 [C], added to the logits.
         class_weights: float32 [C].
         teacher: The teacher of knowledge distillation, if any.
     """
-    logits = logits + logit_shift
+    logits = logits + logit_adjustment
     loss = weighted_kl(logits, targets, class_weights)
     return loss if teacher is None else teacher.distillation_loss(loss, logits, images, class_weights)
 
@@ -275,7 +277,7 @@ def _gradient_sync(forward: nn.Module, is_enabled: bool) -> contextlib.AbstractC
     return contextlib.nullcontext()
 
 
-def _end_epoch(training: Training, services: Services) -> None:
+def _end_epoch(training: Training, services: RunServices) -> None:
     """Validate, step the schedule, update the best epoch, and write checkpoint and record."""
     state, config, world, totals = training.state, training.config, training.world, training.state.epoch_totals
     # Batch norm's running statistics differ between ranks; rank 0's are evaluated and saved.
@@ -324,7 +326,7 @@ def _end_epoch(training: Training, services: Services) -> None:
     training.profile.mark("end of epoch")
 
 
-def test(training: Training, services: Services) -> Evaluation:
+def evaluate_best(training: Training, services: RunServices) -> Evaluation:
     """Evaluate the best epoch on the test split, calibrated on the validation split if there is one.
 
     Raises:
@@ -337,7 +339,7 @@ def test(training: Training, services: Services) -> Evaluation:
         outputs = predict_logits(model, data.validation, settings, world, services.signals_received)
         if outputs is not None:
             tau, monitor = training.config.posthoc.tau, settings.monitor
-            training.posthoc = fit_posthoc(outputs.logits, outputs.labels, training.log_weights, tau, monitor)
+            training.posthoc = fit_posthoc(outputs.logits, outputs.labels, training.log_class_weights, tau, monitor)
         training.posthoc = posthoc = world.broadcast_object(training.posthoc)
         trained = replace(trained, tau=posthoc.tau, offsets=posthoc.offsets, temperature=posthoc.temperature)
         if world.is_main_process:

@@ -164,12 +164,12 @@ def _save(
         weights = newest["model"]
         origin = f"of {source.name}, epoch {newest['epoch'] + 1} after step {newest['step']}"
     content = {
-        **training.identity(),
+        **training.compatibility_fields(),
         "config": training.config.model_dump(mode="json"),
         "model": weights,
         "weights": origin,
         "class_weights": training.class_weights.cpu(),
-        "logit_shift": training.logit_shift.cpu(),
+        "logit_shift": training.logit_adjustment.cpu(),
         "channels": training.data.spec.image_shape[2],
         "mean": list(training.data.spec.mean),
         "std": list(training.data.spec.std),

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
-from trainer.evaluate.logit_adjustment import PosthocCalibration, log_weights
+from trainer.evaluate.logit_adjustment import PosthocCalibration, log_class_weights
 from trainer.models.compile import compile_model
 from trainer.models.factory import check_sides, make_model
 from trainer.models.precision import memory_format
@@ -137,9 +137,9 @@ class Training:
     """The network that training calls: compiled, and wrapped in DistributedDataParallel with several ranks."""
     class_weights: torch.Tensor
     """float32 [C]."""
-    logit_shift: torch.Tensor
+    logit_adjustment: torch.Tensor
     """float32 [C], added to the logits in training (`loss.logit_adjustment`)."""
-    log_weights: NDArray[np.float32]
+    log_class_weights: NDArray[np.float32]
     """[C], log of the class weights that `posthoc.tau` undoes."""
     teacher: DistillationTeacher | None
     profile: Profile
@@ -155,13 +155,13 @@ class Training:
     @property
     def offsets(self) -> NDArray[np.float32]:
         """[C], subtracted from the logits in validation."""
-        return np.float32(self.tau) * self.log_weights
+        return np.float32(self.tau) * self.log_class_weights
 
     def checkpoint(self) -> dict[str, Any]:
         """Return the contents of `last.pt`."""
         train = self.data.train
         return {
-            **self.identity(),
+            **self.compatibility_fields(),
             "window": train.window,
             "steps": train.steps(self.state.epoch),
             **self.state.state_dict(),
@@ -190,7 +190,7 @@ class Training:
             offsets=self.offsets,
         )
 
-    def identity(self) -> dict[str, Any]:
+    def compatibility_fields(self) -> dict[str, Any]:
         """Return what a checkpoint and the run that resumes it must agree on."""
         return {
             "classes": list(self.data.classes),
@@ -250,8 +250,8 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         data=data,
         forward=forward,
         class_weights=class_weights(data.counts, config.loss).to(world.device),
-        logit_shift=(config.loss.logit_adjustment * log_priors(data.counts)).to(world.device),
-        log_weights=log_weights(data.counts, config.loss),
+        logit_adjustment=(config.loss.logit_adjustment * log_priors(data.counts)).to(world.device),
+        log_class_weights=log_class_weights(data.counts, config.loss),
         teacher=load_teacher(config, data.classes, data.spec.mean, data.spec.std, world.device),
         profile=profile,
         trace=Trace(config.trainer.traced_steps if world.is_main_process else None, world.device),

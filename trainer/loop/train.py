@@ -62,7 +62,7 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
         try:
             with engine.open_services(training, run_dir, loggers, source) as services:
                 engine.fit(training, services)
-                evaluation = engine.test(training, services)
+                evaluation = engine.evaluate_best(training, services)
             if world.is_main_process:
                 _report(training, evaluation, run_dir, loggers)
         except engine.Stopped as stop:

@@ -19,7 +19,7 @@ from shards import open_split
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config.schema import LossConfig
 from trainer.evaluate.evaluator import evaluate_run
-from trainer.evaluate.logit_adjustment import best_tau, fit_posthoc, log_weights
+from trainer.evaluate.logit_adjustment import best_tau, fit_posthoc, log_class_weights
 from trainer.optim.losses import class_weights, log_priors, weighted_kl
 from trainer.predict.predictor import Predictor, upright_images
 from trainer.run import main as run_main
@@ -35,7 +35,7 @@ def test_undoing_the_weights_gives_the_probabilities_that_were_learned_from(weig
     """What the loss is least for, less the offsets of tau=1, are the targets' own logarithms."""
     settings = LossConfig(class_weights=weights, logit_adjustment=adjustment)
     targets = torch.tensor([[0.6, 0.25, 0.1, 0.05], [0.1, 0.2, 0.3, 0.4]])
-    undone = torch.from_numpy(log_weights(COUNTS, settings))
+    undone = torch.from_numpy(log_class_weights(COUNTS, settings))
     plain = weights == "none" and adjustment == 0
     logits = (targets.log() + (0 if plain else undone)).requires_grad_()
     shift = adjustment * log_priors(COUNTS)
@@ -61,7 +61,7 @@ def imbalanced(count: int = 40_000) -> tuple[NDArray[np.float32], NDArray[np.int
     probabilities = priors * np.exp(random.normal(0, 1.2, (count, 4)))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     labels = (probabilities.cumsum(axis=1) < random.random((count, 1))).sum(axis=1).clip(max=3)
-    undone = log_weights(COUNTS, LossConfig(class_weights="inverse"))
+    undone = log_class_weights(COUNTS, LossConfig(class_weights="inverse"))
     return (np.log(probabilities) + undone).astype(np.float32), labels, undone
 
 
