@@ -61,9 +61,6 @@ class FixedStepLoader:
     def steps(self, epoch: int) -> int:
         return self._steps
 
-    def steps_ahead(self, epoch: int, epochs: int) -> float:
-        return float(self._steps * (epochs - epoch - 1))
-
     def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
         steps_per_pass = self._loader.steps(0)
         step = first_step

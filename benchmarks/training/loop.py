@@ -66,9 +66,6 @@ class ResidentLoader:
         steps = self._loader.steps(epoch)
         return steps if self._max_steps is None else min(steps, self._max_steps)
 
-    def steps_ahead(self, epoch: int, epochs: int) -> float:
-        return self._loader.steps_ahead(epoch, epochs)
-
     def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
         for step in range(first_step, self.steps(epoch)):
             yield replace(self._batches[step % len(self._batches)], step=step)

@@ -44,9 +44,9 @@ class TrainedModel:
     """State of the adapter that converts other pictures to the format of the data set."""
     epoch: int
     """The epoch of the weights, from 1."""
-    tau: float = 0.0
-    offsets: NDArray[np.float32] | None = None
-    """float32 [C], subtracted from the logits; None for zeros."""
+    tau: float
+    offsets: NDArray[np.float32]
+    """float32 [C], subtracted from the logits."""
     temperature: float = 1.0
     """Divides the logits before the softmax."""
 
@@ -87,7 +87,7 @@ class TrainedModel:
             "input_adapter": self.adapter_state,
             "epoch": self.epoch,
             "tau": self.tau,
-            "offsets": self.posthoc_kwargs()["offsets"].tolist(),
+            "offsets": self.offsets.tolist(),
             "temperature": self.temperature,
         }
 
@@ -97,8 +97,7 @@ class TrainedModel:
 
     def posthoc_kwargs(self) -> dict[str, Any]:
         """Return offsets (float32 [C]) and temperature, the keyword arguments of `evaluate` and `ProbabilityHead`."""
-        offsets = np.zeros(len(self.classes), np.float32) if self.offsets is None else self.offsets
-        return {"offsets": offsets, "temperature": self.temperature}
+        return {"offsets": self.offsets, "temperature": self.temperature}
 
     def check_classes(self, manifest: Manifest, name: str) -> None:
         """Raise `UserError` if a data set, called `name` in the message, has other classes."""

@@ -207,14 +207,12 @@ def unknown_setting_error(name: str, source: str) -> UserError:
     """Return the error for an unknown setting, which suggests the closest known one."""
     last = name.rpartition(".")[2]
     words = last.replace("_", " ")
-    by_last_word = {setting.rpartition(".")[2]: setting for setting in SETTINGS}
     near = (
         [setting for setting in SETTINGS if setting.rpartition(".")[2] == last]
         or difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)
         # optim.lr, whose description is "Peak learning rate.", for learning_rate
         or [setting for setting, description in SETTINGS.items() if f" {words}." in description]
         or difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
-        or [by_last_word[end] for end in difflib.get_close_matches(last, by_last_word, n=1, cutoff=0.6)]
     )
     return UserError(
         found=f"unknown setting {name} in {source}",

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.loader import Batch, Loader
@@ -15,6 +14,7 @@ from pipeline.sampler import ShuffledBatchSampler
 from pipeline.transforms.spec import Transform
 from shards.stores.base import Store
 from trainer.config.schema import Config
+from trainer.runtime.distributed import World
 
 _BATCH_MULTIPLE = 8  # images; matrix units prefer such sizes
 
@@ -50,32 +50,22 @@ class EpochLoader(Protocol):
         stages: The stages of the run.
         window: See `ShuffledBatchSampler.shuffle_window_blocks`.
         timed: Wraps transforms to measure their time; None without a profiler.
+        samples: [N], positions in the store of the samples of an epoch.
     """
 
     stages: tuple[ResolutionStage, ...]
     window: int | None
     timed: Callable[[Transform], Transform] | None
-
-    @property
-    def samples(self) -> NDArray[np.int64]:
-        """[N], positions in the store of the samples of an epoch."""
-        ...
+    samples: NDArray[np.int64]
 
     def stage_at(self, epoch: int) -> ResolutionStage:
         """Return the stage of an epoch, from 0."""
-        ...
 
     def steps(self, epoch: int) -> int:
         """Return the number of global batches of an epoch."""
-        ...
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
         """Yield this rank's batches of an epoch, from global step `first_step`."""
-        ...
-
-    def steps_ahead(self, epoch: int, epochs: int) -> float:
-        """Estimate the time of all later epochs in steps of this epoch, in proportion to pixels."""
-        ...
 
 
 class TrainingLoader:
@@ -88,9 +78,7 @@ class TrainingLoader:
         sampler: Its batch size is replaced by that of the stage.
         stages: The stages of the run.
         make_transform: Builds the transform of a stage when it starts.
-        device: Device of the batches.
-        rank: Rank of this process.
-        world_size: Number of ranks.
+        world: Rank and device of this process.
     """
 
     def __init__(
@@ -99,24 +87,17 @@ class TrainingLoader:
         sampler: ShuffledBatchSampler,
         stages: tuple[ResolutionStage, ...],
         make_transform: Callable[[ResolutionStage], Transform],
-        device: torch.device,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
+        world: World,
     ) -> None:
         self.stages = stages
         self.window = sampler.shuffle_window_blocks
         self.timed: Callable[[Transform], Transform] | None = None
+        self.samples = sampler.samples
         self._store = store
         self._sampler = sampler
         self._make_transform = make_transform
-        self._device = device
-        self._ranks = {"rank": rank, "world_size": world_size}
+        self._world = world
         self._open: tuple[ResolutionStage, Loader] | None = None
-
-    @property
-    def samples(self) -> NDArray[np.int64]:
-        return self._sampler.samples
 
     def stage_at(self, epoch: int) -> ResolutionStage:
         return [stage for stage in self.stages if stage.first <= epoch][-1]
@@ -135,9 +116,7 @@ class TrainingLoader:
             transform = self._make_transform(stage)
             if self.timed is not None:
                 transform = self.timed(transform)
-            self._open = (stage, Loader(self._store, self.sampler_at(epoch), transform, self._device, **self._ranks))
+            sampler, world = self.sampler_at(epoch), self._world
+            loader = Loader(self._store, sampler, transform, world.device, rank=world.rank, world_size=world.size)
+            self._open = (stage, loader)
         return self._open[1].batches(epoch, first_step)
-
-    def steps_ahead(self, epoch: int, epochs: int) -> float:
-        now = self.stage_at(epoch).resolution ** 2
-        return self.steps(epoch) * sum(self.stage_at(later).resolution ** 2 / now for later in range(epoch + 1, epochs))

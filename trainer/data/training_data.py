@@ -137,9 +137,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         backend=backend,
         backend_reason=reason,
         counts=np.bincount(train_store.labels[train], minlength=len(manifest.classes)),
-        train=TrainingLoader(
-            train_store, sampler, stages, make_transform, world.device, rank=world.rank, world_size=world.size
-        ),
+        train=TrainingLoader(train_store, sampler, stages, make_transform, world),
         validation=evaluation(val_store, val_samples) if len(val_samples) else None,
         test=evaluation(test_store, np.arange(len(test_store))),
         test_store=test_store,

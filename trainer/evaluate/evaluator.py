@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from trainer.evaluate.metrics import ConfusionMatrix
 from trainer.evaluate.tta import mean_logits
 from trainer.models.precision import autocast, to_memory_format
 from trainer.runtime.distributed import World
-from trainer.runtime.signals import Interrupted
+from trainer.runtime.signals import raise_if_signalled
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ class Evaluation:
     temperature: float
     calibrated_loss: float
     """Mean cross-entropy in nats, after temperature scaling."""
-    predictions: Predictions | None
-    """None on ranks other than 0."""
+    predictions: Predictions
     seconds: float
     wait_seconds: float
     """The part of `seconds` that rank 0 waited for data."""
@@ -82,9 +81,8 @@ class Evaluation:
         return {**self.confusion.summary(), "loss": self.loss}
 
     def calibration(self) -> dict[str, float]:
-        """Return calibration error and cross-entropy before and after temperature scaling; on rank 0 only."""
+        """Return calibration error and cross-entropy before and after temperature scaling."""
         predictions = self.predictions
-        assert predictions is not None
         is_correct = predictions.predicted == predictions.labels
         return {
             "temperature": self.temperature,
@@ -127,7 +125,7 @@ def evaluate(
     start = time.perf_counter()
     outputs = predict_logits(model, loader, settings, world, signals_received)
     if outputs is None:
-        return world.broadcast_object(None)
+        return world.broadcast_object(None)  # rank 0 sends its evaluation
     logits = torch.from_numpy(outputs.logits if offsets is None else outputs.logits - offsets)
     labels = torch.from_numpy(outputs.labels)
     calibrated = logits / temperature
@@ -136,18 +134,17 @@ def evaluate(
     loss, calibrated_loss = (
         float(F.cross_entropy(each, labels, reduction="none").double().mean()) for each in (logits, calibrated)
     )
+    columns = predicted.numpy(), confidence.numpy(), uncalibrated.numpy()
     evaluation = Evaluation(
         confusion=ConfusionMatrix.of(outputs.labels, predicted.numpy(), classes),
         loss=loss,
         temperature=temperature,
         calibrated_loss=calibrated_loss,
-        predictions=None,
+        predictions=Predictions(outputs.rows, outputs.labels, *columns),
         seconds=time.perf_counter() - start,
         wait_seconds=outputs.wait_seconds,
     )
-    world.broadcast_object(evaluation)
-    columns = predicted.numpy(), confidence.numpy(), uncalibrated.numpy()
-    return replace(evaluation, predictions=Predictions(outputs.rows, outputs.labels, *columns))
+    return world.broadcast_object(evaluation)
 
 
 @torch.inference_mode()
@@ -178,8 +175,7 @@ def predict_logits(
         wait_seconds += time.perf_counter() - waiting_since
         batches.append((batch.source_index, batch.labels, model_logits(model, batch, settings, world)))
         waiting_since = time.perf_counter()
-    if world.all_reduce_max(len(signals_received)):
-        raise Interrupted
+    raise_if_signalled(world, signals_received)
     columns = [torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True)]
     gathered = [columns for columns in world.gather(columns) if columns]  # a rank may have no batch
     if not world.is_main_process:
@@ -240,7 +236,7 @@ def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
     evaluation = evaluate(model, loader, len(trained.classes), config.trainer, world, **trained.posthoc_kwargs())
     return {
         **evaluation.summary(),
-        "calibration": evaluation.calibration() if world.is_main_process else None,
+        "calibration": evaluation.calibration(),
         "tau": trained.tau,
         "epochs": config.trainer.epochs,
         "best_epoch": trained.epoch,

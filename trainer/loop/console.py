@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -
         f"{steps}, {sizes}\n"
         f"{settings.model.name} at {_by_stage(data, lambda stage: f'{stage.resolution}x{stage.resolution}')}, "
         f"{state.parameter_count:,} parameters, on {world.device} in {settings.trainer.precision} "
-        f"({world.size} {'rank' if world.size == 1 else 'ranks'}); loader {data.backend}: {data.backend_reason}\n"
+        f"({_count(world.size, 'rank')}); loader {data.backend}: {data.backend_reason}\n"
         f"{run_dir.path}{resumed}",
         flush=True,
     )
@@ -54,7 +55,7 @@ def print_plan(training: Training) -> None:
 
     def steps(stage: ResolutionStage) -> str:
         count = data.train.steps(stage.first)
-        return f"{count:,} per epoch, {-(-count // settings.optim.grad_accumulation):,} optimizer steps"
+        return f"{count:,} per epoch, {_count(-(-count // settings.optim.grad_accumulation), 'optimizer step')}"
 
     print(
         f"raw images    {raw}, {'transposed' if data.spec.transposed else 'upright'}\n"
@@ -88,20 +89,26 @@ def print_summary(summary: dict[str, Any], run_dir: RunDirectory) -> None:
     )
 
 
+def print_stopped(training: Training, run_dir: RunDirectory) -> None:
+    """Print where a signal stopped the run, and how to resume it."""
+    state = training.state
+    is_trained = state.epoch == training.config.trainer.epochs
+    position = "before the test" if is_trained else f"in epoch {state.epoch + 1} after step {state.step}"
+    print(f"stopped {position}; resume with: resume=auto run.dir={run_dir.path}", flush=True)
+
+
 def _metrics(metrics: dict[str, Any]) -> str:
     return f"accuracy {metrics['accuracy']:.2%}  macro F1 {metrics['macro_f1']:.2%}"
 
 
 def _by_stage(data: TrainingData, describe: Callable[[ResolutionStage], str]) -> str:
     """One phrase for each stage whose phrase differs from the stage before: `48x48, from epoch 5 on 112x112`."""
-    phrases: list[str] = []
-    previous = ""
-    for stage in data.train.stages:
-        phrase = describe(stage)
-        if phrase != previous:
-            phrases.append(phrase if stage.first == 0 else f"from epoch {stage.first + 1} on {phrase}")
-        previous = phrase
-    return ", ".join(phrases)
+    parts = [(next(stages).first, phrase) for phrase, stages in itertools.groupby(data.train.stages, key=describe)]
+    return ", ".join(phrase if first == 0 else f"from epoch {first + 1} on {phrase}" for first, phrase in parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -1,10 +1,9 @@
-"""The training loop: `fit` runs epochs of `train_step` with validation after each, `evaluate_best` tests the best one."""
+"""The training loop: `fit` runs epochs of `train_step` with validation after each, `evaluate_best` tests the best."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,27 +28,10 @@ from trainer.optim.losses import weighted_kl
 from trainer.optim.mixup import apply_mixup_cutmix, soft_targets
 from trainer.runtime.distributed import AsyncFlags
 from trainer.runtime.loggers import MetricLogger
+from trainer.runtime.profiler import trace_steps
 from trainer.runtime.progress import print_epoch
 from trainer.runtime.seeding import seed_step
-from trainer.runtime.signals import Interrupted, record_signals
-
-GradientCheck = Callable[[int, torch.Tensor, bool], None]
-
-
-class Stopped(Exception):
-    """A signal stopped the run after a checkpoint was written.
-
-    Attributes:
-        signum: The signal.
-        epoch: Epochs that are done.
-        step: Steps of the next epoch that are done.
-    """
-
-    def __init__(self, signum: int, epoch: int, step: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-        self.epoch = epoch
-        self.step = step
+from trainer.runtime.signals import Interrupted, raise_if_signalled, record_signals
 
 
 @dataclass(frozen=True)
@@ -60,6 +42,7 @@ class RunServices:
     checkpointer: Checkpointer
     signals_received: list[int]
     loggers: list[MetricLogger]
+    trace: torch.profiler.profile | None = None
 
 
 @contextlib.contextmanager
@@ -73,25 +56,19 @@ def open_services(
         run_dir: Rank 0 writes checkpoints and metrics into it.
         loggers: Further receivers of each epoch's record, on rank 0.
         source: The checkpoint that is resumed, if any.
-
-    Raises:
-        Stopped: After a SIGINT or SIGTERM.
     """
     training.profile.mark("start")
-    settings = training.config.checkpoint
+    settings, is_main_process = training.config.checkpoint, training.world.is_main_process
+    traced_steps = training.config.trainer.traced_steps if is_main_process else None
     last_is_intact = source is None or source.name == checkpoint.LAST
     with (
         record_signals(settings.grace_seconds) as signals_received,
         Checkpointer(run_dir, settings, training.state.step, last_is_intact) as checkpointer,
+        trace_steps(traced_steps, run_dir.trace) as trace,
     ):
-        if source is None and training.world.is_main_process:
+        if source is None and is_main_process:
             checkpointer.save(training.checkpoint())
-        try:
-            yield RunServices(run_dir, checkpointer, signals_received, loggers)
-        except Interrupted:
-            signum = signals_received[0] if signals_received else signal.SIGTERM
-            signum = training.world.broadcast_object(signum)
-            raise Stopped(signum, training.state.epoch, training.state.step) from None
+        yield RunServices(run_dir, checkpointer, signals_received, loggers, trace)
 
 
 def fit(training: Training, services: RunServices) -> None:
@@ -112,8 +89,7 @@ def fit(training: Training, services: RunServices) -> None:
             services.checkpointer.finish()
             raise save_batch(training, services.run_dir, step) from None
         _end_epoch(training, services)
-        if training.world.all_reduce_max(len(services.signals_received)):
-            raise Interrupted
+        raise_if_signalled(training.world, services.signals_received)
 
 
 def train_epoch(training: Training, services: RunServices) -> None:
@@ -126,39 +102,42 @@ def train_epoch(training: Training, services: RunServices) -> None:
     state, world, train = training.state, training.world, training.data.train
     steps, accumulation = train.steps(state.epoch), training.config.optim.grad_accumulation
     flags, monitor, meter = AsyncFlags(world, 2), NonFiniteMonitor(training), EpochMeter(training)
+    signum = 0
     training.forward.train()
 
-    def commit() -> None:
+    def save_checkpoint() -> None:
         monitor.finish()
         meter.commit()
+        _save_checkpoint(training, services)
 
     with contextlib.closing(train.batches(state.epoch, state.step)) as batches:
-        for batch in training.trace.over(batches, services.run_dir.trace):
+        for batch in batches:
             meter.stop_waiting()
             training.profile.mark("data wait")
             first_microbatch = batch.step - batch.step % accumulation
             accumulation_steps = min(accumulation, steps - first_microbatch)
             is_last_microbatch = batch.step - first_microbatch + 1 == accumulation_steps
-            loss = train_step(training, batch, accumulation_steps, is_last_microbatch, monitor.check_batch)
-            meter.update(batch, loss)
+            loss = train_step(training, batch, accumulation_steps, is_last_microbatch, monitor)
+            meter.update(batch, loss, monitor.last_loss)
             state.step = batch.step + 1
             if is_last_microbatch:
-                is_signalled, is_due = bool(services.signals_received), services.checkpointer.is_due(state.step)
-                stop, save = flags.reduce(is_signalled, is_due)
-                if stop:
+                is_due = services.checkpointer.is_due(state.step)
+                signum, saves = flags.reduce(max(services.signals_received, default=0), is_due)
+                if signum:
                     break
-                if save:
-                    commit()
-                    _save_checkpoint(training, services)
+                if saves:
+                    save_checkpoint()
+            if services.trace is not None:
+                services.trace.step()
             training.profile.mark("logging")
             del batch  # free it before the loader allocates the next one
             meter.start_waiting()
     meter.close()
-    stop = flags.wait()[0] or (world.size == 1 and bool(services.signals_received))
-    commit()
-    if stop:
-        _save_checkpoint(training, services)
-        raise Interrupted
+    if signum := max(signum, flags.wait()[0]):
+        save_checkpoint()
+        raise Interrupted(signum)
+    monitor.finish()
+    meter.commit()
 
 
 def _save_checkpoint(training: Training, services: RunServices) -> None:
@@ -172,7 +151,7 @@ def train_step(
     batch: Batch,
     accumulation_steps: int,
     is_last_microbatch: bool,
-    gradient_check: GradientCheck | None = None,
+    monitor: NonFiniteMonitor | None = None,
 ) -> torch.Tensor:
     """Train on one batch: mixup, forward, loss, backward, and the update after the last microbatch.
 
@@ -181,7 +160,7 @@ def train_step(
         batch: This rank's slice of a global batch.
         accumulation_steps: Batches whose gradients are averaged for one update.
         is_last_microbatch: Whether this batch is the last of them.
-        gradient_check: Called with step, loss and `is_last_microbatch` before the update.
+        monitor: Checks loss and gradient before the update.
 
     Returns:
         This rank's loss, summed over its samples: a scalar on the device. No synchronization takes place.
@@ -191,9 +170,13 @@ def train_step(
         config, epoch, batch.step, world.rank, batch.images, batch.labels, len(training.data.classes)
     )
     training.profile.mark("mixing")
-    with _gradient_sync(training.forward, is_last_microbatch):
+    forward = training.forward
+    skip_all_reduce: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if isinstance(forward, DistributedDataParallel) and not is_last_microbatch:
+        skip_all_reduce = forward.no_sync()
+    with skip_all_reduce:
         with autocast(config.trainer, world.device):
-            logits = training.forward(images)
+            logits = forward(images)
         loss = compute_loss(
             logits, targets, images, training.logit_adjustment, training.class_weights, training.teacher
         )
@@ -201,8 +184,8 @@ def train_step(
         # The mean over the global batch. DDP averages over ranks, whose slices differ in size, hence the factor.
         (loss * (world.size / (batch.global_size * accumulation_steps))).backward()
         training.profile.mark("backward")
-    if gradient_check is not None:
-        gradient_check(batch.step, loss, is_last_microbatch)
+    if monitor is not None:
+        monitor.check_batch(batch.step, loss, is_last_microbatch)
     if is_last_microbatch:
         _update(training)
     return loss.detach()
@@ -270,13 +253,6 @@ def _update(training: Training) -> None:
     state.learning_rate.step_update()
 
 
-def _gradient_sync(forward: nn.Module, is_enabled: bool) -> contextlib.AbstractContextManager[None]:
-    """All-reduce gradients in this backward pass, or only accumulate them."""
-    if isinstance(forward, DistributedDataParallel) and not is_enabled:
-        return forward.no_sync()
-    return contextlib.nullcontext()
-
-
 def _end_epoch(training: Training, services: RunServices) -> None:
     """Validate, step the schedule, update the best epoch, and write checkpoint and record."""
     state, config, world, totals = training.state, training.config, training.world, training.state.epoch_totals
@@ -296,14 +272,13 @@ def _end_epoch(training: Training, services: RunServices) -> None:
     metric = float(state.epoch + 1)  # without a validation split every epoch is the best so far
     if training.data.validation is not None:
         _save_checkpoint(training, services)  # a kill during validation costs no training
-        classes, received = len(training.data.classes), services.signals_received
         evaluation = evaluate(
             state.eval_model,
             training.data.validation,
-            classes,
+            len(training.data.classes),
             config.trainer,
             world,
-            received,
+            services.signals_received,
             offsets=training.offsets,
         )
         record["validation"] = evaluation.summary()

@@ -8,7 +8,6 @@ import torch
 
 from pipeline.loader import Batch
 from trainer.loop.state import Totals, Training
-from trainer.runtime.async_scalar import AsyncScalar
 from trainer.runtime.progress import Progress
 
 
@@ -28,9 +27,9 @@ class EpochMeter:
         else:
             loss = state.epoch_totals.loss if world.is_main_process else 0.0
         self._loss = torch.tensor(loss, dtype=torch.float64, device=world.device)
-        self._shown_loss = AsyncScalar(world.device)
-        steps, ahead = train.steps(state.epoch), train.steps_ahead(state.epoch, epochs)
-        self._progress = Progress(state.epoch, epochs, steps, state.step, ahead)
+        steps, pixels = train.steps(state.epoch), train.stage_at(state.epoch).resolution ** 2
+        later = sum(train.stage_at(epoch).resolution ** 2 for epoch in range(state.epoch + 1, epochs))
+        self._progress = Progress(state.epoch, epochs, steps, state.step, steps_ahead=steps * later / pixels)
         self._start = self._waiting_since = time.perf_counter()
 
     def start_waiting(self) -> None:
@@ -41,20 +40,21 @@ class EpochMeter:
         """Add the data wait since `start_waiting`."""
         self._here.wait_seconds += time.perf_counter() - self._waiting_since
 
-    def update(self, batch: Batch, loss: torch.Tensor) -> None:
+    def update(self, batch: Batch, loss: torch.Tensor, shown_loss: float) -> None:
         """Add a step.
 
         Args:
             batch: This rank's slice of the global batch.
             loss: Scalar on the device, summed over the slice.
+            shown_loss: The loss of this or a recent step that is already known here.
         """
         self._loss += loss
         here = self._here
         here.samples += batch.global_size
         if self._training.world.is_main_process:
-            self._shown_loss.update(loss, len(batch.labels))
             rate = self._training.state.learning_rate.lr
-            self._progress.step(batch.step + 1, self._shown_loss, rate, here.samples, here.wait_seconds)
+            mean_loss = shown_loss / len(batch.labels)
+            self._progress.step(batch.step + 1, mean_loss, rate, here.samples, here.wait_seconds)
 
     def commit(self) -> None:
         """Store the totals in the training state. Synchronizes with the device, so that the seconds are correct."""

@@ -7,21 +7,16 @@ stops.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch.nn.utils import get_total_norm
 
-from pipeline.loader import Batch
 from shards.errors import UserError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.loop.state import Training
-
-log = logging.getLogger(__name__)
 
 _READ_EVERY = 32  # steps of a GPU
 _ROWS_SHOWN = 16
@@ -63,6 +58,8 @@ class NonFiniteMonitor:
         self._event = torch.cuda.Event() if self._on_gpu else None
         self._bad_loss: int | None = None
         self._last: int | None = None
+        self.last_loss = math.nan
+        """The newest loss that has been read, summed over this rank's samples."""
 
     def check_batch(self, step: int, loss: torch.Tensor, is_last_microbatch: bool) -> None:
         """Record a step after its backward pass, before the update.
@@ -81,7 +78,6 @@ class NonFiniteMonitor:
         self._recorded.append(step)
         self._last = step
         if len(self._recorded) == len(self._values):
-            self._read()
             self._copy()
             if not self._on_gpu:
                 self._read()
@@ -92,7 +88,6 @@ class NonFiniteMonitor:
         Raises:
             NonFiniteStep: As in `check_batch`.
         """
-        self._read()
         self._copy()
         self._read()
         if self._last is not None and not all_finite(self._training.state.model.parameters()):
@@ -104,6 +99,8 @@ class NonFiniteMonitor:
         return get_total_norm(gradients)
 
     def _copy(self) -> None:
+        """Check the values that were copied last, and start to copy those recorded since."""
+        self._read()
         self._host_values.copy_(self._values, non_blocking=True)
         self._copied, self._recorded = self._recorded, []
         if self._event is not None:
@@ -115,6 +112,7 @@ class NonFiniteMonitor:
             self._event.synchronize()
         copied, self._copied = self._copied, []
         for step, (loss, gradient) in zip(copied, self._host_values.tolist(), strict=False):
+            self.last_loss = loss
             if self._bad_loss is None and not math.isfinite(loss):
                 self._bad_loss = step
             if not math.isfinite(gradient):
@@ -133,28 +131,17 @@ def save_batch(training: Training, run_dir: RunDirectory, bad: NonFiniteStep) ->
     Returns:
         The error that ends the run, on every rank.
     """
-    state, world = training.state, training.world
-    batch = next(iter(training.data.train.batches(state.epoch, bad.step)))
-    rank_batches = world.gather(
+    batch = next(iter(training.data.train.batches(training.state.epoch, bad.step)))
+    rank_batches = training.world.gather(
         {"images": batch.images.cpu(), "labels": batch.labels.cpu(), "rows": batch.source_index.cpu()}
     )
-    path = run_dir.path / "nonfinite" / f"epoch-{state.epoch + 1}-step-{bad.step + 1}.pt"
-    saved = world.run_on_main(lambda: _save(path, training, run_dir, batch, rank_batches))
-    rows = world.run_on_main(lambda: torch.cat([each["rows"] for each in rank_batches]).tolist())
-    shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
-    more = f" and {len(rows) - _ROWS_SHOWN} more" if len(rows) > _ROWS_SHOWN else ""
-    replay = f"python -m trainer.loop.replay_step {path} shows the layer where it arises; " if saved else ""
-    return NonFiniteLossError(
-        found=f"a {bad.what} that is not finite in epoch {state.epoch + 1} step {bad.step + 1}, of rows {shown}{more}",
-        expected="finite losses and gradients",
-        hint=f"{replay}a lower optim.lr or trainer.precision=fp32 may help (checkpoint.resume_allow_changes)",
-    )
+    return training.world.run_on_main(lambda: _save(training, run_dir, bad, rank_batches))
 
 
 def _save(
-    path: Path, training: Training, run_dir: RunDirectory, batch: Batch, rank_batches: list[dict[str, torch.Tensor]]
-) -> bool:
-    """Write the input of `trainer.loop.replay_step`; returns False if the disk is full.
+    training: Training, run_dir: RunDirectory, bad: NonFiniteStep, rank_batches: list[dict[str, torch.Tensor]]
+) -> NonFiniteLossError:
+    """Write the input of `trainer.loop.replay_step`; returns the error that ends the run.
 
     The weights are those before the step. If they are not finite, they are those of the newest checkpoint.
     """
@@ -174,16 +161,24 @@ def _save(
         "mean": list(training.data.spec.mean),
         "std": list(training.data.spec.std),
         "epoch": training.state.epoch,
-        "step": batch.step,
+        "step": bad.step,
         "shares": rank_batches,
     }
+    path = run_dir.path / "nonfinite" / f"epoch-{training.state.epoch + 1}-step-{bad.step + 1}.pt"
+    hint = f"python -m trainer.loop.replay_step {path} shows the layer where it arises"
     try:
         path.parent.mkdir(exist_ok=True)
         checkpoint.save(path, content)
     except OSError as error:
-        log.warning("batch not saved to %s: %s", path, error.strerror or error)
-        return False
-    return True
+        hint = f"the batch was not saved to {path}: {error.strerror or error}"
+    rows = torch.cat([each["rows"] for each in rank_batches]).tolist()
+    shown = ", ".join(map(str, rows[:_ROWS_SHOWN])) + (", ..." if len(rows) > _ROWS_SHOWN else "")
+    place = f"epoch {training.state.epoch + 1} step {bad.step + 1}"
+    return NonFiniteLossError(
+        found=f"a {bad.what} that is not finite in {place}, of {len(rows)} rows {shown}",
+        expected="finite losses and gradients",
+        hint=f"{hint}; a lower optim.lr or trainer.precision=fp32 may help (checkpoint.resume_allow_changes)",
+    )
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

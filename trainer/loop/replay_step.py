@@ -11,6 +11,7 @@ it.
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,7 @@ from trainer.checkpoint.trained_model import load_model
 from trainer.config.load import validate
 from trainer.loop.engine import compute_loss, mix_batch
 from trainer.models.precision import autocast
-from trainer.optim.distillation import load_teacher
-
-_NEEDED = (
-    *("config", "model", "weights", "class_weights", "logit_shift", "channels", "mean", "std"),
-    *("classes", "epoch", "step", "shares"),
-)
+from trainer.optim.distillation import DistillationTeacher
 
 
 def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple[float, list[str]]:
@@ -53,12 +49,12 @@ def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple
         if isinstance(value, torch.Tensor) and not value.isfinite().all():
             nonfinite.append(name)
 
-    def watch(name: str, module: nn.Module) -> None:
-        module.register_forward_hook(lambda _, inputs, output: check(f"output of {name}", output))
+    def check_output(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        check(f"output of {name} ({type(module).__name__})", output)
 
     for name, module in model.named_modules():
         if not list(module.children()):
-            watch(f"{name} ({type(module).__name__})", module)
+            module.register_forward_hook(functools.partial(check_output, name))
     images, targets = mix_batch(
         config, state["epoch"], state["step"], rank, batch["images"], batch["labels"], len(classes)
     )
@@ -66,7 +62,9 @@ def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple
     with autocast(config.trainer, device):
         logits = model(images)
     shift, weights = state["logit_shift"].to(device), state["class_weights"].to(device)
-    teacher = load_teacher(config, tuple(classes), state["mean"], state["std"], device)
+    teacher = None
+    if config.distillation.teacher:
+        teacher = DistillationTeacher(config, tuple(classes), state["mean"], state["std"], device)
     loss = compute_loss(logits, targets, images, shift, weights, teacher)
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -83,7 +81,7 @@ def main() -> int:
     parser.add_argument("file", type=Path, metavar="FILE", help="file that the run saved under nonfinite/")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model")
     arguments = parser.parse_args()
-    state = checkpoint.load(arguments.file, needed=_NEEDED)
+    state = checkpoint.load(arguments.file, needed=("config", "weights", "shares"))
     device = choose_device(arguments.device, 0, 1)
     print(f"epoch {state['epoch'] + 1} step {state['step'] + 1}, weights {state['weights']}, on {device}")
     for rank, batch in enumerate(state["shares"]):

@@ -20,13 +20,13 @@ from trainer.evaluate.logit_adjustment import PosthocCalibration, log_class_weig
 from trainer.models.compile import compile_model
 from trainer.models.factory import check_sides, make_model
 from trainer.models.precision import memory_format
-from trainer.optim.distillation import DistillationTeacher, load_teacher
+from trainer.optim.distillation import DistillationTeacher
 from trainer.optim.ema import ModelEma
 from trainer.optim.losses import class_weights, log_priors
 from trainer.optim.optimizers import make_optimizer
 from trainer.optim.schedules import LRSchedule
 from trainer.runtime.distributed import World
-from trainer.runtime.profiler import Profile, TimeProfile, Trace
+from trainer.runtime.profiler import Profile, TimeProfile
 from trainer.runtime.seeding import seed_weights
 
 # Fields of TrainState that a checkpoint holds unchanged.
@@ -143,7 +143,6 @@ class Training:
     """[C], log of the class weights that `posthoc.tau` undoes."""
     teacher: DistillationTeacher | None
     profile: Profile
-    trace: Trace
     posthoc: PosthocCalibration | None = None
     """Fitted to the best weights before the test; None without a validation split."""
 
@@ -252,7 +251,8 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         class_weights=class_weights(data.counts, config.loss).to(world.device),
         logit_adjustment=(config.loss.logit_adjustment * log_priors(data.counts)).to(world.device),
         log_class_weights=log_class_weights(data.counts, config.loss),
-        teacher=load_teacher(config, data.classes, data.spec.mean, data.spec.std, world.device),
+        teacher=DistillationTeacher(config, data.classes, data.spec.mean, data.spec.std, world.device)
+        if config.distillation.teacher
+        else None,
         profile=profile,
-        trace=Trace(config.trainer.traced_steps if world.is_main_process else None, world.device),
     )

@@ -1,11 +1,50 @@
-"""The contents of `summary.json`."""
+"""The results of a run: metrics, predictions, report and time profile."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
+
+from shards.atomic import write_file
+from trainer.checkpoint.run_dir import RunDirectory
 from trainer.evaluate.evaluator import Evaluation
 from trainer.loop.state import Training
+from trainer.report import run_page
+from trainer.runtime.loggers import MetricLogger
+from trainer.runtime.profiler import TimeProfile, format_profile
+
+
+def write_results(
+    training: Training, evaluation: Evaluation, run_dir: RunDirectory, loggers: list[MetricLogger]
+) -> dict[str, Any]:
+    """Write predictions, report and, last, the summary, which marks a run as complete.
+
+    Args:
+        training: A completed training.
+        evaluation: The best epoch on the test split.
+        run_dir: The run directory.
+        loggers: Further receivers of the summary.
+
+    Returns:
+        The contents of `summary.json`.
+    """
+    summary = summarize(training, evaluation)
+    np.savez_compressed(run_dir.predictions, **vars(evaluation.predictions))
+    run_page.write(run_dir.path, training.data.test_store, summary, training.state.history)
+    for logger in loggers:
+        logger.log_summary(summary)
+    run_dir.write_summary(summary)
+    return summary
+
+
+def write_profile(training: Training, run_dir: RunDirectory) -> None:
+    """Write and print the time profile, if there is one."""
+    if isinstance(training.profile, TimeProfile):
+        records = training.profile.summary()
+        write_file(run_dir.profile, json.dumps(records, indent=1) + "\n")
+        print(format_profile(records), flush=True)
 
 
 def summarize(training: Training, evaluation: Evaluation) -> dict[str, Any]:

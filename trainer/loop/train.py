@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from shards.atomic import write_file
 from shards.remote.datasets import resolve_dataset
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.compat import check_fits
@@ -20,17 +17,15 @@ from trainer.checkpoint.run_dir import RunDirectory, choose_run_dir
 from trainer.config import load as config
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData, open_data
-from trainer.evaluate.evaluator import Evaluation
 from trainer.loop import console, engine, resume
 from trainer.loop.state import Training, make_training
-from trainer.loop.summary import summarize
+from trainer.loop.summary import write_profile, write_results
 from trainer.models.auto import resolve_auto
-from trainer.report import run_page
-from trainer.runtime.distributed import World, init_distributed, report_errors_on_main
+from trainer.runtime.distributed import init_distributed, report_errors_on_main
 from trainer.runtime.env_info import collect_env_info
-from trainer.runtime.loggers import MetricLogger, check_installed, open_loggers
-from trainer.runtime.profiler import TimeProfile, format_profile
+from trainer.runtime.loggers import check_installed, open_loggers
 from trainer.runtime.rendezvous import get_run_dir_of_job, set_run_dir_of_job
+from trainer.runtime.signals import Interrupted
 
 
 def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
@@ -53,32 +48,36 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
         settings = resolve_auto(settings, world.device)
         data = open_data(settings, world)
         if is_dry_run:
-            return dry_run(make_training(settings, data, world))
-        run = _open_run(settings, data, world, stack)
-        if run is None:
+            return _dry_run(make_training(settings, data, world))
+        run_dir, saved, source = world.run_on_main(lambda: _open_run_dir(settings, data, stack))
+        if saved is not None and world.run_on_main(run_dir.summary_path.exists):
+            if world.is_main_process:
+                print(f"run already complete: {run_dir.path}")
+                console.print_summary(run_dir.read_summary(), run_dir)
             return 0
-        training, run_dir, source = run
+        training = make_training(settings, data, world, resuming=saved is not None)
+        if saved is not None:
+            resume.restore(training, saved)
+        world.run_on_main(lambda: _begin(training, run_dir, source))
         loggers = open_loggers(settings, run_dir.path, training.state.history) if world.is_main_process else []
+        for logger in loggers:
+            stack.callback(logger.close)
         try:
             with engine.open_services(training, run_dir, loggers, source) as services:
                 engine.fit(training, services)
                 evaluation = engine.evaluate_best(training, services)
+        except Interrupted as stop:
             if world.is_main_process:
-                _report(training, evaluation, run_dir, loggers)
-        except engine.Stopped as stop:
-            if world.is_main_process:
-                _write_profile(training, run_dir)
-                is_trained = stop.epoch == settings.trainer.epochs
-                position = "before the test" if is_trained else f"in epoch {stop.epoch + 1} after step {stop.step}"
-                print(f"stopped {position}; resume with: resume=auto run.dir={run_dir.path}", flush=True)
+                write_profile(training, run_dir)
+                console.print_stopped(training, run_dir)
             return 128 + stop.signum
-        finally:
-            for logger in loggers:
-                logger.close()
+        if world.is_main_process:
+            write_profile(training, run_dir)
+            console.print_summary(write_results(training, evaluation, run_dir, loggers), run_dir)
         return 0
 
 
-def dry_run(training: Training) -> int:
+def _dry_run(training: Training) -> int:
     """Print the plan and take one step on training data. No file is written, except the input statistics."""
     is_main_process = training.world.is_main_process
     if is_main_process:
@@ -107,65 +106,31 @@ def _load_settings(path: Path, overrides: list[str]) -> Config:
     return settings
 
 
-def _open_run(
-    settings: Config, data: TrainingData, world: World, stack: contextlib.ExitStack
-) -> tuple[Training, RunDirectory, Path | None] | None:
-    """Choose and lock the run directory, load its checkpoint if it has one, and print the head.
+def _open_run_dir(
+    settings: Config, data: TrainingData, stack: contextlib.ExitStack
+) -> tuple[RunDirectory, dict[str, Any] | None, Path | None]:
+    """Choose the run directory, lock it until the stack ends, and load its newest checkpoint; runs on rank 0.
 
     Returns:
-        The training, its directory and the checkpoint that is resumed; None if the run is already complete.
+        The directory, the contents of the checkpoint and its path; None for both in a new run.
     """
-    run_dir, resuming = world.run_on_main(lambda: choose_run_dir(settings, get_run_dir_of_job(settings.run)))
-
-    def load() -> tuple[dict, Path]:
-        state, source = checkpoint.load_newest(run_dir.checkpoints)
-        check_fits(state, settings, data.classes, data.digest, source)
-        return state, source
-
-    def begin() -> None:
-        run_dir.begin(settings, _environment(training), training.state.history)
-        console.print_head(training, run_dir, source)
-
-    state, source = world.run_on_main(load) if resuming else (None, None)
-    if resuming and world.run_on_main(run_dir.summary_path.exists):
-        if world.is_main_process:
-            print(f"run already complete: {run_dir.path}")
-            console.print_summary(run_dir.read_summary(), run_dir)
-        return None
-    world.run_on_main(lambda: stack.enter_context(run_dir.lock()))
-    world.run_on_main(lambda: set_run_dir_of_job(settings.run, run_dir.path))
-    training = make_training(settings, data, world, resuming)
-    if state is not None:
-        resume.restore(training, state)
-    world.run_on_main(begin)
-    return training, run_dir, source
+    run_dir, resuming = choose_run_dir(settings, get_run_dir_of_job(settings.run))
+    stack.enter_context(run_dir.lock())
+    set_run_dir_of_job(settings.run, run_dir.path)
+    if not resuming:
+        return run_dir, None, None
+    saved, source = checkpoint.load_newest(run_dir.checkpoints)
+    check_fits(saved, settings, data.classes, data.digest, source)
+    return run_dir, saved, source
 
 
-def _environment(training: Training) -> dict[str, object]:
-    """Return the contents of `env.json`."""
-    return collect_env_info(training.world.device) | {
+def _begin(training: Training, run_dir: RunDirectory, source: Path | None) -> None:
+    """Write settings, environment and earlier metrics, and print the head; runs on rank 0."""
+    environment = collect_env_info(training.world.device) | {
         "ranks": training.world.size,
         "backend": f"{training.data.backend} ({training.data.backend_reason})",
         "data": training.data.digest,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-
-
-def _report(training: Training, evaluation: Evaluation, run_dir: RunDirectory, loggers: list[MetricLogger]) -> None:
-    """Write profile, predictions, report and, last, the summary: a run with a summary is complete."""
-    _write_profile(training, run_dir)
-    summary = summarize(training, evaluation)
-    np.savez_compressed(run_dir.predictions, **vars(evaluation.predictions))
-    run_page.write(run_dir.path, training.data.test_store, summary, training.state.history)
-    for logger in loggers:
-        logger.log_summary(summary)
-    run_dir.write_summary(summary)
-    console.print_summary(summary, run_dir)
-
-
-def _write_profile(training: Training, run_dir: RunDirectory) -> None:
-    training.trace.finish(run_dir.trace)
-    if isinstance(training.profile, TimeProfile):
-        records = training.profile.summary()
-        write_file(run_dir.profile, json.dumps(records, indent=1) + "\n")
-        print(format_profile(records), flush=True)
+    run_dir.begin(training.config, environment, training.state.history)
+    console.print_head(training, run_dir, source)

@@ -12,6 +12,8 @@ from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.efficientnet import EfficientNet
 from torch import nn
 
+from trainer.config.schema import ModelConfig
+
 # Stages of EfficientNet-B0 in timm's notation. The strides of the stem and of the second stage are 1, not 2: at 32x32
 # the published ones would leave a single pixel of the last feature map, these leave 4x4.
 _STAGES = [
@@ -25,38 +27,29 @@ _STAGES = [
 ]
 
 
-def efficientnet_cifar(
-    channels: int,
-    classes: int,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
-    channel_multiplier: float = 1.0,
-    depth_multiplier: float = 1.0,
-) -> tuple[EfficientNet, int]:
+def efficientnet_cifar(settings: ModelConfig, channels: int, classes: int) -> tuple[EfficientNet, int]:
     """Build the network.
 
     Args:
+        settings: Dropout before the classifier, stochastic depth of the last block (it rises linearly with the depth),
+            and the factors of all widths and of the number of blocks in a stage.
         channels: Channels of the input, float [B, channels, R, R] of any size R.
         classes: Number of logits; 0 for no classifier, so that the features come out.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of the last block; it rises linearly with the depth.
-        channel_multiplier: Factor of all widths.
-        depth_multiplier: Factor of the number of blocks in a stage.
 
     Returns:
         The network and the width of its features.
     """
-    round_chs_fn = partial(round_channels, multiplier=channel_multiplier)
+    round_chs_fn = partial(round_channels, multiplier=settings.channel_multiplier)
     network = EfficientNet(
-        decode_arch_def(_STAGES, depth_multiplier),
+        decode_arch_def(_STAGES, settings.depth_multiplier),
         num_classes=classes,
         num_features=round_chs_fn(1280),
         in_chans=channels,
         stem_size=32,
         act_layer=nn.SiLU,
         round_chs_fn=round_chs_fn,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
+        drop_rate=settings.drop_rate,
+        drop_path_rate=settings.drop_path_rate,
     )
     network.conv_stem.stride = (1, 1)
     return network, network.num_features

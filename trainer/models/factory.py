@@ -8,9 +8,9 @@ import socket
 import urllib.parse
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ from trainer.config.schema import BUILTIN_MODELS, ModelConfig
 from trainer.models.lenet_family import make_plain_cnn
 from trainer.models.small_cnn import three_block_cnn
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SMALL_CNN = "three_block_cnn"
@@ -200,71 +199,17 @@ class RepeatChannels(nn.Module):
 
 
 def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Module, int]:
-    """Build a network without our head, and return the width of its features too."""
-    if settings.plain_cnn:
-        return make_plain_cnn(settings.plain_cnn, channels, classes, settings.drop_rate)
-    if settings.name == SMALL_CNN:
-        return three_block_cnn(channels, classes, settings.drop_rate)
-    if settings.name == "cifar_efficientnet":
-        from trainer.models.efficientnet_cifar import efficientnet_cifar
+    """Build a network without our head, with published weights if the settings ask for them and they are available.
 
-        return efficientnet_cifar(
-            channels,
-            classes,
-            settings.drop_rate,
-            settings.drop_path_rate,
-            settings.channel_multiplier,
-            settings.depth_multiplier,
-        )
-    if settings.name == "squeezenet1_1":
-        from trainer.models.squeezenet import squeezenet1_1
-
-        return _with_initial_weights(
-            settings,
-            pretrained=lambda: _pretrained_squeezenet(channels, classes, settings.drop_rate),
-            random=lambda: squeezenet1_1(channels, classes, settings.drop_rate),
-        )
-    model = _timm_model(settings, channels, classes)
-    return model, model.num_features
-
-
-def _timm_model(settings: ModelConfig, channels: int, classes: int) -> Any:
-    import timm
-
-    options: dict[str, Any] = {
-        "in_chans": channels,
-        "num_classes": classes,
-        "drop_rate": 0.0 if settings.head_hidden else settings.drop_rate,  # our head has its own dropout
-        # timm drops options that are None; models without residual branches do not take this one.
-        "drop_path_rate": settings.drop_path_rate or None,
-    }
-    if not timm.is_model(settings.name):
-        near = difflib.get_close_matches(settings.name, [*BUILTIN_MODELS, *timm.list_models()], n=3)
-        raise UserError(
-            found=f"model.name={settings.name}",
-            expected=f"{', '.join(BUILTIN_MODELS)} or a timm model",
-            hint=f"did you mean {' or '.join(near)}?" if near else 'python -c "import timm; print(timm.list_models())"',
-        )
-    try:
-        return _with_initial_weights(
-            settings,
-            pretrained=lambda: _pretrained_timm_model(settings.name, options),
-            random=lambda: timm.create_model(settings.name, pretrained=False, **options),
-        )
-    except TypeError as error:
-        raise UserError(
-            found=f"model.name={settings.name}, which does not take some settings: {first_line(error)}",
-            expected="a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, drop_path_rate",
-            hint="model.drop_path_rate=0" if settings.drop_path_rate else "choose another model.name",
-        ) from None
-
-
-def _with_initial_weights(settings: ModelConfig, pretrained: Callable[[], T], random: Callable[[], T]) -> T:
-    """Build a network with published weights if the settings ask for them and they are available, else random ones."""
+    Returns:
+        The network and the width of its features.
+    """
     if not settings.pretrained or settings.init_checkpoint is not None:
-        return random()
+        return _build(settings, channels, classes, pretrained=False)
     try:
-        return pretrained()
+        return _build(settings, channels, classes, pretrained=True)
+    except UserError:
+        raise
     except Exception as error:  # hub libraries raise many types of exceptions
         reason = first_line(error)
         if settings.pretrained != "auto":
@@ -279,7 +224,55 @@ def _with_initial_weights(settings: ModelConfig, pretrained: Callable[[], T], ra
             settings.name,
             reason,
         )
-    return random()
+        return _build(settings, channels, classes, pretrained=False)
+
+
+def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool) -> tuple[nn.Module, int]:
+    if settings.plain_cnn:
+        return make_plain_cnn(settings.plain_cnn, channels, classes, settings.drop_rate)
+    if settings.name == SMALL_CNN:
+        return three_block_cnn(channels, classes, settings.drop_rate)
+    if settings.name == "cifar_efficientnet":
+        from trainer.models.efficientnet_cifar import efficientnet_cifar
+
+        return efficientnet_cifar(settings, channels, classes)
+    if settings.name == "squeezenet1_1":
+        from trainer.models.squeezenet import WEIGHTS_URL, squeezenet1_1
+
+        if pretrained and not Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rpartition("/")[2]).exists():
+            _check_reachable(WEIGHTS_URL)
+        return squeezenet1_1(channels, classes, settings.drop_rate, pretrained)
+    return _timm_model(settings, channels, classes, pretrained)
+
+
+def _timm_model(settings: ModelConfig, channels: int, classes: int, pretrained: bool) -> tuple[nn.Module, int]:
+    import timm
+
+    if not timm.is_model(settings.name):
+        near = difflib.get_close_matches(settings.name, [*BUILTIN_MODELS, *timm.list_models()], n=3)
+        raise UserError(
+            found=f"model.name={settings.name}",
+            expected=f"{', '.join(BUILTIN_MODELS)} or a timm model",
+            hint=f"did you mean {' or '.join(near)}?" if near else 'python -c "import timm; print(timm.list_models())"',
+        )
+    try:
+        model: Any = timm.create_model(
+            settings.name,
+            pretrained=pretrained,
+            pretrained_cfg_overlay=_published_weights(settings.name) if pretrained else None,
+            in_chans=channels,
+            num_classes=classes,
+            drop_rate=0.0 if settings.head_hidden else settings.drop_rate,  # our head has its own dropout
+            # timm drops options that are None; models without residual branches do not take this one.
+            drop_path_rate=settings.drop_path_rate or None,
+        )
+    except TypeError as error:
+        raise UserError(
+            found=f"model.name={settings.name}, which does not take some settings: {first_line(error)}",
+            expected="a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, drop_path_rate",
+            hint="model.drop_path_rate=0" if settings.drop_path_rate else "choose another model.name",
+        ) from None
+    return model, model.num_features
 
 
 def pretrained_license(name: str) -> str | None:
@@ -303,29 +296,26 @@ def _set_stem_stride(model: Any, name: str) -> None:
     stem.stride = (1, 1)
 
 
-def _pretrained_timm_model(name: str, options: dict[str, Any]) -> nn.Module:
-    """Build a timm model with published weights from the cache of the hub, else from the network."""
+def _published_weights(name: str) -> dict[str, Any] | None:
+    """Return the file of a timm model's published weights in the cache of the hub; None to download them.
+
+    Raises:
+        ValueError: There are none.
+        OSError: They are not in the cache, and there is no network.
+    """
     import huggingface_hub
     import timm
 
     published = timm.get_pretrained_cfg(name)
     if published is None or not published.has_weights:
         raise ValueError("there are none")
-    if published.hf_hub_id is not None:
-        cached = huggingface_hub.try_to_load_from_cache(published.hf_hub_id, "model.safetensors")
-        if isinstance(cached, str):
-            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}, **options)
-        _check_reachable(huggingface_hub.constants.ENDPOINT)
-    return timm.create_model(name, pretrained=True, **options)
-
-
-def _pretrained_squeezenet(channels: int, classes: int, drop_rate: float) -> tuple[nn.Module, int]:
-    """Build SqueezeNet with published weights from the cache of torch.hub, else from the network."""
-    from trainer.models.squeezenet import WEIGHTS_URL, squeezenet1_1
-
-    if not Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rpartition("/")[2]).exists():
-        _check_reachable(WEIGHTS_URL)
-    return squeezenet1_1(channels, classes, drop_rate, pretrained=True)
+    if published.hf_hub_id is None:
+        return None
+    cached = huggingface_hub.try_to_load_from_cache(published.hf_hub_id, "model.safetensors")
+    if isinstance(cached, str):
+        return {"file": cached}
+    _check_reachable(huggingface_hub.constants.ENDPOINT)
+    return None
 
 
 def _check_reachable(url: str) -> None:

@@ -12,6 +12,9 @@ from trainer.config.schema import Config
 from trainer.models.precision import autocast, to_memory_format
 from trainer.optim.losses import weighted_kl
 
+_OTHER_DATA = "use a run on the same data set; model.init_checkpoint takes the weights of another"
+_OTHER_PREPROCESSING = "set data.invert, data.opening_radius, data.crop_to_foreground and data.equalize as in that run"
+
 
 class DistillationTeacher:
     """The best model of a run, applied to the augmented and mixed images of a student.
@@ -21,21 +24,38 @@ class DistillationTeacher:
 
     def __init__(
         self,
-        trained: TrainedModel,
         student: Config,
+        classes: tuple[str, ...],
         mean: tuple[float, ...],
         std: tuple[float, ...],
         device: torch.device,
     ) -> None:
-        """Build the teacher's model.
+        """Load the model of `distillation.teacher`.
 
         Args:
-            trained: The teacher.
             student: Settings of the student.
+            classes: Class names of the student.
             mean: Mean by which the student's input is normalized.
             std: Std by which the student's input is normalized.
             device: Device of both models.
+
+        Raises:
+            UserError: The teacher has other classes, channels or preprocessing.
         """
+        path = student.distillation.teacher
+        assert path is not None
+        trained = TrainedModel.load(path if path.suffix == ".pt" else path / "checkpoints" / BEST)
+        for attribute, value, expected, hint in (
+            ("classes", " ".join(trained.classes), " ".join(classes), _OTHER_DATA),
+            ("channels", trained.channels, len(mean), _OTHER_DATA),
+            ("preprocessing", trained.config.data.preprocessing(), student.data.preprocessing(), _OTHER_PREPROCESSING),
+        ):
+            if value != expected:
+                raise UserError(
+                    found=f"distillation.teacher={path} with {attribute} {value}",
+                    expected=f"the {attribute} of this run: {expected}",
+                    hint=hint,
+                )
         self._model = trained.build_model(device).eval().requires_grad_(False)
         self._resolution = trained.config.data.final_resolution
         self._trainer = student.trainer
@@ -47,7 +67,7 @@ class DistillationTeacher:
         )
         # From the student's normalization to the teacher's.
         self._scale, self._shift = student_std / own_std, (student_mean - own_mean) / own_std
-        self._offsets = torch.from_numpy(trained.posthoc_kwargs()["offsets"]).to(device)
+        self._offsets = torch.from_numpy(trained.offsets).to(device)
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
@@ -79,43 +99,3 @@ class DistillationTeacher:
         temperature, weight = self._settings.temperature, self._settings.weight
         divergence = weighted_kl(logits.float() / temperature, self.probabilities(images), class_weights)
         return (1 - weight) * loss + weight * temperature**2 * divergence
-
-
-def load_teacher(
-    student: Config,
-    classes: tuple[str, ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    device: torch.device,
-) -> DistillationTeacher | None:
-    """Load the teacher of `distillation.teacher`; None if there is none.
-
-    Args:
-        student: Settings of the student.
-        classes: Class names of the student.
-        mean: Mean by which the student's input is normalized.
-        std: Std by which the student's input is normalized.
-        device: Device of both models.
-
-    Raises:
-        UserError: The teacher has other classes, channels or preprocessing.
-    """
-    teacher = student.distillation.teacher
-    if teacher is None:
-        return None
-    trained = TrainedModel.load(teacher if teacher.suffix == ".pt" else teacher / "checkpoints" / BEST)
-    preprocessing = trained.config.data.preprocessing()
-    for attribute, value, expected in (
-        ("classes", " ".join(trained.classes), " ".join(classes)),
-        ("channels", str(trained.channels), str(len(mean))),
-        ("preprocessing", str(preprocessing), str(student.data.preprocessing())),
-    ):
-        if value != expected:
-            raise UserError(
-                found=f"distillation.teacher={teacher} with {attribute} {value}",
-                expected=f"the {attribute} of this run: {expected}",
-                hint="set data.invert, data.opening_radius, data.crop_to_foreground and data.equalize as in that run"
-                if attribute == "preprocessing"
-                else "use a run on the same data set; model.init_checkpoint takes the weights of another",
-            )
-    return DistillationTeacher(trained, student, mean, std, device)

@@ -20,8 +20,6 @@ from shards.errors import UserError
 from trainer.runtime.memory import keep_freed_memory
 from trainer.runtime.rendezvous import elastic_agent_store, rendezvous
 
-_LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))  # set by torchrun, of this host
-
 
 @dataclass(frozen=True)
 class World(ProcessGroup):
@@ -74,7 +72,7 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
         The process group.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank, local_size = (int(os.environ.get(name, default)) for name, default in _LOCAL)
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = choose_device(device_name, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -85,19 +83,15 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
     if size == 1:
         yield World(rank=0, size=1, device=device)
         return
-    timeout = timedelta(minutes=timeout_minutes)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    rank, timeout, on_gpu = int(os.environ["RANK"]), timedelta(minutes=timeout_minutes), device.type == "cuda"
     store = elastic_agent_store(timeout)
-    if store is None:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        rank = int(os.environ["RANK"])
+    if store is not None:
         store = rendezvous(store, rank, size, timeout)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     try:
-        on_gpu = device.type == "cuda"
-        control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
-        yield World(dist.get_rank(), size, device, control=control)
+        control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
+        yield World(rank, size, device, control=control)
     finally:
         dist.destroy_process_group()
 
@@ -110,8 +104,7 @@ class AsyncFlags:
 
     def __init__(self, world: World, count: int) -> None:
         self._world = world
-        self._none = [0] * count
-        self._flags: torch.Tensor | None = None
+        self._flags = torch.zeros(count, dtype=torch.int64)
         self._work: dist.Work | None = None
 
     def reduce(self, *flags: int) -> list[int]:
@@ -125,9 +118,6 @@ class AsyncFlags:
 
     def wait(self) -> list[int]:
         """Wait for the last reduction; return its result, or zeros if there is none."""
-        if self._work is None:
-            return self._none
-        assert self._flags is not None
-        self._work.wait()
-        self._work = None
+        if self._work is not None:
+            self._work.wait()
         return self._flags.tolist()

@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import os
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ class TensorBoardLogger(MetricLogger):
             self.log_epoch(record)
 
     def log_epoch(self, record: dict[str, Any]) -> None:
-        self._add({name: value for name, value in record.items() if name != "epoch"}, "training", record["epoch"])
+        self._add(record, "training", record["epoch"])
 
     def log_summary(self, summary: dict[str, Any]) -> None:
         metrics = {name: summary[name] for name in ("accuracy", "macro_f1", "weighted_f1", "calibration")}
@@ -100,17 +99,12 @@ class TensorBoardLogger(MetricLogger):
         self._writer.close()
 
     def _add(self, metrics: dict[str, Any], section: str, epoch: int) -> None:
-        for name, value in _flat(metrics, section):
-            self._writer.add_scalar(name, value, epoch)
+        for name, value in metrics.items():
+            if isinstance(value, dict):
+                self._add(value, name, epoch)
+            elif name != "epoch":
+                self._writer.add_scalar(f"{section}/{name}", value, epoch)
         self._writer.flush()  # a killed run keeps its epochs
-
-
-def _flat(metrics: dict[str, Any], section: str) -> Iterator[tuple[str, float]]:
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            yield from _flat(value, name)
-        else:
-            yield f"{section}/{name}", value
 
 
 def check_installed(config: Config) -> None:

@@ -29,19 +29,13 @@ def available_memory() -> int:
 
 
 def peak_memory(pid: int | None = None) -> int:
-    """Return the peak resident memory of a process in bytes; without /proc, the current memory of another process."""
+    """Return the peak resident memory of a process in bytes; without /proc, its current memory."""
     status = Path(f"/proc/{pid or 'self'}/status")
     if status.exists():
         # Not getrusage: a process inherits its maximum from the process that started it.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    if pid is not None:
-        return psutil.Process(pid).memory_info().rss
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # not available on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return psutil.Process(pid).memory_info().rss
 
 
 def keep_freed_memory() -> None:

@@ -6,17 +6,18 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.loader import Batch
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.spec import Transform
-from shards.atomic import replace_file
 from shards.stores.base import Images
+
+TimePoint = tuple[float, torch.cuda.Event | None]
 
 LOADING = "copy and resize"  # part of the data wait on a CPU; concurrent with the step (loader thread) on a GPU
 
@@ -41,34 +42,33 @@ class TimeProfile(Profile):
         self._on_device: dict[str, list[float]] = defaultdict(list)
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._lock = threading.Lock()  # the loader's thread adds events, too
-        self._last, self._last_event = self._now()
+        self._last = self.now()
 
     def mark(self, section: str) -> None:
-        now, event = self._now()
-        self._add(section, (self._last, self._last_event), (now, event))
-        self._last, self._last_event = now, event
+        self._last = self.add(section, self._last)
 
     def timed(self, transform: Transform) -> Transform:
         """Wrap a transform so that its calls are measured as the section `LOADING`."""
         return _TimedTransform(transform, self)
 
-    def _now(self) -> tuple[float, torch.cuda.Event | None]:
+    def now(self) -> TimePoint:
+        """Return the current time of the host, and an event of the device if it is a GPU."""
         if self.device.type != "cuda":
             return time.perf_counter(), None
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return time.perf_counter(), event
 
-    def _add(
-        self, section: str, start: tuple[float, torch.cuda.Event | None], end: tuple[float, torch.cuda.Event | None]
-    ) -> None:
+    def add(self, section: str, start: TimePoint) -> TimePoint:
+        """Attribute the time since `start` to a section; returns the current time."""
+        end = self.now()
         self._host[section].append(end[0] - start[0])
-        if start[1] is None or end[1] is None:
-            return
-        with self._lock:
-            self._pending.append((section, start[1], end[1]))
-            while self._pending and self._pending[0][2].query():
-                self._read_event()
+        if start[1] is not None and end[1] is not None:
+            with self._lock:
+                self._pending.append((section, start[1], end[1]))
+                while self._pending and self._pending[0][2].query():
+                    self._read_event()
+        return end
 
     def _read_event(self) -> None:
         section, start, end = self._pending.popleft()
@@ -104,9 +104,9 @@ class _TimedTransform:
         self.max_fused_batch = transform.max_fused_batch
 
     def __call__(self, images: Images, params: AugmentationParams | None = None) -> torch.Tensor:
-        start = self._profile._now()
+        start = self._profile.now()
         output = self._transform(images, params)
-        self._profile._add(LOADING, start, self._profile._now())
+        self._profile.add(LOADING, start)
         return output
 
 
@@ -126,46 +126,29 @@ def format_profile(records: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"{LOADING}: {note}"])
 
 
-class Trace:
-    """Trace some steps of this process with torch's profiler."""
+@contextmanager
+def trace_steps(steps: tuple[int, int] | None, path: Path) -> Iterator[torch.profiler.profile | None]:
+    """Trace some steps of this process with torch's profiler, and write the trace to a file (.json.gz).
 
-    def __init__(self, steps: tuple[int, int] | None, device: torch.device) -> None:
-        """Prepare the profiler.
+    Args:
+        steps: First and last step, counted from 1; None for no trace.
+        path: The file.
 
-        Args:
-            steps: First and last step, counted from 1 since the start of the process; None for no trace.
-            device: Device of the training.
-        """
-        self._first, self._last = steps or (0, 0)
-        self._step = 0
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profiler = torch.profiler.profile(activities=activities) if steps else None
-        self._is_active = False
+    Yields:
+        The profiler, whose `step` is called after each step; None for no trace. The trace is shorter if the run ends
+        before the last step.
+    """
+    if steps is None:
+        yield None
+        return
 
-    def over(self, batches: Iterable[Batch], path: Path) -> Iterator[Batch]:
-        """Iterate over the batches of an epoch, and write the trace of the requested steps to `path` (.json.gz)."""
-        for batch in batches:
-            self._step += 1
-            if self._step == self._first and self._profiler:
-                self._profiler.start()
-                self._is_active = True
-            yield batch
-            del batch  # free it before the loader allocates the next one
-            if self._step == self._last:
-                self.finish(path)
+    def write(profiler: torch.profiler.profile) -> None:
+        partial = path.with_name(f".partial-{path.name}")
+        profiler.export_chrome_trace(str(partial))
+        partial.replace(path)
 
-    def finish(self, path: Path) -> None:
-        """Write the trace, which is shorter if the run had fewer steps."""
-        if not self._is_active or not self._profiler:
-            return
-        self._is_active = False
-        self._profiler.stop()
-        with replace_file(path) as file:
-            compressed = Path(f"{file.name}.gz")  # torch compresses by this suffix
-            try:
-                self._profiler.export_chrome_trace(str(compressed))
-                file.write(compressed.read_bytes())
-            finally:
-                compressed.unlink(missing_ok=True)
+    first, last = steps
+    warmup = min(1, first - 1)
+    schedule = torch.profiler.schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
+        yield profiler

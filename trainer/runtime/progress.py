@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -14,7 +13,7 @@ _BAR_EVERY = 0.5
 
 
 class Progress:
-    """Progress of one epoch. The loss is read only when it is shown, because reading it may wait for the device."""
+    """Progress of one epoch."""
 
     def __init__(self, epoch: int, epochs: int, steps: int, first_step: int, steps_ahead: float) -> None:
         """Start the display of an epoch.
@@ -41,12 +40,12 @@ class Progress:
             bar_format="{desc} {bar:20} {n_fmt}/{total_fmt}{postfix}",
         )
 
-    def step(self, done: int, loss: Callable[[], float], rate: float, images: int, wait: float) -> None:
+    def step(self, done: int, loss: float, rate: float, images: int, wait: float) -> None:
         """Show a step if the last display is old enough.
 
         Args:
             done: Completed steps of the epoch.
-            loss: Returns the current loss.
+            loss: Mean loss of a recent step; NaN if none is known yet.
             rate: Learning rate.
             images: Images of all ranks since the start of this display.
             wait: Seconds of data wait since then.
@@ -58,7 +57,7 @@ class Progress:
         seconds = now - self._start
         left = seconds / (done - self._first) * (self._steps - done + self._ahead)
         text = (
-            f"loss {loss():.4f}  lr {rate:.2e}  {images / seconds:,.0f} images/s  "
+            f"loss {loss:.4f}  lr {rate:.2e}  {images / seconds:,.0f} images/s  "
             f"data wait {wait / seconds:.1%}  {duration(left)} left"
         )
         if self._on_terminal:

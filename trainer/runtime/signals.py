@@ -7,15 +7,31 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+from trainer.runtime.distributed import World
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """A signal was received before the work was complete."""
+    """A rank received a signal before the work was complete; raised on all ranks.
+
+    Attributes:
+        signum: The signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def raise_if_signalled(world: World, signals_received: Sequence[int]) -> None:
+    """Raise `Interrupted` on all ranks if one of them has received a signal."""
+    if signum := world.all_reduce_max(max(signals_received, default=0)):
+        raise Interrupted(signum)
 
 
 @contextmanager

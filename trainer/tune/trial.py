@@ -88,7 +88,7 @@ def train_trial(
 
     Raises:
         TrialPaused: `is_over` returned True. The trial can be resumed.
-        Stopped: A signal was received. The trial can be resumed.
+        Interrupted: A signal was received. The trial can be resumed.
     """
     summaries: list[dict[str, Any]] = []
     place = f"trial {trial.number}"

@@ -17,9 +17,9 @@ from pipeline.common.process_pool import default_workers
 from shards.cli import run_command
 from trainer.config import load as config
 from trainer.config.schema import Config
-from trainer.loop.engine import Stopped
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.memory import memory_limit
+from trainer.runtime.signals import Interrupted
 from trainer.tune import study_page
 from trainer.tune.search_space import SearchConfig
 from trainer.tune.study import SharedStudy
@@ -63,7 +63,7 @@ def work(search: SearchConfig, base: Config, deadline: float, workers: int = 1) 
                 except TrialPaused:
                     print(f"trial {trial.number} paused: time budget exhausted", flush=True)
                     break
-                except Stopped as stop:
+                except Interrupted as stop:
                     print(f"trial {trial.number} stopped; the same command resumes it", flush=True)
                     return 128 + stop.signum
             result = next(result for result in study.results() if result.number == trial.number)

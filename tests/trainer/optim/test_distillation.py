@@ -24,7 +24,7 @@ from trainer.data.training_data import open_data
 from trainer.loop import engine, nan_guard
 from trainer.loop.replay_step import replay_step
 from trainer.loop.state import Training, make_training
-from trainer.optim.distillation import load_teacher
+from trainer.optim.distillation import DistillationTeacher
 from trainer.optim.losses import weighted_kl
 from trainer.runtime.distributed import World
 
@@ -72,8 +72,7 @@ def test_it_sees_the_images_as_it_was_trained_on_them(recipe: Path, teacher: Pat
     pixels = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     student = load(recipe, [f"distillation.teacher={teacher}", "distillation.temperature=3"])
     mean, std = (0.7,), (0.2,)
-    one = load_teacher(student, trained.classes, mean, std, CPU)
-    assert one is not None
+    one = DistillationTeacher(student, trained.classes, mean, std, CPU)
     found = one.probabilities((pixels - mean[0]) / std[0])
     model = trained.build_model(CPU).eval()
     with torch.no_grad():
@@ -163,9 +162,9 @@ def test_a_step_with_a_teacher_can_be_taken_again(recipe: Path, teacher: Path, t
     training.state.epoch = epoch
     batch = first_batch(training, epoch)
     share = {"images": batch.images.clone(), "labels": batch.labels, "rows": batch.source_index}
-    nan_guard._save(tmp_path / "step" / "step.pt", training, RunDirectory(tmp_path), batch, [share])
+    nan_guard._save(training, RunDirectory(tmp_path), nan_guard.NonFiniteStep(batch.step, "loss"), [share])
     loss = float(engine.train_step(training, batch, 1, True))
-    again, found = replay_step(checkpoint.load(tmp_path / "step" / "step.pt"), 0, CPU)
+    again, found = replay_step(checkpoint.load(tmp_path / "nonfinite" / f"epoch-{epoch + 1}-step-1.pt"), 0, CPU)
     assert again == pytest.approx(loss, rel=1e-6) and found == []
 
 
@@ -173,8 +172,8 @@ def test_who_may_not_teach(recipe: Path, teacher: Path, synthetic_set: Path, tmp
     student = load(recipe, [f"distillation.teacher={teacher}"])
     names = open_split(synthetic_set, "train").manifest.classes
     with pytest.raises(UserError, match=r"distillation\.teacher=.* with classes 0 1 2"):
-        load_teacher(student, names, (0.0,), (1.0,), CPU)
+        DistillationTeacher(student, names, (0.0,), (1.0,), CPU)
     with pytest.raises(UserError, match="with channels 1"):
-        load_teacher(student, tuple("0123456789"), (0.0,) * 3, (1.0,) * 3, CPU)
+        DistillationTeacher(student, tuple("0123456789"), (0.0,) * 3, (1.0,) * 3, CPU)
     with pytest.raises(UserError, match=r"best\.pt"):
         student_of(recipe, tmp_path)

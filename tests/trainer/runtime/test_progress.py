@@ -22,7 +22,7 @@ def show(monkeypatch: pytest.MonkeyPatch, first: int = 0) -> None:
     monkeypatch.setattr(progress, "_BAR_EVERY", 0)
     shown = Progress(epoch=1, epochs=3, steps=8, first_step=first, steps_ahead=8)
     shown._start -= 10.0
-    shown.step(first + 2, lambda: 0.25, rate=1e-3, images=1280, wait=0.5)
+    shown.step(first + 2, 0.25, rate=1e-3, images=1280, wait=0.5)
     shown.close()
 
 
@@ -52,15 +52,6 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "2/8, loss 0.2500  lr 1.00e-03" in bar
     assert "data wait 5.0%  1:10 left" in bar
     assert capsys.readouterr().out == ""
-
-
-def test_the_loss_is_read_only_when_it_is_shown() -> None:
-    def never() -> float:
-        raise AssertionError("reading it waits for the device")
-
-    shown = Progress(epoch=0, epochs=1, steps=8, first_step=0, steps_ahead=0)
-    shown.step(1, never, rate=1e-3, images=64, wait=0.0)
-    shown.close()
 
 
 def test_durations() -> None:
