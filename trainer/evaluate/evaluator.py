@@ -96,7 +96,6 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     loader: Loader,
-    classes: int,
     settings: TrainerConfig,
     world: World,
     signals_received: Sequence[int] = (),
@@ -109,7 +108,6 @@ def evaluate(
     Args:
         model: Set to evaluation mode.
         loader: Evaluation loader of this rank.
-        classes: Number of classes C.
         settings: Precision and test-time augmentation.
         world: The process group.
         signals_received: Signals that this process received.
@@ -136,7 +134,7 @@ def evaluate(
     )
     columns = predicted.numpy(), confidence.numpy(), uncalibrated.numpy()
     evaluation = Evaluation(
-        confusion=ConfusionMatrix.of(outputs.labels, predicted.numpy(), classes),
+        confusion=ConfusionMatrix.of(outputs.labels, predicted.numpy(), logits.shape[1]),
         loss=loss,
         temperature=temperature,
         calibrated_loss=calibrated_loss,
@@ -233,7 +231,7 @@ def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
     trained.check_classes(store.manifest, shards)
     loader = loader_for(store, trained, world)
     model = trained.build_model(world.device)
-    evaluation = evaluate(model, loader, len(trained.classes), config.trainer, world, **trained.posthoc_kwargs())
+    evaluation = evaluate(model, loader, config.trainer, world, **trained.posthoc_kwargs())
     return {
         **evaluation.summary(),
         "calibration": evaluation.calibration(),

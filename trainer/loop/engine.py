@@ -275,7 +275,6 @@ def _end_epoch(training: Training, services: RunServices) -> None:
         evaluation = evaluate(
             state.eval_model,
             training.data.validation,
-            len(training.data.classes),
             config.trainer,
             world,
             services.signals_received,
@@ -319,7 +318,7 @@ def evaluate_best(training: Training, services: RunServices) -> Evaluation:
         trained = replace(trained, tau=posthoc.tau, offsets=posthoc.offsets, temperature=posthoc.temperature)
         if world.is_main_process:
             services.checkpointer.replace_best(trained)
-    classes, kwargs = len(data.classes), trained.posthoc_kwargs()
-    evaluation = evaluate(model, data.test, classes, settings, world, services.signals_received, **kwargs)
+    posthoc_kwargs = trained.posthoc_kwargs()
+    evaluation = evaluate(model, data.test, settings, world, services.signals_received, **posthoc_kwargs)
     training.profile.mark("test")
     return evaluation

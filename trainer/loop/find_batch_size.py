@@ -163,21 +163,16 @@ def main() -> int:
             print(f"{size:>8,} images  {result or 'does not fit'}", flush=True)
             return result
 
-        most = len(data.train.samples)
-        results = search_batch_sizes(attempt, most)
+        results = search_batch_sizes(attempt, len(data.train.samples))
     if not results:
         raise UserError(
             found="a batch of 8 images that does not fit",
             expected="enough memory for one batch",
             hint="choose a smaller model.name or data.resolution",
         )
-    for name, result in (
-        ("largest", results[-1]),
-        ("fastest", max(results, key=lambda each: each.images_per_second)),
-    ):
-        limit = " (all training images)" if result.batch_size == most else ""
-        speed = f"{result.images_per_second:,.0f} images/s"
-        print(f"{name}  loader.batch_size={result.batch_size} for one rank, {speed}{limit}")
+    fastest = max(results, key=lambda result: result.images_per_second)
+    for name, result in (("largest", results[-1]), ("fastest", fastest)):
+        print(f"{name}  loader.batch_size={result.batch_size} for one rank  {result}")
     return 0
 
 

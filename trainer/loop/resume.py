@@ -28,11 +28,13 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
         return
     state, train, config = training.state, training.data.train, training.config
     window = train.window
-    settings = [{name: group[name] for name in _GROUP_SETTINGS if name in group} for group in _groups(training)]
+    settings = [
+        {name: group[name] for name in _GROUP_SETTINGS if name in group} for group in state.optimizer.param_groups
+    ]
     training.restore(saved | {"learning_rate": state.learning_rate.state_dict()})
     if not is_same_data:
         train.window = window
-    for group, own in zip(_groups(training), settings, strict=True):
+    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(own)
     steps, accumulation = train.steps(state.epoch), config.optim.grad_accumulation
     if steps != saved["steps"] or saved["step"] % accumulation:
@@ -42,7 +44,3 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     metrics = [record["validation"][config.trainer.monitor] for record in state.history if "validation" in record]
     state.learning_rate.replay(state.updates, state.epoch, metrics)
     state.lr = state.learning_rate.lr
-
-
-def _groups(training: Training) -> list[dict[str, Any]]:
-    return training.state.optimizer.param_groups

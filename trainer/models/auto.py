@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
+from trainer.config.load import replace_settings
 from trainer.config.schema import Config
 from trainer.models.factory import SMALL_CNN
 from trainer.models.precision import resolve_precision
@@ -26,9 +28,9 @@ def resolve_auto(config: Config, device: torch.device) -> Config:
     """
     if config.model.name == "auto":
         name = GPU_MODEL if device.type == "cuda" else SMALL_CNN
-        data = config.data
-        if name == SMALL_CNN and "resolution" not in data.model_fields_set:
-            data = data.model_copy(update={"resolution": CPU_RESOLUTION})
-        config = config.model_copy(update={"data": data, "model": config.model.model_copy(update={"name": name})})
-        log.warning("model.name=auto: %s at %d pixels (device %s)", name, data.final_resolution, device.type)
+        values: dict[str, Any] = {"model.name": name}
+        if name == SMALL_CNN and "resolution" not in config.data.model_fields_set:
+            values["data.resolution"] = CPU_RESOLUTION
+        config = replace_settings(config, values, "model.name=auto")
+        log.warning("model.name=auto: %s at %d pixels (device %s)", name, config.data.final_resolution, device.type)
     return resolve_precision(config, device)

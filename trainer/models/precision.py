@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trainer.config.load import replace_settings
 from trainer.config.schema import Config, TrainerConfig
 from trainer.models.factory import has_depthwise_convolutions
 
@@ -24,8 +25,7 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
         use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         use_bf16 = torch.cpu.get_capabilities().get("amx_bf16", False) and not has_depthwise_convolutions(config.model)
-    trainer = config.trainer.model_copy(update={"precision": "bf16" if use_bf16 else "fp32"})
-    return config.model_copy(update={"trainer": trainer})
+    return replace_settings(config, {"trainer.precision": "bf16" if use_bf16 else "fp32"}, "trainer.precision=auto")
 
 
 def autocast(settings: TrainerConfig, device: torch.device) -> torch.autocast:

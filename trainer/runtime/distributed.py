@@ -27,13 +27,6 @@ class World(ProcessGroup):
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def all_reduce_max(self, value: int) -> int:
-        """Return the largest of the ranks' values, on every rank."""
-        largest = torch.tensor(value)
-        if self.size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
-        return int(largest)
-
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, a picklable object, in the order of ranks, on rank 0; an empty list elsewhere."""
         if self.size == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def collect_env_info(device: torch.device) -> dict[str, Any]:
     """Collect the environment as plain values, for the JSON files of results."""
     return {
         "python": platform.python_version(),
-        "packages": {name: installed for name in _PACKAGES if (installed := _version(name))},
+        "packages": {each.name: each.version for each in distributions() if each.name in _PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": available_cpus(),
@@ -30,13 +30,6 @@ def collect_env_info(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "revision": _revision(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

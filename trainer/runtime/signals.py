@@ -30,7 +30,7 @@ class Interrupted(Exception):
 
 def raise_if_signalled(world: World, signals_received: Sequence[int]) -> None:
     """Raise `Interrupted` on all ranks if one of them has received a signal."""
-    if signum := world.all_reduce_max(max(signals_received, default=0)):
+    if signum := max(world.all_gather(lambda: max(signals_received, default=0))):
         raise Interrupted(signum)
 
 

@@ -134,7 +134,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
             return evaluate(model, loader, *arguments, **options)
 
         patch.setattr(engine, "evaluate", watched)
-        patch.setattr(engine, "test", lambda *_: pytest.fail("the test part was evaluated"))
+        patch.setattr(engine, "evaluate_best", lambda *_: pytest.fail("the test part was evaluated"))
         assert tune_here(patch, path) == 0
     assert judged == [judged[0]] * 6  # after each epoch
     assert judged[0] == pytest.approx(0.2 * 1438, abs=10)  # the validation part; the test part has 359 images
