@@ -348,7 +348,7 @@ class Config(BaseConfig):
             (is_scalable, by_model, ("model.channel_multiplier", "model.depth_multiplier")),
             (model.plain_cnn is not None, by_model, ("model.filters", "model.kernel", "model.dense")),
         )
-        changed = self._changed_settings()
+        changed = dict(flatten(self.model_dump(exclude_defaults=True)))
         for has_effect, condition, names in rules:
             if not has_effect:
                 yield from (f"{name} has no effect with {condition}" for name in names if name in changed)
@@ -361,16 +361,6 @@ class Config(BaseConfig):
                 yield f"schedule.{name}={length} is rounded to whole epochs by schedule.unit=epoch"
         if self.mixup.prob > 0 and self.mixup.off_last_epochs >= epochs:
             yield f"mixup.off_last_epochs covers all {epochs} epochs: no batch is mixed"
-
-    def _changed_settings(self) -> set[str]:
-        """Dotted names of the settings in sections that differ from their defaults."""
-        return {
-            f"{section}.{name}"
-            for section, content in self
-            if isinstance(content, BaseConfig)
-            for name in content.model_fields_set
-            if getattr(content, name) != type(content).model_fields[name].get_default(call_default_factory=True)
-        }
 
     def to_yaml(self) -> str:
         """Return all settings as YAML."""

@@ -12,6 +12,7 @@ from trainer.checkpoint.run_dir import RunDirectory
 from trainer.data.resolution_schedule import ResolutionStage
 from trainer.data.training_data import TrainingData
 from trainer.loop.state import Training
+from trainer.runtime.progress import duration
 
 
 def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -> None:
@@ -66,6 +67,18 @@ def print_plan(training: Training) -> None:
         f"steps         {_by_stage(data, steps)}; "
         f"{sum(map(data.train.steps, epochs)):,} in {settings.trainer.epochs} epochs\n"
         f"loader        {data.backend}: {data.backend_reason}",
+        flush=True,
+    )
+
+
+def print_epoch(record: dict[str, Any], epochs: int, is_best: bool) -> None:
+    """Print the record of an epoch in one line."""
+    validation = record.get("validation")
+    print(
+        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}"
+        f"{f'  validation {_metrics(validation)}' if validation else ''}  lr {record['lr']:.2e}  "
+        f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
+        f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}",
         flush=True,
     )
 

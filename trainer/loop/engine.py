@@ -19,6 +19,7 @@ from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import Config
 from trainer.evaluate.evaluator import Evaluation, evaluate, predict_logits
 from trainer.evaluate.logit_adjustment import fit_posthoc
+from trainer.loop import console
 from trainer.loop.epoch_meter import EpochMeter
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
 from trainer.loop.state import Totals, Training
@@ -29,7 +30,6 @@ from trainer.optim.mixup import apply_mixup_cutmix, soft_targets
 from trainer.runtime.distributed import AsyncFlags
 from trainer.runtime.loggers import MetricLogger
 from trainer.runtime.profiler import trace_steps
-from trainer.runtime.progress import print_epoch
 from trainer.runtime.seeding import seed_step
 from trainer.runtime.signals import Interrupted, raise_if_signalled, record_signals
 
@@ -296,7 +296,7 @@ def _end_epoch(training: Training, services: RunServices) -> None:
         services.checkpointer.save(training.checkpoint(), training.trained_model() if is_best else None)
         for logger in services.loggers:
             logger.log_epoch(record)
-        print_epoch(record, config.trainer.epochs, is_best)
+        console.print_epoch(record, config.trainer.epochs, is_best)
     training.profile.mark("end of epoch")
 
 

@@ -172,7 +172,7 @@ def main() -> int:
         )
     fastest = max(results, key=lambda result: result.images_per_second)
     for name, result in (("largest", results[-1]), ("fastest", fastest)):
-        print(f"{name}  loader.batch_size={result.batch_size} for one rank  {result}")
+        print(f"{name}  loader.batch_size={result.batch_size} for one rank  {str(result).lstrip()}")
     return 0
 
 

@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.compat import changed_settings
-from trainer.loop.state import Training
+from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.compat import changed_settings, check_fits
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.config.schema import Config
+from trainer.data.training_data import TrainingData
+from trainer.loop.state import Training, make_training
+from trainer.runtime.distributed import World
 
 # Options of a parameter group that come from the settings; the others are state of the optimizer.
 _GROUP_SETTINGS = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "momentum")
+
+
+def open_training(
+    config: Config, data: TrainingData, world: World, run_dir: RunDirectory, resuming: bool
+) -> tuple[Training, Path | None]:
+    """Build the training of a run, and load the newest checkpoint of its directory if it is resumed.
+
+    Returns:
+        The training, and the checkpoint that was loaded; None in a new run.
+
+    Raises:
+        UserError: There is no intact checkpoint, or settings or data do not fit it.
+    """
+
+    def load() -> tuple[dict[str, Any], Path]:
+        saved, source = checkpoint.load_newest(run_dir.checkpoints)
+        check_fits(saved, config, data.classes, data.digest, source)
+        return saved, source
+
+    saved, source = world.run_on_main(load) if resuming else (None, None)
+    training = make_training(config, data, world, resuming)
+    if saved is not None:
+        restore(training, saved)
+    return training, source
 
 
 def restore(training: Training, saved: dict[str, Any]) -> None:

@@ -8,15 +8,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from shards.remote.datasets import resolve_dataset
-from trainer.checkpoint import io as checkpoint
-from trainer.checkpoint.compat import check_fits
 from trainer.checkpoint.run_dir import RunDirectory, choose_run_dir
 from trainer.config import load as config
 from trainer.config.schema import Config
-from trainer.data.training_data import TrainingData, open_data
+from trainer.data.training_data import open_data
 from trainer.loop import console, engine, resume
 from trainer.loop.state import Training, make_training
 from trainer.loop.summary import write_profile, write_results
@@ -49,15 +46,13 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
         data = open_data(settings, world)
         if is_dry_run:
             return _dry_run(make_training(settings, data, world))
-        run_dir, saved, source = world.run_on_main(lambda: _open_run_dir(settings, data, stack))
-        if saved is not None and world.run_on_main(run_dir.summary_path.exists):
+        run_dir, resuming = world.run_on_main(lambda: _choose_run_dir(settings, stack))
+        training, source = resume.open_training(settings, data, world, run_dir, resuming)
+        if resuming and world.run_on_main(run_dir.summary_path.exists):
             if world.is_main_process:
                 print(f"run already complete: {run_dir.path}")
                 console.print_summary(run_dir.read_summary(), run_dir)
             return 0
-        training = make_training(settings, data, world, resuming=saved is not None)
-        if saved is not None:
-            resume.restore(training, saved)
         world.run_on_main(lambda: _begin(training, run_dir, source))
         loggers = open_loggers(settings, run_dir.path, training.state.history) if world.is_main_process else []
         for logger in loggers:
@@ -106,22 +101,12 @@ def _load_settings(path: Path, overrides: list[str]) -> Config:
     return settings
 
 
-def _open_run_dir(
-    settings: Config, data: TrainingData, stack: contextlib.ExitStack
-) -> tuple[RunDirectory, dict[str, Any] | None, Path | None]:
-    """Choose the run directory, lock it until the stack ends, and load its newest checkpoint; runs on rank 0.
-
-    Returns:
-        The directory, the contents of the checkpoint and its path; None for both in a new run.
-    """
+def _choose_run_dir(settings: Config, stack: contextlib.ExitStack) -> tuple[RunDirectory, bool]:
+    """Choose the run directory, and lock it until the stack ends; runs on rank 0."""
     run_dir, resuming = choose_run_dir(settings, get_run_dir_of_job(settings.run))
     stack.enter_context(run_dir.lock())
     set_run_dir_of_job(settings.run, run_dir.path)
-    if not resuming:
-        return run_dir, None, None
-    saved, source = checkpoint.load_newest(run_dir.checkpoints)
-    check_fits(saved, settings, data.classes, data.digest, source)
-    return run_dir, saved, source
+    return run_dir, resuming
 
 
 def _begin(training: Training, run_dir: RunDirectory, source: Path | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 from tqdm import tqdm
 
@@ -75,17 +74,3 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def print_epoch(record: dict[str, Any], epochs: int, is_best: bool) -> None:
-    """Print the record of an epoch in one line."""
-    validation = record.get("validation")
-    metrics = ""
-    if validation:
-        metrics = f"  validation accuracy {validation['accuracy']:.2%}  macro F1 {validation['macro_f1']:.2%}"
-    print(
-        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}{metrics}  lr {record['lr']:.2e}  "
-        f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
-        f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}",
-        flush=True,
-    )

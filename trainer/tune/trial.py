@@ -7,22 +7,18 @@ import gc
 import shutil
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 
 from shards.errors import UserError
-from trainer.checkpoint import io as checkpoint
-from trainer.checkpoint.compat import check_fits
 from trainer.checkpoint.run_dir import choose_run_dir
 from trainer.config import load as config
 from trainer.config.schema import Config
 from trainer.data.training_data import open_data
 from trainer.loop import engine, resume
 from trainer.loop.nan_guard import NonFiniteLossError
-from trainer.loop.state import make_training
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import World
 from trainer.runtime.env_info import collect_env_info
@@ -140,12 +136,7 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
         with study.exclusive():  # one process computes and writes the input statistics
             data = open_data(settings, world)
         study.check_data(data.digest)
-        training = make_training(settings, data, world, resuming)
-        source: Path | None = None
-        if resuming:
-            state, source = checkpoint.load_newest(directory.checkpoints)
-            check_fits(state, settings, data.classes, data.digest, source)
-            resume.restore(training, state)
+        training, source = resume.open_training(settings, data, world, directory, resuming)
         environment = collect_env_info(world.device) | {"backend": data.backend, "data": data.digest}
         directory.begin(settings, environment, training.state.history)
         for record in training.state.history[-1:]:  # the process may have died before it reported this epoch
