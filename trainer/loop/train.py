@@ -46,13 +46,14 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
         data = open_data(settings, world)
         if is_dry_run:
             return _dry_run(make_training(settings, data, world))
-        run_dir, resuming = world.run_on_main(lambda: _choose_run_dir(settings, stack))
+        run_dir, resuming = world.run_on_main(lambda: choose_run_dir(settings, get_run_dir_of_job(settings.run)))
         training, source = resume.open_training(settings, data, world, run_dir, resuming)
         if resuming and world.run_on_main(run_dir.summary_path.exists):
             if world.is_main_process:
                 print(f"run already complete: {run_dir.path}")
                 console.print_summary(run_dir.read_summary(), run_dir)
             return 0
+        world.run_on_main(lambda: stack.enter_context(run_dir.lock()))
         world.run_on_main(lambda: _begin(training, run_dir, source))
         loggers = open_loggers(settings, run_dir.path, training.state.history) if world.is_main_process else []
         for logger in loggers:
@@ -101,16 +102,9 @@ def _load_settings(path: Path, overrides: list[str]) -> Config:
     return settings
 
 
-def _choose_run_dir(settings: Config, stack: contextlib.ExitStack) -> tuple[RunDirectory, bool]:
-    """Choose the run directory, and lock it until the stack ends; runs on rank 0."""
-    run_dir, resuming = choose_run_dir(settings, get_run_dir_of_job(settings.run))
-    stack.enter_context(run_dir.lock())
-    set_run_dir_of_job(settings.run, run_dir.path)
-    return run_dir, resuming
-
-
 def _begin(training: Training, run_dir: RunDirectory, source: Path | None) -> None:
     """Write settings, environment and earlier metrics, and print the head; runs on rank 0."""
+    set_run_dir_of_job(training.config.run, run_dir.path)
     environment = collect_env_info(training.world.device) | {
         "ranks": training.world.size,
         "backend": f"{training.data.backend} ({training.data.backend_reason})",
