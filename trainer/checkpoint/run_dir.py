@@ -15,8 +15,6 @@ from trainer.checkpoint import io as checkpoint
 from trainer.config.schema import Config
 
 DEFAULT_ROOT = Path("runs")
-_CONFIG = "config.yaml"
-_SUMMARY = "summary.json"
 _LOCK = ".lock"
 
 
@@ -29,8 +27,8 @@ class RunDirectory:
         self.best = self.checkpoints / checkpoint.BEST
         self.metrics = path / "metrics.jsonl"
         self.environment = path / "env.json"
-        self.config = path / _CONFIG
-        self.summary_path = path / _SUMMARY
+        self.config = path / "config.yaml"
+        self.summary_path = path / "summary.json"
         self.report = path / "report.html"
         self.predictions = path / "predictions.npz"
         self.trace = path / "trace.json.gz"

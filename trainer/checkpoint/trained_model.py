@@ -19,11 +19,6 @@ from trainer.config.schema import Config
 from trainer.models.factory import make_model
 from trainer.models.precision import memory_format
 
-_FIELDS = (
-    *("model", "config", "classes", "data", "image_shape", "mean", "std"),
-    *("input_adapter", "temperature", "tau", "offsets", "epoch"),
-)
-
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -57,7 +52,7 @@ class TrainedModel:
         Raises:
             UserError: The file is missing, damaged or not such a checkpoint.
         """
-        state = checkpoint.load(path, needed=_FIELDS)
+        state = checkpoint.load(path, needed=("config", "input_adapter"))
         return cls(
             weights=state["model"],
             config=validate(state["config"], str(path)),
