@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import pack_splits
 from PIL import Image
 from support.raw_files import picture, pixels, refusal
 from support.synthetic_records import foreign_set, pack_pictures, synthetic_image
@@ -22,6 +23,7 @@ from support.transform_reference import model_input
 from pipeline import normalization
 from pipeline.loader import Loader
 from pipeline.preview import _GAP, _HEADER, _LABEL, _MARGIN, _TILE, contact_sheet, read_images
+from pipeline.readers.raw_split import RawSplit
 from pipeline.sampler import BatchSampler, SequentialBatchSampler, ShuffledBatchSampler
 from pipeline.transforms.build import build_transform
 from pipeline.transforms.spec import TransformSpec
@@ -194,8 +196,10 @@ def test_a_set_of_pictures_trains_and_is_reported(
     assert json.loads((tmp_path / "e.json").read_text())["accuracy"] == summary["accuracy"]
 
 
-def test_the_report_shows_confused_pictures_small() -> None:
-    address = error_gallery._data_url(pixels(900, 300, 3), 128)
+def test_the_report_shows_confused_pictures_small(tmp_path: Path) -> None:
+    images = pixels(900, 300, 3)[None]
+    splits = [RawSplit.from_arrays(name, images, np.zeros(1, np.int64), ("a",)) for name in ("train", "test")]
+    (address,) = error_gallery.data_urls(open_split(pack_splits(tuple(splits), tmp_path), "test"), np.array([0]), 128)
     shown = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
     assert shown.size == (43, 128)
 
