@@ -28,13 +28,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, positive
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import in_process
 from benchmarks.training.ablation_report import ablation_markdown, plot_gains
-from shards.atomic import make_directory, replace_file, write_file
+from shards.atomic import make_directory, read_file, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError
 from shards.open import open_split
@@ -112,7 +110,7 @@ def read_plan(path: Path, common: list[str]) -> Plan:
         UserError: The file is not a plan.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = config.parse_yaml(read_file(path, config.MAX_YAML_BYTES).decode())
         additions = [
             RecipeVariant(one["name"], dict(one.get("set") or {}), one.get("teacher")) for one in content["additions"]
         ]
@@ -121,9 +119,9 @@ def read_plan(path: Path, common: list[str]) -> Plan:
             base=Path(content["base"]),
             recipe=dict(content.get("recipe") or {}),
             additions=tuple(additions),
-            common={name: yaml.safe_load(value) for name, value in overrides.items()},
+            common={name: config.parse_yaml(value) for name, value in overrides.items()},
         )
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             found=f"{path}, not a plan: {type(error).__name__} {error}".replace("\n", " "),
             expected="base, recipe and additions, each addition with a name and overrides under set",

@@ -20,10 +20,11 @@ from pipeline.loader import Loader, undecodable_image_error
 from pipeline.sampler import SequentialBatchSampler
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.build import build_transform, choose_backend
-from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing
+from pipeline.transforms.preprocess import MAX_RESOLUTION, NO_PREPROCESSING, Preprocessing
 from pipeline.transforms.spec import TransformSpec
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
+from shards.errors import UserError
 from shards.open import open_dataset_or_split
 from shards.remote.datasets import is_remote, resolve_dataset
 from shards.stores.base import Store
@@ -217,6 +218,12 @@ def main() -> int:
         "--resolution", type=int, default=112, metavar="N", help="side of the model input in pixels (default: 112)"
     )
     arguments = parser.parse_args()
+    if not 1 <= arguments.resolution <= MAX_RESOLUTION:
+        raise UserError(
+            found=f"--resolution {arguments.resolution}",
+            expected=f"a side of 1 .. {MAX_RESOLUTION} pixels",
+            hint="omit --resolution for the default",
+        )
     store = open_dataset_or_split(arguments.dataset, "train")
     # The cache of remote data sets is not modified.
     directory = Path() if is_remote(arguments.dataset) else resolve_dataset(arguments.dataset)

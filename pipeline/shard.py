@@ -135,7 +135,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     """Return `64` or `48x64` (height x width) as (H, W)."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
     height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise UserError(

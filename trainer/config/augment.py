@@ -21,11 +21,11 @@ class AugmentConfig(BaseConfig):
     """Maximum horizontal shear in degrees, in either direction."""
     translation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Maximum translation along each axis, as a fraction of the image's side."""
-    scale: Annotated[float, Field(ge=0)] = 0.0
+    scale: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Maximum scaling: images are enlarged or reduced by a factor of up to 1 + scale."""
     flip: Fraction = 0.0
     """Probability of a horizontal flip; leave at 0 for characters."""
-    crop_padding: Annotated[int, Field(ge=0)] = 0
+    crop_padding: Annotated[int, Field(ge=0, le=256)] = 0
     """Padding of each side in raw pixels before a random crop of the original size."""
     elastic: Annotated[float, Field(ge=0, le=1)] = 0.0
     """RMS displacement of elastic distortion along each axis, as a fraction of the image's side. Simard et al. (2003)

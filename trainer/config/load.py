@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from shards.errors import UserError
+from shards.atomic import read_file
+from shards.errors import UserError, printable
 from trainer.config.base import describe_settings
 from trainer.config.schema import Config
 
 RECIPES = Path(__file__).parents[2] / "configs"
+MAX_YAML_BYTES = 100_000  # of a YAML file
+_MOST_BRACKETS = 1000
+_MOST_EXPANDED = 1_000_000
+_MAX_VALUE = 200  # characters of a value in a message
 SETTINGS = describe_settings(Config)
 """Description of every setting, by dotted name."""
 
@@ -85,8 +92,20 @@ def _read_with_bases(path: Path, derived: list[Path]) -> dict[str, Any]:
     return merged
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate keys."""
+class _Loader(yaml.SafeLoader):
+    """A YAML loader that refuses duplicate keys, control characters, and aliases that multiply the content."""
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is not None and _expanded_size(node, {}) > _MOST_EXPANDED:
+            raise yaml.YAMLError(f"aliases that expand to more than {_MOST_EXPANDED:,} characters")
+        return None if node is None else self.construct_document(node)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        if printable(text) != text:
+            raise yaml.YAMLError(f"control characters in {text!r}, line {node.start_mark.line + 1}")
+        return text
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -96,6 +115,35 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if first != line:
                 raise yaml.YAMLError(f"{key.value} twice, in lines {first} and {line}")
         return super().construct_mapping(node, deep)
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """Characters and nodes of a value with all aliases written out, infinite for a value that contains itself."""
+    if node not in sizes:
+        sizes[node] = math.inf
+        if isinstance(node, yaml.ScalarNode):
+            inner = float(len(node.value))
+        else:
+            parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            inner = sum(_expanded_size(part, sizes) for part in parts)
+        sizes[node] = 1 + inner
+    return sizes[node]
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML that someone else may have written, in bounded time and memory.
+
+    Raises:
+        ValueError: It is not YAML, too deep, has duplicate keys or control characters, or multiplies its content.
+    """
+    try:
+        if text.count("[") + text.count("{") > _MOST_BRACKETS:  # the scanner takes quadratic time for them
+            raise ValueError(f"more than {_MOST_BRACKETS:,} brackets")
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: numbers of thousands of digits, impossible dates
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_yaml(path: Path, overrides: list[str], example: Path) -> dict[str, Any]:
@@ -111,17 +159,16 @@ def read_yaml(path: Path, overrides: list[str], example: Path) -> dict[str, Any]
     """
     hint = f"compare it with {example}"
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        content = parse_yaml(read_file(path, MAX_YAML_BYTES).decode())
+    except FileNotFoundError:
         raise UserError(
             found=f"no configuration file {path}",
             expected="a YAML file of settings",
             hint=f"one of {', '.join(map(str, sorted(example.parent.glob('*.yaml'))))}",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).replace("\n", " ")
+    except ValueError as error:
         raise UserError(
-            found=f"{path}, which is not YAML: {reason}", expected="a YAML file without duplicate keys", hint=hint
+            found=f"{path}, which is not YAML: {error}", expected="a YAML file without duplicate keys", hint=hint
         ) from None
     if not isinstance(content, dict):
         raise UserError(
@@ -156,10 +203,18 @@ def validate(content: dict[str, Any], source: str) -> Config:
         raise UserError(found=f"no {name} in {source}", expected="a value for it", hint=f"add it, or pass {name}=...")
     reason = first["msg"].removeprefix("Value error, ")
     raise UserError(
-        found=f"{name}={first['input']}" if name else reason,
+        found=f"{name}={_brief(first['input'])}" if name else reason,
         expected=reason[0].lower() + reason[1:] if name else "settings that agree with each other",
         hint=f"{name}: {SETTINGS[name]}" if name in SETTINGS else f"change one of them in {source}",
     )
+
+
+def _brief(value: Any) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # a number of thousands of digits
+        text = f"{value:#x}"
+    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
 
 
 def replace_settings(config: Config, values: dict[str, Any], source: str) -> Config:
@@ -186,8 +241,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
             found=f"{override!r}", expected="an override like optim.lr=1e-4", hint="write setting=value, without spaces"
         )
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         value = text
     _set(content, name, value, "the command line")
 

@@ -19,7 +19,7 @@ class LossConfig(BaseConfig):
     """Beta of the effective number of samples, (1 - beta^n) / (1 - beta)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing: fraction of the target spread evenly over all classes."""
-    logit_adjustment: Annotated[float, Field(ge=0)] = 0.0
+    logit_adjustment: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Logit adjustment: this factor times log(class frequency) is added to the logits; 1 is the balanced softmax."""
 
 
@@ -39,7 +39,7 @@ class DistillationConfig(BaseConfig):
     """Run directory or best.pt of the teacher, which sees the student's augmented and mixed images; null for none."""
     weight: Fraction = 0.5
     """Weight of the distillation loss (KL divergence from the teacher); the loss on the labels gets 1 - weight."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
+    temperature: Annotated[float, Field(ge=0.01, le=1000)] = 2.0
     """Temperature of the student's and the teacher's logits in the divergence."""
 
 
@@ -48,13 +48,13 @@ class MixupConfig(BaseConfig):
 
     prob: Fraction = 0.0
     """Probability that a batch is mixed."""
-    mixup_alpha: Annotated[float, Field(ge=0)] = 0.2
+    mixup_alpha: Annotated[float, Field(ge=0, le=1000)] = 0.2
     """Alpha of MixUp's Beta distribution; 0 for no MixUp."""
-    cutmix_alpha: Annotated[float, Field(ge=0)] = 1.0
+    cutmix_alpha: Annotated[float, Field(ge=0, le=1000)] = 1.0
     """Alpha of CutMix's Beta distribution; 0 for no CutMix."""
     switch_prob: Fraction = 0.5
     """Probability of CutMix instead of MixUp for a mixed batch, if both are on."""
-    off_last_epochs: Annotated[int, Field(ge=0)] = 0
+    off_last_epochs: Annotated[int, Field(ge=0, le=10**6)] = 0
     """Number of final epochs without mixing."""
 
     def at(self, epoch: int, epochs: int) -> MixupConfig:

@@ -17,7 +17,11 @@ from trainer.config.objective import DistillationConfig, LossConfig, MixupConfig
 
 BUILTIN_MODELS = (*MIN_RESOLUTION, *PLAIN_CNNS)  # networks defined in trainer.models
 SHARDS_SETTING = "data.shards"  # compared by the digests of the manifests when a run is resumed
+MAX_EPOCHS = 10**6
 Resolution = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
+Epoch = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
+StepNumber = Annotated[int, Field(ge=1, le=10**12)]
+Width = Annotated[int, Field(ge=1, le=2**14)]  # channels or units of a layer
 
 
 def _check_resolution_schedule(resolution: Any) -> Any:
@@ -63,7 +67,9 @@ class DataConfig(BaseConfig):
     split. With neither, the last epoch counts as the best."""
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the remaining training split to train on, stratified by class."""
-    resolution: Annotated[Resolution | tuple[tuple[int, int], ...], BeforeValidator(_check_resolution_schedule)] = 112
+    resolution: Annotated[
+        Resolution | tuple[tuple[Epoch, Resolution], ...], BeforeValidator(_check_resolution_schedule)
+    ] = 112
     """Side of the model's square input in pixels; or a schedule of pairs [first epoch, side], such as [[1, 48],
     [5, 80], [9, 112]]. Evaluation always uses the last side."""
     interpolation: Literal["linear", "cubic", "lanczos", "nearest"] = "linear"
@@ -100,11 +106,11 @@ class LoaderConfig(BaseConfig):
 
     backend: Literal["auto", "dali", "torch"] = "auto"
     """Backend that decodes, transforms and augments; auto is dali on a GPU and torch on a CPU."""
-    batch_size: Annotated[int, Field(ge=1)] = 512
+    batch_size: Annotated[int, Field(ge=1, le=10**6)] = 512
     """Global batch size: images per batch over all ranks."""
     scale_batch_with_resolution: bool = False
     """Keep the number of pixels per batch in a resolution schedule: batch_size applies to the largest resolution."""
-    cache_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    cache_gb: Annotated[float, Field(gt=0, le=10**6)] | Literal["auto"] = "auto"
     """Memory for cached images per process in GB; auto is half of the machine's memory divided by its processes. Larger
     data sets are read through a sliding shuffle window of blocks."""
 
@@ -125,22 +131,22 @@ class ModelConfig(BaseConfig):
     """Dropout rate before the classifier; in cifar_cnn, lenet and numtadb models before every dense layer."""
     drop_path_rate: Fraction = 0.0
     """Stochastic depth rate of the last block."""
-    channel_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    channel_multiplier: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Width multiplier of cifar_efficientnet: 1, 1, 1.1, 1.2, 1.4, 1.6, 1.8 and 2 for B0 to B7."""
-    depth_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    depth_multiplier: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Depth multiplier of cifar_efficientnet: 1, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6 and 3.1 for B0 to B7."""
     stem_stride: Literal[1] | None = None
     """Stride of a timm model's first convolution: 1 for small images, at four times the cost; null for its own."""
-    head_hidden: Annotated[int, Field(ge=1)] | None = None
+    head_hidden: Width | None = None
     """Width of a hidden layer with ReLU before the classifier; null for none."""
-    head_init_std: Annotated[float, Field(gt=0)] | None = None
+    head_init_std: Annotated[float, Field(gt=0, le=100)] | None = None
     """Std of the classifier's initial weights; null for the model's default (EfficientNet and MobileNet:
     0.58/sqrt(classes), which starts overconfident with few classes)."""
-    filters: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    filters: tuple[Width, ...] | None = None
     """Output channels of the convolutions of cifar_cnn, lenet and numtadb models, as [32, 64]; null for their own."""
-    kernel: Annotated[int, Field(ge=1)] | None = None
+    kernel: Annotated[int, Field(ge=1, le=MAX_RESOLUTION)] | None = None
     """Kernel size of all convolutions of cifar_cnn, lenet and numtadb models; null for their own."""
-    dense: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    dense: tuple[Width, ...] | None = None
     """Widths of the dense layers before the classifier of cifar_cnn, lenet and numtadb models; null for their own."""
     gray_input: Literal["summed", "random", "repeated"] = "summed"
     """Adaptation of RGB weights to gray images: sum the first convolution over its channels, initialize it randomly, or
@@ -158,15 +164,15 @@ class OptimConfig(BaseConfig):
 
     name: Literal["adam", "adamw", "lion", "sgd", "sgd_lookahead"] = "adamw"
     """Optimizer; sgd uses momentum, sgd_lookahead is SGD with Nesterov momentum inside Lookahead."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
     """Peak learning rate."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.01
     """Weight decay of weight matrices and kernels, not of biases and norms; decoupled in adamw and lion."""
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Momentum of sgd and sgd_lookahead."""
-    grad_accumulation: Annotated[int, Field(ge=1)] = 1
+    grad_accumulation: Annotated[int, Field(ge=1, le=10**6)] = 1
     """Batches whose gradients are averaged for one optimizer step."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    max_grad_norm: Annotated[float, Field(gt=0, le=10**9)] | None = None
     """Maximum norm of the gradient; null for no clipping."""
 
 
@@ -179,24 +185,24 @@ class ScheduleConfig(BaseConfig):
     stops improving."""
     unit: Literal["step", "epoch"] = "step"
     """Update the learning rate after every optimizer step or after every epoch."""
-    warmup: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[float, Field(ge=0, le=MAX_EPOCHS)] = 0.0
     """Length of the linear warm-up in epochs; 0 for none."""
-    cycle_epochs: Annotated[float, Field(gt=0)] = 8.0
+    cycle_epochs: Annotated[float, Field(ge=0.001, le=MAX_EPOCHS)] = 8.0
     """warm_restarts: epochs from the end of the warm-up to the first restart."""
-    cycle_mult: Annotated[int, Field(ge=1)] = 1
+    cycle_mult: Annotated[int, Field(ge=1, le=1000)] = 1
     """warm_restarts: factor of the cycle length at every restart."""
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Minimum learning rate of cosine, warm_restarts and plateau."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """plateau: factor of each reduction."""
-    patience: Annotated[int, Field(ge=0)] = 2
+    patience: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 2
     """plateau: epochs without improvement before a reduction."""
 
 
 class TrainerConfig(BaseConfig):
     """The training loop."""
 
-    epochs: Annotated[int, Field(ge=1)] = 15
+    epochs: Epoch = 15
     """Passes over the training split."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision; auto is bf16 if supported, but fp32 on CPUs for models with depthwise convolutions."""
@@ -216,9 +222,9 @@ class TrainerConfig(BaseConfig):
     """Average the probabilities over 5 shifted views of each image, or 7 shifted and resized views."""
     profile: bool = False
     """Measure the time of each phase of a step; printed at the end and written to profile.json."""
-    trace: bool | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = False
+    trace: bool | tuple[StepNumber, StepNumber] = False
     """Steps that torch.profiler traces to trace.json.gz: [first, last] of the process; true is [6, 10]."""
-    timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
+    timeout_minutes: Annotated[float, Field(ge=0.001, le=10**6)] = 10.0
     """Ranks time out after this many minutes without contact."""
 
     @property
@@ -230,11 +236,11 @@ class TrainerConfig(BaseConfig):
 class CheckpointConfig(BaseConfig):
     """Checkpoints and resuming."""
 
-    every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    every_minutes: Annotated[float, Field(gt=0, le=10**6)] | None = 10.0
     """Minutes between checkpoints within an epoch; null for none. Every epoch ends with a checkpoint."""
-    every_steps: Annotated[int, Field(ge=1)] | None = None
+    every_steps: StepNumber | None = None
     """Steps between checkpoints within an epoch; null for none."""
-    grace_seconds: Annotated[float, Field(gt=0)] = 25.0
+    grace_seconds: Annotated[float, Field(gt=0, le=10**6)] = 25.0
     """Seconds after SIGTERM or SIGINT at which the process exits even without a checkpoint; keep it below torchrun's
     30."""
     resume_allow_changes: list[str] = Field(default_factory=list)

@@ -23,16 +23,19 @@ _OBJECTIVE = {"data.val_fraction", "trainer.monitor", "data.train_fraction", "se
 _SET_BY_SEARCH = {"data.train_fraction": "train_fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
 
 
+Number = Annotated[int | float, Field(ge=-(10**15), le=10**15)]
+
+
 class Range(BaseConfig):
     """A range of numbers."""
 
     type: Literal["float", "int"]
     """A number from a range, or a whole number."""
-    low: int | float
+    low: Number
     """Smallest value."""
-    high: int | float
+    high: Number
     """Largest value."""
-    step: Annotated[int | float, Field(gt=0)] | None = None
+    step: Annotated[int | float, Field(gt=0, le=10**15)] | None = None
     """Distance of the values; null for any number, or any whole number."""
     log: bool = False
     """Sample from the logarithmic domain."""
@@ -103,7 +106,7 @@ class Sampler(BaseConfig):
 
     name: Literal["tpe", "random"] = "tpe"
     """How values are sampled: by a tree-structured Parzen estimator, or at random."""
-    startup_trials: Annotated[int, Field(ge=1)] = 10
+    startup_trials: Annotated[int, Field(ge=1, le=10**6)] = 10
     """tpe: random trials before the estimator is used."""
 
 
@@ -113,20 +116,20 @@ class Pruner(BaseConfig):
     name: Literal["median", "successive_halving", "none"] = "median"
     """Which trials are pruned: those below the median of the others at the same epoch, or all but one in `reduction`
     at epochs that grow by that factor, or none."""
-    startup_trials: Annotated[int, Field(ge=0)] = 5
+    startup_trials: Annotated[int, Field(ge=0, le=10**6)] = 5
     """median: complete trials before any is pruned."""
-    warmup_epochs: Annotated[int, Field(ge=1)] = 1
+    warmup_epochs: Annotated[int, Field(ge=1, le=10**6)] = 1
     """Epochs that every trial is given."""
-    reduction: Annotated[int, Field(ge=2)] = 3
+    reduction: Annotated[int, Field(ge=2, le=10**6)] = 3
     """successive_halving: factor by which epochs grow and trials become fewer."""
 
 
 class Budget(BaseConfig):
     """End of a search."""
 
-    trials: Annotated[int, Field(ge=1)] | None = None
+    trials: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Trials of the whole study, including pruned ones; null for no limit."""
-    minutes: Annotated[float, Field(gt=0)] | None = None
+    minutes: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Minutes of this command; the next command resumes unfinished trials. Null for no limit."""
 
     @model_validator(mode="after")
@@ -151,7 +154,7 @@ class SearchConfig(BaseConfig):
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the train split, by class, that trials learn from (data.train_fraction); the objective uses the whole
     validation split."""
-    seeds_per_trial: Annotated[int, Field(ge=1)] = 1
+    seeds_per_trial: Annotated[int, Field(ge=1, le=1000)] = 1
     """Trainings of a trial, each with its own seed and validation split; the objective is their mean."""
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()

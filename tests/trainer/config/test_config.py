@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 from conftest import ROOT
 
 from shards import UserError
-from trainer.config.base import format_settings, settings_help
+from trainer.config.base import BaseConfig, format_settings, settings_help
 from trainer.config.load import SETTINGS, load
 from trainer.config.schema import Config, flatten
+from trainer.tune.search_space import Budget, Pruner, Range, Sampler, SearchConfig
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -451,3 +457,119 @@ def test_a_recipe_is_found_by_its_name_from_any_directory(tmp_path: Path, monkey
     assert load(Path("mnist"), []).data.shards == "own"
     error = mistake(Path("quikstart"))
     assert error.found == "no recipe quikstart" and error.hint == "did you mean quickstart?"
+
+
+def bounds_of(annotation: Any) -> Iterator[tuple[type, set[str]]]:
+    """Every number that an annotation allows, with the kinds of its bounds."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        kinds = {
+            kind
+            for field in inner[1:]
+            for each in getattr(field, "metadata", ())
+            for kind in ("ge", "gt", "le", "lt")
+            if hasattr(each, kind)
+        }
+        for number, own in bounds_of(inner[0]):
+            yield number, own | kinds
+    elif annotation in (int, float):
+        yield annotation, set()
+    else:
+        for each in inner:
+            yield from bounds_of(each)
+
+
+def numbers_of(model: type[BaseConfig], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and annotation of every setting that can be a number."""
+    for name, annotation in get_type_hints(model, include_extras=True).items():
+        if isinstance(annotation, type) and issubclass(annotation, BaseConfig):
+            yield from numbers_of(annotation, f"{prefix}{name}.")
+        elif name in model.model_fields and any(bounds_of(annotation)):
+            yield f"{prefix}{name}", annotation
+
+
+@pytest.mark.parametrize("model", [Config, SearchConfig, Range, Sampler, Pruner, Budget], ids=lambda one: one.__name__)
+def test_every_number_has_bounds(model: type[BaseConfig]) -> None:
+    """Numbers decide about memory and time."""
+    for name, annotation in numbers_of(model):
+        for number, kinds in bounds_of(annotation):
+            assert kinds & {"ge", "gt"}, f"{name}: {number} without a lower bound"
+            assert kinds & {"le", "lt"}, f"{name}: {number} without an upper bound"
+
+
+ABSURD = ("1" * 5000, str(10**30), f"-{10**30}", "10**30", "1e400", ".inf", ".nan", "0x" + "f" * 500)
+
+
+@pytest.mark.parametrize("value", ABSURD, ids=lambda value: value[:8])
+def test_absurd_numbers_are_refused_by_one_short_message(value: str) -> None:
+    for name, _ in numbers_of(Config):
+        error = mistake(QUICKSTART, f"{name}={value}")
+        assert error.found.startswith(f"{name}="), name
+        assert len(str(error)) < 1500
+
+
+BOMB = "\n".join(
+    ["a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    + [f"{name}: &{name} [{', '.join([f'*{inner}'] * 9)}]" for inner, name in zip("abcdefgh", "bcdefghi", strict=True)]
+)
+MERGES = "\n".join(
+    ["a: &a {k0: 0, k1: 1, k2: 2, k3: 3}"]
+    + [
+        f"{name}: &{name} {{<<: [{', '.join([f'*{inner}'] * 9)}]}}"
+        for inner, name in zip("abcdef", "bcdefg", strict=True)
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "aliases that expand"),
+        (MERGES, "aliases that expand"),
+        ("data: &a [*a]", "aliases that expand"),
+        ("data: &a {b: *a}", "aliases that expand"),
+        ("[" * 50_000, "more than 1,000 brackets"),
+        ("- " * 40_000, "nested too deeply"),
+        ("? " * 40_000, "nested too deeply"),
+        ("seed: " + "1" * 5000, "digits"),
+        ("seed: 2024-13-45", "month"),
+        ("seed: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ('run: {name: "\\e[2J"}', "control characters"),
+        ('"\\u202edata": 1', "control characters"),
+        ("data: {shards: a}\ndata: {shards: b}", "data twice, in lines 1 and 2"),
+        ("#" * 200_000, "more than 100,000 bytes"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_hostile_files(tmp_path: Path, text: str, words: str) -> None:
+    start = time.perf_counter()
+    tracemalloc.start()
+    try:
+        error = mistake(written(tmp_path, text))
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+    assert words in error.found
+    assert len(str(error)) < 3000
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "/dev/zero", "loop"])
+def test_a_recipe_is_a_regular_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind.strip("/").replace("/", "-")
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if kind == "loop" else kind)
+    assert str(path) in mistake(path).found
+
+
+def test_anchors_and_merge_keys_are_allowed(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, "data: {shards: x}\noptim: &o {lr: 0.5}\nschedule: {min_lr: 0.25}\nloader: &l {batch_size: 8}"
+    )
+    assert load(path, ["trainer.epochs=3"]).optim.lr == 0.5
+    path = written(tmp_path, "data: &d {shards: x}\nloader: {<<: {batch_size: 8}, backend: torch}")
+    assert load(path, []).loader.batch_size == 8
