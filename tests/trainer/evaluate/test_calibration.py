@@ -52,6 +52,8 @@ def test_temperatures_that_no_minimum_bounds() -> None:
     logits, _ = drawn(300, 1.0)
     assert fit_temperature(logits, logits.argmax(axis=1)) == 1.0, "without an error there is nothing to learn from"
     assert fit_temperature(logits, logits.argmin(axis=1)) == pytest.approx(20.0, rel=1e-3), "always wrong: know nothing"
+    first = np.zeros(300, np.int64)  # true of some, and of no later number than any that is predicted
+    assert cross_entropy(logits, first, fit_temperature(logits, first)) < cross_entropy(logits, first, 1.0) - 0.1
     almost = logits.argmax(axis=1)
     almost[0] = logits[0].argsort()[-2]
     assert 1 / 20 <= fit_temperature(100 * logits, almost) <= 20
@@ -91,7 +93,9 @@ def test_an_upper_edge_belongs_to_its_bin() -> None:
         assert Fraction(float(below)) <= edge < Fraction(float(above))
         assert bin_of(below) == number - 1
         assert bin_of(above) == number
-    assert bin_of(np.nextafter(np.float32(1), np.float32(0))) == bin_of(np.float32(1)) == 14
+    one = np.float32(1)
+    assert bin_of(np.nextafter(one, np.float32(0))) == bin_of(one) == 14
+    assert bin_of(np.nextafter(one, np.float32(2))) == 14, "a mean of probabilities may be rounded up"
 
 
 def test_bins_hold_the_means_of_their_samples() -> None:

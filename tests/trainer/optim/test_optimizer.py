@@ -240,8 +240,9 @@ def test_plateau_stops_at_the_floor() -> None:
     assert found[-1] == pytest.approx(FLOOR)
 
 
-def test_a_warm_up_may_take_a_whole_one_cycle() -> None:
-    found = rates(config_of("schedule.name=one_cycle", "trainer.epochs=1", "schedule.warmup=1"))
+@pytest.mark.parametrize("name", ["one_cycle", "cosine"])
+def test_a_warm_up_may_take_the_whole_run(name: str) -> None:
+    found = rates(config_of(f"schedule.name={name}", "trainer.epochs=1", "schedule.warmup=1"))
     assert len(found) == UPDATES and found == sorted(found)
 
 
