@@ -45,6 +45,7 @@ LIBRARIES = (
     "zarr",
 )
 STORE_CONTRACT = "tests/shards/stores/test_store_contract.py"
+SLOW_CONTRACT = f"--deselect={STORE_CONTRACT}::test_what_is_packed_is_read"
 TRANSFORMS = "tests/pipeline/transforms"
 # The tests of each module, fast ones first.
 TESTS = {
@@ -57,8 +58,9 @@ TESTS = {
     "shards/stores/block_cache.py": ["tests/shards/stores/test_block_cache.py"],
     "shards/stores/image_header.py": ["tests/shards/stores/test_image_header.py"],
     "shards/stores/record*.py": ["tests/shards/stores/test_records.py"],
-    "shards/stores/zarr*.py": ["tests/shards/stores/test_zarr_store.py", STORE_CONTRACT],
-    "shards/stores/*.py": ["tests/shards/stores/test_tar_format.py", STORE_CONTRACT, "tests/shards/test_verify.py"],
+    "shards/stores/zarr*.py": ["tests/shards/stores/test_zarr_store.py", STORE_CONTRACT, SLOW_CONTRACT],
+    "shards/stores/tar_members.py": ["tests/shards/test_index.py"],
+    "shards/stores/*.py": ["tests/shards/stores/test_tar_format.py", STORE_CONTRACT, SLOW_CONTRACT],
     "trainer/checkpoint/checkpointer.py": [
         "tests/trainer/checkpoint/test_checkpointer.py",
         "tests/trainer/loop/test_resume.py::test_a_checkpoint_is_due_by_steps_or_minutes",

@@ -213,6 +213,35 @@ def test_spec_of_a_pack_takes_shape_and_orientation_from_the_manifest(synthetic_
     )
 
 
+def test_a_spec_alone_does_not_normalize() -> None:
+    spec = TransformSpec(GRAY, False, 28)
+    assert (spec.mean, spec.std, spec.interpolation) == ((0.0,), (1.0,), "linear")
+    assert not spec.preprocessing
+
+
+@pytest.mark.parametrize(
+    ("shape", "resolution", "needs_resize", "upsamples"),
+    [
+        (GRAY, 28, False, False),
+        (GRAY, 29, True, True),
+        (GRAY, 27, True, False),
+        (RGB, 25, True, True),  # 625 pixels of 620
+        (RGB, 24, True, False),
+        ((28, 20, 1), 28, True, True),
+        ((20, 28, 1), 28, True, True),
+    ],
+)
+def test_a_spec_tells_how_the_size_changes(
+    shape: tuple[int, int, int], resolution: int, needs_resize: bool, upsamples: bool
+) -> None:
+    for transposed in (False, True):
+        spec = spec_of(shape, resolution, transposed=transposed)
+        assert (spec.needs_resize, spec.upsamples) == (needs_resize, upsamples)
+        assert spec.upright_size == (shape[:2] if not transposed else shape[1::-1])
+        assert spec.can_warp_raw == (resolution >= max(shape[:2]))
+        assert not spec_of(shape, resolution, "cubic", transposed).can_warp_raw
+
+
 # The reference itself, anchored to other libraries and to paper.
 
 

@@ -235,6 +235,21 @@ def test_plateau_falls_when_the_figure_stalls(unit: str) -> None:
     assert found == pytest.approx(per_move("epoch", [max(FLOOR, LR / 10**fall) for fall in falls]), rel=1e-6)
 
 
+@pytest.mark.parametrize("updates", [[3, 7, 5], [7, 1, 2], [4, 4, 4]])
+def test_epochs_of_any_number_of_updates_go_equally_far(updates: list[int]) -> None:
+    """As with a batch size that changes: k of n updates are k/n of an epoch, in whole moves of the longest epoch."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=LR)
+    config = config_of("schedule.name=cosine", "trainer.epochs=3")
+    schedule, longest = LRSchedule(optimizer, config, updates), max(updates)
+    for epoch, count in enumerate(updates):
+        for done in range(count):
+            moves = longest * epoch + longest * done // count
+            assert schedule.lr == pytest.approx(cosine(moves / (3 * longest)), rel=1e-6), (epoch, done)
+            optimizer.step()
+            schedule.step_update()
+    assert schedule.lr == pytest.approx(FLOOR)
+
+
 def test_plateau_stops_at_the_floor() -> None:
     found = rates(config_of("schedule.name=plateau", "schedule.patience=0", "schedule.factor=0.01"))
     assert found[-1] == pytest.approx(FLOOR)
