@@ -18,6 +18,7 @@ from support.transform_reference import model_input, resize_axis
 
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.ops.resize import resize_weights
+from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import Transform, TransformSpec
 from shards import UserError, open_split
 
@@ -216,7 +217,7 @@ def test_spec_of_a_pack_takes_shape_and_orientation_from_the_manifest(synthetic_
 def test_a_spec_alone_does_not_normalize() -> None:
     spec = TransformSpec(GRAY, False, 28)
     assert (spec.mean, spec.std, spec.interpolation) == ((0.0,), (1.0,), "linear")
-    assert not spec.preprocessing
+    assert spec.preprocessing == Preprocessing()
 
 
 @pytest.mark.parametrize(
