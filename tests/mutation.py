@@ -128,13 +128,13 @@ def pass_tests(checkout: Path, tests: list[str], timeout: float) -> bool:
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        with open(os.devnull, "w") as nothing:
-            os.dup2(nothing.fileno(), 1)
-            os.dup2(nothing.fileno(), 2)
+        with open(checkout.parent / "output", "w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
         os.chdir(checkout)
         sys.path[0] = str(checkout)
         temporary = checkout.parent / "temporary"
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={temporary}"]
+        options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={temporary}"]
         options += ["--hypothesis-profile=ci"]  # the same examples each time, and no deadlines
         status = 1
         with contextlib.suppress(BaseException):
@@ -159,6 +159,7 @@ def test_module(checkout: Path, argument: str, sample: int, seed: int) -> tuple[
     source = path.read_text(encoding="utf-8")
     started = time.monotonic()
     if not pass_tests(checkout, tests, 600):
+        print((checkout.parent / "output").read_text()[-2000:], file=sys.stderr)
         raise SystemExit(f"error: {' '.join(tests)} fail without a mutation")
     timeout = 10 + 3 * (time.monotonic() - started)
     mutants = survivors = 0
