@@ -106,11 +106,12 @@ def test_a_damaged_last_checkpoint_does_not_drive_out_the_one_before(run: RunDir
     assert steps(run) == {LAST: 3, PREVIOUS: 2}
 
 
-def test_a_kill_between_the_renames_leaves_a_checkpoint(run: RunDirectory) -> None:
+def test_a_kill_between_the_renames_leaves_a_checkpoint(run: RunDirectory, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint.save(run.checkpoints / PREVIOUS, state_of(1) | dict.fromkeys(("classes", "data", "recipe")))
     assert checkpoint.has_checkpoint(run.checkpoints)
     state, path = checkpoint.load_newest(run.checkpoints)
     assert (state["step"], path) == (1, run.checkpoints / PREVIOUS)
+    assert caplog.text == "", "nothing is damaged"
 
 
 def test_a_full_disk_is_survived(

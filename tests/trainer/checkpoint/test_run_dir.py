@@ -121,7 +121,7 @@ def test_files_of_a_run_are_read_as_they_were_written(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.begin(config, {"torch": "2.6"}, history)
     assert load(tmp_path / "config.yaml", []) == config
-    assert json.loads((tmp_path / "env.json").read_text()) == {"torch": "2.6"}
+    assert (tmp_path / "env.json").read_text() == '{\n "torch": "2.6"\n}\n'
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
     directory.write_history(history[:1])
     assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(history[0]) + "\n"
