@@ -92,12 +92,13 @@ def annotations(source: str) -> list[Place]:
 def mutants_of(source: str, sample: int, seed: str, line: int = 0) -> Iterator[tuple[int, str]]:
     """The line and the source of `sample` mutants (0: all) in as many places as possible; of `line` alone if given."""
     ignored = annotations(source)
+    nodes = list(ast_nodes(get_ast(source)))
     mutants = []
     for name in sorted(operator_names()):
         if get_operator(name).arguments():
             continue
         operator = get_operator(name)()
-        places = [place for node in ast_nodes(get_ast(source)) for place in operator.mutation_positions(node)]
+        places = [place for node in nodes for place in operator.mutation_positions(node)]
         for occurrence, (start, end) in enumerate(places):
             if not any(first <= start and end <= last for first, last in ignored):
                 mutants.append((start, operator, occurrence))
