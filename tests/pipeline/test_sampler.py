@@ -228,6 +228,12 @@ def test_only_batches_whose_blocks_and_composition_are_free_may_be_fused() -> No
     assert not SequentialBatchSampler(positions(10), 4).can_fuse
 
 
+def test_a_store_without_blocks_has_blocks_of_one_sample() -> None:
+    order = ShuffledBatchSampler(np.arange(50), 4, 0, shuffle_window_blocks=3).epoch_order(1)
+    same = ShuffledBatchSampler(np.arange(50), 4, 0, block_size=1, shuffle_window_blocks=3).epoch_order(1)
+    assert order.tolist() == same.tolist()
+
+
 def test_a_set_that_fits_has_no_window() -> None:
     assert max_shuffle_window(manifest_of(1000), 1000, 64) is None
     assert max_shuffle_window(manifest_of(1000), 999, 64) is not None

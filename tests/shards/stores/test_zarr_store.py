@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numcodecs
 import numpy as np
 import pytest
 import zarr
@@ -232,6 +233,21 @@ class TestReading:
         np.testing.assert_array_equal(store.read(others), whole.read(others))
         with pytest.raises(UserError, match=f"{path}: block 00000002"):
             store.read(np.array([64]))
+
+    @pytest.mark.parametrize(("column", "value"), [(0, 2**64 - 1), (1, 2**64 - 1), (0, 1 << 30), (1, 1 << 30)], ids=str)
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_a_block_whose_bytes_are_nowhere_is_named(
+        self, packed: Path, tmp_path: Path, place: int, column: int, value: int
+    ) -> None:
+        """In the second shard, of blocks 2 and 3; its index is whole in itself."""
+        out = Path(shutil.copytree(packed, tmp_path / "set"))
+        path = out / "train" / GROUP / "images" / "c" / "1" / "0" / "0" / "0"
+        content = path.read_bytes()
+        index = np.frombuffer(content[-36:-4], "<u8").reshape(2, 2).copy()
+        index[place, column] = value
+        path.write_bytes(content[:-36] + bytes(numcodecs.CRC32C().encode(index.tobytes())))
+        with pytest.raises(UserError, match=f"{path}: block 0000000{2 + place}: its byte range"):
+            open_split(out, "train").read(np.array([64]))
 
     @pytest.mark.parametrize("array", ["labels", "rows"])
     def test_exchanged_labels_and_rows_are_refused(self, tmp_path: Path, array: str) -> None:

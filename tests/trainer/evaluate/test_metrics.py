@@ -84,3 +84,17 @@ def test_most_confused_pairs_come_first_and_right_ones_never() -> None:
 
 def test_a_perfect_classifier_confuses_nothing() -> None:
     assert ConfusionMatrix(np.diag([3, 4])).most_confused(5) == []
+
+
+def test_metrics_of_each_class_have_its_name() -> None:
+    confusion = ConfusionMatrix(np.array([[1, 1, 0], [0, 2, 0], [0, 4, 0]]))
+    assert confusion.class_metrics(["a", "b", "c"]) == [
+        {"name": "a", "samples": 2, "precision": 1, "recall": 0.5, "f1": pytest.approx(2 / 3)},
+        {"name": "b", "samples": 2, "precision": pytest.approx(2 / 7), "recall": 1, "f1": pytest.approx(4 / 9)},
+        {"name": "c", "samples": 4, "precision": 0, "recall": 0, "f1": 0},
+    ]
+    assert {type(value) for row in confusion.class_metrics(["a", "b", "c"]) for value in row.values()} == {
+        str,
+        int,
+        float,
+    }
