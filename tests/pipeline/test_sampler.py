@@ -220,6 +220,8 @@ def test_the_window_leaves_room_for_the_blocks_of_a_batch(slots: int, blocks_per
     batch_size = int(blocks_per_batch * BLOCK)
     assert max_shuffle_window(manifest_of(1_000_000), slots * BLOCK, batch_size) == window
     assert max_shuffle_window(manifest_of(1_000_000), slots * BLOCK + BLOCK - 1, batch_size) == window
+    larger = manifest_of(1_000_000).model_copy(update={"image_shape": (2, 5, 3)})
+    assert max_shuffle_window(larger, slots * BLOCK * 30, batch_size) == window
 
 
 def test_only_batches_whose_blocks_and_composition_are_free_may_be_fused() -> None:
