@@ -28,6 +28,7 @@ from shards.manifest import MANIFEST_NAME
 from shards.open import open_files
 from shards.stores.base import Block, EncodedImage, Layout, Store
 from shards.stores.image_header import MAX_BYTES
+from shards.stores.record_index import check_within
 from shards.stores.records import RecordStore, RecordWriter
 from shards.verify.check import check_split
 
@@ -418,3 +419,16 @@ def test_a_manifest_that_claims_another_store_is_refused(copy: Path) -> None:
 def test_the_command_names_damage_and_says_what_to_do(copy: Path) -> None:
     (copy / "shard-00001.idx").unlink()
     assert_user_error(run_module("shards.verify", copy), "shard-00001.idx", "missing")
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "inside"),
+    [(0, 10, True), (9, 1, True), (0, 11, False), (1, 10, False), (10, 1, False), (-1, 5, False), (3, 0, False)],
+)
+def test_byte_ranges_are_not_empty_and_end_inside_the_shard(offset: int, size: int, inside: bool) -> None:
+    ranges = np.array([[[4, 2], [offset, size]]])
+    if inside:
+        check_within(ranges, 10)
+    else:
+        with pytest.raises(ValueError, match="outside the 10 bytes"):
+            check_within(ranges, 10)
