@@ -49,6 +49,8 @@ def model_of(epoch: int) -> TrainedModel:
         std=(0.5,),
         adapter_state={"version": 1},
         epoch=epoch,
+        tau=0.0,
+        offsets=np.zeros(len(CLASSES), np.float32),
     )
 
 
