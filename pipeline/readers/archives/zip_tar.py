@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import stat
 import struct
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Container
@@ -25,16 +23,17 @@ from pipeline.readers.archives.files import (
 from pipeline.readers.naming import natural_order, printable
 from shards.errors import as_user_error, first_line
 from shards.stores.image_header import MAX_BYTES
+from shards.stores.tar_members import iterate_members
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of name and extra field
 _DEFLATE_OVERHEAD = 8  # bytes by which a deflated member may exceed its content
 _CHUNK = 1 << 20
-_TAR_BLOCK = 512
-_MAX_TAR_HEADER = 1 << 20  # bytes of a long name or a PAX header
-# Errors of zipfile and tarfile for damaged archives. NotImplementedError: an unknown version or flag; struct.error,
+_ZIP_END = 22  # bytes of the record that ends a zip, without its comment
+_MAX_ZIP_END = _ZIP_END + 0xFFFF
+_ZIP_MARKER = 4  # bytes with which archives that could have been split begin
+# Errors of zipfile for damaged archives. NotImplementedError: an unknown version or flag; struct.error,
 # ValueError: fields out of range.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, struct.error, ValueError)
-_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
 
 
 class ZipTree(FileTree):
@@ -52,6 +51,7 @@ class ZipTree(FileTree):
                 infos = archive.infolist()
         except _ZIP_ERRORS as error:
             raise CorruptFileError(first_line(error)) from None
+        _check_zip_bounds(self._file, infos)
         for info in infos:
             if info.is_dir():
                 continue
@@ -152,45 +152,27 @@ def _checked_name(raw: str, others: Container[str]) -> str:
     return name
 
 
-class _HeaderReader(io.FileIO):
-    """A tar file from which only headers are read; a header that claims to be huge is refused."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= _MAX_TAR_HEADER:
-            raise tarfile.ReadError(f"a header of {size:,} bytes at byte {self.tell():,}")
-        return super().read(size)
-
-
 def _tar_members(file: StoredFile) -> dict[str, tuple[int, int]]:
     """Offset and size of every regular file in a tar."""
     members: dict[str, tuple[int, int]] = {}
-    end = 0
     try:
-        headers = _HeaderReader(file.file.fileno(), closefd=False)
-        headers.seek(0)
-        with tarfile.open(fileobj=headers, mode="r:") as archive:
-            while (info := archive.next()) is not None:
-                # tarfile keeps all members, a kilobyte each.
-                archive.members = []  # type: ignore[attr-defined]  # missing in its type stubs
-                # A negative size would lead back to an earlier header, in circles.
-                if info.size < 0 or archive.offset <= end:
-                    raise CorruptFileError(f"the header at byte {end:,} is damaged")
-                end = archive.offset
-                if info.isdir():
-                    continue
-                name = _checked_name(info.name, members)
-                if is_hidden(name):
-                    continue
-                if not info.isreg() or info.issparse():
-                    raise CorruptFileError(f"its member {printable(name)} is a link, a device or a sparse file")
-                if info.offset_data + info.size > file.size:
-                    raise CorruptFileError(f"it is cut short, within {printable(name)}")
-                members[name] = (info.offset_data, info.size)
-    except _TAR_ERRORS as error:
-        raise CorruptFileError(f"not a zip or tar archive, or a damaged one: {first_line(error)}") from None
-    # tarfile ends without an error at a header that it cannot parse.
-    if end + _TAR_BLOCK > file.size:
-        raise CorruptFileError("it is cut short: its end mark is missing")
-    if any(file.read(end, _TAR_BLOCK)):
-        raise CorruptFileError(f"the header at byte {end:,} is damaged")
+        # Another position in the file than that of `file.file`, which forked processes share.
+        with open(file.file.fileno(), "rb", buffering=0, closefd=False) as content:
+            for member in iterate_members(content):
+                name = _checked_name(member.name, members)
+                if not is_hidden(name):
+                    members[name] = (member.offset, member.size)
+    except ValueError as error:
+        raise CorruptFileError(f"not a zip or tar archive, or a damaged one: {error}") from None
     return members
+
+
+def _check_zip_bounds(file: StoredFile, infos: list[zipfile.ZipInfo]) -> None:
+    """Refuse data before the first member or after the end of the directory, such as a second archive."""
+    tail = file.read(max(0, file.size - _MAX_ZIP_END), min(file.size, _MAX_ZIP_END))
+    end = tail.rfind(b"PK\5\6")
+    behind = len(tail) - end - _ZIP_END - int.from_bytes(tail[end + _ZIP_END - 2 : end + _ZIP_END], "little")
+    before = min((info.header_offset for info in infos), default=0)
+    if behind or before > _ZIP_MARKER:
+        where = f"{behind:,} bytes behind its end" if behind else f"{before:,} bytes before its first member"
+        raise CorruptFileError(f"{where}, which belong to no member (two archives in one file?)")

@@ -105,20 +105,20 @@ class TestNames:
 
 class TestMembers:
     @pytest.mark.parametrize(
-        "info",
+        "info, kind",
         [
-            special(tarfile.SYMTYPE, "/etc/passwd"),
-            special(tarfile.LNKTYPE, "0/0.png"),
-            special(tarfile.CHRTYPE),
-            special(tarfile.BLKTYPE),
-            special(tarfile.FIFOTYPE),
-            special(tarfile.GNUTYPE_SPARSE),
+            (special(tarfile.SYMTYPE, "/etc/passwd"), "a symbolic link"),
+            (special(tarfile.LNKTYPE, "0/0.png"), "a hard link"),
+            (special(tarfile.CHRTYPE), "a device"),
+            (special(tarfile.BLKTYPE), "a device"),
+            (special(tarfile.FIFOTYPE), "a pipe"),
+            (special(tarfile.GNUTYPE_SPARSE), "a sparse file"),
         ],
         ids=["symbolic link", "hard link", "character device", "block device", "pipe", "sparse"],
     )
-    def test_of_a_tar_that_are_no_files_are_refused(self, tmp_path: Path, info: tarfile.TarInfo) -> None:
+    def test_of_a_tar_that_are_no_files_are_refused(self, tmp_path: Path, info: tarfile.TarInfo, kind: str) -> None:
         place = write_tar(tmp_path / "a.tar", {**FILES, "0/x.png": info})
-        assert "its member 0/x.png is a link, a device or a sparse file" in refused(place)
+        assert f"'0/x.png' is {kind}" in refused(place)
 
     def test_of_a_zip_that_are_links_are_refused(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -188,13 +188,13 @@ class TestDamage:
         start = content.index(b"0/2.png")
         content[start + 200] ^= 0xFF
         place.write_bytes(content)
-        assert f"the header at byte {start:,} is damaged" in refused(place)
+        assert f"a damaged header (its checksum is wrong) (header at byte {start:,})" in refused(place)
 
     def test_a_tar_without_its_end_is_refused(self, tmp_path: Path) -> None:
         place = write_tar(tmp_path / "a.tar", FILES)
         content = place.read_bytes()
         place.write_bytes(content[: len(content.rstrip(b"\0")) // 512 * 512 + 512])
-        assert "its end mark is missing" in refused(place)
+        assert "it ends without the zeros that end a tar file" in refused(place)
 
     @pytest.mark.parametrize("content", [b"", b"text", b"PK", b"PK\x03\x04", bytes(3000), b"path,label\n" * 100])
     def test_what_is_no_archive_is_told(self, tmp_path: Path, content: bytes) -> None:
@@ -214,7 +214,59 @@ class TestDamage:
     @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
     def test_a_header_that_claims_to_be_huge_is_not_read(self, tmp_path: Path, kind: bytes) -> None:
         place = write_tar(tmp_path / "a.tar", {"x": special(kind, size=7 << 30), **FILES}, "w")
-        assert "a header of 7,516,192,768 bytes" in refused(place)
+        assert "claims 7,516,192,768 bytes" in refused(place)
+
+
+def halves(directory: Path) -> list[bytes]:
+    """Two tars that hold the files together."""
+    names = list(FILES)
+    parts = [{name: FILES[name] for name in chosen} for chosen in (names[:2], names[2:])]
+    return [write_tar(directory / f"half{number}.tar", part).read_bytes() for number, part in enumerate(parts)]
+
+
+class TestConcatenation:
+    """What stands behind the end of an archive is read or refused, never ignored."""
+
+    @pytest.mark.parametrize("zeros", [0, 512, 1 << 20])
+    @pytest.mark.parametrize("compress", [None, gzip.compress], ids=["tar", "gz of both"])
+    def test_tars_in_one_file_are_read_as_one(
+        self, tmp_path: Path, zeros: int, compress: Callable[[bytes], bytes] | None
+    ) -> None:
+        content = bytes(zeros).join(halves(tmp_path)) + bytes(zeros)
+        (tmp_path / "a.tar").write_bytes(compress(content) if compress else content)
+        assert outcome(tmp_path / "a.tar") == "whole"
+
+    def test_compressed_tars_in_one_file_are_read_as_one(self, tmp_path: Path) -> None:
+        (tmp_path / "a.tgz").write_bytes(b"".join(map(gzip.compress, halves(tmp_path))))
+        assert outcome(tmp_path / "a.tgz") == "whole"
+
+    def test_an_interrupted_append_is_refused(self, tmp_path: Path) -> None:
+        first, second = halves(tmp_path)
+        (tmp_path / "a.tar").write_bytes(first + second[:600])
+        assert "claims" in refused(tmp_path / "a.tar")
+
+    @pytest.mark.parametrize("garbage", [b"x", b"x" * 512, b"PK\3\4" * 300, bytes(512) + b"x"])
+    def test_garbage_behind_the_end_is_refused(self, tmp_path: Path, garbage: bytes) -> None:
+        place = write_tar(tmp_path / "a.tar", FILES)
+        place.write_bytes(place.read_bytes() + garbage)
+        assert "header" in refused(place)
+
+    def test_zips_in_one_file_are_refused(self, tmp_path: Path) -> None:
+        names = list(FILES)
+        contents = [
+            write_zip(tmp_path / "half.zip", {name: FILES[name] for name in chosen}).read_bytes()
+            for chosen in (names[:2], names[2:])
+        ]
+        (tmp_path / "a.zip").write_bytes(b"".join(contents))
+        assert f"{len(contents[0]):,} bytes before its first member" in refused(tmp_path / "a.zip")
+        (tmp_path / "a.zip").write_bytes(contents[0] + b"PK\3\4")
+        assert "4 bytes behind its end" in refused(tmp_path / "a.zip")
+
+    def test_a_comment_of_a_zip_is_no_garbage(self, tmp_path: Path) -> None:
+        place = write_zip(tmp_path / "a.zip", FILES)
+        with zipfile.ZipFile(place, "a") as archive:
+            archive.comment = b"by hand"
+        assert outcome(place) == "whole"
 
 
 class TestBombs:
