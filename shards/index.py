@@ -2,7 +2,10 @@
 
     python -m shards.index DIR [--classes FILE]
 
-DIR holds train/*.tar and test/*.tar (and optionally val/*.tar), or is one split. The shards are ordinary WebDataset:
+DIR holds train/*.tar and test/*.tar (and optionally val/*.tar), or shards side by side that are named after their
+splits (train-0000.tar, birds-validation-00.tar), or is one split. Splits may have the names that the Hugging Face Hub
+knows (training, validation, valid, dev, eval, ...). Without a test split, val is the test split. Shards that are not in
+the directory of their split (train/, test/, val/) are linked there. The shards are ordinary WebDataset:
 an image (.jpg, .jpeg, .png, .webp or .bmp) and a class number (.cls) per key; other components are ignored. The shards
 are not changed. The command writes an index (.idx) beside each shard and then a manifest per split.
 """
@@ -10,7 +13,9 @@ are not changed. The command writes an index (.idx) beside each shard and then a
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +29,18 @@ from shards.atomic import read_file, write_file
 from shards.cli import plural, program_name, run_command
 from shards.cpus import available_cpus
 from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors, printable
-from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest, RawFile, Shard
+from shards.manifest import (
+    MANIFEST_NAME,
+    REQUIRED_SPLITS,
+    SPLITS,
+    VALIDATION,
+    Manifest,
+    RawFile,
+    Shard,
+    is_packed_dataset,
+    split_named,
+    splits_in,
+)
 from shards.stores.base import INDEX_VERSION, read_at
 from shards.stores.image_header import read_image_header
 from shards.stores.record_index import (
@@ -37,6 +53,7 @@ from shards.stores.record_index import (
     read_records,
 )
 
+_TAR_NAME = re.compile(r"^[^.].*\.(tar(\.[a-z0-9]+)?|t[gbx]z2?)$", re.IGNORECASE)
 _MAX_CLASSES = 1_000_000
 _MOST_CLASS_BYTES = 64 << 20  # of a file of class names
 _MAX_HEADER = 16 << 20  # bytes of an image file in which its size must be found
@@ -65,8 +82,10 @@ def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifes
     Raises:
         UserError: If the shards cannot be used for training. Nothing is written then.
     """
-    splits = _find_splits(directory)
-    scans = {split: _scan_split(path, split) for split, path in splits.items()}
+    shards = _find_splits(directory)
+    is_one = len(shards) == 1  # a split, whose shards are in the directory itself
+    splits = {split: directory if is_one else directory / split for split in sorted(shards, key=SPLITS.index)}
+    scans = {split: _scan_split(shards[split], path, split) for split, path in splits.items()}
     all_scans = [scan for split in splits for scan in scans[split]]
     highest = max(int(scan.labels.max()) for scan in all_scans)
     classes = class_names or tuple(map(str, range(highest + 1)))
@@ -84,6 +103,7 @@ def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifes
     for split, path in splits.items():
         _check_existing_manifest(path, manifests[split])
     for split, path in splits.items():
+        _link(shards[split], path)
         for scan in scans[split]:
             _write_if_absent(path / index_name(scan.shard), scan.content)
     for split, path in splits.items():
@@ -110,38 +130,99 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _find_splits(directory: Path) -> dict[str, Path]:
-    """Return the splits of a data set by name, or the directory itself."""
+def _find_splits(directory: Path) -> dict[str, list[Path]]:
+    """Return the shards of each split: of directories named after splits, or side by side and named after splits."""
     if not directory.is_dir():
         raise NotFoundError(
             found=f"no such directory: {directory}",
             expected="a directory of tar shards",
             hint="name the directory that holds the shards",
         )
-    splits = {split: directory / split for split in SPLITS if (directory / split).is_dir()}
-    missing = [split for split in REQUIRED_SPLITS if split not in splits]
-    if splits and missing:
+    shards = _shards_in(directory, directory)
+    inside = {
+        path: found for path in sorted(directory.iterdir()) if path.is_dir() and (found := _shards_in(path, directory))
+    }
+    if shards and inside:
+        raise _unclear(f"{next(iter(inside))}, a directory of shards beside {shards[0].name}", directory)
+    splits = _splits_by_name(directory, shards) if shards else {}
+    if len(splits) == 1:
+        return splits
+    for path, found in inside.items():
+        split = split_named(path.name)
+        if split is None or split in splits:
+            fault = f"a second {split} split" if split else "which is named after no split"
+            raise _unclear(f"{path}, {fault}", directory)
+        splits[split] = found
+    if not splits:
+        raise NotFoundError(
+            found=f"{directory} without .tar files",
+            expected="uncompressed tar shards, which allow random access",
+            hint="name the directory that holds the shards, or train/ and test/",
+        )
+    train, test = REQUIRED_SPLITS
+    # A directory `val` would remain a split of the packed set.
+    if train in splits and test not in splits and VALIDATION in splits and directory / VALIDATION not in inside:
+        splits[test] = splits.pop(VALIDATION)
+    if missing := [split for split in REQUIRED_SPLITS if split not in splits]:
+        alone = min(inside, default=directory / REQUIRED_SPLITS[0])
         raise NotFoundError(
             found=f"{directory} with {' and '.join(splits)}, but without {' and '.join(missing)}",
             expected=f"the splits {' and '.join(REQUIRED_SPLITS)}, and optionally val",
-            hint=f"add or rename one: {directory / missing[0]}; or index one split alone: {directory / min(splits)}",
+            hint=f"to test on the validation split: mv {directory / VALIDATION} {directory / missing[0]}"
+            if VALIDATION in splits
+            else f"add {directory / missing[0]}; or index one split alone: python -m shards.index {alone}",
         )
-    name = directory.absolute().name
-    return splits or {name if name in SPLITS else REQUIRED_SPLITS[0]: directory}
+    return splits
 
 
-def _scan_split(directory: Path, split: str) -> list[_Scan]:
-    paths = sorted(path for path in directory.glob("*.tar") if not path.name.startswith("."))
-    if not paths:
-        compressed = next((path for kind in ("*.tar.*", "*.tgz") for path in sorted(directory.glob(kind))), None)
+def _splits_by_name(directory: Path, shards: list[Path]) -> dict[str, list[Path]]:
+    """The splits of shards in one directory: that of the directory, or those in their names."""
+    splits: dict[str, list[Path]] = {}
+    for path in shards:
+        named = splits_in(path.stem)
+        if len(named) > 1:
+            raise _unclear(f"{path}, named after the splits {' and '.join(sorted(named))}", directory)
+        splits.setdefault(next(iter(named), ""), []).append(path)
+    own = split_named(directory.absolute().name)
+    others = splits.keys() - {"", own}
+    if own and not (others if own == REQUIRED_SPLITS[0] else len(others) > 1):
+        return {own: shards}
+    if own or (len(splits) > 1 and "" in splits):
+        odd = splits[""][0] if "" in splits else splits[min(others)][0]
+        raise _unclear(f"{odd}, whose name says no split or another than that of other shards", directory)
+    if list(splits) == [""]:
+        return {REQUIRED_SPLITS[0]: shards}
+    return splits
+
+
+def _shards_in(directory: Path, root: Path) -> list[Path]:
+    """The shards in a directory, without the links to shards below `root` that this command has made."""
+    paths = [path for path in sorted(directory.iterdir()) if _TAR_NAME.search(path.name) and path.is_file()]
+    paths = [path for path in paths if not (path.is_symlink() and root.resolve() in path.resolve().parents)]
+    if odd := next((path for path in paths if path.suffix != ".tar"), None):
         raise NotFoundError(
-            found=f"{directory} without .tar files" + (f", but with {compressed.name}" if compressed else ""),
+            found=f"{odd}, which is compressed, or named otherwise than .tar",
             expected="uncompressed tar shards, which allow random access",
-            hint="uncompress them" if compressed else "name the directory that holds the shards, or train/ and test/",
+            hint=f"uncompress it (gunzip {odd}), rename it to .tar, or move it elsewhere",
         )
+    return paths
+
+
+def _unclear(found: str, directory: Path) -> MismatchError:
+    return MismatchError(
+        found=found,
+        expected="one directory per split (train, test, val), or shards that are all named after their split, as "
+        "train-0000.tar",
+        hint=f"move the shards of each split into {directory}/train, {directory}/test and {directory}/val",
+    )
+
+
+def _scan_split(paths: list[Path], directory: Path, split: str) -> list[_Scan]:
+    """Read the shards of a split, whose indices are to be written into a directory."""
     # Reading and hashing run in parallel.
     with ThreadPoolExecutor(available_cpus()) as pool:
-        scans = list(tqdm(pool.map(_scan, paths), f"indexing {split}", len(paths), unit=" shards", disable=None))
+        scanned = pool.map(lambda path: _scan(path, directory), paths)
+        scans = list(tqdm(scanned, f"indexing {split}", len(paths), unit=" shards", disable=None))
     with_rows = [scan.shard.name for scan in scans if scan.with_rows]
     without = [scan.shard.name for scan in scans if not scan.with_rows]
     if with_rows and without:
@@ -153,8 +234,13 @@ def _scan_split(directory: Path, split: str) -> list[_Scan]:
     return scans
 
 
-def _scan(path: Path) -> _Scan:
-    """Read a shard completely; raise `UserError` if it cannot be used for training."""
+def _scan(path: Path, directory: Path) -> _Scan:
+    """Read a shard completely; raise `UserError` if it cannot be used for training.
+
+    Args:
+        path: The shard.
+        directory: The directory of its split, where its index is.
+    """
     lines: list[str] = []
     labels: list[int] = []
     with_rows, gray = False, True
@@ -177,7 +263,9 @@ def _scan(path: Path) -> _Scan:
         raise UserError(f"{path} without any record", "images with labels", "remove it, or download it again")
     content = index_content(lines)
     shard = Shard(samples=len(lines), blocks_crc32=(), **RawFile.of(path.parent, path.name).model_dump())
-    return _Scan(shard, _existing_index(path, content) or content, np.array(labels, np.int64), with_rows, gray)
+    return _Scan(
+        shard, _existing_index(directory / path.name, content) or content, np.array(labels, np.int64), with_rows, gray
+    )
 
 
 def _existing_index(shard: Path, content: bytes) -> bytes | None:
@@ -228,6 +316,15 @@ def _check_existing_manifest(directory: Path, manifest: Manifest) -> None:
         )
 
 
+def _link(shards: list[Path], directory: Path) -> None:
+    """Make shards available in the directory of their split."""
+    with os_errors_as_user_errors(directory):
+        directory.mkdir(exist_ok=True)
+        for path in shards:
+            if path.parent != directory and not (link := directory / path.name).exists():
+                link.symlink_to(os.path.relpath(path.resolve(), directory.resolve()))
+
+
 def _write_if_absent(path: Path, content: bytes) -> None:
     """Write a file. An existing file has been checked: it is equivalent."""
     if not path.exists():
@@ -250,7 +347,14 @@ def main() -> int:
             f"in {plural(len(manifest.shards), 'shard')}, {manifest.packed_bytes:,} bytes, "
             f"{'gray' if manifest.image_shape[2] == 1 else 'color'}"
         )
-    print(f"train on them with data.shards={arguments.directory}")
+    dataset = arguments.directory
+    if not is_packed_dataset(dataset):
+        dataset = dataset.absolute().parent
+    if is_packed_dataset(dataset):
+        print(f"train on them with data.shards={dataset}")
+    else:
+        print(f"this is one split; training needs {' and '.join(REQUIRED_SPLITS)}: move the shards of each into")
+        print(f"{dataset}/{f' and {dataset}/'.join(REQUIRED_SPLITS)}, then: python -m shards.index {dataset}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal, TypeAlias
 
@@ -17,10 +18,26 @@ MANIFEST_NAME = "manifest.json"
 REQUIRED_SPLITS = ("train", "test")
 VALIDATION = "val"  # optional
 SPLITS = (*REQUIRED_SPLITS, VALIDATION)
+# The names by which the Hugging Face Hub recognizes splits.
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    VALIDATION: ("val", "valid", "validation", "dev"),
+}
 StoreKind = Literal["tar", "zarr", "records"]
 Content: TypeAlias = bytes | memoryview
 _MOST_BYTES = 1 << 28  # of a manifest
 MOST_BLOCK_BYTES = 1 << 30  # of pixels: readers hold a block in memory
+
+
+def split_named(name: str) -> str | None:
+    """Return the split (`train`, `test` or `val`) that a directory, file or array of this name holds, or None."""
+    return next((split for split, names in _SPLIT_NAMES.items() if name.lower() in names), None)
+
+
+def splits_in(name: str) -> set[str]:
+    """Return the splits that the words of a file name stand for: `val` for `birds-validation-00.tar`."""
+    return {split for word in re.split("[^A-Za-z]+", name) if (split := split_named(word))}
 
 
 class _Record(BaseModel):

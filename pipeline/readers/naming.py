@@ -10,25 +10,13 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.errors import printable as printable
-from shards.manifest import REQUIRED_SPLITS, SPLITS, VALIDATION
+from shards.manifest import REQUIRED_SPLITS, SPLITS
+from shards.manifest import split_named as split_named
+from shards.manifest import splits_in as splits_in
 
 TRAIN, TEST = REQUIRED_SPLITS
-_SPLIT_NAMES = {
-    "train": TRAIN,
-    "training": TRAIN,
-    "test": TEST,
-    "testing": TEST,
-    "val": VALIDATION,
-    "valid": VALIDATION,
-    "validation": VALIDATION,
-}
 _MAX_NAMES = 5  # in a message
 _NUMBER = re.compile("[0-9]+")
-
-
-def split_named(name: str) -> str | None:
-    """Return the split (`train`, `test` or `val`) that a directory, file or array of this name holds, or None."""
-    return _SPLIT_NAMES.get(name.lower())
 
 
 def natural_key(name: str) -> tuple[str, str]:

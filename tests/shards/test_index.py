@@ -23,6 +23,7 @@ from webdataset.tariterators import base_plus_ext
 
 from shards import Manifest, UserError, open_split
 from shards.index import index, read_classes
+from shards.manifest import SPLITS
 from shards.open import open_store
 from shards.stores.base import Store
 from shards.stores.image_header import MAX_BYTES
@@ -320,6 +321,83 @@ def test_a_val_part_is_indexed_too_and_all_parts_have_the_same_classes_and_chann
     assert [manifest.counts for manifest in manifests] == [(4, 0, 0), (4, 0, 0), (0, 0, 4)]
 
 
+def flat(directory: Path, *names: str) -> Path:
+    """Shards side by side, each with two records of its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(tar(*records(2 * number, 2 * number + 1)))
+    return directory
+
+
+def shard_names(directory: Path) -> dict[str, list[str]]:
+    return {manifest.split: [shard.name for shard in manifest.shards] for manifest in index(directory, None)}
+
+
+@pytest.mark.parametrize(
+    "train, test, val",
+    [
+        (["train-00000-of-00002.tar", "train-00001-of-00002.tar"], ["test-00000.tar"], ["validation-00000.tar"]),
+        (["set-train-0000.tar"], ["set-test-00.tar"], ["set-val-00.tar"]),
+        (["a_train_0.tar"], ["a_eval_0.tar"], ["a_dev_0.tar"]),
+        (["training.tar"], ["testing.tar"], ["valid.tar"]),
+        (["Train0.tar"], ["TEST0.tar"], ["dev0.tar"]),
+        (["training/0.tar", "training/1.tar"], ["evaluation/0.tar"], ["validation/0.tar"]),
+        (["train/0.tar"], ["test/0.tar"], ["dev/0.tar"]),
+    ],
+    ids=lambda names: names[0],
+)
+def test_splits_side_by_side_are_told_apart(tmp_path: Path, train: list[str], test: list[str], val: list[str]) -> None:
+    out = flat(tmp_path / "birds", *train, *test, *val)
+    splits = dict(zip(SPLITS, (train, test, val), strict=True))
+    expected = {split: [Path(name).name for name in names] for split, names in splits.items()}
+    before = digests(out)
+    for _ in range(2):  # indexing again changes nothing
+        assert shard_names(out) == expected
+    assert digests(out) == before
+    for split, names in splits.items():
+        assert open_split(out, split).labels.tolist() == [0, 1] * len(names)
+        assert check_split(out / split)[1] == []
+
+
+@pytest.mark.parametrize(
+    "names", [["set-train-0000.tar", "set-validation-00.tar"], ["train/0.tar", "validation/1.tar"]]
+)
+def test_val_is_the_test_split_where_there_is_none(tmp_path: Path, names: list[str]) -> None:
+    assert {*shard_names(flat(tmp_path, *names))} == {"train", "test"}
+    assert check_split(tmp_path / "test")[1] == []
+    assert "data.shards=" in run_module("shards.index", tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["train-0.tar", "val-0.tar", "extra-0.tar"], "extra-0.tar, whose name says no split"),
+        (["train-val-0.tar", "test-0.tar"], "train-val-0.tar, named after the splits train and val"),
+        (["train/train-0.tar", "train/val-0.tar", "test/0.tar"], None),
+        (["train/0.tar", "test/0.tar", "extra/0.tar"], "extra, which is named after no split"),
+        (["train/0.tar", "test/0.tar", "testing/0.tar"], "testing, a second test split"),
+        (["train/0.tar", "val-0.tar"], "train, a directory of shards beside val-0.tar"),
+        (["train/0.tar", "test/0.tar", "train/1.TAR"], "1.TAR, which is compressed, or named otherwise"),
+        (["train/0.tar", "test/0.tar", "train/1.tar.gz"], "1.tar.gz, which is compressed"),
+        (["val-0.tar", "test-0.tar"], "without train"),
+    ],
+    ids=str,
+)
+def test_no_shard_is_indexed_as_another_split_or_left_out(tmp_path: Path, names: list[str], words: str | None) -> None:
+    flat(tmp_path / "birds", *names)
+    error = refusal(lambda: index(tmp_path / "birds" / ("" if words else "train"), None))
+    assert (words or "val-0.tar, whose name says") in error.found
+    assert_nothing_written(tmp_path / "birds")
+
+
+def test_the_advice_of_a_single_split_leads_to_a_data_set(tmp_path: Path) -> None:
+    shown = run_module("shards.index", flat(tmp_path / "birds" / "train", "0.tar")).stdout
+    assert f"then: python -m shards.index {tmp_path / 'birds'}" in shown
+    flat(tmp_path / "birds" / "test", "0.tar")
+    assert f"data.shards={tmp_path / 'birds'}" in run_module("shards.index", tmp_path / "birds").stdout
+
+
 def test_gray_pictures_make_a_gray_set(tmp_path: Path) -> None:
     samples = [
         {"__key__": "a", "png": picture(pixels(6, 6, 1)), "cls": 0},
@@ -410,7 +488,7 @@ def test_labels_beyond_the_named_classes_are_refused(tmp_path: Path) -> None:
 
 
 def assert_nothing_written(directory: Path) -> None:
-    assert {path.suffix for path in directory.rglob("*") if path.is_file()} <= {".tar", ".gz", ".tgz"}
+    assert {path.suffix for path in directory.rglob("*") if path.is_file()} <= {".tar", ".TAR", ".gz", ".tgz"}
 
 
 GOOD = (("g.jpg", PICTURE), ("g.cls", LABEL))
