@@ -16,11 +16,12 @@ from conftest import ROOT
 
 from shards import Manifest, UserError
 from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint import trained_model
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel, load_model, load_trained_model
 from trainer.config.load import load
-from trainer.config.schema import CheckpointConfig
+from trainer.config.schema import CheckpointConfig, ModelConfig
 from trainer.models.factory import make_model
 
 LAST, PREVIOUS, BEST = checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST
@@ -234,16 +235,23 @@ def test_the_best_model_is_read_as_it_was_written(run: RunDirectory, fitted: boo
         assert torch.equal(built(images), expected) and expected.shape == (2, 3)
 
 
-def test_a_model_is_built_without_its_initial_weights(tmp_path: Path) -> None:
+def test_a_model_is_built_without_its_initial_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They may be gone, and `pretrained` would download some."""
-    best = model_of(3)
+    best, asked = model_of(3), []
+
+    def made(settings: ModelConfig, channels: int, classes: int) -> torch.nn.Module:
+        asked.append((settings.pretrained, settings.init_checkpoint))
+        return make_model(settings, channels, classes)
+
+    monkeypatch.setattr(trained_model, "make_model", made)
     settings = best.config.model.model_copy(update={"pretrained": True, "init_checkpoint": tmp_path / "gone.pt"})
-    config = best.config.model_copy(update={"model": settings})
-    assert load_model(best.weights, config, 1, 3, torch.device("cpu"))
+    load_model(best.weights, best.config.model_copy(update={"model": settings}), 1, 3, torch.device("cpu"))
+    assert asked == [(False, None)]
 
 
 def test_data_of_other_classes_are_refused() -> None:
     best = model_of(1)
     best.check_classes(Manifest.model_construct(classes=CLASSES), "data")
-    with pytest.raises(UserError, match="digits with classes a c b"):
-        best.check_classes(Manifest.model_construct(classes=("a", "c", "b")), "digits")
+    for other in (("a", "c", "b"), ("a", "a", "c"), ("a", "b"), ("a", "b", "c", "d")):
+        with pytest.raises(UserError, match=f"digits with classes {' '.join(other)}\n"):
+            best.check_classes(Manifest.model_construct(classes=other), "digits")
