@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import stat
@@ -44,6 +45,12 @@ def read_file(path: Path, most_bytes: int) -> bytes:
         expected=f"a file of up to {most_bytes:,} bytes, not a directory, device, pipe or socket",
         hint="name the right file, or copy the content to a file first",
     )
+
+
+log = logging.getLogger(__name__)
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_WAIT_SILENTLY = 10.0  # seconds
 
 
 def make_directory(path: Path) -> None:
@@ -90,18 +97,29 @@ def file_lock(path: Path, busy: UserError | None = None) -> Iterator[None]:
         path: The lock file.
         busy: The error to raise if another process holds the lock; None: wait for it.
     """
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock outlives a dead host
     with os_errors_as_user_errors(path):
         try:
-            lock.acquire(timeout=0 if busy else -1)
-        except Timeout:
-            assert busy is not None
-            raise busy from None
+            _acquire(lock, busy)
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+            log.warning("%s is on a file system without locks: run one process at a time", path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         lock.release()
+
+
+def _acquire(lock: FileLock, busy: UserError | None) -> None:
+    try:
+        lock.acquire(timeout=0 if busy else _WAIT_SILENTLY)
+    except Timeout:
+        if busy is not None:
+            raise busy from None
+        log.warning("waiting for another process that holds %s", lock.lock_file)
+        lock.acquire()
 
 
 def sync_directory(path: Path) -> None:
@@ -129,8 +147,10 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write names no file
         raise
     sync_directory(path.parent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -15,11 +16,15 @@ USER_ERROR_STATUS = 2
 
 
 class Terminated(BaseException):
-    """SIGTERM as an exception, so that `finally` clauses remove incomplete files."""
+    """A signal as an exception, so that `finally` clauses remove incomplete files."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
 
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+    raise Terminated(signum)
 
 
 def program_name(module: str) -> str:
@@ -37,8 +42,12 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     The exit status is the function's result (None: 0), 2 for a `UserError`, or 128 + the number of a signal.
     """
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _raise_terminated)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _raise_terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a class name that the terminal's encoding lacks
     try:
         status = main() or 0
     except UserError as error:
@@ -46,7 +55,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         status = USER_ERROR_STATUS
     except (KeyboardInterrupt, Terminated) as error:
         print("stopped", file=sys.stderr)
-        status = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+        status = 128 + (error.signum if isinstance(error, Terminated) else signal.SIGINT)
     except BrokenPipeError:
         # The program that reads our output (head, less) has ended. Without this the interpreter reports it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_UNUSABLE = {errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENXIO}
+_UNUSABLE = {errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EIO, errno.ESTALE}
 _MAX_LINE = 2000  # characters of a line of a message
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from shards.errors import os_errors_as_user_errors
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel
@@ -22,8 +23,9 @@ log = logging.getLogger(__name__)
 class Checkpointer:
     """Writes the checkpoints of a run on rank 0, in the order of `save`; a context manager that waits at its end.
 
-    If the disk is full, a warning is logged, training continues, and the previous checkpoint stays. `best.pt` is
-    written before `last.pt`, so it holds the best epoch that `last.pt` names, or a later one.
+    If the disk is full, a warning is logged, training continues, and the previous checkpoint stays; `ensure_saved`
+    tries again at the end. `best.pt` is written before `last.pt`, so it holds the best epoch that `last.pt` names, or a
+    later one.
 
     Args:
         run_dir: The run directory.
@@ -37,6 +39,7 @@ class Checkpointer:
         self._settings = settings
         self._last_is_intact = last_is_intact
         self._unsaved_best: TrainedModel | None = None
+        self._unsaved_state: dict[str, Any] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._writing: Future[None] | None = None
         self._saved_step = step
@@ -87,26 +90,34 @@ class Checkpointer:
         return self._unsaved_best or TrainedModel.load(self._run_dir.best)
 
     def replace_best(self, best: TrainedModel) -> None:
-        """Write the best checkpoint again, with its post-hoc calibration; log a warning if the disk is full."""
+        """Set the best checkpoint with its post-hoc calibration, which `ensure_saved` writes."""
         self.finish()
         self._unsaved_best = best
-        try:
-            self._write_best()
-        except OSError as error:
-            log.warning("%s not updated: %s", self._run_dir.best, error.strerror or error)
 
-    def _write_best(self) -> None:
+    def ensure_saved(self) -> None:
+        """Write the newest state and the best checkpoint if they are not on disk.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        self.finish()
+        with os_errors_as_user_errors(self._run_dir.checkpoints):
+            self._write_unsaved()
+
+    def _write_unsaved(self) -> None:
         if self._unsaved_best is not None:
             checkpoint.save(self._run_dir.best, self._unsaved_best.state_dict())
             self._unsaved_best = None
+        if self._unsaved_state is not None:
+            checkpoint.save_last(self._run_dir.checkpoints, self._unsaved_state, keep=self._last_is_intact)
+            self._last_is_intact = True
+            self._run_dir.write_history(self._unsaved_state["history"])
+            self._unsaved_state = None
 
     def _write(self, state: dict[str, Any], best: TrainedModel | None) -> None:
-        self._unsaved_best = best or self._unsaved_best
+        self._unsaved_state, self._unsaved_best = state, best or self._unsaved_best
         try:
-            self._write_best()
-            checkpoint.save_last(self._run_dir.checkpoints, state, keep=self._last_is_intact)
-            self._last_is_intact = True
-            self._run_dir.write_history(state["history"])
+            self._write_unsaved()
         except OSError as error:
             log.warning(
                 "checkpoint for epoch %d, step %d not written to %s: %s. Training continues; the previous checkpoint "

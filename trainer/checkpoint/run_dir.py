@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.atomic import file_lock, make_directory, write_file
-from shards.errors import UserError
+from shards.errors import UserError, os_errors_as_user_errors
 from trainer.checkpoint import io as checkpoint
 from trainer.config.schema import Config
 
@@ -44,8 +45,18 @@ class RunDirectory:
         )
         return file_lock(self.checkpoints / _LOCK, busy)
 
+    def discard_if_empty(self) -> None:
+        """Remove the directory of a run that has written no file."""
+        for directory in (self.checkpoints, self.path):
+            with contextlib.suppress(OSError):  # it does not exist, or is not empty
+                directory.rmdir()
+
     def begin(self, config: Config, environment: dict[str, Any], history: list[dict[str, Any]]) -> None:
-        """Write the settings, the environment and the metrics of the epochs that are complete."""
+        """Write the settings, the environment and the metrics of the epochs that are complete.
+
+        The summary of a complete run that continues with more epochs is removed.
+        """
+        self.summary_path.unlink(missing_ok=True)
         write_file(self.config, config.to_yaml())
         write_file(self.environment, json.dumps(environment, indent=1) + "\n")
         self.write_history(history)
@@ -98,11 +109,21 @@ def choose_run_dir(config: Config, earlier: Path | None = None) -> tuple[RunDire
         for run in runs:
             if checkpoint.has_checkpoint(run.checkpoints) and not run.summary_path.exists():
                 return run, True
+    return RunDirectory(_new_directory(root)), False
+
+
+def _new_directory(root: Path) -> Path:
+    """Make a directory named by date and time; runs that start in the same second get different ones."""
+    make_directory(root)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    names = itertools.chain([stamp], (f"{stamp}_{number}" for number in itertools.count(2)))
-    return RunDirectory(next(root / name for name in names if not (root / name).exists())), False
+    with os_errors_as_user_errors(root):
+        for name in itertools.chain([stamp], (f"{stamp}_{number}" for number in itertools.count(2))):
+            with contextlib.suppress(FileExistsError):
+                (root / name).mkdir()
+                return root / name
+    raise AssertionError("unreachable")
 
 
 def _is_unused(path: Path) -> bool:
-    """Whether a directory holds no file except the lock of a run that was killed at its start."""
-    return path.is_dir() and all(inner.is_dir() or inner.name == _LOCK for inner in path.rglob("*"))
+    """Whether a directory holds only what a run that was killed at its start leaves: hidden files and directories."""
+    return path.is_dir() and all(inner.is_dir() or inner.name.startswith(".") for inner in path.rglob("*"))

@@ -76,10 +76,10 @@ def fit(training: Training, services: RunServices) -> None:
 
     Args:
         training: Changed in place.
-        services: See `open_services`. An exception of a logger is raised after the checkpoint of the epoch.
+        services: See `open_services`.
 
     Raises:
-        Interrupted: After a SIGINT or SIGTERM; the checkpoint is written.
+        Interrupted: After a signal (see `record_signals`); the checkpoint is written.
         NonFiniteLossError: A loss or gradient is not finite.
     """
     while training.state.epoch < training.config.trainer.epochs:
@@ -96,7 +96,7 @@ def train_epoch(training: Training, services: RunServices) -> None:
     """Train from the current step to the end of the epoch; its totals are in `training.state.epoch_totals`.
 
     Raises:
-        Interrupted: After a SIGINT or SIGTERM; the checkpoint is written.
+        Interrupted: After a signal; the checkpoint is written.
         NonFiniteStep: A loss or gradient is not finite.
     """
     state, world, train = training.state, training.world, training.data.train
@@ -303,8 +303,11 @@ def _end_epoch(training: Training, services: RunServices) -> None:
 def evaluate_best(training: Training, services: RunServices) -> Evaluation:
     """Evaluate the best epoch on the test split, calibrated on the validation split if there is one.
 
+    All checkpoints are on disk when it returns.
+
     Raises:
-        Interrupted: After a SIGINT or SIGTERM.
+        Interrupted: After a signal.
+        UserError: A checkpoint cannot be written.
     """
     data, settings, world = training.data, training.config.trainer, training.world
     trained = world.run_on_main(services.checkpointer.best)
@@ -321,4 +324,5 @@ def evaluate_best(training: Training, services: RunServices) -> Evaluation:
     posthoc_kwargs = trained.posthoc_kwargs()
     evaluation = evaluate(model, data.test, settings, world, services.signals_received, **posthoc_kwargs)
     training.profile.mark("test")
+    world.run_on_main(services.checkpointer.ensure_saved)
     return evaluation

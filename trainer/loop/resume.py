@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.compat import changed_settings, check_fits
@@ -12,6 +15,8 @@ from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
 from trainer.loop.state import Training, make_training
 from trainer.runtime.distributed import World
+
+log = logging.getLogger(__name__)
 
 # Options of a parameter group that come from the settings; the others are state of the optimizer.
 _GROUP_SETTINGS = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "momentum")
@@ -32,6 +37,16 @@ def open_training(
     def load() -> tuple[dict[str, Any], Path]:
         saved, source = checkpoint.load_newest(run_dir.checkpoints)
         check_fits(saved, config, data.classes, data.digest, source)
+        threads = torch.get_num_threads()
+        if world.device.type == "cpu" and saved.get("threads", threads) != threads:
+            log.warning(
+                "%s was written with %d threads, this process has %d: sums are added in another order, so the weights "
+                "will differ in their last bits. For bit-identical weights set OMP_NUM_THREADS=%d.",
+                source,
+                saved["threads"],
+                threads,
+                saved["threads"],
+            )
         return saved, source
 
     saved, source = world.run_on_main(load) if resuming else (None, None)

@@ -163,6 +163,7 @@ class Training:
             **self.compatibility_fields(),
             "window": train.window,
             "steps": train.steps(self.state.epoch),
+            "threads": torch.get_num_threads(),
             **self.state.state_dict(),
         }
 

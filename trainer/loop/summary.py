@@ -7,34 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from shards.atomic import write_file
+from shards.atomic import replace_file, write_file
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.evaluate.evaluator import Evaluation
 from trainer.loop.state import Training
 from trainer.report import run_page
-from trainer.runtime.loggers import MetricLogger
 from trainer.runtime.profiler import TimeProfile, format_profile
 
 
-def write_results(
-    training: Training, evaluation: Evaluation, run_dir: RunDirectory, loggers: list[MetricLogger]
-) -> dict[str, Any]:
+def write_results(training: Training, evaluation: Evaluation, run_dir: RunDirectory) -> dict[str, Any]:
     """Write predictions, report and, last, the summary, which marks a run as complete.
 
     Args:
         training: A completed training.
         evaluation: The best epoch on the test split.
         run_dir: The run directory.
-        loggers: Further receivers of the summary.
 
     Returns:
         The contents of `summary.json`.
     """
     summary = summarize(training, evaluation)
-    np.savez_compressed(run_dir.predictions, **vars(evaluation.predictions))
+    with replace_file(run_dir.predictions) as file:
+        np.savez_compressed(file, **vars(evaluation.predictions))
     run_page.write(run_dir.path, training.data.test_store, summary, training.state.history)
-    for logger in loggers:
-        logger.log_summary(summary)
     run_dir.write_summary(summary)
     return summary
 

@@ -9,18 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+from shards.errors import os_errors_as_user_errors
 from shards.remote.datasets import resolve_dataset
 from trainer.checkpoint.run_dir import RunDirectory, choose_run_dir
 from trainer.config import load as config
 from trainer.config.schema import Config
 from trainer.data.training_data import open_data
+from trainer.evaluate.evaluator import Evaluation
 from trainer.loop import console, engine, resume
 from trainer.loop.state import Training, make_training
 from trainer.loop.summary import write_profile, write_results
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed, report_errors_on_main
 from trainer.runtime.env_info import collect_env_info
-from trainer.runtime.loggers import check_installed, open_loggers
+from trainer.runtime.loggers import MetricLogger, check_installed, open_loggers
+from trainer.runtime.output import ignore_output_errors
 from trainer.runtime.rendezvous import get_run_dir_of_job, set_run_dir_of_job
 from trainer.runtime.signals import Interrupted
 
@@ -39,7 +42,7 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
     Raises:
         UserError: Settings or data cannot be used.
     """
-    with report_errors_on_main(), contextlib.ExitStack() as stack:
+    with ignore_output_errors(), report_errors_on_main(), contextlib.ExitStack() as stack:
         settings = _load_settings(path, overrides)
         world = stack.enter_context(init_distributed(settings.device, settings.trainer.timeout_minutes))
         settings = resolve_auto(settings, world.device)
@@ -47,8 +50,10 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
         if is_dry_run:
             return _dry_run(make_training(settings, data, world))
         run_dir, resuming = world.run_on_main(lambda: choose_run_dir(settings, get_run_dir_of_job(settings.run)))
+        world.run_on_main(lambda: stack.callback(run_dir.discard_if_empty))
         training, source = resume.open_training(settings, data, world, run_dir, resuming)
-        if resuming and world.run_on_main(run_dir.summary_path.exists):
+        is_complete = resuming and training.state.epoch >= settings.trainer.epochs
+        if is_complete and world.run_on_main(run_dir.summary_path.exists):
             if world.is_main_process:
                 print(f"run already complete: {run_dir.path}")
                 console.print_summary(run_dir.read_summary(), run_dir)
@@ -67,10 +72,18 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
                 write_profile(training, run_dir)
                 console.print_stopped(training, run_dir)
             return 128 + stop.signum
-        if world.is_main_process:
-            write_profile(training, run_dir)
-            console.print_summary(write_results(training, evaluation, run_dir, loggers), run_dir)
+        world.run_on_main(lambda: _finish(training, evaluation, run_dir, loggers))
         return 0
+
+
+def _finish(training: Training, evaluation: Evaluation, run_dir: RunDirectory, loggers: list[MetricLogger]) -> None:
+    """Write the results, then print them; runs on rank 0."""
+    with os_errors_as_user_errors(run_dir.path):
+        write_profile(training, run_dir)
+        summary = write_results(training, evaluation, run_dir)
+    for logger in loggers:
+        logger.log_summary(summary)
+    console.print_summary(summary, run_dir)
 
 
 def _dry_run(training: Training) -> int:
@@ -111,5 +124,6 @@ def _begin(training: Training, run_dir: RunDirectory, source: Path | None) -> No
         "data": training.data.digest,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    run_dir.begin(training.config, environment, training.state.history)
+    with os_errors_as_user_errors(run_dir.path):
+        run_dir.begin(training.config, environment, training.state.history)
     console.print_head(training, run_dir, source)

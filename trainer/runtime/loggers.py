@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shards.atomic import write_file
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from trainer.config.schema import Config
 
 log = logging.getLogger(__name__)
 
 _WANDB_ID = "wandb_id"
+_WANDB_TIMEOUT = 60.0  # seconds
 _TENSORBOARD = "tensorboard"
 
 
@@ -32,6 +35,36 @@ class MetricLogger:
         """Write what is buffered."""
 
 
+class GuardedLogger(MetricLogger):
+    """A logger that cannot stop a run: at its first exception it is closed with a warning.
+
+    Args:
+        name: Name of the service, for the warning.
+        open_logger: Opens the logger.
+    """
+
+    def __init__(self, name: str, open_logger: Callable[[], MetricLogger]) -> None:
+        self._name = name
+        self._logger = MetricLogger()
+        self._attempt(lambda: setattr(self, "_logger", open_logger()))
+
+    def log_epoch(self, record: dict[str, Any]) -> None:
+        self._attempt(lambda: self._logger.log_epoch(record))
+
+    def log_summary(self, summary: dict[str, Any]) -> None:
+        self._attempt(lambda: self._logger.log_summary(summary))
+
+    def close(self) -> None:
+        self._attempt(lambda: self._logger.close())
+
+    def _attempt(self, operation: Callable[[], None]) -> None:
+        try:
+            operation()
+        except Exception as error:
+            log.warning("%s failed: %s. Training continues without it.", self._name, first_line(error))
+            self._logger = MetricLogger()
+
+
 class WandbLogger(MetricLogger):
     """Weights & Biases: online with an API key, otherwise offline (files in the run directory).
 
@@ -41,25 +74,30 @@ class WandbLogger(MetricLogger):
     def __init__(self, config: Config, directory: Path) -> None:
         import wandb
 
-        try:
-            mode = "online" if wandb.login(prompt=False) else "offline"
-        except wandb.Error as error:  # there is a key, but it cannot be used now
-            log.warning("Weights & Biases is offline (%s); upload the run later with `wandb sync`", error)
-            mode = "offline"
-        mode = os.environ.get("WANDB_MODE", mode)
         id_path = directory / _WANDB_ID
         if not id_path.exists():
             write_file(id_path, uuid.uuid4().hex[:12])
-        self._run = wandb.init(
-            id=id_path.read_text(),
-            resume="allow" if mode == "online" else None,
-            project=config.logging.wandb_project,
-            name=directory.name if config.run.dir else f"{config.run.name} {directory.name}",
-            dir=directory,
-            mode=mode,  # type: ignore[arg-type]  # wandb checks the value of WANDB_MODE
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True),
-        )
+
+        def init(mode: str) -> wandb.Run:
+            return wandb.init(
+                id=id_path.read_text(),
+                resume="allow" if mode == "online" else None,
+                project=config.logging.wandb_project,
+                name=directory.name if config.run.dir else f"{config.run.name} {directory.name}",
+                dir=directory,
+                mode=mode,  # type: ignore[arg-type]  # wandb checks the value of WANDB_MODE
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True, init_timeout=_WANDB_TIMEOUT),
+            )
+
+        try:
+            self._run = init(os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline"))
+        except Exception as error:  # the key, the run or the project is refused, or the server does not answer
+            log.warning("Weights & Biases is offline: %s", first_line(error))
+            wandb.teardown()
+            self._run = init("offline")
+        if self._run.settings.mode == "offline":
+            log.warning("Weights & Biases: upload the run with: wandb sync %s", Path(self._run.dir).parent)
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         self._run.log(record, step=record["epoch"])
@@ -68,7 +106,12 @@ class WandbLogger(MetricLogger):
         self._run.summary.update(summary)
 
     def close(self) -> None:
-        self._run.finish()
+        # The upload may wait hours for a server that has gone.
+        thread = threading.Thread(target=self._run.finish, name="wandb finish", daemon=True)
+        thread.start()
+        thread.join(_WANDB_TIMEOUT)
+        if thread.is_alive():
+            raise TimeoutError(f"no end of the upload; complete it with: wandb sync {Path(self._run.dir).parent}")
 
 
 class TensorBoardLogger(MetricLogger):
@@ -127,7 +170,7 @@ def open_loggers(config: Config, directory: Path, history: list[dict[str, Any]])
     """
     loggers: list[MetricLogger] = []
     if config.logging.wandb == "auto":
-        loggers.append(WandbLogger(config, directory))
+        loggers.append(GuardedLogger("Weights & Biases", lambda: WandbLogger(config, directory)))
     if config.logging.tensorboard:
-        loggers.append(TensorBoardLogger(directory, history))
+        loggers.append(GuardedLogger("TensorBoard", lambda: TensorBoardLogger(directory, history)))
     return loggers

@@ -1,4 +1,4 @@
-"""Record SIGTERM and SIGINT, so that training stops at its next optimizer step, with a deadline."""
+"""Record the signals of users and schedulers, so that training stops at its next optimizer step, with a deadline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from types import FrameType
 
 from trainer.runtime.distributed import World
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A closed terminal sends SIGHUP; schedulers announce the end of a job by SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows lacks some
 
 
 class Interrupted(Exception):
@@ -36,10 +38,11 @@ def raise_if_signalled(world: World, signals_received: Sequence[int]) -> None:
 
 @contextmanager
 def record_signals(grace: float) -> Iterator[list[int]]:
-    """Record SIGINT and SIGTERM instead of exiting.
+    """Record SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU instead of exiting.
 
-    A second SIGINT raises `KeyboardInterrupt`. A second SIGTERM does not, because a scheduler sends one to every
-    process and torchrun forwards its own.
+    Signals that the process ignores, for instance SIGHUP under nohup, are still ignored. A second SIGINT raises
+    `KeyboardInterrupt`. A second SIGTERM does not, because a scheduler sends one to every process and torchrun forwards
+    its own.
 
     Args:
         grace: Seconds from the first signal until the process exits with status 128 + signal if this context is still
@@ -55,7 +58,8 @@ def record_signals(grace: float) -> Iterator[list[int]]:
         if received.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, record) for number in _SIGNALS}
+    recorded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, record) for number in recorded}
     try:
         with _deadline(grace):
             yield received

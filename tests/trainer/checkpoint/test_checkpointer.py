@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from conftest import ROOT
 
 from shards import Manifest, UserError
+from shards.errors import DiskFullError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import trained_model
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -138,11 +138,9 @@ def test_a_full_disk_is_survived(
             assert steps(run) == {LAST: 1}
             assert checkpointer.best().epoch == 2
             assert load_trained_model(run.path).epoch == 1
-            caplog.clear()
             checkpointer.replace_best(replace(model_of(2), temperature=1.5))
-            assert caplog.record_tuples == [
-                ("trainer.checkpoint.checkpointer", logging.WARNING, f"{run.best} not updated: No space left on device")
-            ]
+            with pytest.raises(DiskFullError, match="no space left on device"):
+                checkpointer.ensure_saved()
             assert checkpointer.best().temperature == 1.5
         checkpointer.save(state_of(3))
         checkpointer.finish()

@@ -98,7 +98,7 @@ def test_without_run_dir_the_newest_run_that_can_be_resumed_is(tmp_path: Path, m
     directory, resumes = choose_run_dir(config_of("run.name=mine", "resume=auto"))
     assert (directory.path, resumes) == (wanted, True)
     fresh, resumes = choose_run_dir(config_of("run.name=mine"))
-    assert fresh.path.parent == runs and not fresh.path.exists() and not resumes
+    assert fresh.path.parent == runs and not any(fresh.path.iterdir()) and not resumes
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", fresh.path.name)
     none, resumes = choose_run_dir(config_of("run.name=unknown", "resume=auto"))
     assert none.path.parent == Path("runs") / "unknown" and not resumes
@@ -109,7 +109,6 @@ def test_runs_of_one_second_have_different_names(tmp_path: Path, monkeypatch: py
     names = []
     for _ in range(4):
         directory, _ = choose_run_dir(config_of("run.name=mine"))
-        directory.path.mkdir(parents=True)
         names.append(directory.path.name)
     for _, same in itertools.groupby(names, key=lambda name: name[:19]):
         stamp, *later = same

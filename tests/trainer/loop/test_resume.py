@@ -20,6 +20,7 @@ import yaml
 from conftest import free_port, pack_splits, run_module, synthetic_splits
 
 from shards import UserError
+from shards.errors import DiskFullError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
@@ -266,7 +267,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
     assert history(whole) == history(crowded)
 
 
-def test_the_best_epoch_that_the_disk_does_not_take_is_what_is_tested(
+def test_a_run_whose_best_epoch_the_disk_does_not_take_is_not_complete(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = checkpoint.save
@@ -276,9 +277,13 @@ def test_the_best_epoch_that_the_disk_does_not_take_is_what_is_tested(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(path, state)
 
-    monkeypatch.setattr(checkpoint, "save", full)
-    assert train(recipe, tmp_path / "run") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(DiskFullError, match="no space left on device"):
+            train(recipe, tmp_path / "run")
     assert newest(tmp_path / "run")["best_epoch"] == 0, "no checkpoint tells of a best epoch that is not there"
+    assert not (tmp_path / "run" / "summary.json").exists(), "the run is not complete"
+    assert train(recipe, tmp_path / "run", "resume=auto") == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_epoch"] == 3
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from trainer.config.load import validate
 from trainer.config.schema import Config
 from trainer.run import main as run_main
 from trainer.runtime import loggers
-from trainer.runtime.loggers import TensorBoardLogger, WandbLogger, check_installed, open_loggers
+from trainer.runtime.loggers import GuardedLogger, TensorBoardLogger, WandbLogger, check_installed, open_loggers
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,8 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path: Path, monkeypatch:
     asked: list[dict[str, Any]] = []
 
     class Quiet:
+        settings = SimpleNamespace(mode="online")
+
         def finish(self) -> None: ...
 
     import wandb
@@ -125,7 +128,7 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path: Path, monkeypatch:
         (tmp_path / place).mkdir(exist_ok=True)
         monkeypatch.setattr(wandb, "login", lambda logged_in=logged_in, **_: logged_in)
         (logger,) = open_loggers(config, tmp_path / place, [])
-        assert isinstance(logger, WandbLogger)
+        assert isinstance(logger, GuardedLogger) and isinstance(logger._logger, WandbLogger)
         logger.close()
     first, again, offline, other = asked
     assert first["id"] == again["id"] == offline["id"] == (tmp_path / "a" / "wandb_id").read_text()

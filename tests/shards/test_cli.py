@@ -1,0 +1,43 @@
+"""Commands print names in any encoding, and end by signals and broken pipes with the status of a shell."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = f"from shards.cli import run_command\n{code}"
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_name_that_the_encoding_lacks_is_escaped(encoding: str) -> None:
+    process = run("run_command(lambda: print('class \\u4e00'))", PYTHONIOENCODING=encoding)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "class \\u4e00\n", "")
+
+
+def test_an_error_message_too() -> None:
+    code = (
+        "from shards import UserError\ndef fail(): raise UserError('class \\u4e00', 'one', 'none')\nrun_command(fail)"
+    )
+    process = run(code, PYTHONIOENCODING="ascii")
+    assert process.returncode == 2 and "error: class \\u4e00\n" in process.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_runs_the_clean_up(number: signal.Signals) -> None:
+    code = (
+        "import signal\ndef main():\n    try:\n"
+        f"        signal.raise_signal({int(number)})\n    finally:\n        print('removed')\nrun_command(main)"
+    )
+    process = run(code)
+    assert (process.returncode, process.stdout, process.stderr) == (128 + number, "removed\n", "stopped\n")
