@@ -28,12 +28,13 @@ def read_file(path: Path, most_bytes: int) -> bytes:
     try:
         status = path.stat()
         if stat.S_ISREG(status.st_mode):
-            most = min(status.st_size, most_bytes)
-            with open(path, "rb") as file:
-                content = file.read(most + 1)
-            if len(content) <= most:
-                return content
-            reason = f"more than {most:,} bytes"
+            reason = f"more than {most_bytes:,} bytes"
+            if status.st_size <= most_bytes:
+                with open(path, "rb") as file:
+                    content = file.read(status.st_size + 1)
+                if len(content) <= status.st_size:
+                    return content
+                reason = "it grows"
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
     except ValueError as error:  # a zero byte in the path

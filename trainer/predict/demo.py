@@ -12,8 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
+import socket
 import sys
 import threading
+import time
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,6 +39,8 @@ _TOP = 5
 _MAX_BYTES = 1 << 20  # of a drawing
 _MAX_PIXELS = 1 << 21
 _TIMEOUT = 10.0  # seconds for a request to arrive
+_ANSWER_TIMEOUT = 600.0  # seconds
+_MOST_CONNECTIONS = 32
 _MIN_SIDE = 224  # of the displayed model input, in pixels
 
 
@@ -140,8 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(HTTPStatus.BAD_REQUEST, "no length of the drawing")
         if len(length) > 9 or int(length) > _MAX_BYTES:
             return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a drawing has up to {_MAX_BYTES:,} bytes")
+        drawing = self.rfile.read(int(length))
+        self.server.extend(self.connection, _ANSWER_TIMEOUT)
         try:
-            answer = self.server.classifier.classify(self.rfile.read(int(length)))
+            answer = self.server.classifier.classify(drawing)
         except UnusableImageError as error:
             return self._refuse(HTTPStatus.BAD_REQUEST, str(error))
         self._send(HTTPStatus.OK, json.dumps(answer).encode(), "application/json")
@@ -164,6 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
+        self.server.extend(self.connection)
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Do not log single requests."""
@@ -173,6 +181,7 @@ class Server(ThreadingHTTPServer):
     """The page on a port of this machine."""
 
     daemon_threads = True
+    request_queue_size = _MOST_CONNECTIONS
 
     def __init__(self, classifier: DrawingClassifier, port: int) -> None:
         """Bind the port; 0 selects a free one.
@@ -181,6 +190,8 @@ class Server(ThreadingHTTPServer):
             UserError: The port is in use or not permitted.
         """
         self.classifier = classifier
+        self._free = threading.Semaphore(_MOST_CONNECTIONS)
+        self._deadlines: dict[socket.socket, float] = {}
         try:
             super().__init__((_HOST, port), _Handler)
         except OSError as error:
@@ -189,6 +200,34 @@ class Server(ThreadingHTTPServer):
                 expected="a free port that this user may open",
                 hint="stop the program that uses it, or take a free port: --port 0",
             ) from None
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread; beyond the maximum, the connection nearest to its deadline is closed."""
+        if not self._free.acquire(blocking=False):
+            self._close_before(min(self._deadlines.copy().values(), default=0.0))
+            self._free.acquire()
+        self.extend(request)
+        super().process_request(request, client_address)
+
+    def extend(self, request: socket.socket, seconds: float | None = None) -> None:
+        """Give a connection time: for an answer, or for its next request (the default)."""
+        self._deadlines[request] = time.monotonic() + (_TIMEOUT if seconds is None else seconds)
+
+    def service_actions(self) -> None:
+        """Close the connections whose time is over. `serve_forever` calls this twice a second."""
+        self._close_before(time.monotonic())
+
+    def _close_before(self, deadline: float) -> None:
+        for request, its_deadline in self._deadlines.copy().items():
+            if its_deadline <= deadline:
+                with suppress(OSError):  # already closed
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection, after its thread has ended or could not be started."""
+        super().shutdown_request(request)
+        if self._deadlines.pop(request, None) is not None:
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore browsers that disconnect before the answer; report all other exceptions."""

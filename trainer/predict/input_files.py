@@ -17,6 +17,7 @@ from pipeline.readers.formats.csv import read_csv
 from pipeline.readers.formats.image import EXTENSIONS
 from pipeline.readers.naming import natural_key, printable, some_of
 from shards import UserError
+from shards.atomic import read_file
 from shards.errors import as_user_error
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS
 from shards.open import open_dataset_or_split
@@ -72,7 +73,7 @@ def find_inputs(names: Sequence[str], predictor: Predictor) -> list[ImageFile | 
         elif path.suffix.lower() == ".csv":
             inputs += _table(path, predictor)
         elif path.exists():
-            inputs.append(ImageFile(path, None))
+            inputs.append(_image_file(path, None, name))
         else:
             files = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
             kind = "no file that matches" if glob.has_magic(name) else "no such file:"
@@ -101,12 +102,19 @@ def _read_split(store: Store, batch_size: int) -> Iterator[Sample]:
 def _read(file: ImageFile, adapter: InputAdapter) -> Sample:
     name = printable(str(file.path))
     try:
-        if file.path.stat().st_size > MAX_BYTES:
-            raise UnusableImageError(f"more than {MAX_BYTES:,} bytes")
-        adapted = adapter.adapt(file.path.read_bytes())
+        adapted = adapter.adapt(read_file(file.path, MAX_BYTES))
     except (UnusableImageError, OSError) as error:
         return Sample(name, file.label, None, getattr(error, "strerror", None) or str(error))
+    except UserError as error:
+        return Sample(name, file.label, None, printable(error.found.removeprefix(f"{file.path}: ")))
     return Sample(name, file.label, adapted.image, adapted.description)
+
+
+def _image_file(path: Path, label: int | None, source: str) -> ImageFile:
+    """Return an image file; raise `UserError` for a device, pipe, socket or directory, which has no end."""
+    if path.exists() and not path.is_file():
+        raise UserError(found=f"{source}: {path} is not a regular file", expected=_KINDS, hint=f"ls -l {path}")
+    return ImageFile(path, label)
 
 
 def _image_files(files: list[Path], missing: str, directory: Path) -> list[ImageFile]:
@@ -121,7 +129,7 @@ def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
     Without column names, a row is a path and a class.
     """
     try:
-        table = read_csv(path.read_bytes(), str(path))
+        table = read_csv(read_file(path, MAX_BYTES), str(path))
     except OSError as error:
         raise as_user_error(error, path) from None
     if (path.parent / table.columns[0]).is_file():
@@ -136,7 +144,10 @@ def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
                 expected=f"a class of the run: {some_of(predictor.classes)}",
                 hint="correct this line, or name the image files to predict them without labels",
             )
-    images = [ImageFile(path.parent / file, numbers[label]) for file, label in zip(files, labels, strict=True)]
+    images = [
+        _image_file(path.parent / file, numbers[label], table.line(row))
+        for row, (file, label) in enumerate(zip(files, labels, strict=True))
+    ]
     if not any(image.path.is_file() for image in images):
         raise UserError(
             found=f"{path}, none of whose image files exists ({images[0].path})",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import functools
+import html
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import jinja2
 from PIL import Image
 
 from pipeline.preview import to_png
+from shards.errors import printable
 from trainer.runtime.progress import duration
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -28,6 +31,7 @@ def _environment(directory: Path) -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"duration": duration, "percent": percent, "thousands": "{:,}".format}
+    environment.filters |= {"md": markdown_text, "code": markdown_code, "fenced": markdown_fenced}
     return environment
 
 
@@ -40,6 +44,25 @@ def render(template: str, directory: Path = _TEMPLATES, **content: Any) -> str:
         content: Variables of the template.
     """
     return _environment(directory).get_template(template).render(**content)
+
+
+def markdown_text(text: object) -> str:
+    """Escape foreign text for a line of Markdown, in which HTML is active."""
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(printable(str(text)), quote=False))
+
+
+def markdown_code(text: object, in_table: bool = False) -> str:
+    """Return foreign text as a code span of Markdown, whatever backticks it contains."""
+    line = printable(str(text))
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " if len(fence) > 1 or not line.strip() else ""
+    return f"{fence}{pad}{line.replace('|', chr(92) + '|') if in_table else line}{pad}{fence}"
+
+
+def markdown_fenced(text: str, language: str) -> str:
+    """Return foreign text as a fenced code block of Markdown."""
+    fence = "`" * max(3, *(1 + len(run) for run in re.findall("`+", text)), 3)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def image_url(picture: Image.Image) -> str:

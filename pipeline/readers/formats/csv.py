@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from pipeline.readers.naming import printable, some_of
 from shards.errors import UserError
 
 _SEPARATORS = ",;\t"
+_NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,14 @@ def read_csv(content: bytes, path: str) -> CsvTable:
 
 
 def format_csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """Format a table as CSV."""
+    """Format a table as CSV. Texts that a spreadsheet would run as a formula get an apostrophe in front."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerow(map(_inert, header))
+    writer.writerows(map(_inert, row) for row in rows)
     return text.getvalue()
+
+
+def _inert(value: object) -> object:
+    is_formula = isinstance(value, str) and len(value) > 1 and value[0] in "=+-@\t\r" and not _NUMBER.fullmatch(value)
+    return f"'{value}" if is_formula else value

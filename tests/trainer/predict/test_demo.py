@@ -12,7 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from PIL import Image, ImageDraw
 from support import warm_process
 
 from shards import UserError
+from trainer.predict import demo
 from trainer.predict.demo import DrawingClassifier, Server
 from trainer.predict.predictor import Predictor
 
@@ -141,6 +145,40 @@ def test_it_is_reached_from_this_machine_alone(server: int) -> None:
     for address in addresses - {"127.0.0.1"}:
         with pytest.raises(OSError), socket.create_connection((address, server), timeout=5):
             pass
+
+
+def test_slow_and_idle_clients_do_not_keep_others_out(server: int) -> None:
+    """More connections than threads: silent ones, and ones in the middle of a head or a body."""
+    starts = (b"", b"GET / HTTP/1.1\r\n", b"POST /predict HTTP/1.1\r\nHost: localhost:%d\r\n" % server)
+    starts += (starts[2] + b"Content-Type: image/png\r\nContent-Length: 1000\r\n\r\nabc",)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", server), timeout=30)) for _ in range(120)]
+        for number, client in enumerate(clients):
+            with suppress(OSError):
+                client.sendall(starts[number % len(starts)])
+        start = time.monotonic()
+        for _ in range(3):
+            assert ask(server, "POST", "/predict", drawing(), PNG)[0] == 200
+        assert time.monotonic() - start < 9, "before the deadline of the others"
+        assert clients[0].recv(1) == b"", "the oldest was closed"
+
+
+def test_a_slow_client_is_closed_at_its_deadline(digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_TIMEOUT", 0.5)
+    with Server(DrawingClassifier(Predictor(digits_run)), 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as client:
+            start = time.monotonic()
+            while time.monotonic() - start < 10:  # a byte each 0.1 s is never a timeout of the socket
+                try:
+                    client.sendall(b"G")
+                except OSError:
+                    break
+                time.sleep(0.1)
+            assert time.monotonic() - start < 8
+        server.shutdown()
+        thread.join()
 
 
 def test_a_port_in_use_is_told(server: int, digits_run: Path) -> None:

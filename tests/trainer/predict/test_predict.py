@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import socket
+import struct
 import sys
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,3 +216,80 @@ def test_mistakes_are_told(
             predict(digits_run, *images)
     with pytest.raises(UserError, match="no checkpoint"):
         predict(tmp_path, pictures)
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> dict[str, Path]:
+    """Paths that exist and have no end, no content or no meaning."""
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.png"))
+    return {path.stem: path for path in tmp_path.iterdir()} | {"zero": Path("/dev/zero")}
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket", "zero"])
+def test_what_has_no_end_is_refused(predict: Predict, digits_run: Path, endless: dict[str, Path], kind: str) -> None:
+    with pytest.raises(UserError, match=f"{endless[kind]} is not a regular file"):
+        predict(digits_run, endless[kind])
+    table = endless["fifo"].with_name("table.csv")
+    table.write_text(f"file,label\nx.png,7\n{endless[kind]},7\n")
+    with pytest.raises(UserError, match=f"table.csv line 3: {endless[kind]} is not a regular file"):
+        predict(digits_run, table)
+    table.unlink()
+    table.symlink_to(endless[kind])
+    with pytest.raises(UserError, match="not a regular file"):
+        predict(digits_run, table)
+
+
+def test_a_directory_of_what_is_no_file(predict: Predict, digits_run: Path, endless: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="no image in"):
+        predict(digits_run, endless["fifo"].parent)
+    with pytest.raises(UserError, match="no such file"):
+        predict(digits_run, endless["loop"])
+
+
+def test_bombs_are_unusable_images(
+    predict: Predict, digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    body = b"IHDR" + size
+    head = (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+        + struct.pack(">I", 9)
+        + b"IDAT"
+    )
+    (tmp_path / "bomb.png").write_bytes(head)
+    with open(tmp_path / "large.png", "wb") as file:
+        file.write(head)
+        file.truncate(1 << 36)
+    tracemalloc.start()
+    try:
+        assert predict(digits_run, tmp_path) == 1
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
+    printed = capsys.readouterr().out
+    assert "Image size (3600000000 pixels) exceeds limit" in printed
+    assert "more than 268,435,456 bytes" in printed
+
+
+def test_names_cannot_control_the_terminal_or_a_spreadsheet(
+    predict: Predict,
+    digits_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "=cmd|'\x1b[2J\u202egpj.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert predict(digits_run, next(Path().iterdir()), "--csv", "out.csv") == 1
+    printed = capsys.readouterr().out
+    assert printed.replace("\n", "").isprintable()
+    assert "\\x1b[2J\\u202egpj.png" in printed
+    (row,) = csv.DictReader(Path("out.csv").read_text().splitlines())
+    assert row["file"] == "'=cmd|'\\x1b[2J\\u202egpj.png"
