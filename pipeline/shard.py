@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--workers", type=int, metavar="N", help="number of processes (default: number of CPUs)")
 
     add = parser.add_argument_group("storage format").add_argument
-    add("--store", choices=("tar", "zarr", "records"), help="tar blocks (default), zarr, or image files as they are")
+    add("--store", choices=("tar", "zarr", "records"), help="tar blocks (default), zarr, or encoded image files")
     add("--compression", choices=("zstd", "none"), default="zstd", help="compression of a zarr store (default: zstd)")
     add(
         "--block-size",

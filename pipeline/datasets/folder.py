@@ -1,4 +1,4 @@
-"""Image files of any origin: PNG, JPEG, WebP, BMP or GIF in a directory, or in a zip or tar archive.
+"""Image files of any origin: PNG, JPEG, WebP, BMP, GIF or TIFF in a directory, or in a zip or tar archive.
 
 `--raw` names the directory or archive, in one of these layouts:
 - `CLASS/...`: one directory per class, with any directories inside. All images are the train split.

@@ -4,10 +4,10 @@
 directories, begin with the split: `train-00000-of-00002.parquet`, `data/test-00000-of-00001.parquet`,
 `validation/0000.parquet`. Other files are the train split.
 
-The image column holds the bytes of PNG, JPEG, WebP, BMP or GIF files, or a struct with them in a field `bytes`. It is
-named image or img, or is the only one of its kind, or --image-column names it. Labels are integers or texts in a column
-label, labels, fine_label, class or target, or --label-column. The class names are those of the data set's metadata in
-the file (`huggingface`), or the texts, or the numbers.
+The image column holds the bytes of PNG, JPEG, WebP, BMP, GIF or TIFF files, or a struct with them in a field `bytes`.
+It is named image or img, or is the only one of its kind, or --image-column names it. Labels are integers or texts in a
+column label, labels, fine_label, class or target, or --label-column. The class names are those of the data set's
+metadata in the file (`huggingface`), or the texts, or the numbers.
 
 The files are read once, some rows at a time (at least a page of the file, usually megabytes), and the images are kept
 in a temporary file (TMPDIR), from which they are decoded in the order of the pack. Needs pyarrow:

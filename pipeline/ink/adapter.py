@@ -89,7 +89,8 @@ class InputAdapter:
         """Convert an image file to the format of the data set.
 
         Args:
-            content: Bytes of a PNG, JPEG, WebP, BMP or GIF file: gray, RGB, palette, with transparency or 16 bits.
+            content: Bytes of a PNG, JPEG, WebP, BMP, GIF or TIFF file: gray,
+                RGB, palette, with transparency or 16 bits.
 
         Raises:
             UnusableImageError: The file is damaged.

@@ -171,7 +171,7 @@ def _read_pixels(
 
 
 def _read_records(split: ImageSplit, numbers: NDArray[np.int64]) -> list[EncodedImage]:
-    return _decode_each(split, numbers, lambda content: EncodedImage(content, image_format.check_record(content)))
+    return _decode_each(split, numbers, image_format.make_record)
 
 
 def _decode_each(split: ImageSplit, numbers: NDArray[np.int64], decode: Callable[[bytes], T]) -> list[T]:

@@ -16,7 +16,7 @@ from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, Augm
 from pipeline.transforms.ops.resize import nearest_nudge
 from pipeline.transforms.shared_ops import SharedOps
 from pipeline.transforms.spec import TransformSpec, UndecodableImage
-from shards.stores.image_header import decode, read_image_header
+from shards.stores.image_header import ImageHeader, decode, read_image_header
 
 _INTERPOLATIONS = {
     "linear": types.INTERP_LINEAR,
@@ -143,8 +143,9 @@ class DaliEncodedTransform(_DaliPipeline):
     _pack = 1
 
     def __call__(self, images: list[NDArray[np.uint8]], params: AugmentationParams | None = None) -> torch.Tensor:
-        runs = _runs([*map(_pixel_count, range(len(images)), images)])
-        outputs = [self._run(images[run], run.start) for run in runs]
+        headers = list(map(_header, range(len(images)), images))
+        runs = _runs([header.height * header.width for header in headers])
+        outputs = [self._run(images[run], headers[run], run.start) for run in runs]
         return self._augment(outputs[0] if len(outputs) == 1 else torch.cat(outputs), params)
 
     def _define(self):
@@ -160,11 +161,16 @@ class DaliEncodedTransform(_DaliPipeline):
         size = images.shape(dtype=types.FLOAT)
         return self._normalize(self._resize(images, size[0], size[1]))
 
-    def _run(self, images: list[NDArray[np.uint8]], start: int) -> torch.Tensor:
+    def _run(self, images: list[NDArray[np.uint8]], headers: list[ImageHeader], start: int) -> torch.Tensor:
+        channels = self._spec.image_shape[2]
+        plain = [
+            image if header.plain else _as_pnm(position, image, channels)
+            for position, (image, header) in enumerate(zip(images, headers, strict=True), start)
+        ]
         try:
-            (output,) = self._pipeline.run(images=images)
+            (output,) = self._pipeline.run(images=plain)
         except RuntimeError:
-            self._find_undecodable(images, start)
+            self._find_undecodable(plain, start)
             raise
         return torch.from_dlpack(output.as_tensor())  # [n, R, R, C], no copy
 
@@ -178,12 +184,22 @@ class DaliEncodedTransform(_DaliPipeline):
                 raise UndecodableImage(position, _describe_defect(image, self._spec.image_shape[2], error)) from None
 
 
-def _pixel_count(position: int, image: NDArray[np.uint8]) -> int:
+def _header(position: int, image: NDArray[np.uint8]) -> ImageHeader:
     try:
-        header = read_image_header(image)
+        return read_image_header(image)
     except ValueError as error:
         raise UndecodableImage(position, str(error)) from None
-    return header.width * header.height
+
+
+def _as_pnm(position: int, image: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
+    """Decode an image that DALI may decode differently from Pillow, and return it in a format without variants."""
+    try:
+        pixels = decode(image, channels)
+    except ValueError as error:
+        raise UndecodableImage(position, str(error)) from None
+    height, width, _ = pixels.shape
+    start = b"P%d %d %d 255\n" % (5 if channels == 1 else 6, width, height)
+    return np.concatenate([np.frombuffer(start, np.uint8), pixels.reshape(-1)])
 
 
 def _runs(pixels: list[int]) -> Iterator[slice]:

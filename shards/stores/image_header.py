@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -24,6 +24,7 @@ Content: TypeAlias = bytes | NDArray[np.uint8]
 _SCANS = {0xD9, 0xDA}  # JPEG markers that end the header
 _SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that carry the size
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
+_PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs", b"sRGB"}  # of a PNG
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,15 @@ class ImageHeader:
         height: Pixels, before the EXIF rotation if it comes from `read_image_header`.
         width: Pixels, likewise.
         gray: Whether the image has no color.
+        plain: Whether every decoder gives the same pixels: only the common variants of each format, without alpha, and
+            complete. DALI decodes others differently from Pillow (CMYK without an Adobe marker, gamma), or not at all
+            (WebP with EXIF).
     """
 
     height: int
     width: int
     gray: bool
+    plain: bool = field(default=False, compare=False)
 
 
 def read_image_header(content: Content) -> ImageHeader:
@@ -64,8 +69,8 @@ def _parse_header(view: memoryview) -> ImageHeader:
     if start[:3] == b"\xff\xd8\xff":
         return _jpeg(view)
     if start[:8] == b"\x89PNG\r\n\x1a\n":
-        width, height, _, color = struct.unpack_from(">IIBB", view, 16)
-        return ImageHeader(height, width, gray=color in (0, 4))
+        width, height, bits, color = struct.unpack_from(">IIBB", view, 16)
+        return ImageHeader(height, width, color in (0, 4), bits == 8 and color in (0, 2) and _is_plain_png(view))
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return _webp(view)
     if start[:2] == b"BM":
@@ -75,50 +80,91 @@ def _parse_header(view: memoryview) -> ImageHeader:
 
 def _jpeg(view: memoryview) -> ImageHeader:
     offset = 2
-    while True:
-        if view[offset] != 0xFF:
-            raise ValueError(f"a JPEG picture whose header breaks off at byte {offset:,}")
-        marker = view[offset + 1]
-        if marker == 0xFF:  # padding
-            offset += 1
-        elif marker in _WITHOUT_LENGTH:
-            offset += 2
-        elif marker in _SIZES:
-            height, width, channels = struct.unpack_from(">HHB", view, offset + 5)
-            return ImageHeader(height, width, gray=channels == 1)
-        elif marker in _SCANS:
-            raise ValueError("a JPEG picture without a size")
-        else:
-            offset += 2 + struct.unpack_from(">H", view, offset + 2)[0]
+    header: ImageHeader | None = None
+    is_common = is_jfif = False
+    adobe = None  # the color transform of the Adobe marker; 1 is YCbCr
+    exifs = 0
+    try:
+        while True:
+            marker = view[offset + 1]
+            if view[offset] != 0xFF:
+                if header:
+                    return header
+                raise ValueError(f"a JPEG picture whose header breaks off at byte {offset:,}")
+            if marker == 0xFF:  # padding
+                offset += 1
+            elif marker in _WITHOUT_LENGTH:
+                offset += 2
+            elif marker in _SCANS:
+                break
+            else:
+                if marker in _SIZES:
+                    bits, height, width, channels = struct.unpack_from(">BHHB", view, offset + 4)
+                    header = ImageHeader(height, width, gray=channels == 1)
+                    components = bytes(view[offset + 10 : offset + 10 + 3 * channels : 3])
+                    is_common = marker in (0xC0, 0xC2) and bits == 8 and len(components) in (1, 3)
+                elif marker == 0xE0:
+                    is_jfif |= bytes(view[offset + 4 : offset + 8]) == b"JFIF"
+                elif marker == 0xEE and bytes(view[offset + 4 : offset + 9]) == b"Adobe":
+                    adobe = view[offset + 15]
+                elif marker == 0xE1:
+                    exifs += bytes(view[offset + 4 : offset + 8]) == b"Exif"
+                offset += 2 + struct.unpack_from(">H", view, offset + 2)[0]
+    except (struct.error, IndexError):
+        if header:
+            return header
+        raise
+    if header is None:
+        raise ValueError("a JPEG picture without a size")
+    is_ycbcr = adobe == 1 or (adobe is None and (is_jfif or components == b"\1\2\3"))
+    plain = is_common and (header.gray or is_ycbcr) and exifs <= 1 and bytes(view[-2:]) == b"\xff\xd9"
+    return ImageHeader(header.height, header.width, header.gray, plain)
+
+
+def _is_plain_png(view: memoryview) -> bool:
+    """Whether a PNG is complete and has no chunk that changes its pixels, such as transparency, gamma and animation."""
+    offset = 8
+    while offset + 12 <= len(view):
+        size, kind = struct.unpack_from(">I4s", view, offset)
+        if kind == b"IEND":
+            return True
+        if kind not in _PLAIN_CHUNKS:
+            return False
+        offset += 12 + size
+    return False
 
 
 def _webp(view: memoryview) -> ImageHeader:
-    (kind,) = struct.unpack_from("4s", view, 12)
+    size, _, kind = struct.unpack_from("<I4s4s", view, 4)
+    complete = 8 + size <= len(view)
     if kind == b"VP8X":
         width, width_high, height, height_high = struct.unpack_from("<HBHB", view, 24)
         return ImageHeader((height | height_high << 16) + 1, (width | width_high << 16) + 1, gray=False)
     if kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", view, 21)
-        return ImageHeader((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, gray=False)
+        plain = complete and not bits >> 28 & 1  # without alpha
+        return ImageHeader((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, False, plain)
     if kind == b"VP8 ":
         width, height = struct.unpack_from("<HH", view, 26)
-        return ImageHeader(height & 0x3FFF, width & 0x3FFF, gray=False)
+        return ImageHeader(height & 0x3FFF, width & 0x3FFF, False, complete)
     raise ValueError(f"a WebP picture of unknown kind {kind!r}")
 
 
 def _bmp(view: memoryview) -> ImageHeader:
-    (size,) = struct.unpack_from("<I", view, 14)
+    start, size = struct.unpack_from("<II", view, 10)
     if size < 40:
         raise ValueError(f"a BMP picture with a header of {size} bytes, as no program has written for decades")
-    width, height, _, bits = struct.unpack_from("<iiHH", view, 18)
+    width, height, _, bits, compression = struct.unpack_from("<iiHHI", view, 18)
     (colors,) = struct.unpack_from("<I", view, 46)
     palette = bytes(view[14 + size : 14 + size + 4 * (colors or 1 << bits)]) if bits <= 8 else b""
     gray = bool(palette) and palette[0::4] == palette[1::4] == palette[2::4]
-    return ImageHeader(abs(height), width, gray)  # height is negative if the top row comes first
+    stored = start + (3 * width + 3) // 4 * 4 * height  # bytes; height is negative if the top row comes first
+    plain = size == 40 and bits == 24 and compression == 0 and height > 0 and stored <= len(view)
+    return ImageHeader(abs(height), width, gray, plain)
 
 
 def decode(content: Content, channels: int) -> NDArray[np.uint8]:
-    """Decode an image file, with the EXIF rotation applied. Most files give the same bits as DALI.
+    """Decode an image file, with the EXIF rotation applied, on white where it is transparent.
 
     Args:
         content: The bytes of the file.
@@ -134,13 +180,23 @@ def decode(content: Content, channels: int) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(bytes(content)), formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
             upright = ImageOps.exif_transpose(image)
-            pixels = np.asarray(to_8_bits(upright).convert("L" if channels == 1 else "RGB"))
+            pixels = np.asarray(to_mode(upright, "L" if channels == 1 else "RGB"))
     except Exception as error:  # Pillow raises many types for damaged files
         raise ValueError(f"a picture that cannot be decoded: {error}") from None
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def to_8_bits(image: Image.Image) -> Image.Image:
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to 8 bits and mode L or RGB, on white where it is transparent."""
+    image = _to_8_bits(image)
+    if image.has_transparency_data:
+        foreground = image.convert("RGBA")
+        image = Image.new("RGBA", foreground.size, "white")
+        image.alpha_composite(foreground)
+    return image if image.mode == mode else image.convert("RGB").convert(mode)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit gray levels to 8 bits (Pillow would clip them at 255). Other images are returned unchanged."""
     if not image.mode.startswith("I"):
         return image

@@ -28,7 +28,9 @@ from trainer.predict.predictor import Predictor, upright_images
 
 _FILE_COLUMNS = ("file", "path", "filename", "image", "picture")
 _LABEL_COLUMNS = ("label", "class", "target", "truth", "character", "digit")
-_KINDS = "image files (PNG, JPEG, WebP, BMP, GIF), directories of them, patterns, a CSV table or a packed data set"
+_KINDS = (
+    "image files (PNG, JPEG, WebP, BMP, GIF, TIFF), directories of them, patterns, a CSV table or a packed data set"
+)
 
 
 class ImageFile(NamedTuple):

@@ -1,4 +1,4 @@
-"""Image files (PNG, JPEG, WebP, BMP, GIF): their headers, and their pixels at one size.
+"""Image files (PNG, JPEG, WebP, BMP, GIF, TIFF): their headers, and their pixels at one size.
 
 An image is rotated according to its EXIF orientation, composited on white where it is transparent, and scaled to
 8 bits. Of an animation the first frame is used. Truncated files are refused. A changed byte is detected if the format
@@ -18,13 +18,14 @@ from PIL import Image, ImageOps
 
 from pipeline.readers.archives.files import CorruptFileError
 from shards.errors import first_line
-from shards.stores.image_header import MAX_BYTES, MAX_PIXELS, ImageHeader, read_image_header, to_8_bits
+from shards.stores.base import EncodedImage
+from shards.stores.image_header import MAX_BYTES, MAX_PIXELS, ImageHeader, read_image_header, to_mode
 
-KINDS = "PNG, JPEG, WebP, BMP or GIF"
-EXTENSIONS = frozenset({"png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif"})
+KINDS = "PNG, JPEG, WebP, BMP, GIF or TIFF"
+EXTENSIONS = frozenset({"png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif", "tif", "tiff"})
 # Images that are not supported. They are named in an error, where other files are skipped.
-OTHER_EXTENSIONS = frozenset({"tif", "tiff", "jp2", "avif", "heic", "heif", "jxl", "svg", "ppm", "pgm", "pbm", "dcm"})
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+OTHER_EXTENSIONS = frozenset({"jp2", "avif", "heic", "heif", "jxl", "svg", "ppm", "pgm", "pbm", "dcm"})
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _RECORD_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp"}  # DALI decodes them too
 _PNG_END = b"IEND\xaeB`\x82"
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 exchange height and width
@@ -73,31 +74,28 @@ def decode(content: bytes, channels: int, size: tuple[int, int] | None, fit: str
             image.draft(mode if image.mode in ("L", "RGB") else None, (2 * max(size), 2 * max(size)))
         _load(image, content)
         ImageOps.exif_transpose(image, in_place=True)
-        image = _convert(image, mode)
+        image = to_mode(image, mode)
     if size is not None and image.size != size[::-1]:
         image = _FITS[fit](image, size)
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def check_record(content: bytes) -> str:
-    """Check that an image file can be stored as a record: torch and DALI decode it to the same image.
-
-    Returns:
-        The extension of the record.
+def make_record(content: bytes) -> EncodedImage:
+    """Return an image file as a record: unchanged if every decoder gives the same pixels, else converted to PNG.
 
     Raises:
-        CorruptFileError: If it cannot be stored.
+        CorruptFileError: If the file is not a supported image, or is damaged.
     """
     with _decoder_errors():
         image = _open(content)
-        if image.format not in _RECORD_EXTENSIONS:
-            raise CorruptFileError(f"a {image.format}, which cannot be stored as a record; convert it to PNG")
-        read_image_header(content)  # as on reading the record
-        _load(image, content)
-        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-        if alpha is not None and alpha.histogram()[255] < alpha.width * alpha.height:
-            raise CorruptFileError("it is transparent, which decoders of records ignore; composite it on a background")
-    return _RECORD_EXTENSIONS[image.format]
+        extension = _RECORD_EXTENSIONS.get(image.format or "")
+        if extension and read_image_header(content).plain:
+            _load(image, content)
+            return EncodedImage(content, extension)
+        pixels = decode(content, 1 if _is_gray(image) else 3, None)
+        png = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(png, "PNG")
+        return EncodedImage(png.getvalue(), "png")
 
 
 @contextmanager
@@ -121,6 +119,10 @@ def _open(content: bytes) -> Image.Image:
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
         raise CorruptFileError(f"of {height} x {width} pixels; an image may have 1 to {MAX_PIXELS:,} pixels")
+    if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
+        raise CorruptFileError(f"a TIFF of {pages} pages; an image file may have one")
+    if image.mode == "F":
+        raise CorruptFileError("its pixels are floats, whose range is unknown; convert them to 8 or 16 bits")
     return image
 
 
@@ -136,15 +138,6 @@ def _is_gray(image: Image.Image) -> bool:
         return image.mode in _GRAY_MODES
     palette = image.getpalette() or []
     return palette[0::3] == palette[1::3] == palette[2::3]
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    image = to_8_bits(image)
-    if image.has_transparency_data:
-        foreground = image.convert("RGBA")
-        image = Image.new("RGBA", foreground.size, "white")
-        image.alpha_composite(foreground)
-    return image if image.mode == mode else image.convert("RGB").convert(mode)
 
 
 def _pad(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 from support.image_files import turned_exif
 from support.raw_files import in_a_process, picture, pixels, png_claiming
 
 from pipeline.readers.archives.files import CorruptFileError
-from pipeline.readers.formats.image import check_record, decode, header
-from shards.stores.image_header import ImageHeader
+from pipeline.readers.formats.image import decode, header, make_record
+from shards.stores import image_header
+from shards.stores.base import EncodedImage
+from shards.stores.image_header import ImageHeader, read_image_header
 
 # As `pipeline.readers.formats.image` wants it; pytest puts its own filters in place of those of modules.
 pytestmark = pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
@@ -43,7 +46,7 @@ class TestPixels:
         content = picture(image)
         assert header(content) == ImageHeader(height, width, gray=channels == 1)
         np.testing.assert_array_equal(decode(content, channels, None), image)
-        assert check_record(content) == "png"
+        assert make_record(content) == EncodedImage(content, "png")
 
     def test_of_a_jpeg_are_close(self) -> None:
         smooth = np.add.outer(np.arange(16), np.arange(16)).astype(np.uint8)[..., None] * 8
@@ -198,7 +201,7 @@ class TestBadPictures:
     @given(st.binary(max_size=200))
     def test_noise_is_refused(self, content: bytes) -> None:
         for head in (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"BM", b"RIFF\x10\0\0\0WEBP", b"GIF89a"):
-            for read in (header, check_record):
+            for read in (header, make_record):
                 try:
                     read(head + content)
                 except CorruptFileError as error:
@@ -208,11 +211,11 @@ class TestBadPictures:
         "content", [b"", b"not a picture", b"<html></html>", b"\x80\x04\x95cos\nsystem\n(S'true'\ntR.", b"%PDF-1.4"]
     )
     def test_something_else_is_told_from_a_picture(self, content: bytes) -> None:
-        assert refused(content) == "not a PNG, JPEG, WebP, BMP or GIF image"
+        assert refused(content) == "not a PNG, JPEG, WebP, BMP, GIF or TIFF image"
 
     def test_kinds_that_are_not_listed_are_refused(self) -> None:
         """Pillow knows many more, some of which run other programs."""
-        for kind in ("TIFF", "PPM", "ICO", "EPS"):
+        for kind in ("PPM", "ICO", "EPS"):
             assert "not a PNG" in refused(picture(COLOR, kind))
 
     @pytest.mark.parametrize("height, width", [(60_000, 60_000), (8193, 8192), (1, 0x7FFFFFFF)])
@@ -226,8 +229,8 @@ class TestBadPictures:
         code = """
 from support.raw_files import png_claiming
 from pipeline.readers.archives.files import CorruptFileError
-from pipeline.readers.formats.image import check_record, decode, header
-for read in (header, check_record, lambda content: decode(content, 3, (32, 32))):
+from pipeline.readers.formats.image import decode, header, make_record
+for read in (header, make_record, lambda content: decode(content, 3, (32, 32))):
     try:
         read(png_claiming(60_000, 60_000))
     except CorruptFileError as error:
@@ -247,23 +250,50 @@ for read in (header, check_record, lambda content: decode(content, 3, (32, 32)))
 
 class TestRecords:
     @pytest.mark.parametrize("kind, extension", [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("BMP", "bmp")])
-    def test_the_content_tells_the_extension(self, kind: str, extension: str) -> None:
-        assert check_record(picture(COLOR, kind)) == extension
+    def test_plain_files_are_kept(self, kind: str, extension: str) -> None:
+        content = picture(COLOR, kind)
+        assert make_record(content) == EncodedImage(content, extension)
 
-    def test_what_dali_cannot_decode_is_refused(self) -> None:
-        with pytest.raises(CorruptFileError, match="GIF"):
-            check_record(picture(COLOR, "GIF"))
+    @pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+    @pytest.mark.parametrize("image", [GRAY, COLOR], ids=["gray", "color"])
+    def test_kinds_that_dali_cannot_decode_become_png(self, kind: str, image: NDArray) -> None:
+        record = make_record(picture(image, kind))
+        assert record.extension == "png" and read_image_header(record.content).gray == (image is GRAY)
+        shown = decode(picture(image, kind), image.shape[2], None)
+        np.testing.assert_array_equal(image_header.decode(record.content, image.shape[2]), shown)
 
-    def test_transparency_that_dali_would_not_heed_is_refused(self) -> None:
-        opaque = np.concatenate([COLOR, np.full((8, 8, 1), 255, np.uint8)], axis=2)
-        assert check_record(picture(opaque)) == "png"
-        opaque[3, 3, 3] = 254
-        with pytest.raises(CorruptFileError, match="transparent"):
-            check_record(picture(opaque))
+    def test_transparency_becomes_white(self) -> None:
+        clear = np.concatenate([COLOR, np.full((8, 8, 1), 255, np.uint8)], axis=2)
+        clear[3, 3, 3] = 0
+        expected = COLOR.copy()
+        expected[3, 3] = 255
+        np.testing.assert_array_equal(image_header.decode(make_record(picture(clear)).content, 3), expected)
 
     def test_a_cut_one_is_refused(self) -> None:
-        with pytest.raises(CorruptFileError):
-            check_record(picture(COLOR, "JPEG")[:-20])
+        for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"):
+            with pytest.raises(CorruptFileError):
+                make_record(picture(COLOR, kind)[:-20])
+
+
+class TestTiff:
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_is_turned_as_it_says(self, orientation: int) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = pixels(4, 6, 3)
+        expected = decode(picture(image, exif=turned_exif(orientation)), 3, None)
+        content = picture(image, "TIFF", exif=exif)
+        np.testing.assert_array_equal(decode(content, 3, None), expected)
+        assert (header(content).height, header(content).width) == expected.shape[:2]
+
+    def test_of_sixteen_bits_is_scaled(self) -> None:
+        levels = np.array([[0, 129, 65535]], np.uint16)
+        assert decode(picture(Image.fromarray(levels), "TIFF"), 1, None)[0, :, 0].tolist() == [0, 1, 255]
+
+    def test_of_several_pages_or_floats_is_refused(self) -> None:
+        page = Image.fromarray(COLOR)
+        assert "a TIFF of 3 pages" in refused(picture(page, "TIFF", save_all=True, append_images=[page, page]))
+        assert "floats" in refused(picture(Image.fromarray(GRAY[..., 0].astype(np.float32)), "TIFF"))
 
 
 def test_genuine_pictures_have_the_pixels_that_pillow_sees(shared_data: Path) -> None:
