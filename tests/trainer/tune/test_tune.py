@@ -346,8 +346,9 @@ def test_a_trial_that_is_behind_is_given_up(tmp_path: Path, recipe: Path, monkey
 def test_a_trial_that_diverges_is_given_up_and_the_search_goes_on(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = {"optim.lr": LR | {"high": 1e30}}
-    path = written(tmp_path, recipe, space=space, initial_trials=[{"optim.lr": 1e30}, {"optim.lr": 3e-3}])
+    settings = {"optim.name": "sgd_lookahead", "optim.weight_decay": 1.0}  # multiplies the weights by 1 - lr each step
+    space, trials = {"optim.lr": LR | {"high": 1e3}}, [{"optim.lr": 1e3}, {"optim.lr": 3e-3}]
+    path = written(tmp_path, recipe, settings=settings, space=space, initial_trials=trials)
     assert tune_here(monkeypatch, path) == 0
     diverged, fine = results(path)
     assert (diverged.state, fine.state) == ("pruned", "complete")
