@@ -87,6 +87,9 @@ def _version() -> str:
 def _unknown(name: str) -> int:
     import difflib
 
+    from shards.credentials import hide
+
+    name = hide(name)
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"inkstream {near[0]} --help" if near else "inkstream --help"
     print(

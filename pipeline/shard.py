@@ -227,7 +227,7 @@ class Command:
         source, variant = choose_source(arguments)
         self._source = source
         self._options, recorded = source_options(arguments, source, self._find_raw(), variant)
-        dataset = Path(arguments.raw).name.partition(".")[0] or source.name if source.generic else source.name
+        dataset = re.split(r"[.?#]", Path(arguments.raw).name)[0] or source.name if source.generic else source.name
         self._name = f"{dataset}-{variant}" if variant else dataset
         out = arguments.out or f"data/shards/{self._name}"
         self._out: Path | str = out if is_remote(out) else resolve_dataset(out)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
-from types import FrameType
-from typing import NoReturn
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
 
+from shards.credentials import hide, redact
 from shards.errors import UserError, as_user_error, is_refusal
 
 USER_ERROR_STATUS = 2
@@ -27,6 +30,23 @@ def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
     raise Terminated(signum)
 
 
+def _redacted_record(*arguments: Any, **named: Any) -> logging.LogRecord:
+    record = logging.LogRecord(*arguments, **named)
+    record.msg, record.args = redact(record.getMessage()), None
+    return record
+
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def hide_credentials() -> None:
+    """Hide the credentials of the command line, and those in log messages and tracebacks of libraries."""
+    sys.argv = [hide(argument) for argument in sys.argv]
+    logging.setLogRecordFactory(_redacted_record)
+    sys.excepthook = _print_redacted
+
+
 def program_name(module: str) -> str:
     """Return the name of a command for its help: `inkstream COMMAND` if it was started so, else `python -m MODULE`."""
     return sys.argv[0] if sys.argv[0].startswith("inkstream ") else f"python -m {module}"
@@ -42,6 +62,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     The exit status is the function's result (None: 0), 2 for a `UserError`, or 128 + the number of a signal.
     """
+    hide_credentials()
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _raise_terminated)

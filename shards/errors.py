@@ -6,6 +6,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from shards.credentials import redact
+
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _UNUSABLE = {errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EIO, errno.ESTALE}
@@ -32,6 +34,7 @@ class UserError(Exception):
     """
 
     def __init__(self, found: str, expected: str, hint: str) -> None:
+        found, expected, hint = redact(found), redact(expected), redact(hint)
         super().__init__(found, expected, hint)
         self.found = found
         self.expected = expected

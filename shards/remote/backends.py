@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shards.credentials import is_incomplete, reveal, split_address
+from shards.errors import UserError
 from shards.remote.base import RemoteStorage
 
 
@@ -9,9 +11,20 @@ def open_storage(address: str) -> RemoteStorage:
     """Return the storage at an address.
 
     Raises:
-        UserError: If the protocol is unknown, or its package is not installed.
+        UserError: If the protocol is unknown, its package is not installed, or the address was stored without its
+            credentials.
     """
-    if address.partition("://")[0].lower() in ("http", "https"):
+    if is_incomplete(address):
+        raise UserError(
+            found=f"{address}, an address without its credentials, which are never stored",
+            expected="the address with its user and query in place of ***",
+            hint="name it again on the command line (trainer.run and trainer.tune: data.shards=ADDRESS, others: "
+            "--shards ADDRESS)",
+        )
+    address = reveal(address)
+    scheme = split_address(address).scheme
+    address = scheme.lower() + address[len(scheme) :]
+    if scheme.lower() in ("http://", "https://"):
         from shards.remote.http_backend import HttpStorage
 
         return HttpStorage(address)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import urllib.parse
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from threading import Event
 from typing import TypeVar
 
 from shards import errors
+from shards.credentials import hide, redact
 from shards.errors import UserError, first_line
 
 T = TypeVar("T")
@@ -170,7 +170,7 @@ class RemoteStorage(ABC):
     """
 
     def __init__(self, address: str) -> None:
-        self.shown, self._secrets = remove_secrets(address)
+        self.shown = hide(address)
 
     def show(self, name: str) -> str:
         """Return the address of a file, without secrets."""
@@ -179,10 +179,7 @@ class RemoteStorage(ABC):
 
     def reason(self, error: BaseException) -> str:
         """Return the message of an error, in one line and without secrets."""
-        text = first_line(error)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return redact(first_line(error))
 
     def read(self, name: str) -> bytes:
         """Return the content of a small file."""
@@ -218,16 +215,3 @@ class RemoteStorage(ABC):
             expected="a writable storage",
             hint="write to a directory or to s3://bucket/name, and serve that",
         )
-
-
-def remove_secrets(address: str) -> tuple[str, list[str]]:
-    """Return an address without user, password and query, and the list of removed strings."""
-    scheme, separator, rest = address.partition("://")
-    host, slash, path = rest.partition("/")
-    user, at, host = host.rpartition("@")
-    # In other protocols a question mark is part of the path.
-    path, mark, query = path.partition("?") if scheme.lower() in ("http", "https") else (path, "", "")
-    shown = f"{scheme}{separator}{'***@' if at else ''}{host}{slash}{path}{'?***' if mark else ''}"
-    password = user.partition(":")[2]
-    secrets = [user and f"{user}@", password, urllib.parse.unquote(password), query, urllib.parse.unquote(query)]
-    return shown, [secret for secret in secrets if secret]

@@ -17,7 +17,7 @@ from threading import Event
 
 from tqdm import tqdm
 
-from shards import errors
+from shards import credentials, errors
 from shards.atomic import make_directory, write_file
 from shards.errors import MismatchError, UserError
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
@@ -55,7 +55,7 @@ def resolve_dataset(address: str | Path) -> Path:
     if not is_remote(address):
         return _local_path(address)
     storage = open_storage(str(address))
-    record = cache_directory() / "addresses" / _digest(storage.shown.rstrip("/"))
+    record = cache_directory() / "addresses" / _digest(credentials.identity(str(address)))
     try:
         manifests = _read_manifests(storage, _ATTEMPTS_WITH_COPY if record.is_file() else None)
     except TransientError as error:
@@ -89,8 +89,8 @@ def resolve_files(address: str | Path) -> Path:
         return _local_path(address)
     storage = open_storage(str(address))
     listed = retry(storage.find)
-    key = _digest(storage.shown.rstrip("/"))
-    label = _directory_name(storage.shown.partition("?")[0].rstrip("/").rpartition("/")[2])
+    key = _digest(credentials.identity(str(address)))
+    label = _directory_name(credentials.split_address(storage.shown).path.rstrip("/").rpartition("/")[2])
     if set(listed) != {""}:
         return _mirror(storage, listed, key, label)
     storage, name = _open_parent(str(address))
@@ -150,7 +150,7 @@ def upload_manifests(directory: Path, address: str) -> None:
 
 def _local_path(address: str | Path) -> Path:
     """Return a path unchanged, and the path of a file:// address."""
-    text = str(address)
+    text = credentials.reveal(str(address))
     if not text.lower().startswith("file://"):
         return Path(address)
     return Path(urllib.request.url2pathname(urllib.parse.urlsplit(text).path))
@@ -158,10 +158,11 @@ def _local_path(address: str | Path) -> Path:
 
 def _open_parent(address: str) -> tuple[RemoteStorage, str]:
     """Open the directory of a single file; returns its storage, and the name of the file in it."""
-    path, mark, query = address.partition("?")
-    parent, _, name = path.rstrip("/").rpartition("/")
     is_http = address.lower().startswith("http")
-    return open_storage(f"{parent}{mark}{query}"), urllib.parse.unquote(name) if is_http else name
+    scheme, user, path, query = credentials.split_address(credentials.reveal(address))
+    parent, _, name = (path if is_http else path + query).rstrip("/").rpartition("/")
+    parent = f"{scheme}{user}{parent}{query if is_http else ''}"
+    return open_storage(parent), urllib.parse.unquote(name) if is_http else name
 
 
 def _manifest_name(split: str) -> str:

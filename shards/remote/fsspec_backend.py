@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import logging
 import re
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shards.credentials import split_address
 from shards.errors import UserError
 from shards.remote import base
 from shards.remote.base import FileInfo, NotFoundError, RemoteError, RemoteStorage, TransientError, error_of_status
@@ -44,8 +46,13 @@ class FsspecStorage(RemoteStorage):
         import fsspec
 
         protocol = address.partition("://")[0]
+        options: dict[str, Any] = {}
+        scheme, user, path, query = split_address(address)
+        if user and _EXTRAS.get(protocol) == "s3":
+            key, _, secret = map(urllib.parse.unquote, user[:-1].partition(":"))
+            address, options = f"{scheme}{path}{query}", {"key": key, "secret": secret}
         try:
-            file_system, root = fsspec.url_to_fs(address, skip_instance_cache=True)
+            file_system, root = fsspec.url_to_fs(address, skip_instance_cache=True, **options)
         except (ImportError, ValueError) as error:
             extra = _EXTRAS.get(protocol) if isinstance(error, ImportError) else None
             raise UserError(

@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 
+from shards.credentials import split_address
 from shards.errors import MismatchError, UserError
 from shards.remote import base
 
@@ -30,10 +31,9 @@ class HttpStorage(base.RemoteStorage):
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
-        parts = urllib.parse.urlsplit(address)
-        user, _, host = parts.netloc.rpartition("@")
-        self._parts = parts._replace(netloc=host, fragment="")
-        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        scheme, user, path, query = split_address(address)
+        self._parts = urllib.parse.urlsplit(f"{scheme}{path}{query}")._replace(fragment="")
+        token = base64.b64encode(urllib.parse.unquote(user[:-1]).encode()).decode()
         self._authorization = f"Basic {token}" if user else None
 
     def stream(self, name: str, start: int, size: int | None) -> Iterator[bytes]:

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from shards.credentials import hide
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -23,9 +25,9 @@ class BaseConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _none_is_all_defaults(cls, content: Any) -> Any:
-        """YAML reads a section whose lines are all commented out (`mixup:`) as None."""
-        return {} if content is None else content
+    def _prepare(cls, content: Any) -> Any:
+        """Hide credentials. YAML reads a section whose lines are all commented out (`mixup:`) as None."""
+        return {} if content is None else hide(content)
 
 
 def iterate_fields(config: type[BaseConfig], prefix: str = "") -> Iterable[tuple[str, FieldInfo]]:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from shards.credentials import redact
 from shards.errors import os_errors_as_user_errors
 from shards.remote.datasets import resolve_dataset
 from trainer.checkpoint.run_dir import RunDirectory, choose_run_dir
@@ -122,7 +123,7 @@ def _begin(training: Training, run_dir: RunDirectory, source: Path | None) -> No
         "ranks": training.world.size,
         "backend": f"{training.data.backend} ({training.data.backend_reason})",
         "data": training.data.digest,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redact(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
     }
     with os_errors_as_user_errors(run_dir.path):
         run_dir.begin(training.config, environment, training.state.history)

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from pipeline.common.process_pool import default_workers
+from shards import credentials
 from shards.cli import run_command
 from trainer.config import load as config
 from trainer.config.schema import Config
@@ -82,7 +83,7 @@ def supervise(search: SearchConfig, base: Config, deadline: float, workers: int)
 
     def start(index: int) -> BaseProcess:
         gpu = gpus[index % len(gpus)] if len(gpus) > 1 else None
-        arguments = (search, base, deadline, workers, gpu)
+        arguments = (credentials.known_addresses(), search, base, deadline, workers, gpu)
         process = context.Process(target=_worker, args=arguments, name=f"worker {index + 1}")
         process.start()
         return process
@@ -111,7 +112,10 @@ def supervise(search: SearchConfig, base: Config, deadline: float, workers: int)
     return status
 
 
-def _worker(search: SearchConfig, base: Config, deadline: float, workers: int, gpu: str | None) -> None:
+def _worker(
+    addresses: dict[str, str], search: SearchConfig, base: Config, deadline: float, workers: int, gpu: str | None
+) -> None:
+    credentials.restore_addresses(addresses)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA is not initialized yet

@@ -1,0 +1,284 @@
+"""Credentials of addresses: hidden wherever they are displayed or stored, revealed to the clients of storages."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import run_module
+
+from shards import UserError, credentials
+from shards.credentials import hide, identity, is_incomplete, redact, reveal, split_address
+from shards.remote.backends import open_storage
+from trainer.config import load as config
+from trainer.config.schema import Config, DataConfig
+
+CANARY = "c4nary+Pa/ss"
+QUOTED = urllib.parse.quote(CANARY, safe="")
+# What of the canary must not be found anywhere; parts of it as well, where an address is cut in the wrong place.
+TRACES = ("c4nary", base64.b64encode(f"anna:{CANARY}".encode()).decode()[:16], base64.b64encode(b"c4nary")[:7].decode())
+
+FORMS = [
+    (f"https://anna:{QUOTED}@host/set", "https://***@host/set"),
+    (f"https://anna:{QUOTED}@host:8080/set?token={QUOTED}&x=1", "https://***@host:8080/set?***"),
+    (f"http://host?token={CANARY}", "http://host?***"),
+    (f"http://host/set#token={CANARY}", "http://host/set#***"),
+    (f"http://host/set?email=a@b.org&sig={QUOTED}", "http://host/set?***"),
+    (f"HTTPS://{QUOTED}@Host/set", "HTTPS://***@Host/set"),
+    (f"https://anna:{CANARY}@host/set", "https://***@host/set"),
+    (f"https://an@na:{CANARY}@host/set@v1", "https://***@host/set@v1"),
+    (f"https://anna:{CANARY}?#@host/set", "https://***@host/set"),
+    (f"https://anna:{CANARY}@[::1]:80/set", "https://***@[::1]:80/set"),
+    (f"https://host/set?X-Amz-Credential=K%2F1&X-Amz-Signature={QUOTED}&X-Amz-Expires=9", "https://host/set?***"),
+    (f"https://host/set?next=https://other/x&sig={QUOTED}", "https://host/set?***"),
+    (f"https://anna:{QUOTED} with spaces@host/set", "https://***@host/set"),
+    (f"s3://AKIAKEY:{CANARY}@bucket/set", "s3://***@bucket/set"),
+    (f"s3://AKIAKEY:12/{CANARY}@bucket/set", "s3://***@bucket/set"),
+    (f"S3A://AKIAKEY:{QUOTED}@bucket", "S3A://***@bucket"),
+    (f"hf://user:{CANARY}@datasets/a/b@main", "hf://***@datasets/a/b@main"),
+    (f"ftp://anna:{QUOTED}@host/set", "ftp://***@host/set"),
+    (f"simplecache::https://anna:{QUOTED}@host/set", "simplecache::https://***@host/set"),
+    (f"https:/anna:{QUOTED}@host/set", "https:/***@host/set"),
+    (f"file:///data/set?token={QUOTED}", "file:///data/set?***"),
+]
+OPEN = [
+    "data/shards/digits",
+    "/data/a@b:c?d",
+    "C:/data/a@b",
+    "hf://datasets/user/name@main/train",
+    "http://host:8000/set@v2",
+    "s3://bucket/a@b",
+    "https://USER:PASSWORD@HOST/...",
+    "see https://host/page.html, or data/set",
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the addresses of other tests."""
+    monkeypatch.setattr(credentials, "_addresses", {})
+    monkeypatch.setattr(credentials, "_secrets", set())
+
+
+@pytest.mark.parametrize(("address", "shown"), FORMS)
+def test_an_address_is_hidden_and_revealed(address: str, shown: str) -> None:
+    assert hide(address) == shown
+    assert hide(shown) == shown
+    assert reveal(shown) == address
+    assert reveal(address) == address
+    assert not is_incomplete(shown)
+    assert "".join(split_address(address)) == address
+    parts = (CANARY, QUOTED, urllib.parse.quote(CANARY)) if address.count(f":{CANARY}@") else ()
+    for text in (address, urllib.parse.quote(address), urllib.parse.quote_plus(address), *parts):
+        assert "c4nary" not in redact(f"nothing at {text}: 404")
+
+
+@pytest.mark.parametrize(("address", "shown"), FORMS)
+@pytest.mark.parametrize("around", ["data.shards={}", "data.shards='{}'", 'data: {{shards: "{}"}}', "[{}]"])
+def test_an_argument_with_an_address(address: str, shown: str, around: str) -> None:
+    assert hide(around.format(address)) == around.format(shown)
+    assert reveal(shown) == address
+
+
+@pytest.mark.parametrize("text", OPEN)
+def test_addresses_without_credentials_stay_as_they_are(text: str) -> None:
+    assert hide(text) == reveal(text) == redact(text) == text
+
+
+def test_addresses_of_which_nothing_is_known_are_redacted_in_text() -> None:
+    """An endpoint of the environment, for instance, in an error of a library."""
+    text = "Could not connect to the endpoint URL: 'https://anna:c4nary@host/x?sig=c4nary' (see http://a.org/b?c4nary)."
+    assert redact(text) == "Could not connect to the endpoint URL: 'https://***@host/x?***' (see http://a.org/b?***)."
+
+
+def test_credentials_of_the_environment_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+    assert redact(f"The request signed with {CANARY} failed") == "The request signed with *** failed"
+
+
+def test_two_addresses_that_look_alike() -> None:
+    first, second = "https://host/set?id=1", "https://host/set?id=2"
+    assert (hide(first), hide(second), hide(first)) == ("https://host/set?***", "https://host/set?***2", hide(first))
+    assert [reveal(hide(address)) for address in (first, second)] == [first, second]
+
+
+def test_an_address_is_the_same_file_with_another_signature() -> None:
+    base = "https://anna:x@host/set/?id=1"
+    assert identity(base) == identity("https://host/set?id=1&X-Amz-Signature=abc&X-Amz-Date=5&token=x")
+    assert identity(base) != identity("https://host/set?id=2")
+    assert identity("s3://a:b@bucket/x") == "s3://bucket/x"
+
+
+def test_settings_hold_no_credentials(tmp_path: Path) -> None:
+    address, shown = FORMS[1]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"data": {"shards": address}}))
+    for settings in (
+        config.load(recipe, []),
+        config.load(Path("quickstart"), [f"data.shards={address}"]),
+        Config(data=DataConfig(shards=address)),
+        config.replace_settings(Config(data=DataConfig(shards=address)), {"trainer.epochs": 3}, "a test"),
+    ):
+        assert settings.data.shards == shown
+        assert "c4nary" not in settings.to_yaml() + repr(settings) + settings.model_dump_json()
+        assert reveal(settings.data.shards) == address
+    # A stored recipe finds the credentials that the command line names.
+    assert reveal(yaml.safe_load(settings.to_yaml())["data"]["shards"]) == address
+
+
+def test_an_address_stored_without_its_credentials_is_named_again() -> None:
+    with pytest.raises(
+        UserError, match=r"https://\*\*\*@host/set\?\*\*\*, an address without its credentials"
+    ) as caught:
+        open_storage("https://***@host/set?***")
+    assert "data.shards=ADDRESS" in caught.value.hint
+
+
+def test_errors_and_logs_are_redacted(caplog: pytest.LogCaptureFixture) -> None:
+    from shards import cli
+
+    address, shown = FORMS[0]
+    error = UserError(f"no way to reach {address}: 404", f"not {address}", f"try {address}")
+    assert str(error) == f"error: no way to reach {shown}: 404\nexpected: not {shown}\nhint: try {shown}"
+    factory = logging.getLogRecordFactory()
+    try:
+        logging.setLogRecordFactory(cli._redacted_record)
+        logging.getLogger("botocore").warning("retrying %s", address)
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert caplog.messages == [f"retrying {shown}"]
+
+
+def test_the_keys_of_an_s3_address_are_used() -> None:
+    pytest.importorskip("s3fs", reason="no s3fs (pip install -e '.[s3]')")
+    storage = open_storage("s3://AKIAKEY:se%2Bcret/x@bucket/set")
+    assert (storage._fs.key, storage._fs.secret, storage._root) == ("AKIAKEY", "se+cret/x", "bucket/set")
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves files to whoever knows the password and the token."""
+
+    def do_GET(self) -> None:
+        sent = base64.b64encode(f"anna:{CANARY}".encode()).decode()
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        if self.headers.get("Authorization") != f"Basic {sent}" or query != {"token": [CANARY]}:
+            return self.send_error(403, f"not with {self.headers.get('Authorization')} and {self.path}")
+        return super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(digits_set: Path, tmp_path: Path) -> Iterator[str]:
+    """The address of a directory with `digits`, a packed set, and `raw.zip`; with {} for the path."""
+    root = tmp_path / "web"
+    root.mkdir()
+    (root / "digits").symlink_to(digits_set)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=root))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://anna:{QUOTED}@127.0.0.1:{server.server_port}/{{}}?token={QUOTED}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _search(directory: Path) -> list[str]:
+    """The files below a directory whose name or content has a trace of the canary."""
+    found = []
+    for folder, _, names in os.walk(directory):
+        for path in (Path(folder) / name for name in names):
+            content = path.read_bytes() if path.is_file() else b""
+            if any(trace in str(path) or trace.encode() in content for trace in TRACES):
+                found.append(str(path))
+    return found
+
+
+RECIPE = """
+data: {resolution: 8, val_fraction: 0.1}
+model: {name: three_block_cnn}
+loader: {batch_size: 256}
+trainer: {epochs: 1, precision: fp32}
+logging: {tensorboard: true, wandb: auto}
+device: cpu
+"""
+SEARCH = """
+recipe: ../secret.yaml
+dir: study
+budget: {trials: 2}
+space: {optim.lr: {type: float, low: 1.0e-4, high: 1.0e-2, log: true}}
+"""
+
+
+def test_no_command_writes_or_prints_credentials(address: str, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "recipe.yaml").write_text(RECIPE)
+    (work / "search.yaml").write_text(SEARCH)
+    (tmp_path / "secret.yaml").write_text(
+        RECIPE.replace("{resolution", f"{{shards: '{address.format('digits')}', resolution")
+    )
+    digits, wrong = address.format("digits"), address.format("absent")
+    environment = {
+        **dict.fromkeys([name for name in os.environ if name.lower().endswith("_proxy")], ""),
+        **{"INKSTREAM_CACHE": str(tmp_path / "cache"), "WANDB_MODE": "offline", "PYTHONWARNINGS": "default"},
+        **{"TMPDIR": str(work), "HOME": str(work)},
+    }
+
+    def run(module: str, *arguments: object, status: int = 0) -> str:
+        process = run_module(module, *arguments, cwd=work, **environment)
+        output = process.stdout + process.stderr
+        assert process.returncode == status, output
+        for trace in TRACES:
+            assert trace not in output, output
+        return output
+
+    shards = f"data.shards={digits}"
+    shown = digits.replace(f"anna:{QUOTED}", "***").replace(f"token={QUOTED}", "***")
+    assert f"shards: {shown}" in run("trainer.run", "recipe.yaml", shards, "--dry-run")
+    run("trainer.run", "recipe.yaml", shards, "run.dir=run")
+    assert shown in (work / "run" / "config.yaml").read_text()
+    assert f"data.shards={shown}" in json.loads((work / "run" / "env.json").read_text())["command"]
+    # The stored recipe needs the credentials again, and takes them from the command line.
+    output = run("trainer.run", "run/config.yaml", "run.dir=run", "resume=auto", status=2)
+    assert f"{shown}, an address without its credentials" in output
+    assert "run already complete" in run("trainer.run", "run/config.yaml", shards, "run.dir=run", "resume=auto")
+    run("trainer.evaluate", "run", digits, "--json", "metrics.json")
+    assert "an address without" in run("trainer.report", "run", status=2)
+    run("trainer.report", "run", "--shards", digits)
+    run("trainer.export", "run", "--shards", digits, "--format", "safetensors")
+    run("trainer.tune", "search.yaml", "--workers", 2)
+    assert shown in (work / "study" / "best.yaml").read_text()
+    run("shards.verify", digits)
+    run("pipeline.preview", digits, "--out", "preview.png")
+    for module, *arguments in (
+        ("trainer.run", "recipe.yaml", f"data.shards={wrong}"),
+        ("trainer.run", "recipe.yaml", f"data.shard={wrong}"),
+        ("trainer.run", "recipe.yaml", f"data={wrong}"),
+        ("trainer.run", wrong),
+        ("trainer.evaluate", "run", wrong),
+        ("trainer.evaluate", wrong, digits, "--no-such-option", digits),
+        ("trainer.predict", "run", wrong),
+        ("shards.verify", wrong),
+        ("shards.convert", wrong, "there"),
+        ("shards.index", wrong),
+        ("pipeline.shard", "folder", "--raw", wrong, "--out", "there"),
+        ("pipeline.shard", "digits", "--out", wrong),
+        ("trainer.report", wrong),
+        ("trainer.tune", "search.yaml", f"recipe={wrong}"),
+        (str(Path(config.__file__).parents[2] / "inkstream.py"), wrong),
+    ):
+        run(module, *arguments, status=2)
+    assert _search(work) == []
+    assert _search(tmp_path / "cache") == []
