@@ -39,8 +39,9 @@ clean:  ## remove the environment
 	rm -rf .venv
 
 .venv/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $$($(PYTHON) --version); expected: Python 3.11 or newer; hint: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: $$($(PYTHON) --version 2>/dev/null || echo "no program $(PYTHON)")" >&2; \
+	  echo "expected: Python 3.11 or newer" >&2; echo "hint: name one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "installing into .venv (several GB, a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools

@@ -289,7 +289,7 @@ def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Measure what each addition to a recipe gains at equal compute.")
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="settings of all runs")
     add("--plan", type=Path, default=DEFAULT_PLAN, metavar="FILE", help=f"plan (default: {DEFAULT_PLAN})")
     add("--shards", metavar="DIR", help=SHARDS_HELP)
     add("--seeds", type=positive(int), default=SEEDS, metavar="N", help=f"runs per variant (default: {SEEDS})")

@@ -66,6 +66,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _raise_terminated)
+    logging.addLevelName(logging.WARNING, "warning")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a class name that the terminal's encoding lacks

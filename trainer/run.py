@@ -22,8 +22,8 @@ def parse_arguments() -> argparse.Namespace:
         epilog=f"settings (in the file, or key=value):\n{settings_help(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or the name of a recipe in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or a recipe of configs/ (quickstart)")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the file")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, take one step, and stop")
     return parser.parse_intermixed_args()
 

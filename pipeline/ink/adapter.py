@@ -110,7 +110,7 @@ class InputAdapter:
             raise BlankImageError(str(error)) from None
         if (header.height, header.width) == (height, width):
             return AdaptedImage(image, _UNCHANGED)
-        return AdaptedImage(image, f"resized from {header.width}x{header.height} to {width}x{height} ({self.fit})")
+        return AdaptedImage(image, f"resized from {header.height}x{header.width} to {height}x{width} ({self.fit})")
 
     def _adapt_ink(self, picture: NDArray[np.uint8]) -> AdaptedImage:
         assert self.frame is not None
@@ -123,7 +123,7 @@ class InputAdapter:
         image = frame_ink(ink, self.frame, (height, width))[..., None]
         polarity = "light" if ink.is_light else "dark"
         inverted = "" if ink.is_light == self.frame.is_light else f"{polarity} ink inverted; "
-        return AdaptedImage(image, f"{inverted}ink of {own_width}x{own_height} centred and scaled")
+        return AdaptedImage(image, f"{inverted}ink of the {own_height}x{own_width} image centred and scaled")
 
 
 def _as_png(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shards.cli import plural
 from shards.errors import UserError
 from trainer.config.schema import SHARDS_SETTING, Config
 
@@ -28,8 +30,8 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
     """
     if tuple(state["classes"]) != classes:
         raise UserError(
-            found=f"{len(classes)} classes in data.shards={config.data.shards}",
-            expected=f"the {len(state['classes'])} classes of the checkpoint {path}",
+            found=f"data.shards={config.data.shards} with {_differing(classes, tuple(state['classes']))}",
+            expected=f"the {_differing(tuple(state['classes']), classes)}, as in the checkpoint {path}",
             hint="name the data set of that run, or start a new run with another run.dir",
         )
     allowed = set(config.checkpoint.resume_allow_changes)
@@ -51,6 +53,13 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
             expected=f"the settings of the checkpoint: {before}",
             hint=f"add {before} to the command, {other}, or start a new run with another run.dir",
         )
+
+
+def _differing(classes: Sequence[str], others: Sequence[str]) -> str:
+    """Count classes, and name the first that another list does not have at the same place."""
+    names = [name for number, name in enumerate(classes) if others[number : number + 1] != classes[number : number + 1]]
+    listed = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    return f"{plural(len(classes), 'class', 'es')}{listed}"
 
 
 def changed_settings(state: dict[str, Any], config: Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,18 @@ def load_model(
     model = make_model(settings, channels, classes)
     model.load_state_dict(weights)
     return model.to(device).to(memory_format=memory_format(config.trainer))
+
+
+def check_run_is_first(run_dir: Path, others: Sequence[str]) -> None:
+    """Raise `UserError` if the arguments of a command are swapped: another one is the run directory."""
+    if not (run_dir / "checkpoints").is_dir():
+        for other in others:
+            if (Path(other) / "checkpoints" / checkpoint.BEST).is_file():
+                raise UserError(
+                    found=f"{run_dir}, which is no run directory, before {other}, which is one",
+                    expected="the run directory first",
+                    hint=f"exchange them: {other} {run_dir}",
+                )
 
 
 def load_trained_model(run_dir: Path) -> TrainedModel:

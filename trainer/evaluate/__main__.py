@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
+from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.evaluator import evaluate_run
 from trainer.runtime.distributed import init_distributed, report_errors_on_main
 
@@ -31,6 +32,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.json:
         check_writable(arguments.json)
+    check_run_is_first(arguments.run, [arguments.shards])
     with report_errors_on_main(), init_distributed(arguments.device) as world:
         metrics = evaluate_run(arguments.run, arguments.shards, world)
         if world.is_main_process:

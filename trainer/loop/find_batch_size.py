@@ -142,7 +142,7 @@ def main() -> int:
         description="Find the largest batch size that fits into memory, and the fastest.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or the name of a recipe in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the file")
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
     resolve_dataset(settings.data.shards)

@@ -25,6 +25,7 @@ from pipeline.readers.formats.csv import format_csv
 from pipeline.transforms.spec import UndecodableImage
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
+from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import ConfusionMatrix
 from trainer.predict.contact_sheet import MAX_TILES, Tile, prediction_sheet
@@ -193,6 +194,7 @@ def main() -> int:
     arguments = parser.parse_args()
     for path in filter(None, (arguments.csv, arguments.json, arguments.sheet)):
         check_writable(path)
+    check_run_is_first(arguments.run, arguments.images)
     predictor = Predictor(arguments.run, arguments.device)
     classes = predictor.classes
     predictions, tiles = predict(read_samples(find_inputs(arguments.images, predictor), predictor), predictor)

@@ -23,7 +23,7 @@ def main() -> int:
         description="Draw a contact sheet of a recipe's training images: raw beside preprocessed and augmented.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or the name of a recipe in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the file")
     parser.add_argument(
         "--out", type=Path, default=Path("preview.png"), metavar="FILE", help="PNG to write (default preview.png)"
     )

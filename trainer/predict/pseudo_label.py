@@ -32,7 +32,7 @@ from shards.manifest import MANIFEST_NAME, SPLITS, Manifest
 from shards.open import open_store
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
-from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
+from trainer.checkpoint.trained_model import TrainedModel, check_run_is_first, load_trained_model
 from trainer.evaluate.evaluator import loader_for, predict_logits
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.predict.predictor import add_run_arguments
@@ -132,6 +132,7 @@ def main() -> int:
             expected="--csv FILE, or --add-to SET and --out DIR, or both",
             hint="--csv labels.csv",
         )
+    check_run_is_first(arguments.run, [arguments.shards])
     trained = load_trained_model(arguments.run)
     target = resolve_dataset(arguments.add_to) if arguments.add_to else None
     if target is not None:

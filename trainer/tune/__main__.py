@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("search", type=Path, metavar="SEARCH", help="YAML file, for instance configs/search/...")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="keys that replace the file's")
     parser.add_argument(
         "--workers",
         type=int,

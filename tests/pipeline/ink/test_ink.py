@@ -238,7 +238,7 @@ def test_pictures_for_other_sets_are_brought_to_size(tmp_path: Path) -> None:
     assert adapted.description == "unchanged"
     adapted = adapter.adapt(png(Image.fromarray(picture).resize((50, 70))))
     assert adapted.image.shape == (12, 16, 3)
-    assert adapted.description == "resized from 50x70 to 16x12 (pad)"
+    assert adapted.description == "resized from 70x50 to 12x16 (pad)"
 
 
 def test_what_cannot_be_used_says_why() -> None:

@@ -13,7 +13,7 @@ from conftest import ROOT
 from shards import UserError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.compat import check_fits
-from trainer.config.load import load
+from trainer.config.load import RECIPES, load
 from trainer.config.schema import Config
 
 CLASSES = ("a", "b", "c")
@@ -175,3 +175,19 @@ def test_the_overrides_of_the_hint_are_those_that_make_it_fit(override: str, rev
     hint = refusal(state, load(BYCLASS, now)).hint
     command = hint.removeprefix("add ").partition(" to the command")[0]
     check_fits(state, load(BYCLASS, [*now, *shlex.split(command)]), CLASSES, "digest", Path("last.pt"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "found", "expected"),
+    [
+        (("a", "x", "c"), "3 classes (x)", "3 classes (b)"),
+        (("a", "b"), "2 classes", "3 classes (c)"),
+        (("b", "c", "a"), "3 classes (b, c, a)", "3 classes (a, b, c)"),
+    ],
+)
+def test_other_classes_are_named(classes: tuple[str, ...], found: str, expected: str) -> None:
+    config = load(RECIPES / "quickstart.yaml", ["data.shards=other"])
+    with pytest.raises(UserError) as caught:
+        check_fits({"classes": ["a", "b", "c"]}, config, classes, "", Path("last.pt"))
+    assert caught.value.found == f"data.shards=other with {found}"
+    assert caught.value.expected == f"the {expected}, as in the checkpoint last.pt"

@@ -216,6 +216,8 @@ def test_mistakes_are_told(
             predict(digits_run, *images)
     with pytest.raises(UserError, match="no checkpoint"):
         predict(tmp_path, pictures)
+    with pytest.raises(UserError, match=f"exchange them: {digits_run} {pictures}"):
+        predict(pictures, digits_run)
 
 
 @pytest.fixture

@@ -1,0 +1,238 @@
+"""Every hint of the product: the commands, options, settings, recipes and extras that it names exist and parse."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, run_module
+
+from inkstream import COMMANDS
+from shards import UserError, open_split
+from trainer.config.load import RECIPES, SETTINGS, load
+from trainer.config.schema import Config
+from trainer.tune.search_space import describe
+
+MODULES = [ROOT / "inkstream.py"]
+MODULES += sorted(
+    path for name in ("shards", "pipeline", "trainer", "benchmarks") for path in (ROOT / name).rglob("*.py")
+)
+ERRORS = {"UserError", "NotFoundError", "CorruptError", "MismatchError", "AccessDeniedError", "DiskFullError"}
+SCRIPTS = ("benchmarks.resolution_sweep", "benchmarks.loader_throughput", "benchmarks.shuffle_quality")
+SCRIPTS += ("benchmarks.train_throughput", "benchmarks.scaling", "benchmarks.ablation")
+EXTRA_COMMANDS = ("trainer.predict.pseudo_label", "trainer.predict.preview", "trainer.loop.find_batch_size")
+EXTRA_COMMANDS += ("trainer.loop.replay_step", "pipeline.dedup.overlap", *SCRIPTS)
+VALUE = "{}"  # what an f-string inserts
+
+
+def texts(node: ast.expr | None) -> Iterator[str]:
+    """The texts that an expression may become; inserted values are `VALUE`."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        yield "".join(part.value if isinstance(part, ast.Constant) else VALUE for part in node.values)
+        for part in node.values:
+            if isinstance(part, ast.FormattedValue):
+                yield from texts(part.value)
+    elif isinstance(node, ast.IfExp):
+        yield from texts(node.body)
+        yield from texts(node.orelse)
+    elif isinstance(node, ast.BoolOp):
+        for each in node.values:
+            yield from texts(each)
+    elif isinstance(node, ast.BinOp):
+        right = [*texts(node.right)] or [VALUE]
+        for left in [*texts(node.left)] or [VALUE]:
+            yield from (left + each for each in right)
+
+
+def hints_of(path: Path) -> Iterator[str]:
+    """The hints of a module: arguments `hint=`, third arguments of errors, names that hold hints, printed hints."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.keyword) and node.arg == "hint":
+            yield from texts(node.value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS and len(node.args) == 3:
+            yield from texts(node.args[2])
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any("hint" in ast.unparse(target).lower() for target in targets):
+                yield from texts(node.value)
+        elif isinstance(node, ast.FunctionDef) and "hint" in (ast.get_docstring(node) or "").lower():
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Return):
+                    yield from texts(inner.value)
+        elif isinstance(node, ast.Constant | ast.JoinedStr):
+            for text in texts(node):
+                yield from re.findall(r"^hint: (.+)$", text, re.MULTILINE)
+
+
+HINTS = sorted({(path.relative_to(ROOT).as_posix(), hint) for path in MODULES for hint in hints_of(path)})
+
+
+class _Parser(Exception):
+    """Carries the parser of a command out of its main function."""
+
+
+@cache
+def parser_of(module: str) -> argparse.ArgumentParser:
+    """The real parser of a command."""
+
+    def stop(self: argparse.ArgumentParser, *_: Any) -> None:
+        raise _Parser(self)
+
+    loaded: Any = importlib.import_module(module)
+    if hasattr(loaded, "__path__"):
+        loaded = importlib.import_module(f"{module}.__main__")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module])
+        for name in ("parse_args", "parse_intermixed_args", "parse_known_args"):
+            patch.setattr(argparse.ArgumentParser, name, stop)
+        with pytest.raises(_Parser) as caught:
+            loaded.main()
+    return caught.value.args[0]
+
+
+@cache
+def known_options() -> frozenset[str]:
+    commands = {module for module, _ in COMMANDS.values()} | set(EXTRA_COMMANDS)
+    return frozenset(option for module in commands for option in parser_of(module)._option_string_actions)
+
+
+def commands_in(hint: str) -> Iterator[tuple[str, list[str]]]:
+    """Module and arguments of each command that a hint names, up to the words that follow it."""
+    for module, rest in re.findall(r"(?:python|torchrun[^;]*?) -m (?!venv)([a-z_.]+)([^;()]*)", hint):
+        rest = re.split(r", (?:or|and) | names the | lists all | shows the |, ", rest)[0]
+        yield module, shlex.split(re.sub(r"\[|\]", "", rest))
+    for name in re.findall(r"\binkstream ([a-z]+)", hint):
+        yield COMMANDS[name][0], []
+
+
+def test_hints_are_found_everywhere() -> None:
+    assert len(HINTS) > 200
+    assert {module.partition("/")[0] for module, _ in HINTS} == {
+        "inkstream.py",
+        "shards",
+        "pipeline",
+        "trainer",
+        "benchmarks",
+    }
+
+
+@pytest.mark.parametrize(("module", "hint"), HINTS, ids=lambda text: text[:60])
+def test_what_a_hint_names_exists(module: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, words in commands_in(hint):
+        parser = parser_of(command)
+        if "..." in words or not words:
+            words = [word for word in words if word != "..."]
+            options = [word.partition("=")[0] for word in words if word.startswith("--")]
+            assert set(options) <= set(parser._option_string_actions), words
+            continue
+        words = [word.replace(VALUE, "1").replace("SOURCE", "digits") for word in words]
+        words = [re.sub("^N$", "2", word) for word in words]
+        try:
+            parser.parse_intermixed_args(words)
+        except SystemExit:
+            pytest.fail(f"{command} {words}: {capsys.readouterr().err}")
+        for setting in (word.partition("=")[0] for word in words if re.fullmatch(r"[a-z_.]+=.*", word)):
+            assert setting in SETTINGS, setting
+    if module != "shards/remote/fsspec_backend.py":
+        for option in re.findall(
+            r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"pip install.*|torchrun --\S+|.*docker.*", "", hint)
+        ):
+            assert option in known_options(), option
+    sections = {name.partition(".")[0] for name in SETTINGS if "." in name}
+    for name in re.findall(rf"(?<![\w./-])(?<!-m )((?:{'|'.join(sections)})\.[a-z_]+)(?![\w.(/])", hint):
+        assert name in SETTINGS or name in describe(), name
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in re.findall(r"\.\[([a-z]+)\]", hint):
+        assert extra in extras, extra
+    for name in re.findall(r"(?:configs|benchmarks|docs)/[\w/]+\.(?:yaml|md)", hint):
+        assert (ROOT / name).is_file(), name
+    for target in re.findall(r"\bmake ([a-z-]+)\b(?!=)", hint):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def error_of(call: Callable[[], object]) -> UserError:
+    with pytest.raises(UserError) as caught:
+        call()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "mistake", ["trainer.epoch=3", "optim.learning_rate=0.1", "batch_size=8", "loader.batchsize=8", "model.nme=x"]
+)
+def test_a_setting_that_a_hint_suggests_is_accepted(mistake: str) -> None:
+    error = error_of(lambda: load(RECIPES / "quickstart.yaml", [mistake]))
+    found = re.fullmatch(r"did you mean (.+)\?", error.hint)
+    assert found is not None
+    assert isinstance(load(RECIPES / "quickstart.yaml", [f"{found[1]}={mistake.partition('=')[2]}"]), Config)
+
+
+def test_a_recipe_that_a_hint_suggests_loads() -> None:
+    found = re.fullmatch(r"did you mean (\w+).*\?", error_of(lambda: load(Path("quickstrat"), [])).hint)
+    assert found is not None
+    assert load(Path(found[1]), []).run.name == found[1]
+    for name in error_of(lambda: load(Path("zzzzzz"), [])).hint.removeprefix("one of ").split(", "):
+        assert load(Path(name), []).run.name == name
+
+
+def test_a_data_set_that_a_hint_names_opens(digits_set: Path) -> None:
+    inside = error_of(lambda: open_split(digits_set.parent, "train")).hint
+    assert open_split(Path(inside.rpartition(": ")[2]), "train").manifest.split == "train"
+    split = error_of(lambda: open_split(digits_set / "train", "train")).hint
+    assert open_split(Path(split.removeprefix("name ")), "train").manifest.split == "train"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["emnist", "--split", "nothing"], 0), (["cifar", "--split", "x"], 0), (["digits", "--size", "0"], 0)],
+)
+def test_a_packing_command_that_a_hint_names_runs(tmp_path: Path, arguments: list[str], status: int) -> None:
+    process = run_module("pipeline.shard", *arguments, "--dry-run", cwd=tmp_path)
+    assert process.returncode == 2
+    hint = process.stderr.rpartition("hint: ")[2].strip()
+    if hint.startswith("python -m"):
+        _, _, module, *words = shlex.split(hint)
+        assert run_module(module, *words, "--dry-run", cwd=tmp_path).returncode == status, hint
+    else:
+        assert re.fullmatch(r"(did you mean|--size \d+).*", hint)
+
+
+def test_swapped_arguments_are_exchanged_by_their_hint(digits_run: Path, tmp_path: Path, digits_set: Path) -> None:
+    process = run_module("trainer.evaluate", digits_set, digits_run, cwd=tmp_path)
+    assert process.returncode == 2
+    words = shlex.split(process.stderr.rpartition("hint: exchange them: ")[2])
+    process = run_module("trainer.evaluate", *words, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "accuracy" in process.stdout
+
+
+def test_make_names_a_missing_python() -> None:
+    process = subprocess.run(
+        ["make", "PYTHON=nonexistent", "-W", "pyproject.toml", "-n", ".venv/.installed"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert 'echo "error: $(' in process.stdout
+    line = next(line for line in process.stdout.splitlines() if "version_info" in line)
+    recipe = process.stdout[process.stdout.index(line) :].partition("exit 2; }")[0] + "exit 2; }"
+    shell = subprocess.run(["sh", "-c", recipe], capture_output=True, text=True, timeout=60)
+    assert shell.returncode == 2
+    assert shell.stderr.splitlines() == [
+        "error: no program nonexistent",
+        "expected: Python 3.11 or newer",
+        "hint: name one: make PYTHON=python3.12 ...",
+    ]
