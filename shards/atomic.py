@@ -10,11 +10,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from filelock import FileLock, Timeout
 
-from shards.errors import NotFoundError, UserError, as_user_error, os_errors_as_user_errors
+from shards.errors import MismatchError, NotFoundError, UserError, as_user_error, os_errors_as_user_errors
+
+Identity: TypeAlias = tuple[int, int, int, int]
 
 
 def read_file(path: Path, most_bytes: int) -> bytes:
@@ -160,6 +162,43 @@ def write_file(path: Path, content: bytes | str) -> None:
     """Replace the content of a file atomically. Text is encoded as UTF-8."""
     with replace_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def identity(status: os.stat_result) -> Identity:
+    """Return what distinguishes a file from one that replaces it, and from itself before a change."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def replaced(path: object) -> MismatchError:
+    """Return the error for a file that is not the one that was opened."""
+    return MismatchError(
+        found=f"{path}, which was replaced, changed or removed while it was read",
+        expected="files that stay as they are while a process reads them",
+        hint="run the command again; write other versions of a data set in use to another directory",
+    )
+
+
+@contextmanager
+def unreplaced(*paths: Path) -> Iterator[None]:
+    """Raise `MismatchError` if a file is replaced during the block, whatever error that may cause there."""
+    before = list(map(_identity_at, paths))
+    failure = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        failure = error
+    for path, old in zip(paths, before, strict=True):
+        if _identity_at(path) != old:
+            raise replaced(path) from None
+    if failure is not None:
+        raise failure
+
+
+def _identity_at(path: Path) -> Identity | None:
+    try:
+        return identity(path.stat())
+    except OSError:
+        return None
 
 
 def staging_directory(target: Path) -> Path:

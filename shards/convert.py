@@ -20,11 +20,11 @@ from typing import cast
 import numpy as np
 from tqdm import tqdm
 
-from shards.atomic import replace_directory
+from shards.atomic import replace_directory, unreplaced
 from shards.cli import program_name, run_command
 from shards.create import make_writer
 from shards.errors import CorruptError, UserError
-from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_dataset
+from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_dataset, manifest_paths
 from shards.open import open_files
 from shards.stores.base import Block, Layout, Store, block_key
 from shards.stores.zarr_arrays import GROUP
@@ -52,29 +52,36 @@ def convert(
         UserError: If the source is damaged or the target exists. The target is unchanged then.
     """
     _check_target(source, target, force)
-    before = {split: Manifest.read(split) for split in split_directories(source)}
-    for split, manifest in before.items():
+    with replace_directory(target) as replacement:
+        _check_target(source, target, force)  # again under the lock: another writer may have finished meanwhile
+        with unreplaced(*manifest_paths(source)):
+            before = _read_source(source)
+            after = {}
+            for split, manifest in before.items():
+                # A single split is written to the target itself.
+                directory = replacement.path / split.relative_to(source)
+                directory.mkdir(exist_ok=True)
+                after[directory] = _convert_split(split, manifest, directory, store, compression)
+        for directory, manifest in after.items():
+            manifest.write(directory)
+        replacement.commit()
+    return list(zip(before.values(), after.values(), strict=True))
+
+
+def _read_source(source: Path) -> dict[Path, Manifest]:
+    """Return the manifests of the splits, the files of which have the right hashes."""
+    manifests = {split: Manifest.read(split) for split in split_directories(source)}
+    for split, manifest in manifests.items():
         if manifest.encoded:
             raise UserError(
                 found=f"{split}, which holds picture files of differing sizes",
                 expected="images of one size, which blocks require",
                 hint="pack it again with a size: python -m pipeline.shard ... --size N",
             )
-    faults = [fault for split, manifest in before.items() for fault in check_hashes(split, manifest)]
+    faults = [fault for split, manifest in manifests.items() for fault in check_hashes(split, manifest)]
     if faults:
         raise corrupt_files(faults, f"list the damaged blocks: python -m shards.verify {source}; then pack again")
-    with replace_directory(target) as replacement:
-        _check_target(source, target, force)  # again under the lock: another writer may have finished meanwhile
-        after = {}
-        for split, manifest in before.items():
-            # A single split is written to the target itself.
-            directory = replacement.path / split.relative_to(source)
-            directory.mkdir(exist_ok=True)
-            after[directory] = _convert_split(split, manifest, directory, store, compression)
-        for directory, manifest in after.items():
-            manifest.write(directory)
-        replacement.commit()
-    return list(zip(before.values(), after.values(), strict=True))
+    return manifests
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:

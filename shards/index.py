@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from shards.atomic import read_file, write_file
+from shards.atomic import read_file, unreplaced, write_file
 from shards.cli import plural, program_name, run_command
 from shards.cpus import available_cpus
 from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors, printable
@@ -244,7 +244,7 @@ def _scan(path: Path, directory: Path) -> _Scan:
     lines: list[str] = []
     labels: list[int] = []
     with_rows, gray = False, True
-    with open(path, "rb", buffering=0) as file:
+    with unreplaced(path), open(path, "rb", buffering=0) as file:
         for key, components in read_records(path):
             try:
                 image, label, row = parse_record(file, key, components, _MAX_CLASSES)
@@ -259,10 +259,11 @@ def _scan(path: Path, directory: Path) -> _Scan:
             with_rows = row is not None
             lines.append(index_line(components))
             labels.append(label)
+        entry = RawFile.of(path.parent, path.name)
     if not lines:
         raise UserError(f"{path} without any record", "images with labels", "remove it, or download it again")
     content = index_content(lines)
-    shard = Shard(samples=len(lines), blocks_crc32=(), **RawFile.of(path.parent, path.name).model_dump())
+    shard = Shard(samples=len(lines), blocks_crc32=(), **entry.model_dump())
     return _Scan(
         shard, _existing_index(directory / path.name, content) or content, np.array(labels, np.int64), with_rows, gray
     )

@@ -226,6 +226,11 @@ def has_split(directory: Path, split: str) -> bool:
     return (directory / split / MANIFEST_NAME).is_file()
 
 
+def manifest_paths(directory: Path) -> tuple[Path, ...]:
+    """Return where the manifests of a data set, and of a directory that is a split itself, may be."""
+    return directory / MANIFEST_NAME, *(directory / split / MANIFEST_NAME for split in SPLITS)
+
+
 def _missing(directory: Path) -> NotFoundError:
     """Return the error for a directory without a manifest. The hint depends on what the directory holds."""
     if not directory.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shards.atomic import unreplaced
 from shards.errors import NotFoundError, UserError
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.datasets import resolve_dataset
@@ -20,10 +21,11 @@ def open_store(directory: Path | str, memory: int | None = None) -> Store:
         memory: Maximum bytes of images to hold in memory (compressed stores hold decompressed blocks); None: no limit.
 
     Raises:
-        UserError: If the split is missing, incomplete or damaged.
+        UserError: If the split is missing, incomplete or damaged, or replaced in the meantime.
     """
     directory = resolve_dataset(directory)
-    return open_files(directory, Manifest.read(directory), memory)
+    with unreplaced(directory / MANIFEST_NAME):
+        return open_files(directory, Manifest.read(directory), memory)
 
 
 def open_files(directory: Path, manifest: Manifest, memory: int | None = None) -> Store:

@@ -26,10 +26,10 @@ from pipeline.packing.pack import PackSettings, pack
 from pipeline.packing.repack import packed_splits
 from pipeline.readers.naming import TEST, TRAIN
 from pipeline.readers.raw_split import RawSplit
-from shards.atomic import check_writable
+from shards.atomic import check_writable, unreplaced
 from shards.cli import program_name, run_command
 from shards.errors import UserError
-from shards.manifest import REQUIRED_SPLITS, VALIDATION, Manifest
+from shards.manifest import REQUIRED_SPLITS, VALIDATION, Manifest, manifest_paths
 from shards.remote.datasets import resolve_dataset
 
 _EVALUATED_ON = (TEST, VALIDATION)
@@ -93,7 +93,10 @@ def main() -> int:
     if arguments.csv:
         check_writable(arguments.csv)
     directory, other = resolve_dataset(arguments.set), resolve_dataset(arguments.other)
-    splits, others = packed_splits(directory), packed_splits(other)
+    with unreplaced(*manifest_paths(directory), *manifest_paths(other)):
+        splits, others = packed_splits(directory), packed_splits(other)
+        manifest, other_manifest = Manifest.read(directory / TRAIN), Manifest.read(other / TRAIN)
+        identity, other_identity = _identity(directory), _identity(other)
     shape, other_shape = splits[0].image_shape, others[0].image_shape
     if shape != other_shape and not arguments.near:
         raise UserError(
@@ -102,8 +105,7 @@ def main() -> int:
             hint="use --near to compare images of different sizes",
         )
     overlaps = find_overlaps(splits, others, arguments.near)
-    manifest = Manifest.read(directory / TRAIN)
-    print(f"{manifest.name} in {Manifest.read(other / TRAIN).name}:")
+    print(f"{manifest.name} in {other_manifest.name}:")
     for overlap in overlaps:
         print(f"  {overlap}")
     if arguments.csv:
@@ -112,8 +114,8 @@ def main() -> int:
         remaining = remove_leaks(splits, overlaps)
         count = sum(len(before.labels) - len(after.labels) for before, after in zip(splits, remaining, strict=True))
         options: dict[str, str | int | float] = {
-            "packed_from": _identity(directory),
-            "without": f"{Manifest.read(other / TEST).name} {_identity(other)}",
+            "packed_from": identity,
+            "without": f"{other_manifest.name} {other_identity}",
             "near": int(arguments.near),
         }
         pack(lambda: remaining, arguments.remove, PackSettings.like(manifest, options), force=arguments.force)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import cast
 
@@ -11,11 +12,13 @@ from numpy.typing import NDArray
 
 from pipeline.packing.pack import ORIGINS
 from pipeline.readers.raw_split import RawSplit
+from shards.atomic import unreplaced
 from shards.errors import UserError
-from shards.manifest import SPLITS, VALIDATION, has_split
+from shards.manifest import SPLITS, VALIDATION, Manifest, has_split, manifest_paths
 from shards.open import open_split
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
+from shards.stores.split_files import SplitFiles
 
 
 def packed_splits(shards: Path | str) -> tuple[RawSplit, ...]:
@@ -25,11 +28,12 @@ def packed_splits(shards: Path | str) -> tuple[RawSplit, ...]:
         UserError: If there is no such set, or if it holds image files of different sizes.
     """
     directory = resolve_dataset(shards)
-    return tuple(
-        packed_split(open_split(directory, name), directory / name)
-        for name in SPLITS
-        if name != VALIDATION or has_split(directory, name)
-    )
+    with unreplaced(*manifest_paths(directory)):
+        return tuple(
+            packed_split(open_split(directory, name), directory / name)
+            for name in SPLITS
+            if name != VALIDATION or has_split(directory, name)
+        )
 
 
 def packed_split(store: Store, directory: Path) -> RawSplit:
@@ -60,7 +64,7 @@ def packed_split(store: Store, directory: Path) -> RawSplit:
         read=read,
         files=manifest.raw,
         source_index=source_index,
-        columns=_read_origins(directory, source_index),
+        columns=_read_origins(SplitFiles(directory, manifest), manifest, source_index),
     )
 
 
@@ -114,13 +118,13 @@ def concatenate(split: RawSplit, other: RawSplit) -> RawSplit:
     )
 
 
-def _read_origins(directory: Path, source_index: NDArray[np.int64]) -> dict[str, NDArray[np.str_]]:
+def _read_origins(
+    files: SplitFiles, manifest: Manifest, source_index: NDArray[np.int64]
+) -> dict[str, NDArray[np.str_]]:
     """The columns of `origins.csv` in the order of source indices, empty if a split has no such file."""
-    path = directory / ORIGINS
-    if not path.exists():
+    if ORIGINS not in {file.name for file in manifest.files}:
         return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        names, *lines = csv.reader(file)
+    names, *lines = csv.reader(io.StringIO(files.read_all(ORIGINS).decode("utf-8"), newline=""))
     lines.sort(key=lambda line: int(line[0]))
     assert [int(line[0]) for line in lines] == source_index.tolist(), "origins.csv lists every row once"
     return {name: np.array([line[column] for line in lines]) for column, name in enumerate(names) if column}

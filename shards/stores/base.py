@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias, TypeGuard
@@ -13,7 +11,6 @@ from typing import BinaryIO, NamedTuple, TypeAlias, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import corrupt_shard
 from shards.manifest import Manifest, RawFile, Shard
 
 INDEX_VERSION = "v1.2"  # first word of the index that DALI's `wds2idx` writes
@@ -34,23 +31,6 @@ def check_positions(samples: NDArray[np.int64], count: int) -> None:
     """Raise IndexError unless all positions (int64 [n]) are in 0 .. count - 1."""
     if len(samples) and (samples.min() < 0 or samples.max() >= count):
         raise IndexError(f"samples {samples.min()} .. {samples.max()} outside 0 .. {count - 1}")
-
-
-@contextmanager
-def open_packed_file(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
-    """Open a file of a split to read, unbuffered.
-
-    Raises:
-        CorruptError: If the file is missing, cannot be read, or does not have the size (bytes) of the manifest.
-    """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            actual = os.fstat(file.fileno()).st_size
-            if size not in (None, actual):
-                raise corrupt_shard(path, f"{actual:,} bytes, the manifest says {size:,}")
-            yield file
-    except OSError as error:
-        raise corrupt_shard(path, error.strerror or str(error)) from None
 
 
 def read_at(file: BinaryIO, offset: int, size: int) -> bytes:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shards.errors import corrupt_shard
 from shards.manifest import Manifest
-from shards.stores.base import Block, EncodedStore, block_key, check_positions, open_packed_file, read_at
+from shards.stores.base import Block, EncodedStore, block_key, check_positions
 from shards.stores.image_header import EXTENSIONS, MAX_BYTES
 from shards.stores.record_index import (
     MAX_NUMBER_BYTES,
@@ -24,6 +24,7 @@ from shards.stores.record_index import (
     parse_number,
     read_component_ranges,
 )
+from shards.stores.split_files import SplitFiles
 from shards.stores.tar_writer import TarRecord, TarShardWriter
 
 _THREADS = 8  # shards opened in parallel: with a cold file cache each waits for many small reads
@@ -52,10 +53,9 @@ class RecordStore(EncodedStore):
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._paths = [directory / shard.name for shard in manifest.shards]
-        self._index_bytes = {file.name: file.bytes for file in manifest.files}
+        self._files = SplitFiles(directory, manifest)
         with ThreadPoolExecutor(_THREADS) as pool:
-            shards = list(pool.map(self._open, range(len(self._paths))))
+            shards = list(pool.map(self._open, range(len(manifest.shards))))
         self._starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
         if len({len(numbers) for _, *numbers in shards}) > 1:
             raise corrupt_shard(directory, "shards with rows and shards without")
@@ -69,11 +69,10 @@ class RecordStore(EncodedStore):
         ranges = self._ranges[samples].tolist()
         images: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(samples)
         in_order = np.argsort(samples, kind="stable").tolist()
-        # Files are opened for each batch: there may be more shards than a process may keep open.
         for number, positions in itertools.groupby(in_order, key=shards.__getitem__):
-            with open_packed_file(self._paths[number]) as file:
+            with self._files.open(self.manifest.shards[number].name) as file:
                 for position in positions:
-                    content = read_at(file, *ranges[position])
+                    content = file.read(*ranges[position])
                     if len(content) != ranges[position][1]:
                         raise corrupt_shard(self.describe_sample(int(samples[position])), "its shard ends inside it")
                     images[position] = np.frombuffer(content, np.uint8)
@@ -88,22 +87,18 @@ class RecordStore(EncodedStore):
         return np.searchsorted(self._starts, samples, side="right") - 1
 
     def _describe(self, number: int, record: int) -> str:
-        return f"{self._paths[number]}: {name_in_index(self._read_index(number), record)}"
-
-    def _read_index(self, number: int) -> bytes:
-        size = self._index_bytes.get(index_name(self.manifest.shards[number]), 0)
-        with open_packed_file(self._paths[number].with_suffix(".idx"), size) as file:
-            return file.read(size)
+        shard = self.manifest.shards[number]
+        name = name_in_index(self._files.read_all(index_name(shard)), record)
+        return f"{self._files.directory / shard.name}: {name}"
 
     def _open(self, number: int) -> list[NDArray[np.int64]]:
         """Return byte offset and size of the images of a shard [n, 2], its labels [n] and, if it has them, its rows."""
-        path, shard = self._paths[number], self.manifest.shards[number]
-        with open_packed_file(path, shard.bytes) as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if shard.bytes // shard.samples > _LARGE_RECORD and hasattr(mmap, "MADV_RANDOM"):
+        shard = self.manifest.shards[number]
+        mapped, _ = self._files.map([shard.name])
+        if shard.bytes // shard.samples > _LARGE_RECORD and isinstance(mapped, mmap.mmap):
             mapped.madvise(mmap.MADV_RANDOM)  # without it the system reads far more than the labels
         try:
-            ranges = read_component_ranges(self._read_index(number))
+            ranges = read_component_ranges(self._files.read_all(index_name(shard)))
             check_within(ranges, shard.bytes)
             largest = ranges[:, 0, 1].max()
             if largest > MAX_BYTES:
@@ -111,7 +106,9 @@ class RecordStore(EncodedStore):
             if len(ranges) != shard.samples:
                 raise ValueError(f"{len(ranges):,} records where the manifest says {shard.samples:,}")
         except ValueError as error:
-            raise corrupt_shard(path.with_suffix(".idx"), f"no index that fits the shard: {error}") from None
+            raise corrupt_shard(
+                self._files.directory / index_name(shard), f"no index that fits the shard: {error}"
+            ) from None
         images, labels, *rows = ranges.transpose(1, 0, 2)
         highest = len(self.manifest.classes) - 1
         return [
@@ -121,13 +118,13 @@ class RecordStore(EncodedStore):
         ]
 
     def _parse_numbers(
-        self, number: int, shard: mmap.mmap, ranges: NDArray[np.int64], highest: int
+        self, number: int, shard: mmap.mmap | bytearray, ranges: NDArray[np.int64], highest: int
     ) -> NDArray[np.int64]:
         """Parse the decimal integers at byte ranges [n, 2] of a shard; returns int64 [n]. Raises `CorruptError`."""
         values = np.empty(len(ranges), np.int64)
         for record, (offset, size) in enumerate(ranges.tolist()):
             try:
-                values[record] = parse_number(shard[offset : offset + min(size, MAX_NUMBER_BYTES + 1)])
+                values[record] = parse_number(bytes(shard[offset : offset + min(size, MAX_NUMBER_BYTES + 1)]))
                 if values[record] > highest:
                     raise ValueError(f"label {values[record]} outside 0 .. {highest}")
             except ValueError as error:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 import math
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +19,10 @@ from shards.stores.base import (
     ImageTable,
     block_key,
     check_positions,
-    open_packed_file,
-    read_at,
 )
 from shards.stores.block_cache import BlockCache
-from shards.stores.record_index import check_within, read_index
+from shards.stores.record_index import check_within, index_name, read_index
+from shards.stores.split_files import OpenFile, SplitFiles
 from shards.stores.tar_writer import TarRecord, TarShardWriter
 
 COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
@@ -74,16 +70,15 @@ class TarStore(ImageStore):
 
     def __init__(self, directory: Path, manifest: Manifest, memory: int | None = None) -> None:
         self.manifest = manifest
-        self._paths = [directory / shard.name for shard in manifest.shards]
+        self._files = SplitFiles(directory, manifest)
         mapped = memory is None or manifest.samples * manifest.image_bytes <= memory
         labels, rows = [], []
         # For every block: its shard, and the byte at which its first image begins.
         self._shard_of_block: list[int] = []
         self._first_image: list[int] = []
-        self._maps: list[NDArray[np.uint8]] = []
         remaining = manifest.samples
         for number, shard in enumerate(manifest.shards):
-            with open_packed_file(self._paths[number], shard.bytes) as file:
+            with self._files.open(shard.name) as file:
                 for components in self._read_index(number):
                     count = min(manifest.block_size, remaining)
                     remaining -= count
@@ -92,24 +87,27 @@ class TarStore(ImageStore):
                     self._first_image.append(first_image)
                     labels.append(block_labels)
                     rows.append(block_rows)
-                if mapped:
-                    self._maps.append(np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8))
         self.labels = np.concatenate(labels)
         self.rows = np.concatenate(rows)
         self._cache = None if mapped else BlockCache(manifest, self._read_blocks, memory)
         if mapped:
-            self._table, starts = _images_at_every_byte(self._maps, manifest.image_bytes)
+            shards, starts = self._files.map([shard.name for shard in manifest.shards])
+            # The image that would begin at each byte, [bytes, image_bytes]: one indexing call reads from all shards.
+            self._table = np.lib.stride_tricks.sliding_window_view(
+                np.frombuffer(shards, np.uint8), manifest.image_bytes
+            )
             self._row_of_block = starts[self._shard_of_block] + np.asarray(self._first_image)
 
     def _read_index(self, number: int) -> list[list[tuple[int, int]]]:
         """Return offset and size of the three components of each block of a shard."""
-        shard, path = self.manifest.shards[number], self._paths[number].with_suffix(".idx")
+        shard = self.manifest.shards[number]
+        path = self._files.directory / index_name(shard)
         try:
-            index = read_block_index(path.read_bytes())
+            index = read_block_index(self._files.read_all(index_name(shard)))
             check_within(index, shard.bytes)
             if len(index) != len(shard.blocks_crc32):
                 raise ValueError(f"{len(index):,} blocks where the manifest says {len(shard.blocks_crc32):,}")
-        except (OSError, ValueError) as error:
+        except (CorruptError, ValueError) as error:
             raise CorruptError(
                 found=f"index {path} missing or damaged: {first_line(error)}",
                 expected=f"the {INDEX_VERSION} index of {shard.name}",
@@ -118,20 +116,20 @@ class TarStore(ImageStore):
         return index.tolist()
 
     def _read_block_arrays(
-        self, file: BinaryIO, number: int, components: list[tuple[int, int]], count: int
+        self, file: OpenFile, number: int, components: list[tuple[int, int]], count: int
     ) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
         """Check the three headers of a block. Returns the byte offset of its first image, its labels and its rows."""
-        location = f"{self._paths[number]}: block {block_key(len(self._first_image))}"
+        location = self._describe(len(self._first_image), number)
         arrays = (("|u1", (count, *self.manifest.pixel_shape)), ("<i8", (count,)), ("<i8", (count,)))
         payloads = []
         for component, (offset, length), (dtype, shape) in zip(COMPONENTS, components, arrays, strict=True):
             header = npy_header(dtype, shape)
             size = math.prod(shape) * np.dtype(dtype).itemsize
-            if read_at(file, offset, len(header)) != header or length != len(header) + size:
+            if file.read(offset, len(header)) != header or length != len(header) + size:
                 raise corrupt_shard(location, f"{component} is not the array that the manifest describes")
             payloads.append((offset + len(header), size))
         (first_image, _), *numbers = payloads
-        labels, rows = (np.frombuffer(read_at(file, *payload), "<i8") for payload in numbers)
+        labels, rows = (np.frombuffer(file.read(*payload), "<i8") for payload in numbers)
         if labels.min() < 0 or labels.max() >= len(self.manifest.classes):
             raise corrupt_shard(location, f"a label outside 0 .. {len(self.manifest.classes) - 1}")
         return first_image, labels, rows
@@ -150,36 +148,17 @@ class TarStore(ImageStore):
 
     def _rows_of_table(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         check_positions(samples, len(self))
+        self._files.check_mapped()
         blocks, offsets = np.divmod(samples, self.manifest.block_size)
         return self._row_of_block[blocks] + offsets * self.manifest.image_bytes
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
         """Read the images of blocks from disk; see `shards.stores.block_cache.LoadBlocks`."""
-        for block, buffer in zip(blocks, buffers, strict=True):
-            path = self._paths[self._shard_of_block[block]]
-            with open_packed_file(path) as file:
-                file.seek(self._first_image[block])
-                if file.readinto(buffer.data.cast("B")) != buffer.nbytes:  # type: ignore[attr-defined]  # FileIO
-                    raise corrupt_shard(f"{path}: block {block_key(block)}", "the shard ends inside it")
+        for block, buffer in zip(blocks.tolist(), buffers, strict=True):
+            number = self._shard_of_block[block]
+            with self._files.open(self.manifest.shards[number].name) as file:
+                if file.read_into(self._first_image[block], buffer) != buffer.nbytes:
+                    raise corrupt_shard(self._describe(block, number), "the shard ends inside it")
 
-
-def _images_at_every_byte(
-    maps: list[NDArray[np.uint8]], image_bytes: int
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return one view over all maps, so that a single indexing call gathers from all of them.
-
-    Memory between the maps may not be readable: callers index only inside a map, and keep the maps alive.
-
-    Args:
-        maps: uint8 [bytes of the shard] each.
-        image_bytes: Bytes of one image.
-
-    Returns:
-        uint8 [bytes, image_bytes], the image that would begin at each byte from the lowest mapped address to the
-        highest, and int64 [maps], the first row of each map.
-    """
-    addresses = np.array([data.__array_interface__["data"][0] for data in maps])
-    start = int(addresses.min())
-    end = max(int(address) + len(data) for address, data in zip(addresses, maps, strict=True))
-    everything = np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
-    return np.lib.stride_tricks.sliding_window_view(everything, image_bytes), addresses - start
+    def _describe(self, block: int, number: int) -> str:
+        return f"{self._files.directory / self.manifest.shards[number].name}: block {block_key(block)}"

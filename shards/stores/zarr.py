@@ -11,6 +11,7 @@ process that is forked after an array was opened, as the workers of `pipeline.sh
 from __future__ import annotations
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from numpy.typing import NDArray
 
 from shards.cpus import available_cpus
 from shards.errors import corrupt_shard, first_line
-from shards.manifest import Manifest, RawFile
-from shards.stores.base import ImageStore, ImageTable, Layout, block_key, open_packed_file, read_at
+from shards.manifest import Manifest
+from shards.stores.base import ImageStore, ImageTable, Layout, block_key
 from shards.stores.block_cache import BlockCache
+from shards.stores.split_files import SplitFiles
 from shards.stores.zarr_arrays import ArrayLayout, array_layouts, open_arrays
 
 _INDEX_ENTRY = 16  # offset and length of a block in its shard, uint64 each
@@ -35,32 +37,35 @@ class ShardFile:
     """A shard of one array: blocks, and at its end the index of their byte ranges.
 
     Args:
-        directory: The directory of the split.
+        files: The files of the split.
         array: Layout of the array.
         number: Number of the shard.
-        size: Bytes of the shard, from the manifest.
         compressed: Whether the blocks are compressed.
 
     Raises:
         CorruptError: If the file has another size or its index is damaged.
     """
 
-    def __init__(self, directory: Path, array: ArrayLayout, number: int, size: int, compressed: bool) -> None:
-        self._path = directory / array.shard_name(number)
+    def __init__(self, files: SplitFiles, array: ArrayLayout, number: int, compressed: bool) -> None:
+        self._files = files
+        self._name = array.shard_name(number)
+        self._path = files.directory / self._name
         self._array = array
         self._compressed = compressed
         self._first = number * array.blocks_in_shard
-        self._ranges = self._read_index(size)
+        self._ranges = self._read_index()
 
-    def _read_index(self, size: int) -> NDArray[np.int64]:
+    def _read_index(self) -> NDArray[np.int64]:
         """Return offset and length of each block, [blocks, 2]."""
         array = self._array
         length = array.blocks_in_shard * _INDEX_ENTRY + _CHECKSUM
-        end = size - length  # of the blocks
-        if end < 0:
-            raise corrupt_shard(self._path, f"{size:,} bytes, too few for an index of {array.blocks_in_shard:,} blocks")
-        with open_packed_file(self._path, size) as file:
-            content = read_at(file, end, length)
+        with self._files.open(self._name) as file:
+            size = os.fstat(file.descriptor).st_size
+            end = size - length  # of the blocks
+            if end < 0:
+                reason = f"{size:,} bytes, too few for an index of {array.blocks_in_shard:,} blocks"
+                raise corrupt_shard(self._path, reason)
+            content = file.read(end, length)
         try:
             index = np.frombuffer(numcodecs.CRC32C().decode(content), "<u8").reshape(-1, 2)
         except RuntimeError:
@@ -97,8 +102,8 @@ class ShardFile:
         offset, length = self._ranges[block - self._first].tolist()
         # The last block of the split is stored with its full length.
         content = out if len(out) == block_bytes else np.full(block_bytes, 0xFF, np.uint8)
-        with open_packed_file(self._path) as file:
-            stored = read_at(file, offset, length)
+        with self._files.open(self._name) as file:
+            stored = file.read(offset, length)
         try:
             if len(stored) != length:
                 raise ValueError("the shard ends inside it")
@@ -115,16 +120,12 @@ class ShardFile:
             out[...] = content[: len(out)]
 
 
-def open_shards(directory: Path, manifest: Manifest, array: ArrayLayout, compressed: bool) -> list[ShardFile]:
+def open_shards(files: SplitFiles, array: ArrayLayout, compressed: bool) -> list[ShardFile]:
     """Open the shards of an array in order; check the SHA-256 of those of labels and rows. Raises `CorruptError`."""
-    entries = {file.name: file for file in manifest.everything}
-    shards = []
-    for number in range(array.shards):
-        entry = entries[array.shard_name(number)]
-        shards.append(ShardFile(directory, array, number, entry.bytes, compressed))
-        if array.name != "images" and RawFile.of(directory, entry.name).sha256 != entry.sha256:
-            raise corrupt_shard(directory / entry.name, "it was changed (SHA-256 differs)")
-    return shards
+    if array.name != "images":
+        for number in range(array.shards):
+            files.read_all(array.shard_name(number))
+    return [ShardFile(files, array, number, compressed) for number in range(array.shards)]
 
 
 class ZarrStore(ImageStore):
@@ -145,9 +146,10 @@ class ZarrStore(ImageStore):
         self.manifest = manifest
         _, compressed = open_arrays(directory, manifest)
         images, labels, rows = array_layouts(Layout.of(manifest))
-        self.labels = _read_all(directory, manifest, labels, compressed, len(manifest.classes) - 1)
-        self.rows = _read_all(directory, manifest, rows, compressed, np.iinfo(np.int64).max)
-        self._shards = open_shards(directory, manifest, images, compressed)
+        files = SplitFiles(directory, manifest)
+        self.labels = _read_all(files, labels, compressed, len(manifest.classes) - 1)
+        self.rows = _read_all(files, rows, compressed, np.iinfo(np.int64).max)
+        self._shards = open_shards(files, images, compressed)
         self._blocks_in_shard = images.blocks_in_shard
         self._crcs = [crc for shard in manifest.shards for crc in shard.blocks_crc32]
         self._cache = BlockCache(manifest, self._read_blocks, memory)
@@ -173,11 +175,9 @@ class ZarrStore(ImageStore):
             raise corrupt_shard(shard.describe(block), "it was changed (CRC-32 differs)")
 
 
-def _read_all(
-    directory: Path, manifest: Manifest, array: ArrayLayout, compressed: bool, highest: int
-) -> NDArray[np.int64]:
+def _read_all(files: SplitFiles, array: ArrayLayout, compressed: bool, highest: int) -> NDArray[np.int64]:
     """Return all values of an array of numbers, int64 [N]. Raises `CorruptError` unless they are 0 .. highest."""
-    shards = open_shards(directory, manifest, array, compressed)
+    shards = open_shards(files, array, compressed)
     blocks = []
     for block in range(array.blocks):
         shard = shards[block // array.blocks_in_shard]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 
+from shards.atomic import unreplaced
 from shards.cli import plural, program_name, run_command
+from shards.manifest import manifest_paths
 from shards.remote.datasets import resolve_dataset
 from shards.verify.check import check_split, corrupt_files, split_directories
 
@@ -23,14 +25,15 @@ def main() -> int:
     parser.add_argument("place", metavar="DIR", help="directory or address of a packed data set, or of one split of it")
     directory = resolve_dataset(parser.parse_args().place)
     all_faults = []
-    for split in split_directories(directory):
-        manifest, faults = check_split(split)
-        all_faults += faults
-        shards = plural(len(manifest.shards), "shard")
-        print(
-            f"{'damaged ' if faults else 'complete'}  {split}: {manifest.samples:,} samples of "
-            f"{len(manifest.classes)} classes in {shards}, {manifest.packed_bytes:,} bytes"
-        )
+    with unreplaced(*manifest_paths(directory)):
+        for split in split_directories(directory):
+            manifest, faults = check_split(split)
+            all_faults += faults
+            shards = plural(len(manifest.shards), "shard")
+            print(
+                f"{'damaged ' if faults else 'complete'}  {split}: {manifest.samples:,} samples of "
+                f"{len(manifest.classes)} classes in {shards}, {manifest.packed_bytes:,} bytes"
+            )
     if all_faults:
         hint = "pack again (python -m pipeline.shard SOURCE --out DIR --force), or download the files again"
         raise corrupt_files(all_faults, hint)

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.atomic import unreplaced
 from shards.errors import CorruptError
-from shards.manifest import REQUIRED_SPLITS, SPLITS, Manifest, RawFile
+from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest, RawFile
 
 
 def check_split(directory: Path) -> tuple[Manifest, list[str]]:
@@ -28,10 +29,11 @@ def check_split(directory: Path) -> tuple[Manifest, list[str]]:
     Returns:
         The manifest, and a line for each fault.
     """
-    manifest = Manifest.read(directory)
-    counter = SampleCounter(manifest)
-    check_store = import_module(f"shards.verify.{manifest.store}").check_store
-    faults = [*check_hashes(directory, manifest), *check_store(directory, manifest, counter)]
+    with unreplaced(directory / MANIFEST_NAME):
+        manifest = Manifest.read(directory)
+        counter = SampleCounter(manifest)
+        check_store = import_module(f"shards.verify.{manifest.store}").check_store
+        faults = [*check_hashes(directory, manifest), *check_store(directory, manifest, counter)]
     return manifest, faults or [f"{directory}: {fault}" for fault in counter.faults()]
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from shards.errors import UserError, corrupt_shard, first_line
 from shards.manifest import Manifest
 from shards.stores.base import Layout, block_key
+from shards.stores.split_files import SplitFiles
 from shards.stores.zarr import ShardFile
 from shards.stores.zarr_arrays import GROUP, ZarrArray, array_layouts, open_arrays
 from shards.verify.check import SampleCounter
@@ -25,13 +26,12 @@ def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> 
         yield error.found
         return
     layouts = array_layouts(Layout.of(manifest))
-    sizes = {file.name: file.bytes for file in manifest.everything}
+    split = SplitFiles(directory, manifest)
     for number, shard in enumerate(manifest.shards):
         files = {}
         for layout in layouts:
             try:
-                size = sizes[layout.shard_name(number)]
-                files[layout.name] = ShardFile(directory, layout, number, size, compressed)
+                files[layout.name] = ShardFile(split, layout, number, compressed)
             except UserError as error:
                 yield error.found
         for block, crc in enumerate(shard.blocks_crc32, start=number * layouts[0].blocks_in_shard):

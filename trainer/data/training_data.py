@@ -18,7 +18,8 @@ from pipeline.sampler import SequentialBatchSampler, ShuffledBatchSampler, max_s
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import Transform, TransformSpec
 from shards import Manifest, UserError, open_split
-from shards.manifest import VALIDATION, has_split
+from shards.atomic import replaced, unreplaced
+from shards.manifest import VALIDATION, has_split, manifest_paths
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 from shards.verify.check import check_hashes
@@ -68,11 +69,19 @@ def open_data(config: Config, world: World) -> TrainingData:
     directory = resolve_dataset(config.data.shards)
     memory = _image_memory(config)
     train_memory = int(memory * _TRAIN_MEMORY)
-    # Evaluation reads a split in order, so a larger cache would not help it.
-    splits = ["test", *([VALIDATION] if has_split(directory, VALIDATION) else [])]
-    train_store = open_split(directory, "train", train_memory)
-    test_store, *val_stores = (open_split(directory, split, (memory - train_memory) // 2) for split in splits)
-    stores = [train_store, test_store, *val_stores]
+
+    def open_stores() -> list[Store]:
+        # Evaluation reads a split in order, so a larger cache would not help it.
+        splits = ["test", *([VALIDATION] if has_split(directory, VALIDATION) else [])]
+        with unreplaced(*manifest_paths(directory)):
+            evaluated = [open_split(directory, split, (memory - train_memory) // 2) for split in splits]
+            return [open_split(directory, "train", train_memory), *evaluated]
+
+    stores = world.barrier_run(open_stores)
+    train_store, test_store, *val_stores = stores
+    digest = "".join(store.manifest.digest() for store in stores)
+    if len(set(world.all_gather(lambda: digest))) > 1:
+        raise replaced(directory)
     for store in stores[1:]:
         _check_splits_agree(train_store.manifest, store.manifest, directory)
     if config.data.verify:
@@ -131,7 +140,7 @@ def open_data(config: Config, world: World) -> TrainingData:
     val_samples = np.arange(len(val_store)) if val_stores else validation
     return TrainingData(
         manifest=manifest,
-        digest="".join(store.manifest.digest() for store in stores),
+        digest=digest,
         spec=specs[final.resolution],
         adapter=InputAdapter.of(train_store),
         backend=backend,

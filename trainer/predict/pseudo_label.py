@@ -25,10 +25,10 @@ from pipeline.packing.pack import PackSettings, pack
 from pipeline.packing.repack import concatenate, packed_split, packed_splits
 from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit
-from shards.atomic import check_writable, write_file
+from shards.atomic import check_writable, unreplaced, write_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError
-from shards.manifest import MANIFEST_NAME, SPLITS, Manifest
+from shards.manifest import MANIFEST_NAME, SPLITS, Manifest, manifest_paths
 from shards.open import open_store
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
@@ -69,7 +69,12 @@ def predict(trained: TrainedModel, store: Store, world: World) -> PseudoLabels:
 
 
 def add_pseudo_labels(
-    directory: Path, out: str, unlabelled: RawSplit, pseudo: PseudoLabels, options: dict[str, Any]
+    directory: Path,
+    out: str,
+    unlabelled: RawSplit,
+    pseudo: PseudoLabels,
+    classes: tuple[str, ...],
+    options: dict[str, Any],
 ) -> str:
     """Pack a data set again with pseudo-labelled images in its train split, except for images of its other splits.
 
@@ -78,17 +83,19 @@ def add_pseudo_labels(
         out: Directory or address of the result.
         unlabelled: The split that was predicted.
         pseudo: Labels of some of its images.
+        classes: Names of the classes, in the order of the labels.
         options: Options to record in the manifests.
 
     Returns:
         A line for the terminal.
     """
-    manifest = Manifest.read(directory / "train")
-    train, *others = packed_splits(directory)
+    with unreplaced(*manifest_paths(directory)):
+        manifest = Manifest.read(directory / "train")
+        train, *others = packed_splits(directory)
     added = replace(
         unlabelled.select(np.flatnonzero(np.isin(unlabelled.source_index, pseudo.source_index))),
         name="pseudo-labelled",
-        classes=train.classes,
+        classes=classes,
         labels=pseudo.labels,
         columns={"confidence": np.array([f"{value:.4f}" for value in pseudo.confidence])},
     )
@@ -162,7 +169,11 @@ def main() -> int:
             "predictions": len(pseudo.labels),
             "run": str(arguments.run),
         }
-        print(add_pseudo_labels(target, arguments.out, packed_split(store, directory), pseudo, options))
+        print(
+            add_pseudo_labels(
+                target, arguments.out, packed_split(store, directory), pseudo, tuple(trained.classes), options
+            )
+        )
     return 0
 
 

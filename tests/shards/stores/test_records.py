@@ -111,7 +111,8 @@ class TestStore:
             expected = packed / "train" / f"shard-{sample // 50:05d}.tar"
             assert store.describe_sample(sample) == f"{expected}: {sample:08d}.{extension}"
 
-    def test_no_file_stays_open(self, store: Store) -> None:
+    def test_reading_again_opens_no_file(self, store: Store) -> None:
+        store.read(np.arange(120))
         before = len(os.listdir("/proc/self/fd"))
         store.read(np.arange(120))
         assert len(os.listdir("/proc/self/fd")) == before
@@ -383,8 +384,7 @@ def test_a_shard_that_shrinks_while_it_is_used_is_named(copy: Path) -> None:
     path = copy / "shard-00001.tar"
     os.truncate(path, 3000)
     error = refusal(lambda: store.read(np.arange(40, 60)))
-    assert f"{path}: 0000005" in error.found
-    assert "its shard ends inside it" in error.found
+    assert error.found.startswith(f"{path}, which was replaced, changed or removed")
     path.unlink()
     assert str(path) in refusal(lambda: store.read(np.arange(40, 60))).found
 

@@ -1,0 +1,216 @@
+"""Files of a packed split: each stays the one that was opened first, and only some are open at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import itertools
+import mmap
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.atomic import Identity, identity, replaced
+from shards.cli import USER_ERROR_STATUS
+from shards.errors import CorruptError, UserError, corrupt_shard
+from shards.manifest import Manifest
+
+_MOST_OPEN = 64  # files of a split
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+_MAP_FIXED = 0x10  # not in the module mmap; the same on Linux, macOS and BSD
+_libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+
+
+def max_open_files() -> int:
+    """Return how many files of a split may be open: a small part of what the process may open (`ulimit -n`)."""
+    try:
+        import resource  # not available on Windows
+    except ImportError:
+        return _MOST_OPEN
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN if soft == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, soft // 16))
+
+
+class OpenFile:
+    """A file that several threads, and processes forked later, may read. It is closed when nobody refers to it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str) -> OpenFile:
+        """Open a file; raise OSError if that fails."""
+        return cls(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit the module `os` may be gone
+        close(self.descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Read up to `size` bytes at a byte offset."""
+        if hasattr(os, "pread"):
+            return os.pread(self.descriptor, size, offset)
+        with self._lock:  # Windows
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            return os.read(self.descriptor, size)
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> int:
+        """Read bytes at an offset into a contiguous buffer. Returns their number."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.descriptor, [out.data], offset)
+        content = self.read(offset, out.nbytes)
+        out.reshape(-1)[: len(content)] = np.frombuffer(content, np.uint8)
+        return len(content)
+
+
+class SplitFiles:
+    """The files of a split, by their names in the manifest.
+
+    A path may name another file later: a data set is replaced, a cache entry is fetched again, a file is truncated or
+    overwritten. Every read makes sure that the file is the one that was opened first.
+
+    Args:
+        directory: The directory of the split.
+        manifest: Its manifest, which tells the size and the SHA-256 of each file.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self._entries = {file.name: file for file in manifest.everything}
+        self._identities: dict[str, Identity] = {}
+        self._mapped: Iterator[tuple[str, str, Identity]] = iter(())  # path, name, identity: again and again
+        self._open = lru_cache(max_open_files())(OpenFile.open)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[OpenFile]:
+        """Open a file to read in the block.
+
+        Raises:
+            CorruptError: If it is missing, cannot be read, or does not have the size of the manifest.
+            MismatchError: If it is not the file that was opened first, or was changed since.
+        """
+        try:
+            file = self._open(self._path(name))
+            self._check(name, os.fstat(file.descriptor))
+            yield file
+        except OSError as error:
+            if name in self._identities and error.errno in _GONE:
+                raise replaced(self._path(name)) from None
+            raise corrupt_shard(self._path(name), error.strerror or str(error)) from None
+        except CorruptError:
+            self._check(name, os.fstat(file.descriptor))  # the error may be due to a change
+            raise
+        self._check(name, os.fstat(file.descriptor))
+
+    def _path(self, name: str) -> str:
+        return f"{self.directory}{os.sep}{name}"
+
+    def _check(self, name: str, status: os.stat_result) -> None:
+        """Record the identity of a file that is new, and compare it otherwise."""
+        found = identity(status)
+        known = self._identities.get(name)
+        if known is None:
+            entry = self._entries.get(name)  # version 1 does not list the indices
+            if entry is not None and entry.bytes != status.st_size:
+                reason = f"{status.st_size:,} bytes, the manifest says {entry.bytes:,}"
+                raise corrupt_shard(self._path(name), reason)
+            known = self._identities.setdefault(name, found)
+        if known != found:
+            raise replaced(self._path(name))
+
+    def read_all(self, name: str) -> bytes:
+        """Return the content of a small file; raise as `open` does, or CorruptError if its SHA-256 differs."""
+        with self.open(name) as file:
+            content = file.read(0, os.fstat(file.descriptor).st_size)
+            entry = self._entries.get(name)
+            if entry is not None and hashlib.sha256(content).hexdigest() != entry.sha256:
+                raise corrupt_shard(self._path(name), "it was changed (SHA-256 differs)")
+            return content
+
+    def map(self, names: Sequence[str]) -> tuple[mmap.mmap | bytearray, NDArray[np.int64]]:
+        """Map files into one piece of memory, one after the other, without keeping them open.
+
+        A Python `mmap` would keep a descriptor for each.
+
+        Returns:
+            The memory, read-only, and the byte at which each file begins, int64 [files].
+        """
+        sizes = [self._entries[name].bytes for name in names]
+        pages = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]
+        *starts, total = itertools.accumulate(pages, initial=0)
+        if _libc is None:  # Windows cannot map a file at a given address: it is read
+            memory = bytearray(total)
+            for name, start, size in zip(names, starts, sizes, strict=True):
+                with self.open(name) as file:
+                    file.read_into(0, np.frombuffer(memory, np.uint8)[start : start + size])
+            return memory, np.array(starts)
+        _report_bus_errors(_libc)
+        region = mmap.mmap(-1, total, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
+        address = np.frombuffer(region, np.uint8).ctypes.data
+        for name, start, size in zip(names, starts, sizes, strict=True):
+            with self.open(name) as file:
+                arguments = (size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, file.descriptor)
+                if _mmap(_libc)(address + start, *arguments, 0) != address + start:
+                    raise corrupt_shard(self._path(name), os.strerror(ctypes.get_errno()))
+            _sizes[self._path(name)] = size
+        self._mapped = itertools.cycle([(self._path(name), name, self._identities[name]) for name in names])
+        return region, np.array(starts)
+
+    def check_mapped(self) -> None:
+        """Check that a mapped file was not changed, another one at each call.
+
+        A map keeps the file that it maps. If the path names another file, or none, that file is unchanged.
+        """
+        for path, name, (device, inode, *_) in itertools.islice(self._mapped, 1):
+            try:
+                status = os.stat(path)
+            except OSError:
+                return
+            if status.st_ino == inode and status.st_dev == device:
+                self._check(name, status)
+
+
+def _mmap(libc: ctypes.CDLL) -> Callable[..., int]:
+    numbers = (ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+    return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *numbers, use_errno=True)(("mmap", libc))
+
+
+_sizes: dict[str, int] = {}
+"""Bytes of each file that was mapped, by its path."""
+
+
+def _describe_bus_error() -> UserError:
+    for path, size in _sizes.items():
+        if os.path.exists(path) and os.path.getsize(path) < size:
+            return replaced(path)
+    return UserError(
+        found="a memory-mapped file that cannot be read (SIGBUS)",
+        expected="files on a disk without errors that stay as they are while they are read",
+        hint="check the disk (dmesg) and the space in /dev/shm (df -h), then python -m shards.verify DIR",
+    )
+
+
+def _end_with_message(number: int) -> None:
+    try:
+        os.write(2, f"{_describe_bus_error()}\n".encode())
+    finally:
+        os._exit(USER_ERROR_STATUS)
+
+
+_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end_with_message)
+
+
+def _report_bus_errors(libc: ctypes.CDLL) -> None:
+    """End the process with a message instead of SIGBUS, which the access to a truncated map raises.
+
+    A handler of the module `signal` would never run: Python calls it after the access, which never ends.
+    """
+    libc.signal(signal.SIGBUS, _handler)
