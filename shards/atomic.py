@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -10,13 +13,15 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from filelock import FileLock, Timeout
 
 from shards.errors import MismatchError, NotFoundError, UserError, as_user_error, os_errors_as_user_errors
 
 Identity: TypeAlias = tuple[int, int, int, int]
+_CHECKSUM = "sha256"
+_WORKING_DIRECTORY, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2
 
 
 def read_file(path: Path, most_bytes: int) -> bytes:
@@ -164,6 +169,20 @@ def write_file(path: Path, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a JSON object with a field `sha256`: the checksum of the others, as they are when parsed."""
+    content = json.dumps(fields, sort_keys=True).encode()
+    return {**fields, _CHECKSUM: hashlib.sha256(content).hexdigest()}
+
+
+def without_checksum(fields: dict[str, Any], required: bool = True) -> dict[str, Any]:
+    """Return the fields of a JSON object without its checksum; raise ValueError if it does not fit."""
+    content = {name: value for name, value in fields.items() if name != _CHECKSUM}
+    if (required or _CHECKSUM in fields) and with_checksum(content)[_CHECKSUM] != fields.get(_CHECKSUM):
+        raise ValueError("its content does not fit its checksum")
+    return content
+
+
 def identity(status: os.stat_result) -> Identity:
     """Return what distinguishes a file from one that replaces it, and from itself before a change."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -223,17 +242,26 @@ class Replacement:
         self.path.mkdir()
 
     def commit(self) -> None:
-        """Move the existing target aside, then rename the new directory to the target."""
+        """Exchange the new directory and the target; where that is impossible, move the target aside before."""
         sync_directory(self.path)
-        if self._target.exists():
-            os.replace(self._target, self._old)
-        os.replace(self.path, self._target)
+        if not (self._target.exists() and _exchange(self.path, self._target)):
+            if self._target.exists():
+                os.replace(self._target, self._old)
+            os.replace(self.path, self._target)
         sync_directory(self._target.parent)
 
     def roll_back(self) -> None:
-        """Undo an incomplete commit: between its two renames only the old directory exists."""
+        """Undo an incomplete commit: between two renames only the old directory exists."""
         if self._old.exists() and not self._target.exists():
             os.replace(self._old, self._target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths, so that each exists at any time; returns False if the system or file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None  # Linux
+    if rename is None:
+        return False
+    return rename(_WORKING_DIRECTORY, os.fsencode(one), _WORKING_DIRECTORY, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 @contextmanager
