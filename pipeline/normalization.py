@@ -15,7 +15,7 @@ from pipeline.loader import Loader
 from pipeline.sampler import SequentialBatchSampler
 from pipeline.transforms.build import build_transform
 from pipeline.transforms.spec import TransformSpec
-from shards.atomic import write_file
+from shards.atomic import with_checksum, without_checksum, write_file
 from shards.stores.base import Store
 
 log = logging.getLogger(__name__)
@@ -93,15 +93,15 @@ def load_or_compute_stats(
     path = directory / "statistics" / f"{name}.json"
     digest = store.manifest.digest()
     try:
-        content = json.loads(path.read_text())
-        if content.pop("manifest") == digest:
+        content = without_checksum(json.loads(path.read_text()))
+        if content["manifest"] == digest:
             return DatasetStats(tuple(content["mean"]), tuple(content["std"]), content["samples"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not computed yet, or damaged
     statistics = compute_stats(store, spec, backend, device)
     try:
         path.parent.mkdir(exist_ok=True)
-        write_file(path, json.dumps({**asdict(statistics), "manifest": digest}) + "\n")
+        write_file(path, json.dumps(with_checksum({**asdict(statistics), "manifest": digest})) + "\n")
     except OSError as error:
         log.warning("cannot write the statistics to %s (%s); they will be computed again", path, error)
     return statistics

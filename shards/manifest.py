@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from shards.atomic import read_file, write_file
+from shards.atomic import read_file, with_checksum, without_checksum, write_file
 from shards.errors import CorruptError, MismatchError, NotFoundError
 
 MANIFEST_NAME = "manifest.json"
@@ -167,7 +167,8 @@ class Manifest(_Record):
 
     def to_json(self) -> str:
         """Return the content of the file."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
+        fields = with_checksum(self.model_dump(mode="json", by_alias=True))
+        return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
         """Return a SHA-256 (hex) of the content of the split, independent of the versions that packed it."""
@@ -206,6 +207,8 @@ class Manifest(_Record):
                     expected="format version 1 or 2",
                     hint="use the version of Inkstream that packed it, or pack again with --force",
                 )
+            # Manifests written before do not have a checksum.
+            fields = without_checksum(fields, required=False) if isinstance(fields, dict) else fields
             return cls.model_validate(fields, by_alias=True, by_name=False)
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, not a manifest
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)

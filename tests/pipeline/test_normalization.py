@@ -17,6 +17,7 @@ from pipeline import normalization
 from pipeline.normalization import DatasetStats, compute_stats, load_or_compute_stats
 from pipeline.transforms.spec import TransformSpec
 from shards import open_split
+from shards.atomic import with_checksum, without_checksum
 from shards.stores.base import Store
 
 CPU = torch.device("cpu")
@@ -104,7 +105,7 @@ def test_what_the_file_says_is_what_is_used(packed: Path, store: Store) -> None:
     spec = TransformSpec.of(store.manifest, 20)
     load_or_compute_stats(store, packed / "train", spec, "torch", CPU)
     path = _only_file(packed)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": [0.25]}))
+    path.write_text(json.dumps(with_checksum(without_checksum(json.loads(path.read_text())) | {"mean": [0.25]})))
     assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU).mean == (0.25,)
 
 
@@ -120,12 +121,16 @@ def test_sizes_and_interpolations_are_kept_apart(packed: Path, store: Store) -> 
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda text: json.dumps(json.loads(text) | {"manifest": "0" * 64, "mean": [0.25]}),
-        lambda text: json.dumps({"mean": [0.25], "std": [1.0], "samples": 3}),
+        lambda text: json.dumps(
+            with_checksum(without_checksum(json.loads(text)) | {"manifest": "0" * 64, "mean": [0.25]})
+        ),
+        lambda text: json.dumps(with_checksum({"mean": [0.25], "std": [1.0], "samples": 3})),
+        lambda text: json.dumps(without_checksum(json.loads(text))),
+        lambda text: json.dumps(json.loads(text) | {"mean": [0.25]}),
         lambda text: text[: len(text) // 2],
         lambda text: "",
     ],
-    ids=["another pack's", "without a digest", "cut", "empty"],
+    ids=["another pack's", "without a digest", "without a checksum", "changed", "cut", "empty"],
 )
 def test_a_file_that_is_not_of_this_pack_is_measured_anew(packed: Path, store: Store, spoil) -> None:
     spec = TransformSpec.of(store.manifest, 20)
@@ -135,6 +140,20 @@ def test_a_file_that_is_not_of_this_pack_is_measured_anew(packed: Path, store: S
     path.write_text(spoil(whole))
     assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU) == first
     assert path.read_text() == whole
+
+
+def test_no_flipped_bit_changes_the_statistics(packed: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = TransformSpec.of(store.manifest, 20)
+    expected = load_or_compute_stats(store, packed / "train", spec, "torch", CPU)
+    monkeypatch.setattr(normalization, "compute_stats", lambda *_: expected)
+    monkeypatch.setattr(normalization, "write_file", lambda *_: None)
+    path = _only_file(packed)
+    content = path.read_bytes()
+    for bit in range(0, 8 * len(content), 11):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU) == expected
 
 
 def test_a_place_that_cannot_be_written_only_warns(
