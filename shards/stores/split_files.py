@@ -25,6 +25,7 @@ from shards.manifest import Manifest
 
 _MOST_OPEN = 64  # files of a split
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # does not wait for a pipe
 _MAP_FIXED = 0x10  # not in the module mmap; the same on Linux, macOS and BSD
 _libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 
@@ -49,7 +50,7 @@ class OpenFile:
     @classmethod
     def open(cls, path: str) -> OpenFile:
         """Open a file; raise OSError if that fails."""
-        return cls(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+        return cls(os.open(path, _FLAGS))
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit the module `os` may be gone
         close(self.descriptor)

@@ -323,3 +323,11 @@ def test_memory_of_all_shards_is_given_back(packs: dict[str, tuple[Path, Path]])
     del store
     assert mapped() == before
     assert images.any()
+
+
+def test_a_pipe_in_place_of_a_shard_is_refused_at_once(both: tuple[Path, Path], kind: str) -> None:
+    """Opening a pipe waits for its writer otherwise."""
+    path = shards_of(both[0])[1]
+    path.unlink()
+    os.mkfifo(path)
+    assert str(path) in refusal(lambda: opened(both[0], kind)).found
