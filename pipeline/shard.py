@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pipeline.datasets.base import DatasetSource
 from pipeline.packing.output import open_output
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSettings, find_pack, pack
 from pipeline.packing.splits import make_splits
+from pipeline.readers.naming import warn
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.cli import USER_ERROR_STATUS, program_name, run_command
 from shards.errors import UserError
@@ -161,6 +161,7 @@ def source_options(
         encoded=arguments.store == "records",
         image_column=arguments.image_column,
         label_column=arguments.label_column,
+        skip_bad=arguments.skip_bad,
     )
     if options.encoded and "encoded" not in source.options:
         raise UserError(
@@ -188,11 +189,6 @@ def source_options(
     if arguments.skip_bad:
         recorded["skip_bad"] = 1
     return options, recorded
-
-
-def warn(text: str) -> None:
-    """Print a warning."""
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def describe(manifest: Manifest) -> str:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from shards.atomic import read_file, with_checksum, without_checksum, write_file
-from shards.errors import CorruptError, MismatchError, NotFoundError
+from shards.errors import CorruptError, MismatchError, NotFoundError, UserError, printable
 
 MANIFEST_NAME = "manifest.json"
 REQUIRED_SPLITS = ("train", "test")
@@ -217,6 +218,24 @@ class Manifest(_Record):
                 expected="the manifest that was packed",
                 hint="pack again: python -m pipeline.shard SOURCE --out DIR --force",
             ) from None
+
+
+def check_several_classes(classes: Sequence[str], counts: Sequence[int], source: object) -> None:
+    """Raise `UserError` if all training images are of one class: a model of it is always right.
+
+    Args:
+        classes: The class names.
+        counts: Training images of each class.
+        source: The data set, for the message.
+    """
+    present = [name for name, count in zip(classes, counts, strict=True) if count]
+    if len(present) < 2:
+        raise UserError(
+            found=f"one class, {', '.join(map(printable, present))!r}, in the training images of {source}",
+            expected="training images of at least two classes",
+            hint="arrange images in one directory per class, or list them with their labels in a CSV table, and pack "
+            "them again: python -m pipeline.shard folder --raw DIR",
+        )
 
 
 def is_packed_dataset(directory: Path) -> bool:

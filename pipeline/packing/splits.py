@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.rng import PARTITION_STREAM, permutation
 from pipeline.common.stratified import stratified_mask
-from pipeline.readers.naming import TEST, TRAIN
+from pipeline.readers.naming import TEST, TRAIN, warn
 from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
-from shards.manifest import VALIDATION
+from shards.manifest import VALIDATION, check_several_classes
 
 # Independent of each other, and of the choices during training.
 _STREAMS = {TEST: PARTITION_STREAM + 1, VALIDATION: PARTITION_STREAM + 2, TRAIN: PARTITION_STREAM + 3}
@@ -41,6 +43,9 @@ def make_splits(
     """
     result = {split.name: split for split in splits}
     train = result[TRAIN]
+    if TEST not in result and VALIDATION in result and test_fraction is None:
+        warn("the val split is the test split, as there is none (--test-fraction 0.2 makes one)")
+        result[TEST] = replace(result.pop(VALIDATION), name=TEST)
     fractions = {TEST: test_fraction, VALIDATION: val_fraction}
     if TEST not in result and test_fraction is None:
         raise UserError(
@@ -68,6 +73,9 @@ def make_splits(
             train = train.select(np.flatnonzero(~chosen))
     if subset != 1:
         train = train.select(np.flatnonzero(_choose(train, "--subset", subset, stratify, seed, _STREAMS[TRAIN])))
+    check_several_classes(
+        train.classes, np.bincount(train.labels, minlength=len(train.classes)).tolist(), "the raw files"
+    )
     return (train, *(result[name] for name in (TEST, VALIDATION) if name in result))
 
 

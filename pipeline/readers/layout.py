@@ -5,18 +5,44 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PurePosixPath
 
 from pipeline.readers.archives.file_trees import FileTree, inner_name
-from pipeline.readers.archives.files import corrupt_as_user_error
+from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
 from pipeline.readers.formats.csv import CsvTable, read_csv
-from pipeline.readers.formats.image import EXTENSIONS, KINDS, OTHER_EXTENSIONS
-from pipeline.readers.naming import TRAIN, in_split_order, natural_order, printable, some_of, split_named
+from pipeline.readers.formats.image import EXTENSIONS, KINDS, OTHER_EXTENSIONS, header
+from pipeline.readers.naming import (
+    TRAIN,
+    in_split_order,
+    natural_order,
+    printable,
+    some_of,
+    split_named,
+    splits_in,
+    warn,
+)
 from shards.errors import UserError
 
-LAYOUTS = "one directory per class, inside train/, test/ and val/ if any, or train.csv, test.csv or labels.csv"
-_PATH_COLUMNS = ("path", "file", "filename", "image")
-_LABEL_COLUMNS = ("label", "class", "target")
+LAYOUTS = "one directory per class, inside train/, test/ and val/ if any, or a CSV table of images and labels"
+_PATH_COLUMNS = (
+    "path",
+    "file",
+    "filename",
+    "file_name",
+    "filepath",
+    "image",
+    "image_path",
+    "image_name",
+    "image_id",
+    "id",
+)
+_LABEL_COLUMNS = ("label", "class", "target", "category")
+_SPLIT_COLUMN = "split"
+_RESERVED = ("row", "path")  # names of columns of a pack
+_TEXTS = frozenset({"csv", "tsv", "txt", "md", "json", "xml", "html", "yaml", "yml", "log", "npy", "zip", "tar", "gz"})
+_MAX_SNIFFED = 1000  # files without the extension of an image whose content is looked at
+_MAX_ROWS = 5  # named in a message
 _MAX_WRAPPERS = 8  # nested directories that are skipped
 _LONE_TABLE = "labels"  # holds all images, where train.csv and test.csv hold one split each
 
@@ -29,50 +55,164 @@ class Listing:
         names: Their names in the tree.
         labels: The class name of each.
         tables: The names of the CSV files that list them.
+        columns: Further columns of the table.
     """
 
     names: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
+    columns: dict[str, list[str]] = field(default_factory=dict)
 
 
-def find_images(tree: FileTree, image_column: str = "", label_column: str = "") -> dict[str, Listing]:
+def find_images(
+    tree: FileTree, image_column: str = "", label_column: str = "", skip_bad: bool = False
+) -> dict[str, Listing]:
     """Return the images of each split of a tree; `train` is one of the splits.
 
-    A directory that contains everything else, as in many archives, is skipped. The tables count if a CSV file `train`
-    (with `test`, `val`) or `labels` is at the top; otherwise the directories count.
+    A directory that contains everything else, as in many archives, is skipped. A CSV table of any name counts if it is
+    at the top, or at the top of the directory of a split, and has a column of images and one of labels. Without such a
+    table the directories count.
 
     Args:
         tree: The directory or archive.
         image_column: The column of paths in a table; empty to detect it.
         label_column: The column of labels in a table; empty to detect it.
+        skip_bad: Whether rows, files and directories that cannot be used are skipped with a warning.
 
     Raises:
         UserError: If the layout is not clear.
     """
-    relevant = [name for name in tree.names if is_image(name) or _split_of_table(PurePosixPath(name).name)]
+    relevant = [name for name in tree.names if is_image(name) or _is_table(name)]
     top = _skip_wrappers(relevant)
-    tables: dict[str, str] = {}
-    for name in relevant:
-        inner = name.removeprefix(top)
-        if name.startswith(top) and "/" not in inner and (split := _split_of_table(inner)):
-            if split in tables:
-                both = f"{printable(tables[split])} and {printable(name)}"
-                raise _unclear(f"two tables of the {split} split, {both}", "one table")
-            tables[split] = name
-    if tables:
-        return _by_tables(tree, top, tables, image_column, label_column)
-    if image_column or label_column:
+    index = _ImageIndex(tree)
+    candidates: list[tuple[bool, str, str]] = []  # whether the name says nothing, the split, the name
+    unused: list[str] = []
+    for name in filter(_is_table, relevant if index.images else ()):
+        *directories, file = name.removeprefix(top).split("/")
+        stem = PurePosixPath(file).stem
+        splits = {split_named(directories[0])} if len(directories) == 1 else splits_in(stem)
+        if not name.startswith(top) or len(directories) > 1 or None in splits:
+            unused.append(name)
+        else:
+            split = next(iter(splits)) if len(splits) == 1 else None
+            candidates.append((split is None and stem.lower() != _LONE_TABLE, split or TRAIN, name))
+    tables: dict[str, _Labels] = {}
+    for is_unnamed, split, name in sorted(candidates):
+        if is_unnamed and tables:
+            unused.append(name)
+            continue
+        if split in tables:
+            both = f"{printable(tables[split].name)} and {printable(name)}"
+            raise _unclear(f"two tables of the {split} split, {both}", "one table")
+        try:
+            tables[split] = _read_labels(index, name, image_column, label_column)
+        except UserError:
+            if (split == TRAIN and not is_unnamed) or image_column or label_column:
+                raise
+            unused.append(name)
+    if (image_column or label_column) and not tables:
         raise UserError(
             found=f"{tree.path}, without a CSV table",
             expected=f"train.csv (with test.csv, val.csv) or {_LONE_TABLE}.csv with these columns",
             hint="omit --image-column and --label-column if there is one directory per class",
         )
-    return _by_directories(tree, top)
+    listings = _by_tables(index, top, tables, skip_bad) if tables else _by_directories(tree, top, skip_bad)
+    listed = {name for listing in listings.values() for name in listing.names}
+    not_used = some_of(natural_order(unused))
+    if unused and len(set(listings[TRAIN].labels)) < 2:
+        only = printable(listings[TRAIN].labels[0])
+        raise _unclear(
+            f"{tree.path}: one class, {only!r}, and {not_used} without a column of image files and one of labels",
+            "a table whose columns are named by --image-column and --label-column, or at least two classes",
+        )
+    if unused:
+        warn(f"not used: {not_used}, which do not list images and labels")
+    if tables and (rest := [name for name in index.images if name not in listed]):
+        warn(f"not used: {len(rest):,} images that no table lists ({some_of(rest)})")
+    return listings
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """A table of images and labels: its name in the tree and the columns of both."""
+
+    name: str
+    table: CsvTable
+    image: str
+    label: str
+
+
+class _ImageIndex:
+    """The images of a tree by their names, with and without directories and extensions."""
+
+    def __init__(self, tree: FileTree) -> None:
+        self.tree = tree
+        self._root = f"{tree.path.absolute()}/"
+        self.images = dict.fromkeys(filter(is_image, tree.names))
+        self._by_base: dict[str, list[str]] = defaultdict(list)
+        for name in self.images:
+            base = name.rpartition("/")[2]
+            self._by_base[base].append(name)
+            self._by_base[base.rpartition(".")[0]].append(name)
+
+    def find(self, path: str, directories: Iterable[str]) -> list[str]:
+        """Return the images that a path of a table may mean, with or without extension: one if it is clear.
+
+        Raises:
+            ValueError: If the path leads out of the tree.
+        """
+        inner = inner_name(path.removeprefix(self._root))
+        if inner is None:
+            raise ValueError(path)
+        for directory in directories:
+            if directory + inner in self.images:
+                return [directory + inner]
+        similar = {name: f"/{name}" for name in self._by_base.get(inner.rpartition("/")[2], [])}
+        for directory in directories:
+            if found := [name for name in similar if name.rpartition(".")[0] == directory + inner]:
+                return found
+        end = f"/{inner}"
+        return [
+            name for name, full in similar.items() if end in (full[-len(end) :], full.rpartition(".")[0][-len(end) :])
+        ]
+
+
+def _read_labels(index: _ImageIndex, name: str, image_column: str, label_column: str) -> _Labels:
+    """Read a table and detect its columns; raises `UserError` if it has not both."""
+    table = read_table(index.tree, name)
+    lower = [column.lower() for column in table.columns]
+
+    def is_image_column(number: int) -> bool:
+        try:
+            return bool(index.find(table.rows[0][number], _directories_of(name)))
+        except ValueError:
+            return False
+
+    usual = [column for column in _PATH_COLUMNS if column in lower]
+    if not image_column and not usual:
+        usual = [lower[number] for number in range(len(lower)) if is_image_column(number)][:1]
+    table.column([image_column] if image_column else usual or _PATH_COLUMNS[:4], "paths", "--image-column")
+    image = image_column.lower() or usual[0]
+    usual = [column for column in _LABEL_COLUMNS if column in lower]
+    rest = [column for column in lower if column not in (image, _SPLIT_COLUMN)]
+    usual = usual or (rest if len(rest) == 1 else [])
+    table.column([label_column] if label_column else usual or _LABEL_COLUMNS[:3], "labels", "--label-column")
+    return _Labels(name, table, image, label_column.lower() or usual[0])
+
+
+def _directories_of(name: str) -> tuple[str, ...]:
+    """The directories in which the paths of a table are looked up: its own, and those named after it and its split."""
+    path = PurePosixPath(name)
+    own = f"{path.parent}/" if path.parent.name else ""
+    return (own, f"{own}{path.stem}/", *(f"{own}{split}/" for split in sorted(splits_in(path.stem))))
 
 
 def _extension(name: str) -> str:
     return PurePosixPath(name).suffix.lower()[1:]
+
+
+def _is_table(name: str) -> bool:
+    return _extension(name) in ("csv", "tsv")
 
 
 def is_image(name: str) -> bool:
@@ -136,56 +276,99 @@ def _skip_wrappers(names: list[str]) -> str:
         if len(set(firsts)) != 1 or not all(rests) or split_named(firsts[0]):
             break
         # Something below must distinguish the classes: directories or a table.
-        if not any("/" in rest or _split_of_table(rest) for rest in rests):
+        if not any("/" in rest or _is_table(rest) for rest in rests):
             break
         top += f"{firsts[0]}/"
     return top
 
 
-def _split_of_table(name: str) -> str | None:
-    """The split that a CSV file of this name lists; `train` for a lone table."""
-    stem = PurePosixPath(name).stem
-    if _extension(name) != "csv":
-        return None
-    return TRAIN if stem.lower() == _LONE_TABLE else split_named(stem)
-
-
-def _by_tables(
-    tree: FileTree, top: str, tables: dict[str, str], image_column: str, label_column: str
-) -> dict[str, Listing]:
+def _by_tables(index: _ImageIndex, top: str, tables: dict[str, _Labels], skip_bad: bool) -> dict[str, Listing]:
     if TRAIN not in tables:
-        raise _unclear(f"{some_of(list(tables.values()))} without a train.csv in {tree.path}", "a table for training")
+        raise _unclear(f"{some_of(list(tables))} without a train.csv in {index.tree.path}", "a table for training")
     listings: dict[str, Listing] = {}
-    split_of: dict[str, str] = {}
+    line_of: dict[str, str] = {}
     for split in in_split_order(tables):
-        table = read_table(tree, tables[split])
-        paths = table.column([image_column] if image_column else _PATH_COLUMNS, "paths", "--image-column")
-        labels = table.column([label_column] if label_column else _LABEL_COLUMNS, "labels", "--label-column")
-        # Images of train.csv often are in train/.
-        names = locate(tree, table, paths, (top, f"{top}{PurePosixPath(tables[split]).stem}/"))
-        for row, (name, label) in enumerate(zip(names, labels, strict=True)):
-            if not label:
-                raise _wrong_row(table, row, f"no label for {printable(paths[row])!r}")
-            if (other := split_of.setdefault(name, split)) != split:
-                raise _wrong_row(table, row, f"{printable(paths[row])!r}, which {tables[other]} lists as well")
-        listings[split] = Listing(names, labels, [tables[split]])
+        labels, problems = tables[split], list[tuple[int, str]]()
+        table = labels.table
+        columns = {column: table.column([column], "") for column in table.columns}
+        by_lower = {column.lower(): values for column, values in columns.items()}
+        paths, classes = by_lower[labels.image], by_lower[labels.label]
+        splits = by_lower.get(_SPLIT_COLUMN, []) if len(tables) == 1 else []
+        kept = [
+            column
+            for column in columns
+            if column.lower() not in (labels.image, labels.label, _SPLIT_COLUMN if splits else "", *_RESERVED)
+        ]
+        for row, (path, label) in enumerate(zip(paths, classes, strict=True)):
+            quoted = repr(printable(path))
+            try:
+                found = index.find(path, (*_directories_of(labels.name), top))
+            except ValueError:
+                problems.append((row, f"the path {quoted}, which leads out of the directory"))
+                continue
+            of_row = split_named(splits[row]) if splits else split
+            if not found:
+                problems.append((row, f"the path {quoted}, where no image is"))
+            elif len(found) > 1:
+                problems.append((row, f"{quoted}, which may be {' or '.join(map(printable, found[:2]))}"))
+            elif found[0] in line_of:
+                problems.append((row, f"{quoted} again, after {line_of[found[0]]}"))
+            elif not label:
+                problems.append((row, f"no label for {quoted}"))
+            elif of_row is None:
+                problems.append((row, f"the split {printable(splits[row])!r}, not train, test or val"))
+            else:
+                line_of[found[0]] = table.line(row)
+                listing = listings.setdefault(of_row, Listing(tables=[labels.name]))
+                listing.names.append(found[0])
+                listing.labels.append(label)
+                for column in kept:
+                    listing.columns.setdefault(printable(column), []).append(columns[column][row])
+        _report_rows(table, problems, skip_bad)
+    if TRAIN not in listings:
+        raise _unclear(f"no row of the train split in {index.tree.path}", "rows for training")
     return listings
 
 
-def _by_directories(tree: FileTree, top: str) -> dict[str, Listing]:
-    names = list(filter(is_image, tree.names))
-    if others := [name for name in tree.names if _extension(name) in OTHER_EXTENSIONS]:
+def _report_rows(table: CsvTable, problems: list[tuple[int, str]], skip_bad: bool) -> None:
+    """Refuse rows that cannot be used, or warn that they are skipped."""
+    if not problems:
+        return
+    lines = [f"{table.line(row)}: {what}" for row, what in problems[:_MAX_ROWS]]
+    more = f"\n       and {len(problems) - _MAX_ROWS:,} more rows" if len(problems) > _MAX_ROWS else ""
+    if not skip_bad:
         raise UserError(
-            found=f"{len(others):,} image{'s' if len(others) > 1 else ''} of an unsupported format: {some_of(others)}",
-            expected=KINDS,
-            hint="convert them, for instance with: mogrify -format png FILES",
+            found="\n       ".join(lines) + more,
+            expected=f"a label and the path of a {KINDS} image, relative to the directory of the table, each path once",
+            hint="fix these lines, or skip them with --skip-bad",
         )
+    warn(f"skipped {len(problems):,} rows of {table.path}: {lines[0]}")
+
+
+def _by_directories(tree: FileTree, top: str, skip_bad: bool) -> dict[str, Listing]:
+    names = list(filter(is_image, tree.names))
+    others = [name for name in tree.names if _extension(name) in OTHER_EXTENSIONS]
+    unnamed = (name for name in tree.names if not is_image(name) and _extension(name) not in OTHER_EXTENSIONS | _TEXTS)
+    others += [name for name in islice(unnamed, _MAX_SNIFFED) if _holds_image(tree, name)]
+    if others:
+        found = (
+            f"{len(others):,} image{'s' if len(others) > 1 else ''} of an unsupported format or name: {some_of(others)}"
+        )
+        if not skip_bad:
+            raise UserError(
+                found=found,
+                expected=f"{KINDS} files with the extension of their format",
+                hint="convert them (mogrify -format png FILES), rename them, or skip them with --skip-bad",
+            )
+        warn(f"skipped {found}")
     if not names:
         kinds = natural_order({f".{_extension(name)}" if _extension(name) else printable(name) for name in tree.names})
         content = f"no image in {tree.path}, only {len(tree.names):,} files ({some_of(kinds)})"
         raise _unclear(content if kinds else f"{tree.path}, which is empty", f"{KINDS} files")
     firsts = natural_order({name[len(top) :].partition("/")[0] for name in names})
     split_of = {first: split for first in firsts if (split := split_named(first))}
+    if not split_of and all(len(splits_in(first)) == 1 for first in firsts):
+        split_of = {first: splits_in(first).pop() for first in firsts}
     prefixes = {top: TRAIN}
     if TRAIN in split_of.values() and _hold_directories(names, top, split_of):
         if len(split_of) < len(firsts):
@@ -202,7 +385,27 @@ def _by_directories(tree: FileTree, top: str) -> dict[str, Listing]:
             raise _unclear(f"{tree.path_of(name)}, an image outside any class", "every image in a class directory")
         listings[prefixes[prefix]].names.append(name)
         listings[prefixes[prefix]].labels.append(label)
+    train = next(prefix for prefix, split in prefixes.items() if split == TRAIN)
+    directories = {name[len(train) :].split("/")[0] for name in tree.directories if name.startswith(train)}
+    if empty := natural_order(directories - {"", *split_of, *listings[TRAIN].labels}):
+        found = f"no image in {some_of([f'{tree.path}/{train}{name}' for name in empty])}"
+        if not skip_bad:
+            raise UserError(
+                found=found,
+                expected="images in the directory of each class",
+                hint="remove the directory, or skip it with --skip-bad",
+            )
+        warn(f"skipped: {found}")
     return dict(listings)
+
+
+def _holds_image(tree: FileTree, name: str) -> bool:
+    """Whether a file is an image, whatever its name."""
+    try:
+        header(tree.read(name))
+    except CorruptFileError:
+        return False
+    return True
 
 
 def _hold_directories(names: list[str], top: str, firsts: Iterable[str]) -> bool:

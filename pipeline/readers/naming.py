@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -40,6 +41,11 @@ def some_of(names: Sequence[str]) -> str:
     """Return the first few names, for a message."""
     more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(printable(name) for name in names[:_MAX_NAMES]) + more
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def text_column(values: Iterable[str]) -> NDArray[np.str_]:

@@ -150,6 +150,7 @@ class SourceOptions:
         encoded: Whether image files are stored as they are.
         image_column: The column of paths or images in a table; empty to detect it.
         label_column: The column of labels in a table; empty to detect it.
+        skip_bad: Whether rows of a table and files that cannot be used are skipped with a warning.
     """
 
     raw: Path
@@ -160,3 +161,4 @@ class SourceOptions:
     encoded: bool = False
     image_column: str = ""
     label_column: str = ""
+    skip_bad: bool = False

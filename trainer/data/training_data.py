@@ -19,7 +19,7 @@ from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import Transform, TransformSpec
 from shards import Manifest, UserError, open_split
 from shards.atomic import replaced, unreplaced
-from shards.manifest import VALIDATION, has_split, manifest_paths
+from shards.manifest import VALIDATION, check_several_classes, has_split, manifest_paths
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 from shards.verify.check import check_hashes
@@ -89,6 +89,8 @@ def open_data(config: Config, world: World) -> TrainingData:
 
     val_fraction = 0 if val_stores else config.data.val_fraction
     train, validation = split_train_val(train_store.labels, val_fraction, config.data.train_fraction, config.seed)
+    counts = np.bincount(train_store.labels[train], minlength=len(train_store.manifest.classes))
+    check_several_classes(train_store.manifest.classes, counts.tolist(), directory)
     if min(len(train), config.loader.batch_size) < 2 * world.size:
         raise UserError(
             found=f"{len(train)} training samples in batches of {config.loader.batch_size} for {world.size} ranks",
@@ -145,7 +147,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         adapter=InputAdapter.of(train_store),
         backend=backend,
         backend_reason=reason,
-        counts=np.bincount(train_store.labels[train], minlength=len(manifest.classes)),
+        counts=counts,
         train=TrainingLoader(train_store, sampler, stages, make_transform, world),
         validation=evaluation(val_store, val_samples) if len(val_samples) else None,
         test=evaluation(test_store, np.arange(len(test_store))),

@@ -25,11 +25,13 @@ class FileTree:
     Attributes:
         path: The directory or archive.
         names: All files in it except hidden ones, `a/b.png`, in natural order.
+        directories: The directories below it except hidden ones; empty for an archive.
     """
 
     def __init__(self, path: Path, names: list[str], is_archive: bool = False) -> None:
         self.path = path
         self.names = names
+        self.directories: list[str] = []
         self._is_archive = is_archive
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
@@ -54,7 +56,9 @@ class DirectoryTree(FileTree):
     """A directory. Symbolic links in it are followed."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, natural_order(_walk(path, "", frozenset())))
+        directories: list[str] = []
+        super().__init__(path, natural_order(_walk(path, "", frozenset(), directories)))
+        self.directories = directories
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         return read_file(self.path / name, max_bytes)
@@ -90,8 +94,11 @@ def inner_name(name: str) -> str | None:
     return "/".join(component for component in components if component)
 
 
-def _walk(directory: Path, prefix: str, above: frozenset[tuple[int, int]]) -> list[str]:
-    """The files below a directory, with a prefix. above: device and inode of the directories around it."""
+def _walk(directory: Path, prefix: str, above: frozenset[tuple[int, int]], directories: list[str]) -> list[str]:
+    """The files below a directory, with a prefix. above: device and inode of the directories around it.
+
+    Appends the directories below it to `directories`.
+    """
     names = []
     try:
         status = directory.stat()
@@ -107,7 +114,8 @@ def _walk(directory: Path, prefix: str, above: frozenset[tuple[int, int]]) -> li
                 if is_hidden(entry.name):
                     continue
                 if entry.is_dir():
-                    names += _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {identity})
+                    directories.append(prefix + entry.name)
+                    names += _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {identity}, directories)
                 # A broken link is listed, so that reading reports it. Devices and pipes are not.
                 elif entry.is_file() or not os.path.exists(entry.path):
                     names.append(prefix + entry.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -200,3 +201,21 @@ class TestRefusals:
         assert (
             "--subset 0.001" in refusal((synthetic_raw_split(100), synthetic_raw_split(9, "test")), subset=0.001).found
         )
+
+
+def test_val_is_the_test_split_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    train, val = synthetic_raw_split(50, "train"), synthetic_raw_split(10, "val")
+    parts = carved((train, val))
+    assert list(parts) == ["train", "test"] and parts["test"].labels.tolist() == val.labels.tolist()
+    assert "the val split is the test split" in capsys.readouterr().err
+    assert list(carved((train, val), test_fraction=0.2)) == ["train", "test", "val"]
+
+
+def test_one_class_is_refused() -> None:
+    """A model of it reaches 100 % accuracy."""
+    train = synthetic_raw_split(50, "train")
+    for split in (
+        replace(train, labels=np.zeros(50, np.int64)),
+        replace(train, labels=np.zeros(50, np.int64), classes=("img",)),
+    ):
+        assert "one class" in refusal(split, test_fraction=0.2).found
