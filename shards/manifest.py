@@ -27,7 +27,7 @@ _SPLIT_NAMES = {
 }
 StoreKind = Literal["tar", "zarr", "records"]
 Content: TypeAlias = bytes | memoryview
-_MOST_BYTES = 1 << 28  # of a manifest
+MOST_BYTES = 1 << 28  # of a manifest
 MOST_BLOCK_BYTES = 1 << 30  # of pixels: readers hold a block in memory
 
 
@@ -184,7 +184,7 @@ class Manifest(_Record):
     def read(cls, directory: Path) -> Manifest:
         """Read the manifest of a split; raise `UserError` if it is missing or damaged."""
         try:
-            content = read_file(directory / MANIFEST_NAME, _MOST_BYTES)
+            content = read_file(directory / MANIFEST_NAME, MOST_BYTES)
         except FileNotFoundError:
             raise _missing(directory) from None
         return cls.parse(content, directory / MANIFEST_NAME)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import re
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,12 +16,15 @@ from typing import TypeVar
 
 from shards import errors
 from shards.credentials import hide, redact
-from shards.errors import UserError, first_line
+from shards.errors import MismatchError, UserError, first_line
 
 T = TypeVar("T")
 
 STALL_SECONDS = 30.0  # timeout of a request without an answer (HTTP: without a byte)
-ATTEMPTS = 5  # in a row without new bytes
+MIN_RATE = 1000.0  # bytes/s over STALL_SECONDS; a slower transfer is broken off
+ATTEMPTS = 5  # in a row without PROGRESS
+PROGRESS = 16 << 10  # new bytes of an attempt
+_READ_STALLS = 10  # STALL_SECONDS for all of a small file
 FIRST_PAUSE = 1.0  # seconds, doubled after every failed attempt
 
 # HTTP status codes of client errors that another attempt may resolve: timeouts, conflicts, rate limits.
@@ -90,6 +97,10 @@ class TransientError(RemoteError):
     _general_advice = "check the network and the address"
 
 
+class ChangedError(TransientError):
+    """What the server sends does not continue the bytes that have arrived: the download has to start again."""
+
+
 class NoConnectionError(TransientError):
     """No server answers: the host name does not resolve, or the connection is refused or has no route."""
 
@@ -98,7 +109,7 @@ def error_of_status(status: int | None) -> type[RemoteError]:
     """Return the error class of an HTTP status code; None stands for a request without an answer."""
     if status in (404, 410):
         return NotFoundError
-    if status and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
+    if status and 300 <= status < 500 and status not in _TRANSIENT_STATUS:
         return AccessDeniedError
     return TransientError
 
@@ -181,17 +192,52 @@ class RemoteStorage(ABC):
         """Return the message of an error, in one line and without secrets."""
         return redact(first_line(error))
 
-    def read(self, name: str) -> bytes:
-        """Return the content of a small file."""
-        return b"".join(self.stream(name, 0, None))
+    def read(self, name: str, most_bytes: int) -> bytes:
+        """Return the content of a small file; raise `UserError` if it has more than `most_bytes` bytes."""
+        content = bytearray()
+        deadline = time.monotonic() + _READ_STALLS * STALL_SECONDS
+        for chunk in self.stream(name, 0, None, most_bytes=most_bytes):
+            content += chunk
+            if len(content) > most_bytes:
+                raise UserError(
+                    found=f"{self.show(name)}, of more than {most_bytes:,} bytes",
+                    expected=f"a file of up to {most_bytes:,} bytes",
+                    hint="check the address",
+                )
+            if time.monotonic() > deadline:
+                raise TransientError(self.show(name), f"no end after {_READ_STALLS * STALL_SECONDS:g} seconds")
+        return bytes(content)
 
     @abstractmethod
-    def stream(self, name: str, start: int, size: int | None) -> Iterator[bytes]:
-        """Yield the bytes `start` .. `size - 1` of a file as they arrive; None stands for the end of the file.
+    def stream(
+        self, name: str, start: int, size: int | None, version: str = "", most_bytes: int | None = None
+    ) -> Iterator[bytes]:
+        """Yield the bytes `start` .. `size - 1` of a file as they arrive.
+
+        Args:
+            name: The file.
+            start: The first byte.
+            size: The size of the file; None for the bytes up to its end.
+            version: Its version, if it is known.
+            most_bytes: The caller needs no more bytes than these and one.
 
         Raises:
-            TransientError: If the connection ends before all bytes have arrived.
+            TransientError: If the connection ends before all bytes have arrived, or is too slow.
+            ChangedError: If the server has another version than the one that an earlier call has begun to send.
+            MismatchError: If the file is known to differ from `version` or `size`.
         """
+
+    def check_version(self, name: str, version: str) -> None:
+        """Raise `MismatchError` if the version of a file is another one now."""
+        if self.info(name).version != version:
+            raise self._changed(name)
+
+    def _changed(self, name: str) -> MismatchError:
+        return MismatchError(
+            found=f"{self.show(name)}, which has changed while it was downloaded",
+            expected="a file that does not change",
+            hint="run again",
+        )
 
     @abstractmethod
     def find(self) -> dict[str, FileInfo]:
@@ -215,3 +261,72 @@ class RemoteStorage(ABC):
             expected="a writable storage",
             hint="write to a directory or to s3://bucket/name, and serve that",
         )
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """Return the result of a function; raise TimeoutError if it takes longer. It is not ended then, but left behind."""
+    results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((work(), None))
+        except BaseException as error:
+            results.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]  # None only if T includes it
+
+
+def at_least_at_min_rate(produce: Callable[[], Iterator[bytes]], address: str) -> Iterator[bytes]:
+    """Yield what an iterator yields in a thread; raise `TransientError` if it falls behind `MIN_RATE`.
+
+    Name resolution, connection, TLS, headers and the lines between chunks have no timeout as a whole: a server that
+    sends a byte from time to time would keep a client for hours.
+    """
+    chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(maxsize=4)
+    over = threading.Event()
+
+    def put(item: bytes | BaseException | None) -> None:
+        while not over.is_set():
+            with contextlib.suppress(queue.Full):
+                return chunks.put(item, timeout=1)
+
+    def run() -> None:
+        try:
+            for chunk in produce():
+                put(chunk)
+                if over.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    waited, received = 0.0, 0
+    try:
+        while True:
+            start = time.monotonic()
+            item: bytes | BaseException | None = b""
+            with contextlib.suppress(queue.Empty):
+                item = chunks.get(timeout=max(0.0, STALL_SECONDS - waited))
+            waited += time.monotonic() - start
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            received += len(item)
+            if waited >= STALL_SECONDS:
+                if received < MIN_RATE * waited:
+                    what = f"only {received:,} bytes in" if received else "not a byte for"
+                    raise TransientError(address, f"{what} {STALL_SECONDS:g} seconds")
+                waited, received = 0.0, 0
+            if item:
+                yield item
+    finally:
+        over.set()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from shards import credentials, errors
 from shards.atomic import make_directory, write_file
 from shards.errors import MismatchError, UserError
-from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
+from shards.manifest import MANIFEST_NAME, MOST_BYTES, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
 from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
 from shards.remote.cache import Entry, cache_directory, open_entry
@@ -173,7 +173,7 @@ def _read_manifests(storage: RemoteStorage, attempts: int | None = None) -> dict
     """Return the manifests of a storage by split (`_SINGLE` for a single split), each with the content of its file."""
 
     def read(split: str) -> bytes:
-        return retry(lambda: storage.read(_manifest_name(split)), attempts)
+        return retry(lambda: storage.read(_manifest_name(split), MOST_BYTES), attempts)
 
     manifests: dict[str, tuple[Manifest, bytes]] = {}
     failure: NotFoundError | AccessDeniedError = NotFoundError(
@@ -255,7 +255,7 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
     with open_entry("files", key, label) as entry:
         index = entry.directory / _INDEX
         known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-        stale = [entry.content / name for name in known if known[name] != versions.get(name)]
+        stale = [entry.content / name for name in known if known[name] != versions.get(name) or not known[name][1]]
         if any(path.exists() for path in stale):
             busy = MismatchError(
                 found=f"{storage.shown}, which has changed while another process reads an earlier copy of it",

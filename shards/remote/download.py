@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from shards.atomic import make_directory
 from shards.errors import MismatchError, UserError, os_errors_as_user_errors
-from shards.remote.base import RemoteStorage, RetryPolicy, TransientError
+from shards.remote.base import PROGRESS, ChangedError, RemoteStorage, RetryPolicy, TransientError, retry
 
 T = TypeVar("T")
 
@@ -153,6 +153,8 @@ def download_file(
                 digest = _receive(storage, file, partial, bar, RetryPolicy(stop=stop, fail_fast=fail_fast), stop)
                 if stop.is_set():
                     return
+                if file.sha256 is None and file.version:
+                    retry(lambda: storage.check_version(file.name, file.version), stop=stop)
                 if file.sha256 in (None, digest):
                     partial.replace(target)
                     return
@@ -173,9 +175,11 @@ def _receive(
     storage: RemoteStorage, file: RemoteFile, partial: Path, bar: tqdm, policy: RetryPolicy, stop: Event
 ) -> str:
     """Append the missing bytes to a partial file, unless stopped; returns the SHA-256 of its content."""
+    # Without a hash or version nothing tells whether the rest belongs to what has arrived.
+    is_resumable = bool(file.sha256 or file.version)
     # Unbuffered: after a write to a full disk has failed, close() must not repeat it.
     with open(partial, "ab", buffering=0) as out:
-        if out.tell() > file.bytes:
+        if out.tell() > file.bytes or not is_resumable:
             out.truncate(0)
             out.seek(0)
         with open(partial, "rb") as begun:
@@ -183,7 +187,7 @@ def _receive(
         bar.update(out.tell())
         while (start := out.tell()) < file.bytes and not stop.is_set():
             try:
-                for chunk in storage.stream(file.name, start, file.bytes):
+                for chunk in storage.stream(file.name, start, file.bytes, file.version):
                     rest = memoryview(chunk)
                     while rest:
                         rest = rest[out.write(rest) :]
@@ -192,6 +196,12 @@ def _receive(
                     if stop.is_set():
                         break
             except TransientError as error:
-                policy.wait(error, progress=out.tell() > start)
+                new = out.tell() - start
+                if isinstance(error, ChangedError) or not is_resumable:
+                    bar.update(-out.tell())
+                    out.truncate(0)
+                    out.seek(0)
+                    digest, new = hashlib.sha256(), 0
+                policy.wait(error, progress=new >= PROGRESS)
         os.fsync(out.fileno())
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import logging
 import re
 import urllib.parse
@@ -72,10 +73,13 @@ class FsspecStorage(RemoteStorage):
             logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         return file_system, root
 
-    def stream(self, name: str, start: int, size: int | None) -> Iterator[bytes]:
+    def stream(
+        self, name: str, start: int, size: int | None, version: str = "", most_bytes: int | None = None
+    ) -> Iterator[bytes]:
         if size is None:
             # With a start, even 0: s3fs would request the size first without it.
-            yield self._call(name, "cat_file", self._path(name), start=start)
+            end = most_bytes + 1 if most_bytes else None
+            yield self._call(name, "cat_file", self._path(name), start=start, end=end)
             return
         while start < size:
             try:
@@ -103,6 +107,7 @@ class FsspecStorage(RemoteStorage):
         return listed
 
     def info(self, name: str) -> FileInfo:
+        self._fs.invalidate_cache()
         return _file_info(self._call(name, "info", self._path(name)))
 
     def put(self, path: Path, name: str) -> None:
@@ -122,7 +127,8 @@ class FsspecStorage(RemoteStorage):
             if self._fs.async_impl:
                 function, seconds = getattr(self._fs, f"_{method}"), base.STALL_SECONDS + more_seconds
                 return sync(self._fs.loop, function, *arguments, timeout=seconds, **named)
-            return getattr(self._fs, method)(*arguments, **named)
+            work = functools.partial(getattr(self._fs, method), *arguments, **named)
+            return base.within(base.STALL_SECONDS + more_seconds, work)
         except Exception as error:
             raise self._translate(error, name) from error
 

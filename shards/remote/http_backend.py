@@ -6,12 +6,14 @@ import base64
 import contextlib
 import errno
 import http.client
+import re
 import socket
 import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 from shards.credentials import split_address
 from shards.errors import MismatchError, UserError
@@ -35,12 +37,28 @@ class HttpStorage(base.RemoteStorage):
         self._parts = urllib.parse.urlsplit(f"{scheme}{path}{query}")._replace(fragment="")
         token = base64.b64encode(urllib.parse.unquote(user[:-1]).encode()).decode()
         self._authorization = f"Basic {token}" if user else None
+        self._versions: dict[str, str] = {}
+        self._opener = urllib.request.build_opener(_Redirects)
 
-    def stream(self, name: str, start: int, size: int | None) -> Iterator[bytes]:
-        with self._request(name, start) as response:
-            # A server without ranges sends the whole file: the bytes before `start` are skipped.
-            at = start if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
+    def stream(
+        self, name: str, start: int, size: int | None, version: str = "", most_bytes: int | None = None
+    ) -> Iterator[bytes]:
+        return base.at_least_at_min_rate(lambda: self._stream(name, start, size, version), self.show(name))
+
+    def _stream(self, name: str, start: int, size: int | None, version: str) -> Iterator[bytes]:
+        begun = version or (self._versions.get(name, "") if start else "")
+        with self._request(name, start, begun) as response:
+            sent = self._versions[name] = _version(response)
+            if version and sent != version:
+                raise self._changed(name)
+            if begun and sent != begun:
+                raise base.ChangedError(self.show(name), "the file has changed")
             length = _content_length(response)
+            # A server without ranges sends the whole file: the bytes before `start` are skipped.
+            at = 0
+            if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+                at = start
+                self._check_range(response, name, start, length, size)
             end = at + length if size is None and length is not None else size
             if length is not None and end is not None and at + length > end:
                 raise MismatchError(
@@ -69,30 +87,55 @@ class HttpStorage(base.RemoteStorage):
         return {"": self.info("")}
 
     def info(self, name: str) -> base.FileInfo:
+        try:
+            return base.within(base.STALL_SECONDS, lambda: self._info(name))
+        except TimeoutError as error:
+            raise self._translate(error, self.show(name)) from None
+
+    def _info(self, name: str) -> base.FileInfo:
         # Not HEAD, which some servers refuse; the content is not read.
         with self._request(name) as response:
             length = _content_length(response)
             if length is None:
                 raise base.AccessDeniedError(self.show(name), "the server does not tell the size of the file")
-            return base.FileInfo(length, response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+            return base.FileInfo(length, _version(response))
+
+    def _check_range(
+        self, response: http.client.HTTPResponse, name: str, start: int, length: int | None, size: int | None
+    ) -> None:
+        """Raise `ChangedError` if a partial answer is not the rest of a file from `start` on."""
+        text = response.headers.get("Content-Range") or "no Content-Range"
+        match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", text.strip())
+        if (
+            match is None
+            or int(match[1]) != start
+            or (length is not None and int(match[2]) - start + 1 != length)
+            or (size is not None and match[3] != "*" and int(match[3]) != size)
+        ):
+            raise base.ChangedError(self.show(name), f"{text} in answer to bytes={start}-")
 
     @contextlib.contextmanager
-    def _request(self, name: str, start: int = 0) -> Iterator[http.client.HTTPResponse]:
+    def _request(self, name: str, start: int = 0, version: str = "") -> Iterator[http.client.HTTPResponse]:
         """Request a file from byte `start` on, and translate errors until its content is read."""
         path = f"{self._parts.path.rstrip('/')}/{urllib.parse.quote(name)}" if name else self._parts.path
         request = urllib.request.Request(self._parts._replace(path=path).geturl(), headers={"User-Agent": "inkstream"})
         if start:
             request.add_header("Range", f"bytes={start}-")
+            if version and not version.startswith("W/"):  # a weak ETag is not allowed there
+                request.add_header("If-Range", version)
         if self._authorization:
             request.add_unredirected_header("Authorization", self._authorization)
         try:
-            with urllib.request.urlopen(request, timeout=base.STALL_SECONDS) as response:
+            with self._opener.open(request, timeout=base.STALL_SECONDS) as response:
                 yield response
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._translate(error, self.show(name)) from None
 
     def _translate(self, error: Exception, address: str) -> base.RemoteError:
         if isinstance(error, urllib.error.HTTPError):
+            error.close()
+            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return base.ChangedError(address, self.reason(error))
             return base.error_of_status(error.code)(address, self.reason(error))
         wrapped = getattr(error, "reason", None)  # urllib wraps the error of the socket
         cause = wrapped if isinstance(wrapped, OSError) else error
@@ -106,6 +149,25 @@ class HttpStorage(base.RemoteStorage):
         return kind(address, self.reason(cause))
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirections to http and https; the user is named to the same server only."""
+
+    def redirect_request(self, request: urllib.request.Request, *arguments: Any) -> urllib.request.Request | None:
+        *_, address = arguments
+        before, after = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(address)
+        if after.scheme not in ("http", "https"):
+            raise urllib.error.URLError(f"a redirection to {after.scheme}://")
+        new = super().redirect_request(request, *arguments)
+        user = request.unredirected_hdrs.get("Authorization")
+        if new is not None and user and before[:2] == after[:2]:
+            new.add_unredirected_header("Authorization", user)
+        return new
+
+
 def _content_length(response: http.client.HTTPResponse) -> int | None:
     length = response.headers.get("Content-Length")
     return int(length) if length else None
+
+
+def _version(response: http.client.HTTPResponse) -> str:
+    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""

@@ -33,6 +33,8 @@ class Behaviour:
     status: int = 200
     password: str | None = None
     redirect: str | None = None
+    moved: str | None = None
+    """Where the server has what is not there."""
     cuts: list[int] = field(default_factory=list)
     """For each long answer in turn, after how many bytes the connection is cut."""
     stalls: int = 0
@@ -64,6 +66,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(behaviour.status)
         elif behaviour.password and self.headers.get("Authorization") != behaviour.password:
             self.send_error(401)
+        elif not path.is_file() and behaviour.moved:
+            self.send_response(301)
+            self.send_header("Location", behaviour.moved)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif not path.is_file():
             self.send_error(404)
         else:
@@ -210,6 +217,20 @@ def test_a_password_is_not_told_to_whom_one_is_sent_on(server: Server, tmp_path:
         resolve_dataset(address(server, user="anna:hunter@"))
         assert set(server.behaviour.authorizations) == {"Basic " + base64.b64encode(b"anna:hunter").decode()}
         assert set(other.behaviour.authorizations) == {None}
+
+
+def test_a_password_is_named_again_where_the_same_server_sends_one_on(server: Server) -> None:
+    server.behaviour.password = "Basic " + base64.b64encode(b"anna:hunter").decode()
+    server.behaviour.moved = "/raw.zip"
+    assert resolve_files(address(server, "old.zip", user="anna:hunter@")).stat().st_size == 256_000
+
+
+def test_a_redirection_to_another_protocol_is_refused(server: Server) -> None:
+    for there in ("file:///etc/passwd#", "ftp://127.0.0.1:1/"):
+        server.behaviour = Behaviour(redirect=there)
+        with pytest.raises(UserError, match="error: no "):
+            resolve_files(address(server, "raw.zip"))
+        assert len(server.behaviour.requests) <= 5
 
 
 def test_a_signed_address_keeps_its_signature(server: Server) -> None:

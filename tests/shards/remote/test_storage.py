@@ -622,7 +622,7 @@ def test_a_manifest_that_names_files_elsewhere(name: str, noise: Path, tmp_path:
 def test_a_set_with_an_adventurous_name(tmp_path: Path, cache: Path) -> None:
     noise = tmp_path / "noise"
     for part in ("train", "test"):
-        write_part(noise, part, 1, 0, dataset="../../x y/\x00é")
+        write_part(noise, part, 1, 0, dataset="../../x y/é")
     fsspec.filesystem("memory").put(str(noise), "/named", recursive=True)
     directory = resolve_dataset("memory://named")
     assert directory.parent.parent == cache / "sets"
