@@ -23,6 +23,7 @@ from pipeline.packing.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSe
 from pipeline.packing.splits import make_splits
 from pipeline.readers.naming import warn
 from pipeline.readers.raw_split import RawSplit, SourceOptions
+from shards.atomic import check_is_file
 from shards.cli import USER_ERROR_STATUS, program_name, run_command
 from shards.errors import UserError
 from shards.manifest import Manifest
@@ -263,6 +264,7 @@ class Command:
             warn(f"--raw has no effect, {source.name} reads no files")
             return Path(raw)
         path = self._group.barrier_run(lambda: resolve_files(raw))
+        check_is_file(path, "a file or directory of raw data")
         if not (source.raw_file or source.generic) and path.exists() and not path.is_dir():
             raise UserError(found=f"--raw {path}, a file", expected="a directory", hint=f"--raw {path.parent}")
         return path

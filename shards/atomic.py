@@ -61,6 +61,16 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _WAIT_SILENTLY = 10.0  # seconds
 
 
+def check_is_file(path: Path, expected: str = "a regular file") -> None:
+    """Raise `UserError` for a device, pipe or socket, whose content may have no end. Directories are allowed."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(
+            found=f"{path} is not a regular file",
+            expected=expected,
+            hint=f"name the right file, or copy the content to a file first (ls -l {path})",
+        )
+
+
 def make_directory(path: Path) -> None:
     """Make a directory and its parents; raise `UserError` if the operating system refuses."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -249,3 +250,29 @@ class TestArguments:
         assert command("digits", "--out", out, "--seed", 2**63 - 1, "--block-size", 1).returncode == 0
         manifest, faults = check_split(out / "test")
         assert (faults, manifest.seed, len(manifest.shards[0].blocks_crc32)) == ([], 2**63 - 1, 359)
+
+
+@pytest.mark.parametrize("source", ["folder", "npz", "parquet", "emnist"])
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_raw_files_without_an_end_are_refused(tmp_path: Path, source: str, kind: str) -> None:
+    path = tmp_path / "raw"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    process = run_module("pipeline.shard", source, "--raw", path, "--out", tmp_path / "out", cwd=tmp_path, timeout=60)
+    assert_user_error(process, f"{path} is not a regular file")
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_published_file_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    for name in (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    ):
+        os.mkfifo(tmp_path / name)
+    process = run_module("pipeline.shard", "mnist", "--raw", tmp_path, "--out", tmp_path / "out", timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr

@@ -113,7 +113,7 @@ def _read(file: ImageFile, adapter: InputAdapter) -> Sample:
 
 
 def _image_file(path: Path, label: int | None, source: str) -> ImageFile:
-    """Return an image file; raise `UserError` for a device, pipe, socket or directory, which has no end."""
+    """Return an image file; raise `UserError` for what has no end or is a directory."""
     if path.exists() and not path.is_file():
         raise UserError(found=f"{source}: {path} is not a regular file", expected=_KINDS, hint=f"ls -l {path}")
     return ImageFile(path, label)

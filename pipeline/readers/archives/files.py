@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from shards.atomic import check_is_file
 from shards.errors import UserError, as_user_error
 from shards.manifest import RawFile
 
@@ -80,6 +81,7 @@ class StoredFile:
 
 def open_file(path: Path) -> StoredFile:
     """Open a file; raises `UserError` if that fails."""
+    check_is_file(path)
     try:
         return StoredFile(open(path, "rb"))
     except OSError as error:
@@ -88,6 +90,7 @@ def open_file(path: Path) -> StoredFile:
 
 def record_file(path: Path) -> RawFile:
     """Return the name, size and SHA-256 of a file."""
+    check_is_file(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return RawFile(name=path.name, bytes=file.tell(), sha256=digest)
