@@ -14,6 +14,7 @@ Arrays are copied to a temporary file (TMPDIR), from which they are read during 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from pipeline.readers.naming import (
     number_labels,
     some_of,
     split_named,
+    splits_in,
+    warn,
 )
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
@@ -38,6 +41,7 @@ from shards.errors import UserError
 _KINDS = {"x": "images", "images": "images", "imgs": "images", "y": "labels", "labels": "labels"}
 _CLASS_NAMES = ("classes", "class_names")
 _CHANNELS = (1, 3)
+_MAX_CHANNELS = 16  # a longer axis is one of pixels
 _CHUNK_BYTES = 64 << 20
 _LABELS = "[N] integers or texts, or one-hot [N, classes] with a single 1 in each row"
 
@@ -76,11 +80,13 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
 def _find_arrays(raw: Path) -> dict[str, _Arrays]:
     """The arrays of each split; `train` is one of the splits."""
     arrays: dict[str, _Arrays] = {}
+    unused: list[str] = []
     for path, split_of_file in _files(raw):
         file = NpzFile(path)
         for name in file.names:
             split, kind = _parse(name, split_of_file)
             if kind is None:
+                unused += [name] if name.lower() not in _CLASS_NAMES else []
                 continue
             names = arrays.setdefault(split, _Arrays(file)).names
             if kind in names:
@@ -93,6 +99,8 @@ def _find_arrays(raw: Path) -> dict[str, _Arrays]:
             raise _unclear(raw, f"only {', '.join(of_split.names.values())} for the {split} split")
     if TRAIN not in arrays:
         raise _unclear(raw, f"only {', '.join(arrays)} arrays")
+    if unused:
+        warn(f"not used: the arrays {some_of(unused)} in {raw}")
     return arrays
 
 
@@ -103,9 +111,13 @@ def _files(raw: Path) -> list[tuple[Path, str]]:
             raise _unclear(raw, "nothing")
         return [(raw, TRAIN)]
     names = natural_order(path.name for path in raw.glob("*.npz"))
-    named = [(raw / name, split) for name in names if (split := split_named(Path(name).stem))]
+    splits = {name: splits_in(Path(name).stem) for name in names}
+    named = [(raw / name, min(found)) for name, found in splits.items() if len(found) == 1]
     if len({split for _, split in named}) < len(named):
         raise _unclear(raw, f"{some_of([path.name for path, _ in named])}, several files of one split")
+    if named and len(named) < len(names):
+        unnamed = some_of([name for name in names if len(splits[name]) != 1])
+        raise _unclear(raw, f"{unnamed}, which is named after no split or several, beside {named[0][0].name}")
     if not named and len(names) != 1:
         raise _unclear(raw, f"the npz files {some_of(names)}" if names else "no npz file")
     return named or [(raw / names[0], TRAIN)]
@@ -158,11 +170,23 @@ def _images(array: NDArray, path: str) -> NDArray:
     if array.ndim != 3:
         is_last, is_first = (array.ndim == 4 and array.shape[axis] in _CHANNELS for axis in (3, 1))
         if is_last == is_first:
-            raise _wrong(path, array, "[N, H, W], [N, H, W, C] or [N, C, H, W], with C 1 or 3", "x.reshape(N, H, W)")
+            raise _wrong(path, array, "[N, H, W], [N, H, W, C] or [N, C, H, W], with C 1 or 3", _shape_hint(array))
         pixels = array if is_last else array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8:
         _check_range(array, path)
     return pixels
+
+
+def _shape_hint(array: NDArray) -> str:
+    """How an array of images gets a shape that is accepted."""
+    side = math.isqrt(array.shape[1]) if array.ndim == 2 else 0
+    if side and side * side == array.shape[1]:
+        return f"x.reshape(-1, {side}, {side})"
+    if array.ndim == 4 and array.shape[3] <= _MAX_CHANNELS:
+        return f"keep 1 or 3 of the {array.shape[3]} channels: x[..., :{3 if array.shape[3] > 3 else 1}]"
+    if array.ndim == 4 and array.shape[1] <= _MAX_CHANNELS:
+        return f"keep 1 or 3 of the {array.shape[1]} channels: x[:, :{3 if array.shape[1] > 3 else 1}]"
+    return "x.reshape(-1, HEIGHT, WIDTH) or x.reshape(-1, HEIGHT, WIDTH, 3)"
 
 
 def _read(array: NDArray, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -1,13 +1,14 @@
 """Tables of images in Parquet files, as the Hugging Face Hub stores them.
 
 `--raw` names a file, which is the train split, or a directory of files. The names of the files, or of their
-directories, begin with the split: `train-00000-of-00002.parquet`, `data/test-00000-of-00001.parquet`,
-`validation/0000.parquet`. Other files are the train split.
+directories, hold the split: `train-00000-of-00002.parquet`, `data/birds-test.parquet`, `validation/0000.parquet`. If no
+name holds a split, all files are the train split.
 
-The image column holds the bytes of PNG, JPEG, WebP, BMP, GIF or TIFF files, or a struct with them in a field `bytes`.
-It is named image or img, or is the only one of its kind, or --image-column names it. Labels are integers or texts in a
-column label, labels, fine_label, class or target, or --label-column. The class names are those of the data set's
-metadata in the file (`huggingface`), or the texts, or the numbers.
+The image column holds the bytes of PNG, JPEG, WebP, BMP, GIF or TIFF files, a struct with them in a field `bytes`, or
+lists of integers 0 .. 255: [H][W], [H][W][C] or a square gray image. It is named image or img, or is the only one of
+its kind, or --image-column names it. Labels are texts, booleans or whole numbers of any type in a column label, labels,
+fine_label, class or target, or --label-column. The class names are those of the data set's metadata in the file
+(`huggingface`), or the texts, or the numbers. Further columns of texts and numbers are kept.
 
 The files are read once, some rows at a time (at least a page of the file, usually megabytes), and the images are kept
 in a temporary file (TMPDIR), from which they are decoded in the order of the pack. Needs pyarrow:
@@ -20,11 +21,11 @@ from pathlib import Path
 
 from pipeline.datasets.base import DatasetSource
 from pipeline.readers.image_splits import TABLE_OPTIONS, image_splits
-from pipeline.readers.naming import TRAIN, in_split_order, natural_order, some_of, split_named
+from pipeline.readers.naming import TRAIN, in_split_order, natural_order, some_of, split_named, splits_in
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
 
-_ENDING = ".parquet"
+_ENDINGS = (".parquet", ".parq", ".pq")
 
 
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
@@ -48,20 +49,30 @@ def _find_files(raw: Path) -> dict[str, list[Path]]:
         if raw.exists():
             return {TRAIN: [raw]}
         raise _unclear(f"no such file or directory: {raw}")
-    names = natural_order(path.relative_to(raw).as_posix() for path in raw.rglob(f"*{_ENDING}") if path.is_file())
+    paths = (path for path in raw.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    names = natural_order(path.relative_to(raw).as_posix() for path in paths)
     if not names:
-        raise _unclear(f"no {_ENDING} file in {raw}")
+        raise _unclear(f"no {_ENDINGS[0]} file in {raw}")
     files: dict[str, list[Path]] = {}
     data_sets = set()
     for name in names:
         *directories, file = name.split("/")
-        split = split_named(file.removesuffix(_ENDING).partition("-")[0])
-        if split is None and directories and (split := split_named(directories[-1])):
+        splits = splits_in(Path(file).stem)
+        if len(splits) > 1:
+            raise _unclear(f"{raw / name}, named after the splits {' and '.join(sorted(splits))}")
+        split = next(iter(splits), "")
+        if not split and directories and (split := split_named(directories[-1]) or ""):
             directories.pop()
-        files.setdefault(split or TRAIN, []).append(raw / name)
+        files.setdefault(split, []).append(raw / name)
         data_sets.add("/".join(directories) or ".")
     if len(data_sets) > 1:
         raise _unclear(f"the tables of several data sets in {raw}: {some_of(natural_order(data_sets))}")
+    if "" in files and len(files) > 1:
+        raise _unclear(
+            f"{files[''][0]}, which is named after no split, beside {some_of(sorted(files.keys() - {''}))} files"
+        )
+    if "" in files:
+        files[TRAIN] = files.pop("")
     if TRAIN not in files:
         raise _unclear(f"only {', '.join(files)} files in {raw}")
     return {split: files[split] for split in in_split_order(files)}

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from pipeline.readers.archives.file_trees import FileTree, inner_name
 from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
 from pipeline.readers.formats.csv import CsvTable, read_csv
-from pipeline.readers.formats.image import EXTENSIONS, KINDS, OTHER_EXTENSIONS, header
+from pipeline.readers.formats.image import EXTENSIONS, KINDS, OTHER_EXTENSIONS, is_image_file
 from pipeline.readers.naming import (
     TRAIN,
     in_split_order,
@@ -400,12 +400,10 @@ def _by_directories(tree: FileTree, top: str, skip_bad: bool) -> dict[str, Listi
 
 
 def _holds_image(tree: FileTree, name: str) -> bool:
-    """Whether a file is an image, whatever its name."""
     try:
-        header(tree.read(name))
+        return is_image_file(tree.read(name))
     except CorruptFileError:
         return False
-    return True
 
 
 def _hold_directories(names: list[str], top: str, firsts: Iterable[str]) -> bool:

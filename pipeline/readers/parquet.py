@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as arrow
 from numpy.typing import NDArray
 from pyarrow import parquet, types
 
 from pipeline.readers.archives.files import CorruptFileError, StoredFile, TempFile, max_expanded_bytes, record_file
+from pipeline.readers.formats.image import encode_png, is_image_file
 from pipeline.readers.image_splits import ImageSplit
 from pipeline.readers.naming import class_name, number_labels, printable, some_of, text_column
 from shards.errors import UserError, first_line
@@ -27,11 +31,12 @@ _MISSING = -1  # size of an image that is null
 
 
 class _Columns(NamedTuple):
-    """The columns in use, and the class names in the order of the labels if the file has them."""
+    """The columns in use, the class names in the order of the labels if the file has them, and further columns."""
 
     image: str
     label: str
     class_names: tuple[str, ...]
+    others: tuple[str, ...]
 
 
 @dataclass
@@ -44,6 +49,7 @@ class _Rows:
         offsets: The offset of each image in the temporary file.
         sizes: The size of each image in bytes.
         files: The files, each with its first row.
+        others: The values of further columns.
     """
 
     labels: list[str] = field(default_factory=list)
@@ -51,6 +57,7 @@ class _Rows:
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     files: list[tuple[Path, int]] = field(default_factory=list)
+    others: dict[str, list[str]] = field(default_factory=dict)
 
     def path_of(self, row: int) -> str:
         path, first = next((path, first) for path, first in reversed(self.files) if first <= row)
@@ -101,6 +108,10 @@ def _image_split(split: str, rows: _Rows, labels: NDArray, content: StoredFile) 
         return content.read(rows.offsets[row], rows.sizes[row])
 
     columns = {"path": text_column(rows.paths)} if any(rows.paths) else {}
+    # Those that all files have.
+    columns |= {
+        printable(name): text_column(values) for name, values in rows.others.items() if len(values) == len(rows.labels)
+    }
     records = tuple(record_file(path) for path, _ in rows.files)
     return ImageSplit(split, labels, read, rows.path_of, records, columns=columns)
 
@@ -113,7 +124,9 @@ def _read_file(path: Path, image_column: str, label_column: str, rows: _Rows, co
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
         row_bytes = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1)
         batch_rows = min(_MAX_ROWS, max(1, int(_BATCH_BYTES / max(1, row_bytes))))
-        for batch in table.iter_batches(batch_rows, columns=[columns.image, columns.label], use_threads=False):
+        for batch in table.iter_batches(
+            batch_rows, columns=[columns.image, columns.label, *columns.others], use_threads=False
+        ):
             _append(batch, columns, rows, content)
     # For a damaged file pyarrow raises any of these.
     except (arrow.ArrowException, CorruptFileError, OSError, ValueError, OverflowError) as error:
@@ -126,28 +139,82 @@ def _read_file(path: Path, image_column: str, label_column: str, rows: _Rows, co
 
 
 def _append(batch: arrow.RecordBatch, columns: _Columns, rows: _Rows, content: TempFile) -> None:
-    images, labels = batch.column(columns.image), batch.column(columns.label)
-    paths: list[str | None] = [None] * len(batch)
-    if types.is_struct(images.type):
-        fields = dict(zip((each.name for each in images.type), images.flatten(), strict=True))
-        images = fields["bytes"]
-        paths = fields["path"].to_pylist() if "path" in fields else paths
-    for image, label, path in zip(images, labels.to_pylist(), paths, strict=True):
-        name = class_name(label, columns.class_names)
-        buffer = image.as_buffer()
-        if buffer is not None and buffer.size > MAX_BYTES:
-            raise CorruptFileError(f"an image of {buffer.size:,} bytes; the limit is {MAX_BYTES:,}")
+    images, paths = _image_files(batch.column(columns.image))
+    labels = _plain(batch.column(columns.label)).to_pylist()
+    for image, label, path in zip(images, labels, paths, strict=True):
+        name = class_name(_label(label), columns.class_names)
+        if image is not None and len(image) > MAX_BYTES:
+            raise CorruptFileError(f"an image of {len(image):,} bytes; the limit is {MAX_BYTES:,}")
         rows.offsets.append(content.size)
-        rows.sizes.append(_MISSING if buffer is None else buffer.size)
-        if buffer is not None:
-            content.write(buffer)
+        rows.sizes.append(_MISSING if image is None else len(image))
+        if image is not None:
+            content.write(image)
         rows.paths.append(path or "")
         rows.labels.append(name)
+    for column in columns.others:
+        values = ("" if value is None else str(value) for value in _plain(batch.column(column)).to_pylist())
+        rows.others.setdefault(column, []).extend(values)
+
+
+def _plain(array: arrow.Array) -> arrow.Array:
+    """The values of a dictionary or extension array."""
+    if isinstance(array, arrow.ExtensionArray):
+        return _plain(array.storage)
+    return array.dictionary_decode() if types.is_dictionary(array.type) else array
+
+
+def _image_files(array: arrow.Array) -> tuple[Iterable[Any], list[str | None]]:
+    """The bytes of each image file, None for null, and its path if there is one."""
+    array = _plain(array)
+    if types.is_struct(array.type):
+        fields = dict(zip((each.name for each in array.type), array.flatten(), strict=True))
+        name = next(each.name for each in _byte_fields(array.type))
+        files, paths = _image_files(fields[name])
+        return files, fields["path"].to_pylist() if "path" in fields else paths
+    if _is_list(array.type):
+        files = (None if value is None else _encode_pixels(value) for value in array.to_pylist())
+    else:
+        files = (value.as_buffer() for value in array.cast(arrow.large_binary()))
+    return files, [None] * len(array)
+
+
+def _encode_pixels(value: list) -> bytes:
+    """An image file from lists of integers: pixels [H, W] or [H, W, C], a square gray image, or the bytes of a file."""
+    pixels = np.array(value)
+    if pixels.dtype.kind not in "iu" or not pixels.size or not 0 <= pixels.min() <= pixels.max() <= 255:
+        raise ValueError(
+            f"an image of {pixels.dtype} {list(pixels.shape)}, not of integers 0 .. 255 in lists of one length"
+        )
+    pixels = pixels.astype(np.uint8)
+    side = math.isqrt(pixels.size)
+    if pixels.ndim == 1 and side * side == pixels.size and not is_image_file(pixels.tobytes()):
+        pixels = pixels.reshape(side, side)
+    if pixels.ndim == 1:
+        return pixels.tobytes()
+    if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
+        raise ValueError(f"pixels {list(pixels.shape)}, not [H, W], [H, W, 1] or [H, W, 3]")
+    return encode_png(pixels)
+
+
+def _label(value: Any) -> int | str | None:
+    """A label as an integer or a text."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, bool | float | Decimal):
+        if value != int(value):
+            raise ValueError(f"label {value}, which is no integer")
+        return int(value)
+    return value
 
 
 def _find_columns(schema: arrow.Schema, path: Path, image_column: str, label_column: str) -> _Columns:
     images = [each.name for each in schema if _holds_bytes(each.type)]
-    labels = [each.name for each in schema if _is_label(each.type)]
+    images = images or [each.name for each in schema if _is_list(each.type)]
+    labels = [
+        each.name
+        for each in schema
+        if _is_scalar(each.type) or (_holds_bytes(each.type) and each.name in _LABEL_COLUMNS and len(images) > 1)
+    ]
     usual = images if len(images) == 1 else _IMAGE_COLUMNS
     found = []
     for columns, requested, names, what, option in (
@@ -163,19 +230,50 @@ def _find_columns(schema: arrow.Schema, path: Path, image_column: str, label_col
             )
         found.append(matching[0])
     image, label = found
-    return _Columns(image, label, _class_names(schema, label))
+    others = [each.name for each in schema if _is_scalar(each.type) and each.name not in (label, "row", "path")]
+    return _Columns(image, label, _class_names(schema, label), tuple(others))
+
+
+def _value_type(kind: arrow.DataType) -> arrow.DataType:
+    """The type of the values of a dictionary or extension type."""
+    if isinstance(kind, arrow.BaseExtensionType):
+        return _value_type(kind.storage_type)
+    return _value_type(kind.value_type) if types.is_dictionary(kind) else kind
+
+
+def _byte_fields(kind: arrow.StructType) -> list[arrow.Field]:
+    """The fields of a struct that hold image files, `bytes` first."""
+    return sorted((each for each in kind if _holds_bytes(each.type)), key=lambda each: each.name != "bytes")
 
 
 def _holds_bytes(kind: arrow.DataType) -> bool:
+    kind = _value_type(kind)
     if types.is_struct(kind):
-        return any(each.name == "bytes" and _holds_bytes(each.type) for each in kind)
-    return types.is_binary(kind) or types.is_large_binary(kind)
+        return bool(_byte_fields(kind))
+    checks = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return any(check(kind) for check in checks)
 
 
-def _is_label(kind: arrow.DataType) -> bool:
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+def _is_list(kind: arrow.DataType) -> bool:
+    """Whether a type is a list, or nested lists, of integers."""
+    kind = _value_type(kind)
+    checks = (
+        types.is_list,
+        types.is_large_list,
+        types.is_list_view,
+        types.is_large_list_view,
+        types.is_fixed_size_list,
+    )
+    if any(check(kind) for check in checks):
+        return types.is_integer(_value_type(kind.value_type)) or _is_list(kind.value_type)
+    return False
+
+
+def _is_scalar(kind: arrow.DataType) -> bool:
+    kind = _value_type(kind)
+    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_boolean)
+    numbers = (types.is_integer, types.is_floating, types.is_decimal)
+    return any(check(kind) for check in (*checks, *numbers))
 
 
 def _class_names(schema: arrow.Schema, label: str) -> tuple[str, ...]:

@@ -92,10 +92,23 @@ def make_record(content: bytes) -> EncodedImage:
         if extension and read_image_header(content).plain:
             _load(image, content)
             return EncodedImage(content, extension)
-        pixels = decode(content, 1 if _is_gray(image) else 3, None)
-        png = io.BytesIO()
-        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(png, "PNG")
-        return EncodedImage(png.getvalue(), "png")
+        return EncodedImage(encode_png(decode(content, 1 if _is_gray(image) else 3, None)), "png")
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Return pixels [H, W], [H, W, 1] or [H, W, 3] as a PNG file."""
+    content = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+def is_image_file(content: bytes) -> bool:
+    """Return whether this is an image file, whatever its name."""
+    try:
+        header(content)
+    except CorruptFileError:
+        return False
+    return True
 
 
 @contextmanager

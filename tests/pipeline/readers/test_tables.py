@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -414,6 +415,153 @@ class TestParquet:
         monkeypatch.delitem(sys.modules, "pipeline.readers.parquet", raising=False)
         (tmp_path / "a.parquet").touch()
         assert ".[parquet]" in refusal(lambda: load("parquet", tmp_path / "a.parquet")).hint
+
+
+FILE = PICTURES[0]
+SQUARE = pixels(seed=0)[..., 0]
+WIDE = pixels(4, 6, 3, seed=1)
+
+
+class TestParquetTypes:
+    """Every Arrow type that can hold an image file, pixels or a label."""
+
+    @pytest.mark.parametrize(
+        "column",
+        [
+            arrow.array([FILE] * 2, arrow.binary()),
+            arrow.array([FILE] * 2, arrow.large_binary()),
+            arrow.array([FILE] * 2, arrow.binary_view()),
+            arrow.array([FILE] * 2, arrow.binary(len(FILE))),
+            arrow.array([FILE] * 2, arrow.binary()).dictionary_encode(),
+            arrow.array(
+                [{"bytes": FILE, "path": "a"}] * 2,
+                arrow.struct({"bytes": arrow.binary_view(), "path": arrow.string_view()}),
+            ),
+            arrow.array(
+                [{"path": "a", "bytes": FILE}] * 2,
+                arrow.struct({"path": arrow.string(), "bytes": arrow.large_binary()}),
+            ),
+            arrow.array(
+                [{"image": {"bytes": FILE}}] * 2, arrow.struct({"image": arrow.struct({"bytes": arrow.binary()})})
+            ),
+            arrow.array([list(FILE)] * 2, arrow.list_(arrow.uint8())),
+            arrow.array([SQUARE.tolist()] * 2, arrow.list_(arrow.list_(arrow.int64()))),
+            arrow.array([SQUARE.tolist()] * 2, arrow.list_(arrow.list_(arrow.uint8(), 8), 8)),
+            arrow.array([SQUARE.ravel().tolist()] * 2, arrow.large_list(arrow.int16())),
+            arrow.array([SQUARE[..., None].tolist()] * 2, arrow.list_(arrow.list_(arrow.list_(arrow.int32())))),
+        ],
+        ids=lambda column: str(column.type)[:60],
+    )
+    def test_of_images(self, tmp_path: Path, column: arrow.Array) -> None:
+        table = arrow.table({"image": column, "label": ["a", "b"]})
+        (train,) = load("parquet", write_parquet(tmp_path / "a.parquet", table))
+        np.testing.assert_array_equal(read_all(train)[..., 0], [SQUARE, SQUARE])
+        assert train.labels.tolist() == [0, 1]
+
+    def test_of_colored_pixels(self, tmp_path: Path) -> None:
+        table = arrow.table({"image": arrow.array([WIDE.tolist()] * 2), "label": ["a", "b"]})
+        (train,) = load("parquet", write_parquet(tmp_path / "a.parquet", table))
+        np.testing.assert_array_equal(read_all(train), [WIDE, WIDE])
+
+    @pytest.mark.parametrize(
+        "column, classes, labels",
+        [
+            (arrow.array(["b", "a", "b"], arrow.string_view()), ("a", "b"), [1, 0, 1]),
+            (arrow.array(["b", "a", "b"], arrow.large_string()), ("a", "b"), [1, 0, 1]),
+            (arrow.array(["b", "a", "b"]).dictionary_encode(), ("a", "b"), [1, 0, 1]),
+            (arrow.array([b"b", b"a", b"b"], arrow.binary()), ("a", "b"), [1, 0, 1]),
+            (arrow.array([10, 9, 10], arrow.uint8()), ("9", "10"), [1, 0, 1]),
+            (arrow.array([10, 9, 10]).dictionary_encode(), ("9", "10"), [1, 0, 1]),
+            (arrow.array([10.0, 9.0, 10.0]), ("9", "10"), [1, 0, 1]),
+            (arrow.array([Decimal(10), Decimal(9), Decimal(10)]), ("9", "10"), [1, 0, 1]),
+            (arrow.array([True, False, True]), ("0", "1"), [1, 0, 1]),
+        ],
+        ids=lambda value: str(value.type) if isinstance(value, arrow.Array) else "",
+    )
+    def test_of_labels(self, tmp_path: Path, column: arrow.Array, classes: tuple, labels: list[int]) -> None:
+        table = arrow.table({"image": PICTURES[:3], "label": column})
+        (train,) = load("parquet", write_parquet(tmp_path / "a.parquet", table))
+        assert (train.classes, train.labels.tolist()) == (classes, labels)
+
+    @pytest.mark.parametrize(
+        "column, words",
+        [
+            (arrow.array([1.0, 1.5]), "row 1: label 1.5, which is no integer"),
+            (arrow.array([1.0, float("nan")]), "row 1: "),
+            (arrow.array([1.0, float("inf")]), "row 1: "),
+            (arrow.array([True, None]), "row 1: label None"),
+            (arrow.array(["a", None], arrow.string_view()), "row 1: label None"),
+            (arrow.array(["a", None]).dictionary_encode(), "row 1: label None"),
+        ],
+        ids=lambda value: str(value)[-40:],
+    )
+    def test_labels_that_are_none_are_refused_by_row(self, tmp_path: Path, column: arrow.Array, words: str) -> None:
+        path = write_parquet(tmp_path / "a.parquet", arrow.table({"image": PICTURES[:2], "label": column}))
+        assert f"{path} {words}" in refusal(lambda: load("parquet", path)).found
+
+    @pytest.mark.parametrize("pixels", [[[1.5]], [[256]], [[-1]], [[[1, 2]]]], ids=str)
+    def test_pixels_that_are_none_are_refused_by_row(self, tmp_path: Path, pixels: list) -> None:
+        table = arrow.table({"image": arrow.array([pixels] * 2), "label": ["a", "b"]})
+        path = write_parquet(tmp_path / "a.parquet", table)
+        assert str(path) in refusal(lambda: load("parquet", path)).found
+
+    def test_further_columns_are_kept(self, tmp_path: Path) -> None:
+        site = arrow.array(["x", None, "y"], arrow.string_view())
+        table = arrow.table({"image": PICTURES[:3], "label": [0, 1, 0], "site": site, "age": [1, 2, 3]})
+        (train,) = load("parquet", write_parquet(tmp_path / "a.parquet", table))
+        assert {name: values.tolist() for name, values in train.columns.items()} == {
+            "site": ["x", "", "y"],
+            "age": ["1", "2", "3"],
+        }
+
+
+class TestSplitsInFileNames:
+    @pytest.mark.parametrize("name", ["birds-validation-00.parquet", "val.parquet", "x_dev_1.parquet", "dev/0.PARQUET"])
+    def test_validation_is_not_trained_on(self, tmp_path: Path, name: str) -> None:
+        write_parquet(tmp_path / "birds-train-00.parquet", plain_table())
+        write_parquet(tmp_path / name, arrow.table({"image": PICTURES[:3], "label": [0, 1, 2]}))
+        if "/" in name:
+            (tmp_path / "train").mkdir()
+            (tmp_path / "birds-train-00.parquet").rename(tmp_path / "train" / "0.parquet")
+        assert [(part.name, len(part.labels)) for part in load("parquet", tmp_path)] == [("train", 12), ("val", 3)]
+
+    @pytest.mark.parametrize("name", ["extra.parquet", "train-test.parquet"])
+    def test_unclear_ones_are_refused(self, tmp_path: Path, name: str) -> None:
+        for each in ("train-0.parquet", name):
+            write_parquet(tmp_path / each, plain_table())
+        assert f"{name}, " in refusal(lambda: load("parquet", tmp_path)).found
+
+    def test_those_of_npz(self, tmp_path: Path) -> None:
+        arrays = {"x": np.zeros((2, 4, 4), np.uint8), "y": np.arange(2)}
+        for name in ("birds_train", "birds_dev"):
+            np.savez(tmp_path / f"{name}.npz", **arrays)
+        assert [part.name for part in load("npz", tmp_path)] == ["train", "val"]
+        np.savez(tmp_path / "more.npz", **arrays)
+        assert "more.npz, which is named after no split" in refusal(lambda: load("npz", tmp_path)).found
+
+    def test_arrays_that_are_not_used_are_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        np.savez(tmp_path / "a.npz", x=np.zeros((2, 4, 4), np.uint8), y=np.arange(2), extra=np.arange(3))
+        load("npz", tmp_path / "a.npz")
+        assert "not used: the arrays extra in" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "shape, hint",
+        [
+            ((2, 4, 5, 2), "x[..., :1]"),
+            ((2, 4, 6, 4), "x[..., :3]"),
+            ((2, 5, 20, 20), "x[:, :3]"),
+            ((2, 784), "(-1, 28, 28)"),
+        ],
+        ids=str,
+    )
+    def test_hints_fit_the_shape(self, tmp_path: Path, shape: tuple[int, ...], hint: str) -> None:
+        """The hint, applied to the array, makes it readable."""
+        x = np.zeros(shape, np.uint8)
+        np.savez(tmp_path / "a.npz", x=x, y=np.arange(2))
+        error = refusal(lambda: load("npz", tmp_path / "a.npz"))
+        assert hint in error.hint
+        np.savez(tmp_path / "a.npz", x=eval(error.hint[error.hint.index("x") :].split(": ")[-1]), y=np.arange(2))
+        assert len(load("npz", tmp_path / "a.npz")[0].labels) == 2
 
 
 class TestHostileParquet:
