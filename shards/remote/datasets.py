@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from tqdm import tqdm
 
 from shards import credentials, errors
-from shards.atomic import make_directory, write_file
+from shards.atomic import make_directory, with_checksum, without_checksum, write_file
 from shards.errors import MismatchError, UserError
 from shards.manifest import MANIFEST_NAME, MOST_BYTES, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
@@ -221,7 +222,8 @@ def _download_set(storage: RemoteStorage, manifests: dict[str, tuple[Manifest, b
             if not (entry.content / name).is_file():
                 write_file(entry.content / name, content)
         make_directory(record.parent)
-        write_file(record, json.dumps({"key": key, "name": entry.content.name, "manifests": list(contents)}))
+        copy = {"key": key, "name": entry.content.name, "manifests": list(contents)}
+        write_file(record, json.dumps(with_checksum(copy)))
         return entry.content
 
 
@@ -230,14 +232,20 @@ def _last_copy(record: Path) -> Path | None:
 
     The file name of a record is a hash of the address, because the address may contain secrets.
     """
-    if not record.is_file():
-        return None
-    copy = json.loads(record.read_text(encoding="utf-8"))
-    if not (cache_directory() / "sets" / copy["key"]).is_dir():
+    copy = _read_json(record)
+    if copy is None or not (cache_directory() / "sets" / copy["key"]).is_dir():
         return None
     with open_entry("sets", copy["key"], copy["name"]) as entry:
         complete = all((entry.content / name).is_file() for name in copy["manifests"])
         return entry.content if complete else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return the fields of a JSON file with a checksum; None if it is absent or damaged."""
+    try:
+        return without_checksum(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def _download_into(entry: Entry, storage: RemoteStorage, files: Sequence[RemoteFile], total: int) -> None:
@@ -254,7 +262,10 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
     versions = {file.name: [file.bytes, file.version] for file in files}
     with open_entry("files", key, label) as entry:
         index = entry.directory / _INDEX
-        known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+        known = (_read_json(index) or {}).get("files")
+        if known is None:  # nothing is known of the files that are there
+            present = [path for path in entry.content.rglob("*") if path.is_file()]
+            known = {path.relative_to(entry.content).as_posix(): [] for path in present}
         stale = [entry.content / name for name in known if known[name] != versions.get(name) or not known[name][1]]
         if any(path.exists() for path in stale):
             busy = MismatchError(
@@ -266,7 +277,7 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
                 for path in stale:
                     path.unlink(missing_ok=True)
         if known != versions:
-            write_file(index, json.dumps(versions))
+            write_file(index, json.dumps(with_checksum({"files": versions})))
         _download_into(entry, storage, files, sum(file.bytes for file in files))
         return entry.content
 

@@ -153,7 +153,6 @@ class SplitFiles:
                 with self.open(name) as file:
                     file.read_into(0, np.frombuffer(memory, np.uint8)[start : start + size])
             return memory, np.array(starts)
-        _report_bus_errors(_libc)
         region = mmap.mmap(-1, total, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
         address = np.frombuffer(region, np.uint8).ctypes.data
         for name, start, size in zip(names, starts, sizes, strict=True):
@@ -161,7 +160,7 @@ class SplitFiles:
                 arguments = (size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, file.descriptor)
                 if _mmap(_libc)(address + start, *arguments, 0) != address + start:
                     raise corrupt_shard(self._path(name), os.strerror(ctypes.get_errno()))
-            _sizes[self._path(name)] = size
+            report_bus_errors(self._path(name), size)
         self._mapped = itertools.cycle([(self._path(name), name, self._identities[name]) for name in names])
         return region, np.array(starts)
 
@@ -209,9 +208,15 @@ def _end_with_message(number: int) -> None:
 _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end_with_message)
 
 
-def _report_bus_errors(libc: ctypes.CDLL) -> None:
+def report_bus_errors(path: str, size: int) -> None:
     """End the process with a message instead of SIGBUS, which the access to a truncated map raises.
 
     A handler of the module `signal` would never run: Python calls it after the access, which never ends.
+
+    Args:
+        path: The file that was mapped.
+        size: Its bytes.
     """
-    libc.signal(signal.SIGBUS, _handler)
+    _sizes[path] = size
+    if _libc is not None:
+        _libc.signal(signal.SIGBUS, _handler)

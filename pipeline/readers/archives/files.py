@@ -16,6 +16,7 @@ from typing import IO
 from shards.atomic import check_is_file
 from shards.errors import UserError, as_user_error
 from shards.manifest import RawFile
+from shards.stores.split_files import report_bus_errors
 
 _MIN_EXPANDED_BYTES = 256 << 20
 _MAX_RATIO = 100  # pixels and tars of small files expand two to ten times
@@ -73,7 +74,8 @@ class StoredFile:
         return content
 
     def mapped(self, offset: int, size: int) -> memoryview:
-        """Map bytes of the file into memory. The file must not shrink afterwards."""
+        """Map bytes of the file into memory. If it shrinks afterwards, an access ends the process with a message."""
+        report_bus_errors(str(self.file.name), self.size)
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         mapping = mmap.mmap(self.file.fileno(), offset + size - start, access=mmap.ACCESS_READ, offset=start)
         return memoryview(mapping)[offset - start :]

@@ -26,6 +26,7 @@ import shards.remote.base as remote
 import shards.remote.fsspec_backend as remote_fsspec
 from shards import UserError, open_split
 from shards.manifest import Manifest, RawFile, Shard
+from shards.remote import datasets
 from shards.remote.datasets import (
     check_upload,
     is_remote,
@@ -788,3 +789,37 @@ def test_an_upload_without_a_network(noise: Path, line: Line) -> None:
 def test_memory(noise: Path) -> None:
     upload_dataset(noise, "memory://set")
     assert content_of(resolve_dataset("memory://set")) == content_of(noise)
+
+
+def flipped(content: bytes) -> Iterator[bytes]:
+    """The content with one bit changed, and without its end."""
+    for bit in range(0, 8 * len(content), 97):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        yield bytes(changed)
+    yield content[:-2]
+    yield b""
+
+
+def test_files_are_fetched_again_if_the_record_of_their_versions_is_damaged(
+    cache: Path, line: Line, s3: fsspec.AbstractFileSystem
+) -> None:
+    s3.pipe_file(f"{BUCKET}/raws/a.bin", b"one")
+    directory = resolve_files(f"s3://{BUCKET}/raws")
+    (index,) = cache.rglob(".index.json")
+    whole = index.read_bytes()
+    for content in flipped(whole):
+        index.write_bytes(content)
+        (directory / "a.bin").write_bytes(b"old")
+        assert (resolve_files(f"s3://{BUCKET}/raws") / "a.bin").read_bytes() == b"one"
+        assert index.read_bytes() == whole
+
+
+def test_a_damaged_record_of_a_copy_counts_as_none(noise: Path, cache: Path) -> None:
+    fsspec.filesystem("memory").put(str(noise), "/recorded", recursive=True)
+    directory = resolve_dataset("memory://recorded")
+    (record,) = (cache / "addresses").iterdir()
+    assert datasets._last_copy(record) == directory
+    for content in flipped(record.read_bytes()):
+        record.write_bytes(content)
+        assert datasets._last_copy(record) is None

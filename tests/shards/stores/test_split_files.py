@@ -331,3 +331,26 @@ def test_a_pipe_in_place_of_a_shard_is_refused_at_once(both: tuple[Path, Path], 
     path.unlink()
     os.mkfifo(path)
     assert str(path) in refusal(lambda: opened(both[0], kind)).found
+
+
+RAW = """
+import os, sys
+from pathlib import Path
+from pipeline.readers.archives.files import open_file
+from shards.cli import run_command
+
+def main():
+    content = open_file(Path(sys.argv[1])).mapped(0, 1 << 20)
+    os.truncate(sys.argv[1], 512)
+    print(bytes(content[-1:]))
+
+run_command(main)
+"""
+
+
+def test_a_mapped_raw_file_that_is_truncated_ends_the_process_with_a_message(tmp_path: Path) -> None:
+    path = tmp_path / "images.npy"
+    path.write_bytes(bytes(1 << 20))
+    command = [sys.executable, "-c", RAW, str(path)]
+    process = warm_process.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert_user_error(process, f"{path}, {REPLACED}")
