@@ -1,0 +1,66 @@
+"""The splits that a run reads belong to one pack, on every rank."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, pack_splits, synthetic_splits
+from support.raw_files import refusal
+
+from shards import open_split
+from shards.atomic import replace_directory
+from shards.errors import MismatchError
+from shards.stores.base import Store
+from trainer.config.load import load
+from trainer.config.schema import Config
+from trainer.data import training_data
+from trainer.data.training_data import open_data
+from trainer.models.precision import resolve_precision
+from trainer.runtime.distributed import World
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+REPLACED = "which was replaced, changed or removed while it was read"
+
+
+def config(shards: Path) -> Config:
+    return resolve_precision(load(ROOT / "configs/quickstart.yaml", [f"data.shards={shards}"]), ALONE.device)
+
+
+@pytest.mark.parametrize("after", ["test", "train"])
+def test_splits_of_two_packs_are_refused(
+    synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """The data set is replaced after one of its splits was opened."""
+    directory = Path(shutil.copytree(synthetic_set, tmp_path / "set"))
+    other = pack_splits(synthetic_splits(seed=1), tmp_path / "other")
+
+    def open_and_replace(place: Path, split: str, memory: int) -> Store:
+        store = open_split(place, split, memory)
+        if split == after:
+            with replace_directory(directory) as replacement:
+                shutil.copytree(other, replacement.path, dirs_exist_ok=True)
+                replacement.commit()
+        return store
+
+    monkeypatch.setattr(training_data, "open_split", open_and_replace)
+    error = refusal(lambda: open_data(config(directory), ALONE))
+    assert isinstance(error, MismatchError)
+    assert REPLACED in error.found and str(directory) in error.found
+
+
+class TwoRanks(World):
+    """Rank 0, with another rank that has opened another pack."""
+
+    def all_gather(self, work: Callable[[], Any]) -> list[Any]:
+        result = work()
+        return [result, "0" * 64 if isinstance(result, str) else result]
+
+
+def test_ranks_with_different_packs_are_refused(synthetic_set: Path) -> None:
+    error = refusal(lambda: open_data(config(synthetic_set), TwoRanks(device=torch.device("cpu"))))
+    assert error.found == f"{synthetic_set}, {REPLACED}"
