@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from shards import errors
 from shards.credentials import hide, redact
-from shards.errors import MismatchError, UserError, first_line
+from shards.errors import MismatchError, UserError, first_line, printable
 
 T = TypeVar("T")
 
@@ -190,7 +190,7 @@ class RemoteStorage(ABC):
 
     def reason(self, error: BaseException) -> str:
         """Return the message of an error, in one line and without secrets."""
-        return redact(first_line(error))
+        return printable(redact(first_line(error)))
 
     def read(self, name: str, most_bytes: int) -> bytes:
         """Return the content of a small file; raise `UserError` if it has more than `most_bytes` bytes."""

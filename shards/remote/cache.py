@@ -2,6 +2,7 @@
 
 CACHE/sets/KEY/NAME        downloaded files
 CACHE/sets/KEY/.parts/     incomplete files
+CACHE/sets/KEY/.checked    size, modification time and SHA-256 of each downloaded file
 CACHE/sets/KEY/.use        locked (shared) by every process that uses the entry, until the process ends; its
                            modification time is that of the last use, its content the final bytes of the entry
 CACHE/sets/.KEY.lock       held by the process that downloads
@@ -11,17 +12,22 @@ CACHE/.room.lock           held during eviction
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from shards.atomic import file_lock, make_directory
+from shards.atomic import file_lock, make_directory, read_file, write_file
 from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
+from shards.manifest import MOST_BYTES
+from shards.remote.download import RemoteFile, remove
 
 try:
     import fcntl
@@ -63,6 +69,29 @@ def cache_limit() -> int | None:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.index(match[2]))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a file of the cache, empty if it is missing or damaged."""
+    try:
+        content = json.loads(read_file(path, MOST_BYTES))
+    except (OSError, UserError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def distrust(path: Path) -> None:
+    """Have a file checked again when its entry is used next, if it is a file of the cache."""
+    if path.absolute().is_relative_to(cache_directory()):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace a file of the cache."""
+    if path.is_dir():
+        remove(path)
+    write_file(path, json.dumps(content))
+
+
 @dataclass(frozen=True)
 class Entry:
     """An entry of the cache.
@@ -89,6 +118,35 @@ class Entry:
         with file_lock(root / ".room.lock"):
             _evict_until_it_fits(root, self.directory, total, what)
             (self.directory / ".use").write_text(str(total), encoding="ascii")
+
+    def check_files(self, files: Sequence[RemoteFile]) -> None:
+        """Hash the files that have changed since they were last checked, and delete those that are damaged.
+
+        Files that are missing are ignored. The first check of a file of unknown hash records its hash.
+        """
+        record = self.directory / ".checked"
+        before, after = read_json(record), {}
+        for file in files:
+            path = self.content / file.name
+            for above in [*path.relative_to(self.directory).parents][-2::-1]:
+                if os.path.lexists(self.directory / above) and not (self.directory / above).is_dir():
+                    remove(self.directory / above)
+            if not os.path.lexists(path):
+                continue
+            known = before.get(file.name)
+            known = known if isinstance(known, list) and len(known) == 3 else [None, None, None]
+            status = path.stat() if path.is_file() else None
+            stamp = [status.st_size, status.st_mtime_ns] if status else None
+            if known[:2] != stamp or file.sha256 not in (None, known[2]):
+                digest = _sha256(path) if status and status.st_size == file.bytes else None
+                if digest is None or digest != (file.sha256 or known[2] or digest):
+                    log.warning("%s is damaged and is downloaded again", path)
+                    remove(path)
+                    continue
+                known = [*(stamp or []), digest]
+            after[file.name] = known
+        if after != before:
+            write_json(record, after)
 
     @contextlib.contextmanager
     def exclusive(self, busy: UserError) -> Iterator[None]:
@@ -255,6 +313,11 @@ def _bytes_in(directory: Path) -> int:
             with contextlib.suppress(FileNotFoundError):  # another process writes to it
                 total += os.lstat(os.path.join(path, name)).st_size
     return total
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(count: int) -> str:

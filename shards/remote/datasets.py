@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import os
 import re
 import tempfile
 import urllib.parse
@@ -24,8 +24,8 @@ from shards.errors import MismatchError, UserError
 from shards.manifest import MANIFEST_NAME, MOST_BYTES, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
 from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
-from shards.remote.cache import Entry, cache_directory, open_entry
-from shards.remote.download import RemoteFile, check_names, download_files, run_in_threads
+from shards.remote.cache import Entry, cache_directory, open_entry, read_json, write_json
+from shards.remote.download import RemoteFile, check_names, download_files, remove, run_in_threads
 
 log = logging.getLogger(__name__)
 
@@ -206,38 +206,73 @@ def _read_manifests(storage: RemoteStorage, attempts: int | None = None) -> dict
 
 def _download_set(storage: RemoteStorage, manifests: dict[str, tuple[Manifest, bytes]], record: Path) -> Path:
     """Download a data set into the cache entry named by its content, and record it as the copy of its address."""
-    files = [
-        RemoteFile(f"{split}/{file.name}" if split else file.name, file.bytes, file.sha256)
-        for split, (manifest, _) in manifests.items()
-        for file in manifest.everything
-    ]
+    files = _files_of({split: manifest for split, (manifest, _) in manifests.items()})
     contents = {_manifest_name(split): content for split, (_, content) in manifests.items()}
     everything = [*files, *(RemoteFile(name, len(content)) for name, content in contents.items())]
     check_names(everything, storage)
     first, _ = next(iter(manifests.values()))
-    key = _digest(*(f"{split} {manifest.digest()}" for split, (manifest, _) in manifests.items()))
+    key = _key_of({split: manifest for split, (manifest, _) in manifests.items()})
     with open_entry("sets", key, _directory_name(first.name)) as entry:
         _download_into(entry, storage, files, sum(file.bytes for file in everything))
         for name, content in contents.items():
-            if not (entry.content / name).is_file():
-                write_file(entry.content / name, content)
+            path = entry.content / name
+            if path.is_file() and path.read_bytes() == content:
+                continue
+            if os.path.lexists(path):
+                log.warning("%s is damaged and is downloaded again", path)
+                remove(path)
+            write_file(path, content)
         make_directory(record.parent)
+<<<<<<< HEAD
         copy = {"key": key, "name": entry.content.name, "manifests": list(contents)}
         write_file(record, json.dumps(with_checksum(copy)))
+=======
+        write_json(record, {"key": key, "name": entry.content.name, "splits": ",".join(manifests)})
+>>>>>>> d9168a5 (Damaged files of the cache are downloaded again)
         return entry.content
 
 
+def _files_of(manifests: dict[str, Manifest]) -> list[RemoteFile]:
+    return [
+        RemoteFile(f"{split}/{file.name}" if split else file.name, file.bytes, file.sha256)
+        for split, manifest in manifests.items()
+        for file in manifest.everything
+    ]
+
+
+def _key_of(manifests: dict[str, Manifest]) -> str:
+    return _digest(*(f"{split} {manifest.digest()}" for split, manifest in manifests.items()))
+
+
 def _last_copy(record: Path) -> Path | None:
-    """Return the directory of the data set in a record, None if there is none or it is incomplete.
+    """Return the directory of the data set in a record, None if there is none or it is incomplete or damaged.
 
     The file name of a record is a hash of the address, because the address may contain secrets.
     """
+<<<<<<< HEAD
     copy = _read_json(record)
     if copy is None or not (cache_directory() / "sets" / copy["key"]).is_dir():
         return None
     with open_entry("sets", copy["key"], copy["name"]) as entry:
         complete = all((entry.content / name).is_file() for name in copy["manifests"])
         return entry.content if complete else None
+=======
+    copy = read_json(record)
+    key, name = str(copy.get("key")), str(copy.get("name"))
+    splits = [split for split in (*SPLITS, _SINGLE) if split in str(copy.get("splits")).split(",")]
+    is_valid = splits and _directory_name(name) == name
+    if not is_valid or not re.fullmatch("[0-9a-f]{16}", key) or not (cache_directory() / "sets" / key).is_dir():
+        return None
+    with open_entry("sets", key, name) as entry:
+        try:
+            manifests = {split: Manifest.read(entry.content / split) for split in splits}
+        except UserError:
+            return None
+        files = _files_of(manifests)
+        entry.check_files(files)
+        is_complete = key == _key_of(manifests) and all(file.is_in(entry.content) for file in files)
+        return entry.content if is_complete else None
+>>>>>>> d9168a5 (Damaged files of the cache are downloaded again)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -249,10 +284,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _download_into(entry: Entry, storage: RemoteStorage, files: Sequence[RemoteFile], total: int) -> None:
-    """Download the files that are missing into a cache entry, which will have `total` bytes."""
+    """Download the files that are missing or damaged into a cache entry, which will have `total` bytes."""
+    entry.check_files(files)
     if not all(file.is_in(entry.content) for file in files):
         entry.make_room(total, storage.shown)
         download_files(storage, files, entry.content, entry.directory / ".parts", f"fetching {entry.content.name}")
+        entry.check_files(files)
 
 
 def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label: str) -> Path:
@@ -262,11 +299,21 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
     versions = {file.name: [file.bytes, file.version] for file in files}
     with open_entry("files", key, label) as entry:
         index = entry.directory / _INDEX
+<<<<<<< HEAD
         known = (_read_json(index) or {}).get("files")
         if known is None:  # nothing is known of the files that are there
             present = [path for path in entry.content.rglob("*") if path.is_file()]
             known = {path.relative_to(entry.content).as_posix(): [] for path in present}
         stale = [entry.content / name for name in known if known[name] != versions.get(name) or not known[name][1]]
+=======
+        known = read_json(index)
+        stale = [
+            entry.content / name
+            for name in {*known, *versions}
+            if known.get(name) != versions.get(name) or not versions[name][1]
+        ]
+        stale = [path for path in stale if ".." not in path.parts and path.is_relative_to(entry.content)]
+>>>>>>> d9168a5 (Damaged files of the cache are downloaded again)
         if any(path.exists() for path in stale):
             busy = MismatchError(
                 found=f"{storage.shown}, which has changed while another process reads an earlier copy of it",
@@ -275,9 +322,13 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
             )
             with entry.exclusive(busy):
                 for path in stale:
-                    path.unlink(missing_ok=True)
+                    remove(path)
         if known != versions:
+<<<<<<< HEAD
             write_file(index, json.dumps(with_checksum({"files": versions})))
+=======
+            write_json(index, versions)
+>>>>>>> d9168a5 (Damaged files of the cache are downloaded again)
         _download_into(entry, storage, files, sum(file.bytes for file in files))
         return entry.content
 

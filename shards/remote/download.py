@@ -46,6 +46,14 @@ class RemoteFile:
         return path.is_file() and path.stat().st_size == self.bytes
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a directory, whatever it is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def check_names(files: Sequence[RemoteFile], storage: RemoteStorage) -> None:
     """Raise `UserError` if a name is outside the directory to download into, or names collide."""
     names = Counter(file.name for file in files)
@@ -84,6 +92,8 @@ def download_files(
         UserError: As `download_file` does. Files that are incomplete then are kept.
     """
     missing = [file for file in files if not file.is_in(directory)]
+    if not partials.is_dir():
+        remove(partials)
     make_directory(partials)
 
     def download(file: RemoteFile, stop: Event) -> None:

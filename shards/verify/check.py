@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from shards.atomic import unreplaced
 from shards.errors import CorruptError
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest, RawFile
+from shards.remote.cache import distrust
 
 
 def check_split(directory: Path) -> tuple[Manifest, list[str]]:
@@ -74,6 +75,7 @@ def check_hashes(directory: Path, manifest: Manifest) -> Iterator[str]:
         if actual.bytes != expected.bytes:
             yield f"{path}: {actual.bytes:,} bytes, the manifest says {expected.bytes:,}"
         elif actual.sha256 != expected.sha256:
+            distrust(path)
             yield f"{path}: SHA-256 {actual.sha256[:16]}…, the manifest says {expected.sha256[:16]}…"
 
 

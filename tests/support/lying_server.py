@@ -184,6 +184,7 @@ class LyingServer:
     def __init__(self, root: Path, choose: Callable[[], str | None]) -> None:
         self.root = root
         self.choose = choose
+        self.version = '"one"'
         self.authorizations: list[str | None] = []
         self._end = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -234,7 +235,7 @@ class LyingServer:
                 connection,
                 path.read_bytes() if path.is_file() else None,
                 int(start[1]) if start else None,
-                '"one"',
+                self.version,
                 headers.get("If-Range", ""),
                 self._end,
             )
