@@ -266,7 +266,7 @@ def test_a_set_is_fetched_once(at_s3: str, noise: Path, line: Line, cache: Path)
     assert directory.is_relative_to(cache)
     assert directory.name == "noise"
     assert content_of(directory) == content_of(noise), "all of it, and no stranger"
-    assert [path.name for path in directory.parent.iterdir() if path.name.startswith(".")] == [".use"]
+    assert {path.name for path in directory.parent.iterdir() if path.name.startswith(".")} == {".use", ".checked"}
 
     line.faults = Faults()
     assert resolve_dataset(at_s3) == directory
