@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import file_lock, make_directory, read_file, write_file
+from shards.atomic import file_lock, make_directory, read_file, with_checksum, without_checksum, write_file
 from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
 from shards.manifest import MOST_BYTES
 from shards.remote.download import RemoteFile, remove
@@ -70,12 +70,11 @@ def cache_limit() -> int | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a file of the cache, empty if it is missing or damaged."""
+    """Return the fields of a file of the cache, empty if it is missing or damaged."""
     try:
-        content = json.loads(read_file(path, MOST_BYTES))
-    except (OSError, UserError, ValueError, RecursionError):
+        return without_checksum(json.loads(read_file(path, MOST_BYTES)))
+    except (OSError, UserError, ValueError, AttributeError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def distrust(path: Path) -> None:
@@ -85,11 +84,11 @@ def distrust(path: Path) -> None:
             os.utime(path)
 
 
-def write_json(path: Path, content: object) -> None:
-    """Replace a file of the cache."""
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Replace a file of the cache; it gets a checksum."""
     if path.is_dir():
         remove(path)
-    write_file(path, json.dumps(content))
+    write_file(path, json.dumps(with_checksum(fields)))
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Entry:
         Files that are missing are ignored. The first check of a file of unknown hash records its hash.
         """
         record = self.directory / ".checked"
-        before, after = read_json(record), {}
+        before, after = read_json(record).get("files", {}), {}
         for file in files:
             path = self.content / file.name
             for above in [*path.relative_to(self.directory).parents][-2::-1]:
@@ -146,7 +145,7 @@ class Entry:
                 known = [*(stamp or []), digest]
             after[file.name] = known
         if after != before:
-            write_json(record, after)
+            write_json(record, {"files": after})
 
     @contextlib.contextmanager
     def exclusive(self, busy: UserError) -> Iterator[None]:

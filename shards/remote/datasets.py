@@ -14,12 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 from tqdm import tqdm
 
 from shards import credentials, errors
-from shards.atomic import make_directory, with_checksum, without_checksum, write_file
+from shards.atomic import make_directory, write_file
 from shards.errors import MismatchError, UserError
 from shards.manifest import MANIFEST_NAME, MOST_BYTES, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
@@ -223,12 +222,7 @@ def _download_set(storage: RemoteStorage, manifests: dict[str, tuple[Manifest, b
                 remove(path)
             write_file(path, content)
         make_directory(record.parent)
-<<<<<<< HEAD
-        copy = {"key": key, "name": entry.content.name, "manifests": list(contents)}
-        write_file(record, json.dumps(with_checksum(copy)))
-=======
         write_json(record, {"key": key, "name": entry.content.name, "splits": ",".join(manifests)})
->>>>>>> d9168a5 (Damaged files of the cache are downloaded again)
         return entry.content
 
 
@@ -249,14 +243,6 @@ def _last_copy(record: Path) -> Path | None:
 
     The file name of a record is a hash of the address, because the address may contain secrets.
     """
-<<<<<<< HEAD
-    copy = _read_json(record)
-    if copy is None or not (cache_directory() / "sets" / copy["key"]).is_dir():
-        return None
-    with open_entry("sets", copy["key"], copy["name"]) as entry:
-        complete = all((entry.content / name).is_file() for name in copy["manifests"])
-        return entry.content if complete else None
-=======
     copy = read_json(record)
     key, name = str(copy.get("key")), str(copy.get("name"))
     splits = [split for split in (*SPLITS, _SINGLE) if split in str(copy.get("splits")).split(",")]
@@ -272,15 +258,6 @@ def _last_copy(record: Path) -> Path | None:
         entry.check_files(files)
         is_complete = key == _key_of(manifests) and all(file.is_in(entry.content) for file in files)
         return entry.content if is_complete else None
->>>>>>> d9168a5 (Damaged files of the cache are downloaded again)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return the fields of a JSON file with a checksum; None if it is absent or damaged."""
-    try:
-        return without_checksum(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
 
 
 def _download_into(entry: Entry, storage: RemoteStorage, files: Sequence[RemoteFile], total: int) -> None:
@@ -299,21 +276,11 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
     versions = {file.name: [file.bytes, file.version] for file in files}
     with open_entry("files", key, label) as entry:
         index = entry.directory / _INDEX
-<<<<<<< HEAD
-        known = (_read_json(index) or {}).get("files")
+        known = read_json(index).get("files")
         if known is None:  # nothing is known of the files that are there
-            present = [path for path in entry.content.rglob("*") if path.is_file()]
+            present = [path for path in entry.content.rglob("*") if not path.is_dir()]
             known = {path.relative_to(entry.content).as_posix(): [] for path in present}
         stale = [entry.content / name for name in known if known[name] != versions.get(name) or not known[name][1]]
-=======
-        known = read_json(index)
-        stale = [
-            entry.content / name
-            for name in {*known, *versions}
-            if known.get(name) != versions.get(name) or not versions[name][1]
-        ]
-        stale = [path for path in stale if ".." not in path.parts and path.is_relative_to(entry.content)]
->>>>>>> d9168a5 (Damaged files of the cache are downloaded again)
         if any(path.exists() for path in stale):
             busy = MismatchError(
                 found=f"{storage.shown}, which has changed while another process reads an earlier copy of it",
@@ -324,11 +291,7 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
                 for path in stale:
                     remove(path)
         if known != versions:
-<<<<<<< HEAD
-            write_file(index, json.dumps(with_checksum({"files": versions})))
-=======
-            write_json(index, versions)
->>>>>>> d9168a5 (Damaged files of the cache are downloaded again)
+            write_json(index, {"files": versions})
         _download_into(entry, storage, files, sum(file.bytes for file in files))
         return entry.content
 
