@@ -280,15 +280,20 @@ class Command:
             return
         self._print(f"{self._name}: would {self._source.plan(self._options)}")
         self._print(f"{self._name}: would write {self._out}/train and {self._out}/test")
+        if self._source.generic:  # other data sets would be downloaded
+            for split in self._group.barrier_run(self._read_splits):
+                classes = _count(len(split.classes), "class", "es")
+                self._print(f"  {split.name:5}  {_count(len(split.labels), 'image')} of {classes}")
+
+    def _read_splits(self) -> tuple[RawSplit, ...]:
+        """Read the raw splits, and make those of the packed set."""
+        options = {name: getattr(self._arguments, name) for name in _SPLIT_DEFAULTS}
+        return make_splits(self._source.load(self._options), seed=self._arguments.seed, **options)
 
     def _load(self) -> tuple[RawSplit, ...]:
-        """Read the raw splits, and make those of the packed set."""
+        """Read the splits of the packed set, and report or remove near-duplicates."""
         arguments = self._arguments
-        splits = make_splits(
-            self._source.load(self._options),
-            seed=arguments.seed,
-            **{name: getattr(arguments, name) for name in _SPLIT_DEFAULTS},
-        )
+        splits = self._read_splits()
         if arguments.near_duplicates:
             # Importing scipy.fft takes 0.2 s of CPU time, a quarter of packing EMNIST ByClass.
             from pipeline.dedup.between_splits import find_duplicates, remove_duplicates, summarize, write_report

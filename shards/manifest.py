@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal, TypeAlias
 
@@ -25,6 +26,10 @@ _SPLIT_NAMES = {
     "test": ("test", "testing", "eval", "evaluation"),
     VALIDATION: ("val", "valid", "validation", "dev"),
 }
+_WITH_VARIANTS = ("emnist", "cifar100", "numtadb", "qmnist")  # published data sets, packed as NAME-VARIANT
+_PUBLISHED = (*_WITH_VARIANTS, "mnist", "fashionmnist", "kmnist", "cifar10", "digits")
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_MAX_LOOKED_AT = 1000  # files
 StoreKind = Literal["tar", "zarr", "records"]
 Content: TypeAlias = bytes | memoryview
 MOST_BYTES = 1 << 28  # of a manifest
@@ -253,13 +258,22 @@ def manifest_paths(directory: Path) -> tuple[Path, ...]:
     return directory / MANIFEST_NAME, *(directory / split / MANIFEST_NAME for split in SPLITS)
 
 
+def _packing_arguments(directory: Path) -> str:
+    """The arguments of `pipeline.shard` that pack a data set into a directory of this name."""
+    dataset = directory.parent if directory.name in SPLITS else directory
+    source, _, variant = dataset.name.partition("-")
+    if source in _WITH_VARIANTS and variant:
+        return f"{source} --split {variant} --out {dataset}"
+    return f"{source if source in _PUBLISHED else 'SOURCE'} --out {dataset}"
+
+
 def _missing(directory: Path) -> NotFoundError:
     """Return the error for a directory without a manifest. The hint depends on what the directory holds."""
     if not directory.is_dir():
         return NotFoundError(
             found=f"no such directory: {directory}",
             expected=f"a packed split: a directory with {MANIFEST_NAME} and shards",
-            hint="pack a data set first: python -m pipeline.shard emnist (or mnist, or digits)",
+            hint=f"pack a data set first: python -m pipeline.shard {_packing_arguments(directory)}",
         )
     splits = [split for split in SPLITS if has_split(directory, split)]
     datasets = sorted(path.parent.parent for path in directory.glob(f"*/train/{MANIFEST_NAME}"))
@@ -270,6 +284,8 @@ def _missing(directory: Path) -> NotFoundError:
         hint = f"name one split: {directory / splits[0]}"
     elif datasets:
         hint = f"name the packed data set inside it: {datasets[0]}"
+    elif any(path.suffix.lower() in _IMAGES for path in islice(directory.rglob("*.*"), _MAX_LOOKED_AT)):
+        hint = f"pack the images in it first: python -m pipeline.shard folder --raw {directory} --out DIR"
     else:
         hint = "pack again: python -m pipeline.shard SOURCE --out DIR (without a manifest a split is incomplete)"
     return NotFoundError(

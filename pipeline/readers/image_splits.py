@@ -27,6 +27,13 @@ from shards.stores.base import EncodedImage
 
 T = TypeVar("T")
 
+# Files that are given in place of the directory or archive of images, and the source that reads them.
+_OTHER_FILES = {
+    ".npz": "npz",
+    ".parquet": "parquet",
+    **{f".{extension}": "folder" for extension in ("csv", "tsv", *image_format.EXTENSIONS)},
+}
+
 IMAGE_OPTIONS = ("size", "fit", "color", "encoded")  # the fields of `SourceOptions` that `image_splits` uses
 TABLE_OPTIONS = (*IMAGE_OPTIONS, "image_column", "label_column")  # if a table lists the images
 _CHUNK = 256  # headers that a process reads at a time
@@ -71,6 +78,12 @@ def open_tree_of_images(path: Path) -> FileTree:
             found=f"no such file or directory: {path}",
             expected="a directory, or a zip or tar archive, of images",
             hint="name it with --raw",
+        )
+    if path.is_file() and (source := _OTHER_FILES.get(path.suffix.lower())):
+        raise UserError(
+            found=f"{path}, a {path.suffix} file",
+            expected="a directory, or a zip or tar archive, of images",
+            hint=f"--raw {path.parent}" if source == "folder" else f"python -m pipeline.shard {source} --raw {path}",
         )
     with corrupt_as_user_error(
         path,

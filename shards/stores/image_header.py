@@ -58,9 +58,9 @@ def read_image_header(content: Content) -> ImageHeader:
     except (struct.error, IndexError):
         raise ValueError(f"a picture that ends inside its header, after {len(view):,} bytes") from None
     if header.width < 1 or header.height < 1:
-        raise ValueError(f"a picture of {header.width}x{header.height} pixels")
+        raise ValueError(f"a picture of {header.height} x {header.width} pixels")
     if header.width * header.height > MAX_PIXELS:
-        raise ValueError(f"a picture of {header.width}x{header.height} pixels, more than {MAX_PIXELS:,}")
+        raise ValueError(f"a picture of {header.height} x {header.width} pixels, more than {MAX_PIXELS:,}")
     return header
 
 

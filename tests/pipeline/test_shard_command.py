@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_user_error, run_module
+from support.raw_files import picture, pixels, write_tree
 
 from pipeline import shard
 from shards import Manifest, UserError, open_split
@@ -194,6 +195,51 @@ class TestOut:
             assert str(Path(out).parent if "deeper" in out else out) in process.stderr.splitlines()[0]
 
 
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Eight images of two classes, one directory per class."""
+    return write_tree(tmp_path / "raw", {f"{n % 2}/{n}.png": picture(pixels(seed=n)) for n in range(8)})
+
+
+class TestHints:
+    """The command that a hint names does what it says."""
+
+    def test_a_table_in_place_of_its_directory(self, command: Command, images: Path, tmp_path: Path) -> None:
+        rows = "".join(f"{n % 2}/{n}.png,{n % 2}\n" for n in range(8))
+        (images / "labels.csv").write_text("path,label\n" + rows)
+        options = ("--out", tmp_path / "out", "--test-fraction", 0.5)
+        process = command("folder", "--raw", images / "labels.csv", *options)
+        assert_user_error(process, "labels.csv, a .csv file", f"--raw {images}")
+        assert command("folder", "--raw", images, *options).returncode == 0
+
+    def test_images_that_are_not_packed(self, command: Command, images: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError) as caught:
+            open_split(images, "train")
+        arguments = caught.value.hint.partition("python -m pipeline.shard ")[2].split()
+        arguments[-1] = str(tmp_path / "out")
+        assert arguments[:3] == ["folder", "--raw", str(images)]
+        assert command(*arguments, "--test-fraction", 0.5).returncode == 0
+        assert len(open_split(tmp_path / "out", "train")) == 4
+
+    @pytest.mark.parametrize(
+        "name, words",
+        [
+            ("emnist-balanced", "emnist --split balanced --out"),
+            ("mnist", "mnist --out"),
+            ("cifar100-coarse/train", "cifar100 --split coarse --out"),
+            ("mine", "SOURCE --out"),
+        ],
+    )
+    def test_a_data_set_that_is_not_there(self, command: Command, tmp_path: Path, name: str, words: str) -> None:
+        with pytest.raises(UserError) as caught:
+            Manifest.read(tmp_path / name)
+        hint = caught.value.hint
+        assert f"python -m pipeline.shard {words} {tmp_path / name.partition('/')[0]}" in hint
+        if "SOURCE" not in hint:
+            arguments = hint.partition("python -m pipeline.shard ")[2].split()
+            assert command(*arguments, "--dry-run", "--raw", tmp_path).returncode == 0
+
+
 class TestDryRun:
     def test_writes_nothing(self, command: Command, tmp_path: Path) -> None:
         process = command("emnist", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--dry-run")
@@ -209,6 +255,11 @@ class TestDryRun:
         forced = command("digits", "--out", out, "--dry-run", "--force")
         assert f"would write {out}/train" in forced.stdout
         assert snapshot(out) == before
+
+    def test_counts_images_and_classes(self, command: Command, images: Path, tmp_path: Path) -> None:
+        process = command("folder", "--raw", images, "--out", tmp_path / "out", "--test-fraction", 0.25, "--dry-run")
+        assert process.returncode == 0 and not (tmp_path / "out").exists()
+        assert "  train  6 images of 2 classes\n  test   2 images of 2 classes\n" in process.stdout
 
     def test_refuses_what_the_run_would_refuse(self, command: Command, out: Path) -> None:
         assert_user_error(command("digits", "--out", out, "--seed", 1, "--dry-run"), "with seed 0", "--force")

@@ -514,7 +514,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty picture": (tar(("a.jpg", b""), ("a.cls", LABEL)), "an empty file"),
     "half a header": (tar(("a.jpg", PICTURE[:20]), ("a.cls", LABEL)), "ends inside its header"),
     "a GIF": (tar(("a.jpg", picture(pixels(4, 4, 1), "GIF")), ("a.cls", LABEL)), "it begins with b'GIF8"),
-    "a bomb": (tar(("a.png", PICTURE[:16] + b"\0\1\0\0" * 2 + PICTURE[24:]), ("a.cls", LABEL)), "65536x65536"),
+    "a bomb": (tar(("a.png", PICTURE[:16] + b"\0\1\0\0" * 2 + PICTURE[24:]), ("a.cls", LABEL)), "65536 x 65536"),
     "symbolic link": (tar(*GOOD, special("a.jpg", tarfile.SYMTYPE)), "'a.jpg' is a symbolic link"),
     "hard link": (tar(*GOOD, special("a.jpg", tarfile.LNKTYPE)), "'a.jpg' is a hard link"),
     "device": (tar(*GOOD, special("a.jpg", tarfile.CHRTYPE)), "'a.jpg' is a device"),
@@ -634,6 +634,14 @@ def test_shards_of_different_origin_are_refused(tmp_path: Path) -> None:
     with_row = tar(("a.jpg", PICTURE), ("a.cls", LABEL), ("a.row", b"0"))
     error = refusal(lambda: index(part(tmp_path / "train", tar(*GOOD), with_row), None))
     assert "1.tar with rows" in error.found and "0.tar without" in error.found
+
+
+def test_a_record_without_a_class_number_gets_a_hint_that_helps(tmp_path: Path) -> None:
+    shard = tar(("a.jpg", PICTURE), ("a.json", b'{"label": 1}'))
+    assert (
+        "class number of every record as a component cls"
+        in refusal(lambda: index(part(tmp_path / "train", shard), None)).hint
+    )
 
 
 def test_directories_that_are_no_sets_say_what_they_lack(tmp_path: Path) -> None:

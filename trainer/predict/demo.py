@@ -80,7 +80,7 @@ class DrawingClassifier:
         except CorruptFileError as error:
             raise UnusableImageError(str(error)) from None
         if header.width * header.height > _MAX_PIXELS:
-            raise UnusableImageError(f"{header.width}x{header.height} pixels, more than {_MAX_PIXELS:,}")
+            raise UnusableImageError(f"{header.height} x {header.width} pixels, more than {_MAX_PIXELS:,}")
         with self._lock:
             try:
                 adapted = self.predictor.adapter.adapt(content)

@@ -196,7 +196,7 @@ DAMAGED = {
     "half a PNG": (PNG[: len(PNG) // 2], "cannot be decoded"),
     "half a JPEG": (JPEG[: len(JPEG) // 2], "cannot be decoded"),
     "a changed PNG": (PNG[:60] + bytes(20) + PNG[80:], "cannot be decoded"),
-    "a bomb": (PNG[:16] + b"\0\1\0\0\0\1\0\0" + PNG[24:], "65536x65536"),
+    "a bomb": (PNG[:16] + b"\0\1\0\0\0\1\0\0" + PNG[24:], "65536 x 65536"),
 }
 
 
