@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.config.schema import TrainerConfig
 from trainer.data.training_data import evaluation_loader
 from trainer.evaluate.calibration import calibration_error
-from trainer.evaluate.metrics import ConfusionMatrix
+from trainer.evaluate.metrics import ClassificationMetrics
 from trainer.evaluate.tta import mean_logits
 from trainer.models.precision import autocast, to_memory_format
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import raise_if_signalled
+
+_MAX_PENDING_LOGITS = 2**26  # 256 MB; with thousands of classes the logits of a split exceed the memory
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,6 @@ class ModelOutputs:
     """[N], true classes."""
     logits: NDArray[np.float32]
     """[N, C]."""
-    wait_seconds: float
-    """How long rank 0 waited for data."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Predictions:
 class Evaluation:
     """Metrics of a model on a split."""
 
-    confusion: ConfusionMatrix
+    metrics: ClassificationMetrics
     loss: float
     """Mean cross-entropy in nats, before temperature scaling."""
     temperature: float
@@ -78,7 +78,7 @@ class Evaluation:
 
     def summary(self) -> dict[str, float | int]:
         """Return the metrics as `summary.json` holds them."""
-        return {**self.confusion.summary(), "loss": self.loss}
+        return {**self.metrics.summary(), "loss": self.loss}
 
     def calibration(self) -> dict[str, float]:
         """Return calibration error and cross-entropy before and after temperature scaling."""
@@ -120,38 +120,58 @@ def evaluate(
     Raises:
         Interrupted: A rank received a signal; raised on all ranks.
     """
-    start = time.perf_counter()
-    outputs = predict_logits(model, loader, settings, world, signals_received)
+    start, classes = time.perf_counter(), 0
+
+    def predict(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        nonlocal classes
+        classes = logits.shape[1]
+        if offsets is not None:
+            logits = logits - torch.from_numpy(offsets)
+        calibrated = logits / temperature
+        uncalibrated, predicted = logits.softmax(dim=1).max(dim=1)
+        losses = (F.cross_entropy(each, labels.long(), reduction="none") for each in (logits, calibrated))
+        return predicted, calibrated.softmax(dim=1).amax(dim=1), uncalibrated, *losses
+
+    outputs = map_logits(predict, model, loader, settings, world, signals_received)
     if outputs is None:
         return world.broadcast_object(None)  # rank 0 sends its evaluation
-    logits = torch.from_numpy(outputs.logits if offsets is None else outputs.logits - offsets)
-    labels = torch.from_numpy(outputs.labels)
-    calibrated = logits / temperature
-    uncalibrated, predicted = logits.softmax(dim=1).max(dim=1)
-    confidence = calibrated.softmax(dim=1).amax(dim=1)
-    loss, calibrated_loss = (
-        float(F.cross_entropy(each, labels, reduction="none").double().mean()) for each in (logits, calibrated)
-    )
-    columns = predicted.numpy(), confidence.numpy(), uncalibrated.numpy()
+    (rows, labels, predicted, confidence, uncalibrated, *losses), wait_seconds = outputs
+    loss, calibrated_loss = (float(torch.from_numpy(each).double().mean()) for each in losses)
     evaluation = Evaluation(
-        confusion=ConfusionMatrix.of(outputs.labels, predicted.numpy(), logits.shape[1]),
+        metrics=ClassificationMetrics.of(labels, predicted, classes),
         loss=loss,
         temperature=temperature,
         calibrated_loss=calibrated_loss,
-        predictions=Predictions(outputs.rows, outputs.labels, *columns),
+        predictions=Predictions(rows, labels, predicted, confidence, uncalibrated),
         seconds=time.perf_counter() - start,
-        wait_seconds=outputs.wait_seconds,
+        wait_seconds=wait_seconds,
     )
     return world.broadcast_object(evaluation)
 
 
-@torch.inference_mode()
 def predict_logits(
     model: nn.Module, loader: Loader, settings: TrainerConfig, world: World, signals_received: Sequence[int] = ()
 ) -> ModelOutputs | None:
-    """Compute the logits of all samples of a loader. They do not depend on the number of ranks.
+    """Compute the logits of all samples of a loader; see `map_logits`."""
+    outputs = map_logits(lambda logits, _: (logits,), model, loader, settings, world, signals_received)
+    return None if outputs is None else ModelOutputs(*outputs[0])
+
+
+@torch.inference_mode()
+def map_logits(
+    function: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
+    model: nn.Module,
+    loader: Loader,
+    settings: TrainerConfig,
+    world: World,
+    signals_received: Sequence[int] = (),
+) -> tuple[list[NDArray], float] | None:
+    """Apply a function to the logits of all samples of a loader, which are never in memory all at once.
+
+    The results do not depend on the number of ranks.
 
     Args:
+        function: From logits float32 [n, C] and labels [n] to columns [n, ...]; both are on the CPU.
         model: Set to evaluation mode.
         loader: Evaluation loader of this rank.
         settings: Precision and test-time augmentation.
@@ -159,28 +179,48 @@ def predict_logits(
         signals_received: Signals that this process received.
 
     Returns:
-        The outputs on rank 0, None elsewhere.
+        On rank 0 rows, labels and the columns of all samples, in the order of rows, and the seconds that it waited for
+        data; None elsewhere.
 
     Raises:
         Interrupted: A rank received a signal; raised on all ranks.
     """
     model.eval()
-    batches: list[tuple[torch.Tensor, ...]] = []
+    pending: list[tuple[torch.Tensor, ...]] = []
+    # Allocated once: small tensors that stay between large ones that are freed would fragment the heap.
+    columns: list[torch.Tensor] = []
+    done = 0
+
+    def flush() -> None:
+        nonlocal done
+        rows, labels, logits = (torch.cat(column).cpu() for column in zip(*pending, strict=True))
+        pending.clear()
+        results = rows, labels, *function(logits, labels)
+        if not columns:
+            columns.extend(each.new_empty((len(loader.sampler.samples), *each.shape[1:])) for each in results)
+        for column, each in zip(columns, results, strict=True):
+            column[done : done + len(rows)] = each
+        done += len(rows)
+
     wait_seconds, waiting_since = 0.0, time.perf_counter()
     for batch in loader.batches():
         if signals_received:
             break
         wait_seconds += time.perf_counter() - waiting_since
-        batches.append((batch.source_index, batch.labels, model_logits(model, batch, settings, world)))
+        pending.append((batch.source_index, batch.labels, model_logits(model, batch, settings, world)))
+        if sum(logits.numel() for *_, logits in pending) > _MAX_PENDING_LOGITS:
+            flush()
         waiting_since = time.perf_counter()
     raise_if_signalled(world, signals_received)
-    columns = [torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True)]
-    gathered = [columns for columns in world.gather(columns) if columns]  # a rank may have no batch
+    if pending:
+        flush()
+    local = [column[:done].numpy() for column in columns]
+    gathered = [each for each in world.gather(local) if each]  # a rank may have no batch
     if not world.is_main_process:
         return None
-    rows, labels, logits = (np.concatenate(column) for column in zip(*gathered, strict=True))
+    rows, labels, *others = (np.concatenate(column) for column in zip(*gathered, strict=True))
     order = np.argsort(rows, kind="stable")
-    return ModelOutputs(rows[order], labels[order].astype(np.int64), logits[order], wait_seconds)
+    return [rows[order], labels[order].astype(np.int64), *(column[order] for column in others)], wait_seconds
 
 
 def model_logits(model: nn.Module, batch: Batch, settings: TrainerConfig, world: World) -> torch.Tensor:
@@ -239,7 +279,7 @@ def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
         "epochs": config.trainer.epochs,
         "best_epoch": trained.epoch,
         "seconds": evaluation.seconds,
-        "images_per_second": evaluation.confusion.samples / evaluation.seconds,
+        "images_per_second": evaluation.metrics.samples / evaluation.seconds,
         "data_wait_share": evaluation.wait_seconds / evaluation.seconds,
         "resolution": config.data.final_resolution,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -7,7 +7,9 @@ then biased towards classes of large weight, and `argmax(z - log w)` is the most
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import logging
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,11 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from pipeline.loader import Loader
 from trainer.config.schema import LossConfig
 from trainer.evaluate.calibration import fit_temperature
-from trainer.evaluate.metrics import ConfusionMatrix
+from trainer.evaluate.metrics import ClassificationMetrics
 from trainer.optim.losses import class_weights, log_priors
 
+log = logging.getLogger(__name__)
+
+_MAX_LOGITS = 2**26  # of the fit, 256 MB; more than 50,000 samples of 1,000 classes have
 _TAUS = np.linspace(-2, 2, 81)  # candidates of `auto`
 _SMOOTHING = 5  # candidates over which a metric is averaged: on few images a single one can be best by chance
 _CURVE_STEP = 5  # every fifth candidate is a point of the curve
@@ -34,9 +40,9 @@ class PosthocCalibration:
     """[C], tau log w, subtracted from the logits."""
     temperature: float
     """Divides the logits after the subtraction."""
-    validation: ConfusionMatrix
-    as_learned: ConfusionMatrix
-    """The confusion matrix without offsets."""
+    validation: ClassificationMetrics
+    as_learned: ClassificationMetrics
+    """The metrics without offsets."""
     curve: list[dict[str, float]]
     """Accuracy and macro F1 by tau."""
 
@@ -82,6 +88,22 @@ def log_class_weights(counts: NDArray[np.int64], settings: LossConfig) -> NDArra
     return (weights if bool((weights != weights[0]).any()) else -log_priors(counts)).numpy()
 
 
+def bounded_loader(loader: Loader, classes: int) -> Loader:
+    """Return a loader of as many samples as `fit_posthoc` can hold the logits of, evenly spaced if not all."""
+    samples, limit = loader.sampler.samples, max(1, _MAX_LOGITS // classes)
+    if len(samples) <= limit:
+        return loader
+    log.warning(
+        "tau and temperature are fitted on %d of %d validation images: the logits of %d classes take more memory",
+        limit,
+        len(samples),
+        classes,
+    )
+    bounded = copy.copy(loader)
+    bounded.sampler = replace(loader.sampler, samples=samples[np.linspace(0, len(samples) - 1, limit).astype(np.int64)])
+    return bounded
+
+
 def fit_posthoc(
     logits: NDArray[np.float32],
     labels: NDArray[np.int64],
@@ -99,21 +121,20 @@ def fit_posthoc(
         monitor: The metric.
     """
 
-    def confusion(tau: float) -> ConfusionMatrix:
-        return ConfusionMatrix.of(
-            labels, (logits - np.float32(tau) * log_class_weights).argmax(axis=1), logits.shape[1]
-        )
+    def metrics(tau: float) -> ClassificationMetrics:
+        predicted = (logits - np.float32(tau) * log_class_weights).argmax(axis=1)
+        return ClassificationMetrics.of(labels, predicted, logits.shape[1])
 
     if tau == "auto":
-        tau = best_tau([getattr(confusion(value), monitor) for value in _TAUS])
+        tau = best_tau([getattr(metrics(value), monitor) for value in _TAUS])
     offsets = np.float32(tau) * log_class_weights
-    points = [(float(round(value, 6)), confusion(value)) for value in _TAUS[::_CURVE_STEP]]
+    points = [(float(round(value, 6)), metrics(value)) for value in _TAUS[::_CURVE_STEP]]
     return PosthocCalibration(
         tau=float(tau),
         offsets=offsets,
         temperature=fit_temperature(logits - offsets, labels),
-        validation=confusion(tau),
-        as_learned=confusion(0.0),
+        validation=metrics(tau),
+        as_learned=metrics(0.0),
         curve=[{"tau": value, "accuracy": each.accuracy, "macro_f1": each.macro_f1} for value, each in points],
     )
 

@@ -1,4 +1,4 @@
-"""Metrics of a classifier, all computed from its confusion matrix."""
+"""Metrics of a classifier, computed from counts by class: memory grows with classes and samples, not with C * C."""
 
 from __future__ import annotations
 
@@ -11,51 +11,49 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class ConfusionMatrix:
-    """Number of samples by true and predicted class."""
+class ClassificationMetrics:
+    """The sums of a confusion matrix [C, C] from which precision, recall and F1 are computed; each int64 [C]."""
 
-    counts: NDArray[np.int64]
-    """[C, C]; rows are true classes, columns predicted ones."""
+    support: NDArray[np.int64]
+    """Samples of each class."""
+    predicted: NDArray[np.int64]
+    """Predictions of each class."""
+    correct: NDArray[np.int64]
+    """Correct predictions of each class."""
 
     @classmethod
-    def of(cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> ConfusionMatrix:
+    def of(cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> ClassificationMetrics:
         """Count labels [N] and predictions [N], both 0 .. classes - 1."""
-        pairs = np.bincount(labels * classes + predictions, minlength=classes * classes)
-        return cls(pairs.reshape(classes, classes))
+        columns = labels, predictions, labels[labels == predictions]
+        return cls(*(np.bincount(column, minlength=classes) for column in columns))
 
     @property
     def samples(self) -> int:
-        return int(self.counts.sum())
+        return int(self.support.sum())
 
     @property
     def accuracy(self) -> float:
-        return float(np.trace(self.counts) / self.counts.sum())
-
-    @property
-    def support(self) -> NDArray[np.int64]:
-        """[C], samples of each class."""
-        return self.counts.sum(axis=1)
+        return float(self.correct.sum() / self.support.sum())
 
     @property
     def precision(self) -> NDArray[np.float64]:
         """[C]; 0 for a class that is never predicted."""
-        return _divide(np.diag(self.counts), self.counts.sum(axis=0))
+        return _divide(self.correct, self.predicted)
 
     @property
     def recall(self) -> NDArray[np.float64]:
         """[C]; 0 for a class without samples."""
-        return _divide(np.diag(self.counts), self.support)
+        return _divide(self.correct, self.support)
 
     @property
     def f1(self) -> NDArray[np.float64]:
         """[C], harmonic mean of precision and recall; 0 for a class without samples and predictions."""
-        return _divide(2 * np.diag(self.counts), self.support + self.counts.sum(axis=0))
+        return _divide(2 * self.correct, self.support + self.predicted)
 
     @property
     def macro_f1(self) -> float:
         """Mean F1 over the classes that have samples or predictions."""
-        present = (self.support + self.counts.sum(axis=0)) > 0
-        return float(self.f1[present].mean())
+        return float(self.f1[(self.support + self.predicted) > 0].mean())
 
     @property
     def weighted_f1(self) -> float:
@@ -74,13 +72,18 @@ class ConfusionMatrix:
             for label, name in enumerate(classes)
         ]
 
-    def most_confused(self, pairs: int) -> list[tuple[int, int, int]]:
-        """Return the largest entries off the diagonal: (true class, predicted class, count), most frequent first."""
-        errors = self.counts.copy()
-        np.fill_diagonal(errors, 0)
-        order = np.argsort(-errors, axis=None, kind="stable")[:pairs]
-        cells = zip(*np.unravel_index(order, errors.shape), strict=True)
-        return [(int(true), int(guess), int(errors[true, guess])) for true, guess in cells if errors[true, guess]]
+
+def confusion_matrix(labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """Count samples by true class (row) and predicted class (column), int64 [C, C]; for few classes only."""
+    return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
+
+
+def most_confused(labels: NDArray[np.int64], predictions: NDArray[np.int64], pairs: int) -> list[tuple[int, int, int]]:
+    """Return the most frequent errors: (true class, predicted class, count), most frequent first."""
+    wrong = labels != predictions
+    errors, counts = np.unique(np.stack([labels[wrong], predictions[wrong]], axis=1), axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:pairs]
+    return [(*map(int, errors[index]), int(counts[index])) for index in order]  # type: ignore[misc]
 
 
 def _divide(numerator: NDArray, denominator: NDArray) -> NDArray[np.float64]:

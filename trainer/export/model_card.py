@@ -17,7 +17,7 @@ from torch import nn
 from shards import Manifest
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.config.schema import BUILTIN_MODELS
-from trainer.evaluate.metrics import ConfusionMatrix
+from trainer.evaluate.metrics import most_confused
 from trainer.export.parity import TOLERANCE, Parity, Reference
 from trainer.models.factory import pretrained_license
 from trainer.report.html import render
@@ -65,7 +65,7 @@ class Card:
         """
         classes, settings = self.run.trained.classes, self.run.config.model
         predictions = np.load(self.run.directory.predictions)
-        confusion = ConfusionMatrix.of(predictions["labels"], predictions["predicted"], len(classes))
+        confusions = most_confused(predictions["labels"], predictions["predicted"], _CONFUSIONS)
         has_snippet = self._has_torch_preprocessing
         return render(
             "model_card.md.j2",
@@ -78,10 +78,7 @@ class Card:
             environment=self.run.environment,
             summary=self.run.summary,
             raw={file.name: file for split in (self.train, self.test) for file in split.raw}.values(),
-            confusions=[
-                (classes[label], classes[predicted], count)
-                for label, predicted, count in confusion.most_confused(_CONFUSIONS)
-            ],
+            confusions=[(classes[label], classes[predicted], count) for label, predicted, count in confusions],
             tolerance=TOLERANCE,
             front_matter=self._front_matter().to_yaml(),
             publisher="torchvision" if settings.name in BUILTIN_MODELS else "timm",

@@ -18,7 +18,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import Config
 from trainer.evaluate.evaluator import Evaluation, evaluate, predict_logits
-from trainer.evaluate.logit_adjustment import fit_posthoc
+from trainer.evaluate.logit_adjustment import bounded_loader, fit_posthoc
 from trainer.loop import console
 from trainer.loop.epoch_meter import EpochMeter
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
@@ -313,7 +313,8 @@ def evaluate_best(training: Training, services: RunServices) -> Evaluation:
     trained = world.run_on_main(services.checkpointer.best)
     model = trained.build_model(world.device)
     if data.validation is not None:
-        outputs = predict_logits(model, data.validation, settings, world, services.signals_received)
+        loader = bounded_loader(data.validation, len(data.classes))
+        outputs = predict_logits(model, loader, settings, world, services.signals_received)
         if outputs is not None:
             tau, monitor = training.config.posthoc.tau, settings.monitor
             training.posthoc = fit_posthoc(outputs.logits, outputs.labels, training.log_class_weights, tau, monitor)

@@ -27,7 +27,7 @@ from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
 from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.calibration import calibration_error
-from trainer.evaluate.metrics import ConfusionMatrix
+from trainer.evaluate.metrics import ClassificationMetrics, most_confused
 from trainer.predict.contact_sheet import MAX_TILES, Tile, prediction_sheet
 from trainer.predict.input_files import Sample, find_inputs, read_samples
 from trainer.predict.predictor import Predictor, add_run_arguments
@@ -91,16 +91,16 @@ def compute_metrics(predictions: list[Prediction], classes: tuple[str, ...]) -> 
     ]
     if not pairs:
         return None
-    labels, probabilities = np.array([label for label, _ in pairs]), np.stack([output for _, output in pairs])
-    predicted = probabilities.argmax(axis=1)
-    confusion = ConfusionMatrix.of(labels, predicted, len(classes))
+    labels, predicted = (np.array(column) for column in zip(*((k, p.argmax()) for k, p in pairs), strict=True))
+    confidence = np.array([output.max() for _, output in pairs])
+    metrics = ClassificationMetrics.of(labels, predicted, len(classes))
     return {
-        **confusion.summary(),
-        "calibration_error": calibration_error(probabilities.max(axis=1), predicted == labels),
-        "classes": confusion.class_metrics(classes),
+        **metrics.summary(),
+        "calibration_error": calibration_error(confidence, predicted == labels),
+        "classes": metrics.class_metrics(classes),
         "most_confused": [
             {"true": classes[true], "predicted": classes[wrong], "count": count}
-            for true, wrong, count in confusion.most_confused(_PAIRS)
+            for true, wrong, count in most_confused(labels, predicted, _PAIRS)
         ],
     }
 

@@ -33,7 +33,7 @@ from shards.open import open_store
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import TrainedModel, check_run_is_first, load_trained_model
-from trainer.evaluate.evaluator import loader_for, predict_logits
+from trainer.evaluate.evaluator import loader_for, map_logits
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.predict.predictor import add_run_arguments
 from trainer.runtime.distributed import World, init_distributed
@@ -62,10 +62,15 @@ class PseudoLabels:
 def predict(trained: TrainedModel, store: Store, world: World) -> PseudoLabels:
     """Predict every image of a split, with the logit adjustment and temperature of the model."""
     model = trained.build_model(world.device)
-    output = predict_logits(model, loader_for(store, trained, world), trained.config.trainer, world)
+    head, loader = ProbabilityHead(**trained.posthoc_kwargs()), loader_for(store, trained, world)
+
+    def predict_classes(logits: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(head(logits).max(dim=1))[::-1]
+
+    output = map_logits(predict_classes, model, loader, trained.config.trainer, world)
     assert output is not None, "one rank"
-    top = ProbabilityHead(**trained.posthoc_kwargs())(torch.from_numpy(output.logits)).max(dim=1)
-    return PseudoLabels(np.sort(store.rows), top.indices.numpy(), top.values.numpy())
+    (rows, _, confidence, labels), _ = output
+    return PseudoLabels(rows, labels, confidence)
 
 
 def add_pseudo_labels(

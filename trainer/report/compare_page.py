@@ -11,9 +11,10 @@ import yaml
 from shards.errors import UserError
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.config.schema import flatten
-from trainer.evaluate.metrics import ConfusionMatrix
+from trainer.evaluate.metrics import ClassificationMetrics
 from trainer.report import html
 from trainer.report.learning_curves import compared_curves, style
+from trainer.report.run_page import MAX_CLASS_ROWS
 from trainer.report.svg import MAX_SERIES, Line
 
 # Name, path in summary.json, format, and whether higher (1) or lower (-1) is better.
@@ -104,16 +105,16 @@ def _differences(contents: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
 def _class_rows(predictions: list[Any], classes: tuple[str, ...]) -> list[dict[str, Any]]:
     """F1 of each class in each run, the largest differences first."""
-    confusions = [ConfusionMatrix.of(each["labels"], each["predicted"], len(classes)) for each in predictions]
-    f1 = np.stack([confusion.f1 for confusion in confusions])  # [runs, C]
+    metrics = [ClassificationMetrics.of(each["labels"], each["predicted"], len(classes)) for each in predictions]
+    f1 = np.stack([each.f1 for each in metrics])  # [runs, C]
     return [
         {
             "name": classes[label],
-            "samples": int(confusions[0].support[label]),
+            "samples": int(metrics[0].support[label]),
             "f1": f1[:, label].tolist(),
             "gain": (f1[1:, label] - f1[0, label]).tolist(),
         }
-        for label in np.argsort(-np.ptp(f1, axis=0), kind="stable")
+        for label in np.argsort(-np.ptp(f1, axis=0), kind="stable")[:MAX_CLASS_ROWS]
     ]
 
 

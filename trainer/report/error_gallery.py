@@ -33,12 +33,12 @@ def build_gallery(store: Store, predictions: Any) -> dict[str, Any]:
     """
     labels, predicted, confidence = predictions["labels"], predictions["predicted"], predictions["confidence"]
     classes = store.manifest.classes
-    pairs = labels * len(classes) + predicted
-    cells: dict[int, dict[str, Any]] = {
-        int(pair): {"true": int(pair) // len(classes), "predicted": int(pair) % len(classes), "count": int(count)}
-        | {"pictures": []}
-        for pair, count in zip(*np.unique(pairs, return_counts=True), strict=True)
-    }
+    # The pairs that occur, their number for each sample, and how many samples they have.
+    occurring, pairs, counts = np.unique(labels * len(classes) + predicted, return_inverse=True, return_counts=True)
+    cells: list[dict[str, Any]] = [
+        {"true": pair // len(classes), "predicted": pair % len(classes), "count": count, "pictures": []}
+        for pair, count in zip(occurring.tolist(), counts.tolist(), strict=True)
+    ]
     selected = _select(pairs, labels == predicted, confidence)
     size = shown = 0
     for start in range(0, len(selected), _BATCH):
@@ -52,7 +52,7 @@ def build_gallery(store: Store, predictions: Any) -> dict[str, Any]:
         if size > _MAX_BYTES:
             break
     errors = int((labels != predicted).sum())
-    return {"classes": list(classes), "cells": list(cells.values()), "errors": errors, "shown": shown}
+    return {"classes": list(classes), "cells": cells, "errors": errors, "shown": shown}
 
 
 def _select(pairs: NDArray[np.int64], correct: NDArray[np.bool_], confidence: NDArray[np.float32]) -> NDArray[np.int64]:

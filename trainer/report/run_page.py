@@ -14,13 +14,15 @@ from shards.atomic import write_file
 from shards.stores.base import Store
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.evaluate.calibration import reliability
-from trainer.evaluate.metrics import ConfusionMatrix
+from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
 from trainer.report import html
 from trainer.report.error_gallery import build_gallery, data_urls
 from trainer.report.learning_curves import learning_curves, style
 from trainer.report.svg import Bins, confusion_chart, reliability_chart
 from trainer.runtime.profiler import format_profile
 
+MAX_CLASS_ROWS = 1000  # classes of a table
+_MAX_MATRIX_CLASSES = 256  # classes of a confusion matrix; its memory and its area grow with their square
 _PAIRS = 12  # most frequent confusions
 _PICTURES = 8  # images of each pair
 _MAX_SIDE = 128  # of an image, in pixels
@@ -38,7 +40,14 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
     directory = RunDirectory(path)
     classes = store.manifest.classes
     predictions = dict(np.load(directory.predictions))
-    confusion = ConfusionMatrix.of(predictions["labels"], predictions["predicted"], len(classes))
+    labels, predicted = predictions["labels"], predictions["predicted"]
+    metrics = ClassificationMetrics.of(labels, predicted, len(classes))
+    matrix = None
+    if len(classes) <= _MAX_MATRIX_CLASSES:
+        matrix = confusion_chart(confusion_matrix(labels, predicted, len(classes)), classes)
+    rows = metrics.class_metrics(classes)
+    if len(rows) > MAX_CLASS_ROWS:
+        rows = sorted((row for row in rows if row["samples"]), key=lambda row: row["f1"])[:MAX_CLASS_ROWS]
     profile, settings = directory.profile, directory.config.read_text()
     page = html.render(
         "run_page.html.j2",
@@ -46,10 +55,12 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
         history=history,
         charts=learning_curves(history),
         calibration=_calibration(predictions, summary["calibration"]["temperature"]),
-        confusion=confusion_chart(confusion.counts, classes),
+        confusion=matrix,
+        matrix_limit=_MAX_MATRIX_CLASSES,
         gallery=build_gallery(store, predictions),
-        classes=confusion.class_metrics(classes),
-        pairs=_pair_rows(confusion, predictions, store),
+        classes=rows,
+        class_count=len(classes),
+        pairs=_pair_rows(metrics, predictions, store),
         settings=settings,
         config=yaml.safe_load(settings),
         environment=json.loads(directory.environment.read_text()),
@@ -71,12 +82,12 @@ def _calibration(predictions: dict[str, NDArray], temperature: float) -> dict[st
     return {"series": series, "svg": reliability_chart(series, "Accuracy on the test split by bins of confidence")}
 
 
-def _pair_rows(confusion: ConfusionMatrix, predictions: dict[str, NDArray], store: Store) -> list[dict[str, Any]]:
+def _pair_rows(metrics: ClassificationMetrics, predictions: dict[str, NDArray], store: Store) -> list[dict[str, Any]]:
     """The most frequent confusions with images, the most confident first."""
     labels, predicted, confidence = predictions["labels"], predictions["predicted"], predictions["confidence"]
     classes = store.manifest.classes
     rows = []
-    for true, wrong, count in confusion.most_confused(_PAIRS):
+    for true, wrong, count in most_confused(labels, predicted, _PAIRS):
         errors = np.flatnonzero((labels == true) & (predicted == wrong))
         errors = errors[np.argsort(-confidence[errors], kind="stable")][:_PICTURES]
         source_index = predictions["rows"][errors]
@@ -84,6 +95,6 @@ def _pair_rows(confusion: ConfusionMatrix, predictions: dict[str, NDArray], stor
         pictures = list(zip(urls, confidence[errors].tolist(), source_index.tolist(), strict=True))
         rows.append(
             {"true": classes[true], "predicted": classes[wrong], "count": count, "pictures": pictures}
-            | {"fraction": count / confusion.support[true]}
+            | {"fraction": count / metrics.support[true]}
         )
     return rows

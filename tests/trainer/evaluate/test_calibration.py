@@ -15,6 +15,7 @@ import yaml
 from conftest import free_port, run_module
 from numpy.typing import NDArray
 
+from trainer.evaluate import evaluator
 from trainer.evaluate.calibration import calibration_error, fit_temperature, reliability
 from trainer.evaluate.evaluator import evaluate_run
 from trainer.evaluate.tta import mean_logits
@@ -190,6 +191,18 @@ def test_evaluating_again_gives_the_same(run: Path, digits_set: Path) -> None:
     alone = World(rank=0, size=1, device=torch.device("cpu"))
     found = evaluate_run(run, str(digits_set), alone)
     assert found["calibration"] == json.loads((run / "summary.json").read_text())["calibration"]
+
+
+def test_the_metrics_do_not_depend_on_how_many_logits_are_in_memory(
+    run: Path, digits_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 100,000 classes the logits of a split exceed the memory, so they are reduced in parts."""
+    alone = World(rank=0, size=1, device=torch.device("cpu"))
+    whole = evaluate_run(run, str(digits_set), alone)
+    monkeypatch.setattr(evaluator, "_MAX_PENDING_LOGITS", 1)
+    parts = evaluate_run(run, str(digits_set), alone)
+    for name in ("accuracy", "macro_f1", "weighted_f1", "loss", "samples", "calibration"):
+        assert parts[name] == whole[name]
 
 
 @pytest.mark.slow

@@ -14,12 +14,17 @@ from conftest import pack_splits
 from numpy.typing import NDArray
 
 from pipeline.datasets import find_source
+from pipeline.loader import Loader
 from pipeline.readers.raw_split import SourceOptions
+from pipeline.sampler import SequentialBatchSampler
+from pipeline.transforms.build import build_transform
+from pipeline.transforms.spec import TransformSpec
 from shards import open_split
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config.schema import LossConfig
+from trainer.evaluate import logit_adjustment
 from trainer.evaluate.evaluator import evaluate_run
-from trainer.evaluate.logit_adjustment import best_tau, fit_posthoc, log_class_weights
+from trainer.evaluate.logit_adjustment import best_tau, bounded_loader, fit_posthoc, log_class_weights
 from trainer.optim.losses import class_weights, log_priors, weighted_kl
 from trainer.predict.predictor import Predictor, upright_images
 from trainer.run import main as run_main
@@ -74,7 +79,7 @@ def test_tau_is_tuned_for_the_figure_asked_for() -> None:
     assert fair.validation.macro_f1 > max(top.validation.macro_f1, fair.as_learned.macro_f1)
     assert top.temperature == pytest.approx(1, abs=0.05), "probabilities are those of the labels again"
     learned = fit_posthoc(logits, labels, undone, 0.0, "accuracy")
-    assert np.array_equal(learned.validation.counts, learned.as_learned.counts)
+    assert learned.validation.summary() == learned.as_learned.summary()
     assert not learned.offsets.any()
     at_one = next(point for point in top.curve if point["tau"] == 1)
     assert at_one["accuracy"] == fit_posthoc(logits, labels, undone, 1.0, "accuracy").validation.accuracy
@@ -145,3 +150,19 @@ def test_the_decision_goes_with_the_checkpoint(run: Path) -> None:
         assert evaluate_run(run, shards, ALONE)["accuracy"] != summary["accuracy"]
     finally:
         torch.save(state, run / "checkpoints" / "best.pt")
+
+
+def test_the_fit_takes_evenly_spaced_images_if_all_logits_exceed_the_memory(
+    digits_set: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_split(digits_set, "test")
+    sampler = SequentialBatchSampler(np.arange(0, 300, 3), 32)
+    spec = TransformSpec.of(store.manifest, 8, "bilinear").with_normalization((0.5,), (0.5,))
+    loader = Loader(store, sampler, build_transform(spec, "torch", torch.device("cpu"), 32), torch.device("cpu"))
+    assert bounded_loader(loader, 10) is loader
+    monkeypatch.setattr(logit_adjustment, "_MAX_LOGITS", 1000)
+    assert bounded_loader(loader, 10) is loader
+    bounded = bounded_loader(loader, 90)
+    assert bounded.sampler.samples.tolist() == [0, 27, 57, 87, 117, 147, 177, 207, 237, 267, 297]
+    assert len(loader.sampler.samples) == 100, "the loader of validation is unchanged"
+    assert "11 of 100 validation images" in caplog.text

@@ -19,9 +19,10 @@ from PIL import Image
 
 from shards import UserError, open_split
 from trainer.checkpoint.completed_run import CompletedRun
+from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate.calibration import calibration_error, reliability
-from trainer.report import error_gallery
+from trainer.report import error_gallery, run_page
 from trainer.report.__main__ import main as report_main
 from trainer.report.compare_page import render_page
 from trainer.report.svg import Bins, Line, confusion_chart, line_chart, reliability_chart
@@ -272,6 +273,41 @@ def test_pictures_stay_within_their_bound(run: Path, monkeypatch: pytest.MonkeyP
     most = max((cell for cell in small["cells"] if cell["true"] != cell["predicted"]), key=lambda cell: cell["count"])
     assert most["pictures"], "the most frequent error has a picture before others have two"
     assert max(len(cell["pictures"]) for cell in small["cells"]) <= 2 or small["shown"] == full["shown"]
+
+
+def test_the_gallery_holds_the_pairs_that_occur_among_many_classes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array by pair of classes would have 10^12 entries."""
+    store = open_split(load_trained_model(run).config.data.shards, "test")
+    rows = np.arange(4)
+    manifest = store.manifest.model_copy(update={"classes": tuple(map(str, range(1_000_000)))})
+    predictions = {
+        "rows": store.rows[rows],
+        "labels": np.array([5, 999_999, 999_999, 7]),
+        "predicted": np.array([5, 3, 3, 999_998]),
+        "confidence": np.array([0.9, 0.5, 0.6, 0.7], np.float32),
+    }
+    monkeypatch.setattr(store, "manifest", manifest)
+    found = error_gallery.build_gallery(store, predictions)
+    cells = {(cell["true"], cell["predicted"]): (cell["count"], len(cell["pictures"])) for cell in found["cells"]}
+    assert cells == {(5, 5): (1, 1), (7, 999_998): (1, 1), (999_999, 3): (2, 2)}
+    assert (found["errors"], found["shown"]) == (3, 3)
+
+
+def test_a_report_on_many_classes_has_no_matrix_and_the_worst_classes(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (run / "report.html").read_text()
+    monkeypatch.setattr(run_page, "_MAX_MATRIX_CLASSES", 4)
+    monkeypatch.setattr(run_page, "MAX_CLASS_ROWS", 2)
+    directory, store = RunDirectory(run), open_split(load_trained_model(run).config.data.shards, "test")
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    run_page.write(run, store, directory.read_summary(), history)
+    page = (run / "report.html").read_text()
+    (run / "report.html").write_text(before)
+    Page(page)
+    assert "The matrix is drawn for up to 4 classes; this data set has" in page
+    assert "with the lowest F1" in page
+    assert page.count('<td class="amount"') == 2
 
 
 def test_a_reliability_diagram_names_its_bins() -> None:
