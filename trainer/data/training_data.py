@@ -89,14 +89,14 @@ def open_data(config: Config, world: World) -> TrainingData:
 
     val_fraction = 0 if val_stores else config.data.val_fraction
     train, validation = split_train_val(train_store.labels, val_fraction, config.data.train_fraction, config.seed)
+    if not len(train):
+        raise UserError(
+            found=f"no training samples: {len(train_store)} with data.train_fraction={config.data.train_fraction}",
+            expected="at least one training sample",
+            hint="raise data.train_fraction",
+        )
     counts = np.bincount(train_store.labels[train], minlength=len(train_store.manifest.classes))
     check_several_classes(train_store.manifest.classes, counts.tolist(), directory)
-    if min(len(train), config.loader.batch_size) < 2 * world.size:
-        raise UserError(
-            found=f"{len(train)} training samples in batches of {config.loader.batch_size} for {world.size} ranks",
-            expected="at least two samples of every batch for each rank, which batch norm needs",
-            hint="raise loader.batch_size or data.train_fraction, or start fewer ranks",
-        )
     if val_fraction > 0 and not len(validation):
         raise UserError(
             found=f"data.val_fraction={config.data.val_fraction} of {len(train_store)} samples, which is none",

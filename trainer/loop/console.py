@@ -18,12 +18,7 @@ from trainer.runtime.progress import duration
 def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -> None:
     """Print data, steps, model, loader, directory, and the checkpoint that is resumed, if any."""
     data, settings = training.data, training.config
-    if settings.loader.batch_size > len(data.train.samples):
-        print(
-            f"warning: loader.batch_size={settings.loader.batch_size} exceeds the number of training images; an epoch "
-            "is one smaller batch",
-            file=sys.stderr,
-        )
+    _warn_of_batch_size(training)
     state, world = training.state, training.world
     resumed = f", resuming from epoch {state.epoch + 1} after step {state.step} ({source.name})" if source else ""
     validation = len(data.validation.sampler.samples) if data.validation else 0
@@ -41,8 +36,18 @@ def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -
     )
 
 
+def _warn_of_batch_size(training: Training) -> None:
+    size, samples = training.config.loader.batch_size, len(training.data.train.samples)
+    if size > samples:
+        print(
+            f"warning: loader.batch_size={size} exceeds the {samples:,} training images; an epoch is one batch of them",
+            file=sys.stderr,
+        )
+
+
 def print_plan(training: Training) -> None:
     """Print all settings, the shape of the model input and the number of steps (`--dry-run`)."""
+    _warn_of_batch_size(training)
     settings, data, world = training.config, training.data, training.world
     print(settings.to_yaml())
     epochs = range(settings.trainer.epochs)
@@ -51,7 +56,7 @@ def print_plan(training: Training) -> None:
     weights = training.class_weights
 
     def model_input(stage: ResolutionStage) -> str:
-        per_rank = -(-stage.batch_size // world.size)
+        per_rank = -(-min(stage.batch_size, len(data.train.samples)) // world.size)
         return f"[{per_rank}, {channels}, {stage.resolution}, {stage.resolution}] per rank"
 
     def steps(stage: ResolutionStage) -> str:

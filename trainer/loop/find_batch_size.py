@@ -25,6 +25,7 @@ from trainer.config import load as config
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
+from trainer.loop.step_check import kept_bytes
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.memory import available_memory, peak_memory
@@ -86,7 +87,7 @@ class BatchSizeRunner:
         self._device = training.world.device
         self._available = _USABLE * available_memory()
         self._before = peak_memory()
-        self._per_image = 0.0
+        self._per_image = self._least_per_image()
 
     def __call__(self, batch_size: int) -> BatchSizeResult | None:
         """Measure speed and memory of a batch size; return None if it does not fit.
@@ -110,6 +111,12 @@ class BatchSizeRunner:
         speed = self._speed(batch_size)
         self._per_image = (peak_memory() - self._before) / batch_size
         return BatchSizeResult(batch_size, speed, peak_memory())
+
+    def _least_per_image(self) -> float:
+        """Return a lower bound of the bytes of an image, so that the first size does not exceed the memory either."""
+        spec, count = self._training.data.spec, _FIRST
+        shape = (count, spec.image_shape[2], spec.resolution, spec.resolution)
+        return kept_bytes(self._training.state.model, shape) / count
 
     def _speed(self, batch_size: int) -> float:
         """Return the images/s of complete steps, optimizer included."""
@@ -163,16 +170,20 @@ def main() -> int:
             print(f"{size:>8,} images  {result or 'does not fit'}", flush=True)
             return result
 
-        results = search_batch_sizes(attempt, len(data.train.samples))
+        most = len(data.train.samples)
+        results = search_batch_sizes(attempt, most)
     if not results:
         raise UserError(
             found="a batch of 8 images that does not fit",
             expected="enough memory for one batch",
             hint="choose a smaller model.name or data.resolution",
         )
+    limit = " (the training set is the limit, not memory)" if results[-1].batch_size == most else ""
     fastest = max(results, key=lambda result: result.images_per_second)
     for name, result in (("largest", results[-1]), ("fastest", fastest)):
-        print(f"{name}  loader.batch_size={result.batch_size} for one rank  {str(result).lstrip()}")
+        print(f"{name}  loader.batch_size={result.batch_size} for one rank  {str(result).lstrip()}{limit}")
+        limit = ""
+    print("loader.batch_size counts the images of all ranks: multiply by their number")
     return 0
 
 

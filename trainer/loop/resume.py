@@ -14,6 +14,7 @@ from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
 from trainer.loop.state import Training, make_training
+from trainer.loop.step_check import check_batches, check_memory
 from trainer.runtime.distributed import World
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def open_training(
         The training, and the checkpoint that was loaded; None in a new run.
 
     Raises:
-        UserError: There is no intact checkpoint, or settings or data do not fit it.
+        UserError: There is no intact checkpoint, settings or data do not fit it, or a batch is too small or too large.
     """
 
     def load() -> tuple[dict[str, Any], Path]:
@@ -51,6 +52,8 @@ def open_training(
 
     saved, source = world.run_on_main(load) if resuming else (None, None)
     training = make_training(config, data, world, resuming)
+    check_batches(training)
+    check_memory(training)
     if saved is not None:
         restore(training, saved)
     return training, source

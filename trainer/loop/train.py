@@ -19,6 +19,7 @@ from trainer.data.training_data import open_data
 from trainer.evaluate.evaluator import Evaluation
 from trainer.loop import console, engine, resume
 from trainer.loop.state import Training, make_training
+from trainer.loop.step_check import check_batches, estimate_memory, explain_out_of_memory, memory_error
 from trainer.loop.summary import write_profile, write_results
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed, report_errors_on_main
@@ -66,7 +67,8 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
             stack.callback(logger.close)
         try:
             with engine.open_services(training, run_dir, loggers, source) as services:
-                engine.fit(training, services)
+                with explain_out_of_memory(training):
+                    engine.fit(training, services)
                 evaluation = engine.evaluate_best(training, services)
         except Interrupted as stop:
             if world.is_main_process:
@@ -92,11 +94,22 @@ def _dry_run(training: Training) -> int:
     is_main_process = training.world.is_main_process
     if is_main_process:
         console.print_plan(training)
+    check_batches(training)
+    memory = estimate_memory(training)
+    if not memory.fits:
+        error = memory_error(str(memory), training, memory.fitting)
+        if not memory.fitting:
+            raise error
+        if is_main_process:
+            print(f"memory        {error.found}: {error.hint} fits, and the step below uses it")
+        smaller = config.replace_settings(training.config, {"loader.batch_size": memory.fitting}, "memory")
+        training.data = open_data(smaller, training.world)
     training.forward.train()
     with contextlib.closing(training.data.train.batches()) as batches:
         batch = next(batches)
         start = time.perf_counter()
-        loss = float(engine.train_step(training, batch, 1, True)) / len(batch.labels)
+        with explain_out_of_memory(training):
+            loss = float(engine.train_step(training, batch, 1, True)) / len(batch.labels)
     if is_main_process:
         print(f"one step      loss {loss:.4f}, {time.perf_counter() - start:.1f} s")
     return 0

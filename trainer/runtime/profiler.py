@@ -150,5 +150,8 @@ def trace_steps(steps: tuple[int, int] | None, path: Path) -> Iterator[torch.pro
     first, last = steps
     warmup = min(1, first - 1)
     schedule = torch.profiler.schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1)
-    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():  # without a GPU its tracer prints an error
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=write) as profiler:
         yield profiler
