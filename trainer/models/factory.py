@@ -19,6 +19,7 @@ from shards.errors import UserError, first_line
 from trainer.config.schema import BUILTIN_MODELS, ModelConfig
 from trainer.models.lenet_family import make_plain_cnn
 from trainer.models.small_cnn import three_block_cnn
+from trainer.models.weights import classifier_layer, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -101,78 +102,8 @@ def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int]
     model.train(training)
 
 
-def load_weights(model: nn.Module, path: Path, class_names: Sequence[str] = ()) -> None:
-    """Load a state dict. If the classes differ, the classifier keeps the rows of classes with the same name.
-
-    Args:
-        model: The model.
-        path: A .safetensors file, a .pth file or a checkpoint of a run. Only a checkpoint has names of classes.
-        class_names: Names of the model's classes; empty if unknown.
-
-    Raises:
-        UserError: The file cannot be read, or tensors other than the classifier do not fit.
-    """
-    checkpoint_names: Sequence[str] = ()
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: dict[str, Any] = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            state = content.get("model", content)
-            checkpoint_names = content.get("classes", ()) if "model" in content else ()
-        model.load_state_dict(_map_classifier(model, state, path, class_names, checkpoint_names))
-    except FileNotFoundError:
-        raise UserError(
-            found=f"no such file: {path}", expected="a file of weights (model.init_checkpoint)", hint="check the path"
-        ) from None
-    except Exception as error:  # the readers raise many types of exceptions
-        raise UserError(
-            found=f"weights in {path} that do not fit: {first_line(error)}",
-            expected=f"a state dict of {type(model).__name__} with this number of classes and channels",
-            hint="check model.name, and that the file is complete",
-        ) from None
-
-
-def _map_classifier(
-    model: nn.Module, state: dict[str, Any], path: Path, names: Sequence[str], checkpoint_names: Sequence[str]
-) -> dict[str, Any]:
-    """Map the classifier of a state dict to the model's classes, if they differ and all else fits."""
-    own = model.state_dict()
-    last = _classifier(model)
-    classifier = {f"{last}.{tensor}" for tensor in ("weight", "bias")} & own.keys() & state.keys()
-    mismatched = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
-    same_width = all(own[name].shape[1:] == state[name].shape[1:] for name in classifier)
-    has_names = bool(names and checkpoint_names)
-    same_classes = list(names) == list(checkpoint_names) if has_names else not mismatched
-    if same_classes or not classifier or not mismatched <= classifier or not same_width:
-        return state
-    shared = [name for name in names if name in checkpoint_names] if has_names else []
-    rows = [list(names).index(name) for name in shared]
-    checkpoint_rows = [list(checkpoint_names).index(name) for name in shared]
-    mapped = {name: own[name].clone() for name in classifier}
-    for name, tensor in mapped.items():
-        tensor[rows] = state[name][checkpoint_rows].to(tensor)
-    log.warning(
-        "model.init_checkpoint=%s is for %d classes: the classifier (%s) keeps the rows of %d classes, and %d rows "
-        "start from random weights",
-        path,
-        len(state[min(classifier)]),
-        ", ".join(sorted(classifier)),
-        len(shared),
-        len(own[min(classifier)]) - len(shared),
-    )
-    return state | mapped
-
-
-def _classifier(model: nn.Module) -> str | None:
-    """Name of the last linear layer; None if there is none."""
-    return next((name for name, layer in reversed([*model.named_modules()]) if isinstance(layer, nn.Linear)), None)
-
-
 def _init_classifier(model: nn.Module, std: float, name: str) -> None:
-    classifier = _classifier(model)
+    classifier = classifier_layer(model)
     if classifier is None:
         raise UserError(
             found=f"model.head_init_std={std} for {name}, which has no linear layer",
@@ -216,7 +147,8 @@ def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Mo
             raise UserError(
                 found=f"published weights of {settings.name} that are not available: {reason}",
                 expected="a network connection, or the weights in the cache of their hub",
-                hint="model.init_checkpoint=FILE to load weights from a file, or model.pretrained=false",
+                hint="model.pretrained=false model.init_checkpoint=FILE with weights that were downloaded elsewhere"
+                + (f", as {url}" if (url := _weights_url(settings.name)) else ""),
             ) from None
         log.warning(
             "model.pretrained=auto: the published weights of %s are not available (%s); starting from random weights, "
@@ -281,6 +213,18 @@ def pretrained_license(name: str) -> str | None:
 
     published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return published.license if published is not None else None
+
+
+def _weights_url(name: str) -> str | None:
+    """Return the address of a timm model's published weights; None if there are none."""
+    import timm
+
+    published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if published is None:
+        return None
+    if published.hf_hub_id:
+        return f"https://huggingface.co/{published.hf_hub_id}/resolve/main/model.safetensors"
+    return published.url or None
 
 
 def _set_stem_stride(model: Any, name: str) -> None:

@@ -17,8 +17,9 @@ from shards import UserError
 from trainer.config.schema import Config, ModelConfig
 from trainer.models import factory as model_module
 from trainer.models.auto import resolve_auto
-from trainer.models.factory import SMALL_CNN, check_sides, load_weights, make_model
+from trainer.models.factory import SMALL_CNN, check_sides, make_model
 from trainer.models.precision import resolve_precision
+from trainer.models.weights import load_weights
 from trainer.optim.ema import ModelEma
 
 TINY = "test_efficientnet"  # 0.4 M parameters
@@ -226,14 +227,13 @@ def test_a_smaller_step_of_the_stem_doubles_the_features() -> None:
             make_model(ModelConfig(name=name, stem_stride=1), 1, CLASSES)
 
 
-def test_weights_of_another_model_or_number_of_channels_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save(make_model(ModelConfig(name=SMALL_CNN), 3, CLASSES + 1).state_dict(), path)
-    for settings in (ModelConfig(name=SMALL_CNN, init_checkpoint=path), ModelConfig(name=TINY, init_checkpoint=path)):
-        with pytest.raises(UserError, match="do not fit") as caught:
-            make_model(settings, 1, CLASSES)
-        assert str(path) in caught.value.found
-        assert "\n" not in caught.value.found
+    with pytest.raises(UserError, match="do not fit") as caught:
+        make_model(ModelConfig(name=TINY, init_checkpoint=path), 1, CLASSES)
+    assert str(path) in caught.value.found
+    assert "\n" not in caught.value.found
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
