@@ -224,7 +224,7 @@ def _weights_url(name: str) -> str | None:
         return None
     if published.hf_hub_id:
         return f"https://huggingface.co/{published.hf_hub_id}/resolve/main/model.safetensors"
-    return published.url or None
+    return published.url if isinstance(published.url, str) and published.url else None
 
 
 def _set_stem_stride(model: Any, name: str) -> None:

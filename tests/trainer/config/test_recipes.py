@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from support.image_files import png, smooth
 from support.official_layouts import cifar10_files, write_emnist, write_mnist, write_numtadb
 from support.raw_files import write_tar
 
@@ -48,6 +49,12 @@ def write_raw(source: str, split: str, directory: Path) -> Path:
         directory.mkdir()
         files = {f"cifar-10-batches-bin/{name}": content for name, content in cifar10_files(24, 20).items()}
         write_tar(directory / "cifar-10-binary.tar.gz", files, "w:gz")
+        return directory
+    if source == "folder":
+        for number, image in enumerate(smooth(24, 64, 64, channels=3)):
+            path = directory / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(image))
         return directory
     if source == "numtadb":
         return write_numtadb(directory, 40)

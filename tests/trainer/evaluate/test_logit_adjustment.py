@@ -157,7 +157,7 @@ def test_the_fit_takes_evenly_spaced_images_if_all_logits_exceed_the_memory(
 ) -> None:
     store = open_split(digits_set, "test")
     sampler = SequentialBatchSampler(np.arange(0, 300, 3), 32)
-    spec = TransformSpec.of(store.manifest, 8, "bilinear").with_normalization((0.5,), (0.5,))
+    spec = TransformSpec.of(store.manifest, 8).with_normalization((0.5,), (0.5,))
     loader = Loader(store, sampler, build_transform(spec, "torch", torch.device("cpu"), 32), torch.device("cpu"))
     assert bounded_loader(loader, 10) is loader
     monkeypatch.setattr(logit_adjustment, "_MAX_LOGITS", 1000)
