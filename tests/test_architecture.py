@@ -34,6 +34,7 @@ OWNERS = {
     "torch.utils.tensorboard": {"trainer/runtime/loggers.py"},
     "timm": {
         "trainer/models/factory.py",
+        "trainer/models/weights.py",
         "trainer/models/efficientnet_cifar.py",
         "trainer/optim/optimizers.py",
     },

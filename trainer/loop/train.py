@@ -29,6 +29,8 @@ from trainer.runtime.output import ignore_output_errors
 from trainer.runtime.rendezvous import get_run_dir_of_job, set_run_dir_of_job
 from trainer.runtime.signals import Interrupted
 
+_DRY_RUN_IMAGES = 64  # of a step whose batch does not fit in memory; it takes seconds on a CPU
+
 
 def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
     """Train a recipe in a new run directory, or resume a run, and write its report.
@@ -100,9 +102,10 @@ def _dry_run(training: Training) -> int:
         error = memory_error(str(memory), training, memory.fitting)
         if not memory.fitting:
             raise error
+        size = min(memory.fitting, max(_DRY_RUN_IMAGES, 2 * training.world.size))
         if is_main_process:
-            print(f"memory        {error.found}: {error.hint} fits, and the step below uses it")
-        smaller = config.replace_settings(training.config, {"loader.batch_size": memory.fitting}, "memory")
+            print(f"memory        {error.found}; {error.hint} fits. The step below has {size} images")
+        smaller = config.replace_settings(training.config, {"loader.batch_size": size}, "memory")
         training.data = open_data(smaller, training.world)
     training.forward.train()
     with contextlib.closing(training.data.train.batches()) as batches:
