@@ -24,6 +24,7 @@ from shards.errors import CorruptError, UserError, corrupt_shard
 from shards.manifest import Manifest
 
 _MOST_OPEN = 64  # files of a split
+_CHUNK = 1 << 20  # bytes hashed at a time
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # does not wait for a pipe
 _MAP_FIXED = 0x10  # not in the module mmap; the same on Linux, macOS and BSD
@@ -135,6 +136,16 @@ class SplitFiles:
             if entry is not None and hashlib.sha256(content).hexdigest() != entry.sha256:
                 raise corrupt_shard(self._path(name), "it was changed (SHA-256 differs)")
             return content
+
+    def check_sha256(self, name: str) -> None:
+        """Compare the SHA-256 of a file with the manifest, in little memory; raise as `read_all` does."""
+        digest = hashlib.sha256()
+        with self.open(name) as file:
+            size = os.fstat(file.descriptor).st_size
+            for start in range(0, size, _CHUNK):
+                digest.update(file.read(start, min(_CHUNK, size - start)))
+            if digest.hexdigest() != self._entries[name].sha256:
+                raise corrupt_shard(self._path(name), "it was changed (SHA-256 differs)")
 
     def map(self, names: Sequence[str]) -> tuple[mmap.mmap | bytearray, NDArray[np.int64]]:
         """Map files into one piece of memory, one after the other, without keeping them open.

@@ -114,6 +114,7 @@ def change_manifest(part: Path, change: Callable[[dict[str, Any]], None]) -> Non
     path = part / MANIFEST_NAME
     content = json.loads(path.read_text())
     change(content)
+    content.pop("sha256", None)  # optional: a hostile author would compute it again
     path.write_text(json.dumps(content))
 
 
