@@ -129,7 +129,7 @@ def test_a_picture_that_claims_too_much_takes_no_memory(width: int, height: int)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=f"a picture of {width}x{height} pixels"):
+        with pytest.raises(ValueError, match=f"a picture of {height} x {width} pixels"):
             decode(bytes(content), 3)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:

@@ -162,7 +162,7 @@ def test_of_accumulated_batches_the_bad_one_is_named(
 
 
 def test_a_learning_rate_that_is_too_high_ends_the_run(run: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match="not finite in epoch 1 step [2-8]") as caught:
+    with pytest.raises(UserError, match=r"not finite in epoch 1 step [2-8]") as caught:
         run("optim.lr=1e3", "optim.name=sgd", "optim.weight_decay=1e3")  # each step multiplies the weights by 1 - 1e6
     assert "optim.lr" in caught.value.hint
 
