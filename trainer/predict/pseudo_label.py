@@ -69,7 +69,7 @@ def predict(trained: TrainedModel, store: Store, world: World) -> PseudoLabels:
 
     output = map_logits(predict_classes, model, loader, trained.config.trainer, world)
     assert output is not None, "one rank"
-    (rows, _, confidence, labels), _ = output
+    (rows, _, labels, confidence), _ = output
     return PseudoLabels(rows, labels, confidence)
 
 
