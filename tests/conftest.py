@@ -24,6 +24,7 @@ from support import warm_process
 from pipeline.datasets import find_source
 from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import RawSplit, SourceOptions
+from shards.cpus import available_cpus
 from shards.manifest import RawFile, StoreKind
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -41,24 +42,28 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # With --dist=loadfile a file runs in one process. The longest files start first, so that none runs alone at the end.
 LONGEST_FILES = (
-    "loop/test_elastic.py",
-    "trainer/test_training.py",
-    "benchmarks/test_resolution_sweep.py",
-    "tune/test_tune.py",
-    "benchmarks/test_loader_throughput.py",
-    "benchmarks/test_shuffle_quality.py",
-    "packing/test_pack.py",
-    "loop/test_resume.py",
     "remote/test_storage.py",
-    "shards/test_atomic.py",
+    "trainer/test_training.py",
+    "tune/test_tune.py",
+    "benchmarks/test_resolution_sweep.py",
+    "loop/test_elastic.py",
+    "benchmarks/test_shuffle_quality.py",
+    "benchmarks/test_loader_throughput.py",
+    "shards/test_verify.py",
+    "dedup/test_near_duplicates.py",
     "pipeline/test_hostile_input.py",
+    "loop/test_resume.py",
+    "packing/test_pack.py",
     "export/test_export.py",
+    "stores/test_store_contract.py",
+    "shards/test_convert.py",
+    "shards/test_atomic.py",
 )
 
 
 def pytest_xdist_auto_num_workers() -> int:
     """Two more than there are processors: tests also wait, for processes and for time to pass."""
-    return min(8, len(os.sched_getaffinity(0)) + 2)
+    return min(8, available_cpus() + 2)
 
 
 def pytest_xdist_setupnodes(specs: list[Any]) -> None:
