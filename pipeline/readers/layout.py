@@ -22,6 +22,7 @@ from pipeline.readers.naming import (
     splits_in,
     warn,
 )
+from shards.cli import plural
 from shards.errors import UserError
 
 LAYOUTS = "one directory per class, inside train/, test/ and val/ if any, or a CSV table of images and labels"
@@ -351,9 +352,7 @@ def _by_directories(tree: FileTree, top: str, skip_bad: bool) -> dict[str, Listi
     unnamed = (name for name in tree.names if not is_image(name) and _extension(name) not in OTHER_EXTENSIONS | _TEXTS)
     others += [name for name in islice(unnamed, _MAX_SNIFFED) if _holds_image(tree, name)]
     if others:
-        found = (
-            f"{len(others):,} image{'s' if len(others) > 1 else ''} of an unsupported format or name: {some_of(others)}"
-        )
+        found = f"{plural(len(others), 'image')} of an unsupported format or name: {some_of(others)} in {tree.path}"
         if not skip_bad:
             raise UserError(
                 found=found,
