@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,27 @@ def check_is_file(path: Path, expected: str = "a regular file") -> None:
             expected=expected,
             hint=f"name the right file, or copy the content to a file first (ls -l {path})",
         )
+
+
+def check_zip(path: Path, most_ratio: int = 1) -> None:
+    """Check a zip archive that someone else may have prepared, before a library extracts it.
+
+    Args:
+        path: The archive.
+        most_ratio: Largest ratio of the size of its members to the size of the file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not a regular file, or its members are larger.
+        zipfile.BadZipFile: It is no archive.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > most_ratio * status.st_size:
+        raise ValueError(f"{size:,} bytes in an archive of {status.st_size:,}")
 
 
 def make_directory(path: Path) -> None:
@@ -160,6 +182,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
+        temporary.unlink(missing_ok=True)  # it may be a pipe or a link
         with open(temporary, "wb") as file:
             yield file
             file.flush()

@@ -100,6 +100,21 @@ def os_errors_as_user_errors(path: object) -> Iterator[None]:
         raise as_user_error(error, error.filename or path) from None
 
 
+@contextmanager
+def errors_as_corrupt(path: object, hint: str) -> Iterator[None]:
+    """Raise every exception of the block, which reads a file, as a `UserError`: foreign content fails in many ways."""
+    try:
+        yield
+    except (UserError, BrokenPipeError):
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError):
+            found = f"no file {path}"
+        else:
+            found = f"{path}: {f'no key {error}' if isinstance(error, KeyError) else first_line(error)}"
+        raise CorruptError(found=found, expected="an intact file, as it was written", hint=hint) from None
+
+
 def corrupt_shard(location: object, reason: str) -> CorruptError:
     """Return the error for a packed file with wrong content. The location is a file, or a file and a block."""
     return CorruptError(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import TypeAdapter
 
 from pipeline.ink.geometry import InkFrame, NoInkError, find_ink, frame_ink, limit_size
 from pipeline.ink.shading import remove_shading
@@ -81,9 +82,18 @@ class InputAdapter:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> InputAdapter:
-        """Build an adapter from `state_dict()`."""
-        frame = InkFrame(**{**state["frame"], "centre": tuple(state["frame"]["centre"])}) if state["frame"] else None
-        return cls(tuple(state["image_shape"]), state["fit"], frame)
+        """Build an adapter from `state_dict()`; raise `ValueError` if it is damaged."""
+        adapter = TypeAdapter(cls).validate_python(dict(state))
+        (height, width, channels), frame = adapter.image_shape, adapter.frame
+        sides = [side for side in (height, width) if side is not None]
+        fits = adapter.fit in _FITS and channels in (1, 3) and len(sides) != 1 and all(side > 0 for side in sides)
+        if frame is not None and fits:
+            lengths = (frame.side, frame.min_side, frame.max_side, frame.reach, *frame.centre)
+            most = 2 * max(sides, default=0)
+            fits = channels == 1 and frame.side >= 1 and all(abs(length) <= most for length in lengths)
+        if not fits:
+            raise ValueError("a size, fit or placement of ink that no data set has")
+        return adapter
 
     def adapt(self, content: bytes) -> AdaptedImage:
         """Convert an image file to the format of the data set.

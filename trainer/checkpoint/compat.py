@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from shards.cli import plural
 from shards.errors import UserError
@@ -13,6 +16,7 @@ from trainer.config.schema import SHARDS_SETTING, Config
 
 # The weights or the optimizer's state have another form with another value.
 _FIXED = ("model.name", "model.head_hidden", "optim.name")
+_MOST = 10**15  # of a number
 
 
 def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], data_digest: str, path: Path) -> None:
@@ -60,6 +64,39 @@ def _differing(classes: Sequence[str], others: Sequence[str]) -> str:
     names = [name for number, name in enumerate(classes) if others[number : number + 1] != classes[number : number + 1]]
     listed = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
     return f"{plural(len(classes), 'class', 'es')}{listed}"
+
+
+def check_structure(saved: Any, new: Any, name: str) -> None:
+    """Raise `ValueError` if saved values have another structure than new ones: keys, types, lengths and shapes.
+
+    None, truth values, texts and empty lists of `new` fit everything.
+
+    Args:
+        saved: Part of a checkpoint.
+        new: The same part of the checkpoint of a new training.
+        name: Its dotted name, for the message.
+    """
+    if isinstance(new, torch.Tensor):
+        fits = isinstance(saved, torch.Tensor) and saved.shape == new.shape
+    elif isinstance(new, dict):
+        fits = isinstance(saved, dict)
+        for key, value in new.items() if fits else ():
+            if key in saved:
+                check_structure(saved[key], value, f"{name}.{key}")
+            elif value is not None and not isinstance(value, bool):
+                raise ValueError(f"no key {name}.{key}")
+    elif isinstance(new, list | tuple) and new:
+        fits = isinstance(saved, list | tuple) and len(saved) == len(new)
+        for position, pair in enumerate(zip(saved, new, strict=True) if fits else ()):
+            check_structure(*pair, f"{name}.{position}")
+    elif isinstance(new, int | float) and not isinstance(new, bool):
+        kind = int if isinstance(new, int) else (int, float)
+        fits = isinstance(saved, kind) and not isinstance(saved, bool)
+        fits = fits and (abs(saved) <= _MOST or (math.isinf(new) and math.isinf(saved)))
+    else:
+        fits = True
+    if not fits:
+        raise ValueError(f"{name} is {type(saved).__name__} {getattr(saved, 'shape', '')}".rstrip())
 
 
 def changed_settings(state: dict[str, Any], config: Config) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from shards import Manifest, UserError, open_split
+from shards.errors import CorruptError
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
+from trainer.checkpoint import records
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.config.schema import Config
@@ -28,13 +32,16 @@ class CompletedRun:
     """`metrics.jsonl`."""
     environment: dict[str, Any]
     """`env.json`."""
+    predictions: dict[str, NDArray]
+    """`predictions.npz`."""
 
     @classmethod
     def open(cls, path: Path) -> CompletedRun:
         """Read a run directory.
 
         Raises:
-            UserError: The directory holds no run, or one that is not complete.
+            UserError: The directory holds no run, one that is not complete, or files that are damaged or do not belong
+                together.
         """
         directory = RunDirectory(path)
         trained = load_trained_model(path)
@@ -44,13 +51,43 @@ class CompletedRun:
                 expected="a run with the metrics of its test (summary.json)",
                 hint=f"resume it: python -m trainer.run {directory.config} resume=auto run.dir={path}",
             )
-        return cls(
+        hint = directory.hint
+        run = cls(
             directory,
             trained,
             directory.read_summary(),
-            [json.loads(line) for line in directory.metrics.read_text().splitlines()],
-            json.loads(directory.environment.read_text()),
+            records.read_history(directory.metrics, hint),
+            records.read_json(directory.environment, records.Environment, hint),
+            records.read_predictions(directory.predictions, len(trained.classes), hint),
         )
+        run._check_consistency()
+        return run
+
+    def _check_consistency(self) -> None:
+        """Raise `UserError` if a file belongs to another run."""
+        summary, predictions = self.summary, self.predictions
+        facts: tuple[tuple[str, str, Any, Any], ...] = (
+            ("model", "best.pt", self.config.model.name, summary["model"]),
+            ("epoch", "best.pt", self.trained.epoch, summary["best_epoch"]),
+            ("temperature", "best.pt", self.trained.temperature, summary["calibration"]["temperature"]),
+            ("number of epochs", "metrics.jsonl", len(self.history), summary["epochs"]),
+            ("number of images", "predictions.npz", len(predictions["rows"]), summary["samples"]),
+            (
+                "accuracy",
+                "predictions.npz",
+                float((predictions["labels"] == predictions["predicted"]).mean()),
+                summary["accuracy"],
+            ),
+            ("data set", "env.json", self.environment["data"], self.trained.data_digest),
+        )
+        for what, name, value, expected in facts:
+            is_equal = math.isclose(value, expected) if isinstance(value, float) else value == expected
+            if not is_equal:
+                raise CorruptError(
+                    found=f"{self.directory.path}, whose files are of different runs: {what} {value} in {name}",
+                    expected=f"{what} {expected}, as in the run's other files",
+                    hint=self.directory.hint,
+                )
 
     @property
     def config(self) -> Config:

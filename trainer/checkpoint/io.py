@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 
 import torch
 
-from shards.atomic import replace_file, sync_directory
-from shards.errors import UserError, first_line
+from shards.atomic import check_zip, replace_file, sync_directory
+from shards.errors import UserError, errors_as_corrupt
 
 log = logging.getLogger(__name__)
 
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
 BEST = "best.pt"
+HINT = "use another checkpoint of the run, or train from scratch in another run.dir"
+_MOST_NODES = 20_000_000  # values of a checkpoint, and characters of its texts
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -54,7 +57,7 @@ def save_last(directory: Path, state: dict[str, Any], keep: bool) -> None:
 
 def has_checkpoint(directory: Path) -> bool:
     """Whether a directory holds a checkpoint to resume. After a kill between two renames it is `previous.pt`."""
-    return (directory / LAST).exists() or (directory / PREVIOUS).exists()
+    return os.path.lexists(directory / LAST) or os.path.lexists(directory / PREVIOUS)
 
 
 def load_newest(directory: Path) -> tuple[dict[str, Any], Path]:
@@ -67,12 +70,12 @@ def load_newest(directory: Path) -> tuple[dict[str, Any], Path]:
         UserError: There is no intact checkpoint.
     """
     last, previous = directory / LAST, directory / PREVIOUS
-    if last.exists() and previous.exists():
+    if os.path.lexists(last) and previous.exists():
         try:
             return load(last), last
         except UserError as error:
             log.warning("%s; resuming from the previous checkpoint %s", error.found, previous)
-    path = previous if previous.exists() else last
+    path = last if os.path.lexists(last) else previous
     return load(path), path
 
 
@@ -86,29 +89,38 @@ def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "rec
     Raises:
         UserError: The file is missing or damaged, or lacks a key.
     """
-    try:
+    if not os.path.lexists(path):
+        raise UserError(
+            found=f"no checkpoint {path}",
+            expected="the directory of a run that has completed an epoch",
+            hint=_find_run(path),
+        )
+    with errors_as_corrupt(path, HINT):
+        check_zip(path)
         # torch.load does not compare the checksums of tensors.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [name for name in needed if name not in state]
-        if missing:
-            raise ValueError(f"key {missing[0]} is missing")
-        return state
-    except FileNotFoundError:
-        raise UserError(
-            found=f"no checkpoint {path}",
-            expected="the directory of a run that has completed an epoch",
-            hint=_find_run(path),
-        ) from None
-    except Exception as error:  # the zip, pickle and tensor readers raise different exceptions
-        raise UserError(
-            found=f"{path}, which cannot be read: {first_line(error)}",
-            expected="a checkpoint written by Inkstream",
-            hint="use another checkpoint of the run, or train from scratch in another run.dir",
-        ) from None
+        if _count_nodes(state, {}) > _MOST_NODES:
+            raise ValueError(f"more than {_MOST_NODES:,} values")
+        for name in needed:
+            state[name]
+    return state
+
+
+def _count_nodes(value: Any, known: dict[int, float]) -> float:
+    """Count values and characters, infinitely many in a value that contains itself; check that tensors have memory."""
+    if isinstance(value, torch.Tensor) and value.nbytes > value.untyped_storage().nbytes():
+        raise ValueError("a tensor that is larger than its data")
+    if not isinstance(value, dict | list | tuple | set):
+        return 1 + len(value) if isinstance(value, str | bytes | bytearray) else 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count_nodes(each, known) for each in inner)
+    return known[id(value)]
 
 
 def _find_run(missing: Path) -> str:
@@ -119,6 +131,6 @@ def _find_run(missing: Path) -> str:
     root = run if run.is_dir() else run.parent
     paths = [path for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}{missing.parent.name}/{BEST}")]
     if paths:
-        newest = max(paths, key=lambda path: path.stat().st_mtime).parent.parent
+        newest = max(paths, key=lambda path: path.lstat().st_mtime).parent.parent
         return f"did you mean {newest}, the newest run below {root}?"
     return "training prints the directory of its run: runs/RECIPE/DATE, or run.dir"

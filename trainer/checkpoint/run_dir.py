@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shlex
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import file_lock, make_directory, write_file
-from shards.errors import UserError, os_errors_as_user_errors
+from shards.atomic import file_lock, make_directory, read_file, write_file
+from shards.errors import UserError, errors_as_corrupt, os_errors_as_user_errors
 from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint import records
+from trainer.config.load import MAX_YAML_BYTES, read_yaml, validate
 from trainer.config.schema import Config
 
 DEFAULT_ROOT = Path("runs")
@@ -69,7 +72,19 @@ class RunDirectory:
         write_file(self.summary_path, json.dumps(summary, indent=1) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
-        return json.loads(self.summary_path.read_text())
+        return records.read_json(self.summary_path, records.Summary, self.hint)
+
+    def read_settings(self) -> tuple[str, Config]:
+        """Return `config.yaml` as text and as settings."""
+        with errors_as_corrupt(self.config, self.hint):
+            text = read_file(self.config, MAX_YAML_BYTES).decode()
+        return text, validate(read_yaml(self.config, [], self.config), str(self.config))
+
+    @property
+    def hint(self) -> str:
+        """How the results of a run are computed again from its checkpoints."""
+        run, summary, settings = (shlex.quote(str(path)) for path in (self.path, self.summary_path, self.config))
+        return f"rm -rf {summary}; python -m trainer.run {settings} resume=auto run.dir={run}"
 
 
 def choose_run_dir(config: Config, earlier: Path | None = None) -> tuple[RunDirectory, bool]:

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from shards import Manifest, UserError
-from shards.errors import printable
+from shards.errors import CorruptError, errors_as_corrupt, printable
 from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint import records
 from trainer.config.load import validate
 from trainer.config.schema import Config
-from trainer.models.factory import make_model
+from trainer.models.factory import check_sides, make_model
 from trainer.models.precision import memory_format
 
 
@@ -54,6 +55,11 @@ class TrainedModel:
             UserError: The file is missing, damaged or not such a checkpoint.
         """
         state = checkpoint.load(path, needed=("config", "input_adapter"))
+        with errors_as_corrupt(path, checkpoint.HINT):
+            records.check(records.BestCheckpoint, state)
+            channels, classes = state["image_shape"][2], len(state["classes"])
+            if not channels == len(state["mean"]) == len(state["std"]) or classes != len(state["offsets"]):
+                raise ValueError("statistics or offsets of another number of channels or classes")
         return cls(
             weights=state["model"],
             config=validate(state["config"], str(path)),
@@ -120,10 +126,21 @@ def load_model(
         channels: Channels of the model input.
         classes: Number of classes.
         device: Device of the network.
+
+    Raises:
+        UserError: The weights are those of another network, or it does not take images of the final resolution.
     """
     settings = config.model.model_copy(update={"pretrained": False, "init_checkpoint": None})
     model = make_model(settings, channels, classes)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:  # RuntimeError for shapes, others for values that are no weights
+        raise CorruptError(
+            found=f"weights that do not fit model.name={settings.name}: {' '.join(str(error).split())}",
+            expected="the weights of that network, with these classes and channels",
+            hint=checkpoint.HINT,
+        ) from None
+    check_sides(model, settings.name, channels, [config.data.final_resolution])
     return model.to(device).to(memory_format=memory_format(config.trainer))
 
 

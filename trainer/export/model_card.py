@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from shards import Manifest
+from shards.atomic import read_file
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.config.schema import BUILTIN_MODELS
 from trainer.evaluate.metrics import most_confused
@@ -24,6 +25,7 @@ from trainer.report.html import render
 
 _MARK = re.compile(r"<!-- model card of (.+), written by python -m trainer.export -->")
 _CONFUSIONS = 8
+_MAX_CARD = 1 << 24  # bytes
 # Options of `torch.nn.functional.interpolate`, equal to the pipeline's resize except at the border of enlarged images.
 _INTERPOLATE: dict[str, dict[str, Any]] = {
     "linear": {"mode": "bilinear", "antialias": True},
@@ -64,7 +66,7 @@ class Card:
             reference: Predictions of the trainer.
         """
         classes, settings = self.run.trained.classes, self.run.config.model
-        predictions = np.load(self.run.directory.predictions)
+        predictions = self.run.predictions
         confusions = most_confused(predictions["labels"], predictions["predicted"], _CONFUSIONS)
         has_snippet = self._has_torch_preprocessing
         return render(
@@ -74,7 +76,7 @@ class Card:
             sha256=hashlib.sha256(self.content).hexdigest(),
             meta=self.metadata,
             config=self.run.config,
-            settings=self.run.directory.config.read_text(),
+            settings=self.run.directory.read_settings()[0],
             environment=self.run.environment,
             summary=self.run.summary,
             raw={file.name: file for split in (self.train, self.test) for file in split.raw}.values(),
@@ -143,5 +145,5 @@ class Card:
 
 def described_file(card: Path) -> str | None:
     """Return the name of the file that a model card describes; None for other README files."""
-    match = _MARK.search(card.read_text(encoding="utf-8", errors="replace"))
+    match = _MARK.search(read_file(card, _MAX_CARD).decode(errors="replace"))
     return match[1] if match else None

@@ -13,9 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loader import Batch
+from shards.errors import CorruptError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
+from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.evaluate.evaluator import Evaluation, evaluate, predict_logits
 from trainer.evaluate.logit_adjustment import bounded_loader, fit_posthoc
@@ -309,8 +311,19 @@ def evaluate_best(training: Training, services: RunServices) -> Evaluation:
         Interrupted: After a signal.
         UserError: A checkpoint cannot be written.
     """
-    data, settings, world = training.data, training.config.trainer, training.world
-    trained = world.run_on_main(services.checkpointer.best)
+    data, settings, world, state = training.data, training.config.trainer, training.world, training.state
+
+    def load_best() -> TrainedModel:
+        best = services.checkpointer.best()
+        if (best.classes, best.channels, best.epoch) != (data.classes, data.spec.image_shape[2], state.best_epoch):
+            raise CorruptError(
+                found=f"{services.run_dir.best}, with epoch {best.epoch} and {len(best.classes)} classes",
+                expected=f"epoch {state.best_epoch} of this run, with {len(data.classes)} classes",
+                hint=checkpoint.HINT,
+            )
+        return best
+
+    trained = world.run_on_main(load_best)
     model = trained.build_model(world.device)
     if data.validation is not None:
         loader = bounded_loader(data.validation, len(data.classes))

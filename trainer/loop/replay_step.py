@@ -20,6 +20,7 @@ from torch import nn
 
 from pipeline.common.device import choose_device
 from shards.cli import program_name, run_command
+from shards.errors import errors_as_corrupt
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.trained_model import load_model
 from trainer.config.load import validate
@@ -83,13 +84,16 @@ def main() -> int:
     arguments = parser.parse_args()
     state = checkpoint.load(arguments.file, needed=("config", "weights", "shares"))
     device = choose_device(arguments.device, 0, 1)
-    print(f"epoch {state['epoch'] + 1} step {state['step'] + 1}, weights {state['weights']}, on {device}")
-    for rank, batch in enumerate(state["shares"]):
-        loss, nonfinite = replay_step(state, rank, device)
-        print(f"rank {rank}: rows {', '.join(map(str, batch['rows'].tolist()))}")
-        print(f"  loss {loss / len(batch['rows']):.6g}; " + ("not finite:" if nonfinite else "all values are finite"))
-        for name in nonfinite:
-            print(f"    {name}")
+    with errors_as_corrupt(arguments.file, checkpoint.HINT):
+        print(f"epoch {state['epoch'] + 1} step {state['step'] + 1}, weights {state['weights']}, on {device}")
+        for rank, batch in enumerate(state["shares"]):
+            loss, nonfinite = replay_step(state, rank, device)
+            print(f"rank {rank}: rows {', '.join(map(str, batch['rows'].tolist()))}")
+            print(
+                f"  loss {loss / len(batch['rows']):.6g}; " + ("not finite:" if nonfinite else "all values are finite")
+            )
+            for name in nonfinite:
+                print(f"    {name}")
     return 0
 
 

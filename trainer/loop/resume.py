@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from shards.errors import errors_as_corrupt
 from trainer.checkpoint import io as checkpoint
-from trainer.checkpoint.compat import changed_settings, check_fits
+from trainer.checkpoint import records
+from trainer.checkpoint.compat import changed_settings, check_fits, check_structure
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
@@ -37,12 +39,13 @@ def open_training(
 
     def load() -> tuple[dict[str, Any], Path]:
         saved, source = checkpoint.load_newest(run_dir.checkpoints)
-        check_fits(saved, config, data.classes, data.digest, source)
+        with errors_as_corrupt(source, checkpoint.HINT):
+            check_fits(saved, config, data.classes, data.digest, source)
         threads = torch.get_num_threads()
         if world.device.type == "cpu" and saved.get("threads", threads) != threads:
             log.warning(
-                "%s was written with %d threads, this process has %d: sums are added in another order, so the weights "
-                "will differ in their last bits. For bit-identical weights set OMP_NUM_THREADS=%d.",
+                "%s was written with %s threads, this process has %d: sums are added in another order, so the weights "
+                "will differ in their last bits. For bit-identical weights set OMP_NUM_THREADS=%s.",
                 source,
                 saved["threads"],
                 threads,
@@ -55,7 +58,8 @@ def open_training(
     check_batches(training)
     check_memory(training)
     if saved is not None:
-        restore(training, saved)
+        with errors_as_corrupt(source, checkpoint.HINT):
+            restore(training, saved)
     return training, source
 
 
@@ -69,10 +73,19 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     Args:
         training: A new training; changed in place.
         saved: Contents of a checkpoint that `check_fits` accepted.
+
+    Raises:
+        Exception: The checkpoint is damaged.
     """
     is_same_data = saved["data"] == training.data.digest
-    if is_same_data and not changed_settings(saved, training.config):
+    is_same = is_same_data and not changed_settings(saved, training.config)
+    new = training.checkpoint()
+    skipped = {"recipe", "classes", "ema", *(() if is_same else ("learning_rate",))}
+    for name in (new.keys() & saved.keys()) - skipped:
+        check_structure(saved[name], new[name], name)
+    if is_same:
         training.restore(saved)
+        _check_restored(training)
         return
     state, train, config = training.state, training.data.train, training.config
     window = train.window
@@ -88,7 +101,38 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     if steps != saved["steps"] or saved["step"] % accumulation:
         nearest = -(-saved["step"] * steps // saved["steps"])
         state.step = min(steps, -(-nearest // accumulation) * accumulation)
-    state.updates = sum(-(-count // accumulation) for count in [*map(train.steps, range(state.epoch)), state.step])
+    state.updates = _count_updates(training)
     metrics = [record["validation"][config.trainer.monitor] for record in state.history if "validation" in record]
     state.learning_rate.replay(state.updates, state.epoch, metrics)
     state.lr = state.learning_rate.lr
+    _check_restored(training)
+
+
+def _check_restored(training: Training) -> None:
+    """Raise `ValueError` if the parts of a state contradict each other."""
+    state, train, window = training.state, training.data.train, training.data.train.window
+    records.check_history(state.history)
+    if len(state.history) != state.epoch or not min(1, state.epoch) <= state.best_epoch <= state.epoch:
+        raise ValueError(
+            f"a history of {len(state.history)} epochs, the best {state.best_epoch}, in epoch {state.epoch}"
+        )
+    if not (window is None or (isinstance(window, int) and window > 0)):
+        raise ValueError(f"window {window}")
+    if not all(isinstance(loss, float) for loss in state.rank_losses):
+        raise ValueError("rank_losses are no numbers")
+    updates = _count_updates(training)
+    if not 0 <= state.step <= train.steps(state.epoch) or state.updates != updates:
+        raise ValueError(f"step {state.step} and {state.updates} updates in epoch {state.epoch}")
+    for parameter, values in state.optimizer.state.items():
+        if any(
+            isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape
+            for value in values.values()
+        ):
+            raise ValueError("a state of the optimizer has another shape than its parameter")
+
+
+def _count_updates(training: Training) -> int:
+    """Optimizer steps up to the current step."""
+    state, train = training.state, training.data.train
+    steps = [*map(train.steps, range(state.epoch)), state.step]
+    return sum(-(-count // training.config.optim.grad_accumulation) for count in steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from shards.errors import UserError, first_line
+from shards.atomic import check_zip
+from shards.errors import UserError, errors_as_corrupt, first_line
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,11 @@ def load_weights(model: nn.Module, path: Path, class_names: Sequence[str] = ()) 
     Raises:
         UserError: The file cannot be read, or tensors other than the classifier do not fit.
     """
+    with errors_as_corrupt(path, "choose another file for model.init_checkpoint"):
+        _load(model, path, class_names)
+
+
+def _load(model: nn.Module, path: Path, class_names: Sequence[str]) -> None:
     state, checkpoint_names = _read(path)
     own: StateDict = model.state_dict()
     state = _adapt_channels(_rename(state, own, path), own, path)
@@ -82,6 +89,10 @@ class _Ignored:
 def _read(path: Path) -> tuple[StateDict, Sequence[str]]:
     """Read a file; returns its state dict and, of a checkpoint of a run, the class names."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")
+        if zipfile.is_zipfile(path):
+            check_zip(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 

@@ -16,7 +16,10 @@ from pipeline.preview import upright
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError
+from shards.errors import errors_as_corrupt
 from shards.stores.base import Store
+from trainer.checkpoint.io import HINT
+from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.evaluate.tta import mean_logits
@@ -67,7 +70,10 @@ class Predictor:
         self.temperature: float = trained.temperature
         self._head = ProbabilityHead(**trained.posthoc_kwargs()).to(self._device)
         self.resolution: int = self._config.data.final_resolution
-        self.adapter = InputAdapter.from_state_dict(trained.adapter_state)
+        with errors_as_corrupt(RunDirectory(run).best, HINT):
+            self.adapter = InputAdapter.from_state_dict(trained.adapter_state)
+            if sorted(map(str, self.adapter.image_shape)) != sorted(map(str, trained.image_shape)):
+                raise ValueError("an adapter for images of another shape")
         self.batch_size = min(self._config.loader.batch_size, _MAX_BATCH)
         self._spec = TransformSpec(
             image_shape=self.adapter.image_shape,

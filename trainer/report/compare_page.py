@@ -52,9 +52,9 @@ def render_page(runs: list[CompletedRun]) -> str:
     if len({run.directory.path.resolve() for run in runs}) < len(runs):
         raise UserError(found="a run that is named twice", expected="different runs", hint="name each run once")
     names = _names(runs)
-    predictions = [np.load(run.directory.predictions) for run in runs]
+    predictions = [run.predictions for run in runs]
     same_classes = len({run.trained.classes for run in runs}) == 1
-    same_data = len({run.trained.data_digest for run in runs}) == 1
+    same_data = len({(run.trained.data_digest, run.predictions["rows"].tobytes()) for run in runs}) == 1
     return html.render(
         "compare_page.html.j2",
         names=names,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from shards.atomic import write_file
 from shards.stores.base import Store
+from trainer.checkpoint import records
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.evaluate.calibration import reliability
 from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
@@ -39,7 +38,7 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
     """
     directory = RunDirectory(path)
     classes = store.manifest.classes
-    predictions = dict(np.load(directory.predictions))
+    predictions = records.read_predictions(directory.predictions, len(classes), directory.hint, store)
     labels, predicted = predictions["labels"], predictions["predicted"]
     metrics = ClassificationMetrics.of(labels, predicted, len(classes))
     matrix = None
@@ -48,7 +47,11 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
     rows = metrics.class_metrics(classes)
     if len(rows) > MAX_CLASS_ROWS:
         rows = sorted((row for row in rows if row["samples"]), key=lambda row: row["f1"])[:MAX_CLASS_ROWS]
-    profile, settings = directory.profile, directory.config.read_text()
+    settings, config = directory.read_settings()
+    profile = None
+    if directory.profile.exists():
+        parts = records.read_json(directory.profile, records.Profile, f"rm -rf {directory.profile}")
+        profile = format_profile(parts)
     page = html.render(
         "run_page.html.j2",
         summary=summary,
@@ -62,9 +65,9 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
         class_count=len(classes),
         pairs=_pair_rows(metrics, predictions, store),
         settings=settings,
-        config=yaml.safe_load(settings),
-        environment=json.loads(directory.environment.read_text()),
-        profile=format_profile(json.loads(profile.read_text())) if profile.exists() else None,
+        config=config,
+        environment=records.read_json(directory.environment, records.Environment, directory.hint),
+        profile=profile,
     )
     write_file(directory.report, page)
 

@@ -8,6 +8,7 @@ heartbeat and `RetryFailedTrialCallback` need an SQL server and start such a tri
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,10 +19,11 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from pipeline.readers.naming import natural_key
 from shards.atomic import file_lock, make_directory
-from shards.errors import UserError
+from shards.errors import UserError, errors_as_corrupt
 from trainer.config.schema import Config
 from trainer.tune.search_space import Range, SearchConfig
 
@@ -43,6 +45,7 @@ warnings.filterwarnings("ignore", message="Choices for a categorical distributio
 State = optuna.trial.TrialState
 _MAX_STARTS = 3  # of a trial whose process dies
 _JOURNAL = "study.journal"
+_HINT = "start another study: dir=..."
 _STATES = {State.COMPLETE: "complete", State.PRUNED: "pruned", State.FAIL: "failed", State.RUNNING: "running"}
 
 
@@ -127,10 +130,10 @@ class SharedStudy:
         self.directory = search.dir
         self._search = search
         make_directory(self.directory)
-        journal = self.directory / _JOURNAL
+        journal = self._journal = self.directory / _JOURNAL
         # The system frees this lock when its holder dies; Optuna's own lock stays for half a minute.
         lock = FileLock(f"{journal}.lock")
-        with self.exclusive():
+        with self.exclusive(), errors_as_corrupt(journal, _HINT):
             _cut_torn_line(journal, lock)
             backend = JournalFileBackend(str(journal), lock_obj=lock)  # type: ignore[arg-type]  # has the same methods
             self._study = optuna.create_study(
@@ -163,7 +166,7 @@ class SharedStudy:
             The trial; None once the budget of trials is used up.
         """
         with ExitStack() as stack:
-            with self.exclusive():
+            with self.exclusive(), errors_as_corrupt(self._journal, _HINT):
                 trial = self._resume(stack) or self._ask(stack)
             yield trial
 
@@ -174,6 +177,10 @@ class SharedStudy:
             return [trial.number for trial in running if self._lock(trial.number, stack)]
 
     def results(self) -> list[TrialResult]:
+        with errors_as_corrupt(self._journal, _HINT):
+            return TypeAdapter(list[TrialResult]).validate_python(self._results())
+
+    def _results(self) -> list[TrialResult]:
         return [
             TrialResult(
                 number=trial.number,
@@ -200,7 +207,7 @@ class SharedStudy:
                 raise UserError(
                     found=f"{name}={content.get(name)} of the {key}, but {known.get(name)} in {self.directory}",
                     expected="the same search, recipe and data when a study is resumed; its budget may differ",
-                    hint="start another study: dir=...",
+                    hint=_HINT,
                 )
         return False
 
@@ -303,7 +310,9 @@ def _pruner(search: SearchConfig) -> optuna.pruners.BasePruner:
 
 def _cut_torn_line(journal: Path, lock: FileLock) -> None:
     """Remove an incomplete last line, left by a writer that died; Optuna cannot read a journal beyond it."""
-    if not journal.exists():
+    if not os.path.lexists(journal):
         return
+    if not journal.is_file():
+        raise ValueError("not a regular file")
     with lock, open(journal, "r+b") as file:
         file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,0 +1,220 @@
+"""Records in the files of a run, checked when they are read: a file may be damaged or belong to another run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError
+
+from shards.atomic import check_zip, read_file
+from shards.errors import errors_as_corrupt
+from shards.stores.base import Store
+
+_MAX_JSON = 1 << 20  # bytes of a JSON file or of a line of metrics.jsonl
+_MAX_HISTORY = 1 << 26  # bytes of metrics.jsonl
+_MAX_RATIO = 100  # of the size of predictions.npz without and with compression; that of its rows alone is at most 10
+_MAX_NUMBER = 10**15
+
+
+def _check_magnitude(number: float) -> float:
+    if math.isfinite(number) and abs(number) > _MAX_NUMBER:
+        raise ValueError(f"a magnitude of at most {_MAX_NUMBER:,}")
+    return number
+
+
+Count = Annotated[int, Field(ge=0, le=_MAX_NUMBER)]
+Amount = Annotated[float, Field(ge=0, le=_MAX_NUMBER)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Real = Annotated[float, AfterValidator(_check_magnitude)]  # also NaN and infinity
+Finite = Annotated[float, Field(ge=-_MAX_NUMBER, le=_MAX_NUMBER)]
+Positive = Annotated[float, Field(gt=0, le=_MAX_NUMBER)]
+
+
+class Record(BaseModel):
+    """A record with fields of fixed types, and any further ones."""
+
+    model_config = ConfigDict(extra="allow", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+
+class Metrics(Record):
+    """Metrics of a split."""
+
+    accuracy: Fraction
+    macro_f1: Fraction
+    weighted_f1: Fraction
+    samples: Annotated[Count, Field(ge=1)]
+
+
+class Epoch(Record):
+    """A line of `metrics.jsonl`."""
+
+    epoch: Annotated[Count, Field(ge=1)]
+    resolution: Count
+    train_loss: Real
+    lr: Finite
+    seconds: Amount
+    images_per_second: Amount
+    data_wait_share: Amount
+    validation: _Validation | None = None
+
+
+class _Validation(Metrics):
+    loss: Real
+
+
+class _Calibration(Record):
+    temperature: Positive
+    ece_before: Real
+    ece: Real
+    nll_before: Real
+    nll: Real
+
+
+class _Decision(Record):
+    tau: Finite
+    validation: Metrics
+    validation_as_learned: Metrics
+
+
+class Summary(Metrics):
+    """`summary.json`."""
+
+    calibration: _Calibration
+    decision: _Decision | None
+    epochs: Count
+    best_epoch: Count
+    validation: _Validation | None
+    seconds: Amount
+    training_seconds: Amount
+    images_per_second: Amount
+    data_wait_share: Amount
+    resolution: Count
+    parameters: Count
+    model: str
+    dataset: str
+
+
+class Environment(Record):
+    """`env.json`."""
+
+    packages: dict[str, str]
+    device: str
+    processor: str
+    revision: str | None
+    data: str
+
+
+class _ProfilePart(Record):
+    part: str
+    times: Count
+    seconds: Amount
+    share: Amount
+    median_ms: Amount
+    device_seconds: Amount = 0.0
+    device_median_ms: Amount = 0.0
+
+
+class Profile(RootModel[list[_ProfilePart]]):
+    """`profile.json`."""
+
+
+class BestCheckpoint(Record):
+    """`best.pt`."""
+
+    model: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    classes: Annotated[list[str], Field(min_length=1)]
+    data: str
+    image_shape: Annotated[tuple[Count | None, Count | None, Literal[1, 3]], Field(strict=False)]
+    mean: list[Finite]
+    std: list[Positive]
+    input_adapter: dict[str, Any]
+    epoch: Count
+    tau: Finite
+    offsets: list[Finite]
+    temperature: Positive
+
+
+def check(kind: type[BaseModel], content: Any) -> None:
+    """Check plain values; raise `ValueError` with the first field that is wrong."""
+    try:
+        kind.model_validate(content)
+    except ValidationError as error:
+        raise _first(error) from None
+
+
+def parse(kind: type[BaseModel], text: bytes) -> Any:
+    """Parse JSON; raise `ValueError` with the first field that is wrong."""
+    try:
+        return kind.model_validate_json(text).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise _first(error) from None
+
+
+def read_json(path: Path, kind: type[BaseModel], hint: str) -> Any:
+    """Read a JSON file; raise `UserError` if it is missing or damaged."""
+    with errors_as_corrupt(path, hint):
+        return parse(kind, read_file(path, _MAX_JSON))
+
+
+def read_history(path: Path, hint: str) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`; raise `UserError` if it is missing or damaged."""
+    with errors_as_corrupt(path, hint):
+        history = [parse(Epoch, line) for line in read_file(path, _MAX_HISTORY).splitlines()]
+        check_history(history)
+    return history
+
+
+def check_history(history: list[dict[str, Any]]) -> None:
+    """Raise `ValueError` if the records are not those of the epochs 1, 2, ..."""
+    for number, record in enumerate(history, 1):
+        check(Epoch, record)
+        if record["epoch"] != number:
+            raise ValueError(f"epoch {record['epoch']} at the place of epoch {number}")
+
+
+def read_predictions(path: Path, classes: int, hint: str, store: Store | None = None) -> dict[str, NDArray]:
+    """Read `predictions.npz`.
+
+    Args:
+        path: The file.
+        classes: Number of classes.
+        hint: The hint of an error.
+        store: The split that was predicted, if its rows and labels are to be compared.
+
+    Raises:
+        UserError: The file is missing or damaged, or holds the predictions of another split.
+    """
+    kinds = {"rows": "i8", "labels": "i8", "predicted": "i8", "confidence": "f4", "uncalibrated": "f4"}
+    with errors_as_corrupt(path, hint):
+        check_zip(path, _MAX_RATIO)
+        with np.load(path, allow_pickle=False) as file:
+            columns = {name: file[name] for name in kinds}
+        samples = len(columns["rows"])
+        for name, kind in kinds.items():
+            column = columns[name]
+            if column.shape != (samples,) or column.dtype != np.dtype(kind) or not samples:
+                raise ValueError(f"{name} is {column.dtype} {list(column.shape)}")
+            most = {"f": 1.001, "i": classes - 1}[kind[0]] if name != "rows" else np.inf
+            if not ((column >= 0) & (column <= most)).all():
+                raise ValueError(f"{name} is out of range")
+        if (np.diff(columns["rows"]) <= 0).any():
+            raise ValueError("rows are not in order")
+        if store is not None:
+            order = np.argsort(store.rows)
+            if not (
+                np.array_equal(columns["rows"], store.rows[order])
+                and np.array_equal(columns["labels"], store.labels[order])
+            ):
+                raise ValueError("rows or labels are not those of the test split")
+    return columns
+
+
+def _first(error: ValidationError) -> ValueError:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    return ValueError(": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]])))
