@@ -108,10 +108,10 @@ def errors_as_corrupt(path: object, hint: str) -> Iterator[None]:
     except (UserError, BrokenPipeError):
         raise
     except Exception as error:
-        if isinstance(error, FileNotFoundError):
-            found = f"no file {path}"
-        else:
-            found = f"{path}: {f'no key {error}' if isinstance(error, KeyError) else first_line(error)}"
+        found = f"no file {path}"
+        if not isinstance(error, FileNotFoundError):
+            reason = f"key {error.args[0]} is missing" if isinstance(error, KeyError) else first_line(error)
+            found = f"{path}, which cannot be read: {reason}"
         raise CorruptError(found=found, expected="an intact file, as it was written", hint=hint) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -132,13 +133,24 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, synthetic_set: Path) -> Pat
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+def train_whole(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Callable[[int], Path]:
+    """Returns the run directory of a number of ranks that nothing happened to."""
+
+    @functools.cache
+    def train(ranks: int) -> Path:
+        place = tmp_path_factory.mktemp("whole")
+        with job(place, recipe, f"run.dir={place / 'run'}", ranks=ranks) as running:
+            output = running.end()
+        assert running.process.returncode == 0, output
+        return place / "run"
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def whole(train_whole: Callable[[int], Path]) -> Path:
     """The run directory of two ranks that nothing happened to."""
-    place = tmp_path_factory.mktemp("whole")
-    with job(place, recipe, f"run.dir={place / 'run'}") as running:
-        output = running.end()
-    assert running.process.returncode == 0, output
-    return place / "run"
+    return train_whole(2)
 
 
 @pytest.mark.slow
@@ -182,28 +194,29 @@ def test_a_killed_rank_is_started_again_and_goes_on_in_its_run_directory(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("seed", range(8))
 def test_ranks_killed_at_many_random_moments_change_nothing(
-    whole: Path, recipe: Path, tmp_path: Path, seed: int
+    train_whole: Callable[[int], Path], recipe: Path, tmp_path: Path, seed: int, ranks: int
 ) -> None:
     """Of each start, a random rank after a random number of steps, and a little later: also while starting, validating
-    and writing."""
+    and writing. Up to 160 kills in all."""
     random, kills = np.random.default_rng(seed), 0
-    with job(tmp_path / "job", recipe, "checkpoint.every_steps=2", restarts=10) as running:
+    with job(tmp_path / "job", recipe, "checkpoint.every_steps=2", ranks=ranks, restarts=10) as running:
         for start in range(10):
-            if not running.wait_for(lambda start=start: len(list(running.notes.iterdir())) == 2 * (start + 1)):
+            if not running.wait_for(lambda start=start: len(list(running.notes.iterdir())) == ranks * (start + 1)):
                 break
             enough = len(running.steps()) + int(random.integers(0, 25))
             if not running.wait_for(lambda enough=enough: len(running.steps()) >= enough):
                 break
             time.sleep(random.random() * 0.3)
-            running.kill(int(random.integers(0, 2)))
+            running.kill(int(random.integers(0, ranks)))
             kills += 1
         output = running.end()
     assert running.process.returncode == 0, output
     assert kills > 4
     (run,) = (tmp_path / "job" / "runs" / "quick").iterdir()
-    assert_same_run(whole, run)
+    assert_same_run(train_whole(ranks), run)
 
 
 def without_batch_norm(recipe: Path, place: Path) -> Path:
