@@ -53,13 +53,16 @@ def place(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Place:
     return Place(digits_set, directory / "other", directory / "image.png", recipe)
 
 
-def attack(place: Place, tmp_path: Path, seed: int) -> list[str]:
-    """Damage a copy of the run and run all commands; returns what is wrong with their outcomes."""
+def attack(place: Place, tmp_path: Path, seed: int, most: int = 100) -> list[str]:
+    """Damage a copy of the run and run commands, all or some; returns what is wrong with their outcomes."""
     directory = tmp_path / f"run-{seed}"
     shutil.copytree(place.other.parent / "run", directory)
     what = damage(directory, place.other, seed)
     wrong = []
-    for name, command in commands(directory, place).items():
+    names = [*commands(directory, place)]
+    some = np.random.default_rng(seed).permutation(len(names))[:most]
+    for name in (names[number] for number in np.sort(some)):
+        command = commands(directory, place)[name]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         outcome = command()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -80,14 +83,14 @@ def test_all_commands_work_on_an_intact_run(place: Place, tmp_path: Path) -> Non
 
 
 @needs_pipes
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(420, 460))
 def test_damaged_runs_are_refused_with_one_message(place: Place, tmp_path: Path, seed: int) -> None:
-    assert attack(place, tmp_path, seed) == []
+    assert attack(place, tmp_path, seed, most=2) == []
 
 
 @needs_pipes
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(20, 420, 20))
+@pytest.mark.parametrize("start", range(0, 400, 20))
 def test_many_damaged_runs_are_refused_with_one_message(place: Place, tmp_path: Path, start: int) -> None:
     wrong = [line for seed in range(start, start + 20) for line in attack(place, tmp_path, seed)]
     assert not wrong, "\n\n".join(wrong)

@@ -75,7 +75,7 @@ def load_newest(directory: Path) -> tuple[dict[str, Any], Path]:
             return load(last), last
         except UserError as error:
             log.warning("%s; resuming from the previous checkpoint %s", error.found, previous)
-    path = last if os.path.lexists(last) else previous
+    path = previous if os.path.lexists(previous) else last
     return load(path), path
 
 

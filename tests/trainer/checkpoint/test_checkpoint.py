@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,36 @@ def test_a_cut_checkpoint_is_refused(tmp_path: Path, config: Config, share: floa
     with pytest.raises(UserError, match="cannot be read") as caught:
         checkpoint.load(path)
     assert str(path) in caught.value.found
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.LAST
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000_000))
+    with pytest.raises(UserError, match=r"cannot be read: 10,000,000 bytes in an archive of"):
+        checkpoint.load(path)
+
+
+def test_values_that_take_more_memory_than_the_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.LAST
+    torch.save({"model": torch.zeros(1).expand(10**9)}, path)
+    with pytest.raises(UserError, match="a tensor that is larger than its data"):
+        checkpoint.load(path, needed=("model",))
+    nested: list = []
+    for _ in range(60):
+        nested = [nested, nested]
+    torch.save({"model": nested}, path)
+    with pytest.raises(UserError, match="more than 20,000,000 values"):
+        checkpoint.load(path, needed=("model",))
+
+
+@pytest.mark.parametrize("kind", ["directory", "link", "pipe"])
+def test_what_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / checkpoint.LAST
+    {"directory": path.mkdir, "link": lambda: path.symlink_to(path), "pipe": lambda: os.mkfifo(path)}[kind]()
+    assert checkpoint.has_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.load_newest(tmp_path)
 
 
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
