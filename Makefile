@@ -10,7 +10,7 @@ demo: .venv/.installed  ## pack the embedded data set, train configs/quickstart.
 	@$(RUN) -m pipeline.shard digits
 	@$(RUN) -m trainer.run configs/quickstart.yaml
 
-test: .venv/.installed  ## the tests, in about eight minutes on two cores
+test: .venv/.installed  ## the tests, in about six minutes on two cores
 	@$(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -rs
 
 test-slow: .venv/.installed  ## the tests that take minutes
