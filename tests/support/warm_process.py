@@ -153,11 +153,13 @@ class Popen(subprocess.Popen):
     def _try_wait(self, wait_flags):
         if self._connection is None:
             return super()._try_wait(wait_flags)
-        self._connection.settimeout(0 if wait_flags & os.WNOHANG else None)
         try:
+            self._connection.settimeout(0 if wait_flags & os.WNOHANG else None)
             status = int.from_bytes(_receive(self._connection, 4), "big")
         except BlockingIOError:
             return 0, 0
+        except (OSError, EOFError):  # the object was freed before its process ended, or the server has ended
+            status = signal.SIGKILL
         self._connection.close()
         return self.pid, status
 
@@ -222,9 +224,10 @@ class _Server:
         """Serve until the end; returns in a forked process, with what it is to do and its files."""
         while True:
             for key, _ in self.selector.select():
-                command = key.data(key.fileobj)
-                if command is not None:
-                    return command
+                if self.selector.get_map().get(key.fd) is key:  # not of a command that has just been reaped
+                    command = key.data(key.fileobj)
+                    if command is not None:
+                        return command
 
     def accept(self, listener: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
         connection, _ = listener.accept()
@@ -298,7 +301,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     os.closerange(0, apart)
     for source, target in zip(moved, wanted, strict=True):
         os.dup2(source, target)
-    os.closerange(apart, apart + len(moved) + 1)
+    os.closerange(apart, 1 << 20)  # also those of other commands
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
