@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from shards.atomic import replace_directory, unreplaced
 from shards.cli import program_name, run_command
-from shards.create import make_writer
 from shards.errors import CorruptError, UserError
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_dataset, manifest_paths
 from shards.open import open_files
 from shards.stores.base import Block, Layout, Store, block_key
+from shards.stores.create import make_writer
 from shards.stores.zarr_arrays import GROUP
 from shards.verify.check import check_hashes, corrupt_files, split_directories
 

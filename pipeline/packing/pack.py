@@ -24,10 +24,10 @@ from pipeline.packing.output import OutputLocation, open_output
 from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards.atomic import write_file
-from shards.create import make_writer
 from shards.errors import UserError
 from shards.manifest import MOST_BLOCK_BYTES, SPLITS, Manifest, RawFile, Shard, StoreKind
 from shards.stores.base import Block, Layout
+from shards.stores.create import make_writer
 
 SHARD_BYTES = 32 << 20  # pixels of one shard: large enough to stream, small enough to download again
 DEFAULT_BLOCK_SIZE = 512  # the smallest power of two at which 28x28 images cost less than 1.03 times their pixels

@@ -23,7 +23,7 @@ from support import warm_process
 
 import pipeline.packing.pack
 import shards.convert
-import shards.create
+import shards.stores.create
 from pipeline.packing.pack import PackSettings, pack
 from shards import Manifest, UserError, open_split
 from shards.atomic import staging_directory
@@ -199,7 +199,7 @@ class TestAllOrNothing:
         """As by a bad memory: hashes and checksums are right, but of other pixels."""
 
         def wrong_writer(*arguments):
-            writer = shards.create.make_writer(*arguments)
+            writer = shards.stores.create.make_writer(*arguments)
             write_shard = writer.write_shard
 
             def write_wrongly(number, blocks):

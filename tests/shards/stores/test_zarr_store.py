@@ -23,9 +23,9 @@ from pipeline.datasets import find_source
 from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import SourceOptions
 from shards import Manifest, UserError, open_split
-from shards.create import make_writer
 from shards.open import open_store
 from shards.stores.base import Block, Layout, Store
+from shards.stores.create import make_writer
 from shards.stores.zarr_arrays import GROUP
 
 SHAPE = (12, 10, 3)
