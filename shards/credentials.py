@@ -16,6 +16,8 @@ HIDDEN = "***"
 PLACEHOLDER = "USER:PASSWORD@"  # in hints
 _START = re.compile(r"(?:[a-z0-9]{1,20}::){0,3}[a-z][a-z0-9+.-]{1,20}:/+", re.I)
 _IN_TEXT = re.compile(rf"{_START.pattern}[^\s'\"<>`]+", re.I)
+_HOST_END = re.compile("[/?#]")
+_PATH_END = re.compile("[?#]")
 _PORT = re.compile(r"(?:\[[^]]*\]|[^:]*):\d*")
 _CLOSED_BY = {"'": "'", '"': '"', "[": "]", "{": "}", "(": ")"}
 _SHORTEST = 6  # characters of a credential that is searched for in text outside of addresses
@@ -51,13 +53,18 @@ def split_address(address: str) -> AddressParts:
     match = _START.match(address)
     scheme = match[0] if match else ""
     rest = address[len(scheme) :]
-    host = re.match(r"[^/?#]*", rest)[0]  # type: ignore[index]  # it always matches
-    user = host[: host.rfind("@") + 1]
-    host, after = host[len(user) :], rest[len(user) :]
+    user = _user_before_host(rest)
+    after = rest[len(user) :]
+    host = _HOST_END.split(after, 1)[0]
     if ":" in host and "@" in after and (scheme.lower().startswith(("s3", "gs")) or not _PORT.fullmatch(host)):
-        user += re.match(r"[^@]*@(?:[^/?#]*@)?", after)[0]  # type: ignore[index]
-    path = re.match(r"[^?#]*", rest[len(user) :])[0]  # type: ignore[index]
+        password, at, after = after.partition("@")
+        user += password + at + _user_before_host(after)
+    path = _PATH_END.split(rest[len(user) :], 1)[0]
     return AddressParts(scheme, user, path, rest[len(user) + len(path) :])
+
+
+def _user_before_host(text: str) -> str:
+    return text[: _HOST_END.split(text, 1)[0].rfind("@") + 1]
 
 
 def hide(value: Any, depth: int = 3) -> Any:
@@ -131,7 +138,7 @@ def _shown(address: str, hidden: str = HIDDEN) -> str:
     if user:
         user = user if user.startswith(HIDDEN) or user == PLACEHOLDER else f"{hidden}@"
     if query.strip("?#") and not query[1:].startswith(HIDDEN):
-        end = re.search(r"[].,:;)}]*$", query)[0]  # type: ignore[index]  # punctuation of the text around
+        end = query[len(query.rstrip("].,:;)}")) :]  # punctuation of the text around
         query = query[0] + hidden + end
     return scheme + user + path + query
 
