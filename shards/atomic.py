@@ -25,19 +25,19 @@ _CHECKSUM = "sha256"
 _WORKING_DIRECTORY, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2
 
 
-def read_file(path: Path, most_bytes: int) -> bytes:
+def read_file(path: Path, max_bytes: int) -> bytes:
     """Read a file that someone else may have prepared: in bounded time and memory.
 
     Raises:
         FileNotFoundError: There is no such file.
-        UserError: It is a directory, device, pipe or socket, has more than `most_bytes`, or cannot be read.
+        UserError: It is a directory, device, pipe or socket, has more than `max_bytes`, or cannot be read.
     """
     reason = "not a regular file"
     try:
         status = path.stat()
         if stat.S_ISREG(status.st_mode):
-            reason = f"more than {most_bytes:,} bytes"
-            if status.st_size <= most_bytes:
+            reason = f"more than {max_bytes:,} bytes"
+            if status.st_size <= max_bytes:
                 with open(path, "rb") as file:
                     content = file.read(status.st_size + 1)
                 if len(content) <= status.st_size:
@@ -51,7 +51,7 @@ def read_file(path: Path, most_bytes: int) -> bytes:
         raise as_user_error(error, path) from None
     raise UserError(
         found=f"{path}: {reason}",
-        expected=f"a file of up to {most_bytes:,} bytes, not a directory, device, pipe or socket",
+        expected=f"a file of up to {max_bytes:,} bytes, not a directory, device, pipe or socket",
         hint="name the right file, or copy the content to a file first",
     )
 
@@ -72,12 +72,12 @@ def check_is_file(path: Path, expected: str = "a regular file") -> None:
         )
 
 
-def check_zip(path: Path, most_ratio: int = 1) -> None:
+def check_zip(path: Path, max_ratio: int = 1) -> None:
     """Check a zip archive that someone else may have prepared, before a library extracts it.
 
     Args:
         path: The archive.
-        most_ratio: Largest ratio of the size of its members to the size of the file.
+        max_ratio: Largest ratio of the size of its members to the size of the file.
 
     Raises:
         OSError: It cannot be read.
@@ -89,7 +89,7 @@ def check_zip(path: Path, most_ratio: int = 1) -> None:
         raise ValueError("not a regular file")
     with zipfile.ZipFile(path) as archive:
         size = sum(member.file_size for member in archive.infolist())
-    if size > most_ratio * status.st_size:
+    if size > max_ratio * status.st_size:
         raise ValueError(f"{size:,} bytes in an archive of {status.st_size:,}")
 
 

@@ -55,7 +55,7 @@ from shards.stores.record_index import (
 
 _TAR_NAME = re.compile(r"^[^.].*\.(tar(\.[a-z0-9]+)?|t[gbx]z2?)$", re.IGNORECASE)
 _MAX_CLASSES = 1_000_000
-_MOST_CLASS_BYTES = 64 << 20  # of a file of class names
+_MAX_CLASS_BYTES = 64 << 20  # of a file of class names
 _MAX_HEADER = 16 << 20  # bytes of an image file in which its size must be found
 
 
@@ -115,7 +115,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     """Read class names from a text file, one per line; raise `UserError` if it is missing or invalid."""
     expected = "a UTF-8 text file with one class name per line, in the order of the labels"
     try:
-        lines = read_file(path, _MOST_CLASS_BYTES).decode().rstrip().split("\n")
+        lines = read_file(path, _MAX_CLASS_BYTES).decode().rstrip().split("\n")
         names = [printable(name.strip()) for name in lines]
     except FileNotFoundError:
         raise NotFoundError(f"no such file: {path}", expected, "name another file") from None

@@ -32,8 +32,8 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MAX_LOOKED_AT = 1000  # files
 StoreKind = Literal["tar", "zarr", "records"]
 Content: TypeAlias = bytes | memoryview
-MOST_BYTES = 1 << 28  # of a manifest
-MOST_BLOCK_BYTES = 1 << 30  # of pixels: readers hold a block in memory
+MAX_MANIFEST_BYTES = 1 << 28  # of a manifest
+MAX_BLOCK_BYTES = 1 << 30  # of pixels: readers hold a block in memory
 
 
 def split_named(name: str) -> str | None:
@@ -129,7 +129,7 @@ class Manifest(_Record):
 
     def _check_blocks(self) -> None:
         """Raise ValueError for shards too small for their samples. Readers allocate memory by these numbers."""
-        if min(self.block_size, self.samples) * max(self.image_bytes, 8) > MOST_BLOCK_BYTES:
+        if min(self.block_size, self.samples) * max(self.image_bytes, 8) > MAX_BLOCK_BYTES:
             raise ValueError(f"blocks of {self.block_size:,} images of {self.image_bytes:,} bytes")
         for shard in self.shards:
             if len(shard.blocks_crc32) != -(-shard.samples // self.block_size):
@@ -189,7 +189,7 @@ class Manifest(_Record):
     def read(cls, directory: Path) -> Manifest:
         """Read the manifest of a split; raise `UserError` if it is missing or damaged."""
         try:
-            content = read_file(directory / MANIFEST_NAME, MOST_BYTES)
+            content = read_file(directory / MANIFEST_NAME, MAX_MANIFEST_BYTES)
         except FileNotFoundError:
             raise _missing(directory) from None
         return cls.parse(content, directory / MANIFEST_NAME)

@@ -25,7 +25,7 @@ from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards.atomic import write_file
 from shards.errors import UserError
-from shards.manifest import MOST_BLOCK_BYTES, SPLITS, Manifest, RawFile, Shard, StoreKind
+from shards.manifest import MAX_BLOCK_BYTES, SPLITS, Manifest, RawFile, Shard, StoreKind
 from shards.stores.base import Block, Layout
 from shards.stores.create import make_writer
 
@@ -243,10 +243,10 @@ class _Packing:
         height, width, channels = split.image_shape
         assert height is not None and width is not None
         block_bytes = block_size * height * width * channels
-        if block_bytes > MOST_BLOCK_BYTES:
+        if block_bytes > MAX_BLOCK_BYTES:
             raise UserError(
                 found=f"images of {height}x{width}x{channels}, {block_bytes / 1e9:.1f} GB per block of {block_size}",
-                expected=f"blocks of at most {MOST_BLOCK_BYTES / 1e9:.1f} GB, which are read as a whole",
+                expected=f"blocks of at most {MAX_BLOCK_BYTES / 1e9:.1f} GB, which are read as a whole",
                 hint="store smaller images (--size 224), smaller blocks (--block-size 32) or files (--store records)",
             )
         blocks = max(1, SHARD_BYTES // block_bytes)

@@ -192,16 +192,16 @@ class RemoteStorage(ABC):
         """Return the message of an error, in one line and without secrets."""
         return printable(redact(first_line(error)))
 
-    def read(self, name: str, most_bytes: int) -> bytes:
-        """Return the content of a small file; raise `UserError` if it has more than `most_bytes` bytes."""
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """Return the content of a small file; raise `UserError` if it has more than `max_bytes` bytes."""
         content = bytearray()
         deadline = time.monotonic() + _READ_STALLS * STALL_SECONDS
-        for chunk in self.stream(name, 0, None, most_bytes=most_bytes):
+        for chunk in self.stream(name, 0, None, max_bytes=max_bytes):
             content += chunk
-            if len(content) > most_bytes:
+            if len(content) > max_bytes:
                 raise UserError(
-                    found=f"{self.show(name)}, of more than {most_bytes:,} bytes",
-                    expected=f"a file of up to {most_bytes:,} bytes",
+                    found=f"{self.show(name)}, of more than {max_bytes:,} bytes",
+                    expected=f"a file of up to {max_bytes:,} bytes",
                     hint="check the address",
                 )
             if time.monotonic() > deadline:
@@ -210,7 +210,7 @@ class RemoteStorage(ABC):
 
     @abstractmethod
     def stream(
-        self, name: str, start: int, size: int | None, version: str = "", most_bytes: int | None = None
+        self, name: str, start: int, size: int | None, version: str = "", max_bytes: int | None = None
     ) -> Iterator[bytes]:
         """Yield the bytes `start` .. `size - 1` of a file as they arrive.
 
@@ -219,7 +219,7 @@ class RemoteStorage(ABC):
             start: The first byte.
             size: The size of the file; None for the bytes up to its end.
             version: Its version, if it is known.
-            most_bytes: The caller needs no more bytes than these and one.
+            max_bytes: The caller needs no more bytes than these and one.
 
         Raises:
             TransientError: If the connection ends before all bytes have arrived, or is too slow.

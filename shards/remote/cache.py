@@ -26,7 +26,7 @@ from typing import Any
 
 from shards.atomic import file_lock, make_directory, read_file, with_checksum, without_checksum, write_file
 from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
-from shards.manifest import MOST_BYTES
+from shards.manifest import MAX_MANIFEST_BYTES
 from shards.remote.download import RemoteFile, remove
 
 try:
@@ -72,7 +72,7 @@ def cache_limit() -> int | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the fields of a file of the cache, empty if it is missing or damaged."""
     try:
-        return without_checksum(json.loads(read_file(path, MOST_BYTES)))
+        return without_checksum(json.loads(read_file(path, MAX_MANIFEST_BYTES)))
     except (OSError, UserError, ValueError, AttributeError, RecursionError):
         return {}
 

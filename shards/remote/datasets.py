@@ -20,7 +20,7 @@ from tqdm import tqdm
 from shards import credentials, errors
 from shards.atomic import make_directory, write_file
 from shards.errors import MismatchError, UserError
-from shards.manifest import MANIFEST_NAME, MOST_BYTES, REQUIRED_SPLITS, SPLITS, Manifest
+from shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
 from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
 from shards.remote.cache import Entry, cache_directory, open_entry, read_json, write_json
@@ -173,7 +173,7 @@ def _read_manifests(storage: RemoteStorage, attempts: int | None = None) -> dict
     """Return the manifests of a storage by split (`_SINGLE` for a single split), each with the content of its file."""
 
     def read(split: str) -> bytes:
-        return retry(lambda: storage.read(_manifest_name(split), MOST_BYTES), attempts)
+        return retry(lambda: storage.read(_manifest_name(split), MAX_MANIFEST_BYTES), attempts)
 
     manifests: dict[str, tuple[Manifest, bytes]] = {}
     failure: NotFoundError | AccessDeniedError = NotFoundError(

@@ -74,11 +74,11 @@ class FsspecStorage(RemoteStorage):
         return file_system, root
 
     def stream(
-        self, name: str, start: int, size: int | None, version: str = "", most_bytes: int | None = None
+        self, name: str, start: int, size: int | None, version: str = "", max_bytes: int | None = None
     ) -> Iterator[bytes]:
         if size is None:
             # With a start, even 0: s3fs would request the size first without it.
-            end = most_bytes + 1 if most_bytes else None
+            end = max_bytes + 1 if max_bytes else None
             yield self._call(name, "cat_file", self._path(name), start=start, end=end)
             return
         while start < size:

@@ -41,7 +41,7 @@ class HttpStorage(base.RemoteStorage):
         self._opener = urllib.request.build_opener(_Redirects)
 
     def stream(
-        self, name: str, start: int, size: int | None, version: str = "", most_bytes: int | None = None
+        self, name: str, start: int, size: int | None, version: str = "", max_bytes: int | None = None
     ) -> Iterator[bytes]:
         return base.at_least_at_min_rate(lambda: self._stream(name, start, size, version), self.show(name))
 

@@ -23,7 +23,7 @@ from shards.cli import USER_ERROR_STATUS
 from shards.errors import CorruptError, UserError, corrupt_shard
 from shards.manifest import Manifest
 
-_MOST_OPEN = 64  # files of a split
+_MAX_OPEN_FILES = 64  # files of a split
 _CHUNK = 1 << 20  # bytes hashed at a time
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # does not wait for a pipe
@@ -36,9 +36,9 @@ def max_open_files() -> int:
     try:
         import resource  # not available on Windows
     except ImportError:
-        return _MOST_OPEN
+        return _MAX_OPEN_FILES
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_OPEN if soft == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, soft // 16))
+    return _MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(_MAX_OPEN_FILES, soft // 16))
 
 
 class OpenFile:

@@ -33,7 +33,7 @@ from shards.verify.check import check_split
 
 SHAPE = (4, 5, 1)
 BLOCK_SIZE = 20
-MOST_MEMORY = 20 << 20  # bytes; what the packs here need is a few thousand
+MAX_MEMORY = 20 << 20  # bytes; what the packs here need is a few thousand
 TERA = 10**12
 
 
@@ -85,7 +85,7 @@ def little_memory() -> Iterator[None]:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < MOST_MEMORY
+    assert peak < MAX_MEMORY
 
 
 def everything(part: Path) -> tuple[NDArray, NDArray, NDArray]:
@@ -366,7 +366,7 @@ class TestTar:
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for component in COMPONENTS:
                 member = tarfile.TarInfo(f"00000000.{component}")
-                member.size = 3 * MOST_MEMORY
+                member.size = 3 * MAX_MEMORY
                 tar.addfile(member, io.BytesIO(bytes(member.size)))
         sign(tar_part, path.name)
         with little_memory():
@@ -442,7 +442,7 @@ class TestZarr:
     @pytest.mark.parametrize("array", ["images", "labels", "rows"])
     def test_an_index_with_a_block_that_is_far_too_long(self, zarr_part: Path, array: str) -> None:
         _, [first, _] = blocks_of(zarr_part, array)
-        write_shard(zarr_part, array, [first, bytes(3 * MOST_MEMORY)])
+        write_shard(zarr_part, array, [first, bytes(3 * MAX_MEMORY)])
         assert "block 00000001" in refusal(zarr_part)
 
     @pytest.mark.parametrize("array, number", [("labels", 5), ("labels", -1), ("labels", 2**62), ("rows", -1)])

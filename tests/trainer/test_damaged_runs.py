@@ -15,11 +15,11 @@ from PIL import Image
 from support.damaged_runs import Place, commands, damage
 from support.training_runs import QUICK, train_here
 
-MOST_KILOBYTES = 400_000  # by which memory may grow
+MAX_KILOBYTES = 400_000  # by which memory may grow
 MESSAGE = ("error: ", "\nexpected: ", "\nhint: ")
 
 
-MOST_KILOBYTES = 400_000  # by which memory may grow
+MAX_KILOBYTES = 400_000  # by which memory may grow
 
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 
@@ -68,7 +68,7 @@ def attack(place: Place, tmp_path: Path, seed: int, most: int = 100) -> list[str
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         # A command may warn before it fails.
         is_refused = outcome.status == 2 and [outcome.errors.count(word) for word in MESSAGE] == [1, 1, 1]
-        if not (outcome.status == 0 or is_refused) or "Traceback" in outcome.errors or grown > MOST_KILOBYTES:
+        if not (outcome.status == 0 or is_refused) or "Traceback" in outcome.errors or grown > MAX_KILOBYTES:
             wrong.append(f"{what}, {name}: status {outcome.status}, {grown} kB\n{outcome.errors[-3000:]}")
     shutil.rmtree(directory)
     return wrong

@@ -16,7 +16,7 @@ from trainer.config.schema import SHARDS_SETTING, Config
 
 # The weights or the optimizer's state have another form with another value.
 _FIXED = ("model.name", "model.head_hidden", "optim.name")
-_MOST = 10**15  # of a number
+_MAX_NUMBER = 10**15  # of a number
 
 
 def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], data_digest: str, path: Path) -> None:
@@ -92,7 +92,7 @@ def check_structure(saved: Any, new: Any, name: str) -> None:
     elif isinstance(new, int | float) and not isinstance(new, bool):
         kind = int if isinstance(new, int) else (int, float)
         fits = isinstance(saved, kind) and not isinstance(saved, bool)
-        fits = fits and (abs(saved) <= _MOST or (math.isinf(new) and math.isinf(saved)))
+        fits = fits and (abs(saved) <= _MAX_NUMBER or (math.isinf(new) and math.isinf(saved)))
     else:
         fits = True
     if not fits:

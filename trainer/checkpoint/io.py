@@ -20,7 +20,7 @@ LAST = "last.pt"
 PREVIOUS = "previous.pt"
 BEST = "best.pt"
 HINT = "use another checkpoint of the run, or train from scratch in another run.dir"
-_MOST_NODES = 20_000_000  # values of a checkpoint, and characters of its texts
+_MAX_NODES = 20_000_000  # values of a checkpoint, and characters of its texts
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -103,8 +103,8 @@ def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "rec
         if damaged is not None:
             raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if _count_nodes(state, {}) > _MOST_NODES:
-            raise ValueError(f"more than {_MOST_NODES:,} values")
+        if _count_nodes(state, {}) > _MAX_NODES:
+            raise ValueError(f"more than {_MAX_NODES:,} values")
         for name in needed:
             state[name]
     return state

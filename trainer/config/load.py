@@ -18,8 +18,8 @@ from trainer.config.schema import Config
 
 RECIPES = Path(__file__).parents[2] / "configs"
 MAX_YAML_BYTES = 100_000  # of a YAML file
-_MOST_BRACKETS = 1000
-_MOST_EXPANDED = 1_000_000
+_MAX_BRACKETS = 1000
+_MAX_EXPANDED = 1_000_000
 _MAX_VALUE = 200  # characters of a value in a message
 SETTINGS = describe_settings(Config)
 """Description of every setting, by dotted name."""
@@ -97,8 +97,8 @@ class _Loader(yaml.SafeLoader):
 
     def get_single_data(self) -> Any:
         node = self.get_single_node()
-        if node is not None and _expanded_size(node, {}) > _MOST_EXPANDED:
-            raise yaml.YAMLError(f"aliases that expand to more than {_MOST_EXPANDED:,} characters")
+        if node is not None and _expanded_size(node, {}) > _MAX_EXPANDED:
+            raise yaml.YAMLError(f"aliases that expand to more than {_MAX_EXPANDED:,} characters")
         return None if node is None else self.construct_document(node)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
@@ -137,8 +137,8 @@ def parse_yaml(text: str) -> Any:
         ValueError: It is not YAML, too deep, has duplicate keys or control characters, or multiplies its content.
     """
     try:
-        if text.count("[") + text.count("{") > _MOST_BRACKETS:  # the scanner takes quadratic time for them
-            raise ValueError(f"more than {_MOST_BRACKETS:,} brackets")
+        if text.count("[") + text.count("{") > _MAX_BRACKETS:  # the scanner takes quadratic time for them
+            raise ValueError(f"more than {_MAX_BRACKETS:,} brackets")
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: numbers of thousands of digits, impossible dates
         raise ValueError(" ".join(str(error).split())) from None

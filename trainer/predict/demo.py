@@ -40,7 +40,7 @@ _MAX_BYTES = 1 << 20  # of a drawing
 _MAX_PIXELS = 1 << 21
 _TIMEOUT = 10.0  # seconds for a request to arrive
 _ANSWER_TIMEOUT = 600.0  # seconds
-_MOST_CONNECTIONS = 32
+_MAX_CONNECTIONS = 32
 _MIN_SIDE = 224  # of the displayed model input, in pixels
 
 
@@ -181,7 +181,7 @@ class Server(ThreadingHTTPServer):
     """The page on a port of this machine."""
 
     daemon_threads = True
-    request_queue_size = _MOST_CONNECTIONS
+    request_queue_size = _MAX_CONNECTIONS
 
     def __init__(self, classifier: DrawingClassifier, port: int) -> None:
         """Bind the port; 0 selects a free one.
@@ -190,7 +190,7 @@ class Server(ThreadingHTTPServer):
             UserError: The port is in use or not permitted.
         """
         self.classifier = classifier
-        self._free = threading.Semaphore(_MOST_CONNECTIONS)
+        self._free = threading.Semaphore(_MAX_CONNECTIONS)
         self._deadlines: dict[socket.socket, float] = {}
         try:
             super().__init__((_HOST, port), _Handler)

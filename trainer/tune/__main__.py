@@ -20,7 +20,7 @@ from trainer.config.base import format_settings
 from trainer.config.schema import Config
 from trainer.tune import search_space
 
-_MOST_WORKERS = 1024
+_MAX_WORKERS = 1024
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,9 +49,9 @@ def main() -> int:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     search, base = search_space.load(arguments.search, arguments.overrides)
-    if not 1 <= arguments.workers <= _MOST_WORKERS:
+    if not 1 <= arguments.workers <= _MAX_WORKERS:
         raise UserError(
-            found=f"--workers {arguments.workers}", expected=f"a number 1 .. {_MOST_WORKERS}", hint="--workers 1"
+            found=f"--workers {arguments.workers}", expected=f"a number 1 .. {_MAX_WORKERS}", hint="--workers 1"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(

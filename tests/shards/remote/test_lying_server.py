@@ -33,7 +33,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(base, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(base, "ATTEMPTS", 3)
-    monkeypatch.setattr(datasets, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(datasets, "MAX_MANIFEST_BYTES", 1 << 20)
 
 
 @pytest.fixture
