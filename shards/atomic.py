@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from shards.errors import MismatchError, NotFoundError, UserError, as_user_error, os_errors_as_user_errors
 
-Identity: TypeAlias = tuple[int, int, int, int]
+FileIdentity: TypeAlias = tuple[int, int, int, int]
 _CHECKSUM = "sha256"
 _WORKING_DIRECTORY, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2
 
@@ -216,12 +216,12 @@ def without_checksum(fields: dict[str, Any], required: bool = True) -> dict[str,
     return content
 
 
-def identity(status: os.stat_result) -> Identity:
+def file_identity(status: os.stat_result) -> FileIdentity:
     """Return what distinguishes a file from one that replaces it, and from itself before a change."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def replaced(path: object) -> MismatchError:
+def replaced_error(path: object) -> MismatchError:
     """Return the error for a file that is not the one that was opened."""
     return MismatchError(
         found=f"{path}, which was replaced, changed or removed while it was read",
@@ -231,7 +231,7 @@ def replaced(path: object) -> MismatchError:
 
 
 @contextmanager
-def unreplaced(*paths: Path) -> Iterator[None]:
+def detect_replacement(*paths: Path) -> Iterator[None]:
     """Raise `MismatchError` if a file is replaced during the block, whatever error that may cause there."""
     before = list(map(_identity_at, paths))
     failure = None
@@ -241,14 +241,14 @@ def unreplaced(*paths: Path) -> Iterator[None]:
         failure = error
     for path, old in zip(paths, before, strict=True):
         if _identity_at(path) != old:
-            raise replaced(path) from None
+            raise replaced_error(path) from None
     if failure is not None:
         raise failure
 
 
-def _identity_at(path: Path) -> Identity | None:
+def _identity_at(path: Path) -> FileIdentity | None:
     try:
-        return identity(path.stat())
+        return file_identity(path.stat())
     except OSError:
         return None
 

@@ -20,7 +20,7 @@ from typing import cast
 import numpy as np
 from tqdm import tqdm
 
-from shards.atomic import replace_directory, unreplaced
+from shards.atomic import detect_replacement, replace_directory
 from shards.cli import program_name, run_command
 from shards.errors import CorruptError, UserError
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_dataset, manifest_paths
@@ -54,7 +54,7 @@ def convert(
     _check_target(source, target, force)
     with replace_directory(target) as replacement:
         _check_target(source, target, force)  # again under the lock: another writer may have finished meanwhile
-        with unreplaced(*manifest_paths(source)):
+        with detect_replacement(*manifest_paths(source)):
             before = _read_source(source)
             after = {}
             for split, manifest in before.items():

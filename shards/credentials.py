@@ -48,7 +48,7 @@ class AddressParts(NamedTuple):
     """Query and fragment, from their ? or # on."""
 
 
-def split_address(address: str) -> AddressParts:
+def parse_address(address: str) -> AddressParts:
     """Divide an address. A password may contain a slash or a question mark, as the keys of S3 do."""
     match = _START.match(address)
     scheme = match[0] if match else ""
@@ -100,16 +100,16 @@ def reveal(address: str) -> str:
     return address[:start] + _addresses.get(address[start:], address[start:])
 
 
-def identity(address: str) -> str:
+def canonical_address(address: str) -> str:
     """Return a text that is the same for two addresses of one file, however they are signed, for hashing."""
-    scheme, _, path, query = split_address(reveal(address))
+    scheme, _, path, query = parse_address(reveal(address))
     kept = [pair for pair in urllib.parse.parse_qsl(query[1:]) if not _SIGNATURE.match(pair[0])]
     return f"{scheme.lower()}{path.rstrip('/')} {kept}" if kept else f"{scheme.lower()}{path.rstrip('/')}"
 
 
 def is_incomplete(address: str) -> bool:
     """Whether an address has *** in place of credentials that this process does not know."""
-    parts = split_address(reveal(address))
+    parts = parse_address(reveal(address))
     return parts.user.startswith(HIDDEN) or parts.query[1:].startswith(HIDDEN)
 
 
@@ -134,7 +134,7 @@ def restore_addresses(addresses: dict[str, str]) -> None:
 
 
 def _shown(address: str, hidden: str = HIDDEN) -> str:
-    scheme, user, path, query = split_address(address)
+    scheme, user, path, query = parse_address(address)
     if user:
         user = user if user.startswith(HIDDEN) or user == PLACEHOLDER else f"{hidden}@"
     if query.strip("?#") and not query[1:].startswith(HIDDEN):
@@ -145,7 +145,7 @@ def _shown(address: str, hidden: str = HIDDEN) -> str:
 
 def _remember(address: str) -> None:
     """Add the credentials of an address to those that `redact` removes."""
-    _, user, _, query = split_address(address)
+    _, user, _, query = parse_address(address)
     name, _, password = user[:-1].partition(":")
     values = [pair.partition("=")[2] for pair in re.split("[&;]", query[1:])]
     plain = {address, user, user[:-1], name, password, query[1:], *values}

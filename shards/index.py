@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from shards.atomic import read_file, unreplaced, write_file
+from shards.atomic import detect_replacement, read_file, write_file
 from shards.cli import plural, program_name, run_command
 from shards.cpus import available_cpus
 from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors, printable
@@ -244,7 +244,7 @@ def _scan(path: Path, directory: Path) -> _Scan:
     lines: list[str] = []
     labels: list[int] = []
     with_rows, gray = False, True
-    with unreplaced(path), open(path, "rb", buffering=0) as file:
+    with detect_replacement(path), open(path, "rb", buffering=0) as file:
         for key, components in read_records(path):
             try:
                 image, label, row = parse_record(file, key, components, _MAX_CLASSES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shards.atomic import unreplaced
+from shards.atomic import detect_replacement
 from shards.errors import NotFoundError, UserError
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.datasets import resolve_dataset
@@ -24,7 +24,7 @@ def open_store(directory: Path | str, memory: int | None = None) -> Store:
         UserError: If the split is missing, incomplete or damaged, or replaced in the meantime.
     """
     directory = resolve_dataset(directory)
-    with unreplaced(directory / MANIFEST_NAME):
+    with detect_replacement(directory / MANIFEST_NAME):
         return open_files(directory, Manifest.read(directory), memory)
 
 

@@ -26,7 +26,7 @@ from pipeline.packing.pack import PackSettings, pack
 from pipeline.packing.repack import packed_splits
 from pipeline.readers.naming import TEST, TRAIN
 from pipeline.readers.raw_split import RawSplit
-from shards.atomic import check_writable, unreplaced
+from shards.atomic import check_writable, detect_replacement
 from shards.cli import program_name, run_command
 from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, VALIDATION, Manifest, manifest_paths
@@ -93,7 +93,7 @@ def main() -> int:
     if arguments.csv:
         check_writable(arguments.csv)
     directory, other = resolve_dataset(arguments.set), resolve_dataset(arguments.other)
-    with unreplaced(*manifest_paths(directory), *manifest_paths(other)):
+    with detect_replacement(*manifest_paths(directory), *manifest_paths(other)):
         splits, others = packed_splits(directory), packed_splits(other)
         manifest, other_manifest = Manifest.read(directory / TRAIN), Manifest.read(other / TRAIN)
         identity, other_identity = _identity(directory), _identity(other)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.packing.pack import ORIGINS
 from pipeline.readers.raw_split import RawSplit
-from shards.atomic import unreplaced
+from shards.atomic import detect_replacement
 from shards.errors import UserError
 from shards.manifest import SPLITS, VALIDATION, Manifest, has_split, manifest_paths
 from shards.open import open_split
@@ -28,7 +28,7 @@ def packed_splits(shards: Path | str) -> tuple[RawSplit, ...]:
         UserError: If there is no such set, or if it holds image files of different sizes.
     """
     directory = resolve_dataset(shards)
-    with unreplaced(*manifest_paths(directory)):
+    with detect_replacement(*manifest_paths(directory)):
         return tuple(
             packed_split(open_split(directory, name), directory / name)
             for name in SPLITS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shards.credentials import is_incomplete, reveal, split_address
+from shards.credentials import is_incomplete, parse_address, reveal
 from shards.errors import UserError
 from shards.remote.base import RemoteStorage
 
@@ -22,7 +22,7 @@ def open_storage(address: str) -> RemoteStorage:
             "--shards ADDRESS)",
         )
     address = reveal(address)
-    scheme = split_address(address).scheme
+    scheme = parse_address(address).scheme
     address = scheme.lower() + address[len(scheme) :]
     if scheme.lower() in ("http://", "https://"):
         from shards.remote.http_backend import HttpStorage

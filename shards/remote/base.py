@@ -263,7 +263,7 @@ class RemoteStorage(ABC):
         )
 
 
-def within(seconds: float, work: Callable[[], T]) -> T:
+def call_with_timeout(seconds: float, work: Callable[[], T]) -> T:
     """Return the result of a function; raise TimeoutError if it takes longer. It is not ended then, but left behind."""
     results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -283,7 +283,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # None only if T includes it
 
 
-def at_least_at_min_rate(produce: Callable[[], Iterator[bytes]], address: str) -> Iterator[bytes]:
+def enforce_min_rate(produce: Callable[[], Iterator[bytes]], address: str) -> Iterator[bytes]:
     """Yield what an iterator yields in a thread; raise `TransientError` if it falls behind `MIN_RATE`.
 
     Name resolution, connection, TLS, headers and the lines between chunks have no timeout as a whole: a server that

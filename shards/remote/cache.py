@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def distrust(path: Path) -> None:
+def mark_unchecked(path: Path) -> None:
     """Have a file checked again when its entry is used next, if it is a file of the cache."""
     if path.absolute().is_relative_to(cache_directory()):
         with contextlib.suppress(OSError):

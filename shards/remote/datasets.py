@@ -55,7 +55,7 @@ def resolve_dataset(address: str | Path) -> Path:
     if not is_remote(address):
         return _local_path(address)
     storage = open_storage(str(address))
-    record = cache_directory() / "addresses" / _digest(credentials.identity(str(address)))
+    record = cache_directory() / "addresses" / _digest(credentials.canonical_address(str(address)))
     try:
         manifests = _read_manifests(storage, _ATTEMPTS_WITH_COPY if record.is_file() else None)
     except TransientError as error:
@@ -89,8 +89,8 @@ def resolve_files(address: str | Path) -> Path:
         return _local_path(address)
     storage = open_storage(str(address))
     listed = retry(storage.find)
-    key = _digest(credentials.identity(str(address)))
-    label = _directory_name(credentials.split_address(storage.shown).path.rstrip("/").rpartition("/")[2])
+    key = _digest(credentials.canonical_address(str(address)))
+    label = _directory_name(credentials.parse_address(storage.shown).path.rstrip("/").rpartition("/")[2])
     if set(listed) != {""}:
         return _mirror(storage, listed, key, label)
     storage, name = _open_parent(str(address))
@@ -159,7 +159,7 @@ def _local_path(address: str | Path) -> Path:
 def _open_parent(address: str) -> tuple[RemoteStorage, str]:
     """Open the directory of a single file; returns its storage, and the name of the file in it."""
     is_http = address.lower().startswith("http")
-    scheme, user, path, query = credentials.split_address(credentials.reveal(address))
+    scheme, user, path, query = credentials.parse_address(credentials.reveal(address))
     parent, _, name = (path if is_http else path + query).rstrip("/").rpartition("/")
     parent = f"{scheme}{user}{parent}{query if is_http else ''}"
     return open_storage(parent), urllib.parse.unquote(name) if is_http else name

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.credentials import split_address
+from shards.credentials import parse_address
 from shards.errors import UserError
 from shards.remote import base
 from shards.remote.base import FileInfo, NotFoundError, RemoteError, RemoteStorage, TransientError, error_of_status
@@ -48,7 +48,7 @@ class FsspecStorage(RemoteStorage):
 
         protocol = address.partition("://")[0]
         options: dict[str, Any] = {}
-        scheme, user, path, query = split_address(address)
+        scheme, user, path, query = parse_address(address)
         if user and _EXTRAS.get(protocol) == "s3":
             key, _, secret = map(urllib.parse.unquote, user[:-1].partition(":"))
             address, options = f"{scheme}{path}{query}", {"key": key, "secret": secret}
@@ -128,7 +128,7 @@ class FsspecStorage(RemoteStorage):
                 function, seconds = getattr(self._fs, f"_{method}"), base.STALL_SECONDS + more_seconds
                 return sync(self._fs.loop, function, *arguments, timeout=seconds, **named)
             work = functools.partial(getattr(self._fs, method), *arguments, **named)
-            return base.within(base.STALL_SECONDS + more_seconds, work)
+            return base.call_with_timeout(base.STALL_SECONDS + more_seconds, work)
         except Exception as error:
             raise self._translate(error, name) from error
 

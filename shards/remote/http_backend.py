@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from shards.credentials import split_address
+from shards.credentials import parse_address
 from shards.errors import MismatchError, UserError
 from shards.remote import base
 
@@ -33,7 +33,7 @@ class HttpStorage(base.RemoteStorage):
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
-        scheme, user, path, query = split_address(address)
+        scheme, user, path, query = parse_address(address)
         self._parts = urllib.parse.urlsplit(f"{scheme}{path}{query}")._replace(fragment="")
         token = base64.b64encode(urllib.parse.unquote(user[:-1]).encode()).decode()
         self._authorization = f"Basic {token}" if user else None
@@ -43,7 +43,7 @@ class HttpStorage(base.RemoteStorage):
     def stream(
         self, name: str, start: int, size: int | None, version: str = "", max_bytes: int | None = None
     ) -> Iterator[bytes]:
-        return base.at_least_at_min_rate(lambda: self._stream(name, start, size, version), self.show(name))
+        return base.enforce_min_rate(lambda: self._stream(name, start, size, version), self.show(name))
 
     def _stream(self, name: str, start: int, size: int | None, version: str) -> Iterator[bytes]:
         begun = version or (self._versions.get(name, "") if start else "")
@@ -88,7 +88,7 @@ class HttpStorage(base.RemoteStorage):
 
     def info(self, name: str) -> base.FileInfo:
         try:
-            return base.within(base.STALL_SECONDS, lambda: self._info(name))
+            return base.call_with_timeout(base.STALL_SECONDS, lambda: self._info(name))
         except TimeoutError as error:
             raise self._translate(error, self.show(name)) from None
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.atomic import Identity, identity, replaced
+from shards.atomic import FileIdentity, file_identity, replaced_error
 from shards.cli import USER_ERROR_STATUS
 from shards.errors import CorruptError, UserError, corrupt_shard
 from shards.manifest import Manifest
@@ -87,8 +87,8 @@ class SplitFiles:
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
         self._entries = {file.name: file for file in manifest.everything}
-        self._identities: dict[str, Identity] = {}
-        self._mapped: Iterator[tuple[str, str, Identity]] = iter(())  # path, name, identity: again and again
+        self._identities: dict[str, FileIdentity] = {}
+        self._mapped: Iterator[tuple[str, str, FileIdentity]] = iter(())  # path, name, identity: again and again
         self._open = lru_cache(max_open_files())(OpenFile.open)
 
     @contextmanager
@@ -105,7 +105,7 @@ class SplitFiles:
             yield file
         except OSError as error:
             if name in self._identities and error.errno in _GONE:
-                raise replaced(self._path(name)) from None
+                raise replaced_error(self._path(name)) from None
             raise corrupt_shard(self._path(name), error.strerror or str(error)) from None
         except CorruptError:
             self._check(name, os.fstat(file.descriptor))  # the error may be due to a change
@@ -117,7 +117,7 @@ class SplitFiles:
 
     def _check(self, name: str, status: os.stat_result) -> None:
         """Record the identity of a file that is new, and compare it otherwise."""
-        found = identity(status)
+        found = file_identity(status)
         known = self._identities.get(name)
         if known is None:
             entry = self._entries.get(name)  # version 1 does not list the indices
@@ -126,7 +126,7 @@ class SplitFiles:
                 raise corrupt_shard(self._path(name), reason)
             known = self._identities.setdefault(name, found)
         if known != found:
-            raise replaced(self._path(name))
+            raise replaced_error(self._path(name))
 
     def read_all(self, name: str) -> bytes:
         """Return the content of a small file; raise as `open` does, or CorruptError if its SHA-256 differs."""
@@ -201,7 +201,7 @@ _sizes: dict[str, int] = {}
 def _describe_bus_error() -> UserError:
     for path, size in _sizes.items():
         if os.path.exists(path) and os.path.getsize(path) < size:
-            return replaced(path)
+            return replaced_error(path)
     return UserError(
         found="a memory-mapped file that cannot be read (SIGBUS)",
         expected="files on a disk without errors that stay as they are while they are read",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from shards.atomic import unreplaced
+from shards.atomic import detect_replacement
 from shards.cli import plural, program_name, run_command
 from shards.manifest import manifest_paths
 from shards.remote.datasets import resolve_dataset
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("place", metavar="DIR", help="directory or address of a packed data set, or of one split of it")
     directory = resolve_dataset(parser.parse_args().place)
     all_faults = []
-    with unreplaced(*manifest_paths(directory)):
+    with detect_replacement(*manifest_paths(directory)):
         for split in split_directories(directory):
             manifest, faults = check_split(split)
             all_faults += faults

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.atomic import unreplaced
+from shards.atomic import detect_replacement
 from shards.errors import CorruptError
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest, RawFile
-from shards.remote.cache import distrust
+from shards.remote.cache import mark_unchecked
 
 
 def check_split(directory: Path) -> tuple[Manifest, list[str]]:
@@ -30,7 +30,7 @@ def check_split(directory: Path) -> tuple[Manifest, list[str]]:
     Returns:
         The manifest, and a line for each fault.
     """
-    with unreplaced(directory / MANIFEST_NAME):
+    with detect_replacement(directory / MANIFEST_NAME):
         manifest = Manifest.read(directory)
         counter = SampleCounter(manifest)
         check_store = import_module(f"shards.verify.{manifest.store}").check_store
@@ -75,7 +75,7 @@ def check_hashes(directory: Path, manifest: Manifest) -> Iterator[str]:
         if actual.bytes != expected.bytes:
             yield f"{path}: {actual.bytes:,} bytes, the manifest says {expected.bytes:,}"
         elif actual.sha256 != expected.sha256:
-            distrust(path)
+            mark_unchecked(path)
             yield f"{path}: SHA-256 {actual.sha256[:16]}…, the manifest says {expected.sha256[:16]}…"
 
 

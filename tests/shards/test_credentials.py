@@ -18,7 +18,7 @@ import yaml
 from conftest import run_module
 
 from shards import UserError, credentials
-from shards.credentials import hide, identity, is_incomplete, redact, reveal, split_address
+from shards.credentials import canonical_address, hide, is_incomplete, parse_address, redact, reveal
 from shards.remote.backends import open_storage
 from trainer.config import load as config
 from trainer.config.schema import Config, DataConfig
@@ -77,7 +77,7 @@ def test_an_address_is_hidden_and_revealed(address: str, shown: str) -> None:
     assert reveal(shown) == address
     assert reveal(address) == address
     assert not is_incomplete(shown)
-    assert "".join(split_address(address)) == address
+    assert "".join(parse_address(address)) == address
     parts = (CANARY, QUOTED, urllib.parse.quote(CANARY)) if address.count(f":{CANARY}@") else ()
     for text in (address, urllib.parse.quote(address), urllib.parse.quote_plus(address), *parts):
         assert "c4nary" not in redact(f"nothing at {text}: 404")
@@ -114,9 +114,11 @@ def test_two_addresses_that_look_alike() -> None:
 
 def test_an_address_is_the_same_file_with_another_signature() -> None:
     base = "https://anna:x@host/set/?id=1"
-    assert identity(base) == identity("https://host/set?id=1&X-Amz-Signature=abc&X-Amz-Date=5&token=x")
-    assert identity(base) != identity("https://host/set?id=2")
-    assert identity("s3://a:b@bucket/x") == "s3://bucket/x"
+    assert canonical_address(base) == canonical_address(
+        "https://host/set?id=1&X-Amz-Signature=abc&X-Amz-Date=5&token=x"
+    )
+    assert canonical_address(base) != canonical_address("https://host/set?id=2")
+    assert canonical_address("s3://a:b@bucket/x") == "s3://bucket/x"
 
 
 def test_settings_hold_no_credentials(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.sampler import SequentialBatchSampler, ShuffledBatchSampler, max_s
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import Transform, TransformSpec
 from shards import Manifest, UserError, open_split
-from shards.atomic import replaced, unreplaced
+from shards.atomic import detect_replacement, replaced_error
 from shards.manifest import VALIDATION, check_several_classes, has_split, manifest_paths
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
@@ -73,7 +73,7 @@ def open_data(config: Config, world: World) -> TrainingData:
     def open_stores() -> list[Store]:
         # Evaluation reads a split in order, so a larger cache would not help it.
         splits = ["test", *([VALIDATION] if has_split(directory, VALIDATION) else [])]
-        with unreplaced(*manifest_paths(directory)):
+        with detect_replacement(*manifest_paths(directory)):
             evaluated = [open_split(directory, split, (memory - train_memory) // 2) for split in splits]
             return [open_split(directory, "train", train_memory), *evaluated]
 
@@ -81,7 +81,7 @@ def open_data(config: Config, world: World) -> TrainingData:
     train_store, test_store, *val_stores = stores
     digest = "".join(store.manifest.digest() for store in stores)
     if len(set(world.all_gather(lambda: digest))) > 1:
-        raise replaced(directory)
+        raise replaced_error(directory)
     for store in stores[1:]:
         _check_splits_agree(train_store.manifest, store.manifest, directory)
     if config.data.verify:

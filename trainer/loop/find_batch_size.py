@@ -25,7 +25,7 @@ from trainer.config import load as config
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
-from trainer.loop.step_check import kept_bytes
+from trainer.loop.step_check import saved_tensor_bytes
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.memory import available_memory, peak_memory
@@ -116,7 +116,7 @@ class BatchSizeRunner:
         """Return a lower bound of the bytes of an image, so that the first size does not exceed the memory either."""
         spec, count = self._training.data.spec, _FIRST
         shape = (count, spec.image_shape[2], spec.resolution, spec.resolution)
-        return kept_bytes(self._training.state.model, shape) / count
+        return saved_tensor_bytes(self._training.state.model, shape) / count
 
     def _speed(self, batch_size: int) -> float:
         """Return the images/s of complete steps, optimizer included."""

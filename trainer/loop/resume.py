@@ -16,7 +16,7 @@ from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
 from trainer.loop.state import Training, make_training
-from trainer.loop.step_check import check_batches, check_memory
+from trainer.loop.step_check import check_batch_sizes, check_memory
 from trainer.runtime.distributed import World
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def open_training(
 
     saved, source = world.run_on_main(load) if resuming else (None, None)
     training = make_training(config, data, world, resuming)
-    check_batches(training)
+    check_batch_sizes(training)
     check_memory(training)
     if saved is not None:
         with errors_as_corrupt(source, checkpoint.HINT):

@@ -22,7 +22,7 @@ from trainer.models.compile import compile_mode
 from trainer.runtime.memory import available_memory
 
 
-class StepTooLarge(UserError):
+class StepMemoryError(UserError):
     """A training step does not fit in memory."""
 
 
@@ -30,7 +30,7 @@ _MARGIN = 1.5  # measured peak memory of a step of common networks over the tens
 _MULTIPLE = 8  # images; a suggested batch size is a multiple
 
 
-def kept_bytes(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
+def saved_tensor_bytes(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
     """Compute the bytes that autograd keeps between the forward and the backward pass of a training step.
 
     The model is called on the meta device, which computes shapes only. The result is a lower bound of the memory of the
@@ -74,7 +74,7 @@ def kept_bytes(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def check_batches(training: Training) -> None:
+def check_batch_sizes(training: Training) -> None:
     """Check that each rank has images in every batch of every epoch, and enough of them for batch norm.
 
     The sizes of global batches differ by at most one, and so do those of the ranks' slices.
@@ -92,7 +92,7 @@ def check_batches(training: Training) -> None:
         reason = "one image for each rank"
         if smallest == 1:
             try:
-                kept_bytes(training.state.model, (1, channels, stage.resolution, stage.resolution))
+                saved_tensor_bytes(training.state.model, (1, channels, stage.resolution, stage.resolution))
                 continue
             except ValueError:
                 reason = (
@@ -146,7 +146,7 @@ def estimate_memory(training: Training) -> StepMemory:
     images, kept = 0, 0.0
     for stage in data.train.stages:
         per_rank = -(-min(stage.batch_size, samples) // world.size)
-        stage_kept = float(kept_bytes(model, (per_rank, channels, stage.resolution, stage.resolution)))
+        stage_kept = float(saved_tensor_bytes(model, (per_rank, channels, stage.resolution, stage.resolution)))
         if stage_kept >= kept:
             images, kept = min(stage.batch_size, samples), stage_kept
     if config.trainer.precision != "fp32":
@@ -168,18 +168,18 @@ def check_memory(training: Training) -> None:
     """Check that a training step fits in memory.
 
     Raises:
-        StepTooLarge: It cannot fit.
+        StepMemoryError: It cannot fit.
     """
     memory = estimate_memory(training)
     if memory.needed > memory.available:
         raise memory_error(str(memory), training, memory.fitting)
 
 
-def memory_error(found: str, training: Training, fitting: int) -> StepTooLarge:
+def memory_error(found: str, training: Training, fitting: int) -> StepMemoryError:
     """Return the error for a step that does not fit in memory, with a batch size that does; 0 if there is none."""
     config, samples = training.config, len(training.data.train.samples)
     accumulation = -(-min(config.loader.batch_size, samples) // max(fitting, 1)) * config.optim.grad_accumulation
-    return StepTooLarge(
+    return StepMemoryError(
         found=found,
         expected="a training step that fits in memory",
         hint=f"loader.batch_size={fitting} optim.grad_accumulation={accumulation}"
@@ -193,7 +193,7 @@ def explain_out_of_memory(training: Training) -> Iterator[None]:
     """Replace the error of a GPU without free memory by one with a smaller batch size.
 
     Raises:
-        StepTooLarge: A step does not fit.
+        StepMemoryError: A step does not fit.
     """
     try:
         yield

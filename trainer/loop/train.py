@@ -19,7 +19,7 @@ from trainer.data.training_data import open_data
 from trainer.evaluate.evaluator import Evaluation
 from trainer.loop import console, engine, resume
 from trainer.loop.state import Training, make_training
-from trainer.loop.step_check import check_batches, estimate_memory, explain_out_of_memory, memory_error
+from trainer.loop.step_check import check_batch_sizes, estimate_memory, explain_out_of_memory, memory_error
 from trainer.loop.summary import write_profile, write_results
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed, report_errors_on_main
@@ -96,7 +96,7 @@ def _dry_run(training: Training) -> int:
     is_main_process = training.world.is_main_process
     if is_main_process:
         console.print_plan(training)
-    check_batches(training)
+    check_batch_sizes(training)
     memory = estimate_memory(training)
     if not memory.fits:
         error = memory_error(str(memory), training, memory.fitting)

@@ -25,7 +25,7 @@ from pipeline.packing.pack import PackSettings, pack
 from pipeline.packing.repack import concatenate, packed_split, packed_splits
 from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit
-from shards.atomic import check_writable, unreplaced, write_file
+from shards.atomic import check_writable, detect_replacement, write_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError
 from shards.manifest import MANIFEST_NAME, SPLITS, Manifest, manifest_paths
@@ -94,7 +94,7 @@ def add_pseudo_labels(
     Returns:
         A line for the terminal.
     """
-    with unreplaced(*manifest_paths(directory)):
+    with detect_replacement(*manifest_paths(directory)):
         manifest = Manifest.read(directory / "train")
         train, *others = packed_splits(directory)
     added = replace(

@@ -20,7 +20,7 @@ from trainer.config.schema import Config
 from trainer.data.training_data import open_data
 from trainer.loop import engine, resume
 from trainer.loop.nan_guard import NonFiniteLossError
-from trainer.loop.step_check import StepTooLarge
+from trainer.loop.step_check import StepMemoryError
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import World
 from trainer.runtime.env_info import collect_env_info
@@ -119,7 +119,7 @@ def train_trial(
         trial.abort(State.PRUNED, "pruned")
     except NonFiniteLossError as error:
         trial.abort(State.PRUNED, error.found)
-    except (torch.cuda.OutOfMemoryError, StepTooLarge):
+    except (torch.cuda.OutOfMemoryError, StepMemoryError):
         trial.abort(State.FAIL, "out of memory")
     except BaseException:
         trial.note(starts=0)  # the process did not die: it was stopped, out of time, or met an error of the user

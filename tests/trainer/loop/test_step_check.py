@@ -19,7 +19,7 @@ from trainer.config.load import load
 from trainer.config.schema import Config, ModelConfig
 from trainer.data.resolution_schedule import resolution_stages
 from trainer.loop import step_check
-from trainer.loop.step_check import check_batches, kept_bytes
+from trainer.loop.step_check import check_batch_sizes, saved_tensor_bytes
 from trainer.models.factory import make_model
 from trainer.run import main as run_main
 
@@ -28,7 +28,7 @@ TINY = "test_efficientnet"  # its last batch norm sees one pixel at 28x28
 
 
 def training_of(samples: int, ranks: int, model: nn.Module, config: Config) -> Any:
-    """What `check_batches` reads of a training."""
+    """What `check_batch_sizes` reads of a training."""
     sampler = {
         stage: ShuffledBatchSampler(np.arange(samples), stage.batch_size, 0) for stage in resolution_stages(config)
     }
@@ -73,10 +73,10 @@ def test_every_batch_of_every_rank_and_stage_is_checked(
     training = training_of(samples, ranks, model, config)
     needed = 2 if has_batch_norm else 1
     if smallest_batch(training) >= needed:
-        check_batches(training)
+        check_batch_sizes(training)
         return
     with pytest.raises(UserError) as caught:
-        check_batches(training)
+        check_batch_sizes(training)
     assert ("batch norm" in caught.value.expected) == (has_batch_norm and smallest_batch(training) == 1)
     if caught.value.hint.startswith("loader.batch_size="):
         larger = load(QUICKSTART, [*overrides, caught.value.hint])
@@ -87,10 +87,10 @@ def test_every_batch_of_every_rank_and_stage_is_checked(
 
 def test_batch_norm_takes_one_image_of_several_pixels() -> None:
     model = make_model(ModelConfig(name=TINY), 1, 4)
-    assert kept_bytes(model, (1, 1, 64, 64)) > 0
+    assert saved_tensor_bytes(model, (1, 1, 64, 64)) > 0
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        kept_bytes(model, (1, 1, 28, 28))
-    assert kept_bytes(model, (2, 1, 28, 28)) > 0
+        saved_tensor_bytes(model, (1, 1, 28, 28))
+    assert saved_tensor_bytes(model, (2, 1, 28, 28)) > 0
 
 
 @pytest.mark.parametrize("name", [TINY, "three_block_cnn", "test_vit", "test_resnet"])
@@ -98,7 +98,7 @@ def test_the_estimate_is_what_autograd_keeps(name: str) -> None:
     model = make_model(ModelConfig(name=name), 3, 10).train()
     side = 160 if name == "test_vit" else 32
     state, running = torch.get_rng_state(), {key: value.clone() for key, value in model.state_dict().items()}
-    estimate = kept_bytes(model, (6, 3, side, side))
+    estimate = saved_tensor_bytes(model, (6, 3, side, side))
     assert torch.equal(torch.get_rng_state(), state), "the run draws the same numbers as without the estimate"
     assert all(torch.equal(running[key], value) for key, value in model.state_dict().items())
     weights = {each.untyped_storage()._cdata for each in [*model.parameters(), *model.buffers()]}
