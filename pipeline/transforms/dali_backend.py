@@ -100,7 +100,7 @@ class _DaliPipeline:
 
     def _augment(self, pixels: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
         """Return model input [B, C, R, R] from the pipeline's output [B, R, R, C]."""
-        return self._ops.move(self._ops.change_colors(pixels.permute(0, 3, 1, 2), params), params)
+        return self._ops.apply_warp(self._ops.apply_color_ops(pixels.permute(0, 3, 1, 2), params), params)
 
 
 class DaliTransform(_DaliPipeline):
@@ -110,7 +110,7 @@ class DaliTransform(_DaliPipeline):
     _pack = _PACK
 
     def __call__(self, images: NDArray[np.uint8], params: AugmentationParams | None = None) -> torch.Tensor:
-        prepared = self._ops.change_raw(torch.from_numpy(images), params).numpy()
+        prepared = self._ops.apply_raw_ops(torch.from_numpy(images), params).numpy()
         count = len(images)
         packs = -(-count // _PACK)
         pack = -(-count // packs)

@@ -15,11 +15,11 @@ from pipeline.transforms.warp import Warp
 class SharedOps:
     """The operations of a transform besides decoding, orientation, resize and normalization.
 
-    In this order, a backend calls `change_raw`, normalizes to (x / 255 - fill_value) / std and resizes, and calls
-    `change_colors` (before or after the resize) and `move`. `params` are those of the batch; None without augmentation.
+    In this order, a backend calls `apply_raw_ops`, normalizes to (x / 255 - fill_value) / std and resizes, and calls
+    `apply_color_ops` (before or after the resize) and `apply_warp`. `params` are those of the batch, or None.
 
     Attributes:
-        resizes: Whether the backend has to resize images; `move` may instead sample them at the resolution.
+        resizes: Whether the backend has to resize images; `apply_warp` may instead sample them at the resolution.
     """
 
     def __init__(self, spec: TransformSpec, augmentation: Augmentation, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class SharedOps:
         self._warp = Warp(augmentation, spec, device) if augmentation.has_warp else None
         self.resizes = spec.needs_resize and not (self._warp and spec.can_warp_raw)
 
-    def change_raw(self, images: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
+    def apply_raw_ops(self, images: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
         """Apply preprocessing, stroke width and erasing, bit-identically on all devices; the input is not changed.
 
         Args:
@@ -51,7 +51,7 @@ class SharedOps:
             )
         return images
 
-    def change_colors(self, pixels: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
+    def apply_color_ops(self, pixels: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
         """Apply the affine map of each image's colours, without clipping, to normalized float32 [B, C, H, W]."""
         if params is None or not self._augmentation.has_color_jitter:
             return pixels
@@ -67,6 +67,6 @@ class SharedOps:
         )
         return flat.view(batch, channels, height, width)
 
-    def move(self, pixels: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
+    def apply_warp(self, pixels: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
         """Apply the affine and elastic distortion to normalized float32 [B, C, H, W]: (x / 255 - mean) / std."""
         return pixels if params is None or self._warp is None else self._warp(pixels, params)

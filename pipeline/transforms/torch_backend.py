@@ -49,13 +49,13 @@ class TorchTransform:
         raw = torch.from_numpy(images)
         if self._device.type == "cuda":
             raw = raw.pin_memory().to(self._device, non_blocking=True)
-        raw = self._ops.change_raw(raw, params)
+        raw = self._ops.apply_raw_ops(raw, params)
         pixels = self._as_floats(raw.permute(0, 3, 1, 2) if self._ops.resizes else self._upright(raw))
         for channel, (shift, scale) in enumerate(self._shifts_and_scales):
             plane = pixels[:, channel]
             torch.add(shift, plane, alpha=scale, out=plane)  # one pass over the memory
-        pixels = self._ops.change_colors(pixels, params)
-        return self._ops.move(self._resized(pixels) if self._ops.resizes else pixels, params)
+        pixels = self._ops.apply_color_ops(pixels, params)
+        return self._ops.apply_warp(self._resized(pixels) if self._ops.resizes else pixels, params)
 
     def _resized(self, pixels: torch.Tensor) -> torch.Tensor:
         """Resize images [B, C, H, W] as stored to upright [B, C, R, R]."""

@@ -13,7 +13,7 @@ from shards import Manifest, UserError, open_split
 from shards.errors import CorruptError
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
-from trainer.checkpoint import records
+from trainer.checkpoint import run_files
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.config.schema import Config
@@ -56,9 +56,9 @@ class CompletedRun:
             directory,
             trained,
             directory.read_summary(),
-            records.read_history(directory.metrics, hint),
-            records.read_json(directory.environment, records.Environment, hint),
-            records.read_predictions(directory.predictions, len(trained.classes), hint),
+            run_files.read_history(directory.metrics, hint),
+            run_files.read_json(directory.environment, run_files.Environment, hint),
+            run_files.read_predictions(directory.predictions, len(trained.classes), hint),
         )
         run._check_consistency()
         return run

@@ -14,7 +14,7 @@ from typing import Any
 from shards.atomic import file_lock, make_directory, read_file, write_file
 from shards.errors import UserError, errors_as_corrupt, os_errors_as_user_errors
 from trainer.checkpoint import io as checkpoint
-from trainer.checkpoint import records
+from trainer.checkpoint import run_files
 from trainer.config.load import MAX_YAML_BYTES, read_yaml, validate
 from trainer.config.schema import Config
 
@@ -72,7 +72,7 @@ class RunDirectory:
         write_file(self.summary_path, json.dumps(summary, indent=1) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
-        return records.read_json(self.summary_path, records.Summary, self.hint)
+        return run_files.read_json(self.summary_path, run_files.Summary, self.hint)
 
     def read_settings(self) -> tuple[str, Config]:
         """Return `config.yaml` as text and as settings."""

@@ -15,7 +15,7 @@ from torch import nn
 from shards import Manifest, UserError
 from shards.errors import CorruptError, errors_as_corrupt, printable
 from trainer.checkpoint import io as checkpoint
-from trainer.checkpoint import records
+from trainer.checkpoint import run_files
 from trainer.config.load import validate
 from trainer.config.schema import Config
 from trainer.models.factory import check_sides, make_model
@@ -56,7 +56,7 @@ class TrainedModel:
         """
         state = checkpoint.load(path, needed=("config", "input_adapter"))
         with errors_as_corrupt(path, checkpoint.HINT):
-            records.check(records.BestCheckpoint, state)
+            run_files.check(run_files.BestCheckpoint, state)
             channels, classes = state["image_shape"][2], len(state["classes"])
             if not channels == len(state["mean"]) == len(state["std"]) or classes != len(state["offsets"]):
                 raise ValueError("statistics or offsets of another number of channels or classes")

@@ -88,7 +88,7 @@ def log_class_weights(counts: NDArray[np.int64], settings: LossConfig) -> NDArra
     return (weights if bool((weights != weights[0]).any()) else -log_priors(counts)).numpy()
 
 
-def bounded_loader(loader: Loader, classes: int) -> Loader:
+def limit_samples(loader: Loader, classes: int) -> Loader:
     """Return a loader of as many samples as `fit_posthoc` can hold the logits of, evenly spaced if not all."""
     samples, limit = loader.sampler.samples, max(1, _MAX_LOGITS // classes)
     if len(samples) <= limit:

@@ -20,7 +20,7 @@ from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.evaluate.evaluator import Evaluation, evaluate, predict_logits
-from trainer.evaluate.logit_adjustment import bounded_loader, fit_posthoc
+from trainer.evaluate.logit_adjustment import fit_posthoc, limit_samples
 from trainer.loop import console
 from trainer.loop.epoch_meter import EpochMeter
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
@@ -326,7 +326,7 @@ def evaluate_best(training: Training, services: RunServices) -> Evaluation:
     trained = world.run_on_main(load_best)
     model = trained.build_model(world.device)
     if data.validation is not None:
-        loader = bounded_loader(data.validation, len(data.classes))
+        loader = limit_samples(data.validation, len(data.classes))
         outputs = predict_logits(model, loader, settings, world, services.signals_received)
         if outputs is not None:
             tau, monitor = training.config.posthoc.tau, settings.monitor

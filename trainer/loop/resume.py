@@ -10,7 +10,7 @@ import torch
 
 from shards.errors import errors_as_corrupt
 from trainer.checkpoint import io as checkpoint
-from trainer.checkpoint import records
+from trainer.checkpoint import run_files
 from trainer.checkpoint.compat import changed_settings, check_fits, check_structure
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import Config
@@ -111,7 +111,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
 def _check_restored(training: Training) -> None:
     """Raise `ValueError` if the parts of a state contradict each other."""
     state, train, window = training.state, training.data.train, training.data.train.window
-    records.check_history(state.history)
+    run_files.check_history(state.history)
     if len(state.history) != state.epoch or not min(1, state.epoch) <= state.best_epoch <= state.epoch:
         raise ValueError(
             f"a history of {len(state.history)} epochs, the best {state.best_epoch}, in epoch {state.epoch}"

@@ -25,7 +25,7 @@ from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed, report_errors_on_main
 from trainer.runtime.env_info import collect_env_info
 from trainer.runtime.loggers import MetricLogger, check_installed, open_loggers
-from trainer.runtime.output import ignore_output_errors
+from trainer.runtime.output_errors import ignore_output_errors
 from trainer.runtime.rendezvous import get_run_dir_of_job, set_run_dir_of_job
 from trainer.runtime.signals import Interrupted
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shards.atomic import write_file
 from shards.stores.base import Store
-from trainer.checkpoint import records
+from trainer.checkpoint import run_files
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.evaluate.calibration import reliability
 from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
@@ -38,7 +38,7 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
     """
     directory = RunDirectory(path)
     classes = store.manifest.classes
-    predictions = records.read_predictions(directory.predictions, len(classes), directory.hint, store)
+    predictions = run_files.read_predictions(directory.predictions, len(classes), directory.hint, store)
     labels, predicted = predictions["labels"], predictions["predicted"]
     metrics = ClassificationMetrics.of(labels, predicted, len(classes))
     matrix = None
@@ -50,7 +50,7 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
     settings, config = directory.read_settings()
     profile = None
     if directory.profile.exists():
-        parts = records.read_json(directory.profile, records.Profile, f"rm -rf {directory.profile}")
+        parts = run_files.read_json(directory.profile, run_files.Profile, f"rm -rf {directory.profile}")
         profile = format_profile(parts)
     page = html.render(
         "run_page.html.j2",
@@ -66,7 +66,7 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
         pairs=_pair_rows(metrics, predictions, store),
         settings=settings,
         config=config,
-        environment=records.read_json(directory.environment, records.Environment, directory.hint),
+        environment=run_files.read_json(directory.environment, run_files.Environment, directory.hint),
         profile=profile,
     )
     write_file(directory.report, page)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from shards.errors import UserError
-from trainer.checkpoint import records
+from trainer.checkpoint import run_files
 from trainer.checkpoint.run_dir import choose_run_dir
 from trainer.config import load as config
 from trainer.config.schema import Config
@@ -29,11 +29,11 @@ from trainer.tune.search_space import SearchConfig
 from trainer.tune.study import RunningTrial, SharedStudy, State, optuna
 
 
-class _Summary(records.Record):
+class _Summary(run_files.Schema):
     """`summary.json` of a trial."""
 
-    metric: records.Finite
-    metrics: list[records.Finite]
+    metric: run_files.Finite
+    metrics: list[run_files.Finite]
 
 
 class TrialPaused(Exception):
@@ -135,7 +135,7 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
     """Train once, or resume, in `run.dir`; returns the best validation metric, and those of all epochs."""
     directory, resuming = choose_run_dir(settings)
     if directory.summary_path.exists():
-        return records.read_json(directory.summary_path, _Summary, f"rm {directory.summary_path}")
+        return run_files.read_json(directory.summary_path, _Summary, f"rm {directory.summary_path}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(directory.lock())
         # Beside the directory, because a directory that contains a file but no settings is not a run.

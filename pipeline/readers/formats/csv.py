@@ -99,11 +99,11 @@ def format_csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """Format a table as CSV. Texts that a spreadsheet would run as a formula get an apostrophe in front."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(_inert, header))
-    writer.writerows(map(_inert, row) for row in rows)
+    writer.writerow(map(_escape_formula, header))
+    writer.writerows(map(_escape_formula, row) for row in rows)
     return text.getvalue()
 
 
-def _inert(value: object) -> object:
+def _escape_formula(value: object) -> object:
     is_formula = isinstance(value, str) and len(value) > 1 and value[0] in "=+-@\t\r" and not _NUMBER.fullmatch(value)
     return f"'{value}" if is_formula else value

@@ -24,7 +24,7 @@ from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config.schema import LossConfig
 from trainer.evaluate import logit_adjustment
 from trainer.evaluate.evaluator import evaluate_run
-from trainer.evaluate.logit_adjustment import best_tau, bounded_loader, fit_posthoc, log_class_weights
+from trainer.evaluate.logit_adjustment import best_tau, fit_posthoc, limit_samples, log_class_weights
 from trainer.optim.losses import class_weights, log_priors, weighted_kl
 from trainer.predict.predictor import Predictor, upright_images
 from trainer.run import main as run_main
@@ -159,10 +159,10 @@ def test_the_fit_takes_evenly_spaced_images_if_all_logits_exceed_the_memory(
     sampler = SequentialBatchSampler(np.arange(0, 300, 3), 32)
     spec = TransformSpec.of(store.manifest, 8).with_normalization((0.5,), (0.5,))
     loader = Loader(store, sampler, build_transform(spec, "torch", torch.device("cpu"), 32), torch.device("cpu"))
-    assert bounded_loader(loader, 10) is loader
+    assert limit_samples(loader, 10) is loader
     monkeypatch.setattr(logit_adjustment, "_MAX_LOGITS", 1000)
-    assert bounded_loader(loader, 10) is loader
-    bounded = bounded_loader(loader, 90)
+    assert limit_samples(loader, 10) is loader
+    bounded = limit_samples(loader, 90)
     assert bounded.sampler.samples.tolist() == [0, 27, 57, 87, 117, 147, 177, 207, 237, 267, 297]
     assert len(loader.sampler.samples) == 100, "the loader of validation is unchanged"
     assert "11 of 100 validation images" in caplog.text

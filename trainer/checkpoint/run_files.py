@@ -35,13 +35,13 @@ Finite = Annotated[float, Field(ge=-_MAX_NUMBER, le=_MAX_NUMBER)]
 Positive = Annotated[float, Field(gt=0, le=_MAX_NUMBER)]
 
 
-class Record(BaseModel):
+class Schema(BaseModel):
     """A record with fields of fixed types, and any further ones."""
 
     model_config = ConfigDict(extra="allow", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
 
 
-class Metrics(Record):
+class Metrics(Schema):
     """Metrics of a split."""
 
     accuracy: Fraction
@@ -50,7 +50,7 @@ class Metrics(Record):
     samples: Annotated[Count, Field(ge=1)]
 
 
-class Epoch(Record):
+class Epoch(Schema):
     """A line of `metrics.jsonl`."""
 
     epoch: Annotated[Count, Field(ge=1)]
@@ -67,7 +67,7 @@ class _Validation(Metrics):
     loss: Real
 
 
-class _Calibration(Record):
+class _Calibration(Schema):
     temperature: Positive
     ece_before: Real
     ece: Real
@@ -75,7 +75,7 @@ class _Calibration(Record):
     nll: Real
 
 
-class _Decision(Record):
+class _Decision(Schema):
     tau: Finite
     validation: Metrics
     validation_as_learned: Metrics
@@ -99,7 +99,7 @@ class Summary(Metrics):
     dataset: str
 
 
-class Environment(Record):
+class Environment(Schema):
     """`env.json`."""
 
     packages: dict[str, str]
@@ -109,7 +109,7 @@ class Environment(Record):
     data: str
 
 
-class _ProfilePart(Record):
+class _ProfilePart(Schema):
     part: str
     times: Count
     seconds: Amount
@@ -123,7 +123,7 @@ class Profile(RootModel[list[_ProfilePart]]):
     """`profile.json`."""
 
 
-class BestCheckpoint(Record):
+class BestCheckpoint(Schema):
     """`best.pt`."""
 
     model: dict[str, torch.Tensor]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 
-class _Output:
+class _FailSafeStream:
     """A text stream that discards its output from the first write that fails."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -40,7 +40,7 @@ class _Output:
 def ignore_output_errors() -> Iterator[None]:
     """Discard the output of this process once its terminal, pipe or log file cannot be written."""
     stdout, stderr = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Output(stdout), _Output(stderr)
+    sys.stdout, sys.stderr = _FailSafeStream(stdout), _FailSafeStream(stderr)
     try:
         yield
     finally:
