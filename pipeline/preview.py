@@ -125,7 +125,7 @@ def contact_sheet(
 
     cpu = torch.device("cpu")
     spec = TransformSpec.of(manifest, resolution, interpolation, preprocessing)
-    transform = build_transform(spec, choose_backend("auto", cpu, spec)[0], cpu, count, augmentation)
+    transform = build_transform(spec, choose_backend("auto", cpu.type, spec.encoded)[0], cpu, count, augmentation)
     for number, (label, samples) in enumerate(examples):
         left = _MARGIN + number // lines * (block_width + _COLUMN_GAP)
         top = _HEADER + number % lines * line_height

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-
-import torch
+from typing import TYPE_CHECKING
 
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.spec import Transform, TransformSpec
-from pipeline.transforms.torch_backend import TorchTransform
 from shards.errors import UserError
 
+if TYPE_CHECKING:  # `inkstream doctor` chooses a backend without torch, which takes seconds to import
+    import torch
 
-def choose_backend(name: str, device: torch.device, spec: TransformSpec) -> tuple[str, str]:
+
+def choose_backend(name: str, device_type: str, encoded: bool) -> tuple[str, str]:
     """Choose the backend of a transform.
 
     Args:
         name: `auto`, `dali` or `torch`.
-        device: Device of the model input.
-        spec: Specification of the transform.
+        device_type: `cpu` or `cuda`, the device of the model input.
+        encoded: Whether the raw images are image files.
 
     Returns:
         `dali` or `torch`, and the reason in words.
@@ -35,9 +36,9 @@ def choose_backend(name: str, device: torch.device, spec: TransformSpec) -> tupl
         )
     if name != "auto":
         return name, "set by loader.backend"
-    if spec.encoded and has_dali:
+    if encoded and has_dali:
         return "dali", "decodes image files"
-    if device.type == "cpu":
+    if device_type == "cpu":
         return "torch", "faster than DALI on CPUs"
     if not has_dali:
         return "torch", "DALI is not installed"
@@ -65,13 +66,12 @@ def build_transform(
     """
     if spec.encoded:
         _check_encoded(spec, augmentation)
-    if backend == "dali":
-        from pipeline.transforms.dali_backend import (
-            DaliEncodedTransform,
-            DaliTransform,
-        )  # not available on every system
+    if backend == "dali":  # not available on every system
+        from pipeline.transforms.dali_backend import DaliEncodedTransform, DaliTransform
 
         return (DaliEncodedTransform if spec.encoded else DaliTransform)(spec, device, batch_size, augmentation)
+    from pipeline.transforms.torch_backend import TorchTransform
+
     return TorchTransform(spec, device, augmentation)
 
 

@@ -110,7 +110,7 @@ def open_data(config: Config, world: World) -> TrainingData:
     augmentation = config.augment.augmentation()
     if manifest.image_shape[2] == 1 and (augmentation.saturation or augmentation.hue):
         log.warning("augment.saturation and augment.hue have no effect on grayscale images")
-    backend, reason = choose_backend(config.loader.backend, world.device, spec)
+    backend, reason = choose_backend(config.loader.backend, world.device.type, spec.encoded)
 
     def normalized(resolution: int) -> TransformSpec:
         scaled = replace(spec, resolution=resolution)

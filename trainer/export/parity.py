@@ -67,7 +67,7 @@ def compute_reference(
     world = World(rank=0, size=1, device=torch.device("cpu"))
     settings = config.trainer.model_copy(update={"precision": "fp32"})
     samples = np.arange(min(len(store), _SAMPLES))
-    backend, _ = choose_backend(config.loader.backend, world.device, spec)
+    backend, _ = choose_backend(config.loader.backend, world.device.type, spec.encoded)
     transform = build_transform(spec, backend, world.device, len(samples))
     inputs, probabilities = [], []
     for batch in evaluation_loader(store, samples, transform, config, world).batches():

@@ -84,7 +84,7 @@ class Predictor:
             std=trained.std,
             preprocessing=self._config.data.preprocessing(),
         )
-        backend, _ = choose_backend(self._config.loader.backend, self._device, self._spec)
+        backend, _ = choose_backend(self._config.loader.backend, self._device.type, self._spec.encoded)
         self._transform = build_transform(self._spec, backend, self._device, self.batch_size)
         self._model = trained.build_model(self._device).eval()
 
