@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.rng import BLOCK_STREAM, permutation, random_keys
+from pipeline.common.rng import BLOCK_STREAM, LEFT_OUT_STREAM, permutation, random_keys
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from shards.manifest import Manifest
+
+SAMPLER_VERSION = 2  # increases when a state that was saved within an epoch would continue with other batches
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,12 @@ class BatchIndices:
 
 @dataclass(frozen=True, eq=False)
 class ShuffledBatchSampler:
-    """A new permutation in each epoch, split into global batches that are divided evenly among the ranks.
+    """A new permutation in each epoch, split into global batches of one size that are divided evenly among the ranks.
 
-    Each sample occurs once per epoch. An epoch has the smallest number of batches that `batch_size` allows, and their
-    sizes differ by at most one sample, so there is no small last batch.
+    An epoch of N samples has the smallest number of batches that `batch_size` allows, S = ceil(N / batch_size), and
+    each of them has N // S samples. The remaining N % S samples, fewer than one per batch, are left out, and all others
+    occur once. Epochs leave out consecutive parts of one fixed permutation, so after any number of epochs two samples
+    have been used equally often or one of them once more.
 
     With a shuffle window, the blocks of a data set larger than memory come in random order, and each sample is delayed
     by a uniform fraction of the window. The window slides: every batch adds as many samples as it removes, each block
@@ -52,6 +57,7 @@ class ShuffledBatchSampler:
         block_size: Samples of a block of the store.
         shuffle_window_blocks: Blocks from which samples are drawn at a time; None for a uniform permutation.
         augmentation: Augmentation whose parameters are sampled; None for none.
+        left_out_offset: Position in the permutation at which epoch 0 starts to leave samples out.
     """
 
     samples: NDArray[np.int64]
@@ -60,10 +66,20 @@ class ShuffledBatchSampler:
     block_size: int = 1
     shuffle_window_blocks: int | None = None
     augmentation: Augmentation | None = None
+    left_out_offset: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.samples) // self.batch_size)
+
+    @property
+    def left_out(self) -> int:
+        """Number of samples that an epoch leaves out."""
+        return len(self.samples) % self.steps_per_epoch
+
+    @cached_property
+    def _left_out_order(self) -> NDArray[np.int64]:
+        return permutation(len(self.samples), self.seed, LEFT_OUT_STREAM)
 
     @property
     def can_fuse(self) -> bool:
@@ -71,23 +87,32 @@ class ShuffledBatchSampler:
         return self.shuffle_window_blocks is None
 
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the samples in the order of an epoch, int64 [N]."""
+        """Return the samples of an epoch in its order, int64 [N - left_out]."""
+        samples = self.samples
+        if self.left_out:
+            start = self.left_out_offset + epoch * self.left_out
+            left_out = np.arange(start, start + self.left_out)
+            samples = np.delete(samples, self._left_out_order.take(left_out, mode="wrap"))
         if self.shuffle_window_blocks is None:
-            return self.samples[permutation(len(self.samples), self.seed, epoch)]
-        blocks = self.samples // self.block_size
+            return samples[permutation(len(samples), self.seed, epoch)]
+        blocks = samples // self.block_size
         ranks = permutation(int(blocks.max()) + 1, self.seed, BLOCK_STREAM + epoch).argsort()
         delays = random_keys(self.seed, epoch, len(blocks)).astype(np.float64) * (self.shuffle_window_blocks / 2.0**64)
-        return self.samples[np.argsort(ranks[blocks] + delays, kind="stable")]
+        return samples[np.argsort(ranks[blocks] + delays, kind="stable")]
 
     def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
         """Iterate over the steps of an epoch from number `first` on, with the samples of one rank."""
-        order = self.epoch_order(epoch)
-        steps = self.steps_per_epoch
-        for step in range(first, steps):
-            batch = order[len(order) * step // steps : len(order) * (step + 1) // steps]
-            local = slice(len(batch) * rank // world_size, len(batch) * (rank + 1) // world_size)
+        size = equal_batch_size(len(self.samples), self.batch_size)
+        batches = self.epoch_order(epoch).reshape(-1, size)
+        local = slice(size * rank // world_size, size * (rank + 1) // world_size)
+        for step in range(first, len(batches)):
             params = self.augmentation.sample_params(self.seed, epoch, step, local) if self.augmentation else None
-            yield BatchIndices(step, batch[local], len(batch), params)
+            yield BatchIndices(step, batches[step, local], size, params)
+
+
+def equal_batch_size(samples: int, batch_size: int) -> int:
+    """Return the size of all batches of a training epoch of `samples` samples, which is at most `batch_size`."""
+    return samples // -(-samples // batch_size)
 
 
 def max_shuffle_window(manifest: Manifest, memory: int, batch_size: int) -> int | None:

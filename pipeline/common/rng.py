@@ -11,6 +11,7 @@ PARTITION_STREAM = 1 << 63
 BLOCK_STREAM = 1 << 61  # plus the epoch: the order of blocks if samples are shuffled within a window of blocks
 AUGMENTATION_STREAM = 1 << 60  # plus the epoch times 2^32, plus the step
 ELASTIC_STREAM = 1 << 59  # likewise
+LEFT_OUT_STREAM = 1 << 58  # the order in which epochs leave samples out
 
 
 def random_keys(seed: int, stream: int, count: int, first: int = 0) -> NDArray[np.uint64]:

@@ -7,6 +7,7 @@ import io
 import json
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from conftest import ROOT
 from support.run_outcome import assert_same_run, history
 from support.training_runs import QUICK, stop_in_epoch, train_here
 
+from pipeline.sampler import ShuffledBatchSampler, equal_batch_size
 from shards import UserError
 from trainer.config.load import load
 from trainer.config.schema import Config
-from trainer.data.resolution_schedule import ResolutionStage, resolution_stages
+from trainer.data.resolution_schedule import ResolutionStage, TrainingLoader, resolution_stages
 from trainer.data.training_data import open_data
 from trainer.models.precision import resolve_precision
 from trainer.optim.schedules import LRSchedule
@@ -52,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         assert train_here(patch, recipe, directory) == 0
     assert "at 8x8, from epoch 2 on 12x12, from epoch 3 on 20x20" in said.getvalue()
-    assert "batch size 96, from epoch 2 on batch size 40, from epoch 3 on batch size 16" in said.getvalue()
+    assert "batch size 90, from epoch 2 on batch size 39, from epoch 3 on batch size 15" in said.getvalue()
     return directory
 
 
@@ -97,6 +99,18 @@ def test_a_schedule_agrees_with_the_other_settings() -> None:
     )
 
 
+def test_samples_are_used_equally_often_over_stages_with_other_batch_sizes() -> None:
+    given = ("data.resolution=[[1, 48], [4, 80], [9, 112]]", "trainer.epochs=30", "loader.batch_size=32")
+    stages = resolution_stages(config(*given, "loader.scale_batch_with_resolution=true"))
+    sampler = ShuffledBatchSampler(np.arange(630), 32, 0)
+    train = TrainingLoader(Mock(), sampler, stages, Mock(), ALONE)
+    assert [sampler.left_out for sampler in map(train.sampler_at, (0, 3, 8))] == [2, 6, 10]
+    used = np.zeros(630, int)
+    for epoch in range(30):
+        used[train.sampler_at(epoch).epoch_order(epoch)] += 1
+        assert np.ptp(used) <= 1
+
+
 def test_every_epoch_has_its_resolution_with_its_own_statistics(synthetic_set: Path) -> None:
     given = ("data.resolution=[[1, 8], [2, 28], [3, 40]]", f"data.shards={synthetic_set}", "loader.batch_size=32")
     data = open_data(
@@ -106,12 +120,12 @@ def test_every_epoch_has_its_resolution_with_its_own_statistics(synthetic_set: P
         seen, total, squares = [], 0.0, 0.0
         for batch in data.train.batches(epoch):
             assert batch.images.shape[1:] == (1, side, side)
-            assert batch_size - 1 <= batch.global_size <= batch_size or batch.global_size == len(data.train.samples)
+            assert batch.global_size == equal_batch_size(len(data.train.samples), batch_size)
             seen.append(batch.source_index)
             total += float(batch.images.double().mean(dim=(1, 2, 3)).sum())
             squares += float(batch.images.double().square().mean(dim=(1, 2, 3)).sum())
         rows = np.sort(torch.cat(seen).numpy())
-        assert len(np.unique(rows)) == len(rows) == len(data.train.samples), "every sample once an epoch"
+        assert len(np.unique(rows)) == len(rows) == data.train.steps(epoch) * batch.global_size
         # Measured over the whole part; what is trained on is 90 % of it.
         assert total / len(rows) == pytest.approx(0, abs=0.02)
         assert squares / len(rows) == pytest.approx(1, abs=0.02)

@@ -107,7 +107,8 @@ class LoaderConfig(BaseConfig):
     backend: Literal["auto", "dali", "torch"] = "auto"
     """Backend that decodes, transforms and augments; auto is dali on a GPU and torch on a CPU."""
     batch_size: Annotated[int, Field(ge=1, le=10**6)] = 512
-    """Global batch size: images per batch over all ranks."""
+    """Largest global batch size: images per batch over all ranks. All batches of an epoch have the same size, so it can
+    be a few images smaller, and an epoch leaves out fewer images than it has batches."""
     scale_batch_with_resolution: bool = False
     """Keep the number of pixels per batch in a resolution schedule: batch_size applies to the largest resolution."""
     cache_gb: Annotated[float, Field(gt=0, le=10**6)] | Literal["auto"] = "auto"

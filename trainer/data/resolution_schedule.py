@@ -103,8 +103,13 @@ class TrainingLoader:
         return [stage for stage in self.stages if stage.first <= epoch][-1]
 
     def sampler_at(self, epoch: int) -> ShuffledBatchSampler:
-        """Return the sampler of an epoch."""
-        return replace(self._sampler, batch_size=self.stage_at(epoch).batch_size, shuffle_window_blocks=self.window)
+        """Return the sampler of an epoch; each stage leaves out the samples that follow those of the stage before."""
+        sampler, offset = self._sampler, 0
+        for stage in self.stages:
+            if stage.first <= epoch:
+                before, sampler = sampler.left_out, replace(sampler, batch_size=stage.batch_size)
+                offset += stage.first * (before - sampler.left_out)
+        return replace(sampler, left_out_offset=offset, shuffle_window_blocks=self.window)
 
     def steps(self, epoch: int) -> int:
         return self.sampler_at(epoch).steps_per_epoch

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.sampler import equal_batch_size
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.data.resolution_schedule import ResolutionStage
 from trainer.data.training_data import TrainingData
@@ -23,7 +24,7 @@ def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -
     resumed = f", resuming from epoch {state.epoch + 1} after step {state.step} ({source.name})" if source else ""
     validation = len(data.validation.sampler.samples) if data.validation else 0
     steps = _by_stage(data, lambda stage: f"{data.train.steps(stage.first):,} steps/epoch")
-    sizes = _by_stage(data, lambda stage: f"batch size {stage.batch_size:,}")
+    sizes = _by_stage(data, lambda stage: f"batch size {_batch_size(data, stage):,}")
     print(
         f"{data.manifest.name}: {len(data.train.samples):,} training, {validation:,} validation, "
         f"{len(data.test.sampler.samples):,} test images, {len(data.classes)} classes\n"
@@ -56,7 +57,7 @@ def print_plan(training: Training) -> None:
     weights = training.class_weights
 
     def model_input(stage: ResolutionStage) -> str:
-        per_rank = -(-min(stage.batch_size, len(data.train.samples)) // world.size)
+        per_rank = -(-_batch_size(data, stage) // world.size)
         return f"[{per_rank}, {channels}, {stage.resolution}, {stage.resolution}] per rank"
 
     def steps(stage: ResolutionStage) -> str:
@@ -117,6 +118,10 @@ def print_stopped(training: Training, run_dir: RunDirectory) -> None:
 
 def _metrics(metrics: dict[str, Any]) -> str:
     return f"accuracy {metrics['accuracy']:.2%}  macro F1 {metrics['macro_f1']:.2%}"
+
+
+def _batch_size(data: TrainingData, stage: ResolutionStage) -> int:
+    return equal_batch_size(len(data.train.samples), stage.batch_size)
 
 
 def _by_stage(data: TrainingData, describe: Callable[[ResolutionStage], str]) -> str:

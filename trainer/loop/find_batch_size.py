@@ -30,7 +30,7 @@ from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.memory import available_memory, peak_memory
 
-_FIRST = 16
+_FIRST = {"cpu": 16, "cuda": 256}  # images
 _FINEST = 8  # images; the search also ends at 1/16 of the size
 _WARM_UP = 2  # steps, the first of which also compiles
 _SECONDS = 0.5  # minimum duration of a measurement
@@ -51,18 +51,21 @@ class BatchSizeResult:
         return f"{self.images_per_second:>10,.0f} images/s  {self.memory / 1e9:6.1f} GB"
 
 
-def search_batch_sizes(attempt: Callable[[int], BatchSizeResult | None], most: int) -> list[BatchSizeResult]:
+def search_batch_sizes(
+    attempt: Callable[[int], BatchSizeResult | None], first: int, most: int
+) -> list[BatchSizeResult]:
     """Double the batch size up to a limit or to the first that does not fit, then bisect to a sixteenth.
 
     Args:
         attempt: Measures a batch size; returns None if it does not fit.
+        first: The first batch size.
         most: The limit.
 
     Returns:
         The batch sizes that fit, in ascending order.
     """
     results: list[BatchSizeResult] = []
-    size, fits, too_large = min(_FIRST, most), 0, None
+    size, fits, too_large = min(first, most), 0, None
     while size > fits:
         result = attempt(size)
         if result is None:
@@ -114,7 +117,7 @@ class BatchSizeRunner:
 
     def _least_per_image(self) -> float:
         """Return a lower bound of the bytes of an image, so that the first size does not exceed the memory either."""
-        spec, count = self._training.data.spec, _FIRST
+        spec, count = self._training.data.spec, _FIRST["cpu"]
         shape = (count, spec.image_shape[2], spec.resolution, spec.resolution)
         return saved_tensor_bytes(self._training.state.model, shape) / count
 
@@ -124,22 +127,25 @@ class BatchSizeRunner:
         shape = (batch_size, spec.image_shape[2], spec.resolution, spec.resolution)
         images = torch.rand(shape, device=self._device)
         prefetched = [images.clone() for _ in range(_PREFETCHED)]
+        # One compilation for all sizes. A run compiles its only size with static shapes, which can be faster.
+        torch._dynamo.maybe_mark_dynamic(images, 0)
         labels = torch.arange(batch_size, device=self._device) % len(self._training.data.classes)
         batch = Batch(images, labels, labels, 0, batch_size)
         self._training.forward.train()
-        for _ in range(_WARM_UP):
-            self._step(batch)
-        steps, start = 0, time.perf_counter()
-        while steps == 0 or time.perf_counter() - start < _SECONDS:
-            self._step(batch)
-            steps += 1
+        self._steps(batch, _WARM_UP)
+        steps = max(1, round(_SECONDS / self._steps(batch, 1)))
+        speed = steps * batch_size / self._steps(batch, steps)
         del prefetched
-        return steps * batch_size / (time.perf_counter() - start)
+        return speed
 
-    def _step(self, batch: Batch) -> None:
-        engine.train_step(self._training, batch, 1, True)
+    def _steps(self, batch: Batch, count: int) -> float:
+        """Return the seconds of training steps; synchronizes with the device once, after the last."""
+        start = time.perf_counter()
+        for _ in range(count):
+            engine.train_step(self._training, batch, 1, True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start
 
 
 def main() -> int:
@@ -171,7 +177,7 @@ def main() -> int:
             return result
 
         most = len(data.train.samples)
-        results = search_batch_sizes(attempt, most)
+        results = search_batch_sizes(attempt, _FIRST[world.device.type], most)
     if not results:
         raise UserError(
             found="a batch of 8 images that does not fit",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipeline.sampler import SAMPLER_VERSION
 from shards.errors import errors_as_corrupt
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_files
@@ -41,6 +42,13 @@ def open_training(
         saved, source = checkpoint.load_newest(run_dir.checkpoints)
         with errors_as_corrupt(source, checkpoint.HINT):
             check_fits(saved, config, data.classes, data.digest, source)
+        if saved["step"] and saved.get("sampler_version") != SAMPLER_VERSION:
+            log.warning(
+                "%s was written within an epoch by another version, which divided the samples into other batches. The "
+                "rest of epoch %d repeats some samples and omits others; later epochs are complete.",
+                source,
+                saved["epoch"] + 1,
+            )
         threads = torch.get_num_threads()
         if world.device.type == "cpu" and saved.get("threads", threads) != threads:
             log.warning(

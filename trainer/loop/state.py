@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.sampler import SAMPLER_VERSION
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
@@ -163,6 +164,7 @@ class Training:
             **self.compatibility_fields(),
             "window": train.window,
             "steps": train.steps(self.state.epoch),
+            "sampler_version": SAMPLER_VERSION,
             "threads": torch.get_num_threads(),
             **self.state.state_dict(),
         }

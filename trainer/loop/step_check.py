@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from pipeline.sampler import equal_batch_size
 from shards.errors import UserError, first_line
 from trainer.config.load import replace_settings
 from trainer.config.schema import Config
@@ -77,7 +78,7 @@ def saved_tensor_bytes(model: nn.Module, shape: tuple[int, int, int, int]) -> in
 def check_batch_sizes(training: Training) -> None:
     """Check that each rank has images in every batch of every epoch, and enough of them for batch norm.
 
-    The sizes of global batches differ by at most one, and so do those of the ranks' slices.
+    The batches of a stage have one size, and the ranks' slices differ by at most one image.
 
     Raises:
         UserError: A batch is too small.
@@ -85,8 +86,8 @@ def check_batch_sizes(training: Training) -> None:
     config, data, world = training.config, training.data, training.world
     samples, channels = len(data.train.samples), data.spec.image_shape[2]
     for stage in data.train.stages:
-        steps = data.train.steps(stage.first)
-        smallest = samples // steps // world.size
+        images = equal_batch_size(samples, stage.batch_size)
+        smallest = images // world.size
         if smallest > 1:
             continue
         reason = "one image for each rank"
@@ -100,7 +101,7 @@ def check_batch_sizes(training: Training) -> None:
                     f"{stage.resolution}x{stage.resolution}"
                 )
         raise UserError(
-            found=f"{samples} training images in {steps} batches for {world.size} rank(s): the smallest batch of a "
+            found=f"{samples} training images in batches of {images} for {world.size} rank(s): the smallest batch of a "
             f"rank has {smallest}",
             expected=f"batches with at least {reason}",
             hint=_larger_batches(config, samples, world.size),
@@ -110,7 +111,7 @@ def check_batch_sizes(training: Training) -> None:
 def _larger_batches(config: Config, samples: int, ranks: int) -> str:
     for size in range(config.loader.batch_size + 1, samples + 1):
         stages = resolution_stages(replace_settings(config, {"loader.batch_size": size}, "loader.batch_size"))
-        if all(samples // -(-samples // stage.batch_size) >= 2 * ranks for stage in stages):
+        if all(equal_batch_size(samples, stage.batch_size) >= 2 * ranks for stage in stages):
             return f"loader.batch_size={size}"
     if config.data.train_fraction < 1:
         return "data.train_fraction=1"
@@ -145,10 +146,10 @@ def estimate_memory(training: Training) -> StepMemory:
     samples, channels = len(data.train.samples), data.spec.image_shape[2]
     images, kept = 0, 0.0
     for stage in data.train.stages:
-        per_rank = -(-min(stage.batch_size, samples) // world.size)
-        stage_kept = float(saved_tensor_bytes(model, (per_rank, channels, stage.resolution, stage.resolution)))
-        if stage_kept >= kept:
-            images, kept = min(stage.batch_size, samples), stage_kept
+        size = equal_batch_size(samples, stage.batch_size)
+        shape = (-(-size // world.size), channels, stage.resolution, stage.resolution)
+        if (stage_kept := float(saved_tensor_bytes(model, shape))) >= kept:
+            images, kept = size, stage_kept
     if config.trainer.precision != "fp32":
         kept /= 2
     if compile_mode(config.trainer, world.device) != "off":

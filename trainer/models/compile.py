@@ -1,4 +1,4 @@
-"""Compilation with torch.compile: once per resolution, for any batch size."""
+"""Compilation with torch.compile, with static shapes: once per resolution."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.devic
     # torch runs further variants uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, resolutions + 1)
     compiled: Any = torch.compile(model, dynamic=False, mode=None if mode == "default" else mode)
-    return _DynamicBatch(compiled)
+    # With CUDA graphs, a step overwrites the outputs of the previous step.
+    compiled.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    return compiled
 
 
 def compile_mode(settings: TrainerConfig, device: torch.device) -> str:
@@ -55,20 +57,3 @@ def compile_mode(settings: TrainerConfig, device: torch.device) -> str:
             hint="apt install gcc g++, or trainer.compile=off",
         )
     return settings.compile
-
-
-class _DynamicBatch(nn.Module):
-    """Calls a compiled model with a dynamic batch size.
-
-    The batches of an epoch and of ranks differ by one image. Height and width are constants of the compiled code, which
-    is compiled again for another resolution.
-    """
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        torch._dynamo.maybe_mark_dynamic(images, 0)
-        torch.compiler.cudagraph_mark_step_begin()  # the outputs of the previous step may be overwritten
-        return self.inner(images)

