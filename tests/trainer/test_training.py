@@ -177,7 +177,7 @@ def test_dry_run_shows_and_writes_nothing(
     output = capsys.readouterr().out
     for words in (
         "lr: 0.001",
-        "[32, 1, 20, 20]",
+        "[31, 1, 20, 20]",
         "parameters",
         "20 per epoch, 10 optimizer steps",
         "one step      loss",

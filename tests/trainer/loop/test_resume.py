@@ -29,7 +29,7 @@ from trainer.config.schema import CheckpointConfig
 from trainer.loop import engine
 from trainer.run import main as run_main
 
-# 130 training images make 9 steps of 14 images, and leave 4 images out; with accumulation 2 five updates, the last of one batch.
+# 130 training images make 9 steps of 14 and leave 4 out; with accumulation 2 five updates, the last of one batch.
 SMALL = {
     "data": {"val_fraction": 0.1, "resolution": 12},
     "loader": {"batch_size": 16},
