@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": ("shards.verify", "check a packed data set for damage"),
     "convert": ("shards.convert", "convert a packed data set between tar and zarr"),
     "index": ("shards.index", "adopt WebDataset shards written by other tools"),
+    "doctor": ("trainer.runtime.doctor", "report what this machine lacks, and the command that fixes it"),
     "sweep": ("benchmarks.resolution_sweep", "measure what each resolution costs and buys"),
 }
 _PACKAGES = ("shards", "pipeline", "trainer", "benchmarks")

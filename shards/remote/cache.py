@@ -69,6 +69,12 @@ def cache_limit() -> int | None:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.index(match[2]))
 
 
+def cache_used() -> int:
+    """Return the bytes of all entries, once their downloads are complete."""
+    sizes = (use.read_text(encoding="ascii") for use in cache_directory().glob("*/[!.]*/.use"))
+    return sum(int(size) for size in sizes if size.isdigit())
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the fields of a file of the cache, empty if it is missing or damaged."""
     try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from typing import Any
 
 import torch
@@ -13,11 +11,9 @@ from torch import nn
 
 from shards.errors import UserError
 from trainer.config.schema import TrainerConfig
+from trainer.runtime.env_info import find_c_compiler
 
 log = logging.getLogger(__name__)
-
-# A C compiler builds Inductor's kernels and Triton's launchers.
-_COMPILERS = ("cc", "gcc", "clang", "cl")
 
 
 def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.device, resolutions: int) -> nn.Module:
@@ -45,7 +41,7 @@ def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.devic
 
 def compile_mode(settings: TrainerConfig, device: torch.device) -> str:
     """Return `off` or the mode of torch.compile, with `auto` resolved for this machine."""
-    has_compiler = bool(os.environ.get("CXX") or os.environ.get("CC") or any(map(shutil.which, _COMPILERS)))
+    has_compiler = find_c_compiler() is not None
     if settings.compile == "auto":
         if device.type == "cuda" and not has_compiler:
             log.warning("trainer.compile=auto: no C compiler, so the model is not compiled; apt install gcc g++")

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
-
-import psutil
-import torch
+from typing import TYPE_CHECKING, Any
 
 from shards.cpus import available_cpus
 
+if TYPE_CHECKING:  # the functions that `inkstream doctor` calls do without torch
+    import torch
+
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("inkstream", "torch", "nvidia-dali-cuda120", "timm", "numpy", "torchvision")
+_COMPILERS = ("cc", "gcc", "clang", "cl")
 
 
 def collect_env_info(device: torch.device) -> dict[str, Any]:
     """Collect the environment as plain values, for the JSON files of results."""
+    import psutil
+    import torch
+
     return {
         "python": platform.python_version(),
         "packages": {each.name: each.version for each in distributions() if each.name in _PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": available_cpus(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "revision": _revision(),
+        "revision": git_revision(),
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -40,8 +47,13 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _revision() -> str | None:
-    """Git revision of the code, with a + if tracked files have changed; None outside a checkout."""
+def find_c_compiler() -> str | None:
+    """Return the C compiler that builds Inductor's kernels and Triton's launchers, or None."""
+    return os.environ.get("CXX") or os.environ.get("CC") or next(filter(None, map(shutil.which, _COMPILERS)), None)
+
+
+def git_revision() -> str | None:
+    """Return the git revision of the code, with a + if tracked files have changed; None outside a checkout."""
     if not (_ROOT / ".git").exists():
         return None  # git would describe a repository around an installed package
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--exclude=*"]
