@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import time
 from dataclasses import astuple, dataclass, field
@@ -30,6 +31,11 @@ from trainer.runtime.distributed import World
 from trainer.runtime.profiler import Profile, TimeProfile
 from trainer.runtime.seeding import seed_weights
 
+# torch 2.15 deprecates broadcast_buffers, torch 2.11 does not know forward_sync_buffers.
+_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
+}
 # Fields of TrainState that a checkpoint holds unchanged.
 _PLAIN = ("epoch", "step", "updates", "rank_losses", "history", "best", "best_epoch", "lr")
 
@@ -231,7 +237,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
             static_graph=config.optim.grad_accumulation == 1,
             gradient_as_bucket_view=True,
             # Batch norm uses the batch of its rank; rank 0's running statistics are broadcast at the end of an epoch.
-            forward_sync_buffers=False,
+            **_NO_BUFFER_SYNC,
         )
     optimizer = make_optimizer(model, config.optim)
     updates = [-(-data.train.steps(epoch) // config.optim.grad_accumulation) for epoch in range(config.trainer.epochs)]
