@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,20 +27,27 @@ def mean_logits(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Ten
     """
     if views == "none":
         return model(images).float()
-    side = images.shape[3]
-    step = 2 * max(1, round(_SHIFT * side)) / side  # whole pixels, in units of half the side
-    changes = [(1.0, step, 0.0), (1.0, -step, 0.0), (1.0, 0.0, step), (1.0, 0.0, -step)]
-    if views == "shifts_scales":
-        changes += [(1 / _SCALE, 0.0, 0.0), (_SCALE, 0.0, 0.0)]
-    logits = [model(images), *(model(_transform(images, *change)) for change in changes)]
-    return torch.stack([F.log_softmax(each.float(), dim=1) for each in logits]).logsumexp(dim=0) - math.log(len(logits))
+    logits = [F.log_softmax(model(view).float(), dim=1) for view in _copies(images, views)]
+    return torch.stack(logits).logsumexp(dim=0) - math.log(len(logits))
 
 
-def _transform(images: torch.Tensor, scale: float, right: float, down: float) -> torch.Tensor:
-    """Enlarge images around their centre and shift them, in units of half the side."""
-    lines = [[1 / scale, 0.0, -right], [0.0, 1 / scale, -down]]
-    matrix = torch.tensor(lines, dtype=images.dtype, device=images.device).expand(images.shape[0], 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+def _copies(images: torch.Tensor, views: str) -> Iterator[torch.Tensor]:
+    """Yield the images, shifted and resized copies of them, in the memory format of the images."""
+    yield images
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return view.contiguous(memory_format=layout)
+    height, width = images.shape[2:]
+    step = max(1, round(_SHIFT * width))  # whole pixels
+    padded = F.pad(images, (step, step, step, step), mode="replicate")
+    for top, left in ((step, 0), (step, 2 * step), (0, step), (2 * step, step)):
+        yield padded[:, :, top : top + height, left : left + width].contiguous(memory_format=layout)
+    for scale in (1 / _SCALE, _SCALE) if views == "shifts_scales" else ():
+        # A matrix for affine_grid would be copied to the device, for which the host waits.
+        y, x = (_centres(side, images) / scale for side in (height, width))
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).expand(images.shape[0], -1, -1, -1)
+        view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        yield view.contiguous(memory_format=layout)
+
+
+def _centres(side: int, like: torch.Tensor) -> torch.Tensor:
+    """Positions of the pixels along an axis, -1 .. 1 from edge to edge."""
+    return torch.linspace(1 / side - 1, 1 - 1 / side, side, dtype=like.dtype, device=like.device)

@@ -1,0 +1,196 @@
+"""A training step on a simulated GPU: no operator mixes devices, and the host never waits for the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from support.simulated_gpu import GPU, DeviceError, SimulatedGpu, simulated_gpu
+
+from pipeline.loader import Batch
+from pipeline.transforms.spec import TransformSpec
+from trainer.checkpoint.trained_model import TrainedModel
+from trainer.config.load import load
+from trainer.config.schema import ModelConfig
+from trainer.data.resolution_schedule import resolution_stages
+from trainer.loop import engine, nan_guard
+from trainer.loop.state import Training, make_training
+from trainer.models.factory import make_model
+from trainer.runtime.distributed import World
+
+CLASSES = ("a", "b", "c")
+STEPS = 3
+BASE = (
+    "model.name=three_block_cnn",
+    "data.resolution=16",
+    "mixup.prob=1",
+    "loss.label_smoothing=0.1",
+    "loss.class_weights=minmax",
+    "loss.logit_adjustment=1",
+    "optim.max_grad_norm=1",
+    "trainer.ema_decay=0.9",
+    "trainer.precision=bf16",
+)
+VARIANTS = {
+    "plain": ("mixup.prob=0", "loss.label_smoothing=0", "loss.class_weights=none", "trainer.ema_decay=null"),
+    "mixup": ("mixup.cutmix_alpha=0",),
+    "cutmix": ("mixup.mixup_alpha=0",),
+    "inverse": ("loss.class_weights=inverse",),
+    "effective": ("loss.class_weights=effective",),
+    "accumulation": ("optim.grad_accumulation=2",),
+    "fp32": ("trainer.precision=fp32", "trainer.channels_last=false"),
+    "profile": ("trainer.profile=true",),
+    "adam": ("optim.name=adam",),
+    "adamw": ("optim.name=adamw",),
+    "lion": ("optim.name=lion",),
+    "sgd": ("optim.name=sgd",),
+    "lookahead": ("optim.name=sgd_lookahead",),
+    "dropout": ("model.drop_rate=0.2", "model.head_hidden=8"),
+    "drop path": ("model.name=test_efficientnet", "model.drop_path_rate=0.2", "model.gray_input=repeated"),
+}
+
+
+def training_on(gpu: SimulatedGpu, *overrides: str, channels: int = 1, resolution: int | None = None) -> Training:
+    """A training on the simulated GPU, whose loader checks each of its steps."""
+    config = load(ROOT / "configs" / "quickstart.yaml", [*BASE, *overrides, "device=cuda", "loader.batch_size=6"])
+    side = config.data.final_resolution
+
+    def batches(epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
+        for step in range(first_step, STEPS):
+            images = torch.empty(6, channels, side, side, device=GPU)
+            labels, rows = (torch.zeros(6, dtype=torch.int64, device=GPU) for _ in range(2))
+            with gpu.step():
+                yield Batch(images, labels, rows, step, 6)
+
+    stages = resolution_stages(config)
+    train = SimpleNamespace(
+        stages=stages,
+        steps=lambda epoch: STEPS,
+        stage_at=lambda epoch: stages[0],
+        batches=batches,
+        samples=np.arange(6 * STEPS),
+        timed=None,
+        window=None,
+    )
+    spec = TransformSpec((side, side, channels), False, side, mean=(0.5,) * channels, std=(0.5,) * channels)
+    data = SimpleNamespace(train=train, spec=spec, counts=np.array([5, 0, 3]), classes=CLASSES, digest="")
+    return make_training(config, data, World(0, 1, GPU))
+
+
+def train_epoch(training: Training) -> None:
+    checkpointer = SimpleNamespace(is_due=lambda step: False)
+    services = SimpleNamespace(checkpointer=checkpointer, signals_received=[], loggers=[], trace=None)
+    engine.train_epoch(training, services)
+
+
+@pytest.fixture(autouse=True)
+def read_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nan_guard, "_READ_EVERY", 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_step_waits_for_the_gpu(variant: str) -> None:
+    with simulated_gpu() as gpu:
+        training = training_on(gpu, *VARIANTS[variant])
+        train_epoch(training)
+    accumulation = training.config.optim.grad_accumulation
+    assert training.state.updates == -(-STEPS // accumulation)
+    assert gpu.operators["convolution_backward"] > 0
+    assert all(each.device == GPU for each in [*training.state.model.parameters(), *training.state.model.buffers()])
+
+
+def teacher(side: int) -> TrainedModel:
+    config = load(ROOT / "configs" / "quickstart.yaml", [*BASE, f"data.resolution={side}"])
+    weights = make_model(config.model, 1, len(CLASSES)).state_dict()
+    return TrainedModel(
+        weights=weights,
+        config=config,
+        classes=CLASSES,
+        data_digest="",
+        image_shape=(16, 16, 1),
+        mean=(0.3,),
+        std=(0.4,),
+        adapter_state={},
+        epoch=1,
+        tau=0.0,
+        offsets=np.zeros(len(CLASSES), np.float32),
+    )
+
+
+@pytest.mark.parametrize("side", [16, 24])
+def test_a_teacher_does_not_wait_for_the_gpu(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = teacher(side)
+    monkeypatch.setattr(TrainedModel, "load", lambda path: trained)
+    with simulated_gpu() as gpu:
+        train_epoch(training_on(gpu, "distillation.teacher=best.pt"))
+    assert gpu.operators["_softmax"] == STEPS
+
+
+def insert(monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
+    """Call a function with the logits of every step."""
+    compute = engine.compute_loss
+
+    def spoiled(logits: torch.Tensor, *others: Any) -> torch.Tensor:
+        fault(logits)
+        return compute(logits, *others)
+
+    monkeypatch.setattr(engine, "compute_loss", spoiled)
+
+
+FAULTS = {
+    "cpu": (lambda x: x.cpu(), "from cuda to cpu waits"),
+    "item": (lambda x: x.sum().item(), "_local_scalar_dense reads"),
+    "float": (lambda x: float(x.detach().sum()), "_local_scalar_dense reads"),
+    "bool": (lambda x: bool(x.sum() > 0), "_local_scalar_dense reads"),
+    "tolist": (lambda x: x.tolist(), "_local_scalar_dense reads"),
+    "nonzero": (lambda x: x.nonzero(), "nonzero reads"),
+    "mask": (lambda x: x[x > 0], "index by a mask"),
+    "cpu tensor": (lambda x: x + torch.zeros(len(CLASSES)), r"add takes tensors of the GPU and of the CPU \[3\]"),
+    "cpu index": (lambda x: x[torch.zeros(2, dtype=torch.int64)], "index copies its indices"),
+    "new tensor": (lambda x: torch.tensor([1.0], device=x.device), "from cpu to cuda waits"),
+    "pageable": (lambda x: torch.zeros(99999).to(x.device, non_blocking=True), "memory is not pinned"),
+    "unpinned": (lambda x: torch.zeros(6, 3).copy_(x, non_blocking=True), "memory is not pinned"),
+    "synchronize": (lambda x: torch.cuda.synchronize(), "synchronize waits"),
+    "event": (lambda x: torch.cuda.current_stream().record_event().synchronize(), r"Event\.synchronize waits"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wait_that_is_inserted_into_the_step_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault, words = FAULTS[name]
+    insert(monkeypatch, fault)
+    with simulated_gpu() as gpu, pytest.raises(DeviceError, match=words):
+        train_epoch(training_on(gpu))
+
+
+def test_what_does_not_wait_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def harmless(logits: torch.Tensor) -> None:
+        _ = logits * torch.tensor(2.0)  # a scalar of the CPU
+        pinned = torch.zeros(99999, pin_memory=True)
+        pinned.copy_(pinned.to(GPU, non_blocking=True), non_blocking=True)
+        torch.zeros(99999).pin_memory().to(GPU, non_blocking=True)
+
+    insert(monkeypatch, harmless)
+    with simulated_gpu() as gpu:
+        train_epoch(training_on(gpu))
+
+
+def test_a_check_of_all_weights_waits_once() -> None:
+    with simulated_gpu() as gpu:
+        model = make_model(ModelConfig(name="three_block_cnn"), 1, 3).to(GPU)
+        gpu.waits.clear()
+        assert nan_guard.all_finite(model.parameters())
+    assert len(gpu.waits) == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_found(bad: float) -> None:
+    weights = [torch.full((3, 2), 3e38), torch.zeros(2)]
+    assert nan_guard.all_finite(weights)
+    weights[0][1, 0] = bad
+    assert not nan_guard.all_finite(weights)
