@@ -131,4 +131,10 @@ class Checkpointer:
 
 def _copy(state: Any) -> Any:
     """Copy nested dicts and lists, and tensors to the CPU, so that later steps do not change them."""
-    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, torch.Tensor) else leaf, state)
+    copied = tree_map(
+        lambda leaf: leaf.detach().to("cpu", non_blocking=True, copy=True) if isinstance(leaf, torch.Tensor) else leaf,
+        state,
+    )
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()  # once for all tensors
+    return copied

@@ -57,7 +57,7 @@ class Progress:
         seconds = now - self._start
         left = seconds / (done - self._first) * (self._steps - done + self._ahead)
         text = (
-            f"{'' if math.isnan(loss) else f'loss {loss:.4f}  '}lr {rate:.2e}  {images / seconds:,.0f} images/s  "
+            f"loss {'-' if math.isnan(loss) else f'{loss:.4f}'}  lr {rate:.2e}  {images / seconds:,.0f} images/s  "
             f"data wait {wait / seconds:.1%}  {duration(left)} left"
         )
         if self._on_terminal:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from support.simulated_gpu import GPU, simulated_gpu
 
 from shards import Manifest, UserError
 from shards.errors import DiskFullError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import trained_model
-from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer, _copy
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel, load_model, load_trained_model
 from trainer.config.load import load
@@ -253,3 +254,13 @@ def test_data_of_other_classes_are_refused() -> None:
     for other in (("a", "c", "b"), ("a", "a", "c"), ("a", "b"), ("a", "b", "c", "d")):
         with pytest.raises(UserError, match=f"digits with classes {' '.join(other)}\n"):
             best.check_classes(Manifest.model_construct(classes=other), "digits")
+
+
+def test_a_state_on_a_gpu_is_copied_with_one_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_gpu() as gpu:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        state = {"model": {str(size): torch.zeros(size, device=GPU) for size in range(9)}, "steps": [torch.ones(2), 3]}
+        copied = _copy(state)
+    assert gpu.waits == ["Stream.synchronize waits for the GPU"]
+    assert all(tensor.is_cpu for tensor in copied["model"].values())
+    assert copied["steps"][1] == 3
