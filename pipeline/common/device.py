@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from numpy.typing import NDArray
 
 from shards.errors import UserError
 
@@ -34,3 +35,16 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
             hint=f"torchrun --nproc_per_node={gpus} ...",
         )
     return torch.device("cuda", local_rank)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Return a device with its index: `cuda` becomes the current CUDA device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def to_device(array: NDArray, device: torch.device) -> torch.Tensor:
+    """Return an array as a tensor on a device: on a CPU without a copy, on a GPU without waiting for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

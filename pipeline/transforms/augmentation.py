@@ -6,6 +6,7 @@ the number of ranks. The transform is a pure function of images and parameters.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class ParamIndex(IntEnum):
 
 
 _NUMBERS = 20  # random numbers of an image: a multiple of four, with two in reserve
+NOISE_RANGE = np.float32(math.sqrt(12))  # of a uniform number with std 1
 _MAX_ASPECT = 10 / 3  # of erased boxes (Zhong et al. 2017)
 
 # RGB to luminance and two chrominance axes (YIQ, NTSC 1953).
@@ -54,26 +56,53 @@ class AugmentationParams:
 
     Attributes:
         uniform: float64 [B, 20], uniform in 0 .. 1; see `ParamIndex`.
-        noise: float32 [B, 2, K, K], uniform with mean 0 and std 1, for the displacements (x, y) of the elastic
-            distortion; None without it.
+        noise_keys: uint64 [B, 3], seed, stream and block of the generator from which the noise of the elastic
+            distortion starts.
+        noise_grid_size: Noise points K along an axis; 0 without elastic distortion.
     """
 
     uniform: NDArray[np.float64]
-    noise: NDArray[np.float32] | None
+    noise_keys: NDArray[np.uint64]
+    noise_grid_size: int
 
     def __len__(self) -> int:
         return len(self.uniform)
 
     def __getitem__(self, images: slice) -> AugmentationParams:
-        return AugmentationParams(self.uniform[images], None if self.noise is None else self.noise[images])
+        return AugmentationParams(self.uniform[images], self.noise_keys[images], self.noise_grid_size)
 
     @classmethod
     def concatenate(cls, batches: Sequence[AugmentationParams]) -> AugmentationParams:
         """Concatenate the parameters of several batches of the same augmentation."""
         if len(batches) == 1:
             return batches[0]
-        noise = [batch.noise for batch in batches if batch.noise is not None]
-        return cls(np.concatenate([batch.uniform for batch in batches]), np.concatenate(noise) if noise else None)
+        uniform, keys = (np.concatenate([getattr(b, name) for b in batches]) for name in ("uniform", "noise_keys"))
+        return cls(uniform, keys, batches[0].noise_grid_size)
+
+    @property
+    def noise(self) -> NDArray[np.float32] | None:
+        """float32 [B, 2, K, K], uniform with mean 0 and std 1, for the displacements (x, y) of the elastic distortion.
+
+        None without elastic distortion. `elastic_noise` computes the same on a GPU.
+        """
+        size = self.noise_grid_size
+        if not size:
+            return None
+        words = np.empty((len(self), noise_words(size)), np.uint64)
+        # Images of a step follow each other in one stream.
+        steps = np.diff(self.noise_keys[:, 1:].astype(np.int64), axis=0) == (0, words.shape[1] // 4)
+        bounds = [0, *(np.flatnonzero(~steps.all(axis=1)) + 1), len(self)]
+        for start, stop in itertools.pairwise(bounds):
+            seed, stream, block = map(int, self.noise_keys[start])
+            words[start:stop].reshape(-1)[:] = random_keys(seed, stream, words[start:stop].size, 4 * block)
+        # The centres of 2^23 equal intervals are exact in float32 and have mean 1/2.
+        levels = ((words[:, : 2 * size**2] >> np.uint64(41)).astype(np.float32) + 0.5) * 2.0**-23
+        return ((levels - 0.5) * NOISE_RANGE).reshape(len(self), 2, size, size)
+
+
+def noise_words(grid_size: int) -> int:
+    """Return how many random words an image's noise takes: one a point, rounded up to a block of four."""
+    return -(-2 * grid_size**2 // 4) * 4
 
 
 @dataclass(frozen=True)
@@ -145,15 +174,11 @@ class Augmentation:
         count, position = images.stop - images.start, (epoch << 32) + step
         words = random_keys(seed, AUGMENTATION_STREAM + position, count * _NUMBERS, images.start * _NUMBERS)
         uniform = (words >> np.uint64(11)).reshape(count, _NUMBERS) * np.float64(2.0**-53)
-        if not self.elastic:
-            return AugmentationParams(uniform, None)
-        size = 2 * self.noise_grid_size**2
-        padded_size = size + -size % 4  # `random_keys` starts at multiples of four
-        words = random_keys(seed, ELASTIC_STREAM + position, count * padded_size, images.start * padded_size)
-        # The centres of 2^23 equal intervals are exact in float32 and have mean 1/2.
-        levels = ((words >> np.uint64(41)).astype(np.float32) + 0.5) * 2.0**-23
-        noise = (levels.reshape(count, padded_size)[:, :size] - 0.5) * np.float32(math.sqrt(12))
-        return AugmentationParams(uniform, noise.reshape(count, 2, self.noise_grid_size, self.noise_grid_size))
+        grid_size = self.noise_grid_size if self.elastic else 0
+        keys = np.empty((count, 3), np.uint64)
+        keys[:, :2] = seed, ELASTIC_STREAM + position
+        keys[:, 2] = np.arange(images.start, images.stop, dtype=np.uint64) * np.uint64(noise_words(grid_size) // 4)
+        return AugmentationParams(uniform, keys, grid_size)
 
     def affine_matrices(self, params: AugmentationParams, shape: tuple[int, int]) -> NDArray[np.float64]:
         """Compute the inverse affine map of each image.

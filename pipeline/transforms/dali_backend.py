@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,11 +12,13 @@ import nvidia.dali.types as types
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
+from nvidia.dali.plugin.pytorch import feed_ndarray
 
+from pipeline.common.device import with_index
 from pipeline.common.process_pool import default_workers
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams
 from pipeline.transforms.ops.resize import nearest_nudge
-from pipeline.transforms.shared_ops import SharedOps
+from pipeline.transforms.shared_ops import OpParams, SharedOps
 from pipeline.transforms.spec import TransformSpec, UndecodableImage
 from shards.stores.image_header import ImageHeader, decode, read_image_header
 
@@ -31,7 +35,7 @@ _PACK = 32
 _MAX_PIXELS = 1 << 28
 
 
-class _DaliPipeline:
+class _DaliPipeline(ABC):
     """A DALI pipeline from images to upright, resized pixels float32 [..., R, R, C], (x / 255 - fill_value) / std.
 
     Attributes:
@@ -50,29 +54,50 @@ class _DaliPipeline:
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
         self._spec = spec
-        self._device = device
+        self._device = with_index(device)
         self._batch_size = batch_size
         self._fill_value = augmentation.fill_value(spec.mean)
-        self._ops = SharedOps(spec, augmentation, device)
-        self._pipeline = self._build()
+        self._ops = SharedOps(spec, augmentation, self._device)
+        self.op_params = self._ops.op_params
+        self._unread: deque[tuple[object, torch.cuda.Event]] = deque()  # outputs, and the end of their copies
+        self._pipeline = self.define_pipeline()
+        self._pipeline.build()
 
-    def _build(self) -> Pipeline:
+    def define_pipeline(self) -> Pipeline:
+        """Return a new pipeline with its operators and outputs, before `Pipeline.build`, which needs the device."""
         pipeline = Pipeline(
             batch_size=-(-self._batch_size // self._pack),
             num_threads=default_workers(),
-            device_id=self._device.index or 0 if self._device.type == "cuda" else None,
+            device_id=self._device.index if self._device.type == "cuda" else None,
             # One batch in flight: the loader prefetches.
             prefetch_queue_depth=1,
             exec_dynamic=True,
         )
         with pipeline:
             pipeline.set_outputs(self._define())
-        pipeline.build()
         return pipeline
 
+    @abstractmethod
     def _define(self):
         """Return the output of the pipeline as a graph of operators."""
-        raise NotImplementedError
+
+    def _run(self, images) -> torch.Tensor:
+        """Run the pipeline on a batch; the output is ready in the order of torch's current stream."""
+        if self._device.type == "cpu":
+            (output,) = self._pipeline.run(images=images)
+            return torch.from_dlpack(output.as_tensor())  # no copy
+        stream = torch.cuda.current_stream(self._device)
+        self._pipeline.feed_input("images", images, cuda_stream=stream)
+        (output,) = self._pipeline.run(stream)
+        # A copy, because memory of DALI that torch lets go of makes DALI wait for the whole device. The memory of the
+        # output is kept until it is copied, as DALI does not know when that is.
+        output = output.as_tensor()
+        pixels = torch.empty(output.shape(), device=self._device)
+        feed_ndarray(output, pixels, cuda_stream=stream)
+        self._unread.append((output, stream.record_event()))
+        while self._unread and self._unread[0][1].query():
+            self._unread.popleft()
+        return pixels
 
     def _normalize(self, images):
         return fn.crop_mirror_normalize(
@@ -98,7 +123,7 @@ class _DaliPipeline:
             **region,
         )
 
-    def _augment(self, pixels: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
+    def _augment(self, pixels: torch.Tensor, params: OpParams) -> torch.Tensor:
         """Return model input [B, C, R, R] from the pipeline's output [B, R, R, C]."""
         return self._ops.apply_warp(self._ops.apply_color_ops(pixels.permute(0, 3, 1, 2), params), params)
 
@@ -109,24 +134,32 @@ class DaliTransform(_DaliPipeline):
     _layout = "FHWC"
     _pack = _PACK
 
-    def __call__(self, images: NDArray[np.uint8], params: AugmentationParams | None = None) -> torch.Tensor:
-        prepared = self._ops.apply_raw_ops(torch.from_numpy(images), params).numpy()
-        count = len(images)
+    def __call__(
+        self, images: NDArray[np.uint8] | torch.Tensor, params: AugmentationParams | OpParams | None = None
+    ) -> torch.Tensor:
+        raw, params = self._ops.to_device(images, params)
+        prepared = self._ops.apply_raw_ops(raw, params)
+        count, *shape = prepared.shape
         packs = -(-count // _PACK)
         pack = -(-count // packs)
         if packs * pack != count:
-            prepared = np.concatenate([prepared, np.zeros((packs * pack - count, *images.shape[1:]), np.uint8)])
-        (output,) = self._pipeline.run(images=prepared.reshape(packs, pack, *images.shape[1:]))
-        pixels = torch.from_dlpack(output.as_tensor())  # [packs, pack, R, R, C], no copy
+            prepared = torch.cat([prepared, prepared.new_zeros(packs * pack - count, *shape)])
+        packed = prepared.reshape(packs, pack, *shape).contiguous()
+        # For a tensor DALI asks for the current CUDA stream, even on a CPU.
+        pixels = self._run(packed if packed.is_cuda else packed.numpy())  # [packs, pack, R, R, C]
         return self._augment(pixels.flatten(0, 1)[:count], params)
 
     def _define(self):
-        spec = self._spec
+        spec, on_cpu = self._spec, self._device.type == "cpu"
         images = fn.external_source(
-            name="images", batch=True, no_copy=True, layout=self._layout, dtype=types.UINT8, ndim=4
+            name="images",
+            device="cpu" if on_cpu else "gpu",
+            batch=True,
+            no_copy=on_cpu,  # on a GPU, DALI copies in the order of torch's stream and does not keep the tensor
+            layout=self._layout,
+            dtype=types.UINT8,
+            ndim=4,
         )
-        if self._device.type == "cuda":
-            images = images.gpu()
         if spec.transposed:
             images = fn.transpose(images, perm=[0, 2, 1, 3], transpose_layout=False)
         if not self._ops.resizes:
@@ -142,11 +175,13 @@ class DaliEncodedTransform(_DaliPipeline):
     _layout = "HWC"
     _pack = 1
 
-    def __call__(self, images: list[NDArray[np.uint8]], params: AugmentationParams | None = None) -> torch.Tensor:
+    def __call__(
+        self, images: list[NDArray[np.uint8]], params: AugmentationParams | OpParams | None = None
+    ) -> torch.Tensor:
         headers = list(map(_header, range(len(images)), images))
         runs = _runs([header.height * header.width for header in headers])
-        outputs = [self._run(images[run], headers[run], run.start) for run in runs]
-        return self._augment(outputs[0] if len(outputs) == 1 else torch.cat(outputs), params)
+        outputs = [self._decode(images[run], headers[run], run.start) for run in runs]
+        return self._augment(*self._ops.to_device(outputs[0] if len(outputs) == 1 else torch.cat(outputs), params))
 
     def _define(self):
         files = fn.external_source(name="images", batch=True, dtype=types.UINT8, ndim=1)
@@ -161,25 +196,24 @@ class DaliEncodedTransform(_DaliPipeline):
         size = images.shape(dtype=types.FLOAT)
         return self._normalize(self._resize(images, size[0], size[1]))
 
-    def _run(self, images: list[NDArray[np.uint8]], headers: list[ImageHeader], start: int) -> torch.Tensor:
+    def _decode(self, images: list[NDArray[np.uint8]], headers: list[ImageHeader], start: int) -> torch.Tensor:
         channels = self._spec.image_shape[2]
         plain = [
             image if header.plain else _as_pnm(position, image, channels)
             for position, (image, header) in enumerate(zip(images, headers, strict=True), start)
         ]
         try:
-            (output,) = self._pipeline.run(images=plain)
+            return self._run(plain)  # [n, R, R, C]
         except RuntimeError:
             self._find_undecodable(plain, start)
             raise
-        return torch.from_dlpack(output.as_tensor())  # [n, R, R, C], no copy
 
     def _find_undecodable(self, images: list[NDArray[np.uint8]], start: int) -> None:
         """Raise `UndecodableImage` for the first image that fails when decoded alone."""
-        self._pipeline = self._build()  # a pipeline is unusable after an error
+        self._pipeline = self.define_pipeline()  # a pipeline is unusable after an error
         for position, image in enumerate(images, start):
             try:
-                self._pipeline.run(images=[image])
+                self._run([image])
             except RuntimeError as error:
                 raise UndecodableImage(position, _describe_defect(image, self._spec.image_shape[2], error)) from None
 

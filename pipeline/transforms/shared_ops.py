@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeAlias
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from pipeline.common.device import to_device
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from pipeline.transforms.ops.erasing import erase
 from pipeline.transforms.ops.morphology import change_stroke_width
 from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.warp import Warp
 
+OpParams: TypeAlias = Mapping[str, torch.Tensor]
+
 
 class SharedOps:
     """The operations of a transform besides decoding, orientation, resize and normalization.
 
     In this order, a backend calls `apply_raw_ops`, normalizes to (x / 255 - fill_value) / std and resizes, and calls
-    `apply_color_ops` (before or after the resize) and `apply_warp`. `params` are those of the batch, or None.
+    `apply_color_ops` (before or after the resize) and `apply_warp`. `params` are those of `op_params`, on the device.
 
     Attributes:
         resizes: Whether the backend has to resize images; `apply_warp` may instead sample them at the resolution.
@@ -25,48 +32,72 @@ class SharedOps:
     def __init__(self, spec: TransformSpec, augmentation: Augmentation, device: torch.device) -> None:
         self._spec = spec
         self._augmentation = augmentation
+        self._device = device
         self._warp = Warp(augmentation, spec, device) if augmentation.has_warp else None
         self.resizes = spec.needs_resize and not (self._warp and spec.can_warp_raw)
 
-    def apply_raw_ops(self, images: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
+    def op_params(self, params: AugmentationParams | None) -> dict[str, NDArray]:
+        """Compute what the operations need of each image on the host; see `Transform.op_params`."""
+        augmentation = self._augmentation
+        assert (params is not None) == bool(augmentation)
+        if params is None:
+            return {}
+        arrays: dict[str, NDArray] = {}
+        if augmentation.stroke:
+            arrays["stroke_amounts"] = augmentation.stroke_amounts(params)
+        if augmentation.erase:
+            arrays["erase_boxes"] = augmentation.erase_boxes(params)
+        if augmentation.has_color_jitter:
+            arrays["color_maps"] = self._color_maps(params)
+        return arrays | self._warp.op_params(params) if self._warp else arrays
+
+    def to_device(
+        self, images: NDArray[np.uint8] | torch.Tensor, params: AugmentationParams | OpParams | None
+    ) -> tuple[torch.Tensor, OpParams]:
+        """Move images and parameters to the device, unless they are there."""
+        if not isinstance(params, Mapping):
+            params = {name: to_device(array, self._device) for name, array in self.op_params(params).items()}
+        return images if isinstance(images, torch.Tensor) else to_device(images, self._device), params
+
+    def apply_raw_ops(self, images: torch.Tensor, params: OpParams) -> torch.Tensor:
         """Apply preprocessing, stroke width and erasing, bit-identically on all devices; the input is not changed.
 
         Args:
             images: uint8 [B, H, W, C], as stored. Returned as they are if there is nothing to do.
-            params: Augmentation parameters of the batch.
+            params: Parameters of the batch.
         """
         augmentation = self._augmentation
-        assert (params is not None) == bool(augmentation)
         images = self._spec.preprocessing(images)
-        if params is not None and augmentation.stroke:
-            amounts = torch.from_numpy(augmentation.stroke_amounts(params)).to(images.device)
-            images = change_stroke_width(images, amounts, augmentation.stroke)
-        if params is not None and augmentation.erase:
+        if "stroke_amounts" in params:
+            images = change_stroke_width(images, params["stroke_amounts"], augmentation.stroke)
+        if "erase_boxes" in params:
             images = erase(
                 images,
-                torch.from_numpy(augmentation.erase_boxes(params)).to(images.device),
+                params["erase_boxes"],
                 augmentation.erase_value,
                 on_contour=augmentation.erase_at == "contour",
                 transposed=self._spec.transposed,
             )
         return images
 
-    def apply_color_ops(self, pixels: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
-        """Apply the affine map of each image's colours, without clipping, to normalized float32 [B, C, H, W]."""
-        if params is None or not self._augmentation.has_color_jitter:
-            return pixels
-        batch, channels, height, width = pixels.shape
+    def _color_maps(self, params: AugmentationParams) -> NDArray[np.float32]:
+        """Affine map of the normalized colours of each image, [B, C, C + 1]."""
+        channels = self._spec.image_shape[2]
         maps = self._augmentation.color_matrices(params, channels)
         # Of normalized pixels n, colours are std * n + fill_value.
         std, fill_value = np.array(self._spec.std), np.array(self._augmentation.fill_value(self._spec.mean))
         maps[:, :, channels] += maps[:, :, :channels] @ fill_value - fill_value
         maps[:, :, :channels] *= std
-        weights = torch.from_numpy(maps / std[:, None]).float().to(pixels.device)
-        flat = torch.baddbmm(
-            weights[:, :, channels:], weights[:, :, :channels], pixels.reshape(batch, channels, height * width)
-        )
-        return flat.view(batch, channels, height, width)
+        return (maps / std[:, None]).astype(np.float32)
 
-    def apply_warp(self, pixels: torch.Tensor, params: AugmentationParams | None) -> torch.Tensor:
+    def apply_color_ops(self, pixels: torch.Tensor, params: OpParams) -> torch.Tensor:
+        """Apply the affine map of each image's colours, without clipping, to normalized float32 [B, C, H, W]."""
+        if "color_maps" not in params:
+            return pixels
+        maps, channels = params["color_maps"], pixels.shape[1]
+        flat = torch.baddbmm(maps[:, :, channels:], maps[:, :, :channels], pixels.flatten(2))
+        return flat.view(pixels.shape)
+
+    def apply_warp(self, pixels: torch.Tensor, params: OpParams) -> torch.Tensor:
         """Apply the affine and elastic distortion to normalized float32 [B, C, H, W]: (x / 255 - mean) / std."""
-        return pixels if params is None or self._warp is None else self._warp(pixels, params)
+        return self._warp(pixels, params) if self._warp else pixels

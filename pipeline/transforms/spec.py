@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
+
+from numpy.typing import NDArray
 
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.preprocess import MAX_RESOLUTION, NO_PREPROCESSING, Preprocessing
@@ -128,13 +131,22 @@ class Transform(Protocol):
     @property
     def max_fused_batch(self) -> int: ...
 
-    def __call__(self, images: Any, params: AugmentationParams | None = None) -> torch.Tensor:
+    def op_params(self, params: AugmentationParams | None) -> dict[str, NDArray]:
+        """Compute, on the host, the arrays [B, ...] that the operations need of B images.
+
+        Moved to the device, they may be given to `__call__` in place of the augmentation parameters.
+        """
+        ...
+
+    def __call__(
+        self, images: Any, params: AugmentationParams | Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Transform a batch; the input is neither changed nor kept.
 
         Args:
-            images: uint8 [B, H, W, C], C-contiguous, or B image files of uint8 [bytes]; B is at most the batch size
-                that the transform was built for.
-            params: Augmentation parameters of B images, for a transform that augments.
+            images: uint8 [B, H, W, C], C-contiguous, an array or a tensor on the device, or B image files of
+                uint8 [bytes]; B is at most the batch size that the transform was built for.
+            params: Augmentation parameters of B images for a transform that augments, or the tensors of `op_params`.
 
         Returns:
             float32 [B, C, R, R] on the device: upright, resized, (x / 255 - mean) / std.

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from pipeline.common.buffer_pool import BufferPool
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams
+from pipeline.transforms.ops.matmul import exact_matmul
 from pipeline.transforms.ops.resize import resize_weights
-from pipeline.transforms.shared_ops import SharedOps
+from pipeline.transforms.shared_ops import OpParams, SharedOps
 from pipeline.transforms.spec import TransformSpec
 from shards.errors import UserError
 
@@ -34,21 +35,21 @@ class TorchTransform:
         self._buffers = BufferPool(device)
         self._transposed = spec.transposed
         self._ops = SharedOps(spec, augmentation, device)
+        self.op_params = self._ops.op_params
         rows = resize_weights(height, spec.resolution, spec.interpolation)  # [R, H]
         columns = resize_weights(width, spec.resolution, spec.interpolation)  # [R, W]
         first, second = (rows, columns) if spec.transposed else (columns, rows)  # in the order of the products
         self._first = torch.from_numpy(first.T.copy()).float().to(device)
         self._second = torch.from_numpy(second.T.copy() if spec.transposed else second).float().to(device)
         # (X / 255 - fill_value) / std = X / (255 std) - fill_value / std; before the resize, as the rows of A sum to 1.
-        std = torch.tensor(spec.std, dtype=torch.float64)
-        fill_value = torch.tensor(augmentation.fill_value(spec.mean), dtype=torch.float64)
-        shifts = (-fill_value / std).float().to(device)
+        std = np.array(spec.std)
+        shifts = torch.from_numpy(-np.array(augmentation.fill_value(spec.mean)) / std).float().to(device)
         self._shifts_and_scales = list(zip(shifts, (1 / (255 * std)).tolist(), strict=True))
 
-    def __call__(self, images: NDArray[np.uint8], params: AugmentationParams | None = None) -> torch.Tensor:
-        raw = torch.from_numpy(images)
-        if self._device.type == "cuda":
-            raw = raw.pin_memory().to(self._device, non_blocking=True)
+    def __call__(
+        self, images: NDArray[np.uint8] | torch.Tensor, params: AugmentationParams | OpParams | None = None
+    ) -> torch.Tensor:
+        raw, params = self._ops.to_device(images, params)
         raw = self._ops.apply_raw_ops(raw, params)
         pixels = self._as_floats(raw.permute(0, 3, 1, 2) if self._ops.resizes else self._upright(raw))
         for channel, (shift, scale) in enumerate(self._shifts_and_scales):
@@ -62,15 +63,14 @@ class TorchTransform:
         batch, channels, height, _ = pixels.shape
         resolution = self._first.shape[1]
         # One large product for all images, then one for each channel of each image.
-        half = torch.matmul(pixels, self._first, out=self._buffers.empty(batch, channels, height, resolution)).flatten(
-            0, 1
-        )
+        half = exact_matmul(pixels, self._first, out=self._buffers.empty(batch, channels, height, resolution))
+        half = half.flatten(0, 1)
         factor = self._second.expand(batch * channels, *self._second.shape)
         # For transposed images the second product uses the transpose of the first result, which is cheaper than a copy
         # of the pixels.
         factors = (half.mT, factor) if self._transposed else (factor, half)
         resized = self._buffers.empty(batch, channels, resolution, resolution)
-        torch.bmm(*factors, out=resized.flatten(0, 1))
+        exact_matmul(*factors, out=resized.flatten(0, 1))
         return resized
 
     def _upright(self, raw: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline.common.buffer_pool import BufferPool
-from pipeline.transforms.augmentation import Augmentation, AugmentationParams
+from pipeline.transforms.augmentation import NOISE_RANGE, Augmentation, AugmentationParams, noise_words
+from pipeline.transforms.ops.matmul import exact_matmul
+from pipeline.transforms.ops.philox import philox_words
 from pipeline.transforms.spec import TransformSpec
 
 # Output pixels per chunk and thread: their positions (8 bytes each) then stay in the cache of a core.
@@ -42,17 +46,24 @@ class Warp:
         self._rows = torch.from_numpy(np.concatenate(functions, axis=1)).float().to(device)
         self._columns = self._rows.T.contiguous()
 
-    def __call__(self, pixels: torch.Tensor, params: AugmentationParams) -> torch.Tensor:
+    def op_params(self, params: AugmentationParams) -> dict[str, NDArray]:
+        """Compute each image's affine map, float32 [B, 2, 3], and its noise or, for a GPU, the keys of the noise."""
+        arrays = {"affine": self._augmentation.affine_matrices(params, self._input_shape).astype(np.float32)}
+        if self._amplitude and self._device.type == "cuda":
+            return arrays | {"noise_keys": params.noise_keys.view(np.int64)}
+        return arrays if params.noise is None else arrays | {"noise": params.noise}
+
+    def __call__(self, pixels: torch.Tensor, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Move the pixels of a batch, with linear interpolation.
 
         Args:
             pixels: float32 [B, C, H, W] on the device, (x / 255 - fill_value) / std.
-            params: Augmentation parameters of the batch; their noise drives the elastic distortion.
+            params: The arrays of `op_params` on the device; the noise drives the elastic distortion.
 
         Returns:
             Normalised images, float32 [B, C, R, R].
         """
-        coefficients = torch.from_numpy(self._coefficients(params)).to(self._device, non_blocking=True)
+        coefficients = self._coefficients(params)
         resolution = len(self._rows)
         batch, channels = pixels.shape[:2]
         output = self._buffers.empty(batch, channels, resolution, resolution)
@@ -71,16 +82,17 @@ class Warp:
                 output[:, channel] += shift
         return output
 
-    def _coefficients(self, params: AugmentationParams) -> NDArray[np.float32]:
+    def _coefficients(self, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Coefficients of the functions of row and column, float32 [B, 2, K + 2, K + 2]."""
-        matrices = self._augmentation.affine_matrices(params, self._input_shape)
-        functions = self._rows.shape[1]
-        coefficients = np.zeros((len(matrices), 2, functions, functions), np.float32)
-        if params.noise is not None:
-            np.multiply(params.noise, np.float32(self._amplitude), out=coefficients[:, :, :-2, :-2])
-        coefficients[:, :, -1, -2] = matrices[:, :, 0]  # x
-        coefficients[:, :, -2, -1] = matrices[:, :, 1]  # y
-        coefficients[:, :, -1, -1] = matrices[:, :, 2]
+        affine, functions = params["affine"], self._rows.shape[1]
+        coefficients = torch.zeros(len(affine), 2, functions, functions, device=self._device)
+        if self._amplitude:
+            grid_size = functions - 2
+            noise = params["noise"] if "noise" in params else elastic_noise(params["noise_keys"], grid_size)
+            torch.mul(noise, self._amplitude, out=coefficients[:, :, :-2, :-2])
+        coefficients[:, :, -1, -2] = affine[:, :, 0]  # x
+        coefficients[:, :, -2, -1] = affine[:, :, 1]  # y
+        coefficients[:, :, -1, -1] = affine[:, :, 2]
         return coefficients
 
     def _positions(self, coefficients: torch.Tensor) -> torch.Tensor:
@@ -88,8 +100,15 @@ class Warp:
         batch, _, functions, _ = coefficients.shape
         resolution = len(self._rows)
         # The first product is one large product for all images.
-        wide = torch.matmul(coefficients, self._columns, out=self._buffers.empty(batch, 2, functions, resolution))
-        return torch.matmul(self._rows, wide, out=self._buffers.empty(batch, 2, resolution, resolution))
+        wide = exact_matmul(coefficients, self._columns, out=self._buffers.empty(batch, 2, functions, resolution))
+        return exact_matmul(self._rows, wide, out=self._buffers.empty(batch, 2, resolution, resolution))
+
+
+def elastic_noise(keys: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """Compute `AugmentationParams.noise` from its keys, int64 [B, 3], on their device: float32 [B, 2, K, K]."""
+    words = philox_words(keys, noise_words(grid_size))[:, : 2 * grid_size**2]
+    levels = ((words >> 41 & (1 << 23) - 1).float() + 0.5) * 2.0**-23
+    return ((levels - 0.5) * float(NOISE_RANGE)).view(len(keys), 2, grid_size, grid_size)
 
 
 def gaussian_weights(coordinates: NDArray[np.float64], grid_size: int, sigma: float) -> NDArray[np.float64]:

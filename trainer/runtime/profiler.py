@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.spec import Transform
-from shards.stores.base import Images
 
 TimePoint = tuple[float, torch.cuda.Event | None]
 
@@ -102,8 +100,9 @@ class _TimedTransform:
         self._transform = transform
         self._profile = profile
         self.max_fused_batch = transform.max_fused_batch
+        self.op_params = transform.op_params
 
-    def __call__(self, images: Images, params: AugmentationParams | None = None) -> torch.Tensor:
+    def __call__(self, images: Any, params: Any = None) -> torch.Tensor:
         start = self._profile.now()
         output = self._transform(images, params)
         self._profile.add(LOADING, start)

@@ -17,14 +17,16 @@ from support.image_files import SIZES, as_array
 from support.raw_files import picture, pixels
 from support.transform_reference import model_input
 
+from pipeline.common.rng import random_keys
 from pipeline.loader import Loader
 from pipeline.sampler import ShuffledBatchSampler
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation, AugmentationParams, ParamIndex
 from pipeline.transforms.build import build_transform
 from pipeline.transforms.ops.erasing import erase
 from pipeline.transforms.ops.foreground import contour_mask, foreground_mask
+from pipeline.transforms.ops.philox import philox_words
 from pipeline.transforms.spec import TransformSpec
-from pipeline.transforms.warp import gaussian_weights
+from pipeline.transforms.warp import elastic_noise, gaussian_weights
 from shards import UserError, open_split
 from shards.stores.base import Store
 from trainer.config.augment import AugmentConfig
@@ -337,3 +339,34 @@ def test_the_settings_are_those_of_the_pipeline() -> None:
 
 def test_the_numbers_of_an_image_have_room() -> None:
     assert [number.value for number in ParamIndex] == list(range(18))
+
+
+@pytest.mark.parametrize(
+    ("seed", "stream", "first"), [(0, 0, 0), (2**64 - 1, 2**63 + 12345, 4 * 77), (987654321, (1 << 59) + 7, 2**40)]
+)
+def test_words_of_a_gpu_are_those_of_numpy(device: torch.device, seed: int, stream: int, first: int) -> None:
+    keys = np.array([[seed, stream, first // 4], [seed, stream, first // 4 + 16]], np.uint64).view(np.int64)
+    found = philox_words(torch.from_numpy(keys).to(device), 64).cpu().numpy().view(np.uint64)
+    assert np.array_equal(found.reshape(-1), random_keys(seed, stream, 128, first))
+
+
+@pytest.mark.parametrize("sigma", [0.14, 0.5, 1.0])
+def test_noise_of_a_gpu_is_that_of_a_cpu(device: torch.device, sigma: float) -> None:
+    augmentation = Augmentation(elastic=0.1, elastic_sigma=sigma)
+    steps = [augmentation.sample_params(2**64 - 3, 2, step, slice(3 * step, 3 * step + 9)) for step in range(3)]
+    for params in (AugmentationParams.concatenate(steps), steps[0][2:5], steps[1][::2]):
+        noise = elastic_noise(torch.from_numpy(params.noise_keys.view(np.int64)).to(device), params.noise_grid_size)
+        assert np.array_equal(noise.cpu().numpy(), params.noise)
+
+
+def test_images_and_parameters_may_be_on_the_device(backend: str, device: torch.device) -> None:
+    augmentation = replace(KINDS["elastic"], stroke=0.8, erase=0.7, brightness=0.3)
+    images, params = noise(COUNT, GRAY), drawn(augmentation, COUNT)
+    transform = build_transform(spec_of(GRAY, 40), backend, device, COUNT, augmentation)
+    expected = transform(images, params)
+    sent = {name: torch.from_numpy(array).to(device) for name, array in transform.op_params(params).items()}
+    assert torch.equal(transform(torch.from_numpy(images).to(device), sent), expected)
+    # A GPU computes the noise from its keys.
+    noise_keys = torch.from_numpy(params.noise_keys.view(np.int64)).to(device)
+    keyed = {name: tensor for name, tensor in sent.items() if name != "noise"} | {"noise_keys": noise_keys}
+    assert torch.equal(transform(torch.from_numpy(images).to(device), keyed), expected)
