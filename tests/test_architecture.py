@@ -36,7 +36,7 @@ OWNERS = {
         "trainer/models/factory.py",
         "trainer/models/weights.py",
         "trainer/models/efficientnet_cifar.py",
-        "trainer/optim/optimizers.py",
+        "trainer/optim/skippable.py",
     },
     "torchvision": {"trainer/models/squeezenet.py"},
     "zarr": {"shards/stores/zarr_arrays.py"},

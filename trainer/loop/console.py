@@ -13,6 +13,7 @@ from trainer.checkpoint.run_dir import RunDirectory
 from trainer.data.resolution_schedule import ResolutionStage
 from trainer.data.training_data import TrainingData
 from trainer.loop.state import Training
+from trainer.models.precision import describe_precision
 from trainer.runtime.progress import duration
 
 
@@ -30,7 +31,8 @@ def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -
         f"{len(data.test.sampler.samples):,} test images, {len(data.classes)} classes\n"
         f"{steps}, {sizes}\n"
         f"{settings.model.name} at {_by_stage(data, lambda stage: f'{stage.resolution}x{stage.resolution}')}, "
-        f"{state.parameter_count:,} parameters, on {world.device} in {settings.trainer.precision} "
+        f"{state.parameter_count:,} parameters, on {world.device} in "
+        f"{describe_precision(settings.trainer, world.device)} "
         f"({_count(world.size, 'rank')}); loader {data.backend}: {data.backend_reason}\n"
         f"{run_dir.path}{resumed}",
         flush=True,

@@ -184,8 +184,10 @@ def train_step(
         )
         training.profile.mark("forward")
         # The mean over the global batch. DDP averages over ranks, whose slices differ in size, hence the factor.
-        (loss * (world.size / (batch.global_size * accumulation_steps))).backward()
+        training.state.scaler.scale(loss * (world.size / (batch.global_size * accumulation_steps))).backward()
         training.profile.mark("backward")
+    if is_last_microbatch:
+        training.state.scaler.unscale_(training.state.optimizer)
     if monitor is not None:
         monitor.check_batch(batch.step, loss, is_last_microbatch)
     if is_last_microbatch:
@@ -240,11 +242,16 @@ def compute_loss(
 
 
 def _update(training: Training) -> None:
-    """Clip the gradients and step the optimizer, the moving average and the schedule."""
+    """Clip the gradients and step the optimizer, the moving average and the schedule.
+
+    In fp16, the scaler skips the optimizer on the device if a gradient has overflowed. No value is read, so the step
+    counts as an update of the moving average and the schedule.
+    """
     state, max_grad_norm = training.state, training.config.optim.max_grad_norm
     if max_grad_norm is not None:
         nn.utils.clip_grad_norm_(state.model.parameters(), max_grad_norm)
-    state.optimizer.step()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.updates += 1
     training.profile.mark("optimizer")

@@ -27,6 +27,7 @@ from trainer.loop import engine
 from trainer.loop.state import Training, make_training
 from trainer.loop.step_check import saved_tensor_bytes
 from trainer.models.auto import resolve_auto
+from trainer.models.precision import make_grad_scaler
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.memory import available_memory, peak_memory
 
@@ -107,7 +108,9 @@ class BatchSizeRunner:
             except torch.cuda.OutOfMemoryError:
                 return None
             finally:
-                self._training.state.optimizer.zero_grad(set_to_none=True)
+                state, trainer = self._training.state, self._training.config.trainer
+                state.optimizer.zero_grad(set_to_none=True)
+                state.scaler = make_grad_scaler(trainer, self._device)  # the old one may be within a step
                 gc.collect()
         if self._per_image * batch_size > self._available:
             return None

@@ -75,6 +75,10 @@ class NonFiniteMonitor:
         row = self._values[len(self._recorded)]
         row[0] = loss.detach()
         row[1] = self._gradient_norm() if is_last_microbatch else 0.0
+        scaler = self._training.state.scaler
+        if scaler.is_enabled():
+            # An overflow skips the update and halves the scale; below 1 the scale is not the cause.
+            row[1] = torch.where(scaler.scale(torch.ones_like(row[1])) < 1, row[1], 0.0)
         self._recorded.append(step)
         self._last = step
         if len(self._recorded) == len(self._values):

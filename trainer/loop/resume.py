@@ -88,7 +88,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     is_same_data = saved["data"] == training.data.digest
     is_same = is_same_data and not changed_settings(saved, training.config)
     new = training.checkpoint()
-    skipped = {"recipe", "classes", "ema", *(() if is_same else ("learning_rate",))}
+    skipped = {"recipe", "classes", "ema", *(() if is_same else ("learning_rate", "scaler"))}
     for name in (new.keys() & saved.keys()) - skipped:
         check_structure(saved[name], new[name], name)
     if is_same:

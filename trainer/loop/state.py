@@ -21,7 +21,7 @@ from trainer.data.training_data import TrainingData
 from trainer.evaluate.logit_adjustment import PosthocCalibration, log_class_weights
 from trainer.models.compile import compile_model
 from trainer.models.factory import check_sides, make_model
-from trainer.models.precision import memory_format
+from trainer.models.precision import make_grad_scaler, memory_format
 from trainer.optim.distillation import DistillationTeacher
 from trainer.optim.ema import ModelEma
 from trainer.optim.losses import class_weights, log_priors
@@ -63,13 +63,14 @@ class Totals:
 
 @dataclass
 class TrainState:
-    """The contents of a checkpoint: weights, optimizer, learning-rate schedule, moving average and position."""
+    """The contents of a checkpoint: weights, optimizer, schedule, moving average, loss scale and position."""
 
     model: nn.Module
     """The network itself, without wrappers."""
     optimizer: torch.optim.Optimizer
     learning_rate: LRSchedule
     ema: ModelEma | None
+    scaler: torch.amp.GradScaler
     epoch: int = 0
     step: int = 0
     """Steps of epoch `epoch` that are done; both count from 0."""
@@ -113,6 +114,7 @@ class TrainState:
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "epoch_totals": vars(self.epoch_totals).copy(),
             "total": vars(self.total).copy(),
             "elapsed": self.elapsed,
@@ -126,6 +128,8 @@ class TrainState:
             self.ema.module.load_state_dict(state["ema"] or state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.learning_rate.load_state_dict(state["learning_rate"])
+        if scaler := state.get("scaler"):  # empty in other precisions than fp16
+            self.scaler.load_state_dict(scaler)
         self.epoch_totals, self.total = Totals(**state["epoch_totals"]), Totals(**state["total"])
         for name in _PLAIN:
             setattr(self, name, state[name])
@@ -250,6 +254,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         optimizer=optimizer,
         learning_rate=LRSchedule(optimizer, config, updates),
         ema=ModelEma(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
+        scaler=make_grad_scaler(config.trainer, world.device),
     )
     return Training(
         state=state,

@@ -8,13 +8,17 @@ from trainer.config.load import replace_settings
 from trainer.config.schema import Config, TrainerConfig
 from trainer.models.factory import has_depthwise_convolutions
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_GPU_PRECISIONS = (((8, 0), "bf16"), ((7, 0), "fp16"), ((0, 0), "fp32"))  # by the lowest compute capability
+
 
 def resolve_precision(config: Config, device: torch.device) -> Config:
-    """Replace `trainer.precision=auto` by bf16 or fp32.
+    """Replace `trainer.precision=auto` by bf16, fp16 or fp32.
 
-    GPUs use bf16 if they support it. CPUs use bf16 if they have AMX and the model has no depthwise convolutions: AMX
-    accelerates matrix products, and a depthwise convolution has none. Most such models are faster in fp32 on a CPU,
-    though not all (XCiT is not); `benchmarks/train_throughput.py --precisions bf16,fp32` measures a model.
+    GPUs with native bf16 (compute capability 8) use it. Older ones with fast fp16 (7: V100, T4, RTX 20) use fp16 with
+    loss scaling. CPUs use bf16 if they have AMX and the model has no depthwise convolutions: AMX accelerates matrix
+    products, and a depthwise convolution has none. Most such models are faster in fp32 on a CPU, though not all (XCiT
+    is not); `benchmarks/train_throughput.py --precisions bf16,fp32` measures a model.
 
     Raises:
         UserError: The model is unknown.
@@ -22,15 +26,36 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
     if config.trainer.precision != "auto":
         return config
     if device.type == "cuda":
-        use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = _gpu_precision(device)
     else:
         use_bf16 = torch.cpu.get_capabilities().get("amx_bf16", False) and not has_depthwise_convolutions(config.model)
-    return replace_settings(config, {"trainer.precision": "bf16" if use_bf16 else "fp32"}, "trainer.precision=auto")
+        precision = "bf16" if use_bf16 else "fp32"
+    return replace_settings(config, {"trainer.precision": precision}, "trainer.precision=auto")
+
+
+def _gpu_precision(device: torch.device) -> str:
+    capability = torch.cuda.get_device_capability(device)
+    return next(precision for lowest, precision in _GPU_PRECISIONS if capability >= lowest)
+
+
+def describe_precision(settings: TrainerConfig, device: torch.device) -> str:
+    """Return the precision, and on a GPU the compute capability by which `auto` chooses it."""
+    if device.type != "cuda":
+        return settings.precision
+    chosen = settings.precision == _gpu_precision(device)
+    reason = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+    return f"{settings.precision} ({reason if chosen else 'set by trainer.precision'})"
 
 
 def autocast(settings: TrainerConfig, device: torch.device) -> torch.autocast:
     """Return the autocast context of `trainer.precision`."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
+    dtype = _DTYPES.get(settings.precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def make_grad_scaler(settings: TrainerConfig, device: torch.device) -> torch.amp.GradScaler:
+    """Return the loss scaler of fp16, whose small gradients would be 0 otherwise; disabled in other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
 
 
 def to_memory_format(images: torch.Tensor, settings: TrainerConfig) -> torch.Tensor:

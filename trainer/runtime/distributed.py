@@ -69,7 +69,10 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
     device = choose_device(device_name, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # cuDNN benchmarks its algorithms for each shape; there are few shapes and many steps.
+        # In fp32, convolutions use TF32. Matrix products, such as those of the resize, are exact.
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = False
+        # cuDNN benchmarks its algorithms for each shape; training has one shape per resolution.
         torch.backends.cudnn.benchmark = True
     else:
         keep_freed_memory()

@@ -20,7 +20,7 @@ from pipeline.sampler import ShuffledBatchSampler
 from shards import UserError, open_split
 from trainer.checkpoint import io as checkpoint
 from trainer.data.training_data import split_train_val
-from trainer.loop import engine, replay_step
+from trainer.loop import engine, replay_step, state
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep
 from trainer.run import main as run_main
 from trainer.runtime.distributed import World
@@ -173,7 +173,8 @@ def test_on_a_gpu_no_step_waits_for_its_loss(
 ) -> None:
     device = torch.device("cuda")
     model = torch.nn.Linear(2, 2, device=device)
-    monitored = SimpleNamespace(world=World(0, 1, device), state=SimpleNamespace(model=model))
+    trained = SimpleNamespace(model=model, scaler=torch.amp.GradScaler(enabled=False))
+    monitored = SimpleNamespace(world=World(0, 1, device), state=trained)
     monitor, losses = NonFiniteMonitor(monitored), torch.ones(100, device=device)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -193,3 +194,28 @@ def test_on_a_gpu_no_step_waits_for_its_loss(
     spoil_images(monkeypatch, rows_at(recipe, 0, 5)[3])
     with pytest.raises(UserError, match="a loss that is not finite in epoch 1 step 6"):
         run("device=cuda", "trainer.epochs=1", "loader.backend=torch")
+
+
+def start_with_scale(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    monkeypatch.setattr(state, "make_grad_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+def test_an_overflow_in_fp16_skips_the_update_and_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., Path]
+) -> None:
+    start_with_scale(monkeypatch, 2.0**24)
+    directory = run("trainer.precision=fp16")
+    saved = checkpoint.load(directory / "checkpoints" / "last.pt")
+    assert 2**8 <= saved["scaler"]["scale"] < 2**24
+    assert saved["updates"] == 2 * 9, "a skipped update counts for the schedule"
+    assert all(weight.isfinite().all() for weight in saved["model"].values())
+
+
+def test_a_gradient_that_is_not_finite_at_any_scale_is_an_error_in_fp16_too(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., Path]
+) -> None:
+    start_with_scale(monkeypatch, 4.0)
+    divergence = engine.weighted_kl
+    monkeypatch.setattr(engine, "weighted_kl", lambda *given: divergence(*given) + (0 * given[0].sum()).sqrt())
+    with pytest.raises(UserError, match="a gradient that is not finite in epoch 1 step 4"):
+        run("trainer.precision=fp16")

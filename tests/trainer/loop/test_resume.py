@@ -26,7 +26,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.load import load
 from trainer.config.schema import CheckpointConfig
-from trainer.loop import engine
+from trainer.loop import engine, state
 from trainer.run import main as run_main
 
 # 130 training images make 9 steps of 14 and leave 4 out; with accumulation 2 five updates, the last of one batch.
@@ -435,3 +435,16 @@ def test_a_checkpoint_within_an_epoch_of_another_sampler_is_resumed_with_a_warni
     checkpoint.save(directory / "checkpoints" / "last.pt", state)
     assert train(recipe, directory, "resume=auto") == 0
     assert "other batches. The rest of epoch 2 repeats some samples and omits others" in caplog.text
+
+
+def test_fp16_resumes_with_its_loss_scale_bit_for_bit(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale is halved by overflows at the start and doubled every five steps."""
+
+    def make_grad_scaler(*_: Any) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=5)
+
+    monkeypatch.setattr(state, "make_grad_scaler", make_grad_scaler)
+    assert_exact(recipe, tmp_path, ["trainer.precision=fp16", "trainer.ema_decay=0.9"], [(0, 3), (1, 5)])
+    assert newest(tmp_path / "whole")["scaler"]["_growth_tracker"] > 0

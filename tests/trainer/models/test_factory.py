@@ -18,7 +18,7 @@ from trainer.config.schema import Config, ModelConfig
 from trainer.models import factory as model_module
 from trainer.models.auto import resolve_auto
 from trainer.models.factory import SMALL_CNN, check_sides, make_model
-from trainer.models.precision import resolve_precision
+from trainer.models.precision import describe_precision, resolve_precision
 from trainer.models.weights import load_weights
 from trainer.optim.ema import ModelEma
 
@@ -307,9 +307,27 @@ def test_a_processor_multiplies_in_bf16_what_has_matrices(
     asked = Config(model=ModelConfig(name=name), data={"shards": "set"})
     decided = resolve_precision(asked, torch.device("cpu"))
     assert decided.trainer.precision == ("bf16" if amx and not by_channel else "fp32")
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp16"):
         said = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"precision": precision})})
         assert resolve_precision(said, torch.device("cpu")) == said
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [((9, 0), "bf16"), ((8, 6), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16"), ((6, 1), "fp32")],
+)
+def test_a_gpu_chooses_by_its_compute_capability(
+    capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    decided = resolve_precision(Config(data={"shards": "set"}), gpu).trainer
+    assert decided.precision == precision
+    reason = "compute capability {}.{}".format(*capability)
+    assert describe_precision(decided, gpu) == f"{precision} ({reason})"
+    other = decided.model_copy(update={"precision": "fp32" if precision != "fp32" else "bf16"})
+    assert describe_precision(other, gpu) == f"{other.precision} (set by trainer.precision)"
+    assert describe_precision(decided, torch.device("cpu")) == precision
 
 
 @pytest.mark.parametrize("hidden", [None, 256])

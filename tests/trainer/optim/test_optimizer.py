@@ -12,7 +12,8 @@ from conftest import ROOT
 from torch import nn
 
 from trainer.config.load import load
-from trainer.config.schema import Config, OptimConfig
+from trainer.config.schema import Config, OptimConfig, TrainerConfig
+from trainer.models.precision import make_grad_scaler
 from trainer.optim.optimizers import make_optimizer
 from trainer.optim.schedules import LRSchedule
 
@@ -86,6 +87,38 @@ def test_every_optimiser_descends_a_quadratic(name: str) -> None:
     # Further than half way down with every parameter, and not beyond the bottom.
     assert layer.weight.abs().max() < 0.6
     assert layer.bias.abs() < 0.6
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("skipped", [(0,), (0, 1, 4)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_with_an_overflow_changes_nothing(name: str, skipped: tuple[int, ...], device: str) -> None:
+    """The weights are equal to the last bit to those without the step."""
+    models = [small_model().to(device) for _ in range(2)]
+    optimizers = [make_optimizer(model, OptimConfig(name=name, lr=0.01, weight_decay=0.5)) for model in models]
+    settings = TrainerConfig(precision="fp16")
+    scalers = [make_grad_scaler(settings, torch.device(device)) for _ in range(2)]
+    for step in range(6):
+        gradients = [torch.randn_like(weight) for weight in models[0].parameters()]
+        for model, optimizer, scaler, with_overflow in zip(models, optimizers, scalers, (True, False), strict=True):
+            if step in skipped and not with_overflow:
+                continue
+            scale = scaler.scale(torch.ones((), device=device))
+            for weight, gradient in zip(model.parameters(), gradients, strict=True):
+                weight.grad = gradient * scale
+            if step in skipped:
+                next(model.parameters()).grad[0] = math.inf
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            before = [weight.clone() for weight in model.parameters()]
+            scaler.step(optimizer)
+            scaler.update()
+            changed = [not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)]
+            assert not any(changed) if step in skipped else all(changed)
+    assert [scaler.get_scale() for scaler in scalers] == [2.0 ** (16 - len(skipped)), 2.0**16]
+    if name != "sgd_lookahead":  # counts skipped steps
+        for weight, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(weight, expected)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,0 +1,46 @@
+"""timm's optimizers with the interface of `torch.amp.GradScaler` that skips a step without reading a value.
+
+The scaler sets `found_inf`, a scalar on the device that is 1 if a gradient is not finite. torch's fused optimizers then
+change nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.optim
+import torch
+
+
+class Lion(timm.optim.Lion):
+    """Lion whose step is undone on the device if `found_inf` is set."""
+
+    _step_supports_amp_scaling = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Step, and restore weights and momentum if a gradient was not finite."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return super().step(closure)
+        weights = [weight for group in self.param_groups for weight in group["params"] if weight.grad is not None]
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["exp_avg"] = torch.zeros_like(weight)
+        changed = [tensor for weight in weights for tensor in (weight, self.state[weight]["exp_avg"])]
+        before = [tensor.clone() for tensor in changed]
+        loss = super().step(closure)
+        for tensor, old in zip(changed, before, strict=True):
+            tensor.copy_(torch.where(found_inf > 0, old, tensor))
+        return loss
+
+
+class Lookahead(timm.optim.Lookahead):
+    """Lookahead around a fused optimizer of torch, which skips its step if `found_inf` is set."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure: Any = None) -> Any:
+        """Step the inner optimizer, and every few steps the slow weights."""
+        self._base_optimizer.found_inf = getattr(self, "found_inf", None)
+        return super().step(closure)
