@@ -59,6 +59,7 @@ TESTS = {
     "shards/stores/image_header.py": ["tests/shards/stores/test_image_header.py"],
     "shards/stores/record*.py": ["tests/shards/stores/test_records.py"],
     "shards/stores/zarr*.py": ["tests/shards/stores/test_zarr_store.py", STORE_CONTRACT, SLOW_CONTRACT],
+    "shards/stores/split_files.py": ["tests/shards/stores/test_split_files.py"],
     "shards/stores/tar_members.py": ["tests/shards/test_index.py"],
     "shards/stores/*.py": ["tests/shards/stores/test_tar_format.py", STORE_CONTRACT, SLOW_CONTRACT],
     "trainer/checkpoint/checkpointer.py": [
@@ -69,6 +70,7 @@ TESTS = {
     "trainer/checkpoint/*.py": ["tests/trainer/checkpoint"],
     "trainer/evaluate/calibration.py": ["tests/trainer/evaluate/test_calibration.py"],
     "trainer/evaluate/metrics.py": ["tests/trainer/evaluate/test_metrics.py"],
+    "trainer/optim/ema.py": ["tests/trainer/optim/test_fused_updates.py"],
     "trainer/optim/losses.py": ["tests/trainer/optim/test_loss.py"],
     "trainer/optim/mixup.py": ["tests/trainer/optim/test_mixup.py"],
     "trainer/optim/schedules.py": ["tests/trainer/optim/test_optimizer.py"],
