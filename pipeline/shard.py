@@ -25,7 +25,7 @@ from pipeline.readers.naming import warn
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.atomic import check_is_file
 from shards.cli import USER_ERROR_STATUS, program_name, run_command
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from shards.manifest import Manifest
 from shards.remote.datasets import is_remote, resolve_dataset, resolve_files
 
@@ -266,7 +266,7 @@ class Command:
         path = self._group.barrier_run(lambda: resolve_files(raw))
         check_is_file(path, "a file or directory of raw data")
         if not (source.raw_file or source.generic) and path.exists() and not path.is_dir():
-            raise UserError(found=f"--raw {path}, a file", expected="a directory", hint=f"--raw {path.parent}")
+            raise UserError(found=f"--raw {path}, a file", expected="a directory", hint=f"--raw {quote(path.parent)}")
         return path
 
     def _print(self, text: str) -> None:

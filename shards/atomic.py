@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from filelock import FileLock, Timeout
 
-from shards.errors import MismatchError, NotFoundError, UserError, as_user_error, os_errors_as_user_errors
+from shards.errors import MismatchError, NotFoundError, UserError, as_user_error, os_errors_as_user_errors, quote
 
 FileIdentity: TypeAlias = tuple[int, int, int, int]
 _CHECKSUM = "sha256"
@@ -68,7 +68,7 @@ def check_is_file(path: Path, expected: str = "a regular file") -> None:
         raise UserError(
             found=f"{path} is not a regular file",
             expected=expected,
-            hint=f"name the right file, or copy the content to a file first (ls -l {path})",
+            hint=f"name the right file, or copy the content to a file first (ls -l {quote(path)})",
         )
 
 
@@ -105,12 +105,14 @@ def check_writable(path: Path) -> None:
     """Raise `UserError` if a file cannot be written at `path`."""
     directory = path.absolute().parent
     if path.is_dir():
-        raise UserError(found=f"{path}, a directory", expected="the path of a file", hint=f"name a file: {path}/...")
+        raise UserError(
+            found=f"{path}, a directory", expected="the path of a file", hint=f"name a file: {quote(path / 'NAME')}"
+        )
     if not directory.is_dir():
         raise NotFoundError(
             found=f"no such directory: {path.parent}",
             expected="a file in an existing directory",
-            hint=f"mkdir -p {path.parent}",
+            hint=f"mkdir -p {quote(path.parent)}",
         )
     if not os.access(directory, os.W_OK):
         raise as_user_error(PermissionError(errno.EACCES, "Permission denied"), path)

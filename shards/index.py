@@ -28,7 +28,7 @@ from tqdm import tqdm
 from shards.atomic import detect_replacement, read_file, write_file
 from shards.cli import plural, program_name, run_command
 from shards.cpus import available_cpus
-from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors, printable
+from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors, printable, quote
 from shards.manifest import (
     MANIFEST_NAME,
     REQUIRED_SPLITS,
@@ -168,9 +168,9 @@ def _find_splits(directory: Path) -> dict[str, list[Path]]:
         raise NotFoundError(
             found=f"{directory} with {' and '.join(splits)}, but without {' and '.join(missing)}",
             expected=f"the splits {' and '.join(REQUIRED_SPLITS)}, and optionally val",
-            hint=f"to test on the validation split: mv {directory / VALIDATION} {directory / missing[0]}"
+            hint=f"to test on the validation split: mv {quote(directory / VALIDATION)} {quote(directory / missing[0])}"
             if VALIDATION in splits
-            else f"add {directory / missing[0]}; or index one split alone: python -m shards.index {alone}",
+            else f"add {quote(directory / missing[0])}; or index one split: python -m shards.index {quote(alone)}",
         )
     return splits
 
@@ -203,7 +203,7 @@ def _shards_in(directory: Path, root: Path) -> list[Path]:
         raise NotFoundError(
             found=f"{odd}, which is compressed, or named otherwise than .tar",
             expected="uncompressed tar shards, which allow random access",
-            hint=f"uncompress it (gunzip {odd}), rename it to .tar, or move it elsewhere",
+            hint=f"uncompress it (gunzip {quote(odd)}), rename it to .tar, or move it elsewhere",
         )
     return paths
 
@@ -213,7 +213,7 @@ def _unclear(found: str, directory: Path) -> MismatchError:
         found=found,
         expected="one directory per split (train, test, val), or shards that are all named after their split, as "
         "train-0000.tar",
-        hint=f"move the shards of each split into {directory}/train, {directory}/test and {directory}/val",
+        hint=f"move the shards of each split into train/, test/ and val/ below {quote(directory)}",
     )
 
 
@@ -281,7 +281,7 @@ def _existing_index(shard: Path, content: bytes) -> bytes | None:
         raise MismatchError(
             found=f"{path}, which is not the {INDEX_VERSION} index of {shard.name}",
             expected="the index of this shard, or none",
-            hint=f"remove it (the shard holds the same information): rm {path}",
+            hint=f"remove it (the shard holds the same information): rm {quote(path)}",
         )
     return path.read_bytes()
 
@@ -313,7 +313,7 @@ def _check_existing_manifest(directory: Path, manifest: Manifest) -> None:
         raise MismatchError(
             found=f"{path}, which does not describe the shards beside it",
             expected="the manifest of these shards and classes, or none",
-            hint=f"to index the shards as they are: rm {path}",
+            hint=f"to index the shards as they are: rm {quote(path)}",
         )
 
 
@@ -352,10 +352,10 @@ def main() -> int:
     if not is_packed_dataset(dataset):
         dataset = dataset.absolute().parent
     if is_packed_dataset(dataset):
-        print(f"train on them with data.shards={dataset}")
+        print(f"train on them with {quote(f'data.shards={dataset}')}")
     else:
         print(f"this is one split; training needs {' and '.join(REQUIRED_SPLITS)}: move the shards of each into")
-        print(f"{dataset}/{f' and {dataset}/'.join(REQUIRED_SPLITS)}, then: python -m shards.index {dataset}")
+        print(f"{dataset}/{f' and {dataset}/'.join(REQUIRED_SPLITS)}, then: python -m shards.index {quote(dataset)}")
     return 0
 
 

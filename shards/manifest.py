@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from shards.atomic import read_file, with_checksum, without_checksum, write_file
-from shards.errors import CorruptError, MismatchError, NotFoundError, UserError, printable
+from shards.errors import CorruptError, MismatchError, NotFoundError, UserError, printable, quote
 
 MANIFEST_NAME = "manifest.json"
 REQUIRED_SPLITS = ("train", "test")
@@ -263,8 +263,8 @@ def _packing_arguments(directory: Path) -> str:
     dataset = directory.parent if directory.name in SPLITS else directory
     source, _, variant = dataset.name.partition("-")
     if source in _WITH_VARIANTS and variant:
-        return f"{source} --split {variant} --out {dataset}"
-    return f"{source if source in _PUBLISHED else 'SOURCE'} --out {dataset}"
+        return f"{source} --split {variant} --out {quote(dataset)}"
+    return f"{source if source in _PUBLISHED else 'SOURCE'} --out {quote(dataset)}"
 
 
 def _missing(directory: Path) -> NotFoundError:
@@ -279,13 +279,13 @@ def _missing(directory: Path) -> NotFoundError:
     datasets = sorted(path.parent.parent for path in directory.glob(f"*/train/{MANIFEST_NAME}"))
     if any(directory.glob("*.tar")):
         dataset = directory.parent if directory.name in SPLITS else directory
-        hint = f"if these are WebDataset shards of another tool: python -m shards.index {dataset}; else pack again"
+        hint = f"if WebDataset shards of another tool: python -m shards.index {quote(dataset)}; else pack again"
     elif splits:
-        hint = f"name one split: {directory / splits[0]}"
+        hint = f"name one split: {quote(directory / splits[0])}"
     elif datasets:
-        hint = f"name the packed data set inside it: {datasets[0]}"
+        hint = f"name the packed data set inside it: {quote(datasets[0])}"
     elif any(path.suffix.lower() in _IMAGES for path in islice(directory.rglob("*.*"), _MAX_LOOKED_AT)):
-        hint = f"pack the images in it first: python -m pipeline.shard folder --raw {directory} --out DIR"
+        hint = f"pack the images in it first: python -m pipeline.shard folder --raw {quote(directory)} --out DIR"
     else:
         hint = "pack again: python -m pipeline.shard SOURCE --out DIR (without a manifest a split is incomplete)"
     return NotFoundError(

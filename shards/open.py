@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shards.atomic import detect_replacement
-from shards.errors import NotFoundError, UserError
+from shards.errors import NotFoundError, UserError, quote
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
@@ -65,7 +65,7 @@ def open_split(directory: Path | str, split: str, memory: int | None = None) -> 
         raise UserError(
             found=f"{directory}, which is a single split",
             expected=_EXPECTED,
-            hint=f"name {directory.absolute().parent}",
+            hint=f"name {quote(directory.absolute().parent)}",
         )
     if directory.is_dir() and not (directory / split).is_dir():
         if any((directory / other).is_dir() for other in SPLITS):

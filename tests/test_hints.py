@@ -20,6 +20,7 @@ from conftest import ROOT, run_module
 
 from inkstream import COMMANDS
 from shards import UserError, open_split
+from shards.errors import quote
 from trainer.config.load import RECIPES, SETTINGS, load
 from trainer.config.schema import Config
 from trainer.tune.search_space import describe
@@ -34,6 +35,8 @@ SCRIPTS += ("benchmarks.train_throughput", "benchmarks.scaling", "benchmarks.abl
 EXTRA_COMMANDS = ("trainer.predict.pseudo_label", "trainer.predict.preview", "trainer.loop.find_batch_size")
 EXTRA_COMMANDS += ("trainer.loop.replay_step", "pipeline.dedup.overlap", *SCRIPTS)
 VALUE = "{}"  # what an f-string inserts
+PATH = "/data/it's mine $HOME/-x"  # what `quote` is given
+PATH_NAME = re.compile(r"\b(path|dir|directory|dataset|target|run|run_dir|root|folder|file|out|archive)\b(?!\()")
 
 
 def texts(node: ast.expr | None) -> Iterator[str]:
@@ -41,7 +44,7 @@ def texts(node: ast.expr | None) -> Iterator[str]:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
     elif isinstance(node, ast.JoinedStr):
-        yield "".join(part.value if isinstance(part, ast.Constant) else VALUE for part in node.values)
+        yield "".join(map(inserted, node.values))
         for part in node.values:
             if isinstance(part, ast.FormattedValue):
                 yield from texts(part.value)
@@ -55,24 +58,54 @@ def texts(node: ast.expr | None) -> Iterator[str]:
         right = [*texts(node.right)] or [VALUE]
         for left in [*texts(node.left)] or [VALUE]:
             yield from (left + each for each in right)
+    elif is_quoted(node):
+        yield inserted(node)
 
 
-def hints_of(path: Path) -> Iterator[str]:
-    """The hints of a module: arguments `hint=`, third arguments of errors, names that hold hints, printed hints."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def is_quoted(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "quote"
+
+
+def inserted(node: ast.expr) -> str:
+    """A part of an f-string, with `VALUE` for a value and `PATH`, as a shell reads it, for `quote(value)`."""
+    if isinstance(node, ast.FormattedValue):
+        return inserted(node.value)
+    if isinstance(node, ast.Call) and is_quoted(node):
+        parts = node.args[0].values if isinstance(node.args[0], ast.JoinedStr) else node.args
+        return quote("".join(part.value if isinstance(part, ast.Constant) else PATH for part in parts))
+    return node.value if isinstance(node, ast.Constant) else VALUE
+
+
+def inserted_names(node: ast.AST | None) -> Iterator[str]:
+    """The variables that the f-strings of an expression insert outside of calls."""
+    if isinstance(node, ast.FormattedValue) and not isinstance(node.value, ast.Call | ast.JoinedStr):
+        yield ast.unparse(node.value)
+    for child in ast.iter_child_nodes(node) if node is not None and not isinstance(node, ast.Call) else ():
+        yield from inserted_names(child)
+
+
+def hint_nodes(tree: ast.Module) -> Iterator[ast.expr | None]:
+    """The hints of a module: arguments `hint=`, third arguments of errors, values of names that hold hints."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg == "hint":
-            yield from texts(node.value)
+            yield node.value
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS and len(node.args) == 3:
-            yield from texts(node.args[2])
+            yield node.args[2]
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any("hint" in ast.unparse(target).lower() for target in targets):
-                yield from texts(node.value)
+                yield node.value
         elif isinstance(node, ast.FunctionDef) and "hint" in (ast.get_docstring(node) or "").lower():
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Return):
-                    yield from texts(inner.value)
-        elif isinstance(node, ast.Constant | ast.JoinedStr):
+            yield from (inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return))
+
+
+def hints_of(path: Path) -> Iterator[str]:
+    """The hints of a module, and those that it prints as text."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for hint in hint_nodes(tree):
+        yield from texts(hint)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant | ast.JoinedStr):
             for text in texts(node):
                 yield from re.findall(r"^hint: (.+)$", text, re.MULTILINE)
 
@@ -118,6 +151,19 @@ def commands_in(hint: str) -> Iterator[tuple[str, list[str]]]:
         yield COMMANDS[name][0], []
 
 
+def test_paths_in_hints_are_quoted() -> None:
+    for module in MODULES:
+        for hint in hint_nodes(ast.parse(module.read_text(encoding="utf-8"))):
+            for name in inserted_names(hint):
+                assert not PATH_NAME.search(name), f"{module}: {name} in a hint needs quote(...)"
+
+
+@pytest.mark.parametrize("word", [PATH, "-x", "--out", "a b", "~/x", "*", "plain/path-1.png", "", "\\"])
+def test_a_quoted_path_is_one_word(word: str) -> None:
+    shell = subprocess.run(["sh", "-c", f"printf '%s|' {quote(word)}"], capture_output=True, text=True, timeout=60)
+    assert shell.stdout == (f"./{word}|" if word.startswith("-") else f"{word}|")
+
+
 def test_hints_are_found_everywhere() -> None:
     assert len(HINTS) > 200
     assert {module.partition("/")[0] for module, _ in HINTS} == {
@@ -138,6 +184,7 @@ def test_what_a_hint_names_exists(module: str, hint: str, capsys: pytest.Capture
             options = [word.partition("=")[0] for word in words if word.startswith("--")]
             assert set(options) <= set(parser._option_string_actions), words
             continue
+        assert any(PATH in word for word in words) == (shlex.quote(PATH)[1:10] in hint), words
         words = [word.replace(VALUE, "1").replace("SOURCE", "digits") for word in words]
         words = [re.sub("^N$", "2", word) for word in words]
         try:
@@ -212,7 +259,9 @@ def test_a_packing_command_that_a_hint_names_runs(tmp_path: Path, arguments: lis
 
 
 def test_swapped_arguments_are_exchanged_by_their_hint(digits_run: Path, tmp_path: Path, digits_set: Path) -> None:
-    process = run_module("trainer.evaluate", digits_set, digits_run, cwd=tmp_path)
+    run = tmp_path / "it's $HOME"
+    run.symlink_to(digits_run)
+    process = run_module("trainer.evaluate", digits_set, run, cwd=tmp_path)
     assert process.returncode == 2
     words = shlex.split(process.stderr.rpartition("hint: exchange them: ")[2])
     process = run_module("trainer.evaluate", *words, cwd=tmp_path)

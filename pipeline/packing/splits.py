@@ -11,7 +11,7 @@ from pipeline.common.rng import PARTITION_STREAM, permutation
 from pipeline.common.stratified import stratified_mask
 from pipeline.readers.naming import TEST, TRAIN, warn
 from pipeline.readers.raw_split import RawSplit
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from shards.manifest import VALIDATION, check_several_classes
 
 # Independent of each other, and of the choices during training.
@@ -64,7 +64,7 @@ def make_splits(
         raise UserError(
             found=f"--stratify {stratify}",
             expected=f"one of the columns {columns}" if columns else "no --stratify: these images have only labels",
-            hint=f"--stratify {next(iter(train.columns))}" if columns else "omit --stratify to choose by label",
+            hint=f"--stratify {quote(next(iter(train.columns)))}" if columns else "omit --stratify to choose by label",
         )
     for name, fraction in fractions.items():
         if fraction is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.atomic import created_directory, file_lock, sync_directory
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from shards.remote.backends import open_storage
 from shards.remote.base import RemoteError
 from shards.remote.download import RemoteFile, download_file, progress_bar
@@ -70,6 +70,6 @@ def _unreachable(download: Download, target: Path, partial: Path, or_else: str, 
     return UserError(
         found=f"no way to download {download.name} from {host}: {error.reason}{progress}",
         expected=f"{target} ({download.bytes:,} bytes), or a network to fetch it",
-        hint=f"download {download.url} on another machine and put it at {target}, or put {or_else} into a directory "
+        hint=f"download {download.url} elsewhere and copy it to {quote(target)}, or put {or_else} into a directory "
         "and name it with --raw",
     )

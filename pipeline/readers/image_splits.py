@@ -21,7 +21,7 @@ from pipeline.readers.formats import image as image_format
 from pipeline.readers.naming import printable, text_column
 from pipeline.readers.raw_dir import RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
 
@@ -83,7 +83,9 @@ def open_tree_of_images(path: Path) -> FileTree:
         raise UserError(
             found=f"{path}, a {path.suffix} file",
             expected="a directory, or a zip or tar archive, of images",
-            hint=f"--raw {path.parent}" if source == "folder" else f"python -m pipeline.shard {source} --raw {path}",
+            hint=f"--raw {quote(path.parent)}"
+            if source == "folder"
+            else f"python -m pipeline.shard {source} --raw {quote(path)}",
         )
     with corrupt_as_user_error(
         path,

@@ -11,7 +11,7 @@ from pipeline.readers.archives.file_trees import FileTree, read_file
 from pipeline.readers.archives.files import corrupt_as_user_error
 from pipeline.readers.archives.zip_tar import open_tree
 from pipeline.readers.download import Download, fetch
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from shards.manifest import RawFile
 
 MAX_RAW_BYTES = 2 << 30  # of one file; the largest known file has 0.6 GB
@@ -147,5 +147,5 @@ def _errors(path: Path, kind: str) -> AbstractContextManager[None]:
     return corrupt_as_user_error(
         f"{path}, a damaged {kind}",
         expected=f"the complete {kind}, as published",
-        hint=f"remove it and run again to download it: rm {path}",
+        hint=f"remove it and run again to download it: rm {quote(path)}",
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import CorruptError, corrupt_shard, first_line
+from shards.errors import CorruptError, corrupt_shard, first_line, quote
 from shards.manifest import Manifest
 from shards.stores.base import (
     INDEX_VERSION,
@@ -111,7 +111,7 @@ class TarStore(ImageStore):
             raise CorruptError(
                 found=f"index {path} missing or damaged: {first_line(error)}",
                 expected=f"the {INDEX_VERSION} index of {shard.name}",
-                hint=f"create it again: wds2idx {path.with_suffix('.tar')} {path}",
+                hint=f"create it again: wds2idx {quote(path.with_suffix('.tar'))} {quote(path)}",
             ) from None
         return index.tolist()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from shards.cli import plural
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from trainer.config.schema import SHARDS_SETTING, Config
 
 # The weights or the optimizer's state have another form with another value.
@@ -106,9 +105,9 @@ def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
 
 
 def _allow(names: set[str]) -> str:
-    return shlex.quote(f"checkpoint.resume_allow_changes=[{', '.join(sorted(names))}]")
+    return quote(f"checkpoint.resume_allow_changes=[{', '.join(sorted(names))}]")
 
 
 def _override(name: str, value: Any) -> str:
     """Return a setting as a command-line argument."""
-    return shlex.quote(f"{name}={'null' if value is None else value}")
+    return quote(f"{name}={'null' if value is None else value}")

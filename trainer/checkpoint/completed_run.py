@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from shards import Manifest, UserError, open_split
-from shards.errors import CorruptError
+from shards.errors import CorruptError, quote
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 from trainer.checkpoint import run_files
@@ -49,7 +49,8 @@ class CompletedRun:
             raise UserError(
                 found=f"{path}, a run that is not complete",
                 expected="a run with the metrics of its test (summary.json)",
-                hint=f"resume it: python -m trainer.run {directory.config} resume=auto run.dir={path}",
+                hint=f"resume it: python -m trainer.run {quote(directory.config)} resume=auto "
+                + quote(f"run.dir={path}"),
             )
         hint = directory.hint
         run = cls(

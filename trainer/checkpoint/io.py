@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shards.atomic import check_zip, replace_file, sync_directory
-from shards.errors import UserError, errors_as_corrupt
+from shards.errors import UserError, errors_as_corrupt, quote
 
 log = logging.getLogger(__name__)
 
@@ -132,5 +132,5 @@ def _find_run(missing: Path) -> str:
     paths = [path for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}{missing.parent.name}/{BEST}")]
     if paths:
         newest = max(paths, key=lambda path: path.lstat().st_mtime).parent.parent
-        return f"did you mean {newest}, the newest run below {root}?"
+        return f"did you mean {quote(newest)}, the newest run below {quote(root)}?"
     return "training prints the directory of its run: runs/RECIPE/DATE, or run.dir"

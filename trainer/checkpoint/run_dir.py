@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import shlex
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from shards.atomic import file_lock, make_directory, read_file, write_file
-from shards.errors import UserError, errors_as_corrupt, os_errors_as_user_errors
+from shards.errors import UserError, errors_as_corrupt, os_errors_as_user_errors, quote
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_files
 from trainer.config.load import MAX_YAML_BYTES, read_yaml, validate
@@ -83,8 +82,8 @@ class RunDirectory:
     @property
     def hint(self) -> str:
         """How the results of a run are computed again from its checkpoints."""
-        run, summary, settings = (shlex.quote(str(path)) for path in (self.path, self.summary_path, self.config))
-        return f"rm -rf {summary}; python -m trainer.run {settings} resume=auto run.dir={run}"
+        summary, settings, run = map(quote, (self.summary_path, self.config, f"run.dir={self.path}"))
+        return f"rm -rf {summary}; python -m trainer.run {settings} resume=auto {run}"
 
 
 def choose_run_dir(config: Config, earlier: Path | None = None) -> tuple[RunDirectory, bool]:

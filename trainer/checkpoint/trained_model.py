@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from shards import Manifest, UserError
-from shards.errors import CorruptError, errors_as_corrupt, printable
+from shards.errors import CorruptError, errors_as_corrupt, printable, quote
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_files
 from trainer.config.load import validate
@@ -152,7 +152,7 @@ def check_run_is_first(run_dir: Path, others: Sequence[str]) -> None:
                 raise UserError(
                     found=f"{run_dir}, which is no run directory, before {other}, which is one",
                     expected="the run directory first",
-                    hint=f"exchange them: {other} {run_dir}",
+                    hint=f"exchange them: {quote(other)} {quote(run_dir)}",
                 )
 
 

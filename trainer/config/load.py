@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from shards.atomic import read_file
-from shards.errors import UserError, printable
+from shards.errors import UserError, printable, quote
 from trainer.config.base import describe_settings
 from trainer.config.schema import Config
 
@@ -82,7 +82,7 @@ def _read_with_bases(path: Path, derived: list[Path]) -> dict[str, Any]:
         raise UserError(
             found=f"a circle of bases: {' -> '.join(recipe.stem for recipe in [*chain, base_path])}",
             expected="a chain of bases that ends",
-            hint=f"remove base: {base} from {path}",
+            hint=f"remove base: {base} from {quote(path)}",
         )
     merged = _read_with_bases(base_path, chain)
     for name, value in content.items():

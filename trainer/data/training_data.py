@@ -19,6 +19,7 @@ from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import Transform, TransformSpec
 from shards import Manifest, UserError, open_split
 from shards.atomic import detect_replacement, replaced_error
+from shards.errors import quote
 from shards.manifest import VALIDATION, check_several_classes, has_split, manifest_paths
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
@@ -211,5 +212,5 @@ def _check_hashes(directory: Path, stores: list[Store]) -> None:
         raise UserError(
             found="; ".join(faults),
             expected="shards with the hashes of their manifest",
-            hint=f"python -m shards.verify {directory} names the block; then pack again with --force",
+            hint=f"python -m shards.verify {quote(directory)} names the block; then pack again with --force",
         )

@@ -24,6 +24,7 @@ from pipeline.transforms.spec import TransformSpec
 from shards import Manifest, UserError
 from shards.atomic import check_writable, created_directory, write_file
 from shards.cli import program_name
+from shards.errors import quote
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.evaluate.logit_adjustment import ProbabilityHead
@@ -143,14 +144,14 @@ def _target(run: Path, format_name: str, out: Path | None) -> Path:
         raise UserError(
             found=f"--out {out} for --format {format_name}",
             expected=f"a directory, or a file that ends in {suffix}",
-            hint=f"--out {out.with_suffix(suffix)}",
+            hint=f"--out {quote(out.with_suffix(suffix))}",
         )
     card = target.with_name(CARD)
     if card.exists() and model_card.described_file(card) != target.name:
         raise UserError(
             found=f"{card}, which is not the card of {target.name}",
             expected="a directory without the README.md (model card) of another model",
-            hint=f"--out {target.parent / format_name}",
+            hint=f"--out {quote(target.parent / format_name)}",
         )
     if target.parent.exists():
         check_writable(target)

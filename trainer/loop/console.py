@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.sampler import equal_batch_size
+from shards.errors import quote
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.data.resolution_schedule import ResolutionStage
 from trainer.data.training_data import TrainingData
@@ -115,7 +116,7 @@ def print_stopped(training: Training, run_dir: RunDirectory) -> None:
     state = training.state
     is_trained = state.epoch == training.config.trainer.epochs
     position = "before the test" if is_trained else f"in epoch {state.epoch + 1} after step {state.step}"
-    print(f"stopped {position}; resume with: resume=auto run.dir={run_dir.path}", flush=True)
+    print(f"stopped {position}; resume with: resume=auto {quote(f'run.dir={run_dir.path}')}", flush=True)
 
 
 def _metrics(metrics: dict[str, Any]) -> str:

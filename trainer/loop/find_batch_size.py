@@ -19,7 +19,7 @@ import torch
 
 from pipeline.loader import Batch
 from shards.cli import program_name, run_command
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
 from trainer.data.training_data import open_data
@@ -167,7 +167,7 @@ def main() -> int:
             raise UserError(
                 found=f"{world.size} ranks",
                 expected="one process; the memory of a rank does not depend on the others",
-                hint=f"python -m trainer.loop.find_batch_size {arguments.config}",
+                hint=f"python -m trainer.loop.find_batch_size {quote(arguments.config)}",
             )
         settings = resolve_auto(settings, world.device)
         data = open_data(settings, world)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn.utils import get_total_norm
 
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.loop.state import Training
@@ -169,12 +169,12 @@ def _save(
         "shares": rank_batches,
     }
     path = run_dir.path / "nonfinite" / f"epoch-{training.state.epoch + 1}-step-{bad.step + 1}.pt"
-    hint = f"python -m trainer.loop.replay_step {path} shows the layer where it arises"
+    hint = f"python -m trainer.loop.replay_step {quote(path)} shows the layer where it arises"
     try:
         path.parent.mkdir(exist_ok=True)
         checkpoint.save(path, content)
     except OSError as error:
-        hint = f"the batch was not saved to {path}: {error.strerror or error}"
+        hint = f"the batch was not saved to {quote(path)}: {error.strerror or error}"
     rows = torch.cat([each["rows"] for each in rank_batches]).tolist()
     shown = ", ".join(map(str, rows[:_ROWS_SHOWN])) + (", ..." if len(rows) > _ROWS_SHOWN else "")
     place = f"epoch {training.state.epoch + 1} step {bad.step + 1}"

@@ -30,6 +30,7 @@ from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as images
 from shards import UserError
 from shards.cli import program_name, run_command
+from shards.errors import quote
 from trainer.predict.predictor import Predictor, add_run_arguments
 from trainer.report.html import image_url, render
 
@@ -57,7 +58,7 @@ class DrawingClassifier:
             raise UserError(
                 found=f"{predictor.run}, trained on images that are not ink on a plain background",
                 expected="a run on characters, such as EMNIST or MNIST",
-                hint=f"python -m trainer.predict {predictor.run} IMAGES",
+                hint=f"python -m trainer.predict {quote(predictor.run)} IMAGES",
             )
         self.predictor = predictor
         self._lock = threading.Lock()

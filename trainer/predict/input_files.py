@@ -18,7 +18,7 @@ from pipeline.readers.formats.image import EXTENSIONS
 from pipeline.readers.naming import natural_key, printable, some_of
 from shards import UserError
 from shards.atomic import read_file
-from shards.errors import as_user_error
+from shards.errors import as_user_error, quote
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS
 from shards.open import open_dataset_or_split
 from shards.remote.datasets import is_remote
@@ -115,13 +115,13 @@ def _read(file: ImageFile, adapter: InputAdapter) -> Sample:
 def _image_file(path: Path, label: int | None, source: str) -> ImageFile:
     """Return an image file; raise `UserError` for what has no end or is a directory."""
     if path.exists() and not path.is_file():
-        raise UserError(found=f"{source}: {path} is not a regular file", expected=_KINDS, hint=f"ls -l {path}")
+        raise UserError(found=f"{source}: {path} is not a regular file", expected=_KINDS, hint=f"ls -l {quote(path)}")
     return ImageFile(path, label)
 
 
 def _image_files(files: list[Path], missing: str, directory: Path) -> list[ImageFile]:
     if not files:
-        raise UserError(found=missing, expected=_KINDS, hint=f"ls {directory}")
+        raise UserError(found=missing, expected=_KINDS, hint=f"ls {quote(directory)}")
     return [ImageFile(file, None) for file in sorted(files, key=lambda file: natural_key(file.as_posix()))]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.atomic import write_file
-from shards.errors import UserError, first_line
+from shards.errors import UserError, first_line, quote
 from trainer.config.schema import Config
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class WandbLogger(MetricLogger):
             wandb.teardown()
             self._run = init("offline")
         if self._run.settings.mode == "offline":
-            log.warning("Weights & Biases: upload the run with: wandb sync %s", Path(self._run.dir).parent)
+            log.warning("Weights & Biases: upload the run with: wandb sync %s", quote(Path(self._run.dir).parent))
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         self._run.log(record, step=record["epoch"])
@@ -111,7 +111,9 @@ class WandbLogger(MetricLogger):
         thread.start()
         thread.join(_WANDB_TIMEOUT)
         if thread.is_alive():
-            raise TimeoutError(f"no end of the upload; complete it with: wandb sync {Path(self._run.dir).parent}")
+            raise TimeoutError(
+                f"no end of the upload; complete it with: wandb sync {quote(Path(self._run.dir).parent)}"
+            )
 
 
 class TensorBoardLogger(MetricLogger):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shards import open_split
 from shards.cli import Terminated, program_name, run_command
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from shards.manifest import VALIDATION, has_split
 from shards.remote.datasets import resolve_dataset
 from trainer.config.base import format_settings
@@ -80,7 +80,7 @@ def main() -> int:
         print(study_page.format_table(study.results()))
         print(f"page        {study.directory / study_page.PAGE}")
         if (study.directory / study_page.BEST).exists():
-            print(f"best        python -m trainer.run {study.directory / study_page.BEST}")
+            print(f"best        python -m trainer.run {quote(study.directory / study_page.BEST)}")
         if unfinished := study.unfinished():
             print(f"unfinished  {', '.join(map(str, unfinished))}; the same command resumes them")
     return status

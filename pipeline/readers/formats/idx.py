@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.readers.archives.compression import decompress, is_compressed
 from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error, max_expanded_bytes
 from pipeline.readers.raw_dir import RawContent
-from shards.errors import UserError
+from shards.errors import UserError, quote
 
 _UINT8, _INT32 = 0x08, 0x0C
 _DTYPES: dict[int, np.dtype] = {_UINT8: np.dtype(np.uint8), _INT32: np.dtype(">i4")}
@@ -40,7 +40,7 @@ def decode(raw: RawContent, dimensions: int, kind: int = _UINT8) -> NDArray:
     with corrupt_as_user_error(
         raw.path,
         expected="a complete idx file (idx3 for images, idx1 or idx2 for labels), as published",
-        hint=f"remove it and run again to download it: rm {raw.path}",
+        hint=f"remove it and run again to download it: rm {quote(raw.path)}",
     ):
         content = _decompressed(raw.content)
         header = 4 + 4 * dimensions
@@ -74,7 +74,7 @@ def decode_table(raw: RawContent, columns: int) -> NDArray[np.int32]:
         raise UserError(
             found=f"{raw.path}, with {table.shape[1]} columns",
             expected=f"{columns} columns, as published",
-            hint=f"remove it and run again to download it: rm {raw.path}",
+            hint=f"remove it and run again to download it: rm {quote(raw.path)}",
         )
     return table.astype(np.int32)
 
