@@ -16,7 +16,8 @@ import yaml
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 
-from shards.atomic import write_file
+from shards.atomic import file_lock, write_file
+from shards.errors import quote
 from trainer.config import load as config
 from trainer.config.schema import Config
 from trainer.report.html import render
@@ -39,30 +40,31 @@ def write(study: SharedStudy, search: SearchConfig, base: Config, min_age: float
         base: The recipe with the settings of all trials.
         min_age: Keep an existing page that is younger, in seconds.
     """
-    path, results = study.directory / PAGE, study.results()
-    if recipe := _best_recipe(results, search, base):
-        write_file(study.directory / BEST, recipe)
-    if path.exists() and time.time() - path.stat().st_mtime < min_age:
-        return
-    page = render(
-        "study_page.html.j2",
-        Path(__file__).parent,
-        format_value=format_value,
-        format_score=format_score,
-        name=study.directory.name,
-        search=search,
-        base=base,
-        metric=_METRICS[base.trainer.monitor],
-        results=results,
-        ranked=ranking(results),
-        counts=_counts(results),
-        seconds=sum(result.seconds for result in results),
-        charts=_charts(flat_study(results, search, base), _METRICS[base.trainer.monitor]),
-        shown_trials=_SHOWN,
-        seeds=_seeds(search),
-        recipe=recipe,
-    )
-    write_file(path, page)
+    with file_lock(study.directory / ".page.lock"):  # workers finish trials at the same time
+        path, results = study.directory / PAGE, study.results()
+        if recipe := _best_recipe(results, search, base):
+            write_file(study.directory / BEST, recipe)
+        if path.exists() and time.time() - path.stat().st_mtime < min_age:
+            return
+        page = render(
+            "study_page.html.j2",
+            Path(__file__).parent,
+            format_value=format_value,
+            format_score=format_score,
+            name=study.directory.name,
+            search=search,
+            base=base,
+            metric=_METRICS[base.trainer.monitor],
+            results=results,
+            ranked=ranking(results),
+            counts=_counts(results),
+            seconds=sum(result.seconds for result in results),
+            charts=_charts(flat_study(results, search, base), _METRICS[base.trainer.monitor]),
+            shown_trials=_SHOWN,
+            seeds=_seeds(search),
+            recipe=recipe,
+        )
+        write_file(path, page)
 
 
 def ranking(results: list[TrialResult]) -> list[TrialResult]:
@@ -121,7 +123,7 @@ def _best_recipe(results: list[TrialResult], search: SearchConfig, base: Config)
         f"{_METRICS[base.trainer.monitor]}\n"
         f"# {format_score(ranked[0])} on the validation split, {_seeds(search)},\n"
         f"# trained on {search.train_fraction:.2%} of the train split.\n"
-        f"#\n#   python -m trainer.run {search.dir / BEST}\n{settings}"
+        f"#\n#   python -m trainer.run {quote(search.dir / BEST)}\n{settings}"
     )
 
 

@@ -28,6 +28,7 @@ from trainer.config import load as config
 from trainer.loop import engine
 from trainer.run import main as run_main
 from trainer.tune import search_space as search
+from trainer.tune import study_page
 from trainer.tune.__main__ import main
 from trainer.tune.study import SharedStudy, TrialResult, can_rank, flat_study, optuna
 from trainer.tune.study_page import ranking
@@ -181,6 +182,42 @@ def test_the_best_recipe_is_complete_and_trains(
     )
     assert run_main() == 0
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_workers_that_end_together_write_the_page_in_turn(searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described, base = search.load(searched, [])
+    page = described.dir / study_page.PAGE
+    content = page.read_bytes()
+    writing: set[int] = set()
+    most = 0
+
+    def render(*_: Any, **values: Any) -> str:
+        nonlocal most
+        writing.add(threading.get_ident())
+        most = max(most, len(writing))
+        time.sleep(0.05)
+        writing.discard(threading.get_ident())
+        return values["name"]
+
+    monkeypatch.setattr(study_page, "render", render)
+    monkeypatch.setattr(study_page, "_charts", lambda *_: [])
+    failures: list[Exception] = []
+
+    def write() -> None:
+        try:
+            study_page.write(SharedStudy(described, base), described, base)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert most == 1
+    assert page.read_text() == described.dir.name
+    page.write_bytes(content)
 
 
 def test_a_finished_search_trains_no_more_and_a_larger_budget_goes_on(
