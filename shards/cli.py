@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 from shards.credentials import hide, redact
@@ -33,18 +33,21 @@ def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
 def _redacted_record(*arguments: Any, **named: Any) -> logging.LogRecord:
     record = logging.LogRecord(*arguments, **named)
     record.msg, record.args = redact(record.getMessage()), None
+    if record.exc_info and record.exc_info[0]:
+        record.exc_text = redact("".join(traceback.format_exception(*record.exc_info))).rstrip()
     return record
 
 
-def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
-
-
 def hide_credentials() -> None:
-    """Hide the credentials of the command line, and those in log messages and tracebacks of libraries."""
+    """Hide the credentials of the command line, and those in everything that is logged or printed to stderr.
+
+    Warnings and tracebacks of libraries and threads are printed to stderr.
+    """
     sys.argv = [hide(argument) for argument in sys.argv]
     logging.setLogRecordFactory(_redacted_record)
-    sys.excepthook = _print_redacted
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        write = sys.stderr.write
+        sys.stderr.write = lambda text: write(redact(text))  # type: ignore[method-assign]
 
 
 def program_name(module: str) -> str:

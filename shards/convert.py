@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from shards.atomic import detect_replacement, replace_directory
 from shards.cli import program_name, run_command
-from shards.errors import CorruptError, UserError
+from shards.errors import CorruptError, UserError, quote
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_dataset, manifest_paths
 from shards.open import open_files
+from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Block, Layout, Store, block_key
 from shards.stores.create import make_writer
 from shards.stores.zarr_arrays import GROUP
@@ -80,7 +81,9 @@ def _read_source(source: Path) -> dict[Path, Manifest]:
             )
     faults = [fault for split, manifest in manifests.items() for fault in check_hashes(split, manifest)]
     if faults:
-        raise corrupt_files(faults, f"list the damaged blocks: python -m shards.verify {source}; then pack again")
+        raise corrupt_files(
+            faults, f"list the damaged blocks: python -m shards.verify {quote(source)}; then pack again"
+        )
     return manifests
 
 
@@ -169,7 +172,7 @@ def main() -> int:
         description="Convert a packed data set to another store; every sample is compared.",
         epilog="If SRC already has the requested store it is rewritten, for example with another --compression.",
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="a packed data set, or one split of it")
+    parser.add_argument("source", metavar="SRC", help="a packed data set or one split of it, a directory or an address")
     parser.add_argument("target", type=Path, metavar="DST", help="directory to write")
     parser.add_argument("--store", choices=("tar", "zarr"), required=True, help="tar: memory-mapped; zarr: compressed")
     parser.add_argument("--compression", choices=("zstd", "none"), help="of a zarr store (default zstd)")
@@ -178,7 +181,8 @@ def main() -> int:
     if arguments.compression and arguments.store != "zarr":
         print(f"warning: --compression has no effect on a store of {arguments.store}", file=sys.stderr)
     compression = arguments.compression or "zstd"
-    converted = convert(arguments.source, arguments.target, arguments.store, compression, arguments.force)
+    source = resolve_dataset(arguments.source)
+    converted = convert(source, arguments.target, arguments.store, compression, arguments.force)
     for before, after in converted:
         print(
             f"  {after.split:5}  {after.samples:,} images, each compared: {before.packed_bytes / 1e6:,.1f} MB of "

@@ -115,6 +115,8 @@ def is_incomplete(address: str) -> bool:
 
 def redact(text: str) -> str:
     """Return a message with *** for the credentials of all addresses in it, and for those known to this process."""
+    for shown, address in sorted(_addresses.items(), key=lambda pair: len(pair[1]), reverse=True):
+        text = text.replace(address, shown)
     named = (value for name, value in os.environ.items() if len(value) > _SHORTEST and _ENVIRONMENT.search(name))
     for secret in sorted({*_secrets, *named}, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)

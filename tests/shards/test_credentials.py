@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import gzip
 import json
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import urllib.parse
+import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import run_module
+from conftest import ROOT, run_module
+from PIL import Image
+from support.wandb_server import wandb_server
 
 from shards import UserError, credentials
 from shards.credentials import canonical_address, hide, is_incomplete, parse_address, redact, reveal
@@ -161,6 +170,41 @@ def test_errors_and_logs_are_redacted(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == [f"retrying {shown}"]
 
 
+CRASH = f"""
+import logging, sys, threading, warnings
+from shards.cli import hide_credentials
+hide_credentials()
+address, secret = "http://anna:{QUOTED}@host/x", "{CANARY}"
+assert "c4nary" not in sys.argv[1]
+warnings.warn(f"no {{address}}")
+logging.warning("no %s", address)
+def fail(form):
+    raise OSError(f"{{form}}: {{address}} {{secret}}")
+try:
+    fail("logged")
+except OSError:
+    logging.exception("no %s", address)
+thread = threading.Thread(target=fail, args=("thread",))
+thread.start()
+thread.join()
+class Finalized:
+    def __del__(self):
+        fail("finalizer")
+Finalized()
+fail("main")
+"""
+
+
+def test_tracebacks_and_warnings_are_redacted() -> None:
+    command = [sys.executable, "-W", "always", "-c", CRASH, f"http://anna:{QUOTED}@host/x"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert process.returncode == 1
+    for form in ("logged", "thread", "finalizer", "main"):
+        assert f"OSError: {form}: http://***@host/x ***\n" in process.stderr
+    assert process.stderr.count("no http://***@host/x\n") == 3
+    assert "c4nary" not in process.stderr + process.stdout
+
+
 def test_the_keys_of_an_s3_address_are_used() -> None:
     pytest.importorskip("s3fs", reason="no s3fs (pip install -e '.[s3]')")
     storage = open_storage("s3://AKIAKEY:se%2Bcret/x@bucket/set")
@@ -168,12 +212,12 @@ def test_the_keys_of_an_s3_address_are_used() -> None:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves files to whoever knows the password and the token."""
+    """Serves files to whoever knows the password or the token."""
 
     def do_GET(self) -> None:
         sent = base64.b64encode(f"anna:{CANARY}".encode()).decode()
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
-        if self.headers.get("Authorization") != f"Basic {sent}" or query != {"token": [CANARY]}:
+        if self.headers.get("Authorization") != f"Basic {sent}" and query.get("token") != [CANARY]:
             return self.send_error(403, f"not with {self.headers.get('Authorization')} and {self.path}")
         return super().do_GET()
 
@@ -181,27 +225,35 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def address(digits_set: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of a directory with `digits`, a packed set, and `raw.zip`; with {} for the path."""
-    root = tmp_path / "web"
-    root.mkdir()
+@pytest.fixture(scope="module")
+def port(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Of a server with `digits`, a packed set, and `raw`, a directory of image files in two classes."""
+    root = tmp_path_factory.mktemp("web")
     (root / "digits").symlink_to(digits_set)
+    for name in ("raw/a/1.png", "raw/a/2.png", "raw/b/1.png", "raw/b/2.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), len(name)).save(root / name)
+    shutil.make_archive(str(root / "raw"), "zip", root / "raw")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=root))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield f"http://anna:{QUOTED}@127.0.0.1:{server.server_port}/{{}}?token={QUOTED}"
+    yield server.server_port
     server.shutdown()
     thread.join()
     server.server_close()
 
 
 def _search(directory: Path) -> list[str]:
-    """The files below a directory whose name or content has a trace of the canary."""
+    """The files below a directory whose name or content has a trace of the canary, compressed contents included."""
     found = []
     for folder, _, names in os.walk(directory):
         for path in (Path(folder) / name for name in names):
             content = path.read_bytes() if path.is_file() else b""
+            with contextlib.suppress(OSError):
+                content += gzip.decompress(content)
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    content += b"".join(map(archive.read, archive.namelist()))
             if any(trace in str(path) or trace.encode() in content for trace in TRACES):
                 found.append(str(path))
     return found
@@ -211,7 +263,7 @@ RECIPE = """
 data: {resolution: 8, val_fraction: 0.1}
 model: {name: three_block_cnn}
 loader: {batch_size: 256}
-trainer: {epochs: 1, precision: fp32}
+trainer: {epochs: 1, precision: fp32, profile: true, trace: [1, 2]}
 logging: {tensorboard: true, wandb: auto}
 device: cpu
 """
@@ -223,50 +275,79 @@ space: {optim.lr: {type: float, low: 1.0e-4, high: 1.0e-2, log: true}}
 """
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_no_command_writes_or_prints_credentials(address: str, tmp_path: Path, every: bool) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "recipe.yaml").write_text(RECIPE)
-    (work / "search.yaml").write_text(SEARCH)
-    (tmp_path / "secret.yaml").write_text(
-        RECIPE.replace("{resolution", f"{{shards: '{address.format('digits')}', resolution")
-    )
-    digits, wrong = address.format("digits"), address.format("absent")
-    environment = {
-        **dict.fromkeys([name for name in os.environ if name.lower().endswith("_proxy")], ""),
-        **{"INKSTREAM_CACHE": str(tmp_path / "cache"), "WANDB_MODE": "offline", "PYTHONWARNINGS": "default"},
-        **{"TMPDIR": str(work), "HOME": str(work)},
-    }
+@dataclass
+class User:
+    """Somebody who types commands in a directory, none of which may print the canary."""
 
-    def run(module: str, *arguments: object, status: int = 0) -> str:
-        process = run_module(module, *arguments, cwd=work, **environment)
+    home: Path
+    environment: dict[str, str]
+
+    @property
+    def work(self) -> Path:
+        return self.home / "work"
+
+    def run(self, module: str, *arguments: object, status: int = 0) -> str:
+        process = run_module(module, *arguments, cwd=self.work, **self.environment)
         output = process.stdout + process.stderr
         assert process.returncode == status, output
         for trace in TRACES:
             assert trace not in output, output
         return output
 
-    shards = f"data.shards={digits}"
+    def traces(self) -> list[str]:
+        return _search(self.work) + _search(self.home / "cache")
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> User:
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = {
+        **dict.fromkeys([name for name in os.environ if name.lower().endswith("_proxy")], ""),
+        **{"INKSTREAM_CACHE": str(tmp_path / "cache"), "WANDB_MODE": "offline", "PYTHONWARNINGS": "default"},
+        **{"TMPDIR": str(work), "HOME": str(work)},
+    }
+    return User(tmp_path, environment)
+
+
+def _write_recipes(user: User, digits: str) -> None:
+    (user.work / "recipe.yaml").write_text(RECIPE)
+    (user.work / "search.yaml").write_text(SEARCH)
+    secret = RECIPE.replace("{resolution", f"{{shards: '{digits}', resolution")
+    (user.home / "secret.yaml").write_text(secret)
+
+
+HTTP_FORMS = [
+    f"http://anna:{QUOTED}@127.0.0.1:PORT/{{}}?token={QUOTED}",
+    f"http://127.0.0.1:PORT/{{}}?x=1&token={QUOTED}&X-Amz-Signature={QUOTED}",
+    f"http://anna:{CANARY}@127.0.0.1:PORT/{{}}",
+]
+
+
+def test_no_command_writes_or_prints_credentials(port: int, user: User) -> None:
+    address = HTTP_FORMS[0].replace("PORT", str(port))
+    digits, wrong = address.format("digits"), address.format("absent")
+    _write_recipes(user, digits)
+    run, shards = user.run, f"data.shards={digits}"
     shown = digits.replace(f"anna:{QUOTED}", "***").replace(f"token={QUOTED}", "***")
     assert f"shards: {shown}" in run("trainer.run", "recipe.yaml", shards, "--dry-run")
     run("trainer.run", "recipe.yaml", shards, "run.dir=run")
-    assert shown in (work / "run" / "config.yaml").read_text()
-    assert f"data.shards={shown}" in json.loads((work / "run" / "env.json").read_text())["command"]
+    assert shown in (user.work / "run" / "config.yaml").read_text()
+    assert f"data.shards={shown}" in json.loads((user.work / "run" / "env.json").read_text())["command"]
     # The stored recipe needs the credentials again, and takes them from the command line.
     output = run("trainer.run", "run/config.yaml", "run.dir=run", "resume=auto", status=2)
     assert f"{shown}, an address without its credentials" in output
     assert "run already complete" in run("trainer.run", "run/config.yaml", shards, "run.dir=run", "resume=auto")
     run("trainer.evaluate", "run", digits, "--json", "metrics.json")
     assert "an address without" in run("trainer.report", "run", status=2)
-    if every:
-        run("trainer.report", "run", "--shards", digits)
-        run("trainer.export", "run", "--shards", digits, "--format", "safetensors")
-        run("trainer.tune", "search.yaml", "--workers", 2)
-        assert shown in (work / "study" / "best.yaml").read_text()
-        run("shards.verify", digits)
-        run("pipeline.preview", digits, "--out", "preview.png")
-    failing = (
+    for module, *arguments in _failing(digits, wrong)[:4]:
+        run(module, *arguments, status=2)
+    assert user.traces() == []
+
+
+def _failing(digits: str, wrong: str) -> list[tuple[str, ...]]:
+    """Commands that end with a message which may name an address."""
+    return [
         ("trainer.run", "recipe.yaml", f"data.shards={wrong}"),
         ("trainer.run", "recipe.yaml", f"data.shard={wrong}"),
         ("trainer.run", "recipe.yaml", f"data={wrong}"),
@@ -274,6 +355,7 @@ def test_no_command_writes_or_prints_credentials(address: str, tmp_path: Path, e
         ("trainer.evaluate", "run", wrong),
         ("trainer.evaluate", wrong, digits, "--no-such-option", digits),
         ("trainer.predict", "run", wrong),
+        ("trainer.export", "run", "--format", "onnx", "--shards", wrong),
         ("shards.verify", wrong),
         ("shards.convert", wrong, "there"),
         ("shards.index", wrong),
@@ -281,9 +363,51 @@ def test_no_command_writes_or_prints_credentials(address: str, tmp_path: Path, e
         ("pipeline.shard", "digits", "--out", wrong),
         ("trainer.report", wrong),
         ("trainer.tune", "search.yaml", f"recipe={wrong}"),
-        (str(Path(config.__file__).parents[2] / "inkstream.py"), wrong),
-    )
-    for module, *arguments in failing if every else failing[:4]:
+        ("benchmarks.resolution_sweep", "--shards", wrong),
+        ("benchmarks.ablation", "--shards", wrong),
+        (str(ROOT / "inkstream.py"), wrong),
+    ]
+
+
+def _everything(user: User, digits: str, wrong: str, raw: str) -> None:
+    """Every command that reads an address, with all outputs that there are."""
+    _write_recipes(user, digits)
+    run, shards = user.run, f"data.shards={digits}"
+    run("trainer.run", "recipe.yaml", shards, "--dry-run")
+    run("trainer.run", "recipe.yaml", shards, "run.dir=run")
+    run("trainer.run", "../secret.yaml", "run.dir=second", "seed=1")
+    run("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "trainer.run", "recipe.yaml", shards)
+    run("trainer.report", "run", "--shards", digits)
+    run("trainer.report", "run", "second")
+    run("trainer.evaluate", "run", digits, "--json", "metrics.json")
+    for form in ("onnx", "torch-export", "safetensors"):
+        run("trainer.export", "run", "--shards", digits, "--format", form)
+    outputs = ("--csv", "predictions.csv", "--json", "predictions.json", "--sheet", "sheet.png")
+    run("trainer.predict", "run", digits, *outputs)
+    run("trainer.predict.pseudo_label", "run", digits, "--confidence", 0.1, "--csv", "labels.csv")
+    run("trainer.loop.find_batch_size", "recipe.yaml", shards)
+    run("pipeline.dedup.overlap", digits, digits, "--csv", "overlap.csv")
+    run("trainer.tune", "search.yaml", "--workers", 2)
+    run("shards.verify", digits)
+    run("shards.convert", digits, "converted", "--store", "zarr")
+    run("pipeline.preview", digits, "--out", "preview.png")
+    run("pipeline.shard", "folder", "--raw", raw, "--out", "packed", "--test-fraction", 0.5)
+    sweep = ("--shards", digits, "--resolutions", "8", "--seeds", 1, "--epochs", 1, "--seconds", 0.2)
+    run("benchmarks.resolution_sweep", *sweep, "--subset", 0.1, "--out", "sweep")
+    for module, *arguments in _failing(digits, wrong):
         run(module, *arguments, status=2)
-    assert _search(work) == []
-    assert _search(tmp_path / "cache") == []
+    assert user.traces() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", HTTP_FORMS)
+def test_no_file_holds_credentials_of_a_web_address(form: str, port: int, user: User) -> None:
+    address = form.replace("PORT", str(port))
+    git = ["git", "-c", "init.defaultBranch=main", "-C", str(user.home)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "remote", "add", "origin", f"https://anna:{CANARY}@host/a.git"], check=True)
+    with wandb_server() as (environment, received):
+        user.environment |= environment | {"WANDB_MODE": "online"}
+        _everything(user, address.format("digits"), address.format("absent"), address.format("raw.zip"))
+    assert len(received) > 20
+    assert [body for body in received if any(trace.encode() in body for trace in TRACES)] == []

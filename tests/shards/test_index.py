@@ -76,8 +76,8 @@ def part(directory: Path, *shards: bytes) -> Path:
     return directory
 
 
-def digests(directory: Path) -> list[tuple[str, str]]:
-    return sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in directory.rglob("*.tar"))
+def digests(directory: Path) -> set[tuple[str, str]]:
+    return {(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in directory.rglob("*.tar")}
 
 
 # The members of a tar file.

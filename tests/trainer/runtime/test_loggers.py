@@ -8,9 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from support.wandb_server import wandb_server
 
 from shards import UserError
 from trainer.config.load import validate
@@ -139,50 +138,20 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path: Path, monkeypatch:
     assert offline["resume"] is None, "there is no server to ask"
 
 
-class RefusingServer(BaseHTTPRequestHandler):
-    """A W&B server that accepts the key and refuses the run."""
-
-    status = 409
-
-    def do_POST(self) -> None:
-        query = json.loads(self.rfile.read(int(self.headers["Content-Length"]))).get("query", "")
-        user = {"id": "u", "entity": "me", "username": "me", "email": "x", "admin": False, "flags": "{}"}
-        viewer = {"viewer": user | {"teams": {"edges": []}, "apiKeys": {"edges": []}}, "serverInfo": {}}
-        if "iewer" in query and "upsertBucket" not in query:
-            self.answer(200, {"data": viewer})
-        else:
-            self.answer(self.status, {"errors": [{"message": "run was previously created and deleted"}]})
-
-    def do_GET(self) -> None:
-        self.answer(200, {})
-
-    def answer(self, status: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None: ...
-
-
 @pytest.mark.parametrize(
     "status", [409, *(pytest.param(status, marks=pytest.mark.slow) for status in (401, 403, 404, 429, 500))]
 )
 def test_a_run_that_weights_and_biases_refuses_is_logged_offline(
     status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Server", (RefusingServer,), {"status": status}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(loggers, "_WANDB_TIMEOUT", 20.0)
-    (logger,) = open_loggers(Config(data={"shards": "x"}, logging={"wandb": "auto"}), tmp_path, [])
-    logger.log_epoch(record(1, 0.5))
-    logger.close()
-    server.shutdown()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with wandb_server(status) as (environment, _):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        (logger,) = open_loggers(Config(data={"shards": "x"}, logging={"wandb": "auto"}), tmp_path, [])
+        logger.log_epoch(record(1, 0.5))
+        logger.close()
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     messages = [each.getMessage() for each in caplog.records if each.name == loggers.log.name]
     assert len(messages) == 2 and messages[0].startswith("Weights & Biases is offline: ")
