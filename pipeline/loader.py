@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +12,14 @@ from typing import TypeVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from pipeline.common.buffer_pool import BufferPool
+from pipeline.common.batch_source import make_source
+from pipeline.common.device import with_index
 from pipeline.sampler import BatchIndices, BatchSampler
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.spec import Transform, UndecodableImage
 from shards.errors import UserError
-from shards.stores.base import EncodedStore, Images, Store, is_image_store
+from shards.stores.base import EncodedStore, Store
 
 T = TypeVar("T")
 
@@ -48,8 +48,9 @@ class Batch:
 class Loader:
     """Iterates over the batches of an epoch on one rank.
 
-    On a GPU, a thread prefetches batches. On a CPU, model and loader compete for the same cores, so a batch is prepared
-    when it is requested. Small training batches are computed several at a time, which takes about as long as one.
+    On a GPU, a thread prefetches batches, in a CUDA stream of its own. On a CPU, model and loader compete for the same
+    cores, so a batch is prepared when it is requested. Small training batches are computed several at a time, which
+    takes about as long as one.
 
     The loader has no state: `batches(epoch, first_step)` is a pure function of its arguments and the sampler's seed.
 
@@ -74,11 +75,11 @@ class Loader:
     ) -> None:
         self._store = store
         self._transform = transform
-        self._device = device
+        self._device = device = with_index(device)
         self._rank = rank
         self._world_size = world_size
-        self._buffers = BufferPool(device)
-        self._table: tuple[NDArray[np.uint8], torch.Tensor] | None = None
+        self._source = make_source(store, device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.sampler = sampler
         # Steps are fused in groups that depend on their numbers only, so a resumed epoch makes the same calls.
         fused_steps = max(1, transform.max_fused_batch * world_size // sampler.batch_size)
@@ -88,13 +89,35 @@ class Loader:
         """Iterate over this rank's batches of an epoch, from global step `first_step` on."""
         steps = self.sampler.steps(epoch, self._rank, self._world_size, first_step - first_step % self._fused_steps)
         batches = self._prepare(steps, first_step)
-        return prefetch(batches, _PREFETCH_BATCHES) if self._device.type == "cuda" else batches
+        if self._stream is None:
+            return batches
+        # Constants of the transform and resident images may still be on their way.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return self._receive(prefetch(map(self._mark_ready, batches), _PREFETCH_BATCHES))
+
+    def _mark_ready(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        assert self._stream is not None
+        return batch, self._stream.record_event()
+
+    def _receive(
+        self, prefetched: Generator[tuple[Batch, torch.cuda.Event], None, None]
+    ) -> Generator[Batch, None, None]:
+        """Hand batches over from the loader's stream to the stream of the caller."""
+        with contextlib.closing(prefetched):
+            for batch, ready in prefetched:
+                stream = torch.cuda.current_stream(self._device)
+                stream.wait_event(ready)
+                for tensor in (batch.images, batch.labels, batch.source_index):
+                    tensor.record_stream(stream)  # the loader's stream must not reuse memory that this one reads
+                yield batch
+                del batch, tensor
 
     def _prepare(self, steps: Iterator[BatchIndices], first_step: int) -> Generator[Batch, None, None]:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is a property of the thread
         while group := list(itertools.islice(steps, self._fused_steps)):
-            batches = self._load(group)[::-1]
+            with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                batches = self._load(group)[::-1]
             while batches:
                 batch = batches.pop()
                 if batch.step >= first_step:
@@ -103,45 +126,24 @@ class Loader:
 
     def _load(self, steps: list[BatchIndices]) -> list[Batch]:
         """Compute the batches of several steps in one call of the transform."""
+        store = self._store
         samples = steps[0].samples if len(steps) == 1 else np.concatenate([step.samples for step in steps])
-        images = self._read(samples)
         params = [step.params for step in steps if step.params is not None]
+        arrays = self._transform.op_params(AugmentationParams.concatenate(params) if params else None)
+        arrays |= {"labels": store.labels.take(samples), "source_index": store.rows.take(samples)}
+        images, on_device = self._source.load(samples, arrays)
+        labels, source_index = on_device.pop("labels"), on_device.pop("source_index")
         try:
-            model_input = self._transform(images, AugmentationParams.concatenate(params) if params else None)
+            model_input = self._transform(images, on_device)
         except UndecodableImage as error:
-            raise undecodable_image_error(self._store, int(samples[error.position]), error.reason) from None
+            raise undecodable_image_error(store, int(samples[error.position]), error.reason) from None
         sizes = [len(step.samples) for step in steps]
         return [
             Batch(images, labels, source_index, step.step, step.global_size)
             for step, images, labels, source_index in zip(
-                steps,
-                model_input.split(sizes),
-                torch.from_numpy(self._store.labels.take(samples)).to(self._device, non_blocking=True).split(sizes),
-                torch.from_numpy(self._store.rows.take(samples)).to(self._device, non_blocking=True).split(sizes),
-                strict=True,
+                steps, model_input.split(sizes), labels.split(sizes), source_index.split(sizes), strict=True
             )
         ]
-
-    def _read(self, samples: NDArray[np.int64]) -> Images:
-        store = self._store
-        if not is_image_store(store):
-            return store.read(samples)
-        images = self._buffers.array((len(samples), *store.manifest.pixel_shape))
-        located = store.locate(samples)
-        if located is None:
-            store.gather(samples, images)
-        else:
-            # index_select copies on all cores, and each core then has its images in its cache.
-            table, rows = self._as_tensor(located.table), torch.from_numpy(located.rows)
-            torch.index_select(table, 0, rows, out=torch.from_numpy(images).view(len(rows), -1))
-        return images
-
-    def _as_tensor(self, table: NDArray[np.uint8]) -> torch.Tensor:
-        if self._table is None or self._table[0] is not table:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-                self._table = table, torch.from_numpy(table)
-        return self._table[1]
 
 
 def undecodable_image_error(store: Store, sample: int, reason: str) -> UserError:
@@ -155,15 +157,22 @@ def undecodable_image_error(store: Store, sample: int, reason: str) -> UserError
 
 
 def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """Iterate over items in a thread, up to `depth` items ahead of the consumer.
+    """Iterate over items in a thread, up to `depth` items ahead of the consumer; the thread starts at once.
 
     An exception of the iteration is raised in the consumer. The thread ends when the iteration ends or the iterator is
     closed.
     """
-    iterator, end = iter(items), object()
+    prefetched = _prefetch(iter(items), depth)
+    next(prefetched)
+    return prefetched
+
+
+def _prefetch(iterator: Iterator[T], depth: int) -> Generator[T, None, None]:
+    end = object()
     pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
     waiting = deque(pool.submit(next, iterator, end) for _ in range(depth + 1))
     try:
+        yield cast(T, None)  # the thread is at work
         while (item := waiting.popleft().result()) is not end:
             waiting.append(pool.submit(next, iterator, end))
             yield cast(T, item)

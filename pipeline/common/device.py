@@ -48,3 +48,8 @@ def to_device(array: NDArray, device: torch.device) -> torch.Tensor:
     """Return an array as a tensor on a device: on a CPU without a copy, on a GPU without waiting for the copy."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free memory of a GPU in bytes; 0 for a CPU, whose memory stores and models share."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

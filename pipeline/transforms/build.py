@@ -42,7 +42,7 @@ def choose_backend(name: str, device_type: str, encoded: bool) -> tuple[str, str
         return "torch", "faster than DALI on CPUs"
     if not has_dali:
         return "torch", "DALI is not installed"
-    return "dali", "faster on a GPU"
+    return "dali", "the default on GPUs"
 
 
 def build_transform(

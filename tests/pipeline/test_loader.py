@@ -103,6 +103,7 @@ class Counted:
     def __init__(self, transform: Transform, max_fused_batch: int) -> None:
         self._transform = transform
         self.max_fused_batch = max_fused_batch
+        self.op_params = transform.op_params
         self.calls: list[int] = []
 
     def __call__(self, images: Images, params: AugmentationParams | None = None) -> torch.Tensor:

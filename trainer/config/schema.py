@@ -114,6 +114,9 @@ class LoaderConfig(BaseConfig):
     cache_gb: Annotated[float, Field(gt=0, le=10**6)] | Literal["auto"] = "auto"
     """Memory for cached images per process in GB; auto is half of the machine's memory divided by its processes. Larger
     data sets are read through a sliding shuffle window of blocks."""
+    device_cache: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Images of the training and validation split stay in the memory of the GPU if they take at most this fraction of
+    what is free; 0 copies the images of each batch."""
 
 
 class ModelConfig(BaseConfig):
@@ -379,7 +382,7 @@ class Config(BaseConfig):
         exclude: Any = {
             **dict.fromkeys(("run", "resume", "checkpoint", "logging", "device"), True),
             "data": {"shards", "verify"},
-            "loader": {"backend", "cache_gb"},
+            "loader": {"backend", "cache_gb", "device_cache"},
             "trainer": {"profile", "trace", "timeout_minutes"},
         }
         return dict(flatten(self.model_dump(mode="json", exclude=exclude)))

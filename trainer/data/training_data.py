@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.batch_source import ResidentStore, keep_on_device
 from pipeline.common.stratified import stratified_mask
 from pipeline.ink.adapter import InputAdapter
 from pipeline.loader import Loader
@@ -112,6 +113,12 @@ def open_data(config: Config, world: World) -> TrainingData:
     if manifest.image_shape[2] == 1 and (augmentation.saturation or augmentation.hue):
         log.warning("augment.saturation and augment.hue have no effect on grayscale images")
     backend, reason = choose_backend(config.loader.backend, world.device.type, spec.encoded)
+    train_store, *val_stores = (
+        keep_on_device(store, world.device, config.loader.device_cache) for store in (train_store, *val_stores)
+    )
+    if world.device.type == "cuda":
+        is_resident = isinstance(train_store, ResidentStore)
+        reason += f"; training images {'stay in GPU memory' if is_resident else 'are copied to the GPU by batch'}"
 
     def normalized(resolution: int) -> TransformSpec:
         scaled = replace(spec, resolution=resolution)

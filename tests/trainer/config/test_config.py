@@ -303,6 +303,7 @@ FREE = {
     "data.verify=false",
     "loader.backend=dali",
     "loader.cache_gb=2.5",
+    "loader.device_cache=0",
     "trainer.profile=true",
     "trainer.trace=true",
     "trainer.timeout_minutes=3",
