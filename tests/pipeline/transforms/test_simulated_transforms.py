@@ -1,0 +1,63 @@
+"""The torch transform, raw operations and warps on a simulated GPU: no operator mixes devices, and the host never waits."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from support.simulated_gpu import GPU, DeviceError, simulated_gpu
+
+from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
+from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing
+from pipeline.transforms.shared_ops import SharedOps
+from pipeline.transforms.spec import TransformSpec
+from pipeline.transforms.torch_backend import TorchTransform
+
+AUGMENTATIONS = {
+    "none": NO_AUGMENTATION,
+    "affine": Augmentation(rotation=10, shear=5, translation=0.1, scale=0.1, flip=0.5, crop_padding=2),
+    "elastic": Augmentation(elastic=0.1, fill=0),
+    "colors": Augmentation(brightness=0.2, contrast=0.2, saturation=0.2, hue=10),
+    "erase": Augmentation(stroke=1.5, erase=0.5),
+    "contour": Augmentation(erase=0.5, erase_at="contour"),
+}
+PREPROCESSING = {
+    "none": NO_PREPROCESSING,
+    "all": Preprocessing(invert="auto", opening_radius=2, crop_to_foreground=0.1, equalize=True),
+    "invert": Preprocessing(invert=True),
+}
+COUNT = 6
+
+
+def spec_of(channels: int, transposed: bool, resolution: int, preprocessing: str = "none") -> TransformSpec:
+    spec = TransformSpec((28, 26, channels), transposed, resolution, preprocessing=PREPROCESSING[preprocessing])
+    return spec.with_normalization((0.5,) * channels, (0.25,) * channels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_a_batch_does_not_wait_for_the_gpu(augmentation: str, channels: int) -> None:
+    changes = AUGMENTATIONS[augmentation]
+    images = np.zeros((COUNT, 28, 26, channels), np.uint8)
+    for transposed, (resolution, preprocessing) in itertools.product(
+        (False, True), ((14, "none"), (56, "all"), (28, "invert"))
+    ):
+        with simulated_gpu() as gpu:
+            transform = TorchTransform(spec_of(channels, transposed, resolution, preprocessing), GPU, changes)
+            with gpu.step():
+                output = transform(images, changes.sample_params(0, 0, 0, slice(0, COUNT)) if changes else None)
+        assert (output.device, output.dtype) == (GPU, torch.float32)
+        assert output.shape == (COUNT, channels, resolution, resolution)
+
+
+def test_a_wait_in_a_raw_operation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(ops: SharedOps, images: torch.Tensor, params: object) -> torch.Tensor:
+        return images if images.any() else ~images
+
+    monkeypatch.setattr(SharedOps, "apply_raw_ops", spoiled)
+    with simulated_gpu() as gpu:
+        transform = TorchTransform(spec_of(1, False, 56), GPU)
+        with gpu.step(), pytest.raises(DeviceError, match="_local_scalar_dense reads"):
+            transform(np.zeros((COUNT, 28, 26, 1), np.uint8))
