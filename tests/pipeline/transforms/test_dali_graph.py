@@ -1,4 +1,4 @@
-"""Every DALI pipeline for a GPU has operators that run there. The pipelines are defined and not built: no GPU is needed."""
+"""Every operator of a DALI pipeline for a GPU runs there. Pipelines are defined and not built, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ SPOILED = {
 
 @pytest.mark.parametrize("name", SPOILED)
 def test_an_operator_that_does_not_run_on_the_gpu_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    normalize = DaliTransform._normalize
-    monkeypatch.setattr(DaliTransform, "_normalize", lambda transform, images: SPOILED[name](normalize(transform, images)))
+    normalize, spoil = DaliTransform._normalize, SPOILED[name]
+    monkeypatch.setattr(DaliTransform, "_normalize", lambda transform, images: spoil(normalize(transform, images)))
     # DALI itself refuses inputs and arguments on the wrong device.
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
         check(gpu_pipeline(DaliTransform, TransformSpec((28, 28, 1), False, 56)))

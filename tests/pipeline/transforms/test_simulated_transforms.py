@@ -1,4 +1,4 @@
-"""The torch transform, raw operations and warps on a simulated GPU: no operator mixes devices, and the host never waits."""
+"""The torch transform on a simulated GPU: no operator mixes devices, and the host never waits."""
 
 from __future__ import annotations
 

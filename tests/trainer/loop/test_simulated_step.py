@@ -44,6 +44,8 @@ VARIANTS = {
     "effective": ("loss.class_weights=effective",),
     "accumulation": ("optim.grad_accumulation=2",),
     "fp32": ("trainer.precision=fp32", "trainer.channels_last=false"),
+    "fp16": ("trainer.precision=fp16", "optim.grad_accumulation=2"),
+    "fp16 lion": ("trainer.precision=fp16", "optim.name=lion"),
     "profile": ("trainer.profile=true",),
     "adam": ("optim.name=adam",),
     "adamw": ("optim.name=adamw",),
