@@ -28,6 +28,7 @@ from trainer.evaluate.metrics import ClassificationMetrics
 from trainer.evaluate.tta import mean_logits
 from trainer.models.precision import autocast, to_memory_format
 from trainer.runtime.distributed import World
+from trainer.runtime.profiler import DataWait
 from trainer.runtime.signals import raise_if_signalled
 
 _MAX_PENDING_LOGITS = 2**26  # 256 MB; with thousands of classes the logits of a split exceed the memory
@@ -202,25 +203,26 @@ def map_logits(
             column[done : done + len(rows)] = each
         done += len(rows)
 
-    wait_seconds, waiting_since = 0.0, time.perf_counter()
+    wait = DataWait(world.device)
     for batch in loader.batches():
         if signals_received:
             break
-        wait_seconds += time.perf_counter() - waiting_since
+        wait.stop()
         pending.append((batch.source_index, batch.labels, model_logits(model, batch, settings, world)))
         if sum(logits.numel() for *_, logits in pending) > _MAX_PENDING_LOGITS:
             flush()
-        waiting_since = time.perf_counter()
+        wait.start()
     raise_if_signalled(world, signals_received)
     if pending:
         flush()
+    wait.update()
     local = [column[:done].numpy() for column in columns]
     gathered = [each for each in world.gather(local) if each]  # a rank may have no batch
     if not world.is_main_process:
         return None
     rows, labels, *others = (np.concatenate(column) for column in zip(*gathered, strict=True))
     order = np.argsort(rows, kind="stable")
-    return [rows[order], labels[order].astype(np.int64), *(column[order] for column in others)], wait_seconds
+    return [rows[order], labels[order].astype(np.int64), *(column[order] for column in others)], wait.seconds
 
 
 def model_logits(model: nn.Module, batch: Batch, settings: TrainerConfig, world: World) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.loader import Batch
 from trainer.loop.state import Totals, Training
+from trainer.runtime.profiler import DataWait
 from trainer.runtime.progress import Progress
 
 
@@ -30,15 +31,9 @@ class EpochMeter:
         steps, pixels = train.steps(state.epoch), train.stage_at(state.epoch).resolution ** 2
         later = sum(train.stage_at(epoch).resolution ** 2 for epoch in range(state.epoch + 1, epochs))
         self._progress = Progress(state.epoch, epochs, steps, state.step, steps_ahead=steps * later / pixels)
-        self._start = self._waiting_since = time.perf_counter()
-
-    def start_waiting(self) -> None:
-        """Start to measure the data wait."""
-        self._waiting_since = time.perf_counter()
-
-    def stop_waiting(self) -> None:
-        """Add the data wait since `start_waiting`."""
-        self._here.wait_seconds += time.perf_counter() - self._waiting_since
+        self._wait = DataWait(world.device)
+        self.start_waiting, self.stop_waiting = self._wait.start, self._wait.stop
+        self._start = time.perf_counter()
 
     def update(self, batch: Batch, loss: torch.Tensor, shown_loss: float) -> None:
         """Add a step.
@@ -54,13 +49,15 @@ class EpochMeter:
         if self._training.world.is_main_process:
             rate = self._training.state.learning_rate.lr
             mean_loss = shown_loss / len(batch.labels)
-            self._progress.step(batch.step + 1, mean_loss, rate, here.samples, here.wait_seconds)
+            self._progress.step(batch.step + 1, mean_loss, rate, here.samples, self._wait.seconds)
 
     def commit(self) -> None:
         """Store the totals in the training state. Synchronizes with the device, so that the seconds are correct."""
         state = self._training.state
         state.rank_losses = self._training.world.all_gather(lambda: float(self._loss))
         self._here.seconds = time.perf_counter() - self._start
+        self._wait.update()
+        self._here.wait_seconds = self._wait.seconds
         state.epoch_totals = self._before + self._here
         state.epoch_totals.loss = sum(state.rank_losses)
 

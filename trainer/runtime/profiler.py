@@ -20,6 +20,51 @@ TimePoint = tuple[float, torch.cuda.Event | None]
 LOADING = "copy and resize"  # part of the data wait on a CPU; concurrent with the step (loader thread) on a GPU
 
 
+class DataWait:
+    """Sums the time in which the device waits for batches.
+
+    On a CPU it is the time between `start` and `stop`. On a GPU it is the part of it in which the GPU has finished all
+    work that was queued before `start`, measured by events; no call waits for the GPU.
+
+    Attributes:
+        seconds: The sum, on a GPU of the waits whose end it has reached.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._device = device
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.start()
+
+    def start(self) -> None:
+        """Mark that the next batch is requested."""
+        self._start = _time_point(self._device)
+
+    def stop(self) -> None:
+        """Mark that the batch has arrived; on a GPU, that the current stream waits for it."""
+        start, end = self._start, _time_point(self._device)
+        if start[1] is None or end[1] is None:
+            self.seconds += end[0] - start[0]
+            return
+        self._pending.append((start[1], end[1]))
+        self.update()
+
+    def update(self) -> None:
+        """Add the waits whose end the GPU has reached."""
+        while self._pending and self._pending[0][1].query():
+            start, end = self._pending.popleft()
+            self.seconds += start.elapsed_time(end) / 1000
+
+
+def _time_point(device: torch.device) -> TimePoint:
+    """Return the current time of the host, and an event of the device if it is a GPU."""
+    if device.type != "cuda":
+        return time.perf_counter(), None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return time.perf_counter(), event
+
+
 class Profile:
     """Sections of a step; this class measures nothing."""
 
@@ -51,11 +96,7 @@ class TimeProfile(Profile):
 
     def now(self) -> TimePoint:
         """Return the current time of the host, and an event of the device if it is a GPU."""
-        if self.device.type != "cuda":
-            return time.perf_counter(), None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return time.perf_counter(), event
+        return _time_point(self.device)
 
     def add(self, section: str, start: TimePoint) -> TimePoint:
         """Attribute the time since `start` to a section; returns the current time."""

@@ -27,7 +27,7 @@ from trainer.models import compile as compiled
 from trainer.models.compile import compile_mode
 from trainer.models.precision import memory_format, resolve_precision, to_memory_format
 from trainer.runtime.distributed import World
-from trainer.runtime.profiler import LOADING, TimeProfile, format_profile
+from trainer.runtime.profiler import LOADING, DataWait, TimeProfile, format_profile
 from trainer.runtime.seeding import seed_step
 
 CPU = torch.device("cpu")
@@ -277,3 +277,57 @@ def test_a_step_is_seeded_as_torch_would(device: torch.device) -> None:
     drawn = torch.rand(5, device=device)
     torch.manual_seed(int(np.random.SeedSequence((3, 1, 2, 0)).generate_state(1, np.uint64)[0]))
     assert torch.equal(drawn, torch.rand(5, device=device))
+
+
+class Device:
+    """A GPU that runs the queued work; the host moves its clock."""
+
+    def __init__(self) -> None:
+        self.time = self.free_at = 0.0
+
+    def launch(self, seconds: float) -> None:
+        self.free_at = max(self.free_at, self.time) + seconds
+
+    def event(self, enable_timing: bool) -> Device.Event:
+        assert enable_timing
+        return self.Event(self)
+
+    class Event:
+        def __init__(self, device: Device) -> None:
+            self._device = device
+
+        def record(self, stream: object) -> None:
+            self.at = max(self._device.free_at, self._device.time)
+
+        def query(self) -> bool:
+            return self._device.time >= self.at
+
+        def elapsed_time(self, end: Device.Event) -> float:
+            return 1000 * (end.at - self.at)
+
+
+def test_data_wait_of_a_gpu_is_the_time_without_queued_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Device()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    wait = DataWait(torch.device("cuda", 0))
+    for work, host, idle in ((5.0, 1.0, 0.0), (0.5, 6.0, 5.5), (1.0, 0.25, 0.0), (0.0, 3.0, 3.0)):
+        gpu.launch(work)
+        before = wait.seconds
+        wait.start()
+        gpu.time += host  # the host waits for the batch
+        wait.stop()
+        assert wait.seconds == before or gpu.time >= gpu.free_at  # the host does not wait for the events
+        gpu.time = max(gpu.time, gpu.free_at)
+        wait.update()
+        assert wait.seconds - before == pytest.approx(idle)
+
+
+def test_data_wait_of_a_cpu_is_that_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 12.5, 20.0, 21.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    wait = DataWait(CPU)
+    for seconds in (2.5, 3.5):
+        wait.start()
+        wait.stop()
+        assert wait.seconds == seconds
