@@ -303,7 +303,8 @@ class Command:
             self._print(f"  {summarize(duplicates)}")
             if arguments.near_duplicates == "remove":
                 return remove_duplicates(splits, duplicates)
-            report = Path(f"{self._name}.near-duplicates.csv")
+            beside = self._name if is_remote(self._out) else self._out
+            report = Path(f"{beside}.near-duplicates.csv")
             self._group.run_on_main(lambda: write_report(duplicates, report))
             self._print(f"  listed in {report}")
         return splits

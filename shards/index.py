@@ -148,9 +148,10 @@ def _find_splits(directory: Path) -> dict[str, list[Path]]:
     if len(splits) == 1:
         return splits
     for path, found in inside.items():
-        split = split_named(path.name)
+        named = splits_in(path.name)
+        split = next(iter(named)) if len(named) == 1 else None
         if split is None or split in splits:
-            fault = f"a second {split} split" if split else "which is named after no split"
+            fault = f"a second {split} split" if split else "which is named after no split, or after several"
             raise _unclear(f"{path}, {fault}", directory)
         splits[split] = found
     if not splits:

@@ -269,6 +269,12 @@ def _packing_arguments(directory: Path) -> str:
 
 def _missing(directory: Path) -> NotFoundError:
     """Return the error for a directory without a manifest. The hint depends on what the directory holds."""
+    if directory.exists() and not directory.is_dir():
+        return NotFoundError(
+            found=f"{directory}, which is no directory",
+            expected="a directory that holds a manifest and shards",
+            hint=f"name the directory of a packed data set, not a file in it (ls -l {quote(directory.parent)})",
+        )
     if not directory.is_dir():
         return NotFoundError(
             found=f"no such directory: {directory}",

@@ -13,6 +13,7 @@ from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_er
 from pipeline.readers.formats.csv import CsvTable, read_csv
 from pipeline.readers.formats.image import EXTENSIONS, KINDS, OTHER_EXTENSIONS, is_image_file
 from pipeline.readers.naming import (
+    SPLIT_COLUMN,
     TRAIN,
     in_split_order,
     natural_order,
@@ -39,7 +40,6 @@ _PATH_COLUMNS = (
     "id",
 )
 _LABEL_COLUMNS = ("label", "class", "target", "category")
-_SPLIT_COLUMN = "split"
 _RESERVED = ("row", "path")  # names of columns of a pack
 _TEXTS = frozenset({"csv", "tsv", "txt", "md", "json", "xml", "html", "yaml", "yml", "log", "npy", "zip", "tar", "gz"})
 _MAX_SNIFFED = 1000  # files without the extension of an image whose content is looked at
@@ -195,7 +195,7 @@ def _read_labels(index: _ImageIndex, name: str, image_column: str, label_column:
     table.column([image_column] if image_column else usual or _PATH_COLUMNS[:4], "paths", "--image-column")
     image = image_column.lower() or usual[0]
     usual = [column for column in _LABEL_COLUMNS if column in lower]
-    rest = [column for column in lower if column not in (image, _SPLIT_COLUMN)]
+    rest = [column for column in lower if column not in (image, SPLIT_COLUMN)]
     usual = usual or (rest if len(rest) == 1 else [])
     table.column([label_column] if label_column else usual or _LABEL_COLUMNS[:3], "labels", "--label-column")
     return _Labels(name, table, image, label_column.lower() or usual[0])
@@ -294,11 +294,11 @@ def _by_tables(index: _ImageIndex, top: str, tables: dict[str, _Labels], skip_ba
         columns = {column: table.column([column], "") for column in table.columns}
         by_lower = {column.lower(): values for column, values in columns.items()}
         paths, classes = by_lower[labels.image], by_lower[labels.label]
-        splits = by_lower.get(_SPLIT_COLUMN, []) if len(tables) == 1 else []
+        splits = by_lower.get(SPLIT_COLUMN, []) if len(tables) == 1 else []
         kept = [
             column
             for column in columns
-            if column.lower() not in (labels.image, labels.label, _SPLIT_COLUMN if splits else "", *_RESERVED)
+            if column.lower() not in (labels.image, labels.label, SPLIT_COLUMN if splits else "", *_RESERVED)
         ]
         for row, (path, label) in enumerate(zip(paths, classes, strict=True)):
             quoted = repr(printable(path))

@@ -16,6 +16,7 @@ from shards.manifest import split_named as split_named
 from shards.manifest import splits_in as splits_in
 
 TRAIN, TEST = REQUIRED_SPLITS
+SPLIT_COLUMN = "split"  # of a table, in any case
 _MAX_NAMES = 5  # in a message
 _NUMBER = re.compile("[0-9]+")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,17 @@ from pyarrow import parquet, types
 from pipeline.readers.archives.files import CorruptFileError, StoredFile, TempFile, max_expanded_bytes, record_file
 from pipeline.readers.formats.image import encode_png, is_image_file
 from pipeline.readers.image_splits import ImageSplit
-from pipeline.readers.naming import class_name, number_labels, printable, some_of, text_column
+from pipeline.readers.naming import (
+    SPLIT_COLUMN,
+    TRAIN,
+    class_name,
+    in_split_order,
+    number_labels,
+    printable,
+    some_of,
+    split_named,
+    text_column,
+)
 from shards.errors import UserError, first_line
 from shards.stores.image_header import MAX_BYTES
 
@@ -98,7 +108,8 @@ def read_splits(
         {split: rows.labels for split, rows in rows_of.items()}, directory, class_names.pop()
     )
     stored = content.finish()
-    return [_image_split(split, rows, labels[split], stored) for split, rows in rows_of.items()], classes
+    splits = [_image_split(split, rows, labels[split], stored) for split, rows in rows_of.items()]
+    return (_divide(splits[0]) if len(splits) == 1 else splits), classes
 
 
 def _image_split(split: str, rows: _Rows, labels: NDArray, content: StoredFile) -> ImageSplit:
@@ -114,6 +125,35 @@ def _image_split(split: str, rows: _Rows, labels: NDArray, content: StoredFile) 
     }
     records = tuple(record_file(path) for path, _ in rows.files)
     return ImageSplit(split, labels, read, rows.path_of, records, columns=columns)
+
+
+def _divide(images: ImageSplit) -> list[ImageSplit]:
+    """Divide the rows of the only split by their column `split`, if there is one."""
+    name = next((name for name in images.columns if name.lower() == SPLIT_COLUMN), None)
+    if name is None:
+        return [images]
+    values, number_of = np.unique(images.columns[name], return_inverse=True)
+    splits = [split_named(value) for value in values.tolist()]
+    if None in splits or TRAIN not in splits:
+        raise UserError(
+            found=f"{images.path_of(0).partition(' row ')[0]}, whose column {name} holds {some_of(values.tolist())}",
+            expected="train, and test or val",
+            hint="rename these values, or the column if it says something else",
+        )
+    split_of = np.array(splits)[number_of]
+
+    def select(split: str) -> ImageSplit:
+        rows = np.flatnonzero(split_of == split)
+        return replace(
+            images,
+            name=split,
+            labels=images.labels[rows],
+            read=lambda row: images.read(int(rows[row])),
+            path_of=lambda row: images.path_of(int(rows[row])),
+            columns={column: values[rows] for column, values in images.columns.items() if column != name},
+        )
+
+    return [select(split) for split in in_split_order(set(split_of.tolist()))]
 
 
 def _read_file(path: Path, image_column: str, label_column: str, rows: _Rows, content: TempFile) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ def open_storage(address: str) -> RemoteStorage:
         raise UserError(
             found=f"{address}, an address without its credentials, which are never stored",
             expected="the address with its user and query in place of ***",
-            hint="name it again on the command line (trainer.run and trainer.tune: data.shards=ADDRESS, others: "
-            "--shards ADDRESS)",
+            hint="name it again (trainer.run, trainer.tune: data.shards=ADDRESS, others: --shards ADDRESS). Others "
+            "see command lines: credentials may also be in ~/.netrc, or in the configuration of the storage",
         )
     address = reveal(address)
     scheme = parse_address(address).scheme

@@ -39,7 +39,8 @@ _CREDENTIALS = {
     "and AWS_ENDPOINT_URL=https://HOST if it is not at AWS",
     "gs": "gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
     "hf": "hf auth login, or set HF_TOKEN",
-    "https": "name the user in the address, https://USER:PASSWORD@HOST/..., if the server asks for one",
+    "https": "if the server asks for a user, name it in ~/.netrc (machine HOST login USER password PASSWORD), or in "
+    "the address: https://USER:PASSWORD@HOST/...",
 }
 
 

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import errno
 import http.client
+import netrc
 import re
 import socket
 import ssl
@@ -15,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from shards.credentials import parse_address
+from shards.credentials import hide, parse_address
 from shards.errors import MismatchError, UserError
 from shards.remote import base
 
@@ -35,8 +36,8 @@ class HttpStorage(base.RemoteStorage):
         super().__init__(address)
         scheme, user, path, query = parse_address(address)
         self._parts = urllib.parse.urlsplit(f"{scheme}{path}{query}")._replace(fragment="")
-        token = base64.b64encode(urllib.parse.unquote(user[:-1]).encode()).decode()
-        self._authorization = f"Basic {token}" if user else None
+        login = urllib.parse.unquote(user[:-1]) if user else _login_from_netrc(self._parts.hostname or "")
+        self._authorization = f"Basic {base64.b64encode(login.encode()).decode()}" if login else None
         self._versions: dict[str, str] = {}
         self._opener = urllib.request.build_opener(_Redirects)
 
@@ -147,6 +148,21 @@ class HttpStorage(base.RemoteStorage):
         elif isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in _NO_CONNECTION:
             kind = base.NoConnectionError
         return kind(address, self.reason(cause))
+
+
+def _login_from_netrc(host: str) -> str:
+    """Return the user and password of a host in ~/.netrc, or an empty text."""
+    try:
+        found = netrc.netrc().authenticators(host)
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return ""
+    if found is None:
+        return ""
+    user, _, password = found
+    hide(
+        f"https://{urllib.parse.quote(user, '')}:{urllib.parse.quote(password, '')}@{host}"
+    )  # in answers of the server
+    return f"{user}:{password}"
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

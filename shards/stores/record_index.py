@@ -64,8 +64,11 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
 def bad_record(path: Path, fault: object) -> UserError:
     """Return the error for a record that cannot be used for training. `fault` names it, or a file of it."""
     hint = "write the shard again without that record, or remove the shard"
-    if "has no label" in str(fault):
-        hint = "write the class number of every record as a component cls; labels in json, txt and others are not read"
+    if "has no label" in str(fault) or "no number" in str(fault):
+        hint = (
+            "write the class number of every record as a component cls (labels in json, txt and others are not read), "
+            "or unpack the images into one directory per class and pack them: python -m pipeline.shard folder --raw DIR"
+        )
     return UserError(
         found=f"{path}: {fault}",
         expected=f"one picture ({', '.join(EXTENSIONS)}) and its class, an integer from 0 (cls), per key",

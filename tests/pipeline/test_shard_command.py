@@ -195,6 +195,18 @@ class TestOut:
             assert str(Path(out).parent if "deeper" in out else out) in process.stderr.splitlines()[0]
 
 
+def test_near_duplicates_are_listed_beside_the_packed_set(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ended = command("digits", "--out", tmp_path / "sets" / "mine", "--near-duplicates", "report")
+    report = tmp_path / "sets" / "mine.near-duplicates.csv"
+    assert f"listed in {report}" in ended.stdout + ended.stderr
+    assert report.read_text().startswith("part,row,label,")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Eight images of two classes, one directory per class."""

@@ -243,6 +243,24 @@ def port(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     server.server_close()
 
 
+def test_a_login_of_netrc_is_used_and_hidden(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    address = f"http://127.0.0.1:{port}/digits"
+    with pytest.raises(UserError, match="no permission"):
+        open_storage(address).info("train/manifest.json")
+    (tmp_path / ".netrc").write_text(
+        f"machine other login x password y\nmachine 127.0.0.1 login anna password {CANARY}\n"
+    )
+    (tmp_path / ".netrc").chmod(0o600)
+    assert open_storage(address).info("train/manifest.json").bytes > 0
+    assert redact(f"{CANARY} {QUOTED}") == "*** ***"
+    with pytest.raises(UserError, match="no permission"):
+        open_storage(f"http://anna:wrong@127.0.0.1:{port}/digits").info("train/manifest.json")
+    (tmp_path / ".netrc").write_bytes(b"machine \xff\n")
+    with pytest.raises(UserError, match="no permission"):
+        open_storage(address).info("train/manifest.json")
+
+
 def _search(directory: Path) -> list[str]:
     """The files below a directory whose name or content has a trace of the canary, compressed contents included."""
     found = []
@@ -287,7 +305,7 @@ class User:
         return self.home / "work"
 
     def run(self, module: str, *arguments: object, status: int = 0) -> str:
-        process = run_module(module, *arguments, cwd=self.work, **self.environment)
+        process = run_module(module, *arguments, cwd=self.work, timeout=600, **self.environment)
         output = process.stdout + process.stderr
         assert process.returncode == status, output
         for trace in TRACES:

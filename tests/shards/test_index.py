@@ -344,6 +344,7 @@ def shard_names(directory: Path) -> dict[str, list[str]]:
         (["Train0.tar"], ["TEST0.tar"], ["dev0.tar"]),
         (["training/0.tar", "training/1.tar"], ["evaluation/0.tar"], ["validation/0.tar"]),
         (["train/0.tar"], ["test/0.tar"], ["dev/0.tar"]),
+        (["cars-train/0.tar"], ["cars-test/1.tar"], ["cars_valid/2.tar"]),
     ],
     ids=lambda names: names[0],
 )
@@ -376,6 +377,10 @@ def test_val_is_the_test_split_where_there_is_none(tmp_path: Path, names: list[s
         (["train-val-0.tar", "test-0.tar"], "train-val-0.tar, named after the splits train and val"),
         (["train/train-0.tar", "train/val-0.tar", "test/0.tar"], None),
         (["train/0.tar", "test/0.tar", "extra/0.tar"], "extra, which is named after no split"),
+        (
+            ["train/0.tar", "test/0.tar", "train-test/0.tar"],
+            "train-test, which is named after no split, or after several",
+        ),
         (["train/0.tar", "test/0.tar", "testing/0.tar"], "testing, a second test split"),
         (["train/0.tar", "val-0.tar"], "train, a directory of shards beside val-0.tar"),
         (["train/0.tar", "test/0.tar", "train/1.TAR"], "1.TAR, which is compressed, or named otherwise"),
@@ -389,6 +394,14 @@ def test_no_shard_is_indexed_as_another_split_or_left_out(tmp_path: Path, names:
     error = refusal(lambda: index(tmp_path / "birds" / ("" if words else "train"), None))
     assert (words or "val-0.tar, whose name says") in error.found
     assert_nothing_written(tmp_path / "birds")
+
+
+@pytest.mark.parametrize("member", [("a.cls", b"cat"), ("a.json", b'{"label": 1}'), ("a.txt", b"cat")])
+def test_shards_with_other_labels_get_an_advice_for_all_records(tmp_path: Path, member: tuple[str, bytes]) -> None:
+    for split in ("train", "test"):
+        part(tmp_path / split, tar(("a.jpg", PICTURE), member))
+    error = refusal(lambda: index(tmp_path, None))
+    assert "unpack the images into one directory per class" in error.hint
 
 
 def test_the_advice_of_a_single_split_leads_to_a_data_set(tmp_path: Path) -> None:

@@ -310,6 +310,11 @@ class TestVerifyCommand:
         assert process.returncode == 0, process.stderr
         assert process.stdout.count("complete ") == 1
 
+    @pytest.mark.parametrize("name", ["/dev/zero", "train/manifest.json"])
+    def test_a_file_in_place_of_a_data_set(self, pack: Path, name: str) -> None:
+        process = run_module("shards.verify", pack / name)
+        assert_user_error(process, f"{pack / name}, which is no directory", "not a file in it")
+
     def test_missing_manifest(self, pack: Path) -> None:
         (pack / "train" / MANIFEST_NAME).unlink()
         assert_user_error(run_module("shards.verify", pack / "train"), str(pack / "train"), MANIFEST_NAME)

@@ -16,7 +16,7 @@ from trainer.config import load as config
 from trainer.config.base import BaseConfig, describe_settings
 from trainer.config.schema import Config, flatten
 
-EXAMPLE = Path("configs/search/optimizers_cpu.yaml")
+EXAMPLE = config.RECIPES / "search" / "optimizers_cpu.yaml"
 DEFAULT_ROOT = Path("runs/search")
 # The objective must be the same for all trials. The last two are set by the search itself.
 _OBJECTIVE = {"data.val_fraction", "trainer.monitor", "data.train_fraction", "seed"}

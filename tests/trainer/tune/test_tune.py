@@ -517,6 +517,13 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
+def test_a_missing_search_file_gets_a_list_of_those_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        search.load(Path("none.yaml"), [])
+    assert caught.value.hint == f"one of {', '.join(map(str, SEARCHES))}"
+
+
 @pytest.mark.parametrize(("changes", "words"), MISTAKES, ids=lambda value: str(value)[:40])
 def test_a_mistake_in_a_search_is_told(
     tmp_path: Path, recipe: Path, changes: dict[str, Any], words: tuple[str, ...]
