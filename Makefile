@@ -16,8 +16,11 @@ test: .venv/.installed  ## the tests, in about six minutes on two cores
 test-slow: .venv/.installed  ## the tests that take minutes
 	@$(RUN) -m pytest -m slow
 
-test-gpu: .venv/.installed  ## the tests that need a CUDA device
-	@$(RUN) -m pytest -m gpu
+# On a machine without a network: with the packages of $(PYTHON), if they suffice.
+test-gpu:  ## the tests that need a CUDA device
+	@if $(PYTHON) -m pytest -m gpu --collect-only -q -p no:cacheprovider >/dev/null 2>&1; \
+	  then $(PYTHON) -m pytest -m gpu -p no:cacheprovider; \
+	  else $(MAKE) --no-print-directory .venv/.installed && $(RUN) -m pytest -m gpu; fi
 
 mutation: .venv/.mutation  ## small changes of core modules that no test notices; MODULES="path ..." SAMPLE=mutants-of-each SEED=...
 	@$(RUN) tests/mutation.py --sample $(SAMPLE) --seed $(SEED) $(MODULES)

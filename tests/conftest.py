@@ -63,11 +63,21 @@ LONGEST_FILES = (
 )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu`, files without such tests are not imported: a machine with a GPU may lack what they need."""
+    is_test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
+    if config.option.markexpr == "gpu" and is_test and "mark.gpu" not in collection_path.read_text():
+        return True
+    return None
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Two more than there are processors: tests also wait, for processes and for time to pass."""
     return min(8, available_cpus() + 2)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(specs: list[Any]) -> None:
     """Test processes are warm as well: they need not import what the tests of all files import."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")

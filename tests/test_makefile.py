@@ -1,0 +1,19 @@
+"""Targets of the Makefile that need no network."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def test_tests_of_a_gpu_install_nothing_where_all_packages_are(tmp_path: Path) -> None:
+    python, called = tmp_path / "python", tmp_path / "called"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {called}\n')
+    python.chmod(0o755)
+    subprocess.run(["make", "test-gpu", f"PYTHON={python}"], cwd=ROOT, check=True, timeout=60)
+    assert called.read_text().splitlines() == [
+        "-m pytest -m gpu --collect-only -q -p no:cacheprovider",
+        "-m pytest -m gpu -p no:cacheprovider",
+    ]
