@@ -85,7 +85,7 @@ def test_an_update_takes_few_kernels(name: str, most: int) -> None:
         optimizer.step()
         average.update(2)
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(list(model.parameters())) > 60
+    assert len(list(model.parameters())) > 40
     assert 0 < len(kernels) < most
 
 
