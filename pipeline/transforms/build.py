@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
@@ -30,7 +31,7 @@ def choose_backend(name: str, device_type: str, encoded: bool) -> tuple[str, str
     has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "dali" and not has_dali:
         raise UserError(
-            found="loader.backend=dali, but DALI is not installed",
+            found=f"loader.backend=dali, but {_missing_dali()}",
             expected="the package nvidia-dali-cuda120 (Linux only)",
             hint="use loader.backend=auto or loader.backend=torch",
         )
@@ -41,8 +42,17 @@ def choose_backend(name: str, device_type: str, encoded: bool) -> tuple[str, str
     if device_type == "cpu":
         return "torch", "faster than DALI on CPUs"
     if not has_dali:
-        return "torch", "DALI is not installed"
+        return "torch", _missing_dali()
     return "dali", "the default on GPUs"
+
+
+def _missing_dali() -> str:
+    """Describe why DALI cannot be imported."""
+    found = importlib.util.find_spec("nvidia")
+    # Packages of NVIDIA share the directory `nvidia`; an `nvidia/__init__.py` elsewhere on the path hides it.
+    if found and found.origin and any(each.name.startswith("nvidia-dali") for each in metadata.distributions()):
+        return f"DALI is hidden by {found.origin}: see inkstream doctor"
+    return "DALI is not installed"
 
 
 def build_transform(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,18 @@ def test_says_that_dali_is_missing_when_that_decides(monkeypatch: pytest.MonkeyP
         choose_backend("dali", "cpu", False)
     assert "nvidia-dali-cuda120" in caught.value.expected
     assert "loader.backend=torch" in caught.value.hint
+
+
+def test_says_what_hides_dali(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "nvidia").mkdir()
+    (tmp_path / "nvidia" / "__init__.py").touch()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nvidia"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    backend, reason = choose_backend("auto", "cuda", False)
+    assert backend == "torch"
+    assert str(tmp_path / "nvidia" / "__init__.py") in reason
+    sys.modules.pop("nvidia")
 
 
 def _pretend_dali(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
