@@ -28,7 +28,9 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
     if device.type == "cuda":
         precision = _gpu_precision(device)
     else:
-        use_bf16 = torch.cpu.get_capabilities().get("amx_bf16", False) and not has_depthwise_convolutions(config.model)
+        # torch 2.6 has no get_capabilities: fp32, which is right everywhere.
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        use_bf16 = capabilities.get("amx_bf16", False) and not has_depthwise_convolutions(config.model)
         precision = "bf16" if use_bf16 else "fp32"
     return replace_settings(config, {"trainer.precision": precision}, "trainer.precision=auto")
 

@@ -20,7 +20,8 @@ from trainer.optim.schedules import LRSchedule
 OPTIMIZERS = ("adam", "adamw", "lion", "sgd", "sgd_lookahead")
 SCHEDULES = ("constant", "cosine", "warm_restarts", "one_cycle", "plateau")
 # Torch warns of a schedule that moves before its optimiser, and of calls that it will drop.
-pytestmark = pytest.mark.filterwarnings("error")
+# SequentialLR of torch 2.6 calls its own schedulers in a way that it calls deprecated.
+pytestmark = pytest.mark.filterwarnings("error", "ignore:The epoch parameter in")
 
 
 @pytest.fixture(autouse=True)
