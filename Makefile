@@ -3,8 +3,9 @@ PYTHON ?= python3
 SAMPLE ?= 20
 SEED ?= 0
 RUN := .venv/bin/python
+LOWER := .venv-lower/bin/python
 
-.PHONY: demo test test-slow test-gpu mutation lint docs sweep clean
+.PHONY: demo test test-slow test-gpu test-lower mutation lint docs sweep clean
 
 demo: .venv/.installed  ## pack the embedded data set, train configs/quickstart.yaml, report
 	@$(RUN) -m pipeline.shard digits
@@ -22,6 +23,9 @@ test-gpu:  ## the tests that need a CUDA device
 	  then $(PYTHON) -m pytest -m gpu -p no:cacheprovider; \
 	  else $(MAKE) --no-print-directory .venv/.installed && $(RUN) -m pytest -m gpu; fi
 
+test-lower: .venv-lower/.installed  ## the tests of pipeline and trainer with the lowest supported version of each dependency
+	@$(LOWER) -m pytest --numprocesses=auto --dist=loadfile tests/pipeline tests/trainer --ignore=tests/trainer/export
+
 mutation: .venv/.mutation  ## small changes of core modules that no test notices; MODULES="path ..." SAMPLE=mutants-of-each SEED=...
 	@$(RUN) tests/mutation.py --sample $(SAMPLE) --seed $(SEED) $(MODULES)
 
@@ -38,8 +42,8 @@ docs: .venv/.installed  ## build the documentation site in docs/_build
 sweep: .venv/.installed  ## measure what each resolution costs and buys, on the digits or a packed EMNIST
 	@$(RUN) benchmarks/resolution_sweep.py
 
-clean:  ## remove the environment
-	rm -rf .venv
+clean:  ## remove the environments
+	rm -rf .venv .venv-lower
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -53,4 +57,14 @@ clean:  ## remove the environment
 
 .venv/.mutation: .venv/.installed
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[test,mutation]'
+	@touch $@
+
+# Without the servers and browsers of other tests, whose versions would not fit.
+.venv-lower/.installed: pyproject.toml
+	@echo "installing the lowest supported versions into .venv-lower (several GB)"
+	@$(PYTHON) -m venv .venv-lower
+	@sed -nE 's/^ *"([A-Za-z0-9-]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml > .venv-lower/constraints.txt
+	@$(LOWER) -m pip install --quiet --disable-pip-version-check setuptools
+	@$(LOWER) -m pip install --quiet --disable-pip-version-check --constraint .venv-lower/constraints.txt \
+	  --no-build-isolation --editable '.[parquet,tune]' flask flask-cors hypothesis pytest pytest-xdist webdataset
 	@touch $@
