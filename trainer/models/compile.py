@@ -31,8 +31,8 @@ def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.devic
     mode = compile_mode(settings, device)
     if mode == "off":
         return model
-    # torch runs further variants uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, resolutions + 1)
+    # torch runs further variants uncompiled. In torch 2.6 recompile_limit has this name only; it still is an alias.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, resolutions + 1)
     compiled: Any = torch.compile(model, dynamic=False, mode=None if mode == "default" else mode)
     # With CUDA graphs, a step overwrites the outputs of the previous step.
     compiled.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())

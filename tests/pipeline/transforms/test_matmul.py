@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
+from support.simulated_gpu import GPU, simulated_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.transforms.ops.matmul import exact_matmul
@@ -34,9 +34,9 @@ def tf32() -> Iterator[None]:
 
 @pytest.mark.parametrize("shapes", [((8, 1, 28, 28), (28, 112)), ((8, 112, 28), (8, 28, 28))], ids=["wide", "batched"])
 def test_no_product_is_in_tf32(tf32: None, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    with FakeTensorMode():
-        factors = [torch.empty(shape, device="cuda") for shape in shapes]
-        out = torch.empty(*shapes[0][:-1], shapes[1][-1], device="cuda")
+    with simulated_gpu():
+        factors = [torch.empty(shape, device=GPU) for shape in shapes]
+        out = torch.empty(*shapes[0][:-1], shapes[1][-1], device=GPU)
         with Products() as products:
             assert exact_matmul(*factors, out=out) is out
             torch.set_float32_matmul_precision("highest")
