@@ -102,17 +102,19 @@ class ZarrWriter(SplitWriter):
         super().__init__(directory, layout)
         self._arrays = array_layouts(layout)
         # With checksums, so that readers detect changed blocks.
-        self._compressor = ZstdCodec(level=_ZSTD_LEVEL, checksum=True) if compression == "zstd" else Crc32cCodec()
+        compressor = ZstdCodec(level=_ZSTD_LEVEL, checksum=True) if compression == "zstd" else Crc32cCodec()
+        self._content: dict = {}
+        group = zarr.create_group(MemoryStore(self._content))
+        # One encoder for all shards: each leaves reference cycles, which are freed only by a garbage collection.
+        # Blocks of zeros, the fill value, are stored too, so that a missing block is an error.
+        self._encoders = [
+            _create_array(group, array, compressor).with_config({"write_empty_chunks": True}) for array in self._arrays
+        ]
 
     def start(self) -> tuple[RawFile, ...]:
         """Write the metadata of the group and of its arrays; returns the files."""
-        files: dict = {}
-        group = zarr.create_group(MemoryStore(files))
-        for array in self._arrays:
-            _create_array(group, array, self._compressor)
-        return tuple(
-            self._write(f"{GROUP}/{key}", content.as_numpy_array().data) for key, content in sorted(files.items())
-        )
+        content = sorted(self._content.items())
+        return tuple(self._write(f"{GROUP}/{key}", value.as_numpy_array().data) for key, value in content)
 
     def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
         """Write a shard, see `SplitWriter`. Holds the samples of the shard in memory."""
@@ -127,19 +129,15 @@ class ZarrWriter(SplitWriter):
             crcs.append(isal_zlib.crc32(images[start:end]))
         assert end == len(samples)
         image_file, *others = (
-            self._write_array(array, number, values)
-            for array, values in zip(self._arrays, (images, labels, rows), strict=True)
+            self._write_array(array, encoder, number, values)
+            for array, encoder, values in zip(self._arrays, self._encoders, (images, labels, rows), strict=True)
         )
         return Shard(samples=len(samples), blocks_crc32=tuple(crcs), **image_file.model_dump()), tuple(others)
 
-    def _write_array(self, array: ArrayLayout, number: int, values: NDArray) -> RawFile:
-        files: dict = {}
-        encoder = _create_array(zarr.create_group(MemoryStore(files)), array, self._compressor)
-        # Blocks of zeros, the fill value, are stored too, so that a missing block is an error.
-        encoder = encoder.with_config({"write_empty_chunks": True})
+    def _write_array(self, array: ArrayLayout, encoder: ZarrArray, number: int, values: NDArray) -> RawFile:
         encoder[number * array.shard : number * array.shard + len(values)] = values
         name = array.shard_name(number)
-        return self._write(name, files[name.removeprefix(f"{GROUP}/")].as_numpy_array().data)
+        return self._write(name, self._content.pop(name.removeprefix(f"{GROUP}/")).as_numpy_array().data)
 
     def _write(self, name: str, content: memoryview) -> RawFile:
         """Write a file so that it survives a power failure. Several ranks may write the same bytes at the same time."""
