@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -32,7 +31,7 @@ from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, positive
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import in_process
 from benchmarks.training.ablation_report import ablation_markdown, plot_gains
-from shards.atomic import make_directory, read_file, replace_file, write_file
+from shards.atomic import append_line, make_directory, read_file, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError
 from shards.open import open_split
@@ -185,13 +184,10 @@ class RunRecords:
         self._path = path
         self.records: list[dict[str, Any]] = []
         make_directory(path.parent)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for line in lines:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             # A killed process leaves an incomplete line.
             with contextlib.suppress(json.JSONDecodeError):
                 self.records.append(json.loads(line))
-        if len(self.records) < len(lines):
-            write_file(path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def find(self, settings: Config, data: str) -> dict[str, Any] | None:
         """Return the newest record of a run with these settings and data, or None.
@@ -203,10 +199,7 @@ class RunRecords:
         return next((one for one in reversed(self.records) if defaults | one["identity"] == identity), None)
 
     def append(self, record: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, json.dumps(record))
         self.records.append(record)
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from shards.cli import exit_on_interrupt
+
 if TYPE_CHECKING:
     from shards.errors import UserError
     from shards.manifest import Manifest
     from shards.open import open_split, open_store
+
+exit_on_interrupt()  # before the imports of a command
 
 __all__ = ["Manifest", "UserError", "open_split", "open_store"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -58,7 +59,7 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 
 log = logging.getLogger(__name__)
 
-_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _WAIT_SILENTLY = 10.0  # seconds
 
 
@@ -144,14 +145,19 @@ def file_lock(path: Path, busy: UserError | None = None) -> Iterator[None]:
         try:
             _acquire(lock, busy)
         except (NotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
-            log.warning("%s is on a file system without locks: run one process at a time", path)
+            _warn_of_missing_locks(path.parent)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         lock.release()
+
+
+@functools.cache
+def _warn_of_missing_locks(directory: Path) -> None:
+    log.warning("%s is on a file system without locks: run one process at a time", directory)
 
 
 def _acquire(lock: FileLock, busy: UserError | None) -> None:
@@ -164,13 +170,25 @@ def _acquire(lock: FileLock, busy: UserError | None) -> None:
         lock.acquire()
 
 
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Name a file in the `OSError` of a failed write or flush, which names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def sync_directory(path: Path) -> None:
     """Flush the entries of a directory to disk, so that renames survive a power failure."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with name_in_errors(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -185,15 +203,13 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.unlink(missing_ok=True)  # it may be a pipe or a link
-        with open(temporary, "wb") as file:
+        with name_in_errors(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failed write names no file
         raise
     sync_directory(path.parent)
 
@@ -202,6 +218,27 @@ def write_file(path: Path, content: bytes | str) -> None:
     """Replace the content of a file atomically. Text is encoded as UTF-8."""
     with replace_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line of text and flush it to disk. After a failure the file is as it was.
+
+    An incomplete last line, which a killed process has left, is removed first.
+    """
+    with name_in_errors(path), open(path, "a+b", buffering=0) as file:
+        size, content = file.tell(), memoryview(f"{line}\n".encode())
+        file.seek(max(0, size - 1))
+        if file.read(1) not in (b"", b"\n"):
+            file.seek(0)
+            size = file.read().rfind(b"\n") + 1
+            file.truncate(size)
+        try:
+            while content:
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
@@ -321,7 +358,8 @@ def replace_directory(target: Path) -> Iterator[Replacement]:
             replacement = Replacement(target)
             try:
                 replacement.start_clean()
-                yield replacement
+                with name_in_errors(target):
+                    yield replacement
             finally:
                 replacement.roll_back()
                 # Before the lock is released: a writer that started earlier would lose its files to this removal.

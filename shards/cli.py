@@ -9,13 +9,15 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from shards.credentials import hide, redact
-from shards.errors import UserError, as_user_error, is_refusal
+from shards.errors import UserError, refusal
 
 USER_ERROR_STATUS = 2
+_BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 class Terminated(BaseException):
@@ -28,6 +30,22 @@ class Terminated(BaseException):
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
     raise Terminated(signum)
+
+
+def exit_on_interrupt() -> None:
+    """Let Ctrl-C end a command of ours while it still imports its libraries, which takes seconds, without a traceback.
+
+    Does nothing in a program of others.
+    """
+    program = next(iter(sys.argv), "")
+    is_ours = program == "-m" or Path(program).absolute().parent == _BENCHMARKS
+    if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit)
+
+
+def _exit(signum: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"stopped\n")
+    os._exit(128 + signum)
 
 
 def _redacted_record(*arguments: Any, **named: Any) -> logging.LogRecord:
@@ -66,6 +84,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     The exit status is the function's result (None: 0), 2 for a `UserError`, or 128 + the number of a signal.
     """
     hide_credentials()
+    if signal.getsignal(signal.SIGINT) is _exit:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _raise_terminated)
@@ -85,9 +105,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         # The program that reads our output (head, less) has ended. Without this the interpreter reports it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
-    except OSError as error:
-        if not is_refusal(error):
+    except (OSError, RuntimeError) as error:
+        if (message := refusal(error)) is None:
             raise
-        print(as_user_error(error, error.filename or "(unnamed file)"), file=sys.stderr)
+        print(message, file=sys.stderr)
         status = USER_ERROR_STATUS
     sys.exit(status)

@@ -12,6 +12,7 @@ from shards.credentials import redact
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _UNUSABLE = {errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EIO, errno.ESTALE}
+_NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
 _MAX_LINE = 2000  # characters of a line of a message
 
 
@@ -78,9 +79,25 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def is_refusal(error: OSError) -> bool:
-    """Whether an error comes from the machine, not the program: a full disk, no permission, an unusable path."""
-    return error.errno in _DISK_FULL | _REFUSED | _UNUSABLE
+def is_thread_limit(error: BaseException) -> bool:
+    """Whether the system refused a thread or process, which Python, torch and the kernel say in different ways."""
+    return isinstance(error, OSError | RuntimeError) and any(words in str(error) for words in _NO_THREADS)
+
+
+def refusal(error: BaseException) -> UserError | None:
+    """Return the error for a refusal of the machine: a full disk, no permission, an unusable path, no more threads.
+
+    None if the program is at fault.
+    """
+    if is_thread_limit(error):
+        return UserError(
+            found=f"no more threads or processes: {first_line(error)}",
+            expected="a limit that admits the threads of this command (ulimit -u, or that of the container)",
+            hint="raise the limit, or use fewer threads: export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1",
+        )
+    if isinstance(error, OSError) and error.errno in _DISK_FULL | _REFUSED | _UNUSABLE:
+        return as_user_error(error, error.filename or "(unnamed file)")
+    return None
 
 
 def as_user_error(error: OSError, path: object) -> AccessDeniedError | DiskFullError:
@@ -115,6 +132,8 @@ def errors_as_corrupt(path: object, hint: str) -> Iterator[None]:
     except (UserError, BrokenPipeError):
         raise
     except Exception as error:
+        if is_thread_limit(error):
+            raise
         found = f"no file {path}"
         if not isinstance(error, FileNotFoundError):
             reason = f"key {error.args[0]} is missing" if isinstance(error, KeyError) else first_line(error)

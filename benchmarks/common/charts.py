@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
+from shards.atomic import replace_file
+
 if TYPE_CHECKING:
     from matplotlib.typing import HashableList, RcKeyType
 
@@ -92,7 +94,7 @@ class Chart:
         """Write the figure on a white background at 140 dots per inch."""
         with plt.rc_context(_STYLE):
             figure = self._make_figure(CARD)
-            with path.open("wb") as file:
+            with replace_file(path) as file:
                 figure.savefig(file, format="png")
             plt.close(figure)
 

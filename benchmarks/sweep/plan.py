@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import make_directory, write_file
+from shards.atomic import append_line, make_directory, write_file
 from shards.errors import UserError, os_errors_as_user_errors
 from trainer.config.load import replace_settings, validate
 from trainer.config.schema import Config
@@ -155,10 +155,7 @@ class Journal:
     def append(self, point: Point, result: dict[str, Any]) -> None:
         record = {"name": NAME, **asdict(point), **self._identity, **result}
         self.records.append(record)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, json.dumps(record))
 
 
 def point_of(record: dict[str, Any]) -> Point:

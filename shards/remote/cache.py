@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import file_lock, make_directory, read_file, with_checksum, without_checksum, write_file
+from shards.atomic import NO_LOCKS, file_lock, make_directory, read_file, with_checksum, without_checksum, write_file
 from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
 from shards.manifest import MAX_MANIFEST_BYTES
 from shards.remote.download import RemoteFile, remove
@@ -49,9 +49,15 @@ _descriptors: dict[Path, int] = {}
 def cache_directory() -> Path:
     """Return $INKSTREAM_CACHE, or `inkstream` in $XDG_CACHE_HOME, or ~/.cache/inkstream."""
     named = os.environ.get(DIRECTORY_VARIABLE)
-    if named:
-        return Path(named).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "inkstream"
+    path = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "inkstream"
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise UserError(
+            found="no home directory, in which remote files are cached",
+            expected=f"$HOME, or ${DIRECTORY_VARIABLE}",
+            hint=f"export {DIRECTORY_VARIABLE}=DIR",
+        ) from None
 
 
 def cache_limit() -> int | None:
@@ -85,8 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def mark_unchecked(path: Path) -> None:
     """Have a file checked again when its entry is used next, if it is a file of the cache."""
-    if path.absolute().is_relative_to(cache_directory()):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
+        if path.absolute().is_relative_to(cache_directory()):
             os.utime(path)
 
 
@@ -222,9 +228,16 @@ def _lock_for_use(directory: Path) -> None:
 
 
 def _lock(descriptor: int, exclusive: bool = False) -> None:
-    """Wait for the shared lock, or take the exclusive one; raise BlockingIOError if others share it."""
+    """Wait for the shared lock, or take the exclusive one; raise BlockingIOError if others share it.
+
+    On a file system without locks an entry may be evicted while it is used. The process that uses it then ends.
+    """
     if fcntl is not None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
 
 
 def _is(descriptor: int, path: Path) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -25,7 +27,15 @@ from support import warm_process
 import shards.atomic
 from pipeline.packing.pack import PackSettings, pack
 from shards import UserError
-from shards.atomic import read_file, replace_directory, replace_file, staging_directory, write_file
+from shards.atomic import (
+    append_line,
+    file_lock,
+    read_file,
+    replace_directory,
+    replace_file,
+    staging_directory,
+    write_file,
+)
 from shards.manifest import REQUIRED_SPLITS, is_packed_dataset
 from shards.verify.check import check_split
 
@@ -80,6 +90,48 @@ def write_version(directory: Path, text: str) -> None:
 def version(directory: Path) -> str:
     assert [entry.name for entry in directory.iterdir()] == ["content"]
     return (directory / "content").read_text()
+
+
+class TestAppendLine:
+    def test_each_line_is_complete(self, tmp_path: Path) -> None:
+        path = tmp_path / "lines"
+        append_line(path, "one")
+        append_line(path, "two \u4e00")
+        assert path.read_text(encoding="utf-8") == "one\ntwo \u4e00\n"
+
+    @pytest.mark.parametrize("left", ["one\ntw", "tw"])
+    def test_the_incomplete_line_of_a_killed_writer_is_removed(self, tmp_path: Path, left: str) -> None:
+        (tmp_path / "lines").write_text(left)
+        append_line(tmp_path / "lines", "three")
+        assert (tmp_path / "lines").read_text() == left.removesuffix("tw") + "three\n"
+
+    def test_a_full_disk_leaves_the_file_as_it_was(self, tmp_path: Path) -> None:
+        """In the middle of the line."""
+        path, limits = tmp_path / "lines", resource.getrlimit(resource.RLIMIT_FSIZE)
+        append_line(path, "one")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        try:
+            with pytest.raises(OSError) as caught:
+                append_line(path, "x" * 100)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path)
+        assert path.read_text() == "one\n"
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for _ in range(2):
+        with file_lock(tmp_path / "lock"):
+            pass
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path} is on a file system without locks: run one process at a time"
+    ]
 
 
 class TestReplaceDirectory:
@@ -227,6 +279,7 @@ class TestReplaceDirectory:
         }[moment]
         program = f"""
 import os
+import resource
 from pathlib import Path
 from shards.atomic import read_file, replace_directory
 target = Path({str(old)!r})

@@ -41,3 +41,39 @@ def test_a_signal_runs_the_clean_up(number: signal.Signals) -> None:
     )
     process = run(code)
     assert (process.returncode, process.stdout, process.stderr) == (128 + number, "removed\n", "stopped\n")
+
+
+@pytest.mark.parametrize("error", ['RuntimeError("can\'t start new thread")', "BlockingIOError(11, os.strerror(11))"])
+def test_a_thread_that_the_system_refuses_is_one_message(error: str) -> None:
+    process = run(f"import os\ndef main(): raise {error}\nrun_command(main)")
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: no more threads or processes: ") and "ulimit -u" in process.stderr
+    assert process.stderr.count("\n") == 3
+
+
+class TestCtrlC:
+    """Python imports the package of `python -m package.module` while the first argument is -m."""
+
+    start = "import signal, sys\nsys.argv[0] = '-m'\nimport trainer\n"
+
+    def test_while_a_command_imports(self) -> None:
+        process = subprocess.run(
+            [sys.executable, "-c", f"{self.start}signal.raise_signal(signal.SIGINT)"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (process.returncode, process.stdout, process.stderr) == (130, "", "stopped\n")
+
+    def test_later_the_command_cleans_up(self) -> None:
+        main = (
+            "def main():\n    try: signal.raise_signal(signal.SIGINT)\n    finally: print('removed')\nrun_command(main)"
+        )
+        code = f"{self.start}from shards.cli import run_command\n{main}"
+        process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (process.returncode, process.stdout, process.stderr) == (130, "removed\n", "stopped\n")
+
+    def test_programs_of_others_keep_their_own_handling(self) -> None:
+        handler = run("import signal\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)")
+        assert handler.stdout == "True\n"

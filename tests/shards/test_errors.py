@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shards.errors import UserError, printable
+from shards.errors import UserError, errors_as_corrupt, printable
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,8 @@ def test_a_message_is_printable_in_every_part() -> None:
 def test_a_line_of_a_message_has_a_limit() -> None:
     lines = str(UserError("x" * 10**6, "y", "z")).split("\n")
     assert [len(line) for line in lines] == [2003, 11, 7]
+
+
+def test_a_limit_of_threads_is_no_damage() -> None:
+    with pytest.raises(RuntimeError), errors_as_corrupt("shard", "none"):
+        raise RuntimeError("can't start new thread")

@@ -22,8 +22,10 @@ from trainer.runtime.distributed import World
 
 log = logging.getLogger(__name__)
 
-# Options of a parameter group that come from the settings; the others are state of the optimizer.
+# Options of a parameter group that come from the settings.
 _GROUP_SETTINGS = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "momentum")
+# Those that a schedule or the optimizer itself changes. All others are the same in every run.
+_GROUP_STATE = ("params", "betas", "lookahead_step")
 
 
 def open_training(
@@ -85,6 +87,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     Raises:
         Exception: The checkpoint is damaged.
     """
+    constants = _group_constants(training)
     is_same_data = saved["data"] == training.data.digest
     is_same = is_same_data and not changed_settings(saved, training.config)
     new = training.checkpoint()
@@ -93,7 +96,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
         check_structure(saved[name], new[name], name)
     if is_same:
         training.restore(saved)
-        _check_restored(training)
+        _check_restored(training, constants)
         return
     state, train, config = training.state, training.data.train, training.config
     window = train.window
@@ -113,11 +116,21 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     metrics = [record["validation"][config.trainer.monitor] for record in state.history if "validation" in record]
     state.learning_rate.replay(state.updates, state.epoch, metrics)
     state.lr = state.learning_rate.lr
-    _check_restored(training)
+    _check_restored(training, constants)
 
 
-def _check_restored(training: Training) -> None:
+def _group_constants(training: Training) -> list[dict[str, Any]]:
+    """Return what no checkpoint may change in the parameter groups of the optimizer."""
+    changing = {*_GROUP_SETTINGS, *_GROUP_STATE}
+    groups = training.state.optimizer.param_groups
+    return [{name: value for name, value in group.items() if name not in changing} for group in groups]
+
+
+def _check_restored(training: Training, constants: list[dict[str, Any]]) -> None:
     """Raise `ValueError` if the parts of a state contradict each other."""
+    for group, options in zip(_group_constants(training), constants, strict=True):
+        if options | group != options:
+            raise ValueError("the optimizer has other options")
     state, train, window = training.state, training.data.train, training.data.train.window
     run_files.check_history(state.history)
     if len(state.history) != state.epoch or not min(1, state.epoch) <= state.best_epoch <= state.epoch:

@@ -8,7 +8,6 @@ heartbeat and `RetryFailedTrialCallback` need an SQL server and start such a tri
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from pipeline.readers.naming import natural_key
-from shards.atomic import file_lock, make_directory
+from shards.atomic import append_line, check_is_file, file_lock, make_directory
 from shards.errors import UserError, errors_as_corrupt
 from trainer.config.schema import Config
 from trainer.tune.search_space import Range, SearchConfig
@@ -45,6 +43,7 @@ warnings.filterwarnings("ignore", message="Choices for a categorical distributio
 State = optuna.trial.TrialState
 _MAX_STARTS = 3  # of a trial whose process dies
 _JOURNAL = "study.journal"
+_HELD = UserError("a trial that another process trains", "a free trial", "wait for it to end")
 _HINT = "start another study: dir=..."
 _STATES = {State.COMPLETE: "complete", State.PRUNED: "pruned", State.FAIL: "failed", State.RUNNING: "running"}
 
@@ -131,13 +130,10 @@ class SharedStudy:
         self._search = search
         make_directory(self.directory)
         journal = self._journal = self.directory / _JOURNAL
-        # The system frees this lock when its holder dies; Optuna's own lock stays for half a minute.
-        lock = FileLock(f"{journal}.lock")
         with self.exclusive(), errors_as_corrupt(journal, _HINT):
-            _cut_torn_line(journal, lock)
-            backend = JournalFileBackend(str(journal), lock_obj=lock)  # type: ignore[arg-type]  # has the same methods
+            check_is_file(journal)
             self._study = optuna.create_study(
-                storage=optuna.storages.JournalStorage(backend),
+                storage=optuna.storages.JournalStorage(_Journal(str(journal))),
                 study_name="search",
                 direction="maximize",
                 load_if_exists=True,
@@ -243,8 +239,10 @@ class SharedStudy:
     def _lock(self, number: int, stack: ExitStack) -> bool:
         make_directory(self._trial_dir(number))
         try:
-            stack.enter_context(FileLock(self._trial_dir(number) / ".lock", timeout=0))
-        except Timeout:
+            stack.enter_context(file_lock(self._trial_dir(number) / ".lock", _HELD))
+        except UserError as error:
+            if error is not _HELD:
+                raise
             return False
         return True
 
@@ -308,11 +306,13 @@ def _pruner(search: SearchConfig) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
-def _cut_torn_line(journal: Path, lock: FileLock) -> None:
-    """Remove an incomplete last line, left by a writer that died; Optuna cannot read a journal beyond it."""
-    if not os.path.lexists(journal):
-        return
-    if not journal.is_file():
-        raise ValueError("not a regular file")
-    with lock, open(journal, "r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+class _Journal(JournalFileBackend):
+    """A journal that a full disk or a killed process does not damage.
+
+    The system frees its lock when the holder dies; Optuna's own locks stay for half a minute.
+    """
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        path = Path(self._file_path)
+        with file_lock(path.with_name(f"{path.name}.lock")):
+            append_line(path, "\n".join(json.dumps(log, separators=(",", ":")) for log in logs))

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from shards.atomic import check_is_file
 from shards.errors import UserError
 from trainer.checkpoint import run_files
 from trainer.checkpoint.run_dir import choose_run_dir
@@ -139,7 +140,9 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
     with contextlib.ExitStack() as stack:
         stack.enter_context(directory.lock())
         # Beside the directory, because a directory that contains a file but no settings is not a run.
-        log = stack.enter_context(open(directory.path.with_suffix(".log"), "a"))
+        path = directory.path.with_suffix(".log")
+        check_is_file(path)
+        log = stack.enter_context(open(path, "a"))
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
         with study.exclusive():  # one process computes and writes the input statistics

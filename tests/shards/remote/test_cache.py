@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -72,6 +73,20 @@ def test_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("INKSTREAM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", os.path.abspath("/xdg"))
     assert cache_directory() == Path(os.path.abspath("/xdg")) / "inkstream"
+
+
+@posix
+def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: int) -> None:
+        raise KeyError("no such user")
+
+    for name in ("HOME", "INKSTREAM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(UserError, match="no home directory") as caught:
+        cache_directory()
+    assert caught.value.hint == "export INKSTREAM_CACHE=DIR"
+    cache_module.mark_unchecked(Path("local"))  # a file that is in no cache
 
 
 @pytest.mark.parametrize(
@@ -342,6 +357,18 @@ def test_an_entry_removed_by_hand_is_made_anew(cache: Path) -> None:
     shutil.rmtree(cache)
     assert fill("a", 1000) == content
     assert content.is_dir()
+
+
+@posix
+def test_on_a_file_system_without_locks(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert (fill("a", 10) / "file").stat().st_size == 10
+    assert "file system without locks" in caplog.text
 
 
 @posix

@@ -206,7 +206,7 @@ def test_ranks_killed_at_many_random_moments_change_nothing(
         for start in range(10):
             if not running.wait_for(lambda start=start: len(list(running.notes.iterdir())) == ranks * (start + 1)):
                 break
-            enough = len(running.steps()) + int(random.integers(0, 25))
+            enough = len(running.steps()) + int(random.integers(0, 10 * ranks))
             if not running.wait_for(lambda enough=enough: len(running.steps()) >= enough):
                 break
             time.sleep(random.random() * 0.3)
