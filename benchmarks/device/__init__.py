@@ -1,0 +1,1 @@
+"""Parts of `device_check.py`: its cases, their measurement in a worker process, and its report."""

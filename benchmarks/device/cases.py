@@ -1,0 +1,152 @@
+"""The cases of the device check, the most valuable first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+Settings = dict[str, Any]
+"""Values by the dotted name of a setting."""
+
+VARIANTS: Mapping[str, Settings] = {
+    "dali": {"loader.backend": "dali", "loader.device_cache": 0.0},
+    "torch": {"loader.backend": "torch", "loader.device_cache": 0.0},
+    "torch, resident": {"loader.backend": "torch", "loader.device_cache": 0.5},
+    "dali, resident": {"loader.backend": "dali", "loader.device_cache": 0.5},
+}
+"""Ways to load batches: backends, with raw images copied per batch or resident in the memory of the GPU."""
+AUGMENTED: Settings = {
+    "augment.rotation": 15,
+    "augment.translation": 0.1,
+    "augment.elastic": 0.05,
+    "augment.brightness": 0.2,
+    "augment.stroke": 1.0,
+    "augment.erase": 0.5,
+}
+_LOOP: Settings = {
+    "optim.name": "lion",
+    "optim.lr": 1e-4,
+    "optim.max_grad_norm": 1.0,
+    "mixup.prob": 0.8,
+    "mixup.mixup_alpha": 0.2,
+    "mixup.cutmix_alpha": 0.6,
+    "trainer.ema_decay": 0.999,
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """Cases of one kind.
+
+    Attributes:
+        name: Method of `DeviceWorker`.
+        until: Fraction of the total time at which the section ends, so that it inherits what earlier ones leave.
+        cases: Arguments of the method, by the name of the case.
+    """
+
+    name: str
+    until: float
+    cases: Mapping[str, Settings]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Size of the check.
+
+    Attributes:
+        images: Images of the synthetic training split.
+        variants: Names in `VARIANTS`.
+        resolutions: Sides of the model input.
+        batches: Batch sizes; the first is that of the step, the loop and the run.
+        models: Networks; the first is that of the loop and the run.
+        modes: Values of `trainer.compile`, which all networks are measured with.
+        seconds: Least time of a measured run.
+        runs: Runs of each measurement.
+        epochs: Epochs of the short training run.
+    """
+
+    images: int
+    variants: tuple[str, ...]
+    resolutions: tuple[int, ...]
+    batches: tuple[int, ...]
+    models: tuple[str, ...]
+    modes: tuple[str, ...]
+    seconds: float
+    runs: int
+    epochs: int
+
+
+GPU = Scale(
+    images=400_000,
+    variants=tuple(VARIANTS),
+    resolutions=(112, 28),
+    batches=(1024, 4096, 512, 2048),
+    models=("efficientnet_b2", "efficientnet_b0", "efficientnet_b3"),
+    modes=("default", "off", "reduce-overhead"),
+    seconds=0.5,
+    runs=3,
+    epochs=2,
+)
+TINY = Scale(
+    images=320,
+    variants=("dali", "torch"),
+    resolutions=(32,),
+    batches=(32,),
+    models=("three_block_cnn",),
+    modes=("off",),
+    seconds=0.02,
+    runs=1,
+    epochs=1,
+)
+
+
+def make_sections(scale: Scale) -> list[Section]:
+    """Return the sections in the order of their worth."""
+    size, side, base = scale.batches[0], scale.resolutions[0], scale.models[0]
+    variants = [(name, VARIANTS[name]) for name in scale.variants]
+    loading = {
+        f"{variant}, {resolution} px, batch {batch}": {
+            **settings,
+            "data.resolution": resolution,
+            "loader.batch_size": batch,
+        }
+        for batch, resolution, (variant, settings) in product(scale.batches, scale.resolutions, variants)
+    }
+    exact = {
+        f"{variant}, {resolution} px{', augmented' if augmentation else ''}": {
+            **settings,
+            **augmentation,
+            "data.resolution": resolution,
+            "loader.batch_size": min(size, 512),
+        }
+        for augmentation, resolution, (variant, settings) in product(({}, AUGMENTED), scale.resolutions, variants)
+    }
+
+    def step(model: str, mode: str, batch: int, **more: Any) -> tuple[str, Settings]:
+        settings = _LOOP | {"data.resolution": side, "model.name": model, "trainer.compile": mode}
+        name = ", ".join(
+            [model, f"compile={mode}", f"batch {batch}", *(f"{key}={value}" for key, value in more.items())]
+        )
+        return name, {**settings, "loader.batch_size": batch, **more}
+
+    steps = dict(
+        [
+            *(step(base, mode, size) for mode in scale.modes),
+            *(step(model, mode, size) for model in scale.models[1:] for mode in scale.modes[:2]),
+            *(step(base, "off", batch) for batch in scale.batches[1:]),
+            step(base, "off", size, **{"trainer.channels_last": False}),
+            *(step(base, scale.modes[0], batch) for batch in scale.batches[1:]),
+        ]
+    )
+    short = {"trainer.epochs": scale.epochs, "data.train_fraction": 0.5}
+    loops = dict(step(base, mode, size) for mode in scale.modes if mode != "off" or scale.modes == ("off",))
+    return [
+        Section("device", 0.08, {"bandwidth": {}}),
+        Section("correctness", 0.2, exact),
+        Section("loader", 0.4, loading),
+        Section("step", 0.75, steps),
+        Section("loop", 0.87, dict(list(loops.items())[:1])),
+        Section("run", 1.0, {name: case | short for name, case in loops.items()}),
+    ]

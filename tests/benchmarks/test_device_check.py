@@ -1,0 +1,191 @@
+"""The device check at tiny size on a CPU, and what it does with errors, little time and kills."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, run_module
+
+from benchmarks import device_check
+from benchmarks.common.processes import WorkerError
+from benchmarks.device.cases import GPU, TINY, make_sections
+from benchmarks.device.report import format_report, format_value
+from benchmarks.device.worker import DeviceWorker, pack_synthetic_set
+from pipeline.transforms.torch_backend import TorchTransform
+
+SECTIONS = ["device", "correctness", "loader", "step", "loop", "run"]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class SameProcess:
+    """A worker in this process, which has imported everything."""
+
+    def __init__(self, make: Callable[..., DeviceWorker], *arguments: Any, log: Path) -> None:
+        self._worker = make(*arguments)
+
+    def call(self, section: str, settings: dict[str, Any], timeout: float) -> Any:
+        return getattr(self._worker, section)(settings)
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+@pytest.mark.parametrize("worker", [SameProcess, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_device_check_runs_at_tiny_size(
+    worker: type | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if worker is None:
+        process = run_module("benchmarks/device_check.py", "--out", tmp_path, timeout=300)
+        assert process.returncode == 0, process.stdout + process.stderr
+    else:
+        monkeypatch.setattr(device_check, "WorkerProcess", worker)
+        monkeypatch.setattr(sys, "argv", ["device_check.py", "--device", "cpu", "--out", str(tmp_path)])
+        assert device_check.main() == 0
+    environment, *records = read_lines(tmp_path / "device_check_cpu.jsonl")
+    assert environment["section"] == "environment" and environment["packages"]["torch"]
+    assert not [record for record in records if {"error", "skipped"} & set(record)]
+    found = {name: [record for record in records if record["section"] == name] for name in [*SECTIONS, "kernels"]}
+    for section in make_sections(TINY):
+        assert [record["case"] for record in found[section.name]] == list(section.cases)
+    assert all(record["ok"] and record["worst_error"] <= record["tolerance"] for record in found["correctness"])
+    assert {record["backend"] for record in found["loader"]} == {"dali", "torch"}
+    for record in (*found["loader"], *found["step"]):
+        assert record["images_per_second"] > 0
+    assert {record["case"] for record in found["kernels"]} == {record["case"] for record in found["step"]}
+    assert any("convolution" in record["kernel"] for record in found["kernels"])
+    assert found["loop"][0]["whole_of_synthetic"] > 0
+    assert found["run"][0]["exit_status"] == 0
+    page = (tmp_path / "device_check_cpu.md").read_text()
+    assert page == format_report([environment, *records])
+    assert [line for line in page.splitlines() if line.startswith("## ")] == [
+        f"## {name}" for name in dict.fromkeys(record["section"] for record in records)
+    ]
+
+
+def test_a_wrong_image_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = DeviceWorker(pack_synthetic_set(tmp_path / "set", 200), "cpu", TINY, tmp_path)
+    settings = {"loader.backend": "torch", "data.resolution": 28, "loader.batch_size": 64}
+    assert check.correctness(settings)[0]["ok"]
+    transform = TorchTransform.__call__
+
+    def wrong(self: Any, images: Any, params: Any = None) -> Any:
+        output = transform(self, images, params)
+        output[7, 0, 5, 5] += 1e-3
+        return output
+
+    monkeypatch.setattr(TorchTransform, "__call__", wrong)
+    (record,) = check.correctness(settings)
+    assert not record["ok"] and 4e-4 < record["worst_error"] < 6e-4
+
+
+class FakeWorker:
+    """Fails in the second case of `loader`, and takes a second for each case of `step`."""
+
+    started = 0
+
+    def __init__(self, *arguments: Any, log: Path) -> None:
+        type(self).started += 1
+
+    def call(self, section: str, settings: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+        if section == "loader" and "torch" in settings.values():
+            raise WorkerError("out of memory", "OutOfMemoryError", "the traceback")
+        if section == "step":
+            time.sleep(timeout)
+            raise WorkerError(f"no answer in {timeout:g} s")
+        return [{"figure": 1234.5}]
+
+    def close(self) -> None:
+        pass
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    FakeWorker.started = 0
+    monkeypatch.setattr(device_check, "WorkerProcess", FakeWorker)
+    monkeypatch.setattr(device_check, "pack_synthetic_set", lambda out, images: out)
+    monkeypatch.setattr(sys, "argv", ["device_check.py", "--device", "cpu", "--out", str(tmp_path), *arguments])
+    status = device_check.main()
+    return status, read_lines(tmp_path / "device_check_cpu.jsonl")[1:]
+
+
+def test_an_error_is_recorded_and_the_next_case_has_a_new_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, records = run_with(monkeypatch, tmp_path, "--only", "correctness,loader,run")
+    assert status == 1
+    (failed,) = [record for record in records if "error" in record]
+    assert failed["case"] == "torch, 32 px, batch 32"
+    assert (failed["error"], failed["kind"], failed["traceback"]) == (
+        "out of memory",
+        "OutOfMemoryError",
+        "the traceback",
+    )
+    assert [record["section"] for record in records] == ["correctness"] * 4 + ["loader"] * 2 + ["run"]
+    assert FakeWorker.started == 2
+    page = (tmp_path / "device_check_cpu.md").read_text()
+    assert "- torch, 32 px, batch 32: out of memory" in page
+    assert "1,234" in page
+
+
+def test_the_check_stops_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_check, "_RESERVE_SECONDS", 0.0)
+    monkeypatch.setattr(device_check, "_LEAST_SECONDS", 0.02)
+    start = time.monotonic()
+    status, records = run_with(monkeypatch, tmp_path, "--only", "step,loop", "--minutes", "0.005")
+    assert time.monotonic() - start < 5
+    assert status == 0
+    assert [record.get("skipped") for record in records][:2] == ["stopped, no time left", "no time left"]
+    assert records[-1]["section"] == "loop"
+
+
+def test_a_kill_at_any_time_leaves_complete_lines(tmp_path: Path) -> None:
+    program = (
+        "import itertools\n"
+        "from pathlib import Path\n"
+        "from benchmarks.device.report import Results\n"
+        f"results = Results(Path({str(tmp_path / 'r')!r}), {{'device': 'x', 'packages': {{}}}})\n"
+        "for number in itertools.count():\n"
+        "    results.add({'section': 's', 'case': 'c' * 5000, 'number': number})\n"
+    )
+    for milliseconds in (1, 7, 20):
+        with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+            while not (tmp_path / "r.md").exists() or len((tmp_path / "r.jsonl").read_text()) < 30_000:
+                time.sleep(0.001)
+            time.sleep(milliseconds / 1000)
+            process.send_signal(signal.SIGKILL)
+        _, *records = read_lines(tmp_path / "r.jsonl")
+        assert [record["number"] for record in records] == list(range(len(records)))
+        assert (tmp_path / "r.md").read_text().endswith("|\n")
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_the_cases_of_a_gpu_come_in_the_order_of_their_worth() -> None:
+    sections = make_sections(GPU)
+    assert [section.name for section in sections] == SECTIONS
+    assert [section.until for section in sections] == sorted(section.until for section in sections)
+    assert sections[-1].until == 1
+    by_name = {section.name: list(section.cases) for section in sections}
+    assert by_name["loader"][0] == "dali, 112 px, batch 1024"
+    assert {
+        f"torch, resident, {side} px, batch {size}" for side in (28, 112) for size in (512, 1024, 2048, 4096)
+    } <= set(by_name["loader"])
+    assert by_name["step"][:3] == [
+        f"efficientnet_b2, compile={mode}, batch 1024" for mode in ("default", "off", "reduce-overhead")
+    ]
+    assert {case.partition(",")[0] for case in by_name["step"]} == {f"efficientnet_b{n}" for n in (0, 2, 3)}
+
+
+def test_values_are_short() -> None:
+    values = [None, True, False, 1234567.8, 0.123456, "a|b\nc"]
+    assert [format_value(value) for value in values] == ["", "yes", "NO", "1,234,568", "0.1235", "a\\|b c"]
