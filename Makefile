@@ -2,10 +2,11 @@
 PYTHON ?= python3
 SAMPLE ?= 20
 SEED ?= 0
+MINUTES ?= 8
 RUN := .venv/bin/python
 LOWER := .venv-lower/bin/python
 
-.PHONY: demo test test-slow test-gpu test-lower mutation lint docs sweep clean
+.PHONY: demo test test-slow test-gpu test-lower device-check mutation lint docs sweep clean
 
 demo: .venv/.installed  ## pack the embedded data set, train configs/quickstart.yaml, report
 	@$(RUN) -m pipeline.shard digits
@@ -25,6 +26,11 @@ test-gpu:  ## the tests that need a CUDA device
 
 test-lower: .venv-lower/.installed  ## the tests of pipeline and trainer with the lowest supported version of each dependency
 	@$(LOWER) -m pytest --numprocesses=auto --dist=loadfile tests/pipeline tests/trainer --ignore=tests/trainer/export
+
+device-check:  ## what this machine lacks, then correctness and speed of its GPU within MINUTES=8; no network, as test-gpu
+	@python=$(PYTHON); $$python -c 'import pydantic, timm, torch' 2>/dev/null || \
+	  { $(MAKE) --no-print-directory .venv/.installed && python=$(RUN); } || exit; export PYTHONPATH=.; \
+	  $$python -m trainer.runtime.doctor; $$python benchmarks/device_check.py --minutes $(MINUTES)
 
 mutation: .venv/.mutation  ## small changes of core modules that no test notices; MODULES="path ..." SAMPLE=mutants-of-each SEED=...
 	@$(RUN) tests/mutation.py --sample $(SAMPLE) --seed $(SEED) $(MODULES)

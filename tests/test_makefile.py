@@ -17,3 +17,16 @@ def test_tests_of_a_gpu_install_nothing_where_all_packages_are(tmp_path: Path) -
         "-m pytest -m gpu --collect-only -q -p no:cacheprovider",
         "-m pytest -m gpu -p no:cacheprovider",
     ]
+
+
+def test_the_device_check_follows_the_doctor_whatever_it_reports(tmp_path: Path) -> None:
+    python, called = tmp_path / "python", tmp_path / "called"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {called}\n[ "$2" != trainer.runtime.doctor ]\n')
+    python.chmod(0o755)
+    command = ["make", "device-check", f"PYTHON={python}", "MINUTES=2"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    assert called.read_text().splitlines() == [
+        "-c import pydantic, timm, torch",
+        "-m trainer.runtime.doctor",
+        "benchmarks/device_check.py --minutes 2",
+    ]
