@@ -21,7 +21,7 @@ from shards.convert import convert
 
 MEGABYTE = 1 << 20
 BOUND = 8 * MEGABYTE
-IMAGES = 60_000  # 45 MB
+IMAGES = 234 * 256  # 45 MB in whole batches, so that an epoch leaves none out
 
 # Reads an epoch in batches and says how many bytes of memory that took at its highest, beyond what was there before.
 READER = f"""
