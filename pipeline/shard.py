@@ -3,6 +3,7 @@
 python -m pipeline.shard emnist                              download if required, pack ByClass
 python -m pipeline.shard emnist --split balanced --raw DIR   read files that you have
 python -m pipeline.shard folder --raw DIR --size 64          your own images, one directory per class
+python -m pipeline.shard hf USER/NAME                        a data set on the Hugging Face Hub
 torchrun --nproc_per_node=4 -m pipeline.shard ...            several processes, on one machine or many
 """
 
@@ -49,6 +50,9 @@ def parse_arguments() -> argparse.Namespace:
         epilog="Data sets: " + "; ".join(f"{name}: {find_source(name).description}" for name in source_names()),
     )
     parser.add_argument("source", metavar="SOURCE", help=f"data set: {', '.join(source_names())}")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="for hf: the data set on the Hugging Face Hub, USER/NAME"
+    )
     add = parser.add_argument_group("input and output").add_argument
     add("--split", metavar="VARIANT", help="variant of the data set, if it has several (default: the first)")
     add("--raw", metavar="PATH", help="raw files: a directory, file or address (default: data/raw/SOURCE)")
@@ -106,13 +110,20 @@ def choose_source(arguments: argparse.Namespace) -> tuple[DatasetSource, str]:
     source = find_source(name)
     variants = source.variants
     variant = arguments.split or (variants[0] if variants else "")
-    if variant and variant not in variants:
+    if (source.address is not None) != bool(arguments.name):
+        raise UserError(
+            found=f"{name} {arguments.name}" if arguments.name else f"{name} without a name",
+            expected="no second word" if arguments.name else "the name of a data set on the Hugging Face Hub",
+            hint=f"python -m pipeline.shard {name} "
+            + (f"--raw {quote(arguments.name)}" if arguments.name else "ylecun/mnist"),
+        )
+    if variant and variant not in variants and source.address is None:
         raise UserError(
             found=f"split {variant!r}",
             expected=f"one of {', '.join(variants)}" if variants else f"no --split: {name} has none",
             hint=f"python -m pipeline.shard {name}" + (f" --split {variants[0]}" if variants else ""),
         )
-    if source.generic and not arguments.raw:
+    if source.generic and source.address is None and not arguments.raw:
         raise UserError(
             found=f"{name} without --raw",
             expected=f"the files to pack ({source.description})",
@@ -224,7 +235,8 @@ class Command:
         source, variant = choose_source(arguments)
         self._source = source
         self._options, recorded = source_options(arguments, source, self._find_raw(), variant)
-        dataset = re.split(r"[.?#]", Path(arguments.raw).name)[0] or source.name if source.generic else source.name
+        files = arguments.name or arguments.raw
+        dataset = re.split(r"[.?#]", Path(files).name)[0] or source.name if source.generic else source.name
         self._name = f"{dataset}-{variant}" if variant else dataset
         out = arguments.out or f"data/shards/{self._name}"
         self._out: Path | str = out if is_remote(out) else resolve_dataset(out)
@@ -257,7 +269,11 @@ class Command:
         self._report(packed, time.perf_counter() - start)
 
     def _find_raw(self) -> Path:
-        source, raw = self._source, self._arguments.raw
+        source, raw, address = self._source, self._arguments.raw, self._source.address
+        if address is not None:
+            if raw:
+                warn(f"--raw has no effect, {source.name} downloads the files")
+            raw = self._group.run_on_main(lambda: address(self._arguments.name, self._arguments.split or ""))
         if not raw:
             return Path("data/raw") / source.name
         if not source.raw_files:

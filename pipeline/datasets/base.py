@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 
@@ -24,6 +28,8 @@ class DatasetSource:
         raw_file: Whether `--raw` may also name an archive.
         generic: Whether it reads any files of a format. Then `--raw`, a directory or file, is required and names the
             packed set.
+        address: Returns the address of the files of a data set, from its name on the command line and its variant, any
+            text. Then no `--raw` is required.
     """
 
     name: str
@@ -35,3 +41,10 @@ class DatasetSource:
     options: tuple[str, ...] = ()
     raw_file: bool = False
     generic: bool = False
+    address: Callable[[str, str], str] | None = None
+
+
+@functools.cache
+def published(name: str) -> dict[str, Any]:
+    """Return the names, sizes and hashes of the files of a data set in `published.json`."""
+    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))[name]

@@ -47,7 +47,7 @@ class _Cifar:
     @property
     def published(self) -> PublishedFiles:
         names = [name for name, _ in self.variants.values()] + [name for names in self.files.values() for name in names]
-        return PublishedFiles(tuple(names), (self.archive,), self.label, self.unpacked)
+        return PublishedFiles(tuple(names), (self.archive,), self.label, (self.unpacked,))
 
 
 _CIFAR10 = _Cifar(

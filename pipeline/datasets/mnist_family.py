@@ -23,11 +23,13 @@ _FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-# Name, description, classes, address, and bytes and SHA-256 of the four files in the order of `_FILES`.
+# Name, description, folder of torchvision, classes, address, and bytes and SHA-256 of the four files in the order of
+# `_FILES`.
 _SETS = (
     (
         "mnist",
         "MNIST, handwritten digits, 28x28 gray",
+        "MNIST",
         DIGITS,
         # The original server refuses downloads; this mirror of the PyTorch project has the original files.
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -41,6 +43,7 @@ _SETS = (
     (
         "fashionmnist",
         "Fashion-MNIST, clothes, 28x28 gray",
+        "FashionMNIST",
         _FASHION,
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         (
@@ -53,6 +56,7 @@ _SETS = (
     (
         "kmnist",
         "Kuzushiji-MNIST, cursive Japanese, 28x28 gray",
+        "KMNIST",
         ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
         "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
         (
@@ -65,19 +69,27 @@ _SETS = (
 )
 
 
-def published_in_gzip(address: str, names: Sequence[str], files: Sequence[tuple[int, str]]) -> PublishedFiles:
+def published_in_gzip(
+    address: str, names: Sequence[str], files: Sequence[tuple[int, str]], torchvision: str
+) -> PublishedFiles:
     """Describe files that are published one by one, compressed by gzip.
 
     Args:
         address: The address of their directory, which ends in `/`.
         names: Their names without `.gz`.
         files: The bytes and SHA-256 of each.
+        torchvision: The directory in which torchvision keeps the data set.
     """
     downloads = tuple(
         Download(f"{address}{name}.gz", f"{name}.gz", size, sha256)
         for name, (size, sha256) in zip(names, files, strict=True)
     )
-    return PublishedFiles(tuple(names), downloads, label=str(len(names)))
+    return PublishedFiles(tuple(names), downloads, str(len(names)), torchvision_folders(torchvision))
+
+
+def torchvision_folders(name: str) -> tuple[str, ...]:
+    """Return where torchvision puts raw files, seen from its root and from the directory of the data set."""
+    return f"{name}/raw", "raw"
 
 
 def read_idx_splits(
@@ -101,9 +113,14 @@ def read_idx_splits(
 
 
 def _source(
-    name: str, description: str, classes: tuple[str, ...], address: str, files: Sequence[tuple[int, str]]
+    name: str,
+    description: str,
+    torchvision: str,
+    classes: tuple[str, ...],
+    address: str,
+    files: Sequence[tuple[int, str]],
 ) -> DatasetSource:
-    published = published_in_gzip(address, [name for names in _FILES.values() for name in names], files)
+    published = published_in_gzip(address, [name for names in _FILES.values() for name in names], files, torchvision)
     return DatasetSource(
         name,
         description,

@@ -35,7 +35,7 @@ from pipeline.readers.naming import (
     splits_in,
     warn,
 )
-from pipeline.readers.raw_split import RawSplit, SourceOptions
+from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
 
 _KINDS = {"x": "images", "images": "images", "imgs": "images", "y": "labels", "labels": "labels"}
@@ -57,12 +57,21 @@ class _Arrays:
         return self.file.array(self.names[kind]), self.file.path_of(self.names[kind])
 
 
-def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
-    arrays = _find_arrays(options.raw)
-    names = _class_names(next(iter(arrays.values())).file)
+def read_npz(raw: Path, names: tuple[str, ...] = ()) -> tuple[RawSplit, ...]:
+    """Read the splits of an npz file or of a directory of npz files.
+
+    Args:
+        raw: The file or directory.
+        names: The class names in the order of the labels; by default those in the file.
+
+    Raises:
+        UserError: If the arrays are damaged, missing or of another kind.
+    """
+    arrays = _find_arrays(raw)
+    names = names or _class_names(next(iter(arrays.values())).file)
     images = {split: _images(*of_split.get("images")) for split, of_split in arrays.items()}
     labels_by_name = {split: _labels(*of_split.get("labels"), names) for split, of_split in arrays.items()}
-    classes, labels = number_labels(labels_by_name, options.raw, names)
+    classes, labels = number_labels(labels_by_name, raw, names)
     splits = []
     for split in in_split_order(arrays):
         pixels, file = images[split], arrays[split].file
@@ -223,7 +232,7 @@ SOURCES = (
         name="npz",
         description="arrays of images and labels in npz files",
         plan=lambda options: f"read the arrays in {options.raw}",
-        load=_load,
+        load=lambda options: read_npz(options.raw),
         generic=True,
     ),
 )

@@ -13,10 +13,14 @@ fine_label, class or target, or --label-column. The class names are those of the
 The files are read once, some rows at a time (at least a page of the file, usually megabytes), and the images are kept
 in a temporary file (TMPDIR), from which they are decoded in the order of the pack. Needs pyarrow:
 pip install -e '.[parquet]'
+
+`hf NAME` reads the tables into which the Hub converts its data sets (branch refs/convert/parquet, files
+`CONFIG/SPLIT/0000.parquet`); `--split CONFIG` selects a configuration.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pipeline.datasets.base import DatasetSource
@@ -24,8 +28,12 @@ from pipeline.readers.image_splits import TABLE_OPTIONS, image_splits
 from pipeline.readers.naming import TRAIN, in_split_order, natural_order, some_of, split_named, splits_in
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError
+from shards.remote.backends import open_storage
+from shards.remote.base import retry
 
 _ENDINGS = (".parquet", ".parq", ".pq")
+_HUB_HINT = "python -m pipeline.shard hf"
+_PARTIAL = "partial-"  # begins the directory of a split of which the Hub has converted only the first gigabytes
 
 
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
@@ -86,6 +94,31 @@ def _unclear(found: str) -> UserError:
     )
 
 
+def _hub_address(name: str, config: str) -> str:
+    """The address of the tables of a configuration of a data set on the Hub; by default the only one, or `default`."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(
+            found=f"the name {name!r}", expected="a data set on the Hub, USER/NAME", hint=f"{_HUB_HINT} ylecun/mnist"
+        )
+    root = f"hf://datasets/{name}@refs/convert/parquet"
+    files = [file.split("/") for file in retry(open_storage(root).find) if file.count("/") == 2]
+    configs = natural_order({directories[0] for directories in files})
+    chosen = config or (configs[0] if len(configs) == 1 else "default")
+    if chosen not in configs:
+        raise UserError(
+            found=f"{name} with the configurations {some_of(configs)}" if configs else f"{name}, which has no tables",
+            expected=f"the configuration {config}" if config else "one configuration",
+            hint=f"{_HUB_HINT} {name} --split {configs[0]}" if configs else f"https://huggingface.co/datasets/{name}",
+        )
+    if any(directories[0] == chosen and directories[1].startswith(_PARTIAL) for directories in files):
+        raise UserError(
+            found=f"{name}, {chosen}, of which the Hub has converted only a part",
+            expected="tables with all images",
+            hint=f"if its own files are tables: python -m pipeline.shard parquet --raw hf://datasets/{name}",
+        )
+    return f"{root}/{chosen}"
+
+
 SOURCES = (
     DatasetSource(
         name="parquet",
@@ -94,5 +127,14 @@ SOURCES = (
         load=_load,
         options=TABLE_OPTIONS,
         generic=True,
+    ),
+    DatasetSource(
+        name="hf",
+        description="hf NAME, a data set of images on the Hugging Face Hub (needs pyarrow)",
+        plan=lambda options: f"read the tables in {options.raw}",
+        load=_load,
+        options=TABLE_OPTIONS,
+        generic=True,
+        address=_hub_address,
     ),
 )

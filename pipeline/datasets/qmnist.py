@@ -26,6 +26,7 @@ _PUBLISHED = published_in_gzip(
         (9_742_279, "43fc22bf7498b8fc98de98369d72f752d0deabc280a43a7bcc364ab19e57b375"),
         (526_800, "9fbcbe594c3766fdf4f0b15c5165dc0d1e57ac604e01422608bb72c906030d06"),
     ),
+    "QMNIST",
 )
 _COLUMNS = 8  # class, series, writer, number of the digit of this writer, ... (section 2.2 of its page)
 _SERIES, _WRITER = 1, 2

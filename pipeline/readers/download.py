@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.atomic import created_directory, file_lock, sync_directory
-from shards.errors import UserError, quote
+from shards.errors import MismatchError, UserError, quote
 from shards.remote.backends import open_storage
-from shards.remote.base import RemoteError
+from shards.remote.base import RemoteError, retry
 from shards.remote.download import RemoteFile, download_file, progress_bar
 
 
@@ -20,21 +20,25 @@ class Download:
     Attributes:
         url: Its address.
         name: Its name in the directory of raw files.
-        bytes: Its size.
+        bytes: Its size; 0 if it was not published.
         sha256: SHA-256 of its content (hex).
+        md5: MD5 of its content (hex), if no SHA-256 was published.
+        mirrors: Further addresses, used in this order if the first fails.
     """
 
     url: str
     name: str
-    bytes: int
-    sha256: str
+    bytes: int = 0
+    sha256: str = ""
+    md5: str = ""
+    mirrors: tuple[str, ...] = ()
 
 
 def fetch(download: Download, directory: Path, or_else: str) -> Path:
     """Download a file into a directory, or continue where an earlier call ended.
 
     The incomplete file is `NAME.part`; it gets its name when size and hash are right. Without a network the call fails
-    at its first request; a connection that breaks later is tried again.
+    at its first request to each address; a connection that breaks later is tried again.
 
     Args:
         download: The file.
@@ -45,7 +49,7 @@ def fetch(download: Download, directory: Path, or_else: str) -> Path:
         The path of the file.
 
     Raises:
-        UserError: If the server cannot be reached or sends another file, or if the disk is full.
+        UserError: If no server can be reached or all send another file, or if the disk is full.
     """
     target = directory / download.name
     partial = target.with_name(f"{download.name}.part")
@@ -53,23 +57,40 @@ def fetch(download: Download, directory: Path, or_else: str) -> Path:
     with created_directory(directory), file_lock(target.with_name(f".{target.name}.lock")):
         if target.exists():
             return target  # another process has downloaded it
-        file = RemoteFile("", download.bytes, download.sha256)
-        try:
-            with progress_bar(download.bytes, download.name) as bar:
-                download_file(open_storage(download.url), file, target, partial, bar, fail_fast=True)
-        except RemoteError as error:
-            raise _unreachable(download, target, partial, or_else, error) from None
-        sync_directory(directory)
-    return target
+        failures: dict[str, RemoteError | MismatchError] = {}
+        for url in (download.url, *download.mirrors):
+            try:
+                _download(download, url, target, partial)
+                sync_directory(directory)
+                return target
+            except (RemoteError, MismatchError) as error:
+                failures[url] = error
+        if all(isinstance(error, MismatchError) for error in failures.values()):
+            raise failures[download.url]
+        raise _unreachable(download, target, partial, or_else, failures)
 
 
-def _unreachable(download: Download, target: Path, partial: Path, or_else: str, error: RemoteError) -> UserError:
-    host = urllib.parse.urlsplit(download.url).hostname
-    size = partial.stat().st_size if partial.exists() else 0
-    progress = f" ({size:,} of {download.bytes:,} bytes came and are kept; the next run continues)" if size else ""
+def _download(download: Download, url: str, target: Path, partial: Path) -> None:
+    storage = open_storage(url)
+    size = download.bytes or retry(lambda: storage.info(""), fail_fast=True).bytes
+    file = RemoteFile("", size, download.sha256 or None, md5=download.md5 or None)
+    with progress_bar(size, download.name) as bar:
+        download_file(storage, file, target, partial, bar, fail_fast=True)
+
+
+def _unreachable(
+    download: Download, target: Path, partial: Path, or_else: str, failures: dict[str, RemoteError | MismatchError]
+) -> UserError:
+    reasons = [
+        f"{urllib.parse.urlsplit(url).hostname}: {error.reason if isinstance(error, RemoteError) else error.found}"
+        for url, error in failures.items()
+    ]
+    kept = partial.stat().st_size if partial.exists() else 0
+    size = f" ({download.bytes:,} bytes)" if download.bytes else ""
+    progress = f" ({kept:,}{f' of {download.bytes:,}' if size else ''} bytes came and are kept; the next run continues)"
     return UserError(
-        found=f"no way to download {download.name} from {host}: {error.reason}{progress}",
-        expected=f"{target} ({download.bytes:,} bytes), or a network to fetch it",
+        found=f"no way to download {download.name} from {'; '.join(reasons)}{progress if kept else ''}",
+        expected=f"{target}{size}, or a network to fetch it",
         hint=f"download {download.url} elsewhere and copy it to {quote(target)}, or put {or_else} into a directory "
         "and name it with --raw",
     )

@@ -256,10 +256,12 @@ def _find_columns(schema: arrow.Schema, path: Path, image_column: str, label_col
         if _is_scalar(each.type) or (_holds_bytes(each.type) and each.name in _LABEL_COLUMNS and len(images) > 1)
     ]
     usual = images if len(images) == 1 else _IMAGE_COLUMNS
+    classes = [name for name in labels if _class_names(schema, name)]
+    usual_labels = (*_LABEL_COLUMNS, *(classes if len(classes) == 1 else ()))
     found = []
     for columns, requested, names, what, option in (
         (images, image_column, usual, "images as bytes", "--image-column"),
-        (labels, label_column, _LABEL_COLUMNS, "labels, integers or texts", "--label-column"),
+        (labels, label_column, usual_labels, "labels, integers or texts", "--label-column"),
     ):
         matching = [name for name in ((requested,) if requested else names) if columns.count(name) == 1]
         if not matching:

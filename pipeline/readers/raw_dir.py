@@ -11,6 +11,7 @@ from pipeline.readers.archives.file_trees import FileTree, read_file
 from pipeline.readers.archives.files import corrupt_as_user_error
 from pipeline.readers.archives.zip_tar import open_tree
 from pipeline.readers.download import Download, fetch
+from pipeline.readers.naming import some_of
 from shards.errors import UserError, quote
 from shards.manifest import RawFile
 
@@ -41,14 +42,20 @@ class RawDirectory:
 
     Args:
         directory: The directory.
-        archive: The name of the archive; empty if there is none.
-        unpacked: The directory to which the archive unpacks; loose files in it count too.
+        folders: Directories in it whose files and archives count too.
+        archives: The names that the archive may have.
     """
 
-    def __init__(self, directory: Path, archive: str = "", unpacked: str = "") -> None:
-        self._archive = directory / archive
-        self._folders = dict.fromkeys((directory, directory / unpacked))
+    def __init__(self, directory: Path, folders: Sequence[str] = (), archives: Sequence[str] = ()) -> None:
+        self._folders = (directory, *(directory / folder for folder in folders))
+        paths = (folder / archive for folder in self._folders for archive in archives)
+        self._archive = next((path for path in paths if path.is_file()), None)
         self._opened: FileTree | None = None
+
+    @property
+    def has_archive(self) -> bool:
+        """Whether the archive is there."""
+        return self._archive is not None
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Return the names that are neither loose nor in the archive."""
@@ -64,18 +71,25 @@ class RawDirectory:
         if path is not None:
             with _errors(path, "file"):
                 return RawContent(path.name, str(path), read_file(path, MAX_RAW_BYTES))
+        assert self._archive is not None
         with _errors(self._archive, "archive"):
             inner = self._member(name)
             assert self._opened is not None and inner is not None
             content = self._opened.read(inner, MAX_RAW_BYTES)
             return RawContent(Path(inner).name, self._opened.path_of(inner), content)
 
+    def path(self, name: str) -> Path:
+        """Return the path of a loose file that is not missing."""
+        path = self._loose(name)
+        assert path is not None
+        return path
+
     def _loose(self, name: str) -> Path | None:
         candidates = (folder / f"{name}{suffix}" for folder in self._folders for suffix in (".gz", ""))
         return next((path for path in candidates if path.is_file()), None)
 
     def _member(self, name: str) -> str | None:
-        if self._opened is None and self._archive.is_file():
+        if self._opened is None and self._archive is not None:
             with _errors(self._archive, "archive"):
                 self._opened = open_tree(self._archive)
         members = self._opened.names if self._opened else ()
@@ -90,27 +104,38 @@ class PublishedFiles:
         names: The files that are read, without `.gz`.
         downloads: The file of each name in gzip, or the archive alone.
         label: The name of the data set or variant, for messages.
-        unpacked: The directory to which the archive unpacks.
+        folders: Directories below that of the raw files in which other programs put them.
+        archives: Other names that the archive may have.
     """
 
     names: tuple[str, ...]
     downloads: tuple[Download, ...]
     label: str
-    unpacked: str = ""
+    folders: tuple[str, ...] = ()
+    archives: tuple[str, ...] = ()
 
     @property
     def archive(self) -> str:
         """The name of the archive; empty if each file is published by itself."""
         return self.downloads[0].name if len(self.downloads) < len(self.names) else ""
 
+    def directory(self, directory: Path) -> RawDirectory:
+        """Return the directory with the files that are there."""
+        return RawDirectory(directory, self.folders, (self.archive, *self.archives) if self.archive else ())
+
+    def missing(self, directory: Path) -> list[str]:
+        """Return the names whose files are not there."""
+        return self.directory(directory).missing(self.names)
+
     def plan(self, directory: Path) -> str:
         """Return a line that describes what `open` would do."""
         _, missing, needed = self._inspect(directory)
         if needed:
-            what = needed[0].url if self.archive else ", ".join(download.name for download in needed)
-            return f"download {what} ({sum(each.bytes for each in needed) / 1e6:,.1f} MB) to {directory}"
+            what = needed[0].url if len(needed) == 1 else some_of([download.name for download in needed])
+            size = sum(each.bytes for each in needed)
+            return f"download {what}{f' ({size / 1e6:,.1f} MB)' if size else ''} to {directory}"
         if missing:
-            return f"fail: {', '.join(missing)} not in {directory}"
+            return f"fail: {some_of(missing)} not in {directory}"
         return f"read the {self.label} files in {directory}"
 
     def open(self, directory: Path) -> RawDirectory:
@@ -121,10 +146,10 @@ class PublishedFiles:
         """
         files, _, needed = self._inspect(directory)
         for download in needed:
-            fetch(download, directory, or_else=f"the files {', '.join(self.names)}")
+            fetch(download, directory, or_else=f"the files {some_of(self.names)}")
         if missing := files.missing(self.names):
             raise UserError(
-                found=f"no {', '.join(missing)} in {directory}",
+                found=f"no {some_of(missing)} in {directory}",
                 expected=f"the {self.label} files of the official {self.archive}, or that archive itself",
                 hint=f"add what is missing, or use an empty --raw directory to download {self.downloads[0].url}",
             )
@@ -132,11 +157,11 @@ class PublishedFiles:
 
     def _inspect(self, directory: Path) -> tuple[RawDirectory, list[str], list[Download]]:
         """The directory, the files that are missing, and what has to be downloaded."""
-        files = RawDirectory(directory, self.archive, self.unpacked)
+        files = self.directory(directory)
         missing = files.missing(self.names)
         if not self.archive:
             needed = [each for each, name in zip(self.downloads, self.names, strict=True) if name in missing]
-        elif len(missing) == len(self.names) and not (directory / self.archive).exists():
+        elif len(missing) == len(self.names) and not files.has_archive:
             needed = list(self.downloads)
         else:
             needed = []

@@ -147,9 +147,9 @@ class RetryPolicy:
         self._stop.wait(FIRST_PAUSE * 2 ** max(0, self._failures - 1))
 
 
-def retry(work: Callable[[], T], attempts: int | None = None, stop: Event | None = None) -> T:
+def retry(work: Callable[[], T], attempts: int | None = None, stop: Event | None = None, fail_fast: bool = False) -> T:
     """Call a function again after each `TransientError`, as `RetryPolicy` allows; returns its result."""
-    policy = RetryPolicy(attempts, stop)
+    policy = RetryPolicy(attempts, stop, fail_fast)
     while True:
         try:
             return work()

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial as partial_function
 from pathlib import Path, PurePath, PurePosixPath
 from threading import Event
 from typing import TypeVar
@@ -22,6 +23,7 @@ from shards.remote.base import PROGRESS, ChangedError, RemoteStorage, RetryPolic
 T = TypeVar("T")
 
 THREADS = 8
+_HASHES = {"md5": "MD5", "sha256": "SHA-256"}
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,19 @@ class RemoteFile:
         bytes: Its size.
         sha256: SHA-256 of its content (hex), None if it is unknown.
         version: A string that changes with the content, where the hash is unknown.
+        md5: MD5 of its content (hex), where only that was published.
     """
 
     name: str
     bytes: int
     sha256: str | None = None
     version: str = ""
+    md5: str | None = None
+
+    @property
+    def algorithm(self) -> str:
+        """The name of the hash function that the content is checked with."""
+        return "md5" if self.md5 and not self.sha256 else "sha256"
 
     def is_in(self, directory: Path) -> bool:
         """Whether the directory holds the file. It gets its name only when it is complete."""
@@ -163,9 +172,10 @@ def download_file(
                 digest = _receive(storage, file, partial, bar, RetryPolicy(stop=stop, fail_fast=fail_fast), stop)
                 if stop.is_set():
                     return
-                if file.sha256 is None and file.version:
+                expected = file.sha256 or file.md5
+                if expected is None and file.version:
                     retry(lambda: storage.check_version(file.name, file.version), stop=stop)
-                if file.sha256 in (None, digest):
+                if expected in (None, digest):
                     partial.replace(target)
                     return
                 partial.unlink()
@@ -174,8 +184,8 @@ def download_file(
         if partial.exists() and partial.stat().st_size == 0:
             partial.unlink()
     raise MismatchError(
-        found=f"{storage.show(file.name)}, whose content has SHA-256 {digest}",
-        expected=f"SHA-256 {file.sha256}",
+        found=f"{storage.show(file.name)}, whose content has {_HASHES[file.algorithm]} {digest}",
+        expected=f"{_HASHES[file.algorithm]} {expected}",
         hint="run again; if it stays so, the file has changed since its hash was recorded (a packed set: pack it "
         "again), or something alters it on the way",
     )
@@ -184,16 +194,17 @@ def download_file(
 def _receive(
     storage: RemoteStorage, file: RemoteFile, partial: Path, bar: tqdm, policy: RetryPolicy, stop: Event
 ) -> str:
-    """Append the missing bytes to a partial file, unless stopped; returns the SHA-256 of its content."""
+    """Append the missing bytes to a partial file, unless stopped; returns the hash of its content."""
+    new_digest = partial_function(hashlib.new, file.algorithm, usedforsecurity=False)
     # Without a hash or version nothing tells whether the rest belongs to what has arrived.
-    is_resumable = bool(file.sha256 or file.version)
+    is_resumable = bool(file.sha256 or file.md5 or file.version)
     # Unbuffered: after a write to a full disk has failed, close() must not repeat it.
     with open(partial, "ab", buffering=0) as out:
         if out.tell() > file.bytes or not is_resumable:
             out.truncate(0)
             out.seek(0)
         with open(partial, "rb") as begun:
-            digest = hashlib.file_digest(begun, "sha256")
+            digest = hashlib.file_digest(begun, new_digest)
         bar.update(out.tell())
         while (start := out.tell()) < file.bytes and not stop.is_set():
             try:
@@ -211,7 +222,7 @@ def _receive(
                     bar.update(-out.tell())
                     out.truncate(0)
                     out.seek(0)
-                    digest, new = hashlib.sha256(), 0
+                    digest, new = new_digest(), 0
                 policy.wait(error, progress=new >= PROGRESS)
         os.fsync(out.fileno())
     return digest.hexdigest()

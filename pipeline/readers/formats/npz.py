@@ -10,7 +10,7 @@ import math
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tokenize import TokenError
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -63,7 +63,7 @@ class NpzFile:
         with self._errors(self.path_of(name)):
             file = self._tree.unpack(name + _ENDING)
             head = io.BytesIO(file.read(0, min(file.size, _MAX_HEADER)))
-            shape, fortran_order, dtype = _read_header(head)
+            shape, fortran_order, dtype = read_header(head)
             if dtype.kind not in _KINDS:
                 content = "pickled objects" if dtype.hasobject else dtype
                 raise CorruptFileError(f"it holds {content}, not numbers or texts")
@@ -85,8 +85,12 @@ class NpzFile:
         )
 
 
-def _read_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and type of an array; the position is then behind the header."""
+def read_header(head: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, Fortran order and type of an array in npy format; the position is then behind the header.
+
+    Raises:
+        CorruptFileError: If it is no such array.
+    """
     readers = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
     try:
         version = npy_format.read_magic(head)

@@ -12,7 +12,7 @@ import pytest
 from support.raw_files import idx, load, refusal, write_tree, write_zip
 
 from pipeline.datasets import find_source, source_names
-from pipeline.datasets.emnist import parse_mapping
+from pipeline.datasets.emnist import _CLASSES, parse_mapping
 from pipeline.readers.formats.idx import decode, decode_pair
 from pipeline.readers.raw_dir import RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions
@@ -133,8 +133,8 @@ def emnist_files(split: str = "byclass", first_label: int = 0, mapping: bytes = 
     """The five official files of a split, by name: 12 training and 5 test images of three classes."""
     files = {f"emnist-{split}-mapping.txt": mapping}
     for part, count in (("train", 12), ("test", 5)):
-        files[f"emnist-{split}-{part}-images-idx3-ubyte.gz"] = gzip.compress(idx(IMAGES[:count]))
-        files[f"emnist-{split}-{part}-labels-idx1-ubyte.gz"] = gzip.compress(idx(LABELS[:count] + first_label))
+        files[f"emnist-{split}-{part}-images-idx3-ubyte.gz"] = gzip.compress(idx(IMAGES[:count]), mtime=0)
+        files[f"emnist-{split}-{part}-labels-idx1-ubyte.gz"] = gzip.compress(idx(LABELS[:count] + first_label), mtime=0)
     return files
 
 
@@ -192,7 +192,7 @@ class TestEmnist:
         }
         assert load("emnist", write_archive(archived, emnist_files()), "byclass")[0].files == parts[0].files
 
-    @pytest.mark.parametrize("missing", list(emnist_files()))
+    @pytest.mark.parametrize("missing", list(emnist_files())[1:])
     @pytest.mark.parametrize("write", [write_tree, write_archive])
     def test_a_missing_file_is_named(
         self, tmp_path: Path, missing: str, write: Callable[[Path, dict[str, bytes]], Path]
@@ -250,8 +250,73 @@ class TestEmnist:
         assert "download https://biometrics.nist.gov" in plan(SourceOptions(tmp_path / "none", "byclass"))
         write_tree(tmp_path, emnist_files())
         assert plan(SourceOptions(tmp_path, "byclass")) == f"read the byclass files in {tmp_path}"
-        (tmp_path / "emnist-byclass-mapping.txt").unlink()
-        assert plan(SourceOptions(tmp_path, "byclass")) == f"fail: emnist-byclass-mapping.txt not in {tmp_path}"
+        (tmp_path / "emnist-byclass-test-labels-idx1-ubyte.gz").unlink()
+        missing = "emnist-byclass-test-labels-idx1-ubyte"
+        assert plan(SourceOptions(tmp_path, "byclass")) == f"fail: {missing} not in {tmp_path}"
+
+    @pytest.mark.parametrize("folder", ["", "EMNIST/raw", "raw", "emnist_source_files"])
+    def test_from_the_directories_of_torchvision_and_kaggle(self, tmp_path: Path, folder: str) -> None:
+        """Decompressed, as both leave them; found before anything would be downloaded."""
+        files = {name.removesuffix(".gz"): content for name, content in emnist_files().items()}
+        files = {name: gzip.decompress(content) if "idx" in name else content for name, content in files.items()}
+        write_tree(tmp_path / folder, files)
+        assert find_source("emnist").plan(SourceOptions(tmp_path, "byclass")).startswith("read the byclass files")
+        assert_is_synthetic_emnist(load("emnist", tmp_path, "byclass"))
+
+    @pytest.mark.parametrize("archive", ["EMNIST/raw/gzip.zip", "archive.zip", "emnist.zip", "emnist-gzip.zip"])
+    def test_from_archives_of_other_names(self, tmp_path: Path, archive: str) -> None:
+        (tmp_path / archive).parent.mkdir(parents=True, exist_ok=True)
+        write_zip(tmp_path / archive, {f"emnist_source_files/{name}": file for name, file in emnist_files().items()})
+        assert_is_synthetic_emnist(load("emnist", tmp_path, "byclass"))
+
+    @pytest.mark.parametrize("split, first_label", [("byclass", 0), ("letters", 1)])
+    @pytest.mark.parametrize("newline", ["\n", "\r\n"])
+    def test_from_the_tables_of_kaggle(
+        self, tmp_path: Path, split: str, first_label: int, newline: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.datasets.emnist._CHUNK", 5000)  # two rows
+        files = {f"emnist-{split}-mapping.txt": MAPPING if split == "byclass" else b"1 48\n2 65\n3 97\n"}
+        for part, count in (("train", 12), ("test", 5)):
+            rows = zip(LABELS[:count] + first_label, IMAGES[:count].reshape(count, -1), strict=True)
+            lines = (",".join(map(str, (label, *row.tolist()))) for label, row in rows)
+            files[f"emnist-{split}-{part}.csv"] = newline.join((*lines, "")).encode()
+        write_tree(tmp_path, files)
+        parts = load("emnist", tmp_path, split)
+        assert_is_synthetic_emnist(parts)
+        assert [file.name for file in parts[1].files] == [f"emnist-{split}-test.csv", f"emnist-{split}-mapping.txt"]
+        write_tree(tmp_path, emnist_files(split, first_label, files[f"emnist-{split}-mapping.txt"]))
+        assert "idx3" in load("emnist", tmp_path, split)[1].files[0].name
+
+    @pytest.mark.parametrize(
+        "rows, words",
+        [
+            (b"\n", "empty"),
+            (b"1,2,3\n", "not a table of pixels"),
+            (b"0," + b"0," * 783 + b"256\n", "values 0 .. 256"),
+            (b"0," + b"0," * 783 + b"-1\n", "values -1 .. 0"),
+            (b"0," + b"0," * 783 + b"x\n", "not a table of pixels"),
+            (b"62," + b"0," * 783 + b"0\n", "labels 62 .. 62"),
+            (b"label" + b",pixel" * 784 + b"\n", "not a table of pixels"),
+        ],
+    )
+    def test_damaged_tables_are_named(self, tmp_path: Path, rows: bytes, words: str) -> None:
+        good = b"0," + b"0," * 783 + b"0\n"
+        write_tree(tmp_path, {"emnist-byclass-train.csv": good, "emnist-byclass-test.csv": rows})
+        error = refusal(lambda: load("emnist", tmp_path, "byclass"))
+        assert "emnist-byclass-test.csv" in error.found and words in error.found
+
+    @pytest.mark.parametrize(
+        "split, classes, first",
+        [("byclass", 62, "0"), ("bymerge", 47, "0"), ("letters", 26, "Aa"), ("digits", 10, "0")],
+    )
+    def test_without_the_mapping_the_classes_are_the_published_ones(
+        self, tmp_path: Path, split: str, classes: int, first: str
+    ) -> None:
+        files = emnist_files(split, int(split == "letters"))
+        train, _ = load("emnist", write_tree(tmp_path, dict(list(files.items())[1:])), split)
+        assert (len(train.classes), train.classes[0]) == (classes, first)
+        assert train.labels.tolist() == LABELS.tolist()
+        assert [file.name for file in train.files] == list(files)[1:3]
 
 
 class TestDigits:
@@ -283,6 +348,8 @@ class TestGenuine:
     def test_emnist_byclass(self, shared_data: Path) -> None:
         train, test = load("emnist", shared_data / "emnist", "byclass")
         assert (len(train.labels), len(test.labels)) == (96_323, 10_000)
+        assert train.classes == _CLASSES["byclass"]
+        assert load("emnist", shared_data / "emnist", "bymerge")[0].classes == _CLASSES["bymerge"]
         assert "".join(train.classes) == "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
         assert np.bincount(test.labels, minlength=62).min() > 0
         assert train.transposed and train.image_shape == (28, 28, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from support.raw_files import (
     write_zip,
 )
 
-from pipeline.datasets import find_source, source_names
+from pipeline.datasets import find_source, medmnist, quickdraw, source_names
 from pipeline.datasets.cifar import read_records
 from pipeline.readers.formats.idx import decode, decode_table
 from pipeline.readers.raw_dir import RawContent
@@ -306,6 +307,133 @@ class TestNumtadb:
         files = {**numtadb_files(), "training-d/d00001.png": b"text", "training-d/d00003.png": b""}
         _, test = load("numtadb", write_tree(tmp_path, files), "abc-d")
         assert list(unreadable(test)) == [1, 3]
+
+
+class TestTorchvision:
+    """Datasets that torchvision has downloaded, from its root and from their own directory."""
+
+    @pytest.mark.parametrize(
+        "name, folder", [("mnist", "MNIST"), ("fashionmnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+    )
+    def test_the_idx_family(self, tmp_path: Path, name: str, folder: str) -> None:
+        folders = ("MNIST", "FashionMNIST", "KMNIST")
+        for seed, other in enumerate(folders):
+            for split in ("train", "t10k"):
+                files = idx_files(f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte", 20, seed)
+                plain = {file.removesuffix(".gz"): gzip.decompress(content) for file, content in files.items()}
+                write_tree(tmp_path / other / "raw", files | plain)
+        expected = np.random.default_rng(folders.index(folder)).integers(0, 256, (20, 28, 28), np.uint8)
+        for raw in (tmp_path, tmp_path / folder):
+            np.testing.assert_array_equal(read_all(load(name, raw)[0])[..., 0], expected)
+
+    def test_qmnist(self, tmp_path: Path) -> None:
+        write_tree(tmp_path / "QMNIST" / "raw", qmnist_files())
+        assert len(load("qmnist", tmp_path, "test60k")[1].labels) == 12
+
+
+class TestMedmnist:
+    def write(self, directory: Path, name: str, size: int, channels: int, classes: int) -> dict[str, np.ndarray]:
+        """A file in the official layout: six arrays, labels [N, 1]."""
+        random, arrays = np.random.default_rng(size), {}
+        for split, count in (("train", 20), ("val", 5), ("test", 9)):
+            shape = (count, size, size, 3) if channels == 3 else (count, size, size)
+            arrays[f"{split}_images"] = random.integers(0, 256, shape, np.uint8)
+            arrays[f"{split}_labels"] = (np.arange(count, dtype=np.uint8) % classes)[:, None]
+        np.savez_compressed(directory / f"{name}.npz", **arrays)
+        return arrays
+
+    @pytest.mark.parametrize("variant, size", [("bloodmnist", 28), ("bloodmnist_64", 64)])
+    def test_official_splits_and_class_names(self, tmp_path: Path, variant: str, size: int) -> None:
+        arrays = self.write(tmp_path, variant, size, 3, 8)
+        splits = load("medmnist", tmp_path, variant)
+        assert [split.name for split in splits] == ["train", "test", "val"]
+        for split in splits:
+            assert split.image_shape == (size, size, 3)
+            assert (split.classes[0], split.classes[-1], len(split.classes)) == ("basophil", "platelet", 8)
+            assert split.labels.tolist() == arrays[f"{split.name}_labels"][:, 0].tolist()
+            np.testing.assert_array_equal(read_all(split), arrays[f"{split.name}_images"])
+
+    def test_gray_images(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "breastmnist_128", 128, 1, 2)
+        train, *_ = load("medmnist", tmp_path, "breastmnist_128")
+        assert train.image_shape == (128, 128, 1) and train.classes == ("malignant", "normal, benign")
+
+    def test_a_label_beyond_the_classes_is_named(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "pneumoniamnist", 28, 1, 3)
+        assert "pneumoniamnist.npz:test_labels" in refusal(lambda: load("medmnist", tmp_path, "pneumoniamnist")).found
+
+    def test_variants_are_the_published_files(self, tmp_path: Path) -> None:
+        variants = find_source("medmnist").variants
+        assert len(variants) == 44 and variants[:4] == ("pathmnist", "pathmnist_64", "pathmnist_128", "pathmnist_224")
+        for variant in variants:
+            (download,) = medmnist._published(variant).downloads
+            assert download.url == f"https://zenodo.org/records/10519652/files/{variant}.npz?download=1"
+            assert len(bytes.fromhex(download.md5)) == 16
+        assert medmnist._published("octmnist").downloads[0].md5 == "c68d92d5b585d8d81f7112f81e2d0842"
+        plan = find_source("medmnist").plan(SourceOptions(tmp_path, "octmnist"))
+        assert plan == f"download https://zenodo.org/records/10519652/files/octmnist.npz?download=1 to {tmp_path}"
+
+
+class TestQuickdraw:
+    COUNTS: ClassVar = {"airplane": 7, "alarm clock": 4, "zigzag": 5}
+
+    def write(self, directory: Path) -> dict[str, np.ndarray]:
+        arrays = {}
+        for seed, (name, count) in enumerate(self.COUNTS.items()):
+            arrays[name] = np.random.default_rng(seed).integers(0, 256, (count, 784), np.uint8)
+            np.save(directory / f"{name}.npy", arrays[name])
+        return arrays
+
+    def test_classes_whose_files_are_present(self, tmp_path: Path) -> None:
+        arrays = self.write(tmp_path)
+        np.save(tmp_path / "another.npy", np.zeros(3))
+        (train,) = load("quickdraw", tmp_path, "present")
+        assert train.classes == tuple(self.COUNTS) and train.image_shape == (28, 28, 1)
+        assert np.bincount(train.labels).tolist() == list(self.COUNTS.values())
+        everything = np.concatenate(list(arrays.values())).reshape(-1, 28, 28, 1)
+        np.testing.assert_array_equal(read_all(train), everything)
+        order = np.random.default_rng(0).permutation(16)[:9]
+        np.testing.assert_array_equal(train.read(order), everything[order])
+        assert [file.name for file in train.files] == [f"{name}.npy" for name in self.COUNTS]
+
+    def test_all_classes_are_required_by_default(self, tmp_path: Path) -> None:
+        self.write(tmp_path)
+        assert find_source("quickdraw").variants[0] == "all"
+        plan = find_source("quickdraw").plan(SourceOptions(tmp_path, "all"))
+        assert plan.startswith("download The Eiffel Tower.npy, ") and "and 337 more (" in plan
+        files = quickdraw._published(SourceOptions(tmp_path, "all"))
+        assert len(files.names) == 345 and sum((each.bytes - 80) // 784 for each in files.downloads) == 50_426_266
+        assert all(len(bytes.fromhex(each.sha256)) == 32 for each in files.downloads)
+        assert files.downloads[5].url.endswith("/quickdraw_dataset/full/numpy_bitmap/alarm%20clock.npy")
+
+    def test_nothing_present(self, tmp_path: Path) -> None:
+        assert str(tmp_path) in refusal(lambda: load("quickdraw", tmp_path, "present")).found
+
+    @pytest.mark.parametrize(
+        "content, words",
+        [
+            (b"", "no array of numpy"),
+            (b"<html>", "no array of numpy"),
+            (np.zeros((3, 28, 28), np.uint8), "uint8 [3, 28, 28], not uint8 [N, 784]"),
+            (np.zeros((3, 784), np.float32), "float32 [3, 784], not"),
+            (np.zeros((0, 784), np.uint8), "uint8 [0, 784], not"),
+            (np.zeros((3, 784), np.uint8, order="F"), "uint8 [3, 784], not"),
+        ],
+    )
+    def test_damaged_files_are_named(self, tmp_path: Path, content: bytes | np.ndarray, words: str) -> None:
+        self.write(tmp_path)
+        path = tmp_path / "zigzag.npy"
+        path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+        error = refusal(lambda: load("quickdraw", tmp_path, "present"))
+        assert error.found.startswith(f"{path}: ") and words in error.found
+
+    def test_a_cut_file_is_named(self, tmp_path: Path) -> None:
+        self.write(tmp_path)
+        path = tmp_path / "zigzag.npy"
+        (train,) = load("quickdraw", tmp_path, "present")
+        path.write_bytes(path.read_bytes()[:-1])
+        assert "header says 5 drawings" in refusal(lambda: load("quickdraw", tmp_path, "present")).found
+        assert "has become shorter" in refusal(lambda: read_all(train)).found
 
 
 class TestContract:

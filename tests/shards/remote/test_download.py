@@ -267,6 +267,36 @@ def test_without_a_server_the_first_request_is_not_repeated(raw: Path, monkeypat
         assert "--raw" in caught.value.hint
 
 
+def test_a_mirror_continues_what_the_first_server_began(server: Server, raw: Path) -> None:
+    raw.mkdir(parents=True)
+    (raw / "file.zip.part").write_bytes(CONTENT[:70_000])
+    download = replace(server.download, url="http://127.0.0.1:1/file.zip", mirrors=(server.download.url,))
+    assert fetch(download, raw, OR_ELSE).read_bytes() == CONTENT
+    assert server.behaviour.requests == ["bytes=70000-"]
+
+
+def test_a_mirror_with_another_file_is_named_and_not_used(server: Server, raw: Path) -> None:
+    server.behaviour.content = CONTENT[::-1]
+    nowhere = "http://127.0.0.1:1/file.zip"
+    with pytest.raises(UserError) as caught:
+        fetch(replace(server.download, url=nowhere, mirrors=(server.download.url,)), raw, OR_ELSE)
+    assert "refused" in caught.value.found and "SHA-256" in caught.value.found and nowhere in caught.value.hint
+    assert_nothing_left(raw)
+
+
+def test_a_file_of_which_only_the_md5_is_published(server: Server, raw: Path) -> None:
+    """Its size is asked for first."""
+    md5 = hashlib.md5(CONTENT).hexdigest()
+    download = replace(server.download, bytes=0, sha256="", md5=md5)
+    server.behaviour.cuts = [len(CONTENT), 100_000]
+    assert fetch(download, raw, OR_ELSE).read_bytes() == CONTENT
+    assert server.behaviour.requests == [None, None, "bytes=100000-"]
+    with pytest.raises(UserError) as caught:
+        fetch(replace(download, name="other.zip", md5="0" * 32), raw, OR_ELSE)
+    assert md5 in caught.value.found and f"MD5 {'0' * 32}" == caught.value.expected
+    assert [entry.name for entry in raw.iterdir()] == ["file.zip"]
+
+
 def test_packing_emnist_without_a_network_ends_in_one_message_and_leaves_nothing(tmp_path: Path) -> None:
     process = run_code(
         """
@@ -274,7 +304,9 @@ def test_packing_emnist_without_a_network_ends_in_one_message_and_leaves_nothing
         import pipeline.datasets.emnist as emnist
         from pipeline.shard import main
         from shards.cli import run_command
-        emnist.ARCHIVE = dataclasses.replace(emnist.ARCHIVE, url="http://127.0.0.1:1/gzip.zip")
+        emnist.ARCHIVE = dataclasses.replace(
+            emnist.ARCHIVE, url="http://127.0.0.1:1/gzip.zip", mirrors=("http://127.0.0.1:2/gzip.zip",)
+        )
         run_command(main)
         """,
         *("emnist", "--raw", tmp_path / "raw", "--out", tmp_path / "out"),

@@ -1,0 +1,110 @@
+"""Quick, Draw!: 50,426,266 drawings of 345 classes as 28x28 bitmaps (Ha and Eck 2017).
+
+https://arxiv.org/abs/1704.03477, https://github.com/googlecreativelab/quickdraw-dataset. A class is a file,
+`numpy_bitmap/NAME.npy`, uint8 [N, 784]; there are no official splits. `--split all` downloads what is missing of all
+classes (39.5 GB), `--split present` packs the classes whose files are in the directory. Drawings are read from the
+files when they are packed, so they need not fit into memory. Sizes and hashes are those of the checksums of TensorFlow
+Datasets.
+"""
+
+from __future__ import annotations
+
+import urllib.parse
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.datasets.base import DatasetSource, published
+from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error, open_file, record_file
+from pipeline.readers.download import Download
+from pipeline.readers.formats.npz import read_header
+from pipeline.readers.naming import TRAIN
+from pipeline.readers.raw_dir import PublishedFiles
+from pipeline.readers.raw_split import RawSplit, SourceOptions
+from shards.errors import UserError, quote
+
+_ADDRESS = "https://storage.googleapis.com/quickdraw_dataset/full/numpy_bitmap/"
+_SIDE = 28
+_PIXELS = _SIDE * _SIDE
+
+
+def _published(options: SourceOptions) -> PublishedFiles:
+    """The files of all classes, or of those whose files are there."""
+    files = {f"{name}.npy": content for name, content in published("quickdraw").items()}
+    if options.variant == "present":
+        files = {name: content for name, content in files.items() if (options.raw / name).is_file()}
+    downloads = tuple(
+        Download(_ADDRESS + urllib.parse.quote(name), name, size, sha256) for name, (size, sha256) in files.items()
+    )
+    return PublishedFiles(tuple(files), downloads, f"{len(files)} Quick, Draw!")
+
+
+def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
+    files = _published(options)
+    if not files.names:
+        raise UserError(
+            found=f"no file of Quick, Draw! in {options.raw}",
+            expected="files of classes, named as published: airplane.npy, alarm clock.npy, ...",
+            hint=f"download them from {_ADDRESS} and name their directory with --raw",
+        )
+    directory = files.open(options.raw)
+    paths = [directory.path(name) for name in files.names]
+    counts, offsets = zip(*map(_inspect, paths), strict=True)
+    read = partial(_read, paths, np.array(offsets), np.cumsum((0, *counts)))
+    labels = np.repeat(np.arange(len(paths)), counts)
+    classes = tuple(name.removesuffix(".npy") for name in files.names)
+    records = tuple(map(record_file, paths))
+    return (RawSplit(TRAIN, classes, labels, (_SIDE, _SIDE, 1), False, read, records),)
+
+
+def _inspect(path: Path) -> tuple[int, int]:
+    """The number of drawings in a file, and the offset of the first."""
+    with _errors(path):
+        stored = open_file(path)
+        with stored.file as file:
+            shape, fortran_order, dtype = read_header(file)
+            offset = file.tell()
+        if dtype != np.uint8 or len(shape) != 2 or shape[1] != _PIXELS or shape[0] < 1 or fortran_order:
+            raise CorruptFileError(f"it holds {dtype} {list(shape)}, not uint8 [N, {_PIXELS}]")
+        if stored.size != offset + shape[0] * _PIXELS:
+            raise CorruptFileError(f"of {stored.size:,} bytes, where its header says {shape[0]:,} drawings")
+    return shape[0], offset
+
+
+def _read(
+    paths: list[Path], offsets: NDArray[np.int64], firsts: NDArray[np.int64], numbers: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Read drawings. Files are opened one by one: a process may not be allowed to have hundreds open."""
+    images = np.empty((len(numbers), _PIXELS), np.uint8)
+    owners = np.searchsorted(firsts, numbers, side="right") - 1
+    starts = offsets[owners] + (numbers - firsts[owners]) * _PIXELS
+    for owner in np.unique(owners).tolist():
+        rows = np.flatnonzero(owners == owner)
+        with _errors(paths[owner]), open_file(paths[owner]).file as file:
+            for row in rows[np.argsort(starts[rows])].tolist():
+                file.seek(starts[row])
+                if file.readinto(images[row]) != _PIXELS:  # type: ignore[attr-defined]  # a file of bytes
+                    raise CorruptFileError("it has become shorter while it was packed")
+    return images.reshape(-1, _SIDE, _SIDE, 1)
+
+
+def _errors(path: Path) -> AbstractContextManager[None]:
+    return corrupt_as_user_error(
+        path,
+        expected=f"a complete npy file of drawings, uint8 [N, {_PIXELS}], as published",
+        hint=f"remove it and run again to download it: rm {quote(path)}",
+    )
+
+
+SOURCES = (
+    DatasetSource(
+        name="quickdraw",
+        description="Quick, Draw!, 50 million drawings of 345 classes, 28x28 gray, needs --test-fraction",
+        variants=("all", "present"),
+        plan=lambda options: _published(options).plan(options.raw),
+        load=_load,
+    ),
+)

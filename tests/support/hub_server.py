@@ -1,0 +1,99 @@
+"""A stand-in for the Hugging Face Hub on this machine: lists the files of a branch of a data set and sends them."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+BRANCH = "refs/convert/parquet"
+_API = re.compile(r"/api/datasets/(?P<name>[^/]+/[^/]+)/(?P<what>revision|tree)/" + BRANCH + r"/?(?P<path>.*)")
+_FILE = re.compile(r"/datasets/(?P<name>[^/]+/[^/]+)/resolve/" + BRANCH + r"/(?P<path>.+)")
+
+
+class HubServer(ThreadingHTTPServer):
+    """The server.
+
+    Attributes:
+        files: The content of each file of the branch, by the name of the data set and its path.
+        requests: The paths that were requested.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.requests: list[str] = []
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        self.server.requests.append(path)
+        if match := _API.fullmatch(path) or _FILE.fullmatch(path):
+            files = self.server.files.get(match["name"])
+            if files is None:
+                return self._send(HTTPStatus.UNAUTHORIZED, b"{}", {"X-Error-Code": "RepoNotFound"})
+            if match.re is _FILE:
+                return self._send_file(files[match["path"]])
+            if match["what"] == "revision":
+                return self._send_json({"id": match["name"], "sha": "a" * 40, "private": False})
+            return self._send_json(_tree(files, match["path"]))
+        self._send(HTTPStatus.NOT_FOUND, b"{}")
+
+    do_HEAD = do_GET
+
+    def _send_file(self, content: bytes) -> None:
+        first, last = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups()
+        last = min(int(last), len(content) - 1)
+        headers = {"Content-Range": f"bytes {first}-{last}/{len(content)}", "ETag": '"x"'}
+        self._send(HTTPStatus.PARTIAL_CONTENT, content[int(first) : last + 1], headers)
+
+    def _send_json(self, value: object) -> None:
+        self._send(HTTPStatus.OK, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: HTTPStatus, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": "a" * 40, **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _tree(files: dict[str, bytes], folder: str) -> list[dict[str, object]]:
+    below = {name: content for name, content in files.items() if name.startswith(f"{folder}/" if folder else "")}
+    folders = {name.rsplit("/", count)[0] for name in below for count in range(1, name.count("/") + 1)} - {folder}
+    return [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)] + [
+        {"type": "file", "path": name, "size": len(content), "oid": f"{len(content):040}"}
+        for name, content in below.items()
+    ]
+
+
+@contextmanager
+def hub_server() -> Iterator[HubServer]:
+    server = HubServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
