@@ -13,7 +13,6 @@ Each training selects its best epoch on the validation split and evaluates the t
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import itertools
 import operator
@@ -38,8 +37,8 @@ from trainer.data.resolution_schedule import EpochLoader
 from trainer.data.training_data import TrainingData, open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
+from trainer.loop.warm_up import warm_up
 from trainer.models.auto import resolve_auto
-from trainer.models.compile import compile_mode
 from trainer.runtime.distributed import World, init_distributed
 from trainer.runtime.env_info import collect_env_info
 
@@ -202,7 +201,7 @@ def _train(settings: Config, data: TrainingData, world: World) -> tuple[dict[str
     """Train and test; return the metrics, the records of the epochs and the training."""
     start = time.perf_counter()
     training = make_training(settings, data, world)
-    _compile(training)
+    warm_up(training)
     with tempfile.TemporaryDirectory(prefix="inkstream-sweep-") as path:
         directory = RunDirectory(Path(path))
         with (
@@ -224,18 +223,6 @@ def _train(settings: Config, data: TrainingData, world: World) -> tuple[dict[str
         "wall_seconds": time.perf_counter() - start,
     }
     return metrics, state.history, training
-
-
-def _compile(training: Training) -> None:
-    """Compile the model by two steps and restore the state, so that training time excludes compilation."""
-    if compile_mode(training.config.trainer, training.world.device) == "off":
-        return
-    before = copy.deepcopy(training.checkpoint())
-    training.forward.train()
-    with contextlib.closing(training.data.train.batches()) as batches:
-        for batch in itertools.islice(batches, 2):
-            engine.train_step(training, batch, 1, True)
-    training.restore(before)
 
 
 def _steps_per_period(seconds: float, images_per_second: float, loader: EpochLoader, settings: Config) -> int:

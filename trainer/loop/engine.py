@@ -103,7 +103,7 @@ def train_epoch(training: Training, services: RunServices) -> None:
     """
     state, world, train = training.state, training.world, training.data.train
     steps, accumulation = train.steps(state.epoch), training.config.optim.grad_accumulation
-    flags, monitor, meter = AsyncFlags(world, 2), NonFiniteMonitor(training), EpochMeter(training)
+    flags, monitor = AsyncFlags(world, 2), NonFiniteMonitor(training)
     signum = 0
     training.forward.train()
 
@@ -113,6 +113,7 @@ def train_epoch(training: Training, services: RunServices) -> None:
         _save_checkpoint(training, services)
 
     with contextlib.closing(train.batches(state.epoch, state.step)) as batches:
+        meter = EpochMeter(training)  # its clock starts when the transform of the epoch is built
         for batch in batches:
             meter.stop_waiting()
             training.profile.mark("data wait")
@@ -167,6 +168,20 @@ def train_step(
     Returns:
         This rank's loss, summed over its samples: a scalar on the device. No synchronization takes place.
     """
+    loss = forward_backward(training, batch, accumulation_steps, is_last_microbatch)
+    if is_last_microbatch:
+        training.state.scaler.unscale_(training.state.optimizer)
+    if monitor is not None:
+        monitor.check_batch(batch.step, loss, is_last_microbatch)
+    if is_last_microbatch:
+        _update(training)
+    return loss
+
+
+def forward_backward(
+    training: Training, batch: Batch, accumulation_steps: int, is_last_microbatch: bool
+) -> torch.Tensor:
+    """Add the gradients of one batch; see `train_step`."""
     config, world, epoch = training.config, training.world, training.state.epoch
     images, targets = mix_batch(
         config, epoch, batch.step, world.rank, batch.images, batch.labels, len(training.data.classes)
@@ -186,12 +201,6 @@ def train_step(
         # The mean over the global batch. DDP averages over ranks, whose slices differ in size, hence the factor.
         training.state.scaler.scale(loss * (world.size / (batch.global_size * accumulation_steps))).backward()
         training.profile.mark("backward")
-    if is_last_microbatch:
-        training.state.scaler.unscale_(training.state.optimizer)
-    if monitor is not None:
-        monitor.check_batch(batch.step, loss, is_last_microbatch)
-    if is_last_microbatch:
-        _update(training)
     return loss.detach()
 
 

@@ -21,6 +21,7 @@ from trainer.loop import console, engine, resume
 from trainer.loop.state import Training, make_training
 from trainer.loop.step_check import check_batch_sizes, estimate_memory, explain_out_of_memory, memory_error
 from trainer.loop.summary import write_profile, write_results
+from trainer.loop.warm_up import warm_up
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed, report_errors_on_main
 from trainer.runtime.env_info import collect_env_info
@@ -70,6 +71,9 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
         try:
             with engine.open_services(training, run_dir, loggers, source) as services:
                 with explain_out_of_memory(training):
+                    seconds = warm_up(training)
+                    if seconds and world.is_main_process:
+                        print(f"warm-up     {seconds:.1f} s", flush=True)
                     engine.fit(training, services)
                 evaluation = engine.evaluate_best(training, services)
         except Interrupted as stop:

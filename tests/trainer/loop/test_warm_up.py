@@ -1,0 +1,110 @@
+"""What comes once is done before the clock of an epoch starts, and leaves no trace in the state."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import pack_splits, synthetic_splits
+from support.training_runs import train_here
+
+from trainer.config.load import load
+from trainer.data import training_data
+from trainer.data.training_data import open_data
+from trainer.loop import engine
+from trainer.loop.state import Training, make_training
+from trainer.loop.warm_up import warm_up
+from trainer.models import compile as compiled
+from trainer.runtime.distributed import World
+
+RECIPE = {
+    "data": {"val_fraction": 0.1, "resolution": [[1, 8], [2, 12]]},
+    "loader": {"batch_size": 16, "scale_batch_with_resolution": True},
+    "model": {"name": "three_block_cnn", "drop_rate": 0.3},
+    "augment": {"rotation": 10.0},
+    "mixup": {"prob": 0.5},
+    "trainer": {"epochs": 2, "precision": "fp32", "ema_decay": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("small")
+    parts = synthetic_splits(train=144, test=30, classes=3, shape=(12, 12, 1), transposed=False)
+    shards = pack_splits(parts, directory / "set", block_size=16)
+    path = directory / "small.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"data": RECIPE["data"] | {"shards": str(shards)}}))
+    return path
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of images for which dynamo asks a back end, which builds nothing, to compile."""
+    sizes: list[int] = []
+
+    def build(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
+        sizes.extend(len(each) for each in examples if each.ndim == 4 and each.shape[2] >= 8)
+        return graph.forward
+
+    whole = torch.compile
+    monkeypatch.setattr(compiled.torch, "compile", lambda model, **options: whole(model, backend=build, **options))
+    torch._dynamo.reset()
+    return sizes
+
+
+def training_of(recipe: Path, *overrides: str) -> Training:
+    config, world = load(recipe, [*overrides, "device=cpu"]), World(rank=0, size=1, device=torch.device("cpu"))
+    return make_training(config, open_data(config, world), world)
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_it_compiles_every_resolution_and_changes_nothing(recipe: Path, built: list[int]) -> None:
+    training = training_of(recipe, "trainer.compile=default")
+    before, random = copy.deepcopy(training.state.state_dict()), torch.get_rng_state()
+    assert warm_up(training) > 0
+    assert built == [26, 14], "130 images in batches of at most 32 and 16"
+    after = training.state.state_dict()
+    assert before.pop("elapsed") < after.pop("elapsed")
+    assert_equal(before, after)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(weight.grad is None for weight in training.state.model.parameters())
+    for epoch in range(2):
+        training.state.epoch = epoch
+        for batch in training.data.train.batches(epoch):
+            engine.train_step(training, batch, 1, True)
+    assert built == [26, 14], "no step compiles"
+
+
+def test_a_resumed_run_compiles_what_follows(recipe: Path, built: list[int]) -> None:
+    training = training_of(recipe, "trainer.compile=default")
+    training.state.epoch = 1
+    warm_up(training)
+    assert built == [14]
+
+
+def test_a_model_on_a_cpu_that_is_not_compiled_needs_none(recipe: Path) -> None:
+    assert warm_up(training_of(recipe)) == 0
+
+
+def test_transforms_are_built_before_the_clock_of_their_epoch_starts(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = training_data.build_transform
+
+    def build_slowly(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return build(*arguments)
+
+    monkeypatch.setattr(training_data, "build_transform", build_slowly)
+    assert train_here(monkeypatch, recipe, tmp_path / "run") == 0
+    for record in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        assert record["seconds"] * record["data_wait_share"] < 0.3
