@@ -48,7 +48,8 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
     recipe = config.recipe()
     differing = [name for name in changed_settings(state, config) if name not in allowed or name in _FIXED]
     if differing:
-        before = " ".join(_override(name, state["recipe"].get(name)) for name in differing)
+        saved = _saved_recipe(state)
+        before = " ".join(_override(name, saved[name]) for name in differing)
         fixed = [name for name in differing if name in _FIXED]
         other = f"as {fixed[0]} cannot change" if fixed else f"resume by {_allow(allowed.union(differing))}"
         raise UserError(
@@ -100,8 +101,13 @@ def check_structure(saved: Any, new: Any, name: str) -> None:
 
 def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
     """Return the names of settings that affect the weights and differ from those of a checkpoint."""
-    recipe = config.recipe()
-    return [name for name in recipe if recipe[name] != state["recipe"].get(name)]
+    recipe, saved = config.recipe(), _saved_recipe(state)
+    return [name for name in recipe if recipe[name] != saved[name]]
+
+
+def _saved_recipe(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe of a checkpoint, with the defaults of settings that were added after it was written."""
+    return Config.model_validate({"data": {"shards": ""}}).recipe() | state["recipe"]
 
 
 def _allow(names: set[str]) -> str:

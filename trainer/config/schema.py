@@ -156,6 +156,13 @@ class ModelConfig(BaseConfig):
     """Adaptation of RGB weights to gray images: sum the first convolution over its channels, initialize it randomly, or
     repeat the image three times."""
 
+    sync_batchnorm: bool = False
+    """Compute the statistics of batch norm over the batches of all ranks (SyncBatchNorm). Needs GPUs; no effect with
+    one rank."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory for a slower step. Supported
+    by most timm models. The running statistics of batch norm are then updated twice in a step."""
+
     @property
     def plain_cnn(self) -> PlainCnn | None:
         """The plain CNN that these settings describe; None for other networks."""

@@ -20,7 +20,7 @@ from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
 from trainer.evaluate.logit_adjustment import PosthocCalibration, log_class_weights
 from trainer.models.compile import compile_model
-from trainer.models.factory import check_sides, make_model
+from trainer.models.factory import apply_training_options, check_sides, make_model
 from trainer.models.precision import make_grad_scaler, memory_format
 from trainer.optim.distillation import DistillationTeacher
 from trainer.optim.ema import ModelEma
@@ -230,6 +230,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     channels = data.spec.image_shape[2]
     model = make_model(settings, channels, len(data.classes), data.classes)
     check_sides(model, settings.name, channels, {side for _, side in config.data.resolution_by_epoch()})
+    model = apply_training_options(model, settings, world.device, world.size)
     model.to(world.device).to(memory_format=memory_format(config.trainer))
     forward = compile_model(model, config.trainer, world.device, len(data.train.stages))
     if world.size > 1:
@@ -240,7 +241,8 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
             # A static graph must reduce gradients in its first backward pass, which accumulation skips.
             static_graph=config.optim.grad_accumulation == 1,
             gradient_as_bucket_view=True,
-            # Batch norm uses the batch of its rank; rank 0's running statistics are broadcast at the end of an epoch.
+            # Without `model.sync_batchnorm`, batch norm uses the batch of its rank. Rank 0's running statistics are
+            # broadcast at the end of an epoch.
             **_NO_BUFFER_SYNC,
         )
     optimizer = make_optimizer(model, config.optim)

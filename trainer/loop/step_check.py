@@ -65,6 +65,7 @@ def saved_tensor_bytes(model: nn.Module, shape: tuple[int, int, int, int]) -> in
     try:
         with (
             mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
+            mock.patch.object(torch.distributed, "is_initialized", lambda: False),  # SyncBatchNorm needs a GPU then
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
             on_meta(torch.empty(shape, device="meta"))

@@ -62,6 +62,35 @@ def make_model(settings: ModelConfig, channels: int, classes: int, class_names: 
     return model
 
 
+def apply_training_options(model: nn.Module, settings: ModelConfig, device: torch.device, ranks: int) -> nn.Module:
+    """Apply `model.grad_checkpointing` and `model.sync_batchnorm`; the result has the same weights.
+
+    Raises:
+        UserError: The model or the device does not support an option.
+    """
+    if settings.grad_checkpointing:
+        try:
+            backbone: Any = next(module for module in model.modules() if hasattr(module, "set_grad_checkpointing"))
+            backbone.set_grad_checkpointing()
+        except (AssertionError, StopIteration):
+            raise UserError(
+                found=f"model.grad_checkpointing=true, which {settings.name} does not support",
+                expected="a timm model with gradient checkpointing, such as efficientnet_b2",
+                hint="model.grad_checkpointing=false, or choose another model.name",
+            ) from None
+    if not settings.sync_batchnorm or ranks == 1:
+        return model
+    if device.type != "cuda":
+        raise UserError(
+            found=f"model.sync_batchnorm=true with {ranks} ranks on a {device.type}",
+            expected="GPUs, as torch's SyncBatchNorm has no other implementation",
+            hint="model.sync_batchnorm=false",
+        )
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(model)
+
+
 def has_depthwise_convolutions(settings: ModelConfig) -> bool:
     """Whether a model, such as an EfficientNet, has convolutions of single channels.
 
