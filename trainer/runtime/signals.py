@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from trainer.runtime.distributed import World
 
 # A closed terminal sends SIGHUP; schedulers announce the end of a job by SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+_PR_SET_PDEATHSIG = 1  # an option of prctl, Linux
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows lacks some
 
 
@@ -60,6 +62,9 @@ def record_signals(grace: float) -> Iterator[list[int]]:
 
     recorded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, record) for number in recorded}
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # torchrun does not forward every signal. If it dies, this process would go on alone and hold the run directory.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
     try:
         with _deadline(grace):
             yield received

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -162,6 +163,30 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(whole: Path, recipe: Pa
         output = running.end()
     assert running.process.returncode != 0
     assert "stopped in epoch 2 after step" in output and "resume with: resume=auto" in output
+    with job(tmp_path / "second", recipe, f"run.dir={run}", "resume=auto") as running:
+        output = running.end()
+    assert running.process.returncode == 0, output
+    assert_same_run(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["torchrun", "rank 1"])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGKILL])
+def test_a_signal_to_torchrun_or_a_rank_ends_all_with_one_checkpoint(
+    whole: Path, recipe: Path, tmp_path: Path, number: signal.Signals, target: str
+) -> None:
+    """SIGUSR1 and SIGKILL end torchrun at once; its ranks follow it."""
+    run = tmp_path / "run"
+    with job(tmp_path / "first", recipe, f"run.dir={run}") as running:
+        assert running.wait_for(lambda: any(epoch == 1 and step > 5 for epoch, step, _ in running.steps()))
+        ranks = running.ranks()
+        os.kill(ranks[1] if target == "rank 1" else running.process.pid, number)
+        running.end()
+    assert running.process.returncode != 0
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(rank) for rank in ranks.values()):
+        assert time.monotonic() < deadline, "a rank is left behind"
+        time.sleep(0.05)
     with job(tmp_path / "second", recipe, f"run.dir={run}", "resume=auto") as running:
         output = running.end()
     assert running.process.returncode == 0, output
