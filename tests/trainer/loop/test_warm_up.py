@@ -67,8 +67,9 @@ def assert_equal(one: Any, other: Any) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_it_compiles_every_resolution_and_changes_nothing(recipe: Path, built: list[int]) -> None:
-    training = training_of(recipe, "trainer.compile=default")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_it_compiles_every_resolution_and_changes_nothing(recipe: Path, built: list[int], precision: str) -> None:
+    training = training_of(recipe, "trainer.compile=default", f"trainer.precision={precision}")
     before, random = copy.deepcopy(training.state.state_dict()), torch.get_rng_state()
     assert warm_up(training) > 0
     assert built == [26, 14], "130 images in batches of at most 32 and 16"
