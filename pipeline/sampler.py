@@ -5,6 +5,8 @@ Resuming within an epoch therefore needs no stored state, and the order is the s
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +15,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.rng import BLOCK_STREAM, LEFT_OUT_STREAM, permutation, random_keys
+from pipeline.common.rng import BLOCK_STREAM, LEFT_OUT_STREAM, IndexPermutation, permutation, random_keys
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from shards.manifest import Manifest
 
+_INDICES_AT_ONCE = 1 << 14  # indices of a rank that are computed together
 SAMPLER_VERSION = 2  # increases when a state that was saved within an epoch would continue with other batches
 
 
@@ -78,8 +81,12 @@ class ShuffledBatchSampler:
         return len(self.samples) % self.steps_per_epoch
 
     @cached_property
-    def _left_out_order(self) -> NDArray[np.int64]:
-        return permutation(len(self.samples), self.seed, LEFT_OUT_STREAM)
+    def _left_out_order(self) -> tuple[int, int]:
+        """Start and stride of the fixed permutation (start + stride * i) % N; the stride spreads neighbours evenly."""
+        count = len(self.samples)
+        start = int(random_keys(self.seed, LEFT_OUT_STREAM, 1)[0] % np.uint64(count))
+        golden = count * (math.sqrt(5) - 1) / 2
+        return start, next(stride for stride in itertools.count(int(golden)) if math.gcd(stride, count) == 1)
 
     @property
     def can_fuse(self) -> bool:
@@ -88,13 +95,10 @@ class ShuffledBatchSampler:
 
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
         """Return the samples of an epoch in its order, int64 [N - left_out]."""
-        samples = self.samples
-        if self.left_out:
-            start = self.left_out_offset + epoch * self.left_out
-            left_out = np.arange(start, start + self.left_out)
-            samples = np.delete(samples, self._left_out_order.take(left_out, mode="wrap"))
+        every = np.arange(len(self.samples) - self.left_out)
         if self.shuffle_window_blocks is None:
-            return samples[permutation(len(samples), self.seed, epoch)]
+            return self._kept(epoch, IndexPermutation(len(every), self.seed, epoch)[every])
+        samples = np.sort(self._kept(epoch, every))
         blocks = samples // self.block_size
         ranks = permutation(int(blocks.max()) + 1, self.seed, BLOCK_STREAM + epoch).argsort()
         delays = random_keys(self.seed, epoch, len(blocks)).astype(np.float64) * (self.shuffle_window_blocks / 2.0**64)
@@ -102,12 +106,32 @@ class ShuffledBatchSampler:
 
     def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
         """Iterate over the steps of an epoch from number `first` on, with the samples of one rank."""
-        size = equal_batch_size(len(self.samples), self.batch_size)
-        batches = self.epoch_order(epoch).reshape(-1, size)
+        size, steps = equal_batch_size(len(self.samples), self.batch_size), self.steps_per_epoch
         local = slice(size * rank // world_size, size * (rank + 1) // world_size)
-        for step in range(first, len(batches)):
-            params = self.augmentation.sample_params(self.seed, epoch, step, local) if self.augmentation else None
-            yield BatchIndices(step, batches[step, local], size, params)
+        if self.shuffle_window_blocks is None:
+            order = IndexPermutation(steps * size, self.seed, epoch)
+        else:
+            windowed = self.epoch_order(epoch).reshape(steps, size)
+        at_once = max(1, _INDICES_AT_ONCE // max(1, local.stop - local.start))
+        for start in range(first, steps, at_once):
+            numbers = np.arange(start, min(start + at_once, steps))
+            if self.shuffle_window_blocks is None:
+                positions = numbers[:, None] * size + np.arange(local.start, local.stop)
+                batches = self._kept(epoch, order[positions.reshape(-1)]).reshape(positions.shape)
+            else:
+                batches = windowed[start : start + at_once, local]
+            for step, batch in zip(numbers.tolist(), batches, strict=True):
+                params = self.augmentation.sample_params(self.seed, epoch, step, local) if self.augmentation else None
+                yield BatchIndices(step, batch, size, params)
+
+    def _kept(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return samples that an epoch uses, for positions within 0 .. N - left_out - 1."""
+        if not self.left_out:
+            return self.samples[positions]
+        # An epoch leaves out a part of a fixed permutation and uses the rest of it, from the end of that part on.
+        count, (start, stride) = len(self.samples), self._left_out_order
+        end = (start + stride * (self.left_out_offset + (epoch + 1) * self.left_out)) % count
+        return self.samples[(positions * stride + end) % count]
 
 
 def equal_batch_size(samples: int, batch_size: int) -> int:
