@@ -19,7 +19,7 @@ from pipeline.common.rng import BLOCK_STREAM, LEFT_OUT_STREAM, IndexPermutation,
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from shards.manifest import Manifest
 
-_INDICES_AT_ONCE = 1 << 14  # indices of a rank that are computed together
+_INDICES_AT_ONCE = 1 << 16  # indices of a rank that are computed together
 SAMPLER_VERSION = 2  # increases when a state that was saved within an epoch would continue with other batches
 
 
