@@ -17,7 +17,7 @@ from shards import UserError
 from trainer.config.schema import Config, ModelConfig
 from trainer.models import factory as model_module
 from trainer.models.auto import resolve_auto
-from trainer.models.factory import SMALL_CNN, check_sides, make_model
+from trainer.models.factory import SMALL_CNN, apply_training_options, check_sides, make_model
 from trainer.models.precision import describe_precision, resolve_precision
 from trainer.models.weights import load_weights
 from trainer.optim.ema import ModelEma
@@ -373,3 +373,51 @@ def test_the_automatic_model_suits_the_device(caplog: pytest.LogCaptureFixture) 
     assert resolve_auto(larger, torch.device("cpu")).data.resolution == 40
     stated = config.model_copy(update={"model": ModelConfig(name=TINY)})
     assert resolve_auto(stated, torch.device("cpu")) == stated
+
+
+def test_gradient_checkpointing_computes_the_same_gradients() -> None:
+    images = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    losses, gradients = [], []
+    for grad_checkpointing in (False, True):
+        torch.manual_seed(0)
+        settings = ModelConfig(name=TINY, pretrained=False, drop_rate=0, grad_checkpointing=grad_checkpointing)
+        model = make_model(settings, 1, CLASSES)
+        trained = apply_training_options(model, settings, torch.device("cpu"), ranks=1).train()
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = trained(images).square().mean()
+        loss.backward()
+        losses.append((loss.item(), kept))
+        gradients.append([weight.grad for weight in model.parameters()])
+    assert losses[0][0] == losses[1][0]
+    assert losses[1][1] < losses[0][1] / 2, "elements kept for the backward pass"
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_gradient_checkpointing_that_a_model_lacks_is_refused() -> None:
+    settings = ModelConfig(name=SMALL_CNN, grad_checkpointing=True)
+    with pytest.raises(UserError, match="does not support"):
+        apply_training_options(make_model(settings, 1, CLASSES), settings, torch.device("cpu"), ranks=1)
+
+
+def test_batch_norm_is_synchronized_between_gpus_with_the_same_weights() -> None:
+    settings = ModelConfig(name=TINY, pretrained=False, sync_batchnorm=True)
+    model = make_model(settings, 1, CLASSES)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert apply_training_options(model, settings, torch.device("cuda", 0), ranks=1) is model
+    converted = apply_training_options(model, settings, torch.device("cuda", 0), ranks=2)
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == norms > 0
+    torch.testing.assert_close(dict(converted.state_dict()), before, rtol=0, atol=0)
+
+
+def test_batch_norm_cannot_be_synchronized_on_cpus() -> None:
+    settings = ModelConfig(name=TINY, pretrained=False, sync_batchnorm=True)
+    with pytest.raises(UserError, match="2 ranks on a cpu"):
+        apply_training_options(make_model(settings, 1, CLASSES), settings, torch.device("cpu"), ranks=2)
