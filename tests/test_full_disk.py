@@ -164,7 +164,7 @@ def content(directory: Path) -> dict[str, str | int | bool]:
         data = path.read_bytes()
         value: str | int | bool = hashlib.sha256(data).hexdigest()
         if path.suffix in ENDS:
-            is_empty = not data and path.suffix == ".jsonl"
+            is_empty = not data and path.suffix in {".jsonl", ".journal"}  # lines are appended; none yet
             value = is_empty or data.rstrip(b"\n").endswith(ENDS[path.suffix])
         elif path.suffix in SIZED:
             value = len(data)
