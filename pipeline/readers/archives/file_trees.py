@@ -6,6 +6,7 @@ An archive is never unpacked into named files, so its names cannot write anywher
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _CLUTTER = {"__macosx", "thumbs.db", "desktop.ini"}  # written by operating syst
 _MAX_DEPTH = 100  # nested directories
 
 
-class FileTree:
+class FileTree(ABC):
     """The files of a directory or archive.
 
     Attributes:
@@ -34,13 +35,13 @@ class FileTree:
         self.directories: list[str] = []
         self._is_archive = is_archive
 
+    @abstractmethod
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         """Return the bytes of a file of `names`. Any thread and process may call it.
 
         Raises:
             CorruptFileError: If the file is damaged, or larger than `max_bytes`.
         """
-        raise NotImplementedError
 
     def path_of(self, name: str) -> str:
         """Return the path of a file, for messages."""
