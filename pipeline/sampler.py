@@ -98,11 +98,14 @@ class ShuffledBatchSampler:
         every = np.arange(len(self.samples) - self.left_out)
         if self.shuffle_window_blocks is None:
             return self._kept(epoch, IndexPermutation(len(every), self.seed, epoch)[every])
-        samples = np.sort(self._kept(epoch, every))
-        blocks = samples // self.block_size
-        ranks = permutation(int(blocks.max()) + 1, self.seed, BLOCK_STREAM + epoch).argsort()
-        delays = random_keys(self.seed, epoch, len(blocks)).astype(np.float64) * (self.shuffle_window_blocks / 2.0**64)
-        return samples[np.argsort(ranks[blocks] + delays, kind="stable")]
+        samples = self._kept(epoch, every)
+        del every  # the arrays of an epoch may be as large as the memory for images: hold few of them at a time
+        samples.sort()
+        ranks = permutation(int(samples[-1]) // self.block_size + 1, self.seed, BLOCK_STREAM + epoch).argsort()
+        keys = random_keys(self.seed, epoch, len(samples)).astype(np.float64)
+        keys *= self.shuffle_window_blocks / 2.0**64
+        keys += ranks[samples // self.block_size]
+        return samples[np.argsort(keys, kind="stable")]
 
     def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
         """Iterate over the steps of an epoch from number `first` on, with the samples of one rank."""
