@@ -152,6 +152,13 @@ def synthetic_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of 144 + 30 synthetic images of three classes, 12x12, in blocks of 16. Not to be changed."""
+    parts = synthetic_splits(train=144, test=30, classes=3, shape=(12, 12, 1), transposed=False)
+    return pack_splits(parts, tmp_path_factory.mktemp("small") / "set", block_size=16)
+
+
+@pytest.fixture(scope="session")
 def digits_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packed digits of scikit-learn. Not to be changed."""
     out = tmp_path_factory.mktemp("digits") / "digits"

@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 from conftest import ROOT, free_port, run_module
 
 from support import warm_process
+from trainer.models import compile as model_compile
 from trainer.run import main as run_main
 
 QUICK = {
@@ -23,6 +27,33 @@ QUICK = {
     "schedule": {"name": "warm_restarts", "unit": "step", "warmup": 1, "cycle_epochs": 1},
     "trainer": {"epochs": 3, "precision": "fp32", "ema_decay": 0.9},
 }
+
+
+def write_recipe(path: Path, settings: dict[str, Any], shards: Path) -> Path:
+    """Write settings as a recipe on a packed set; returns its path."""
+    path.write_text(yaml.safe_dump(settings | {"data": settings["data"] | {"shards": str(shards)}}))
+    return path
+
+
+def record_compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let dynamo compile models for a back end that builds nothing.
+
+    Returns:
+        The numbers of images that it is asked to compile for, which grows.
+    """
+    sizes: list[int] = []
+
+    def build(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
+        tensors = [each for each in examples if isinstance(each, torch.Tensor)]
+        sizes.extend(len(each) for each in tensors if each.ndim == 4 and each.shape[2] >= 8)  # no kernels
+        return graph.forward
+
+    compile_whole = torch.compile
+    monkeypatch.setattr(
+        model_compile.torch, "compile", lambda model, **options: compile_whole(model, backend=build, **options)
+    )
+    torch._dynamo.reset()
+    return sizes
 
 
 def train(recipe: Path, directory: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import pack_splits, synthetic_splits
+from support.training_runs import train_here, write_recipe
 
 from pipeline.loader import Batch, Loader
 from pipeline.sampler import ShuffledBatchSampler
@@ -22,7 +22,6 @@ from trainer.checkpoint import io as checkpoint
 from trainer.data.training_data import split_train_val
 from trainer.loop import engine, replay_step, state
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep
-from trainer.run import main as run_main
 from trainer.runtime.distributed import World
 
 SMALL = {
@@ -38,13 +37,8 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("small")
-    parts = synthetic_splits(train=144, test=30, classes=3, shape=(12, 12, 1), transposed=False)
-    shards = pack_splits(parts, directory / "set", block_size=16)
-    path = directory / "small.yaml"
-    path.write_text(yaml.safe_dump(SMALL | {"data": SMALL["data"] | {"shards": str(shards)}}))
-    return path
+def recipe(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("small") / "small.yaml", SMALL, small_set)
 
 
 @pytest.fixture
@@ -52,8 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path) -> Callab
     """Train in this process; returns the run directory."""
 
     def train(*overrides: str, name: str = "run") -> Path:
-        monkeypatch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={tmp_path / name}", *overrides])
-        assert run_main() == 0
+        assert train_here(monkeypatch, recipe, tmp_path / name, *overrides) == 0
         return tmp_path / name
 
     return train

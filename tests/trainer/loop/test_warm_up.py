@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import pack_splits, synthetic_splits
-from support.training_runs import train_here
+from support.training_runs import record_compilations, train_here, write_recipe
 
 from trainer.config.load import load
 from trainer.data import training_data
@@ -20,7 +18,6 @@ from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
 from trainer.loop.warm_up import warm_up
-from trainer.models import compile as compiled
 from trainer.runtime.distributed import World
 
 RECIPE = {
@@ -34,28 +31,13 @@ RECIPE = {
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("small")
-    parts = synthetic_splits(train=144, test=30, classes=3, shape=(12, 12, 1), transposed=False)
-    shards = pack_splits(parts, directory / "set", block_size=16)
-    path = directory / "small.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | {"data": RECIPE["data"] | {"shards": str(shards)}}))
-    return path
+def recipe(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("small") / "small.yaml", RECIPE, small_set)
 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of images for which dynamo asks a back end, which builds nothing, to compile."""
-    sizes: list[int] = []
-
-    def build(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
-        sizes.extend(len(each) for each in examples if each.ndim == 4 and each.shape[2] >= 8)
-        return graph.forward
-
-    whole = torch.compile
-    monkeypatch.setattr(compiled.torch, "compile", lambda model, **options: whole(model, backend=build, **options))
-    torch._dynamo.reset()
-    return sizes
+    return record_compilations(monkeypatch)
 
 
 def training_of(recipe: Path, *overrides: str) -> Training:
