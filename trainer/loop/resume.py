@@ -22,10 +22,8 @@ from trainer.runtime.distributed import World
 
 log = logging.getLogger(__name__)
 
-# Options of a parameter group that come from the settings.
-_GROUP_SETTINGS = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "momentum")
-# Those that a schedule or the optimizer itself changes. All others are the same in every run.
-_GROUP_STATE = ("params", "betas", "lookahead_step")
+# Contents of a parameter group that steps change. Its other options come from the settings.
+_GROUP_STATE = {"params", "lr", "lookahead_step"}
 
 
 def open_training(
@@ -87,27 +85,23 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     Raises:
         Exception: The checkpoint is damaged.
     """
-    constants = _group_constants(training)
     is_same_data = saved["data"] == training.data.digest
     is_same = is_same_data and not changed_settings(saved, training.config)
     new = training.checkpoint()
     skipped = {"recipe", "classes", "ema", *(() if is_same else ("learning_rate", "scaler"))}
     for name in (new.keys() & saved.keys()) - skipped:
         check_structure(saved[name], new[name], name)
-    if is_same:
-        training.restore(saved)
-        _check_restored(training, constants)
-        return
     state, train, config = training.state, training.data.train, training.config
-    window = train.window
-    settings = [
-        {name: group[name] for name in _GROUP_SETTINGS if name in group} for group in state.optimizer.param_groups
-    ]
-    training.restore(saved | {"learning_rate": state.learning_rate.state_dict()})
+    window, groups = train.window, state.optimizer.param_groups
+    training.restore(saved if is_same else saved | {"learning_rate": new["learning_rate"]})
+    kept = _GROUP_STATE if is_same else _GROUP_STATE - {"lr"}
+    for group, own in zip(state.optimizer.param_groups, groups, strict=True):
+        group.update({name: value for name, value in own.items() if name not in kept})
+    if is_same:
+        _check_restored(training)
+        return
     if not is_same_data:
         train.window = window
-    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
-        group.update(own)
     steps, accumulation = train.steps(state.epoch), config.optim.grad_accumulation
     if steps != saved["steps"] or saved["step"] % accumulation:
         nearest = -(-saved["step"] * steps // saved["steps"])
@@ -116,21 +110,11 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     metrics = [record["validation"][config.trainer.monitor] for record in state.history if "validation" in record]
     state.learning_rate.replay(state.updates, state.epoch, metrics)
     state.lr = state.learning_rate.lr
-    _check_restored(training, constants)
+    _check_restored(training)
 
 
-def _group_constants(training: Training) -> list[dict[str, Any]]:
-    """Return what no checkpoint may change in the parameter groups of the optimizer."""
-    changing = {*_GROUP_SETTINGS, *_GROUP_STATE}
-    groups = training.state.optimizer.param_groups
-    return [{name: value for name, value in group.items() if name not in changing} for group in groups]
-
-
-def _check_restored(training: Training, constants: list[dict[str, Any]]) -> None:
+def _check_restored(training: Training) -> None:
     """Raise `ValueError` if the parts of a state contradict each other."""
-    for group, options in zip(_group_constants(training), constants, strict=True):
-        if options | group != options:
-            raise ValueError("the optimizer has other options")
     state, train, window = training.state, training.data.train, training.data.train.window
     run_files.check_history(state.history)
     if len(state.history) != state.epoch or not min(1, state.epoch) <= state.best_epoch <= state.epoch:

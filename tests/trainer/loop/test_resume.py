@@ -328,10 +328,12 @@ def stop_at(recipe: Path, directory: Path, place: tuple[int, int], *overrides: s
     return newest(directory)
 
 
-def test_changed_settings_are_refused_with_what_allows_them(recipe: Path, tmp_path: Path) -> None:
-    stop_at(recipe, tmp_path / "run", (1, 5))
+@pytest.mark.parametrize("name", ["adamw", "lion"])  # timm's Lion keeps a further copy of the learning rate
+def test_changed_settings_are_refused_with_what_allows_them(recipe: Path, tmp_path: Path, name: str) -> None:
+    optimizer = f"optim.name={name}"
+    stop_at(recipe, tmp_path / "run", (1, 5), optimizer)
     with pytest.raises(UserError) as caught:
-        train(recipe, tmp_path / "run", "resume=auto", "optim.lr=1e-4", "optim.weight_decay=0.5")
+        train(recipe, tmp_path / "run", "resume=auto", optimizer, "optim.lr=1e-4", "optim.weight_decay=0.5")
     assert "optim.lr=0.002 optim.weight_decay=0.01" in caught.value.expected
     allow = "checkpoint.resume_allow_changes=[optim.lr, optim.weight_decay]"
     assert f"'{allow}'" in caught.value.hint
@@ -340,10 +342,12 @@ def test_changed_settings_are_refused_with_what_allows_them(recipe: Path, tmp_pa
             recipe,
             tmp_path / "run",
             "resume=auto",
+            optimizer,
             "optim.weight_decay=0.5",
             "checkpoint.resume_allow_changes=[optim.lr]",
         )
-    assert train(recipe, tmp_path / "run", "resume=auto", "optim.lr=1e-4", "optim.weight_decay=0.5", allow) == 0
+    changed = ["resume=auto", optimizer, "optim.lr=1e-4", "optim.weight_decay=0.5", allow]
+    assert train(recipe, tmp_path / "run", *changed) == 0
     groups = newest(tmp_path / "run")["optimizer"]["param_groups"]
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.5]
     assert {group["initial_lr"] for group in groups} == {1e-4}
