@@ -88,6 +88,8 @@ class BatchSizeRunner:
 
     def __init__(self, training: Training) -> None:
         self._training = training
+        # One compilation for all sizes. A run compiles its only size with static shapes, which can be faster.
+        training.forward.register_forward_pre_hook(lambda _, inputs: torch._dynamo.maybe_mark_dynamic(inputs[0], 0))
         self._device = training.world.device
         self._available = _USABLE * available_memory()
         self._before = peak_memory()
@@ -130,8 +132,6 @@ class BatchSizeRunner:
         shape = (batch_size, spec.image_shape[2], spec.resolution, spec.resolution)
         images = torch.rand(shape, device=self._device)
         prefetched = [images.clone() for _ in range(_PREFETCHED)]
-        # One compilation for all sizes. A run compiles its only size with static shapes, which can be faster.
-        torch._dynamo.maybe_mark_dynamic(images, 0)
         labels = torch.arange(batch_size, device=self._device) % len(self._training.data.classes)
         batch = Batch(images, labels, labels, 0, batch_size)
         self._training.forward.train()
