@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+import warnings
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -138,7 +139,9 @@ def _charts(study: optuna.Study, metric: str) -> dict[str, str]:
     trials = study.get_trials(deepcopy=False)
     names = list(trials[0].params) if trials else []
     charts = {}
-    with matplotlib.rc_context({"svg.fonttype": "none", "figure.figsize": (4.6, 3)}):
+    style = {"svg.fonttype": "none", "figure.figsize": (4.6, 3)}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a setting that had one value, about which a user can do nothing
         plt.switch_backend("agg")
         if any(trial.intermediate_values for trial in trials):
             plots.plot_intermediate_values(study)
