@@ -88,6 +88,7 @@ class Summary(Metrics):
     decision: _Decision | None
     epochs: Count
     best_epoch: Count
+    stopped_by: Literal["epochs", "minutes", "patience"] = "epochs"
     validation: _Validation | None
     seconds: Amount
     training_seconds: Amount

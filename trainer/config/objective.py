@@ -59,4 +59,5 @@ class MixupConfig(BaseConfig):
 
     def at(self, epoch: int, epochs: int) -> MixupConfig:
         """Return the settings of an epoch, from 0, out of `epochs`."""
-        return self.model_copy(update={"prob": 0.0}) if epoch >= epochs - self.off_last_epochs else self
+        is_off = 0 < self.off_last_epochs >= epochs - epoch
+        return self.model_copy(update={"prob": 0.0}) if is_off else self

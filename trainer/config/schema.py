@@ -215,6 +215,12 @@ class TrainerConfig(BaseConfig):
 
     epochs: Epoch = 15
     """Passes over the training split."""
+    minutes: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """Duration of the training; null for none. The run then ends when the time is up instead of after `epochs`, and the
+    learning rate follows the clock: `schedule.*` lengths are fractions of `epochs`. Validation and warm-up count; the
+    last validation and the test follow. A resumed run counts its earlier time, but is not bit-identical."""
+    patience: Annotated[int, Field(ge=1, le=MAX_EPOCHS)] | None = None
+    """Stop after this many epochs in which trainer.monitor does not exceed its best value; null to train all epochs."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision. On a GPU, auto is bf16 from compute capability 8.0 on, fp16 with loss scaling from 7.0 on (V100, T4,
     RTX 20) and fp32 before. On a CPU it is bf16 with AMX for models without depthwise convolutions, else fp32."""
@@ -228,8 +234,9 @@ class TrainerConfig(BaseConfig):
     """Decay of the exponential moving average (EMA) of the weights; with it, the averaged weights are evaluated and
     saved as
     best.pt. null for none. The decay warms up as 1 - step^(-2/3)."""
-    monitor: Literal["accuracy", "macro_f1"] = "accuracy"
-    """Validation metric that selects the best epoch (also watched by schedule.name=plateau)."""
+    monitor: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
+    """Validation metric that selects the best epoch, also watched by trainer.patience and schedule.name=plateau; loss
+    is the cross-entropy, which is minimized."""
     test_time_augmentation: Literal["none", "shifts", "shifts_scales"] = "none"
     """Average the probabilities over 5 shifted views of each image, or 7 shifted and resized views."""
     profile: bool = False
@@ -238,6 +245,11 @@ class TrainerConfig(BaseConfig):
     """Steps that torch.profiler traces to trace.json.gz: [first, last] of the process; true is [6, 10]."""
     timeout_minutes: Annotated[float, Field(ge=0.001, le=10**6)] = 10.0
     """Ranks time out after this many minutes without contact."""
+
+    @property
+    def fixed_epochs(self) -> int | None:
+        """The number of epochs; None if the clock ends the training."""
+        return self.epochs if self.minutes is None else None
 
     @property
     def traced_steps(self) -> tuple[int, int] | None:
@@ -310,6 +322,14 @@ class Config(BaseConfig):
             yield "schedule.name=plateau needs validation metrics, but data.val_fraction is 0"
         if self.data.val_fraction == 0 and self.posthoc.tau == "auto":
             yield "posthoc.tau=auto is tuned on the validation split, but data.val_fraction is 0"
+        if self.data.val_fraction == 0 and self.trainer.patience is not None:
+            yield "trainer.patience needs validation metrics, but data.val_fraction is 0"
+        if self.trainer.monitor == "loss" and self.posthoc.tau == "auto":
+            yield "posthoc.tau=auto is tuned for accuracy or macro_f1, but trainer.monitor is loss"
+        if self.trainer.minutes is not None and not isinstance(self.data.resolution, int):
+            yield "data.resolution changes by epoch, but trainer.minutes sets no number of epochs"
+        if self.trainer.minutes is not None and self.mixup.off_last_epochs > 0:
+            yield "mixup.off_last_epochs counts from the last epoch, but trainer.minutes sets no number of epochs"
         if self.schedule.warmup > epochs and self.schedule.name == "one_cycle":
             yield f"schedule.warmup={self.schedule.warmup:g} is longer than the {epochs} epochs (trainer.epochs)"
         if self.augment.erase_area_min > self.augment.erase_area_max:

@@ -109,7 +109,7 @@ def fit_posthoc(
     labels: NDArray[np.int64],
     log_class_weights: NDArray[np.float32],
     tau: float | Literal["auto"],
-    monitor: Literal["accuracy", "macro_f1"],
+    monitor: Literal["accuracy", "macro_f1", "loss"],
 ) -> PosthocCalibration:
     """Fit tau and temperature on a validation split.
 
@@ -118,7 +118,7 @@ def fit_posthoc(
         labels: [N].
         log_class_weights: [C], see `log_class_weights`.
         tau: The value of tau, or `auto` for the one with the best metric.
-        monitor: The metric.
+        monitor: The metric for `auto`, which a loss cannot be.
     """
 
     def metrics(tau: float) -> ClassificationMetrics:

@@ -11,11 +11,12 @@ from typing import Any
 from pipeline.sampler import equal_batch_size
 from shards.errors import quote
 from trainer.checkpoint.run_dir import RunDirectory
+from trainer.config.schema import TrainerConfig
 from trainer.data.resolution_schedule import ResolutionStage
 from trainer.data.training_data import TrainingData
 from trainer.loop.state import Training
 from trainer.models.precision import describe_precision
-from trainer.runtime.progress import duration
+from trainer.runtime.progress import duration, epoch_name
 
 
 def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -> None:
@@ -54,7 +55,8 @@ def print_plan(training: Training) -> None:
     _warn_of_batch_size(training)
     settings, data, world = training.config, training.data, training.world
     print(settings.to_yaml())
-    epochs = range(settings.trainer.epochs)
+    epochs, minutes = settings.trainer.epochs, settings.trainer.minutes
+    end = f"{sum(map(data.train.steps, range(epochs))):,} in {epochs} epochs" if minutes is None else f"{minutes:g} min"
     height, width, channels = data.spec.image_shape
     raw = f"image files, {channels} channels" if data.spec.encoded else f"{height}x{width}x{channels}"
     weights = training.class_weights
@@ -73,18 +75,17 @@ def print_plan(training: Training) -> None:
         f"mean {_numbers(data.spec.mean)}, std {_numbers(data.spec.std)}\n"
         f"classes       {len(data.classes)}, weights {float(weights.min()):.3f} .. {float(weights.max()):.3f}\n"
         f"parameters    {training.state.parameter_count:,}\n"
-        f"steps         {_by_stage(data, steps)}; "
-        f"{sum(map(data.train.steps, epochs)):,} in {settings.trainer.epochs} epochs\n"
+        f"steps         {_by_stage(data, steps)}; {end}\n"
         f"loader        {data.backend}: {data.backend_reason}",
         flush=True,
     )
 
 
-def print_epoch(record: dict[str, Any], epochs: int, is_best: bool) -> None:
+def print_epoch(record: dict[str, Any], settings: TrainerConfig, is_best: bool) -> None:
     """Print the record of an epoch in one line."""
     validation = record.get("validation")
     print(
-        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}"
+        f"{epoch_name(record['epoch'], settings.fixed_epochs)}  loss {record['train_loss']:.4f}"
         f"{f'  validation {_metrics(validation)}' if validation else ''}  lr {record['lr']:.2e}  "
         f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
         f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}",
@@ -105,6 +106,8 @@ def print_summary(summary: dict[str, Any], run_dir: RunDirectory) -> None:
     if decision and decision["tau"]:
         before, after = _metrics(decision["validation_as_learned"]), _metrics(decision["validation"])
         print(f"logit adjustment  tau {decision['tau']:g}: validation {before} -> {after}")
+    if (setting := summary.get("stopped_by", "epochs")) != "epochs":
+        print(f"stopped     after epoch {summary['epochs']} by trainer.{setting}")
     print(
         f"training    {summary['images_per_second']:,.0f} images/s  data wait {summary['data_wait_share']:.2%}  "
         f"{summary['training_seconds']:.0f} s\nreport      {run_dir.report}"
@@ -114,8 +117,7 @@ def print_summary(summary: dict[str, Any], run_dir: RunDirectory) -> None:
 def print_stopped(training: Training, run_dir: RunDirectory) -> None:
     """Print where a signal stopped the run, and how to resume it."""
     state = training.state
-    is_trained = state.epoch == training.config.trainer.epochs
-    position = "before the test" if is_trained else f"in epoch {state.epoch + 1} after step {state.step}"
+    position = "before the test" if training.stopped_by else f"in epoch {state.epoch + 1} after step {state.step}"
     print(f"stopped {position}; resume with: resume=auto {quote(f'run.dir={run_dir.path}')}", flush=True)
 
 

@@ -74,7 +74,7 @@ def open_services(
 
 
 def fit(training: Training, services: RunServices) -> None:
-    """Train from the current state to the last epoch.
+    """Train from the current state to the end: the last epoch, `trainer.minutes` or `trainer.patience`.
 
     Args:
         training: Changed in place.
@@ -84,7 +84,7 @@ def fit(training: Training, services: RunServices) -> None:
         Interrupted: After a signal (see `record_signals`); the checkpoint is written.
         NonFiniteLossError: A loss or gradient is not finite.
     """
-    while training.state.epoch < training.config.trainer.epochs:
+    while not training.find_end():
         try:
             train_epoch(training, services)
         except NonFiniteStep as step:
@@ -103,7 +103,7 @@ def train_epoch(training: Training, services: RunServices) -> None:
     """
     state, world, train = training.state, training.world, training.data.train
     steps, accumulation = train.steps(state.epoch), training.config.optim.grad_accumulation
-    flags, monitor = AsyncFlags(world, 2), NonFiniteMonitor(training)
+    flags, monitor = AsyncFlags(world, 3), NonFiniteMonitor(training)
     signum = 0
     training.forward.train()
 
@@ -125,8 +125,11 @@ def train_epoch(training: Training, services: RunServices) -> None:
             state.step = batch.step + 1
             if is_last_microbatch:
                 is_due = services.checkpointer.is_due(state.step)
-                signum, saves = flags.reduce(max(services.signals_received, default=0), is_due)
-                if signum:
+                received = max(services.signals_received, default=0)
+                signum, saves, milliseconds = flags.reduce(received, is_due, training.milliseconds)
+                fraction = training.time_fraction(milliseconds)
+                state.learning_rate.step_time(fraction)
+                if signum or fraction >= 1:
                     break
                 if saves:
                     save_checkpoint()
@@ -300,7 +303,9 @@ def _end_epoch(training: Training, services: RunServices) -> None:
         )
         record["validation"] = evaluation.summary()
         training.profile.mark("validation")
-        metric = record["validation"][config.trainer.monitor]
+    state.history.append(record)
+    if training.data.validation is not None:
+        metric = training.metrics()[-1]
     state.learning_rate.step_epoch(metric)
     is_best = metric >= state.best  # on ties keep the later epoch
     state.epoch += 1
@@ -309,12 +314,11 @@ def _end_epoch(training: Training, services: RunServices) -> None:
     state.step = 0
     state.total = state.total + totals
     state.epoch_totals, state.rank_losses = Totals(), []
-    state.history.append(record)
     if world.is_main_process:
         services.checkpointer.save(training.checkpoint(), training.trained_model() if is_best else None)
         for logger in services.loggers:
             logger.log_epoch(record)
-        console.print_epoch(record, config.trainer.epochs, is_best)
+        console.print_epoch(record, config.trainer, is_best)
     training.profile.mark("end of epoch")
 
 

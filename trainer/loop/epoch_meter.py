@@ -20,7 +20,7 @@ class EpochMeter:
 
     def __init__(self, training: Training) -> None:
         state, world, train = training.state, training.world, training.data.train
-        epochs = training.config.trainer.epochs
+        settings = training.config.trainer
         self._training = training
         self._before, self._here = state.epoch_totals, Totals()
         if len(state.rank_losses) == world.size:
@@ -29,8 +29,15 @@ class EpochMeter:
             loss = state.epoch_totals.loss if world.is_main_process else 0.0
         self._loss = torch.tensor(loss, dtype=torch.float64, device=world.device)
         steps, pixels = train.steps(state.epoch), train.stage_at(state.epoch).resolution ** 2
-        later = sum(train.stage_at(epoch).resolution ** 2 for epoch in range(state.epoch + 1, epochs))
-        self._progress = Progress(state.epoch, epochs, steps, state.step, steps_ahead=steps * later / pixels)
+        later = sum(train.stage_at(epoch).resolution ** 2 for epoch in range(state.epoch + 1, settings.epochs))
+        self._progress = Progress(
+            state.epoch,
+            settings.fixed_epochs,
+            steps,
+            state.step,
+            steps_ahead=steps * later / pixels,
+            seconds_left=settings.minutes and settings.minutes * 60 - state.elapsed,
+        )
         self._wait = DataWait(world.device)
         self.start_waiting, self.stop_waiting = self._wait.start, self._wait.stop
         self._start = time.perf_counter()

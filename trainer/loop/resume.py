@@ -107,8 +107,11 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
         nearest = -(-saved["step"] * steps // saved["steps"])
         state.step = min(steps, -(-nearest // accumulation) * accumulation)
     state.updates = _count_updates(training)
-    metrics = [record["validation"][config.trainer.monitor] for record in state.history if "validation" in record]
-    state.learning_rate.replay(state.updates, state.epoch, metrics)
+    metrics = training.metrics()
+    if len(metrics) >= state.best_epoch > 0:  # trainer.monitor may be another one
+        state.best = metrics[state.best_epoch - 1]
+    fraction = training.time_fraction(int(state.earlier_seconds * 1000))
+    state.learning_rate.replay(state.updates, state.epoch, metrics, fraction)
     state.lr = state.learning_rate.lr
     _check_restored(training)
 
@@ -126,7 +129,10 @@ def _check_restored(training: Training) -> None:
     if not all(isinstance(loss, float) for loss in state.rank_losses):
         raise ValueError("rank_losses are no numbers")
     updates = _count_updates(training)
-    if not 0 <= state.step <= train.steps(state.epoch) or state.updates != updates:
+    ends_by_clock = training.config.trainer.minutes is not None  # within an epoch
+    if not 0 <= state.step <= train.steps(state.epoch) or not (
+        state.updates == updates or (ends_by_clock and 0 <= state.updates < updates)
+    ):
         raise ValueError(f"step {state.step} and {state.updates} updates in epoch {state.epoch}")
     for parameter, values in state.optimizer.state.items():
         if any(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 import time
 from dataclasses import astuple, dataclass, field
@@ -83,8 +84,8 @@ class TrainState:
     total: Totals = field(default_factory=Totals)
     """Of the completed epochs; its loss is not used."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    best: float = -1.0
-    """Best validation metric so far."""
+    best: float = -math.inf
+    """Best validation metric so far; a loss is negated, so that higher is better."""
     best_epoch: int = 0
     """The epoch (from 1) of `best`."""
     lr: float = 0.0
@@ -156,6 +157,42 @@ class Training:
     profile: Profile
     posthoc: PosthocCalibration | None = None
     """Fitted to the best weights before the test; None without a validation split."""
+    stopped_by: str | None = None
+    """The setting of `trainer` that ended the training: epochs, minutes or patience; None before its end."""
+
+    def metrics(self) -> list[float]:
+        """Return `trainer.monitor` of the validated epochs; a loss is negated, so that higher is better."""
+        name = self.config.trainer.monitor
+        values = [record["validation"][name] for record in self.state.history if "validation" in record]
+        if name == "loss":
+            return [-math.inf if math.isnan(value) else -value for value in values]
+        return values
+
+    def find_end(self) -> bool:
+        """Determine `stopped_by`, the same on all ranks; returns whether the training has ended."""
+        state, settings, metrics = self.state, self.config.trainer, self.metrics()
+        if state.step:  # an epoch that the clock ended is not yet validated
+            return False
+        if settings.minutes is None and state.epoch >= settings.epochs:
+            self.stopped_by = "epochs"
+        elif settings.patience and metrics and len(metrics) > metrics.index(max(metrics)) + settings.patience:
+            self.stopped_by = "patience"
+        elif (
+            settings.minutes and state.epoch and self.time_fraction(self.world.broadcast_object(self.milliseconds)) >= 1
+        ):
+            self.stopped_by = "minutes"
+        return self.stopped_by is not None
+
+    @property
+    def milliseconds(self) -> int:
+        """Duration of the run on rank 0, whose clock counts; 0 on other ranks and without `trainer.minutes`."""
+        has_clock = self.config.trainer.minutes is not None and self.world.is_main_process
+        return int(self.state.elapsed * 1000) if has_clock else 0
+
+    def time_fraction(self, milliseconds: int) -> float:
+        """Return a time as a fraction of `trainer.minutes`; 0 if it is not set."""
+        minutes = self.config.trainer.minutes
+        return 0.0 if minutes is None else milliseconds / (minutes * 60_000)
 
     @property
     def tau(self) -> float:

@@ -56,6 +56,7 @@ def summarize(training: Training, evaluation: Evaluation) -> dict[str, Any]:
         "decision": training.posthoc.summary() if training.posthoc else None,
         "epochs": state.epoch,
         "best_epoch": state.best_epoch,
+        "stopped_by": training.stopped_by or "epochs",
         "validation": state.history[state.best_epoch - 1].get("validation"),
         "seconds": state.elapsed,
         "training_seconds": state.total.seconds,

@@ -57,7 +57,7 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
         run_dir, resuming = world.run_on_main(lambda: choose_run_dir(settings, get_run_dir_of_job(settings.run)))
         world.run_on_main(lambda: stack.callback(run_dir.discard_if_empty))
         training, source = resume.open_training(settings, data, world, run_dir, resuming)
-        is_complete = resuming and training.state.epoch >= settings.trainer.epochs
+        is_complete = resuming and training.find_end()
         if is_complete and world.run_on_main(run_dir.summary_path.exists):
             if world.is_main_process:
                 print(f"run already complete: {run_dir.path}")

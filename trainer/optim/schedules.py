@@ -20,11 +20,14 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from trainer.config.schema import Config, ScheduleConfig
+from trainer.config.schema import Config
 
 
 class LRSchedule:
-    """Learning-rate schedule of a run, which steps after optimizer steps or after epochs by `schedule.unit`."""
+    """Learning-rate schedule of a run, which steps after optimizer steps or after epochs by `schedule.unit`.
+
+    With `trainer.minutes` it follows the clock instead: `step_time` moves it to a fraction of its length.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: Config, updates: Sequence[int]) -> None:
         """Build the schedule.
@@ -35,11 +38,14 @@ class LRSchedule:
             updates: Optimizer steps of each epoch. If they differ, every epoch advances the schedule equally far.
         """
         self._optimizer = optimizer
+        self._by_time = config.trainer.minutes is not None
         self._by_update = config.schedule.unit == "step" and config.schedule.name != "plateau"
+        self._sign = -1 if config.trainer.monitor == "loss" else 1
         self._steps_per_epoch = max(updates) if self._by_update else 1
         self._ends = list(itertools.accumulate(updates))
         self._updates = 0
-        self._scheduler = make_lr_scheduler(optimizer, config.schedule, config.trainer.epochs, self._steps_per_epoch)
+        self._total = config.trainer.epochs * self._steps_per_epoch
+        self._scheduler = make_lr_scheduler(optimizer, config, self._steps_per_epoch)
 
     @property
     def lr(self) -> float:
@@ -50,8 +56,14 @@ class LRSchedule:
         """Advance after an optimizer step."""
         before = self._position()
         self._updates += 1
-        if self._by_update:
+        if self._by_update and not self._by_time:
             for _ in range(self._position() - before):
+                self._scheduler.step()
+
+    def step_time(self, fraction: float) -> None:
+        """Advance to a fraction of `trainer.minutes`. A plateau schedule advances by epochs only."""
+        if self._by_time and not isinstance(self._scheduler, ReduceLROnPlateau):
+            for _ in range(int(min(fraction, 1.0) * self._total) - self._scheduler.last_epoch):
                 self._scheduler.step()
 
     def _position(self) -> int:
@@ -64,19 +76,20 @@ class LRSchedule:
         return epoch * self._steps_per_epoch + in_epoch
 
     def step_epoch(self, metric: float) -> None:
-        """Advance after an epoch with this value of `trainer.monitor` (higher is better)."""
+        """Advance after an epoch with this value of `trainer.monitor`, negated if lower values are better."""
         if isinstance(self._scheduler, ReduceLROnPlateau):
-            self._scheduler.step(metric)
-        elif not self._by_update:
+            self._scheduler.step(self._sign * metric)
+        elif not self._by_update and not self._by_time:
             self._scheduler.step()
 
-    def replay(self, updates: int, epochs: int, metrics: list[float]) -> None:
+    def replay(self, updates: int, epochs: int, metrics: list[float], fraction: float = 0.0) -> None:
         """Advance a new schedule to a later point of the run.
 
         Args:
             updates: Optimizer steps.
             epochs: Epochs.
-            metrics: Values of `trainer.monitor` for the first epochs; missing ones count as 0.
+            metrics: The values of `step_epoch` for the first epochs; missing ones count as 0.
+            fraction: Fraction of `trainer.minutes`.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about scheduler steps without optimizer steps
@@ -84,6 +97,7 @@ class LRSchedule:
                 self.step_update()
             for epoch in range(epochs):
                 self.step_epoch(metrics[epoch] if epoch < len(metrics) else 0.0)
+            self.step_time(fraction)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
@@ -96,11 +110,12 @@ class LRSchedule:
 
 
 def make_lr_scheduler(
-    optimizer: torch.optim.Optimizer, settings: ScheduleConfig, epochs: int, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int
 ) -> LRScheduler | ReduceLROnPlateau:
     """Build torch's scheduler, which makes `steps_per_epoch` steps in each epoch."""
+    settings = config.schedule
     warmup = round(settings.warmup * steps_per_epoch)
-    total = epochs * steps_per_epoch
+    total = config.trainer.epochs * steps_per_epoch
     if settings.name == "one_cycle":
         return OneCycleLR(
             optimizer,
@@ -112,7 +127,11 @@ def make_lr_scheduler(
         )
     if settings.name == "plateau":
         return ReduceLROnPlateau(
-            optimizer, mode="max", factor=settings.factor, patience=settings.patience, min_lr=settings.min_lr
+            optimizer,
+            mode="min" if config.trainer.monitor == "loss" else "max",
+            factor=settings.factor,
+            patience=settings.patience,
+            min_lr=settings.min_lr,
         )
     if settings.name == "cosine":
         main: LRScheduler = CosineAnnealingLR(optimizer, T_max=max(1, total - warmup), eta_min=settings.min_lr)

@@ -15,17 +15,27 @@ _BAR_EVERY = 0.5
 class Progress:
     """Progress of one epoch."""
 
-    def __init__(self, epoch: int, epochs: int, steps: int, first_step: int, steps_ahead: float) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        epochs: int | None,
+        steps: int,
+        first_step: int,
+        steps_ahead: float,
+        seconds_left: float | None = None,
+    ) -> None:
         """Start the display of an epoch.
 
         Args:
             epoch: Number of the epoch, from 0.
-            epochs: Number of epochs.
+            epochs: Number of epochs; None if the clock ends the training.
             steps: Steps of this epoch.
             first_step: Step at which a resumed epoch continues.
             steps_ahead: Steps of later epochs, weighted by their duration, for the remaining time.
+            seconds_left: Remaining time if the clock ends the training.
         """
-        self._head = f"epoch {epoch + 1}/{epochs}"
+        self._head = epoch_name(epoch + 1, epochs)
+        self._seconds_left = seconds_left
         self._steps = steps
         self._first = first_step
         self._ahead = steps_ahead
@@ -56,6 +66,8 @@ class Progress:
         self._shown = now
         seconds = now - self._start
         left = seconds / (done - self._first) * (self._steps - done + self._ahead)
+        if self._seconds_left is not None:
+            left = max(0.0, self._seconds_left - seconds)
         text = (
             f"loss {'-' if math.isnan(loss) else f'{loss:.4f}'}  lr {rate:.2e}  {images / seconds:,.0f} images/s  "
             f"data wait {wait / seconds:.1%}  {duration(left)} left"
@@ -68,6 +80,11 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def epoch_name(epoch: int, epochs: int | None) -> str:
+    """Return `epoch 3/15`, or `epoch 3` if the number of epochs is unknown."""
+    return f"epoch {epoch}" if epochs is None else f"epoch {epoch}/{epochs}"
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,7 @@ from trainer.config.schema import Config, flatten
 EXAMPLE = config.RECIPES / "search" / "optimizers_cpu.yaml"
 DEFAULT_ROOT = Path("runs/search")
 # The objective must be the same for all trials. The last two are set by the search itself.
-_OBJECTIVE = {"data.val_fraction", "trainer.monitor", "data.train_fraction", "seed"}
+_OBJECTIVE = {"data.val_fraction", "trainer.monitor", "trainer.minutes", "data.train_fraction", "seed"}
 _SET_BY_SEARCH = {"data.train_fraction": "train_fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
 
 
@@ -228,6 +228,16 @@ def load(path: Path, overrides: list[str]) -> tuple[SearchConfig, Config]:
                 hint=f"set {_SET_BY_SEARCH[name]}, and remove {name}",
             )
     base = config.replace_settings(base, search.settings, source)
+    for name, value, default in (
+        ("trainer.monitor", base.trainer.monitor, "accuracy"),
+        ("trainer.minutes", base.trainer.minutes, "null"),
+    ):
+        if value == "loss" or isinstance(value, float):
+            raise UserError(
+                found=f"{name}={value} in {search.recipe} or {source}",
+                expected="trials that are compared by accuracy or macro_f1 after the same numbers of epochs",
+                hint=f"settings: {{{name}: {default}}}",
+            )
     _check_space(search, base, source)
     return search, base
 

@@ -67,7 +67,7 @@ class TrialReporter(MetricLogger):
         metric = record["validation"][name]
         head = f"trial {self._trial.number}, seed {len(self._earlier) + 1}, epoch {epoch}/{self._settings.epochs}"
         print(f"{head}: {name} {metric:.2%}", file=self._out, flush=True)
-        mean = float(np.mean([*(before[epoch - 1] for before in self._earlier), metric]))
+        mean = float(np.mean([*(before[:epoch][-1] for before in self._earlier), metric]))
         if self._trial.report(len(self._earlier) * self._settings.epochs + epoch, mean):
             raise optuna.TrialPruned
         if self._is_over():
