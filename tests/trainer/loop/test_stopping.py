@@ -16,6 +16,7 @@ from support.training_runs import train_here, write_recipe
 from torch import nn
 
 from shards import UserError
+from trainer.checkpoint import io as checkpoint
 from trainer.config.load import load
 from trainer.loop import engine
 from trainer.loop.state import Training
@@ -76,6 +77,14 @@ def test_patience_ends_a_run_and_a_resumed_run_at_the_same_epoch(
     assert again["best_epoch"] == summary["best_epoch"] and again["accuracy"] == summary["accuracy"]
 
 
+class StopError(Exception):
+    """Ends a training at its first step."""
+
+
+def stop(*arguments: Any) -> None:
+    raise StopError
+
+
 @pytest.fixture
 def step_times(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     """The run's elapsed seconds and the learning rate at the start of each training step."""
@@ -94,7 +103,7 @@ def test_minutes_end_a_run_by_the_clock_at_the_minimum_rate(
     monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path, step_times: list[tuple[float, float]]
 ) -> None:
     budget = 1.0  # seconds
-    options = [f"trainer.minutes={budget / 60}", "trainer.epochs=3", "schedule.name=cosine", "optim.lr=0.01"]
+    options = [f"trainer.minutes={budget / 60}", "trainer.epochs=300", "schedule.name=cosine", "optim.lr=0.01"]
     start = time.perf_counter()
     assert train_here(monkeypatch, recipe, tmp_path / "run", *options) == 0
     assert time.perf_counter() - start > budget
@@ -106,8 +115,8 @@ def test_minutes_end_a_run_by_the_clock_at_the_minimum_rate(
     assert all(second < budget for second in seconds[:-1])  # the first step after the end is the last
     # Each step has the rate of the cosine at a moment between the starts of the step before and of this one.
     for (before, _), (now, rate) in itertools.pairwise(step_times):
-        total = 3 * 3  # steps of the schedule: three epochs of three batches
-        points = [int(min(1, second / budget) * total) for second in (before, now)]
+        total = 300 * 3  # steps of the schedule: 300 epochs of three batches
+        points = [int(min(1, second / budget) * total) for second in (before - 1e-3, now)]  # in whole ms
         curve = [0.005 * (1 + math.cos(math.pi * point / total)) for point in points]
         assert curve[1] - 1e-9 <= rate <= curve[0] + 1e-9
     assert rates == sorted(rates, reverse=True)
@@ -118,11 +127,15 @@ def test_minutes_end_a_run_by_the_clock_at_the_minimum_rate(
     assert train_here(monkeypatch, recipe, tmp_path / "run", *options, "resume=auto") == 0
     assert not step_times and len(results(tmp_path / "run")[1]) == len(epochs)
     (tmp_path / "run" / "summary.json").unlink()
-    more = ["resume=auto", f"trainer.minutes={2 * budget / 60}", "checkpoint.resume_allow_changes=[trainer.minutes]"]
-    assert train_here(monkeypatch, recipe, tmp_path / "run", *options, *more) == 0
-    assert step_times[0][0] >= budget and 0 < step_times[0][1] <= 0.0055  # half of the cosine is over
-    summary, epochs_after = results(tmp_path / "run")
-    assert len(epochs_after) > len(epochs) and summary["seconds"] >= 2 * budget
+    more = ["resume=auto", f"trainer.minutes={budget / 3}", "checkpoint.resume_allow_changes=[trainer.minutes]"]
+    monkeypatch.setattr(engine, "forward_backward", stop)
+    with pytest.raises(StopError):
+        train_here(monkeypatch, recipe, tmp_path / "run", *options, *more)
+    elapsed = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["elapsed"]
+    ((second, rate),) = step_times
+    assert budget <= elapsed < second
+    point = int(elapsed / (20 * budget) * 900)
+    assert rate == pytest.approx(0.005 * (1 + math.cos(math.pi * point / 900)))
 
 
 def test_a_schedule_by_time_ends_at_its_minimum_whatever_the_number_of_steps() -> None:
