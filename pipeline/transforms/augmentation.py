@@ -92,7 +92,7 @@ class AugmentationParams:
         # Images of a step follow each other in one stream.
         steps = np.diff(self.noise_keys[:, 1:].astype(np.int64), axis=0) == (0, words.shape[1] // 4)
         bounds = [0, *(np.flatnonzero(~steps.all(axis=1)) + 1), len(self)]
-        for start, stop in itertools.pairwise(bounds):
+        for start, stop in itertools.pairwise(bounds if len(self) else []):
             seed, stream, block = map(int, self.noise_keys[start])
             words[start:stop].reshape(-1)[:] = random_keys(seed, stream, words[start:stop].size, 4 * block)
         # The centres of 2^23 equal intervals are exact in float32 and have mean 1/2.

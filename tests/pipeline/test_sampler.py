@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipeline.common import rng
 from pipeline.common.rng import (
     BLOCK_STREAM,
+    ELASTIC_STREAM,
     PACKING_STREAM,
     PARTITION_STREAM,
     IndexPermutation,
@@ -67,6 +69,18 @@ def test_golden_keys() -> None:
     """Changing these changes every packed byte and every training run: resumed runs would lose their place."""
     assert random_keys(0, 0, 3).tolist() == [213000021201967259, 4455796210202625458, 2055444239878205049]
     assert random_keys(2**63 - 1, PARTITION_STREAM, 1).tolist() == [14890155944611412985]
+
+
+def test_keys_from_any_place_on_are_those_of_the_generator_from_there() -> None:
+    assert random_keys(5, 6, 8, first=4).tolist() == random_keys(5, 6, 12)[4:].tolist()
+    far = np.random.Philox(key=np.array([5, ELASTIC_STREAM], np.uint64), counter=2**54 + 1)
+    assert random_keys(5, 1 << 59, 4, first=4 * (2**54 + 1)).tolist() == far.random_raw(4).tolist()
+
+
+def test_keys_that_agree_in_their_high_bits_are_sorted_by_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast way keeps the low two bits of four keys for their index."""
+    monkeypatch.setattr(rng, "random_keys", lambda *_: np.array([7, 4, 1, 6], np.uint64))
+    assert permutation(4, 0, 0).tolist() == [2, 1, 3, 0]
 
 
 def test_golden_permutations() -> None:

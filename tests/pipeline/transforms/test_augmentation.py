@@ -92,6 +92,19 @@ def test_draws_never_change() -> None:
     assert hashlib.sha256(content).hexdigest()[:16] == "296794764b7bf8d4"
 
 
+def test_without_elastic_distortion_there_is_no_noise() -> None:
+    params = drawn(Augmentation(rotation=10), 3)
+    assert params.noise is None
+    assert params.noise_grid_size == 0
+
+
+def test_no_images_have_no_parameters() -> None:
+    """As the share of a rank, if a batch has fewer samples than ranks."""
+    params = Augmentation(elastic=0.1, elastic_sigma=0.5).sample_params(7, 2, 11, slice(3, 3))
+    assert params.uniform.shape == (0, 20)
+    assert params.noise.shape == (0, 2, 3, 3)
+
+
 @pytest.mark.parametrize("augmentation", [AFFINE, Augmentation(elastic=0.1)], ids=["numbers", "and noise"])
 def test_ranks_draw_what_one_would(augmentation: Augmentation) -> None:
     whole = augmentation.sample_params(1, 2, 3, slice(0, 50))

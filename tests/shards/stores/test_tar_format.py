@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from wds2idx import IndexCreator
 import pipeline.packing.pack
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE
 from shards import Manifest, open_split
+from shards.errors import CorruptError
 from shards.stores.base import Store, block_key
 from shards.stores.tar import COMPONENTS, read_block_index
 
@@ -130,6 +132,29 @@ def test_blocks_are_numbered_through_the_part(packed: Path) -> None:
         with tarfile.open(tar) as archive:
             keys += [member.name.partition(".")[0] for member in archive]
     assert [key for key, _ in itertools.groupby(keys)] == [block_key(number) for number in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"'descr': '|u1'", b"'descr': '|i1'", "images.npy is not the array that the manifest describes"),
+        (b"'shape': (32,)", b"'shape': (31,)", "labels.npy is not the array that the manifest describes"),
+        (None, b"\5", "a label outside 0 .. 4"),
+    ],
+    ids=["another type", "fewer labels", "a label"],
+)
+def test_a_block_of_the_right_size_that_is_another_is_refused(
+    packed: Path, tmp_path: Path, old: bytes | None, new: bytes, words: str
+) -> None:
+    train = Path(shutil.copytree(packed, tmp_path / "set")) / "train"
+    path = train / "shard-00001.tar"
+    content = path.read_bytes()
+    (_, (labels, size), _), *_ = read_block_index(path.with_suffix(".idx").read_bytes()).tolist()
+    place = content.index(old) if old else labels + size - 32 * 8
+    path.write_bytes(content[:place] + new + content[place + len(new) :])
+    with pytest.raises(CorruptError) as caught:
+        open_split(train.parent, "train")
+    assert caught.value.found == f"{path}: block {block_key(2)}: {words}"
 
 
 def contents(packed: Path) -> dict[str, bytes]:

@@ -293,6 +293,8 @@ def test_a_checkpoint_is_due_by_steps_or_minutes(tmp_path: Path, monkeypatch: py
     directory = RunDirectory(tmp_path)
     with Checkpointer(directory, CheckpointConfig(every_minutes=None, every_steps=10), 25, True) as checkpointer:
         assert [step for step in range(26, 41) if checkpointer.is_due(step)] == list(range(30, 41))
+    with Checkpointer(directory, CheckpointConfig(every_minutes=None, every_steps=2), 2000, True) as checkpointer:
+        assert [checkpointer.is_due(step) for step in (2001, 2002)] == [False, True]
     with Checkpointer(directory, CheckpointConfig(every_minutes=2), 0, True) as checkpointer:
         assert not checkpointer.is_due(100_000)
         now[0] = 120.0
