@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import pack_splits, synthetic_splits
 from PIL import Image
 from support.damaged_runs import Outcome, run
 from support.full_disk import full_disk
 from support.synthetic_records import foreign_set
-from support.training_runs import train_here
+from support.training_runs import train_here, write_smallest_recipe
 
 from benchmarks import ablation
 from pipeline import preview, shard
@@ -32,13 +31,6 @@ from trainer.predict import pseudo_label
 from trainer.report import __main__ as report
 from trainer.tune import __main__ as tune
 
-RECIPE = {
-    "data": {"val_fraction": 0.2, "resolution": 8, "verify": False},
-    "loader": {"batch_size": 64},
-    "model": {"name": "three_block_cnn"},
-    "trainer": {"epochs": 1, "precision": "fp32"},
-    "device": "cpu",
-}
 MESSAGE = ("error: ", "expected: ", "hint: ")
 
 
@@ -46,8 +38,7 @@ MESSAGE = ("error: ", "expected: ", "hint: ")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed set, images, foreign shards, a search and a plan: what the commands read, but for a run."""
     place = tmp_path_factory.mktemp("template")
-    shards = pack_splits(synthetic_splits(200, 60, shape=(8, 8, 1)), place / "set")
-    (place / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"data": RECIPE["data"] | {"shards": str(shards)}}))
+    write_smallest_recipe(place, epochs=1)
     random = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in ("cat", "dog"):

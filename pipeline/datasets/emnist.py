@@ -130,11 +130,13 @@ def _read_table(split: str, raw: RawContent, classes: tuple[str, ...], first_lab
 
 def _parse_rows(content: bytes) -> Iterator[NDArray[np.uint8]]:
     """Yield rows of a table, uint8 [N, 785]."""
-    lines = io.BytesIO(content)
-    while chunk := lines.read(_CHUNK) + lines.readline():
+    file = io.BytesIO(content)
+    while chunk := file.read(_CHUNK) + file.readline():
+        lines = chunk.strip().replace(b"\r", b"").split(b"\n")
         try:
-            values = np.fromstring(chunk.strip().replace(b"\r", b"").replace(b"\n", b","), np.int64, sep=",")
-            rows = values.reshape(-1, 1 + _SIDE * _SIDE)
+            if any(line.count(b",") != _SIDE * _SIDE for line in lines):
+                raise ValueError(f"a line without {1 + _SIDE * _SIDE} values")
+            rows = np.fromstring(b",".join(lines), np.int64, sep=",").reshape(len(lines), 1 + _SIDE * _SIDE)
         except ValueError as error:
             raise CorruptFileError(f"not a table of pixels: {first_line(error)}") from None
         if rows.min(initial=0) < 0 or rows.max(initial=0) > np.iinfo(np.uint8).max:

@@ -21,13 +21,14 @@ pip install -e '.[parquet]'
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.datasets.base import DatasetSource
 from pipeline.readers.image_splits import TABLE_OPTIONS, image_splits
 from pipeline.readers.naming import TRAIN, in_split_order, natural_order, some_of, split_named, splits_in
 from pipeline.readers.raw_split import RawSplit, SourceOptions
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from shards.remote.backends import open_storage
 from shards.remote.base import retry
 
@@ -108,7 +109,9 @@ def _hub_address(name: str, config: str) -> str:
         raise UserError(
             found=f"{name} with the configurations {some_of(configs)}" if configs else f"{name}, which has no tables",
             expected=f"the configuration {config}" if config else "one configuration",
-            hint=f"{_HUB_HINT} {name} --split {configs[0]}" if configs else f"https://huggingface.co/datasets/{name}",
+            hint=f"{_HUB_HINT} {name} --split {quote(configs[0])}"
+            if configs
+            else f"https://huggingface.co/datasets/{name}",
         )
     if any(directories[0] == chosen and directories[1].startswith(_PARTIAL) for directories in files):
         raise UserError(
@@ -119,22 +122,18 @@ def _hub_address(name: str, config: str) -> str:
     return f"{root}/{chosen}"
 
 
-SOURCES = (
-    DatasetSource(
-        name="parquet",
-        description="images in Parquet tables, as on the Hugging Face Hub (needs pyarrow)",
-        plan=lambda options: f"read the tables in {options.raw}",
-        load=_load,
-        options=TABLE_OPTIONS,
-        generic=True,
-    ),
-    DatasetSource(
-        name="hf",
-        description="hf NAME, a data set of images on the Hugging Face Hub (needs pyarrow)",
-        plan=lambda options: f"read the tables in {options.raw}",
-        load=_load,
-        options=TABLE_OPTIONS,
-        generic=True,
-        address=_hub_address,
-    ),
+_PARQUET = DatasetSource(
+    name="parquet",
+    description="images in Parquet tables, as on the Hugging Face Hub (needs pyarrow)",
+    plan=lambda options: f"read the tables in {options.raw}",
+    load=_load,
+    options=TABLE_OPTIONS,
+    generic=True,
 )
+_HUB = replace(
+    _PARQUET,
+    name="hf",
+    description="hf NAME, a data set of images on the Hugging Face Hub (needs pyarrow)",
+    address=_hub_address,
+)
+SOURCES = (_PARQUET, _HUB)

@@ -83,11 +83,10 @@ def _read(
     starts = offsets[owners] + (numbers - firsts[owners]) * _PIXELS
     for owner in np.unique(owners).tolist():
         rows = np.flatnonzero(owners == owner)
-        with _errors(paths[owner]), open_file(paths[owner]).file as file:
+        stored = open_file(paths[owner])
+        with _errors(paths[owner]), stored.file:
             for row in rows[np.argsort(starts[rows])].tolist():
-                file.seek(starts[row])
-                if file.readinto(images[row]) != _PIXELS:  # type: ignore[attr-defined]  # a file of bytes
-                    raise CorruptFileError("it has become shorter while it was packed")
+                images[row] = np.frombuffer(stored.read(int(starts[row]), _PIXELS), np.uint8)
     return images.reshape(-1, _SIDE, _SIDE, 1)
 
 

@@ -50,7 +50,7 @@ def _missing_dali() -> str:
     """Describe why DALI cannot be imported."""
     found = importlib.util.find_spec("nvidia")
     # Packages of NVIDIA share the directory `nvidia`; an `nvidia/__init__.py` elsewhere on the path hides it.
-    if found and found.origin and any(each.name.startswith("nvidia-dali") for each in metadata.distributions()):
+    if found and found.origin and any(str(each.name).startswith("nvidia-dali") for each in metadata.distributions()):
         return f"DALI is hidden by {found.origin}: see inkstream doctor"
     return "DALI is not installed"
 

@@ -159,9 +159,8 @@ def _login_from_netrc(host: str) -> str:
     if found is None:
         return ""
     user, _, password = found
-    hide(
-        f"https://{urllib.parse.quote(user, '')}:{urllib.parse.quote(password, '')}@{host}"
-    )  # in answers of the server
+    login = ":".join(urllib.parse.quote(word, "") for word in (user, password))
+    hide(f"https://{login}@{host}")  # a server may repeat them
     return f"{user}:{password}"
 
 

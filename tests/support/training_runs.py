@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, free_port, run_module
+from conftest import ROOT, free_port, pack_splits, run_module, synthetic_splits
 
 from support import warm_process
 from trainer.models import compile as model_compile
@@ -33,6 +33,19 @@ def write_recipe(path: Path, settings: dict[str, Any], shards: Path) -> Path:
     """Write settings as a recipe on a packed set; returns its path."""
     path.write_text(yaml.safe_dump(settings | {"data": settings["data"] | {"shards": str(shards)}}))
     return path
+
+
+def write_smallest_recipe(directory: Path, epochs: int) -> None:
+    """Write `recipe.yaml`, which trains for a fraction of a second, and the `set` of 260 images that it names."""
+    settings = {
+        "data": {"val_fraction": 0.2, "resolution": 8, "verify": False},
+        "loader": {"batch_size": 64},
+        "model": {"name": "three_block_cnn"},
+        "trainer": {"epochs": epochs, "precision": "fp32"},
+        "device": "cpu",
+    }
+    shards = pack_splits(synthetic_splits(200, 60, shape=(8, 8, 1)), directory / "set")
+    write_recipe(directory / "recipe.yaml", settings, shards)
 
 
 def record_compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:

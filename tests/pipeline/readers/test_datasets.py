@@ -297,6 +297,9 @@ class TestEmnist:
             (b"0," + b"0," * 783 + b"x\n", "not a table of pixels"),
             (b"62," + b"0," * 783 + b"0\n", "labels 62 .. 62"),
             (b"label" + b",pixel" * 784 + b"\n", "not a table of pixels"),
+            (b"0" + b",0" * 784 + b"\nlabel" + b",pixel" * 784 + b"\n", "not a table of pixels"),
+            (b"0" + b",0" * 783 + b"\n0" + b",0" * 785 + b"\n", "a line without 785 values"),
+            (b"0" + b",0" * 784 + b"\n\n0" + b",0" * 784 + b"\n", "a line without 785 values"),
         ],
     )
     def test_damaged_tables_are_named(self, tmp_path: Path, rows: bytes, words: str) -> None:

@@ -76,11 +76,12 @@ def test_a_dataset_is_packed_by_its_name(hub: HubServer, monkeypatch: pytest.Mon
 def test_a_configuration_is_selected_by_split(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.files["user/pets"] = {
         f"{config}/{split}/0000.parquet": table(count)
-        for config, count in (("small", 4), ("large", 9))
+        for config, count in (("small", 4), ("large (v1)", 9))
         for split in ("train", "validation")
     }
     error = refusal(lambda: run(monkeypatch, "user/pets"))
-    assert "the configurations large, small" in error.found and "hf user/pets --split large" in error.hint
+    assert "the configurations large (v1), small" in error.found
+    assert error.hint == "python -m pipeline.shard hf user/pets --split 'large (v1)'"
     assert "tiny" in refusal(lambda: run(monkeypatch, "user/pets", "--split", "tiny")).expected
     run(monkeypatch, "user/pets", "--split", "small")
     assert len(open_split("data/shards/pets-small", "train")) == 4

@@ -8,19 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import pack_splits, synthetic_splits
 from support.damaged_runs import damage, run
+from support.training_runs import write_smallest_recipe
 
 from trainer.tune import __main__ as tune
 from trainer.tune.trial import TrialPaused, TrialReporter
 
-RECIPE = {
-    "data": {"val_fraction": 0.2, "resolution": 8, "verify": False},
-    "loader": {"batch_size": 64},
-    "model": {"name": "three_block_cnn"},
-    "trainer": {"epochs": 2, "precision": "fp32"},
-    "device": "cpu",
-}
 MAX_KILOBYTES = 400_000  # by which memory may grow
 MESSAGE = ("error: ", "\nexpected: ", "\nhint: ")
 
@@ -29,8 +22,7 @@ MESSAGE = ("error: ", "\nexpected: ", "\nhint: ")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose second trial is not finished, another one, and their search files."""
     place = tmp_path_factory.mktemp("studies")
-    shards = pack_splits(synthetic_splits(200, 60, shape=(8, 8, 1)), place / "set")
-    (place / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"data": RECIPE["data"] | {"shards": str(shards)}}))
+    write_smallest_recipe(place, epochs=2)
     report = TrialReporter.log_epoch
 
     def pause(reporter: TrialReporter, record: dict) -> None:
