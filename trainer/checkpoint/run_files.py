@@ -45,6 +45,8 @@ class Metrics(Schema):
     """Metrics of a split."""
 
     accuracy: Fraction
+    balanced_accuracy: Fraction
+    top5_accuracy: Fraction = 0.0  # absent with up to 5 classes
     macro_f1: Fraction
     weighted_f1: Fraction
     samples: Annotated[Count, Field(ge=1)]
@@ -56,6 +58,8 @@ class Epoch(Schema):
     epoch: Annotated[Count, Field(ge=1)]
     resolution: Count
     train_loss: Real
+    train_accuracy: Fraction = 0.0  # absent if every batch was mixed
+    train_macro_f1: Fraction = 0.0
     lr: Finite
     seconds: Amount
     images_per_second: Amount

@@ -36,8 +36,10 @@ def main() -> int:
     with report_errors_on_main(), init_distributed(arguments.device) as world:
         metrics = evaluate_run(arguments.run, arguments.shards, world)
         if world.is_main_process:
+            top5 = f", top-5 accuracy {metrics['top5_accuracy']:.2%}" if "top5_accuracy" in metrics else ""
             print(
-                f"{metrics['dataset']}: accuracy {metrics['accuracy']:.2%}, macro F1 {metrics['macro_f1']:.2%}, "
+                f"{metrics['dataset']}: accuracy {metrics['accuracy']:.2%}{top5}, "
+                f"balanced accuracy {metrics['balanced_accuracy']:.2%}, macro F1 {metrics['macro_f1']:.2%}, "
                 f"weighted F1 {metrics['weighted_f1']:.2%} on {metrics['samples']:,} images"
             )
             if arguments.json:

@@ -31,6 +31,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.profiler import DataWait
 from trainer.runtime.signals import raise_if_signalled
 
+_TOP = 5  # classes of the top-5 accuracy
 _MAX_PENDING_LOGITS = 2**26  # 256 MB; with thousands of classes the logits of a split exceed the memory
 
 
@@ -72,6 +73,8 @@ class Evaluation:
     temperature: float
     calibrated_loss: float
     """Mean cross-entropy in nats, after temperature scaling."""
+    top5_accuracy: float | None
+    """Fraction of the samples whose class is among the 5 largest logits; None with up to 5 classes."""
     predictions: Predictions
     seconds: float
     wait_seconds: float
@@ -79,7 +82,8 @@ class Evaluation:
 
     def summary(self) -> dict[str, float | int]:
         """Return the metrics as `summary.json` holds them."""
-        return {**self.metrics.summary(), "loss": self.loss}
+        top5 = {} if self.top5_accuracy is None else {"top5_accuracy": self.top5_accuracy}
+        return {**self.metrics.summary(), **top5, "loss": self.loss}
 
     def calibration(self) -> dict[str, float]:
         """Return calibration error and cross-entropy before and after temperature scaling."""
@@ -131,18 +135,20 @@ def evaluate(
         calibrated = logits / temperature
         uncalibrated, predicted = logits.softmax(dim=1).max(dim=1)
         losses = (F.cross_entropy(each, labels.long(), reduction="none") for each in (logits, calibrated))
-        return predicted, calibrated.softmax(dim=1).amax(dim=1), uncalibrated, *losses
+        in_top5 = (logits.topk(min(_TOP, classes)).indices == labels[:, None]).any(dim=1)
+        return predicted, calibrated.softmax(dim=1).amax(dim=1), uncalibrated, in_top5, *losses
 
     outputs = map_logits(predict, model, loader, settings, world, signals_received)
     if outputs is None:
         return world.broadcast_object(None)  # rank 0 sends its evaluation
-    (rows, labels, predicted, confidence, uncalibrated, *losses), wait_seconds = outputs
+    (rows, labels, predicted, confidence, uncalibrated, in_top5, *losses), wait_seconds = outputs
     loss, calibrated_loss = (float(torch.from_numpy(each).double().mean()) for each in losses)
     evaluation = Evaluation(
         metrics=ClassificationMetrics.of(labels, predicted, classes),
         loss=loss,
         temperature=temperature,
         calibrated_loss=calibrated_loss,
+        top5_accuracy=float(in_top5.mean()) if classes > _TOP else None,
         predictions=Predictions(rows, labels, predicted, confidence, uncalibrated),
         seconds=time.perf_counter() - start,
         wait_seconds=wait_seconds,

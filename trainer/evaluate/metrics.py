@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 
@@ -51,6 +52,11 @@ class ClassificationMetrics:
         return _divide(2 * self.correct, self.support + self.predicted)
 
     @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall of the classes that have samples."""
+        return float(self.recall[self.support > 0].mean())
+
+    @property
     def macro_f1(self) -> float:
         """Mean F1 over the classes that have samples or predictions."""
         return float(self.f1[(self.support + self.predicted) > 0].mean())
@@ -62,7 +68,8 @@ class ClassificationMetrics:
 
     def summary(self) -> dict[str, float | int]:
         """Return the metrics as `summary.json` holds them."""
-        return {name: getattr(self, name) for name in ("accuracy", "macro_f1", "weighted_f1", "samples")}
+        names = ("accuracy", "balanced_accuracy", "macro_f1", "weighted_f1", "samples")
+        return {name: getattr(self, name) for name in names}
 
     def class_metrics(self, classes: Sequence[str]) -> list[dict[str, Any]]:
         """Return name, `samples`, `precision`, `recall` and `f1` of each class."""
@@ -71,6 +78,20 @@ class ClassificationMetrics:
             {"name": name} | {column: values[label].item() for column, values in columns.items()}
             for label, name in enumerate(classes)
         ]
+
+
+def count_classes_(counts: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> None:
+    """Add a batch to the fields of `ClassificationMetrics`, in place and without a synchronization with the device.
+
+    Args:
+        counts: int64 [3, C], rows `support`, `predicted` and `correct`; changed.
+        labels: int64 [n].
+        logits: [n, C].
+    """
+    predicted = logits.argmax(dim=1)
+    is_correct = (predicted == labels).long()
+    one = torch.ones_like(labels)
+    counts.scatter_add_(1, torch.stack([labels, predicted, labels]), torch.stack([one, one, is_correct]))
 
 
 def confusion_matrix(labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> NDArray[np.int64]:

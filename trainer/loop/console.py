@@ -83,9 +83,11 @@ def print_plan(training: Training) -> None:
 
 def print_epoch(record: dict[str, Any], settings: TrainerConfig, is_best: bool) -> None:
     """Print the record of an epoch in one line."""
-    validation = record.get("validation")
+    validation, has_metrics = record.get("validation"), "train_accuracy" in record
+    training = {"accuracy": record["train_accuracy"], "macro_f1": record["train_macro_f1"]} if has_metrics else None
     print(
         f"{epoch_name(record['epoch'], settings.fixed_epochs)}  loss {record['train_loss']:.4f}"
+        f"{f'  training {_metrics(training)}' if training else ''}"
         f"{f'  validation {_metrics(validation)}' if validation else ''}  lr {record['lr']:.2e}  "
         f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait_share']:.1%}  "
         f"{duration(record['seconds'])}{'  best' if is_best and validation else ''}",
@@ -95,7 +97,11 @@ def print_epoch(record: dict[str, Any], settings: TrainerConfig, is_best: bool) 
 
 def print_summary(summary: dict[str, Any], run_dir: RunDirectory) -> None:
     """Print the metrics of `summary.json`."""
-    print(f"test        {_metrics(summary)}  weighted F1 {summary['weighted_f1']:.2%}  ({summary['samples']:,} images)")
+    top5 = f"  top-5 accuracy {summary['top5_accuracy']:.2%}" if "top5_accuracy" in summary else ""
+    print(
+        f"test        {_metrics(summary)}  weighted F1 {summary['weighted_f1']:.2%}  "
+        f"balanced accuracy {summary['balanced_accuracy']:.2%}{top5}  ({summary['samples']:,} images)"
+    )
     calibration = summary["calibration"]
     before = f" ({calibration['ece_before']:.2%} before temperature scaling, T = {calibration['temperature']:.2f})"
     print(f"calibration error {calibration['ece']:.2%}{before if calibration['temperature'] != 1 else ''}")

@@ -21,6 +21,7 @@ from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.evaluate.evaluator import Evaluation, evaluate, predict_logits
 from trainer.evaluate.logit_adjustment import fit_posthoc, limit_samples
+from trainer.evaluate.metrics import ClassificationMetrics, count_classes_
 from trainer.loop import console
 from trainer.loop.epoch_meter import EpochMeter
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
@@ -186,7 +187,7 @@ def forward_backward(
 ) -> torch.Tensor:
     """Add the gradients of one batch; see `train_step`."""
     config, world, epoch = training.config, training.world, training.state.epoch
-    images, targets = mix_batch(
+    images, targets, is_mixed = mix_batch(
         config, epoch, batch.step, world.rank, batch.images, batch.labels, len(training.data.classes)
     )
     training.profile.mark("mixing")
@@ -200,6 +201,11 @@ def forward_backward(
         loss = compute_loss(
             logits, targets, images, training.logit_adjustment, training.class_weights, training.teacher
         )
+        if not is_mixed:
+            predicted = (
+                logits.detach() if training.decision_offsets is None else logits.detach() - training.decision_offsets
+            )
+            count_classes_(training.class_counts, batch.labels, predicted)
         training.profile.mark("forward")
         # The mean over the global batch. DDP averages over ranks, whose slices differ in size, hence the factor.
         training.state.scaler.scale(loss * (world.size / (batch.global_size * accumulation_steps))).backward()
@@ -209,7 +215,7 @@ def forward_backward(
 
 def mix_batch(
     config: Config, epoch: int, step: int, rank: int, images: torch.Tensor, labels: torch.Tensor, classes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Seed the step, smooth the labels, and apply mixup or CutMix.
 
     Args:
@@ -222,12 +228,12 @@ def mix_batch(
         classes: Number of classes C.
 
     Returns:
-        The images in the memory format of the model, and targets float32 [n, C].
+        The images in the memory format of the model, targets float32 [n, C], and whether they were mixed.
     """
     rng = seed_step(config.seed, epoch, step, rank)
-    targets = soft_targets(labels, classes, config.loss.label_smoothing)
-    images, targets = apply_mixup_cutmix(images, targets, config.mixup.at(epoch, config.trainer.epochs), rng)
-    return to_memory_format(images, config.trainer), targets
+    smooth = soft_targets(labels, classes, config.loss.label_smoothing)
+    images, targets = apply_mixup_cutmix(images, smooth, config.mixup.at(epoch, config.trainer.epochs), rng)
+    return to_memory_format(images, config.trainer), targets, targets is not smooth
 
 
 def compute_loss(
@@ -285,6 +291,7 @@ def _end_epoch(training: Training, services: RunServices) -> None:
         "epoch": state.epoch + 1,
         "resolution": training.data.train.stage_at(state.epoch).resolution,
         "train_loss": totals.loss / max(totals.samples, 1),
+        **_train_metrics(state.class_counts),
         "lr": state.lr,
         "seconds": totals.seconds,
         "images_per_second": totals.images_per_second,
@@ -314,12 +321,19 @@ def _end_epoch(training: Training, services: RunServices) -> None:
     state.step = 0
     state.total = state.total + totals
     state.epoch_totals, state.rank_losses = Totals(), []
+    state.class_counts = torch.zeros_like(state.class_counts)
     if world.is_main_process:
         services.checkpointer.save(training.checkpoint(), training.trained_model() if is_best else None)
         for logger in services.loggers:
             logger.log_epoch(record)
         console.print_epoch(record, config.trainer, is_best)
     training.profile.mark("end of epoch")
+
+
+def _train_metrics(class_counts: torch.Tensor) -> dict[str, float]:
+    """Return accuracy and macro F1 of an epoch's predictions; nothing if every batch was mixed."""
+    metrics = ClassificationMetrics(*class_counts.numpy())
+    return {"train_accuracy": metrics.accuracy, "train_macro_f1": metrics.macro_f1} if metrics.samples else {}
 
 
 def evaluate_best(training: Training, services: RunServices) -> Evaluation:

@@ -13,7 +13,7 @@ from trainer.runtime.progress import Progress
 
 
 class EpochMeter:
-    """Sums loss, samples and seconds over the steps of an epoch, and displays progress on rank 0.
+    """Sums loss, samples, counts of predictions and seconds over an epoch, and displays progress on rank 0.
 
     Each rank continues its own sum across a stop, so a resumed epoch has the loss of an uninterrupted one.
     """
@@ -28,6 +28,9 @@ class EpochMeter:
         else:
             loss = state.epoch_totals.loss if world.is_main_process else 0.0
         self._loss = torch.tensor(loss, dtype=torch.float64, device=world.device)
+        training.class_counts.zero_()
+        if world.is_main_process:
+            training.class_counts.copy_(state.class_counts)
         steps, pixels = train.steps(state.epoch), train.stage_at(state.epoch).resolution ** 2
         later = sum(train.stage_at(epoch).resolution ** 2 for epoch in range(state.epoch + 1, settings.epochs))
         self._progress = Progress(
@@ -60,8 +63,10 @@ class EpochMeter:
 
     def commit(self) -> None:
         """Store the totals in the training state. Synchronizes with the device, so that the seconds are correct."""
-        state = self._training.state
-        state.rank_losses = self._training.world.all_gather(lambda: float(self._loss))
+        training, state = self._training, self._training.state
+        ranks = training.world.all_gather(lambda: (float(self._loss), training.class_counts.cpu()))
+        state.rank_losses = [loss for loss, _ in ranks]
+        state.class_counts = torch.stack([counts for _, counts in ranks]).sum(dim=0)
         self._here.seconds = time.perf_counter() - self._start
         self._wait.update()
         self._here.wait_seconds = self._wait.seconds

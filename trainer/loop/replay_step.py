@@ -56,7 +56,7 @@ def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple
     for name, module in model.named_modules():
         if not list(module.children()):
             module.register_forward_hook(functools.partial(check_output, name))
-    images, targets = mix_batch(
+    images, targets, _ = mix_batch(
         config, state["epoch"], state["step"], rank, batch["images"], batch["labels"], len(classes)
     )
     check("images", images)

@@ -128,6 +128,8 @@ def _check_restored(training: Training) -> None:
         raise ValueError(f"window {window}")
     if not all(isinstance(loss, float) for loss in state.rank_losses):
         raise ValueError("rank_losses are no numbers")
+    if state.class_counts.dtype != torch.int64:
+        raise ValueError("class_counts are no counts")
     updates = _count_updates(training)
     ends_by_clock = training.config.trainer.minutes is not None  # within an epoch
     if not 0 <= state.step <= train.steps(state.epoch) or not (

@@ -38,7 +38,7 @@ _NO_BUFFER_SYNC: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
 }
 # Fields of TrainState that a checkpoint holds unchanged.
-_PLAIN = ("epoch", "step", "updates", "rank_losses", "history", "best", "best_epoch", "lr")
+_PLAIN = ("epoch", "step", "updates", "rank_losses", "class_counts", "history", "best", "best_epoch", "lr")
 
 
 @dataclass
@@ -72,6 +72,8 @@ class TrainState:
     learning_rate: LRSchedule
     ema: ModelEma | None
     scaler: torch.amp.GradScaler
+    class_counts: torch.Tensor
+    """Sum of `Training.class_counts` over the ranks, on the CPU: the current epoch up to the last checkpoint."""
     epoch: int = 0
     step: int = 0
     """Steps of epoch `epoch` that are done; both count from 0."""
@@ -151,9 +153,13 @@ class Training:
     """float32 [C]."""
     logit_adjustment: torch.Tensor
     """float32 [C], added to the logits in training (`loss.logit_adjustment`)."""
+    decision_offsets: torch.Tensor | None
+    """float32 [C] on the device, subtracted from the logits to count predictions; None for zeros."""
     log_class_weights: NDArray[np.float32]
     """[C], log of the class weights that `posthoc.tau` undoes."""
     teacher: DistillationTeacher | None
+    class_counts: torch.Tensor
+    """int64 [3, C], counts of this rank's predictions for images that are not mixed, of the current epoch."""
     profile: Profile
     posthoc: PosthocCalibration | None = None
     """Fitted to the best weights before the test; None without a validation split."""
@@ -294,8 +300,9 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         learning_rate=LRSchedule(optimizer, config, updates),
         ema=ModelEma(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
         scaler=make_grad_scaler(config.trainer, world.device),
+        class_counts=torch.zeros(3, len(data.classes), dtype=torch.int64),
     )
-    return Training(
+    training = Training(
         state=state,
         config=config,
         world=world,
@@ -307,5 +314,10 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         teacher=DistillationTeacher(config, data.classes, data.spec.mean, data.spec.std, world.device)
         if config.distillation.teacher
         else None,
+        class_counts=state.class_counts.to(world.device, copy=True),
+        decision_offsets=None,
         profile=profile,
     )
+    if training.tau:
+        training.decision_offsets = torch.from_numpy(training.offsets).to(world.device)
+    return training

@@ -20,6 +20,8 @@ from trainer.report.svg import MAX_SERIES, Line
 # Name, path in summary.json, format, and whether higher (1) or lower (-1) is better.
 _METRICS = [
     ("test accuracy", "accuracy", "{:.2%}", 1),
+    ("test top-5 accuracy", "top5_accuracy", "{:.2%}", 1),
+    ("test balanced accuracy", "balanced_accuracy", "{:.2%}", 1),
     ("test macro F1", "macro_f1", "{:.2%}", 1),
     ("test weighted F1", "weighted_f1", "{:.2%}", 1),
     ("calibration error", "calibration.ece", "{:.2%}", -1),

@@ -23,8 +23,10 @@ class _Curve(NamedTuple):
 _CURVES = {
     "training loss": _Curve("train_loss", title="Loss"),
     "validation cross-entropy": _Curve("validation.loss", title="Loss"),
-    "validation accuracy": _Curve("validation.accuracy", True, title="Validation"),
-    "validation macro F1": _Curve("validation.macro_f1", True, title="Validation"),
+    "validation accuracy": _Curve("validation.accuracy", True, title="Accuracy"),
+    "training accuracy": _Curve("train_accuracy", True, title="Accuracy"),
+    "validation macro F1": _Curve("validation.macro_f1", True, title="Macro F1"),
+    "training macro F1": _Curve("train_macro_f1", True, title="Macro F1"),
     "learning rate": _Curve("lr"),
     "training images/s": _Curve("images_per_second", from_zero=True),
     "data wait, fraction of the step": _Curve("data_wait_share", True, True),

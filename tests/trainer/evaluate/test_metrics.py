@@ -6,12 +6,19 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+)
 
-from trainer.evaluate.metrics import ClassificationMetrics, most_confused
+from trainer.evaluate.metrics import ClassificationMetrics, count_classes_, most_confused
 from trainer.evaluate.metrics import confusion_matrix as dense_matrix
 
 Pairs = tuple[int, list[tuple[int, int]]]
@@ -30,7 +37,7 @@ def columns(pairs: list[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np
     return array[:, 0], array[:, 1]
 
 
-@pytest.mark.filterwarnings("ignore:A single label was found")
+@pytest.mark.filterwarnings("ignore:A single label was found", "ignore:y_pred contains classes not in y_true")
 @given(labels_and_predictions())
 def test_figures_are_those_of_scikit_learn(made: Pairs) -> None:
     classes, pairs = made
@@ -47,8 +54,10 @@ def test_figures_are_those_of_scikit_learn(made: Pairs) -> None:
     assert np.array_equal(confusion.support, support)
     assert confusion.macro_f1 == pytest.approx(f1_score(true, said, average="macro", zero_division=0))
     assert confusion.weighted_f1 == pytest.approx(f1_score(true, said, average="weighted", zero_division=0))
+    assert confusion.balanced_accuracy == pytest.approx(balanced_accuracy_score(true, said))
     assert confusion.summary() == {
         "accuracy": confusion.accuracy,
+        "balanced_accuracy": confusion.balanced_accuracy,
         "macro_f1": confusion.macro_f1,
         "weighted_f1": confusion.weighted_f1,
         "samples": len(pairs),
@@ -67,6 +76,18 @@ def test_metrics_equal_those_of_a_dense_matrix_bit_for_bit(made: Pairs) -> None:
     assert np.array_equal(metrics.f1, f1)
     assert metrics.macro_f1 == f1[(support + predicted) > 0].mean()
     assert metrics.weighted_f1 == (f1 * support).sum() / support.sum()
+
+
+@given(labels_and_predictions(), labels_and_predictions())
+def test_batches_are_counted_on_the_device(first: Pairs, second: Pairs) -> None:
+    classes = max(first[0], second[0])
+    counts = torch.zeros(3, classes, dtype=torch.int64)
+    for _, pairs in (first, second):
+        labels, predicted = map(torch.from_numpy, columns(pairs))
+        logits = torch.eye(classes)[predicted]
+        count_classes_(counts, labels, logits)
+    expected = ClassificationMetrics.of(*columns(first[1] + second[1]), classes)
+    assert all(map(np.array_equal, counts.numpy(), vars(expected).values()))
 
 
 def test_a_million_classes_take_a_few_arrays_of_that_length() -> None:
