@@ -14,7 +14,10 @@ import torch.nn.functional as F
 import yaml
 from conftest import free_port, run_module
 from numpy.typing import NDArray
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
+from shards import open_split
+from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate import evaluator
 from trainer.evaluate.calibration import calibration_error, fit_temperature, reliability
 from trainer.evaluate.evaluator import evaluate_run
@@ -191,6 +194,19 @@ def test_evaluating_again_gives_the_same(run: Path, digits_set: Path) -> None:
     alone = World(rank=0, size=1, device=torch.device("cpu"))
     found = evaluate_run(run, str(digits_set), alone)
     assert found["calibration"] == json.loads((run / "summary.json").read_text())["calibration"]
+
+
+def test_top_5_and_balanced_accuracy_are_those_of_scikit_learn(run: Path, digits_set: Path) -> None:
+    alone = World(rank=0, size=1, device=torch.device("cpu"))
+    found, trained = evaluate_run(run, str(digits_set), alone), load_trained_model(run)
+    loader = evaluator.loader_for(open_split(digits_set, "test"), trained, alone)
+    outputs = evaluator.predict_logits(trained.build_model(alone.device), loader, trained.config.trainer, alone)
+    assert outputs is not None
+    decided = (outputs.logits - trained.offsets).argmax(axis=1)
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(outputs.labels, decided))
+    top5 = top_k_accuracy_score(outputs.labels, outputs.logits - trained.offsets, k=5)
+    assert found["accuracy"] < found["top5_accuracy"] == pytest.approx(top5)
+    assert json.loads((run / "summary.json").read_text())["top5_accuracy"] == found["top5_accuracy"]
 
 
 def test_the_metrics_do_not_depend_on_how_many_logits_are_in_memory(

@@ -43,6 +43,7 @@ VARIANTS = {
     "inverse": ("loss.class_weights=inverse",),
     "effective": ("loss.class_weights=effective",),
     "accumulation": ("optim.grad_accumulation=2",),
+    "tau": ("mixup.prob=0", "posthoc.tau=1"),
     "fp32": ("trainer.precision=fp32", "trainer.channels_last=false"),
     "fp16": ("trainer.precision=fp16", "optim.grad_accumulation=2"),
     "fp16 lion": ("trainer.precision=fp16", "optim.name=lion"),
