@@ -21,12 +21,17 @@ class Preprocessing:
             expect a bright foreground.
         opening_radius: Radius in pixels of a morphological opening; 0 for none.
         crop_to_foreground: Margin of the crop around the foreground, as a fraction of its side; None for no crop.
+        foreground_opening_radius: Radius in pixels of an opening before the foreground is located. The image itself is
+            not opened.
+        dilation_radius: Radius in pixels of a morphological dilation; 0 for none.
         equalize: Whether to equalize the histogram of each channel.
     """
 
     invert: bool | Literal["auto"] = False
     opening_radius: int = 0
     crop_to_foreground: float | None = None
+    foreground_opening_radius: int = 0
+    dilation_radius: int = 0
     equalize: bool = False
 
     @property
@@ -39,7 +44,7 @@ class Preprocessing:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Apply the steps to uint8 [B, H, W, C] on any device; the input is not changed."""
         from pipeline.transforms.ops.foreground import crop_to_foreground, equalize
-        from pipeline.transforms.ops.morphology import morphological_opening
+        from pipeline.transforms.ops.morphology import dilate, morphological_opening
 
         if self.invert == "auto":
             images = images ^ _bright_border(images).to(images.dtype).mul_(255).view(-1, 1, 1, 1)
@@ -48,7 +53,8 @@ class Preprocessing:
         if self.opening_radius:
             images = morphological_opening(images, self.opening_radius)
         if self.crop_to_foreground is not None:
-            images = crop_to_foreground(images, self.crop_to_foreground)
+            images = crop_to_foreground(images, self.crop_to_foreground, self.foreground_opening_radius)
+        images = dilate(images, self.dilation_radius)
         return equalize(images) if self.equalize else images
 
 

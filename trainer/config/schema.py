@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,6 +81,12 @@ class DataConfig(BaseConfig):
     """Radius in raw pixels of a morphological opening, which removes bright specks; 0 for none."""
     crop_to_foreground: Annotated[float, Field(ge=0, le=1)] | None = None
     """Margin of a square crop around the bright foreground, as a fraction of the square's side; null for no crop."""
+    foreground_opening_radius: Annotated[int, Field(ge=0, le=16)] = 0
+    """Radius in raw pixels of an opening before crop_to_foreground locates the foreground, so that specks do not count;
+    the image itself is not opened."""
+    dilation_radius: Annotated[int, Field(ge=0, le=16)] = 0
+    """Radius in raw pixels of a morphological dilation of all images, which makes bright strokes thicker; 0 for none.
+    It follows the crop."""
     equalize: bool = False
     """Equalize the histogram of each channel of each raw image."""
     normalize: Literal["dataset", "half"] = "dataset"
@@ -93,7 +100,7 @@ class DataConfig(BaseConfig):
 
     def preprocessing(self) -> Preprocessing:
         """Return the deterministic preprocessing of raw images, the same in training and evaluation."""
-        return Preprocessing(self.invert, self.opening_radius, self.crop_to_foreground, self.equalize)
+        return Preprocessing(**{field.name: getattr(self, field.name) for field in fields(Preprocessing)})
 
     @property
     def final_resolution(self) -> int:
@@ -367,12 +374,14 @@ class Config(BaseConfig):
         has_stages = not isinstance(self.data.resolution, int)
         by_schedule, by_model = f"schedule.name={schedule.name}", f"model.name={model.name}"
         warps = self.augment.augmentation().has_warp
+        crops = self.data.crop_to_foreground is not None
         distills = self.distillation.teacher is not None
         rules: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
             (is_plateau, by_schedule, ("schedule.factor", "schedule.patience")),
             (not is_plateau, by_schedule, ("schedule.warmup",)),
             (is_plateau or is_cosine, by_schedule, ("schedule.min_lr",)),
             (schedule.name == "warm_restarts", by_schedule, ("schedule.cycle_epochs", "schedule.cycle_mult")),
+            (crops, "data.crop_to_foreground=null", ("data.foreground_opening_radius",)),
             (has_stages, "a single data.resolution", ("loader.scale_batch_with_resolution",)),
             (is_sgd, f"optim.name={self.optim.name}", ("optim.momentum",)),
             (self.loss.class_weights == "effective", "another loss.class_weights", ("loss.effective_beta",)),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 import torch.nn.functional as F
 
+from pipeline.transforms.preprocess import Preprocessing
 from shards.errors import UserError
 from trainer.checkpoint.io import BEST
 from trainer.checkpoint.trained_model import TrainedModel
@@ -13,7 +16,7 @@ from trainer.models.precision import autocast, to_memory_format
 from trainer.optim.losses import weighted_kl
 
 _OTHER_DATA = "use a run on the same data set; model.init_checkpoint takes the weights of another"
-_OTHER_PREPROCESSING = "set data.invert, data.opening_radius, data.crop_to_foreground and data.equalize as in that run"
+_OTHER_PREPROCESSING = "set " + ", ".join(f"data.{field.name}" for field in fields(Preprocessing)) + " as in that run"
 
 
 class DistillationTeacher:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.transforms.ops.morphology import morphological_opening
+
 
 def histograms(images: torch.Tensor) -> torch.Tensor:
     """Count the 256 values of each image.
@@ -80,7 +82,7 @@ def contour_mask(mask: torch.Tensor) -> torch.Tensor:
     return edge & mask
 
 
-def crop_to_foreground(images: torch.Tensor, margin: float) -> torch.Tensor:
+def crop_to_foreground(images: torch.Tensor, margin: float, opening_radius: int = 0) -> torch.Tensor:
     """Crop the smallest square around the foreground and resize it to the image's size.
 
     Interpolation is linear; positions outside the image take the border pixel. An image without foreground is not
@@ -89,9 +91,11 @@ def crop_to_foreground(images: torch.Tensor, margin: float) -> torch.Tensor:
     Args:
         images: uint8 [B, H, W, C].
         margin: Added on each side, as a fraction of the square's side.
+        opening_radius: Radius in pixels of a morphological opening before the foreground is located, so that specks do
+            not count. The result is cropped from the image without it.
     """
     height, width = images.shape[1:3]
-    mask = foreground_mask(images)
+    mask = foreground_mask(morphological_opening(images, opening_radius))
     has_foreground = mask.any(dim=2).any(dim=1)
     starts, lengths = zip(*(_extent(mask.any(dim=axis), has_foreground) for axis in (2, 1)), strict=True)
     side = torch.maximum(*lengths) * (1 + 2 * margin)

@@ -13,25 +13,21 @@ import torch
 _BITS = 7  # of the fixed-point weight of a dilation; its product with a difference of pixels fits into int16
 
 
-def dilate(images: torch.Tensor) -> torch.Tensor:
-    """Return the maximum of each pixel and its four neighbours."""
-    largest = images.clone()
-    for axis in (1, 2):
-        later, earlier = (slice(None),) * axis + (slice(1, None),), (slice(None),) * axis + (slice(None, -1),)
-        for here, neighbour in ((later, earlier), (earlier, later)):
-            torch.maximum(largest[here], images[neighbour], out=largest[here])
-    return largest
+def dilate(images: torch.Tensor, radius: int = 1) -> torch.Tensor:
+    """Return the maximum over a diamond of this radius in pixels: with 1, of each pixel and its four neighbours."""
+    for _ in range(radius):
+        largest = images.clone()
+        for axis in (1, 2):
+            later, earlier = (slice(None),) * axis + (slice(1, None),), (slice(None),) * axis + (slice(None, -1),)
+            for here, neighbour in ((later, earlier), (earlier, later)):
+                torch.maximum(largest[here], images[neighbour], out=largest[here])
+        images = largest
+    return images
 
 
 def morphological_opening(images: torch.Tensor, radius: int) -> torch.Tensor:
     """Erode and then dilate by a diamond of this radius in pixels; bright specks smaller than it disappear."""
-    images = ~images
-    for _ in range(radius):
-        images = dilate(images)
-    images = ~images
-    for _ in range(radius):
-        images = dilate(images)
-    return images
+    return dilate(~dilate(~images, radius), radius)
 
 
 def change_stroke_width(images: torch.Tensor, amounts: torch.Tensor, max_amount: float) -> torch.Tensor:

@@ -80,6 +80,8 @@ def test_opens_as_scipy_does(images: NDArray[np.uint8], device: torch.device, ra
     for ours, plane in zip(planes(prepared(images, device, opening_radius=radius)), planes(images), strict=True):
         eroded = ndimage.minimum_filter(plane, footprint=diamond, mode="constant", cval=255)
         assert np.array_equal(ours, ndimage.maximum_filter(eroded, footprint=diamond, mode="constant", cval=0))
+        dilated = prepared(plane[None, :, :, None], device, dilation_radius=radius)[0, :, :, 0]
+        assert np.array_equal(dilated, ndimage.maximum_filter(plane, footprint=diamond, mode="constant", cval=0))
     assert torch.equal(morphological_opening(torch.from_numpy(images), 0), torch.from_numpy(images))
 
 
@@ -131,16 +133,21 @@ def test_equalised_emnist_has_the_moments_that_are_known(shared_data: Path) -> N
     assert float(found.std()) == pytest.approx(0.285, abs=0.003)
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.2])
-def test_crops_to_the_ink(images: NDArray[np.uint8], device: torch.device, margin: float) -> None:
-    ours = prepared(images, device, crop_to_foreground=margin)
-    found = foreground_mask(torch.from_numpy(images)).numpy()
-    for image, result, marked in zip(images, ours, found, strict=True):
-        gray = image[..., 0] if image.shape[2] == 1 else image.astype(np.float32).mean(axis=2).round().astype(np.uint8)
+@pytest.mark.parametrize(("margin", "opening"), [(0.0, 0), (0.2, 0), (0.0, 1)])
+def test_crops_to_the_ink(images: NDArray[np.uint8], device: torch.device, margin: float, opening: int) -> None:
+    """With an opening, the ink is located in the opened image, and cropped from the image itself."""
+    images[:, 1, 1] = 255  # a speck in a corner, which the opening ignores
+    ours = prepared(images, device, crop_to_foreground=margin, foreground_opening_radius=opening)
+    sought = prepared(images, device, opening_radius=opening)
+    assert opening == 0 or not np.array_equal(ours, prepared(images, device, crop_to_foreground=margin))
+    found = foreground_mask(torch.from_numpy(sought)).numpy()
+    for image, opened, result, marked in zip(images, sought, ours, found, strict=True):
+        gray = opened.astype(np.float32).mean(axis=2).round().astype(np.uint8)
         assert np.array_equal(marked, reference.otsu(gray))
         for plane, cropped in zip(planes(image[None]), planes(result[None]), strict=True):
             assert np.abs(cropped - reference.cropped(plane, marked, margin)).max() <= 0.5 + 1e-3
-    assert np.array_equal(ours[-2], images[-2]), "without ink"
+    if opening:
+        assert np.array_equal(ours[-2], images[-2]), "without ink"
 
 
 def test_the_contour_is_what_erosion_takes_away(images: NDArray[np.uint8]) -> None:
@@ -150,8 +157,10 @@ def test_the_contour_is_what_erosion_takes_away(images: NDArray[np.uint8]) -> No
 
 
 def test_steps_follow_one_another(images: NDArray[np.uint8], device: torch.device) -> None:
-    together = prepared(255 - images, device, invert="auto", opening_radius=1, crop_to_foreground=0.1, equalize=True)
-    for step in ({"invert": "auto"}, {"opening_radius": 1}, {"crop_to_foreground": 0.1}, {"equalize": True}):
+    crop = {"crop_to_foreground": 0.1, "foreground_opening_radius": 1}
+    rest = {"opening_radius": 1} | crop | {"dilation_radius": 1, "equalize": True}
+    together = prepared(255 - images, device, invert="auto", **rest)
+    for step in ({"invert": "auto"}, {"opening_radius": 1}, crop, {"dilation_radius": 1}, {"equalize": True}):
         images = prepared(255 - images if "invert" in step else images, device, **step)
     assert np.array_equal(together, images)
 
@@ -161,7 +170,7 @@ def test_steps_follow_one_another(images: NDArray[np.uint8], device: torch.devic
 def test_graphs_prepare_before_they_resize(
     images: NDArray[np.uint8], device: torch.device, backend: str, transposed: bool
 ) -> None:
-    steps = Preprocessing(invert=True, opening_radius=1, crop_to_foreground=0.1, equalize=True)
+    steps = Preprocessing(True, 0, 0.1, foreground_opening_radius=1, dilation_radius=1, equalize=True)
     channels = images.shape[3]
     plain = TransformSpec(images.shape[1:], transposed, 40, "linear", (0.0,) * channels, (1.0,) * channels)
     whole = TransformSpec(plain.image_shape, transposed, 40, "linear", plain.mean, plain.std, steps)

@@ -25,7 +25,7 @@ AUGMENTATIONS = {
 }
 PREPROCESSING = {
     "none": NO_PREPROCESSING,
-    "all": Preprocessing(invert="auto", opening_radius=2, crop_to_foreground=0.1, equalize=True),
+    "all": Preprocessing("auto", 2, 0.1, foreground_opening_radius=1, dilation_radius=1, equalize=True),
     "invert": Preprocessing(invert=True),
 }
 COUNT = 6

@@ -286,7 +286,7 @@ def test_what_is_done_to_raw_images_is_within_the_graph() -> None:
     """To the bit: all that is done to bytes, for images with ink, without, and of a single value."""
     shape, preparation = (
         (20, 16, 3),
-        Preprocessing(invert="auto", opening_radius=1, crop_to_foreground=0.1, equalize=True),
+        Preprocessing("auto", 1, 0.1, foreground_opening_radius=1, dilation_radius=1, equalize=True),
     )
     images = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
     images[1], images[2, 4:] = 200, 0
