@@ -128,13 +128,15 @@ class Loader:
         """Compute the batches of several steps in one call of the transform."""
         store = self._store
         samples = steps[0].samples if len(steps) == 1 else np.concatenate([step.samples for step in steps])
-        params = [step.params for step in steps if step.params is not None]
-        arrays = self._transform.op_params(AugmentationParams.concatenate(params) if params else None)
+        drawn = [step.params for step in steps if step.params is not None]
+        params = AugmentationParams.concatenate(drawn) if drawn else None
+        # Image files are cropped by their sizes, which the transform reads from them on the host.
+        arrays = {} if store.manifest.encoded else self._transform.op_params(params)
         arrays |= {"labels": store.labels.take(samples), "source_index": store.rows.take(samples)}
         images, on_device = self._source.load(samples, arrays)
         labels, source_index = on_device.pop("labels"), on_device.pop("source_index")
         try:
-            model_input = self._transform(images, on_device)
+            model_input = self._transform(images, params if store.manifest.encoded else on_device)
         except UndecodableImage as error:
             raise undecodable_image_error(store, int(samples[error.position]), error.reason) from None
         sizes = [len(step.samples) for step in steps]

@@ -53,6 +53,10 @@ class ShuffledBatchSampler:
     by a uniform fraction of the window. The window slides: every batch adds as many samples as it removes, each block
     is read once per epoch, and the whole window never has to be read at once.
 
+    With repeated augmentation (Hoffer et al. 2020, https://arxiv.org/abs/1901.09335), each sample of the order fills
+    several consecutive positions, with an augmentation of its own at each. The number of batches stays the same, so an
+    epoch uses the first part of its order.
+
     Attributes:
         samples: int64 [N], positions of the samples of an epoch in the store.
         batch_size: Maximum number of samples of a global batch.
@@ -61,6 +65,7 @@ class ShuffledBatchSampler:
         shuffle_window_blocks: Blocks from which samples are drawn at a time; None for a uniform permutation.
         augmentation: Augmentation whose parameters are sampled; None for none.
         left_out_offset: Position in the permutation at which epoch 0 starts to leave samples out.
+        repeats: Consecutive positions of each sample.
     """
 
     samples: NDArray[np.int64]
@@ -70,6 +75,7 @@ class ShuffledBatchSampler:
     shuffle_window_blocks: int | None = None
     augmentation: Augmentation | None = None
     left_out_offset: int = 0
+    repeats: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,15 +120,15 @@ class ShuffledBatchSampler:
         if self.shuffle_window_blocks is None:
             order = IndexPermutation(steps * size, self.seed, epoch)
         else:
-            windowed = self.epoch_order(epoch).reshape(steps, size)
+            windowed = self.epoch_order(epoch)
         at_once = max(1, _INDICES_AT_ONCE // max(1, local.stop - local.start))
         for start in range(first, steps, at_once):
             numbers = np.arange(start, min(start + at_once, steps))
+            positions = (numbers[:, None] * size + np.arange(local.start, local.stop)) // self.repeats
             if self.shuffle_window_blocks is None:
-                positions = numbers[:, None] * size + np.arange(local.start, local.stop)
                 batches = self._kept(epoch, order[positions.reshape(-1)]).reshape(positions.shape)
             else:
-                batches = windowed[start : start + at_once, local]
+                batches = windowed[positions]
             for step, batch in zip(numbers.tolist(), batches, strict=True):
                 params = self.augmentation.sample_params(self.seed, epoch, step, local) if self.augmentation else None
                 yield BatchIndices(step, batch, size, params)

@@ -13,6 +13,7 @@ PARTITION_STREAM = 1 << 63
 BLOCK_STREAM = 1 << 61  # plus the epoch: the order of blocks if samples are shuffled within a window of blocks
 AUGMENTATION_STREAM = 1 << 60  # plus the epoch times 2^32, plus the step
 ELASTIC_STREAM = 1 << 59  # likewise
+POLICY_STREAM = 1 << 57  # likewise: further numbers of the augmentation
 LEFT_OUT_STREAM = 1 << 58  # the order in which epochs leave samples out
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.rng import AUGMENTATION_STREAM, ELASTIC_STREAM, random_keys
+from pipeline.common.rng import AUGMENTATION_STREAM, ELASTIC_STREAM, POLICY_STREAM, random_keys
 
 
 class ParamIndex(IntEnum):
@@ -40,11 +40,14 @@ class ParamIndex(IntEnum):
     ERASE_ASPECT = auto()
     ERASE_X = auto()
     ERASE_Y = auto()
+    VERTICAL_FLIP = auto()
 
 
-_NUMBERS = 20  # random numbers of an image: a multiple of four, with two in reserve
+_NUMBERS = 20  # random numbers of an image: a multiple of four, with one in reserve
+_CROP_TRIALS = 10  # boxes drawn for a random-resized crop, of which the first that fits is taken, as in torchvision
 NOISE_RANGE = np.float32(math.sqrt(12))  # of a uniform number with std 1
 _MAX_ASPECT = 10 / 3  # of erased boxes (Zhong et al. 2017)
+_MAX_CROP_ASPECT = 4 / 3  # of random-resized crops (Szegedy et al. 2015)
 
 # RGB to luminance and two chrominance axes (YIQ, NTSC 1953).
 _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
@@ -55,7 +58,8 @@ class AugmentationParams:
     """Random parameters of each image of a batch.
 
     Attributes:
-        uniform: float64 [B, 20], uniform in 0 .. 1; see `ParamIndex`.
+        uniform: float64 [B, 20 + N], uniform in 0 .. 1; see `ParamIndex`. The last N are those of
+            `Augmentation.auto_augment` and `Augmentation.random_resized_crop`.
         noise_keys: uint64 [B, 3], seed, stream and block of the generator from which the noise of the elastic
             distortion starts.
         noise_grid_size: Noise points K along an axis; 0 without elastic distortion.
@@ -110,8 +114,8 @@ class Augmentation:
     """Strength of each random change of training images. The default changes nothing.
 
     Angles are in degrees. Lengths are fractions of the image's side, except `stroke` and `crop_padding`, which are in
-    raw pixels. Each amount is drawn uniformly between minus and plus the attribute's value, for each image. `flip` and
-    `erase` are probabilities. The settings `augment.*` document each attribute.
+    raw pixels. Each amount is drawn uniformly between minus and plus the attribute's value, for each image. `flip`,
+    `vertical_flip` and `erase` are probabilities. The settings `augment.*` document each attribute.
     """
 
     rotation: float = 0.0
@@ -119,7 +123,9 @@ class Augmentation:
     translation: float = 0.0
     scale: float = 0.0
     flip: float = 0.0
+    vertical_flip: float = 0.0
     crop_padding: int = 0
+    random_resized_crop: tuple[float, float] | None = None
     elastic: float = 0.0
     elastic_sigma: float = 0.14
     fill: Literal["border"] | int = "border"
@@ -133,16 +139,20 @@ class Augmentation:
     erase_area_max: float = 0.2
     erase_at: Literal["anywhere", "contour"] = "anywhere"
     erase_value: int = 0
+    auto_augment: Literal["none", "trivial_augment", "rand_augment"] = "none"
+    rand_augment_ops: int = 2
+    rand_augment_magnitude: int = 9
 
     def __bool__(self) -> bool:
         """Whether any image is changed."""
-        return self.has_warp or self.has_color_jitter or self.stroke > 0 or self.erase > 0
+        changes = (self.random_resized_crop, self.stroke, self.erase, self.auto_augment_rounds)
+        return self.has_warp or self.has_color_jitter or any(changes)
 
     @property
     def has_warp(self) -> bool:
         """Whether pixels are moved."""
-        amounts = (self.rotation, self.shear, self.translation, self.scale, self.flip, self.crop_padding, self.elastic)
-        return any(amounts)
+        amounts = (self.rotation, self.shear, self.translation, self.scale, self.crop_padding, self.elastic)
+        return any((*amounts, self.flip, self.vertical_flip))
 
     @property
     def has_color_jitter(self) -> bool:
@@ -155,7 +165,12 @@ class Augmentation:
         With a constant fill it is the fill value, because the warp fills with zeros. With `border` any level works; the
         mean needs no shift afterwards.
         """
-        return mean if self.fill == "border" else (self.fill / 255,) * len(mean)
+        return mean if self.fill == "border" or not self.has_warp else (self.fill / 255,) * len(mean)
+
+    @property
+    def auto_augment_rounds(self) -> int:
+        """Operations that TrivialAugment or RandAugment apply to an image; 0 without them."""
+        return {"none": 0, "trivial_augment": 1, "rand_augment": self.rand_augment_ops}[self.auto_augment]
 
     @property
     def noise_grid_size(self) -> int:
@@ -174,6 +189,10 @@ class Augmentation:
         count, position = images.stop - images.start, (epoch << 32) + step
         words = random_keys(seed, AUGMENTATION_STREAM + position, count * _NUMBERS, images.start * _NUMBERS)
         uniform = (words >> np.uint64(11)).reshape(count, _NUMBERS) * np.float64(2.0**-53)
+        # Further numbers have a stream of their own, so that they do not change those of other operations.
+        if more := 4 * (self.auto_augment_rounds + (_CROP_TRIALS if self.random_resized_crop else 0)):
+            words = random_keys(seed, POLICY_STREAM + position, count * more, images.start * more)
+            uniform = np.hstack([uniform, (words >> np.uint64(11)).reshape(count, more) * np.float64(2.0**-53)])
         grid_size = self.noise_grid_size if self.elastic else 0
         keys = np.empty((count, 3), np.uint64)
         keys[:, :2] = seed, ELASTIC_STREAM + position
@@ -206,6 +225,7 @@ class Augmentation:
         linear[:, 0, 2] = -(linear[:, 0, 0] * x + linear[:, 0, 1] * y)
         linear[:, 1, 2] = -(linear[:, 1, 0] * x + linear[:, 1, 1] * y)
         linear[params.uniform[:, ParamIndex.FLIP] < self.flip, 0] *= -1
+        linear[params.uniform[:, ParamIndex.VERTICAL_FLIP] < self.vertical_flip, 1] *= -1
         for axis, index, length in ((0, ParamIndex.CROP_X, shape[1]), (1, ParamIndex.CROP_Y, shape[0])):
             offset = np.floor(params.uniform[:, index] * (2 * self.crop_padding + 1)) - self.crop_padding
             linear[:, axis, 2] += 2 * offset / length
@@ -256,6 +276,41 @@ class Augmentation:
         sides = np.sqrt(np.stack([area * aspect, area / aspect], axis=1)).clip(max=1)
         sides[uniform[:, ParamIndex.ERASE] >= self.erase] = 0
         return np.concatenate([uniform[:, [ParamIndex.ERASE_Y, ParamIndex.ERASE_X]], sides], axis=1)
+
+    def crop_boxes(self, params: AugmentationParams, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Compute the box of each image's random-resized crop (Szegedy et al. 2015, https://arxiv.org/abs/1409.4842).
+
+        Area and aspect ratio are drawn until a box fits into the image, ten times at most. If none does, the box is the
+        largest one in the centre with an allowed aspect ratio.
+
+        Args:
+            params: Random parameters of B images.
+            sizes: [B, 2], height and width of the upright images in pixels.
+
+        Returns:
+            [B, 4]: top, left, height and width in pixels.
+        """
+        assert self.random_resized_crop is not None
+        smallest, largest = self.random_resized_crop
+        area, aspect, y, x = params.uniform[:, -4 * _CROP_TRIALS :].reshape(-1, _CROP_TRIALS, 4).transpose(2, 0, 1)
+        area = (smallest + (largest - smallest) * area) * sizes.prod(axis=1, keepdims=True)
+        aspect = _MAX_CROP_ASPECT ** (2 * aspect - 1)
+        boxes = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=2)))  # [B, 10, 2]
+        fits = ((boxes >= 1) & (boxes <= sizes[:, None])).all(axis=2)
+        image, trial = np.arange(len(sizes)), fits.argmax(axis=1)
+        box, place = boxes[image, trial], np.stack([y, x], axis=2)[image, trial]
+        top_left = np.floor(place * (sizes - box + 1))
+        whole = np.minimum(sizes, np.rint(sizes[:, ::-1] * _MAX_CROP_ASPECT))
+        has_box = fits.any(axis=1, keepdims=True)
+        top_left, box = np.where(has_box, top_left, (sizes - whole) // 2), np.where(has_box, box, whole)
+        return np.concatenate([top_left, box], axis=1).astype(np.int64)
+
+    def auto_augment_numbers(
+        self, params: AugmentationParams
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Return the numbers 0 .. 1 that select operation, magnitude and sign, [B, rounds] each."""
+        numbers = params.uniform[:, _NUMBERS : _NUMBERS + 4 * self.auto_augment_rounds]
+        return numbers[:, ::4], numbers[:, 1::4], numbers[:, 2::4]
 
     def _spread(self, params: AugmentationParams, index: ParamIndex, limit: float) -> NDArray[np.float64]:
         return (2 * params.uniform[:, index] - 1) * limit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -56,9 +57,13 @@ class _DaliPipeline(ABC):
         self._spec = spec
         self._device = with_index(device)
         self._batch_size = batch_size
+        self._augmentation = augmentation
         self._fill_value = augmentation.fill_value(spec.mean)
         self._ops = SharedOps(spec, augmentation, self._device)
         self.op_params = self._ops.op_params
+        self._dtype = torch.uint8 if self._ops.quantizes else torch.float32  # of the output
+        shifts, scales = -np.array(self._fill_value) / spec.std, 1 / (255 * np.array(spec.std))
+        self._shifts, self._scales = (torch.from_numpy(each).float().to(self._device) for each in (shifts, scales))
         self._unread: deque[tuple[object, torch.cuda.Event]] = deque()  # outputs, and the end of their copies
         self._pipeline = self.define_pipeline()
         self._pipeline.build()
@@ -81,18 +86,19 @@ class _DaliPipeline(ABC):
     def _define(self):
         """Return the output of the pipeline as a graph of operators."""
 
-    def _run(self, images) -> torch.Tensor:
+    def _run(self, **inputs) -> torch.Tensor:
         """Run the pipeline on a batch; the output is ready in the order of torch's current stream."""
         if self._device.type == "cpu":
-            (output,) = self._pipeline.run(images=images)
+            (output,) = self._pipeline.run(**inputs)
             return torch.from_dlpack(output.as_tensor())  # no copy
         stream = torch.cuda.current_stream(self._device)
-        self._pipeline.feed_input("images", images, cuda_stream=stream)
+        for name, batch in inputs.items():
+            self._pipeline.feed_input(name, batch, cuda_stream=stream)
         (output,) = self._pipeline.run(stream)
         # A copy, because memory of DALI that torch lets go of makes DALI wait for the whole device. The memory of the
         # output is kept until it is copied, as DALI does not know when that is.
         output = output.as_tensor()
-        pixels = torch.empty(output.shape(), device=self._device)
+        pixels = torch.empty(output.shape(), dtype=self._dtype, device=self._device)
         feed_ndarray(output, pixels, cuda_stream=stream)
         self._unread.append((output, stream.record_event()))
         while self._unread and self._unread[0][1].query():
@@ -118,7 +124,7 @@ class _DaliPipeline(ABC):
             images,
             size=[resolution, resolution],
             interp_type=_INTERPOLATIONS[self._spec.interpolation],
-            dtype=types.FLOAT,
+            dtype=types.UINT8 if self._ops.quantizes else types.FLOAT,
             minibatch_size=self._batch_size,
             **region,
         )
@@ -146,7 +152,7 @@ class DaliTransform(_DaliPipeline):
             prepared = torch.cat([prepared, prepared.new_zeros(packs * pack - count, *shape)])
         packed = prepared.reshape(packs, pack, *shape).contiguous()
         # For a tensor DALI asks for the current CUDA stream, even on a CPU.
-        pixels = self._run(packed if packed.is_cuda else packed.numpy())  # [packs, pack, R, R, C]
+        pixels = self._run(images=packed if packed.is_cuda else packed.numpy())  # [packs, pack, R, R, C]
         return self._augment(pixels.flatten(0, 1)[:count], params)
 
     def _define(self):
@@ -170,7 +176,11 @@ class DaliTransform(_DaliPipeline):
 
 
 class DaliEncodedTransform(_DaliPipeline):
-    """The `Transform` for image files of different sizes. Decodes on the device and applies the EXIF orientation."""
+    """The `Transform` for image files of different sizes. Decodes on the device and applies the EXIF orientation.
+
+    A random-resized crop is part of the pipeline. It depends on the sizes of the images and thus needs the augmentation
+    parameters on the host.
+    """
 
     _layout = "HWC"
     _pack = 1
@@ -179,9 +189,19 @@ class DaliEncodedTransform(_DaliPipeline):
         self, images: list[NDArray[np.uint8]], params: AugmentationParams | OpParams | None = None
     ) -> torch.Tensor:
         headers = list(map(_header, range(len(images)), images))
-        runs = _runs([header.height * header.width for header in headers])
-        outputs = [self._decode(images[run], headers[run], run.start) for run in runs]
-        return self._augment(*self._ops.to_device(outputs[0] if len(outputs) == 1 else torch.cat(outputs), params))
+        sizes = np.array([[header.height, header.width] for header in headers], np.int64)
+        boxes = None
+        if self._augmentation.random_resized_crop:
+            assert isinstance(params, AugmentationParams)
+            upright_sizes = sizes[:, ::-1] if self._spec.transposed else sizes
+            boxes = self._augmentation.crop_boxes(params, upright_sizes).astype(np.int32)
+        runs = _runs(sizes.prod(axis=1).tolist())
+        outputs = [self._decode(images, headers, boxes, run) for run in runs]
+        pixels, params = self._ops.to_device(outputs[0] if len(outputs) == 1 else torch.cat(outputs), params)
+        if self._ops.quantizes:
+            pixels = self._ops.apply_raw_ops(pixels, params)
+            pixels = torch.addcmul(self._shifts, pixels.float(), self._scales)
+        return self._augment(pixels, params)
 
     def _define(self):
         files = fn.external_source(name="images", batch=True, dtype=types.UINT8, ndim=1)
@@ -193,28 +213,41 @@ class DaliEncodedTransform(_DaliPipeline):
         )
         if self._spec.transposed:
             images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
+        if self._augmentation.random_resized_crop:
+            boxes = fn.external_source(name="boxes", batch=True, dtype=types.INT32, ndim=1)
+            images = fn.slice(images, start=boxes[0:2], shape=boxes[2:4], axes=[0, 1])
         size = images.shape(dtype=types.FLOAT)
-        return self._normalize(self._resize(images, size[0], size[1]))
+        resized = self._resize(images, size[0], size[1])
+        return resized if self._ops.quantizes else self._normalize(resized)
 
-    def _decode(self, images: list[NDArray[np.uint8]], headers: list[ImageHeader], start: int) -> torch.Tensor:
+    def _decode(
+        self,
+        images: list[NDArray[np.uint8]],
+        headers: list[ImageHeader],
+        boxes: NDArray[np.int32] | None,
+        run: slice,
+    ) -> torch.Tensor:
+        """Decode and resize some images of a batch: [n, R, R, C]."""
         channels = self._spec.image_shape[2]
         plain = [
-            image if header.plain else _as_pnm(position, image, channels)
-            for position, (image, header) in enumerate(zip(images, headers, strict=True), start)
+            images[position] if headers[position].plain else _as_pnm(position, images[position], channels)
+            for position in range(run.start, run.stop)
         ]
+        inputs = {"images": plain} if boxes is None else {"images": plain, "boxes": boxes[run]}
         try:
-            return self._run(plain)  # [n, R, R, C]
+            return self._run(**inputs)
         except RuntimeError:
-            self._find_undecodable(plain, start)
+            self._find_undecodable(inputs, run.start)
             raise
 
-    def _find_undecodable(self, images: list[NDArray[np.uint8]], start: int) -> None:
+    def _find_undecodable(self, inputs: dict[str, Any], start: int) -> None:
         """Raise `UndecodableImage` for the first image that fails when decoded alone."""
         self._pipeline = self.define_pipeline()  # a pipeline is unusable after an error
-        for position, image in enumerate(images, start):
+        for index, image in enumerate(inputs["images"]):
             try:
-                self._run([image])
+                self._run(**{name: batch[index : index + 1] for name, batch in inputs.items()})
             except RuntimeError as error:
+                position = start + index
                 raise UndecodableImage(position, _describe_defect(image, self._spec.image_shape[2], error)) from None
 
 

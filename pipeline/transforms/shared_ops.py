@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from pipeline.common.device import to_device
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
+from pipeline.transforms.ops.auto_augment import AutoAugment
 from pipeline.transforms.ops.erasing import erase
 from pipeline.transforms.ops.morphology import change_stroke_width
+from pipeline.transforms.ops.resized_crop import ResizedCrop
 from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.warp import Warp
 
@@ -27,6 +29,7 @@ class SharedOps:
 
     Attributes:
         resizes: Whether the backend has to resize images; `apply_warp` may instead sample them at the resolution.
+        quantizes: Whether `apply_raw_ops` needs the resized pixels of image files as bytes.
     """
 
     def __init__(self, spec: TransformSpec, augmentation: Augmentation, device: torch.device) -> None:
@@ -34,7 +37,12 @@ class SharedOps:
         self._augmentation = augmentation
         self._device = device
         self._warp = Warp(augmentation, spec, device) if augmentation.has_warp else None
-        self.resizes = spec.needs_resize and not (self._warp and spec.can_warp_raw)
+        crops = augmentation.random_resized_crop is not None and not spec.encoded
+        self._crop = ResizedCrop(spec.resolution, spec.interpolation, device) if crops else None
+        shape, transposed = ((spec.resolution,) * 2, False) if spec.encoded else (spec.upright_size, spec.transposed)
+        self._policy = AutoAugment(augmentation, shape, transposed) if augmentation.auto_augment_rounds else None
+        self.resizes = spec.needs_resize and not self._crop and not (self._warp and spec.can_warp_raw)
+        self.quantizes = spec.encoded and self._policy is not None
 
     def op_params(self, params: AugmentationParams | None) -> dict[str, NDArray]:
         """Compute what the operations need of each image on the host; see `Transform.op_params`."""
@@ -49,6 +57,11 @@ class SharedOps:
             arrays["erase_boxes"] = augmentation.erase_boxes(params)
         if augmentation.has_color_jitter:
             arrays["color_maps"] = self._color_maps(params)
+        if self._policy:
+            arrays |= self._policy.op_params(params)
+        if self._crop:
+            sizes = np.tile(self._spec.upright_size, (len(params), 1))
+            arrays["crop_boxes"] = augmentation.crop_boxes(params, sizes).astype(np.float32)
         return arrays | self._warp.op_params(params) if self._warp else arrays
 
     def to_device(
@@ -60,7 +73,9 @@ class SharedOps:
         return images if isinstance(images, torch.Tensor) else to_device(images, self._device), params
 
     def apply_raw_ops(self, images: torch.Tensor, params: OpParams) -> torch.Tensor:
-        """Apply preprocessing, stroke width and erasing, bit-identically on all devices; the input is not changed.
+        """Apply preprocessing, TrivialAugment or RandAugment, stroke width and erasing; the input is not changed.
+
+        The result is bit-identical on all devices.
 
         Args:
             images: uint8 [B, H, W, C], as stored. Returned as they are if there is nothing to do.
@@ -68,6 +83,8 @@ class SharedOps:
         """
         augmentation = self._augmentation
         images = self._spec.preprocessing(images)
+        if self._policy:
+            images = self._policy(images, params)
         if "stroke_amounts" in params:
             images = change_stroke_width(images, params["stroke_amounts"], augmentation.stroke)
         if "erase_boxes" in params:
@@ -99,5 +116,11 @@ class SharedOps:
         return flat.view(pixels.shape)
 
     def apply_warp(self, pixels: torch.Tensor, params: OpParams) -> torch.Tensor:
-        """Apply the affine and elastic distortion to normalized float32 [B, C, H, W]: (x / 255 - mean) / std."""
+        """Apply random-resized crop, affine and elastic distortion to normalized float32 [B, C, H, W].
+
+        Returns:
+            (x / 255 - mean) / std.
+        """
+        if self._crop:
+            pixels = self._crop(pixels, params["crop_boxes"])
         return self._warp(pixels, params) if self._warp else pixels

@@ -132,9 +132,10 @@ class Transform(Protocol):
     def max_fused_batch(self) -> int: ...
 
     def op_params(self, params: AugmentationParams | None) -> dict[str, NDArray]:
-        """Compute, on the host, the arrays [B, ...] that the operations need of B images.
+        """Compute, on the host, the arrays that the operations need of B images.
 
-        Moved to the device, they may be given to `__call__` in place of the augmentation parameters.
+        Moved to the device, they may be given to `__call__` in place of the augmentation parameters, unless the images
+        are files.
         """
         ...
 

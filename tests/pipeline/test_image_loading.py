@@ -25,6 +25,7 @@ from pipeline.loader import Loader
 from pipeline.preview import _GAP, _HEADER, _LABEL, _MARGIN, _TILE, contact_sheet, read_images
 from pipeline.readers.raw_split import RawSplit
 from pipeline.sampler import BatchSampler, SequentialBatchSampler, ShuffledBatchSampler
+from pipeline.transforms.augmentation import Augmentation
 from pipeline.transforms.build import build_transform
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError, open_split
@@ -96,6 +97,21 @@ def test_ranks_share_a_global_batch(set_of_pictures: Path) -> None:
     for whole, *parts in zip(alone, *shares, strict=True):
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
         assert torch.equal(torch.cat([part.source_index for part in parts]), whole.source_index)
+
+
+def test_ranks_share_augmented_crops(packed: Path) -> None:
+    store = open_split(packed, "train")
+    augmentation = Augmentation(random_resized_crop=(0.1, 0.9), auto_augment="rand_augment")
+    order = ShuffledBatchSampler(np.arange(len(store)), 40, 3, augmentation=augmentation)
+    transform = build_transform(TransformSpec.of(store.manifest, RESOLUTION), "dali", CPU, 40, augmentation)
+    alone = [batch.images.clone() for batch in Loader(store, order, transform, CPU).batches(1)]
+    for rank in range(2):
+        for batch in Loader(store, order, transform, CPU, rank=rank, world_size=2).batches(1):
+            assert torch.equal(batch.images, alone[batch.step][20 * rank : 20 * rank + 20])
+    resumed = next(Loader(store, order, transform, CPU).batches(1, 2))
+    assert torch.equal(resumed.images, alone[2])
+    step = next(iter(order.steps(1, 0, 1)))
+    assert torch.equal(transform(store.read(step.samples), step.params), alone[0])
 
 
 def test_a_picture_damaged_after_packing_is_named(packed: Path, tmp_path: Path, device: torch.device) -> None:

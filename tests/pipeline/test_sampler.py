@@ -31,6 +31,7 @@ from pipeline.sampler import (
     equal_batch_size,
     max_shuffle_window,
 )
+from pipeline.transforms.augmentation import Augmentation
 from shards.manifest import Manifest
 
 seeds = st.integers(0, 2**63 - 1)
@@ -431,3 +432,22 @@ def test_evaluation_deals_whole_batches_in_turn(ranks: int) -> None:
     order = SequentialBatchSampler(positions(95), 10)
     for rank in range(ranks):
         assert [step.step for step in order.steps(0, rank, ranks)] == list(range(rank, 10, ranks))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_augmentation_fills_consecutive_positions_with_each_sample(window: int | None, repeats: int) -> None:
+    every = positions(1000)
+    plain, repeated = (
+        ShuffledBatchSampler(every, 64, 5, 10, window, Augmentation(rotation=10), repeats=count)
+        for count in (1, repeats)
+    )
+    for epoch in (0, 1):
+        once, batches = joined(global_batches(plain, epoch, 1)), global_batches(repeated, epoch, 1)
+        assert {len(batch) for batch in batches.values()} == {62}
+        assert joined(batches) == np.repeat(once, repeats)[: len(once)].tolist()
+        assert global_batches(repeated, epoch, 3) == batches
+        assert global_batches(repeated, epoch, 2, first=5) == {step: batches[step] for step in list(batches)[5:]}
+    params = next(iter(repeated.steps(0, 0, 1))).params
+    assert params is not None
+    assert len(np.unique(params.uniform[:, 0])) == 62, "each copy has its own augmentation"

@@ -65,6 +65,8 @@ def moved(
     x, y = np.einsum("ij,jrc->irc", np.linalg.inv(forward), np.stack([x - shift[0], y - shift[1]]))
     if params.uniform[image, ParamIndex.FLIP] < augmentation.flip:
         x = -x
+    if params.uniform[image, ParamIndex.VERTICAL_FLIP] < augmentation.vertical_flip:
+        y = -y
     offsets = [
         math.floor(params.uniform[image, number] * (2 * augmentation.crop_padding + 1)) - augmentation.crop_padding
         for number in (ParamIndex.CROP_X, ParamIndex.CROP_Y)

@@ -116,6 +116,9 @@ class LoaderConfig(BaseConfig):
     batch_size: Annotated[int, Field(ge=1, le=10**6)] = 512
     """Largest global batch size: images per batch over all ranks. All batches of an epoch have the same size, so it can
     be a few images smaller, and an epoch leaves out fewer images than it has batches."""
+    repeated_augmentation: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Copies of each image in a batch, each augmented anew (repeated augmentation; 3 in timm). The epoch keeps its
+    length, so it sees 1/n of the images."""
     scale_batch_with_resolution: bool = False
     """Keep the number of pixels per batch in a resolution schedule: batch_size applies to the largest resolution."""
     cache_gb: Annotated[float, Field(gt=0, le=10**6)] | Literal["auto"] = "auto"
@@ -344,6 +347,8 @@ class Config(BaseConfig):
                 f"augment.erase_area_min={self.augment.erase_area_min} is larger than "
                 f"augment.erase_area_max={self.augment.erase_area_max}"
             )
+        if (area := self.augment.random_resized_crop) and area[0] > area[1]:
+            yield f"augment.random_resized_crop={list(area)} ends before it starts"
         name, plain = self.model.name, self.model.plain_cnn
         for first_epoch, side in self.data.resolution_by_epoch():
             if side < (smallest := MIN_RESOLUTION.get(name, 1)):
@@ -373,8 +378,11 @@ class Config(BaseConfig):
         is_plateau, is_cosine = schedule.name == "plateau", schedule.name in ("cosine", "warm_restarts")
         has_stages = not isinstance(self.data.resolution, int)
         by_schedule, by_model = f"schedule.name={schedule.name}", f"model.name={model.name}"
-        warps = self.augment.augmentation().has_warp
         crops = self.data.crop_to_foreground is not None
+        augment = self.augment
+        fills = augment.augmentation().has_warp or augment.auto_augment != "none"
+        by_policy = f"augment.auto_augment={augment.auto_augment}"
+        has_rand_augment = augment.auto_augment == "rand_augment"
         distills = self.distillation.teacher is not None
         rules: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
             (is_plateau, by_schedule, ("schedule.factor", "schedule.patience")),
@@ -388,7 +396,8 @@ class Config(BaseConfig):
             (self.mixup.prob > 0, "mixup.prob=0", ("mixup.mixup_alpha", "mixup.cutmix_alpha", "mixup.off_last_epochs")),
             (distills, "distillation.teacher=null", ("distillation.weight", "distillation.temperature")),
             (self.augment.elastic > 0, "augment.elastic=0", ("augment.elastic_sigma",)),
-            (warps, "no geometric augmentation, such as augment.rotation", ("augment.fill",)),
+            (has_rand_augment, by_policy, ("augment.rand_augment_ops", "augment.rand_augment_magnitude")),
+            (fills, "no geometric augmentation, such as augment.rotation", ("augment.fill",)),
             (self.augment.erase > 0, "augment.erase=0", ("augment.erase_at", "augment.erase_value")),
             (self.augment.erase > 0, "augment.erase=0", ("augment.erase_area_min", "augment.erase_area_max")),
             (has_branches, by_model, ("model.drop_path_rate",)),

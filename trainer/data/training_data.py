@@ -143,8 +143,15 @@ def open_data(config: Config, world: World) -> TrainingData:
 
     largest_batch = max(stage.batch_size for stage in stages)
     window = world.broadcast_object(max_shuffle_window(manifest, train_memory, largest_batch))
+    loader = config.loader
     sampler = ShuffledBatchSampler(
-        train, config.loader.batch_size, config.seed, manifest.block_size, window, augmentation
+        train,
+        loader.batch_size,
+        config.seed,
+        manifest.block_size,
+        window,
+        augmentation,
+        repeats=loader.repeated_augmentation,
     )
     val_store = val_stores[0] if val_stores else train_store
     val_samples = np.arange(len(val_store)) if val_stores else validation

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Kernel = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+TABLE_STEPS = 32  # nodes of a tabulated kernel per pixel
 
 
 def nearest_nudge(target: int) -> float:
@@ -72,7 +73,7 @@ def _lanczos(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _tabulated(kernel: Kernel, radius: int) -> Kernel:
     """Tabulate a kernel at steps of 1/32 with linear interpolation in between, as DALI does."""
-    nodes = np.linspace(-radius, radius, 2 * radius * 32 + 1)
+    nodes = np.linspace(-radius, radius, 2 * radius * TABLE_STEPS + 1)
     values = kernel(nodes)
     return lambda x: np.interp(x, nodes, values, left=0, right=0)
 
@@ -82,3 +83,9 @@ _KERNELS: dict[str, tuple[Kernel, int]] = {
     "cubic": (_tabulated(_catmull_rom, 2), 2),
     "lanczos": (_tabulated(_lanczos, 3), 3),
 }
+
+
+def kernel_table(interpolation: str) -> NDArray[np.float64]:
+    """Return a kernel at distances 0, 1/32, 2/32, ..., between which it is linear; it ends with two zeros."""
+    kernel, radius = _KERNELS[interpolation]
+    return np.concatenate([kernel(np.arange(radius * TABLE_STEPS + 1) / TABLE_STEPS), np.zeros(1)])

@@ -43,7 +43,7 @@ AFFINE = Augmentation(rotation=25, shear=15, translation=0.15, scale=0.3)
 KINDS = {
     "affine": AFFINE,
     "onto grey": replace(AFFINE, fill=77),
-    "mirrored crop": Augmentation(flip=0.5, crop_padding=4, fill=0),
+    "mirrored crop": Augmentation(flip=0.5, vertical_flip=0.4, crop_padding=4, fill=0),
     "elastic": replace(AFFINE, elastic=0.05),
     "elastic onto white": Augmentation(elastic=0.08, elastic_sigma=0.2, fill=255),
     "colours": Augmentation(brightness=0.3, contrast=0.4, saturation=0.5, hue=30),
@@ -105,7 +105,12 @@ def test_no_images_have_no_parameters() -> None:
     assert params.noise.shape == (0, 2, 3, 3)
 
 
-@pytest.mark.parametrize("augmentation", [AFFINE, Augmentation(elastic=0.1)], ids=["numbers", "and noise"])
+POLICY = Augmentation(auto_augment="rand_augment", rand_augment_ops=3, random_resized_crop=(0.1, 1))
+
+
+@pytest.mark.parametrize(
+    "augmentation", [AFFINE, Augmentation(elastic=0.1), POLICY], ids=["numbers", "and noise", "and more numbers"]
+)
 def test_ranks_draw_what_one_would(augmentation: Augmentation) -> None:
     whole = augmentation.sample_params(1, 2, 3, slice(0, 50))
     for cuts in ([0, 50], [0, 16, 33, 50], [0, 1, 2, 50]):
@@ -228,6 +233,17 @@ def test_normalises_after_all_that(backend: str, device: torch.device, kind: str
     assert np.abs(result - expected).max() <= 2e-5
 
 
+def test_a_fill_without_moved_pixels_does_not_change_the_normalization(backend: str, device: torch.device) -> None:
+    augmentation, images = Augmentation(brightness=0.3, fill=0), noise(5, RGB)
+    spec = spec_of(RGB, 40).with_normalization((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+    params = drawn(augmentation, 5)
+    results = [
+        build_transform(spec, backend, device, 5, replace(augmentation, fill=fill))(images, params)
+        for fill in (0, "border")
+    ]
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("resolution", [14, 28, 50])
 def test_at_no_strength_images_are_those_of_evaluation(backend: str, device: torch.device, resolution: int) -> None:
     images = noise(5, GRAY)
@@ -347,11 +363,12 @@ def test_the_settings_are_those_of_the_pipeline() -> None:
     assert list(AugmentConfig.model_fields) == names
     assert AugmentConfig().augmentation() == NO_AUGMENTATION
     values = dict.fromkeys(names, 1) | {"fill": 7, "erase_at": "contour"}
+    values |= {"random_resized_crop": (0.1, 0.5), "auto_augment": "rand_augment"}
     assert AugmentConfig(**values).augmentation() == Augmentation(**values)
 
 
 def test_the_numbers_of_an_image_have_room() -> None:
-    assert [number.value for number in ParamIndex] == list(range(18))
+    assert [number.value for number in ParamIndex] == list(range(19))
 
 
 @pytest.mark.parametrize(

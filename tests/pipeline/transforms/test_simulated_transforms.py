@@ -18,6 +18,9 @@ from pipeline.transforms.torch_backend import TorchTransform
 AUGMENTATIONS = {
     "none": NO_AUGMENTATION,
     "affine": Augmentation(rotation=10, shear=5, translation=0.1, scale=0.1, flip=0.5, crop_padding=2),
+    "trivial": Augmentation(auto_augment="trivial_augment"),
+    "random": Augmentation(auto_augment="rand_augment", rand_augment_ops=5, fill=9, vertical_flip=0.5),
+    "resized crop": Augmentation(random_resized_crop=(0.08, 1)),
     "elastic": Augmentation(elastic=0.1, fill=0),
     "colors": Augmentation(brightness=0.2, contrast=0.2, saturation=0.2, hue=10),
     "erase": Augmentation(stroke=1.5, erase=0.5),
@@ -29,6 +32,7 @@ PREPROCESSING = {
     "invert": Preprocessing(invert=True),
 }
 COUNT = 6
+MANY = 100  # images, so that every operation of a policy has some
 
 
 def spec_of(channels: int, transposed: bool, resolution: int, preprocessing: str = "none") -> TransformSpec:
@@ -40,16 +44,17 @@ def spec_of(channels: int, transposed: bool, resolution: int, preprocessing: str
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 def test_a_batch_does_not_wait_for_the_gpu(augmentation: str, channels: int) -> None:
     changes = AUGMENTATIONS[augmentation]
-    images = np.zeros((COUNT, 28, 26, channels), np.uint8)
+    count = MANY if changes.auto_augment_rounds else COUNT
+    images = np.zeros((count, 28, 26, channels), np.uint8)
     for transposed, (resolution, preprocessing) in itertools.product(
         (False, True), ((14, "none"), (56, "all"), (28, "invert"))
     ):
         with simulated_gpu() as gpu:
             transform = TorchTransform(spec_of(channels, transposed, resolution, preprocessing), GPU, changes)
             with gpu.step():
-                output = transform(images, changes.sample_params(0, 0, 0, slice(0, COUNT)) if changes else None)
+                output = transform(images, changes.sample_params(0, 0, 0, slice(0, count)) if changes else None)
         assert (output.device, output.dtype) == (GPU, torch.float32)
-        assert output.shape == (COUNT, channels, resolution, resolution)
+        assert output.shape == (count, channels, resolution, resolution)
 
 
 def test_a_wait_in_a_raw_operation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -339,6 +339,7 @@ def test_everything_else_must_stay_when_a_run_is_resumed() -> None:
         (["optim.momentum=0.8"], "optim.momentum"),
         (["loss.effective_beta=0.9"], "loss.effective_beta"),
         (["mixup.cutmix_alpha=0.9"], "mixup.cutmix_alpha"),
+        (["augment.auto_augment=trivial_augment", "augment.rand_augment_ops=3"], "augment.rand_augment_ops"),
         (["model.drop_path_rate=0.1"], "model.drop_path_rate"),
         (["model.channel_multiplier=1.1"], "model.channel_multiplier"),
         (["model.depth_multiplier=1.2"], "model.depth_multiplier"),
@@ -368,6 +369,7 @@ def test_a_warm_up_without_an_end_is_told(name: str, warmup: int) -> None:
         ["model.name=cifar_efficientnet", "model.drop_path_rate=0.1", "model.channel_multiplier=1.1"],
         ["loss.class_weights=effective", "loss.effective_beta=0.9"],
         ["mixup.prob=0.5", "mixup.cutmix_alpha=0.9"],
+        ["augment.auto_augment=rand_augment", "augment.rand_augment_magnitude=5", "augment.fill=128"],
     ],
 )
 def test_a_setting_with_effect_is_not(overrides: list[str]) -> None:

@@ -1,0 +1,54 @@
+"""Crop and resize of each image of a batch by its own box, in two products of small matrices, on any device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pipeline.transforms.ops.matmul import exact_matmul
+from pipeline.transforms.ops.resize import TABLE_STEPS, kernel_table, nearest_nudge
+
+
+class ResizedCrop:
+    """Resizes boxes of images as `resize_weights` does whole ones, but from pixels of the box alone.
+
+    Taps outside of the box are left out, as in Pillow and torchvision (`antialias=True`).
+
+    Args:
+        resolution: Side of the square output in pixels.
+        interpolation: `linear`, `cubic`, `lanczos` or `nearest`.
+        device: Device of the images.
+    """
+
+    def __init__(self, resolution: int, interpolation: str, device: torch.device) -> None:
+        self._nudge = nearest_nudge(resolution) if interpolation == "nearest" else None
+        table = np.zeros(1) if interpolation == "nearest" else kernel_table(interpolation)
+        self._table = torch.from_numpy(table).float().to(device)
+        self._fractions = ((torch.arange(resolution) + 0.5) / resolution).to(device)
+
+    def __call__(self, pixels: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Return float32 [B, C, R, R] of float32 [B, C, H, W] and boxes float32 [B, 4]: top, left, height, width."""
+        batch, channels, height, width = pixels.shape
+        rows, columns = (
+            self._weights(boxes[:, axis], boxes[:, axis + 2], size)[:, None].expand(-1, channels, -1, -1)
+            for axis, size in enumerate((height, width))
+        )
+        resolution = len(self._fractions)
+        half = pixels.new_empty(batch, channels, height, resolution)
+        exact_matmul(pixels, columns.mT, out=half)
+        return exact_matmul(rows, half, out=pixels.new_empty(batch, channels, resolution, resolution))
+
+    def _weights(self, start: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
+        """Weights float32 [B, R, size] that resize each section of an axis to R pixels."""
+        taps = torch.arange(size, device=start.device)
+        start, length = start[:, None], length[:, None]
+        positions = start + self._fractions * length  # [B, R]
+        if self._nudge is not None:
+            return ((positions + self._nudge).floor()[:, :, None] == taps).float()
+        widening = (length / len(self._fractions)).clamp_min(1)[:, :, None]
+        distances = ((taps + 0.5 - positions[:, :, None]) / widening).abs_().mul_(TABLE_STEPS)
+        distances.clamp_(max=len(self._table) - 2)
+        node = distances.long()
+        weights = torch.lerp(self._table[node], self._table[node + 1], distances - node)
+        weights *= ((taps >= start) & (taps < start + length))[:, None]
+        return weights / weights.sum(dim=2, keepdim=True)
