@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,42 @@ def test_the_shipped_plans_are_valid(path: Path) -> None:
         assert settings.seed == 3 and settings.data.shards == "set"
     names = [variant.name for variant in plan.variants]
     assert names[0] == RECIPE and len(names) > 2
+
+
+# Table 2 of the published system on NumtaDB without its rows with pseudo-labels: macro F1 on the validation split.
+NUMTADB_ROWS = """
+Model1 (64): Reverse 0.001 0.48 | BBox, Reverse 0.001 0.8859 | BBox, Reverse, Dilation 0.001 0.8929
+    | BBox, Reverse, Mixup 0.001 0.8799
+LeNet (28): Reverse 0.01 0.8858 | Reverse, Dilation 0.01 0.8837 | Reverse, Dilation 0.001 0.7353
+    | BBox, Reverse, Dilation 0.01 0.9598 | BBox, Reverse, Dilation 0.001 0.9202
+Model2 (48): Reverse, Dilation 0.001 0.7657 | BBox, Reverse, Dilation 0.001 0.9206 | BBox, Reverse, Dilation 0.01 0.9662
+    | BBox, Reverse, Dilation, Contour Cutout 0.01 0.966
+Model3 (48): Reverse, Dilation 0.001 0.7285 | BBox, Reverse, Dilation 0.001 0.9378 | BBox, Reverse, Dilation 0.01 0.9643
+"""
+
+
+def test_the_numtadb_plan_has_the_rows_of_the_published_table() -> None:
+    plan = read_plan(ROOT / "benchmarks/training/plans/numtadb.yaml", [])
+    rows = [("Model1", "64", "N/A", "0.001", None)]  # the recipe
+    for line in NUMTADB_ROWS.replace("\n    |", " |").strip().splitlines():
+        network, side, cells = re.fullmatch(r"(\w+) \((\d+)\): (.*)", line).groups()
+        rows += [(network, side, *cell.rsplit(" ", 2)) for cell in cells.split(" | ")]
+    for variant, (network, side, steps, lr, score) in zip(plan.variants, rows, strict=True):
+        assert variant.name == (RECIPE if score is None else f"{network}, {steps}, {lr}: {score}")
+        config = variant.make_config(plan, 0, Path("set"), Path("teachers"))
+        assert config.model.name == {"LeNet": "lenet"}.get(network, f"numtadb_{network.lower()}")
+        assert (config.data.resolution, config.optim.lr) == (int(side), float(lr))
+        data = config.data
+        found = {
+            "Reverse": data.invert == "auto",
+            "BBox": (data.crop_to_foreground, data.foreground_opening_radius) == (0, 1),
+            "Dilation": data.dilation_radius == 1,
+            "Mixup": (config.mixup.prob, config.mixup.cutmix_alpha) == (1, 0),
+            "Contour Cutout": config.augment.erase > 0 and config.augment.erase_at == "contour",
+        }
+        assert {name for name, is_on in found.items() if is_on} == set(steps.split(", ")) - {"N/A"}
+        assert not config.augment.augmentation() or "Contour Cutout" in steps
+        assert round(35477 * config.data.train_fraction) == (10721 if network == "Model1" else 35477)
 
 
 @pytest.mark.parametrize(
