@@ -168,6 +168,17 @@ def test_a_batch_of_a_billion_samples_takes_the_memory_of_a_batch() -> None:
         tracemalloc.stop()
 
 
+def test_an_epoch_from_a_window_takes_32_bytes_of_a_sample() -> None:
+    """Its samples, their keys, the order of the keys and one array more, of eight bytes each."""
+    sampler = ShuffledBatchSampler(np.arange(60_000), 256, 0, block_size=64, shuffle_window_blocks=100)
+    tracemalloc.start()
+    try:
+        assert sum(len(step.samples) for step in sampler.steps(0, 0, 1)) == 59_925
+        assert tracemalloc.get_traced_memory()[1] < 60_000 * 44
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("count", [1000, 66_000, 1_048_576])
 def test_index_permutations_pass_the_chi_squared_tests_that_uniform_ones_pass(count: int) -> None:
     """Places of the first numbers, displacements, and steps between neighbours, over epochs, in 50 equal classes."""

@@ -185,7 +185,7 @@ class TestRoundTrip:
         finally:
             tracemalloc.stop()
             gc.enable()
-        assert peak < 6 * shard < raw / 4
+        assert peak < 8 * shard < raw / 3
 
 
 class TestAllOrNothing:

@@ -74,6 +74,17 @@ def test_inverts_all_or_those_with_a_bright_border(images: NDArray[np.uint8], de
     assert np.array_equal(prepared(mixed, device, invert="auto"), np.concatenate([dark, dark]))
 
 
+@pytest.mark.parametrize("shape", [(4, 6, 1), (5, 3, 3), (2, 7, 1), (1, 4, 1)])
+def test_every_pixel_of_the_border_counts_once(shape: tuple[int, int, int], device: torch.device) -> None:
+    """Noise, whose border is as often bright as dark."""
+    images = np.random.default_rng(0).integers(0, 256, (300, *shape), np.uint8)
+    is_border = np.ones(shape[:2], bool)
+    is_border[1:-1, 1:-1] = False
+    bright = images[:, is_border].mean(axis=(1, 2)) > 127.5
+    expected = np.where(bright[:, None, None, None], 255 - images, images)
+    assert np.array_equal(prepared(images, device, invert="auto"), expected)
+
+
 @pytest.mark.parametrize("radius", [1, 2])
 def test_opens_as_scipy_does(images: NDArray[np.uint8], device: torch.device, radius: int) -> None:
     diamond = ndimage.iterate_structure(reference.CROSS, radius)
