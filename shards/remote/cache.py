@@ -77,8 +77,14 @@ def cache_limit() -> int | None:
 
 def cache_used() -> int:
     """Return the bytes of all entries, once their downloads are complete."""
-    sizes = (use.read_text(encoding="ascii") for use in cache_directory().glob("*/[!.]*/.use"))
-    return sum(int(size) for size in sizes if size.isdigit())
+    return sum(map(_recorded_size, cache_directory().glob("*/[!.]*/.use")))
+
+
+def _recorded_size(use: Path) -> int:
+    """The size of an entry, once its download is complete; 0 if it is not recorded, or has been evicted meanwhile."""
+    with contextlib.suppress(OSError, ValueError):
+        return max(0, int(use.read_bytes()))
+    return 0
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -260,7 +266,7 @@ def _evict_until_it_fits(root: Path, directory: Path, total: int, what: str) -> 
         size = _bytes_in(use.parent)
         used += size
         if _is_locked(use):
-            promised += max(0, int(use.read_text(encoding="ascii") or 0) - size)
+            promised += max(0, _recorded_size(use) - size)
         else:
             idle.append((use.stat().st_mtime, size, use.parent))
     limit = cache_limit() or (free + used + present) // 2

@@ -20,7 +20,7 @@ from support import warm_process
 
 import shards.remote.cache as cache_module
 from shards.errors import UserError
-from shards.remote.cache import cache_directory, cache_limit, open_entry
+from shards.remote.cache import cache_directory, cache_limit, cache_used, open_entry
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="no shared locks")
 
@@ -240,6 +240,20 @@ def test_what_another_process_is_fetching_has_its_room(cache: Path, monkeypatch:
         fetcher.kill()
         fetcher.wait()
         fill("b", 100_000)
+
+
+@posix
+@pytest.mark.parametrize("content", [b"", b"x", b"\xff\0", b"9" * 5000, b"-5", None])
+def test_a_size_that_is_not_recorded_counts_as_none(cache: Path, content: bytes | None) -> None:
+    """Of an entry in use; None: it is evicted while sizes are read."""
+    use = fill("a", 1000).parent / ".use"
+    if content is None:
+        use.unlink()
+        use.symlink_to("nowhere")
+    else:
+        use.write_bytes(content)
+        fill("b", 2000)
+    assert cache_used() == (2000 if content is not None else 0)
 
 
 @posix
