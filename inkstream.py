@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("trainer.run", "train a recipe"),
     "evaluate": ("trainer.evaluate", "evaluate a run on a packed data set"),
     "predict": ("trainer.predict", "predict image files"),
+    "label-errors": ("trainer.predict.label_errors", "find training images whose label is probably wrong"),
     "demo": ("trainer.predict.demo", "open a drawing page in the browser"),
     "export": ("trainer.export", "export a run to ONNX, torch.export or safetensors"),
     "report": ("trainer.report", "write the report of a run, or compare runs"),

@@ -21,7 +21,8 @@ from pipeline.datasets import find_source, source_names
 from pipeline.datasets.base import DatasetSource
 from pipeline.packing.output import open_output
 from pipeline.packing.pack import DEFAULT_BLOCK_SIZE, UNREADABLE, Packed, PackSettings, find_pack, pack
-from pipeline.packing.splits import make_splits
+from pipeline.packing.splits import make_splits, read_exclusions
+from pipeline.readers.formats.csv import CsvTable
 from pipeline.readers.naming import warn
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.atomic import check_is_file
@@ -88,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
         "--stratify", default="", metavar="COLUMN", help="choose in proportion by label and this column (else by label)"
     )
     add("--subset", type=float, default=1.0, metavar="F", help="fraction of the train split to keep, by label")
+    add("--exclude", type=Path, metavar="FILE", help="CSV of images to leave out (columns part and row)")
     add("--near-duplicates", choices=("report", "remove"), help="list or remove train images that are also in test")
     return parser.parse_args()
 
@@ -237,6 +239,9 @@ class Command:
         self._options, recorded = source_options(arguments, source, self._find_raw(), variant)
         files = arguments.name or arguments.raw
         dataset = re.split(r"[.?#]", Path(files).name)[0] or source.name if source.generic else source.name
+        self._excluded: CsvTable | None = None
+        if arguments.exclude:
+            self._excluded, recorded["exclude"] = read_exclusions(arguments.exclude)
         self._name = f"{dataset}-{variant}" if variant else dataset
         out = arguments.out or f"data/shards/{self._name}"
         self._out: Path | str = out if is_remote(out) else resolve_dataset(out)
@@ -304,7 +309,9 @@ class Command:
     def _read_splits(self) -> tuple[RawSplit, ...]:
         """Read the raw splits, and make those of the packed set."""
         options = {name: getattr(self._arguments, name) for name in _SPLIT_DEFAULTS}
-        return make_splits(self._source.load(self._options), seed=self._arguments.seed, **options)
+        return make_splits(
+            self._source.load(self._options), seed=self._arguments.seed, exclude=self._excluded, **options
+        )
 
     def _load(self) -> tuple[RawSplit, ...]:
         """Read the splits of the packed set, and report or remove near-duplicates."""

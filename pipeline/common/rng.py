@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 # A seed has many independent streams. The number of an epoch is the stream of its order.
 PACKING_STREAM = 1 << 62  # plus the number of the split
-PARTITION_STREAM = 1 << 63
+PARTITION_STREAM = 1 << 63  # plus 1 .. 3 in packing
+FOLD_STREAM = PARTITION_STREAM + 4  # the parts of a cross-validation
 BLOCK_STREAM = 1 << 61  # plus the epoch: the order of blocks if samples are shuffled within a window of blocks
 AUGMENTATION_STREAM = 1 << 60  # plus the epoch times 2^32, plus the step
 ELASTIC_STREAM = 1 << 59  # likewise

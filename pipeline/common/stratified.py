@@ -49,6 +49,26 @@ def stratified_mask(
     return chosen
 
 
+def stratified_folds(labels: NDArray[np.int64], folds: int, seed: int, stream: int) -> NDArray[np.int64]:
+    """Divide the samples into parts for cross-validation. A pure function of its arguments.
+
+    The samples of each class, in random order, are dealt out one by one, and each class continues where the one before
+    it has ended: the parts differ by at most one sample, and by at most one of each class.
+
+    Args:
+        labels: int64 [N], any integers.
+        folds: Number of parts.
+        seed: The seed of the choice.
+        stream: The stream of the seed.
+
+    Returns:
+        The part of each sample, int64 [N], 0 .. folds-1.
+    """
+    part = np.empty(len(labels), np.int64)
+    part[np.lexsort((random_keys(seed, stream, len(labels)), labels))] = np.arange(len(labels)) % folds
+    return part
+
+
 def _quotas(counts: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
     """The number of samples from each class; on equal remainders the first classes contribute more."""
     exact = counts * fraction

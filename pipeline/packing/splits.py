@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.rng import PARTITION_STREAM, permutation
 from pipeline.common.stratified import stratified_mask
+from pipeline.readers.archives.files import corrupt_as_user_error
+from pipeline.readers.formats.csv import CsvTable, read_csv
 from pipeline.readers.naming import TEST, TRAIN, warn
 from pipeline.readers.raw_split import RawSplit
-from shards.errors import UserError, quote
+from shards.atomic import read_file
+from shards.errors import UserError, os_errors_as_user_errors, quote
 from shards.manifest import VALIDATION, check_several_classes
 
+_MAX_TABLE_BYTES = 1 << 30
 # Independent of each other, and of the choices during training.
 _STREAMS = {TEST: PARTITION_STREAM + 1, VALIDATION: PARTITION_STREAM + 2, TRAIN: PARTITION_STREAM + 3}
 
@@ -26,6 +32,7 @@ def make_splits(
     subset: float,
     stratify: str,
     seed: int,
+    exclude: CsvTable | None = None,
 ) -> tuple[RawSplit, ...]:
     """Return the splits train, test and val (if any), in this order. A pure function of its arguments.
 
@@ -37,6 +44,7 @@ def make_splits(
         stratify: A column of the train split. Images are chosen in proportion by label, and within each label by the
             values of this column; empty for the label alone.
         seed: The seed of all choices.
+        exclude: Images to leave out, after all choices: the columns `part` and `row`, and possibly `label`.
 
     Raises:
         UserError: If the options do not fit the data set.
@@ -73,10 +81,55 @@ def make_splits(
             train = train.select(np.flatnonzero(~chosen))
     if subset != 1:
         train = train.select(np.flatnonzero(_choose(train, "--subset", subset, stratify, seed, _STREAMS[TRAIN])))
+    result[TRAIN] = train
+    if exclude is not None:
+        result = _exclude(result, exclude)
+    train = result[TRAIN]
     check_several_classes(
         train.classes, np.bincount(train.labels, minlength=len(train.classes)).tolist(), "the raw files"
     )
     return (train, *(result[name] for name in (TEST, VALIDATION) if name in result))
+
+
+def read_exclusions(path: Path) -> tuple[CsvTable, str]:
+    """Read the table of images to exclude; returns it with the start of its hash.
+
+    Raises:
+        UserError: There is no such table.
+    """
+    expected = "a CSV table with the columns part and row, and an image in each line"
+    hint = "omit --exclude to pack all images"
+    with os_errors_as_user_errors(path), corrupt_as_user_error(path, expected, hint):
+        content = read_file(path, _MAX_TABLE_BYTES)
+        return read_csv(content, str(path)), hashlib.sha256(content).hexdigest()[:12]
+
+
+def _exclude(splits: dict[str, RawSplit], table: CsvTable) -> dict[str, RawSplit]:
+    """The splits without the images that a table lists by split and source index.
+
+    Raises:
+        UserError: An image is in no split, or has another label, as in the table of another data set.
+    """
+    names, rows = table.column(["part"], "splits"), table.column(["row"], "source indices")
+    labels = table.column(["label"], "labels") if "label" in map(str.lower, table.columns) else [None] * len(rows)
+    places = {
+        name: dict(zip(split.source_index.tolist(), range(len(split.labels)), strict=True))
+        for name, split in splits.items()
+    }
+    keep = {name: np.ones(len(split.labels), bool) for name, split in splits.items()}
+    for line, (name, row, label) in enumerate(zip(names, rows, labels, strict=True)):
+        place = places.get(name, {}).get(int(row)) if row.isdecimal() else None
+        true = None if place is None else splits[name].classes[splits[name].labels[place]]
+        # A spreadsheet's formulas have an apostrophe in front.
+        if place is None or (label is not None and label.removeprefix("'") != str(true).removeprefix("'")):
+            what = "which is no image" if place is None else f"listed as {label} but labelled {true}"
+            raise UserError(
+                found=f"{table.line(line)}: row {row} of the {name} split, {what}",
+                expected="a table of images of this data set, packed with the same options",
+                hint="omit --exclude, or list images of this data set",
+            )
+        keep[name][place] = False
+    return {name: split.select(np.flatnonzero(keep[name])) for name, split in splits.items()}
 
 
 def _choose(split: RawSplit, option: str, fraction: float, stratify: str, seed: int, stream: int) -> NDArray[np.bool_]:

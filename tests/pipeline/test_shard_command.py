@@ -213,6 +213,54 @@ def images(tmp_path: Path) -> Path:
     return write_tree(tmp_path / "raw", {f"{n % 2}/{n}.png": picture(pixels(seed=n)) for n in range(8)})
 
 
+class TestExclude:
+    """`--exclude FILE` leaves out the images that a table lists."""
+
+    def pack(self, command: Command, images: Path, table: str, *options: object) -> subprocess.CompletedProcess:
+        listed = images.parent / "listed.csv"
+        listed.write_text(table)
+        out = images.parent / "out"
+        options = (*options, "--out", out, "--test-fraction", 0.5, "--exclude", listed)
+        return command("folder", "--raw", images, *options)
+
+    def test_other_images_stay_in_their_split(self, command: Command, images: Path, tmp_path: Path) -> None:
+        command("folder", "--raw", images, "--out", tmp_path / "all", "--test-fraction", 0.5)
+        everything = {name: open_split(tmp_path / "all", name) for name in ("train", "test")}
+        row, test_row = everything["train"].rows[0], everything["test"].rows[1]
+        label = everything["train"].manifest.classes[everything["train"].labels[0]]
+        process = self.pack(command, images, f"part,row,label,why\ntrain,{row},{label},blurred\n")
+        assert process.returncode == 0, process.stderr
+        packed = {name: open_split(tmp_path / "out", name) for name in ("train", "test")}
+        assert set(packed["train"].rows) == set(everything["train"].rows) - {row}
+        assert set(packed["test"].rows) == set(everything["test"].rows)
+        assert_user_error(self.pack(command, images, f"part,row\ntest,{test_row}\n"), "exclude", "--force")
+        assert self.pack(command, images, f"part,row\ntest,{test_row}\n", "--force").returncode == 0
+        assert set(open_split(tmp_path / "out", "test").rows) == set(everything["test"].rows) - {test_row}
+
+    @pytest.mark.parametrize(
+        ("table", "found"),
+        [
+            ("part,row\ntrain,99\n", "line 2: row 99 of the train split, which is no image"),
+            ("part,row\nval,0\n", "line 2: row 0 of the val split, which is no image"),
+            ("part,row\ntrain,first\n", "row first of the train split"),
+            ("row,name\n1,x\n", "a column of splits, named part"),
+            ("part,row\n", "only one line"),
+        ],
+    )
+    def test_a_table_of_other_images_is_refused(self, command: Command, images: Path, table: str, found: str) -> None:
+        assert_user_error(self.pack(command, images, table), found)
+
+    def test_a_table_with_other_labels_is_refused(self, command: Command, images: Path, tmp_path: Path) -> None:
+        command("folder", "--raw", images, "--out", tmp_path / "all", "--test-fraction", 0.5)
+        train = open_split(tmp_path / "all", "train")
+        other = train.manifest.classes[1 - train.labels[0]]
+        table = f"part,row,label\ntrain,{train.rows[0]},{other}\n"
+        assert_user_error(self.pack(command, images, table), f"listed as {other} but labelled")
+
+    def test_a_missing_table_is_named(self, command: Command, images: Path, tmp_path: Path) -> None:
+        assert_user_error(command("folder", "--raw", images, "--exclude", tmp_path / "none.csv"), "none.csv")
+
+
 class TestHints:
     """The command that a hint names does what it says."""
 

@@ -101,7 +101,7 @@ class CompletedRun:
             shards: Directory or address of the data set, if it has moved.
 
         Returns:
-            The manifest of the training split, and the test split.
+            The manifest of the training split, and the split of the test: the training split of a fold (`data.fold`).
 
         Raises:
             UserError: The data set cannot be read, or is another one.
@@ -109,13 +109,14 @@ class CompletedRun:
         address = shards or self.config.data.shards
         try:
             directory = resolve_dataset(address)
-            train, store = Manifest.read(directory / "train"), open_split(directory, "test")
+            train, test = (Manifest.read(directory / split) for split in ("train", "test"))
+            store = open_split(directory, "train" if self.config.data.fold else "test")
         except UserError as error:
             if shards:
                 raise
             hint = f"name the directory of the run's data set: --shards DIR ({error.hint})"
             raise UserError(found=error.found, expected=error.expected, hint=hint) from None
-        if not self.trained.data_digest.startswith(train.digest() + store.manifest.digest()):
+        if not self.trained.data_digest.startswith(train.digest() + test.digest()):
             raise UserError(
                 found=f"{address}, another packed data set than that of the run",
                 expected="the data set of the run",

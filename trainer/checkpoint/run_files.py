@@ -212,6 +212,7 @@ def read_predictions(path: Path, classes: int, hint: str, store: Store | None = 
             raise ValueError("rows are not in order")
         if store is not None:
             order = np.argsort(store.rows)
+            order = order[np.isin(store.rows[order], columns["rows"])]  # of a fold: part of the training split
             if not (
                 np.array_equal(columns["rows"], store.rows[order])
                 and np.array_equal(columns["labels"], store.labels[order])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -40,6 +41,14 @@ def _check_resolution_schedule(resolution: Any) -> Any:
     return resolution
 
 
+def _check_fold(fold: Any) -> Any:
+    """Check K/N, the number of a part and the number of parts."""
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", str(fold))
+    if fold is not None and not (match and int(match[1]) <= int(match[2]) and int(match[2]) >= 2):
+        raise ValueError("A part and the number of parts, from 1/2 on, as in 2/5")
+    return fold
+
+
 # YAML 1.1 parses an unquoted `off` as false.
 def _bool_to_compile_mode(value: Any) -> Any:
     return ("default" if value else "off") if isinstance(value, bool) else value
@@ -68,6 +77,9 @@ class DataConfig(BaseConfig):
     split. With neither, the last epoch counts as the best."""
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the remaining training split to train on, stratified by class."""
+    fold: Annotated[str | None, BeforeValidator(_check_fold)] = None
+    """Cross-validation: 2/5 trains without the second of five equal parts of the training split, stratified by class,
+    and tests on it instead of the test split; null trains on all."""
     resolution: Annotated[
         Resolution | tuple[tuple[Epoch, Resolution], ...], BeforeValidator(_check_resolution_schedule)
     ] = 112

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.batch_source import ResidentStore, keep_on_device
-from pipeline.common.stratified import stratified_mask
+from pipeline.common.rng import FOLD_STREAM
+from pipeline.common.stratified import stratified_folds, stratified_mask
 from pipeline.ink.adapter import InputAdapter
 from pipeline.loader import Loader
 from pipeline.normalization import load_or_compute_stats
@@ -90,7 +91,14 @@ def open_data(config: Config, world: World) -> TrainingData:
         world.run_on_main(lambda: _check_hashes(directory, stores))
 
     val_fraction = 0 if val_stores else config.data.val_fraction
-    train, validation = split_train_val(train_store.labels, val_fraction, config.data.train_fraction, config.seed)
+    rest, held_out = split_fold(train_store.labels, config.data.fold, config.seed)
+    train, validation = (
+        rest[chosen]
+        for chosen in split_train_val(train_store.labels[rest], val_fraction, config.data.train_fraction, config.seed)
+    )
+    if config.data.fold:
+        test_store = train_store
+    test_samples = held_out if config.data.fold else np.arange(len(test_store))
     if not len(train):
         raise UserError(
             found=f"no training samples: {len(train_store)} with data.train_fraction={config.data.train_fraction}",
@@ -165,7 +173,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         counts=counts,
         train=TrainingLoader(train_store, sampler, stages, make_transform, world),
         validation=evaluation(val_store, val_samples) if len(val_samples) else None,
-        test=evaluation(test_store, np.arange(len(test_store))),
+        test=evaluation(test_store, test_samples),
         test_store=test_store,
     )
 
@@ -175,6 +183,21 @@ def _image_memory(config: Config) -> int:
     if config.loader.cache_gb != "auto":
         return int(config.loader.cache_gb * 1e9)
     return memory_limit() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def split_fold(labels: NDArray[np.int64], fold: str | None, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the positions of all samples but those of a fold (`data.fold`), and of those of the fold."""
+    if fold is None:
+        return np.arange(len(labels)), np.arange(0)
+    number, folds = map(int, fold.split("/"))
+    is_held_out = stratified_folds(labels, folds, seed, FOLD_STREAM) == number - 1
+    if not is_held_out.any():
+        raise UserError(
+            found=f"data.fold={fold} of {len(labels)} samples, which is none",
+            expected="at least one sample in each part",
+            hint="data.fold=1/2",
+        )
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def split_train_val(

@@ -238,8 +238,8 @@ def model_logits(model: nn.Module, batch: Batch, settings: TrainerConfig, world:
         return mean_logits(model, images, settings.test_time_augmentation)
 
 
-def loader_for(store: Store, trained: TrainedModel, world: World) -> Loader:
-    """Return a loader of all images of a split, with the input transform of a trained model.
+def loader_for(store: Store, trained: TrainedModel, world: World, samples: NDArray[np.int64] | None = None) -> Loader:
+    """Return a loader of images of a split, all by default, with the input transform of a trained model.
 
     Raises:
         UserError: The images have another number of channels.
@@ -256,7 +256,8 @@ def loader_for(store: Store, trained: TrainedModel, world: World) -> Loader:
     backend, _ = choose_backend(config.loader.backend, world.device.type, spec.encoded)
     spec = spec.with_normalization(trained.mean, trained.std)
     transform = build_transform(spec, backend, world.device, config.loader.batch_size)
-    return evaluation_loader(store, np.arange(len(store)), transform, config, world)
+    samples = np.arange(len(store)) if samples is None else samples
+    return evaluation_loader(store, samples, transform, config, world)
 
 
 def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:

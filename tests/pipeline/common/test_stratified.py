@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.common.rng import PARTITION_STREAM
-from pipeline.common.stratified import stratified_mask
+from pipeline.common.rng import FOLD_STREAM, PARTITION_STREAM
+from pipeline.common.stratified import stratified_folds, stratified_mask
 from trainer.data.training_data import split_train_val
 
 seeds = st.integers(0, 2**63 - 1)
@@ -83,6 +83,21 @@ def test_is_a_pure_function_of_its_arguments(labels: NDArray[np.int64], fraction
     first = stratified_mask(labels, fraction, seed)
     np.testing.assert_array_equal(stratified_mask(labels.copy(), fraction, seed), first)
     np.testing.assert_array_equal(labels, before)
+
+
+@given(labels=labellings, folds=st.integers(2, 9))
+def test_folds_differ_by_at_most_one_sample_also_of_each_class(labels: NDArray[np.int64], folds: int) -> None:
+    part = stratified_folds(labels, folds, 5, FOLD_STREAM)
+    for chosen in (part, *(part[labels == label] for label in np.unique(labels))):
+        assert np.ptp(np.bincount(chosen, minlength=folds)) <= 1
+    np.testing.assert_array_equal(part, stratified_folds(labels, folds, 5, FOLD_STREAM))
+
+
+def test_folds_depend_on_the_seed_alone() -> None:
+    labels = np.repeat(np.arange(4), 25)
+    first, second = (stratified_folds(labels, 5, seed, FOLD_STREAM) for seed in (0, 1))
+    assert (first != second).mean() == pytest.approx(0.8, abs=0.15)
+    assert stratified_folds(np.zeros(8, np.int64), 3, 0, FOLD_STREAM).tolist() == [1, 1, 1, 0, 0, 2, 0, 2]
 
 
 def test_golden_choice() -> None:

@@ -61,6 +61,13 @@ def test_recipes_are_short() -> None:
     assert sum(lengths) <= 28 * len(lengths)
 
 
+def test_a_fold_is_a_part_of_several(tmp_path: Path) -> None:
+    assert quickstart("data.fold=2/5").data.fold == "2/5"
+    for wrong in ("0/5", "6/5", "1/1", "2", "a/b", "1/5/2", "[1, 5]"):
+        error = mistake(QUICKSTART, f"data.fold={wrong}")
+        assert "data.fold" in error.found and "as in 2/5" in error.expected + error.hint + error.found
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_begins_with_its_purpose_its_packing_and_its_result(path: Path) -> None:
     head = path.read_text().partition("\ndata:")[0]

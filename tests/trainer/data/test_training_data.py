@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, pack_splits, synthetic_splits
@@ -27,8 +28,29 @@ ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 REPLACED = "which was replaced, changed or removed while it was read"
 
 
-def config(shards: Path) -> Config:
-    return resolve_precision(load(ROOT / "configs/quickstart.yaml", [f"data.shards={shards}"]), ALONE.device)
+def config(shards: Path, *overrides: str) -> Config:
+    settings = load(ROOT / "configs/quickstart.yaml", [f"data.shards={shards}", *overrides])
+    return resolve_precision(settings, ALONE.device)
+
+
+def test_a_fold_is_tested_and_neither_trained_on_nor_validated(synthetic_set: Path) -> None:
+    whole, *folds = (
+        open_data(config(synthetic_set, *overrides), ALONE)
+        for overrides in ((), *((f"data.fold={number}/3", "data.val_fraction=0.2") for number in (1, 2, 3)))
+    )
+    assert whole.test_store.manifest.split == "test" and whole.counts.sum() == 630
+    tested = []
+    for data in folds:
+        assert data.validation is not None and data.test_store.manifest.split == "train"
+        parts = [data.validation.sampler.samples, data.test.sampler.samples]
+        trained = np.concatenate([batch.source_index for batch in data.train.batches()])
+        rows = data.test_store.rows
+        assert not set(trained) & set(rows[np.concatenate(parts)]) and not set(parts[0]) & set(parts[1])
+        assert data.counts.sum() + sum(map(len, parts)) == 700
+        tested.append(parts[1])
+    assert sorted(np.concatenate(tested)) == list(range(700))
+    error = refusal(lambda: open_data(config(synthetic_set, "data.fold=701/701"), ALONE))
+    assert "data.fold=701/701" in error.found
 
 
 @pytest.mark.parametrize("after", ["test", "train"])
