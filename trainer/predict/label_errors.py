@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,13 +70,17 @@ def predict_folds(runs: list[Path], settings: Config, store: Store, world: World
     Returns:
         The predictions on rank 0; None elsewhere.
     """
+
+    def probabilities_of(head: ProbabilityHead, logits: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (head(logits),)
+
     parts = []
     for number, run in enumerate(runs, 1):
         trained = load_trained_model(run)
         head = ProbabilityHead(**trained.posthoc_kwargs())
         _, samples = split_fold(store.labels, f"{number}/{len(runs)}", settings.seed)
         loader, model = loader_for(store, trained, world, samples), trained.build_model(world.device)
-        output = map_logits(lambda logits, _, head=head: (head(logits),), model, loader, trained.config.trainer, world)
+        output = map_logits(partial(probabilities_of, head), model, loader, trained.config.trainer, world)
         parts.append(None if output is None else output[0])
     if not world.is_main_process:
         return None
