@@ -13,6 +13,12 @@ from trainer.config.base import BaseConfig, Fraction
 class LossConfig(BaseConfig):
     """The loss."""
 
+    name: Literal["kl_divergence", "bce", "focal"] = "kl_divergence"
+    """kl_divergence is cross-entropy minus the entropy of the targets; bce is binary cross-entropy of each class
+    against the others, summed over the classes; focal reduces the weight of samples that are already right."""
+    focal_gamma: Annotated[float, Field(ge=0, le=100)] = 2.0
+    """focal: exponent of 1 - p, where p is the probability of a class; 0 is cross-entropy."""
+
     class_weights: Literal["none", "inverse", "minmax", "effective"] = "none"
     """Class weights: inverse frequency, inverse frequency scaled to 1 .. 2 (minmax), or effective number of samples."""
     effective_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999

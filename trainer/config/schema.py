@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.transforms.preprocess import MAX_RESOLUTION, Preprocessing
 from trainer.config.architectures import MIN_RESOLUTION, PLAIN_CNNS, PlainCnn
@@ -18,6 +19,7 @@ from trainer.config.base import BaseConfig, Fraction
 from trainer.config.objective import DistillationConfig, LossConfig, MixupConfig, PosthocConfig
 
 BUILTIN_MODELS = (*MIN_RESOLUTION, *PLAIN_CNNS)  # networks defined in trainer.models
+OPTIMIZERS = ("adam", "adamw", "lion", "schedule_free_adamw", "sgd", "sgd_lookahead")  # built in trainer.optim
 SHARDS_SETTING = "data.shards"  # compared by the digests of the manifests when a run is resumed
 MAX_EPOCHS = 10**6
 Resolution = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
@@ -56,6 +58,19 @@ def _bool_to_compile_mode(value: Any) -> Any:
 
 def _false_to_off(value: Any) -> Any:
     return "off" if value is False else value
+
+
+def _check_optimizer(name: str) -> str:
+    """Check the name of an optimizer; timm's need first derivatives only."""
+    if name not in OPTIMIZERS:
+        from timm.optim import list_optimizers  # takes a second
+
+        known = {*map(str, list_optimizers())} - {"adahessian"}
+        if name.removeprefix("lookahead_") not in known:
+            near = difflib.get_close_matches(name, sorted({*OPTIMIZERS, *known}), n=3, cutoff=0.5)
+            suggestion = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(f"One of {', '.join(map(repr, OPTIMIZERS))} or an optimizer of timm{suggestion}")
+    return name
 
 
 class RunConfig(BaseConfig):
@@ -195,14 +210,17 @@ class ModelConfig(BaseConfig):
 class OptimConfig(BaseConfig):
     """The optimizer."""
 
-    name: Literal["adam", "adamw", "lion", "sgd", "sgd_lookahead"] = "adamw"
-    """Optimizer; sgd uses momentum, sgd_lookahead is SGD with Nesterov momentum inside Lookahead."""
+    name: Annotated[str, AfterValidator(_check_optimizer)] = "adamw"
+    """adam, adamw, lion, sgd (with momentum), sgd_lookahead (SGD with Nesterov momentum inside Lookahead),
+    schedule_free_adamw, or any other optimizer of timm, such as muon."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer, as {betas: [0.9, 0.95]}; see torch, or timm's create_optimizer_v2."""
     lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.01
     """Weight decay of weight matrices and kernels, not of biases and norms; decoupled in adamw and lion."""
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """Momentum of sgd and sgd_lookahead."""
+    """Momentum of sgd, sgd_lookahead and timm's optimizers that have one."""
     grad_accumulation: Annotated[int, Field(ge=1, le=10**6)] = 1
     """Batches whose gradients are averaged for one optimizer step."""
     max_grad_norm: Annotated[float, Field(gt=0, le=10**9)] | None = None
@@ -212,10 +230,24 @@ class OptimConfig(BaseConfig):
 class ScheduleConfig(BaseConfig):
     """The learning-rate schedule."""
 
-    name: Literal["constant", "cosine", "warm_restarts", "one_cycle", "plateau"] = "cosine"
+    name: Literal[
+        "constant",
+        "cosine",
+        "warm_restarts",
+        "one_cycle",
+        "plateau",
+        "tanh",
+        "step",
+        "multistep",
+        "poly",
+        "wsd",
+        "rsqrt",
+    ] = "cosine"
     """Learning-rate schedule: one_cycle is OneCycleLR, warm_restarts is SGDR; plateau reduces the rate when
-    trainer.monitor
-    stops improving."""
+    trainer.monitor stops improving; tanh, step, multistep, poly, wsd and rsqrt are timm's."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the schedule, as {div_factor: 10} for torch's OneCycleLR or {decay_epochs: 5} for timm's
+    create_scheduler_v2."""
     unit: Literal["step", "epoch"] = "step"
     """Update the learning rate after every optimizer step or after every epoch."""
     warmup: Annotated[float, Field(ge=0, le=MAX_EPOCHS)] = 0.0
@@ -225,7 +257,7 @@ class ScheduleConfig(BaseConfig):
     cycle_mult: Annotated[int, Field(ge=1, le=1000)] = 1
     """warm_restarts: factor of the cycle length at every restart."""
     min_lr: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Minimum learning rate of cosine, warm_restarts and plateau."""
+    """Minimum learning rate of cosine, warm_restarts, plateau and timm's schedules."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """plateau: factor of each reduction."""
     patience: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 2
@@ -346,6 +378,8 @@ class Config(BaseConfig):
             yield "posthoc.tau=auto is tuned on the validation split, but data.val_fraction is 0"
         if self.data.val_fraction == 0 and self.trainer.patience is not None:
             yield "trainer.patience needs validation metrics, but data.val_fraction is 0"
+        if self.optim.name == "schedule_free_adamw" and self.trainer.ema_decay is not None:
+            yield "optim.name=schedule_free_adamw averages the weights itself, but trainer.ema_decay is set"
         if self.trainer.monitor == "loss" and self.posthoc.tau == "auto":
             yield "posthoc.tau=auto is tuned for accuracy or macro_f1, but trainer.monitor is loss"
         if self.trainer.minutes is not None and not isinstance(self.data.resolution, int):
@@ -384,7 +418,7 @@ class Config(BaseConfig):
     def settings_without_effect(self) -> Iterator[str]:
         """Yield a warning for each explicit setting that other settings disable."""
         model, schedule, epochs = self.model, self.schedule, self.trainer.epochs
-        is_sgd = self.optim.name in ("sgd", "sgd_lookahead")
+        has_momentum = self.optim.name not in ("adam", "adamw", "lion", "schedule_free_adamw")
         is_scalable = model.name == "cifar_efficientnet"
         has_branches = is_scalable or model.name not in BUILTIN_MODELS
         is_plateau, is_cosine = schedule.name == "plateau", schedule.name in ("cosine", "warm_restarts")
@@ -399,11 +433,12 @@ class Config(BaseConfig):
         rules: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
             (is_plateau, by_schedule, ("schedule.factor", "schedule.patience")),
             (not is_plateau, by_schedule, ("schedule.warmup",)),
-            (is_plateau or is_cosine, by_schedule, ("schedule.min_lr",)),
+            (schedule.name not in ("constant", "one_cycle"), by_schedule, ("schedule.min_lr",)),
             (schedule.name == "warm_restarts", by_schedule, ("schedule.cycle_epochs", "schedule.cycle_mult")),
             (crops, "data.crop_to_foreground=null", ("data.foreground_opening_radius",)),
             (has_stages, "a single data.resolution", ("loader.scale_batch_with_resolution",)),
-            (is_sgd, f"optim.name={self.optim.name}", ("optim.momentum",)),
+            (has_momentum, f"optim.name={self.optim.name}", ("optim.momentum",)),
+            (self.loss.name == "focal", f"loss.name={self.loss.name}", ("loss.focal_gamma",)),
             (self.loss.class_weights == "effective", "another loss.class_weights", ("loss.effective_beta",)),
             (self.mixup.prob > 0, "mixup.prob=0", ("mixup.mixup_alpha", "mixup.cutmix_alpha", "mixup.off_last_epochs")),
             (distills, "distillation.teacher=null", ("distillation.weight", "distillation.temperature")),
@@ -446,9 +481,9 @@ class Config(BaseConfig):
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield pairs of a dotted name and a value from nested sections."""
+    """Yield pairs of a dotted name and a value from nested sections; `options` are one value."""
     for name, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != "options":
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel
-from trainer.config.schema import Config
+from trainer.config.schema import Config, LossConfig
 from trainer.evaluate.evaluator import Evaluation, evaluate, predict_logits
 from trainer.evaluate.logit_adjustment import fit_posthoc, limit_samples
 from trainer.evaluate.metrics import ClassificationMetrics, count_classes_
@@ -28,13 +29,16 @@ from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
 from trainer.loop.state import Totals, Training
 from trainer.models.precision import autocast, to_memory_format
 from trainer.optim.distillation import DistillationTeacher
-from trainer.optim.losses import weighted_kl
+from trainer.optim.losses import weighted_bce, weighted_focal, weighted_kl
 from trainer.optim.mixup import apply_mixup_cutmix, soft_targets
+from trainer.optim.schedule_free import ScheduleFreeWeights
 from trainer.runtime.distributed import AsyncFlags
 from trainer.runtime.loggers import MetricLogger
 from trainer.runtime.profiler import trace_steps
 from trainer.runtime.seeding import seed_step
 from trainer.runtime.signals import Interrupted, raise_if_signalled, record_signals
+
+_BATCH_NORM_BATCHES = 50  # from which the statistics of batch norm are computed for averaged weights
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ def forward_backward(
         with autocast(config.trainer, world.device):
             logits = forward(images)
         loss = compute_loss(
-            logits, targets, images, training.logit_adjustment, training.class_weights, training.teacher
+            logits, targets, images, training.logit_adjustment, training.class_weights, training.teacher, config.loss
         )
         if not is_mixed:
             predicted = (
@@ -243,6 +247,7 @@ def compute_loss(
     logit_adjustment: torch.Tensor,
     class_weights: torch.Tensor,
     teacher: DistillationTeacher | None,
+    settings: LossConfig,
 ) -> torch.Tensor:
     """Compute the training loss, summed over the batch.
 
@@ -253,9 +258,15 @@ def compute_loss(
         logit_adjustment: float32 [C], added to the logits.
         class_weights: float32 [C].
         teacher: The teacher of knowledge distillation, if any.
+        settings: Name and parameter of the loss.
     """
     logits = logits + logit_adjustment
-    loss = weighted_kl(logits, targets, class_weights)
+    if settings.name == "bce":
+        loss = weighted_bce(logits, targets, class_weights)
+    elif settings.name == "focal":
+        loss = weighted_focal(logits, targets, class_weights, settings.focal_gamma)
+    else:
+        loss = weighted_kl(logits, targets, class_weights)
     return loss if teacher is None else teacher.distillation_loss(loss, logits, images, class_weights)
 
 
@@ -283,6 +294,11 @@ def _update(training: Training) -> None:
 def _end_epoch(training: Training, services: RunServices) -> None:
     """Validate, step the schedule, update the best epoch, and write checkpoint and record."""
     state, config, world, totals = training.state, training.config, training.world, training.state.epoch_totals
+    if isinstance(state.ema, ScheduleFreeWeights):
+        with contextlib.closing(training.data.train.batches(state.epoch)) as batches:
+            some = itertools.islice(batches, _BATCH_NORM_BATCHES)
+            with autocast(config.trainer, world.device):
+                state.ema.refresh(to_memory_format(batch.images, config.trainer) for batch in some)
     # Batch norm's running statistics differ between ranks; rank 0's are evaluated and saved.
     world.broadcast_tensors_(list(state.model.buffers()))
     if state.ema is not None:

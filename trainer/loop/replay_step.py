@@ -66,7 +66,7 @@ def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple
     teacher = None
     if config.distillation.teacher:
         teacher = DistillationTeacher(config, tuple(classes), state["mean"], state["std"], device)
-    loss = compute_loss(logits, targets, images, shift, weights, teacher)
+    loss = compute_loss(logits, targets, images, shift, weights, teacher, config.loss)
     loss.backward()
     for name, parameter in model.named_parameters():
         check(f"gradient of {name}", parameter.grad)

@@ -14,7 +14,7 @@ from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_files
 from trainer.checkpoint.compat import changed_settings, check_fits, check_structure
 from trainer.checkpoint.run_dir import RunDirectory
-from trainer.config.schema import Config
+from trainer.config.schema import OPTIMIZERS, Config
 from trainer.data.training_data import TrainingData
 from trainer.loop.state import Training, make_training
 from trainer.loop.step_check import check_batch_sizes, check_memory
@@ -23,7 +23,7 @@ from trainer.runtime.distributed import World
 log = logging.getLogger(__name__)
 
 # Contents of a parameter group that steps change. Its other options come from the settings.
-_GROUP_STATE = {"params", "lr", "lookahead_step"}
+_GROUP_STATE = {"params", "lr", "lookahead_step", "step", "weight_sum"}
 
 
 def open_training(
@@ -136,7 +136,8 @@ def _check_restored(training: Training) -> None:
         state.updates == updates or (ends_by_clock and 0 <= state.updates < updates)
     ):
         raise ValueError(f"step {state.step} and {state.updates} updates in epoch {state.epoch}")
-    for parameter, values in state.optimizer.state.items():
+    # timm's optimizers also have factors of other shapes.
+    for parameter, values in state.optimizer.state.items() if training.config.optim.name in OPTIMIZERS else ():
         if any(
             isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape
             for value in values.values()

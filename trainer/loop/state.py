@@ -27,6 +27,7 @@ from trainer.optim.distillation import DistillationTeacher
 from trainer.optim.ema import ModelEma
 from trainer.optim.losses import class_weights, log_priors
 from trainer.optim.optimizers import make_optimizer
+from trainer.optim.schedule_free import make_average
 from trainer.optim.schedules import LRSchedule
 from trainer.runtime.distributed import World
 from trainer.runtime.profiler import Profile, TimeProfile
@@ -298,7 +299,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         model=model,
         optimizer=optimizer,
         learning_rate=LRSchedule(optimizer, config, updates),
-        ema=ModelEma(model, config.trainer.ema_decay) if config.trainer.ema_decay else None,
+        ema=make_average(model, optimizer, config.trainer.ema_decay),
         scaler=make_grad_scaler(config.trainer, world.device),
         class_counts=torch.zeros(3, len(data.classes), dtype=torch.int64),
     )

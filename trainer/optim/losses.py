@@ -28,6 +28,27 @@ def weighted_kl(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tens
     return (divergence * weights).sum()
 
 
+def weighted_bce(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Compute sum_b sum_c w_c [-t_bc log s_bc - (1 - t_bc) log(1 - s_bc)], with s the sigmoid of the logits.
+
+    With all weights 1 it equals timm's `BinaryCrossEntropy(smoothing=0, sum_classes=True)` times B (Wightman et al.
+    2021, https://arxiv.org/abs/2110.00476). Arguments and result are those of `weighted_kl`.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), targets, weights.expand_as(targets), reduction="sum")
+
+
+def weighted_focal(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Compute -sum_b sum_c w_c t_bc (1 - p_bc)^gamma log p_bc, with p the softmax of the logits.
+
+    Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 4, for several classes and soft targets. Arguments and
+    result are those of `weighted_kl`.
+    """
+    log_probabilities = F.log_softmax(logits.float(), dim=1)
+    # 1 - p from its logarithm: p rounds to 1, where a power has no gradient.
+    rest = -torch.expm1(log_probabilities.clamp(max=-torch.finfo(torch.float32).tiny))
+    return -(weights * targets * rest**gamma * log_probabilities).sum()
+
+
 def log_priors(counts: NDArray[np.int64]) -> torch.Tensor:
     """Compute the log frequencies of the classes for logit adjustment.
 

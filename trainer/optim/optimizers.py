@@ -8,37 +8,66 @@ from typing import Any
 
 import torch
 
+from shards.errors import UserError, first_line
 from trainer.config.schema import OptimConfig
+from trainer.optim.schedule_free import ScheduleFreeAdamW
 
 
 def make_optimizer(model: torch.nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer of a model's parameters, without weight decay of biases and norms."""
+    """Build the optimizer of a model's trainable parameters, without weight decay of biases and norms.
+
+    Raises:
+        UserError: `optim.options` has an argument that the optimizer does not take.
+    """
+    options = dict(settings.options)
+    groups = _param_groups(model, settings, options.pop("fallback_list", ()))
+    try:
+        return _build(groups, settings, options)
+    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+        raise UserError(
+            found=f"optim.name={settings.name} optim.options={settings.options}, which raises: {first_line(error)}",
+            expected="arguments that the optimizer takes",
+            hint="change optim.options",
+        ) from None
+
+
+def _param_groups(model: torch.nn.Module, settings: OptimConfig, fallback: Collection[str]) -> list[dict[str, Any]]:
+    """Group parameters by weight decay, and by whether a hybrid optimizer such as Muon uses its fallback for them."""
     # timm's models name further parameters without weight decay.
     no_decay: Collection[str] = getattr(model, "no_weight_decay", tuple)()
-    decayed: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             exempt = weight.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, pattern) for pattern in no_decay)
-            (others if exempt else decayed).append(weight)
-    groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": settings.weight_decay}]
-    groups = [group for group in groups if group["params"]]
-    if settings.name == "lion":
-        from trainer.optim.skippable import Lion  # the import of timm takes a second
-
-        return Lion(groups, lr=settings.lr, foreach=True)
-    if settings.name == "sgd":
-        return _sgd(groups, settings, nesterov=False)
-    if settings.name == "sgd_lookahead":
-        from trainer.optim.skippable import Lookahead
-
-        return Lookahead(_sgd(groups, settings, nesterov=True))
-    optimizer = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return optimizer(groups, settings.lr, fused=True)
+            is_fallback = any(fnmatch(name, pattern) for pattern in fallback)
+            decay = 0.0 if exempt else settings.weight_decay
+            group = {"params": [], "weight_decay": decay} | ({"use_fallback": True} if is_fallback else {})
+            groups.setdefault((not exempt, is_fallback), group)["params"].append(weight)
+    return [groups[key] for key in sorted(groups)]
 
 
-def _sgd(groups: list[dict[str, Any]], settings: OptimConfig, nesterov: bool) -> torch.optim.SGD:
-    optimizer = torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=nesterov, fused=True)
+def _build(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[str, Any]) -> torch.optim.Optimizer:
+    name, lr = settings.name, settings.lr
+    if name in ("adam", "adamw"):
+        return (torch.optim.Adam if name == "adam" else torch.optim.AdamW)(groups, lr, **{"fused": True} | options)
+    if name == "sgd":
+        return _sgd(groups, settings, options)
+    from trainer.optim import skippable  # the import of timm takes a second
+
+    if name == "sgd_lookahead":
+        return skippable.Lookahead(_sgd(groups, settings, {"nesterov": True} | options))
+    if name == "lion":
+        return skippable.Lion(groups, lr, **{"foreach": True} | options)
+    if name == "schedule_free_adamw":
+        return skippable.skip_overflows(ScheduleFreeAdamW(groups, lr, **options))
+    from timm.optim import create_optimizer_v2
+
+    other = create_optimizer_v2(groups, name, lr, settings.weight_decay, settings.momentum, **options)
+    return skippable.skip_overflows(other)
+
+
+def _sgd(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[str, Any]) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(groups, settings.lr, settings.momentum, **{"fused": True} | options)
 
     def create_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Create the momentum before a first step that may be skipped, which would leave torch's uninitialized."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from shards.errors import UserError, first_line
 from trainer.config.schema import Config
 
 
@@ -38,6 +38,8 @@ class LRSchedule:
             updates: Optimizer steps of each epoch. If they differ, every epoch advances the schedule equally far.
         """
         self._optimizer = optimizer
+        # A group has the rate of the schedule times its `lr_scale`, so minima and cycles are those of the whole model.
+        self._base = torch.optim.SGD([torch.zeros(())], config.optim.lr)
         self._by_time = config.trainer.minutes is not None
         self._by_update = config.schedule.unit == "step" and config.schedule.name != "plateau"
         self._sign = -1 if config.trainer.monitor == "loss" else 1
@@ -45,12 +47,22 @@ class LRSchedule:
         self._ends = list(itertools.accumulate(updates))
         self._updates = 0
         self._total = config.trainer.epochs * self._steps_per_epoch
-        self._scheduler = make_lr_scheduler(optimizer, config, self._steps_per_epoch)
+        self._scheduler = make_lr_scheduler(self._base, config, self._steps_per_epoch)
+        self._base.step()  # torch warns of schedules that step before their optimizer
+        self._set_rates()
 
     @property
     def lr(self) -> float:
-        """Current learning rate."""
-        return self._optimizer.param_groups[0]["lr"]
+        """Current learning rate, of parameters without a scale."""
+        return self._base.param_groups[0]["lr"]
+
+    def _set_rates(self) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
+
+    def _step(self) -> None:
+        self._scheduler.step()
+        self._set_rates()
 
     def step_update(self) -> None:
         """Advance after an optimizer step."""
@@ -58,13 +70,13 @@ class LRSchedule:
         self._updates += 1
         if self._by_update and not self._by_time:
             for _ in range(self._position() - before):
-                self._scheduler.step()
+                self._step()
 
     def step_time(self, fraction: float) -> None:
         """Advance to a fraction of `trainer.minutes`. A plateau schedule advances by epochs only."""
         if self._by_time and not isinstance(self._scheduler, ReduceLROnPlateau):
             for _ in range(int(min(fraction, 1.0) * self._total) - self._scheduler.last_epoch):
-                self._scheduler.step()
+                self._step()
 
     def _position(self) -> int:
         """Steps of the scheduler that correspond to the optimizer steps so far."""
@@ -79,8 +91,9 @@ class LRSchedule:
         """Advance after an epoch with this value of `trainer.monitor`, negated if lower values are better."""
         if isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step(self._sign * metric)
+            self._set_rates()
         elif not self._by_update and not self._by_time:
-            self._scheduler.step()
+            self._step()
 
     def replay(self, updates: int, epochs: int, metrics: list[float], fraction: float = 0.0) -> None:
         """Advance a new schedule to a later point of the run.
@@ -91,13 +104,11 @@ class LRSchedule:
             metrics: The values of `step_epoch` for the first epochs; missing ones count as 0.
             fraction: Fraction of `trainer.minutes`.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about scheduler steps without optimizer steps
-            for _ in range(updates):
-                self.step_update()
-            for epoch in range(epochs):
-                self.step_epoch(metrics[epoch] if epoch < len(metrics) else 0.0)
-            self.step_time(fraction)
+        for _ in range(updates):
+            self.step_update()
+        for epoch in range(epochs):
+            self.step_epoch(metrics[epoch] if epoch < len(metrics) else 0.0)
+        self.step_time(fraction)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
@@ -107,12 +118,69 @@ class LRSchedule:
         """Restore the state of a checkpoint."""
         self._scheduler.load_state_dict(state["scheduler"])
         self._updates = state["updates"]
+        self._base.param_groups[0]["lr"] = self._scheduler.get_last_lr()[0]
+        self._set_rates()
+
+
+class TimmSchedule:
+    """A schedule of timm, a function of the number of steps, with the interface of torch's schedulers."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int) -> None:
+        """Build `schedule.name` with timm's `create_scheduler_v2`."""
+        from timm.scheduler import create_scheduler_v2
+
+        settings = config.schedule
+        lengths = {"num_epochs": config.trainer.epochs, "warmup_epochs": settings.warmup, "min_lr": settings.min_lr}
+        self._optimizer = optimizer
+        self._scheduler, _ = create_scheduler_v2(
+            optimizer,
+            settings.name,
+            **lengths | {"step_on_epochs": False, "updates_per_epoch": steps_per_epoch} | settings.options,
+        )
+        self.last_epoch = -1
+        self.step()
+
+    def step(self) -> None:
+        """Advance by one step."""
+        self.last_epoch += 1
+        self._scheduler.step_update(self.last_epoch)
+
+    def get_last_lr(self) -> list[float]:
+        """Return the learning rate of each group."""
+        return [group["lr"] for group in self._optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the number of steps."""
+        self.last_epoch = state["last_epoch"]
+        self._scheduler.step_update(self.last_epoch)
 
 
 def make_lr_scheduler(
     optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int
-) -> LRScheduler | ReduceLROnPlateau:
-    """Build torch's scheduler, which makes `steps_per_epoch` steps in each epoch."""
+) -> LRScheduler | ReduceLROnPlateau | TimmSchedule:
+    """Build the scheduler, which makes `steps_per_epoch` steps in each epoch.
+
+    Raises:
+        UserError: `schedule.options` has an argument that the schedule does not take.
+    """
+    try:
+        return _make_lr_scheduler(optimizer, config, steps_per_epoch)
+    except (TypeError, ValueError, AssertionError, AttributeError) as error:
+        raise UserError(
+            found=f"schedule.name={config.schedule.name} with schedule.options={config.schedule.options}, which "
+            f"raises: {first_line(error)}",
+            expected="arguments of torch's scheduler, or of timm.scheduler.create_scheduler_v2 for timm's",
+            hint="change schedule.options",
+        ) from None
+
+
+def _make_lr_scheduler(
+    optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int
+) -> LRScheduler | ReduceLROnPlateau | TimmSchedule:
     settings = config.schedule
     warmup = round(settings.warmup * steps_per_epoch)
     total = config.trainer.epochs * steps_per_epoch
@@ -122,8 +190,7 @@ def make_lr_scheduler(
             max_lr=[group["lr"] for group in optimizer.param_groups],
             # The scheduler also steps after the last update, whose learning rate is never used.
             total_steps=total + 1,
-            pct_start=warmup / total if warmup else 0.3,
-            cycle_momentum=False,
+            **{"pct_start": warmup / total if warmup else 0.3, "cycle_momentum": False} | settings.options,
         )
     if settings.name == "plateau":
         return ReduceLROnPlateau(
@@ -132,18 +199,23 @@ def make_lr_scheduler(
             factor=settings.factor,
             patience=settings.patience,
             min_lr=settings.min_lr,
+            **settings.options,
         )
+    if settings.name not in ("cosine", "warm_restarts", "constant"):
+        return TimmSchedule(optimizer, config, steps_per_epoch)
     if settings.name == "cosine":
-        main: LRScheduler = CosineAnnealingLR(optimizer, T_max=max(1, total - warmup), eta_min=settings.min_lr)
+        length = max(1, total - warmup)
+        main: LRScheduler = CosineAnnealingLR(optimizer, length, settings.min_lr, **settings.options)
     elif settings.name == "warm_restarts":
         main = CosineAnnealingWarmRestarts(
             optimizer,
             T_0=max(1, round(settings.cycle_epochs * steps_per_epoch)),
             T_mult=settings.cycle_mult,
             eta_min=settings.min_lr,
+            **settings.options,
         )
     else:
-        main = ConstantLR(optimizer, factor=1.0)
+        main = ConstantLR(optimizer, factor=1.0, **settings.options)
     if not warmup:
         return main
     warming_up = LambdaLR(optimizer, lambda step: (step + 1) / warmup)

@@ -44,3 +44,32 @@ class Lookahead(timm.optim.Lookahead):
         """Step the inner optimizer, and every few steps the slow weights."""
         self._base_optimizer.found_inf = getattr(self, "found_inf", None)
         return super().step(closure)
+
+
+def skip_overflows(optimizer: Any) -> torch.optim.Optimizer:
+    """Let the weights of any optimizer stay as they are if `found_inf` is set.
+
+    The step takes place with gradients of zero, so its moments decay and its counter advances.
+    """
+    before: list[torch.Tensor] = []
+
+    def weights() -> list[Any]:
+        return [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+
+    def clear_gradients(*_: object) -> None:
+        if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
+            before[:] = [weight.detach().clone() for weight in weights()]
+            for gradient in (weight.grad for weight in weights()):
+                gradient.masked_fill_(found_inf > 0, 0.0)
+
+    def restore_weights(*_: object) -> None:
+        if before:
+            with torch.no_grad():
+                for weight, old in zip(weights(), before, strict=True):
+                    weight.copy_(torch.where(optimizer.found_inf > 0, old, weight))
+            before.clear()
+
+    optimizer.register_step_pre_hook(clear_gradients)
+    optimizer.register_step_post_hook(restore_weights)
+    optimizer._step_supports_amp_scaling = True
+    return optimizer

@@ -330,7 +330,7 @@ def test_what_does_not_change_the_weights_may_change_when_a_run_is_resumed(overr
 def test_everything_else_must_stay_when_a_run_is_resumed() -> None:
     assert set(quickstart().recipe()) == set(SETTINGS) - {text.partition("=")[0] for text in FREE}
     assert quickstart("optim.lr=1e-5").recipe()["optim.lr"] == 1e-5
-    assert all(value is None or isinstance(value, str | int | float) for value in quickstart().recipe().values())
+    assert all(value is None or isinstance(value, str | int | float | dict) for value in quickstart().recipe().values())
 
 
 @pytest.mark.parametrize(
@@ -466,7 +466,7 @@ def test_help_shows_type_choices_and_default_of_every_setting(monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "120")
     lines = settings_help(Config).splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "] == [*SETTINGS]
-    assert "  optim.name  adam|adamw|lion|sgd|sgd_lookahead (default: adamw)" in lines
+    assert "  optim.name  string (default: adamw)" in lines
     assert "  optim.max_grad_norm  float|null (default: null)" in lines
     assert "  data.shards  string (required)" in lines
     assert "  seed  int (default: 0)" in lines and "optim:" in lines

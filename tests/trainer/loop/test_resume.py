@@ -157,6 +157,8 @@ def combined(optimizer: str, schedule: str) -> list[str]:
         ("adamw", SCHEDULES[4], ["depth", "ema"]),
         ("sgd_lookahead", SCHEDULES[6], list(EXTRAS)),
         ("lion", SCHEDULES[2], []),
+        ("muon", "poly warmup=1", []),
+        ("schedule_free_adamw", SCHEDULES[0], []),
     ],
 )
 def test_dying_within_an_epoch_changes_nothing(

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
+from torchvision.ops import sigmoid_focal_loss
 
 from trainer.config.schema import LossConfig
-from trainer.optim.losses import class_weights, log_priors, weighted_kl
+from trainer.loop.engine import compute_loss
+from trainer.optim.losses import class_weights, log_priors, weighted_bce, weighted_focal, weighted_kl
 from trainer.optim.mixup import soft_targets
 
 BATCH, CLASSES = 7, 5
@@ -84,6 +87,52 @@ def test_is_computed_in_float32_whatever_the_model_computes_in() -> None:
     loss = weighted_kl(logits, targets, WEIGHTS)
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(by_loops(logits, targets, WEIGHTS), rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", [random_targets(), hard_targets()], ids=["soft", "with zeros"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_is_the_formula(targets: torch.Tensor, gamma: float) -> None:
+    """Lin et al. 2017 for each class of a softmax, in NumPy."""
+    logits = random_logits()
+    z = logits.double().numpy()
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    expected = -(WEIGHTS.numpy() * targets.numpy() * (1 - p) ** gamma * np.log(p)).sum()
+    assert float(chosen("focal", logits, targets, gamma)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_of_two_classes_is_torchvisions(gamma: float) -> None:
+    """A softmax of two logits is the sigmoid of their difference."""
+    logits, labels = random_logits()[:, :2], torch.arange(BATCH) % 2
+    expected = sigmoid_focal_loss(logits[:, 1] - logits[:, 0], labels.float(), alpha=-1, gamma=gamma, reduction="sum")
+    found = weighted_focal(logits, soft_targets(labels, 2, 0.0), torch.ones(2), gamma)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_has_a_finite_gradient_where_the_model_is_certain(gamma: float) -> None:
+    logits = torch.tensor([[200.0, 0, 0, 0, 0], [-200.0, 0, 0, 0, 0]], requires_grad=True)
+    targets = soft_targets(torch.tensor([0, 0]), CLASSES, 0.0)
+    weighted_focal(logits, targets, torch.ones(CLASSES), gamma).backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad[0].abs().max() < 1e-6 < logits.grad[1].abs().max()
+
+
+@pytest.mark.parametrize("targets", [random_targets(), hard_targets()], ids=["soft", "with zeros"])
+def test_binary_cross_entropy_is_the_formula_and_timms(targets: torch.Tensor) -> None:
+    logits = random_logits()
+    s = 1 / (1 + np.exp(-logits.double().numpy()))
+    t = targets.numpy()
+    expected = -(WEIGHTS.numpy() * (t * np.log(s) + (1 - t) * np.log(1 - s))).sum()
+    assert float(chosen("bce", logits, targets)) == pytest.approx(expected, rel=1e-5)
+    timms = BinaryCrossEntropy(smoothing=0.0, sum_classes=True)(logits, targets)
+    assert float(weighted_bce(logits, targets, torch.ones(CLASSES))) == pytest.approx(BATCH * float(timms), rel=1e-5)
+
+
+def chosen(name: str, logits: torch.Tensor, targets: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
+    """The loss of a training step with these settings."""
+    shift = torch.zeros(CLASSES)
+    settings = LossConfig(name=name, focal_gamma=gamma)
+    return compute_loss(logits, targets, torch.empty(0), shift, WEIGHTS, None, settings)
 
 
 @pytest.mark.parametrize(

@@ -5,23 +5,31 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from timm.optim import list_optimizers
 from torch import nn
 
+from shards import UserError
 from trainer.config.load import load
 from trainer.config.schema import Config, OptimConfig, TrainerConfig
 from trainer.models.precision import make_grad_scaler
 from trainer.optim.optimizers import make_optimizer
+from trainer.optim.schedule_free import make_average
 from trainer.optim.schedules import LRSchedule
 
 OPTIMIZERS = ("adam", "adamw", "lion", "sgd", "sgd_lookahead")
+# Of the others of timm, one for each kind of state: by parameter, by group, in lists, of another shape.
+OTHERS = ("muon", "schedule_free_adamw", "adan", "lamb", "kron", "adafactorbv", "lookahead_nadamw")
 SCHEDULES = ("constant", "cosine", "warm_restarts", "one_cycle", "plateau")
+ALL_OF_TIMM = [name for name in map(str, list_optimizers()) if not name.startswith(("bnb", "fused", "adahessian"))]
 # Torch warns of a schedule that moves before its optimiser, and of calls that it will drop.
 # SequentialLR of torch 2.6 calls its own schedulers in a way that it calls deprecated.
-pytestmark = pytest.mark.filterwarnings("error", "ignore:The epoch parameter in")
+pytestmark = pytest.mark.filterwarnings("error", "ignore:The epoch parameter in", "ignore:.*opt_einsum")
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +82,7 @@ def cosine(share: float, high: float = LR, low: float = FLOOR) -> float:
     return low + (high - low) * (1 + math.cos(math.pi * share)) / 2
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "muon", "adan"])
 def test_every_optimiser_descends_a_quadratic(name: str) -> None:
     layer = nn.Linear(4, 1)
     with torch.no_grad():
@@ -92,7 +100,7 @@ def test_every_optimiser_descends_a_quadratic(name: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("skipped", [(0,), (0, 1, 4)])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "muon", "schedule_free_adamw", "adan"])
 def test_a_step_with_an_overflow_changes_nothing(name: str, skipped: tuple[int, ...], device: str) -> None:
     """The weights are equal to the last bit to those without the step."""
     models = [small_model().to(device) for _ in range(2)]
@@ -117,7 +125,7 @@ def test_a_step_with_an_overflow_changes_nothing(name: str, skipped: tuple[int, 
             changed = [not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)]
             assert not any(changed) if step in skipped else all(changed)
     assert [scaler.get_scale() for scaler in scalers] == [2.0 ** (16 - len(skipped)), 2.0**16]
-    if name != "sgd_lookahead":  # counts skipped steps
+    if name in ("adam", "adamw", "lion", "sgd"):  # the others count skipped steps
         for weight, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
             assert torch.equal(weight, expected)
 
@@ -150,6 +158,81 @@ def test_decay_is_decoupled_where_the_settings_say_so(name: str, decoupled: bool
     layer.weight.grad = torch.zeros_like(layer.weight)
     optimizer.step()
     assert float(layer.weight.detach()) == pytest.approx(1 - 0.01 * (0.5 if decoupled else 1), rel=1e-5)
+
+
+def test_schedule_free_adamw_is_the_published_algorithm() -> None:
+    """Defazio et al. 2024, algorithm 1, in float64, with a rate that changes."""
+    layer = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(6).reshape(2, 3) / 3 - 1)
+    settings = OptimConfig(name="schedule_free_adamw", lr=0.05, weight_decay=0.1, options={"betas": [0.8, 0.95]})
+    optimizer = make_optimizer(layer, settings)
+    y = layer.weight.detach().numpy().astype(np.float64)
+    z, x, second, total = y.copy(), y.copy(), np.zeros((2, 3)), 0.0
+    target = np.array([[0.3, -0.2, 0.9], [0.1, 0.4, -0.5]])
+    for step in range(1, 31):
+        lr = 0.05 * min(1, step / 5)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        (layer.weight - torch.from_numpy(target).float()).pow(4).sum().backward()
+        optimizer.step()
+        gradient = 4 * (y - target) ** 3
+        second = 0.95 * second + 0.05 * gradient**2
+        z = z - lr * gradient / (np.sqrt(second / (1 - 0.95**step)) + 1e-8) - lr * 0.1 * y
+        total += lr**2
+        x = (1 - lr**2 / total) * x + lr**2 / total * z
+        y = 0.2 * z + 0.8 * x
+        assert layer.weight.detach().numpy() == pytest.approx(y, abs=2e-5)
+    state = optimizer.state[layer.weight]
+    assert state["x"].numpy() == pytest.approx(x, abs=2e-5)
+    average = make_average(layer, optimizer, None)
+    average.refresh(iter(()))
+    assert torch.equal(average.module.weight, state["x"]) and not torch.equal(average.module.weight, layer.weight)
+
+
+def test_averaged_weights_have_their_own_statistics_of_batch_norm() -> None:
+    run = Run(config_of("optim.name=schedule_free_adamw", "schedule.name=constant"))
+    run.updates(0, 9)
+    average = make_average(run.model, run.optimizer, None)
+    batches = [torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    average.refresh(iter(batches))
+    convolution = average.module[0]
+    outputs = [convolution(batch).detach() for batch in batches]
+    mean = torch.stack([output.mean(dim=(0, 2, 3)) for output in outputs]).mean(dim=0)
+    variance = torch.stack([output.var(dim=(0, 2, 3)) for output in outputs]).mean(dim=0)
+    torch.testing.assert_close(average.module[1].running_mean, mean)
+    torch.testing.assert_close(average.module[1].running_var, variance)
+    assert not average.module.training and not torch.allclose(run.model[1].running_mean, mean)
+
+
+def test_fallback_list_selects_the_parameters_that_muon_leaves_to_adamw() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer = make_optimizer(model, OptimConfig(name="muon", lr=0.01, options={"fallback_list": ["2.*"]}))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    by_muon = {name: optimizer.state[weight]["use_muon"] for name, weight in model.named_parameters()}
+    assert [name for name in by_muon if by_muon[name]] == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": "adamw", "options": {"beta": 0.9}}, "beta"),
+        ({"name": "muon", "options": {"algo": "no"}}, "algo"),
+        ({"name": "schedule_free_adamw", "options": {"betas": [0.0, 0.5]}}, "betas"),
+    ],
+)
+def test_wrong_options_are_one_message(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        make_optimizer(small_model(), OptimConfig(**settings))
+    assert "optim.options" in caught.value.hint
+
+
+@pytest.mark.parametrize(("name", "near"), [("muonn", "muon"), ("schedule_free", "schedule_free_adamw")])
+def test_an_unknown_optimizer_gets_suggestions(name: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"'{near}'"):
+        config_of(f"optim.name={name}")
 
 
 def test_momentum_is_that_of_the_settings() -> None:
@@ -284,6 +367,36 @@ def test_epochs_of_any_number_of_updates_go_equally_far(updates: list[int]) -> N
     assert schedule.lr == pytest.approx(FLOOR)
 
 
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+@pytest.mark.parametrize(
+    ("name", "options", "curve"),
+    [
+        ("step", "{decay_epochs: 4, decay_rate: 0.5}", lambda epochs: 0.5 ** (epochs // 4)),
+        ("poly", "{decay_rate: 2}", lambda epochs: FLOOR / LR + (1 - FLOOR / LR) * (1 - epochs / EPOCHS) ** 2),
+    ],
+)
+def test_schedules_of_timm(unit: str, name: str, options: str, curve: Callable[[float], float]) -> None:
+    found = rates(config_of(f"schedule.name={name}", f"schedule.options={options}", f"schedule.unit={unit}"))
+    scale = UPDATES if unit == "step" else 1
+    expected = per_move(unit, [LR * curve(move / scale) for move in range(EPOCHS * scale)])
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_options_reach_the_schedules_of_torch() -> None:
+    found = rates(config_of("schedule.name=one_cycle", "schedule.options={div_factor: 10}"))
+    assert found[0] == pytest.approx(LR / 10)
+    with pytest.raises(UserError, match="decay_rat"):
+        rates(config_of("schedule.name=step", "schedule.options={decay_rat: 10}"))
+
+
+def test_plateau_on_a_loss_falls_when_it_does_not_decrease() -> None:
+    losses = [2.0, 1.0, 1.00001, 1.1, 0.5, *[0.5] * (EPOCHS - 5)]
+    config = config_of("schedule.name=plateau", "schedule.patience=1", "trainer.monitor=loss")
+    falls = [0] * 4 + [1] * 3 + [2] * 2 + [3] * 2 + [4] * 2 + [5] * 8
+    found = rates(config, figures=lambda epoch: -losses[epoch])
+    assert found == pytest.approx(per_move("epoch", [max(FLOOR, LR / 10**fall) for fall in falls]), rel=1e-6)
+
+
 def test_plateau_stops_at_the_floor() -> None:
     found = rates(config_of("schedule.name=plateau", "schedule.patience=0", "schedule.factor=0.01"))
     assert found[-1] == pytest.approx(FLOOR)
@@ -306,6 +419,7 @@ class Run:
 
     def updates(self, first: int, last: int) -> None:
         for update in range(first, last):
+            torch.manual_seed(update)  # as the engine does
             generator = torch.Generator().manual_seed(update)
             images = torch.randn(6, 1, 4, 4, generator=generator)
             self.rates.append(self.learning_rate.lr)
@@ -352,5 +466,23 @@ def test_goes_on_exactly_where_it_stopped(optimizer: str, schedule: str, unit: s
     after.restore(before.saved())
     after.updates(stop, last)
     assert after.rates[1:] == whole.rates[stop:]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(after.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "name", [*OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in ALL_OF_TIMM if name not in OTHERS)]
+)
+def test_optimizers_of_timm_go_on_exactly_where_they_stopped(name: str) -> None:
+    config = config_of(f"optim.name={name}", "schedule.name=wsd", "schedule.warmup=1", "trainer.epochs=3")
+    whole, before, after = Run(config), Run(config), Run(config)
+    start = [weight.clone() for weight in whole.model.parameters()]
+    whole.updates(0, 9)
+    before.updates(0, 5)
+    after.updates(0, 1)  # whatever it has been through before
+    after.restore(before.saved())
+    after.updates(5, 9)
+    assert after.rates[1:] == whole.rates[5:]
+    assert not all(torch.equal(*pair) for pair in zip(start, whole.model.parameters(), strict=True))
     for name, value in whole.model.state_dict().items():
         assert torch.equal(after.model.state_dict()[name], value), name

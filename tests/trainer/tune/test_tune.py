@@ -486,8 +486,8 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"space": {"optim.lr": LR | {"low": -1}}}, ("space.optim.lr", "low above 0 with log")),
     ({"space": {"optim.lr": {"type": "float", "low": -1, "high": 1}}}, ("optim.lr=-1", "greater than 0")),
     (
-        {"space": {"optim.name": {"type": "categorical", "choices": ["adam", "adamax"]}}},
-        ("optim.name=adamax", "'lion'"),
+        {"space": {"optim.name": {"type": "categorical", "choices": ["adam", "adamxx"]}}},
+        ("optim.name=adamxx", "'lion'"),
     ),
     ({"space": {"optim.name": {"type": "categorical", "choices": ["adam"]}}}, ("choices", "at least 2")),
     ({"space": {"optim.lr": BY_OPTIMIZER["optim.lr"]}}, ("conditional on optim.name", "categorical setting")),
