@@ -29,7 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GPU = torch.device("cuda", 0)
-PROPERTIES = SimpleNamespace(multi_processor_count=132, total_memory=141 * 10**9, L2_cache_size=50 << 20)
+PROPERTIES = SimpleNamespace(
+    major=9, minor=0, multi_processor_count=132, total_memory=141 * 10**9, L2_cache_size=50 << 20
+)
 _BUFFERED = 64 << 10  # bytes of a copy from pageable memory that the driver copies before it returns
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
@@ -56,6 +58,11 @@ class SimulatedGpu(TorchDispatchMode):
         self._in_step = False
         self._pinned: set[int] = set()
         self._kept: list[torch.Tensor] = []  # so that no other storage gets the identity of a pinned one
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let `torch.compile` compile, although this mode is active."""
+        return True
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -303,6 +310,8 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         "current_device": lambda: 0,
         "set_device": lambda _: None,
         "get_device_capability": lambda *_: (9, 0),
+        "get_rng_state": lambda *_: None,
+        "set_rng_state": lambda *_: None,
         "get_device_properties": lambda *_: PROPERTIES,
         "synchronize": lambda *_: gpu.wait("torch.cuda.synchronize waits for the GPU"),
         "current_stream": lambda *_: current,
@@ -314,6 +323,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
     with ExitStack() as stack:
         for name, replacement in replacements.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
+        stack.enter_context(mock.patch.object(torch.accelerator, "is_available", lambda: False))  # dynamo asks it
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _convert_module))
         stack.enter_context(mock.patch.object(torch.Tensor, "backward", backward))
         stack.enter_context(mock.patch.object(FakeTensor, "numpy", _to_numpy, create=True))

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from support.simulated_gpu import GPU, DeviceError, SimulatedGpu, simulated_gpu
+from support.simulated_gpu import GPU, DeviceError, simulated_gpu
+from support.simulated_training import BASE, CLASSES, STEPS, train_epoch, training_on
 
-from pipeline.loader import Batch
-from pipeline.transforms.spec import TransformSpec
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.load import load
 from trainer.config.schema import ModelConfig
-from trainer.data.resolution_schedule import resolution_stages
 from trainer.loop import engine, nan_guard
-from trainer.loop.state import Training, make_training
 from trainer.models.factory import make_model
-from trainer.runtime.distributed import World
 
-CLASSES = ("a", "b", "c")
-STEPS = 3
-BASE = (
-    "model.name=three_block_cnn",
-    "data.resolution=16",
-    "mixup.prob=1",
-    "loss.label_smoothing=0.1",
-    "loss.class_weights=minmax",
-    "loss.logit_adjustment=1",
-    "optim.max_grad_norm=1",
-    "trainer.ema_decay=0.9",
-    "trainer.precision=bf16",
-)
 VARIANTS = {
     "plain": ("mixup.prob=0", "loss.label_smoothing=0", "loss.class_weights=none", "trainer.ema_decay=null"),
     "mixup": ("mixup.cutmix_alpha=0",),
@@ -58,39 +39,6 @@ VARIANTS = {
 }
 
 
-def training_on(gpu: SimulatedGpu, *overrides: str, channels: int = 1, resolution: int | None = None) -> Training:
-    """A training on the simulated GPU, whose loader checks each of its steps."""
-    config = load(ROOT / "configs" / "quickstart.yaml", [*BASE, *overrides, "device=cuda", "loader.batch_size=6"])
-    side = config.data.final_resolution
-
-    def batches(epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
-        for step in range(first_step, STEPS):
-            images = torch.empty(6, channels, side, side, device=GPU)
-            labels, rows = (torch.zeros(6, dtype=torch.int64, device=GPU) for _ in range(2))
-            with gpu.step():
-                yield Batch(images, labels, rows, step, 6)
-
-    stages = resolution_stages(config)
-    train = SimpleNamespace(
-        stages=stages,
-        steps=lambda epoch: STEPS,
-        stage_at=lambda epoch: stages[0],
-        batches=batches,
-        samples=np.arange(6 * STEPS),
-        timed=None,
-        window=None,
-    )
-    spec = TransformSpec((side, side, channels), False, side, mean=(0.5,) * channels, std=(0.5,) * channels)
-    data = SimpleNamespace(train=train, spec=spec, counts=np.array([5, 0, 3]), classes=CLASSES, digest="")
-    return make_training(config, data, World(0, 1, GPU))
-
-
-def train_epoch(training: Training) -> None:
-    checkpointer = SimpleNamespace(is_due=lambda step: False)
-    services = SimpleNamespace(checkpointer=checkpointer, signals_received=[], loggers=[], trace=None)
-    engine.train_epoch(training, services)
-
-
 @pytest.fixture(autouse=True)
 def read_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nan_guard, "_READ_EVERY", 1)
@@ -105,6 +53,17 @@ def test_no_step_waits_for_the_gpu(variant: str) -> None:
     assert training.state.updates == -(-STEPS // accumulation)
     assert gpu.operators["convolution_backward"] > 0
     assert all(each.device == GPU for each in [*training.state.model.parameters(), *training.state.model.buffers()])
+
+
+@pytest.mark.slow  # seconds: the graph of the backward pass is interpreted
+def test_gradient_checkpointing_does_not_wait_for_the_gpu() -> None:
+    settings = ("model.name=test_efficientnet", "model.grad_checkpointing=true", "model.drop_rate=0.2")
+    convolutions = []
+    for options in (settings[:1], settings):
+        with simulated_gpu() as gpu:
+            train_epoch(training_on(gpu, *options))
+        convolutions.append(gpu.operators["convolution"])
+    assert convolutions[1] > 1.5 * convolutions[0], "the forward pass is computed again"
 
 
 def teacher(side: int) -> TrainedModel:
