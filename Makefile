@@ -70,7 +70,7 @@ clean:  ## remove the environments
 	@echo "installing the lowest supported versions into .venv-lower (several GB)"
 	@$(PYTHON) -m venv .venv-lower
 	@sed -nE 's/^ *"([A-Za-z0-9-]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml > .venv-lower/constraints.txt
-	@$(LOWER) -m pip install --quiet --disable-pip-version-check setuptools
+	@$(LOWER) -m pip install --quiet --disable-pip-version-check --upgrade setuptools
 	@$(LOWER) -m pip install --quiet --disable-pip-version-check --constraint .venv-lower/constraints.txt \
 	  --no-build-isolation --editable '.[parquet,tune]' flask flask-cors hypothesis pytest pytest-xdist webdataset
 	@touch $@

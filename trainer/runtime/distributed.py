@@ -20,6 +20,11 @@ from shards.errors import UserError
 from trainer.runtime.memory import keep_freed_memory
 from trainer.runtime.rendezvous import elastic_agent_store, rendezvous
 
+# Until the process ends. A group that only a DDP model still holds would be destroyed with the interpreter's lock, for
+# which a thread of the group may wait; torch 2.6 then hangs at the end of a run. torch releases the lock to destroy one
+# that Python holds.
+_GROUPS: list[dist.ProcessGroup] = []
+
 
 @dataclass(frozen=True)
 class World(ProcessGroup):
@@ -85,6 +90,8 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
         store = rendezvous(store, rank, size, timeout)
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    if dist.group.WORLD is not None:
+        _GROUPS.append(dist.group.WORLD)
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
         yield World(rank, size, device, control=control)
