@@ -214,7 +214,9 @@ def map_logits(
         if signals_received:
             break
         wait.stop()
-        pending.append((batch.source_index, batch.labels, model_logits(model, batch, settings, world)))
+        logits = model_logits(model, batch, settings, world)
+        # Cloned, as on a GPU they are part of a block that holds the raw images of the batch.
+        pending.append((batch.source_index.clone(), batch.labels.clone(), logits))
         if sum(logits.numel() for *_, logits in pending) > _MAX_PENDING_LOGITS:
             flush()
         wait.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -45,3 +46,23 @@ def test_no_batch_waits_for_the_gpu(views: str, channels: int) -> None:
     assert outputs is not None
     assert outputs.logits.shape == (17, 3)
     assert evaluation.metrics.samples == 17
+
+
+def test_logits_that_wait_keep_no_raw_images() -> None:
+    config = load(ROOT / "configs" / "quickstart.yaml", ["model.name=three_block_cnn", "trainer.precision=fp32"])
+    blocks = []
+
+    def batches() -> Iterator[Batch]:
+        for step, size in enumerate(SIZES):
+            block = np.zeros(10_000, np.int64)  # labels, rows and raw images, as they are copied to a GPU
+            blocks.append(weakref.ref(block))
+            labels, rows = torch.from_numpy(block)[: 2 * size].split(size)
+            del block
+            yield Batch(torch.zeros(size, 1, 16, 16), labels, rows, step, size)
+            del labels, rows
+            assert sum(block() is not None for block in blocks) <= 1, "the one of the loop"
+
+    loader = SimpleNamespace(batches=batches, sampler=SimpleNamespace(samples=np.arange(sum(SIZES))))
+    model = make_model(config.model, 1, 3)
+    evaluate(model, loader, config.trainer, World(0, 1, torch.device("cpu")))
+    assert len(blocks) == len(SIZES)
