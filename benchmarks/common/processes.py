@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Imported once, by the fork server, so that a fresh process starts at once.
 _PRELOADED = ["numpy", "psutil", "torch", "PIL.Image"]
+_LOG_CHARACTERS = 2000  # of a process that died
 
 
 class WorkerError(Exception):
@@ -32,7 +33,7 @@ class WorkerError(Exception):
     Args:
         reason: One line for the user.
         kind: Class name of the exception, or "".
-        details: Traceback, or "".
+        details: Traceback; the end of the log if the process died.
     """
 
     def __init__(self, reason: str, kind: str = "", details: str = "") -> None:
@@ -58,6 +59,8 @@ class WorkerProcess:
             context.set_forkserver_preload(_PRELOADED)
         else:
             context = multiprocessing.get_context("spawn")
+        self._log = log
+        log.touch()
         self._pipe, theirs = context.Pipe()
         # Not a daemon: daemons cannot start worker processes.
         self._process = context.Process(
@@ -82,9 +85,9 @@ class WorkerProcess:
         Raises:
             WorkerError: The method raised an exception, or the process died or did not answer.
         """
-        self._pipe.send((method, arguments))
         start = time.monotonic()
         try:
+            self._pipe.send((method, arguments))
             while not self._pipe.poll(0.05):
                 if time.monotonic() - start > timeout:
                     self._process.kill()
@@ -94,7 +97,8 @@ class WorkerProcess:
             outcome, *values = self._pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join(5)
-            raise WorkerError(f"the process died (exit status {self._process.exitcode})") from None
+            reason = f"the process died (exit status {self._process.exitcode})"
+            raise WorkerError(reason, details=self._log.read_text(errors="replace")[-_LOG_CHARACTERS:]) from None
         if outcome == "error":
             raise WorkerError(*values)
         return values[0]

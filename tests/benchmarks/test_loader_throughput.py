@@ -290,6 +290,7 @@ class Subject:
         return self._number + other
 
     def die(self) -> None:
+        print("the last words", flush=True)
         os._exit(7)
 
     def sleep(self, seconds: float) -> None:
@@ -316,8 +317,12 @@ def test_a_kept_process_answers_fails_and_dies(tmp_path: Path) -> None:
             process.call("sleep", 5.0, timeout=0.2)
     assert "a word that goes to the log" in (tmp_path / "log").read_text()
     dies, never_made = (WorkerProcess(Subject, number, log=tmp_path / "log") for number in (0, -1))
-    with dies, pytest.raises(WorkerError, match=r"died \(exit status 7\)"):
-        dies.call("die")
+    with dies:
+        with pytest.raises(WorkerError, match=r"died \(exit status 7\)") as raised:
+            dies.call("die")
+        assert raised.value.details.endswith("the last words\n")
+        with pytest.raises(WorkerError, match=r"died \(exit status 7\)"):
+            dies.call("plus", 1)  # it cannot be asked either
     with never_made, pytest.raises(WorkerError, match="below zero"):
         never_made.call("plus", 1)
 
