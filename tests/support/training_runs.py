@@ -52,13 +52,13 @@ def record_compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let dynamo compile models for a back end that builds nothing.
 
     Returns:
-        The numbers of images that it is asked to compile for, which grows.
+        The numbers of images that it is asked to compile for, which grows; symbols if shapes are dynamic.
     """
     sizes: list[int] = []
 
     def build(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
         tensors = [each for each in examples if isinstance(each, torch.Tensor)]
-        sizes.extend(len(each) for each in tensors if each.ndim == 4 and each.shape[2] >= 8)  # no kernels
+        sizes.extend(each.shape[0] for each in tensors if each.ndim == 4 and each.shape[2] >= 8)  # no kernels
         return graph.forward
 
     compile_whole = torch.compile

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, run_module
 from hypothesis import given
 from hypothesis import strategies as st
+from support.training_runs import record_compilations
 
 from trainer.config.load import load
 from trainer.data.training_data import open_data
@@ -56,6 +57,17 @@ def test_the_command_reports_every_size_and_the_largest(
     sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) images  +[\d,]+ images/s", said)]
     assert sizes == [16, 32, 64, 128, 129], "up to all training images"
     assert "largest  loader.batch_size=129" in said
+
+
+def test_all_sizes_are_compiled_once(digits_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = record_compilations(monkeypatch)
+    monkeypatch.setattr(find_batch, "_SECONDS", 0.0)
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    settings = load(QUICKSTART, [f"data.shards={digits_set}", "trainer.compile=default", "trainer.precision=fp32"])
+    runner = BatchSizeRunner(make_training(settings, open_data(settings, world), world))
+    for size in (16, 24):
+        assert runner(size) is not None
+    assert sizes == [16]
 
 
 def test_on_a_cpu_it_stops_before_the_memory_ends(digits_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
