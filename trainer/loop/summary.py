@@ -29,7 +29,8 @@ def write_results(training: Training, evaluation: Evaluation, run_dir: RunDirect
     summary = summarize(training, evaluation)
     with replace_file(run_dir.predictions) as file:
         np.savez_compressed(file, **vars(evaluation.predictions))
-    run_page.write(run_dir.path, training.data.test_store, summary, training.state.history)
+    data = training.data
+    run_page.write(run_dir.path, data.manifest, data.test_store, summary, training.state.history)
     run_dir.write_summary(summary)
     return summary
 

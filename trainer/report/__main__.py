@@ -35,8 +35,8 @@ def main() -> int:
         )
     if is_single:
         run = CompletedRun.open(arguments.runs[0])
-        _, store = run.data(arguments.shards)
-        run_page.write(run.directory.path, store, run.summary, run.history)
+        train, store = run.data(arguments.shards)
+        run_page.write(run.directory.path, train, store, run.summary, run.history)
         print(run.directory.report)
         return 0
     out = arguments.out or Path("comparison.html")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.atomic import write_file
+from shards.manifest import Manifest
 from shards.stores.base import Store
 from trainer.checkpoint import run_files
 from trainer.checkpoint.run_dir import RunDirectory
@@ -17,7 +18,7 @@ from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, mo
 from trainer.report import html
 from trainer.report.error_gallery import build_gallery, data_urls
 from trainer.report.learning_curves import learning_curves, style
-from trainer.report.svg import Bins, confusion_chart, reliability_chart
+from trainer.report.svg import Bins, confusion_chart, distribution_chart, reliability_chart
 from trainer.runtime.profiler import format_profile
 
 MAX_CLASS_ROWS = 1000  # classes of a table
@@ -27,11 +28,12 @@ _PICTURES = 8  # images of each pair
 _MAX_SIDE = 128  # of an image, in pixels
 
 
-def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
+def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """Write the report into a run directory.
 
     Args:
         path: The run directory.
+        train: Manifest of the training split.
         store: The test split, to which `predictions.npz` belongs.
         summary: Results, as in `summary.json`.
         history: Records of the epochs, as in `metrics.jsonl`.
@@ -44,7 +46,7 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
     matrix = None
     if len(classes) <= _MAX_MATRIX_CLASSES:
         matrix = confusion_chart(confusion_matrix(labels, predicted, len(classes)), classes)
-    rows = metrics.class_metrics(classes)
+    rows = [row | {"train": count} for row, count in zip(metrics.class_metrics(classes), train.counts, strict=True)]
     if len(rows) > MAX_CLASS_ROWS:
         rows = sorted((row for row in rows if row["samples"]), key=lambda row: row["f1"])[:MAX_CLASS_ROWS]
     settings, config = directory.read_settings()
@@ -61,6 +63,9 @@ def write(path: Path, store: Store, summary: dict[str, Any], history: list[dict[
         confusion=matrix,
         matrix_limit=_MAX_MATRIX_CLASSES,
         gallery=build_gallery(store, predictions),
+        distribution=distribution_chart(train.counts, classes),
+        most=max(train.counts),
+        least=min(train.counts),
         classes=rows,
         class_count=len(classes),
         pairs=_pair_rows(metrics, predictions, store),

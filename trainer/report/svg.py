@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ _WIDTH, _HEIGHT = 320, 196
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
 _MIN_BIN = 20  # images; the accuracy of smaller bins is mostly chance
 _NAME_LENGTH = 28  # characters of a class name; longer names end in an ellipsis
+_MAX_BARS = 640
+_MAX_NAMED_BARS = 80
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def confusion_chart(counts: NDArray[np.int64], classes: tuple[str, ...]) -> str:
         counts: int64 [C, C]; rows are true classes, columns predicted ones.
         classes: Class names.
     """
-    names = [name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…" for name in classes]
+    names = list(map(_shorten, classes))
     longest = max(map(len, names))
     cell = max(10.0, min(34.0, 640 / len(classes)))
     return render(
@@ -116,3 +119,52 @@ def confusion_chart(counts: NDArray[np.int64], classes: tuple[str, ...]) -> str:
         cells=[(int(true), int(predicted), int(counts[true, predicted])) for true, predicted in np.argwhere(counts)],
         totals=counts.sum(axis=1).tolist(),
     )
+
+
+def distribution_chart(counts: Sequence[int], classes: Sequence[str]) -> str:
+    """Draw the number of training images of each class, the most frequent class first.
+
+    Of more than 640 classes, evenly spaced ones are drawn.
+
+    Args:
+        counts: Training images of each class.
+        classes: Class names.
+    """
+    order = sorted(range(len(counts)), key=lambda label: -counts[label])
+    ranks = range(len(order)) if len(order) <= _MAX_BARS else np.linspace(0, len(order) - 1, _MAX_BARS).astype(int)
+    drawn = [order[rank] for rank in ranks]
+    total, most, least = sum(counts), order[0], order[-1]
+    ticks = [float(tick) for tick in MaxNLocator(4, integer=True).tick_values(0, counts[most]) if tick >= 0]
+    has_names = len(drawn) <= _MAX_NAMED_BARS
+    longest = max(len(_shorten(classes[label])) for label in drawn)
+    left, inner, step = 64, 150, max(1.0, min(34.0, 640 / len(drawn)))
+    bars = [
+        {
+            "x": left + rank * step + step * 0.1,
+            "width": step * 0.8,
+            "height": inner * counts[label] / ticks[-1],
+            "name": classes[label],
+            "short": _shorten(classes[label]),
+            "count": counts[label],
+            "fraction": counts[label] / total,
+        }
+        for rank, label in enumerate(drawn)
+    ]
+    return render(
+        "distribution_chart.svg.j2",
+        label=f"Training images of each class, from {classes[most]} ({counts[most]:,}) to {classes[least]} "
+        f"({counts[least]:,})",
+        width=left + len(drawn) * step + 4,
+        left=left,
+        top=_TOP,
+        inner=inner,
+        margin=(20 if longest <= 2 else 12 + 6.8 * longest) if has_names else 8,
+        ticks=[(_TOP + inner * (1 - tick / ticks[-1]), f"{tick:,.0f}") for tick in ticks],
+        bars=bars,
+        has_names=has_names,
+        longest=longest,
+    )
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"

@@ -25,7 +25,7 @@ from trainer.evaluate.calibration import calibration_error, reliability
 from trainer.report import error_gallery, run_page
 from trainer.report.__main__ import main as report_main
 from trainer.report.compare_page import render_page
-from trainer.report.svg import Bins, Line, confusion_chart, line_chart, reliability_chart
+from trainer.report.svg import Bins, Line, confusion_chart, distribution_chart, line_chart, reliability_chart
 from trainer.run import main as run_main
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
     recipe.write_text(
         f"data: {{shards: '{digits_set}', resolution: 16}}\nmodel: {{name: three_block_cnn}}\n"
         "loader: {batch_size: 64}\noptim: {lr: 3.0e-4}\ntrainer: {epochs: 2, precision: fp32}\n"
+        "run: {baselines: {'an <early> network': 0.985, nearest neighbor: 0.5}}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["trainer.run", str(recipe), f"run.dir={directory}"])
@@ -92,6 +93,9 @@ def test_the_page_is_whole_in_itself_and_true(run: Path) -> None:
     assert f"{summary['accuracy']:.2%}" in page.text
     assert f"{summary['macro_f1']:.2%}" in page.text
     assert "a <b> name" in page.text, "names are escaped"
+    assert "Published test accuracy: an <early> network 98.50%, nearest neighbor 50.00%." in page.text
+    counts = open_split(load_trained_model(run).config.data.shards, "train").manifest.counts
+    assert f"The most frequent class has {max(counts):,}, {max(counts) / min(counts):.1f} times as many" in page.text
 
 
 def test_the_most_confused_pair_is_shown_with_its_count(run: Path) -> None:
@@ -301,7 +305,7 @@ def test_a_report_on_many_classes_has_no_matrix_and_the_worst_classes(
     monkeypatch.setattr(run_page, "MAX_CLASS_ROWS", 2)
     directory, store = RunDirectory(run), open_split(load_trained_model(run).config.data.shards, "test")
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    run_page.write(run, store, directory.read_summary(), history)
+    run_page.write(run, open_split(store.directory.parent, "train").manifest, store, directory.read_summary(), history)
     page = (run / "report.html").read_text()
     (run / "report.html").write_text(before)
     Page(page)
@@ -331,3 +335,23 @@ def test_confusion_chart_names_every_cell_that_is_not_empty() -> None:
     chart = confusion_chart(counts, ("<a>", "b"))
     assert chart.count("<title>") == 3
     assert "&lt;a&gt; → b: 2 of 10 (20.00%)" in chart
+
+
+def test_a_distribution_chart_has_a_bar_for_each_class_by_frequency() -> None:
+    chart = distribution_chart((5, 20, 0), ("<a>", "b", "c"))
+    Page(chart)
+    titles = re.findall("<title>(.*?)</title>", chart)
+    assert titles == [
+        "b: 20 training images (80.00%)",
+        "&lt;a&gt;: 5 training images (20.00%)",
+        "c: 0 training images (0.00%)",
+    ]
+    heights = [float(height) for height in re.findall(r'<rect [^>]*height="([\d.]+)"', chart)]
+    assert heights == pytest.approx([150, 37.5, 0])
+    assert 'aria-label="Training images of each class, from b (20) to c (0)"' in chart
+
+
+def test_a_distribution_chart_of_many_classes_keeps_the_most_and_the_least_frequent() -> None:
+    chart = distribution_chart(range(1, 5001), [f"class {number}" for number in range(5000)])
+    titles = re.findall("<title>(.*?):", chart)
+    assert len(titles) == 640 and (titles[0], titles[-1]) == ("class 4999", "class 0")
