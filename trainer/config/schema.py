@@ -22,6 +22,7 @@ BUILTIN_MODELS = (*MIN_RESOLUTION, *PLAIN_CNNS)  # networks defined in trainer.m
 OPTIMIZERS = ("adam", "adamw", "lion", "schedule_free_adamw", "sgd", "sgd_lookahead")  # built in trainer.optim
 SHARDS_SETTING = "data.shards"  # compared by the digests of the manifests when a run is resumed
 MAX_EPOCHS = 10**6
+_FREE_MAPPINGS = {"baselines", "options"}  # settings whose keys are free
 Resolution = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 Epoch = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
 StepNumber = Annotated[int, Field(ge=1, le=10**12)]
@@ -80,8 +81,6 @@ class RunConfig(BaseConfig):
     """Name of the run; empty for the name of the recipe."""
     dir: Path | None = None
     """Run directory; null for runs/NAME/DATE_TIME."""
-    baselines: dict[str, Fraction] = Field(default_factory=dict)
-    """Published test accuracies to which the report compares that of the run, by name, as {WaveMixLite: 0.8843}."""
 
 
 class DataConfig(BaseConfig):
@@ -483,9 +482,9 @@ class Config(BaseConfig):
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield pairs of a dotted name and a value from nested sections; `options` are one value."""
+    """Yield pairs of a dotted name and a value from nested sections; a mapping with free keys is one value."""
     for name, value in content.items():
-        if isinstance(value, dict) and name != "options":
+        if isinstance(value, dict) and name not in _FREE_MAPPINGS:
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

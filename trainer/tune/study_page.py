@@ -139,8 +139,7 @@ def _charts(study: optuna.Study, metric: str) -> dict[str, str]:
     trials = study.get_trials(deepcopy=False)
     names = list(trials[0].params) if trials else []
     charts = {}
-    style: dict = {"svg.fonttype": "none", "figure.figsize": (4.6, 3)}
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "figure.figsize": (4.6, 3)}):
         warnings.simplefilter("ignore")  # of a setting that had one value, about which a user can do nothing
         plt.switch_backend("agg")
         if any(trial.intermediate_values for trial in trials):

@@ -301,6 +301,7 @@ def test_the_resolved_recipe_loads_as_the_same(tmp_path: Path, path: Path) -> No
 FREE = {
     "run.name=x",
     "run.dir=x",
+    "run.baselines={WaveMix: 0.9106}",
     "resume=auto",
     "logging.wandb=auto",
     "logging.wandb_project=x",

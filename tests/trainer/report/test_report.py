@@ -161,7 +161,7 @@ def test_the_gallery_shows_the_pictures_of_a_choice(run: Path, browser: Browser)
     shown.locator("#matrix rect.hit").first.click()
     assert "correct" in status.inner_text()
     shown.get_by_role("button", name="F1").click()
-    values = shown.locator("table.sortable tbody td:nth-child(5)").all_inner_texts()
+    values = shown.locator("table.sortable tbody td:nth-child(6)").all_inner_texts()
     assert values == sorted(values, key=lambda text: -float(text.removesuffix("%")))
     assert faults == []
 
@@ -304,8 +304,9 @@ def test_a_report_on_many_classes_has_no_matrix_and_the_worst_classes(
     monkeypatch.setattr(run_page, "_MAX_MATRIX_CLASSES", 4)
     monkeypatch.setattr(run_page, "MAX_CLASS_ROWS", 2)
     directory, store = RunDirectory(run), open_split(load_trained_model(run).config.data.shards, "test")
+    train = open_split(load_trained_model(run).config.data.shards, "train").manifest
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    run_page.write(run, open_split(store.directory.parent, "train").manifest, store, directory.read_summary(), history)
+    run_page.write(run, train, store, directory.read_summary(), history)
     page = (run / "report.html").read_text()
     (run / "report.html").write_text(before)
     Page(page)
