@@ -81,6 +81,8 @@ class RunConfig(BaseConfig):
     """Name of the run; empty for the name of the recipe."""
     dir: Path | None = None
     """Run directory; null for runs/NAME/DATE_TIME."""
+    baselines: dict[str, Fraction] = Field(default_factory=dict)
+    """Published test accuracies to which the report compares that of the run, by name, as {WaveMixLite: 0.8843}."""
 
 
 class DataConfig(BaseConfig):
