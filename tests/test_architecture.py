@@ -35,6 +35,7 @@ OWNERS = {
     "timm": {
         "trainer/models/factory.py",
         "trainer/models/weights.py",
+        "trainer/models/transfer.py",
         "trainer/models/efficientnet_cifar.py",
         "trainer/config/schema.py",
         "trainer/optim/optimizers.py",

@@ -171,6 +171,12 @@ class ModelConfig(BaseConfig):
     init_checkpoint: Path | None = None
     """Start from the weights in this file (.safetensors, .pth or a checkpoint of a run). If the classes differ, the
     classifier keeps the rows of classes with the same name."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of a timm model, as {img_size: 28, patch_size: 4} for a Vision Transformer."""
+    freeze: Literal["backbone"] | Annotated[int, Field(ge=0, le=10**4)] | tuple[str, ...] = 0
+    """Layers that are not trained: the first N (of timm's coarse groups: stem, stages), those whose parameter names
+    start with one of [PREFIX, ...], or backbone, which is all but the classifier. Their batch norm and dropout are in
+    evaluation mode."""
     drop_rate: Fraction = 0.0
     """Dropout rate before the classifier; in cifar_cnn, lenet and numtadb models before every dense layer."""
     drop_path_rate: Fraction = 0.0
@@ -220,6 +226,10 @@ class OptimConfig(BaseConfig):
     """Further arguments of the optimizer, as {betas: [0.9, 0.95]}; see torch, or timm's create_optimizer_v2."""
     lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
     """Peak learning rate."""
+    head_lr: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Peak learning rate of the classifier; null for that of the other layers."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor of the learning rate from each layer of a timm model to the one before it; null for none."""
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.01
     """Weight decay of weight matrices and kernels, not of biases and norms; decoupled in adamw and lion."""
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9

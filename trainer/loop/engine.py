@@ -28,6 +28,7 @@ from trainer.loop.epoch_meter import EpochMeter
 from trainer.loop.nan_guard import NonFiniteMonitor, NonFiniteStep, save_batch
 from trainer.loop.state import Totals, Training
 from trainer.models.precision import autocast, to_memory_format
+from trainer.models.transfer import set_training_mode
 from trainer.optim.distillation import DistillationTeacher
 from trainer.optim.losses import weighted_bce, weighted_focal, weighted_kl
 from trainer.optim.mixup import apply_mixup_cutmix, soft_targets
@@ -110,7 +111,7 @@ def train_epoch(training: Training, services: RunServices) -> None:
     steps, accumulation = train.steps(state.epoch), training.config.optim.grad_accumulation
     flags, monitor = AsyncFlags(world, 3), NonFiniteMonitor(training)
     signum = 0
-    training.forward.train()
+    set_training_mode(training.forward)
 
     def save_checkpoint() -> None:
         monitor.finish()

@@ -28,6 +28,7 @@ from trainer.loop.state import Training, make_training
 from trainer.loop.step_check import saved_tensor_bytes
 from trainer.models.auto import resolve_auto
 from trainer.models.precision import make_grad_scaler
+from trainer.models.transfer import set_training_mode
 from trainer.runtime.distributed import init_distributed
 from trainer.runtime.memory import available_memory, peak_memory
 
@@ -134,7 +135,7 @@ class BatchSizeRunner:
         prefetched = [images.clone() for _ in range(_PREFETCHED)]
         labels = torch.arange(batch_size, device=self._device) % len(self._training.data.classes)
         batch = Batch(images, labels, labels, 0, batch_size)
-        self._training.forward.train()
+        set_training_mode(self._training.forward)
         self._steps(batch, _WARM_UP)
         steps = max(1, round(_SECONDS / self._steps(batch, 1)))
         speed = steps * batch_size / self._steps(batch, steps)

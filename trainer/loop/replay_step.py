@@ -26,6 +26,7 @@ from trainer.checkpoint.trained_model import load_model
 from trainer.config.load import validate
 from trainer.loop.engine import compute_loss, mix_batch
 from trainer.models.precision import autocast
+from trainer.models.transfer import freeze, set_training_mode
 from trainer.optim.distillation import DistillationTeacher
 
 
@@ -42,7 +43,9 @@ def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple
         computation, then gradients of parameters.
     """
     config, classes = validate(state["config"], "the saved step"), state["classes"]
-    model = load_model(state["model"], config, state["channels"], len(classes), device).train()
+    model = load_model(state["model"], config, state["channels"], len(classes), device)
+    freeze(model, config.model)
+    set_training_mode(model)
     batch = {name: tensor.to(device) for name, tensor in state["shares"][rank].items()}
     nonfinite: list[str] = []
 

@@ -23,6 +23,7 @@ from trainer.loop.step_check import check_batch_sizes, estimate_memory, explain_
 from trainer.loop.summary import write_profile, write_results
 from trainer.loop.warm_up import warm_up
 from trainer.models.auto import resolve_auto
+from trainer.models.transfer import set_training_mode
 from trainer.runtime.distributed import init_distributed, report_errors_on_main
 from trainer.runtime.env_info import collect_env_info
 from trainer.runtime.loggers import MetricLogger, check_installed, open_loggers
@@ -111,7 +112,7 @@ def _dry_run(training: Training) -> int:
             print(f"memory        {error.found}; {error.hint} fits. The step below has {size} images")
         smaller = config.replace_settings(training.config, {"loader.batch_size": size}, "memory")
         training.data = open_data(smaller, training.world)
-    training.forward.train()
+    set_training_mode(training.forward)
     with contextlib.closing(training.data.train.batches()) as batches:
         batch = next(batches)
         start = time.perf_counter()

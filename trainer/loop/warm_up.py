@@ -11,6 +11,7 @@ from pipeline.sampler import equal_batch_size
 from trainer.loop.engine import forward_backward
 from trainer.loop.state import Training
 from trainer.models.compile import compile_mode
+from trainer.models.transfer import set_training_mode
 from trainer.runtime.profiler import Profile
 
 _STEPS = 3  # CUDA graphs run the first call as it is, record the second and replay from the third on
@@ -31,7 +32,7 @@ def warm_up(training: Training) -> float:
     profile, training.profile = training.profile, Profile()
     buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
     current = data.train.stage_at(state.epoch)
-    training.forward.train()
+    set_training_mode(training.forward)
     with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         for stage in (stage for stage in data.train.stages if stage.first >= current.first):
             size = equal_batch_size(len(data.train.samples), stage.batch_size)

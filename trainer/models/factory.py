@@ -63,11 +63,15 @@ def make_model(settings: ModelConfig, channels: int, classes: int, class_names: 
 
 
 def apply_training_options(model: nn.Module, settings: ModelConfig, device: torch.device, ranks: int) -> nn.Module:
-    """Apply `model.grad_checkpointing` and `model.sync_batchnorm`; the result has the same weights.
+    """Apply `model.freeze`, `model.grad_checkpointing` and `model.sync_batchnorm`; the result has the same weights.
 
     Raises:
         UserError: The model or the device does not support an option.
     """
+    if settings.freeze:
+        from trainer.models.transfer import freeze
+
+        freeze(model, settings)
     if settings.grad_checkpointing:
         try:
             backbone: Any = next(module for module in model.modules() if hasattr(module, "set_grad_checkpointing"))
@@ -126,7 +130,9 @@ def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int]
             raise UserError(
                 found=f"data.resolution={side} for model.name={name}, which raises: {first_line(error)}",
                 expected="a resolution that the model takes",
-                hint="change data.resolution or model.name",
+                hint=f"model.options={{img_size: {side}}}, also with a patch_size that divides it"
+                if hasattr(getattr(model, "backbone", model), "patch_embed")
+                else "change data.resolution or model.name",
             ) from None
     model.train(training)
 
@@ -189,6 +195,12 @@ def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Mo
 
 
 def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool) -> tuple[nn.Module, int]:
+    if settings.options and settings.name in BUILTIN_MODELS:
+        raise UserError(
+            found=f"model.options={settings.options} for {settings.name}, which is not a model of timm",
+            expected="a timm model, to whose constructor the options are passed",
+            hint="remove model.options, or choose another model.name",
+        )
     if settings.plain_cnn:
         return make_plain_cnn(settings.plain_cnn, channels, classes, settings.drop_rate)
     if settings.name == SMALL_CNN:
@@ -226,12 +238,17 @@ def _timm_model(settings: ModelConfig, channels: int, classes: int, pretrained: 
             drop_rate=0.0 if settings.head_hidden else settings.drop_rate,  # our head has its own dropout
             # timm drops options that are None; models without residual branches do not take this one.
             drop_path_rate=settings.drop_path_rate or None,
+            **settings.options,
         )
-    except TypeError as error:
+    except (TypeError, AssertionError) as error:
         raise UserError(
             found=f"model.name={settings.name}, which does not take some settings: {first_line(error)}",
             expected="a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, drop_path_rate",
-            hint="model.drop_path_rate=0" if settings.drop_path_rate else "choose another model.name",
+            hint="change model.options"
+            if settings.options
+            else "model.drop_path_rate=0"
+            if settings.drop_path_rate
+            else "choose another model.name",
         ) from None
     return model, model.num_features
 

@@ -49,7 +49,7 @@ def _load(model: nn.Module, path: Path, class_names: Sequence[str]) -> None:
     state, checkpoint_names = _read(path)
     own: StateDict = model.state_dict()
     state = _adapt_channels(_rename(state, own, path), own, path)
-    classifier = _classifier_tensors(model)
+    classifier = classifier_tensors(model)
     if any(name not in classifier for name in _misfits(state, own)):
         state = _apply_timm_filter(model, state, own)
     state = _map_classifier(own, state, classifier, path, class_names, checkpoint_names)
@@ -207,8 +207,8 @@ def classifier_layer(model: nn.Module) -> str | None:
     return next((name for name, layer in reversed([*model.named_modules()]) if isinstance(layer, nn.Linear)), None)
 
 
-def _classifier_tensors(model: nn.Module) -> set[str]:
-    """Names of weight and bias of the classifier, which is a convolution in some networks; timm's may have several."""
+def classifier_tensors(model: nn.Module) -> set[str]:
+    """Return the names of weight and bias of the classifier, a convolution in some networks; timm may have several."""
     convolutions = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
     layers = [classifier_layer(model) or (convolutions[-1] if convolutions else "")]
     for prefix, network in (("", model), ("backbone.", getattr(model, "backbone", None))):

@@ -10,6 +10,7 @@ import torch
 
 from shards.errors import UserError, first_line
 from trainer.config.schema import OptimConfig
+from trainer.models.transfer import lr_scales
 from trainer.optim.schedule_free import ScheduleFreeAdamW
 
 
@@ -32,17 +33,20 @@ def make_optimizer(model: torch.nn.Module, settings: OptimConfig) -> torch.optim
 
 
 def _param_groups(model: torch.nn.Module, settings: OptimConfig, fallback: Collection[str]) -> list[dict[str, Any]]:
-    """Group parameters by weight decay, and by whether a hybrid optimizer such as Muon uses its fallback for them."""
+    """Group parameters by weight decay, learning rate, and the fallback of hybrid optimizers such as Muon."""
+    scales = lr_scales(model, settings)
     # timm's models name further parameters without weight decay.
     no_decay: Collection[str] = getattr(model, "no_weight_decay", tuple)()
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             exempt = weight.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, pattern) for pattern in no_decay)
             is_fallback = any(fnmatch(name, pattern) for pattern in fallback)
             decay = 0.0 if exempt else settings.weight_decay
             group = {"params": [], "weight_decay": decay} | ({"use_fallback": True} if is_fallback else {})
-            groups.setdefault((not exempt, is_fallback), group)["params"].append(weight)
+            if scales:
+                group["lr_scale"] = scales.get(name, 1.0)
+            groups.setdefault((not exempt, is_fallback, scales.get(name, 1.0)), group)["params"].append(weight)
     return [groups[key] for key in sorted(groups)]
 
 
