@@ -15,7 +15,14 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.rng import BLOCK_STREAM, LEFT_OUT_STREAM, IndexPermutation, permutation, random_keys
+from pipeline.common.rng import (
+    BALANCE_STREAM,
+    BLOCK_STREAM,
+    LEFT_OUT_STREAM,
+    IndexPermutation,
+    permutation,
+    random_keys,
+)
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from shards.manifest import Manifest
 
@@ -57,6 +64,11 @@ class ShuffledBatchSampler:
     several consecutive positions, with an augmentation of its own at each. The number of batches stays the same, so an
     epoch uses the first part of its order.
 
+    With class-balanced sampling (Kang et al. 2020, https://arxiv.org/abs/1910.09217, equation 1), an epoch of as many
+    samples has a fixed number of them from each class, proportional to n^(1 - class_balance) for a class of n samples.
+    Each class goes through its samples in a fixed random order, and an epoch continues where the one before it ended,
+    so two samples of a class have been used equally often or one of them once more.
+
     Attributes:
         samples: int64 [N], positions of the samples of an epoch in the store.
         batch_size: Maximum number of samples of a global batch.
@@ -66,6 +78,8 @@ class ShuffledBatchSampler:
         augmentation: Augmentation whose parameters are sampled; None for none.
         left_out_offset: Position in the permutation at which epoch 0 starts to leave samples out.
         repeats: Consecutive positions of each sample.
+        labels: int64 [N], classes of the samples; needed for class-balanced sampling.
+        class_balance: 0 for every sample once, 1 for equally many samples of each class.
     """
 
     samples: NDArray[np.int64]
@@ -76,6 +90,8 @@ class ShuffledBatchSampler:
     augmentation: Augmentation | None = None
     left_out_offset: int = 0
     repeats: int = 1
+    labels: NDArray[np.int64] | None = None
+    class_balance: float = 0.0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -93,6 +109,25 @@ class ShuffledBatchSampler:
         start = int(random_keys(self.seed, LEFT_OUT_STREAM, 1)[0] % np.uint64(count))
         golden = count * (math.sqrt(5) - 1) / 2
         return start, next(stride for stride in itertools.count(int(golden)) if math.gcd(stride, count) == 1)
+
+    @cached_property
+    def class_counts(self) -> NDArray[np.int64]:
+        """Samples of each class in a class-balanced epoch, int64 [C], rounded by largest remainders."""
+        assert self.labels is not None
+        counts = np.bincount(self.labels)
+        weights = np.where(counts > 0, np.maximum(counts, 1.0) ** (1 - self.class_balance), 0.0)
+        total = len(self.samples) - self.left_out
+        exact = weights * (total / weights.sum())
+        rounded = exact.astype(np.int64)
+        rounded[np.argsort(rounded - exact, kind="stable")[: total - rounded.sum()]] += 1
+        return rounded
+
+    @cached_property
+    def _by_class(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The samples, sorted by class and in random order within each, and the number of each class."""
+        assert self.labels is not None
+        order = permutation(len(self.samples), self.seed, BALANCE_STREAM)
+        return self.samples[order[np.argsort(self.labels[order], kind="stable")]], np.bincount(self.labels)
 
     @property
     def can_fuse(self) -> bool:
@@ -135,6 +170,11 @@ class ShuffledBatchSampler:
 
     def _kept(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return samples that an epoch uses, for positions within 0 .. N - left_out - 1."""
+        if self.class_balance:
+            drawn, (samples, counts) = self.class_counts, self._by_class
+            label = np.searchsorted(np.cumsum(drawn), positions, side="right")
+            used = (epoch + 1) * drawn - np.cumsum(drawn)  # of the class before this epoch, minus its first position
+            return samples[(np.cumsum(counts) - counts)[label] + (used[label] + positions) % counts[label]]
         if not self.left_out:
             return self.samples[positions]
         # An epoch leaves out a part of a fixed permutation and uses the rest of it, from the end of that part on.

@@ -462,3 +462,60 @@ def test_repeated_augmentation_fills_consecutive_positions_with_each_sample(wind
     params = next(iter(repeated.steps(0, 0, 1))).params
     assert params is not None
     assert len(np.unique(params.uniform[:, 0])) == 62, "each copy has its own augmentation"
+
+
+def expected_draws(counts: list[int], balance: float, total: int) -> list[int]:
+    """Samples of each class in an epoch: n^(1 - balance), the largest fractions rounded up."""
+    weights = [count ** (1 - balance) if count else 0.0 for count in counts]
+    exact = [total * weight / sum(weights) for weight in weights]
+    draws = [math.floor(each) for each in exact]
+    by_fraction = sorted(range(len(counts)), key=lambda label: draws[label] - exact[label])
+    for label in by_fraction[: total - sum(draws)]:
+        draws[label] += 1
+    return draws
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("balance", [0.3, 0.5, 1.0])
+def test_class_balanced_epochs_draw_each_class_by_the_formula(balance: float, window: int | None) -> None:
+    counts = [100, 3, 0, 37, 12]
+    labels = np.repeat(np.arange(5), counts)[permutation(152, 1, 2)]
+    samples = positions(152)
+    order = ShuffledBatchSampler(samples, 15, 7, 8, window, labels=labels, class_balance=balance)
+    label_of, used = dict(zip(samples.tolist(), labels.tolist(), strict=True)), dict.fromkeys(samples.tolist(), 0)
+    draws = expected_draws(counts, balance, 143)  # 11 batches of 13
+    assert order.class_counts.tolist() == draws
+    orders = set()
+    for epoch in range(9):
+        batches = global_batches(order, epoch, 1)
+        assert [len(batch) for batch in batches.values()] == [13] * 11
+        drawn = joined(batches)
+        assert np.bincount([label_of[sample] for sample in drawn], minlength=5).tolist() == draws
+        for sample in drawn:
+            used[sample] += 1
+        orders.add(tuple(drawn))
+        for ranks, first in ((3, 0), (2, 6)):  # elastic, and exact when it goes on within the epoch
+            assert global_batches(order, epoch, ranks, first) == {
+                step: batch for step, batch in batches.items() if step >= first
+            }
+        for label in range(5):
+            times = [used[sample] for sample in used if label_of[sample] == label]
+            assert not times or max(times) - min(times) <= 1
+    assert len(orders) == 9
+
+
+@given(
+    labels=st.lists(st.integers(0, 6), min_size=1, max_size=60),
+    batch_size=st.integers(1, 20),
+    balance=st.floats(0.01, 1),
+    seed=seeds,
+    epoch=st.integers(0, 10**6),
+)
+def test_class_balanced_batches_of_any_data(
+    labels: list[int], batch_size: int, balance: float, seed: int, epoch: int
+) -> None:
+    samples = positions(len(labels))
+    order = ShuffledBatchSampler(samples, batch_size, seed, labels=np.array(labels), class_balance=balance)
+    drawn = joined(global_batches(order, epoch, 2))
+    found = np.bincount([labels[(sample - 7) // 3] for sample in drawn], minlength=7)
+    assert found.tolist() == expected_draws(np.bincount(labels, minlength=7).tolist(), balance, len(drawn))

@@ -95,6 +95,9 @@ class DataConfig(BaseConfig):
     split. With neither, the last epoch counts as the best."""
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the remaining training split to train on, stratified by class."""
+    class_balance: Fraction = 0.0
+    """Class-balanced sampling: an epoch of as many samples has those of a class of n samples in proportion to
+    n^(1 - class_balance). 0 uses every sample once, 1 draws equally many samples of each class."""
     fold: Annotated[str | None, BeforeValidator(_check_fold)] = None
     """Cross-validation: 2/5 trains without the second of five equal parts of the training split, stratified by class,
     and tests on it instead of the test split; null trains on all."""

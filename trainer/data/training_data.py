@@ -53,6 +53,8 @@ class TrainingData:
     backend_reason: str
     counts: NDArray[np.int64]
     """[C], training samples of each class."""
+    drawn: NDArray[np.int64]
+    """[C], samples of each class in an epoch; other numbers with class-balanced sampling (`data.class_balance`)."""
     train: EpochLoader
     validation: Loader | None
     test: Loader
@@ -160,6 +162,8 @@ def open_data(config: Config, world: World) -> TrainingData:
         window,
         augmentation,
         repeats=loader.repeated_augmentation,
+        labels=train_store.labels[train],
+        class_balance=config.data.class_balance,
     )
     val_store = val_stores[0] if val_stores else train_store
     val_samples = np.arange(len(val_store)) if val_stores else validation
@@ -171,6 +175,9 @@ def open_data(config: Config, world: World) -> TrainingData:
         backend=backend,
         backend_reason=reason,
         counts=counts,
+        drawn=np.bincount(np.arange(len(sampler.class_counts)), sampler.class_counts, len(counts)).astype(np.int64)
+        if config.data.class_balance
+        else counts,
         train=TrainingLoader(train_store, sampler, stages, make_transform, world),
         validation=evaluation(val_store, val_samples) if len(val_samples) else None,
         test=evaluation(test_store, test_samples),

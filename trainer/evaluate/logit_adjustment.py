@@ -70,21 +70,28 @@ class ProbabilityHead(nn.Module):
         return ((logits - self.offsets) / self._temperature).softmax(dim=1)
 
 
-def log_class_weights(counts: NDArray[np.int64], settings: LossConfig) -> NDArray[np.float32]:
-    """Compute log w, the logarithms of the weights that a loss gives the classes.
+def log_class_weights(
+    counts: NDArray[np.int64], settings: LossConfig, drawn: NDArray[np.int64] | None = None
+) -> NDArray[np.float32]:
+    """Compute log w, the logarithms of the weights that sampling and loss give the classes.
 
-    These are the class weights, times 1 / prior^a with logit adjustment a. If the loss weights all classes equally,
+    These are the class weights, times 1 / prior^a with logit adjustment a, times the ratio of the samples drawn to
+    those that there are with class-balanced sampling. If the loss weights all classes equally,
     they are 1 / prior: tau=0 is then best for accuracy, and tau=-1 is the post-hoc logit adjustment of Menon et al.
     2021, https://arxiv.org/abs/2007.07314, equation 9.
 
     Args:
         counts: [C], training samples of each class.
         settings: The loss.
+        drawn: [C], samples of each class in an epoch; None for `counts`.
 
     Returns:
         float32 [C].
     """
-    weights = class_weights(counts, settings).log() - settings.logit_adjustment * log_priors(counts)
+    drawn = counts if drawn is None else drawn
+    weights = class_weights(drawn, settings).log() - settings.logit_adjustment * log_priors(drawn)
+    if not np.array_equal(drawn, counts):
+        weights += torch.from_numpy(np.log(np.maximum(drawn, 1) / np.maximum(counts, 1))).float()
     return (weights if bool((weights != weights[0]).any()) else -log_priors(counts)).numpy()
 
 

@@ -309,9 +309,9 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         world=world,
         data=data,
         forward=forward,
-        class_weights=class_weights(data.counts, config.loss).to(world.device),
-        logit_adjustment=(config.loss.logit_adjustment * log_priors(data.counts)).to(world.device),
-        log_class_weights=log_class_weights(data.counts, config.loss),
+        class_weights=class_weights(data.drawn, config.loss).to(world.device),
+        logit_adjustment=(config.loss.logit_adjustment * log_priors(data.drawn)).to(world.device),
+        log_class_weights=log_class_weights(data.counts, config.loss, data.drawn),
         teacher=DistillationTeacher(config, data.classes, data.spec.mean, data.spec.std, world.device)
         if config.distillation.teacher
         else None,

@@ -21,6 +21,7 @@ from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.data import training_data
 from trainer.data.training_data import open_data
+from trainer.evaluate.logit_adjustment import log_class_weights
 from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import World
 
@@ -51,6 +52,16 @@ def test_a_fold_is_tested_and_neither_trained_on_nor_validated(synthetic_set: Pa
     assert sorted(np.concatenate(tested)) == list(range(700))
     error = refusal(lambda: open_data(config(synthetic_set, "data.fold=701/701"), ALONE))
     assert "data.fold=701/701" in error.found
+
+
+def test_class_balance_is_that_of_the_batches_and_of_the_loss(synthetic_set: Path) -> None:
+    settings = config(synthetic_set, "data.class_balance=1", "data.train_fraction=0.3", "loader.batch_size=50")
+    data = open_data(settings, ALONE)
+    labels = np.concatenate([batch.labels.numpy() for batch in data.train.batches(3)])
+    assert np.bincount(labels, minlength=len(data.classes)).tolist() == data.drawn.tolist()
+    assert np.ptp(data.drawn) <= 1 < np.ptp(data.counts) and data.counts.sum() == len(data.train.samples)
+    # The samples drawn have weights like those of a loss, which tau=1 undoes in predictions.
+    assert log_class_weights(data.counts, settings.loss, data.drawn) == pytest.approx(np.log(data.drawn / data.counts))
 
 
 @pytest.mark.parametrize("after", ["test", "train"])
