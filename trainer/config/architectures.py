@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 # Networks that take images of any size, and the smallest side in pixels with a non-empty last feature map.
-MIN_RESOLUTION = {"three_block_cnn": 4, "cifar_efficientnet": 1, "squeezenet1_1": 17}
+MIN_RESOLUTION = {
+    "three_block_cnn": 4,
+    "cifar_efficientnet": 1,
+    "cifar_resnet20": 1,
+    "cifar_resnet32": 1,
+    "squeezenet1_1": 17,
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class PlainCnn:
         kernels: Kernel size of each convolution.
         padded: Whether each convolution keeps the size of the image.
         dense: Widths of the dense layers before the classifier.
-        batch_norm: Whether batch norm follows each convolution.
+        batch_norm: Whether batch norm follows the ReLU of each convolution.
     """
 
     side: int
@@ -29,12 +35,14 @@ class PlainCnn:
     dense: tuple[int, ...]
     batch_norm: bool = False
 
-    def with_layers(self, filters: Sequence[int] | None, kernel: int | None, dense: Sequence[int] | None) -> PlainCnn:
+    def with_layers(
+        self, filters: Sequence[int] | None, kernel: int | Sequence[int] | None, dense: Sequence[int] | None
+    ) -> PlainCnn:
         """Replace layers; None keeps them.
 
         Args:
             filters: Output channels of each convolution.
-            kernel: Kernel size of all convolutions.
+            kernel: Kernel size of all convolutions, or of each.
             dense: Widths of the dense layers.
 
         Raises:
@@ -42,12 +50,15 @@ class PlainCnn:
         """
         if filters is not None and len(filters) != len(self.filters):
             raise ValueError(f"model.filters has {len(filters)} numbers for {len(self.filters)} convolutions")
-        if kernel is not None and kernel % 2 == 0 and any(self.padded):
+        kernels = (kernel,) * len(self.kernels) if isinstance(kernel, int) else tuple(kernel or self.kernels)
+        if len(kernels) != len(self.kernels):
+            raise ValueError(f"model.kernel has {len(kernels)} numbers for {len(self.kernels)} convolutions")
+        if any(size % 2 == 0 and padded for size, padded in zip(kernels, self.padded, strict=True)):
             raise ValueError(f"model.kernel={kernel} is even, but padded convolutions need an odd kernel size")
         network = replace(
             self,
             filters=self.filters if filters is None else tuple(filters),
-            kernels=self.kernels if kernel is None else (kernel,) * len(self.kernels),
+            kernels=kernels,
             dense=self.dense if dense is None else tuple(dense),
         )
         if network.last_side < 1:

@@ -166,8 +166,8 @@ class ModelConfig(BaseConfig):
     """The network and its initial weights."""
 
     name: str = "auto"
-    """A timm model, or three_block_cnn (small, for CPUs), cifar_cnn, cifar_cnn_batchnorm, cifar_efficientnet, lenet,
-    numtadb_model1, numtadb_model2, numtadb_model3 or squeezenet1_1; auto is efficientnet_b2 on a GPU and
+    """A timm model, or three_block_cnn (small, for CPUs), cifar_cnn, cifar_cnn_batchnorm, cifar_efficientnet, cifar_resnet20,
+    cifar_resnet32, lenet, numtadb_model1, numtadb_model2, numtadb_model3 or squeezenet1_1; auto is efficientnet_b2 on a GPU and
     three_block_cnn on a CPU (with data.resolution=28 unless it is set)."""
     pretrained: bool | Literal["auto"] = False
     """Start from published weights; auto does so if they are cached or can be downloaded, and warns otherwise."""
@@ -189,7 +189,8 @@ class ModelConfig(BaseConfig):
     depth_multiplier: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Depth multiplier of cifar_efficientnet: 1, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6 and 3.1 for B0 to B7."""
     stem_stride: Literal[1] | None = None
-    """Stride of a timm model's first convolution: 1 for small images, at four times the cost; null for its own."""
+    """Stride of the first convolution of a timm model or squeezenet1_1: 1 for small images, at four times the cost; null
+    for its own."""
     head_hidden: Width | None = None
     """Width of a hidden layer with ReLU before the classifier; null for none."""
     head_init_std: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -197,8 +198,9 @@ class ModelConfig(BaseConfig):
     0.58/sqrt(classes), which starts overconfident with few classes)."""
     filters: tuple[Width, ...] | None = None
     """Output channels of the convolutions of cifar_cnn, lenet and numtadb models, as [32, 64]; null for their own."""
-    kernel: Annotated[int, Field(ge=1, le=MAX_RESOLUTION)] | None = None
-    """Kernel size of all convolutions of cifar_cnn, lenet and numtadb models; null for their own."""
+    kernel: Resolution | tuple[Resolution, ...] | None = None
+    """Kernel size of all convolutions of cifar_cnn, lenet and numtadb models, or of each, as [5, 3]; null for their
+    own."""
     dense: tuple[Width, ...] | None = None
     """Widths of the dense layers before the classifier of cifar_cnn, lenet and numtadb models; null for their own."""
     gray_input: Literal["summed", "random", "repeated"] = "summed"

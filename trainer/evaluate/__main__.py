@@ -42,6 +42,7 @@ def main() -> int:
                 f"balanced accuracy {metrics['balanced_accuracy']:.2%}, macro F1 {metrics['macro_f1']:.2%}, "
                 f"weighted F1 {metrics['weighted_f1']:.2%} on {metrics['samples']:,} images"
             )
+            print(f"\n{metrics.pop('report')}")
             if arguments.json:
                 write_file(arguments.json, json.dumps(metrics, indent=1) + "\n")
     return 0

@@ -24,7 +24,7 @@ from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.config.schema import TrainerConfig
 from trainer.data.training_data import evaluation_loader
 from trainer.evaluate.calibration import calibration_error
-from trainer.evaluate.metrics import ClassificationMetrics
+from trainer.evaluate.metrics import ClassificationMetrics, classification_report
 from trainer.evaluate.tta import mean_logits
 from trainer.models.precision import autocast, to_memory_format
 from trainer.runtime.distributed import World
@@ -271,7 +271,7 @@ def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
         world: The process group.
 
     Returns:
-        The metrics, with the fields of `summary.json`.
+        The metrics, with the fields of `summary.json`, and `report`, those of each class as text.
 
     Raises:
         UserError: The data set has other classes, or one of both cannot be read.
@@ -283,6 +283,7 @@ def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
     loader = loader_for(store, trained, world)
     model = trained.build_model(world.device)
     evaluation = evaluate(model, loader, config.trainer, world, **trained.posthoc_kwargs())
+    predictions = evaluation.predictions
     return {
         **evaluation.summary(),
         "calibration": evaluation.calibration(),
@@ -295,4 +296,5 @@ def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
         "resolution": config.data.final_resolution,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dataset": f"{store.manifest.name}/{store.manifest.split}",
+        "report": classification_report(predictions.labels, predictions.predicted, trained.classes),
     }

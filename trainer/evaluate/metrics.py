@@ -94,6 +94,15 @@ def count_classes_(counts: torch.Tensor, labels: torch.Tensor, logits: torch.Ten
     counts.scatter_add_(1, torch.stack([labels, predicted, labels]), torch.stack([one, one, is_correct]))
 
 
+def classification_report(labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: Sequence[str]) -> str:
+    """Format precision, recall, F1 and support of each class that has samples or predictions, and their means."""
+    from sklearn.metrics import classification_report as format_report
+
+    found = np.union1d(labels, predictions)
+    names = [classes[label] for label in found]
+    return format_report(labels, predictions, labels=found, target_names=names, digits=4, zero_division=0)
+
+
 def confusion_matrix(labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
     """Count samples by true class (row) and predicted class (column), int64 [C, C]; for few classes only."""
     return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)

@@ -18,6 +18,8 @@ from torch import nn
 from shards.errors import UserError, first_line
 from trainer.config.schema import BUILTIN_MODELS, ModelConfig
 from trainer.models.lenet_family import make_plain_cnn
+from trainer.models.resnet_cifar import BLOCKS as RESNET_BLOCKS
+from trainer.models.resnet_cifar import resnet_cifar
 from trainer.models.small_cnn import three_block_cnn
 from trainer.models.weights import classifier_layer, load_weights
 
@@ -209,6 +211,8 @@ def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool)
         from trainer.models.efficientnet_cifar import efficientnet_cifar
 
         return efficientnet_cifar(settings, channels, classes)
+    if settings.name in RESNET_BLOCKS:
+        return resnet_cifar(RESNET_BLOCKS[settings.name], channels, classes, settings.drop_rate)
     if settings.name == "squeezenet1_1":
         from trainer.models.squeezenet import WEIGHTS_URL, squeezenet1_1
 
@@ -274,7 +278,8 @@ def _weights_url(name: str) -> str | None:
 
 
 def _set_stem_stride(model: Any, name: str) -> None:
-    stem_name = model.pretrained_cfg.get("first_conv") if name not in BUILTIN_MODELS else None
+    builtin = {"first_conv": "features.0" if name == "squeezenet1_1" else None}
+    stem_name = getattr(model, "pretrained_cfg", builtin).get("first_conv")
     stem = model.get_submodule(stem_name) if isinstance(stem_name, str) and stem_name else None
     if not isinstance(stem, nn.Conv2d) or stem.stride != (2, 2):
         raise UserError(

@@ -3,7 +3,7 @@
 | name | input | layers | parameters (3 channels, 10 classes) |
 |---|---|---|---|
 | cifar_cnn | 32 | convolutions 32, 64 (3x3); dense 128 | 545,098 |
-| cifar_cnn_batchnorm | 32 | the same with batch norm after each convolution; dense 256 | 1,070,986 |
+| cifar_cnn_batchnorm | 32 | the same with batch norm after each ReLU; dense 256 | 1,070,986 |
 | lenet | 28 | convolutions 6, 16 (5x5, not padded); dense 120, 84: LeNet-5 with ReLU and max pooling | 44,726 |
 | numtadb_model1 | 64 | convolutions 16, 32, 32 (3x3); dense 1024, 512 | 2,642,442 |
 | numtadb_model2 | 48 | convolutions 6, 16 (5x5, not padded), 32 (3x3); dense 120, 84 | 80,086 |
@@ -35,9 +35,10 @@ def make_plain_cnn(network: PlainCnn, channels: int, classes: int, drop_rate: fl
     width = channels
     for filters, kernel, padded in zip(network.filters, network.kernels, network.padded, strict=True):
         layers.append(nn.Conv2d(width, filters, kernel, padding=kernel // 2 if padded else 0))
+        layers.append(nn.ReLU(inplace=True))
         if network.batch_norm:
             layers.append(nn.BatchNorm2d(filters))
-        layers += [nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        layers.append(nn.MaxPool2d(2))
         width = filters
     layers.append(nn.Flatten())
     width *= network.last_side**2

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
 from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.calibration import calibration_error
-from trainer.evaluate.metrics import ClassificationMetrics, most_confused
+from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
 from trainer.predict.contact_sheet import MAX_TILES, Tile, prediction_sheet
 from trainer.predict.input_files import Sample, find_inputs, read_samples
 from trainer.predict.predictor import Predictor, add_run_arguments
@@ -36,6 +37,7 @@ _MAX_LINES = 100  # of the table on the terminal
 _RUNNERS_UP = 2
 _MAX_NAME = 48  # characters of a file name in the table
 _PAIRS = 10  # most frequent confusions
+_MAX_MATRIX = 32  # classes of a confusion matrix
 _UNUSABLE = 1  # exit status
 
 
@@ -98,6 +100,9 @@ def compute_metrics(predictions: list[Prediction], classes: tuple[str, ...]) -> 
         **metrics.summary(),
         "calibration_error": calibration_error(confidence, predicted == labels),
         "classes": metrics.class_metrics(classes),
+        "confusion_matrix": confusion_matrix(labels, predicted, len(classes)).tolist()
+        if len(classes) <= _MAX_MATRIX
+        else None,
         "most_confused": [
             {"true": classes[true], "predicted": classes[wrong], "count": count}
             for true, wrong, count in most_confused(labels, predicted, _PAIRS)
@@ -136,6 +141,12 @@ def print_metrics(metrics: dict[str, Any]) -> None:
             fractions = f"{row['precision']:>9.2%}", f"{row['recall']:>7.2%}", f"{row['f1']:>7.2%}"
             rows.append([row["name"], f"{row['samples']:>9,}", *fractions])
     _print_rows(rows)
+    if metrics["confusion_matrix"]:
+        print("\nconfusion matrix (rows: true class, columns: predicted class)\n")
+        names = [row["name"] for row in metrics["classes"]]
+        rows = [["", *names]] + [[name, *map(str, row)] for name, row in zip(names, metrics["confusion_matrix"], strict=True)]
+        width = max(map(len, chain(*rows)))
+        _print_rows([[cell.rjust(width) for cell in row] for row in rows])
     if metrics["most_confused"]:
         pairs = (f"{row['true']} -> {row['predicted']} ({row['count']:,})" for row in metrics["most_confused"])
         print(f"\nmost frequent confusions: {', '.join(pairs)}")

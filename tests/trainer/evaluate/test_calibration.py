@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -193,6 +194,8 @@ def test_a_run_calibrates_and_says_so(run: Path) -> None:
 def test_evaluating_again_gives_the_same(run: Path, digits_set: Path) -> None:
     alone = World(rank=0, size=1, device=torch.device("cpu"))
     found = evaluate_run(run, str(digits_set), alone)
+    macro = re.search(r"macro avg +[\d.]+ +[\d.]+ +([\d.]+) +(\d+)", found["report"])
+    assert (float(macro[1]), int(macro[2])) == (pytest.approx(found["macro_f1"], abs=5e-5), found["samples"])
     assert found["calibration"] == json.loads((run / "summary.json").read_text())["calibration"]
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from shards import UserError
 from trainer.config.architectures import MIN_RESOLUTION, PLAIN_CNNS
 from trainer.config.schema import BUILTIN_MODELS, ModelConfig
-from trainer.models import efficientnet_cifar, squeezenet
+from trainer.models import efficientnet_cifar, resnet_cifar, squeezenet
 from trainer.models import factory as model_module
 from trainer.models import lenet_family as plain
 from trainer.models import small_cnn as three_block_cnn
@@ -49,7 +50,7 @@ def described(model: nn.Module) -> list[str]:
 
 
 def block(convolution: str, *norm: str) -> list[str]:
-    return [convolution, *norm, "ReLU", "pool 2"]
+    return [convolution, "ReLU", *norm, "pool 2"]
 
 
 CNN = [*block("Conv 32 (3x3) pad 1"), *block("Conv 64 (3x3) pad 1"), "Linear 4096-128", "ReLU", "Linear 128-10"]
@@ -94,6 +95,7 @@ def test_filters_kernels_and_dense_layers_are_settings() -> None:
         *("dropout 0.25", "Linear 50-10"),
     ]
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, CLASSES)
+    assert described(made("cifar_cnn", kernel=[5, 3]))[::3][:2] == ["Conv 32 (5x5) pad 2", "Conv 64 (3x3) pad 1"]
     unpadded = made("lenet", channels=1, kernel=3, dense=[])
     assert described(unpadded)[-1] == "Linear 400-10"
     assert unpadded(torch.rand(2, 1, 28, 28)).shape == (2, CLASSES)
@@ -118,8 +120,13 @@ def test_features_come_out_below_a_head(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "names"),
-    [(plain, [*PLAIN_CNNS]), (efficientnet_cifar, ["cifar_efficientnet"]), (squeezenet, ["squeezenet1_1"])],
-    ids=["plain", "efficientnet", "squeezenet"],
+    [
+        (plain, [*PLAIN_CNNS]),
+        (efficientnet_cifar, ["cifar_efficientnet"]),
+        (resnet_cifar, ["cifar_resnet20", "cifar_resnet32"]),
+        (squeezenet, ["squeezenet1_1"]),
+    ],
+    ids=["plain", "efficientnet", "resnet", "squeezenet"],
 )
 def test_the_documentation_counts_the_parameters(module: object, names: list[str]) -> None:
     text = Path(module.__file__).read_text()
@@ -159,6 +166,29 @@ def test_dropout_and_stochastic_depth_reach_the_blocks() -> None:
     rates = [getattr(module.drop_path, "drop_prob", 0.0) for stage in model.blocks for module in stage]
     assert rates == pytest.approx([0.2 * depth / 16 for depth in range(16)])
     assert model.drop_rate == 0.3
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("cifar_resnet20", 3), ("cifar_resnet32", 5)])
+def test_a_resnet_for_cifar_is_the_published_one(name: str, blocks: int) -> None:
+    """Table 6 of He et al. 2016: maps of 32, 16 and 8 pixels, 6n + 2 layers; the output of a block by the formula."""
+    model, images = made(name).double(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    assert sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in model.modules()) == 6 * blocks + 2
+    features = F.relu(model[1](model[0](images)))
+    for number, block in enumerate(list(model)[3:-4]):
+        stride = 2 if number in (blocks, 2 * blocks) else 1
+        inner = F.conv2d(features, block.conv1.weight, stride=stride, padding=1)
+        inner = F.conv2d(F.relu(block.norm1(inner)), block.conv2.weight, padding=1)
+        shortcut = torch.zeros_like(inner)
+        shortcut[:, : features.shape[1]] = features[:, :, ::stride, ::stride]
+        features = F.relu(block.norm2(inner) + shortcut)
+        assert features.shape[1:] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)][number // blocks]
+    torch.testing.assert_close(model(images), model[-1](features.mean(dim=(2, 3))))
+
+
+def test_a_finer_stem_leaves_squeezenet_more_to_see_at_32_pixels() -> None:
+    images = torch.rand(2, 3, 32, 32)
+    assert made("squeezenet1_1").features(images).shape[2:] == (1, 1)
+    assert made("squeezenet1_1", stem_stride=1).features(images).shape[2:] == (3, 3)
 
 
 def test_squeezenet_has_a_new_head() -> None:

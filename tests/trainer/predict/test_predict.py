@@ -165,6 +165,12 @@ def test_a_table_of_truth_brings_the_figures(
     assert found["metrics"]["accuracy"] == pytest.approx(right / 12)
     assert found["metrics"]["samples"] == 12
     assert f"accuracy {right / 12:.2%}" in printed
+    matrix = np.zeros((10, 10), int)
+    for one in found["predictions"]:
+        matrix[int(one["label"]), int(one["predicted"])] += 1
+    assert found["metrics"]["confusion_matrix"] == matrix.tolist()
+    lines = printed.partition("columns: predicted class)")[2].split("\n")[2:13]
+    assert [[*map(int, line.split())] for line in lines] == [[*range(10)], *([n, *row] for n, row in enumerate(matrix))]
     assert "most frequent confusions" in printed or right == 12
 
 
