@@ -166,16 +166,17 @@ class ModelConfig(BaseConfig):
     """The network and its initial weights."""
 
     name: str = "auto"
-    """A timm model, or three_block_cnn (small, for CPUs), cifar_cnn, cifar_cnn_batchnorm, cifar_efficientnet, cifar_resnet20,
-    cifar_resnet32, lenet, numtadb_model1, numtadb_model2, numtadb_model3 or squeezenet1_1; auto is efficientnet_b2 on a GPU and
-    three_block_cnn on a CPU (with data.resolution=28 unless it is set)."""
+    """A timm model, or three_block_cnn (small, for CPUs), cifar_cnn, cifar_cnn_batchnorm, cifar_efficientnet,
+    cifar_resnet20, cifar_resnet32, lenet, numtadb_model1, numtadb_model2, numtadb_model3 or squeezenet1_1; auto is
+    efficientnet_b2 on a GPU and three_block_cnn on a CPU (with data.resolution=28 unless it is set)."""
     pretrained: bool | Literal["auto"] = False
     """Start from published weights; auto does so if they are cached or can be downloaded, and warns otherwise."""
     init_checkpoint: Path | None = None
     """Start from the weights in this file (.safetensors, .pth or a checkpoint of a run). If the classes differ, the
     classifier keeps the rows of classes with the same name."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of a timm model, as {img_size: 28, patch_size: 4} for a Vision Transformer."""
+    """Further arguments of a timm model, as {img_size: 28, patch_size: 4} for a Vision Transformer, or of
+    cifar_efficientnet, as {stem_size: 16}."""
     freeze: Literal["backbone"] | Annotated[int, Field(ge=0, le=10**4)] | tuple[str, ...] = 0
     """Layers that are not trained: the first N (of timm's coarse groups: stem, stages), those whose parameter names
     start with one of [PREFIX, ...], or backbone, which is all but the classifier. Their batch norm and dropout are in
@@ -189,8 +190,8 @@ class ModelConfig(BaseConfig):
     depth_multiplier: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Depth multiplier of cifar_efficientnet: 1, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6 and 3.1 for B0 to B7."""
     stem_stride: Literal[1] | None = None
-    """Stride of the first convolution of a timm model or squeezenet1_1: 1 for small images, at four times the cost; null
-    for its own."""
+    """Stride of the first convolution of a timm model or squeezenet1_1: 1 for small images, at four times the cost;
+    null for its own."""
     head_hidden: Width | None = None
     """Width of a hidden layer with ReLU before the classifier; null for none."""
     head_init_std: Annotated[float, Field(gt=0, le=100)] | None = None

@@ -32,7 +32,7 @@ def efficientnet_cifar(settings: ModelConfig, channels: int, classes: int) -> tu
 
     Args:
         settings: Dropout before the classifier, stochastic depth of the last block (it rises linearly with the depth),
-            and the factors of all widths and of the number of blocks in a stage.
+            the factors of all widths and of the number of blocks in a stage, and further arguments, as stem_size.
         channels: Channels of the input, float [B, channels, R, R] of any size R.
         classes: Number of logits; 0 for no classifier, so that the features come out.
 
@@ -45,11 +45,11 @@ def efficientnet_cifar(settings: ModelConfig, channels: int, classes: int) -> tu
         num_classes=classes,
         num_features=round_chs_fn(1280),
         in_chans=channels,
-        stem_size=32,
         act_layer=nn.SiLU,
         round_chs_fn=round_chs_fn,
         drop_rate=settings.drop_rate,
         drop_path_rate=settings.drop_path_rate,
+        **{"stem_size": 32, **settings.options},
     )
     network.conv_stem.stride = (1, 1)
     return network, network.num_features

@@ -197,7 +197,7 @@ def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Mo
 
 
 def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool) -> tuple[nn.Module, int]:
-    if settings.options and settings.name in BUILTIN_MODELS:
+    if settings.options and settings.name in {*BUILTIN_MODELS} - {"cifar_efficientnet"}:
         raise UserError(
             found=f"model.options={settings.options} for {settings.name}, which is not a model of timm",
             expected="a timm model, to whose constructor the options are passed",
@@ -207,10 +207,6 @@ def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool)
         return make_plain_cnn(settings.plain_cnn, channels, classes, settings.drop_rate)
     if settings.name == SMALL_CNN:
         return three_block_cnn(channels, classes, settings.drop_rate)
-    if settings.name == "cifar_efficientnet":
-        from trainer.models.efficientnet_cifar import efficientnet_cifar
-
-        return efficientnet_cifar(settings, channels, classes)
     if settings.name in RESNET_BLOCKS:
         return resnet_cifar(RESNET_BLOCKS[settings.name], channels, classes, settings.drop_rate)
     if settings.name == "squeezenet1_1":
@@ -219,7 +215,22 @@ def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool)
         if pretrained and not Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rpartition("/")[2]).exists():
             _check_reachable(WEIGHTS_URL)
         return squeezenet1_1(channels, classes, settings.drop_rate, pretrained)
-    return _timm_model(settings, channels, classes, pretrained)
+    try:
+        if settings.name == "cifar_efficientnet":
+            from trainer.models.efficientnet_cifar import efficientnet_cifar
+
+            return efficientnet_cifar(settings, channels, classes)
+        return _timm_model(settings, channels, classes, pretrained)
+    except (TypeError, AssertionError) as error:
+        raise UserError(
+            found=f"model.name={settings.name}, which does not take some settings: {first_line(error)}",
+            expected="a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, drop_path_rate",
+            hint="change model.options"
+            if settings.options
+            else "model.drop_path_rate=0"
+            if settings.drop_path_rate
+            else "choose another model.name",
+        ) from None
 
 
 def _timm_model(settings: ModelConfig, channels: int, classes: int, pretrained: bool) -> tuple[nn.Module, int]:
@@ -232,28 +243,17 @@ def _timm_model(settings: ModelConfig, channels: int, classes: int, pretrained: 
             expected=f"{', '.join(BUILTIN_MODELS)} or a timm model",
             hint=f"did you mean {' or '.join(near)}?" if near else 'python -c "import timm; print(timm.list_models())"',
         )
-    try:
-        model: Any = timm.create_model(
-            settings.name,
-            pretrained=pretrained,
-            pretrained_cfg_overlay=_published_weights(settings.name) if pretrained else None,
-            in_chans=channels,
-            num_classes=classes,
-            drop_rate=0.0 if settings.head_hidden else settings.drop_rate,  # our head has its own dropout
-            # timm drops options that are None; models without residual branches do not take this one.
-            drop_path_rate=settings.drop_path_rate or None,
-            **settings.options,
-        )
-    except (TypeError, AssertionError) as error:
-        raise UserError(
-            found=f"model.name={settings.name}, which does not take some settings: {first_line(error)}",
-            expected="a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, drop_path_rate",
-            hint="change model.options"
-            if settings.options
-            else "model.drop_path_rate=0"
-            if settings.drop_path_rate
-            else "choose another model.name",
-        ) from None
+    model: Any = timm.create_model(
+        settings.name,
+        pretrained=pretrained,
+        pretrained_cfg_overlay=_published_weights(settings.name) if pretrained else None,
+        in_chans=channels,
+        num_classes=classes,
+        drop_rate=0.0 if settings.head_hidden else settings.drop_rate,  # our head has its own dropout
+        # timm drops options that are None; models without residual branches do not take this one.
+        drop_path_rate=settings.drop_path_rate or None,
+        **settings.options,
+    )
     return model, model.num_features
 
 

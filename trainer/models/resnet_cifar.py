@@ -1,7 +1,7 @@
 """ResNet-20 and ResNet-32 for 32x32 images, which neither timm nor torchvision has.
 
-He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2: three stages of 16, 32 and 64 channels, and shortcuts without
-parameters. With 3 channels and 10 classes, cifar_resnet20 has 269,722 parameters and cifar_resnet32 has 464,154.
+He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2: three stages of 16, 32 and 64 channels, and shortcuts
+without parameters. With 3 channels and 10 classes, cifar_resnet20 has 269,722 parameters, cifar_resnet32 464,154.
 """
 
 from __future__ import annotations

@@ -144,7 +144,9 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     if metrics["confusion_matrix"]:
         print("\nconfusion matrix (rows: true class, columns: predicted class)\n")
         names = [row["name"] for row in metrics["classes"]]
-        rows = [["", *names]] + [[name, *map(str, row)] for name, row in zip(names, metrics["confusion_matrix"], strict=True)]
+        rows = [["", *names]] + [
+            [name, *map(str, row)] for name, row in zip(names, metrics["confusion_matrix"], strict=True)
+        ]
         width = max(map(len, chain(*rows)))
         _print_rows([[cell.rjust(width) for cell in row] for row in rows])
     if metrics["most_confused"]:

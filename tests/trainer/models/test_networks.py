@@ -161,6 +161,13 @@ def test_the_stem_for_small_images_leaves_something_to_see() -> None:
     assert timm.create_model("efficientnet_b0").eval().forward_features(images).shape[2:] == (1, 1)
 
 
+def test_options_are_arguments_of_the_network() -> None:
+    assert made("cifar_efficientnet", options={"stem_size": 16}).conv_stem.out_channels == 16
+    with pytest.raises(UserError, match="unexpected keyword argument 'colour'") as caught:
+        made("cifar_efficientnet", options={"colour": 1})
+    assert "model.options" in caught.value.hint
+
+
 def test_dropout_and_stochastic_depth_reach_the_blocks() -> None:
     model = made("cifar_efficientnet", drop_rate=0.3, drop_path_rate=0.2)
     rates = [getattr(module.drop_path, "drop_prob", 0.0) for stage in model.blocks for module in stage]
