@@ -178,5 +178,6 @@ def _prefetch(iterator: Iterator[T], depth: int) -> Generator[T, None, None]:
         while (item := waiting.popleft().result()) is not end:
             waiting.append(pool.submit(next, iterator, end))
             yield cast(T, item)
+            del item  # before the next one is waited for
     finally:
         pool.shutdown(cancel_futures=True)

@@ -55,6 +55,8 @@ TESTS = {
     "pipeline/transforms/warp.py": [f"{TRANSFORMS}/test_augmentation.py"],
     "pipeline/transforms/ops/resize.py": [f"{TRANSFORMS}/test_transforms.py"],
     "pipeline/transforms/ops/*.py": [f"{TRANSFORMS}/test_preprocess.py", f"{TRANSFORMS}/test_augmentation.py"],
+    "pipeline/transforms/preprocess.py": [f"{TRANSFORMS}/test_preprocess.py"],
+    "pipeline/transforms/shared_ops.py": [f"{TRANSFORMS}/test_augmentation.py", f"{TRANSFORMS}/test_preprocess.py"],
     "pipeline/transforms/*.py": [TRANSFORMS],
     "shards/stores/block_cache.py": ["tests/shards/stores/test_block_cache.py"],
     "shards/stores/image_header.py": ["tests/shards/stores/test_image_header.py"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +220,24 @@ def test_an_exception_in_the_training_loop_ends_the_thread(store: Store) -> None
         for _ in batches:
             raise ZeroDivisionError
     assert loader_threads() == []
+
+
+def test_an_item_that_nobody_needs_is_freed_before_the_next_is_waited_for() -> None:
+    taken: list[weakref.ref] = []
+    freed = []
+
+    def items() -> Iterator[NDArray]:
+        yield np.zeros(1)
+        deadline = time.monotonic() + 10
+        while not (taken and taken[0]() is None) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        freed.append(taken[0]() is None)
+        yield np.zeros(1)
+
+    with contextlib.closing(prefetch(items(), 0)) as arrays:
+        taken.append(weakref.ref(next(arrays)))
+        next(arrays)
+    assert freed == [True]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
