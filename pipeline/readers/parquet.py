@@ -109,7 +109,10 @@ def read_splits(
     )
     stored = content.finish()
     splits = [_image_split(split, rows, labels[split], stored) for split, rows in rows_of.items()]
-    return (_divide(splits[0]) if len(splits) == 1 else splits), classes
+    if len(splits) == 1:
+        splits = _divide(splits[0])
+        number_labels({split.name: [classes[label] for label in split.labels] for split in splits}, directory, classes)
+    return splits, classes
 
 
 def _image_split(split: str, rows: _Rows, labels: NDArray, content: StoredFile) -> ImageSplit:

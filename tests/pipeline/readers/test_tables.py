@@ -328,19 +328,24 @@ class TestParquet:
     @pytest.mark.parametrize("column", ["split", "Split"])
     def test_a_column_of_splits_divides_a_table(self, tmp_path: Path, column: str) -> None:
         values = ["test", "train", "validation"] * 4
-        table = plain_table(**{column: values, "site": [f"s{row}" for row in range(12)]})
+        labels = [row // 6 for row in range(12)]
+        table = plain_table(**{column: values, "site": [f"s{row}" for row in range(12)], "label": labels})
         train, test, val = load("parquet", write_parquet(tmp_path / "a.parquet", table))
         assert (train.name, test.name, val.name) == ("train", "test", "val")
         for split, first in ((train, 1), (val, 2), (test, 0)):
             rows = range(first, 12, 3)
             np.testing.assert_array_equal(read_all(split), np.stack([pixels(seed=row) for row in rows]))
-            assert split.labels.tolist() == [row % 3 for row in rows]
+            assert split.labels.tolist() == labels[first::3]
             assert {name: values.tolist() for name, values in split.columns.items()} == {
                 "site": [f"s{row}" for row in rows]
             }
         table = plain_table(split=["train"] * 11 + ["test"]).set_column(0, "image", [[*PICTURES[:11], b"nothing"]])
         _, test = load("parquet", write_parquet(tmp_path / "a.parquet", table), encoded=True)
         assert unreadable(test)[0].startswith(f"{tmp_path}/a.parquet row 11: not a PNG")
+
+    def test_a_class_of_other_rows_than_those_for_training_is_refused(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "a.parquet", plain_table(split=["train", "train", "test"] * 4))
+        assert "no training images of 2, a class of the test split" in refusal(lambda: load("parquet", path)).found
 
     @pytest.mark.parametrize("values", [["train", "holdout"], ["test", "val"], ["", "train"]])
     def test_other_values_of_a_column_of_splits_are_refused(self, tmp_path: Path, values: list[str]) -> None:
