@@ -121,7 +121,7 @@ def _read_header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
         truncated = len(content) < BLOCK
         fault = "it ends inside a header" if truncated else "a damaged header (its checksum is wrong)"
         raise ValueError(fault if offset else _NO_TAR) from None
-    if header.size < 0 or not _SIZE.fullmatch(content[124:136]):
+    if not _SIZE.fullmatch(content[124:136]):
         raise ValueError(f"the invalid size {content[124:136]!r}")
     return header
 
