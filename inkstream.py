@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": ("trainer.predict", "predict image files"),
     "label-errors": ("trainer.predict.label_errors", "find training images whose label is probably wrong"),
     "demo": ("trainer.predict.demo", "open a drawing page in the browser"),
+    "ensemble": ("trainer.export.ensemble", "combine runs into an ensemble or a soup"),
     "export": ("trainer.export", "export a run to ONNX, torch.export or safetensors"),
     "report": ("trainer.report", "write the report of a run, or compare runs"),
     "tune": ("trainer.tune", "search hyperparameters with Optuna"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_files
 from trainer.config.load import validate
 from trainer.config.schema import Config
+from trainer.models.ensemble import Ensemble
 from trainer.models.factory import check_sides, make_model
 from trainer.models.precision import memory_format
 
@@ -27,7 +28,7 @@ class TrainedModel:
     """Weights of the best epoch, and the settings and statistics that inference needs."""
 
     weights: dict[str, torch.Tensor]
-    """State dict of the network; the moving average of the weights if the run had one."""
+    """State dict of the network; the moving average of the weights if the run had one. Empty for an ensemble."""
     config: Config
     classes: tuple[str, ...]
     data_digest: str
@@ -46,6 +47,8 @@ class TrainedModel:
     """float32 [C], subtracted from the logits."""
     temperature: float = 1.0
     """Divides the logits before the softmax."""
+    members: tuple[TrainedModel, ...] = ()
+    """The models of an ensemble, which have the same input and classes."""
 
     @classmethod
     def load(cls, path: Path) -> TrainedModel:
@@ -55,6 +58,15 @@ class TrainedModel:
             UserError: The file is missing, damaged or not such a checkpoint.
         """
         state = checkpoint.load(path, needed=("config", "input_adapter"))
+        members = state.get("members", [])
+        with errors_as_corrupt(path, checkpoint.HINT):
+            if not isinstance(members, list):
+                raise ValueError("members that are no list")
+        return replace(cls._of(state, path), members=tuple(cls._of(member, path) for member in members))
+
+    @classmethod
+    def _of(cls, state: Any, path: Path) -> TrainedModel:
+        """Return the model that `state_dict` describes, without members. `path` is the file, for messages."""
         with errors_as_corrupt(path, checkpoint.HINT):
             run_files.check(run_files.BestCheckpoint, state)
             channels, classes = state["image_shape"][2], len(state["classes"])
@@ -91,6 +103,7 @@ class TrainedModel:
             "tau": self.tau,
             "offsets": self.offsets.tolist(),
             "temperature": self.temperature,
+            **({"members": [member.state_dict() for member in self.members]} if self.members else {}),
         }
 
     @property
@@ -112,6 +125,10 @@ class TrainedModel:
 
     def build_model(self, device: torch.device) -> nn.Module:
         """Return the network with these weights, on a device."""
+        if self.members:
+            networks = [member.build_model(device) for member in self.members]
+            offsets, temperatures = zip(*((each.offsets, each.temperature) for each in self.members), strict=True)
+            return Ensemble(networks, offsets, temperatures).to(device)
         return load_model(self.weights, self.config, self.channels, len(self.classes), device)
 
 

@@ -68,6 +68,12 @@ def export(
             hint="--format safetensors; or pack the images at one size (python -m pipeline.shard ... --size N) and "
             "train on those",
         )
+    if trained.members and format_name == "safetensors":
+        raise UserError(
+            found=f"{run}, an ensemble of {len(trained.members)} networks, and --format safetensors",
+            expected="one network, whose weights the file holds",
+            hint="--format onnx",
+        )
     head = ProbabilityHead(**trained.posthoc_kwargs())
     reference = parity.compute_reference(completed.config, spec, _build_model(trained), head, store)
     metadata = export_metadata(completed, train, store.manifest)

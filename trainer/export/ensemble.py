@@ -1,0 +1,227 @@
+"""Command: combine runs into one model, which evaluate, predict, export and distillation accept like a run.
+
+    python -m trainer.export.ensemble RUN RUN ... --out DIR [--soup uniform|greedy]
+
+An ensemble predicts the mean of the runs' calibrated probabilities, at the sum of their costs. A soup is one network
+with the mean of the runs' weights, at the cost of one; it takes runs that started from the same weights, such as
+fine-tuned ones. A greedy soup adds runs, the best first, as long as the metric of the validation split
+(`trainer.monitor`) does not fall. Wortsman et al. 2022, Model soups, https://arxiv.org/abs/2203.05482.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards.atomic import replace_file
+from shards.cli import program_name, run_command
+from shards.errors import UserError
+from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.completed_run import CompletedRun
+from trainer.checkpoint.run_dir import RunDirectory
+from trainer.checkpoint.trained_model import TrainedModel
+from trainer.config.load import replace_settings
+from trainer.data.training_data import open_data
+from trainer.evaluate.evaluator import evaluate
+from trainer.report import run_page
+from trainer.runtime.distributed import World, init_distributed
+
+
+def make_ensemble(models: Sequence[TrainedModel]) -> TrainedModel:
+    """Return a model that predicts the mean probability of several. Ensembles among them count by their members."""
+    members = tuple(member for model in models for member in (model.members or (model,)))
+    zeros = np.zeros(len(models[0].classes), np.float32)
+    return replace(models[0], weights={}, epoch=0, tau=0.0, offsets=zeros, temperature=1.0, members=members)
+
+
+def make_soup(models: Sequence[TrainedModel]) -> TrainedModel:
+    """Return a model with the mean of the weights, offsets and temperatures of several.
+
+    Counters, which are integers, are those of the first.
+    """
+    weights = {
+        name: torch.stack([model.weights[name] for model in models]).mean(dim=0)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in models[0].weights.items()
+    }
+    return replace(
+        models[0],
+        weights=weights,
+        epoch=0,
+        tau=float(np.mean([model.tau for model in models])),
+        offsets=np.mean([model.offsets for model in models], axis=0, dtype=np.float32),
+        temperature=float(np.mean([model.temperature for model in models])),
+    )
+
+
+def choose_greedily(models: Sequence[TrainedModel], metric: Callable[[TrainedModel], float]) -> list[TrainedModel]:
+    """Choose the models of a greedy soup (recipe 1 of the paper).
+
+    Args:
+        models: The candidates.
+        metric: Measures a model; larger is better.
+
+    Returns:
+        The chosen models, the best first.
+    """
+    values = [metric(model) for model in models]
+    order = sorted(range(len(models)), key=lambda number: -values[number])
+    chosen, best = [models[order[0]]], values[order[0]]
+    for number in order[1:]:
+        value = metric(make_soup([*chosen, models[number]]))
+        if value >= best:
+            chosen, best = [*chosen, models[number]], value
+    return chosen
+
+
+def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
+    """Raise `UserError` if runs differ in classes, data or model input, or for a soup in the network."""
+    first = runs[0]
+
+    def facts(run: CompletedRun) -> dict[str, Any]:
+        data, trained = run.config.data, run.trained
+        common = {
+            "classes": " ".join(trained.classes),
+            "data set": trained.data_digest,
+            "data.resolution": data.final_resolution,
+            "data.interpolation": data.interpolation,
+            "preprocessing": data.preprocessing(),
+            "mean and std of the input": (trained.mean, trained.std),
+        }
+        if soup:
+            common["weights"] = {name: tuple(each.shape) for name, each in trained.weights.items()}
+            common["ensemble"] = bool(trained.members)
+        if soup == "greedy":
+            common["data.val_fraction"], common["seed"] = data.val_fraction, run.config.seed
+        return common
+
+    for run in runs[1:]:
+        for name, value in facts(run).items():
+            expected = facts(first)[name]
+            if value != expected:
+                shown = "" if name in ("weights", "data set") else f" {value}"
+                raise UserError(
+                    found=f"{run.directory.path} with another {name}{shown} than {first.directory.path}",
+                    expected=f"the same {name}{'' if not shown else f' {expected}'}",
+                    hint="combine runs that differ in other settings" + (", or omit --soup" if soup else ""),
+                )
+
+
+def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | None, world: World) -> list[str]:
+    """Write the combination of runs as a run directory, after evaluating it on the test split.
+
+    Args:
+        paths: Run directories.
+        out: The directory to write.
+        soup: `uniform` or `greedy` for a soup, None for an ensemble.
+        shards: The runs' data set, if it has moved.
+        world: One process.
+
+    Returns:
+        Lines for the terminal.
+
+    Raises:
+        UserError: A run is not complete, or the runs do not fit together.
+    """
+    runs = [CompletedRun.open(path) for path in paths]
+    check_combinable(runs, soup)
+    settings: dict[str, Any] = {"data.fold": None, "run.dir": str(out), "run.name": out.name}
+    config = replace_settings(runs[0].config, settings | ({"data.shards": shards} if shards else {}), "the runs")
+    data = open_data(config, world)
+    if data.digest != runs[0].trained.data_digest:
+        raise UserError(
+            found=f"{config.data.shards}, another packed data set than that of the runs",
+            expected="the data set of the runs",
+            hint="name its directory: --shards DIR",
+        )
+    models, lines = [run.trained for run in runs], []
+    if soup == "greedy":
+        validation = data.validation
+        if validation is None:
+            raise UserError(
+                found="--soup greedy for runs without a validation split",
+                expected="runs that hold out validation images",
+                hint="--soup uniform",
+            )
+
+        def metric(model: TrainedModel) -> float:
+            settings = config.trainer
+            network = model.build_model(world.device)
+            measured = evaluate(network, validation, settings, world, **model.posthoc_kwargs()).summary()
+            return -measured["loss"] if settings.monitor == "loss" else measured[settings.monitor]
+
+        models = choose_greedily(models, metric)
+        names = [run.directory.path for run in runs if any(run.trained is model for model in models)]
+        lines.append(f"soup of {len(names)} of {len(runs)} runs: {', '.join(map(str, names))}")
+    trained = replace(make_soup(models) if soup else make_ensemble(models), config=config)
+    network = trained.build_model(world.device)
+    evaluation = evaluate(network, data.test, config.trainer, world, **trained.posthoc_kwargs())
+    summary = {
+        **evaluation.summary(),
+        "calibration": evaluation.calibration(),
+        "decision": None,
+        "epochs": 0,
+        "best_epoch": 0,
+        "validation": None,
+        "seconds": evaluation.seconds,
+        "training_seconds": sum(run.summary["training_seconds"] for run in runs),
+        "images_per_second": evaluation.metrics.samples / evaluation.seconds,
+        "data_wait_share": evaluation.wait_seconds / evaluation.seconds,
+        "resolution": config.data.final_resolution,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "model": config.model.name,
+        "dataset": data.manifest.name,
+        "members": [str(path) for path in paths],
+    }
+    directory = RunDirectory(out)
+    with directory.lock():
+        directory.begin(config, runs[0].environment, [])
+        checkpoint.save(directory.best, trained.state_dict())
+        with replace_file(directory.predictions) as file:
+            np.savez_compressed(file, **vars(evaluation.predictions))
+        run_page.write(out, data.test_store, summary, [])
+        directory.write_summary(summary)
+    rows = [*((run.directory.path, run.summary) for run in runs), (out, summary)]
+    return [*lines, *(_describe(path, metrics) for path, metrics in rows)]
+
+
+def _describe(path: Path, summary: dict[str, Any]) -> str:
+    return (
+        f"accuracy {summary['accuracy']:.2%}  macro F1 {summary['macro_f1']:.2%}  "
+        f"calibration error {summary['calibration']['ece']:.2%}  {path}"
+    )
+
+
+def main() -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=program_name("trainer.export.ensemble"),
+        description="Combine runs into one model, an ensemble or a soup, and evaluate it on the test split.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run directories, two or more")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory of the result, used like a run directory")
+    add("--soup", choices=("uniform", "greedy"), help="average the weights: of all runs, or of those that help")
+    add("--shards", metavar="SHARDS", help="the runs' data set, if it has moved")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model")
+    arguments = parser.parse_args()
+    if len(arguments.runs) < 2 or arguments.out.exists():
+        raise UserError(
+            found=f"--out {arguments.out}, which exists" if arguments.out.exists() else "one run",
+            expected="a new directory" if arguments.out.exists() else "two or more runs",
+            hint="choose another --out" if arguments.out.exists() else "name the run directories one after another",
+        )
+    with init_distributed(arguments.device) as world:
+        print("\n".join(combine(arguments.runs, arguments.out, arguments.soup, arguments.shards, world)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
