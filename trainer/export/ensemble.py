@@ -186,7 +186,7 @@ def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | No
         checkpoint.save(directory.best, trained.state_dict())
         with replace_file(directory.predictions) as file:
             np.savez_compressed(file, **vars(evaluation.predictions))
-        run_page.write(out, data.test_store, summary, [])
+        run_page.write(out, data.manifest, data.test_store, summary, [])
         directory.write_summary(summary)
     rows = [*((run.directory.path, run.summary) for run in runs), (out, summary)]
     return [*lines, *(_describe(path, metrics) for path, metrics in rows)]
