@@ -162,7 +162,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         window,
         augmentation,
         repeats=loader.repeated_augmentation,
-        labels=train_store.labels[train],
+        labels=train_store.labels[train] if config.data.class_balance else None,
         class_balance=config.data.class_balance,
     )
     val_store = val_stores[0] if val_stores else train_store
