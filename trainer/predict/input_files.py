@@ -56,6 +56,11 @@ class Sample(NamedTuple):
     note: str
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a directory is a packed data set or one of its splits."""
+    return any((path / split / MANIFEST_NAME).is_file() for split in ("", *REQUIRED_SPLITS))
+
+
 def find_inputs(names: Sequence[str], predictor: Predictor) -> list[ImageFile | Store]:
     """Find the image files and packed splits of the command line, files of a directory in natural order.
 
@@ -65,7 +70,7 @@ def find_inputs(names: Sequence[str], predictor: Predictor) -> list[ImageFile | 
     inputs: list[ImageFile | Store] = []
     for name in names:
         path = Path(name)
-        if is_remote(name) or any((path / split / MANIFEST_NAME).is_file() for split in ("", *REQUIRED_SPLITS)):
+        if is_remote(name) or is_packed(path):
             store = open_dataset_or_split(name, "test")
             predictor.check_store(store, name)
             inputs.append(store)

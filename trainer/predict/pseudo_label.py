@@ -1,17 +1,20 @@
 """Command: label images by a model's own confident predictions.
 
-    python -m trainer.predict.pseudo_label RUN_DIR SHARDS [--split train] --confidence 0.95 --csv FILE
-    python -m trainer.predict.pseudo_label RUN_DIR SHARDS --confidence 0.95 --add-to SET --out DIR
+    python -m trainer.predict.pseudo_label RUN_DIR IMAGES... [--split train] --confidence 0.95 --csv FILE
+    python -m trainer.predict.pseudo_label RUN_DIR IMAGES... --confidence 0.95 --add-to SET --out DIR
 
-The first form writes row, label and confidence of each image with at least this confidence. Labels in SHARDS are
-ignored. The second form packs SET again with these images added to its train split under the predicted labels. The
-other splits stay as they are, and images that they contain are not added. `origins.csv` in the new train split states
-the origin of each image. Lee 2013, Pseudo-label, ICML Workshop on Challenges in Representation Learning.
+IMAGES is a packed data set, whose labels are ignored, or image files and directories of them, which are converted to
+the format of the training images as `trainer.predict` does. The first form writes row, label and confidence of each
+image with at least this confidence. The second form packs SET again with these images added to its train split under
+the predicted labels. The other splits stay as they are, and images that they contain are not added. `origins.csv` in
+the new train split states the origin of each image. Lee 2013, Pseudo-label, ICML Workshop on Challenges in
+Representation Learning.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +30,19 @@ from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable, detect_replacement, write_file
 from shards.cli import program_name, run_command
-from shards.errors import UserError
+from shards.errors import UserError, quote
 from shards.manifest import MANIFEST_NAME, SPLITS, Manifest, manifest_paths
 from shards.open import open_store
-from shards.remote.datasets import resolve_dataset
+from shards.remote.datasets import is_remote, resolve_dataset
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import TrainedModel, check_run_is_first, load_trained_model
 from trainer.evaluate.evaluator import loader_for, map_logits
 from trainer.evaluate.logit_adjustment import ProbabilityHead
-from trainer.predict.predictor import add_run_arguments
+from trainer.predict.input_files import find_inputs, is_packed, read_samples
+from trainer.predict.predictor import Predictor, add_run_arguments
 from trainer.runtime.distributed import World, init_distributed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,56 @@ def predict(trained: TrainedModel, store: Store, world: World) -> PseudoLabels:
     return PseudoLabels(rows, labels, confidence)
 
 
+def predict_files(run: Path, names: list[str], device: str, transposed: bool) -> tuple[RawSplit, PseudoLabels]:
+    """Predict image files; unusable ones are left out, with a message.
+
+    Args:
+        run: Run directory.
+        names: Image files, directories of them or patterns.
+        device: Device of the model.
+        transposed: Whether the images of the data set are stored with rows and columns exchanged.
+
+    Returns:
+        The images as a split with their paths, and the predictions.
+    """
+    predictor = Predictor(run, device)
+    if predictor.adapter.image_shape[0] is None:
+        raise UserError(
+            found=f"image files for {run}, which was trained on image files of different sizes",
+            expected="a run on images that were packed at one size",
+            hint="python -m pipeline.shard ... --size N",
+        )
+    paths: list[str] = []
+    usable: list[NDArray[np.uint8]] = []
+    probabilities: list[NDArray[np.float32]] = []
+    for batch in read_samples(find_inputs(names, predictor), predictor):
+        start = len(usable)
+        for sample in batch:
+            if sample.image is None:
+                log.warning("%s is left out: %s", sample.name, sample.note)
+            else:
+                paths.append(sample.name)
+                usable.append(sample.image)
+        if usable[start:]:
+            probabilities.append(predictor.predict(usable[start:]).probabilities)
+    if not usable:
+        raise UserError(
+            found=f"no usable image in {' '.join(names)}",
+            expected="image files of any size and format",
+            hint=f"python -m trainer.predict {quote(run)} {' '.join(map(quote, names))}",
+        )
+    images, confidence = np.stack(usable), np.concatenate(probabilities)
+    split = RawSplit.from_arrays(
+        "unlabelled",
+        np.ascontiguousarray(images.swapaxes(1, 2)) if transposed else images,
+        confidence.argmax(axis=1),
+        predictor.classes,
+        transposed=transposed,
+        columns={"path": np.array(paths)},
+    )
+    return split, PseudoLabels(split.source_index, split.labels, confidence.max(axis=1))
+
+
 def add_pseudo_labels(
     directory: Path,
     out: str,
@@ -97,12 +153,14 @@ def add_pseudo_labels(
     with detect_replacement(*manifest_paths(directory)):
         manifest = Manifest.read(directory / "train")
         train, *others = packed_splits(directory)
+    chosen = unlabelled.select(np.flatnonzero(np.isin(unlabelled.source_index, pseudo.source_index)))
+    path_of = {name: values for name, values in chosen.columns.items() if name == "path"}
     added = replace(
-        unlabelled.select(np.flatnonzero(np.isin(unlabelled.source_index, pseudo.source_index))),
+        chosen,
         name="pseudo-labelled",
         classes=classes,
         labels=pseudo.labels,
-        columns={"confidence": np.array([f"{value:.4f}" for value in pseudo.confidence])},
+        columns=path_of | {"confidence": np.array([f"{value:.4f}" for value in pseudo.confidence])},
     )
     digests = np.concatenate([np.empty(0, np.uint64), *map(image_digests, others)])
     is_new = ~np.isin(image_digests(added), digests)
@@ -129,8 +187,13 @@ def main() -> int:
     )
     add_run_arguments(parser)
     add = parser.add_argument
-    add("shards", metavar="SHARDS", help="packed images to label, a directory or URL; their labels are ignored")
-    add("--split", choices=SPLITS, default="train", help="split of SHARDS (default train)")
+    add(
+        "images",
+        nargs="+",
+        metavar="IMAGES",
+        help="packed data set (its labels are ignored), or image files or directories",
+    )
+    add("--split", choices=SPLITS, default="train", help="split of a packed data set (default train)")
     add("--confidence", type=_fraction, required=True, metavar="P", help="minimum calibrated probability, 0 .. 1")
     add("--csv", type=Path, metavar="FILE", help="write row, label and confidence of each image")
     add("--add-to", metavar="SET", help="packed data set to whose train split the images are added")
@@ -144,17 +207,24 @@ def main() -> int:
             expected="--csv FILE, or --add-to SET and --out DIR, or both",
             hint="--csv labels.csv",
         )
-    check_run_is_first(arguments.run, [arguments.shards])
+    check_run_is_first(arguments.run, arguments.images)
     trained = load_trained_model(arguments.run)
     target = resolve_dataset(arguments.add_to) if arguments.add_to else None
     if target is not None:
         trained.check_classes(Manifest.read(target / "train"), f"--add-to {arguments.add_to}")
-    directory = resolve_dataset(arguments.shards)
-    if not (directory / MANIFEST_NAME).is_file():
-        directory /= arguments.split
-    with init_distributed(arguments.device) as world:
-        store = open_store(directory)
-        predictions = predict(trained, store, world)
+    transposed = target is not None and Manifest.read(target / "train").transposed
+    name = arguments.images[0]
+    if len(arguments.images) == 1 and (is_remote(name) or is_packed(Path(name))):
+        directory = resolve_dataset(name)
+        if not (directory / MANIFEST_NAME).is_file():
+            directory /= arguments.split
+        with init_distributed(arguments.device) as world:
+            store = open_store(directory)
+            predictions = predict(trained, store, world)
+        unlabelled, digest = packed_split(store, directory), store.manifest.digest()
+    else:
+        unlabelled, predictions = predict_files(arguments.run, arguments.images, arguments.device, transposed)
+        digest = f"{image_digests(unlabelled).sum():016x}"
     pseudo = predictions.above(arguments.confidence)
     counts = np.bincount(pseudo.labels, minlength=len(trained.classes))
     print(
@@ -169,16 +239,12 @@ def main() -> int:
         print(f"labels written to {arguments.csv}")
     if target is not None:
         options = {
-            "pseudo_labelled": store.manifest.digest()[:12],
+            "pseudo_labelled": digest[:12],
             "confidence": arguments.confidence,
             "predictions": len(pseudo.labels),
             "run": str(arguments.run),
         }
-        print(
-            add_pseudo_labels(
-                target, arguments.out, packed_split(store, directory), pseudo, tuple(trained.classes), options
-            )
-        )
+        print(add_pseudo_labels(target, arguments.out, unlabelled, pseudo, tuple(trained.classes), options))
     return 0
 
 

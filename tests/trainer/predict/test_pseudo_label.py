@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import yaml
 from conftest import pack_splits
+from PIL import Image
 from support.training_runs import train_here
 
 from pipeline.packing.pack import ORIGINS
 from pipeline.packing.repack import packed_splits
 from shards import UserError, open_split
 from trainer.predict import pseudo_label
+from trainer.predict.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,37 @@ def test_what_it_is_sure_of_is_listed_and_packed(
     assert {line["confidence"] for line in origins if line["from"] == "train"} == {""}
     label(*command)
     assert "already packed" in capsys.readouterr().out
+
+
+def test_image_files_are_labelled_and_packed_beside_labelled_images(
+    run: Path, sets: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The added images are the files' pixels, in the orientation of the set, with the classes that the run predicts."""
+    unlabelled = open_split(sets[1], "train")
+    folder, out, table = tmp_path / "testing-a", tmp_path / "more", tmp_path / "labels.csv"
+    folder.mkdir()
+    raw = np.empty((30, *unlabelled.manifest.image_shape), np.uint8)
+    unlabelled.gather(np.arange(30), raw)
+    upright = raw[..., 0].swapaxes(1, 2) if unlabelled.manifest.transposed else raw[..., 0]
+    for number, image in enumerate(upright):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"text")
+    label(run, folder, "--confidence", 0.01, "--csv", table, "--add-to", sets[0], "--out", out)
+    assert "30 of 30 images labelled" in capsys.readouterr().out
+    lines = list(csv.DictReader(table.open()))
+    train = open_split(out, "train")
+    origins = [line for line in csv.DictReader((out / "train" / ORIGINS).open()) if line["from"] == "pseudo-labelled"]
+    assert len(train) == 700 + len(origins) and len(origins) >= 25  # images of other splits are left out
+    at = {row: place for place, row in enumerate(train.rows.tolist())}
+    predictor = Predictor(run)
+    for line in origins:
+        place = at[int(line["row"])]
+        stored = np.empty((1, *raw.shape[1:]), np.uint8)
+        train.gather(np.array([place]), stored)
+        image = predictor.adapter.adapt(Path(line["path"]).read_bytes()).image
+        assert np.array_equal(stored[0].swapaxes(0, 1) if train.manifest.transposed else stored[0], image)
+        predicted = predictor.predict([image]).probabilities[0]
+        assert train.labels[place] == predicted.argmax() == int(lines[int(line["from_row"])]["label"])
 
 
 def test_what_cannot_be_labelled_is_refused(
