@@ -24,6 +24,7 @@ COMMANDS = {
     "ensemble": ("trainer.export.ensemble", "combine runs into an ensemble or a soup"),
     "export": ("trainer.export", "export a run to ONNX, torch.export or safetensors"),
     "report": ("trainer.report", "write the report of a run, or compare runs"),
+    "find-lr": ("trainer.loop.find_lr", "find a learning rate by a range test"),
     "tune": ("trainer.tune", "search hyperparameters with Optuna"),
     "verify": ("shards.verify", "check a packed data set for damage"),
     "convert": ("shards.convert", "convert a packed data set between tar and zarr"),

@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 CURRENT = [page for page in PAGES if page.name != "log.md"]  # the log quotes commands of their time
 SETTINGS = set(describe_settings(Config))
-RECIPE_COMMANDS = ("trainer.run", "trainer.predict.preview", "trainer.loop.find_batch_size")
+RECIPE_COMMANDS = ("trainer.run", "trainer.predict.preview", "trainer.loop.find_batch_size", "trainer.loop.find_lr")
 
 
 def name_of(page: Path) -> str:
