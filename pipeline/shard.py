@@ -90,7 +90,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--subset", type=float, default=1.0, metavar="F", help="fraction of the train split to keep, by label")
     add("--exclude", type=Path, metavar="FILE", help="CSV of images to leave out (columns part and row)")
-    add("--near-duplicates", choices=("report", "remove"), help="list or remove train images that are also in test")
+    add(
+        "--near-duplicates",
+        choices=("report", "remove", "report-all", "remove-all"),
+        help="list or remove train images that are also in test; with -all, also those that repeat another train image",
+    )
     return parser.parse_args()
 
 
@@ -198,8 +202,8 @@ def source_options(
     for name, default in _SPLIT_DEFAULTS.items():
         if (value := getattr(arguments, name)) != default:
             recorded[name] = value
-    if arguments.near_duplicates == "remove":
-        recorded["near_duplicates"] = "remove"
+    if arguments.near_duplicates in ("remove", "remove-all"):
+        recorded["near_duplicates"] = arguments.near_duplicates
     if arguments.skip_bad:
         recorded["skip_bad"] = 1
     return options, recorded
@@ -322,9 +326,9 @@ class Command:
             from pipeline.dedup.between_splits import find_duplicates, remove_duplicates, summarize, write_report
 
             # On rank 0 only: on different processors the ranks might disagree about a borderline pair.
-            duplicates = self._group.run_on_main(lambda: find_duplicates(splits))
+            duplicates = self._group.run_on_main(lambda: find_duplicates(splits, "all" in arguments.near_duplicates))
             self._print(f"  {summarize(duplicates)}")
-            if arguments.near_duplicates == "remove":
+            if "remove" in arguments.near_duplicates:
                 return remove_duplicates(splits, duplicates)
             beside = self._name if is_remote(self._out) else self._out
             report = Path(f"{beside}.near-duplicates.csv")

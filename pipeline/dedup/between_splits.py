@@ -1,4 +1,4 @@
-"""Duplicates between the splits of a data set: search, report and removal."""
+"""Duplicates between the splits of a data set, and within its train split: search, report and removal."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _PRIORITY = ("test", "val", "train")  # a duplicate is removed from the later on
 @dataclass(frozen=True)
 class Overlap:
     """The P images of a split that are also in another split, each with the most similar image there.
+
+    If both are the same split, the P images that repeat an image before them.
 
     Attributes:
         split: Name of the split.
@@ -64,6 +66,11 @@ class Overlap:
         )
 
     def __str__(self) -> str:
+        if self.split == self.other_split:
+            return (
+                f"{len(self.source_index):,} {self.split} images repeat an earlier one ({self.identical.sum():,} "
+                f"identical, {(self.labels != self.other_labels).sum():,} with another label)"
+            )
         return (
             f"{len(self.source_index):,} {self.split} images are in {self.other_split} "
             f"({self.identical.sum():,} identical, {(self.labels != self.other_labels).sum():,} with another label; "
@@ -71,15 +78,18 @@ class Overlap:
         )
 
 
-def find_duplicates(splits: tuple[RawSplit, ...]) -> tuple[Overlap, ...]:
+def find_duplicates(splits: tuple[RawSplit, ...], within_train: bool = False) -> tuple[Overlap, ...]:
     """Find the images that are in several splits of a data set, including near-duplicates.
 
-    Unreadable images are skipped. The result is a pure function of the images.
+    With `within_train`, also those of the train split that repeat an image before them. Unreadable images are skipped.
+    The result is a pure function of the images.
     """
     ordered = sorted(splits, key=lambda split: _PRIORITY.index(split.name))
-    return tuple(
-        Overlap.of(split, other, find_near_duplicates(split, other)) for other, split in combinations(ordered, 2)
-    )
+    pairs = [
+        *combinations(ordered, 2),
+        *((split, split) for split in ordered if within_train and split.name == "train"),
+    ]
+    return tuple(Overlap.of(split, other, find_near_duplicates(split, other)) for other, split in pairs)
 
 
 def summarize(overlaps: Sequence[Overlap]) -> str:

@@ -28,7 +28,7 @@ are simple drawings: 14 of 10,000 test images of EMNIST (96,323 training images)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,15 +87,21 @@ def find_identical(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Mat
 def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
     """Find the images of a first split that are in a second, on all cores.
 
+    If both are the same object, an image matches only images before it.
+
     The result is a pure function of the images. Memory: about 1 KB per image of the second split and 100 MB per core.
     """
-    reference = _Reference.of(first, second)
+    reference, within = _Reference.of(first, second), first is second
     digests, closest, similarity, matched = _in_blocks(
-        lambda positions: reference.search(first, positions),
+        lambda positions: reference.search(first, positions, within),
         len(first.labels),
         f"comparing {first.name} with {second.name}",
     )
     exact = find_identical(digests, reference.digests)
+    if within:
+        is_later = exact.second < exact.first
+        exact = replace(exact, first=exact.first[is_later], second=exact.second[is_later])
+        exact = replace(exact, second_matches=np.unique(exact.second))
     identical = np.zeros(len(digests), bool)
     identical[exact.first] = True
     closest[exact.first], similarity[exact.first] = exact.second, 1
@@ -156,8 +162,13 @@ class _Reference:
         index = HammingIndex(perceptual_hashes(embeddings))
         return cls(digests, positions, embeddings, min_cosine[positions], index)
 
-    def search(self, first: RawSplit, positions: NDArray[np.int64]) -> tuple[NDArray, ...]:
+    def search(self, first: RawSplit, positions: NDArray[np.int64], within: bool) -> tuple[NDArray, ...]:
         """Compare n images of the first split, each shifted by a pixel in each direction, with the second.
+
+        Args:
+            first: The first split.
+            positions: int64 [n], ascending.
+            within: Whether images match only images at lower positions.
 
         Returns:
             The digests uint64 [n]; the position int64 [n] of the closest near-duplicate in the second split, -1 for
@@ -171,6 +182,8 @@ class _Reference:
         for indexed, queried in self.index.search(perceptual_hashes(embeddings)):
             cosines = np.einsum("nk,nk->n", self.embeddings[indexed], embeddings[queried])
             close = np.flatnonzero(cosines >= self.min_cosine[indexed])
+            if within:
+                close = close[self.positions[indexed[close]] < positions[distinct[queried[close] % len(distinct)]]]
             is_matched[indexed[close]] = True
             close = close[np.argsort(cosines[close], kind="stable")]  # for repeated indices, the last assignment wins
             image = queried[close] % len(distinct)

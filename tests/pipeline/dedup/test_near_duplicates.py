@@ -251,6 +251,22 @@ class TestParts:
             remove_duplicates(copies, find_duplicates(copies))
         assert "train split of 60 images" in caught.value.found
 
+    def test_repeated_train_images_are_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each names an earlier image: of two and three copies the first stays, also if they lie in several blocks."""
+        monkeypatch.setattr(pipeline.dedup.near_duplicates, "_BLOCK", 32)
+        images = drawings(100, 3)
+        images[40], images[90], images[60] = images[7], images[7], noisy(images[30:31], 5)[0]
+        images[3] = images[2]
+        parts = part("train", images), part("test", drawings(40, 1))
+        found = find_duplicates(parts, within_train=True)[-1]
+        assert dict(zip(found.source_index, found.other_source_index, strict=True)) == {3: 2, 40: 7, 90: 7, 60: 30}
+        assert found.identical.tolist() == [True, True, False, True]
+        assert "4 train images repeat an earlier one (3 identical" in summarize([found])
+        kept = remove_duplicates(parts, [found])
+        assert kept[0].source_index.tolist() == [row for row in range(100) if row not in (3, 40, 60, 90)]
+        assert kept[1] is parts[1]
+        assert find_duplicates(kept, within_train=True)[-1].source_index.tolist() == []
+
     def test_a_single_part_has_none(self, parts: tuple[RawSplit, ...]) -> None:
         assert summarize(find_duplicates(parts[:1])) == "near-duplicates: none"
 
