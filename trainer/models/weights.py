@@ -207,10 +207,15 @@ def classifier_layer(model: nn.Module) -> str | None:
     return next((name for name, layer in reversed([*model.named_modules()]) if isinstance(layer, nn.Linear)), None)
 
 
+def classifier_name(model: nn.Module) -> str:
+    """Return the name of the classifier: the last linear layer, or the last convolution of a network without any."""
+    convolutions = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+    return classifier_layer(model) or (convolutions[-1] if convolutions else "")
+
+
 def classifier_tensors(model: nn.Module) -> set[str]:
     """Return the names of weight and bias of the classifier, a convolution in some networks; timm may have several."""
-    convolutions = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
-    layers = [classifier_layer(model) or (convolutions[-1] if convolutions else "")]
+    layers = [classifier_name(model)]
     for prefix, network in (("", model), ("backbone.", getattr(model, "backbone", None))):
         published = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
         layers += [f"{prefix}{layer}" for layer in ([published] if isinstance(published, str) else published)]

@@ -1,6 +1,6 @@
 """Command: predict images with a trained model.
 
-    python -m trainer.predict RUN_DIR IMAGES... [--csv FILE] [--json FILE] [--sheet FILE.png]
+    python -m trainer.predict RUN_DIR IMAGES... [--csv FILE] [--json FILE] [--sheet FILE.png] [--embeddings FILE]
 
 IMAGES are image files of any size and format, directories of them, glob patterns, a CSV table with labels (columns
 file and label), or a packed data set (its test split). If the training images are light ink on dark, as in EMNIST, dark
@@ -12,11 +12,12 @@ others are predicted); 2 for an error in the command.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +25,13 @@ from numpy.typing import NDArray
 from pipeline.preview import to_png
 from pipeline.readers.formats.csv import format_csv
 from pipeline.transforms.spec import UndecodableImage
-from shards.atomic import check_writable, write_file
+from shards.atomic import check_writable, replace_file, write_file
 from shards.cli import program_name, run_command
 from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
 from trainer.predict.contact_sheet import MAX_TILES, Tile, prediction_sheet
-from trainer.predict.input_files import Sample, find_inputs, read_samples
+from trainer.predict.input_files import ImageFile, Sample, find_inputs, read_samples
 from trainer.predict.predictor import Predictor, add_run_arguments
 
 _MAX_LINES = 100  # of the table on the terminal
@@ -53,12 +54,52 @@ class Prediction(NamedTuple):
     probabilities: NDArray[np.float32] | None
 
 
-def predict(batches: Iterable[list[Sample]], predictor: Predictor) -> tuple[list[Prediction], list[Tile]]:
+class EmbeddingFile:
+    """A `.npy` file of embeddings, float32 [N, F], written batch by batch.
+
+    Args:
+        file: Binary file.
+        samples: N.
+    """
+
+    def __init__(self, file: BinaryIO, samples: int) -> None:
+        self._file = file
+        self._samples = samples
+        self._missing = 0  # rows before the first embedding, whose length is not known
+
+    def append(self, embeddings: list[NDArray[np.float32] | None]) -> None:
+        """Append rows; those of unusable images are NaN."""
+        known = [each for each in embeddings if each is not None]
+        if not self._file.tell():
+            if not known:
+                self._missing += len(embeddings)
+                return
+            self._write_header(len(known[0]))
+            embeddings = [*[None] * self._missing, *embeddings]
+        missing = np.full(self._width, np.nan, np.float32)
+        for each in embeddings:
+            self._file.write((missing if each is None else each).tobytes())
+
+    def close(self) -> None:
+        """Complete the file of images that are all unusable."""
+        if not self._file.tell():
+            self._write_header(0)
+
+    def _write_header(self, width: int) -> None:
+        self._width = width
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self._samples, width)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def predict(
+    batches: Iterable[list[Sample]], predictor: Predictor, embedding_file: EmbeddingFile | None = None
+) -> tuple[list[Prediction], list[Tile]]:
     """Predict all samples.
 
     Args:
         batches: Samples, up to `predictor.batch_size` at a time.
         predictor: The model.
+        embedding_file: Receives the embeddings.
 
     Returns:
         The predictions in the order of the samples, and the tiles of the first images for the contact sheet.
@@ -66,7 +107,8 @@ def predict(batches: Iterable[list[Sample]], predictor: Predictor) -> tuple[list
     predictions: list[Prediction] = []
     tiles: list[Tile] = []
     for batch in batches:
-        outputs: Iterator[tuple[NDArray[np.float32], NDArray[np.uint8]]] = iter(())
+        outputs: Iterator[tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]] = iter(())
+        embeddings: list[NDArray[np.float32] | None] = []
         while images := [sample.image for sample in batch if sample.image is not None]:
             try:
                 outputs = zip(*predictor.predict(images), strict=True)
@@ -77,12 +119,16 @@ def predict(batches: Iterable[list[Sample]], predictor: Predictor) -> tuple[list
         for sample in batch:
             if sample.image is None:
                 predictions.append(Prediction(sample, None))
+                embeddings.append(None)
                 continue
-            output, image = next(outputs)
+            output, image, embedding = next(outputs)
+            embeddings.append(embedding)
             predictions.append(Prediction(sample._replace(image=None), output))
             if len(tiles) < MAX_TILES:
                 best, true = int(output.argmax()), None if sample.label is None else predictor.classes[sample.label]
                 tiles.append(Tile(image, predictor.classes[best], float(output[best]), true))
+        if embedding_file is not None:
+            embedding_file.append(embeddings)
     return predictions, tiles
 
 
@@ -204,13 +250,26 @@ def main() -> int:
     add("--csv", type=Path, metavar="FILE", help="write the predictions with all probabilities as CSV")
     add("--json", type=Path, metavar="FILE", help="write the predictions, and the metrics if there are labels, as JSON")
     add("--sheet", type=Path, metavar="FILE", help="draw model inputs and predictions as a contact sheet (PNG)")
+    add(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="write the input of the classifier for each image as a NumPy array (.npy, float32, NaN if unusable)",
+    )
     arguments = parser.parse_args()
-    for path in filter(None, (arguments.csv, arguments.json, arguments.sheet)):
+    for path in filter(None, (arguments.csv, arguments.json, arguments.sheet, arguments.embeddings)):
         check_writable(path)
     check_run_is_first(arguments.run, arguments.images)
-    predictor = Predictor(arguments.run, arguments.device)
+    predictor = Predictor(arguments.run, arguments.device, with_embeddings=arguments.embeddings is not None)
     classes = predictor.classes
-    predictions, tiles = predict(read_samples(find_inputs(arguments.images, predictor), predictor), predictor)
+    inputs = find_inputs(arguments.images, predictor)
+    with contextlib.ExitStack() as stack:
+        embedding_file = None
+        if arguments.embeddings:
+            samples = sum(1 if isinstance(each, ImageFile) else len(each) for each in inputs)
+            embedding_file = EmbeddingFile(stack.enter_context(replace_file(arguments.embeddings)), samples)
+            stack.callback(embedding_file.close)
+        predictions, tiles = predict(read_samples(inputs, predictor), predictor, embedding_file)
     print_table(predictions, classes)
     metrics = compute_metrics(predictions, classes)
     if metrics:

@@ -87,7 +87,7 @@ class DrawingClassifier:
                 adapted = self.predictor.adapter.adapt(content)
             except BlankImageError:
                 return {"top": []}
-            probabilities, (pixels, *_) = self.predictor.predict([adapted.image])
+            probabilities, (pixels, *_), _ = self.predictor.predict([adapted.image])
         classes = (-probabilities[0]).argsort(kind="stable")[:_TOP].tolist()
         side = pixels.shape[0] * -(-_MIN_SIDE // pixels.shape[0])
         enlarged = to_pil_image(pixels).resize((side, side), Image.Resampling.NEAREST)

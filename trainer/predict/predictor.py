@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from pipeline.common.device import choose_device
 from pipeline.ink.adapter import InputAdapter
@@ -23,7 +24,9 @@ from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.evaluate.tta import mean_logits
+from trainer.models.ensemble import Ensemble
 from trainer.models.precision import autocast, to_memory_format
+from trainer.models.weights import classifier_name
 
 _MAX_BATCH = 512
 
@@ -40,10 +43,13 @@ class Predictions(NamedTuple):
     Attributes:
         probabilities: float32 [n, C], rows add up to 1.
         images: Model input as uint8 [n, R, R, channels].
+        embeddings: Input of the classifier, float32 [n, F], those of the members of an ensemble side by side; F is 0
+            unless they were asked for.
     """
 
     probabilities: NDArray[np.float32]
     images: NDArray[np.uint8]
+    embeddings: NDArray[np.float32]
 
 
 class Predictor:
@@ -56,8 +62,13 @@ class Predictor:
         batch_size: Maximum batch.
     """
 
-    def __init__(self, run: Path, device: str = "auto") -> None:
+    def __init__(self, run: Path, device: str = "auto", with_embeddings: bool = False) -> None:
         """Load the best checkpoint of a run.
+
+        Args:
+            run: Run directory.
+            device: `auto`, `cpu` or `cuda`.
+            with_embeddings: Whether `predict` returns embeddings.
 
         Raises:
             UserError: The run has no best checkpoint.
@@ -87,6 +98,8 @@ class Predictor:
         backend, _ = choose_backend(self._config.loader.backend, self._device.type, self._spec.encoded)
         self._transform = build_transform(self._spec, backend, self._device, self.batch_size)
         self._model = trained.build_model(self._device).eval()
+        networks = self._model.members if isinstance(self._model, Ensemble) else [self._model]
+        self._embeddings = [record_embeddings(network) for network in networks] if with_embeddings else []
 
     @torch.inference_mode()
     def predict(self, images: list[NDArray[np.uint8]]) -> Predictions:
@@ -106,7 +119,13 @@ class Predictor:
         pixels = (batch * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
         with autocast(settings, self._device):
             logits = mean_logits(self._model, to_memory_format(batch, settings), settings.test_time_augmentation)
-        return Predictions(self._head(logits).cpu().numpy(), pixels.contiguous().cpu().numpy())
+        embeddings = np.empty((len(images), 0), np.float32)
+        if self._embeddings:
+            # Of the image itself, which is the first view of test-time augmentation.
+            embeddings = torch.cat([calls[0].float() for calls in self._embeddings], dim=1).cpu().numpy()
+            for calls in self._embeddings:
+                calls.clear()
+        return Predictions(self._head(logits).cpu().numpy(), pixels.contiguous().cpu().numpy(), embeddings)
 
     def check_store(self, store: Store, name: str) -> None:
         """Raise `UserError` if the classes or image shapes of a split are not those of the run."""
@@ -117,6 +136,23 @@ class Predictor:
                 expected=f"images of shape {self.adapter.image_shape}, as in training",
                 hint="name a packed data set of this shape, or image files, which may have any size",
             )
+
+
+def record_embeddings(network: nn.Module) -> list[torch.Tensor]:
+    """Record the input of a network's classifier, averaged over positions if it is a convolution.
+
+    In a timm model this is `forward_head(forward_features(images), pre_logits=True)`.
+
+    Returns:
+        A list to which each call of the network appends [n, F].
+    """
+    calls: list[torch.Tensor] = []
+
+    def record(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        calls.append(inputs[0].mean(dim=(2, 3)) if inputs[0].ndim == 4 else inputs[0])
+
+    network.get_submodule(classifier_name(network)).register_forward_pre_hook(record)
+    return calls
 
 
 def upright_shape(store: Store) -> tuple[int | None, int | None, int]:

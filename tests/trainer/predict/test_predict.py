@@ -15,13 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from conftest import run_module
 from numpy.typing import NDArray
 from PIL import Image
 
 from shards import UserError, open_split
+from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.trained_model import load_trained_model
+from trainer.config.schema import ModelConfig
+from trainer.export.ensemble import make_ensemble
+from trainer.models.factory import make_model
 from trainer.predict.__main__ import main
-from trainer.predict.predictor import Predictor, upright_images
+from trainer.predict.predictor import Predictor, record_embeddings, upright_images
 
 Predict = Callable[..., int]
 
@@ -301,3 +308,63 @@ def test_names_cannot_control_the_terminal_or_a_spreadsheet(
     assert "\\x1b[2J\\u202egpj.png" in printed
     (row,) = csv.DictReader(Path("out.csv").read_text().splitlines())
     assert row["file"] == "'=cmd|'\\x1b[2J\\u202egpj.png"
+
+
+NETWORKS = ("test_efficientnet", "test_vit", "test_convnext", "test_resnet", "mobilenetv3_small_050")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_embeddings_are_those_of_timm(name: str) -> None:
+    model = timm.create_model(name, num_classes=3, in_chans=1, **({"img_size": 32} if "vit" in name else {})).eval()
+    images = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    calls = record_embeddings(model)
+    with torch.inference_mode():
+        logits = model(images)
+        expected = model.forward_head(model.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(calls[0], expected)
+        torch.testing.assert_close(model.get_classifier()(calls[0]), logits)
+
+
+def test_embeddings_of_a_convolution_are_averaged_over_positions() -> None:
+    model = make_model(ModelConfig(name="squeezenet1_1"), 1, 4).eval()
+    images = torch.randn(2, 1, 64, 64)
+    calls = record_embeddings(model)
+    with torch.inference_mode():
+        model(images)
+        network = model.backbone if hasattr(model, "backbone") else model
+        torch.testing.assert_close(calls[0], network.features(images).mean(dim=(2, 3)))
+
+
+def test_embeddings_of_all_inputs_are_written_in_their_order(
+    predict: Predict, digits_run: Path, digits_set: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    file = tmp_path / "embeddings.npy"
+    inputs = (tmp_path / "damaged.png", digits_set / "test", pictures / "inner" / "0.png")
+    assert predict(digits_run, *inputs, "--embeddings", file) == 1
+    embeddings = np.load(file)
+    assert embeddings.dtype == np.float32 and embeddings.shape == (361, 128)
+    assert np.isnan(embeddings[0]).all() and not np.isnan(embeddings[1:]).any()
+
+    predictor = Predictor(digits_run)
+    store = open_split(digits_set, "test")
+    network, config = predictor._model, predictor._config
+    batch = upright_images(store, np.arange(32))
+    with torch.inference_mode():
+        images = predictor._transform(np.stack(batch))
+        expected = network[:-2](images).numpy()  # without dropout and classifier
+    assert config.trainer.test_time_augmentation == "none"
+    np.testing.assert_allclose(embeddings[1:33], expected, atol=1e-5)
+    assert predictor.predict(batch).embeddings.shape == (32, 0)
+
+    assert predict(digits_run, tmp_path / "damaged.png", "--embeddings", file) == 1
+    assert np.load(file).shape == (1, 0)
+
+
+def test_embeddings_of_an_ensemble_lie_side_by_side(digits_run: Path, digits_set: Path, tmp_path: Path) -> None:
+    trained = load_trained_model(digits_run)
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint.save(tmp_path / "checkpoints" / checkpoint.BEST, make_ensemble([trained, trained]).state_dict())
+    batch = upright_images(open_split(digits_set, "test"), np.arange(5))
+    one, two = (Predictor(run, with_embeddings=True).predict(batch).embeddings for run in (digits_run, tmp_path))
+    np.testing.assert_array_equal(two, np.concatenate([one, one], axis=1))
