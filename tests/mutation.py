@@ -47,6 +47,8 @@ LIBRARIES = (
 STORE_CONTRACT = "tests/shards/stores/test_store_contract.py"
 SLOW_CONTRACT = f"--deselect={STORE_CONTRACT}::test_what_is_packed_is_read"
 TRANSFORMS = "tests/pipeline/transforms"
+FUSED_UPDATES = "tests/trainer/optim/test_fused_updates.py"
+SLOW_UPDATES = f"--deselect={FUSED_UPDATES}::test_two_ranks_learn_what_one_does"
 # The tests of each module, fast ones first.
 TESTS = {
     "pipeline/common/rng.py": ["tests/pipeline/test_sampler.py", "tests/pipeline/common/test_stratified.py"],
@@ -82,12 +84,16 @@ TESTS = {
     "trainer/evaluate/metrics.py": ["tests/trainer/evaluate/test_metrics.py"],
     "trainer/evaluate/tta.py": ["tests/trainer/evaluate/test_calibration.py"],
     "trainer/optim/distillation.py": ["tests/trainer/optim/test_distillation.py"],
-    "trainer/optim/ema.py": ["tests/trainer/optim/test_fused_updates.py"],
+    "trainer/optim/ema.py": [FUSED_UPDATES, SLOW_UPDATES],
     "trainer/optim/losses.py": ["tests/trainer/optim/test_loss.py"],
     "trainer/optim/mixup.py": ["tests/trainer/optim/test_mixup.py"],
     "trainer/optim/optimizers.py": ["tests/trainer/optim/test_optimizer.py"],
     "trainer/optim/schedules.py": ["tests/trainer/optim/test_optimizer.py"],
-    "trainer/optim/skippable.py": ["tests/trainer/optim/test_fused_updates.py"],
+    "trainer/optim/skippable.py": [
+        "tests/trainer/optim/test_optimizer.py::test_a_step_with_an_overflow_changes_nothing",
+        FUSED_UPDATES,
+        SLOW_UPDATES,
+    ],
 }
 
 Place = tuple[tuple[int, int], tuple[int, int]]

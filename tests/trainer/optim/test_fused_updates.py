@@ -57,26 +57,6 @@ def test_every_optimiser_computes_what_timms_plain_one_does(name: str, device: t
         torch.testing.assert_close(weight, plain_weight, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["lion", "sgd_lookahead", "adam", "adamw"])
-def test_a_step_with_infinite_gradients_changes_nothing(name: str, device: torch.device) -> None:
-    """As `torch.amp.GradScaler` asks for it, by a scalar on the device; before the first step and between others."""
-    skipping, plain = model_on(device), model_on(device)
-    settings = OptimConfig(name=name, lr=0.01, weight_decay=0.05)
-    optimizer, reference = make_optimizer(skipping, settings), make_optimizer(plain, settings)
-    assert optimizer._step_supports_amp_scaling
-    optimizer.grad_scale, optimizer.found_inf = None, torch.zeros((), device=device)
-    for _ in range(2):
-        before = [weight.detach().clone() for weight in skipping.parameters()]
-        for weight in skipping.parameters():
-            weight.grad = torch.full_like(weight, torch.inf)
-        optimizer.found_inf.fill_(1)
-        optimizer.step()
-        assert all(map(torch.equal, before, skipping.parameters()))
-        optimizer.found_inf.fill_(0)
-        for found, expected in zip(updates(skipping, optimizer, 1), updates(plain, reference, 1), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-
-
 def test_the_average_is_timms_to_the_last_bit(device: torch.device) -> None:
     model = model_on(device)
     ours = ModelEma(model, decay=0.95)

@@ -98,6 +98,11 @@ def test_every_optimiser_descends_a_quadratic(name: str) -> None:
     assert layer.bias.abs() < 0.6
 
 
+@pytest.mark.parametrize("name, kind", [("sgdp", "SGDP"), ("adopt", "Adopt"), ("sgd", "SGD"), ("lion", "Lion")])
+def test_a_name_is_that_of_timm_unless_it_is_ours(name: str, kind: str) -> None:
+    assert type(make_optimizer(nn.Linear(4, 1), OptimConfig(name=name))).__name__ == kind
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("skipped", [(0,), (0, 1, 4)])
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "muon", "schedule_free_adamw", "adan"])
