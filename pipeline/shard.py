@@ -187,7 +187,8 @@ def source_options(
             expected="tar or zarr: its images are arrays of one size, not image files",
             hint="omit --store",
         )
-    recorded: dict[str, Any] = {}
+    # Data sets of several users of the Hub may have one name, and so one default output.
+    recorded: dict[str, Any] = {"name": arguments.name} if arguments.name else {}
     for name in ("size", "fit", "color", "image_column", "label_column"):
         value = getattr(options, name)
         if value != getattr(SourceOptions, name):

@@ -73,6 +73,17 @@ def test_a_dataset_is_packed_by_its_name(hub: HubServer, monkeypatch: pytest.Mon
     assert not [path for path in hub.requests[before:] if "/resolve/" in path]  # from the cache
 
 
+def test_a_dataset_of_the_same_name_by_another_user_is_not_taken_for_packed(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user in ("anna", "bob"):
+        hub.files[f"{user}/pets"] = {f"default/{split}/0000.parquet": table(4) for split in ("train", "test")}
+    run(monkeypatch, "anna/pets")
+    error = refusal(lambda: run(monkeypatch, "bob/pets"))
+    assert "data/shards/pets" in error.found and "anna/pets" in error.found and "bob/pets" in error.expected
+    run(monkeypatch, "anna/pets")
+
+
 def test_a_configuration_is_selected_by_split(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.files["user/pets"] = {
         f"{config}/{split}/0000.parquet": table(count)
