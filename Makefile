@@ -72,5 +72,5 @@ clean:  ## remove the environments
 	@sed -nE 's/^ *"([A-Za-z0-9-]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml > .venv-lower/constraints.txt
 	@$(LOWER) -m pip install --quiet --disable-pip-version-check --upgrade setuptools
 	@$(LOWER) -m pip install --quiet --disable-pip-version-check --constraint .venv-lower/constraints.txt \
-	  --no-build-isolation --editable '.[parquet,tune]' flask flask-cors hypothesis pytest pytest-xdist webdataset
+	  --no-build-isolation --editable '.[parquet,tensorboard,tune]' flask flask-cors hypothesis pytest pytest-xdist webdataset
 	@touch $@

@@ -10,11 +10,16 @@ from typing import Any
 Settings = dict[str, Any]
 """Values by the dotted name of a setting."""
 
+RAW_SIDE = 28
+"""Side of the synthetic images."""
+IMAGE_CHANNELS = "image_channels"
+"""A key of settings that is not one of the trainer's: resize with `ImageChannelsTransform`."""
 VARIANTS: Mapping[str, Settings] = {
     "dali": {"loader.backend": "dali", "loader.device_cache": 0.0},
     "torch": {"loader.backend": "torch", "loader.device_cache": 0.0},
     "torch, resident": {"loader.backend": "torch", "loader.device_cache": 0.5},
     "dali, resident": {"loader.backend": "dali", "loader.device_cache": 0.5},
+    "dali, image channels": {"loader.backend": "dali", "loader.device_cache": 0.0, IMAGE_CHANNELS: True},
 }
 """Ways to load batches: backends, with raw images copied per batch or resident in the memory of the GPU."""
 AUGMENTED: Settings = {
@@ -91,9 +96,9 @@ GPU = Scale(
 )
 TINY = Scale(
     images=320,
-    variants=("dali", "torch"),
+    variants=("dali", "torch", "dali, image channels"),
     resolutions=(32,),
-    batches=(32,),
+    batches=(33,),
     models=("three_block_cnn",),
     modes=("off",),
     seconds=0.02,
@@ -105,23 +110,23 @@ TINY = Scale(
 def make_sections(scale: Scale) -> list[Section]:
     """Return the sections in the order of their worth."""
     size, side, base = scale.batches[0], scale.resolutions[0], scale.models[0]
-    variants = [(name, VARIANTS[name]) for name in scale.variants]
+    variants = [
+        (f"{name}, {resolution} px", VARIANTS[name] | {"data.resolution": resolution})
+        for resolution, name in product(scale.resolutions, scale.variants)
+        if resolution != RAW_SIDE or IMAGE_CHANNELS not in VARIANTS[name]  # nothing is resized
+    ]
     loading = {
-        f"{variant}, {resolution} px, batch {batch}": {
-            **settings,
-            "data.resolution": resolution,
-            "loader.batch_size": batch,
-        }
-        for batch, resolution, (variant, settings) in product(scale.batches, scale.resolutions, variants)
+        f"{name}, batch {batch}": settings | {"loader.batch_size": batch}
+        for batch, (name, settings) in product(scale.batches, variants)
     }
+    # The small batch fills no pack of the DALI backend.
     exact = {
-        f"{variant}, {resolution} px{', augmented' if augmentation else ''}": {
-            **settings,
-            **augmentation,
-            "data.resolution": resolution,
-            "loader.batch_size": min(size, 512),
-        }
-        for augmentation, resolution, (variant, settings) in product(({}, AUGMENTED), scale.resolutions, variants)
+        f"{name}, batch {batch}": settings | {"loader.batch_size": batch}
+        for batch, (name, settings) in product((min(size, 512), 33), variants)
+    } | {
+        f"{name}, augmented": settings | AUGMENTED | {"loader.batch_size": min(size, 512)}
+        for name, settings in variants
+        if IMAGE_CHANNELS not in settings
     }
 
     def step(model: str, mode: str, batch: int, **more: Any) -> tuple[str, Settings]:

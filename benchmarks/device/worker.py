@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ import yaml
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.device.cases import AUGMENTED, Scale, Settings
+from benchmarks.device.cases import AUGMENTED, IMAGE_CHANNELS, RAW_SIDE, Scale, Settings
 from benchmarks.loaders.baselines.base import Task
 from benchmarks.loaders.verify import model_input
 from benchmarks.training.loop import LoopCase, ResidentLoader, measure
@@ -39,11 +40,11 @@ from trainer.loop.train import train
 from trainer.models.auto import resolve_auto
 from trainer.models.compile import compile_mode
 from trainer.runtime.distributed import World, init_distributed
+from trainer.runtime.env_info import find_c_compiler
 
 Record = dict[str, Any]
 
 _CLASSES = 62
-_SIDE = 28
 _CHECKED_BATCHES = 4
 _KERNELS = 12  # the longest ones of a step
 _PROFILED_STEPS = 3
@@ -55,14 +56,14 @@ _AUGMENTED_TOLERANCE = 1e-3
 def pack_synthetic_set(out: Path, images: int) -> Path:
     """Pack noise with a bright square whose place is the class: as many classes and pixels as EMNIST ByClass."""
     random = np.random.default_rng(0)
-    squares = np.zeros((_CLASSES, _SIDE, _SIDE, 1), np.uint8)
+    squares = np.zeros((_CLASSES, RAW_SIDE, RAW_SIDE, 1), np.uint8)
     for label in range(_CLASSES):
         row, column = 3 * (label // 8), 3 * (label % 8)
         squares[label, row : row + 6, column : column + 6] = 255
 
     def make_split(name: str, count: int) -> RawSplit:
         labels = np.arange(count) % _CLASSES
-        pixels = np.maximum(random.integers(0, 128, (count, _SIDE, _SIDE, 1), dtype=np.uint8), squares[labels])
+        pixels = np.maximum(random.integers(0, 128, (count, RAW_SIDE, RAW_SIDE, 1), dtype=np.uint8), squares[labels])
         return RawSplit.from_arrays(name, pixels, labels, tuple(map(str, range(_CLASSES))), transposed=True)
 
     pack(
@@ -105,13 +106,15 @@ class DeviceWorker:
         def fastest(work: Callable[[], object]) -> float:
             return min(self._time(work)[0] for _ in range(4))
 
-        record = {"copy_gb_per_second": 2e-9 * size / fastest(lambda: target.copy_(source))}
+        record: Record = {"copy_gb_per_second": 2e-9 * size / fastest(lambda: target.copy_(source))}
         if self._on_gpu:
             pageable = torch.ones(size // 8, dtype=torch.uint8)
             copy = partial(target[: size // 8].copy_, non_blocking=True)
             for name, host in (("pinned", pageable.pin_memory()), ("pageable", pageable)):
                 record[f"{name}_to_device_gb_per_second"] = 1e-9 * (size // 8) / fastest(partial(copy, host))
         record["launch_microseconds"] = 1e4 * fastest(lambda: [small.add_(1) for _ in range(100)])
+        record |= {"c_compiler": find_c_compiler(), "threads": torch.get_num_threads()}
+        record |= {"cudnn": torch.backends.cudnn.version(), "tf32_matmul": torch.backends.cuda.matmul.allow_tf32}
         return [record]
 
     def correctness(self, settings: Settings) -> list[Record]:
@@ -290,6 +293,7 @@ class DeviceWorker:
 
     def _config(self, settings: Settings) -> Config:
         content = {"data": {"shards": str(self._shards), "val_fraction": 0, "normalize": "half", "verify": False}}
+        settings = {name: value for name, value in settings.items() if name != IMAGE_CHANNELS}
         return replace_settings(validate(content, "the device check"), settings, "the device check")
 
     def _open(self, settings: Settings) -> TrainingData:
@@ -297,7 +301,13 @@ class DeviceWorker:
         if self._on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        return open_data(self._config(settings), self._world)
+        with contextlib.ExitStack() as stack:
+            if IMAGE_CHANNELS in settings:
+                from benchmarks.device.image_channels import ImageChannelsTransform  # DALI may not be installed
+
+                variant = mock.patch("pipeline.transforms.dali_backend.DaliTransform", ImageChannelsTransform)
+                stack.enter_context(variant)
+            return open_data(self._config(settings), self._world)
 
     def _make_training(self, settings: Settings) -> Training:
         torch._dynamo.reset()

@@ -127,17 +127,100 @@ def test_an_error_is_recorded_and_the_next_case_has_a_new_process(
     status, records = run_with(monkeypatch, tmp_path, "--only", "correctness,loader,run")
     assert status == 1
     (failed,) = [record for record in records if "error" in record]
-    assert failed["case"] == "torch, 32 px, batch 32"
+    assert failed["case"] == "torch, 32 px, batch 33"
     assert (failed["error"], failed["kind"], failed["traceback"]) == (
         "out of memory",
         "OutOfMemoryError",
         "the traceback",
     )
-    assert [record["section"] for record in records] == ["correctness"] * 4 + ["loader"] * 2 + ["run"]
+    assert [record["section"] for record in records] == ["correctness"] * 5 + ["loader"] * 3 + ["run"]
     assert FakeWorker.started == 2
     page = (tmp_path / "device_check_cpu.md").read_text()
-    assert "- torch, 32 px, batch 32: out of memory" in page
+    assert "- torch, 32 px, batch 33: out of memory" in page
     assert "1,234" in page
+
+
+class Clock:
+    """`time` of the check: only its worker takes time."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class SlowWorker:
+    """Takes as long as `seconds` says for a case, or until its timeout; fails in the sections of `fails`."""
+
+    clock: Clock
+    seconds: Callable[[str], float]
+    fails: tuple[str, ...] = ()
+
+    def __init__(self, *arguments: Any, log: Path) -> None:
+        self._start = 10.0  # of its first call, which imports torch and creates a CUDA context
+
+    def call(self, section: str, settings: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+        assert timeout > 2.9
+        needed, self._start = type(self).seconds(section) + self._start, 0.0
+        self.clock.now += min(needed, timeout + 0.05)
+        if needed > timeout:
+            raise WorkerError(f"no answer in {timeout:g} s")
+        if section in self.fails:
+            raise WorkerError("CUDA error", "AcceleratorError")
+        return [{"figure": 1.0, "ok": True}]
+
+    def close(self) -> None:
+        self.clock.now += 1
+
+
+def run_plan(
+    monkeypatch: pytest.MonkeyPatch, out: Path, seconds: Callable[[str], float], *fails: str, minutes: float = 8
+) -> tuple[float, int, list[dict[str, Any]]]:
+    """Run the plan of a GPU; returns the simulated seconds, the exit status and the records."""
+    SlowWorker.clock, SlowWorker.seconds, SlowWorker.fails = Clock(), staticmethod(seconds), fails
+    monkeypatch.setattr(device_check, "time", SlowWorker.clock)
+    monkeypatch.setattr(device_check, "TINY", GPU)
+    monkeypatch.setattr(sys.modules[__name__], "FakeWorker", SlowWorker)
+    monkeypatch.setattr(SlowWorker, "started", 0, raising=False)
+    status, records = run_with(monkeypatch, out, "--minutes", str(minutes))
+    return SlowWorker.clock.now, status, records
+
+
+@pytest.mark.parametrize("minutes", [8, 2])
+@pytest.mark.parametrize("seconds", [0.5, 4, 30, 1000])
+def test_the_plan_of_a_gpu_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float, minutes: float
+) -> None:
+    taken, status, records = run_plan(monkeypatch, tmp_path, lambda section: seconds, minutes=minutes)
+    assert taken <= 60 * minutes and status == 0
+    sections = make_sections(GPU)
+    assert [record["case"] for record in records] == [case for section in sections for case in section.cases]
+    measured = {record["section"] for record in records if "figure" in record}
+    if seconds == 0.5 and minutes == 8:
+        assert not [record for record in records if "skipped" in record]
+    if seconds <= 4 and minutes == 8:
+        assert measured == set(SECTIONS), "a section without time would tell nothing"
+    if seconds == 1000:
+        assert measured == set()
+
+
+def test_time_that_a_section_leaves_is_used_by_the_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # A compilation takes a minute; everything before is quick.
+    _, _, records = run_plan(monkeypatch, tmp_path, lambda section: 60.0 if section == "step" else 1.0)
+    assert sum("figure" in record for record in records if record["section"] == "step") >= 3
+    assert [record for record in records if record["section"] in ("loop", "run") and "figure" in record]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_that_fails_loses_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, section: str) -> None:
+    _, status, records = run_plan(monkeypatch, tmp_path, lambda _: 0.5, section)
+    assert status == 1
+    for record in records:
+        if record["section"] == section:
+            assert "error" in record or "skipped" in record
+        else:
+            assert "figure" in record or section == "step"
+    assert {record["section"] for record in records if "figure" in record} == set(SECTIONS) - {section}
 
 
 def test_the_check_stops_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +255,19 @@ def test_a_kill_at_any_time_leaves_complete_lines(tmp_path: Path) -> None:
         assert (tmp_path / "r.md").read_text().endswith("|\n")
         for path in tmp_path.iterdir():
             path.unlink()
+
+
+def test_an_interrupted_check_keeps_its_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def until_interrupted(section: str) -> float:
+        if section == "step":
+            raise KeyboardInterrupt
+        return 0.5
+
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(monkeypatch, tmp_path, until_interrupted)
+    environment, *records = read_lines(tmp_path / "device_check_cpu.jsonl")
+    assert list(dict.fromkeys(record["section"] for record in records)) == ["device", "correctness", "loader"]
+    assert (tmp_path / "device_check_cpu.md").read_text() == format_report([environment, *records])
 
 
 def test_the_cases_of_a_gpu_come_in_the_order_of_their_worth() -> None:

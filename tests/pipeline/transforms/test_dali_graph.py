@@ -10,6 +10,7 @@ import pytest
 from nvidia.dali import Pipeline
 from support.simulated_gpu import GPU, simulated_gpu
 
+from benchmarks.device.image_channels import ImageChannelsTransform
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.dali_backend import DaliEncodedTransform, DaliTransform
 from pipeline.transforms.preprocess import Preprocessing
@@ -83,6 +84,14 @@ def test_raw_images_are_transformed_on_the_gpu(channels: int, augmentation: str)
         found = check(gpu_pipeline(DaliTransform, spec, AUGMENTATIONS[augmentation]))
         assert "CropMirrorNormalize" in found
         assert ("Transpose" in found) == transposed
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_as_channels_are_resized_on_the_gpu(channels: int) -> None:
+    for resolution, transposed in itertools.product((14, 56), (False, True)):
+        spec = TransformSpec((28, 28, channels), transposed, resolution)
+        spec = spec.with_normalization((0.5,) * channels, (0.25,) * channels)
+        assert {"Resize", "CropMirrorNormalize"} <= check(gpu_pipeline(ImageChannelsTransform, spec)).keys()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
