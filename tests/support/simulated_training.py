@@ -59,7 +59,8 @@ def training_on(gpu: SimulatedGpu, *overrides: str, channels: int = 1) -> Traini
         window=None,
     )
     spec = TransformSpec((side, side, channels), False, side, mean=(0.5,) * channels, std=(0.5,) * channels)
-    data = SimpleNamespace(train=train, spec=spec, counts=np.array([5, 0, 3]), classes=CLASSES, digest="")
+    counts = np.array([5, 0, 3])
+    data = SimpleNamespace(train=train, spec=spec, counts=counts, drawn=counts, classes=CLASSES, digest="")
     return make_training(config, data, World(0, 1, GPU))
 
 

@@ -34,6 +34,15 @@ VARIANTS = {
     "lion": ("optim.name=lion",),
     "sgd": ("optim.name=sgd",),
     "lookahead": ("optim.name=sgd_lookahead",),
+    "fp16 adan": ("trainer.precision=fp16", "optim.name=adan"),
+    "schedule free": ("optim.name=schedule_free_adamw", "trainer.ema_decay=null", "loss.name=focal"),
+    "bce": (
+        "loss.name=bce",
+        "model.name=test_efficientnet",
+        "model.freeze=2",
+        "optim.layer_decay=0.5",
+        "optim.head_lr=1e-3",
+    ),
     "dropout": ("model.drop_rate=0.2", "model.head_hidden=8"),
     "drop path": ("model.name=test_efficientnet", "model.drop_path_rate=0.2", "model.gray_input=repeated"),
 }
