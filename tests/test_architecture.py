@@ -30,8 +30,9 @@ OWNERS = {
     "nvidia": {"pipeline/transforms/dali_backend.py"},
     "onnx": {"trainer/export/formats.py"},
     "onnxruntime": {"trainer/export/formats.py"},
-    "wandb": {"trainer/runtime/loggers.py"},
-    "torch.utils.tensorboard": {"trainer/runtime/loggers.py"},
+    "mlflow": {"trainer/runtime/loggers/mlflow_logger.py"},
+    "wandb": {"trainer/runtime/loggers/wandb_logger.py"},
+    "torch.utils.tensorboard": {"trainer/runtime/loggers/tensorboard_logger.py"},
     "timm": {
         "trainer/models/factory.py",
         "trainer/models/weights.py",

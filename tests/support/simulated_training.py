@@ -17,6 +17,7 @@ from trainer.data.resolution_schedule import ResolutionStage, resolution_stages
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
 from trainer.runtime.distributed import World
+from trainer.runtime.loggers.base import MetricLogger
 
 CLASSES = ("a", "b", "c")
 STEPS = 3
@@ -64,7 +65,7 @@ def training_on(gpu: SimulatedGpu, *overrides: str, channels: int = 1) -> Traini
     return make_training(config, data, World(0, 1, GPU))
 
 
-def train_epoch(training: Training) -> None:
+def train_epoch(training: Training, *loggers: MetricLogger) -> None:
     checkpointer = SimpleNamespace(is_due=lambda step: False)
-    services = SimpleNamespace(checkpointer=checkpointer, signals_received=[], loggers=[], trace=None)
+    services = SimpleNamespace(checkpointer=checkpointer, signals_received=[], loggers=loggers, trace=None)
     engine.train_epoch(training, services)

@@ -56,6 +56,7 @@ class Epoch(Schema):
     """A line of `metrics.jsonl`."""
 
     epoch: Annotated[Count, Field(ge=1)]
+    step: Count = 0
     resolution: Count
     train_loss: Real
     train_accuracy: Fraction = 0.0  # absent if every batch was mixed

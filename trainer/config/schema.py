@@ -355,6 +355,16 @@ class LoggingConfig(BaseConfig):
     """Project in Weights & Biases."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run directory."""
+    mlflow: bool = False
+    """Log to MLflow at the address in MLFLOW_TRACKING_URI (default: mlflow.db in the current directory)."""
+    every_steps: StepNumber | None = 50
+    """Optimizer steps between records of loss, learning rate, gradient norm, throughput and data wait, in steps.jsonl
+    and every tracker; null for none."""
+
+    @property
+    def uses_tracker(self) -> bool:
+        """Whether a logger takes pictures and histograms."""
+        return self.wandb == "auto" or self.tensorboard or self.mlflow
 
 
 class Config(BaseConfig):

@@ -262,6 +262,13 @@ def loader_for(store: Store, trained: TrainedModel, world: World, samples: NDArr
     return evaluation_loader(store, samples, transform, config, world)
 
 
+def to_pixels(images: torch.Tensor, trained: TrainedModel) -> torch.Tensor:
+    """Convert model input float32 [n, C, H, W] to pixels uint8 [n, H, W, 3] on the CPU."""
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (trained.mean, trained.std))
+    pixels = (images * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
+    return pixels.expand(-1, -1, -1, 3).cpu()
+
+
 def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
     """Evaluate the best checkpoint of a run on a packed data set.
 

@@ -34,7 +34,7 @@ from trainer.optim.losses import weighted_bce, weighted_focal, weighted_kl
 from trainer.optim.mixup import apply_mixup_cutmix, soft_targets
 from trainer.optim.schedule_free import ScheduleFreeWeights
 from trainer.runtime.distributed import AsyncFlags
-from trainer.runtime.loggers import MetricLogger
+from trainer.runtime.loggers.base import MetricLogger
 from trainer.runtime.profiler import trace_steps
 from trainer.runtime.seeding import seed_step
 from trainer.runtime.signals import Interrupted, raise_if_signalled, record_signals
@@ -119,7 +119,8 @@ def train_epoch(training: Training, services: RunServices) -> None:
         _save_checkpoint(training, services)
 
     with contextlib.closing(train.batches(state.epoch, state.step)) as batches:
-        meter = EpochMeter(training)  # its clock starts when the transform of the epoch is built
+        # The clock of the meter starts when the transform of the epoch is built.
+        meter = EpochMeter(training, services.loggers, monitor)
         for batch in batches:
             meter.stop_waiting()
             training.profile.mark("data wait")
@@ -127,7 +128,7 @@ def train_epoch(training: Training, services: RunServices) -> None:
             accumulation_steps = min(accumulation, steps - first_microbatch)
             is_last_microbatch = batch.step - first_microbatch + 1 == accumulation_steps
             loss = train_step(training, batch, accumulation_steps, is_last_microbatch, monitor)
-            meter.update(batch, loss, monitor.last_loss)
+            meter.update(batch, loss)
             state.step = batch.step + 1
             if is_last_microbatch:
                 is_due = services.checkpointer.is_due(state.step)
@@ -306,6 +307,7 @@ def _end_epoch(training: Training, services: RunServices) -> None:
         world.broadcast_tensors_(list(state.ema.module.buffers()))
     record: dict[str, Any] = {
         "epoch": state.epoch + 1,
+        "step": state.updates,
         "resolution": training.data.train.stage_at(state.epoch).resolution,
         "train_loss": totals.loss / max(totals.samples, 1),
         **_train_metrics(state.class_counts),
@@ -342,6 +344,7 @@ def _end_epoch(training: Training, services: RunServices) -> None:
     if world.is_main_process:
         services.checkpointer.save(training.checkpoint(), training.trained_model() if is_best else None)
         for logger in services.loggers:
+            logger.log_weights(record, state.eval_model)
             logger.log_epoch(record)
         console.print_epoch(record, config.trainer, is_best)
     training.profile.mark("end of epoch")

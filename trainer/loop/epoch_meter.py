@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from pipeline.loader import Batch
+from trainer.loop.nan_guard import NonFiniteMonitor
 from trainer.loop.state import Totals, Training
+from trainer.runtime.loggers.base import MetricLogger
 from trainer.runtime.profiler import DataWait
 from trainer.runtime.progress import Progress
 
 
 class EpochMeter:
-    """Sums loss, samples, counts of predictions and seconds over an epoch, and displays progress on rank 0.
+    """Sums loss, samples, counts of predictions and seconds over an epoch; displays progress and logs steps on rank 0.
 
     Each rank continues its own sum across a stop, so a resumed epoch has the loss of an uninterrupted one.
     """
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Training, loggers: Sequence[MetricLogger], monitor: NonFiniteMonitor) -> None:
+        """Start to measure the rest of an epoch.
+
+        Args:
+            training: The training.
+            loggers: Receivers of the records of steps; empty except on rank 0.
+            monitor: Reads loss and gradient norm of each step, on a GPU some steps later.
+        """
         state, world, train = training.state, training.world, training.data.train
         settings = training.config.trainer
         self._training = training
@@ -44,22 +55,57 @@ class EpochMeter:
         self._wait = DataWait(world.device)
         self.start_waiting, self.stop_waiting = self._wait.start, self._wait.stop
         self._start = time.perf_counter()
+        self._loggers, self._monitor = loggers, monitor
+        self._updates, self._records = state.updates, dict[int, dict[str, Any]]()
+        self._values: dict[int, tuple[float, float]] = {}
+        monitor.on_read = lambda step, *values: self._values.update({step: values})
+        self._logged = (self._start, 0, 0.0)
 
-    def update(self, batch: Batch, loss: torch.Tensor, shown_loss: float) -> None:
+    def update(self, batch: Batch, loss: torch.Tensor) -> None:
         """Add a step.
 
         Args:
             batch: This rank's slice of the global batch.
             loss: Scalar on the device, summed over the slice.
-            shown_loss: The loss of this or a recent step that is already known here.
         """
         self._loss += loss
         here = self._here
         here.samples += batch.global_size
         if self._training.world.is_main_process:
             rate = self._training.state.learning_rate.lr
-            mean_loss = shown_loss / len(batch.labels)
+            mean_loss = self._monitor.last_loss / len(batch.labels)
             self._progress.step(batch.step + 1, mean_loss, rate, here.samples, self._wait.seconds)
+        if self._loggers:
+            self._record_step(batch)
+            self._log_steps()
+
+    def _record_step(self, batch: Batch) -> None:
+        """Keep what is known of an optimizer step that is to be logged."""
+        state, interval = self._training.state, self._training.config.logging.every_steps
+        is_update = state.updates != self._updates
+        self._updates = state.updates
+        if interval is None or not is_update or state.updates % interval:
+            return
+        start, samples, wait = self._logged
+        now, images, waited = self._logged = (time.perf_counter(), self._here.samples, self._wait.seconds)
+        self._records[batch.step] = {
+            "step": state.updates,
+            "epoch": state.epoch + 1,
+            "loss": len(batch.labels),  # divides the loss when it has been read
+            "lr": state.lr,
+            "images_per_second": (images - samples) / (now - start),
+            "data_wait_share": (waited - wait) / (now - start),
+        }
+
+    def _log_steps(self) -> None:
+        """Log the steps whose loss and gradient norm have been read."""
+        for step in sorted(self._records.keys() & self._values.keys()):
+            loss, gradient_norm = self._values[step]
+            record = self._records.pop(step)
+            record |= {"loss": loss / record["loss"], "gradient_norm": gradient_norm}
+            for logger in self._loggers:
+                logger.log_step(record)
+        self._values.clear()
 
     def commit(self) -> None:
         """Store the totals in the training state. Synchronizes with the device, so that the seconds are correct."""
@@ -72,6 +118,7 @@ class EpochMeter:
         self._here.wait_seconds = self._wait.seconds
         state.epoch_totals = self._before + self._here
         state.epoch_totals.loss = sum(state.rank_losses)
+        self._log_steps()
 
     def close(self) -> None:
         """End the display of progress."""

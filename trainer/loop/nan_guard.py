@@ -8,7 +8,7 @@ stops.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -51,7 +51,8 @@ class NonFiniteMonitor:
         self._training = training
         device = training.world.device
         self._on_gpu = device.type == "cuda"
-        self._values = torch.zeros(_READ_EVERY if self._on_gpu else 1, 2, device=device)
+        # Loss, gradient norm, and in fp16 the scale of the loss.
+        self._values = torch.zeros(_READ_EVERY if self._on_gpu else 1, 3, device=device)
         self._recorded: list[int] = []
         self._host_values = torch.zeros(self._values.shape, pin_memory=self._on_gpu)
         self._copied: list[int] = []
@@ -60,6 +61,8 @@ class NonFiniteMonitor:
         self._last: int | None = None
         self.last_loss = math.nan
         """The newest loss that has been read, summed over this rank's samples."""
+        self.on_read: Callable[[int, float, float], None] = lambda step, loss, gradient_norm: None
+        """Called for each step whose values have been read: step in the epoch, loss, gradient norm before clipping."""
 
     def check_batch(self, step: int, loss: torch.Tensor, is_last_microbatch: bool) -> None:
         """Record a step after its backward pass, before the update.
@@ -77,8 +80,7 @@ class NonFiniteMonitor:
         row[1] = self._gradient_norm() if is_last_microbatch else 0.0
         scaler = self._training.state.scaler
         if scaler.is_enabled():
-            # An overflow skips the update and halves the scale; below 1 the scale is not the cause.
-            row[1] = torch.where(scaler.scale(torch.ones_like(row[1])) < 1, row[1], 0.0)
+            row[2] = scaler.scale(torch.ones_like(row[1]))
         self._recorded.append(step)
         self._last = step
         if len(self._recorded) == len(self._values):
@@ -115,11 +117,13 @@ class NonFiniteMonitor:
         if self._event is not None:
             self._event.synchronize()
         copied, self._copied = self._copied, []
-        for step, (loss, gradient) in zip(copied, self._host_values.tolist(), strict=False):
+        for step, (loss, gradient, scale) in zip(copied, self._host_values.tolist(), strict=False):
             self.last_loss = loss
+            self.on_read(step, loss, gradient)
             if self._bad_loss is None and not math.isfinite(loss):
                 self._bad_loss = step
-            if not math.isfinite(gradient):
+            # An overflow skips the update and halves the scale; below 1 the scale is not the cause.
+            if not math.isfinite(gradient) and scale < 1:
                 self._stop(step)
 
     def _stop(self, update: int) -> None:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
 
+from pipeline.preview import to_pil_image
 from shards.atomic import replace_file, write_file
 from trainer.checkpoint.run_dir import RunDirectory
-from trainer.evaluate.evaluator import Evaluation
+from trainer.checkpoint.trained_model import TrainedModel
+from trainer.evaluate.evaluator import Evaluation, loader_for, to_pixels
+from trainer.evaluate.metrics import confusion_matrix
 from trainer.loop.state import Training
+from trainer.predict.contact_sheet import Tile, prediction_sheet
 from trainer.report import run_page
+from trainer.runtime.distributed import World
+from trainer.runtime.loggers.base import Misclassified, PredictionImages
 from trainer.runtime.profiler import TimeProfile, format_profile
+
+_ERRORS = 48  # most confident errors for loggers
+_MAX_MATRIX_CLASSES = 100  # of a confusion matrix for loggers
 
 
 def write_results(training: Training, evaluation: Evaluation, run_dir: RunDirectory) -> dict[str, Any]:
@@ -33,6 +47,49 @@ def write_results(training: Training, evaluation: Evaluation, run_dir: RunDirect
     run_page.write(run_dir.path, data.manifest, data.test_store, summary, training.state.history)
     run_dir.write_summary(summary)
     return summary
+
+
+def prediction_images(training: Training, evaluation: Evaluation, trained: TrainedModel) -> PredictionImages:
+    """Draw the confusion matrix and the most confident errors of the test split for loggers."""
+    store, predictions = training.data.test_store, evaluation.predictions
+    classes, labels, predicted = store.manifest.classes, predictions.labels, predictions.predicted
+    errors = np.flatnonzero(labels != predicted)
+    errors = errors[np.argsort(-predictions.confidence[errors], kind="stable")][:_ERRORS]
+    loader = loader_for(store, trained, World(), np.argsort(store.rows)[errors])
+    pixels = [image for batch in loader.batches() for image in to_pixels(batch.images, trained).numpy()]
+    tiles = [
+        Tile(image, classes[predicted[error]], float(predictions.confidence[error]), classes[labels[error]])
+        for image, error in zip(pixels, errors, strict=True)
+    ]
+    matrix = None
+    if len(classes) <= _MAX_MATRIX_CLASSES:
+        matrix = draw_confusion(confusion_matrix(labels, predicted, len(classes)), classes)
+    return PredictionImages(
+        classes=classes,
+        labels=labels,
+        predicted=predicted,
+        confidence=predictions.confidence,
+        confusion=matrix,
+        errors=[
+            Misclassified(to_pil_image(tile.image), str(tile.true), tile.predicted, tile.probability, int(row))
+            for tile, row in zip(tiles, predictions.rows[errors], strict=True)
+        ],
+        sheet=prediction_sheet(tiles, "most confident errors of the test split") if tiles else None,
+    )
+
+
+def draw_confusion(counts: NDArray[np.int64], classes: tuple[str, ...]) -> Image.Image:
+    """Draw a confusion matrix [C, C] with the fraction of each row, whose square root is shown by opacity."""
+    side = 3 + 0.22 * len(classes)
+    figure = Figure((side, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="predicted", ylabel="true")
+    axes.imshow(np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)), cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(classes)), classes, rotation=90)
+    axes.set_yticks(range(len(classes)), classes)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return Image.open(content).convert("RGB")
 
 
 def write_profile(training: Training, run_dir: RunDirectory) -> None:

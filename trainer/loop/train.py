@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 from shards.credentials import redact
-from shards.errors import os_errors_as_user_errors
+from shards.errors import first_line, os_errors_as_user_errors
 from shards.remote.datasets import resolve_dataset
 from trainer.checkpoint.run_dir import RunDirectory, choose_run_dir
+from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config import load as config
 from trainer.config.schema import Config
 from trainer.data.training_data import open_data
@@ -20,16 +21,19 @@ from trainer.evaluate.evaluator import Evaluation
 from trainer.loop import console, engine, resume
 from trainer.loop.state import Training, make_training
 from trainer.loop.step_check import check_batch_sizes, estimate_memory, explain_out_of_memory, memory_error
-from trainer.loop.summary import write_profile, write_results
+from trainer.loop.summary import prediction_images, write_profile, write_results
 from trainer.loop.warm_up import warm_up
 from trainer.models.auto import resolve_auto
 from trainer.models.transfer import set_training_mode
 from trainer.runtime.distributed import init_distributed, report_errors_on_main
 from trainer.runtime.env_info import collect_env_info
-from trainer.runtime.loggers import MetricLogger, check_installed, open_loggers
+from trainer.runtime.loggers.base import MetricLogger
+from trainer.runtime.loggers.open import check_installed, open_loggers
 from trainer.runtime.output_errors import ignore_output_errors
 from trainer.runtime.rendezvous import get_run_dir_of_job, set_run_dir_of_job
 from trainer.runtime.signals import Interrupted
+
+log = logging.getLogger(__name__)
 
 _DRY_RUN_IMAGES = 64  # of a step whose batch does not fit in memory; it takes seconds on a CPU
 
@@ -66,7 +70,9 @@ def train(path: Path, overrides: list[str], is_dry_run: bool) -> int:
             return 0
         world.run_on_main(lambda: stack.enter_context(run_dir.lock()))
         world.run_on_main(lambda: _begin(training, run_dir, source))
-        loggers = open_loggers(settings, run_dir.path, training.state.history) if world.is_main_process else []
+        loggers: list[MetricLogger] = []
+        if world.is_main_process:
+            loggers = open_loggers(settings, run_dir.path, training.state.history, training.state.updates)
         for logger in loggers:
             stack.callback(logger.close)
         try:
@@ -91,6 +97,13 @@ def _finish(training: Training, evaluation: Evaluation, run_dir: RunDirectory, l
     with os_errors_as_user_errors(run_dir.path):
         write_profile(training, run_dir)
         summary = write_results(training, evaluation, run_dir)
+    if training.config.logging.uses_tracker:
+        try:
+            images = prediction_images(training, evaluation, load_trained_model(run_dir.path))
+            for logger in loggers:
+                logger.log_test(images)
+        except Exception as error:  # the run is complete without them
+            log.warning("no pictures of the predictions for loggers: %s", first_line(error))
     for logger in loggers:
         logger.log_summary(summary)
     console.print_summary(summary, run_dir)

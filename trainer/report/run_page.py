@@ -13,10 +13,12 @@ from shards.manifest import Manifest
 from shards.stores.base import Store
 from trainer.checkpoint import run_files
 from trainer.checkpoint.run_dir import RunDirectory
+from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.evaluate.calibration import reliability
 from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
 from trainer.report import html
 from trainer.report.error_gallery import build_gallery, data_urls
+from trainer.report.grad_cam import grad_cam_pictures
 from trainer.report.learning_curves import learning_curves, style
 from trainer.report.svg import Bins, confusion_chart, distribution_chart, reliability_chart
 from trainer.runtime.profiler import format_profile
@@ -54,6 +56,7 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
     if directory.profile.exists():
         parts = run_files.read_json(directory.profile, run_files.Profile, f"rm -rf {directory.profile}")
         profile = format_profile(parts)
+    pairs, has_heat = _pair_rows(metrics, predictions, store, load_trained_model(path))
     page = html.render(
         "run_page.html.j2",
         summary=summary,
@@ -68,7 +71,8 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
         least=min(train.counts),
         classes=rows,
         class_count=len(classes),
-        pairs=_pair_rows(metrics, predictions, store),
+        pairs=pairs,
+        has_heat=has_heat,
         settings=settings,
         config=config,
         environment=run_files.read_json(directory.environment, run_files.Environment, directory.hint),
@@ -90,19 +94,27 @@ def _calibration(predictions: dict[str, NDArray], temperature: float) -> dict[st
     return {"series": series, "svg": reliability_chart(series, "Accuracy on the test split by bins of confidence")}
 
 
-def _pair_rows(metrics: ClassificationMetrics, predictions: dict[str, NDArray], store: Store) -> list[dict[str, Any]]:
-    """The most frequent confusions with images, the most confident first."""
+def _pair_rows(
+    metrics: ClassificationMetrics, predictions: dict[str, NDArray], store: Store, trained: TrainedModel
+) -> tuple[list[dict[str, Any]], bool]:
+    """The most frequent confusions with images, the most confident first; and whether there are maps of Grad-CAM."""
     labels, predicted, confidence = predictions["labels"], predictions["predicted"], predictions["confidence"]
-    classes = store.manifest.classes
-    rows = []
-    for true, wrong, count in most_confused(labels, predicted, _PAIRS):
+    classes, order = store.manifest.classes, np.argsort(store.rows)
+    pairs = most_confused(labels, predicted, _PAIRS)
+    selected = []
+    for true, wrong, _ in pairs:
         errors = np.flatnonzero((labels == true) & (predicted == wrong))
-        errors = errors[np.argsort(-confidence[errors], kind="stable")][:_PICTURES]
+        selected.append(errors[np.argsort(-confidence[errors], kind="stable")][:_PICTURES])
+    shown = np.concatenate([*selected, np.zeros(0, np.int64)]).astype(np.int64)
+    heat = grad_cam_pictures(store, trained, order[shown], predicted[shown]) if len(shown) else None
+    heat_urls = iter([None] * len(shown) if heat is None else map(html.image_url, heat))
+    rows = []
+    for (true, wrong, count), errors in zip(pairs, selected, strict=True):
         source_index = predictions["rows"][errors]
         urls = data_urls(store, source_index, _MAX_SIDE)
-        pictures = list(zip(urls, confidence[errors].tolist(), source_index.tolist(), strict=True))
+        columns = urls, confidence[errors].tolist(), source_index.tolist(), [next(heat_urls) for _ in errors]
         rows.append(
-            {"true": classes[true], "predicted": classes[wrong], "count": count, "pictures": pictures}
-            | {"fraction": count / metrics.support[true]}
+            {"true": classes[true], "predicted": classes[wrong], "count": count}
+            | {"pictures": list(zip(*columns, strict=True)), "fraction": count / metrics.support[true]}
         )
-    return rows
+    return rows, heat is not None

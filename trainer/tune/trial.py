@@ -25,7 +25,8 @@ from trainer.loop.step_check import StepMemoryError
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import World
 from trainer.runtime.env_info import collect_env_info
-from trainer.runtime.loggers import MetricLogger
+from trainer.runtime.loggers.base import MetricLogger
+from trainer.runtime.loggers.open import open_loggers
 from trainer.tune.search_space import SearchConfig
 from trainer.tune.study import RunningTrial, SharedStudy, State, optuna
 
@@ -151,15 +152,22 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
         training, source = resume.open_training(settings, data, world, directory, resuming)
         environment = collect_env_info(world.device) | {"backend": data.backend, "data": data.digest}
         directory.begin(settings, environment, training.state.history)
-        for record in training.state.history[-1:]:  # the process may have died before it reported this epoch
+        history, updates = training.state.history, training.state.updates
+        loggers = open_loggers(settings, directory.path, history, updates, study.directory.name)
+        for logger in loggers:
+            stack.callback(logger.close)
+        for record in history[-1:]:  # the process may have died before it reported this epoch
             reporter.log_epoch(record)
-        with engine.open_services(training, directory, [reporter], source) as services:
+        # The reporter is the last, as it may end the trial.
+        with engine.open_services(training, directory, [*loggers, reporter], source) as services:
             engine.fit(training, services)
-    summary = {
-        "metric": training.state.best,
-        "metrics": [record["validation"][settings.trainer.monitor] for record in training.state.history],
-        "validation": training.state.history[training.state.best_epoch - 1]["validation"],
-    }
+        summary = {
+            "metric": training.state.best,
+            "metrics": [record["validation"][settings.trainer.monitor] for record in training.state.history],
+            "validation": training.state.history[training.state.best_epoch - 1]["validation"],
+        }
+        for logger in loggers:
+            logger.log_summary(summary)
     directory.write_summary(summary)
     del training, data
     gc.collect()

@@ -16,6 +16,7 @@ from trainer.config.load import load
 from trainer.config.schema import ModelConfig
 from trainer.loop import engine, nan_guard
 from trainer.models.factory import make_model
+from trainer.runtime.loggers.base import MetricLogger
 
 VARIANTS = {
     "plain": ("mixup.prob=0", "loss.label_smoothing=0", "loss.class_weights=none", "trainer.ema_decay=null"),
@@ -73,6 +74,24 @@ def test_gradient_checkpointing_does_not_wait_for_the_gpu() -> None:
             train_epoch(training_on(gpu, *options))
         convolutions.append(gpu.operators["convolution"])
     assert convolutions[1] > 1.5 * convolutions[0], "the forward pass is computed again"
+
+
+@pytest.mark.parametrize("read_every", [1, 2, 32])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_logged_steps_do_not_wait_for_the_gpu(read_every: int, interval: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Steps(MetricLogger):
+        def __init__(self) -> None:
+            self.records: list[dict[str, Any]] = []
+
+        def log_step(self, record: dict[str, Any]) -> None:
+            self.records.append(record)
+
+    monkeypatch.setattr(nan_guard, "_READ_EVERY", read_every)
+    logger = Steps()
+    with simulated_gpu() as gpu:
+        train_epoch(training_on(gpu, f"logging.every_steps={interval}", "trainer.precision=fp16"), logger)
+    assert [record["step"] for record in logger.records] == [*range(interval, STEPS + 1, interval)]
+    assert all(record["gradient_norm"] == 0 for record in logger.records), "values are not simulated"
 
 
 def teacher(side: int) -> TrainedModel:

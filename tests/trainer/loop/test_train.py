@@ -27,8 +27,8 @@ from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config.schema import Config
 from trainer.loop import engine
 from trainer.run import main as run_main
-from trainer.runtime import loggers
-from trainer.runtime.loggers import GuardedLogger, MetricLogger
+from trainer.runtime.loggers import open as loggers
+from trainer.runtime.loggers.base import GuardedLogger, MetricLogger
 
 RESULTS = ("config.yaml", "env.json", "metrics.jsonl", "predictions.npz", "report.html", "summary.json")
 CLOCKED = {"seconds", "training_seconds", "images_per_second", "data_wait_share"}

@@ -22,8 +22,14 @@ from shards import UserError
 from trainer.config.load import validate
 from trainer.config.schema import Config
 from trainer.run import main as run_main
-from trainer.runtime import loggers
-from trainer.runtime.loggers import GuardedLogger, TensorBoardLogger, WandbLogger, check_installed, open_loggers
+from trainer.runtime.loggers import base, wandb_logger
+from trainer.runtime.loggers import open as loggers
+from trainer.runtime.loggers.base import GuardedLogger
+from trainer.runtime.loggers.open import check_installed, open_loggers
+from trainer.runtime.loggers.tensorboard_logger import TensorBoardLogger
+from trainer.runtime.loggers.wandb_logger import WandbLogger
+
+CONFIG = Config(data={"shards": "x"})
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def record(epoch: int, loss: float) -> dict[str, Any]:
-    return {"epoch": epoch, "train_loss": loss, "validation": {"accuracy": loss / 2}}
+    return {"epoch": epoch, "step": 10 * epoch, "train_loss": loss, "validation": {"accuracy": loss / 2}}
 
 
 def test_tensorboard_has_every_epoch_once_after_a_kill(recipe: Path, tmp_path: Path) -> None:
@@ -87,13 +93,14 @@ def test_tensorboard_has_every_epoch_once_after_a_kill(recipe: Path, tmp_path: P
 def test_tensorboard_follows_the_checkpoint(written: int, kept: int, tmp_path: Path) -> None:
     """written: epochs with an event when the run was killed; kept: those of its checkpoint."""
     pytest.importorskip("tensorboard")
-    first = TensorBoardLogger(tmp_path, [])
+    first = TensorBoardLogger(CONFIG, tmp_path, [], 0)
     for epoch in range(1, written + 1):
         first.log_epoch(record(epoch, 10.0 * epoch))
     # TensorBoard reads files in the order of their names, which begin with the second of their start.
-    for file in (tmp_path / "tensorboard").iterdir():
+    for file in (tmp_path / "tensorboard").glob("events*"):
         file.rename(file.with_name(re.sub(r"\d+", "0000000001", file.name, count=1)))
-    second = TensorBoardLogger(tmp_path, [record(epoch, 10.0 * epoch) for epoch in range(1, kept + 1)])
+    history = [record(epoch, 10.0 * epoch) for epoch in range(1, kept + 1)]
+    second = TensorBoardLogger(CONFIG, tmp_path, history, 10 * kept)
     for epoch in range(kept + 1, 5):
         second.log_epoch(record(epoch, 10.0 * epoch + 1))
     second.close()
@@ -120,6 +127,8 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path: Path, monkeypatch:
 
         def finish(self) -> None: ...
 
+        def define_metric(self, name: str, **options: Any) -> None: ...
+
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options) or Quiet())
@@ -128,7 +137,7 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path: Path, monkeypatch:
     for place, logged_in in (("a", True), ("a", True), ("a", False), ("b", True)):
         (tmp_path / place).mkdir(exist_ok=True)
         monkeypatch.setattr(wandb, "login", lambda logged_in=logged_in, **_: logged_in)
-        (logger,) = open_loggers(config, tmp_path / place, [])
+        _, logger = open_loggers(config, tmp_path / place, [], 0)
         assert isinstance(logger, GuardedLogger) and isinstance(logger._logger, WandbLogger)
         logger.close()
     first, again, offline, other = asked
@@ -136,6 +145,12 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path: Path, monkeypatch:
     assert other["id"] != first["id"]
     assert first["resume"] == again["resume"] == "allow", "a run that the server knows goes on, another begins"
     assert offline["resume"] is None, "there is no server to ask"
+    assert first["group"] is None
+    trial = tmp_path / "study" / "trials" / "0007" / "seed-1"
+    trial.mkdir(parents=True)
+    open_loggers(config, trial, [], 0, "study")[1].close()
+    assert (asked[-1]["group"], asked[-1]["name"]) == ("study", "study 0007 seed-1")
+    assert asked[-1]["reinit"] == "create_new", "trials of one process are runs of their own"
 
 
 @pytest.mark.parametrize(
@@ -144,15 +159,15 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path: Path, monkeypatch:
 def test_a_run_that_weights_and_biases_refuses_is_logged_offline(
     status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loggers, "_WANDB_TIMEOUT", 20.0)
+    monkeypatch.setattr(base, "TIMEOUT", 20.0)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with wandb_server(status) as (environment, _):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        (logger,) = open_loggers(Config(data={"shards": "x"}, logging={"wandb": "auto"}), tmp_path, [])
+        _, logger = open_loggers(Config(data={"shards": "x"}, logging={"wandb": "auto"}), tmp_path, [], 0)
         logger.log_epoch(record(1, 0.5))
         logger.close()
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    messages = [each.getMessage() for each in caplog.records if each.name == loggers.log.name]
+    messages = [each.getMessage() for each in caplog.records if each.name == wandb_logger.log.name]
     assert len(messages) == 2 and messages[0].startswith("Weights & Biases is offline: ")
     assert messages[1] == f"Weights & Biases: upload the run with: wandb sync {written.parent}"

@@ -125,7 +125,8 @@ def wait_for(condition: Any, process: subprocess.Popen, timeout: float = 120) ->
 def searched(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     """The file of a search of three trials with two repeats each, finished; the test part was watched."""
     directory = tmp_path_factory.mktemp("searched")
-    path = written(directory, recipe, seeds_per_trial=2, budget={"trials": 3}, space=BY_OPTIMIZER)
+    own = {"logging.tensorboard": True}
+    path = written(directory, recipe, seeds_per_trial=2, budget={"trials": 3}, space=BY_OPTIMIZER, settings=own)
     with pytest.MonkeyPatch.context() as patch:
         judged = []
         evaluate = engine.evaluate
@@ -143,6 +144,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
 
 
 def test_a_search_leaves_trials_a_page_and_the_best_recipe(searched: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
     study = searched.parent / "study"
     found = results(searched)
     assert [(result.number, result.state, len(result.scores)) for result in found] == [
@@ -156,6 +160,12 @@ def test_a_search_leaves_trials_a_page_and_the_best_recipe(searched: Path) -> No
             summary = json.loads((run / "summary.json").read_text())
             settings = config.load(run / "config.yaml", [])
             assert summary["metric"] == figure == max(summary["metrics"]) == summary["validation"]["accuracy"]
+            events = event_accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+            assert events.Scalars("validation/accuracy")[0].value == pytest.approx(figure)
+            hyperparameters = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+            assert HParamsPluginData.FromString(hyperparameters).session_start_info.hparams[
+                "optim.name"
+            ].string_value == (case)
             assert summary["validation"]["samples"] == pytest.approx(0.2 * 1438, abs=10)
             assert (settings.seed, settings.data.train_fraction, settings.optim.name) == (repeat - 1, 0.5, case)
             assert not (run / "checkpoints").exists()

@@ -1,0 +1,1 @@
+"""Metric loggers: receivers of a run's metrics and images besides `metrics.jsonl`."""
