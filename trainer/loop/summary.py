@@ -19,8 +19,8 @@ from trainer.checkpoint.trained_model import TrainedModel
 from trainer.evaluate.evaluator import Evaluation, loader_for, to_pixels
 from trainer.evaluate.metrics import confusion_matrix
 from trainer.loop.state import Training
-from trainer.predict.contact_sheet import Tile, prediction_sheet
 from trainer.report import run_page
+from trainer.report.contact_sheet import Tile, prediction_sheet
 from trainer.runtime.distributed import World
 from trainer.runtime.loggers.base import Misclassified, PredictionImages
 from trainer.runtime.profiler import TimeProfile, format_profile

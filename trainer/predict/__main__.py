@@ -30,9 +30,9 @@ from shards.cli import program_name, run_command
 from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
-from trainer.predict.contact_sheet import MAX_TILES, Tile, prediction_sheet
 from trainer.predict.input_files import ImageFile, Sample, find_inputs, read_samples
 from trainer.predict.predictor import Predictor, add_run_arguments
+from trainer.report.contact_sheet import MAX_TILES, Tile, prediction_sheet
 
 _MAX_LINES = 100  # of the table on the terminal
 _RUNNERS_UP = 2

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 from conftest import pack_splits, synthetic_splits
 from support.training_runs import train_here, write_recipe
 
@@ -66,6 +67,7 @@ class Logged:
             patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
             patch.setenv("MLFLOW_TRACKING_URI", self.store.as_uri())
             assert train_here(patch, recipe, path) == 0
+        wandb.teardown()  # it keeps its mode
         self.history, self.steps = lines(path / "metrics.jsonl"), lines(path / "steps.jsonl")
         self.summary = json.loads((path / "summary.json").read_text())
 
