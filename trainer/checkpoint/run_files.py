@@ -222,6 +222,21 @@ def read_predictions(path: Path, classes: int, hint: str, store: Store | None = 
     return columns
 
 
+def read_validation_confusion(path: Path, classes: int, hint: str) -> NDArray[np.int64] | None:
+    """Read the confusion matrix of the validation split, int64 [C, C], from `predictions.npz`; None if there is none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    with errors_as_corrupt(path, hint):
+        check_zip(path, _MAX_RATIO)
+        with np.load(path, allow_pickle=False) as file:
+            matrix = file.get("validation_confusion")
+        if matrix is not None and (matrix.shape != (classes, classes) or matrix.dtype != np.int64 or matrix.min() < 0):
+            raise ValueError(f"validation_confusion is {matrix.dtype} {list(matrix.shape)}")
+    return matrix
+
+
 def _first(error: ValidationError) -> ValueError:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     return ValueError(": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]])))

@@ -20,7 +20,7 @@ from torch import nn
 from pipeline.loader import Loader
 from trainer.config.schema import LossConfig
 from trainer.evaluate.calibration import fit_temperature
-from trainer.evaluate.metrics import ClassificationMetrics
+from trainer.evaluate.metrics import MAX_MATRIX_CLASSES, ClassificationMetrics, confusion_matrix
 from trainer.optim.losses import class_weights, log_priors
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class PosthocCalibration:
     """The metrics without offsets."""
     curve: list[dict[str, float]]
     """Accuracy and macro F1 by tau."""
+    confusion: NDArray[np.int64] | None = None
+    """[C, C], the confusion matrix of the validation split; None above `MAX_MATRIX_CLASSES`."""
 
     def summary(self) -> dict[str, Any]:
         """Return the field `decision` of `summary.json`."""
@@ -143,6 +145,9 @@ def fit_posthoc(
         validation=metrics(tau),
         as_learned=metrics(0.0),
         curve=[{"tau": value, "accuracy": each.accuracy, "macro_f1": each.macro_f1} for value, each in points],
+        confusion=confusion_matrix(labels, (logits - offsets).argmax(axis=1), logits.shape[1])
+        if logits.shape[1] <= MAX_MATRIX_CLASSES
+        else None,
     )
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+MAX_MATRIX_CLASSES = 256  # classes of a confusion matrix in a report; its memory and area grow with their square
+
 
 @dataclass(frozen=True)
 class ClassificationMetrics:

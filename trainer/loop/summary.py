@@ -41,8 +41,11 @@ def write_results(training: Training, evaluation: Evaluation, run_dir: RunDirect
         The contents of `summary.json`.
     """
     summary = summarize(training, evaluation)
+    arrays = dict(vars(evaluation.predictions))
+    if training.posthoc is not None and training.posthoc.confusion is not None:
+        arrays["validation_confusion"] = training.posthoc.confusion
     with replace_file(run_dir.predictions) as file:
-        np.savez_compressed(file, **vars(evaluation.predictions))
+        np.savez_compressed(file, **arrays)
     data = training.data
     run_page.write(run_dir.path, data.manifest, data.test_store, summary, training.state.history)
     run_dir.write_summary(summary)

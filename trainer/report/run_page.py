@@ -15,7 +15,7 @@ from trainer.checkpoint import run_files
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.evaluate.calibration import reliability
-from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
+from trainer.evaluate.metrics import MAX_MATRIX_CLASSES, ClassificationMetrics, confusion_matrix, most_confused
 from trainer.report import html
 from trainer.report.error_gallery import build_gallery, data_urls
 from trainer.report.grad_cam import grad_cam_pictures
@@ -24,7 +24,6 @@ from trainer.report.svg import Bins, confusion_chart, distribution_chart, reliab
 from trainer.runtime.profiler import format_profile
 
 MAX_CLASS_ROWS = 1000  # classes of a table
-_MAX_MATRIX_CLASSES = 256  # classes of a confusion matrix; its memory and its area grow with their square
 _PAIRS = 12  # most frequent confusions
 _PICTURES = 8  # images of each pair
 _MAX_SIDE = 128  # of an image, in pixels
@@ -46,8 +45,9 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
     labels, predicted = predictions["labels"], predictions["predicted"]
     metrics = ClassificationMetrics.of(labels, predicted, len(classes))
     matrix = None
-    if len(classes) <= _MAX_MATRIX_CLASSES:
+    if len(classes) <= MAX_MATRIX_CLASSES:
         matrix = confusion_chart(confusion_matrix(labels, predicted, len(classes)), classes)
+    validation = run_files.read_validation_confusion(directory.predictions, len(classes), directory.hint)
     rows = [row | {"train": count} for row, count in zip(metrics.class_metrics(classes), train.counts, strict=True)]
     if len(rows) > MAX_CLASS_ROWS:
         rows = sorted((row for row in rows if row["samples"]), key=lambda row: row["f1"])[:MAX_CLASS_ROWS]
@@ -64,7 +64,8 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
         charts=learning_curves(history),
         calibration=_calibration(predictions, summary["calibration"]["temperature"]),
         confusion=matrix,
-        matrix_limit=_MAX_MATRIX_CLASSES,
+        matrix_limit=MAX_MATRIX_CLASSES,
+        validation_confusion=None if validation is None else confusion_chart(validation, classes),
         gallery=build_gallery(store, predictions),
         distribution=distribution_chart(train.counts, classes),
         most=max(train.counts),

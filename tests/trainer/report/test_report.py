@@ -98,6 +98,18 @@ def test_the_page_is_whole_in_itself_and_true(run: Path) -> None:
     assert f"The most frequent class has {max(counts):,}, {max(counts) / min(counts):.1f} times as many" in page.text
 
 
+def test_the_confusion_matrix_of_the_validation_split_is_shown(run: Path) -> None:
+    """Its diagonal and sum are the accuracy and the samples of the validation split; cells name their counts."""
+    validation = json.loads((run / "summary.json").read_text())["decision"]["validation"]
+    matrix = np.load(run / "predictions.npz")["validation_confusion"]
+    assert (matrix.sum(), np.trace(matrix)) == (validation["samples"], round(validation["accuracy"] * matrix.sum()))
+    source = (run / "report.html").read_text()
+    shown = source.partition("Confusion matrix of the validation split")[2].partition("</figure>")[0]
+    cells = re.findall(r"<title>(\d) → (\d): (\d+) of (\d+)", shown)
+    expected = [(t, p, matrix[t, p], matrix[t].sum()) for t, p in np.argwhere(matrix)]
+    assert sorted(tuple(map(int, cell)) for cell in cells) == sorted(tuple(map(int, cell)) for cell in expected)
+
+
 def test_the_most_confused_pair_is_shown_with_its_count(run: Path) -> None:
     predictions = np.load(run / "predictions.npz")
     wrong = predictions["labels"] != predictions["predicted"]
@@ -301,7 +313,7 @@ def test_a_report_on_many_classes_has_no_matrix_and_the_worst_classes(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (run / "report.html").read_text()
-    monkeypatch.setattr(run_page, "_MAX_MATRIX_CLASSES", 4)
+    monkeypatch.setattr(run_page, "MAX_MATRIX_CLASSES", 4)
     monkeypatch.setattr(run_page, "MAX_CLASS_ROWS", 2)
     directory, store = RunDirectory(run), open_split(load_trained_model(run).config.data.shards, "test")
     train = open_split(load_trained_model(run).config.data.shards, "train").manifest
