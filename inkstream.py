@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": ("trainer.predict.demo", "open a drawing page in the browser"),
     "ensemble": ("trainer.export.ensemble", "combine runs into an ensemble or a soup"),
     "export": ("trainer.export", "export a run to ONNX, torch.export or safetensors"),
+    "hub": ("trainer.export.hub", "push a run to the Hugging Face Hub, or pull one"),
     "report": ("trainer.report", "write the report of a run, or compare runs"),
     "find-lr": ("trainer.loop.find_lr", "find a learning rate by a range test"),
     "tune": ("trainer.tune", "search hyperparameters with Optuna"),

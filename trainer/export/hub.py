@@ -1,0 +1,114 @@
+"""Command: push a run to the Hugging Face Hub, or pull one.
+
+    python -m trainer.export.hub push RUN USER/NAME
+    python -m trainer.export.hub pull USER/NAME DIR
+
+A new repository is private. The files are those that commands read from a run, so a pulled directory is used like a
+run; checkpoints to resume from, traces and batches stay where they are. If the run was exported (`python -m
+trainer.export RUN --format safetensors`), the weights and the model card are pushed as well. The token is that of
+`hf auth login` or HF_TOKEN; it is written nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from shards.atomic import replace_directory
+from shards.cli import program_name, run_command
+from shards.errors import UserError
+from trainer.checkpoint.completed_run import CompletedRun
+
+_FILES = (
+    "checkpoints/best.pt",
+    "config.yaml",
+    "env.json",
+    "metrics.jsonl",
+    "predictions.npz",
+    "report.html",
+    "summary.json",
+)
+_EXPORTED = ("model.safetensors", "README.md")  # in export/safetensors/
+
+
+def push(run: Path, repository: str, api: HfApi) -> str:
+    """Push a complete run in one commit.
+
+    Args:
+        run: Run directory.
+        repository: USER/NAME, which is made if it does not exist.
+        api: The Hub.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        UserError: The run is not complete, or the Hub refuses it.
+    """
+    CompletedRun.open(run)
+    files = {name: run / name for name in _FILES}
+    files |= {name: run / "export" / "safetensors" / name for name in _EXPORTED}
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items() if path.is_file()
+    ]
+    with _errors_of_hub(repository):
+        url = api.create_repo(repository, private=True, exist_ok=True)
+        api.create_commit(repository, operations, commit_message=f"Push {run.absolute().name}")
+    return str(url)
+
+
+def pull(repository: str, out: Path, api: HfApi) -> None:
+    """Pull a run into a new directory, all or nothing.
+
+    Raises:
+        UserError: The Hub has no such run, or it is not intact.
+    """
+    with replace_directory(out) as replacement:
+        with _errors_of_hub(repository):
+            api.snapshot_download(repository, local_dir=replacement.path, allow_patterns=list(_FILES))
+        CompletedRun.open(replacement.path)
+        replacement.commit()
+
+
+@contextmanager
+def _errors_of_hub(repository: str) -> Iterator[None]:
+    """Raise every exception as a `UserError`; those of the network depend on the version of the library."""
+    try:
+        yield
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        raise UserError(
+            found=f"{repository}: {' '.join(str(error).split())[:300]}",
+            expected="a repository USER/NAME on the Hugging Face Hub that this account may use",
+            hint="hf auth login" if status in (401, 403, 404) else "check the name and the connection, and try again",
+        ) from None
+
+
+def main() -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=program_name("trainer.export.hub"),
+        description="Push a run to the Hugging Face Hub, or pull one.",
+        epilog="push RUN USER/NAME, or pull USER/NAME DIR",
+    )
+    parser.add_argument("action", choices=("push", "pull"), help="direction")
+    parser.add_argument("source", metavar="SOURCE", help="run directory to push, or USER/NAME to pull")
+    parser.add_argument("target", metavar="TARGET", help="USER/NAME to push to, or new directory of the run to pull")
+    arguments = parser.parse_args()
+    if arguments.action == "push":
+        print(push(Path(arguments.source), arguments.target, HfApi()))
+        return 0
+    out = Path(arguments.target)
+    if out.exists():
+        raise UserError(found=f"{out}, which exists", expected="a new directory", hint="choose another one")
+    pull(arguments.source, out, HfApi())
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
