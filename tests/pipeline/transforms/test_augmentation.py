@@ -98,6 +98,14 @@ def test_without_elastic_distortion_there_is_no_noise() -> None:
     assert params.noise_grid_size == 0
 
 
+def test_a_transform_has_parameters_if_and_only_if_it_augments() -> None:
+    images = noise(2, GRAY)
+    plain, moving = (build_transform(spec_of(GRAY, 28), "torch", CPU, 2, each) for each in (Augmentation(), AFFINE))
+    for transform, params in ((plain, drawn(AFFINE, 2)), (moving, None)):
+        with pytest.raises(AssertionError):
+            transform(images, params)
+
+
 def test_no_images_have_no_parameters() -> None:
     """As the share of a rank, if a batch has fewer samples than ranks."""
     params = Augmentation(elastic=0.1, elastic_sigma=0.5).sample_params(7, 2, 11, slice(3, 3))

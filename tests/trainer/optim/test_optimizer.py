@@ -110,6 +110,7 @@ def test_a_step_with_an_overflow_changes_nothing(name: str, skipped: tuple[int, 
     """The weights are equal to the last bit to those without the step."""
     models = [small_model().to(device) for _ in range(2)]
     optimizers = [make_optimizer(model, OptimConfig(name=name, lr=0.01, weight_decay=0.5)) for model in models]
+    assert all(optimizer._step_supports_amp_scaling for optimizer in optimizers), "else the scaler waits for the device"
     settings = TrainerConfig(precision="fp16")
     scalers = [make_grad_scaler(settings, torch.device(device)) for _ in range(2)]
     for step in range(6):
