@@ -63,7 +63,11 @@ TESTS = {
     "pipeline/transforms/ops/resize.py": [f"{TRANSFORMS}/test_transforms.py"],
     "pipeline/transforms/ops/*.py": [f"{TRANSFORMS}/test_preprocess.py", f"{TRANSFORMS}/test_augmentation.py"],
     "pipeline/transforms/preprocess.py": [f"{TRANSFORMS}/test_preprocess.py"],
-    "pipeline/transforms/shared_ops.py": [f"{TRANSFORMS}/test_augmentation.py", f"{TRANSFORMS}/test_preprocess.py"],
+    "pipeline/transforms/shared_ops.py": [
+        f"{TRANSFORMS}/test_auto_augment.py",
+        f"{TRANSFORMS}/test_augmentation.py",
+        f"{TRANSFORMS}/test_preprocess.py",
+    ],
     "pipeline/transforms/*.py": [TRANSFORMS],
     "shards/stores/block_cache.py": ["tests/shards/stores/test_block_cache.py"],
     "shards/stores/image_header.py": ["tests/shards/stores/test_image_header.py"],

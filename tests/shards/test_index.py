@@ -97,6 +97,17 @@ def test_names_longer_than_a_block_are_read(tmp_path: Path, form: int) -> None:
     assert list(read_members(path)) == members_by_tarfile(path)
 
 
+def test_an_extended_header_has_at_most_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.stores.tar_members._MAX_EXTENDED_HEADER", 600)
+    allowed, refused = (
+        part(tmp_path / str(length), tar(("a" * length, b"abc"), form=tarfile.GNU_FORMAT)) / "0.tar"
+        for length in (599, 600)  # a byte ends the name
+    )
+    assert [member.name for member in read_members(allowed)] == ["a" * 599]
+    error = refusal(lambda: list(read_members(refused)))
+    assert "an extended header of 601 bytes, more than 600" in error.found
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     files=st.lists(st.tuples(names.filter(lambda name: name[-1] != "/"), st.binary(max_size=1200)), max_size=8),
