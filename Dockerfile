@@ -19,7 +19,7 @@ WORKDIR /opt/inkstream
 COPY pyproject.toml constraints.txt README.md inkstream.py ./
 RUN pip install --no-cache-dir --constraint constraints.txt setuptools \
  && pip install --no-cache-dir --constraint constraints.txt --no-build-isolation \
-      --editable '.[gs,onnx,parquet,s3,tensorboard,tune]'
+      --editable '.[gs,mlflow,onnx,parquet,s3,tensorboard,tune]'
 
 COPY shards shards
 COPY pipeline pipeline
