@@ -167,7 +167,7 @@ def _figure_to_svg(label: str, size: tuple[float, float] | None = None) -> str:
         figure.set_size_inches(size)
     figure.suptitle("")
     for ax in figure.axes:
-        ax.set_facecolor("white")
+        ax.set_facecolor("none")  # the page inverts the plots on dark screens
         for place in ("left", "center"):
             ax.set_title("", loc=place)
         for line in ax.get_lines():
