@@ -89,6 +89,15 @@ def test_steps_have_the_values_of_their_update(logged: Logged) -> None:
     assert [record["step"] for record in logged.history] == [per_epoch, 2 * per_epoch]
 
 
+def test_steps_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"step": 8, "lo')
+    logger = StepFile(path, step=5)
+    logger.log_step({"step": 6, "lr": 0.5})
+    assert lines(path) == [{"step": 2}, {"step": 4}, {"step": 6, "lr": 0.5}]
+
+
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_steps(
     logged: Logged, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
