@@ -31,7 +31,7 @@ class Batch:
     """The samples of a global batch that belong to one rank, on the device.
 
     Attributes:
-        images: float32 [n, C, R, R], normalized.
+        images: float32 [n, C, R, S], the size of the model input, normalized.
         labels: int64 [n].
         source_index: int64 [n], numbers of the samples in the raw source.
         step: Number of the global batch within the epoch.

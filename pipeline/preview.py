@@ -20,7 +20,7 @@ from pipeline.loader import Loader, undecodable_image_error
 from pipeline.sampler import SequentialBatchSampler
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.build import build_transform, choose_backend
-from pipeline.transforms.preprocess import MAX_RESOLUTION, NO_PREPROCESSING, Preprocessing
+from pipeline.transforms.preprocess import MAX_RESOLUTION, NO_PREPROCESSING, Preprocessing, Resolution, format_size
 from pipeline.transforms.spec import TransformSpec
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
@@ -89,7 +89,7 @@ def to_png(picture: Image.Image) -> bytes:
 
 def contact_sheet(
     store: Store,
-    resolution: int,
+    resolution: Resolution,
     interpolation: str = "linear",
     preprocessing: Preprocessing = NO_PREPROCESSING,
     augmentation: Augmentation = NO_AUGMENTATION,
@@ -100,7 +100,7 @@ def contact_sheet(
 
     Args:
         store: Open split.
-        resolution: Side of the model input in pixels.
+        resolution: Side of a square model input in pixels, or `HEIGHTxWIDTH`.
         interpolation: Interpolation of the resize.
         preprocessing: Deterministic steps on raw images.
         augmentation: Augmentation of training images.
@@ -120,7 +120,7 @@ def contact_sheet(
     orientation = "transposed" if manifest.transposed else "upright"
     raw = "original size" if manifest.encoded else "{}x{}, stored {}".format(*manifest.image_shape[:2], orientation)
     processed = f"augmented, {versions} versions" if augmentation else "model input"
-    note = f"left: raw ({raw}), right: {processed} ({resolution}x{resolution})"
+    note = f"left: raw ({raw}), right: {processed} ({format_size(resolution)})"
     draw_text(draw, (_MARGIN, 42), note, 13, width - 2 * _MARGIN, MUTED)
 
     cpu = torch.device("cpu")
@@ -144,19 +144,21 @@ def contact_sheet(
             sheet.paste(_raw_tile(to_pil_image(image), keep_shape=manifest.encoded), (x, top))
             for version in inputs:
                 x += _TILE + _GAP
-                sheet.paste(to_pil_image(version[index]).resize((_TILE, _TILE), Image.Resampling.LANCZOS), (x, top))
+                sheet.paste(_padded(to_pil_image(version[index])), (x, top))
     return sheet
 
 
 def _to_bytes(images: torch.Tensor) -> NDArray[np.uint8]:
-    """Convert model input float32 [B, C, R, R] of 0 .. 1 to uint8 [B, R, R, C]."""
+    """Convert model input float32 [B, C, R, S] of 0 .. 1 to uint8 [B, R, S, C]."""
     return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _raw_tile(image: Image.Image, keep_shape: bool) -> Image.Image:
-    if keep_shape:
-        return ImageOps.pad(image, (_TILE, _TILE), Image.Resampling.LANCZOS, color=PAPER)
-    return image.resize((_TILE, _TILE), Image.Resampling.NEAREST)
+    return _padded(image) if keep_shape else image.resize((_TILE, _TILE), Image.Resampling.NEAREST)
+
+
+def _padded(image: Image.Image) -> Image.Image:
+    return ImageOps.pad(image, (_TILE, _TILE), Image.Resampling.LANCZOS, color=PAPER)
 
 
 def _examples(store: Store, count: int) -> list[tuple[int, NDArray[np.int64]]]:

@@ -162,7 +162,7 @@ class DeviceWorker:
         store = open_split(self._shards, "train")
         assert is_image_store(store)
         order = np.argsort(store.rows)
-        task = Task((0, 0, 0), 0, data.spec.resolution, 0, data.spec.mean, data.spec.std, 0, self._world.device)
+        task = Task((0, 0, 0), 0, data.spec.input_size[0], 0, data.spec.mean, data.spec.std, 0, self._world.device)
         world = World(rank=0, size=1, device=torch.device("cpu"))
         with contextlib.ExitStack() as stack:
             augmented = None

@@ -199,15 +199,18 @@ class Augmentation:
         keys[:, 2] = np.arange(images.start, images.stop, dtype=np.uint64) * np.uint64(noise_words(grid_size) // 4)
         return AugmentationParams(uniform, keys, grid_size)
 
-    def affine_matrices(self, params: AugmentationParams, shape: tuple[int, int]) -> NDArray[np.float64]:
+    def affine_matrices(
+        self, params: AugmentationParams, shape: tuple[int, int], aspect: float = 1.0
+    ) -> NDArray[np.float64]:
         """Compute the inverse affine map of each image.
 
         In this order, the image is cropped from its padded copy, flipped, scaled, sheared along x, rotated and
-        translated. All but the crop refer to the square output.
+        translated. All but the crop refer to the output.
 
         Args:
             params: Random parameters of B images.
             shape: (H, W) of the raw, upright image.
+            aspect: Width of the output divided by its height.
 
         Returns:
             [B, 2, 3]; maps (x, y, 1) of the output to (x, y) of the input, both -1 .. 1 from edge to edge.
@@ -222,6 +225,8 @@ class Augmentation:
         # Inverse of rotation @ (1 shear; 0 1) @ scale, applied to positions minus the translation.
         linear[:, 0, 0], linear[:, 0, 1] = cosine + shear * sine, sine - shear * cosine
         linear[:, 1, 0], linear[:, 1, 1] = -sine, cosine
+        linear[:, 0, 1] /= aspect
+        linear[:, 1, 0] *= aspect
         linear[:, 0, 2] = -(linear[:, 0, 0] * x + linear[:, 0, 1] * y)
         linear[:, 1, 2] = -(linear[:, 1, 0] * x + linear[:, 1, 1] * y)
         linear[params.uniform[:, ParamIndex.FLIP] < self.flip, 0] *= -1

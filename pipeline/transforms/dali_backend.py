@@ -37,7 +37,7 @@ _MAX_PIXELS = 1 << 28
 
 
 class _DaliPipeline(ABC):
-    """A DALI pipeline from images to upright, resized pixels float32 [..., R, R, C], (x / 255 - fill_value) / std.
+    """A DALI pipeline from images to upright, resized pixels float32 [..., R, S, C], (x / 255 - fill_value) / std.
 
     Attributes:
         max_fused_batch: See `Transform`.
@@ -115,14 +115,13 @@ class _DaliPipeline(ABC):
         )
 
     def _resize(self, images, height, width):
-        resolution = self._spec.resolution
-        region = {}
+        size, region = self._spec.input_size, {}
         if self._spec.interpolation == "nearest":
-            nudge = nearest_nudge(resolution)
-            region = {"roi_start": [nudge, nudge], "roi_end": fn.stack(height + nudge, width + nudge)}
+            down, right = map(nearest_nudge, size)
+            region = {"roi_start": [down, right], "roi_end": fn.stack(height + down, width + right)}
         return fn.resize(
             images,
-            size=[resolution, resolution],
+            size=list(size),
             interp_type=_INTERPOLATIONS[self._spec.interpolation],
             dtype=types.UINT8 if self._ops.quantizes else types.FLOAT,
             minibatch_size=self._batch_size,
@@ -130,7 +129,7 @@ class _DaliPipeline(ABC):
         )
 
     def _augment(self, pixels: torch.Tensor, params: OpParams) -> torch.Tensor:
-        """Return model input [B, C, R, R] from the pipeline's output [B, R, R, C]."""
+        """Return model input [B, C, R, S] from the pipeline's output [B, R, S, C]."""
         return self._ops.apply_warp(self._ops.apply_color_ops(pixels.permute(0, 3, 1, 2), params), params)
 
 
@@ -152,7 +151,7 @@ class DaliTransform(_DaliPipeline):
             prepared = torch.cat([prepared, prepared.new_zeros(packs * pack - count, *shape)])
         packed = prepared.reshape(packs, pack, *shape).contiguous()
         # For a tensor DALI asks for the current CUDA stream, even on a CPU.
-        pixels = self._run(images=packed if packed.is_cuda else packed.numpy())  # [packs, pack, R, R, C]
+        pixels = self._run(images=packed if packed.is_cuda else packed.numpy())  # [packs, pack, R, S, C]
         return self._augment(pixels.flatten(0, 1)[:count], params)
 
     def _define(self):
@@ -227,7 +226,7 @@ class DaliEncodedTransform(_DaliPipeline):
         boxes: NDArray[np.int32] | None,
         run: slice,
     ) -> torch.Tensor:
-        """Decode and resize some images of a batch: [n, R, R, C]."""
+        """Decode and resize some images of a batch: [n, R, S, C]."""
         channels = self._spec.image_shape[2]
         plain = [
             images[position] if headers[position].plain else _as_pnm(position, images[position], channels)

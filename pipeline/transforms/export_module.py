@@ -12,7 +12,7 @@ from pipeline.transforms.spec import TransformSpec
 class TransformModule(nn.Module):
     """The computation of `TorchTransform` without augmentation, in plain tensor operations without state.
 
-    Maps stored images uint8 [N, H, W, C] to float32 [N, C, R, R]. Image files of differing sizes are not supported.
+    Maps stored images uint8 [N, H, W, C] to float32 [N, C, R, S]. Image files of differing sizes are not supported.
     """
 
     def __init__(self, spec: TransformSpec) -> None:
@@ -28,9 +28,9 @@ class TransformModule(nn.Module):
         mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (spec.mean, spec.std))
         buffers = {"scale": 1 / (255 * std), "shift": -mean / std}
         if spec.needs_resize:
-            height, width = spec.upright_size
-            buffers["rows"] = torch.from_numpy(resize_weights(height, spec.resolution, spec.interpolation))  # [R, H]
-            columns = resize_weights(width, spec.resolution, spec.interpolation)  # [R, W]
+            (height, width), size = spec.upright_size, spec.input_size
+            buffers["rows"] = torch.from_numpy(resize_weights(height, size[0], spec.interpolation))  # [R, H]
+            columns = resize_weights(width, size[1], spec.interpolation)  # [S, W]
             buffers["columns"] = torch.from_numpy(columns.T.copy())
         for name, values in buffers.items():
             self.register_buffer(name, values.float())

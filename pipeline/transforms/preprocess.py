@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:  # --help imports this module and must not import numpy or torch
     import torch
 
 
 MAX_RESOLUTION = 4096
+Resolution: TypeAlias = int | str  # of the model input: the side of a square in pixels, or `HEIGHTxWIDTH`
+
+
+def input_size(resolution: Resolution) -> tuple[int, int]:
+    """Return height and width of the model input in pixels: (112, 112) for 112, (48, 160) for `48x160`."""
+    height, _, width = str(resolution).partition("x")
+    return int(height), int(width or height)
+
+
+def format_size(resolution: Resolution) -> str:
+    """Return height and width of the model input as text: `112x112` for 112."""
+    return "{}x{}".format(*input_size(resolution))
 
 
 @dataclass(frozen=True)

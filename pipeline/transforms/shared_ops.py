@@ -38,8 +38,8 @@ class SharedOps:
         self._device = device
         self._warp = Warp(augmentation, spec, device) if augmentation.has_warp else None
         crops = augmentation.random_resized_crop is not None and not spec.encoded
-        self._crop = ResizedCrop(spec.resolution, spec.interpolation, device) if crops else None
-        shape, transposed = ((spec.resolution,) * 2, False) if spec.encoded else (spec.upright_size, spec.transposed)
+        self._crop = ResizedCrop(spec.input_size, spec.interpolation, device) if crops else None
+        shape, transposed = (spec.input_size, False) if spec.encoded else (spec.upright_size, spec.transposed)
         self._policy = AutoAugment(augmentation, shape, transposed) if augmentation.auto_augment_rounds else None
         self.resizes = spec.needs_resize and not self._crop and not (self._warp and spec.can_warp_raw)
         self.quantizes = spec.encoded and self._policy is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from numpy.typing import NDArray
 
 from pipeline.transforms.augmentation import AugmentationParams
-from pipeline.transforms.preprocess import MAX_RESOLUTION, NO_PREPROCESSING, Preprocessing
+from pipeline.transforms.preprocess import MAX_RESOLUTION, NO_PREPROCESSING, Preprocessing, Resolution, input_size
 from shards.errors import UserError
 from shards.manifest import Manifest
 
@@ -24,7 +25,7 @@ class TransformSpec:
     Attributes:
         image_shape: (H, W, C) of the raw images; (None, None, C) for image files of different sizes.
         transposed: Whether rows and columns of the stored images are exchanged.
-        resolution: Side of the square output in pixels.
+        resolution: Side of a square output in pixels, or `HEIGHTxWIDTH`.
         interpolation: `linear`, `cubic`, `lanczos` or `nearest`.
         mean: Mean of each channel, of resized images with pixels scaled to 0 .. 1.
         std: Standard deviation of each channel, on the same scale.
@@ -33,7 +34,7 @@ class TransformSpec:
 
     image_shape: tuple[int | None, int | None, int]
     transposed: bool
-    resolution: int
+    resolution: Resolution
     interpolation: str = "linear"
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
@@ -43,7 +44,7 @@ class TransformSpec:
     def of(
         cls,
         manifest: Manifest,
-        resolution: int,
+        resolution: Resolution,
         interpolation: str = "linear",
         preprocessing: Preprocessing = NO_PREPROCESSING,
     ) -> TransformSpec:
@@ -52,7 +53,7 @@ class TransformSpec:
         Raises:
             UserError: The resolution is out of range.
         """
-        if not 1 <= resolution <= MAX_RESOLUTION:
+        if not all(1 <= side <= MAX_RESOLUTION for side in input_size(resolution)):
             raise UserError(
                 found=f"data.resolution={resolution}",
                 expected=f"a side of 1 .. {MAX_RESOLUTION} pixels",
@@ -86,17 +87,21 @@ class TransformSpec:
         return (width, height) if self.transposed else (height, width)
 
     @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the output, the model's input."""
+        return input_size(self.resolution)
+
+    @property
     def needs_resize(self) -> bool:
         """Whether the output size differs from that of the raw images."""
-        height, width, _ = self.image_shape
-        return not height == width == self.resolution
+        return self.encoded or self.upright_size != self.input_size
 
     @property
     def upsamples(self) -> bool:
         """Whether the output has more pixels. Normalizing before the resize is then cheaper; both commute."""
         height, width, _ = self.image_shape
         assert height and width, "image files have different sizes"
-        return self.resolution * self.resolution > height * width
+        return math.prod(self.input_size) > height * width
 
     @property
     def can_warp_raw(self) -> bool:
@@ -104,7 +109,9 @@ class TransformSpec:
 
         Otherwise images are resized first: with another interpolation, or to average pixels when downsampling.
         """
-        return not self.encoded and self.interpolation == "linear" and self.resolution >= max(self.upright_size)
+        if self.encoded or self.interpolation != "linear":
+            return False
+        return all(side >= raw for side, raw in zip(self.input_size, self.upright_size, strict=True))
 
 
 class UndecodableImage(Exception):
@@ -150,7 +157,7 @@ class Transform(Protocol):
             params: Augmentation parameters of B images for a transform that augments, or the tensors of `op_params`.
 
         Returns:
-            float32 [B, C, R, R] on the device: upright, resized, (x / 255 - mean) / std.
+            float32 [B, C, R, S], the size of the model input, on the device: upright, resized, (x / 255 - mean) / std.
 
         Raises:
             UndecodableImage: An image file cannot be decoded.

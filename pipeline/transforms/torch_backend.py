@@ -30,14 +30,15 @@ class TorchTransform:
                 "one size: python -m pipeline.shard ... --size N",
             )
         height, width = spec.upright_size
-        self.max_fused_batch = _MAX_FUSED_BYTES // (4 * spec.image_shape[2] * spec.resolution**2)
+        self._size = input_height, input_width = spec.input_size
+        self.max_fused_batch = _MAX_FUSED_BYTES // (4 * spec.image_shape[2] * input_height * input_width)
         self._device = device
         self._buffers = BufferPool(device)
         self._transposed = spec.transposed
         self._ops = SharedOps(spec, augmentation, device)
         self.op_params = self._ops.op_params
-        rows = resize_weights(height, spec.resolution, spec.interpolation)  # [R, H]
-        columns = resize_weights(width, spec.resolution, spec.interpolation)  # [R, W]
+        rows = resize_weights(height, input_height, spec.interpolation)  # [R, H]
+        columns = resize_weights(width, input_width, spec.interpolation)  # [S, W]
         first, second = (rows, columns) if spec.transposed else (columns, rows)  # in the order of the products
         self._first = torch.from_numpy(first.T.copy()).float().to(device)
         self._second = torch.from_numpy(second.T.copy() if spec.transposed else second).float().to(device)
@@ -59,17 +60,16 @@ class TorchTransform:
         return self._ops.apply_warp(self._resized(pixels) if self._ops.resizes else pixels, params)
 
     def _resized(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Resize images [B, C, H, W] as stored to upright [B, C, R, R]."""
+        """Resize images [B, C, H, W] as stored to upright [B, C, R, S]."""
         batch, channels, height, _ = pixels.shape
-        resolution = self._first.shape[1]
         # One large product for all images, then one for each channel of each image.
-        half = exact_matmul(pixels, self._first, out=self._buffers.empty(batch, channels, height, resolution))
+        half = exact_matmul(pixels, self._first, out=self._buffers.empty(batch, channels, height, self._first.shape[1]))
         half = half.flatten(0, 1)
         factor = self._second.expand(batch * channels, *self._second.shape)
         # For transposed images the second product uses the transpose of the first result, which is cheaper than a copy
         # of the pixels.
         factors = (half.mT, factor) if self._transposed else (factor, half)
-        resized = self._buffers.empty(batch, channels, resolution, resolution)
+        resized = self._buffers.empty(batch, channels, *self._size)
         exact_matmul(*factors, out=resized.flatten(0, 1))
         return resized
 

@@ -25,30 +25,37 @@ class Warp:
     Elastic distortion (Simard et al. 2003, https://doi.org/10.1109/ICDAR.2003.1227801) displaces each pixel by noise
     smoothed with a Gaussian. Here the noise is given on a grid and scaled to the same std at every pixel. Affine and
     elastic positions are then one product of functions of the row and of the column: rows [R, K + 2] @ coefficients
-    [K + 2, K + 2] @ columns [K + 2, R], where the last two functions are the coordinate itself and 1.
+    [K + 2, K + 2] @ columns [K + 2, S], where the last two functions are the coordinate itself and 1.
     """
 
     def __init__(self, augmentation: Augmentation, spec: TransformSpec, device: torch.device) -> None:
-        resolution = spec.resolution
+        self._output_size = height, width = spec.input_size
         self._augmentation = augmentation
-        self._input_shape = (resolution, resolution) if spec.encoded else spec.upright_size
+        self._input_shape = spec.input_size if spec.encoded else spec.upright_size
         self._device = device
         # From (x / 255 - fill_value) / std to (x / 255 - mean) / std.
         fill_value = augmentation.fill_value(spec.mean)
         self._shifts = [(level - mean) / std for level, mean, std in zip(fill_value, spec.mean, spec.std, strict=True)]
         self._padding = "border" if augmentation.fill == "border" else "zeros"
         self._buffers = BufferPool(device)
-        coordinates = (np.arange(resolution, dtype=np.float64) + 0.5) * (2 / resolution) - 1
-        functions = [coordinates[:, None], np.ones((resolution, 1))]
         self._amplitude = 2 * augmentation.elastic
+        self._rows = self._functions(height).to(device)
+        self._columns = self._functions(width).T.contiguous().to(device)
+
+    def _functions(self, size: int) -> torch.Tensor:
+        """Return the functions of the coordinate at each of `size` pixels along an axis, float32 [size, K + 2]."""
+        augmentation = self._augmentation
+        coordinates = (np.arange(size, dtype=np.float64) + 0.5) * (2 / size) - 1
+        functions = [coordinates[:, None], np.ones((size, 1))]
         if self._amplitude:
             functions.insert(0, gaussian_weights(coordinates, augmentation.noise_grid_size, augmentation.elastic_sigma))
-        self._rows = torch.from_numpy(np.concatenate(functions, axis=1)).float().to(device)
-        self._columns = self._rows.T.contiguous()
+        return torch.from_numpy(np.concatenate(functions, axis=1)).float()
 
     def op_params(self, params: AugmentationParams) -> dict[str, NDArray]:
         """Compute each image's affine map, float32 [B, 2, 3], and its noise or, for a GPU, the keys of the noise."""
-        arrays = {"affine": self._augmentation.affine_matrices(params, self._input_shape).astype(np.float32)}
+        height, width = self._output_size
+        matrices = self._augmentation.affine_matrices(params, self._input_shape, width / height)
+        arrays = {"affine": matrices.astype(np.float32)}
         if self._amplitude and self._device.type == "cuda":
             return arrays | {"noise_keys": params.noise_keys.view(np.int64)}
         return arrays if params.noise is None else arrays | {"noise": params.noise}
@@ -61,13 +68,14 @@ class Warp:
             params: The arrays of `op_params` on the device; the noise drives the elastic distortion.
 
         Returns:
-            Normalised images, float32 [B, C, R, R].
+            Normalised images, float32 [B, C, R, S].
         """
         coefficients = self._coefficients(params)
-        resolution = len(self._rows)
+        height, width = self._output_size
         batch, channels = pixels.shape[:2]
-        output = self._buffers.empty(batch, channels, resolution, resolution)
-        step = max(1, _CHUNK_PIXELS * torch.get_num_threads() // resolution**2) if self._device.type == "cpu" else batch
+        output = self._buffers.empty(batch, channels, height, width)
+        on_cpu = self._device.type == "cpu"
+        step = max(1, _CHUNK_PIXELS * torch.get_num_threads() // (height * width)) if on_cpu else batch
         for first in range(0, batch, step):
             chunk = slice(first, first + step)
             output[chunk] = F.grid_sample(
@@ -96,12 +104,12 @@ class Warp:
         return coefficients
 
     def _positions(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Source (x, y) of each output pixel, -1 .. 1 from edge to edge of the input: float32 [B, 2, R, R]."""
+        """Source (x, y) of each output pixel, -1 .. 1 from edge to edge of the input: float32 [B, 2, R, S]."""
         batch, _, functions, _ = coefficients.shape
-        resolution = len(self._rows)
+        height, width = self._output_size
         # The first product is one large product for all images.
-        wide = exact_matmul(coefficients, self._columns, out=self._buffers.empty(batch, 2, functions, resolution))
-        return exact_matmul(self._rows, wide, out=self._buffers.empty(batch, 2, resolution, resolution))
+        wide = exact_matmul(coefficients, self._columns, out=self._buffers.empty(batch, 2, functions, width))
+        return exact_matmul(self._rows, wide, out=self._buffers.empty(batch, 2, height, width))
 
 
 def elastic_noise(keys: torch.Tensor, grid_size: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams, ParamIndex
+from pipeline.transforms.preprocess import Resolution, input_size
 from support.transform_reference import resize_axis
 
 CROSS = ndimage.generate_binary_structure(2, 1)
@@ -24,33 +25,34 @@ def amount(params: AugmentationParams, image: int, number: ParamIndex, most: flo
 
 def augmented(
     images: NDArray[np.uint8],
-    resolution: int,
+    resolution: Resolution,
     augmentation: Augmentation,
     params: AugmentationParams,
     interpolation: str = "linear",
     transposed: bool = False,
 ) -> NDArray[np.float64]:
-    """Raw uint8 [B, H, W, C] to float64 [B, C, R, R] in 0 .. 1: colours changed, pixels moved."""
+    """Raw uint8 [B, H, W, C] to float64 [B, C, R, S] in 0 .. 1: colours changed, pixels moved."""
     planes = np.einsum("bhwc->bcwh" if transposed else "bhwc->bchw", images.astype(np.float64) / 255)
     shape = planes.shape[2:]
     if augmentation.has_color_jitter:
         planes = np.stack([recoloured(each, augmentation, params, number) for number, each in enumerate(planes)])
-    if interpolation != "linear" or resolution < max(shape):
-        planes = resize_axis(resize_axis(planes, 2, resolution, interpolation), 3, resolution, interpolation)
+    height, width = input_size(resolution)
+    if interpolation != "linear" or height < shape[0] or width < shape[1]:
+        planes = resize_axis(resize_axis(planes, 2, height, interpolation), 3, width, interpolation)
     if not augmentation.has_warp:
-        return resize_axis(resize_axis(planes, 2, resolution, "linear"), 3, resolution, "linear")
-    return np.stack([moved(each, resolution, shape, augmentation, params, i) for i, each in enumerate(planes)])
+        return resize_axis(resize_axis(planes, 2, height, "linear"), 3, width, "linear")
+    return np.stack([moved(each, (height, width), shape, augmentation, params, i) for i, each in enumerate(planes)])
 
 
 def moved(
     planes: NDArray[np.float64],
-    resolution: int,
+    output: tuple[int, int],
     shape: tuple[int, int],
     augmentation: Augmentation,
     params: AugmentationParams,
     image: int,
 ) -> NDArray[np.float64]:
-    """One image [C, H, W] to [C, R, R]. shape: (H, W) of the raw image."""
+    """One image [C, H, W] to [C, R, S]. output: (R, S). shape: (H, W) of the raw image."""
     angle = math.radians(amount(params, image, ParamIndex.ROTATION, augmentation.rotation))
     slant = math.tan(math.radians(amount(params, image, ParamIndex.SHEAR, augmentation.shear)))
     size = (1 + augmentation.scale) ** amount(params, image, ParamIndex.SCALE, 1)
@@ -60,9 +62,12 @@ def moved(
     ]
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     forward = turn @ np.array([[1, slant], [0, 1]]) * size
-    places = (np.arange(resolution) + 0.5) / resolution * 2 - 1
-    x, y = np.meshgrid(places, places)
-    x, y = np.einsum("ij,jrc->irc", np.linalg.inv(forward), np.stack([x - shift[0], y - shift[1]]))
+    down, across = ((np.arange(side) + 0.5) / side * 2 - 1 for side in output)
+    x, y = np.meshgrid(across, down)
+    # Lengths and angles are those of the output, in pixels.
+    pixels = np.stack([(x - shift[0]) * output[1] / 2, (y - shift[1]) * output[0] / 2])
+    x, y = np.einsum("ij,jrc->irc", np.linalg.inv(forward), pixels)
+    x, y = x / (output[1] / 2), y / (output[0] / 2)
     if params.uniform[image, ParamIndex.FLIP] < augmentation.flip:
         x = -x
     if params.uniform[image, ParamIndex.VERTICAL_FLIP] < augmentation.vertical_flip:
@@ -73,7 +78,7 @@ def moved(
     ]
     x, y = x + 2 * offsets[0] / shape[1], y + 2 * offsets[1] / shape[0]
     if augmentation.elastic:
-        by = displacement(places, augmentation, params, image)
+        by = displacement(down, across, augmentation, params, image)
         x, y = x + by[0], y + by[1]
     height, width = planes.shape[1:]
     rows, columns = (y + 1) / 2 * height - 0.5, (x + 1) / 2 * width - 0.5
@@ -85,15 +90,19 @@ def moved(
 
 
 def displacement(
-    places: NDArray[np.float64], augmentation: Augmentation, params: AugmentationParams, image: int
+    rows: NDArray[np.float64],
+    columns: NDArray[np.float64],
+    augmentation: Augmentation,
+    params: AugmentationParams,
+    image: int,
 ) -> NDArray[np.float64]:
-    """[2, R, R]: noise on a lattice over the image, smoothed by a Gaussian, of one deviation everywhere."""
+    """[2, R, S]: noise on a lattice over the image, smoothed by a Gaussian, of one deviation everywhere."""
     count = math.ceil(1 / augmentation.elastic_sigma) + 1
     points = [-1 + 2 * number / (count - 1) for number in range(count)]
     deviation = 2 * augmentation.elastic_sigma
-    found = np.zeros((2, len(places), len(places)))
-    for row, down in enumerate(places):
-        for column, across in enumerate(places):
+    found = np.zeros((2, len(rows), len(columns)))
+    for row, down in enumerate(rows):
+        for column, across in enumerate(columns):
             one = np.array([math.exp(-(((down - point) / deviation) ** 2) / 2) for point in points])
             other = np.array([math.exp(-(((across - point) / deviation) ** 2) / 2) for point in points])
             weights = np.outer(one, other)

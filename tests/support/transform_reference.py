@@ -10,23 +10,26 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.transforms.preprocess import Resolution, input_size
+
 _STEPS = 32  # DALI tabulates its cubic and Lanczos kernels at steps of 1/32 of a pixel
 _REACH = {"linear": 1, "cubic": 2, "lanczos": 3}
 
 
 def model_input(
     images: NDArray[np.uint8],
-    resolution: int,
+    resolution: Resolution,
     interpolation: str = "linear",
     transposed: bool = False,
     mean: tuple[float, ...] = (0.0,),
     std: tuple[float, ...] = (1.0,),
 ) -> NDArray[np.float64]:
-    """Raw uint8 [B, H, W, C] to upright, resized, normalised float64 [B, C, R, R]."""
+    """Raw uint8 [B, H, W, C] to upright, resized, normalised float64 [B, C, R, S]."""
     planes = images.astype(np.float64) / 255
     planes = np.einsum("bhwc->bcwh" if transposed else "bhwc->bchw", planes)
-    planes = resize_axis(planes, 2, resolution, interpolation)
-    planes = resize_axis(planes, 3, resolution, interpolation)
+    height, width = input_size(resolution)
+    planes = resize_axis(planes, 2, height, interpolation)
+    planes = resize_axis(planes, 3, width, interpolation)
     for channel in range(planes.shape[1]):
         planes[:, channel] = (planes[:, channel] - mean[channel]) / std[channel]
     return planes

@@ -11,11 +11,13 @@ import pytest
 import torch
 from conftest import ROOT
 
+from pipeline.preview import upright
 from pipeline.transforms.augmentation import Augmentation
-from shards import UserError
+from shards import UserError, open_split
 from trainer.config.load import load
 from trainer.data.training_data import open_data
 from trainer.evaluate.evaluator import evaluate_run
+from trainer.predict.predictor import Predictor
 from trainer.run import main
 from trainer.runtime.distributed import World
 
@@ -23,7 +25,7 @@ RECIPE = ROOT / "configs" / "quickstart.yaml"
 WORLD = World(0, 1, torch.device("cpu"))
 OVERRIDES = (
     *(
-        "data.resolution=12",
+        "data.resolution=10x14",
         "data.train_fraction=0.3",
         "trainer.epochs=2",
         "trainer.precision=fp32",
@@ -48,6 +50,18 @@ def test_evaluation_prepares_images_as_training_did(trained: Path, digits_set: P
     summary = json.loads((trained / "summary.json").read_text())
     assert found["accuracy"] == summary["accuracy"]
     assert found["loss"] == pytest.approx(summary["loss"], rel=1e-6)
+
+
+def test_a_rectangular_input_is_reported_and_predicted(trained: Path, digits_set: Path) -> None:
+    summary, predictor = json.loads((trained / "summary.json").read_text()), Predictor(trained, "cpu")
+    assert summary["resolution"] == predictor.resolution == "10x14"
+    assert " at 10\u00d714 on " in (trained / "report.html").read_text(encoding="utf-8")
+    store = open_split(digits_set, "test")
+    images = [upright(image, store.manifest.transposed) for image in store.read(np.arange(40))]
+    predictions = predictor.predict(images)
+    assert predictions.images.shape == (40, 10, 14, 1)
+    with np.load(trained / "predictions.npz") as evaluated:
+        assert predictions.probabilities.argmax(axis=1).tolist() == evaluated["predicted"][:40].tolist()
 
 
 def test_only_training_is_augmented_and_statistics_are_free_of_it(digits_set: Path) -> None:

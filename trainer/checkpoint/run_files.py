@@ -57,7 +57,7 @@ class Epoch(Schema):
 
     epoch: Annotated[Count, Field(ge=1)]
     step: Count = 0
-    resolution: Count
+    resolution: Count | Annotated[str, Field(pattern=r"^\d{1,4}x\d{1,4}$")]
     train_loss: Real
     train_accuracy: Fraction = 0.0  # absent if every batch was mixed
     train_macro_f1: Fraction = 0.0
@@ -99,7 +99,7 @@ class Summary(Metrics):
     training_seconds: Amount
     images_per_second: Amount
     data_wait_share: Amount
-    resolution: Count
+    resolution: Count | Annotated[str, Field(pattern=r"^\d{1,4}x\d{1,4}$")]
     parameters: Count
     model: str
     dataset: str

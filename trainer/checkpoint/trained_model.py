@@ -19,7 +19,7 @@ from trainer.checkpoint import run_files
 from trainer.config.load import validate
 from trainer.config.schema import Config
 from trainer.models.ensemble import Ensemble
-from trainer.models.factory import check_sides, make_model
+from trainer.models.factory import check_resolutions, make_model
 from trainer.models.precision import memory_format
 
 
@@ -148,7 +148,7 @@ def load_model(
         UserError: The weights are those of another network, or it does not take images of the final resolution.
     """
     settings = config.model.model_copy(update={"pretrained": False, "init_checkpoint": None})
-    model = make_model(settings, channels, classes)
+    model = make_model(settings, channels, classes, resolution=config.data.final_resolution)
     try:
         model.load_state_dict(weights)
     except Exception as error:  # RuntimeError for shapes, others for values that are no weights
@@ -157,7 +157,7 @@ def load_model(
             expected="the weights of that network, with these classes and channels",
             hint=checkpoint.HINT,
         ) from None
-    check_sides(model, settings.name, channels, [config.data.final_resolution])
+    check_resolutions(model, settings.name, channels, [config.data.final_resolution])
     return model.to(device).to(memory_format=memory_format(config.trainer))
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.transforms.preprocess import MAX_RESOLUTION, Preprocessing
+from pipeline.transforms.preprocess import MAX_RESOLUTION, Preprocessing, Resolution, input_size
 from trainer.config.architectures import MIN_RESOLUTION, PLAIN_CNNS, PlainCnn
 from trainer.config.augment import AugmentConfig
 from trainer.config.base import BaseConfig, Fraction
@@ -23,20 +23,25 @@ OPTIMIZERS = ("adam", "adamw", "lion", "schedule_free_adamw", "sgd", "sgd_lookah
 SHARDS_SETTING = "data.shards"  # compared by the digests of the manifests when a run is resumed
 MAX_EPOCHS = 10**6
 _FREE_MAPPINGS = {"baselines", "options"}  # settings whose keys are free
-Resolution = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
+Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 Epoch = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
 StepNumber = Annotated[int, Field(ge=1, le=10**12)]
 Width = Annotated[int, Field(ge=1, le=2**14)]  # channels or units of a layer
 
 
-def _check_resolution_schedule(resolution: Any) -> Any:
-    """Check pairs of an epoch and a resolution. The type of the field checks a single resolution."""
+def _check_resolution(resolution: Any) -> Any:
+    """Check height and width, or pairs of an epoch and a resolution. The type of the field checks a single side."""
+    if isinstance(resolution, str):
+        if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", resolution) or max(input_size(resolution)) > MAX_RESOLUTION:
+            raise ValueError(f"A side, or height and width as in 48x160, of 1 .. {MAX_RESOLUTION} pixels")
+        height, width = input_size(resolution)
+        return height if height == width else resolution
     if not isinstance(resolution, list | tuple):
         return resolution
     pairs = [pair for pair in resolution if isinstance(pair, list | tuple) and len(pair) == 2]
     epochs = [epoch for epoch, _ in pairs]
     if len(pairs) != len(resolution) or not all(type(number) is int for pair in pairs for number in pair):
-        raise ValueError("Pairs of an epoch and a resolution, as in [[1, 48], [5, 112]]")
+        raise ValueError("Pairs of an epoch and the side of a square, as in [[1, 48], [5, 112]]")
     if epochs[:1] != [1] or epochs != sorted(set(epochs)):
         raise ValueError("Epochs that start with 1 and increase, as in [[1, 48], [5, 112]]")
     if not all(1 <= side <= MAX_RESOLUTION for _, side in pairs):
@@ -101,11 +106,9 @@ class DataConfig(BaseConfig):
     fold: Annotated[str | None, BeforeValidator(_check_fold)] = None
     """Cross-validation: 2/5 trains without the second of five equal parts of the training split, stratified by class,
     and tests on it instead of the test split; null trains on all."""
-    resolution: Annotated[
-        Resolution | tuple[tuple[Epoch, Resolution], ...], BeforeValidator(_check_resolution_schedule)
-    ] = 112
-    """Side of the model's square input in pixels; or a schedule of pairs [first epoch, side], such as [[1, 48],
-    [5, 80], [9, 112]]. Evaluation always uses the last side."""
+    resolution: Annotated[Side | str | tuple[tuple[Epoch, Side], ...], BeforeValidator(_check_resolution)] = 112
+    """Side of the model's square input in pixels; height and width, such as 48x160; or a schedule of pairs [first
+    epoch, side], such as [[1, 48], [5, 80], [9, 112]]. Evaluation always uses the last side."""
     interpolation: Literal["linear", "cubic", "lanczos", "nearest"] = "linear"
     """Interpolation for resizing."""
     invert: bool | Literal["auto"] = False
@@ -127,16 +130,16 @@ class DataConfig(BaseConfig):
     verify: bool = True
     """Verify the hash of every shard before training (about one second per gigabyte)."""
 
-    def resolution_by_epoch(self) -> tuple[tuple[int, int], ...]:
+    def resolution_by_epoch(self) -> tuple[tuple[int, Resolution], ...]:
         """Return pairs of an epoch, from 1, and the resolution from that epoch on."""
-        return ((1, self.resolution),) if isinstance(self.resolution, int) else self.resolution
+        return self.resolution if isinstance(self.resolution, tuple) else ((1, self.resolution),)
 
     def preprocessing(self) -> Preprocessing:
         """Return the deterministic preprocessing of raw images, the same in training and evaluation."""
         return Preprocessing(**{field.name: getattr(self, field.name) for field in fields(Preprocessing)})
 
     @property
-    def final_resolution(self) -> int:
+    def final_resolution(self) -> Resolution:
         """Resolution of evaluation."""
         return self.resolution_by_epoch()[-1][1]
 
@@ -175,7 +178,7 @@ class ModelConfig(BaseConfig):
     """Start from the weights in this file (.safetensors, .pth or a checkpoint of a run). If the classes differ, the
     classifier keeps the rows of classes with the same name."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of a timm model, as {img_size: 28, patch_size: 4} for a Vision Transformer, or of
+    """Further arguments of a timm model, as {patch_size: 4} for a Vision Transformer, or of
     cifar_efficientnet, as {stem_size: 16}."""
     freeze: Literal["backbone"] | Annotated[int, Field(ge=0, le=10**4)] | tuple[str, ...] = 0
     """Layers that are not trained: the first N (of timm's coarse groups: stem, stages), those whose parameter names
@@ -199,7 +202,7 @@ class ModelConfig(BaseConfig):
     0.58/sqrt(classes), which starts overconfident with few classes)."""
     filters: tuple[Width, ...] | None = None
     """Output channels of the convolutions of cifar_cnn, lenet and numtadb models, as [32, 64]; null for their own."""
-    kernel: Resolution | tuple[Resolution, ...] | None = None
+    kernel: Side | tuple[Side, ...] | None = None
     """Kernel size of all convolutions of cifar_cnn, lenet and numtadb models, or of each, as [5, 3]; null for their
     own."""
     dense: tuple[Width, ...] | None = None
@@ -411,7 +414,7 @@ class Config(BaseConfig):
             yield "optim.name=schedule_free_adamw averages the weights itself, but trainer.ema_decay is set"
         if self.trainer.monitor == "loss" and self.posthoc.tau == "auto":
             yield "posthoc.tau=auto is tuned for accuracy or macro_f1, but trainer.monitor is loss"
-        if self.trainer.minutes is not None and not isinstance(self.data.resolution, int):
+        if self.trainer.minutes is not None and isinstance(self.data.resolution, tuple):
             yield "data.resolution changes by epoch, but trainer.minutes sets no number of epochs"
         if self.trainer.minutes is not None and self.mixup.off_last_epochs > 0:
             yield "mixup.off_last_epochs counts from the last epoch, but trainer.minutes sets no number of epochs"
@@ -426,7 +429,7 @@ class Config(BaseConfig):
             yield f"augment.random_resized_crop={list(area)} ends before it starts"
         name, plain = self.model.name, self.model.plain_cnn
         for first_epoch, side in self.data.resolution_by_epoch():
-            if side < (smallest := MIN_RESOLUTION.get(name, 1)):
+            if min(input_size(side)) < (smallest := MIN_RESOLUTION.get(name, 1)):
                 yield f"data.resolution={side}, but {name} takes {smallest} or more"
             if plain and side != plain.side:
                 yield f"data.resolution={side}, but {name} takes {plain.side} only"
@@ -451,7 +454,7 @@ class Config(BaseConfig):
         is_scalable = model.name == "cifar_efficientnet"
         has_branches = is_scalable or model.name not in BUILTIN_MODELS
         is_plateau, is_cosine = schedule.name == "plateau", schedule.name in ("cosine", "warm_restarts")
-        has_stages = not isinstance(self.data.resolution, int)
+        has_stages = isinstance(self.data.resolution, tuple)
         by_schedule, by_model = f"schedule.name={schedule.name}", f"model.name={model.name}"
         crops = self.data.crop_to_foreground is not None
         augment = self.augment

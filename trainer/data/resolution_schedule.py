@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.loader import Batch, Loader
 from pipeline.sampler import ShuffledBatchSampler
+from pipeline.transforms.preprocess import Resolution, input_size
 from pipeline.transforms.spec import Transform
 from shards.stores.base import Store
 from trainer.config.schema import Config
@@ -24,20 +26,25 @@ class ResolutionStage(NamedTuple):
 
     first: int
     """First epoch, from 0."""
-    resolution: int
-    """Side of the model input in pixels."""
+    resolution: Resolution
+    """Side of a square model input in pixels, or `HEIGHTxWIDTH`."""
     batch_size: int
     """Images of a global batch."""
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the model input in pixels."""
+        return input_size(self.resolution)
 
 
 def resolution_stages(config: Config) -> tuple[ResolutionStage, ...]:
     """Return the stages of a run; one, unless `data.resolution` is a schedule."""
     starts = config.data.resolution_by_epoch()
-    largest = max(resolution for _, resolution in starts)
+    largest = max(math.prod(input_size(resolution)) for _, resolution in starts)
     size = config.loader.batch_size
     stages = []
     for epoch, resolution in starts:
-        scaled = int(size * (largest / resolution) ** 2) // _BATCH_MULTIPLE * _BATCH_MULTIPLE
+        scaled = size * largest // math.prod(input_size(resolution)) // _BATCH_MULTIPLE * _BATCH_MULTIPLE
         batch_size = max(size, scaled) if config.loader.scale_batch_with_resolution else size
         stages.append(ResolutionStage(epoch - 1, resolution, batch_size))
     return tuple(stages)

@@ -18,6 +18,7 @@ from pipeline.loader import Loader
 from pipeline.normalization import load_or_compute_stats
 from pipeline.sampler import SequentialBatchSampler, ShuffledBatchSampler, max_shuffle_window
 from pipeline.transforms.build import build_transform, choose_backend
+from pipeline.transforms.preprocess import Resolution
 from pipeline.transforms.spec import Transform, TransformSpec
 from shards import Manifest, UserError, open_split
 from shards.atomic import detect_replacement, replaced_error
@@ -130,7 +131,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         is_resident = isinstance(train_store, ResidentStore)
         reason += f"; training images {'stay in GPU memory' if is_resident else 'are copied to the GPU by batch'}"
 
-    def normalized(resolution: int) -> TransformSpec:
+    def normalized(resolution: Resolution) -> TransformSpec:
         scaled = replace(spec, resolution=resolution)
         if config.data.normalize == "half":  # pixels become -1 .. 1
             half = (0.5,) * spec.image_shape[2]
@@ -140,7 +141,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         )
         return scaled.with_normalization(stats.mean, stats.std)
 
-    specs = {resolution: normalized(resolution) for resolution in sorted({stage.resolution for stage in stages})}
+    specs = {resolution: normalized(resolution) for resolution in dict.fromkeys(stage.resolution for stage in stages)}
     transform = build_transform(specs[final.resolution], backend, world.device, final.batch_size)
 
     def make_transform(stage: ResolutionStage) -> Transform:

@@ -36,9 +36,9 @@ def _copies(images: torch.Tensor, views: str) -> Iterator[torch.Tensor]:
     yield images
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     height, width = images.shape[2:]
-    step = max(1, round(_SHIFT * width))  # whole pixels
-    padded = F.pad(images, (step, step, step, step), mode="replicate")
-    for top, left in ((step, 0), (step, 2 * step), (0, step), (2 * step, step)):
+    down, right = (max(1, round(_SHIFT * side)) for side in (height, width))  # whole pixels
+    padded = F.pad(images, (right, right, down, down), mode="replicate")
+    for top, left in ((down, 0), (down, 2 * right), (0, right), (2 * down, right)):
         yield padded[:, :, top : top + height, left : left + width].contiguous(memory_format=layout)
     for scale in (1 / _SCALE, _SCALE) if views == "shifts_scales" else ():
         # A matrix for affine_grid would be copied to the device, for which the host waits.

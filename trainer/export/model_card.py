@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
+from pipeline.transforms.preprocess import input_size
 from shards import Manifest
 from shards.atomic import read_file
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.config.schema import BUILTIN_MODELS
 from trainer.evaluate.metrics import most_confused
 from trainer.export.parity import TOLERANCE, Parity, Reference
-from trainer.models.factory import pretrained_license
+from trainer.models.factory import pretrained_license, timm_options
 from trainer.report.html import render
 
 _MARK = re.compile(r"<!-- model card of (.+), written by python -m trainer.export -->")
@@ -65,7 +66,7 @@ class Card:
             model: The run's model.
             reference: Predictions of the trainer.
         """
-        classes, settings = self.run.trained.classes, self.run.config.model
+        classes, settings, shape = self.run.trained.classes, self.run.config.model, self.metadata["image_shape"]
         predictions = self.run.predictions
         confusions = most_confused(predictions["labels"], predictions["predicted"], _CONFUSIONS)
         has_snippet = self._has_torch_preprocessing
@@ -75,6 +76,9 @@ class Card:
             card=self,
             sha256=hashlib.sha256(self.content).hexdigest(),
             meta=self.metadata,
+            size=input_size(self.metadata["resolution"]),
+            upright_size=tuple(shape[1::-1] if self.test.transposed else shape[:2]),
+            timm_options=timm_options(settings, self.metadata["resolution"]),
             config=self.run.config,
             settings=self.run.directory.read_settings()[0],
             environment=self.run.environment,
@@ -135,9 +139,9 @@ class Card:
         planes = torch.from_numpy(reference.images).permute(0, 3, 1, 2)
         mean, std = (torch.tensor(meta[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
         inputs = ((planes.mT if meta["transposed"] else planes) / 255 - mean) / std
-        side = meta["resolution"]
-        if inputs.shape[2:] != (side, side):
-            inputs = F.interpolate(inputs, size=(side, side), **_INTERPOLATE[meta["interpolation"]])
+        size = input_size(meta["resolution"])
+        if inputs.shape[2:] != size:
+            inputs = F.interpolate(inputs, size=size, **_INTERPOLATE[meta["interpolation"]])
         offsets = torch.tensor(meta["offsets"]) if meta["offsets"] else 0.0
         probabilities = ((model.eval()(inputs) - offsets) / meta["temperature"]).softmax(dim=1)
         return Parity.of(reference.probabilities, probabilities.numpy())

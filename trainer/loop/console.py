@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.sampler import equal_batch_size
+from pipeline.transforms.preprocess import format_size
 from shards.errors import quote
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import TrainerConfig
@@ -32,7 +33,7 @@ def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -
         f"{data.manifest.name}: {len(data.train.samples):,} training, {validation:,} validation, "
         f"{len(data.test.sampler.samples):,} test images, {len(data.classes)} classes\n"
         f"{steps}, {sizes}\n"
-        f"{settings.model.name} at {_by_stage(data, lambda stage: f'{stage.resolution}x{stage.resolution}')}, "
+        f"{settings.model.name} at {_by_stage(data, lambda stage: format_size(stage.resolution))}, "
         f"{state.parameter_count:,} parameters, on {world.device} in "
         f"{describe_precision(settings.trainer, world.device)} "
         f"({_count(world.size, 'rank')}); loader {data.backend}: {data.backend_reason}\n"
@@ -63,7 +64,7 @@ def print_plan(training: Training) -> None:
 
     def model_input(stage: ResolutionStage) -> str:
         per_rank = -(-_batch_size(data, stage) // world.size)
-        return f"[{per_rank}, {channels}, {stage.resolution}, {stage.resolution}] per rank"
+        return f"[{per_rank}, {channels}, {', '.join(map(str, stage.input_size))}] per rank"
 
     def steps(stage: ResolutionStage) -> str:
         count = data.train.steps(stage.first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -42,8 +43,8 @@ class EpochMeter:
         training.class_counts.zero_()
         if world.is_main_process:
             training.class_counts.copy_(state.class_counts)
-        steps, pixels = train.steps(state.epoch), train.stage_at(state.epoch).resolution ** 2
-        later = sum(train.stage_at(epoch).resolution ** 2 for epoch in range(state.epoch + 1, settings.epochs))
+        steps, pixels = train.steps(state.epoch), math.prod(train.stage_at(state.epoch).input_size)
+        later = sum(math.prod(train.stage_at(epoch).input_size) for epoch in range(state.epoch + 1, settings.epochs))
         self._progress = Progress(
             state.epoch,
             settings.fixed_epochs,

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from pipeline.loader import Batch
+from pipeline.transforms.preprocess import format_size
 from shards.cli import program_name, run_command
 from shards.errors import UserError, quote
 from shards.remote.datasets import resolve_dataset
@@ -124,13 +125,13 @@ class BatchSizeRunner:
     def _least_per_image(self) -> float:
         """Return a lower bound of the bytes of an image, so that the first size does not exceed the memory either."""
         spec, count = self._training.data.spec, _FIRST["cpu"]
-        shape = (count, spec.image_shape[2], spec.resolution, spec.resolution)
+        shape = (count, spec.image_shape[2], *spec.input_size)
         return saved_tensor_bytes(self._training.state.model, shape) / count
 
     def _speed(self, batch_size: int) -> float:
         """Return the images/s of complete steps, optimizer included."""
         spec = self._training.data.spec
-        shape = (batch_size, spec.image_shape[2], spec.resolution, spec.resolution)
+        shape = (batch_size, spec.image_shape[2], *spec.input_size)
         images = torch.rand(shape, device=self._device)
         prefetched = [images.clone() for _ in range(_PREFETCHED)]
         labels = torch.arange(batch_size, device=self._device) % len(self._training.data.classes)
@@ -173,7 +174,7 @@ def main() -> int:
         settings = resolve_auto(settings, world.device)
         data = open_data(settings, world)
         run = BatchSizeRunner(make_training(settings, data, world))
-        print(f"{settings.model.name} at {data.spec.resolution}x{data.spec.resolution} on {world.device}")
+        print(f"{settings.model.name} at {format_size(data.spec.resolution)} on {world.device}")
 
         def attempt(size: int) -> BatchSizeResult | None:
             result = run(size)

@@ -21,7 +21,7 @@ from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
 from trainer.evaluate.logit_adjustment import PosthocCalibration, log_class_weights
 from trainer.models.compile import compile_model
-from trainer.models.factory import apply_training_options, check_sides, make_model
+from trainer.models.factory import apply_training_options, check_resolutions, make_model
 from trainer.models.precision import make_grad_scaler, memory_format
 from trainer.optim.distillation import DistillationTeacher
 from trainer.optim.ema import ModelEma
@@ -272,8 +272,8 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         config.model.model_copy(update={"pretrained": False, "init_checkpoint": None}) if resuming else config.model
     )
     channels = data.spec.image_shape[2]
-    model = make_model(settings, channels, len(data.classes), data.classes)
-    check_sides(model, settings.name, channels, {side for _, side in config.data.resolution_by_epoch()})
+    model = make_model(settings, channels, len(data.classes), data.classes, data.spec.resolution)
+    check_resolutions(model, settings.name, channels, dict(config.data.resolution_by_epoch()).values())
     model = apply_training_options(model, settings, world.device, world.size)
     model.to(world.device).to(memory_format=memory_format(config.trainer))
     forward = compile_model(model, config.trainer, world.device, len(data.train.stages))

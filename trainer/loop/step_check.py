@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.sampler import equal_batch_size
+from pipeline.transforms.preprocess import format_size
 from shards.errors import UserError, first_line
 from trainer.config.load import replace_settings
 from trainer.config.schema import Config
@@ -94,12 +95,12 @@ def check_batch_sizes(training: Training) -> None:
         reason = "one image for each rank"
         if smallest == 1:
             try:
-                saved_tensor_bytes(training.state.model, (1, channels, stage.resolution, stage.resolution))
+                saved_tensor_bytes(training.state.model, (1, channels, *stage.input_size))
                 continue
             except ValueError:
                 reason = (
                     f"two images for each rank, which the batch norm of model.name={config.model.name} needs at "
-                    f"{stage.resolution}x{stage.resolution}"
+                    f"{format_size(stage.resolution)}"
                 )
         raise UserError(
             found=f"{samples} training images in batches of {images} for {world.size} rank(s): the smallest batch of a "
@@ -148,7 +149,7 @@ def estimate_memory(training: Training) -> StepMemory:
     images, kept = 0, 0.0
     for stage in data.train.stages:
         size = equal_batch_size(samples, stage.batch_size)
-        shape = (-(-size // world.size), channels, stage.resolution, stage.resolution)
+        shape = (-(-size // world.size), channels, *stage.input_size)
         if (stage_kept := float(saved_tensor_bytes(model, shape))) >= kept:
             images, kept = size, stage_kept
     if config.trainer.precision != "fp32":

@@ -37,7 +37,7 @@ def warm_up(training: Training) -> float:
         for stage in (stage for stage in data.train.stages if stage.first >= current.first):
             size = equal_batch_size(len(data.train.samples), stage.batch_size)
             count = size * (world.rank + 1) // world.size - size * world.rank // world.size
-            shape = (count, data.spec.image_shape[2], stage.resolution, stage.resolution)
+            shape = (count, data.spec.image_shape[2], *stage.input_size)
             labels = torch.zeros(count, dtype=torch.int64, device=world.device)
             batch = Batch(torch.rand(shape, device=world.device), labels, labels, step=0, global_size=size)
             for _ in range(_STEPS):

@@ -32,5 +32,5 @@ def resolve_auto(config: Config, device: torch.device) -> Config:
         if name == SMALL_CNN and "resolution" not in config.data.model_fields_set:
             values["data.resolution"] = CPU_RESOLUTION
         config = replace_settings(config, values, "model.name=auto")
-        log.warning("model.name=auto: %s at %d pixels (device %s)", name, config.data.final_resolution, device.type)
+        log.warning("model.name=auto: %s at %s pixels (device %s)", name, config.data.final_resolution, device.type)
     return resolve_precision(config, device)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.transforms.preprocess import Resolution, input_size
 from shards.errors import UserError, first_line
 from trainer.config.schema import BUILTIN_MODELS, ModelConfig
 from trainer.models.lenet_family import make_plain_cnn
@@ -29,18 +30,27 @@ SMALL_CNN = "three_block_cnn"
 _CONNECT_TIMEOUT = 5.0  # seconds
 
 
-def make_model(settings: ModelConfig, channels: int, classes: int, class_names: Sequence[str] = ()) -> nn.Module:
-    """Build a model from images float [B, channels, R, R] to logits [B, classes].
+def make_model(
+    settings: ModelConfig,
+    channels: int,
+    classes: int,
+    class_names: Sequence[str] = (),
+    resolution: Resolution | None = None,
+) -> nn.Module:
+    """Build a model from images float [B, channels, R, S] to logits [B, classes].
 
     Args:
         settings: Name, initial weights and head of the model.
         channels: Channels of the images.
         classes: Number of classes.
         class_names: Names of the classes, by which rows of the classifier in `model.init_checkpoint` are kept.
+        resolution: Side of square images in pixels, or `HEIGHTxWIDTH`, for a network that is built for one size, such
+            as a Vision Transformer; None for its default.
 
     Raises:
         UserError: The name is unknown, or the weights are unavailable or do not fit.
     """
+    settings = settings.model_copy(update={"options": timm_options(settings, resolution)})
     hidden = settings.head_hidden
     repeats = settings.gray_input == "repeated" and channels == 1
     backbone, features = _backbone(settings, 3 if repeats else channels, 0 if hidden else classes)
@@ -108,8 +118,19 @@ def has_depthwise_convolutions(settings: ModelConfig) -> bool:
     return any(layer.groups == layer.in_channels > 1 for layer in convolutions)
 
 
-def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int]) -> None:
-    """Check that a model on the CPU takes images of each side, by calling it with an empty image.
+def timm_options(settings: ModelConfig, resolution: Resolution | None) -> dict[str, Any]:
+    """Return `model.options`, with the size of the images for a model of timm that is built for one size."""
+    if settings.name in BUILTIN_MODELS or resolution is None:
+        return settings.options
+    import timm
+
+    published = timm.get_pretrained_cfg(settings.name) if timm.is_model(settings.name) else None
+    has_one_size = published is not None and published.fixed_input_size
+    return {**({"img_size": input_size(resolution)} if has_one_size else {}), **settings.options}
+
+
+def check_resolutions(model: nn.Module, name: str, channels: int, resolutions: Iterable[Resolution]) -> None:
+    """Check that a model on the CPU takes images of each resolution, by calling it with an empty image.
 
     Many models pool small images to nothing, and some transformers take one size only; no attribute tells which.
 
@@ -117,22 +138,22 @@ def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int]
         model: The model.
         name: Its name, for the error message.
         channels: Channels of the images.
-        sides: Sides of the images in pixels.
+        resolutions: Sides of square images in pixels, or `HEIGHTxWIDTH`.
 
     Raises:
-        UserError: The model does not take images of a side.
+        UserError: The model does not take images of a resolution.
     """
     training = model.training
     model.eval()
-    for side in sides:
+    for resolution in resolutions:
         try:
             with torch.no_grad():
-                model(torch.zeros(1, channels, side, side))
+                model(torch.zeros(1, channels, *input_size(resolution)))
         except Exception as error:  # models raise many types of exceptions
             raise UserError(
-                found=f"data.resolution={side} for model.name={name}, which raises: {first_line(error)}",
+                found=f"data.resolution={resolution} for model.name={name}, which raises: {first_line(error)}",
                 expected="a resolution that the model takes",
-                hint=f"model.options={{img_size: {side}}}, also with a patch_size that divides it"
+                hint="model.options={patch_size: N} with a divisor N of data.resolution, or change data.resolution"
                 if hasattr(getattr(model, "backbone", model), "patch_embed")
                 else "change data.resolution or model.name",
             ) from None
@@ -221,11 +242,13 @@ def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool)
 
             return efficientnet_cifar(settings, channels, classes)
         return _timm_model(settings, channels, classes, pretrained)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "img_size" not in settings.options:
+            raise
         raise UserError(
             found=f"model.name={settings.name}, which does not take some settings: {first_line(error)}",
             expected="a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, drop_path_rate",
-            hint="change model.options"
+            hint="change model.options or data.resolution"
             if settings.options
             else "model.drop_path_rate=0"
             if settings.drop_path_rate

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 import torch.nn.functional as F
 
-from pipeline.transforms.preprocess import Preprocessing
+from pipeline.transforms.preprocess import Preprocessing, input_size
 from shards.errors import UserError
 from trainer.checkpoint.io import BEST
 from trainer.checkpoint.trained_model import TrainedModel
@@ -60,7 +60,7 @@ class DistillationTeacher:
                     hint=hint,
                 )
         self._model = trained.build_model(device).eval().requires_grad_(False)
-        self._resolution = trained.config.data.final_resolution
+        self._input_size = input_size(trained.config.data.final_resolution)
         self._trainer = student.trainer
         self._settings = student.distillation
         self._device = device
@@ -74,14 +74,14 @@ class DistillationTeacher:
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """Predict the student's input [B, channels, R, R], resized to the teacher's resolution.
+        """Predict the student's input [B, channels, R, S], resized to the teacher's resolution.
 
         Returns:
             Probabilities float32 [B, C] at `distillation.temperature`, with the teacher's post-hoc logit adjustment.
         """
         images = images * self._scale + self._shift
-        if images.shape[3] != self._resolution:
-            images = F.interpolate(images, size=[self._resolution] * 2, mode="bilinear", antialias=True)
+        if images.shape[2:] != self._input_size:
+            images = F.interpolate(images, size=self._input_size, mode="bilinear", antialias=True)
         with autocast(self._trainer, self._device):
             logits = self._model(to_memory_format(images, self._trainer))
         return ((logits.float() - self._offsets) / self._settings.temperature).softmax(dim=1)

@@ -71,7 +71,7 @@ class DrawingClassifier:
 
         Returns:
             `top`: the most probable classes with probabilities, empty for a blank drawing; `image`: the model input as
-            a data URL; `side`: its side in pixels.
+            a data URL; `size`: its height and width in pixels.
 
         Raises:
             UnusableImageError: The content is not an image, or is too large.
@@ -89,15 +89,16 @@ class DrawingClassifier:
                 return {"top": []}
             probabilities, (pixels, *_), _ = self.predictor.predict([adapted.image])
         classes = (-probabilities[0]).argsort(kind="stable")[:_TOP].tolist()
-        side = pixels.shape[0] * -(-_MIN_SIDE // pixels.shape[0])
-        enlarged = to_pil_image(pixels).resize((side, side), Image.Resampling.NEAREST)
+        height, width = pixels.shape[:2]
+        factor = -(-_MIN_SIDE // height)
+        enlarged = to_pil_image(pixels).resize((width * factor, height * factor), Image.Resampling.NEAREST)
         return {
             "top": [
                 {"class": self.predictor.classes[label], "probability": float(probabilities[0, label])}
                 for label in classes
             ],
             "image": image_url(enlarged),
-            "side": self.predictor.resolution,
+            "size": [height, width],
         }
 
 

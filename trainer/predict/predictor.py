@@ -15,6 +15,7 @@ from pipeline.common.device import choose_device
 from pipeline.ink.adapter import InputAdapter
 from pipeline.preview import upright
 from pipeline.transforms.build import build_transform, choose_backend
+from pipeline.transforms.preprocess import Resolution
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError
 from shards.errors import errors_as_corrupt
@@ -42,7 +43,7 @@ class Predictions(NamedTuple):
 
     Attributes:
         probabilities: float32 [n, C], rows add up to 1.
-        images: Model input as uint8 [n, R, R, channels].
+        images: Model input as uint8 [n, R, S, channels].
         embeddings: Input of the classifier, float32 [n, F], those of the members of an ensemble side by side; F is 0
             unless they were asked for.
     """
@@ -57,7 +58,7 @@ class Predictor:
 
     Attributes:
         classes: Class names.
-        resolution: Side of the model input in pixels.
+        resolution: Side of a square model input in pixels, or `HEIGHTxWIDTH`.
         adapter: Converts an image file to the format that `predict` accepts.
         batch_size: Maximum batch.
     """
@@ -80,7 +81,7 @@ class Predictor:
         self.classes: tuple[str, ...] = trained.classes
         self.temperature: float = trained.temperature
         self._head = ProbabilityHead(**trained.posthoc_kwargs()).to(self._device)
-        self.resolution: int = self._config.data.final_resolution
+        self.resolution: Resolution = self._config.data.final_resolution
         with errors_as_corrupt(RunDirectory(run).best, HINT):
             self.adapter = InputAdapter.from_state_dict(trained.adapter_state)
             if sorted(map(str, self.adapter.image_shape)) != sorted(map(str, trained.image_shape)):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline.preview import MUTED, PAPER, TEXT, draw_text, to_pil_image
 
@@ -60,7 +60,7 @@ def prediction_sheet(tiles: list[Tile], title: str, not_shown: int = 0) -> Image
             draw.rectangle((x - 3, y - 3, x + _TILE + 2, y + _TILE + 2), fill=_WRONG)
             draw_text(draw, (x, y + _TILE + 21), f"true: {tile.true}", 12, _TILE, MUTED)
         resample = Image.Resampling.NEAREST if tile.image.shape[0] * 2 <= _TILE else Image.Resampling.LANCZOS
-        sheet.paste(to_pil_image(tile.image).resize((_TILE, _TILE), resample), (x, y))
+        sheet.paste(ImageOps.pad(to_pil_image(tile.image), (_TILE, _TILE), resample, color=PAPER), (x, y))
         percent, font = f"{tile.probability:.0%}", ImageFont.load_default(12)
         draw.text((x + _TILE, y + _TILE + 6), percent, MUTED, font, anchor="ra")
         room = _TILE - int(font.getlength(percent)) - 4

@@ -14,6 +14,7 @@ import jinja2
 from PIL import Image
 
 from pipeline.preview import to_png
+from pipeline.transforms.preprocess import format_size
 from shards.errors import printable
 from trainer.runtime.progress import duration
 
@@ -30,7 +31,7 @@ def _environment(directory: Path) -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"duration": duration, "percent": percent, "thousands": "{:,}".format}
+    environment.filters |= {"duration": duration, "percent": percent, "thousands": "{:,}".format, "size": format_size}
     environment.filters |= {"md": markdown_text, "code": markdown_code, "fenced": markdown_fenced}
     return environment
 

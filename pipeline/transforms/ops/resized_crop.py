@@ -15,37 +15,36 @@ class ResizedCrop:
     Taps outside of the box are left out, as in Pillow and torchvision (`antialias=True`).
 
     Args:
-        resolution: Side of the square output in pixels.
+        size: Height and width of the output in pixels.
         interpolation: `linear`, `cubic`, `lanczos` or `nearest`.
         device: Device of the images.
     """
 
-    def __init__(self, resolution: int, interpolation: str, device: torch.device) -> None:
-        self._nudge = nearest_nudge(resolution) if interpolation == "nearest" else None
+    def __init__(self, size: tuple[int, int], interpolation: str, device: torch.device) -> None:
+        self._is_nearest = interpolation == "nearest"
         table = np.zeros(1) if interpolation == "nearest" else kernel_table(interpolation)
         self._table = torch.from_numpy(table).float().to(device)
-        self._fractions = ((torch.arange(resolution) + 0.5) / resolution).to(device)
+        self._fractions = [((torch.arange(side) + 0.5) / side).to(device) for side in size]
 
     def __call__(self, pixels: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Return float32 [B, C, R, R] of float32 [B, C, H, W] and boxes float32 [B, 4]: top, left, height, width."""
+        """Return float32 [B, C, R, S] of float32 [B, C, H, W] and boxes float32 [B, 4]: top, left, height, width."""
         batch, channels, height, width = pixels.shape
         rows, columns = (
-            self._weights(boxes[:, axis], boxes[:, axis + 2], size)[:, None].expand(-1, channels, -1, -1)
-            for axis, size in enumerate((height, width))
+            self._weights(boxes[:, axis], boxes[:, axis + 2], size, fractions)[:, None].expand(-1, channels, -1, -1)
+            for axis, (size, fractions) in enumerate(zip((height, width), self._fractions, strict=True))
         )
-        resolution = len(self._fractions)
-        half = pixels.new_empty(batch, channels, height, resolution)
+        half = pixels.new_empty(batch, channels, height, columns.shape[2])
         exact_matmul(pixels, columns.mT, out=half)
-        return exact_matmul(rows, half, out=pixels.new_empty(batch, channels, resolution, resolution))
+        return exact_matmul(rows, half, out=pixels.new_empty(batch, channels, rows.shape[2], columns.shape[2]))
 
-    def _weights(self, start: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
+    def _weights(self, start: torch.Tensor, length: torch.Tensor, size: int, fractions: torch.Tensor) -> torch.Tensor:
         """Weights float32 [B, R, size] that resize each section of an axis to R pixels."""
         taps = torch.arange(size, device=start.device)
         start, length = start[:, None], length[:, None]
-        positions = start + self._fractions * length  # [B, R]
-        if self._nudge is not None:
-            return ((positions + self._nudge).floor()[:, :, None] == taps).float()
-        widening = (length / len(self._fractions)).clamp_min(1)[:, :, None]
+        positions = start + fractions * length  # [B, R]
+        if self._is_nearest:
+            return ((positions + nearest_nudge(len(fractions))).floor()[:, :, None] == taps).float()
+        widening = (length / len(fractions)).clamp_min(1)[:, :, None]
         distances = ((taps + 0.5 - positions[:, :, None]) / widening).abs_().mul_(TABLE_STEPS)
         distances.clamp_(max=len(self._table) - 2)
         node = distances.long()

@@ -25,6 +25,7 @@ from pipeline.transforms.build import build_transform
 from pipeline.transforms.ops.erasing import erase
 from pipeline.transforms.ops.foreground import contour_mask, foreground_mask
 from pipeline.transforms.ops.philox import philox_words
+from pipeline.transforms.preprocess import Resolution, input_size
 from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.warp import elastic_noise, gaussian_weights
 from shards import UserError, open_split
@@ -71,7 +72,10 @@ def noise(count: int, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 
 def spec_of(
-    shape: tuple[int | None, int | None, int], resolution: int, interpolation: str = "linear", transposed: bool = False
+    shape: tuple[int | None, int | None, int],
+    resolution: Resolution,
+    interpolation: str = "linear",
+    transposed: bool = False,
 ) -> TransformSpec:
     return TransformSpec(shape, transposed, resolution, interpolation, (0.0,) * shape[2], (1.0,) * shape[2])
 
@@ -203,6 +207,8 @@ def test_displacements_have_the_size_asked_for_everywhere_and_are_smooth() -> No
         (RGB, 40, "linear", True),
         (RGB, 31, "cubic", False),
         (RGB, 16, "nearest", True),
+        (RGB, "24x50", "linear", False),
+        (RGB, "40x17", "cubic", True),
     ],
 )
 def test_computes_the_reference(
@@ -210,7 +216,7 @@ def test_computes_the_reference(
     device: torch.device,
     kind: str,
     shape: tuple[int, int, int],
-    resolution: int,
+    resolution: Resolution,
     interpolation: str,
     transposed: bool,
 ) -> None:
@@ -222,7 +228,7 @@ def test_computes_the_reference(
     assert np.array_equal(images, before)
     some = slice(0, 4)
     expected = reference.augmented(images[some], resolution, augmentation, params, interpolation, transposed)
-    assert result.shape == (COUNT, shape[2], resolution, resolution)
+    assert result.shape == (COUNT, shape[2], *input_size(resolution))
     assert np.abs(result[some].cpu().numpy() - expected).max() <= TOLERANCE
     # The last ones share a pack with padding.
     last = build_transform(spec, backend, device, COUNT, augmentation)(images[-3:], params[-3:])
@@ -329,7 +335,7 @@ def test_pictures_of_any_size_are_moved_and_coloured_alike(device: torch.device,
     for number, image in enumerate(images):
         one = model_input(image[None], 24, "linear", False, (0.0,) * 3, (1.0,) * 3)
         one = reference.recoloured(one[0], augmentation, params, number) if augmentation.has_color_jitter else one[0]
-        expected = reference.moved(one, 24, (24, 24), augmentation, params, number)
+        expected = reference.moved(one, (24, 24), (24, 24), augmentation, params, number)
         assert np.abs(result[number] - expected).max() <= TOLERANCE
 
 

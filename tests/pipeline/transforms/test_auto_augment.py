@@ -18,6 +18,7 @@ from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from pipeline.transforms.build import build_transform
 from pipeline.transforms.ops.auto_augment import OPERATIONS, AutoAugment
 from pipeline.transforms.ops.resized_crop import ResizedCrop
+from pipeline.transforms.preprocess import Resolution, input_size
 from pipeline.transforms.shared_ops import SharedOps
 from pipeline.transforms.spec import TransformSpec
 
@@ -152,10 +153,12 @@ def test_boxes_of_random_resized_crops_are_those_of_torchvision(area: tuple[floa
     assert len(np.unique(found, axis=0)) > 25
 
 
-@pytest.mark.parametrize(("interpolation", "resolution"), [("linear", 40), ("linear", 9), ("cubic", 16), ("cubic", 50)])
+@pytest.mark.parametrize(
+    ("interpolation", "resolution"), [("linear", "24x40"), ("linear", 9), ("cubic", "16x11"), ("cubic", 50)]
+)
 @pytest.mark.parametrize("shape", [(28, 28, 1), (20, 31, 3)])
 def test_resized_crops_equal_torchvision(
-    backend: str, interpolation: str, resolution: int, shape: tuple[int, int, int]
+    backend: str, interpolation: str, resolution: Resolution, shape: tuple[int, int, int]
 ) -> None:
     augmentation = Augmentation(random_resized_crop=(0.08, 1))
     images = examples(COUNT, *shape)
@@ -165,7 +168,7 @@ def test_resized_crops_equal_torchvision(
     expected = torch.stack(
         [
             functional.resized_crop(
-                torch.from_numpy(image).permute(2, 0, 1) / 255, *box, [resolution, resolution], mode, antialias=True
+                torch.from_numpy(image).permute(2, 0, 1) / 255, *box, list(input_size(resolution)), mode, antialias=True
             )
             for image, box in zip(images, boxes.tolist(), strict=True)
         ]
@@ -185,7 +188,7 @@ def test_resized_crops_equal_torchvision(
 def test_nearest_pixels_of_a_box() -> None:
     image = torch.arange(20.0).view(1, 1, 4, 5)
     box = torch.tensor([[1.0, 2.0, 2.0, 3.0]])
-    result = ResizedCrop(4, "nearest", CPU)(image, box)
+    result = ResizedCrop((4, 4), "nearest", CPU)(image, box)
     assert result[0, 0].tolist() == [[7, 8, 8, 9], [7, 8, 8, 9], [12, 13, 13, 14], [12, 13, 13, 14]]
 
 
@@ -196,7 +199,7 @@ def test_image_files_are_cropped_before_the_resize_and_changed_after_it(monkeypa
     crop = Augmentation(random_resized_crop=(0.2, 0.9))
     both = Augmentation(random_resized_crop=(0.2, 0.9), auto_augment="trivial_augment")
     params = both.sample_params(0, 0, 0, slice(0, len(files)))
-    spec = TransformSpec((None, None, 3), False, 24, mean=(0.0,) * 3, std=(1.0,) * 3)
+    spec = TransformSpec((None, None, 3), False, "24x17", mean=(0.0,) * 3, std=(1.0,) * 3)
     cropped = build_transform(spec, "dali", CPU, len(files), crop)(files, params).numpy()
     boxes = crop.crop_boxes(params, np.array(sizes))
     parts = [

@@ -10,7 +10,7 @@ import torch
 from support.simulated_gpu import GPU, DeviceError, simulated_gpu
 
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
-from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing
+from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing, Resolution, input_size
 from pipeline.transforms.shared_ops import SharedOps
 from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.torch_backend import TorchTransform
@@ -35,7 +35,7 @@ COUNT = 6
 MANY = 100  # images, so that every operation of a policy has some
 
 
-def spec_of(channels: int, transposed: bool, resolution: int, preprocessing: str = "none") -> TransformSpec:
+def spec_of(channels: int, transposed: bool, resolution: Resolution, preprocessing: str = "none") -> TransformSpec:
     spec = TransformSpec((28, 26, channels), transposed, resolution, preprocessing=PREPROCESSING[preprocessing])
     return spec.with_normalization((0.5,) * channels, (0.25,) * channels)
 
@@ -47,14 +47,14 @@ def test_a_batch_does_not_wait_for_the_gpu(augmentation: str, channels: int) -> 
     count = MANY if changes.auto_augment_rounds else COUNT
     images = np.zeros((count, 28, 26, channels), np.uint8)
     for transposed, (resolution, preprocessing) in itertools.product(
-        (False, True), ((14, "none"), (56, "all"), (28, "invert"))
+        (False, True), ((14, "none"), ("56x30", "all"), (28, "invert"))
     ):
         with simulated_gpu() as gpu:
             transform = TorchTransform(spec_of(channels, transposed, resolution, preprocessing), GPU, changes)
             with gpu.step():
                 output = transform(images, changes.sample_params(0, 0, 0, slice(0, count)) if changes else None)
         assert (output.device, output.dtype) == (GPU, torch.float32)
-        assert output.shape == (count, channels, resolution, resolution)
+        assert output.shape == (count, channels, *input_size(resolution))
 
 
 def test_a_wait_in_a_raw_operation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,13 @@ from PIL import Image
 from support.transform_reference import model_input, resize_axis
 
 from pipeline.transforms.build import build_transform, choose_backend
+from pipeline.transforms.export_module import TransformModule
 from pipeline.transforms.ops.resize import resize_weights
-from pipeline.transforms.preprocess import Preprocessing
+from pipeline.transforms.preprocess import Preprocessing, Resolution
 from pipeline.transforms.spec import Transform, TransformSpec
 from shards import UserError, open_split
 
-RESOLUTIONS = (7, 9, 14, 20, 28, 31, 40, 56, 64, 84, 96, 112, 140, 224)
+RESOLUTIONS = (7, 9, 14, 20, 28, 31, 40, 56, 64, 84, 96, 112, 140, 224, "15x50", "31x20")
 GRAY = (28, 28, 1)
 RGB = (20, 31, 3)
 # Of the pixel range. torch stays below 1e-6; DALI computes positions in float32, which costs up to about 4e-6 at
@@ -48,7 +49,7 @@ def random_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> NDA
 
 
 def spec_of(
-    shape: tuple[int, int, int], resolution: int, interpolation: str = "linear", transposed: bool = False
+    shape: tuple[int, int, int], resolution: Resolution, interpolation: str = "linear", transposed: bool = False
 ) -> TransformSpec:
     channels = shape[2]
     return TransformSpec(shape, transposed, resolution, interpolation, (0.0,) * channels, (1.0,) * channels)
@@ -56,7 +57,7 @@ def spec_of(
 
 @functools.cache
 def expected(
-    count: int, shape: tuple[int, int, int], resolution: int, interpolation: str, transposed: bool
+    count: int, shape: tuple[int, int, int], resolution: Resolution, interpolation: str, transposed: bool
 ) -> NDArray[np.float64]:
     zeros, ones = (0.0,) * shape[2], (1.0,) * shape[2]
     return model_input(random_images(count, shape), resolution, interpolation, transposed, zeros, ones)
@@ -74,7 +75,7 @@ def largest_error(result: torch.Tensor, reference: NDArray[np.float64]) -> float
 def test_computes_the_reference(
     backend: str,
     device: torch.device,
-    resolution: int,
+    resolution: Resolution,
     interpolation: str,
     shape: tuple[int, int, int],
     transposed: bool,
@@ -84,6 +85,14 @@ def test_computes_the_reference(
     assert result.dtype == torch.float32
     assert result.device.type == device.type
     assert largest_error(result, expected(3, shape, resolution, interpolation, transposed)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["upright", "transposed"])
+@pytest.mark.parametrize("resolution", [24, "15x50"])
+def test_the_module_of_exported_models_computes_the_reference(resolution: Resolution, transposed: bool) -> None:
+    module = TransformModule(spec_of(RGB, resolution, transposed=transposed))
+    result = module(torch.from_numpy(random_images(3, RGB)))
+    assert largest_error(result, expected(3, RGB, resolution, "linear", transposed)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("resolution", [11, 23, 50])
@@ -210,8 +219,8 @@ def _pretend_dali(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there else None)
 
 
-@pytest.mark.parametrize("resolution", [0, -1, 4097])
-def test_refuses_a_resolution_that_makes_no_image(synthetic_set: Path, resolution: int) -> None:
+@pytest.mark.parametrize("resolution", [0, -1, 4097, "28x0", "4097x1"])
+def test_refuses_a_resolution_that_makes_no_image(synthetic_set: Path, resolution: Resolution) -> None:
     with pytest.raises(UserError, match=f"resolution={resolution}"):
         TransformSpec.of(open_split(synthetic_set, "train").manifest, resolution)
 
@@ -250,10 +259,19 @@ def test_a_spec_tells_how_the_size_changes(
 ) -> None:
     for transposed in (False, True):
         spec = spec_of(shape, resolution, transposed=transposed)
+        assert spec.input_size == (resolution, resolution)
         assert (spec.needs_resize, spec.upsamples) == (needs_resize, upsamples)
         assert spec.upright_size == (shape[:2] if not transposed else shape[1::-1])
         assert spec.can_warp_raw == (resolution >= max(shape[:2]))
         assert not spec_of(shape, resolution, "cubic", transposed).can_warp_raw
+
+
+def test_a_spec_of_rectangular_output_tells_how_the_size_changes() -> None:
+    upright, transposed = spec_of((20, 31, 3), "20x31"), spec_of((20, 31, 3), "20x31", transposed=True)
+    assert (upright.input_size, upright.needs_resize, upright.can_warp_raw) == ((20, 31), False, True)
+    assert (transposed.needs_resize, transposed.can_warp_raw) == (True, False)
+    assert not spec_of((20, 31, 3), "31x20", transposed=True).needs_resize
+    assert [spec_of((20, 31, 3), size).upsamples for size in ("10x62", "10x63")] == [False, True]
 
 
 @pytest.mark.parametrize(("shape", "resolution"), [(GRAY, 28), (GRAY, 112), (RGB, 56)])

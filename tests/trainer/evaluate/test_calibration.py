@@ -121,6 +121,19 @@ def test_the_right_temperature_calibrates() -> None:
     assert error(fit_temperature(logits, labels)) < 0.01
 
 
+def test_views_of_rectangular_images_are_shifted_by_their_height_and_width() -> None:
+    seen: list[torch.Tensor] = []
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return images.flatten(1)[:, :2]
+
+    images = torch.rand(1, 1, 28, 84, generator=torch.Generator().manual_seed(0))
+    mean_logits(model, images, "shifts")
+    assert torch.equal(seen[1][..., 3:], images[..., :-3])
+    assert torch.equal(seen[3][..., 1:, :], images[..., :-1, :])
+
+
 def test_views_are_the_image_and_its_shifts() -> None:
     seen: list[torch.Tensor] = []
 

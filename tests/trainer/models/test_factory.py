@@ -17,7 +17,7 @@ from shards import UserError
 from trainer.config.schema import Config, ModelConfig
 from trainer.models import factory as model_module
 from trainer.models.auto import resolve_auto
-from trainer.models.factory import SMALL_CNN, apply_training_options, check_sides, make_model
+from trainer.models.factory import SMALL_CNN, apply_training_options, check_resolutions, make_model
 from trainer.models.precision import describe_precision, resolve_precision
 from trainer.models.weights import load_weights
 from trainer.optim.ema import ModelEma
@@ -104,11 +104,19 @@ def test_a_model_without_shortcuts_takes_no_stochastic_depth() -> None:
 def test_sides_that_a_model_does_not_take_are_refused(name: str, sides: tuple[int, ...], refused: int) -> None:
     model = make_model(ModelConfig(name=name), 1, CLASSES)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    check_sides(model, name, 1, sides[:1])
+    check_resolutions(model, name, 1, sides[:1])
     assert model.training
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items()), "only tried"
     with pytest.raises(UserError, match=f"data.resolution={refused} for model.name={name}"):
-        check_sides(model, name, 1, sides)
+        check_resolutions(model, name, 1, sides)
+
+
+def test_a_network_of_one_size_is_built_for_the_resolution() -> None:
+    model = make_model(ModelConfig(name="vit_tiny_patch16_224"), 1, CLASSES, resolution="32x64")
+    assert model(torch.zeros(2, 1, 32, 64)).shape == (2, CLASSES)
+    check_resolutions(model, "vit_tiny_patch16_224", 1, ["32x64"])
+    with pytest.raises(UserError, match=r"data\.resolution=64x32"):
+        check_resolutions(model, "vit_tiny_patch16_224", 1, ["64x32"])
 
 
 def test_published_weights_that_must_be_had_and_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from shards import UserError
 from trainer.config.schema import Config, ModelConfig, OptimConfig
-from trainer.models.factory import check_sides, make_model
+from trainer.models.factory import check_resolutions, make_model
 from trainer.models.transfer import freeze, lr_scales, set_training_mode
 from trainer.optim.optimizers import make_optimizer
 from trainer.optim.schedules import LRSchedule
@@ -127,7 +127,7 @@ def test_what_a_model_cannot_do_is_one_message(settings: dict[str, Any], words: 
 
 def test_a_vision_transformer_takes_small_images_by_its_options() -> None:
     small, _ = made(name="test_vit", options={"img_size": 28, "patch_size": 7})
-    check_sides(small, "test_vit", 1, [28])
+    check_resolutions(small, "test_vit", 1, [28])
     assert small.patch_embed.proj.kernel_size == (7, 7) and small.pos_embed.shape[1] == 16 + 1
     images = torch.randn(6, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(6) % 3
@@ -142,5 +142,5 @@ def test_a_vision_transformer_takes_small_images_by_its_options() -> None:
     assert losses[-1] < 0.6 * losses[0]
     large, _ = made(name="test_vit")
     with pytest.raises(UserError) as caught:
-        check_sides(large, "test_vit", 1, [28])
-    assert "model.options={img_size: 28}" in caught.value.hint
+        check_resolutions(large, "test_vit", 1, [28])
+    assert "model.options={patch_size: N}" in caught.value.hint

@@ -96,7 +96,7 @@ def test_a_drawing_is_answered(server: int) -> None:
     assert shares == sorted(shares, reverse=True)
     assert answer["top"][0]["class"] == "1"
     assert answer["image"].startswith("data:image/png;base64,")
-    assert answer["side"] == 16
+    assert answer["size"] == [16, 16]
     assert json.loads(ask(server, "POST", "/predict", drawing(blank=True), PNG)[2]) == {"top": []}
 
 
