@@ -87,7 +87,7 @@ def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
 
     def facts(run: CompletedRun) -> dict[str, Any]:
         data, trained = run.config.data, run.trained
-        common = {
+        common: dict[str, Any] = {
             "classes": " ".join(trained.classes),
             "data set": trained.data_digest,
             "data.resolution": data.final_resolution,
