@@ -7,16 +7,19 @@ dispatched. Inside `gpu.step()` it fails on what makes the host wait for a devic
 - a copy between both that is not `non_blocking`, or is made from or to more pageable memory than the driver buffers;
 - a value or a shape that the host reads from the device: `item`, `tolist`, `nonzero`, indexing by a mask;
 - `synchronize` of the device, of a stream, or of an event of the same step.
+
+`check_streams` also fails on two streams that use a tensor without an order between them.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -25,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.cuda._sanitizer import EventHandler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -55,7 +59,11 @@ class SimulatedGpu(TorchDispatchMode):
         self.operators: Counter[str] = Counter()
         self.waits: list[str] = []
         self.steps = 0
-        self._in_step = False
+        self._step_thread: int | None = None
+        self.fake_mode: FakeTensorMode
+        self.streams: EventHandler | None = None
+        self._current = threading.local()
+        self._lock = threading.RLock()  # the state of `fake_mode` belongs to no thread
         self._pinned: set[int] = set()
         self._kept: list[torch.Tensor] = []  # so that no other storage gets the identity of a pinned one
 
@@ -68,20 +76,48 @@ class SimulatedGpu(TorchDispatchMode):
     def step(self) -> Iterator[None]:
         """Fail on whatever makes the host wait."""
         self.steps += 1
-        self._in_step = True
+        self._step_thread = threading.get_ident()
         try:
             yield
         finally:
-            self._in_step = False
+            self._step_thread = None
+
+    def check_streams(self) -> None:
+        """Check from now on that the streams are ordered, with the race detector of torch."""
+        self.streams = EventHandler()
+
+    def stream_stack(self) -> list[int]:
+        """The numbers of the streams that this thread has selected; 0 is the default stream."""
+        if not hasattr(self._current, "stack"):
+            self._current.stack = [0]
+        return self._current.stack
+
+    def in_thread(self, items: Iterator[Any]) -> Iterator[Any]:
+        """Return an iterator whose items may be computed by another thread, which simulates the same GPU."""
+        gpu = self
+
+        class Items:
+            def __iter__(self) -> Iterator[Any]:
+                return self
+
+            def __next__(self) -> Any:
+                # Alone, as `device` of a fake tensor is wrong while another thread is within an operator.
+                with gpu._lock, gpu.fake_mode, gpu:
+                    return next(items)
+
+        return Items()
 
     def wait(self, what: str) -> None:
         """Record that the host waits for the GPU; fail in a step."""
-        if self._in_step:
+        if self._step_thread == threading.get_ident():
             raise DeviceError(what)
         self.waits.append(what)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        with self._lock:
+            return self._dispatch(func, args, dict(kwargs or {}))
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.removeprefix("aten::")
         if func.namespace == "prim":
             return func(*args, **kwargs)
@@ -103,6 +139,8 @@ class SimulatedGpu(TorchDispatchMode):
         result = self._run(func, name, args, kwargs)
         if any(each.is_cuda for each in [*tensors, *_tensors(result)]):
             self.operators[name] += 1
+            if self.streams is not None:
+                self._check_streams(func, name, args, kwargs, result)
         return self._pin(result) if pins else result
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -113,6 +151,25 @@ class SimulatedGpu(TorchDispatchMode):
         except DataDependentOutputException:
             # Values are not simulated: conditions hold (all weights are finite), numbers are zero.
             return args[0].dtype == torch.bool
+
+    def _check_streams(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        """Report the tensors that an operator reads and writes to the race detector."""
+        assert self.streams is not None
+        read, written = set[int](), set[int]()
+        given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            storages = {_storage(each) for each in _tensors(given.get(argument.name)) if each.is_cuda}
+            (written if argument.alias_info and argument.alias_info.is_write else read).update(storages)
+        new = {_storage(each) for each in _tensors(result) if each.is_cuda} - read - written
+        if not new and not written:
+            return  # a view
+        for storage in new:
+            self.streams._handle_memory_allocation(storage)
+        names = defaultdict[int, list[str]](list)
+        stream = self.stream_stack()[-1]
+        errors = self.streams._handle_kernel_launch(stream, read - written, written | new, new, name, names)
+        if errors:
+            raise DeviceError(f"{name} in stream {stream} is not ordered after what another stream did")
 
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
         self._kept.append(tensor)
@@ -166,8 +223,11 @@ def _event_class(gpu: SimulatedGpu) -> type:
         def __init__(self, *_: Any, **__: Any) -> None:
             self._step: int | None = None
 
-        def record(self, stream: object = None) -> None:
+        def record(self, stream: Any = None) -> None:
             self._step = gpu.steps
+            if gpu.streams is not None:
+                number = gpu.stream_stack()[-1] if stream is None else stream.number
+                gpu.streams._handle_event_record(id(self), number)
 
         def query(self) -> bool:
             return self._step != gpu.steps
@@ -185,30 +245,36 @@ def _event_class(gpu: SimulatedGpu) -> type:
     return Event
 
 
-def _stream_class(gpu: SimulatedGpu, event_class: type) -> type:
+def _stream_class(gpu: SimulatedGpu, event_class: type) -> Any:
     class Stream:
         """A CUDA stream; operators are not ordered here."""
 
         cuda_stream = 0
         device = GPU
+        all: ClassVar[list[Stream]] = []  # the first one is the default stream
 
         def __init__(self, *_: Any, **__: Any) -> None:
-            pass
+            self.number = len(Stream.all)
+            Stream.all.append(self)
 
         def __enter__(self) -> Stream:
+            gpu.stream_stack().append(self.number)
             return self
 
         def __exit__(self, *_: object) -> None:
-            pass
+            gpu.stream_stack().pop()
 
         def synchronize(self) -> None:
             gpu.wait("Stream.synchronize waits for the GPU")
 
-        def wait_stream(self, other: object) -> None:
+        def wait_stream(self, other: Stream) -> None:
             """Let this stream wait for another, not the host."""
+            self.wait_event(other.record_event())
 
         def wait_event(self, event: object) -> None:
             """Let this stream wait for an event, not the host."""
+            if gpu.streams is not None:
+                gpu.streams._handle_event_wait(id(event), self.number)
 
         def record_event(self, event: Any = None) -> Any:
             event = event or event_class()
@@ -300,7 +366,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
     gpu = SimulatedGpu()
     event = _event_class(gpu)
     stream = _stream_class(gpu, event)
-    current = stream()
+    default = stream()
     replacements = {
         "is_available": lambda: True,
         "is_initialized": lambda: False,
@@ -314,8 +380,8 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         "set_rng_state": lambda *_: None,
         "get_device_properties": lambda *_: PROPERTIES,
         "synchronize": lambda *_: gpu.wait("torch.cuda.synchronize waits for the GPU"),
-        "current_stream": lambda *_: current,
-        "default_stream": lambda *_: current,
+        "current_stream": lambda *_: stream.all[gpu.stream_stack()[-1]],
+        "default_stream": lambda *_: default,
         "stream": lambda stream: stream,
         "Stream": stream,
         "Event": event,
@@ -331,7 +397,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         stack.enter_context(warnings.catch_warnings())
         # Entered without torch.cuda.is_available, which decides that no driver is asked.
         with mock.patch.object(torch.cuda, "is_available", lambda: False):
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            gpu.fake_mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         try:
             torch.zeros(1).to(GPU)
         except RuntimeError as error:
