@@ -161,8 +161,8 @@ def test_the_documented_lines_load_a_timm_model(
     lines = re.search(r"    import timm\n(?:    .*\n|\n)*?    model.eval\(\)\n", text)
     assert lines is not None
     code = re.sub("^    ", "", lines[0], flags=re.MULTILINE)
-    # The snippet is for the recipe for ByClass; all else is as written there.
-    for written, here in (('"efficientnet_b2"', '"test_efficientnet"'), ("num_classes=62", "num_classes=5")):
+    # The snippet is for a run on photos; all else is as written there.
+    for written, here in (('"efficientnet_b0"', '"test_efficientnet"'), ("in_chans=3", "in_chans=1")):
         assert written in code
         code = code.replace(written, here)
     assert code.replace("model/", "") in code_of(target.with_name("README.md"))
