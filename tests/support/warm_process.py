@@ -331,6 +331,9 @@ def _fit_libraries(environment: dict[str, str]) -> None:
     from shards.cpus import available_cpus
 
     np.random.seed()  # noqa: NPY002
+    if wandb := sys.modules.get("wandb.sdk.data_types._private"):  # imported by timm
+        wandb.MEDIA_TMP._finalizer.detach()  # each process removes its directory at its end
+        wandb.MEDIA_TMP.__init__("wandb-media")
     threads = environment.get("OMP_NUM_THREADS") or str(available_cpus())
     if threads.isdecimal() and int(threads) != torch.get_num_threads():
         torch.set_num_threads(int(threads))

@@ -77,8 +77,8 @@ def test_phases_follow_the_schedule_and_keep_the_pixels_of_a_batch() -> None:
         ("data.resolution=[[2, 48]]", "start with 1"),
         ("data.resolution=[]", "start with 1"),
         ("data.resolution=[[1, 48], [1, 56]]", "start with 1 and increase"),
-        ("data.resolution=[48, 56]", "pairs of an epoch and a resolution"),
-        ("data.resolution=[[1, 48.5]]", "pairs of an epoch and a resolution"),
+        ("data.resolution=[48, 56]", "pairs of an epoch and the side of a square"),
+        ("data.resolution=[[1, 48.5]]", "pairs of an epoch and the side of a square"),
         ("data.resolution=[[1, 0]]", "resolutions of 1 .. 4096 pixels"),
     ],
 )

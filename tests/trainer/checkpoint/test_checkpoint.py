@@ -173,7 +173,7 @@ def test_another_recipe_is_refused_with_the_settings_that_differ(config: Config)
     now = load(BYCLASS, ["optim.lr=1e-5", "trainer.epochs=20"])
     error = refusal(state_of(config), now)
     assert "optim.lr=1e-05" in error.found and "trainer.epochs=20" in error.found
-    assert "optim.lr=0.0003" in error.expected and "trainer.epochs=13" in error.expected
+    assert "optim.lr=0.0003" in error.expected and "trainer.epochs=15" in error.expected
     assert "optim.weight_decay" not in str(error)
 
 

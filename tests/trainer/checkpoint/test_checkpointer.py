@@ -238,9 +238,9 @@ def test_a_model_is_built_without_its_initial_weights(tmp_path: Path, monkeypatc
     """They may be gone, and `pretrained` would download some."""
     best, asked = model_of(3), []
 
-    def made(settings: ModelConfig, channels: int, classes: int) -> torch.nn.Module:
+    def made(settings: ModelConfig, channels: int, classes: int, **options: Any) -> torch.nn.Module:
         asked.append((settings.pretrained, settings.init_checkpoint))
-        return make_model(settings, channels, classes)
+        return make_model(settings, channels, classes, **options)
 
     monkeypatch.setattr(trained_model, "make_model", made)
     settings = best.config.model.model_copy(update={"pretrained": True, "init_checkpoint": tmp_path / "gone.pt"})

@@ -126,7 +126,9 @@ def test_files_of_a_run_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(history[0]) + "\n"
     directory.write_summary({"accuracy": 0.5})
     assert (tmp_path / "summary.json").read_text() == '{\n "accuracy": 0.5\n}\n'
-    with pytest.raises(UserError, match=r"summary\.json, which cannot be read: macro_f1: Field required") as caught:
+    with pytest.raises(
+        UserError, match=r"summary\.json, which cannot be read: balanced_accuracy: Field required"
+    ) as caught:
         directory.read_summary()
     assert caught.value.hint.startswith(f"rm -rf {directory.summary_path}; python -m trainer.run {directory.config}")
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "env.json", "metrics.jsonl", "summary.json"]

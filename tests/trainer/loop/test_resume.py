@@ -354,7 +354,10 @@ def test_changed_settings_are_refused_with_what_allows_them(recipe: Path, tmp_pa
     assert train(recipe, tmp_path / "run", *changed) == 0
     groups = newest(tmp_path / "run")["optimizer"]["param_groups"]
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.5]
-    assert {group["initial_lr"] for group in groups} == {1e-4}
+    assert train(recipe, tmp_path / "unchanged", optimizer, "optim.lr=1e-4", "optim.weight_decay=0.5") == 0
+    rates = ([record["lr"] for record in newest(tmp_path / name)["history"]] for name in ("run", "unchanged"))
+    resumed, unchanged = rates
+    assert resumed[1:] == unchanged[1:] and resumed[0] == pytest.approx(20 * unchanged[0])
 
 
 @pytest.mark.parametrize("setting", ["model.name=test_efficientnet", "optim.name=lion", "model.head_hidden=9"])

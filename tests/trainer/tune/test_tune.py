@@ -186,7 +186,7 @@ def test_the_best_recipe_is_complete_and_trains(
     best = ranking(results(searched))[0].values
     expected = base.recipe() | best
     assert found.recipe() == expected
-    assert yaml.safe_load(path.read_text()).keys() == RECIPE.keys() | {"run"}
+    assert yaml.safe_load(path.read_text()).keys() == RECIPE.keys() | {"run", "logging"}
     monkeypatch.setattr(
         sys, "argv", ["trainer.run", str(path), f"run.dir={tmp_path / 'run'}", "data.train_fraction=0.2"]
     )
