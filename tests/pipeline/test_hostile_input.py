@@ -146,7 +146,7 @@ class TestEveryFile:
                 assert any(name in fault for fault in check_split(part)[1])
             (part / name).write_bytes(content)
 
-    @pytest.mark.parametrize("bits", [0x01, 0x80])
+    @pytest.mark.parametrize("bits", [0x01, pytest.param(0x80, marks=pytest.mark.slow)])
     def test_flipped(self, part: Path, whole: Path, bits: int) -> None:
         expected = everything(whole)
         for name in files_of(whole):

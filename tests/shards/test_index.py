@@ -654,7 +654,7 @@ def test_a_shard_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     index(directory, None)
 
 
-@pytest.mark.parametrize("bits", [0x01, 0x80])
+@pytest.mark.parametrize("bits", [0x01, pytest.param(0x80, marks=pytest.mark.slow)])
 def test_a_flipped_bit_anywhere_is_refused_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
     """A changed pixel, or a letter in a component that is not needed, cannot be told; everything else must be."""
     monkeypatch.setattr("shards.index.write_file", Path.write_bytes)  # without waiting for the disk

@@ -80,14 +80,17 @@ def results(directory: Path) -> dict[str, Any]:
 
 
 class TestFullDisk:
-    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+    @pytest.mark.parametrize(
+        ("code", "every"),
+        [(errno.ENOSPC, 3), (errno.EIO, 5), pytest.param(errno.ENOSPC, 1, marks=pytest.mark.slow)],
+    )
     def test_at_any_write_the_run_is_complete_or_can_be_resumed(
-        self, code: int, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, code: int, every: int, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """From the n-th replacement of a file on, every one fails; with space again, the same command completes it."""
         assert train(recipe, tmp_path / "undisturbed", "trainer.epochs=1") == 0
         expected, replace = results(tmp_path / "undisturbed"), os.replace
-        for first in range(0, 30, 1 if code == errno.ENOSPC else 5):
+        for first in range(0, 30, every):
             directory, count = tmp_path / f"run{first}", 0
 
             def failing(*arguments: Any, first: int = first) -> None:

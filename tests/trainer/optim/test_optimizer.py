@@ -24,7 +24,7 @@ from trainer.optim.schedules import LRSchedule
 
 OPTIMIZERS = ("adam", "adamw", "lion", "sgd", "sgd_lookahead")
 # Of the others of timm, one for each kind of state: by parameter, by group, in lists, of another shape.
-OTHERS = ("muon", "schedule_free_adamw", "adan", "lamb", "kron", "adafactorbv", "lookahead_nadamw")
+OTHERS = ("muon", "schedule_free_adamw", "adan", "lamb", "adafactorbv", "lookahead_nadamw")
 SCHEDULES = ("constant", "cosine", "warm_restarts", "one_cycle", "plateau")
 ALL_OF_TIMM = [name for name in map(str, list_optimizers()) if not name.startswith(("bnb", "fused", "adahessian"))]
 # Torch warns of a schedule that moves before its optimiser, and of calls that it will drop.
