@@ -16,7 +16,7 @@ AUGMENTATION_STREAM = 1 << 60  # plus the epoch times 2^32, plus the step
 ELASTIC_STREAM = 1 << 59  # likewise
 POLICY_STREAM = 1 << 57  # likewise: further numbers of the augmentation
 LEFT_OUT_STREAM = 1 << 58  # the order in which epochs leave samples out
-BALANCE_STREAM = 1 << 57  # the order of the samples of each class in class-balanced sampling
+BALANCE_STREAM = 1 << 56  # the order of the samples of each class in class-balanced sampling
 
 
 def random_keys(seed: int, stream: int, count: int, first: int = 0) -> NDArray[np.uint64]:

@@ -72,6 +72,12 @@ def test_golden_keys() -> None:
     assert random_keys(2**63 - 1, PARTITION_STREAM, 1).tolist() == [14890155944611412985]
 
 
+def test_streams_of_a_seed_are_apart() -> None:
+    streams = [value for name, value in vars(rng).items() if name.endswith("_STREAM")]
+    assert len(streams) > 8
+    assert len(set(streams)) == len(streams)
+
+
 def test_keys_from_any_place_on_are_those_of_the_generator_from_there() -> None:
     assert random_keys(5, 6, 8, first=4).tolist() == random_keys(5, 6, 12)[4:].tolist()
     far = np.random.Philox(key=np.array([5, ELASTIC_STREAM], np.uint64), counter=2**54 + 1)
