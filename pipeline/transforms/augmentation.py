@@ -162,8 +162,8 @@ class Augmentation:
     def fill_value(self, mean: tuple[float, ...]) -> tuple[float, ...]:
         """Return the level 0 .. 1 of each channel that must be 0 while pixels are moved.
 
-        With a constant fill it is the fill value, because the warp fills with zeros. With `border` any level works; the
-        mean needs no shift afterwards.
+        With a constant fill it is the fill value, because the warp fills with zeros. With `border`, or without a warp,
+        any level works; the mean needs no shift afterwards.
         """
         return mean if self.fill == "border" or not self.has_warp else (self.fill / 255,) * len(mean)
 
@@ -187,12 +187,10 @@ class Augmentation:
             images: Start and stop within the global batch.
         """
         count, position = images.stop - images.start, (epoch << 32) + step
-        words = random_keys(seed, AUGMENTATION_STREAM + position, count * _NUMBERS, images.start * _NUMBERS)
-        uniform = (words >> np.uint64(11)).reshape(count, _NUMBERS) * np.float64(2.0**-53)
+        uniform = _uniform(seed, AUGMENTATION_STREAM + position, images, _NUMBERS)
         # Further numbers have a stream of their own, so that they do not change those of other operations.
         if more := 4 * (self.auto_augment_rounds + (_CROP_TRIALS if self.random_resized_crop else 0)):
-            words = random_keys(seed, POLICY_STREAM + position, count * more, images.start * more)
-            uniform = np.hstack([uniform, (words >> np.uint64(11)).reshape(count, more) * np.float64(2.0**-53)])
+            uniform = np.hstack([uniform, _uniform(seed, POLICY_STREAM + position, images, more)])
         grid_size = self.noise_grid_size if self.elastic else 0
         keys = np.empty((count, 3), np.uint64)
         keys[:, :2] = seed, ELASTIC_STREAM + position
@@ -319,6 +317,13 @@ class Augmentation:
 
     def _spread(self, params: AugmentationParams, index: ParamIndex, limit: float) -> NDArray[np.float64]:
         return (2 * params.uniform[:, index] - 1) * limit
+
+
+def _uniform(seed: int, stream: int, images: slice, numbers: int) -> NDArray[np.float64]:
+    """Draw numbers uniform in 0 .. 1 for each image, [B, numbers]; `numbers` is a multiple of four."""
+    count = images.stop - images.start
+    words = random_keys(seed, stream, count * numbers, images.start * numbers)
+    return (words >> np.uint64(11)).reshape(count, numbers) * np.float64(2.0**-53)
 
 
 NO_AUGMENTATION = Augmentation()
