@@ -175,8 +175,8 @@ def _luminance(pixels: torch.Tensor) -> torch.Tensor:
     if pixels.shape[3] == 1:
         return pixels
     red, green, blue = pixels.split(1, dim=3)
-    weights = (pixels.new_full((), weight) for weight in (0.587, 0.114))
-    return _multiply_add(_multiply_add(red * 0.2989, green, next(weights)), blue, next(weights)).floor_()
+    green_weight, blue_weight = (pixels.new_full((), weight) for weight in (0.587, 0.114))  # rounded to float32
+    return _multiply_add(_multiply_add(red * 0.2989, green, green_weight), blue, blue_weight).floor_()
 
 
 def _brightness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
