@@ -100,8 +100,8 @@ def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
     exact = find_identical(digests, reference.digests)
     if within:
         is_later = exact.second < exact.first
-        exact = replace(exact, first=exact.first[is_later], second=exact.second[is_later])
-        exact = replace(exact, second_matches=np.unique(exact.second))
+        first_of = exact.second[is_later]
+        exact = replace(exact, first=exact.first[is_later], second=first_of, second_matches=np.unique(first_of))
     identical = np.zeros(len(digests), bool)
     identical[exact.first] = True
     closest[exact.first], similarity[exact.first] = exact.second, 1
