@@ -20,6 +20,7 @@ from shards.errors import UserError, os_errors_as_user_errors, quote
 from shards.manifest import VALIDATION, check_several_classes
 
 _MAX_TABLE_BYTES = 1 << 30
+_MAX_DIGITS = 18  # of a source index, an int64
 # Independent of each other, and of the choices during training.
 _STREAMS = {TEST: PARTITION_STREAM + 1, VALIDATION: PARTITION_STREAM + 2, TRAIN: PARTITION_STREAM + 3}
 
@@ -108,19 +109,21 @@ def _exclude(splits: dict[str, RawSplit], table: CsvTable) -> dict[str, RawSplit
     """The splits without the images that a table lists by split and source index.
 
     Raises:
-        UserError: An image is in no split, or has another label, as in the table of another data set.
+        UserError: An image is in no split, or has another label, as in the table of another data set; or a split loses
+            all images.
     """
     names, rows = table.column(["part"], "splits"), table.column(["row"], "source indices")
     labels = table.column(["label"], "labels") if "label" in map(str.lower, table.columns) else [None] * len(rows)
+    numbers = np.array([row for row in rows if row.isdecimal() and len(row) <= _MAX_DIGITS], np.int64)
     places = {
-        name: dict(zip(split.source_index.tolist(), range(len(split.labels)), strict=True))
+        name: {str(split.source_index[place]): place for place in np.flatnonzero(np.isin(split.source_index, numbers))}
         for name, split in splits.items()
     }
     keep = {name: np.ones(len(split.labels), bool) for name, split in splits.items()}
     for line, (name, row, label) in enumerate(zip(names, rows, labels, strict=True)):
-        place = places.get(name, {}).get(int(row)) if row.isdecimal() else None
+        place = places.get(name, {}).get(row)
         true = None if place is None else splits[name].classes[splits[name].labels[place]]
-        # A spreadsheet's formulas have an apostrophe in front.
+        # Tables have an apostrophe before a text that a spreadsheet would run as a formula (`write_csv`).
         if place is None or (label is not None and label.removeprefix("'") != str(true).removeprefix("'")):
             what = "which is no image" if place is None else f"listed as {label} but labelled {true}"
             raise UserError(
@@ -129,6 +132,13 @@ def _exclude(splits: dict[str, RawSplit], table: CsvTable) -> dict[str, RawSplit
                 hint="omit --exclude, or list images of this data set",
             )
         keep[name][place] = False
+    for name, kept in keep.items():
+        if not kept.any():
+            raise UserError(
+                found=f"{table.path}: all {len(kept):,} images of the {name} split",
+                expected="a table that leaves images in each split",
+                hint="omit --exclude, or remove lines from the table",
+            )
     return {name: split.select(np.flatnonzero(keep[name])) for name, split in splits.items()}
 
 

@@ -243,6 +243,7 @@ class TestExclude:
             ("part,row\ntrain,99\n", "line 2: row 99 of the train split, which is no image"),
             ("part,row\nval,0\n", "line 2: row 0 of the val split, which is no image"),
             ("part,row\ntrain,first\n", "row first of the train split"),
+            (f"part,row\ntrain,{'9' * 5000}\n", "line 2: row 999"),
             ("row,name\n1,x\n", "a column of splits, named part"),
             ("part,row\n", "only one line"),
         ],
@@ -256,6 +257,11 @@ class TestExclude:
         other = train.manifest.classes[1 - train.labels[0]]
         table = f"part,row,label\ntrain,{train.rows[0]},{other}\n"
         assert_user_error(self.pack(command, images, table), f"listed as {other} but labelled")
+
+    def test_a_split_keeps_an_image(self, command: Command, images: Path, tmp_path: Path) -> None:
+        command("folder", "--raw", images, "--out", tmp_path / "all", "--test-fraction", 0.5)
+        table = "part,row\n" + "".join(f"test,{row}\n" for row in open_split(tmp_path / "all", "test").rows)
+        assert_user_error(self.pack(command, images, table), "all 4 images of the test split")
 
     def test_a_missing_table_is_named(self, command: Command, images: Path, tmp_path: Path) -> None:
         assert_user_error(command("folder", "--raw", images, "--exclude", tmp_path / "none.csv"), "none.csv")
