@@ -21,6 +21,7 @@ from trainer.evaluate.metrics import confusion_matrix
 from trainer.loop.state import Training
 from trainer.report import run_page
 from trainer.report.contact_sheet import Tile, prediction_sheet
+from trainer.report.error_gallery import find_samples
 from trainer.runtime.distributed import World
 from trainer.runtime.loggers.base import Misclassified, PredictionImages
 from trainer.runtime.profiler import TimeProfile, format_profile
@@ -58,7 +59,7 @@ def prediction_images(training: Training, evaluation: Evaluation, trained: Train
     classes, labels, predicted = store.manifest.classes, predictions.labels, predictions.predicted
     errors = np.flatnonzero(labels != predicted)
     errors = errors[np.argsort(-predictions.confidence[errors], kind="stable")][:_ERRORS]
-    loader = loader_for(store, trained, World(), np.argsort(store.rows)[errors])
+    loader = loader_for(store, trained, World(), find_samples(store, predictions.rows[errors]))
     pixels = [image for batch in loader.batches() for image in to_pixels(batch.images, trained).numpy()]
     tiles = [
         Tile(image, classes[predicted[error]], float(predictions.confidence[error]), classes[labels[error]])

@@ -67,6 +67,12 @@ def _select(pairs: NDArray[np.int64], correct: NDArray[np.bool_], confidence: ND
     return order[np.lexsort((pairs[order], -frequency, rank))][:_MAX_IMAGES]
 
 
+def find_samples(store: Store, source_index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the positions in a split of the images in rows [n] of the raw file."""
+    by_row = np.argsort(store.rows)
+    return by_row[np.searchsorted(store.rows[by_row], source_index)]
+
+
 def data_urls(store: Store, source_index: NDArray[np.int64], max_side: int) -> list[str]:
     """Encode images as `data:` URLs of PNGs.
 
@@ -75,11 +81,9 @@ def data_urls(store: Store, source_index: NDArray[np.int64], max_side: int) -> l
         source_index: int64 [n], rows of the images in the raw file.
         max_side: Larger images are reduced to this side, in pixels.
     """
-    by_row = np.argsort(store.rows)
-    samples = by_row[np.searchsorted(store.rows[by_row], source_index)]
     mode = "L" if store.manifest.image_shape[2] == 1 else "RGB"
     urls = []
-    for image in read_images(store, samples):
+    for image in read_images(store, find_samples(store, source_index)):
         picture = to_pil_image(upright(image, store.manifest.transposed)).convert(mode)
         picture.thumbnail((max_side, max_side))
         urls.append(image_url(picture))

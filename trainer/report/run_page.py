@@ -17,7 +17,7 @@ from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.evaluate.calibration import reliability
 from trainer.evaluate.metrics import MAX_MATRIX_CLASSES, ClassificationMetrics, confusion_matrix, most_confused
 from trainer.report import html
-from trainer.report.error_gallery import build_gallery, data_urls
+from trainer.report.error_gallery import build_gallery, data_urls, find_samples
 from trainer.report.grad_cam import grad_cam_pictures
 from trainer.report.learning_curves import learning_curves, style
 from trainer.report.svg import Bins, confusion_chart, distribution_chart, reliability_chart
@@ -100,14 +100,15 @@ def _pair_rows(
 ) -> tuple[list[dict[str, Any]], bool]:
     """The most frequent confusions with images, the most confident first; and whether there are maps of Grad-CAM."""
     labels, predicted, confidence = predictions["labels"], predictions["predicted"], predictions["confidence"]
-    classes, order = store.manifest.classes, np.argsort(store.rows)
+    classes = store.manifest.classes
     pairs = most_confused(labels, predicted, _PAIRS)
     selected = []
     for true, wrong, _ in pairs:
         errors = np.flatnonzero((labels == true) & (predicted == wrong))
         selected.append(errors[np.argsort(-confidence[errors], kind="stable")][:_PICTURES])
     shown = np.concatenate([*selected, np.zeros(0, np.int64)]).astype(np.int64)
-    heat = grad_cam_pictures(store, trained, order[shown], predicted[shown]) if len(shown) else None
+    samples = find_samples(store, predictions["rows"][shown])
+    heat = grad_cam_pictures(store, trained, samples, predicted[shown]) if len(shown) else None
     heat_urls = iter([None] * len(shown) if heat is None else map(html.image_url, heat))
     rows = []
     for (true, wrong, count), errors in zip(pairs, selected, strict=True):
