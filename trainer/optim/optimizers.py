@@ -21,14 +21,14 @@ def make_optimizer(model: torch.nn.Module, settings: OptimConfig) -> torch.optim
         UserError: `optim.options` has an argument that the optimizer does not take.
     """
     options = dict(settings.options)
-    groups = _param_groups(model, settings, options.pop("fallback_list", ()))
+    fallback = options.pop("fallback_list", ())
     try:
-        return _build(groups, settings, options)
+        return _build(_param_groups(model, settings, fallback), settings, options)
     except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
         raise UserError(
             found=f"optim.name={settings.name} optim.options={settings.options}, which raises: {first_line(error)}",
             expected="arguments that the optimizer takes",
-            hint="change optim.options",
+            hint="change optim.options or optim.name",
         ) from None
 
 
@@ -51,9 +51,10 @@ def _param_groups(model: torch.nn.Module, settings: OptimConfig, fallback: Colle
 
 
 def _build(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[str, Any]) -> torch.optim.Optimizer:
-    name, lr = settings.name, settings.lr
+    name, lr, decay = settings.name, settings.lr, settings.weight_decay
     if name in ("adam", "adamw"):
-        return (torch.optim.Adam if name == "adam" else torch.optim.AdamW)(groups, lr, **{"fused": True} | options)
+        adam = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+        return adam(groups, lr, weight_decay=decay, **{"fused": True} | options)
     if name == "sgd":
         return _sgd(groups, settings, options)
     from trainer.optim import skippable  # the import of timm takes a second
@@ -61,17 +62,18 @@ def _build(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[st
     if name == "sgd_lookahead":
         return skippable.Lookahead(_sgd(groups, settings, {"nesterov": True} | options))
     if name == "lion":
-        return skippable.Lion(groups, lr, **{"foreach": True} | options)
+        return skippable.Lion(groups, lr, weight_decay=decay, **{"foreach": True} | options)
     if name == "schedule_free_adamw":
-        return skippable.skip_overflows(ScheduleFreeAdamW(groups, lr, **options))
+        return skippable.skip_overflows(ScheduleFreeAdamW(groups, lr, weight_decay=decay, **options))
     from timm.optim import create_optimizer_v2
 
-    other = create_optimizer_v2(groups, name, lr, settings.weight_decay, settings.momentum, **options)
+    other = create_optimizer_v2(groups, name, lr, decay, settings.momentum, **options)
     return skippable.skip_overflows(other)
 
 
 def _sgd(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[str, Any]) -> torch.optim.SGD:
-    optimizer = torch.optim.SGD(groups, settings.lr, settings.momentum, **{"fused": True} | options)
+    lr, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
+    optimizer = torch.optim.SGD(groups, lr, momentum, weight_decay=decay, **{"fused": True} | options)
 
     def create_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Create the momentum before a first step that may be skipped, which would leave torch's uninitialized."""

@@ -38,7 +38,7 @@ class LRSchedule:
             updates: Optimizer steps of each epoch. If they differ, every epoch advances the schedule equally far.
         """
         self._optimizer = optimizer
-        # A group has the rate of the schedule times its `lr_scale`, so minima and cycles are those of the whole model.
+        # The scheduler sets the rate of this group. Each group of the model has that rate times its `lr_scale`.
         self._base = torch.optim.SGD([torch.zeros(())], config.optim.lr)
         self._by_time = config.trainer.minutes is not None
         self._by_update = config.schedule.unit == "step" and config.schedule.name != "plateau"
@@ -135,7 +135,9 @@ class TimmSchedule:
         self._scheduler, _ = create_scheduler_v2(
             optimizer,
             settings.name,
-            **lengths | {"step_on_epochs": False, "updates_per_epoch": steps_per_epoch} | settings.options,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **lengths | settings.options,
         )
         self.last_epoch = -1
         self.step()
@@ -169,12 +171,12 @@ def make_lr_scheduler(
     """
     try:
         return _make_lr_scheduler(optimizer, config, steps_per_epoch)
-    except (TypeError, ValueError, AssertionError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AssertionError, AttributeError) as error:
         raise UserError(
             found=f"schedule.name={config.schedule.name} with schedule.options={config.schedule.options}, which "
             f"raises: {first_line(error)}",
             expected="arguments of torch's scheduler, or of timm.scheduler.create_scheduler_v2 for timm's",
-            hint="change schedule.options",
+            hint="change schedule.options or schedule.warmup",
         ) from None
 
 
@@ -190,7 +192,8 @@ def _make_lr_scheduler(
             max_lr=[group["lr"] for group in optimizer.param_groups],
             # The scheduler also steps after the last update, whose learning rate is never used.
             total_steps=total + 1,
-            **{"pct_start": warmup / total if warmup else 0.3, "cycle_momentum": False} | settings.options,
+            cycle_momentum=False,
+            **{"pct_start": warmup / total if warmup else 0.3} | settings.options,
         )
     if settings.name == "plateau":
         return ReduceLROnPlateau(

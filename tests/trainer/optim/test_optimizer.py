@@ -227,6 +227,9 @@ def test_fallback_list_selects_the_parameters_that_muon_leaves_to_adamw() -> Non
         ({"name": "adamw", "options": {"beta": 0.9}}, "beta"),
         ({"name": "muon", "options": {"algo": "no"}}, "algo"),
         ({"name": "schedule_free_adamw", "options": {"betas": [0.0, 0.5]}}, "betas"),
+        ({"name": "muon", "options": {"fallback_list": 3}}, "fallback_list"),
+        ({"name": "schedule_free_adamw", "options": {"weight_decay": 0.5}}, "weight_decay"),
+        *(({"name": name, "options": {"weight_decay": 0.5}}, "weight_decay") for name in OPTIMIZERS),
     ],
 )
 def test_wrong_options_are_one_message(settings: dict[str, Any], words: str) -> None:
@@ -391,8 +394,21 @@ def test_schedules_of_timm(unit: str, name: str, options: str, curve: Callable[[
 def test_options_reach_the_schedules_of_torch() -> None:
     found = rates(config_of("schedule.name=one_cycle", "schedule.options={div_factor: 10}"))
     assert found[0] == pytest.approx(LR / 10)
-    with pytest.raises(UserError, match="decay_rat"):
-        rates(config_of("schedule.name=step", "schedule.options={decay_rat: 10}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("step", "decay_rat: 10"),
+        ("step", "decay_epochs: 0"),
+        ("step", "step_on_epochs: true"),
+        ("one_cycle", "div_factor: 0"),
+        ("one_cycle", "cycle_momentum: true"),
+    ],
+)
+def test_wrong_options_of_a_schedule_are_one_message(name: str, options: str) -> None:
+    with pytest.raises(UserError, match=options.partition(":")[0]):
+        rates(config_of(f"schedule.name={name}", f"schedule.options={{{options}}}"))
 
 
 def test_plateau_on_a_loss_falls_when_it_does_not_decrease() -> None:
