@@ -22,6 +22,7 @@ from trainer.models.lenet_family import make_plain_cnn
 from trainer.models.resnet_cifar import BLOCKS as RESNET_BLOCKS
 from trainer.models.resnet_cifar import resnet_cifar
 from trainer.models.small_cnn import three_block_cnn
+from trainer.models.transfer import freeze
 from trainer.models.weights import classifier_layer, load_weights
 
 log = logging.getLogger(__name__)
@@ -80,10 +81,7 @@ def apply_training_options(model: nn.Module, settings: ModelConfig, device: torc
     Raises:
         UserError: The model or the device does not support an option.
     """
-    if settings.freeze:
-        from trainer.models.transfer import freeze
-
-        freeze(model, settings)
+    freeze(model, settings)
     if settings.grad_checkpointing:
         try:
             backbone: Any = next(module for module in model.modules() if hasattr(module, "set_grad_checkpointing"))
@@ -242,7 +240,7 @@ def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool)
 
             return efficientnet_cifar(settings, channels, classes)
         return _timm_model(settings, channels, classes, pretrained)
-    except (TypeError, AssertionError, RuntimeError) as error:
+    except (TypeError, ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "img_size" not in settings.options:
             raise
         raise UserError(

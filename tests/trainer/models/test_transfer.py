@@ -118,6 +118,9 @@ def test_rates_by_depth_follow_the_schedule() -> None:
         ({"freeze": 1, "name": "three_block_cnn"}, "three_block_cnn"),
         ({"name": "three_block_cnn", "options": {"img_size": 28}}, "model.options"),
         ({"options": {"img_sise": 28}}, "img_sise"),
+        ({"options": {"act_layer": "rellu"}}, "rellu"),
+        ({"options": {"features_only": True}}, "num_features"),
+        ({"name": "test_vit", "options": {"num_heads": 0}}, "test_vit"),
     ],
 )
 def test_what_a_model_cannot_do_is_one_message(settings: dict[str, Any], words: str) -> None:
