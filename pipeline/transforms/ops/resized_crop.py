@@ -47,7 +47,9 @@ class ResizedCrop:
         widening = (length / len(fractions)).clamp_min(1)[:, :, None]
         distances = ((taps + 0.5 - positions[:, :, None]) / widening).abs_().mul_(TABLE_STEPS)
         distances.clamp_(max=len(self._table) - 2)
-        node = distances.long()
-        weights = torch.lerp(self._table[node], self._table[node + 1], distances - node)
+        node = distances.int()
+        # On a CPU, index_select takes a fraction of the time of indexing.
+        low, high = (table.index_select(0, node.view(-1)).view(node.shape) for table in (self._table, self._table[1:]))
+        weights = torch.lerp(low, high, distances - node)
         weights *= ((taps >= start) & (taps < start + length))[:, None]
         return weights / weights.sum(dim=2, keepdim=True)
