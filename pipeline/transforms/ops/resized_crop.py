@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from pipeline.common.buffer_pool import BufferPool
 from pipeline.transforms.ops.matmul import exact_matmul
 from pipeline.transforms.ops.resize import TABLE_STEPS, kernel_table, nearest_nudge
 
@@ -22,7 +23,8 @@ class ResizedCrop:
 
     def __init__(self, size: tuple[int, int], interpolation: str, device: torch.device) -> None:
         self._is_nearest = interpolation == "nearest"
-        table = np.zeros(1) if interpolation == "nearest" else kernel_table(interpolation)
+        self._buffers = BufferPool(device)
+        table = np.zeros(1) if self._is_nearest else kernel_table(interpolation)
         self._table = torch.from_numpy(table).float().to(device)
         self._fractions = [((torch.arange(side) + 0.5) / side).to(device) for side in size]
 
@@ -33,9 +35,9 @@ class ResizedCrop:
             self._weights(boxes[:, axis], boxes[:, axis + 2], size, fractions)[:, None].expand(-1, channels, -1, -1)
             for axis, (size, fractions) in enumerate(zip((height, width), self._fractions, strict=True))
         )
-        half = pixels.new_empty(batch, channels, height, columns.shape[2])
+        half = self._buffers.empty(batch, channels, height, columns.shape[2])
         exact_matmul(pixels, columns.mT, out=half)
-        return exact_matmul(rows, half, out=pixels.new_empty(batch, channels, rows.shape[2], columns.shape[2]))
+        return exact_matmul(rows, half, out=self._buffers.empty(batch, channels, rows.shape[2], columns.shape[2]))
 
     def _weights(self, start: torch.Tensor, length: torch.Tensor, size: int, fractions: torch.Tensor) -> torch.Tensor:
         """Weights float32 [B, R, size] that resize each section of an axis to R pixels."""
