@@ -23,7 +23,7 @@ _PRIORITY = ("test", "val", "train")  # a duplicate is removed from the later on
 class Overlap:
     """The P images of a split that are also in another split, each with the most similar image there.
 
-    If both are the same split, the P images that repeat an image before them.
+    If both are the same split, the P images that equal or nearly equal an earlier one.
 
     Attributes:
         split: Name of the split.
@@ -81,14 +81,13 @@ class Overlap:
 def find_duplicates(splits: tuple[RawSplit, ...], within_train: bool = False) -> tuple[Overlap, ...]:
     """Find the images that are in several splits of a data set, including near-duplicates.
 
-    With `within_train`, also those of the train split that repeat an image before them. Unreadable images are skipped.
-    The result is a pure function of the images.
+    With `within_train`, also those of the train split that equal or nearly equal an earlier one. Unreadable images are
+    skipped. The result is a pure function of the images.
     """
     ordered = sorted(splits, key=lambda split: _PRIORITY.index(split.name))
-    pairs = [
-        *combinations(ordered, 2),
-        *((split, split) for split in ordered if within_train and split.name == "train"),
-    ]
+    pairs = list(combinations(ordered, 2))
+    if within_train:
+        pairs += [(split, split) for split in ordered if split.name == "train"]
     return tuple(Overlap.of(split, other, find_near_duplicates(split, other)) for other, split in pairs)
 
 
@@ -119,7 +118,7 @@ def _without_duplicates(split: RawSplit, overlaps: Sequence[Overlap]) -> RawSpli
 
 
 def write_report(overlaps: Sequence[Overlap], path: Path) -> None:
-    """Write a CSV file with one line for each image that is also in another split, most similar first."""
+    """Write a CSV file with one line for each image of each overlap, most similar first."""
     header = ["part", "row", "label", "in_part", "in_row", "in_label", "identical", "similarity"]
     write_file(path, format_csv(header, (row for overlap in overlaps for row in _report_rows(overlap))))
 

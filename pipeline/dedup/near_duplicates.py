@@ -87,7 +87,7 @@ def find_identical(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Mat
 def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
     """Find the images of a first split that are in a second, on all cores.
 
-    If both are the same object, an image matches only images before it.
+    If both are the same object, an image matches only earlier ones.
 
     The result is a pure function of the images. Memory: about 1 KB per image of the second split and 100 MB per core.
     """
