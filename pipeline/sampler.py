@@ -67,7 +67,7 @@ class ShuffledBatchSampler:
     With class-balanced sampling (Kang et al. 2020, https://arxiv.org/abs/1910.09217, equation 1), an epoch of as many
     samples has a fixed number of them from each class, proportional to n^(1 - class_balance) for a class of n samples.
     Each class goes through its samples in a fixed random order, and an epoch continues where the one before it ended,
-    so two samples of a class have been used equally often or one of them once more.
+    so the numbers of times that two samples of a class were used differ by at most one.
 
     Attributes:
         samples: int64 [N], positions of the samples of an epoch in the store.
@@ -173,7 +173,8 @@ class ShuffledBatchSampler:
         if self.class_balance:
             drawn, (samples, counts) = self.class_counts, self._by_class
             label = np.searchsorted(np.cumsum(drawn), positions, side="right")
-            used = (epoch + 1) * drawn - np.cumsum(drawn)  # of the class before this epoch, minus its first position
+            # Samples of each class that earlier epochs have used, minus the first position of the class in this epoch.
+            used = epoch * drawn - (np.cumsum(drawn) - drawn)
             return samples[(np.cumsum(counts) - counts)[label] + (used[label] + positions) % counts[label]]
         if not self.left_out:
             return self.samples[positions]

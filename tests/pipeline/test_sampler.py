@@ -500,7 +500,7 @@ def test_class_balanced_epochs_draw_each_class_by_the_formula(balance: float, wi
         for sample in drawn:
             used[sample] += 1
         orders.add(tuple(drawn))
-        for ranks, first in ((3, 0), (2, 6)):  # elastic, and exact when it goes on within the epoch
+        for ranks, first in ((3, 0), (2, 6)):  # any number of ranks, also resumed within the epoch
             assert global_batches(order, epoch, ranks, first) == {
                 step: batch for step, batch in batches.items() if step >= first
             }
