@@ -52,8 +52,8 @@ def stratified_mask(
 def stratified_folds(labels: NDArray[np.int64], folds: int, seed: int, stream: int) -> NDArray[np.int64]:
     """Divide the samples into parts for cross-validation. A pure function of its arguments.
 
-    The samples of each class, in random order, are dealt out one by one, and each class continues where the one before
-    it has ended: the parts differ by at most one sample, and by at most one of each class.
+    The samples, sorted by class and in random order within each class, are assigned to the parts in turn. The sizes of
+    the parts therefore differ by at most one, and so do their numbers of samples of each class.
 
     Args:
         labels: int64 [N], any integers.

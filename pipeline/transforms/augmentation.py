@@ -303,9 +303,9 @@ class Augmentation:
         image, trial = np.arange(len(sizes)), fits.argmax(axis=1)
         box, place = boxes[image, trial], np.stack([y, x], axis=2)[image, trial]
         top_left = np.floor(place * (sizes - box + 1))
-        whole = np.minimum(sizes, np.rint(sizes[:, ::-1] * _MAX_CROP_ASPECT))
+        central = np.minimum(sizes, np.rint(sizes[:, ::-1] * _MAX_CROP_ASPECT))
         has_box = fits.any(axis=1, keepdims=True)
-        top_left, box = np.where(has_box, top_left, (sizes - whole) // 2), np.where(has_box, box, whole)
+        top_left, box = np.where(has_box, top_left, (sizes - central) // 2), np.where(has_box, box, central)
         return np.concatenate([top_left, box], axis=1).astype(np.int64)
 
     def auto_augment_numbers(

@@ -26,10 +26,10 @@ _BINS = 31  # magnitudes of an operation
 
 
 class AutoAugment:
-    """Applies the operations that the parameters select, of each image as many as the augmentation has rounds.
+    """Applies the operations that the parameters select, `Augmentation.auto_augment_rounds` to each image.
 
-    The images of one operation are processed together. The host knows how many they are by the shape of their
-    indices, so it never waits for a GPU.
+    The images of one operation are processed together. Their indices are computed on the host, so their number is known
+    without waiting for a GPU.
 
     Args:
         augmentation: Selects the operations and their magnitudes.

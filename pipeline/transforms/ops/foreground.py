@@ -92,7 +92,7 @@ def crop_to_foreground(images: torch.Tensor, margin: float, opening_radius: int 
         images: uint8 [B, H, W, C].
         margin: Added on each side, as a fraction of the square's side.
         opening_radius: Radius in pixels of a morphological opening before the foreground is located, so that specks do
-            not count. The result is cropped from the image without it.
+            not count. The image that is cropped is not opened.
     """
     height, width = images.shape[1:3]
     mask = foreground_mask(morphological_opening(images, opening_radius))

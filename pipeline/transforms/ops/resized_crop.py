@@ -11,9 +11,9 @@ from pipeline.transforms.ops.resize import TABLE_STEPS, kernel_table, nearest_nu
 
 
 class ResizedCrop:
-    """Resizes boxes of images as `resize_weights` does whole ones, but from pixels of the box alone.
+    """Crops a box of each image and resizes it with the kernels of `resize_weights`.
 
-    Taps outside of the box are left out, as in Pillow and torchvision (`antialias=True`).
+    Pixels outside of the box have no weight, as in Pillow and torchvision (`antialias=True`).
 
     Args:
         size: Height and width of the output in pixels.
