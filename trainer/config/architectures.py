@@ -53,8 +53,9 @@ class PlainCnn:
         kernels = (kernel,) * len(self.kernels) if isinstance(kernel, int) else tuple(kernel or self.kernels)
         if len(kernels) != len(self.kernels):
             raise ValueError(f"model.kernel has {len(kernels)} numbers for {len(self.kernels)} convolutions")
-        if any(size % 2 == 0 and padded for size, padded in zip(kernels, self.padded, strict=True)):
-            raise ValueError(f"model.kernel={kernel} is even, but padded convolutions need an odd kernel size")
+        for size, padded in zip(kernels, self.padded, strict=True):
+            if padded and size % 2 == 0:
+                raise ValueError(f"model.kernel={size} is even, but padded convolutions need an odd kernel size")
         network = replace(
             self,
             filters=self.filters if filters is None else tuple(filters),

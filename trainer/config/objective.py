@@ -65,5 +65,5 @@ class MixupConfig(BaseConfig):
 
     def at(self, epoch: int, epochs: int) -> MixupConfig:
         """Return the settings of an epoch, from 0, out of `epochs`."""
-        is_off = 0 < self.off_last_epochs >= epochs - epoch
+        is_off = self.off_last_epochs > 0 and epoch >= epochs - self.off_last_epochs
         return self.model_copy(update={"prob": 0.0}) if is_off else self

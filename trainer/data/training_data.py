@@ -166,6 +166,9 @@ def open_data(config: Config, world: World) -> TrainingData:
         labels=train_store.labels[train] if config.data.class_balance else None,
         class_balance=config.data.class_balance,
     )
+    drawn = counts
+    if config.data.class_balance:
+        drawn = np.pad(sampler.class_counts, (0, len(counts) - len(sampler.class_counts)))
     val_store = val_stores[0] if val_stores else train_store
     val_samples = np.arange(len(val_store)) if val_stores else validation
     return TrainingData(
@@ -176,9 +179,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         backend=backend,
         backend_reason=reason,
         counts=counts,
-        drawn=np.bincount(np.arange(len(sampler.class_counts)), sampler.class_counts, len(counts)).astype(np.int64)
-        if config.data.class_balance
-        else counts,
+        drawn=drawn,
         train=TrainingLoader(train_store, sampler, stages, make_transform, world),
         validation=evaluation(val_store, val_samples) if len(val_samples) else None,
         test=evaluation(test_store, test_samples),

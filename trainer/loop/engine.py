@@ -208,10 +208,10 @@ def forward_backward(
             logits, targets, images, training.logit_adjustment, training.class_weights, training.teacher, config.loss
         )
         if not is_mixed:
-            predicted = (
-                logits.detach() if training.decision_offsets is None else logits.detach() - training.decision_offsets
-            )
-            count_classes_(training.class_counts, batch.labels, predicted)
+            scores = logits.detach()
+            if training.decision_offsets is not None:
+                scores = scores - training.decision_offsets
+            count_classes_(training.class_counts, batch.labels, scores)
         training.profile.mark("forward")
         # The mean over the global batch. DDP averages over ranks, whose slices differ in size, hence the factor.
         training.state.scaler.scale(loss * (world.size / (batch.global_size * accumulation_steps))).backward()

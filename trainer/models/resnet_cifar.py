@@ -60,7 +60,8 @@ def resnet_cifar(blocks: int, channels: int, classes: int, drop_rate: float) -> 
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     if classes:
         layers += [nn.Dropout(drop_rate), nn.Linear(width, classes)]
-    for layer in nn.Sequential(*layers).modules():
+    network = nn.Sequential(*layers)
+    for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)
-    return nn.Sequential(*layers), width
+    return network, width
