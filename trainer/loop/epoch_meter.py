@@ -57,8 +57,9 @@ class EpochMeter:
         self.start_waiting, self.stop_waiting = self._wait.start, self._wait.stop
         self._start = time.perf_counter()
         self._loggers, self._monitor = loggers, monitor
-        self._updates, self._records = state.updates, dict[int, dict[str, Any]]()
-        self._values: dict[int, tuple[float, float]] = {}
+        self._updates = state.updates
+        self._records: dict[int, tuple[int, dict[str, Any]]] = {}  # samples and record by step in the epoch
+        self._values: dict[int, tuple[float, float]] = {}  # loss and gradient norm by step in the epoch
         monitor.on_read = lambda step, *values: self._values.update({step: values})
         self._logged = (self._start, 0, 0.0)
 
@@ -89,21 +90,21 @@ class EpochMeter:
             return
         start, samples, wait = self._logged
         now, images, waited = self._logged = (time.perf_counter(), self._here.samples, self._wait.seconds)
-        self._records[batch.step] = {
+        record = {
             "step": state.updates,
             "epoch": state.epoch + 1,
-            "loss": len(batch.labels),  # divides the loss when it has been read
             "lr": state.lr,
             "images_per_second": (images - samples) / (now - start),
             "data_wait_share": (waited - wait) / (now - start),
         }
+        self._records[batch.step] = len(batch.labels), record
 
     def _log_steps(self) -> None:
         """Log the steps whose loss and gradient norm have been read."""
         for step in sorted(self._records.keys() & self._values.keys()):
             loss, gradient_norm = self._values[step]
-            record = self._records.pop(step)
-            record |= {"loss": loss / record["loss"], "gradient_norm": gradient_norm}
+            samples, record = self._records.pop(step)
+            record |= {"loss": loss / samples, "gradient_norm": gradient_norm}
             for logger in self._loggers:
                 logger.log_step(record)
         self._values.clear()
