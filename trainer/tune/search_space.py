@@ -19,7 +19,7 @@ from trainer.config.schema import Config, flatten
 EXAMPLE = config.RECIPES / "search" / "optimizers_cpu.yaml"
 DEFAULT_ROOT = Path("runs/search")
 # The objective must be the same for all trials. The last two are set by the search itself.
-_OBJECTIVE = {"data.val_fraction", "trainer.monitor", "trainer.minutes", "data.train_fraction", "seed"}
+_OBJECTIVE = {"data.val_fraction", "data.fold", "trainer.monitor", "trainer.minutes", "data.train_fraction", "seed"}
 _SET_BY_SEARCH = {"data.train_fraction": "train_fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
 
 

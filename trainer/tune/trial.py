@@ -163,7 +163,7 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
             engine.fit(training, services)
         summary = {
             "metric": training.state.best,
-            "metrics": [record["validation"][settings.trainer.monitor] for record in training.state.history],
+            "metrics": training.metrics(),
             "validation": training.state.history[training.state.best_epoch - 1]["validation"],
         }
         for logger in loggers:

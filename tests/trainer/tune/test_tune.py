@@ -512,6 +512,7 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("data.train_fraction", "set train_fraction"),
     ),
     ({"space": {"data.val_fraction": {"type": "float", "low": 0.1, "high": 0.2}}}, ("data.val_fraction in the space",)),
+    ({"space": {"data.fold": {"type": "categorical", "choices": ["1/2", "2/2"]}}}, ("data.fold in the space",)),
     ({"settings": {"run.dir": "x"}}, ("run.dir", "set dir")),
     ({"settings": {"trainer.epochs": 0}}, ("trainer.epochs=0", "greater than or equal to 1")),
     ({"initial_trials": [{"optim.lr": 1.0}]}, ("optim.lr=1.0", "outside of the space")),
