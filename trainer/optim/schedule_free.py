@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer.optim.ema import ModelEma
 
@@ -89,7 +89,9 @@ class ScheduleFreeWeights(ModelEma):
 
     @torch.no_grad()
     def refresh(self, images: Iterable[torch.Tensor]) -> None:
-        """Take over x, and compute the running statistics of batch norm for it.
+        """Take over x, and compute the running statistics of batch norm for it as torch's `update_bn` does.
+
+        Batch norm in evaluation mode, as in frozen layers, keeps its statistics, which `update_bn` would replace.
 
         Args:
             images: Batches of model input, which are used if the model has batch norm.
@@ -98,7 +100,20 @@ class ScheduleFreeWeights(ModelEma):
             averaged.copy_(self._optimizer.state.get(weight, {}).get("x", weight))
         for averaged_buffer, buffer in zip(self.module.buffers(), self._model.buffers(), strict=True):
             averaged_buffer.copy_(buffer)
-        update_bn(images, self.module)
+        norms: list[_BatchNorm] = []
+        for averaged_module, module in zip(self.module.modules(), self._model.modules(), strict=True):
+            averaged_module.training = module.training
+            if isinstance(averaged_module, _BatchNorm) and module.training:
+                norms.append(averaged_module)
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+        for batch in images if norms else ():
+            self.module(batch)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        self.module.eval()
 
 
 def make_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: float | None) -> ModelEma | None:

@@ -209,6 +209,9 @@ def test_averaged_weights_have_their_own_statistics_of_batch_norm() -> None:
     torch.testing.assert_close(average.module[1].running_mean, mean)
     torch.testing.assert_close(average.module[1].running_var, variance)
     assert not average.module.training and not torch.allclose(run.model[1].running_mean, mean)
+    frozen = run.model[1].eval()
+    average.refresh(iter(batches))
+    assert torch.equal(average.module[1].running_mean, frozen.running_mean)
 
 
 def test_fallback_list_selects_the_parameters_that_muon_leaves_to_adamw() -> None:
