@@ -30,6 +30,7 @@ def _check_magnitude(number: float) -> float:
 Count = Annotated[int, Field(ge=0, le=_MAX_NUMBER)]
 Amount = Annotated[float, Field(ge=0, le=_MAX_NUMBER)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+_Resolution = Count | Annotated[str, Field(pattern=r"^\d{1,4}x\d{1,4}$")]
 Real = Annotated[float, AfterValidator(_check_magnitude)]  # also NaN and infinity
 Finite = Annotated[float, Field(ge=-_MAX_NUMBER, le=_MAX_NUMBER)]
 Positive = Annotated[float, Field(gt=0, le=_MAX_NUMBER)]
@@ -57,7 +58,7 @@ class Epoch(Schema):
 
     epoch: Annotated[Count, Field(ge=1)]
     step: Count = 0
-    resolution: Count | Annotated[str, Field(pattern=r"^\d{1,4}x\d{1,4}$")]
+    resolution: _Resolution
     train_loss: Real
     train_accuracy: Fraction = 0.0  # absent if every batch was mixed
     train_macro_f1: Fraction = 0.0
@@ -99,7 +100,7 @@ class Summary(Metrics):
     training_seconds: Amount
     images_per_second: Amount
     data_wait_share: Amount
-    resolution: Count | Annotated[str, Field(pattern=r"^\d{1,4}x\d{1,4}$")]
+    resolution: _Resolution
     parameters: Count
     model: str
     dataset: str

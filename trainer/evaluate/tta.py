@@ -17,7 +17,7 @@ def mean_logits(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Ten
 
     Args:
         model: From images to logits [B, C].
-        images: float32 [B, channels, R, R].
+        images: float32 [B, channels, H, W].
         views: `none` for the image itself. `shifts` adds four copies, shifted by 1/28 of the side in each direction.
             `shifts_scales` adds two more, resized by 1.06 and 1/1.06. The edge is repeated. There are no flips or
             rotations, which change the meaning of a character.

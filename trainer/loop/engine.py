@@ -229,7 +229,7 @@ def mix_batch(
         epoch: From 0.
         step: From 0.
         rank: The rank of the batch.
-        images: float32 [n, channels, R, R].
+        images: float32 [n, channels, H, W].
         labels: int64 [n].
         classes: Number of classes C.
 

@@ -2,7 +2,7 @@
 
     python -m trainer.loop.replay_step runs/NAME/DATE/nonfinite/epoch-2-step-17.pt
 
-The file holds the inputs of the step. `shares` has the batch of each rank: images (float32 [n, C, R, R], the model
+The file holds the inputs of the step. `shares` has the batch of each rank: images (float32 [n, C, H, W], the model
 input before mixup), labels and rows (int64 [n]). `model` holds the weights, and `weights` describes them. Further keys
 are `config`, `class_weights`, `logit_shift`, `epoch` and `step` (from 0). `torch.load(FILE, weights_only=True)` reads
 it.

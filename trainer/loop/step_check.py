@@ -40,7 +40,7 @@ def saved_tensor_bytes(model: nn.Module, shape: tuple[int, int, int, int]) -> in
 
     Args:
         model: The model.
-        shape: Shape of the images [n, channels, R, R].
+        shape: Shape of the images [n, channels, H, W].
 
     Returns:
         The bytes; 0 if the model has operations without a shape function.

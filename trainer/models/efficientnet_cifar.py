@@ -33,7 +33,7 @@ def efficientnet_cifar(settings: ModelConfig, channels: int, classes: int) -> tu
     Args:
         settings: Dropout before the classifier, stochastic depth of the last block (it rises linearly with the depth),
             the factors of all widths and of the number of blocks in a stage, and further arguments, as stem_size.
-        channels: Channels of the input, float [B, channels, R, R] of any size R.
+        channels: Channels of the input, float [B, channels, H, W] of any size.
         classes: Number of logits; 0 for no classifier, so that the features come out.
 
     Returns:

@@ -38,7 +38,7 @@ def make_model(
     class_names: Sequence[str] = (),
     resolution: Resolution | None = None,
 ) -> nn.Module:
-    """Build a model from images float [B, channels, R, S] to logits [B, classes].
+    """Build a model from images float [B, channels, H, W] to logits [B, classes].
 
     Args:
         settings: Name, initial weights and head of the model.

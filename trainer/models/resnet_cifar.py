@@ -40,7 +40,7 @@ def resnet_cifar(blocks: int, channels: int, classes: int, drop_rate: float) -> 
 
     Args:
         blocks: Blocks of each stage.
-        channels: Channels of the input, float [B, channels, R, R] of any size R.
+        channels: Channels of the input, float [B, channels, H, W] of any size.
         classes: Number of logits; 0 for no classifier.
         drop_rate: Dropout before the classifier; the published network has none.
 

@@ -14,7 +14,7 @@ def three_block_cnn(channels: int, classes: int, drop_rate: float) -> tuple[nn.S
     241,898 parameters with 1 channel and 10 classes. The last feature map is pooled to 3x3.
 
     Args:
-        channels: Channels of the input, float [B, channels, R, R] with R of 4 or more.
+        channels: Channels of the input, float [B, channels, H, W] with sides of 4 or more.
         classes: Number of logits; 0 for no classifier.
         drop_rate: Dropout before the classifier.
 

@@ -16,7 +16,7 @@ def squeezenet1_1(channels: int, classes: int, drop_rate: float, pretrained: boo
     """Build the network: 727,626 parameters with 3 channels and 10 classes.
 
     Args:
-        channels: Channels of the input, float [B, channels, R, R] with R of 17 or more.
+        channels: Channels of the input, float [B, channels, H, W] with sides of 17 or more.
         classes: Number of logits; 0 for no classifier. The classifier is a 1x1 convolution with ReLU and average
             pooling, as published.
         drop_rate: Dropout before the classifier.

@@ -74,7 +74,7 @@ class DistillationTeacher:
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """Predict the student's input [B, channels, R, S], resized to the teacher's resolution.
+        """Predict the student's input [B, channels, H, W], resized to the teacher's resolution.
 
         Returns:
             Probabilities float32 [B, C] at `distillation.temperature`, with the teacher's post-hoc logit adjustment.
@@ -96,7 +96,7 @@ class DistillationTeacher:
         Args:
             loss: Loss on the labels, summed over the batch.
             logits: Logits of the student [B, C].
-            images: Input of the student [B, channels, R, R].
+            images: Input of the student [B, channels, H, W].
             class_weights: See `weighted_kl`.
         """
         temperature, weight = self._settings.temperature, self._settings.weight
