@@ -253,7 +253,7 @@ def test_repeats_and_reach() -> None:
     assert reach(np.arange(100), 1000) == pytest.approx(0.09, abs=0.001)
 
 
-def test_a_stream_goes_on_over_epochs_and_refuses_empty_ones() -> None:
+def test_a_stream_continues_over_epochs_and_refuses_empty_ones() -> None:
     stream = BatchStream(lambda number: iter([(torch.zeros(2), np.array([number, 9]))] * 2), first=4)
     assert [int(next(stream)[1][0]) for _ in range(5)] == [4, 4, 5, 5, 6]
     assert stream.epoch == 6 and [len(rows) for rows in stream.indices] == [2, 2, 1]

@@ -193,7 +193,7 @@ def test_a_signal_to_torchrun_or_a_rank_ends_all_with_one_checkpoint(
     assert_same_run(whole, run)
 
 
-def test_a_killed_rank_is_started_again_and_goes_on_in_its_run_directory(
+def test_a_killed_rank_is_started_again_and_continues_in_its_run_directory(
     whole: Path, recipe: Path, tmp_path: Path
 ) -> None:
     """Killed while it writes a checkpoint; the settings say resume=never and name no directory."""
@@ -258,7 +258,7 @@ def without_batch_norm(recipe: Path, place: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(1, 2), (2, 1), (2, 3, 1)])
-def test_another_number_of_ranks_goes_on_with_the_same_rows(
+def test_another_number_of_ranks_continues_with_the_same_rows(
     recipe: Path, tmp_path: Path, ranks: tuple[int, ...]
 ) -> None:
     elastic, run = without_batch_norm(recipe, tmp_path), tmp_path / "run"

@@ -386,7 +386,7 @@ def test_a_changed_schedule_stands_where_it_would_had_it_always_been_so(
     assert len(rates[1]) == 4
 
 
-def test_another_batch_or_pack_goes_on_after_the_same_share_of_the_epoch(recipe: Path, tmp_path: Path) -> None:
+def test_another_batch_or_pack_continues_after_the_same_share_of_the_epoch(recipe: Path, tmp_path: Path) -> None:
     assert stop_at(recipe, tmp_path / "run", (1, 5))["step"] == 4
     seen, step = [], engine.train_step
 

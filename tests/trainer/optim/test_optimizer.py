@@ -473,7 +473,7 @@ class Run:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("stop", [3, 14], ids=["in the warm-up", "after it"])
-def test_goes_on_exactly_where_it_stopped(optimizer: str, schedule: str, unit: str, stop: int) -> None:
+def test_continues_exactly_where_it_stopped(optimizer: str, schedule: str, unit: str, stop: int) -> None:
     config = config_of(
         f"optim.name={optimizer}",
         f"schedule.name={schedule}",

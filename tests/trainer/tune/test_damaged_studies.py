@@ -1,4 +1,4 @@
-"""A search goes on in its directory or refuses it with one message, whatever is in it."""
+"""A search continues in its directory or refuses it with one message, whatever is in it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def attack(place: Path, directory: Path, seed: int) -> list[str]:
 
 # The log of a trial is a pipe; an option of the optimizer is changed; the journal is cut.
 @pytest.mark.parametrize("seed", [7, 28, 11])
-def test_a_damaged_study_goes_on_or_is_refused(place: Path, tmp_path: Path, seed: int) -> None:
+def test_a_damaged_study_continues_or_is_refused(place: Path, tmp_path: Path, seed: int) -> None:
     assert attack(place, tmp_path / "study", seed) == []
 
 

@@ -230,7 +230,7 @@ def test_workers_that_end_together_write_the_page_in_turn(searched: Path, monkey
     page.write_bytes(content)
 
 
-def test_a_finished_search_trains_no_more_and_a_larger_budget_goes_on(
+def test_a_finished_search_trains_no_more_and_a_larger_budget_continues(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     before = results(searched)
@@ -280,7 +280,7 @@ def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on_from_its_checkpoint(tmp_path: Path, recipe: Path) -> None:
+def test_a_killed_search_continues_from_its_checkpoint(tmp_path: Path, recipe: Path) -> None:
     path = written(tmp_path, recipe, settings={"trainer.epochs": 3}, budget={"trials": 1})
     run = tmp_path / "study" / "trials" / "0000" / "seed-1"
     metrics = run / "metrics.jsonl"
@@ -302,7 +302,7 @@ def test_a_killed_search_goes_on_from_its_checkpoint(tmp_path: Path, recipe: Pat
     assert len(found.curve) == 3
 
 
-def test_a_stopped_search_goes_on(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_search_continues(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, recipe, budget={"trials": 1}, settings={"trainer.epochs": 2})
     step, stopped = engine.train_step, []
 
@@ -390,7 +390,7 @@ def test_a_trial_that_is_behind_is_given_up(tmp_path: Path, recipe: Path, monkey
     assert not list((tmp_path / "study" / "trials").glob("*/*/checkpoints"))
 
 
-def test_a_trial_that_diverges_is_given_up_and_the_search_goes_on(
+def test_a_trial_that_diverges_is_given_up_and_the_search_continues(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"optim.name": "sgd_lookahead", "optim.weight_decay": 1.0}  # multiplies the weights by 1 - lr each step
@@ -422,7 +422,7 @@ def test_values_that_contradict_each_other_fail_alone(
     assert "are both 0" in found.note
 
 
-def test_the_time_ends_a_search_and_the_trial_goes_on_later(
+def test_the_time_ends_a_search_and_the_trial_continues_later(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path, recipe, budget={"trials": 1}, settings={"trainer.epochs": 2})
@@ -584,7 +584,7 @@ def test_a_set_that_is_packed_later_is_searched_by_the_same_command(
     assert [result.state for result in results(path)] == ["complete"]
 
 
-def test_a_search_goes_on_after_a_damaged_shard_is_repaired(
+def test_a_search_continues_after_a_damaged_shard_is_repaired(
     tmp_path: Path, recipe: Path, digits_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = tmp_path / "packed"
