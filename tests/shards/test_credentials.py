@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import urllib.parse
 import zipfile
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_module
 from PIL import Image
+from support.http_server import serving
 from support.wandb_server import wandb_server
 
 from shards import UserError, credentials
@@ -234,13 +234,8 @@ def port(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), len(name)).save(root / name)
     shutil.make_archive(str(root / "raw"), "zip", root / "raw")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=root))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server.server_port
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=root))) as server:
+        yield server.server_port
 
 
 def test_a_login_of_netrc_is_used_and_hidden(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-import threading
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
+
+from support.http_server import HubHandler, serving
 
 BRANCH = "refs/convert/parquet"
 _API = re.compile(r"/api/datasets/(?P<name>[^/]+/[^/]+)/(?P<what>revision|tree)/" + BRANCH + r"/?(?P<path>.*)")
@@ -36,8 +36,7 @@ class HubServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(HubHandler):
     server: HubServer
 
     def do_GET(self) -> None:
@@ -46,13 +45,13 @@ class _Handler(BaseHTTPRequestHandler):
         if match := _API.fullmatch(path) or _FILE.fullmatch(path):
             files = self.server.files.get(match["name"])
             if files is None:
-                return self._send(HTTPStatus.UNAUTHORIZED, b"{}", {"X-Error-Code": "RepoNotFound"})
+                return self.send(HTTPStatus.UNAUTHORIZED, b"{}", {"X-Error-Code": "RepoNotFound"})
             if match.re is _FILE:
                 return self._send_file(files[match["path"]])
             if match["what"] == "revision":
-                return self._send_json({"id": match["name"], "sha": "a" * 40, "private": False})
-            return self._send_json(_tree(files, match["path"]))
-        self._send(HTTPStatus.NOT_FOUND, b"{}")
+                return self.send_json({"id": match["name"], "sha": self.commit, "private": False})
+            return self.send_json(_tree(files, match["path"]))
+        self.send(HTTPStatus.NOT_FOUND, b"{}")
 
     do_HEAD = do_GET
 
@@ -60,21 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         first, last = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups()
         last = min(int(last), len(content) - 1)
         headers = {"Content-Range": f"bytes {first}-{last}/{len(content)}", "ETag": '"x"'}
-        self._send(HTTPStatus.PARTIAL_CONTENT, content[int(first) : last + 1], headers)
-
-    def _send_json(self, value: object) -> None:
-        self._send(HTTPStatus.OK, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _send(self, status: HTTPStatus, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": "a" * 40, **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.send(HTTPStatus.PARTIAL_CONTENT, content[int(first) : last + 1], headers)
 
 
 def _tree(files: dict[str, bytes], folder: str) -> list[dict[str, object]]:
@@ -88,12 +73,5 @@ def _tree(files: dict[str, bytes], folder: str) -> list[dict[str, object]]:
 
 @contextmanager
 def hub_server() -> Iterator[HubServer]:
-    server = HubServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(HubServer()) as server:
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

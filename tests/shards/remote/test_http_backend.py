@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from support.http_server import serving
 from support.s3_server import upload_dataset
 
 import shards.remote.base as remote
@@ -124,15 +125,10 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def serving(root: Path) -> Iterator[Server]:
-    server = Server(root)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.end.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def serve(root: Path) -> Iterator[Server]:
+    with serving(Server(root)) as server:
+        yield server
+        server.end.set()
 
 
 @pytest.fixture
@@ -141,7 +137,7 @@ def server(synthetic_set: Path, tmp_path: Path) -> Iterator[Server]:
     (tmp_path / "web").mkdir()
     shutil.copytree(synthetic_set, tmp_path / "web" / "my sets" / "set")
     (tmp_path / "web" / "raw.zip").write_bytes(bytes(range(256)) * 1000)
-    yield from serving(tmp_path / "web")
+    yield from serve(tmp_path / "web")
 
 
 def address(server: Server, path: str = "my%20sets/set", user: str = "") -> str:
@@ -212,7 +208,7 @@ def test_a_user_with_a_password(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_password_is_not_told_to_whom_one_is_sent_on(server: Server, tmp_path: Path) -> None:
-    for other in serving(tmp_path / "web"):
+    for other in serve(tmp_path / "web"):
         server.behaviour.redirect = f"http://127.0.0.1:{other.server_port}"
         resolve_dataset(address(server, user="anna:hunter@"))
         assert set(server.behaviour.authorizations) == {"Basic " + base64.b64encode(b"anna:hunter").decode()}
@@ -286,7 +282,7 @@ def test_https(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     subprocess.run([*command, *names], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    for secure in serving(tmp_path / "web"):
+    for secure in serve(tmp_path / "web"):
         secure.socket = context.wrap_socket(secure.socket, server_side=True)
         where = address(secure).replace("http:", "https:")
         with pytest.raises(UserError, match="CERTIFICATE_VERIFY_FAILED"):

@@ -6,21 +6,20 @@ import base64
 import hashlib
 import json
 import re
-import threading
 import urllib.parse
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from huggingface_hub import HfApi
+from support.http_server import HubHandler, serving
 
 from shards import UserError, open_split
 from trainer.export import hub
 from trainer.predict.predictor import Predictor, upright_images
 
-SHA = "b" * 40
 TOKEN = "hf_secret"
 
 
@@ -36,82 +35,67 @@ class ModelHub(ThreadingHTTPServer):
         self.commits = 0
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(HubHandler):
     server: ModelHub
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
-            return self._send(401, b"{}")
+            return self.send(401, b"{}")
         if self.path == "/api/repos/create":
             content = json.loads(body)
             name = f"{content['organization']}/{content['name']}"
             self.server.repositories.setdefault(name, {})
             if content.get("private") or content.get("visibility") == "private":
                 self.server.private.add(name)
-            return self._json({"url": f"http://{self.headers['Host']}/{name}"})
+            return self.send_json({"url": f"http://{self.headers['Host']}/{name}"})
         if self.path == "/api/validate-yaml":  # of the model card
-            return self._json({"errors": [], "warnings": []})
+            return self.send_json({"errors": [], "warnings": []})
         if match := re.fullmatch(r"/api/models/(.+/.+)/preupload/main", self.path):
             names = [file["path"] for file in json.loads(body)["files"]]
             files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
-            return self._json({"files": files})
+            return self.send_json({"files": files})
         if match := re.fullmatch(r"/api/models/(.+/.+)/commit/main", self.path):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     value = line["value"]
                     self.server.repositories[match[1]][value["path"]] = base64.b64decode(value["content"])
             self.server.commits += 1
-            return self._json({"commitUrl": f"http://{self.headers['Host']}/{match[1]}/commit/{SHA}", "commitOid": SHA})
-        self._send(404, b"{}")
+            return self.send_json(
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/{match[1]}/commit/{self.commit}",
+                    "commitOid": self.commit,
+                }
+            )
+        self.send(404, b"{}")
 
     def do_GET(self) -> None:
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(?:revision|tree)/.+", path):
             files = self.server.repositories.get(match[1])
             if files is None:
-                return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+                return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             if "/tree/" in path:
-                return self._json(
+                return self.send_json(
                     [
                         {"type": "file", "path": name, "size": len(each), "oid": hashlib.sha1(each).hexdigest()}
                         for name, each in files.items()
                     ]
                 )
             siblings = [{"rfilename": name} for name in files]
-            return self._json({"id": match[1], "sha": SHA, "private": True, "siblings": siblings})
+            return self.send_json({"id": match[1], "sha": self.commit, "private": True, "siblings": siblings})
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             content = self.server.repositories[match[1]][match[2]]
-            return self._send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
-        self._send(404, b"{}")
+            return self.send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
+        self.send(404, b"{}")
 
     do_HEAD = do_GET
-
-    def _json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": SHA, **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
 def server() -> Iterator[ModelHub]:
-    server = ModelHub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(ModelHub()) as server:
+        yield server
 
 
 @pytest.fixture
