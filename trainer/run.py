@@ -7,10 +7,9 @@ torchrun --nproc_per_node=2 -m trainer.run configs/byclass.yaml
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from shards.cli import program_name, run_command
-from trainer.config.base import settings_help
+from trainer.config.base import add_recipe_arguments, settings_help
 from trainer.config.schema import Config
 
 
@@ -22,8 +21,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog=f"settings (in the file, or key=value):\n{settings_help(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or a recipe of configs/ (quickstart)")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the file")
+    add_recipe_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="show what would run, take one step, and stop")
     return parser.parse_intermixed_args()
 

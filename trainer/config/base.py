@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import textwrap
@@ -28,6 +29,13 @@ class BaseConfig(BaseModel):
     def _prepare(cls, content: Any) -> Any:
         """Hide credentials. YAML reads a section whose lines are all commented out (`mixup:`) as None."""
         return {} if content is None else hide(content)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments `config` (a path) and `overrides` (a list of key=value)."""
+    add = parser.add_argument
+    add("config", type=Path, metavar="CONFIG", help="YAML file, or the name of a recipe in configs/ (quickstart)")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the file")
 
 
 def iterate_fields(config: type[BaseConfig], prefix: str = "") -> Iterable[tuple[str, FieldInfo]]:

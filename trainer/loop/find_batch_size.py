@@ -13,16 +13,16 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from pipeline.loader import Batch
 from pipeline.transforms.preprocess import format_size
 from shards.cli import program_name, run_command
-from shards.errors import UserError, quote
+from shards.errors import UserError
 from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
+from trainer.config.base import add_recipe_arguments
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
@@ -30,7 +30,7 @@ from trainer.loop.step_check import saved_tensor_bytes
 from trainer.models.auto import resolve_auto
 from trainer.models.precision import make_grad_scaler
 from trainer.models.transfer import set_training_mode
-from trainer.runtime.distributed import init_distributed
+from trainer.runtime.distributed import init_single_process
 from trainer.runtime.memory import available_memory, peak_memory
 
 _FIRST = {"cpu": 16, "cuda": 256}  # images
@@ -159,18 +159,11 @@ def main() -> int:
         prog=program_name("trainer.loop.find_batch_size"),
         description="Find the largest batch size that fits into memory, and the fastest.",
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or the name of a recipe in configs/")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the file")
+    add_recipe_arguments(parser)
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
     resolve_dataset(settings.data.shards)
-    with init_distributed(settings.device) as world:
-        if world.size > 1:
-            raise UserError(
-                found=f"{world.size} ranks",
-                expected="one process; the memory of a rank does not depend on the others",
-                hint=f"python -m trainer.loop.find_batch_size {quote(arguments.config)}",
-            )
+    with init_single_process(settings.device, "the memory of a rank does not depend on the others") as world:
         settings = resolve_auto(settings, world.device)
         data = open_data(settings, world)
         run = BatchSizeRunner(make_training(settings, data, world))

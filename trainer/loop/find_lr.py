@@ -20,18 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.loader import Batch
-from shards.atomic import replace_file, write_file
+from shards.atomic import created_directory, replace_file, write_file
 from shards.cli import program_name, run_command
-from shards.errors import UserError, quote
+from shards.errors import UserError
 from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
+from trainer.config.base import add_recipe_arguments
 from trainer.data.training_data import open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
 from trainer.models.auto import resolve_auto
 from trainer.models.transfer import set_training_mode
-from trainer.runtime.distributed import init_distributed
+from trainer.runtime.distributed import init_single_process
 
+_RESULT, _PLOT = "find-lr.json", "find-lr.svg"
 _DIVERGED = 4  # times the lowest loss
 _SMOOTHING = 1 / 40  # std of the Gaussian, as a fraction of the steps
 # The range test replaces the schedule; an average of the weights is not evaluated.
@@ -137,8 +139,7 @@ def main() -> int:
         prog=program_name("trainer.loop.find_lr"),
         description="Find a learning rate by a range test: steps with growing rates.",
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or the name of a recipe in configs/")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the file")
+    add_recipe_arguments(parser)
     parser.add_argument("--lowest", type=float, default=1e-6, help="first learning rate (default: 1e-6)")
     parser.add_argument("--highest", type=float, default=10.0, help="last learning rate (default: 10)")
     parser.add_argument("--steps", type=int, default=100, help="number of rates (default: 100)")
@@ -151,27 +152,21 @@ def main() -> int:
             hint="remove the options to use their defaults",
         )
     settings = config.load(arguments.config, arguments.overrides)
+    directory = arguments.out or Path("runs/find-lr") / settings.run.name
     resolve_dataset(settings.data.shards)
-    with init_distributed(settings.device) as world:
-        if world.size > 1:
-            raise UserError(
-                found=f"{world.size} ranks",
-                expected="one process; the loss does not depend on the number of ranks",
-                hint=f"python -m trainer.loop.find_lr {quote(arguments.config)}",
-            )
+    reason = "the loss does not depend on the number of ranks"
+    with created_directory(directory), init_single_process(settings.device, reason) as world:
         settings = config.replace_settings(resolve_auto(settings, world.device), _SETTINGS, "find_lr")
         training = make_training(settings, open_data(settings, world), world)
         set_training_mode(training.forward)
         with contextlib.closing(endless_batches(training)) as batches:
             step = make_step(training, batches)
             result = range_test(step, arguments.lowest, arguments.highest, arguments.steps)
-    directory = arguments.out or Path("runs/find-lr") / settings.run.name
-    directory.mkdir(parents=True, exist_ok=True)
-    write_file(directory / "find-lr.json", json.dumps(asdict(result), indent=1) + "\n")
-    write_plot(directory / "find-lr.svg", result)
+        write_file(directory / _RESULT, json.dumps(asdict(result), indent=1) + "\n")
+        write_plot(directory / _PLOT, result)
     print(f"{len(result.lr)} steps, learning rate {result.lr[0]:.2g} .. {result.lr[-1]:.2g}")
     print(f"suggestion  optim.lr={result.suggestion:.2g} (the loss falls fastest)")
-    print(f"plot        {directory / 'find-lr.svg'}")
+    print(f"plot        {directory / _PLOT}")
     return 0
 
 

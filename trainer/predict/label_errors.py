@@ -30,6 +30,7 @@ from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config import load as config
+from trainer.config.base import add_recipe_arguments
 from trainer.config.schema import Config
 from trainer.data.training_data import split_fold
 from trainer.evaluate.evaluator import loader_for, map_logits
@@ -160,9 +161,8 @@ def main() -> int:
         prog=program_name("trainer.predict.label_errors"),
         description="Find training images whose label is probably wrong, by cross-validation and confident learning.",
     )
+    add_recipe_arguments(parser)
     add = parser.add_argument
-    add("config", type=Path, metavar="CONFIG", help="YAML file, or a recipe of configs/ (quickstart)")
-    add("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the file")
     add("--folds", type=int, default=5, metavar="N", help="parts of the training split, 2 or more (default 5)")
     add("--out", type=Path, metavar="DIR", help="directory of runs and results (default runs/NAME-label-errors)")
     arguments = parser.parse_intermixed_args()

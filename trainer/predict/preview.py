@@ -14,6 +14,7 @@ from shards.cli import program_name, run_command
 from shards.open import open_split
 from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
+from trainer.config.base import add_recipe_arguments
 
 
 def main() -> int:
@@ -22,8 +23,7 @@ def main() -> int:
         prog=program_name("trainer.predict.preview"),
         description="Draw a contact sheet of a recipe's training images: raw beside preprocessed and augmented.",
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, or the name of a recipe in configs/")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the file")
+    add_recipe_arguments(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("preview.png"), metavar="FILE", help="PNG to write (default preview.png)"
     )

@@ -99,6 +99,28 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
         dist.destroy_process_group()
 
 
+@contextmanager
+def init_single_process(device_name: str, reason: str) -> Iterator[World]:
+    """Initialize the only process of a command.
+
+    Args:
+        device_name: As in `init_distributed`.
+        reason: Why several processes are refused.
+
+    Raises:
+        UserError: torchrun started several processes.
+    """
+    with report_errors_on_main():
+        if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise UserError(
+                found=f"{size} ranks",
+                expected=f"one process; {reason}",
+                hint="run the command with python -m instead of torchrun -m",
+            )
+        with init_distributed(device_name) as world:
+            yield world
+
+
 class AsyncFlags:
     """Asynchronous all-reduce (MAX) of a few control flags per optimizer step.
 
