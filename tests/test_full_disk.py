@@ -25,9 +25,10 @@ from pipeline import preview, shard
 from pipeline.dedup import overlap
 from shards import convert, index
 from trainer.evaluate import __main__ as evaluate
-from trainer.export import export
+from trainer.export import ensemble, export
+from trainer.loop import find_lr
 from trainer.predict import __main__ as predict
-from trainer.predict import pseudo_label
+from trainer.predict import label_errors, pseudo_label
 from trainer.report import __main__ as report
 from trainer.tune import __main__ as tune
 
@@ -117,6 +118,17 @@ def commands(template: Path, out: Path) -> dict[str, tuple[Callable[[], object] 
         "export safetensors": (None, exported("safetensors")),
         "export onnx": (None, exported("onnx")),
         "export torch": (None, exported("torch-export")),
+        "ensemble": (None, lambda: run(ensemble.main, "ensemble", run_dir, run_dir, f"--out={out / 'both'}")),
+        "find-lr": (
+            None,
+            lambda: run(find_lr.main, "find-lr", template / "recipe.yaml", "--steps=3", f"--out={out / 'rates'}"),
+        ),
+        "label-errors": (
+            None,
+            lambda: run(
+                *(label_errors.main, "label-errors", template / "recipe.yaml", "--folds=2", f"--out={out / 'errors'}")
+            ),
+        ),
         "report": (copy("run"), lambda: run(report.main, "report", out / "run")),
         "compare": (
             copy("run"),
@@ -141,6 +153,7 @@ ENDS = {
     ".json": b"}",
     ".jsonl": b"}",
     ".journal": b"}",
+    ".svg": b"</svg>",
     ".png": b"IEND\xaeB`\x82",
 }
 SIZED = {".safetensors", ".onnx", ".pt2"}  # as large as ever

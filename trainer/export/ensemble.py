@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shards.atomic import replace_file
+from shards.atomic import make_directory, replace_directory, replace_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError
 from trainer.checkpoint import io as checkpoint
@@ -30,7 +30,7 @@ from trainer.config.load import replace_settings
 from trainer.data.training_data import open_data
 from trainer.evaluate.evaluator import evaluate
 from trainer.report import run_page
-from trainer.runtime.distributed import World, init_distributed
+from trainer.runtime.distributed import World, init_single_process
 
 
 def make_ensemble(models: Sequence[TrainedModel]) -> TrainedModel:
@@ -180,14 +180,16 @@ def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | No
         "dataset": data.manifest.name,
         "members": [str(path) for path in paths],
     }
-    directory = RunDirectory(out)
-    with directory.lock():
+    with replace_directory(out) as replacement:
+        directory = RunDirectory(replacement.path)
+        make_directory(directory.checkpoints)
         directory.begin(config, runs[0].environment, [])
         checkpoint.save(directory.best, trained.state_dict())
         with replace_file(directory.predictions) as file:
             np.savez_compressed(file, **vars(evaluation.predictions))
-        run_page.write(out, data.manifest, data.test_store, summary, [])
+        run_page.write(directory.path, data.manifest, data.test_store, summary, [])
         directory.write_summary(summary)
+        replacement.commit()
     rows = [*((run.directory.path, run.summary) for run in runs), (out, summary)]
     return [*lines, *(_describe(path, metrics) for path, metrics in rows)]
 
@@ -208,7 +210,11 @@ def main() -> int:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run directories, two or more")
     add("--out", type=Path, required=True, metavar="DIR", help="directory of the result, used like a run directory")
-    add("--soup", choices=("uniform", "greedy"), help="average the weights: of all runs, or of those that help")
+    add(
+        "--soup",
+        choices=("uniform", "greedy"),
+        help="average the weights of all runs (uniform) or of those that do not lower the validation metric (greedy)",
+    )
     add("--shards", metavar="SHARDS", help="the runs' data set, if it has moved")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model")
     arguments = parser.parse_args()
@@ -218,7 +224,7 @@ def main() -> int:
             expected="a new directory" if arguments.out.exists() else "two or more runs",
             hint="choose another --out" if arguments.out.exists() else "name the run directories one after another",
         )
-    with init_distributed(arguments.device) as world:
+    with init_single_process(arguments.device, "its result is one directory") as world:
         print("\n".join(combine(arguments.runs, arguments.out, arguments.soup, arguments.shards, world)))
     return 0
 
