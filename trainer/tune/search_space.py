@@ -228,11 +228,11 @@ def load(path: Path, overrides: list[str]) -> tuple[SearchConfig, Config]:
                 hint=f"set {_SET_BY_SEARCH[name]}, and remove {name}",
             )
     base = config.replace_settings(base, search.settings, source)
-    for name, value, default in (
-        ("trainer.monitor", base.trainer.monitor, "accuracy"),
-        ("trainer.minutes", base.trainer.minutes, "null"),
+    for is_wrong, name, value, default in (
+        (base.trainer.monitor == "loss", "trainer.monitor", base.trainer.monitor, "accuracy"),
+        (base.trainer.minutes is not None, "trainer.minutes", base.trainer.minutes, "null"),
     ):
-        if value == "loss" or isinstance(value, float):
+        if is_wrong:
             raise UserError(
                 found=f"{name}={value} in {search.recipe} or {source}",
                 expected="trials that are compared by accuracy or macro_f1 after the same numbers of epochs",
