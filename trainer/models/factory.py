@@ -120,9 +120,7 @@ def timm_options(settings: ModelConfig, resolution: Resolution | None) -> dict[s
     """Return `model.options`, with the size of the images for a model of timm that is built for one size."""
     if settings.name in BUILTIN_MODELS or resolution is None:
         return settings.options
-    import timm
-
-    published = timm.get_pretrained_cfg(settings.name) if timm.is_model(settings.name) else None
+    published = _published(settings.name)
     has_one_size = published is not None and published.fixed_input_size
     return {**({"img_size": input_size(resolution)} if has_one_size else {}), **settings.options}
 
@@ -280,17 +278,20 @@ def _timm_model(settings: ModelConfig, channels: int, classes: int, pretrained: 
 
 def pretrained_license(name: str) -> str | None:
     """Return the license of a model's published weights according to timm; None if timm does not state one."""
+    published = _published(name)
+    return published.license if published is not None else None
+
+
+def _published(name: str) -> Any:
+    """Return timm's description of a model's published weights; None for an unknown model or one without weights."""
     import timm
 
-    published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    return published.license if published is not None else None
+    return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
 
 
 def _weights_url(name: str) -> str | None:
     """Return the address of a timm model's published weights; None if there are none."""
-    import timm
-
-    published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    published = _published(name)
     if published is None:
         return None
     if published.hf_hub_id:
