@@ -350,7 +350,7 @@ class CheckpointConfig(BaseConfig):
 
 
 class LoggingConfig(BaseConfig):
-    """Experiment trackers, beside metrics.jsonl."""
+    """Loggers, beside metrics.jsonl."""
 
     wandb: Annotated[Literal["off", "auto"], BeforeValidator(_false_to_off)] = "off"
     """Log to Weights & Biases: auto is online with an API key and offline without."""
@@ -362,7 +362,7 @@ class LoggingConfig(BaseConfig):
     """Log to MLflow at the address in MLFLOW_TRACKING_URI (default: mlflow.db in the current directory)."""
     every_steps: StepNumber | None = 50
     """Optimizer steps between records of loss, learning rate, gradient norm, throughput and data wait, in steps.jsonl
-    and every tracker; null for none."""
+    and every logger; null for none."""
 
     @property
     def uses_tracker(self) -> bool:
