@@ -199,13 +199,13 @@ def split_fold(labels: NDArray[np.int64], fold: str | None, seed: int) -> tuple[
     if fold is None:
         return np.arange(len(labels)), np.arange(0)
     number, folds = map(int, fold.split("/"))
-    is_held_out = stratified_folds(labels, folds, seed, FOLD_STREAM) == number - 1
-    if not is_held_out.any():
+    if folds > len(labels):
         raise UserError(
-            found=f"data.fold={fold} of {len(labels)} samples, which is none",
+            found=f"data.fold={fold}, more parts than the {len(labels):,} samples",
             expected="at least one sample in each part",
             hint="data.fold=1/2",
         )
+    is_held_out = stratified_folds(labels, folds, seed, FOLD_STREAM) == number - 1
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 

@@ -15,12 +15,12 @@ from support.raw_files import refusal
 
 from shards import open_split
 from shards.atomic import replace_directory
-from shards.errors import MismatchError
+from shards.errors import MismatchError, UserError
 from shards.stores.base import Store
 from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.data import training_data
-from trainer.data.training_data import open_data
+from trainer.data.training_data import open_data, split_fold
 from trainer.evaluate.logit_adjustment import log_class_weights
 from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import World
@@ -97,3 +97,12 @@ class TwoRanks(World):
 def test_ranks_with_different_packs_are_refused(synthetic_set: Path) -> None:
     error = refusal(lambda: open_data(config(synthetic_set), TwoRanks(device=torch.device("cpu"))))
     assert error.found == f"{synthetic_set}, {REPLACED}"
+
+
+def test_more_folds_than_samples_are_refused_in_every_fold() -> None:
+    labels = np.array([0, 1, 0, 1])
+    for number in range(1, 5):
+        assert len(split_fold(labels, f"{number}/4", 0)[1]) == 1
+    for number in range(1, 6):
+        with pytest.raises(UserError, match="more parts than the 4 samples"):
+            split_fold(labels, f"{number}/5", 0)
