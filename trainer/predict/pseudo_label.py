@@ -5,10 +5,10 @@
 
 IMAGES is a packed data set, whose labels are ignored, or image files and directories of them, which are converted to
 the format of the training images as `trainer.predict` does. The first form writes row, label and confidence of each
-image with at least this confidence. The second form packs SET again with these images added to its train split under
-the predicted labels. The other splits stay as they are, and images that they contain are not added. `origins.csv` in
-the new train split states the origin of each image. Lee 2013, Pseudo-label, ICML Workshop on Challenges in
-Representation Learning.
+image with at least this confidence, and the path of an image file. The second form packs SET again with these images
+added to its train split under the predicted labels. The other splits stay as they are, and images that they contain
+are not added. `origins.csv` in the new train split states the origin of each image. Lee 2013, Pseudo-label,
+ICML Workshop on Challenges in Representation Learning.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def add_pseudo_labels(
     return f"{packed.manifests[0].samples:,} training images{skipped} in {out}{already}"
 
 
-def _fraction(text: str) -> float:
+def probability(text: str) -> float:
+    """Parse a probability. For invalid text, argparse prints the name of this function."""
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return float(text)
@@ -194,8 +195,8 @@ def main() -> int:
         help="packed data set (its labels are ignored), or image files or directories",
     )
     add("--split", choices=SPLITS, default="train", help="split of a packed data set (default train)")
-    add("--confidence", type=_fraction, required=True, metavar="P", help="minimum calibrated probability, 0 .. 1")
-    add("--csv", type=Path, metavar="FILE", help="write row, label and confidence of each image")
+    add("--confidence", type=probability, required=True, metavar="P", help="minimum calibrated probability, 0 .. 1")
+    add("--csv", type=Path, metavar="FILE", help="write row, label, confidence (and path) of each image")
     add("--add-to", metavar="SET", help="packed data set to whose train split the images are added")
     add("--out", metavar="PATH", help="directory or address of the extended data set")
     arguments = parser.parse_args()
@@ -234,8 +235,10 @@ def main() -> int:
     if arguments.csv:
         labels = [trained.classes[label] for label in pseudo.labels]
         confidence = [f"{value:.4f}" for value in pseudo.confidence]
-        rows = zip(pseudo.source_index, labels, confidence, strict=True)
-        write_file(arguments.csv, format_csv(["row", "label", "confidence"], rows))
+        columns: dict[str, Any] = {"row": pseudo.source_index, "label": labels, "confidence": confidence}
+        if "path" in unlabelled.columns:
+            columns["path"] = unlabelled.columns["path"][np.isin(unlabelled.source_index, pseudo.source_index)]
+        write_file(arguments.csv, format_csv(list(columns), zip(*columns.values(), strict=True)))
         print(f"labels written to {arguments.csv}")
     if target is not None:
         options = {

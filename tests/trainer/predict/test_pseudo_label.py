@@ -116,6 +116,7 @@ def test_image_files_are_labelled_and_packed_beside_labelled_images(
     label(run, folder, "--confidence", 0.01, "--csv", table, "--add-to", sets[0], "--out", out)
     assert "30 of 30 images labelled" in capsys.readouterr().out
     lines = list(csv.DictReader(table.open()))
+    assert [line["path"] for line in lines] == [str(folder / f"{number}.png") for number in range(30)]
     train = open_split(out, "train")
     origins = [line for line in csv.DictReader((out / "train" / ORIGINS).open()) if line["from"] == "pseudo-labelled"]
     assert len(train) == 700 + len(origins) and len(origins) >= 25  # images of other splits are left out
