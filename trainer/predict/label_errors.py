@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pipeline.readers.formats.csv import format_csv
 from shards.atomic import write_file
 from shards.cli import program_name, run_command
+from shards.errors import quote
 from shards.open import open_split
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
@@ -184,8 +185,8 @@ def main() -> int:
             print(
                 f"{len(suspicious):,} of {len(predictions.rows):,} labels are probably wrong "
                 f"(out-of-fold accuracy {accuracy:.2%})\n"
-                f"{out / 'label_errors.html'}\n{out / 'label_errors.csv'}  "
-                "exclude them: inkstream pack ... --exclude FILE"
+                f"{out / 'label_errors.html'}\n{out / 'label_errors.csv'}\n"
+                f"pack without them: inkstream pack SOURCE --exclude {quote(out / 'label_errors.csv')}"
             )
     return 0
 

@@ -43,9 +43,9 @@ class Predictions(NamedTuple):
 
     Attributes:
         probabilities: float32 [n, C], rows add up to 1.
-        images: Model input as uint8 [n, R, S, channels].
-        embeddings: Input of the classifier, float32 [n, F], those of the members of an ensemble side by side; F is 0
-            unless they were asked for.
+        images: Model input as uint8 [n, H, W, channels].
+        embeddings: Input of the classifier, float32 [n, F]; for an ensemble, those of its members are concatenated.
+            F is 0 without `with_embeddings`.
     """
 
     probabilities: NDArray[np.float32]

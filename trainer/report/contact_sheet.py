@@ -24,7 +24,7 @@ class Tile(NamedTuple):
     """An image of the sheet.
 
     Attributes:
-        image: Model input as uint8 [R, R, C].
+        image: Model input as uint8 [H, W, C].
         predicted: Predicted class.
         probability: Probability of the predicted class.
         true: True class, if known.

@@ -1,4 +1,4 @@
-"""Grad-CAM: which part of an image raises the logit of a class."""
+"""Grad-CAM: the parts of an image that raise the logit of a class."""
 
 from __future__ import annotations
 

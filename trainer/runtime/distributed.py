@@ -20,9 +20,9 @@ from shards.errors import UserError
 from trainer.runtime.memory import keep_freed_memory
 from trainer.runtime.rendezvous import elastic_agent_store, rendezvous
 
-# Until the process ends. A group that only a DDP model still holds would be destroyed with the interpreter's lock, for
-# which a thread of the group may wait; torch 2.6 then hangs at the end of a run. torch releases the lock to destroy one
-# that Python holds.
+# Keeps process groups until the process ends. torch releases the GIL to destroy a group that Python holds. If a DDP
+# model held the last reference, the group would be destroyed with the GIL held, for which one of its threads may wait:
+# torch 2.6 then hangs at the end of a run.
 _GROUPS: list[dist.ProcessGroup] = []
 
 

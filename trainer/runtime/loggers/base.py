@@ -1,4 +1,4 @@
-"""The interface of metric loggers, and the guard that keeps their failures away from a run."""
+"""The interface of metric loggers, and a wrapper whose failures do not stop a run."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class MetricLogger:
 
 
 class GuardedLogger(MetricLogger):
-    """A logger that cannot stop a run: at its first exception it is closed with a warning.
+    """A logger that cannot stop a run: at its first exception it is switched off with a warning.
 
     Args:
         name: Name of the service, for the warning.
@@ -149,7 +149,7 @@ def _step_of(line: str) -> float:
 
 
 def finish_in_time(finish: Callable[[], None], failure: str) -> None:
-    """Run the last upload in a thread: it may wait hours for a server that has gone.
+    """Run the last upload in a thread, as it may wait for hours for a server that does not answer.
 
     Raises:
         TimeoutError: It has not ended after 60 seconds; the message is `failure`.

@@ -81,7 +81,7 @@ class MlflowLogger(MetricLogger):
                 operation.wait()
             self._client.set_terminated(self._id, self._status)
 
-        finish_in_time(finish, "MLflow has not received all metrics")
+        finish_in_time(finish, "the server has not received all metrics")
 
     def _last_step(self, name: str) -> int:
         return max((metric.step for metric in self._client.get_metric_history(self._id, name)), default=-1)

@@ -103,4 +103,4 @@ class WandbLogger(MetricLogger):
 
     def close(self) -> None:
         address = quote(Path(self._run.dir).parent)
-        finish_in_time(self._run.finish, f"no end of the upload; complete it with: wandb sync {address}")
+        finish_in_time(self._run.finish, f"the upload has not ended; complete it with: wandb sync {address}")
