@@ -140,10 +140,10 @@ def main() -> int:
         description="Find a learning rate by a range test: steps with growing rates.",
     )
     add_recipe_arguments(parser)
-    parser.add_argument("--lowest", type=float, default=1e-6, help="first learning rate (default: 1e-6)")
-    parser.add_argument("--highest", type=float, default=10.0, help="last learning rate (default: 10)")
-    parser.add_argument("--steps", type=int, default=100, help="number of rates (default: 100)")
-    parser.add_argument("--out", type=Path, help="directory of the result (default: runs/find-lr/NAME)")
+    parser.add_argument("--lowest", type=float, default=1e-6, metavar="LR", help="first learning rate (default: 1e-6)")
+    parser.add_argument("--highest", type=float, default=10.0, metavar="LR", help="last learning rate (default: 10)")
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="number of rates (default: 100)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the result (default: runs/find-lr/NAME)")
     arguments = parser.parse_intermixed_args()
     if not 0 < arguments.lowest < arguments.highest or arguments.steps < 2:
         raise UserError(
