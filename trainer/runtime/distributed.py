@@ -115,7 +115,7 @@ def init_single_process(device_name: str, reason: str) -> Iterator[World]:
             raise UserError(
                 found=f"{size} ranks",
                 expected=f"one process; {reason}",
-                hint="run the command with python -m instead of torchrun -m",
+                hint="start the command without torchrun",
             )
         with init_distributed(device_name) as world:
             yield world
