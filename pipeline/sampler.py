@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.index_ranges import Positions
 from pipeline.common.rng import (
     BALANCE_STREAM,
     BLOCK_STREAM,
@@ -70,7 +71,7 @@ class ShuffledBatchSampler:
     so the numbers of times that two samples of a class were used differ by at most one.
 
     Attributes:
-        samples: int64 [N], positions of the samples of an epoch in the store.
+        samples: The N positions in the store of the samples of an epoch.
         batch_size: Maximum number of samples of a global batch.
         seed: Seed of the permutations and of the augmentation.
         block_size: Samples of a block of the store.
@@ -82,7 +83,7 @@ class ShuffledBatchSampler:
         class_balance: 0 for every sample once, 1 for equally many samples of each class.
     """
 
-    samples: NDArray[np.int64]
+    samples: Positions
     batch_size: int
     seed: int
     block_size: int = 1
@@ -219,11 +220,11 @@ class SequentialBatchSampler:
     different numbers of steps, and nothing is padded.
 
     Attributes:
-        samples: int64 [N], positions of the samples in the store.
+        samples: The N positions of the samples in the store.
         batch_size: Samples of a batch.
     """
 
-    samples: NDArray[np.int64]
+    samples: Positions
     batch_size: int
     can_fuse = False  # fused calls would contain other images on another number of ranks
 

@@ -33,7 +33,7 @@ def stratified_mask(
     """
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     keys = random_keys(seed, stream, len(labels))
-    strata, quotas = classes, _quotas(counts, fraction)
+    strata, quotas = classes, stratified_quotas(counts, fraction)
     if within is not None:
         _, groups = np.unique(within, return_inverse=True)
         width = int(groups.max(initial=0)) + 1
@@ -69,8 +69,15 @@ def stratified_folds(labels: NDArray[np.int64], folds: int, seed: int, stream: i
     return part
 
 
-def _quotas(counts: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
-    """The number of samples from each class; on equal remainders the first classes contribute more."""
+def stratified_quotas(counts: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
+    """Return the number of samples of each class in a fraction of them, int64 [C].
+
+    On equal remainders the first classes contribute more.
+
+    Args:
+        counts: int64 [C], samples of each class.
+        fraction: 0 .. 1.
+    """
     exact = counts * fraction
     quotas = np.floor(exact).astype(np.int64)
     remainders = exact - quotas

@@ -7,9 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from pipeline.common.index_ranges import Positions
 from pipeline.loader import Batch, Loader
 from pipeline.sampler import ShuffledBatchSampler
 from pipeline.transforms.preprocess import Resolution, input_size
@@ -57,13 +55,13 @@ class EpochLoader(Protocol):
         stages: The stages of the run.
         window: See `ShuffledBatchSampler.shuffle_window_blocks`.
         timed: Wraps transforms to measure their time; None without a profiler.
-        samples: [N], positions in the store of the samples of an epoch.
+        samples: Positions in the store of the samples of an epoch.
     """
 
     stages: tuple[ResolutionStage, ...]
     window: int | None
     timed: Callable[[Transform], Transform] | None
-    samples: NDArray[np.int64]
+    samples: Positions
 
     def stage_at(self, epoch: int) -> ResolutionStage:
         """Return the stage of an epoch, from 0."""

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.batch_source import ResidentStore, keep_on_device
-from pipeline.common.rng import FOLD_STREAM
-from pipeline.common.stratified import stratified_folds, stratified_mask
+from pipeline.common.index_ranges import IndexRanges, Positions
+from pipeline.common.labelled_samples import LabelledSamples
 from pipeline.ink.adapter import InputAdapter
 from pipeline.loader import Loader
 from pipeline.normalization import load_or_compute_stats
@@ -94,22 +94,18 @@ def open_data(config: Config, world: World) -> TrainingData:
         world.run_on_main(lambda: _check_hashes(directory, stores))
 
     val_fraction = 0 if val_stores else config.data.val_fraction
-    rest, held_out = split_fold(train_store.labels, config.data.fold, config.seed)
-    train, validation = (
-        rest[chosen]
-        for chosen in split_train_val(train_store.labels[rest], val_fraction, config.data.train_fraction, config.seed)
-    )
-    if config.data.fold:
+    every = LabelledSamples.of(train_store)
+    held_out, rest = split_fold(every, config.data.fold, config.seed) if config.data.fold else (None, every)
+    train, validation = split_train_val(rest, val_fraction, config.data.train_fraction, config.seed)
+    if held_out is not None:
         test_store = train_store
-    test_samples = held_out if config.data.fold else np.arange(len(test_store))
     if not len(train):
         raise UserError(
             found=f"no training samples: {len(train_store)} with data.train_fraction={config.data.train_fraction}",
             expected="at least one training sample",
             hint="raise data.train_fraction",
         )
-    counts = np.bincount(train_store.labels[train], minlength=len(train_store.manifest.classes))
-    check_several_classes(train_store.manifest.classes, counts.tolist(), directory)
+    check_several_classes(train_store.manifest.classes, train.counts.tolist(), directory)
     if val_fraction > 0 and not len(validation):
         raise UserError(
             found=f"data.val_fraction={config.data.val_fraction} of {len(train_store)} samples, which is none",
@@ -149,28 +145,31 @@ def open_data(config: Config, world: World) -> TrainingData:
             return transform
         return build_transform(specs[stage.resolution], backend, world.device, stage.batch_size, augmentation)
 
-    def evaluation(store: Store, samples: NDArray[np.int64]) -> Loader:
+    def evaluation(store: Store, samples: Positions | None = None) -> Loader:
         return evaluation_loader(store, samples, transform, config, world)
 
     largest_batch = max(stage.batch_size for stage in stages)
     window = world.broadcast_object(max_shuffle_window(manifest, train_memory, largest_batch))
     loader = config.loader
     sampler = ShuffledBatchSampler(
-        train,
+        train.samples,
         loader.batch_size,
         config.seed,
         manifest.block_size,
         window,
         augmentation,
         repeats=loader.repeated_augmentation,
-        labels=train_store.labels[train] if config.data.class_balance else None,
+        labels=train.labels[train.samples] if config.data.class_balance else None,
         class_balance=config.data.class_balance,
     )
-    drawn = counts
+    drawn = train.counts
     if config.data.class_balance:
-        drawn = np.pad(sampler.class_counts, (0, len(counts) - len(sampler.class_counts)))
-    val_store = val_stores[0] if val_stores else train_store
-    val_samples = np.arange(len(val_store)) if val_stores else validation
+        drawn = np.pad(sampler.class_counts, (0, len(drawn) - len(sampler.class_counts)))
+    val_loader = None
+    if val_stores:
+        val_loader = evaluation(val_stores[0])
+    elif len(validation):
+        val_loader = evaluation(train_store, validation.samples)
     return TrainingData(
         manifest=manifest,
         digest=digest,
@@ -178,11 +177,11 @@ def open_data(config: Config, world: World) -> TrainingData:
         adapter=InputAdapter.of(train_store),
         backend=backend,
         backend_reason=reason,
-        counts=counts,
+        counts=train.counts,
         drawn=drawn,
         train=TrainingLoader(train_store, sampler, stages, make_transform, world),
-        validation=evaluation(val_store, val_samples) if len(val_samples) else None,
-        test=evaluation(test_store, test_samples),
+        validation=val_loader,
+        test=evaluation(test_store, None if held_out is None else held_out.samples),
         test_store=test_store,
     )
 
@@ -194,49 +193,50 @@ def _image_memory(config: Config) -> int:
     return memory_limit() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def split_fold(labels: NDArray[np.int64], fold: str | None, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the positions of all samples but those of a fold (`data.fold`), and of those of the fold."""
-    if fold is None:
-        return np.arange(len(labels)), np.arange(0)
+def split_fold(samples: LabelledSamples, fold: str, seed: int) -> tuple[LabelledSamples, LabelledSamples]:
+    """Return the samples of a fold (`data.fold`) and the others.
+
+    Raises:
+        UserError: There are more folds than samples.
+    """
     number, folds = map(int, fold.split("/"))
-    if folds > len(labels):
+    if folds > len(samples):
         raise UserError(
-            found=f"data.fold={fold}, more parts than the {len(labels):,} samples",
+            found=f"data.fold={fold}, more parts than the {len(samples):,} samples",
             expected="at least one sample in each part",
             hint="data.fold=1/2",
         )
-    is_held_out = stratified_folds(labels, folds, seed, FOLD_STREAM) == number - 1
-    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    return samples.fold(number - 1, folds, seed)
 
 
 def split_train_val(
-    labels: NDArray[np.int64], val_fraction: float, train_fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    samples: LabelledSamples, val_fraction: float, train_fraction: float, seed: int
+) -> tuple[LabelledSamples, LabelledSamples]:
     """Choose the training and validation samples, stratified by class.
 
     Args:
-        labels: [N].
+        samples: The samples to choose from.
         val_fraction: Fraction of all samples for validation. It does not depend on `train_fraction`, so models trained
             on different fractions are validated on the same samples.
         train_fraction: Fraction of the other samples for training.
         seed: Determines the choice.
 
     Returns:
-        Positions of the training and of the validation samples, which are disjoint.
+        The training and the validation samples, which are disjoint.
     """
-    is_validation = stratified_mask(labels, val_fraction, seed)
-    rest = np.flatnonzero(~is_validation)
-    return rest[stratified_mask(labels[rest], train_fraction, seed)], np.flatnonzero(is_validation)
+    validation, rest = samples.split(val_fraction, seed)
+    return rest.split(train_fraction, seed)[0], validation
 
 
 def evaluation_loader(
-    store: Store, samples: NDArray[np.int64], transform: Transform, config: Config, world: World
+    store: Store, samples: Positions | None, transform: Transform, config: Config, world: World
 ) -> Loader:
-    """Return a loader that reads every sample once, divided among the ranks.
+    """Return a loader that reads samples (None for all) once each, divided among the ranks.
 
     The batch size depends on the settings, not on the number of ranks, so that predictions are bit-identical with any
     number of ranks.
     """
+    samples = IndexRanges.first(len(store)) if samples is None else samples
     sampler = SequentialBatchSampler(samples, min(config.loader.batch_size, _MAX_EVALUATION_BATCH))
     return Loader(store, sampler, transform, world.device, rank=world.rank, world_size=world.size)
 

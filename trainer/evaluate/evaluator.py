@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
+from pipeline.common.index_ranges import Positions
 from pipeline.loader import Batch, Loader
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import TransformSpec
@@ -240,7 +241,7 @@ def model_logits(model: nn.Module, batch: Batch, settings: TrainerConfig, world:
         return mean_logits(model, images, settings.test_time_augmentation)
 
 
-def loader_for(store: Store, trained: TrainedModel, world: World, samples: NDArray[np.int64] | None = None) -> Loader:
+def loader_for(store: Store, trained: TrainedModel, world: World, samples: Positions | None = None) -> Loader:
     """Return a loader of images of a split, all by default, with the input transform of a trained model.
 
     Raises:
@@ -258,7 +259,6 @@ def loader_for(store: Store, trained: TrainedModel, world: World, samples: NDArr
     backend, _ = choose_backend(config.loader.backend, world.device.type, spec.encoded)
     spec = spec.with_normalization(trained.mean, trained.std)
     transform = build_transform(spec, backend, world.device, config.loader.batch_size)
-    samples = np.arange(len(store)) if samples is None else samples
     return evaluation_loader(store, samples, transform, config, world)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.common.labelled_samples import LabelledSamples
 from pipeline.readers.formats.csv import format_csv
 from shards.atomic import write_file
 from shards.cli import program_name, run_command
@@ -80,8 +81,8 @@ def predict_folds(runs: list[Path], settings: Config, store: Store, world: World
     for number, run in enumerate(runs, 1):
         trained = load_trained_model(run)
         head = ProbabilityHead(**trained.posthoc_kwargs())
-        _, samples = split_fold(store.labels, f"{number}/{len(runs)}", settings.seed)
-        loader, model = loader_for(store, trained, world, samples), trained.build_model(world.device)
+        fold, _ = split_fold(LabelledSamples.of(store), f"{number}/{len(runs)}", settings.seed)
+        loader, model = loader_for(store, trained, world, fold.samples), trained.build_model(world.device)
         output = map_logits(partial(probabilities_of, head), model, loader, trained.config.trainer, world)
         parts.append(None if output is None else output[0])
     if not world.is_main_process:

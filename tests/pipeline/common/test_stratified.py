@@ -8,9 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipeline.common.labelled_samples import LabelledSamples
 from pipeline.common.rng import FOLD_STREAM, PARTITION_STREAM
 from pipeline.common.stratified import stratified_folds, stratified_mask
 from trainer.data.training_data import split_train_val
+
+
+def split(
+    labels: NDArray[np.int64], validation: float, subset: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    every = LabelledSamples(labels, np.arange(len(labels)), np.bincount(labels), True)
+    return tuple(np.asarray(part.samples) for part in split_train_val(every, validation, subset, seed))
+
 
 seeds = st.integers(0, 2**63 - 1)
 fractions = st.one_of(
@@ -118,7 +127,7 @@ def test_every_sample_of_a_class_is_as_likely() -> None:
 def test_carved_parts_are_disjoint_and_of_the_sizes_asked_for(
     labels: NDArray[np.int64], validation: float, subset: float, seed: int
 ) -> None:
-    train, aside = split_train_val(labels, validation, subset, seed)
+    train, aside = split(labels, validation, subset, seed)
     assert len(np.intersect1d(train, aside)) == 0
     assert len(np.unique(train)) == len(train) and len(np.unique(aside)) == len(aside)
     assert len(aside) == round(validation * len(labels))
@@ -128,14 +137,14 @@ def test_carved_parts_are_disjoint_and_of_the_sizes_asked_for(
 @pytest.mark.parametrize("subset", [0.01, 0.1, 0.5])
 def test_a_smaller_subset_is_judged_by_the_same_validation_part(subset: float) -> None:
     labels = np.random.default_rng(1).integers(0, 10, 2000)
-    all_train, all_aside = split_train_val(labels, 0.2, 1.0, 5)
-    train, aside = split_train_val(labels, 0.2, subset, 5)
+    all_train, all_aside = split(labels, 0.2, 1.0, 5)
+    train, aside = split(labels, 0.2, subset, 5)
     np.testing.assert_array_equal(aside, all_aside)
     assert set(train) < set(all_train)
 
 
 def test_without_validation_all_is_trained_on() -> None:
     labels = np.arange(50) % 4
-    train, aside = split_train_val(labels, 0.0, 1.0, 0)
+    train, aside = split(labels, 0.0, 1.0, 0)
     assert train.tolist() == list(range(50))
     assert aside.tolist() == []

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, pack_splits, synthetic_splits
 from support.raw_files import refusal
 
+from pipeline.common.labelled_samples import LabelledSamples
 from shards import open_split
 from shards.atomic import replace_directory
 from shards.errors import MismatchError, UserError
@@ -101,8 +102,9 @@ def test_ranks_with_different_packs_are_refused(synthetic_set: Path) -> None:
 
 def test_more_folds_than_samples_are_refused_in_every_fold() -> None:
     labels = np.array([0, 1, 0, 1])
+    every = LabelledSamples(labels, np.arange(4), np.bincount(labels), True)
     for number in range(1, 5):
-        assert len(split_fold(labels, f"{number}/4", 0)[1]) == 1
+        assert len(split_fold(every, f"{number}/4", 0)[0]) == 1
     for number in range(1, 6):
         with pytest.raises(UserError, match="more parts than the 4 samples"):
-            split_fold(labels, f"{number}/5", 0)
+            split_fold(every, f"{number}/5", 0)
