@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +18,10 @@ ELASTIC_STREAM = 1 << 59  # likewise
 POLICY_STREAM = 1 << 57  # likewise: further numbers of the augmentation
 LEFT_OUT_STREAM = 1 << 58  # the order in which epochs leave samples out
 BALANCE_STREAM = 1 << 56  # the order of the samples of each class in class-balanced sampling
+
+_MAX_SORTED = 1 << 24  # numbers: the time of `iterate_permutation` grows with their square
+_SORTED_AT_ONCE = 1 << 20
+_PIECE = 1 << 18  # numbers computed at a time
 
 
 def random_keys(seed: int, stream: int, count: int, first: int = 0) -> NDArray[np.uint64]:
@@ -40,11 +45,42 @@ def random_keys(seed: int, stream: int, count: int, first: int = 0) -> NDArray[n
 
 def permutation(count: int, seed: int, stream: int) -> NDArray[np.int64]:
     """Return a uniform permutation of 0 .. count-1, int64 [count], equal on every machine and NumPy version."""
-    keys = random_keys(seed, stream, count)
+    return _argsort(random_keys(seed, stream, count))
+
+
+def iterate_permutation(count: int, seed: int, stream: int) -> Iterator[NDArray[np.int64]]:
+    """Yield a pseudorandom permutation of 0 .. count-1 in pieces, in memory independent of `count`.
+
+    Up to 2^24 numbers it is the uniform `permutation`, sorted in ranges of the random words, all of which are computed
+    again for each range; of more numbers it is an `IndexPermutation`.
+
+    Yields:
+        int64 [n], the next numbers; n may be 0.
+    """
+    if count > _MAX_SORTED:
+        order = IndexPermutation(count, seed, stream)
+        for first in range(0, count, _PIECE):
+            yield order[np.arange(first, min(first + _PIECE, count))]
+        return
+    ranges = -(-count // _SORTED_AT_ONCE)
+    for number in range(ranges):
+        low, last = number * 2**64 // ranges, (number + 1) * 2**64 // ranges - 1
+        found: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []
+        for first in range(0, count, _PIECE):
+            keys = random_keys(seed, stream, min(_PIECE, count - first), first)
+            inside = np.flatnonzero((keys >= low) & (keys <= last))
+            found.append((keys[inside], inside + first))
+        range_keys, numbers = map(np.concatenate, zip(*found, strict=True))
+        # Spread over 64 bits, so that the high bits of two words are rarely equal.
+        yield numbers[_argsort((range_keys - np.uint64(low)) * np.uint64(ranges))]
+
+
+def _argsort(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """`np.argsort(keys, kind="stable")` of uniform words."""
     # Sorting words that hold their index in the low bits is several times as fast as argsort. The result is equal
     # unless two words have the same high bits.
-    low = np.uint64(max(1, int(count - 1).bit_length()))
-    marked = np.sort((keys >> low << low) | np.arange(count, dtype=np.uint64))
+    low = np.uint64(max(1, int(len(keys) - 1).bit_length()))
+    marked = np.sort((keys >> low << low) | np.arange(len(keys), dtype=np.uint64))
     high = marked >> low
     if (high[1:] == high[:-1]).any():
         return np.argsort(keys, kind="stable")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.rng import PARTITION_STREAM, random_keys
+
+_PIECE = 1 << 18  # samples at a time
+_MARGIN = 8  # standard deviations
 
 
 def stratified_mask(
@@ -32,21 +37,70 @@ def stratified_mask(
         A mask bool [N] of round(fraction * N) chosen samples.
     """
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    keys = random_keys(seed, stream, len(labels))
     strata, quotas = classes, stratified_quotas(counts, fraction)
     if within is not None:
-        _, groups = np.unique(within, return_inverse=True)
-        width = int(groups.max(initial=0)) + 1
-        pairs, strata, sizes = np.unique(classes * width + groups, return_inverse=True, return_counts=True)
-        quotas = _quotas_of_groups(quotas, counts, pairs // width, sizes, keys)
-        counts = sizes
+        strata, counts, quotas = group_quotas(classes, within, quotas, seed, stream)
+    pieces = iterate_stratified_mask(strata.__getitem__, counts, quotas, seed, stream)
+    return np.concatenate([np.empty(0, bool), *pieces])
+
+
+def iterate_stratified_mask(
+    strata: Callable[[slice], NDArray[np.int64]],
+    sizes: NDArray[np.int64],
+    quotas: NDArray[np.int64],
+    seed: int,
+    stream: int,
+) -> Iterator[NDArray[np.bool_]]:
+    """Choose samples at random, a given number of each stratum, in memory that hardly grows with their number.
+
+    The samples with the smallest random words of their stratum are chosen. For uniform words, the largest of them is
+    known up to a few standard deviations; only the words near it are sorted.
+
+    Args:
+        strata: Returns the strata of a slice of the samples, int64 [n], 0 .. S-1. It is called repeatedly.
+        sizes: The number of samples of each stratum, int64 [S].
+        quotas: The number of samples to choose from each, int64 [S].
+        seed: The seed of the choice.
+        stream: The stream of the seed.
+
+    Yields:
+        The pieces of the mask in order, each except the last of a multiple of 64 values.
+    """
+    count = int(sizes.sum())
+    pieces = [slice(first, min(first + _PIECE, count)) for first in range(0, count, _PIECE)]
+    fraction = quotas / np.maximum(sizes, 1)
+    spread = np.sqrt(fraction * (1 - fraction) / np.maximum(sizes, 1)) + 2 / np.maximum(sizes, 1)
+    margin = _MARGIN * spread
+
+    def words(piece: slice) -> tuple[NDArray[np.uint64], NDArray[np.floating]]:
+        keys = random_keys(seed, stream, piece.stop - piece.start, piece.start)
+        return keys, (keys >> np.uint64(11)) * 2.0**-53
+
+    while True:
+        low, high = fraction - margin, fraction + margin
+        below = np.zeros(len(sizes), np.int64)
+        near: list[tuple[NDArray, ...]] = [(np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.int64))]
+        for piece in pieces:
+            own = strata(piece)
+            keys, numbers = words(piece)
+            is_below = numbers < low[own]
+            below += np.bincount(own[is_below], minlength=len(sizes))
+            inside = np.flatnonzero(~is_below & (numbers <= high[own]))
+            near.append((own[inside], keys[inside], inside + piece.start))
+        near_strata, near_keys, positions = map(np.concatenate, zip(*near, strict=True))
+        found, rest = np.bincount(near_strata, minlength=len(sizes)), quotas - below
+        if ((rest >= 0) & (rest <= found)).all():
+            break
+        margin *= 8
     # Sort by stratum, then at random within it. The rank of a sample is its position minus the start of the stratum.
-    by_stratum = np.lexsort((keys, strata))
-    starts = np.cumsum(counts) - counts
-    rank = np.arange(len(labels)) - starts[strata[by_stratum]]
-    chosen = np.zeros(len(labels), bool)
-    chosen[by_stratum] = rank < quotas[strata[by_stratum]]
-    return chosen
+    by_stratum = np.lexsort((near_keys, near_strata))
+    rank = np.arange(len(by_stratum)) - (np.cumsum(found) - found)[near_strata[by_stratum]]
+    chosen = np.sort(positions[by_stratum[rank < rest[near_strata[by_stratum]]]])
+    for piece in pieces:
+        mask = words(piece)[1] < low[strata(piece)]
+        start, stop = np.searchsorted(chosen, (piece.start, piece.stop))
+        mask[chosen[start:stop] - piece.start] = True
+        yield mask
 
 
 def stratified_folds(labels: NDArray[np.int64], folds: int, seed: int, stream: int) -> NDArray[np.int64]:
@@ -82,9 +136,32 @@ def stratified_quotas(counts: NDArray[np.int64], fraction: float) -> NDArray[np.
     quotas = np.floor(exact).astype(np.int64)
     remainders = exact - quotas
     short = round(fraction * int(counts.sum())) - int(quotas.sum())
-    order = np.lexsort((-remainders, quotas + 1 >= counts))
+    order = np.lexsort((-remainders, quotas + 1 >= counts, counts == 0))
     quotas[order[: max(short, 0)]] += 1
     return quotas
+
+
+def group_quotas(
+    classes: NDArray[np.int64], within: NDArray, quotas: NDArray[np.int64], seed: int, stream: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Divide the samples of each class into groups, and the quotas in proportion.
+
+    Args:
+        classes: int64 [N], 0 .. classes-1.
+        within: [N], the group of each sample.
+        quotas: The number of samples to choose from each class, int64 [classes].
+        seed: The seed of the choice.
+        stream: The stream of the seed.
+
+    Returns:
+        The stratum of each sample, int64 [N]; and of each stratum its size and its quota.
+    """
+    _, groups = np.unique(within, return_inverse=True)
+    width = int(groups.max(initial=0)) + 1
+    pairs, strata, sizes = np.unique(classes * width + groups, return_inverse=True, return_counts=True)
+    keys = random_keys(seed, stream, len(sizes))
+    counts = np.bincount(classes, minlength=len(quotas))
+    return strata, sizes, _quotas_of_groups(quotas, counts, pairs // width, sizes, keys)
 
 
 def _quotas_of_groups(
@@ -100,7 +177,7 @@ def _quotas_of_groups(
     """
     result, remainders = np.divmod(quotas[class_of] * sizes, counts[class_of])
     short = quotas - np.bincount(class_of, result, minlength=len(quotas)).astype(np.int64)
-    order = np.lexsort((keys[: len(sizes)], -remainders, class_of))
+    order = np.lexsort((keys, -remainders, class_of))
     groups = np.bincount(class_of, minlength=len(quotas))
     rank = np.arange(len(order)) - (np.cumsum(groups) - groups)[class_of[order]]
     result[order[rank < short[class_of[order]]]] += 1

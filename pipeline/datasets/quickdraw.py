@@ -16,14 +16,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
+from pipeline.common.process_pool import default_workers, map_in_processes
 from pipeline.datasets.base import DatasetSource, published
 from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error, open_file, record_file
 from pipeline.readers.download import Download
 from pipeline.readers.formats.npz import read_header
 from pipeline.readers.naming import TRAIN
 from pipeline.readers.raw_dir import PublishedFiles
-from pipeline.readers.raw_split import RawSplit, SourceOptions
+from pipeline.readers.raw_split import RawSplit, SourceOptions, computed_array
 from shards.errors import UserError, quote
 
 _ADDRESS = "https://storage.googleapis.com/quickdraw_dataset/full/numpy_bitmap/"
@@ -53,10 +55,13 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     directory = files.open(options.raw)
     paths = [directory.path(name) for name in files.names]
     counts, offsets = zip(*map(_inspect, paths), strict=True)
-    read = partial(_read, paths, np.array(offsets), np.cumsum((0, *counts)))
-    labels = np.repeat(np.arange(len(paths)), counts)
+    firsts = np.cumsum((0, *counts))
+    read = partial(_read, paths, np.array(offsets), firsts)
+    labels = computed_array(int(firsts[-1]), lambda numbers: np.searchsorted(firsts, numbers, side="right") - 1)
     classes = tuple(name.removesuffix(".npy") for name in files.names)
-    records = tuple(map(record_file, paths))
+    with tqdm(total=int(firsts[-1]), desc="hashing", unit=" images", unit_scale=True, disable=None, leave=False) as bar:
+        workers = default_workers()
+        records = tuple(map_in_processes(lambda number: record_file(paths[number]), counts, workers, bar))
     return (RawSplit(TRAIN, classes, labels, (_SIDE, _SIDE, 1), False, read, records),)
 
 
@@ -79,14 +84,16 @@ def _read(
 ) -> NDArray[np.uint8]:
     """Read drawings. Files are opened one by one: a process may not be allowed to have hundreds open."""
     images = np.empty((len(numbers), _PIXELS), np.uint8)
-    owners = np.searchsorted(firsts, numbers, side="right") - 1
-    starts = offsets[owners] + (numbers - firsts[owners]) * _PIXELS
-    for owner in np.unique(owners).tolist():
-        rows = np.flatnonzero(owners == owner)
-        stored = open_file(paths[owner])
-        with _errors(paths[owner]), stored.file:
-            for row in rows[np.argsort(starts[rows])].tolist():
-                images[row] = np.frombuffer(stored.read(int(starts[row]), _PIXELS), np.uint8)
+    in_order = np.argsort(numbers)
+    owners = np.searchsorted(firsts, numbers[in_order], side="right") - 1
+    starts = offsets[owners] + (numbers[in_order] - firsts[owners]) * _PIXELS
+    first_of_file = np.flatnonzero(np.diff(owners, prepend=-1))
+    for begin, end in zip(first_of_file, (*first_of_file[1:], len(owners)), strict=True):
+        path = paths[owners[begin]]
+        stored = open_file(path)
+        with _errors(path), stored.file:
+            for row, start in zip(in_order[begin:end].tolist(), starts[begin:end].tolist(), strict=True):
+                stored.read_into(start, images[row])
     return images.reshape(-1, _SIDE, _SIDE, 1)
 
 

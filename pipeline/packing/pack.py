@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pipeline.common.bitmap import Bitmap
 from pipeline.common.process_group import ProcessGroup
 from pipeline.common.process_pool import default_workers, map_in_processes
 from pipeline.common.rng import PACKING_STREAM, permutation
@@ -260,9 +261,9 @@ class _Packing:
 
         def read(first: int) -> tuple[Block | None, dict[int, str]]:
             positions = order[first : min(first + size, samples.stop)]
-            indices = split.source_index[positions]
+            indices = split.source_index[positions].astype(np.int64)
             try:
-                return Block(first, split.read(indices), split.labels[positions], indices), {}
+                return Block(first, split.read(indices), split.labels[positions].astype(np.int64), indices), {}
             except UnreadableImages as error:
                 return None, error.reasons
 
@@ -281,7 +282,7 @@ class _Packing:
         self, split: RawSplit, layout: Layout, written: list[Written], files: tuple[RawFile, ...]
     ) -> Manifest:
         settings = self.settings
-        counts = np.bincount(split.labels, minlength=len(split.classes))
+        counts = np.sum(list(split.class_counts()), axis=0)
         versions = {package: version(package) for package in ("inkstream", *_PACKAGES[settings.store])}
         return Manifest(
             store=settings.store,
@@ -327,7 +328,7 @@ def _write_origins(split: RawSplit, directory: Path) -> tuple[RawFile, ...]:
 
 def _without(split: RawSplit, unreadable: Mapping[int, str]) -> RawSplit:
     """The split without the source indices that cannot be read."""
-    readable = np.flatnonzero(~np.isin(split.source_index, list(unreadable)))
+    readable = Bitmap([~np.isin(split.source_index, list(unreadable))])
     if not len(readable):
         raise UserError(
             found=f"no readable image in the {split.name} split: {next(iter(unreadable.values()))}",

@@ -87,7 +87,7 @@ def concatenate(split: RawSplit, other: RawSplit) -> RawSplit:
                 expected="splits of the same kind",
                 hint="pack both from the same kind of files, with the same --size and --color",
             )
-    offset = int(split.source_index.max()) + 1
+    offset = int(np.max(split.source_index)) + 1
 
     def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         images = np.empty((len(indices), *cast(tuple[int, int, int], split.image_shape)), np.uint8)

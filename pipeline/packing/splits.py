@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.bitmap import Bitmap
 from pipeline.common.rng import PARTITION_STREAM, permutation
-from pipeline.common.stratified import stratified_mask
+from pipeline.common.stratified import group_quotas, iterate_stratified_mask, stratified_quotas
 from pipeline.readers.archives.files import corrupt_as_user_error
 from pipeline.readers.formats.csv import CsvTable, read_csv
 from pipeline.readers.naming import TEST, TRAIN, warn
-from pipeline.readers.raw_split import RawSplit
+from pipeline.readers.raw_split import RawSplit, computed_array
 from shards.atomic import read_file
 from shards.errors import UserError, os_errors_as_user_errors, quote
 from shards.manifest import VALIDATION, check_several_classes
@@ -77,18 +79,21 @@ def make_splits(
         )
     for name, fraction in fractions.items():
         if fraction is not None:
-            chosen = _choose(train, f"--{name}-fraction", fraction, stratify, seed, _STREAMS[name])
-            result[name] = train.select(np.flatnonzero(chosen), name)
-            train = train.select(np.flatnonzero(~chosen))
+            chosen, rest = _choose(train, f"--{name}-fraction", fraction, stratify, seed, _STREAMS[name])
+            result[name] = train.select(chosen, name)
+            train = train.select(rest)
     if subset != 1:
-        train = train.select(np.flatnonzero(_choose(train, "--subset", subset, stratify, seed, _STREAMS[TRAIN])))
+        train = train.select(_choose(train, "--subset", subset, stratify, seed, _STREAMS[TRAIN])[0])
     result[TRAIN] = train
     if exclude is not None:
         result = _exclude(result, exclude)
     train = result[TRAIN]
-    check_several_classes(
-        train.classes, np.bincount(train.labels, minlength=len(train.classes)).tolist(), "the raw files"
-    )
+    counts = np.zeros(len(train.classes), np.int64)
+    for piece in train.class_counts():
+        counts += piece
+        if np.count_nonzero(counts) > 1:
+            break
+    check_several_classes(train.classes, counts.tolist(), "the raw files")
     return (train, *(result[name] for name in (TEST, VALIDATION) if name in result))
 
 
@@ -139,27 +144,39 @@ def _exclude(splits: dict[str, RawSplit], table: CsvTable) -> dict[str, RawSplit
                 expected="a table that leaves images in each split",
                 hint="omit --exclude, or remove lines from the table",
             )
-    return {name: split.select(np.flatnonzero(keep[name])) for name, split in splits.items()}
+    return {name: split.select(Bitmap([keep[name]])) for name, split in splits.items()}
 
 
-def _choose(split: RawSplit, option: str, fraction: float, stratify: str, seed: int, stream: int) -> NDArray[np.bool_]:
-    """A mask of images in proportion by label, and by the values of the column to stratify by.
+def _choose(
+    split: RawSplit, option: str, fraction: float, stratify: str, seed: int, stream: int
+) -> tuple[Bitmap, Bitmap]:
+    """The images in proportion by label, and by the values of the column to stratify by; and the other images.
 
     Raises:
-        UserError: If it holds no image, or all of them.
+        UserError: If the first are no images, or all of them.
     """
     # Classes in random order: otherwise, of many small classes, always the first would contribute one more image.
-    classes = permutation(len(split.classes), seed, stream)[split.labels]
-    groups = np.unique(split.columns[stratify], return_inverse=True)[1] if stratify else None
-    if option == "--subset":
-        # The images to remove are chosen, so that no class loses its last image.
-        chosen = ~stratified_mask(classes, 1 - fraction, seed, stream, groups)
-    else:
-        chosen = stratified_mask(classes, fraction, seed, stream, groups)
-    if not chosen.any() or (chosen.all() and option != "--subset"):
+    number = permutation(len(split.classes), seed, stream)
+    sizes = np.zeros(len(number), np.int64)
+    sizes[number] = sum(split.class_counts())
+    # Of a subset the images to remove are chosen, so that no class loses its last image.
+    removes = option == "--subset"
+    quotas = stratified_quotas(sizes, 1 - fraction if removes else fraction)
+
+    strata = computed_array(len(split.labels), lambda positions: number[split.labels[positions]])
+    if stratify:
+        strata, sizes, quotas = group_quotas(strata[:], split.columns[stratify], quotas, seed, stream)
+    count = len(split.labels)
+    chosen = count - int(quotas.sum()) if removes else int(quotas.sum())
+    if chosen == 0 or (chosen == count and not removes):
         raise UserError(
-            found=f"{option} {fraction}, which is {'all' if chosen.any() else 'none'} of {len(chosen):,} images",
+            found=f"{option} {fraction}, which is {'all' if chosen else 'none'} of {count:,} images",
             expected="at least one image in each split",
             hint=f"{option} 0.2",
         )
-    return chosen
+
+    def masks() -> Iterator[NDArray[np.bool_]]:
+        return iterate_stratified_mask(strata.__getitem__, sizes, quotas, seed, stream)
+
+    both = Bitmap(masks()), Bitmap(~mask for mask in masks())
+    return (both[1], both[0]) if removes else both

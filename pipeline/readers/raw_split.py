@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.bitmap import Bitmap
 from shards.errors import UserError
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
@@ -26,6 +28,53 @@ class UnreadableImages(Exception):
         self.reasons = reasons
 
 
+_PIECE = 1 << 18  # labels at a time
+
+
+class _ComputedArray(np.lib.mixins.NDArrayOperatorsMixin):
+    """See `computed_array`."""
+
+    def __init__(self, count: int, compute: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> None:
+        self.shape = (count,)
+        self.ndim = 1
+        self._compute = compute
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return self._compute(np.arange(*key.indices(len(self))))
+        positions = np.asarray(key)
+        if positions.dtype == bool:
+            positions = np.flatnonzero(positions)
+        if not positions.ndim and not 0 <= positions < len(self):
+            raise IndexError(f"{positions} outside 0 .. {len(self) - 1}")
+        return self._compute(positions) if positions.ndim else self._compute(positions[None])[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[np.int64]:
+        return np.asarray(self[:], dtype)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        arrays = (np.asarray(each) if isinstance(each, _ComputedArray) else each for each in inputs)
+        return getattr(ufunc, method)(*arrays, **options)
+
+    def tolist(self) -> list[int]:
+        return self[:].tolist()
+
+
+def computed_array(count: int, compute: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return an array of integers that are computed when they are read, and so take no memory.
+
+    Slices and indices return arrays; arithmetic and the functions of NumPy compute all values.
+
+    Args:
+        count: The number of values.
+        compute: Returns the values at positions int64 [n], int64 [n].
+    """
+    return cast(NDArray[np.int64], _ComputedArray(count, compute))
+
+
 @dataclass(frozen=True)
 class RawSplit:
     """One split of a raw data set, ready for packing.
@@ -33,13 +82,13 @@ class RawSplit:
     Attributes:
         name: `train`, `test` or `val`.
         classes: The class names in the order of the labels.
-        labels: int64 [N], 0 .. len(classes) - 1.
+        labels: Integers [N], 0 .. len(classes) - 1. Labels and indices may be computed (`computed_array`).
         image_shape: (H, W, C) of every image as stored; (None, None, C) for image files of different sizes.
         transposed: Whether the pixels are stored with rows and columns exchanged.
         read: Returns the images of source indices int64 [n]: uint8 [n, H, W, C], or a list of `EncodedImage` if the
             shape is (None, None, C). Raises `UnreadableImages`. Several processes and threads call it.
         files: The raw files with their hashes.
-        source_index: int64 [N], the index of each image in the raw data; 0 .. N-1 by default.
+        source_index: Integers [N], the index of each image in the raw data; 0 .. N-1 by default.
         columns: Further values of each image, N per column (`path`, `database`, ...).
 
     Raises:
@@ -62,10 +111,11 @@ class RawSplit:
         _require(shape[-1] in (1, 3), self.name, f"{shape[-1]} channels", "1 (gray) or 3 (RGB)")
         _require(all(side != 0 for side in shape), self.name, f"images of shape {shape}", "at least one pixel")
         _require(labels.ndim == 1 and len(labels) > 0, self.name, f"labels of shape {labels.shape}", "[N], not empty")
-        low, high = int(labels.min()), int(labels.max())
-        _require(low >= 0 and high <= last, self.name, f"labels {low} .. {high}", f"0 .. {last}, one per class")
+        if isinstance(labels, np.ndarray):
+            low, high = int(labels.min()), int(labels.max())
+            _require(low >= 0 and high <= last, self.name, f"labels {low} .. {high}", f"0 .. {last}, one per class")
         if not len(self.source_index):
-            object.__setattr__(self, "source_index", np.arange(len(labels)))
+            object.__setattr__(self, "source_index", computed_array(len(labels), np.positive))
         assert len(self.source_index) == len(labels)
         assert all(len(values) == len(labels) for values in self.columns.values())
 
@@ -74,19 +124,24 @@ class RawSplit:
         """Whether `read` returns image files instead of pixels."""
         return self.image_shape[0] is None
 
-    def select(self, positions: NDArray[np.int64], name: str | None = None) -> RawSplit:
+    def class_counts(self) -> Iterator[NDArray[np.int64]]:
+        """Yield the images of each class, int64 [classes], in pieces of the split that add up."""
+        for first in range(0, len(self.labels), _PIECE):
+            yield np.bincount(self.labels[first : first + _PIECE], minlength=len(self.classes))
+
+    def select(self, positions: NDArray[np.int64] | Bitmap, name: str | None = None) -> RawSplit:
         """Return the split with only the images at some positions.
 
         Args:
-            positions: int64 [n], 0 .. N-1.
+            positions: int64 [n], 0 .. N-1. Of a bitmap, labels and source indices are computed when they are read.
             name: A new name of the split.
         """
         return replace(
             self,
             name=name or self.name,
-            labels=self.labels[positions],
-            source_index=self.source_index[positions],
-            columns={column: values[positions] for column, values in self.columns.items()},
+            labels=_select(self.labels, positions),
+            source_index=_select(self.source_index, positions),
+            columns={column: _select(values, positions)[:] for column, values in self.columns.items()},
         )
 
     @classmethod
@@ -123,13 +178,19 @@ class RawSplit:
         return cls(
             name=name,
             classes=classes,
-            labels=labels.astype(np.int64, copy=False),
+            labels=labels,
             image_shape=images.shape[1:],
             transposed=transposed,
             read=images.__getitem__,
             files=files,
             columns=columns or {},
         )
+
+
+def _select(values: NDArray, positions: NDArray[np.int64] | Bitmap) -> NDArray:
+    if not isinstance(positions, Bitmap):
+        return values[positions]
+    return computed_array(len(positions), lambda ranks: values[positions[ranks]])
 
 
 def _require(is_right: bool, split: str, found: str, expected: str) -> None:

@@ -8,9 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipeline.common import stratified
 from pipeline.common.labelled_samples import LabelledSamples
-from pipeline.common.rng import FOLD_STREAM, PARTITION_STREAM
-from pipeline.common.stratified import stratified_folds, stratified_mask
+from pipeline.common.rng import FOLD_STREAM, PARTITION_STREAM, random_keys
+from pipeline.common.stratified import (
+    iterate_stratified_mask,
+    stratified_folds,
+    stratified_mask,
+    stratified_quotas,
+)
 from trainer.data.training_data import split_train_val
 
 
@@ -148,3 +154,28 @@ def test_without_validation_all_is_trained_on() -> None:
     train, aside = split(labels, 0.0, 1.0, 0)
     assert train.tolist() == list(range(50))
     assert aside.tolist() == []
+
+
+@given(seed=seeds, data=st.data())
+def test_the_smallest_words_of_each_stratum_are_chosen(seed: int, data: st.DataObject) -> None:
+    """Compared with a sort of all words, stratum by stratum; pieces and narrow windows change nothing."""
+    strata = data.draw(labellings)
+    sizes = np.bincount(strata, minlength=15)
+    quotas = np.array([data.draw(st.integers(0, int(size))) for size in sizes])
+    keys = random_keys(seed, 9, len(strata))
+    expected = np.zeros(len(strata), bool)
+    for stratum, quota in enumerate(quotas):
+        members = np.flatnonzero(strata == stratum)
+        expected[members[np.argsort(keys[members], kind="stable")[:quota]]] = True
+    pieces = list(iterate_stratified_mask(strata.__getitem__, sizes, quotas, seed, 9))
+    np.testing.assert_array_equal(np.concatenate(pieces), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stratified, "_PIECE", 64)
+        patch.setattr(stratified, "_MARGIN", 0.1)
+        pieces = list(iterate_stratified_mask(strata.__getitem__, sizes, quotas, seed, 9))
+    np.testing.assert_array_equal(np.concatenate(pieces), expected)
+    assert len(pieces) == -(-len(strata) // 64)
+
+
+def test_absent_classes_contribute_nothing() -> None:
+    assert stratified_quotas(np.array([0, 2, 0, 1, 0]), 0.5).tolist() == [0, 1, 0, 1, 0]
