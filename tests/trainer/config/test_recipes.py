@@ -45,7 +45,7 @@ SMALL = (
 def packing_of(recipe: str) -> list[str]:
     """Arguments of the packing command in the head of a recipe."""
     head = (ROOT / "configs" / f"{recipe}.yaml").read_text().partition("\ndata:")[0]
-    return shlex.split(re.search(r"python -m pipeline\.shard (.*)", head)[1])
+    return shlex.split(re.search(r"python -m pipeline\.shard ([^&\n]*)", head)[1])
 
 
 def write_raw(source: str, split: str, directory: Path) -> Path:
