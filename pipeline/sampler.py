@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -16,19 +16,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.index_ranges import Positions
+from pipeline.common.labelled_samples import SamplesByClass
 from pipeline.common.rng import (
-    BALANCE_STREAM,
-    BLOCK_STREAM,
     LEFT_OUT_STREAM,
     IndexPermutation,
-    permutation,
     random_keys,
 )
+from pipeline.common.windowed_order import LANES, UnitUse, WindowedOrder
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from shards.manifest import Manifest
 
-_INDICES_AT_ONCE = 1 << 16  # indices of a rank that are computed together
-SAMPLER_VERSION = 2  # increases when a state that was saved within an epoch would continue with other batches
+_FIRST_INDICES = 1 << 9  # of a rank that are computed together; then twice as many each time
+_INDICES_AT_ONCE = 1 << 14  # at most: intermediate results stay in the cache of a core
+_MAX_UNITS = 1 << 14  # of a windowed order
+_BLOCKS_PER_LANE = 32  # of the window: a lane holds up to two blocks beyond its share
+_UNITS_PER_LANE = 2  # of the window: with fewer, the same units of lanes would often be read together
+SAMPLER_VERSION = 3  # increases when a state that was saved within an epoch would continue with other batches
+_Batches: TypeAlias = Callable[[range, NDArray[np.int64]], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ class ShuffledBatchSampler:
     occur once. Epochs leave out consecutive parts of one fixed permutation, so after any number of epochs two samples
     have been used equally often or one of them once more.
 
-    With a shuffle window, the blocks of a data set larger than memory come in random order, and each sample is delayed
-    by a uniform fraction of the window. The window slides: every batch adds as many samples as it removes, each block
-    is read once per epoch, and the whole window never has to be read at once.
+    With a shuffle window, the order is a `WindowedOrder` of units, which are consecutive blocks. Every batch takes
+    equally many samples from each of a fixed number of lanes, which own a fixed share of the samples, so a number of
+    ranks that divides the number of lanes divides the data set. Each unit is read once per epoch. Batches come from a
+    window of units that slides, so the whole window never has to be read at once.
 
     With repeated augmentation (Hoffer et al. 2020, https://arxiv.org/abs/1901.09335), each sample of the order fills
     several consecutive positions, with an augmentation of its own at each. The number of batches stays the same, so an
@@ -79,8 +84,10 @@ class ShuffledBatchSampler:
         augmentation: Augmentation whose parameters are sampled; None for none.
         left_out_offset: Position in the permutation at which epoch 0 starts to leave samples out.
         repeats: Consecutive positions of each sample.
-        labels: int64 [N], classes of the samples; needed for class-balanced sampling.
+        by_class: The samples by class, for class-balanced sampling.
         class_balance: 0 for every sample once, 1 for equally many samples of each class.
+        unit_bounds: int64 [U + 1], positions at which the units of a windowed order begin, and the end of the last one;
+            None for at most 16,384 units of 1, 2, 4, ... blocks.
     """
 
     samples: Positions
@@ -91,8 +98,9 @@ class ShuffledBatchSampler:
     augmentation: Augmentation | None = None
     left_out_offset: int = 0
     repeats: int = 1
-    labels: NDArray[np.int64] | None = None
+    by_class: SamplesByClass | None = None
     class_balance: float = 0.0
+    unit_bounds: NDArray[np.int64] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -103,19 +111,132 @@ class ShuffledBatchSampler:
         """Number of samples that an epoch leaves out."""
         return len(self.samples) % self.steps_per_epoch
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether several steps may be computed in one call; a shuffle window's memory bound allows one batch."""
+        return self.shuffle_window_blocks is None
+
+    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
+        """Iterate over the steps of an epoch from number `first` on, with the samples of one rank."""
+        size, steps = equal_batch_size(len(self.samples), self.batch_size), self.steps_per_epoch
+        local = _share_of_rank(size, rank, world_size)
+        positions = np.arange(local.start, local.stop)
+        batches = self._uniform(epoch) if self.shuffle_window_blocks is None else self._windowed(epoch)
+        indices = _FIRST_INDICES
+        while first < steps:
+            stop = min(first + max(1, indices // max(1, len(positions))), steps)
+            for step, batch in zip(range(first, stop), batches(range(first, stop), positions), strict=True):
+                params = self.augmentation.sample_params(self.seed, epoch, step, local) if self.augmentation else None
+                yield BatchIndices(step, batch, size, params)
+            first, indices = stop, min(2 * indices, _INDICES_AT_ONCE)
+
+    def unit_uses(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[UnitUse]:
+        """Iterate over the units that a rank reads from step `first` of a windowed epoch on, by their first step.
+
+        Ranks that share a lane are taken to read all of its units.
+        """
+        size = equal_batch_size(len(self.samples), self.batch_size)
+        order, _ = self._windowed_order(epoch)
+        return order.unit_uses(_share_of_rank(size, rank, world_size), first, self.repeats)
+
+    def _uniform(self, epoch: int) -> _Batches:
+        """Return a function that returns the samples [n, m] at positions [m] of the batches of steps [n]."""
+        size = equal_batch_size(len(self.samples), self.batch_size)
+        order = IndexPermutation(self.steps_per_epoch * size, self.seed, epoch)
+
+        def batches(steps: range, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+            places = (np.array(steps)[:, None] * size + positions) // self.repeats
+            return self._kept(epoch, order[places.reshape(-1)]).reshape(places.shape)
+
+        return batches
+
+    def _kept(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return samples that an epoch uses, for positions within 0 .. N - left_out - 1."""
+        if self.by_class is not None:
+            drawn, (samples, counts) = self.class_counts, (self.by_class.samples, self.by_class.counts)
+            label = np.searchsorted(np.cumsum(drawn), positions, side="right")
+            # Samples of each class that earlier epochs have used, minus the first position of the class in this epoch.
+            used = epoch * drawn - (np.cumsum(drawn) - drawn)
+            places = (np.cumsum(counts) - counts)[label] + (used[label] + positions) % counts[label]
+            return samples[places].astype(np.int64)
+        if not self.left_out:
+            return self.samples[positions]
+        # An epoch leaves out a part of a fixed permutation and uses the rest of it, from the end of that part on.
+        count, (start, stride) = len(self.samples), self._left_out_order
+        end = (start + stride * (self.left_out_offset + (epoch + 1) * self.left_out)) % count
+        return self.samples[(positions * stride + end) % count]
+
     @cached_property
     def _left_out_order(self) -> tuple[int, int]:
         """Start and stride of the fixed permutation (start + stride * i) % N; the stride spreads neighbours evenly."""
         count = len(self.samples)
         start = int(random_keys(self.seed, LEFT_OUT_STREAM, 1)[0] % np.uint64(count))
-        golden = count * (math.sqrt(5) - 1) / 2
+        golden = min(count, (1 << 62) // count) * (math.sqrt(5) - 1) / 2  # products stay below 2^63
         return start, next(stride for stride in itertools.count(int(golden)) if math.gcd(stride, count) == 1)
+
+    def _windowed(self, epoch: int) -> _Batches:
+        """Return the same as `_uniform` for an order with a shuffle window."""
+        order, samples_at = self._windowed_order(epoch)
+        return lambda steps, positions: samples_at(order.numbers(steps, positions, self.repeats))
+
+    def _windowed_order(self, epoch: int) -> tuple[WindowedOrder, Callable[[NDArray[np.int64]], NDArray[np.int64]]]:
+        """Return the order of an epoch, and a function from its numbers to samples."""
+        samples: Positions | NDArray[np.integer] = self.samples
+        missing, begin = self.left_out, 0
+        if self.by_class is not None:
+            samples, missing = self.by_class.draw(self.class_counts, epoch), 0
+        elif missing:
+            begin = (self._left_out_order[0] + self.left_out_offset + epoch * missing) % len(samples)
+        # Consecutive samples are left out, in cyclic order: the first `wrapped` ones, and others from `begin` on.
+        wrapped = max(0, begin + missing - len(samples))
+        missing -= wrapped
+        units, covered = self._units
+        below = samples.searchsorted(units)
+        window = (self.shuffle_window_blocks or 1) * self.block_size
+        order = WindowedOrder(
+            below - np.minimum(below, wrapped) - np.clip(below - begin, 0, missing),
+            steps=self.steps_per_epoch,
+            batch_size=equal_batch_size(len(self.samples), self.batch_size),
+            window=window * len(self.samples) // covered,
+            lanes=self.lanes,
+            seed=self.seed,
+            epoch=epoch,
+        )
+
+        def samples_at(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+            numbers = numbers + wrapped
+            numbers += missing * (numbers >= begin)
+            return samples[numbers].astype(np.int64)
+
+        return order, samples_at
+
+    @cached_property
+    def _units(self) -> tuple[NDArray[np.int64], int]:
+        """Bounds of the units, and the number of positions in those that have samples."""
+        bounds = self.unit_bounds
+        if bounds is None:
+            end = int(self.samples[np.array([len(self.samples) - 1])][0]) + 1
+            blocks = -(-end // self.block_size)
+            unit = self.block_size << max(0, (blocks - 1).bit_length() - (_MAX_UNITS - 1).bit_length())
+            bounds = np.append(np.arange(0, end, unit), end)
+        lengths = np.diff(bounds)
+        return bounds, int(lengths[np.diff(self.samples.searchsorted(bounds)) > 0].sum())
+
+    @cached_property
+    def lanes(self) -> int:
+        """Number of lanes of a windowed order. It does not depend on the number of ranks."""
+        bounds, covered = self._units
+        blocks = self.shuffle_window_blocks or 1
+        used = int(np.count_nonzero(np.diff(self.samples.searchsorted(bounds))))
+        units = used * blocks * self.block_size // covered  # of the window
+        most = min(blocks // _BLOCKS_PER_LANE, units // _UNITS_PER_LANE)
+        return _lanes(min(most, equal_batch_size(len(self.samples), self.batch_size)))
 
     @cached_property
     def class_counts(self) -> NDArray[np.int64]:
         """Samples of each class in a class-balanced epoch, int64 [C], rounded by largest remainders."""
-        assert self.labels is not None
-        counts = np.bincount(self.labels)
+        assert self.by_class is not None
+        counts = self.by_class.counts
         weights = np.where(counts > 0, np.maximum(counts, 1.0) ** (1 - self.class_balance), 0.0)
         total = len(self.samples) - self.left_out
         exact = weights * (total / weights.sum())
@@ -123,66 +244,9 @@ class ShuffledBatchSampler:
         rounded[np.argsort(rounded - exact, kind="stable")[: total - rounded.sum()]] += 1
         return rounded
 
-    @cached_property
-    def _by_class(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The samples, sorted by class and in random order within each, and the number of each class."""
-        assert self.labels is not None
-        order = permutation(len(self.samples), self.seed, BALANCE_STREAM)
-        return self.samples[order[np.argsort(self.labels[order], kind="stable")]], np.bincount(self.labels)
 
-    @property
-    def can_fuse(self) -> bool:
-        """Whether several steps may be computed in one call; a shuffle window's memory bound allows one batch."""
-        return self.shuffle_window_blocks is None
-
-    def epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the samples of an epoch in its order, int64 [N - left_out]."""
-        every = np.arange(len(self.samples) - self.left_out)
-        if self.shuffle_window_blocks is None:
-            return self._kept(epoch, IndexPermutation(len(every), self.seed, epoch)[every])
-        samples = self._kept(epoch, every)
-        del every  # the arrays of an epoch may be as large as the memory for images: hold few of them at a time
-        samples.sort()
-        ranks = permutation(int(samples[-1]) // self.block_size + 1, self.seed, BLOCK_STREAM + epoch).argsort()
-        keys = random_keys(self.seed, epoch, len(samples)).astype(np.float64)
-        keys *= self.shuffle_window_blocks / 2.0**64
-        keys += ranks[samples // self.block_size]
-        return samples[np.argsort(keys, kind="stable")]
-
-    def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
-        """Iterate over the steps of an epoch from number `first` on, with the samples of one rank."""
-        size, steps = equal_batch_size(len(self.samples), self.batch_size), self.steps_per_epoch
-        local = slice(size * rank // world_size, size * (rank + 1) // world_size)
-        if self.shuffle_window_blocks is None:
-            order = IndexPermutation(steps * size, self.seed, epoch)
-        else:
-            windowed = self.epoch_order(epoch)
-        at_once = max(1, _INDICES_AT_ONCE // max(1, local.stop - local.start))
-        for start in range(first, steps, at_once):
-            numbers = np.arange(start, min(start + at_once, steps))
-            positions = (numbers[:, None] * size + np.arange(local.start, local.stop)) // self.repeats
-            if self.shuffle_window_blocks is None:
-                batches = self._kept(epoch, order[positions.reshape(-1)]).reshape(positions.shape)
-            else:
-                batches = windowed[positions]
-            for step, batch in zip(numbers.tolist(), batches, strict=True):
-                params = self.augmentation.sample_params(self.seed, epoch, step, local) if self.augmentation else None
-                yield BatchIndices(step, batch, size, params)
-
-    def _kept(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return samples that an epoch uses, for positions within 0 .. N - left_out - 1."""
-        if self.class_balance:
-            drawn, (samples, counts) = self.class_counts, self._by_class
-            label = np.searchsorted(np.cumsum(drawn), positions, side="right")
-            # Samples of each class that earlier epochs have used, minus the first position of the class in this epoch.
-            used = epoch * drawn - (np.cumsum(drawn) - drawn)
-            return samples[(np.cumsum(counts) - counts)[label] + (used[label] + positions) % counts[label]]
-        if not self.left_out:
-            return self.samples[positions]
-        # An epoch leaves out a part of a fixed permutation and uses the rest of it, from the end of that part on.
-        count, (start, stride) = len(self.samples), self._left_out_order
-        end = (start + stride * (self.left_out_offset + (epoch + 1) * self.left_out)) % count
-        return self.samples[(positions * stride + end) % count]
+def _share_of_rank(size: int, rank: int, world_size: int) -> slice:
+    return slice(size * rank // world_size, size * (rank + 1) // world_size)
 
 
 def equal_batch_size(samples: int, batch_size: int) -> int:
@@ -192,10 +256,6 @@ def equal_batch_size(samples: int, batch_size: int) -> int:
 
 def max_shuffle_window(manifest: Manifest, memory: int, batch_size: int) -> int | None:
     """Compute the widest shuffle window with which no block is read twice per epoch.
-
-    A store evicts blocks in the order in which they were read, and a block is needed for one window after it was read.
-    The blocks of one batch are read in any order: batch_size / block_size of them, and at the start of an epoch about
-    sqrt(2 * window * batch_size / block_size). This number of blocks has to fit in addition.
 
     Args:
         manifest: Manifest of the split.
@@ -208,8 +268,32 @@ def max_shuffle_window(manifest: Manifest, memory: int, batch_size: int) -> int 
     if manifest.encoded or manifest.samples * manifest.image_bytes <= memory:
         return None
     slots = memory // (manifest.block_size * manifest.image_bytes)
-    blocks_per_batch = batch_size / manifest.block_size
-    return max(1, int(slots - np.sqrt(2 * slots * blocks_per_batch) - blocks_per_batch - 2))
+    return largest_window(slots, batch_size / manifest.block_size, _BLOCKS_PER_LANE)
+
+
+def largest_window(slots: int, blocks_per_batch: float, blocks_per_lane: int = _UNITS_PER_LANE) -> int:
+    """Return the widest window with which a cache that evicts blocks in the order of reading reads none twice.
+
+    A block is needed for one window after it was read. The blocks of a batch and of a frame of a `WindowedOrder`, about
+    sqrt(window * blocks_per_batch), are read in any order, and of a block of each lane a part is needed. This number of
+    blocks has to fit in addition.
+
+    Args:
+        slots: Blocks that the cache holds.
+        blocks_per_batch: Size of a global batch in blocks.
+        blocks_per_lane: Blocks of the window for each lane.
+    """
+    room = int(slots - math.sqrt(2 * slots * blocks_per_batch) - blocks_per_batch - 2)
+    for lanes, more in zip(LANES, (math.inf, *LANES), strict=False):
+        window = room - lanes
+        if window >= blocks_per_lane * lanes:
+            return int(min(window, blocks_per_lane * more - 1))
+    return max(1, room - 1)
+
+
+def _lanes(most: int) -> int:
+    """Return the number of lanes that is closest to a maximum."""
+    return next((lanes for lanes in LANES if lanes <= most), 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.index_ranges import IndexRanges, Positions
-from pipeline.common.rng import FOLD_STREAM, PARTITION_STREAM, random_keys
+from pipeline.common.rng import (
+    BALANCE_STREAM,
+    FOLD_STREAM,
+    PARTITION_STREAM,
+    IndexPermutation,
+    permutation,
+    random_keys,
+)
 from pipeline.common.stratified import stratified_folds, stratified_mask, stratified_quotas
 from shards.stores.base import Store
 
@@ -97,12 +104,55 @@ class LabelledSamples:
                 labels = self.labels[positions]
                 here = np.bincount(labels, minlength=len(seen))
                 if ((seen < first) | (seen + here > stop))[here > 0].any():
-                    order = np.argsort(labels, kind="stable")
-                    number = np.empty(len(order), np.int64)
-                    number[order] = np.arange(len(order)) + np.repeat(seen - (np.cumsum(here) - here), here)
+                    number = np.empty(len(labels), np.int64)
+                    number[np.argsort(labels, kind="stable")] = _consecutive(seen, here)
                     positions = positions[(first[labels] <= number) & (number < stop[labels])]
                 parts.append(IndexRanges.of(positions))
                 seen += here
         chosen, counts = IndexRanges.symmetric_difference(*parts), stop - first
         others = IndexRanges.symmetric_difference(self.samples, chosen)
         return replace(self, samples=chosen, counts=counts), replace(self, samples=others, counts=self.counts - counts)
+
+
+class SamplesByClass:
+    """Samples sorted by class, in a fixed random order within each.
+
+    Args:
+        samples: The samples.
+        seed: Seed of the order.
+
+    Attributes:
+        samples: uint32 or int64 [N].
+        counts: int64 [C], samples of each class.
+    """
+
+    def __init__(self, samples: LabelledSamples, seed: int) -> None:
+        count, self.counts = len(samples), samples.counts
+        sort = permutation if count <= _MAX_SORTED else IndexPermutation
+        order = sort(count, seed, BALANCE_STREAM)
+        is_short = len(samples.labels) <= 1 << 32
+        self.samples: NDArray[np.integer] = np.empty(count, np.uint32 if is_short else np.int64)
+        place = np.cumsum(self.counts) - self.counts
+        for start in range(0, count, _CHUNK):
+            positions = samples.samples[order[np.arange(start, min(start + _CHUNK, count))]]
+            labels = samples.labels[positions]
+            here = np.bincount(labels, minlength=len(place))
+            self.samples[_consecutive(place, here)] = positions[np.argsort(labels, kind="stable")]
+            place += here
+
+    def draw(self, drawn: NDArray[np.int64], epoch: int) -> NDArray[np.integer]:
+        """Return the samples of an epoch, sorted, if each epoch takes `drawn` (int64 [C]) of each class in turn."""
+        result = np.empty(drawn.sum(), self.samples.dtype)
+        ends, result_ends = np.cumsum(self.counts), np.cumsum(drawn)
+        for label in np.flatnonzero(drawn).tolist():
+            number, count = int(drawn[label]), int(self.counts[label])
+            own = self.samples[ends[label] - count : ends[label]]
+            out = result[result_ends[label] - number : result_ends[label]]
+            np.take(own, epoch * number % count + np.arange(number), mode="wrap", out=out)
+        result.sort()
+        return result
+
+
+def _consecutive(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return `counts` consecutive numbers from each of `starts` on."""
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.batch_source import ResidentStore, keep_on_device
 from pipeline.common.index_ranges import IndexRanges, Positions
-from pipeline.common.labelled_samples import LabelledSamples
+from pipeline.common.labelled_samples import LabelledSamples, SamplesByClass
 from pipeline.ink.adapter import InputAdapter
 from pipeline.loader import Loader
 from pipeline.normalization import load_or_compute_stats
@@ -159,12 +159,9 @@ def open_data(config: Config, world: World) -> TrainingData:
         window,
         augmentation,
         repeats=loader.repeated_augmentation,
-        labels=train.labels[train.samples] if config.data.class_balance else None,
+        by_class=SamplesByClass(train, config.seed) if config.data.class_balance else None,
         class_balance=config.data.class_balance,
     )
-    drawn = train.counts
-    if config.data.class_balance:
-        drawn = np.pad(sampler.class_counts, (0, len(drawn) - len(sampler.class_counts)))
     val_loader = None
     if val_stores:
         val_loader = evaluation(val_stores[0])
@@ -178,7 +175,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         backend=backend,
         backend_reason=reason,
         counts=train.counts,
-        drawn=drawn,
+        drawn=sampler.class_counts if config.data.class_balance else train.counts,
         train=TrainingLoader(train_store, sampler, stages, make_transform, world),
         validation=val_loader,
         test=evaluation(test_store, None if held_out is None else held_out.samples),

@@ -1,0 +1,231 @@
+"""The order of an epoch of a data set larger than memory: lanes, each with a window that slides over its units.
+
+Any step is computed alone, in time and memory proportional to its batch and to the number of units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common.rng import BLOCK_STREAM, DELAY_STREAM, ORDER_STREAM, TABLE_STREAM, permutation, random_keys
+
+LANES = (48, 24, 12, 6, 4, 3, 2, 1)  # have many divisors: numbers of ranks or hosts that read whole lanes
+
+
+class UnitUse(NamedTuple):
+    """The steps of an epoch in which a rank may read a unit.
+
+    Attributes:
+        unit: Number of the unit.
+        first: First step.
+        last: Last step.
+    """
+
+    unit: int
+    first: int
+    last: int
+
+
+class WindowedOrder:
+    """Numbers 0 .. M-1 of the samples of an epoch, in its order. They are numbered unit by unit.
+
+    Of the b positions of a batch, lane l of L has the c positions b l // L .. b (l+1) // L - 1. It has the same share
+    of the samples in every epoch. Its units come in a new random order in each, and its samples from a window that
+    slides over them (`_Interleaver`).
+
+    Args:
+        bounds: int64 [U + 1], samples of the epoch before each of U units, and M = steps * batch_size.
+        steps: Number of batches.
+        batch_size: Samples of a batch, b.
+        window: Samples of which the samples of a batch are drawn.
+        lanes: Number of lanes, L, at most b and 63.
+        seed: Seed of the order.
+        epoch: Number of the epoch.
+    """
+
+    def __init__(
+        self,
+        bounds: NDArray[np.int64],
+        *,
+        steps: int,
+        batch_size: int,
+        window: int,
+        lanes: int,
+        seed: int,
+        epoch: int,
+    ) -> None:
+        self._bounds = bounds
+        self._steps = steps
+        self._lanes = lanes
+        self._seed = seed
+        self._epoch = epoch
+        self._first_position = batch_size * np.arange(lanes + 1) // lanes  # of each lane
+        self._share = np.diff(self._first_position)  # of a batch, of each lane: two numbers at most
+        self._interleavers = {
+            share: _Interleaver(steps * share, window * share // batch_size, seed, epoch)
+            for share in np.unique(self._share).tolist()
+        }
+
+    def numbers(self, steps: range, positions: NDArray[np.int64], repeats: int = 1) -> NDArray[np.int64]:
+        """Return samples of consecutive batches.
+
+        Args:
+            steps: n steps.
+            positions: int64 [m], positions in a batch.
+            repeats: Consecutive positions of a lane that have the same sample.
+
+        Returns:
+            int64 [n, m].
+        """
+        lane = np.searchsorted(self._first_position, positions, side="right") - 1
+        result = np.empty((len(steps), len(positions)), np.int64)
+        for share, interleaver in self._interleavers.items():
+            columns = np.flatnonzero(self._share[lane] == share)
+            if len(columns):
+                lanes, row = np.unique(lane[columns], return_inverse=True)
+                within = positions[columns] - self._first_position[lane[columns]]
+                places = (np.array(steps)[:, None] * share + within) // repeats
+                first, stop = steps.start * share // repeats, places.max() + 1
+                result[:, columns] = interleaver.numbers(first, stop, lanes)[row, places - first]
+        result += (self._first_position * self._steps)[lane]
+        offsets, shifts, *_ = self._segments
+        return result + shifts[np.searchsorted(offsets, result, side="right") - 1]
+
+    def unit_uses(self, positions: slice, first: int = 0, repeats: int = 1) -> Iterator[UnitUse]:
+        """Iterate over the units that are read from step `first` on, by their first step.
+
+        Args:
+            positions: The positions of a rank in a batch. Of a lane that is shared by ranks, all units are returned.
+            first: The first step.
+            repeats: As in `numbers`.
+        """
+        offsets, _, lengths, lane, unit = self._segments
+        lanes = np.searchsorted(self._first_position, [positions.start, positions.stop - 1], side="right") - 1
+        is_chosen = (lanes[0] <= lane) & (lane <= lanes[1])
+        starts, ends = np.empty_like(offsets), np.empty_like(offsets)
+        for share, interleaver in self._interleavers.items():
+            mine = np.flatnonzero(is_chosen & (self._share[lane] == share))
+            begin = offsets[mine] - self._first_position[lane[mine]] * self._steps
+            start, end = interleaver.places(begin, begin + lengths[mine] - 1)
+            starts[mine], ends[mine] = start * repeats // share, -(-end * repeats // share)
+        # Two lanes share a unit in which the part of one ends.
+        chosen = np.flatnonzero(is_chosen)
+        chosen = chosen[np.argsort(unit[chosen], kind="stable")]
+        each = np.flatnonzero(np.diff(unit[chosen], prepend=-1))
+        starts = np.maximum(np.minimum.reduceat(starts[chosen], each), first)
+        ends = np.minimum(np.maximum.reduceat(ends[chosen], each), self._steps)
+        for number in np.argsort(starts, kind="stable").tolist():
+            if starts[number] < ends[number]:
+                yield UnitUse(int(unit[chosen][each[number]]), int(starts[number]), int(ends[number]) - 1)
+
+    @cached_property
+    def _segments(self) -> tuple[NDArray[np.int64], ...]:
+        """Parts of units in lanes, in the order of the epoch: offset, number - offset, length, lane and unit."""
+        lane_bounds = self._first_position * self._steps
+        cuts = np.sort(np.concatenate([self._bounds, lane_bounds]), kind="stable")
+        lengths = np.diff(cuts)
+        begins, lengths = cuts[:-1][lengths > 0], lengths[lengths > 0]
+        unit = np.searchsorted(self._bounds, begins, side="right") - 1
+        lane = np.searchsorted(lane_bounds, begins, side="right") - 1
+        keys = random_keys(self._seed, BLOCK_STREAM + self._epoch, len(self._bounds))[unit]
+        order = np.argsort((lane.astype(np.uint64) << np.uint64(58)) | (keys >> np.uint64(6)))
+        offsets = np.cumsum(lengths[order]) - lengths[order]
+        return offsets, begins[order] - offsets, lengths[order], lane[order], unit[order]
+
+
+class _Interleaver:
+    """A permutation of 0 .. count-1 in which each number comes within a window after its place.
+
+    The numbers are divided into frames of k, and each frame at random into D groups, group x of k (x+1) // D - k x // D
+    numbers. Group x is delayed by x periods, and what comes in the same period is permuted (a convolutional
+    interleaver, Forney 1971, https://doi.org/10.1109/TCOM.1971.1090719). Periods have k numbers, and fewer at both
+    ends. The last frame may be shorter.
+
+    Args:
+        count: Count of the numbers.
+        window: Largest delay, D k.
+        seed: Seed of the permutations.
+        epoch: Number of the epoch.
+    """
+
+    def __init__(self, count: int, window: int, seed: int, epoch: int) -> None:
+        self._seed = seed
+        self._epoch = epoch
+        window = max(1, min(window, count))
+        self._delays = math.isqrt(window)
+        self._size = window // self._delays  # of a frame
+        self._frames, self._rest = divmod(count, self._size)
+
+    def places(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the first place of numbers first .. last, and the one behind their last place."""
+        return self._starts[first // self._size], self._starts[last // self._size + self._delays]
+
+    def numbers(self, first: int, stop: int, lanes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return int64 [lanes, places], the numbers at places first .. stop-1. Each lane has its own permutation."""
+        starts, delays = self._starts, self._delays
+        place = np.arange(first, stop)
+        period = np.searchsorted(starts, place, side="right") - 1
+        lengths = starts[period + 1] - starts[period]
+        words = self._words(ORDER_STREAM, lanes, period[0], period[-1])[:, period - period[0]]
+        slot = np.empty(words.shape, np.int64)
+        for length in np.unique(lengths).tolist():
+            columns = lengths == length
+            slot[:, columns] = self._permute((place - starts[period])[columns], words[:, columns], length)
+        # The slots of a period hold the group of the last frame, then those of whole frames by their delay.
+        past = period - self._frames
+        earlier, of_last = self._before(past, self._rest), self._before(past + 1, self._rest)
+        is_last = slot < of_last - earlier
+        number = slot + np.where(is_last, earlier, self._before(past + 1, self._size) - of_last + earlier)
+        delay = np.where(is_last, past, ((number + 1) * delays - 1) // self._size)
+        oldest = max(0, period[0] - delays + 1)
+        frame = period - delay
+        words = self._words(DELAY_STREAM, lanes, oldest, period[-1])
+        words = words[np.arange(len(lanes))[:, None], frame - oldest]
+        result = self._permute(number, words, self._size)
+        if is_last.any():
+            result[is_last] = self._permute(number[is_last], words[is_last], self._rest)
+        return frame * self._size + result
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        """Number of places before each period, and at the end."""
+        starts = np.cumsum(self._before(np.arange(self._delays + 1), self._size))
+
+        def places(periods: NDArray[np.int64]) -> NDArray[np.int64]:
+            """Return the number of places before periods of an endless sequence of frames."""
+            full = np.maximum(periods - self._delays, 0)
+            return starts[np.clip(periods, 0, self._delays)] + full * self._size
+
+        period = np.arange(self._frames + self._delays + 1)
+        past = period - self._frames
+        return places(period) - places(past) + self._before(past, self._rest)
+
+    def _before(self, delays: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Return how many numbers of a frame of a size have smaller delays."""
+        return np.clip(delays, 0, self._delays) * size // self._delays
+
+    def _words(self, stream: int, lanes: NDArray[np.int64], first: int, last: int) -> NDArray[np.uint64]:
+        """Return a random word for each lane and each period or frame first .. last, uint64 [lanes, n]."""
+        width = -(-LANES[0] // 4) * 4
+        words = random_keys(self._seed, stream + self._epoch, (last - first + 1) * width, first * width)
+        return words.reshape(-1, width).T[lanes]
+
+    def _permute(self, numbers: NDArray[np.int64], words: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
+        """Permute numbers 0 .. count-1, each by the permutation of its word: two rotations of two random tables."""
+        first, second = _tables(count, self._seed, self._epoch)
+        low, high = words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)
+        rotations = [(half * np.uint64(count) >> np.uint64(32)).astype(np.int64) for half in (low, high)]
+        return second[first[numbers + rotations[0]] + rotations[1]].astype(np.int64)
+
+
+@lru_cache(maxsize=8)
+def _tables(count: int, seed: int, epoch: int) -> tuple[NDArray[np.int32], ...]:
+    """Return two random permutations of 0 .. count-1, int32 [2 * count], each twice in a row."""
+    tables = (permutation(count, seed, TABLE_STREAM + 2 * epoch + number) for number in range(2))
+    return tuple(np.tile(table.astype(np.int32), 2) for table in tables)
