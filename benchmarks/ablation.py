@@ -10,7 +10,8 @@ validation split. The report shows the gain of each addition over the recipe; it
 
 Runs that are already recorded with the same settings and data are skipped, so the same command resumes an interrupted
 ablation. Overrides on the command line (key=value) apply to all runs. Output: NAME.jsonl (a line per run), NAME.md and
-NAME.png, where NAME is that of the plan.
+NAME.png, where NAME is that of the plan. The chart of a plan with `published` results, such as
+`benchmarks/training/plans/frontier.yaml`, shows the metrics over the duration of a run.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, positive
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import in_process
 from benchmarks.training.ablation_report import ablation_markdown, plot_gains
+from benchmarks.training.frontier_report import plot_frontier
 from shards.atomic import append_line, make_directory, read_file, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError
@@ -81,12 +83,14 @@ class Plan:
         recipe: Overrides that turn the base into the recipe.
         additions: Variants of the recipe.
         common: Overrides of all runs.
+        published: Results of others, see `plot_frontier`; with them the chart shows the metrics over the duration.
     """
 
     base: Path
     recipe: dict[str, Any]
     additions: tuple[RecipeVariant, ...]
     common: dict[str, Any]
+    published: tuple[dict[str, Any], ...] = ()
 
     @property
     def variants(self) -> tuple[RecipeVariant, ...]:
@@ -119,6 +123,7 @@ def read_plan(path: Path, common: list[str]) -> Plan:
             recipe=dict(content.get("recipe") or {}),
             additions=tuple(additions),
             common={name: config.parse_yaml(value) for name, value in overrides.items()},
+            published=tuple(dict(one) for one in content.get("published") or ()),
         )
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
@@ -302,7 +307,10 @@ def main() -> int:
     if rows:
         text = ablation_markdown(rows)
         write_file(out.with_suffix(".md"), text + "\n")
-        plot_gains(rows, out.with_suffix(".png"))
+        if plan.published:
+            plot_frontier(rows, plan.published, out.with_suffix(".png"))
+        else:
+            plot_gains(rows, out.with_suffix(".png"))
         print(f"\n{text}\n\n{out}.jsonl, .md, .png")
     if not is_complete:
         print("time budget exhausted; run the same command to resume")

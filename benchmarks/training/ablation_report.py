@@ -49,8 +49,10 @@ def ablation_markdown(rows: Sequence[dict[str, Any]]) -> str:
         f"{statistics.mean(record['training_seconds'] for record in row['records'].values()):.0f} s"
     )
     first = next(iter(recipe["records"].values()))
+    seen = {record["images_seen"] for row in rows for record in row["records"].values()}
+    equal = f"Each run sees {plural(first['images_seen'], 'image')}. " if len(seen) == 1 else ""
     notes = (
-        f"Each run sees {plural(first['images_seen'], 'image')}. Mean ± standard error over seeds. "
+        f"{equal}Mean ± standard error over seeds. "
         f"Gains are in points, between runs of the same seed.\n{format_machine(first['environment'])}."
     )
     return f"{markdown_table(*tabulate(columns, rows))}\n\n{notes}"

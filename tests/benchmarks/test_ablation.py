@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import pytest
 import yaml
 from conftest import ROOT
@@ -16,7 +17,9 @@ from PIL import Image
 
 from benchmarks import ablation
 from benchmarks.ablation import RECIPE, RunRecords, identity_of, read_plan
+from benchmarks.common.charts import Chart
 from benchmarks.training.ablation_report import METRICS, ablation_markdown, find_outlier, gains, mean_and_error
+from benchmarks.training.frontier_report import plot_frontier
 from shards import UserError
 from trainer.config.load import load
 
@@ -194,6 +197,31 @@ def test_gains_are_paired_by_seed() -> None:
         assert mean == pytest.approx(gain) and error == pytest.approx(0, abs=1e-9)
     text = ablation_markdown(rows)
     assert "| +1" not in text and "-80.00 ± 0.00" in text
+
+
+def test_the_frontier_is_drawn_over_the_fastest_run_of_each_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row("long", [(0.9, 0.8)] * 2, test=0.88), row("short", [(0.9, 0.8)] * 3, test=0.8)]
+    for each, minutes in zip(rows, ([12, 10], [2, 3, 4]), strict=True):
+        for record, duration in zip(each["records"].values(), minutes, strict=True):
+            record["seconds"] = 60 * duration
+    published = [{"name": "others", "accuracy": 0.85, "minutes": 5}, {"name": "best", "macro_f1": 0.7}]
+    drawn: list[list[tuple[list[float], list[float]]]] = []
+
+    def write_png(chart: Chart, path: Path) -> None:
+        panels = matplotlib.figure.Figure().subplots(1, 2)
+        chart.draw(panels)
+        lines = [
+            [line for line in axes.lines if line.get_linestyle() != "None" or line.get_marker() == "D"]
+            for axes in panels
+        ]
+        drawn.extend([[(list(line.get_xdata()), list(line.get_ydata())) for line in each] for each in lines])
+
+    monkeypatch.setattr(Chart, "write_png", write_png)
+    plot_frontier(rows, published, tmp_path / "frontier.png")
+    curve = ([2, 10], [pytest.approx(80), pytest.approx(88)])
+    assert drawn == [[curve, ([5], [85])], [curve, ([0, 1], [70, 70])]]
 
 
 def test_a_teacher_is_the_run_of_the_same_seed(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 # Networks that take images of any size, and the smallest side in pixels with a non-empty last feature map.
 MIN_RESOLUTION = {
     "three_block_cnn": 4,
+    "small_resnet": 11,
     "cifar_efficientnet": 1,
     "cifar_resnet20": 1,
     "cifar_resnet32": 1,

@@ -169,7 +169,7 @@ class ModelConfig(BaseConfig):
     """The network and its initial weights."""
 
     name: str = "auto"
-    """A timm model, or three_block_cnn (small, for CPUs), cifar_cnn, cifar_cnn_batchnorm, cifar_efficientnet,
+    """A timm model, or three_block_cnn and small_resnet (for CPUs), cifar_cnn, cifar_cnn_batchnorm, cifar_efficientnet,
     cifar_resnet20, cifar_resnet32, lenet, numtadb_model1, numtadb_model2, numtadb_model3 or squeezenet1_1; auto is
     efficientnet_b2 on a GPU and three_block_cnn on a CPU (with data.resolution=28 unless it is set)."""
     pretrained: bool | Literal["auto"] = False
@@ -178,8 +178,8 @@ class ModelConfig(BaseConfig):
     """Start from the weights in this file (.safetensors, .pth or a checkpoint of a run). If the classes differ, the
     classifier keeps the rows of classes with the same name."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of a timm model, as {patch_size: 4} for a Vision Transformer, or of
-    cifar_efficientnet, as {stem_size: 16}."""
+    """Further arguments of a timm model, as {patch_size: 4} for a Vision Transformer, of cifar_efficientnet, as
+    {stem_size: 16}, or of small_resnet, as {widths: [64, 128], depths: [1, 2]}."""
     freeze: Literal["backbone"] | Annotated[int, Field(ge=0, le=10**4)] | tuple[str, ...] = 0
     """Layers that are not trained: the first N (of timm's coarse groups: stem, stages), those whose parameter names
     start with one of [PREFIX, ...], or backbone, which is all but the classifier. Their batch norm and dropout are in
@@ -193,8 +193,8 @@ class ModelConfig(BaseConfig):
     depth_multiplier: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Depth multiplier of cifar_efficientnet: 1, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6 and 3.1 for B0 to B7."""
     stem_stride: Literal[1] | None = None
-    """Stride of the first convolution of a timm model or squeezenet1_1: 1 for small images, at four times the cost;
-    null for its own."""
+    """Stride of the first convolution of a timm model, small_resnet or squeezenet1_1: 1 for small images, at four times
+    the cost; null for its own."""
     head_hidden: Width | None = None
     """Width of a hidden layer with ReLU before the classifier; null for none."""
     head_init_std: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -299,7 +299,8 @@ class TrainerConfig(BaseConfig):
     """Stop after this many epochs in which trainer.monitor does not exceed its best value; null to train all epochs."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision. On a GPU, auto is bf16 from compute capability 8.0 on, fp16 with loss scaling from 7.0 on (V100, T4,
-    RTX 20) and fp32 before. On a CPU it is bf16 with AMX for models without depthwise convolutions, else fp32."""
+    RTX 20) and fp32 before. On a CPU it is bf16 with AMX or AVX-512 BF16 for models without depthwise convolutions,
+    else fp32."""
     channels_last: bool = True
     """Use the channels-last (NHWC) memory format."""
     compile: Annotated[

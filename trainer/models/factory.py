@@ -21,7 +21,7 @@ from trainer.config.schema import BUILTIN_MODELS, ModelConfig
 from trainer.models.lenet_family import make_plain_cnn
 from trainer.models.resnet_cifar import BLOCKS as RESNET_BLOCKS
 from trainer.models.resnet_cifar import resnet_cifar
-from trainer.models.small_cnn import three_block_cnn
+from trainer.models.small_cnn import small_resnet, three_block_cnn
 from trainer.models.transfer import freeze
 from trainer.models.weights import classifier_layer, load_weights
 
@@ -214,7 +214,7 @@ def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Mo
 
 
 def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool) -> tuple[nn.Module, int]:
-    if settings.options and settings.name in {*BUILTIN_MODELS} - {"cifar_efficientnet"}:
+    if settings.options and settings.name in {*BUILTIN_MODELS} - {"cifar_efficientnet", "small_resnet"}:
         raise UserError(
             found=f"model.options={settings.options} for {settings.name}, which is not a model of timm",
             expected="a timm model, to whose constructor the options are passed",
@@ -233,12 +233,14 @@ def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool)
             _check_reachable(WEIGHTS_URL)
         return squeezenet1_1(channels, classes, settings.drop_rate, pretrained)
     try:
+        if settings.name == "small_resnet":
+            return small_resnet(channels, classes, settings.drop_rate, **settings.options)
         if settings.name == "cifar_efficientnet":
             from trainer.models.efficientnet_cifar import efficientnet_cifar
 
             return efficientnet_cifar(settings, channels, classes)
         return _timm_model(settings, channels, classes, pretrained)
-    except (TypeError, ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "img_size" not in settings.options:
             raise
         raise UserError(
@@ -300,7 +302,7 @@ def _weights_url(name: str) -> str | None:
 
 
 def _set_stem_stride(model: Any, name: str) -> None:
-    builtin = {"first_conv": "features.0" if name == "squeezenet1_1" else None}
+    builtin = {"first_conv": {"squeezenet1_1": "features.0", "small_resnet": "stem.0"}.get(name)}
     stem_name = getattr(model, "pretrained_cfg", builtin).get("first_conv")
     stem = model.get_submodule(stem_name) if isinstance(stem_name, str) and stem_name else None
     if not isinstance(stem, nn.Conv2d) or stem.stride != (2, 2):

@@ -16,9 +16,9 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
     """Replace `trainer.precision=auto` by bf16, fp16 or fp32.
 
     GPUs with native bf16 (compute capability 8) use it. Older ones with fast fp16 (7: V100, T4, RTX 20) use fp16 with
-    loss scaling. CPUs use bf16 if they have AMX and the model has no depthwise convolutions: AMX accelerates matrix
-    products, and a depthwise convolution has none. Most such models are faster in fp32 on a CPU, though not all (XCiT
-    is not); `benchmarks/train_throughput.py --precisions bf16,fp32` measures a model.
+    loss scaling. CPUs use bf16 if they have AMX or AVX-512 BF16 and the model has no depthwise convolutions: these
+    accelerate matrix products, and a depthwise convolution has none. Most such models are faster in fp32 on a CPU,
+    though not all (XCiT is not); `benchmarks/train_throughput.py --precisions bf16,fp32` measures a model.
 
     Raises:
         UserError: The model is unknown.
@@ -30,7 +30,8 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
     else:
         # torch 2.6 has no get_capabilities: fp32, which is right everywhere.
         capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        use_bf16 = capabilities.get("amx_bf16", False) and not has_depthwise_convolutions(config.model)
+        has_bf16 = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+        use_bf16 = has_bf16 and not has_depthwise_convolutions(config.model)
         precision = "bf16" if use_bf16 else "fp32"
     return replace_settings(config, {"trainer.precision": precision}, "trainer.precision=auto")
 

@@ -294,7 +294,7 @@ def test_the_average_follows_fast_at_first_and_slowly_later() -> None:
     assert kept[-1] == pytest.approx(0.99)
 
 
-@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("capability", [None, "amx_bf16", "avx512_bf16"])
 @pytest.mark.parametrize(
     ("name", "by_channel"),
     [
@@ -309,12 +309,12 @@ def test_the_average_follows_fast_at_first_and_slowly_later() -> None:
     ],
 )
 def test_a_processor_multiplies_in_bf16_what_has_matrices(
-    name: str, by_channel: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, by_channel: bool, capability: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, capability: True}, raising=False)
     asked = Config(model=ModelConfig(name=name), data={"shards": "set"})
     decided = resolve_precision(asked, torch.device("cpu"))
-    assert decided.trainer.precision == ("bf16" if amx and not by_channel else "fp32")
+    assert decided.trainer.precision == ("bf16" if capability and not by_channel else "fp32")
     for precision in ("fp32", "bf16", "fp16"):
         said = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"precision": precision})})
         assert resolve_precision(said, torch.device("cpu")) == said

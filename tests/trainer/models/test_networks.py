@@ -13,10 +13,9 @@ from torch import nn
 from shards import UserError
 from trainer.config.architectures import MIN_RESOLUTION, PLAIN_CNNS
 from trainer.config.schema import BUILTIN_MODELS, ModelConfig
-from trainer.models import efficientnet_cifar, resnet_cifar, squeezenet
+from trainer.models import efficientnet_cifar, resnet_cifar, small_cnn, squeezenet
 from trainer.models import factory as model_module
 from trainer.models import lenet_family as plain
-from trainer.models import small_cnn as three_block_cnn
 from trainer.models.factory import make_model
 
 CLASSES = 10
@@ -133,8 +132,8 @@ def test_the_documentation_counts_the_parameters(module: object, names: list[str
     for name in names:
         row = next((line for line in text.splitlines() if line.startswith(f"| {name} |")), text)
         assert f"{parameters(made(name)):,}" in row, name
-    small = parameters(made("three_block_cnn", channels=1))
-    assert f"{small:,}" in three_block_cnn.three_block_cnn.__doc__
+    for name in ("three_block_cnn", "small_resnet"):
+        assert f"{parameters(made(name, channels=1)):,}" in getattr(small_cnn, name).__doc__
 
 
 # Width and depth multipliers of timm's EfficientNets.
@@ -190,6 +189,36 @@ def test_a_resnet_for_cifar_is_the_published_one(name: str, blocks: int) -> None
         features = F.relu(block.norm2(inner) + shortcut)
         assert features.shape[1:] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)][number // blocks]
     torch.testing.assert_close(model(images), model[-1](features.mean(dim=(2, 3))))
+
+
+def test_a_small_resnet_pools_widens_and_adds() -> None:
+    """Each stage as in its docstring, written with functions and the weights in their order."""
+    options = {"widths": [16, 24, 40], "depths": [0, 2, 1]}
+    model = made("small_resnet", channels=1, options=options).double()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.running_mean)
+    layers = iter([module for module in model.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)])
+
+    def convolve(images: torch.Tensor, **stride: int) -> torch.Tensor:
+        weight = next(layers).weight
+        return next(layers)(F.conv2d(images, weight, padding=0 if stride else 1, **stride))
+
+    images = torch.rand(2, 1, 28, 28, dtype=torch.float64)
+    features = F.relu(convolve(images, stride=2))
+    for width, depth in zip(options["widths"], options["depths"], strict=True):
+        if width != 16:
+            features = F.relu(convolve(F.max_pool2d(features, 2)))
+        for _ in range(depth):
+            features = F.relu(features + convolve(F.relu(convolve(features))))
+        assert features.shape[1] == width
+    torch.testing.assert_close(model(images), model[-1](features.mean(dim=(2, 3))))
+    assert next(layers, None) is None
+    finer = made("small_resnet", channels=1, stem_stride=1)
+    assert finer.stem[0].stride == (1, 1)
+    with pytest.raises(UserError, match=r"model\.name=small_resnet") as caught:
+        made("small_resnet", options={"widths": [16, 24], "depths": [1]})
+    assert "model.options" in caught.value.hint
 
 
 def test_a_finer_stem_leaves_squeezenet_more_to_see_at_32_pixels() -> None:
