@@ -132,7 +132,10 @@ class Loader:
         params = AugmentationParams.concatenate(drawn) if drawn else None
         # Image files are cropped by their sizes, which the transform reads from them on the host.
         arrays = {} if store.manifest.encoded else self._transform.op_params(params)
-        arrays |= {"labels": store.labels.take(samples), "source_index": store.rows.take(samples)}
+        arrays |= {
+            name: values.take(samples).astype(np.int64, copy=False)
+            for name, values in (("labels", store.labels), ("source_index", store.rows))
+        }
         images, on_device = self._source.load(samples, arrays)
         labels, source_index = on_device.pop("labels"), on_device.pop("source_index")
         try:

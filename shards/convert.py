@@ -1,11 +1,13 @@
-"""Convert a packed data set to another store; every sample is compared.
+"""Convert a packed data set to another store; every sample is compared. Or upgrade it to format version 3 in place.
 
     python -m shards.convert SRC DST --store zarr|tar
+    python -m shards.convert DIR
 
 SRC is a packed data set (train, test, perhaps val) or one split of it, DST a new directory. The hashes of SRC are
 checked first. After writing, every image, label and row of DST is read back and compared with SRC. DST appears
 completely or not at all. Converting from tar to zarr and back gives identical bytes. If SRC already has the requested
-store it is rewritten, for example with another --compression.
+store it is rewritten, for example with another --compression. Without DST, a data set of format version 1 or 2 gets
+the arrays of version 3; its shards stay as they are.
 """
 
 from __future__ import annotations
@@ -13,25 +15,40 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+from isal import isal_zlib
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from shards.atomic import detect_replacement, replace_directory
+from shards.atomic import detect_replacement, file_lock, replace_directory
 from shards.cli import program_name, run_command
-from shards.errors import CorruptError, UserError, quote
-from shards.manifest import MANIFEST_NAME, Manifest, RawFile, StoreKind, is_packed_dataset, manifest_paths
+from shards.errors import CorruptError, UserError, os_errors_as_user_errors, quote
+from shards.manifest import (
+    ARRAYS,
+    MANIFEST_NAME,
+    VERSION,
+    Manifest,
+    RawFile,
+    StoreKind,
+    is_packed_dataset,
+    manifest_paths,
+)
 from shards.open import open_files
-from shards.remote.datasets import resolve_dataset
+from shards.remote.datasets import is_remote, resolve_dataset
 from shards.stores.base import Block, Layout, Store, block_key
 from shards.stores.create import make_writer
+from shards.stores.record_index import index_name
+from shards.stores.sample_arrays import numbers_crc32, pixel_statistics, pixel_sums, write_arrays
 from shards.stores.zarr_arrays import GROUP
 from shards.verify.check import check_hashes, corrupt_files, split_directories
 
 COMPRESSION = "compression"  # the option of a zarr store in the manifest
+_ARRAY_PIECE = 1 << 20  # samples whose labels and rows are written at a time
+_RECORDS = 32  # image files read at a time
 
 
 def convert(
@@ -122,17 +139,19 @@ def _convert_split(split: Path, manifest: Manifest, directory: Path, store: Stor
         writer.write_shard(number, _blocks(before, layout, layout.samples_of(number)))
         for number in tqdm(range(layout.shards), f"converting {manifest.split}", unit=" shards", disable=None)
     ]
+    arrays = _write_arrays(directory, before, [each.blocks for each in written])
     side_files = _side_files(manifest)
     for file in side_files:
         (directory / file.name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(split / file.name, directory / file.name)
     options = {name: value for name, value in manifest.options.items() if name != COMPRESSION}
     changes = {
-        "version": 2,
+        "version": VERSION,
         "store": store,
         "options": {**options, COMPRESSION: compression} if store == "zarr" else options,
-        "shards": tuple(shard for shard, _ in written),
-        "files": (*(file for _, files in written for file in files), *metadata, *side_files),
+        "shards": tuple(each.shard for each in written),
+        "files": (*(file for each in written for file in each.files), *metadata, *side_files, *arrays),
+        "statistics": pixel_statistics([each.pixel_sums for each in written]),
     }
     converted = Manifest(**{**dict(manifest), **changes})
     if faults := list(check_hashes(directory, converted)):
@@ -151,13 +170,91 @@ def _blocks(store: Store, layout: Layout, samples: range) -> Iterator[Block]:
     for first in range(samples.start, samples.stop, layout.block_size):
         positions = np.arange(first, min(first + layout.block_size, samples.stop))
         images = cast(np.ndarray, store.read(positions))
-        yield Block(first, images, store.labels[positions], store.rows[positions])
+        numbers = (array[positions].astype(np.int64) for array in (store.labels, store.rows))
+        yield Block(first, images, *numbers)
 
 
 def _side_files(manifest: Manifest) -> tuple[RawFile, ...]:
     """Return the files that do not belong to the store, such as origins.csv."""
     indices = {str(PurePosixPath(shard.name).with_suffix(".idx")) for shard in manifest.shards}
-    return tuple(file for file in manifest.files if not file.name.startswith(f"{GROUP}/") and file.name not in indices)
+    known = {*indices, *ARRAYS}
+    return tuple(file for file in manifest.files if not file.name.startswith(f"{GROUP}/") and file.name not in known)
+
+
+def _write_arrays(directory: Path, store: Store, blocks: Sequence[NDArray[np.void]]) -> tuple[RawFile, ...]:
+    """Write the arrays of format version 3; see `shards.stores.sample_arrays.write_arrays`."""
+    pieces = [slice(first, first + _ARRAY_PIECE) for first in range(0, len(store), _ARRAY_PIECE)]
+    return write_arrays(
+        directory,
+        len(store),
+        len(store.manifest.classes),
+        (store.labels[piece] for piece in pieces),
+        (store.rows[piece] for piece in pieces),
+        max(int(store.rows[piece].max()) for piece in pieces),
+        blocks,
+    )
+
+
+def upgrade(directory: Path) -> list[Manifest]:
+    """Upgrade a packed data set, or one split, to the present format version in place.
+
+    The shards stay as they are; each is read once and compared with the manifest. The manifest is replaced last, so a
+    split has the previous version if the process is killed.
+
+    Returns:
+        The manifests of the splits that were upgraded, empty if all have the present version.
+
+    Raises:
+        UserError: If a file is damaged. Its split is unchanged then.
+    """
+    busy = UserError(
+        found=f"another process that upgrades {directory}",
+        expected="one process at a time",
+        hint="wait for it to end",
+    )
+    with os_errors_as_user_errors(directory), file_lock(directory / ".upgrade.lock", busy):
+        splits = [split for split in split_directories(directory) if Manifest.read(split).version < VERSION]
+        return [_upgrade_split(split) for split in splits]
+
+
+def _upgrade_split(split: Path) -> Manifest:
+    with detect_replacement(split / MANIFEST_NAME):
+        manifest = Manifest.read(split)
+        # A block at a time, or some image files.
+        step = _RECORDS if manifest.encoded else manifest.block_size
+        store: Any = open_files(split, manifest, None if manifest.encoded else step * manifest.image_bytes)
+        for file in manifest.files:
+            store.files.check_sha256(file.name)
+        blocks, sums, first = store.arrays.blocks.copy(), [], 0
+        for shard in tqdm(manifest.shards, f"upgrading {manifest.split}", unit=" shards", disable=None):
+            store.files.check_sha256(shard.name)
+            for start in range(first, first + shard.samples, step):
+                images = store.read(np.arange(start, min(start + step, first + shard.samples)))
+                if not manifest.encoded:
+                    sums.append(pixel_sums(images))
+                    images = [images]
+                for block, content in enumerate(images, start=start // manifest.block_size):
+                    samples = slice(block * manifest.block_size, (block + 1) * manifest.block_size)
+                    blocks["crc32"][block] = isal_zlib.crc32(content)
+                    blocks["numbers_crc32"][block] = numbers_crc32(store.labels[samples], store.rows[samples])
+            first += shard.samples
+        listed = {file.name for file in manifest.files}
+        indices = {index_name(shard) for shard in manifest.shards if manifest.store != "zarr"}
+        upgraded = Manifest(
+            **{
+                **dict(manifest),
+                "version": VERSION,
+                "shards": tuple(shard.model_copy(update={"blocks_crc32": ()}) for shard in manifest.shards),
+                "files": (
+                    *manifest.files,
+                    *(RawFile.of(split, name) for name in sorted(indices - listed)),  # version 1 does not list them
+                    *_write_arrays(split, store, [blocks]),
+                ),
+                "statistics": pixel_statistics(sums),
+            }
+        )
+    upgraded.write(split)
+    return upgraded
 
 
 def _differs(faults: list[str]) -> CorruptError:
@@ -169,17 +266,23 @@ def main() -> int:
     """Run the command. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=program_name("shards.convert"),
-        description="Convert a packed data set to another store; every sample is compared.",
+        description="Convert a packed data set to another store; every sample is compared. Without DST, upgrade it to "
+        f"format version {VERSION} in place.",
         epilog="If SRC already has the requested store it is rewritten, for example with another --compression.",
     )
     parser.add_argument("source", metavar="SRC", help="a packed data set or one split of it, a directory or an address")
-    parser.add_argument("target", type=Path, metavar="DST", help="directory to write")
-    parser.add_argument("--store", choices=("tar", "zarr"), required=True, help="tar: memory-mapped; zarr: compressed")
+    parser.add_argument("target", type=Path, metavar="DST", nargs="?", help="directory to write")
+    parser.add_argument("--store", choices=("tar", "zarr"), help="tar: memory-mapped; zarr: compressed")
     parser.add_argument("--compression", choices=("zstd", "none"), help="of a zarr store (default zstd)")
     parser.add_argument("--force", action="store_true", help="replace a complete data set at DST")
     arguments = parser.parse_args()
+    if (arguments.target is None) != (arguments.store is None):
+        parser.error("DST and --store go together; without both, SRC is upgraded in place")
     if arguments.compression and arguments.store != "zarr":
-        print(f"warning: --compression has no effect on a store of {arguments.store}", file=sys.stderr)
+        store = f"a store of {arguments.store}" if arguments.store else "an upgrade"
+        print(f"warning: --compression has no effect on {store}", file=sys.stderr)
+    if arguments.target is None:
+        return _run_upgrade(arguments.source)
     compression = arguments.compression or "zstd"
     source = resolve_dataset(arguments.source)
     converted = convert(source, arguments.target, arguments.store, compression, arguments.force)
@@ -189,6 +292,21 @@ def main() -> int:
             f"{before.store} to {after.packed_bytes / 1e6:,.1f} MB of {after.store}"
         )
     print(f"  in     {arguments.target}")
+    return 0
+
+
+def _run_upgrade(source: str) -> int:
+    if is_remote(source):
+        raise UserError(
+            found=f"{source}, a remote data set",
+            expected="a local directory, whose files are upgraded in place",
+            hint="convert it to a new directory, and upload that: python -m shards.convert SRC DST --store tar",
+        )
+    upgraded = upgrade(resolve_dataset(source))
+    for manifest in upgraded:
+        print(f"  {manifest.split:5}  {manifest.samples:,} images, upgraded to format version {VERSION}")
+    if not upgraded:
+        print(f"  {source} has format version {VERSION} already")
     return 0
 
 

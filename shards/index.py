@@ -7,7 +7,8 @@ splits (train-0000.tar, birds-validation-00.tar), or is one split. Splits may ha
 knows (training, validation, valid, dev, eval, ...). Without a test split, val is the test split. Shards that are not in
 the directory of their split (train/, test/, val/) are linked there. The shards are ordinary WebDataset:
 an image (.jpg, .jpeg, .png, .webp or .bmp) and a class number (.cls) per key; other components are ignored. The shards
-are not changed. The command writes an index (.idx) beside each shard and then a manifest per split.
+are not changed. The command writes an index (.idx) beside each shard, the arrays of labels, rows and
+byte ranges, and then a manifest per split.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -30,10 +32,12 @@ from shards.cli import plural, program_name, run_command
 from shards.cpus import available_cpus
 from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors, printable, quote
 from shards.manifest import (
+    ARRAYS,
     MANIFEST_NAME,
     REQUIRED_SPLITS,
     SPLITS,
     VALIDATION,
+    VERSION,
     Manifest,
     RawFile,
     Shard,
@@ -52,20 +56,30 @@ from shards.stores.record_index import (
     parse_record,
     read_records,
 )
+from shards.stores.sample_arrays import BLOCK_DTYPE, array_dtypes, encode_array, records_crc32
 
 _TAR_NAME = re.compile(r"^[^.].*\.(tar(\.[a-z0-9]+)?|t[gbx]z2?)$", re.IGNORECASE)
 _MAX_CLASSES = 1_000_000
 _MAX_CLASS_BYTES = 64 << 20  # of a file of class names
-_MAX_HEADER = 16 << 20  # bytes of an image file in which its size must be found
 
 
 class _Scan(NamedTuple):
-    """A shard, the content of its index, its labels int64 [n], and whether it has rows and only gray images."""
+    """A shard.
+
+    Attributes:
+        shard: Its entry in the manifest.
+        content: The content of its index.
+        blocks: `BLOCK_DTYPE` [n], of its images.
+        labels: int64 [n].
+        rows: int64 [n], empty if it has none.
+        gray: Whether all its images are gray.
+    """
 
     shard: Shard
     content: bytes
+    blocks: NDArray[np.void]
     labels: NDArray[np.int64]
-    with_rows: bool
+    rows: NDArray[np.int64]
     gray: bool
 
 
@@ -99,15 +113,19 @@ def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifes
     channels = 1 if all(scan.gray for scan in all_scans) else 3
     path = directory.absolute()
     dataset = path.parent.name if list(splits.values()) == [directory] and path.name in splits else path.name
-    manifests = {split: _manifest(dataset, split, classes, channels, scans[split]) for split in splits}
+    arrays = {split: _encode_arrays(len(classes), scans[split]) for split in splits}
+    manifests = {split: _manifest(dataset, split, classes, channels, scans[split], arrays[split]) for split in splits}
     for split, path in splits.items():
-        _check_existing_manifest(path, manifests[split])
+        _check_existing_files(path, manifests[split], arrays[split])
     for split, path in splits.items():
         _link(shards[split], path)
-        for scan in scans[split]:
-            _write_if_absent(path / index_name(scan.shard), scan.content)
+        indices = {index_name(scan.shard): scan.content for scan in scans[split]}
+        for name, content in {**indices, **arrays[split]}.items():
+            _write_if_absent(path / name, content)
     for split, path in splits.items():
-        _write_if_absent(path / MANIFEST_NAME, manifests[split].to_json().encode())
+        if not (path / MANIFEST_NAME).exists() or Manifest.read(path).version < VERSION:
+            with os_errors_as_user_errors(path):
+                write_file(path / MANIFEST_NAME, manifests[split].to_json().encode())
     return tuple(manifests.values())
 
 
@@ -224,8 +242,8 @@ def _scan_split(paths: list[Path], directory: Path, split: str) -> list[_Scan]:
     with ThreadPoolExecutor(available_cpus()) as pool:
         scanned = pool.map(lambda path: _scan(path, directory), paths)
         scans = list(tqdm(scanned, f"indexing {split}", len(paths), unit=" shards", disable=None))
-    with_rows = [scan.shard.name for scan in scans if scan.with_rows]
-    without = [scan.shard.name for scan in scans if not scan.with_rows]
+    with_rows = [scan.shard.name for scan in scans if len(scan.rows)]
+    without = [scan.shard.name for scan in scans if not len(scan.rows)]
     if with_rows and without:
         raise MismatchError(
             found=f"{directory}: {with_rows[0]} with rows (.row), {without[0]} without",
@@ -244,29 +262,38 @@ def _scan(path: Path, directory: Path) -> _Scan:
     """
     lines: list[str] = []
     labels: list[int] = []
-    with_rows, gray = False, True
+    rows: list[int] = []
+    entries: list[tuple[int, int, int, int]] = []
+    gray = True
     with detect_replacement(path), open(path, "rb", buffering=0) as file:
         for key, components in read_records(path):
             try:
                 image, label, row = parse_record(file, key, components, _MAX_CLASSES)
             except ValueError as error:
                 raise bad_record(path, error) from None
+            content = read_at(file, image.offset, image.size)
             try:
-                gray &= read_image_header(read_at(file, image.offset, min(image.size, _MAX_HEADER))).gray
+                gray &= read_image_header(content).gray
             except ValueError as error:
                 raise bad_record(path, f"{image.name!r} is {error}") from None
-            if lines and (row is not None) != with_rows:
-                raise bad_record(path, f"{key!r} {'lacks' if with_rows else 'has'} a row, unlike others")
-            with_rows = row is not None
+            if lines and (row is not None) != bool(rows):
+                raise bad_record(path, f"{key!r} {'lacks' if rows else 'has'} a row, unlike others")
+            if row is not None:
+                rows.append(row)
             lines.append(index_line(components))
             labels.append(label)
+            entries.append((image.offset, image.size, isal_zlib.crc32(content), 0))
         entry = RawFile.of(path.parent, path.name)
     if not lines:
         raise UserError(f"{path} without any record", "images with labels", "remove it, or download it again")
     content = index_content(lines)
-    shard = Shard(samples=len(lines), blocks_crc32=(), **entry.model_dump())
     return _Scan(
-        shard, _existing_index(directory / path.name, content) or content, np.array(labels, np.int64), with_rows, gray
+        Shard(samples=len(lines), **entry.model_dump()),
+        _existing_index(directory / path.name, content) or content,
+        np.array(entries, BLOCK_DTYPE),
+        np.array(labels, np.int64),
+        np.array(rows, np.int64),
+        gray,
     )
 
 
@@ -287,8 +314,27 @@ def _existing_index(shard: Path, content: bytes) -> bytes | None:
     return path.read_bytes()
 
 
-def _manifest(dataset: str, split: str, classes: tuple[str, ...], channels: int, scans: list[_Scan]) -> Manifest:
+def _encode_arrays(classes: int, scans: list[_Scan]) -> dict[str, bytes]:
+    """Return the content of the arrays of a split, by name. Without rows, they are positions in the split."""
+    labels, rows, blocks = (
+        np.concatenate([getattr(scan, name) for scan in scans]) for name in ("labels", "rows", "blocks")
+    )
+    rows = rows if len(rows) else np.arange(len(labels))
+    blocks["numbers_crc32"] = records_crc32(labels, rows)
+    each = zip(ARRAYS, (labels, rows, blocks), array_dtypes(classes, int(rows.max())), strict=True)
+    return {name: encode_array(values, dtype) for name, values, dtype in each}
+
+
+def _manifest(
+    dataset: str,
+    split: str,
+    classes: tuple[str, ...],
+    channels: int,
+    scans: list[_Scan],
+    arrays: dict[str, bytes],
+) -> Manifest:
     labels = np.concatenate([scan.labels for scan in scans])
+    files = {**{index_name(scan.shard): scan.content for scan in scans}, **arrays}
     return Manifest(
         store="records",
         dataset=dataset,
@@ -302,20 +348,42 @@ def _manifest(dataset: str, split: str, classes: tuple[str, ...], channels: int,
         block_size=1,
         seed=0,
         shards=tuple(scan.shard for scan in scans),
-        files=tuple(RawFile.of_content(index_name(scan.shard), scan.content) for scan in scans),
+        files=tuple(RawFile.of_content(name, content) for name, content in files.items()),
         raw=(),
         versions={"inkstream": version("inkstream"), "numpy": np.__version__, "python": platform.python_version()},
     )
 
 
-def _check_existing_manifest(directory: Path, manifest: Manifest) -> None:
+def _check_existing_files(directory: Path, manifest: Manifest, arrays: dict[str, bytes]) -> None:
+    """Raise `UserError` for a manifest or an array of other shards. A manifest of an older version is replaced."""
     path = directory / MANIFEST_NAME
-    if path.exists() and Manifest.read(directory).digest() != manifest.digest():
-        raise MismatchError(
-            found=f"{path}, which does not describe the shards beside it",
-            expected="the manifest of these shards and classes, or none",
-            hint=f"to index the shards as they are: rm {quote(path)}",
-        )
+    if path.exists():
+        old = Manifest.read(directory)
+        same = old.classes == manifest.classes and _identities(old) == _identities(manifest)
+        if not same or (old.version == VERSION and old.digest() != manifest.digest()):
+            raise MismatchError(
+                found=f"{path}, which does not describe the shards beside it",
+                expected="the manifest of these shards and classes, or none",
+                hint=f"to index the shards as they are: {_removal(path)}",
+            )
+    for name, content in arrays.items():
+        path = directory / name
+        if path.exists() and not (path.stat().st_size == len(content) and path.read_bytes() == content):
+            raise MismatchError(
+                found=f"{path}, which is not an array of the shards beside it",
+                expected="no file of this name, which the command writes",
+                hint=f"rename it, or remove it if it is of an earlier index: {_removal(path)}",
+            )
+
+
+def _identities(manifest: Manifest) -> list[tuple[str, str]]:
+    return [(shard.name, shard.sha256) for shard in manifest.shards]
+
+
+def _removal(path: Path) -> str:
+    """The command that removes the manifest and the arrays beside a file."""
+    files = [path.with_name(name) for name in (MANIFEST_NAME, *ARRAYS)]
+    return " ".join(["rm", *(quote(file) for file in files if file.exists())])
 
 
 def _link(shards: list[Path], directory: Path) -> None:

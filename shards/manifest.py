@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -31,7 +31,9 @@ _PUBLISHED = (*_WITH_VARIANTS, "mnist", "fashionmnist", "kmnist", "cifar10", "di
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MAX_LOOKED_AT = 1000  # files
 StoreKind = Literal["tar", "zarr", "records"]
+ARRAYS = LABELS, ROWS, BLOCKS = ("labels.npy", "rows.npy", "blocks.npy")  # of every split of version 3
 Content: TypeAlias = bytes | memoryview
+VERSION: Literal[3] = 3  # of the format that is written
 MAX_MANIFEST_BYTES = 1 << 28  # of a manifest
 MAX_BLOCK_BYTES = 1 << 30  # of pixels: readers hold a block in memory
 
@@ -72,20 +74,27 @@ class RawFile(_Record):
 
 
 class Shard(_Record):
-    """A file of images: number of samples, size in bytes, SHA-256 (hex), and a CRC-32 for each block."""
+    """A file of images: number of samples, size in bytes, SHA-256 (hex); before version 3 a CRC-32 for each block."""
 
     name: str
     samples: int = Field(gt=0)
     bytes: int = Field(gt=0)
     sha256: str
-    blocks_crc32: tuple[int, ...]
+    blocks_crc32: tuple[int, ...] = ()
+
+
+class PixelStatistics(_Record):
+    """Sums over the stored pixels (0 .. 255) of all images, and over their squares, for each channel."""
+
+    sums: tuple[NonNegativeInt, ...]
+    squares: tuple[NonNegativeInt, ...]
 
 
 class Manifest(_Record):
     """A packed split (train, test or val) of a data set. `docs/format.md` describes every field."""
 
     format: Literal["inkstream-blocks"] = "inkstream-blocks"
-    version: Literal[1, 2] = 2
+    version: Literal[1, 2, 3] = VERSION
     store: StoreKind = "tar"
     dataset: str
     variant: str = Field(validation_alias="split", serialization_alias="split")
@@ -102,6 +111,7 @@ class Manifest(_Record):
     files: tuple[RawFile, ...] = ()
     raw: tuple[RawFile, ...]
     versions: dict[str, str]
+    statistics: PixelStatistics | None = None
 
     @model_validator(mode="after")
     def _sums_agree(self) -> Manifest:
@@ -123,6 +133,10 @@ class Manifest(_Record):
             inside = path.parts and not path.is_absolute() and ".." not in path.parts
             if not inside or not name.isprintable() or "\\" in name or PureWindowsPath(name).drive:
                 raise ValueError(f"a file {name!r} outside the split")
+        if self.version == VERSION and not set(ARRAYS) <= {file.name for file in self.files}:
+            raise ValueError(f"no {' or '.join(ARRAYS)}")
+        if self.statistics and {len(self.statistics.sums), len(self.statistics.squares)} != {self.image_shape[2]}:
+            raise ValueError("statistics of another number of channels")
         if not self.encoded:
             self._check_blocks()
         return self
@@ -132,7 +146,7 @@ class Manifest(_Record):
         if min(self.block_size, self.samples) * max(self.image_bytes, 8) > MAX_BLOCK_BYTES:
             raise ValueError(f"blocks of {self.block_size:,} images of {self.image_bytes:,} bytes")
         for shard in self.shards:
-            if len(shard.blocks_crc32) != -(-shard.samples // self.block_size):
+            if self.version < VERSION and len(shard.blocks_crc32) != -(-shard.samples // self.block_size):
                 raise ValueError(f"{shard.name}: number of blocks does not fit its {shard.samples} samples")
             if self.store == "tar" and shard.samples * self.image_bytes > shard.bytes:
                 raise ValueError(f"{shard.name}: {shard.bytes:,} bytes are too few for its {shard.samples:,} samples")
@@ -173,13 +187,23 @@ class Manifest(_Record):
 
     def to_json(self) -> str:
         """Return the content of the file."""
-        fields = with_checksum(self.model_dump(mode="json", by_alias=True))
+        fields = with_checksum(self._fields())
         return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
         """Return a SHA-256 (hex) of the content of the split, independent of the versions that packed it."""
-        content = self.model_dump(mode="json", by_alias=True, exclude={"versions"})
+        content = {name: value for name, value in self._fields().items() if name != "versions"}
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _fields(self) -> dict[str, Any]:
+        """Return the fields of the file, those of this version only."""
+        fields = self.model_dump(mode="json", by_alias=True)
+        if self.version < VERSION:
+            del fields["statistics"]
+        else:
+            for shard in fields["shards"]:
+                del shard["blocks_crc32"]
+        return fields
 
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into the directory of the split."""
@@ -207,10 +231,10 @@ class Manifest(_Record):
         """
         try:
             fields = json.loads(content.decode("utf-8"))
-            if isinstance(fields, dict) and fields.get("version", 1) not in (1, 2):
+            if isinstance(fields, dict) and fields.get("version", 1) not in (1, 2, 3):
                 raise MismatchError(
                     found=f"{path} of format version {fields['version']}",
-                    expected="format version 1 or 2",
+                    expected="format version 1, 2 or 3",
                     hint="use the version of Inkstream that packed it, or pack again with --force",
                 )
             # Manifests written before do not have a checksum.

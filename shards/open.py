@@ -13,34 +13,35 @@ from shards.stores.base import Store
 _EXPECTED = f"a packed data set: the directory that holds {' and '.join(REQUIRED_SPLITS)}"
 
 
-def open_store(directory: Path | str, memory: int | None = None) -> Store:
+def open_store(directory: Path | str, memory: int | None = None, verify: bool = True) -> Store:
     """Open one packed split.
 
     Args:
         directory: A directory with a manifest, or an address such as s3://bucket/name/train, which is downloaded.
         memory: Maximum bytes of images to hold in memory (compressed stores hold decompressed blocks); None: no limit.
+        verify: Whether images are compared with their checksums when they are first read. Labels and rows always are.
 
     Raises:
         UserError: If the split is missing, incomplete or damaged, or replaced in the meantime.
     """
     directory = resolve_dataset(directory)
     with detect_replacement(directory / MANIFEST_NAME):
-        return open_files(directory, Manifest.read(directory), memory)
+        return open_files(directory, Manifest.read(directory), memory, verify)
 
 
-def open_files(directory: Path, manifest: Manifest, memory: int | None = None) -> Store:
+def open_files(directory: Path, manifest: Manifest, memory: int | None = None, verify: bool = True) -> Store:
     """Open the files of a split with a manifest that may not be on disk yet; see `open_store`."""
     if manifest.store == "zarr":
         from shards.stores.zarr import ZarrStore
 
-        return ZarrStore(directory, manifest, memory)
+        return ZarrStore(directory, manifest, memory, verify)
     if manifest.store == "records":
         from shards.stores.records import RecordStore
 
-        return RecordStore(directory, manifest)
+        return RecordStore(directory, manifest, verify)
     from shards.stores.tar import TarStore
 
-    return TarStore(directory, manifest, memory)
+    return TarStore(directory, manifest, memory, verify)
 
 
 def open_dataset_or_split(directory: Path | str, split: str) -> Store:
@@ -49,13 +50,14 @@ def open_dataset_or_split(directory: Path | str, split: str) -> Store:
     return open_store(directory) if (directory / MANIFEST_NAME).is_file() else open_split(directory, split)
 
 
-def open_split(directory: Path | str, split: str, memory: int | None = None) -> Store:
+def open_split(directory: Path | str, split: str, memory: int | None = None, verify: bool = True) -> Store:
     """Open the `train`, `test` or `val` split of a packed data set.
 
     Args:
         directory: The directory that holds the splits, or an address, which is downloaded into the local cache first.
         split: The name of the split.
         memory: As in `open_store`.
+        verify: As in `open_store`.
 
     Raises:
         UserError: If the split is missing, incomplete or damaged.
@@ -75,4 +77,4 @@ def open_split(directory: Path | str, split: str, memory: int | None = None) -> 
                 hint="pack the data set again: python -m pipeline.shard SOURCE --out DIR",
             )
         Manifest.read(directory)  # its error names what the directory holds
-    return open_store(directory / split, memory)
+    return open_store(directory / split, memory, verify)

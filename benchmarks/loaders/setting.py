@@ -57,7 +57,8 @@ class BenchmarkConfig:
         ordered = self.samples[np.argsort(self.store.rows[self.samples])]
         pixels = np.empty((len(ordered), *manifest.pixel_shape), np.uint8)
         self.store.gather(ordered, pixels)
-        return Source.write(directory, pixels, self.store.labels[ordered], manifest.transposed, len(manifest.classes))
+        labels = self.store.labels[ordered].astype(np.int64)
+        return Source.write(directory, pixels, labels, manifest.transposed, len(manifest.classes))
 
     def make_task(self, source: Source, resolution: int) -> Task:
         """Return the task of every loader at a resolution, with the mean and std of the raw pixels."""

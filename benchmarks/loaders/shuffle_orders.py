@@ -64,7 +64,8 @@ def sampler_orders(source: Source, scratch: Path, batch_size: int, epochs: int) 
     samples = np.arange(len(store))
 
     def run(sampler: ShuffledBatchSampler) -> list[Epoch]:
-        return [[store.rows[step.samples] for step in sampler.steps(number, 0, 1)] for number in range(epochs)]
+        rows = store.rows.astype(np.int64)
+        return [[rows[step.samples] for step in sampler.steps(number, 0, 1)] for number in range(epochs)]
 
     sampler = ShuffledBatchSampler(samples, batch_size, seed=0)
     yield LoaderOrder("inkstream", "uniform permutation of the packed samples", run(sampler))

@@ -50,7 +50,7 @@ def packed_split(store: Store, directory: Path) -> RawSplit:
             hint="pack it again with a size: python -m pipeline.shard ... --size N",
         )
     order = np.argsort(store.rows, kind="stable")
-    source_index = store.rows[order]
+    source_index = store.rows[order].astype(np.int64)
 
     def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         return cast(NDArray[np.uint8], store.read(order[np.searchsorted(source_index, indices)]))
@@ -58,7 +58,7 @@ def packed_split(store: Store, directory: Path) -> RawSplit:
     return RawSplit(
         name=manifest.split,
         classes=manifest.classes,
-        labels=store.labels[order],
+        labels=store.labels[order].astype(np.int64),
         image_shape=manifest.image_shape,
         transposed=manifest.transposed,
         read=read,

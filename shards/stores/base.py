@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from shards.manifest import Manifest, RawFile, Shard
 
 INDEX_VERSION = "v1.2"  # first word of the index that DALI's `wds2idx` writes
 Images: TypeAlias = NDArray[np.uint8] | list[NDArray[np.uint8]]
+Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | NDArray[np.uint8]
 
 
 def block_key(number: int) -> str:
@@ -55,10 +57,10 @@ class Store(ABC):
     """Samples 0 .. N-1 of one split in packed order (a seeded permutation of the source rows)."""
 
     manifest: Manifest
-    labels: NDArray[np.int64]
-    """[N], class of each sample, 0 .. len(manifest.classes) - 1."""
-    rows: NDArray[np.int64]
-    """[N], index of each sample in the raw source."""
+    labels: NDArray[np.integer]
+    """[N], class of each sample, 0 .. len(manifest.classes) - 1. Any integer type, possibly memory-mapped."""
+    rows: NDArray[np.integer]
+    """[N], index of each sample in the raw source. Any integer type, possibly memory-mapped."""
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -75,6 +77,7 @@ class Store(ABC):
 
         Raises:
             IndexError: If a position is outside the store.
+            CorruptError: If a block that is read for the first time, or its labels or rows, differs from its checksum.
         """
 
 
@@ -121,6 +124,22 @@ class EncodedImage(NamedTuple):
 
     content: bytes
     extension: str
+
+
+class WrittenShard(NamedTuple):
+    """A shard that was written.
+
+    Attributes:
+        shard: Its entry in the manifest.
+        files: The entries of the files that accompany it.
+        blocks: Its blocks, `shards.stores.sample_arrays.BLOCK_DTYPE` [blocks].
+        pixel_sums: Sums of its pixels and of their squares, int64 [2, C]; None for image files.
+    """
+
+    shard: Shard
+    files: tuple[RawFile, ...]
+    blocks: NDArray[np.void]
+    pixel_sums: NDArray[np.int64] | None
 
 
 class Block(NamedTuple):
@@ -191,9 +210,5 @@ class SplitWriter(ABC):
         return ()
 
     @abstractmethod
-    def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
-        """Write a shard from its blocks, in order. If `blocks` raises, the shard is incomplete.
-
-        Returns:
-            The manifest's entries of the shard and of the files that accompany it.
-        """
+    def write_shard(self, number: int, blocks: Iterable[Block]) -> WrittenShard:
+        """Write a shard from its blocks, in order. If `blocks` raises, the shard is incomplete."""

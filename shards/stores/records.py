@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import corrupt_shard
-from shards.manifest import Manifest
+from shards.manifest import BLOCKS, VERSION, Manifest
 from shards.stores.base import Block, EncodedStore, block_key, check_positions
 from shards.stores.image_header import EXTENSIONS, MAX_BYTES
 from shards.stores.record_index import (
@@ -24,6 +24,7 @@ from shards.stores.record_index import (
     parse_number,
     read_component_ranges,
 )
+from shards.stores.sample_arrays import BLOCK_DTYPE, BlockChecks, SampleArrays
 from shards.stores.split_files import SplitFiles
 from shards.stores.tar_writer import TarRecord, TarShardWriter
 
@@ -34,47 +35,75 @@ _LARGE_RECORD = 64 << 10  # bytes from which read-ahead costs more than it saves
 class RecordWriter(TarShardWriter):
     """Writes records of one image: an unchanged image file, its label and its row."""
 
-    with_crc = False
-
     def records(self, block: Block) -> Iterator[TarRecord]:
         for position, (image, label, row) in enumerate(
             zip(block.images, block.labels, block.rows, strict=True), start=block.first
         ):
             assert not isinstance(image, np.ndarray) and image.extension in EXTENSIONS
             components = ((image.extension, [image.content]), ("cls", [b"%d" % label]), (ROW, [b"%d" % row]))
-            yield TarRecord(block_key(position), components)
+            yield TarRecord(block_key(position), components, np.array([label]), np.array([row]))
 
 
 class RecordStore(EncodedStore):
-    """The `EncodedStore` of records. Labels and rows are read on opening, images on request.
+    """The `EncodedStore` of records.
 
     Images are read, not mapped, so that the memory of the process does not grow with the images it has touched.
+
+    Args:
+        directory: The directory of the split.
+        manifest: Its manifest.
+        verify: Whether image files are compared with their checksums when they are read.
+
+    Raises:
+        CorruptError: If a file is missing or does not fit the manifest.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, verify: bool = True) -> None:
         self.manifest = manifest
-        self._files = SplitFiles(directory, manifest)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            shards = list(pool.map(self._open, range(len(manifest.shards))))
+        self.files = SplitFiles(directory, manifest)
         self._starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+        self._shard_bytes = np.array([shard.bytes for shard in manifest.shards])
+        if manifest.version == VERSION:
+            self.files.check_present(shard.name for shard in manifest.shards)
+            arrays = SampleArrays.open(self.files, manifest)
+        else:
+            arrays = self._read_version_2()
+        self.arrays, self.labels, self.rows = arrays, arrays.labels, arrays.rows
+        self._checks = BlockChecks(self.files, manifest, arrays, verify)
+
+    def _read_version_2(self) -> SampleArrays:
+        """Read byte ranges, labels and rows from the shards and their indices."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            shards = list(pool.map(self._open, range(len(self.manifest.shards))))
         if len({len(numbers) for _, *numbers in shards}) > 1:
-            raise corrupt_shard(directory, "shards with rows and shards without")
-        self._ranges, self.labels, *rows = map(np.concatenate, zip(*shards, strict=True))
-        self.rows = rows[0] if rows else np.arange(manifest.samples)
+            raise corrupt_shard(self.files.directory, "shards with rows and shards without")
+        ranges, labels, *rows = map(np.concatenate, zip(*shards, strict=True))
+        blocks = np.zeros(len(labels), BLOCK_DTYPE)
+        blocks["offset"], blocks["bytes"] = ranges.T
+        return SampleArrays(labels, rows[0] if rows else np.arange(self.manifest.samples), blocks)
 
     def read(self, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Return image files, each uint8 [bytes], read-only; see `shards.stores.base.Store.read`."""
         check_positions(samples, len(self))
-        shards = self._shards_of(samples).tolist()
-        ranges = self._ranges[samples].tolist()
+        self.files.check_mapped()
+        numbers = self._shards_of(samples)
+        offsets, sizes = (self.arrays.blocks[samples][name].astype(np.int64) for name in ("offset", "bytes"))
+        invalid = (offsets < 0) | (sizes < 1) | (sizes > MAX_BYTES) | (offsets > self._shard_bytes[numbers] - sizes)
+        if invalid.any():
+            location = self.describe_sample(int(samples[np.argmax(invalid)]))
+            raise corrupt_shard(
+                location, f"{BLOCKS} places it outside the shard, or with more than {MAX_BYTES:,} bytes"
+            )
+        shards, ranges = numbers.tolist(), list(zip(offsets.tolist(), sizes.tolist(), strict=True))
         images: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(samples)
         in_order = np.argsort(samples, kind="stable").tolist()
         for number, positions in itertools.groupby(in_order, key=shards.__getitem__):
-            with self._files.open(self.manifest.shards[number].name) as file:
+            with self.files.open(self.manifest.shards[number].name) as file:
                 for position in positions:
                     content = file.read(*ranges[position])
                     if len(content) != ranges[position][1]:
                         raise corrupt_shard(self.describe_sample(int(samples[position])), "its shard ends inside it")
+                    self._checks.check(int(samples[position]), content)
                     images[position] = np.frombuffer(content, np.uint8)
         return images
 
@@ -88,17 +117,17 @@ class RecordStore(EncodedStore):
 
     def _describe(self, number: int, record: int) -> str:
         shard = self.manifest.shards[number]
-        name = name_in_index(self._files.read_all(index_name(shard)), record)
-        return f"{self._files.directory / shard.name}: {name}"
+        name = name_in_index(self.files.read_all(index_name(shard)), record)
+        return f"{self.files.directory / shard.name}: {name}"
 
     def _open(self, number: int) -> list[NDArray[np.int64]]:
         """Return byte offset and size of the images of a shard [n, 2], its labels [n] and, if it has them, its rows."""
         shard = self.manifest.shards[number]
-        mapped, _ = self._files.map([shard.name])
+        mapped, _ = self.files.map([shard.name])
         if shard.bytes // shard.samples > _LARGE_RECORD and isinstance(mapped, mmap.mmap):
             mapped.madvise(mmap.MADV_RANDOM)  # without it the system reads far more than the labels
         try:
-            ranges = read_component_ranges(self._files.read_all(index_name(shard)))
+            ranges = read_component_ranges(self.files.read_all(index_name(shard)))
             check_within(ranges, shard.bytes)
             largest = ranges[:, 0, 1].max()
             if largest > MAX_BYTES:
@@ -107,7 +136,7 @@ class RecordStore(EncodedStore):
                 raise ValueError(f"{len(ranges):,} records where the manifest says {shard.samples:,}")
         except ValueError as error:
             raise corrupt_shard(
-                self._files.directory / index_name(shard), f"no index that fits the shard: {error}"
+                self.files.directory / index_name(shard), f"no index that fits the shard: {error}"
             ) from None
         images, labels, *rows = ranges.transpose(1, 0, 2)
         highest = len(self.manifest.classes) - 1

@@ -10,7 +10,7 @@ import mmap
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -88,7 +88,8 @@ class SplitFiles:
         self.directory = directory
         self._entries = {file.name: file for file in manifest.everything}
         self._identities: dict[str, FileIdentity] = {}
-        self._mapped: Iterator[tuple[str, str, FileIdentity]] = iter(())  # path, name, identity: again and again
+        self._mapped: list[tuple[str, str, FileIdentity]] = []  # path, name, identity
+        self._in_turn: Iterator[tuple[str, str, FileIdentity]] = iter(())  # of the mapped files: again and again
         self._open = lru_cache(max_open_files())(OpenFile.open)
 
     @contextmanager
@@ -111,6 +112,21 @@ class SplitFiles:
             self._check(name, os.fstat(file.descriptor))  # the error may be due to a change
             raise
         self._check(name, os.fstat(file.descriptor))
+
+    def size(self, name: str) -> int:
+        """Return the size in bytes of a file of the manifest."""
+        return self._entries[name].bytes
+
+    def check_present(self, names: Iterable[str]) -> None:
+        """Raise as `open` does unless each file has the size of the manifest. A file that replaces it is refused later.
+
+        For stores that open a file only when they need it.
+        """
+        for name in names:
+            try:
+                self._check(name, os.stat(self._path(name)))
+            except OSError as error:
+                raise corrupt_shard(self._path(name), error.strerror or str(error)) from None
 
     def _path(self, name: str) -> str:
         return f"{self.directory}{os.sep}{name}"
@@ -172,7 +188,8 @@ class SplitFiles:
                 if _mmap(_libc)(address + start, *arguments, 0) != address + start:
                     raise corrupt_shard(self._path(name), os.strerror(ctypes.get_errno()))
             report_bus_errors(self._path(name), size)
-        self._mapped = itertools.cycle([(self._path(name), name, self._identities[name]) for name in names])
+        self._mapped += [(self._path(name), name, self._identities[name]) for name in names]
+        self._in_turn = itertools.cycle(self._mapped)
         return region, np.array(starts)
 
     def check_mapped(self) -> None:
@@ -180,7 +197,7 @@ class SplitFiles:
 
         A map keeps the file that it maps. If the path names another file, or none, that file is unchanged.
         """
-        for path, name, (device, inode, *_) in itertools.islice(self._mapped, 1):
+        for path, name, (device, inode, *_) in itertools.islice(self._in_turn, 1):
             try:
                 status = os.stat(path)
             except OSError:

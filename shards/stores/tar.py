@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import CorruptError, corrupt_shard, first_line, quote
-from shards.manifest import Manifest
+from shards.manifest import BLOCKS, VERSION, Manifest
 from shards.stores.base import (
     INDEX_VERSION,
     Block,
@@ -22,23 +21,17 @@ from shards.stores.base import (
 )
 from shards.stores.block_cache import BlockCache
 from shards.stores.record_index import check_within, index_name, read_index
+from shards.stores.sample_arrays import BLOCK_DTYPE, BlockChecks, SampleArrays, blocks_of_shards, npy_header
 from shards.stores.split_files import OpenFile, SplitFiles
 from shards.stores.tar_writer import TarRecord, TarShardWriter
 
 COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
-
-
-def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Return the header that NumPy writes before an array (.npy version 1.0, padded to 64 bytes)."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return header.getvalue()
+MAX_MAPPED_FILES = 1 << 14  # of a split; Linux allows 65,530 maps per process (vm.max_map_count)
+_UNMAPPED_MEMORY = 1 << 30  # bytes of images held by default if there are more files
 
 
 class TarWriter(TarShardWriter):
     """Writes block records."""
-
-    with_crc = True
 
     def records(self, block: Block) -> Iterator[TarRecord]:
         images, labels, rows = map(np.asarray, (block.images, block.labels, block.rows))
@@ -47,7 +40,7 @@ class TarWriter(TarShardWriter):
             (component, [npy_header(array.dtype.str, array.shape), np.ascontiguousarray(array).data.cast("B")])
             for component, array in zip(COMPONENTS, arrays, strict=True)
         ]
-        yield TarRecord(block_key(block.first // self.layout.block_size), components)
+        yield TarRecord(block_key(block.first // self.layout.block_size), components, labels, rows)
 
 
 def read_block_index(content: bytes) -> NDArray[np.int64]:
@@ -63,47 +56,71 @@ class TarStore(ImageStore):
         manifest: Its manifest.
         memory: Maximum bytes of images to hold. If the images are more, blocks are read into a cache of this size
             instead of being mapped, because touched pages of a map count as memory of the process.
+        verify: Whether images are compared with their checksums when they are first read.
 
     Raises:
         CorruptError: If a file is missing or does not fit the manifest.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, memory: int | None = None) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, memory: int | None = None, verify: bool = True) -> None:
         self.manifest = manifest
-        self._files = SplitFiles(directory, manifest)
+        self.files = files = SplitFiles(directory, manifest)
         mapped = memory is None or manifest.samples * manifest.image_bytes <= memory
-        labels, rows = [], []
-        # For every block: its shard, and the byte at which its first image begins.
-        self._shard_of_block: list[int] = []
-        self._first_image: list[int] = []
-        remaining = manifest.samples
-        for number, shard in enumerate(manifest.shards):
-            with self._files.open(shard.name) as file:
-                for components in self._read_index(number):
-                    count = min(manifest.block_size, remaining)
-                    remaining -= count
-                    first_image, block_labels, block_rows = self._read_block_arrays(file, number, components, count)
-                    self._shard_of_block.append(number)
-                    self._first_image.append(first_image)
-                    labels.append(block_labels)
-                    rows.append(block_rows)
-        self.labels = np.concatenate(labels)
-        self.rows = np.concatenate(rows)
+        if len(manifest.shards) > MAX_MAPPED_FILES:
+            mapped, memory = False, _UNMAPPED_MEMORY if memory is None else memory
+        arrays = SampleArrays.open(files, manifest) if manifest.version == VERSION else self._read_version_2()
+        self.arrays, self.labels, self.rows = arrays, arrays.labels, arrays.rows
+        self._checks = BlockChecks(files, manifest, arrays, verify)
+        counts = blocks_of_shards(manifest)
+        self._shard_of_block = np.repeat(np.arange(len(counts)), counts)
+        self._first_image = arrays.blocks["offset"].astype(np.int64)
+        self._check_ranges(arrays.blocks["bytes"])
         self._cache = None if mapped else BlockCache(manifest, self._read_blocks, memory)
+        names = [shard.name for shard in manifest.shards]
         if mapped:
-            shards, starts = self._files.map([shard.name for shard in manifest.shards])
+            shards, starts = files.map(names)
+            self._bytes = np.frombuffer(shards, np.uint8)
             # The image that would begin at each byte, [bytes, image_bytes]: one indexing call reads from all shards.
-            self._table = np.lib.stride_tricks.sliding_window_view(
-                np.frombuffer(shards, np.uint8), manifest.image_bytes
-            )
-            self._row_of_block = starts[self._shard_of_block] + np.asarray(self._first_image)
+            self._table = np.lib.stride_tricks.sliding_window_view(self._bytes, manifest.image_bytes)
+            self._row_of_block = starts[self._shard_of_block] + self._first_image
+        else:
+            files.check_present(names)
+
+    def _check_ranges(self, sizes: NDArray[np.uint32]) -> None:
+        """Raise CorruptError unless each block has the pixels of its samples, within its shard."""
+        manifest = self.manifest
+        # All blocks of a shard but the last are full, and only the last shard of a split ends inside a block.
+        expected = np.full(len(sizes), manifest.block_size * manifest.image_bytes)
+        expected[-1] -= -manifest.samples % manifest.block_size * manifest.image_bytes
+        ends = np.array([shard.bytes for shard in manifest.shards])[self._shard_of_block] - expected
+        invalid = (sizes != expected) | (self._first_image < 0) | (self._first_image > ends)
+        if invalid.any():
+            block = int(np.argmax(invalid))
+            raise corrupt_shard(self._checks.describe(block), f"{BLOCKS} places it outside the shard")
+
+    def _read_version_2(self) -> SampleArrays:
+        """Read offsets, labels and rows from the shards and their indices."""
+        labels, rows = [], []
+        blocks: list[tuple[int, int, int, int]] = []
+        remaining = self.manifest.samples
+        for number, shard in enumerate(self.manifest.shards):
+            with self.files.open(shard.name) as file:
+                for components in self._read_index(number):
+                    count = min(self.manifest.block_size, remaining)
+                    remaining -= count
+                    location = f"{self.files.directory / shard.name}: block {block_key(len(blocks))}"
+                    first_image, *numbers = self._read_block_arrays(file, location, components, count)
+                    blocks.append((first_image, count * self.manifest.image_bytes, 0, 0))
+                    labels.append(numbers[0])
+                    rows.append(numbers[1])
+        return SampleArrays(np.concatenate(labels), np.concatenate(rows), np.array(blocks, BLOCK_DTYPE))
 
     def _read_index(self, number: int) -> list[list[tuple[int, int]]]:
         """Return offset and size of the three components of each block of a shard."""
         shard = self.manifest.shards[number]
-        path = self._files.directory / index_name(shard)
+        path = self.files.directory / index_name(shard)
         try:
-            index = read_block_index(self._files.read_all(index_name(shard)))
+            index = read_block_index(self.files.read_all(index_name(shard)))
             check_within(index, shard.bytes)
             if len(index) != len(shard.blocks_crc32):
                 raise ValueError(f"{len(index):,} blocks where the manifest says {len(shard.blocks_crc32):,}")
@@ -116,10 +133,9 @@ class TarStore(ImageStore):
         return index.tolist()
 
     def _read_block_arrays(
-        self, file: OpenFile, number: int, components: list[tuple[int, int]], count: int
+        self, file: OpenFile, location: str, components: list[tuple[int, int]], count: int
     ) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
         """Check the three headers of a block. Returns the byte offset of its first image, its labels and its rows."""
-        location = self._describe(len(self._first_image), number)
         arrays = (("|u1", (count, *self.manifest.pixel_shape)), ("<i8", (count,)), ("<i8", (count,)))
         payloads = []
         for component, (offset, length), (dtype, shape) in zip(COMPONENTS, components, arrays, strict=True):
@@ -148,17 +164,18 @@ class TarStore(ImageStore):
 
     def _rows_of_table(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         check_positions(samples, len(self))
-        self._files.check_mapped()
+        self.files.check_mapped()
         blocks, offsets = np.divmod(samples, self.manifest.block_size)
+        for block in self._checks.unchecked(blocks):
+            size = self.arrays.blocks["bytes"][block]
+            self._checks.check_first(block, self._bytes[self._row_of_block[block] :][:size])
         return self._row_of_block[blocks] + offsets * self.manifest.image_bytes
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
         """Read the images of blocks from disk; see `shards.stores.block_cache.LoadBlocks`."""
+        self.files.check_mapped()
         for block, buffer in zip(blocks.tolist(), buffers, strict=True):
-            number = self._shard_of_block[block]
-            with self._files.open(self.manifest.shards[number].name) as file:
+            with self.files.open(self.manifest.shards[self._shard_of_block[block]].name) as file:
                 if file.read_into(self._first_image[block], buffer) != buffer.nbytes:
-                    raise corrupt_shard(self._describe(block, number), "the shard ends inside it")
-
-    def _describe(self, block: int, number: int) -> str:
-        return f"{self._files.directory / self.manifest.shards[number].name}: block {block_key(block)}"
+                    raise corrupt_shard(self._checks.describe(block), "the shard ends inside it")
+            self._checks.check_first(block, buffer)

@@ -17,19 +17,17 @@ from pathlib import Path
 
 import numcodecs
 import numpy as np
-from isal import isal_zlib
 from numpy.typing import NDArray
 
 from shards.cpus import available_cpus
 from shards.errors import corrupt_shard, first_line
-from shards.manifest import Manifest
+from shards.manifest import BLOCKS, VERSION, Manifest
 from shards.stores.base import ImageStore, ImageTable, Layout, block_key
 from shards.stores.block_cache import BlockCache
+from shards.stores.sample_arrays import BLOCK_DTYPE, BlockChecks, SampleArrays, blocks_of_shards
 from shards.stores.split_files import SplitFiles
-from shards.stores.zarr_arrays import ArrayLayout, array_layouts, open_arrays
+from shards.stores.zarr_arrays import CHECKSUM, ArrayLayout, array_layouts, open_arrays
 
-_INDEX_ENTRY = 16  # offset and length of a block in its shard, uint64 each
-_CHECKSUM = 4  # CRC-32C, of an index and of a block that is not compressed
 _MAX_THREADS = 16
 
 
@@ -41,24 +39,32 @@ class ShardFile:
         array: Layout of the array.
         number: Number of the shard.
         compressed: Whether the blocks are compressed.
+        ranges: Offset and length of each block, int64 [blocks, 2]; None: those of the index are read and checked.
 
     Raises:
         CorruptError: If the file has another size or its index is damaged.
     """
 
-    def __init__(self, files: SplitFiles, array: ArrayLayout, number: int, compressed: bool) -> None:
+    def __init__(
+        self,
+        files: SplitFiles,
+        array: ArrayLayout,
+        number: int,
+        compressed: bool,
+        ranges: NDArray[np.int64] | None = None,
+    ) -> None:
         self._files = files
         self._name = array.shard_name(number)
         self._path = files.directory / self._name
         self._array = array
         self._compressed = compressed
         self._first = number * array.blocks_in_shard
-        self._ranges = self._read_index()
+        self.ranges = self._read_index() if ranges is None else ranges
 
     def _read_index(self) -> NDArray[np.int64]:
         """Return offset and length of each block, [blocks, 2]."""
         array = self._array
-        length = array.blocks_in_shard * _INDEX_ENTRY + _CHECKSUM
+        length = array.index_bytes
         with self._files.open(self._name) as file:
             size = os.fstat(file.descriptor).st_size
             end = size - length  # of the blocks
@@ -71,10 +77,7 @@ class ShardFile:
         except RuntimeError:
             raise corrupt_shard(self._path, "the index of its blocks was changed (CRC-32C differs)") from None
         ranges = index[: array.blocks - self._first].astype(np.int64)  # 2^64 - 1 (no block) becomes -1
-        offsets, lengths = ranges.T
-        # A zstd frame is at most 1/256 longer than its content, plus a few bytes.
-        max_length = array.block_bytes + (array.block_bytes >> 8) + 512
-        invalid = (offsets < 0) | (lengths < 0) | (lengths > max_length) | (offsets > end - lengths)
+        invalid = _outside(array, ranges, np.array([end]))
         if invalid.any():
             block = self._first + int(np.argmax(invalid))
             raise corrupt_shard(self.describe(block), "its byte range in the index is absent or outside the shard")
@@ -99,7 +102,7 @@ class ShardFile:
         If the block holds fewer bytes, the rest of the buffer is unchanged.
         """
         block_bytes = self._array.block_bytes
-        offset, length = self._ranges[block - self._first].tolist()
+        offset, length = self.ranges[block - self._first].tolist()
         # The last block of the split is stored with its full length.
         content = out if len(out) == block_bytes else np.full(block_bytes, 0xFF, np.uint8)
         with self._files.open(self._name) as file:
@@ -110,14 +113,22 @@ class ShardFile:
             if self._compressed:
                 # A frame that claims to be longer than the buffer is refused before memory is allocated.
                 numcodecs.zstd.decompress(stored, content)
-            elif length == block_bytes + _CHECKSUM:
+            elif length == block_bytes + CHECKSUM:
                 content[...] = np.frombuffer(numcodecs.CRC32C().decode(stored), np.uint8)
             else:
-                raise ValueError(f"{length:,} bytes instead of {block_bytes + _CHECKSUM:,}")
+                raise ValueError(f"{length:,} bytes instead of {block_bytes + CHECKSUM:,}")
         except (ValueError, RuntimeError) as error:
             raise corrupt_shard(self.describe(block), first_line(error)) from None
         if content is not out:
             out[...] = content[: len(out)]
+
+
+def _outside(array: ArrayLayout, ranges: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the byte ranges of blocks, [blocks, 2], do not end before `ends`, or are longer than a block can be."""
+    offsets, lengths = ranges.T
+    # A zstd frame is at most 1/256 longer than its content, plus a few bytes.
+    max_length = array.block_bytes + (array.block_bytes >> 8) + 512
+    return (offsets < 0) | (lengths < 0) | (lengths > max_length) | (offsets > ends - lengths)
 
 
 def open_shards(files: SplitFiles, array: ArrayLayout, compressed: bool) -> list[ShardFile]:
@@ -131,28 +142,48 @@ def open_shards(files: SplitFiles, array: ArrayLayout, compressed: bool) -> list
 class ZarrStore(ImageStore):
     """The `shards.stores.base.ImageStore` of zarr arrays: blocks are decoded on all cores and cached in memory.
 
-    Labels and rows are read on opening and checked by their SHA-256, images by the CRC-32 of each block.
-
     Args:
         directory: The directory of the split.
         manifest: Its manifest.
         memory: Maximum bytes of images to hold, None for no limit.
+        verify: Whether images are compared with their checksums when they are first read.
 
     Raises:
         CorruptError: If a file is missing or does not fit the manifest.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, memory: int | None = None) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, memory: int | None = None, verify: bool = True) -> None:
         self.manifest = manifest
-        _, compressed = open_arrays(directory, manifest)
-        images, labels, rows = array_layouts(Layout.of(manifest))
-        files = SplitFiles(directory, manifest)
-        self.labels = _read_all(files, labels, compressed, len(manifest.classes) - 1)
-        self.rows = _read_all(files, rows, compressed, np.iinfo(np.int64).max)
-        self._shards = open_shards(files, images, compressed)
-        self._blocks_in_shard = images.blocks_in_shard
-        self._crcs = [crc for shard in manifest.shards for crc in shard.blocks_crc32]
+        _, self._compressed = open_arrays(directory, manifest)
+        self._images, *_ = array_layouts(Layout.of(manifest))
+        self.files = files = SplitFiles(directory, manifest)
+        if manifest.version == VERSION:
+            files.check_present(shard.name for shard in manifest.shards)
+            arrays = SampleArrays.open(files, manifest)
+        else:
+            arrays = self._read_version_2()
+        self.arrays, self.labels, self.rows = arrays, arrays.labels, arrays.rows
+        self._checks = BlockChecks(files, manifest, arrays, verify)
+        self._ranges = np.stack([arrays.blocks[name].astype(np.int64) for name in ("offset", "bytes")], axis=1)
+        ends = np.array([shard.bytes for shard in manifest.shards]) - self._images.index_bytes
+        invalid = _outside(self._images, self._ranges, np.repeat(ends, blocks_of_shards(manifest)))
+        if invalid.any():
+            raise corrupt_shard(self._checks.describe(int(np.argmax(invalid))), f"{BLOCKS} places it outside the shard")
         self._cache = BlockCache(manifest, self._read_blocks, memory)
+
+    def _read_version_2(self) -> SampleArrays:
+        """Read labels and rows, checked by their SHA-256, and the byte ranges of the blocks of images."""
+        images, labels, rows = array_layouts(Layout.of(self.manifest))
+        highest = len(self.manifest.classes) - 1
+        shards = open_shards(self.files, images, self._compressed)
+        blocks = np.zeros(images.blocks, BLOCK_DTYPE)
+        blocks["offset"], blocks["bytes"] = np.concatenate([shard.ranges for shard in shards]).T
+        blocks["crc32"] = [crc for shard in self.manifest.shards for crc in shard.blocks_crc32]
+        return SampleArrays(
+            _read_all(self.files, labels, self._compressed, highest),
+            _read_all(self.files, rows, self._compressed, np.iinfo(np.int64).max),
+            blocks,
+        )
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into a buffer; see `ImageStore.gather`."""
@@ -164,15 +195,16 @@ class ZarrStore(ImageStore):
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
         """Decode the images of blocks; see `shards.stores.block_cache.LoadBlocks`."""
+        self.files.check_mapped()
         # A pool per call: a longer-lived one would not survive a fork.
         with ThreadPoolExecutor(min(available_cpus(), len(blocks), _MAX_THREADS)) as pool:
             list(pool.map(self._read_block, blocks.tolist(), buffers))
 
     def _read_block(self, block: int, buffer: NDArray[np.uint8]) -> None:
-        shard = self._shards[block // self._blocks_in_shard]
-        shard.read_into(block, buffer.reshape(-1))
-        if isal_zlib.crc32(buffer) != self._crcs[block]:
-            raise corrupt_shard(shard.describe(block), "it was changed (CRC-32 differs)")
+        number, size = block // self._images.blocks_in_shard, self._images.blocks_in_shard
+        ranges = self._ranges[number * size : (number + 1) * size]
+        ShardFile(self.files, self._images, number, self._compressed, ranges).read_into(block, buffer.reshape(-1))
+        self._checks.check_first(block, buffer)
 
 
 def _read_all(files: SplitFiles, array: ArrayLayout, compressed: bool, highest: int) -> NDArray[np.int64]:

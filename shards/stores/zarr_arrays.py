@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import zarr
-from isal import isal_zlib  # CRC-32 more than ten times as fast as zlib's
+from isal import isal_zlib
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.core.metadata import ArrayV3Metadata
@@ -20,13 +20,16 @@ from zarr.storage import MemoryStore
 from shards.atomic import sync_directory
 from shards.errors import corrupt_shard, first_line
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, Shard
-from shards.stores.base import Block, Layout, SplitWriter
+from shards.stores.base import Block, Layout, SplitWriter, WrittenShard
+from shards.stores.sample_arrays import BLOCK_DTYPE, numbers_crc32, pixel_sums
 
 ZarrArray: TypeAlias = zarr.Array
 GROUP = "samples.zarr"
 _METADATA = "zarr.json"
 _CHECKED = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs", "storage_transformers")
 _MAX_METADATA = 1 << 20  # bytes; ours have about a thousand
+_INDEX_ENTRY = 16  # offset and length of a block in its shard, uint64 each
+CHECKSUM = 4  # CRC-32C, of an index and of a block that is not compressed
 # EMNIST takes 0.325 of its raw pixels at level 3, and 0.310 at level 9, which is three times as slow to write.
 _ZSTD_LEVEL = 3
 
@@ -65,6 +68,11 @@ class ArrayLayout(NamedTuple):
     @property
     def blocks_in_shard(self) -> int:
         return self.shard // self.block
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index at the end of a shard."""
+        return self.blocks_in_shard * _INDEX_ENTRY + CHECKSUM
 
     @property
     def block_bytes(self) -> int:
@@ -116,28 +124,37 @@ class ZarrWriter(SplitWriter):
         content = sorted(self._content.items())
         return tuple(self._write(f"{GROUP}/{key}", value.as_numpy_array().data) for key, value in content)
 
-    def write_shard(self, number: int, blocks: Iterable[Block]) -> tuple[Shard, tuple[RawFile, ...]]:
+    def write_shard(self, number: int, blocks: Iterable[Block]) -> WrittenShard:
         """Write a shard, see `SplitWriter`. Holds the samples of the shard in memory."""
         samples = self.layout.samples_of(number)
         images, labels, rows = (np.empty((len(samples), *array.sample), array.dtype) for array in self._arrays)
-        crcs = []
+        checksums = []
+        sums = np.zeros((2, self.layout.image_shape[2]), np.int64)
         end = 0
         for block in blocks:
             start, end = end, end + len(block.labels)
             assert block.first == samples.start + start and isinstance(block.images, np.ndarray)
             images[start:end], labels[start:end], rows[start:end] = block.images, block.labels, block.rows
-            crcs.append(isal_zlib.crc32(images[start:end]))
+            sums += pixel_sums(images[start:end])
+            checksums.append((isal_zlib.crc32(images[start:end]), numbers_crc32(labels[start:end], rows[start:end])))
         assert end == len(samples)
-        image_file, *others = (
+        (image_file, ranges), *others = (
             self._write_array(array, encoder, number, values)
             for array, encoder, values in zip(self._arrays, self._encoders, (images, labels, rows), strict=True)
         )
-        return Shard(samples=len(samples), blocks_crc32=tuple(crcs), **image_file.model_dump()), tuple(others)
+        entries = [(*place, *crcs) for place, crcs in zip(ranges[: len(checksums)].tolist(), checksums, strict=True)]
+        shard = Shard(samples=len(samples), **image_file.model_dump())
+        return WrittenShard(shard, tuple(file for file, _ in others), np.array(entries, BLOCK_DTYPE), sums)
 
-    def _write_array(self, array: ArrayLayout, encoder: ZarrArray, number: int, values: NDArray) -> RawFile:
+    def _write_array(
+        self, array: ArrayLayout, encoder: ZarrArray, number: int, values: NDArray
+    ) -> tuple[RawFile, NDArray[np.uint64]]:
+        """Write a shard of one array; returns its entry, and offset and length of each block [blocks, 2]."""
         encoder[number * array.shard : number * array.shard + len(values)] = values
         name = array.shard_name(number)
-        return self._write(name, self._content.pop(name.removeprefix(f"{GROUP}/")).as_numpy_array().data)
+        content = self._content.pop(name.removeprefix(f"{GROUP}/")).as_numpy_array()
+        index = content[-array.index_bytes : -CHECKSUM].tobytes()
+        return self._write(name, content.data), np.frombuffer(index, "<u8").reshape(-1, 2)
 
     def _write(self, name: str, content: memoryview) -> RawFile:
         """Write a file so that it survives a power failure. Several ranks may write the same bytes at the same time."""

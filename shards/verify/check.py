@@ -5,6 +5,7 @@ It decodes record by record with code that training does not use: slow and simpl
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -13,16 +14,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.atomic import detect_replacement
-from shards.errors import CorruptError
-from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest, RawFile
+from shards.errors import CorruptError, first_line
+from shards.manifest import (
+    ARRAYS,
+    BLOCKS,
+    LABELS,
+    MANIFEST_NAME,
+    REQUIRED_SPLITS,
+    ROWS,
+    SPLITS,
+    VERSION,
+    Content,
+    Manifest,
+    RawFile,
+)
 from shards.remote.cache import mark_unchecked
+from shards.stores.base import block_key
+from shards.stores.sample_arrays import BLOCK_DTYPE
 
 
 def check_split(directory: Path) -> tuple[Manifest, list[str]]:
     """Check one split completely.
 
     The check of a store is `check_store(directory, manifest, counter)` of `shards/verify/STORE.py`. It decodes every
-    block of the split, adds the labels and rows of each intact block to `counter`, and yields a line for each fault:
+    block of the split, passes its images, labels and rows to `counter`, and yields a line for each fault:
     `FILE: block NUMBER: REASON`, where NUMBER is `shards.stores.base.block_key`. The content of the files cannot make
     it raise. It holds a few blocks in memory. It skips missing files: `check_hashes` reports missing files, sizes and
     hashes.
@@ -32,22 +47,81 @@ def check_split(directory: Path) -> tuple[Manifest, list[str]]:
     """
     with detect_replacement(directory / MANIFEST_NAME):
         manifest = Manifest.read(directory)
-        counter = SampleCounter(manifest)
+        counter = SampleCounter(directory, manifest)
         check_store = import_module(f"shards.verify.{manifest.store}").check_store
-        faults = [*check_hashes(directory, manifest), *check_store(directory, manifest, counter)]
+        faults = [
+            *check_hashes(directory, manifest),
+            *counter.faults_of_arrays,
+            *check_store(directory, manifest, counter),
+        ]
     return manifest, faults or [f"{directory}: {fault}" for fault in counter.faults()]
 
 
 class SampleCounter:
-    """Count labels and rows block by block, and compare the totals with the manifest."""
+    """Compares the blocks with the arrays of version 3, and the totals with the manifest.
 
-    def __init__(self, manifest: Manifest) -> None:
+    Attributes:
+        faults_of_arrays: A line for each array that cannot be compared.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._manifest = manifest
         self._counts = np.zeros(len(manifest.classes), np.int64)
+        self._sums = np.zeros((2, manifest.image_shape[2]), np.int64)
         self._rows: list[NDArray[np.int64]] = []
+        self._arrays: dict[str, NDArray] = {}
+        self._changed: dict[str, Path] = {}  # arrays that are not those of the manifest: a difference is theirs
+        self.faults_of_arrays: list[str] = []
+        for file in manifest.files if manifest.version == VERSION else ():
+            if file.name in ARRAYS and (directory / file.name).is_file():
+                self._load(directory, file)
 
-    def add(self, location: object, labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[str]:
-        """Count the samples of one block. `labels` and `rows` are int64 [n]. Yields a line if one is invalid."""
+    def _load(self, directory: Path, file: RawFile) -> None:
+        manifest, path = self._manifest, directory / file.name
+        blocks = sum(-(-shard.samples // manifest.block_size) for shard in manifest.shards)
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            fits = array.dtype == BLOCK_DTYPE if file.name == BLOCKS else array.dtype.kind in "ui"
+            if not fits or array.shape != (blocks if file.name == BLOCKS else manifest.samples,):
+                raise ValueError(f"{array.dtype} {list(array.shape)} is not what the manifest describes")
+            self._arrays[file.name] = array
+        except Exception as error:  # NumPy raises many types for damaged files
+            self.faults_of_arrays.append(f"{path}: {first_line(error)}")
+        if RawFile.of(directory, file.name) != file:
+            self._changed[file.name] = path
+
+    def check_images(self, location: object, block: int, place: tuple[int, int], images: Content) -> Iterator[str]:
+        """Compare a block with its entry; yield a line for each difference.
+
+        Args:
+            location: Its file and number, for messages.
+            block: Its number.
+            place: Byte offset and size of its images in the shard.
+            images: Its pixels, or the image file.
+        """
+        if BLOCKS in self._arrays:
+            offset, size, crc, _ = self._arrays[BLOCKS][block].item()
+            if BLOCKS in self._changed:
+                location = f"{self._changed[BLOCKS]}: block {block_key(block)}"
+            if (offset, size) != place:
+                yield f"{location}: another byte range than in {BLOCKS}"
+            if zlib.crc32(images) != crc:
+                yield f"{location} was changed (CRC-32 differs)"
+        if not self._manifest.encoded:
+            pixels = np.frombuffer(images, np.uint8).reshape(-1, self._manifest.image_shape[2])
+            for channel in range(pixels.shape[1]):
+                histogram = np.bincount(pixels[:, channel], minlength=256)
+                self._sums[:, channel] += [histogram @ np.arange(256), histogram @ np.arange(256) ** 2]
+
+    def add(self, location: object, first: int, labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[str]:
+        """Count labels and rows, and compare them with the arrays; yield a line for each fault.
+
+        Args:
+            location: File and number of their block, for messages.
+            first: Position of the first sample.
+            labels: int64 [n].
+            rows: int64 [n].
+        """
         if len(labels) and (labels.min() < 0 or labels.max() >= len(self._counts)):
             yield f"{location}: a label outside 0 .. {len(self._counts) - 1}"
         elif len(rows) and rows.min() < 0:
@@ -55,6 +129,21 @@ class SampleCounter:
         else:
             self._counts += np.bincount(labels, minlength=len(self._counts))
             self._rows.append(rows)
+        for name, values in ((LABELS, labels), (ROWS, rows)):
+            if name in self._arrays:
+                differs = self._arrays[name][first : first + len(values)] != values
+                if differs.any():
+                    block = (first + int(np.argmax(differs))) // self._manifest.block_size
+                    at = f"{self._changed[name]}: block {block_key(block)}" if name in self._changed else location
+                    yield f"{at}: other {name.removesuffix('.npy')} than in {name if at == location else 'the shard'}"
+        if BLOCKS in self._arrays:
+            size = self._manifest.block_size
+            for start in range(0, len(labels), size):
+                numbers = b"".join(array[start : start + size].astype("<i8").tobytes() for array in (labels, rows))
+                block = (first + start) // size
+                if zlib.crc32(numbers) != self._arrays[BLOCKS]["numbers_crc32"][block]:
+                    at = f"{self._changed[BLOCKS]}: block {block_key(block)}" if BLOCKS in self._changed else location
+                    yield f"{at}: another checksum of labels and rows than in {BLOCKS}"
 
     def faults(self) -> Iterator[str]:
         """Yield the differences of the totals from the manifest. Only meaningful if every block was added."""
@@ -62,6 +151,9 @@ class SampleCounter:
             yield "counts by class differ from the manifest"
         if len(np.unique(np.concatenate(self._rows))) != self._manifest.samples:
             yield "a source row is packed twice"
+        statistics = self._manifest.statistics
+        if statistics and self._sums.tolist() != [list(statistics.sums), list(statistics.squares)]:
+            yield "statistics of the pixels differ from the manifest"
 
 
 def check_hashes(directory: Path, manifest: Manifest) -> Iterator[str]:

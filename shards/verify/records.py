@@ -37,7 +37,11 @@ def _check_shard(
             for key, components in islice(read_records(path), shard.samples + 1):
                 try:
                     image, label, row = parse_record(file, key, components, len(manifest.classes))
-                    decode(read_at(file, image.offset, image.size), manifest.image_shape[2])
+                    content = read_at(file, image.offset, image.size)
+                    decode(content, manifest.image_shape[2])
+                    block, place = first + len(lines), (image.offset, image.size)
+                    if len(lines) < shard.samples:
+                        yield from counter.check_images(f"{path}: record {key}", block, place, content)
                     valid.append((label, first + len(lines) if row is None else row))
                 except ValueError as error:
                     yield f"{path}: record {key}: {error}"
@@ -45,8 +49,8 @@ def _check_shard(
     except UserError as error:
         yield error.found
         return
-    if valid:
-        yield from counter.add(path, *np.array(valid, np.int64).T)
+    if len(valid) == shard.samples:
+        yield from counter.add(path, first, *np.array(valid, np.int64).T)
     index = directory / index_name(shard)
     if len(lines) != shard.samples:
         count = "more" if len(lines) > shard.samples else f"{len(lines):,}"

@@ -34,19 +34,24 @@ def check_store(directory: Path, manifest: Manifest, counter: SampleCounter) -> 
                 files[layout.name] = ShardFile(split, layout, number, compressed)
             except UserError as error:
                 yield error.found
-        for block, crc in enumerate(shard.blocks_crc32, start=number * layouts[0].blocks_in_shard):
+        start = number * layouts[0].blocks_in_shard
+        for block in range(start, start - (-shard.samples // layouts[0].block)):
             samples = layouts[0].samples_of_block(block)
             values = {}
             for name, file in files.items():
                 try:
                     values[name] = _decode(arrays[name], file, block, samples)
-                    if name == "images" and zlib.crc32(values[name].tobytes()) != crc:
-                        yield f"{file.describe(block)} was changed (CRC-32 differs)"
+                    if name == "images":
+                        content = values[name].tobytes()
+                        if shard.blocks_crc32 and zlib.crc32(content) != shard.blocks_crc32[block - start]:
+                            yield f"{file.describe(block)} was changed (CRC-32 differs)"
+                        offset, length = file.ranges[block - start].tolist()
+                        yield from counter.check_images(file.describe(block), block, (offset, length), content)
                 except UserError as error:
                     yield error.found
             if {"labels", "rows"} <= values.keys():
                 yield from counter.add(
-                    f"{directory / GROUP}: block {block_key(block)}", values["labels"], values["rows"]
+                    f"{directory / GROUP}: block {block_key(block)}", samples.start, values["labels"], values["rows"]
                 )
 
 

@@ -21,6 +21,7 @@ from conftest import ROOT, assert_user_error, pack_splits, run_module, synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import warm_process
+from support.version_2 import downgrade
 
 import pipeline.packing.pack
 import shards.convert
@@ -125,14 +126,14 @@ class TestRoundTrip:
         assert content(tmp_path / "again") == content(tmp_path / "zstd")
 
     def test_a_part_of_version_1(self, tar: Path, tmp_path: Path) -> None:
-        source = Path(shutil.copytree(tar, tmp_path / "old"))
+        source = downgrade(Path(shutil.copytree(tar, tmp_path / "old")))
         for part in source.iterdir():
             manifest = Manifest.read(part).model_dump(mode="json", exclude={"store", "options", "files"})
             (part / "origins.csv").unlink()
             (part / MANIFEST_NAME).write_text(Manifest(**{**manifest, "version": 1}).to_json())
         convert(source, tmp_path / "zarr", "zarr")
         assert_same_samples(source, tmp_path / "zarr")
-        assert Manifest.read(tmp_path / "zarr" / "train").version == 2
+        assert Manifest.read(tmp_path / "zarr" / "train").version == 3
 
     @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.raw_files import picture, pixels, refusal
 from support.synthetic_records import foreign_samples, foreign_set, synthetic_file, write_foreign
+from support.version_2 import downgrade
 from wds2idx import IndexCreator
 from webdataset.tariterators import base_plus_ext
 
 from shards import Manifest, UserError, open_split
 from shards.index import index, read_classes
-from shards.manifest import SPLITS
+from shards.manifest import ARRAYS, SPLITS
 from shards.open import open_store
 from shards.stores.base import Store
 from shards.stores.image_header import MAX_BYTES
@@ -249,13 +251,15 @@ def test_what_webdataset_wrote_is_read(indexed: Path) -> None:
     assert [shard.samples for shard in open_split(indexed, "train").manifest.shards] == [25, 25, 10]
 
 
-def test_shards_stay_as_they_are_and_only_indices_and_manifests_come(tmp_path: Path) -> None:
+def test_shards_stay_as_they_are_and_only_indices_arrays_and_manifests_come(tmp_path: Path) -> None:
     out = foreign_set(tmp_path / "set")
     before = digests(out)
     index(out, None)
     assert digests(out) == before
-    assert {path.suffix for path in out.rglob("*") if path.is_file()} == {".tar", ".idx", ".json"}
-    assert sorted(path.name for path in (out / "test").iterdir()) == ["manifest.json", "s-00000.idx", "s-00000.tar"]
+    assert {path.suffix for path in out.rglob("*") if path.is_file()} == {".tar", ".idx", ".json", ".npy"}
+    assert sorted(path.name for path in (out / "test").iterdir()) == sorted(
+        ["manifest.json", "s-00000.idx", "s-00000.tar", *ARRAYS]
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"mtime": 0}, {"mtime": 1.5, "user": "someone"}], ids=["now", "no PAX", "PAX"])
@@ -317,9 +321,29 @@ def test_indexing_again_changes_nothing_and_changed_shards_are_not_passed_off(tm
     (out / "train" / "s-00002.tar").unlink()
     (out / "train" / "s-00002.idx").unlink()
     error = refusal(lambda: index(out, None))
-    assert error.hint.endswith(f"rm {out / 'train' / 'manifest.json'}")
     (out / "train" / "manifest.json").unlink()
+    hint = refusal(lambda: index(out, None)).hint  # the arrays are of other shards still
+    subprocess.run(error.hint[error.hint.index("rm ") :].replace("rm ", "rm -f "), shell=True, check=True)
+    assert hint.endswith("rm " + " ".join(str(out / "train" / name) for name in ARRAYS))
     assert index(out, None)[0].samples == 50
+
+
+def test_indexing_a_data_set_of_version_2_upgrades_it(tmp_path: Path) -> None:
+    out = foreign_set(tmp_path / "set")
+    expected = index(out, None)
+    downgrade(out)
+    assert Manifest.read(out / "train").version == 2
+    assert index(out, None) == expected
+    assert [Manifest.read(out / split) for split in ("train", "test")] == list(expected)
+    assert check_split(out / "train")[1] == []
+
+
+def test_an_array_of_others_is_in_the_way(tmp_path: Path) -> None:
+    out = foreign_set(tmp_path / "set")
+    (out / "train" / "labels.npy").write_bytes(b"mine")
+    assert str(out / "train" / "labels.npy") in refusal(lambda: index(out, None)).found
+    assert (out / "train" / "labels.npy").read_bytes() == b"mine"
+    assert not (out / "train" / "manifest.json").exists()
 
 
 def test_one_part_alone_can_be_indexed(tmp_path: Path) -> None:
@@ -674,7 +698,8 @@ def test_a_flipped_bit_anywhere_is_refused_or_read(tmp_path: Path, monkeypatch: 
         else:
             assert len(open_store(directory)) == 1
             (directory / "0.idx").unlink()
-            (directory / "manifest.json").unlink()
+            for name in ("manifest.json", *ARRAYS):
+                (directory / name).unlink()
     assert refused > 3 * 250, "every byte of the three headers"
 
 

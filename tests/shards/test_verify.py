@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from conftest import assert_user_error, pack_splits, run_module, synthetic_splits
 from numpy.typing import NDArray
+from support.version_2 import downgrade
 
 import pipeline.packing.pack
 from shards import UserError, open_split
 from shards.convert import convert
-from shards.manifest import MANIFEST_NAME, StoreKind
+from shards.manifest import ARRAYS, MANIFEST_NAME, StoreKind
 from shards.stores.base import block_key
 from shards.stores.tar import COMPONENTS, npy_header
 from shards.stores.zarr import ShardFile
@@ -241,7 +242,7 @@ class TestVerifyZarr:
 
     def test_every_missing_or_shortened_file_is_named(self, zarr_pack: Path) -> None:
         manifest, _ = check_split(zarr_pack / "train")
-        assert len(manifest.everything) == 4 + 3 * 3
+        assert len(manifest.everything) == 4 + 3 * 3 + len(ARRAYS)
         for file in manifest.everything:
             path = zarr_pack / "train" / file.name
             content = path.read_bytes()
@@ -377,7 +378,7 @@ def cut_manifest(part: Path) -> None:
 
 def future_manifest(part: Path) -> None:
     path = part / MANIFEST_NAME
-    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 4'))
 
 
 class TestOpening:
@@ -394,21 +395,23 @@ class TestOpening:
             (put_label_below_zero, "shard-00000.tar: block 00000000"),
             (remove_manifest, MANIFEST_NAME),
             (cut_manifest, MANIFEST_NAME),
-            (future_manifest, "format version 3"),
+            (future_manifest, "format version 4"),
         ],
     )
-    def test_a_damaged_pack_is_refused_by_name(self, pack: Path, damage, named: str) -> None:
-        damage(pack / "train")
+    def test_a_damaged_pack_of_version_2_is_refused_by_name(self, pack: Path, damage, named: str) -> None:
+        damage(downgrade(pack / "train"))
         with pytest.raises(UserError) as caught:
             open_split(pack, "train")
         assert named in caught.value.found
 
-    @pytest.mark.parametrize("name", ["shard-00001.idx", MANIFEST_NAME])
+    @pytest.mark.parametrize("name", ["shard-00001.idx", MANIFEST_NAME, *ARRAYS])
     def test_one_wrong_byte_of_index_or_manifest_is_refused_or_changes_no_sample(
         self, pack: Path, whole: Path, name: str
     ) -> None:
         """Some bytes do not matter for reading (a class name, a hash); no other may give other samples."""
         expected = everything(whole)
+        if name.endswith(".idx"):  # read in version 2 only
+            downgrade(pack / "train")
         path = pack / "train" / name
         content = path.read_bytes()
         refused = 0

@@ -57,6 +57,10 @@ def _check_fold(fold: Any) -> Any:
     return fold
 
 
+def _bool_to_verify(value: Any) -> Any:
+    return ("start" if value else "off") if isinstance(value, bool) else value
+
+
 # YAML 1.1 parses an unquoted `off` as false.
 def _bool_to_compile_mode(value: Any) -> Any:
     return ("default" if value else "off") if isinstance(value, bool) else value
@@ -127,8 +131,10 @@ class DataConfig(BaseConfig):
     """Equalize the histogram of each channel of each raw image."""
     normalize: Literal["dataset", "half"] = "dataset"
     """Normalization of the input: mean and std of each channel over the training split, or half for -1 .. 1."""
-    verify: bool = True
-    """Verify the hash of every shard before training (about one second per gigabyte)."""
+    verify: Annotated[Literal["lazy", "start", "off"], BeforeValidator(_bool_to_verify)] = "lazy"
+    """Verification of the data: lazy compares a block of images with its checksum when it is first read, start also
+    hashes every file before training (about one second per gigabyte), off trusts the images. Labels are always
+    compared. Data sets of format version 1 and 2 are hashed before training unless it is off."""
 
     def resolution_by_epoch(self) -> tuple[tuple[int, Resolution], ...]:
         """Return pairs of an epoch, from 1, and the resolution from that epoch on."""

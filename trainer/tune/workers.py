@@ -70,8 +70,8 @@ def work(search: SearchConfig, base: Config, deadline: float, workers: int = 1) 
             result = next(result for result in study.results() if result.number == trial.number)
             print(study_page.format_result(result), flush=True)
             study_page.write(study, search, base, min_age=_PAGE_SECONDS)
-            # The first trial verified the data.
-            trained = config.replace_settings(trained, {"data.verify": False}, "the search")
+            if trained.data.verify == "start":  # the first trial verified the data
+                trained = config.replace_settings(trained, {"data.verify": "lazy"}, "the search")
     study_page.write(study, search, base)
     return 0
 

@@ -95,7 +95,7 @@ class Gather:
             for step in sampler.steps(number, rank=0, world_size=1):
                 images = buffer[: len(step.samples)]
                 store.gather(step.samples, images)
-                yield torch.from_numpy(images), store.rows[step.samples]
+                yield torch.from_numpy(images), store.rows[step.samples].astype(np.int64)
 
         return epoch
 

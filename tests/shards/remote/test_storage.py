@@ -105,6 +105,7 @@ def write_part(directory: Path, part: str, shards: int, seed: int, **changes: An
         (directory / part / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / part / name).write_bytes(content)
     fields = {
+        "version": 2,
         "dataset": "noise",
         "variant": "",
         "split": part,

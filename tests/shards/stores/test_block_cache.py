@@ -23,6 +23,7 @@ def manifest_of(samples: int, block_size: int) -> Manifest:
     blocks = -(-samples // block_size)
     shard = Shard(name="a", samples=samples, bytes=samples * 100, sha256="", blocks_crc32=(0,) * blocks)
     return Manifest(
+        version=2,
         dataset="synthetic",
         variant="",
         split="train",

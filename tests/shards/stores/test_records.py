@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 from support.raw_files import refusal
 from support.synthetic_records import FORMATS, image_splits, pack_pictures
+from support.version_2 import downgrade
 from wds2idx import IndexCreator
 
 from pipeline.readers.raw_split import RawSplit
@@ -31,6 +32,7 @@ from shards.stores.base import Block, EncodedImage, Layout, Store
 from shards.stores.image_header import MAX_BYTES
 from shards.stores.record_index import check_within
 from shards.stores.records import RecordStore, RecordWriter
+from shards.stores.sample_arrays import write_arrays
 from shards.verify.check import check_split
 
 
@@ -48,6 +50,12 @@ def raw() -> RawSplit:
 @pytest.fixture(scope="module")
 def store(packed: Path) -> Store:
     return open_split(packed, "train")
+
+
+@pytest.fixture
+def old(copy: Path) -> Path:
+    """The train part in version 2, to be damaged."""
+    return downgrade(copy)
 
 
 @pytest.fixture
@@ -74,7 +82,7 @@ class TestStore:
 
     def test_every_row_is_there_once_with_its_label(self, store: Store, raw: RawSplit) -> None:
         assert len(store) == 120
-        assert store.rows.dtype == store.labels.dtype == np.int64
+        assert (store.rows.dtype, store.labels.dtype) == (np.uint32, np.uint8)
         np.testing.assert_array_equal(np.sort(store.rows), np.arange(120))
         np.testing.assert_array_equal(store.labels, raw.labels[store.rows])
 
@@ -144,7 +152,9 @@ def test_what_is_written_is_read(samples: list[tuple[bytes, str, int, int]], sha
             ]
             written.append(RecordWriter(directory, layout).write_shard(number, blocks))
         manifest = manifest_of(written, len(samples), np.bincount(labels, minlength=len(classes)))
-        store = open_files(directory, manifest)
+        contents_of_version_3 = [np.concatenate([each.blocks for each in written])]
+        arrays = write_arrays(directory, len(rows), len(classes), [labels], [rows], rows.max(), contents_of_version_3)
+        store = open_files(directory, manifest.model_copy(update={"files": (*manifest.files, *arrays), "version": 3}))
         assert files_of(store, np.arange(len(samples))) == list(contents)
         assert store.labels.tolist() == labels.tolist()
         assert store.rows.tolist() == rows.tolist()
@@ -163,8 +173,9 @@ def manifest_of(written: list, samples: int, counts: np.ndarray) -> Manifest:
         samples=samples,
         block_size=1,
         seed=0,
-        shards=tuple(shard for shard, _ in written),
-        files=tuple(file for _, files in written for file in files),
+        version=2,
+        shards=tuple(each.shard for each in written),
+        files=tuple(file for each in written for file in each.files),
         raw=(),
         versions={},
     )
@@ -281,16 +292,16 @@ def test_a_whole_pack_has_no_faults(packed: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".tar", ".idx"])
 @pytest.mark.parametrize("change", ["missing", "empty", "cut off", "longer"])
-def test_a_missing_or_shorter_file_is_refused_and_named(copy: Path, suffix: str, change: str) -> None:
-    path = copy / f"shard-00001{suffix}"
+def test_a_missing_or_shorter_file_of_version_2_is_refused_and_named(old: Path, suffix: str, change: str) -> None:
+    path = old / f"shard-00001{suffix}"
     content = path.read_bytes()
     path.write_bytes(
         {"empty": b"", "cut off": content[: len(content) // 2], "longer": content + b"\0"}.get(change, b"")
     )
     if change == "missing":
         path.unlink()
-    assert path.name in open_damaged(copy).found
-    assert any(path.name in fault for fault in faults_of(copy))
+    assert path.name in open_damaged(old).found
+    assert any(path.name in fault for fault in faults_of(old))
 
 
 def test_a_flipped_byte_of_a_picture_names_shard_and_record(copy: Path, store: Store) -> None:
@@ -314,17 +325,19 @@ def test_a_flipped_byte_of_a_picture_names_shard_and_record(copy: Path, store: S
         ("row", b"~", "b'~"),
     ],
 )
-def test_a_label_or_row_that_is_none_names_the_record(copy: Path, component: str, text: bytes, words: str) -> None:
-    path = copy / "shard-00001.tar"
+def test_a_label_or_row_of_version_2_that_is_none_names_the_record(
+    old: Path, component: str, text: bytes, words: str
+) -> None:
+    path = old / "shard-00001.tar"
     with tarfile.open(path) as archive:
         member = archive.getmember(f"00000061.{component}")
     content = bytearray(path.read_bytes())
     content[member.offset_data : member.offset_data + 1] = text
     path.write_bytes(content)
-    error = open_damaged(copy)
+    error = open_damaged(old)
     assert f"{path}: 00000061." in error.found
     assert words in error.found
-    assert any(f"{path}: record 00000061: " in fault for fault in faults_of(copy))
+    assert any(f"{path}: record 00000061: " in fault for fault in faults_of(old))
 
 
 @pytest.mark.parametrize(
@@ -345,23 +358,24 @@ def test_a_label_or_row_that_is_none_names_the_record(copy: Path, component: str
         (b" cls ", b"\ncls "),
     ],
 )
-def test_an_index_that_does_not_fit_is_refused_and_named(copy: Path, old: bytes, new: bytes) -> None:
+def test_an_index_of_version_2_that_does_not_fit_is_refused_and_named(copy: Path, old: bytes, new: bytes) -> None:
     """The manifest agrees in size, so that only the content can tell."""
-    path = copy / "shard-00001.idx"
+    split = downgrade(copy)
+    path = split / "shard-00001.idx"
     replace(path, old, new)
-    agree(copy)
-    assert "shard-00001.idx" in open_damaged(copy).found
-    assert any("shard-00001.idx" in fault for fault in faults_of(copy))
+    agree(split)
+    assert "shard-00001.idx" in open_damaged(split).found
+    assert any("shard-00001.idx" in fault for fault in faults_of(split))
 
 
-def test_a_record_that_claims_gigabytes_is_refused_before_it_is_read(copy: Path) -> None:
-    path = copy / "shard-00001.tar"
+def test_a_record_of_version_2_that_claims_gigabytes_is_refused_before_it_is_read(old: Path) -> None:
+    path = old / "shard-00001.tar"
     os.truncate(path, 4 << 30)  # a hole, which takes no room
     index = path.with_suffix(".idx")
     component, offset, size, *_ = index.read_text().splitlines()[1].split()
     replace(index, f"{component} {offset} {size} ".encode(), f"{component} {offset} {3 << 30} ".encode())
-    agree(copy)
-    assert f"more than {MAX_BYTES:,}" in open_damaged(copy).found
+    agree(old)
+    assert f"more than {MAX_BYTES:,}" in open_damaged(old).found
 
 
 @pytest.mark.parametrize("name", ["shard-00002.tar", "shard-00002.idx"])
@@ -390,25 +404,25 @@ def test_a_shard_that_shrinks_while_it_is_used_is_named(copy: Path) -> None:
     assert str(path) in refusal(lambda: store.read(np.arange(40, 60))).found
 
 
-def test_shards_with_rows_and_without_do_not_go_together(copy: Path) -> None:
-    index = copy / "shard-00001.idx"
+def test_shards_of_version_2_with_rows_and_without_do_not_go_together(old: Path) -> None:
+    index = old / "shard-00001.idx"
     lines = index.read_text().splitlines()
     without = "\n".join([lines[0], *(" ".join(line.split()[:8]) for line in lines[1:]), ""])
     index.write_text(without)
-    agree(copy)
-    assert "shards with rows and shards without" in open_damaged(copy).found
+    agree(old)
+    assert "shards with rows and shards without" in open_damaged(old).found
 
 
-def test_a_row_that_comes_twice_is_found(copy: Path) -> None:
-    path = copy / "shard-00000.tar"
+def test_a_row_of_version_2_that_comes_twice_is_found(old: Path) -> None:
+    path = old / "shard-00000.tar"
     content = bytearray(path.read_bytes())
     with tarfile.open(path) as archive:
         rows = [member for member in archive if member.name.endswith(".row")]
     first, second = next(two for two in itertools.combinations(rows, 2) if two[0].size == two[1].size)
     content[first.offset_data : first.offset_data + first.size] = content[second.offset_data :][: second.size]
     path.write_bytes(content)
-    agree(copy)
-    assert faults_of(copy) == [f"{copy}: a source row is packed twice"]
+    agree(old)
+    assert faults_of(old) == [f"{old}: a source row is packed twice"]
 
 
 def test_a_manifest_that_claims_another_store_is_refused(copy: Path) -> None:

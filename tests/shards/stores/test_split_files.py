@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from support import warm_process
 from support.raw_files import refusal
 from support.synthetic_records import pack_pictures
+from support.version_2 import downgrade
 
 import pipeline.packing.pack
 from pipeline.packing.repack import packed_splits
@@ -98,6 +99,7 @@ def test_a_replaced_data_set_is_read_as_it_was_or_refused(both: tuple[Path, Path
     expected, replacing = everything(opened(directory, kind)), everything(opened(other, kind))
     assert expected != replacing
     store = opened(directory, kind)
+    everything(store)
     replace(directory, other)
     if few_open == 1 and kind != "mapped tar":
         error = refusal(lambda: everything(store))
@@ -150,8 +152,8 @@ def test_a_shard_that_is_removed_is_read_while_it_is_open(
     both: tuple[Path, Path], kind: str, few_open: int, change: Callable[[Path], None]
 ) -> None:
     directory, _ = both
-    expected = everything(opened(directory, kind))
     store = opened(directory, kind)
+    expected = everything(store)
     changed = shards_of(directory)[1]
     change(changed)
     if few_open == 1 and kind != "mapped tar":
@@ -278,9 +280,11 @@ def test_splits_of_two_data_sets_are_not_mixed(
     assert REPLACED in refusal(lambda: packed_splits(directory)).found
 
 
-def test_a_damaged_index_is_refused_even_if_it_fits(packs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_a_damaged_index_of_version_2_is_refused_even_if_it_fits(
+    packs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
     """Two records have exchanged their labels: only the hash of the index can tell."""
-    directory = Path(shutil.copytree(packs["records"][0], tmp_path / "set"))
+    directory = downgrade(Path(shutil.copytree(packs["records"][0], tmp_path / "set")))
     labels = open_split(directory, "train").labels
     path = shards_of(directory)[0].with_suffix(".idx")
     lines = [line.split(" ") for line in path.read_text().split("\n")]
@@ -318,7 +322,7 @@ def test_memory_of_all_shards_is_given_back(packs: dict[str, tuple[Path, Path]])
 
     before = mapped()
     store = open_split(packs["tar"][0], "train")
-    assert mapped() == before + len(store.manifest.shards)
+    assert mapped() == before + len(store.manifest.shards) + len(("labels", "rows"))
     images: NDArray[np.uint8] = np.asarray(store.read(np.arange(3)))
     del store
     assert mapped() == before

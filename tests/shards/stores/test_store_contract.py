@@ -66,11 +66,11 @@ class StoreContract:
         assert manifest.counts == tuple(np.bincount(packed.raw.labels, minlength=len(packed.raw.classes)))
 
     def test_every_row_is_packed_once(self, packed: Packed) -> None:
-        assert packed.store.rows.dtype == np.int64
+        assert packed.store.rows.dtype == np.uint32
         np.testing.assert_array_equal(np.sort(packed.store.rows), np.arange(len(packed.raw.labels)))
 
     def test_labels_are_those_of_the_rows(self, packed: Packed) -> None:
-        assert packed.store.labels.dtype == np.int64
+        assert packed.store.labels.dtype == np.uint8
         np.testing.assert_array_equal(packed.store.labels, packed.raw.labels[packed.store.rows])
 
     def test_order_at_rest_is_shuffled(self, packed: Packed) -> None:

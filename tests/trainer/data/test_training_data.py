@@ -73,8 +73,8 @@ def test_splits_of_two_packs_are_refused(
     directory = Path(shutil.copytree(synthetic_set, tmp_path / "set"))
     other = pack_splits(synthetic_splits(seed=1), tmp_path / "other")
 
-    def open_and_replace(place: Path, split: str, memory: int) -> Store:
-        store = open_split(place, split, memory)
+    def open_and_replace(place: Path, split: str, memory: int, verify: bool) -> Store:
+        store = open_split(place, split, memory, verify)
         if split == after:
             with replace_directory(directory) as replacement:
                 shutil.copytree(other, replacement.path, dirs_exist_ok=True)

@@ -1,0 +1,248 @@
+"""Arrays of a split: label and row of each sample, place and checksums of each block. See docs/format.md."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from isal import isal_zlib  # CRC-32 more than ten times as fast as zlib's
+from numpy.typing import DTypeLike, NDArray
+
+from shards.atomic import replace_file
+from shards.errors import corrupt_shard
+from shards.manifest import ARRAYS, BLOCKS, LABELS, ROWS, VERSION, Manifest, PixelStatistics, RawFile
+from shards.remote.cache import mark_unchecked
+from shards.stores.base import Buffer, block_key
+from shards.stores.split_files import SplitFiles
+
+BLOCK_DTYPE = np.dtype([("offset", "<i8"), ("bytes", "<u4"), ("crc32", "<u4"), ("numbers_crc32", "<u4")])
+"""Of a block: byte range in its shard, CRC-32 of its pixels (a record: of its file), CRC-32 of its labels and rows."""
+_ROW_DTYPES = (np.dtype("<u4"), np.dtype("<i8"))
+_EXACT_ROWS = 256  # sums of so many squares of bytes are exact in float32
+_CHECKED_LABELS = 1 << 22  # labels that are checked on opening, in 10 ms: subsets are drawn from all of them
+Numbers: TypeAlias = NDArray[np.integer]
+
+
+def npy_header(dtype: DTypeLike, shape: tuple[int, ...]) -> bytes:
+    """Return the header that NumPy writes before an array (.npy version 1.0, padded to 64 bytes)."""
+    header = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def numbers_crc32(labels: Numbers, rows: Numbers) -> int:
+    """Return the CRC-32 of the labels and rows of a block as little-endian int64, whatever types they have."""
+    return isal_zlib.crc32(rows.astype("<i8"), isal_zlib.crc32(labels.astype("<i8")))
+
+
+def records_crc32(labels: NDArray[np.int64], rows: NDArray[np.int64]) -> list[int]:
+    """Return `numbers_crc32` of each of n records."""
+    pairs = np.stack([labels, rows], axis=1).astype("<i8").tobytes()
+    return [isal_zlib.crc32(pairs[start : start + 16]) for start in range(0, len(pairs), 16)]
+
+
+def pixel_sums(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return the exact sums of pixels and of their squares, int64 [2, C], of images uint8 [n, H, W, C]."""
+    channels = images.shape[-1]
+    sums = np.zeros((2, channels))
+    for first in range(0, len(images), _EXACT_ROWS):
+        flat = images[first : first + _EXACT_ROWS].reshape(-1, images[0].size).astype(np.float32)
+        for total, of_pixel in zip(sums, (flat.sum(axis=0), np.einsum("ij,ij->j", flat, flat)), strict=True):
+            total += of_pixel.reshape(-1, channels).sum(axis=0, dtype=np.float64)
+    return sums.astype(np.int64)
+
+
+def pixel_statistics(sums: Sequence[NDArray[np.int64] | None]) -> PixelStatistics | None:
+    """Return the statistics of a split from the sums of its parts, None if they are of image files."""
+    totals = np.sum([part for part in sums if part is not None], axis=0).tolist()
+    return PixelStatistics(sums=tuple(totals[0]), squares=tuple(totals[1])) if totals else None
+
+
+@dataclass(frozen=True)
+class SampleArrays:
+    """Labels, rows and blocks of a split, possibly memory-mapped.
+
+    Attributes:
+        labels: [N], any unsigned type.
+        rows: [N], uint32 or int64.
+        blocks: `BLOCK_DTYPE` [blocks]; each record of a store `records` is a block.
+    """
+
+    labels: Numbers
+    rows: Numbers
+    blocks: NDArray[np.void]
+
+    @classmethod
+    def open(cls, files: SplitFiles, manifest: Manifest) -> SampleArrays:
+        """Open the arrays of a split of version 3.
+
+        Labels and rows are mapped, and so are the blocks of records. Otherwise the blocks take a few thousandths of
+        the pixels: they are read, and checked by their SHA-256.
+
+        Raises:
+            CorruptError: If a file is missing or not the array that the manifest describes.
+        """
+        samples = manifest.samples
+        labels = _map(files, LABELS, (np.min_scalar_type(len(manifest.classes) - 1),), samples)
+        if samples <= _CHECKED_LABELS:
+            files.check_sha256(LABELS)
+            if labels.max() >= len(manifest.classes):
+                reason = f"a label outside 0 .. {len(manifest.classes) - 1}"
+                raise corrupt_shard(files.directory / LABELS, reason)
+        rows = _map(files, ROWS, _ROW_DTYPES, samples)
+        if manifest.encoded:
+            return cls(labels, rows, _map(files, BLOCKS, (BLOCK_DTYPE,), samples))
+        content, count = files.read_all(BLOCKS), int(blocks_of_shards(manifest).sum())
+        return cls(labels, rows, _array(files, BLOCKS, content, (BLOCK_DTYPE,), count))
+
+
+def blocks_of_shards(manifest: Manifest) -> NDArray[np.int64]:
+    """Return the number of blocks of each shard."""
+    return -(-np.array([shard.samples for shard in manifest.shards]) // manifest.block_size)
+
+
+def _map(files: SplitFiles, name: str, dtypes: Sequence[np.dtype], length: int) -> NDArray:
+    return _array(files, name, files.map([name])[0], dtypes, length)
+
+
+def _array(files: SplitFiles, name: str, content: Buffer, dtypes: Sequence[np.dtype], length: int) -> NDArray:
+    """Return the array [length] in the content of a .npy file. Raises CorruptError unless it is of one of the types."""
+    for dtype in dtypes:
+        header = npy_header(dtype, (length,))
+        fits = files.size(name) == len(header) + length * dtype.itemsize
+        if fits and bytes(content[: len(header)]) == header:
+            return np.frombuffer(content, dtype, length, len(header))
+    raise corrupt_shard(files.directory / name, "not the array that the manifest describes")
+
+
+def array_dtypes(classes: int, highest_row: int) -> tuple[np.dtype, np.dtype, np.dtype]:
+    """Return the smallest types of labels and rows, and the type of blocks."""
+    rows = next(dtype for dtype in _ROW_DTYPES if highest_row <= np.iinfo(dtype).max)
+    return np.min_scalar_type(classes - 1), rows, BLOCK_DTYPE
+
+
+def encode_array(values: NDArray, dtype: DTypeLike) -> bytes:
+    """Return the content of a .npy file of values [n] in a type that holds them."""
+    return npy_header(dtype, values.shape) + values.astype(dtype, copy=False).tobytes()
+
+
+def write_array(path: Path, dtype: DTypeLike, length: int, pieces: Iterable[NDArray]) -> RawFile:
+    """Write a one-dimensional array piece by piece as a .npy file, which replaces `path`; returns its entry."""
+    digest = hashlib.sha256()
+    with replace_file(path) as file:
+        header = npy_header(dtype, (length,))
+        digest.update(header)
+        file.write(header)
+        for piece in pieces:
+            content = np.ascontiguousarray(piece, dtype).view(np.uint8).data
+            digest.update(content)
+            file.write(content)
+        size = file.tell()
+    assert size == len(header) + length * np.dtype(dtype).itemsize, "the pieces have another length"
+    return RawFile(name=path.name, bytes=size, sha256=digest.hexdigest())
+
+
+def write_arrays(
+    directory: Path,
+    samples: int,
+    classes: int,
+    labels: Iterable[Numbers],
+    rows: Iterable[Numbers],
+    highest_row: int,
+    blocks: Sequence[NDArray[np.void]],
+) -> tuple[RawFile, ...]:
+    """Write the arrays of a split of version 3, piece by piece; returns their entries.
+
+    Args:
+        directory: The directory of the split.
+        samples: N.
+        classes: The number of classes.
+        labels: Pieces of the labels [N].
+        rows: Pieces of the rows [N].
+        highest_row: The largest row.
+        blocks: Pieces of the blocks, `BLOCK_DTYPE`.
+    """
+    lengths, pieces = (samples, samples, sum(map(len, blocks))), (labels, rows, blocks)
+    each = zip(ARRAYS, array_dtypes(classes, highest_row), lengths, pieces, strict=True)
+    return tuple(write_array(directory / name, dtype, length, values) for name, dtype, length, values in each)
+
+
+class BlockChecks:
+    """Compares blocks with their checksums when they are first read.
+
+    Args:
+        files: The files of the split.
+        manifest: Its manifest.
+        arrays: Its arrays.
+        images: Whether the checksums of images are compared. Those of labels and rows take a hundredth of the time, and
+            are compared if there are any.
+    """
+
+    def __init__(self, files: SplitFiles, manifest: Manifest, arrays: SampleArrays, images: bool) -> None:
+        self._files = files
+        self._manifest = manifest
+        self._arrays = arrays
+        # Version 2 has no checksums of labels and rows, and those of images only in a store zarr.
+        self._numbers = manifest.version == VERSION
+        self._images = images and (self._numbers or manifest.store == "zarr")
+        self._ends = np.cumsum(blocks_of_shards(manifest))
+        self._remaining = int(self._ends[-1]) if self._numbers or self._images else 0
+        # A store of records compares a record whenever it is read.
+        self._is_unchecked = np.ones(0 if manifest.encoded else self._remaining, bool)
+        self._lock = threading.Lock()
+
+    def unchecked(self, blocks: NDArray[np.int64]) -> list[int]:
+        """Return which of these blocks (any order, repeats allowed) have not been checked yet."""
+        return np.unique(blocks[self._is_unchecked[blocks]]).tolist() if self._remaining else []
+
+    def check_first(self, block: int, images: Buffer) -> None:
+        """Check a block unless it was checked before; see `check`."""
+        if self._remaining and self._is_unchecked[block]:
+            self.check(block, images)
+            with self._lock:
+                self._remaining -= int(self._is_unchecked[block])
+                self._is_unchecked[block] = False
+
+    def check(self, block: int, images: Buffer) -> None:
+        """Compare a block with its checksums.
+
+        Args:
+            block: Its number in the split.
+            images: Its pixels, or the image file of a record.
+
+        Raises:
+            CorruptError: If the images, a label or a row was changed, or is none of this data set.
+        """
+        _, _, images_crc, numbers_crc = self._arrays.blocks[block].item()
+        if self._images and isal_zlib.crc32(images) != images_crc:
+            self._refuse(self.shard_name(block), block, "it was changed (CRC-32 differs)")
+        if not self._numbers:
+            return
+        start = block * self._manifest.block_size
+        labels, rows = (
+            array[start : start + self._manifest.block_size] for array in (self._arrays.labels, self._arrays.rows)
+        )
+        if numbers_crc32(labels, rows) != numbers_crc:
+            self._refuse(f"{LABELS} or {ROWS}", block, "it was changed (CRC-32 differs)")
+        if labels.max() >= len(self._manifest.classes):
+            self._refuse(LABELS, block, f"a label outside 0 .. {len(self._manifest.classes) - 1}")
+
+    def shard_name(self, block: int) -> str:
+        """Return the name of the shard that holds a block."""
+        return self._manifest.shards[int(np.searchsorted(self._ends, block, side="right"))].name
+
+    def describe(self, block: int) -> str:
+        """Return the shard and the block, for messages."""
+        return f"{self._files.directory / self.shard_name(block)}: block {block_key(block)}"
+
+    def _refuse(self, name: str, block: int, reason: str) -> None:
+        for file in (self.shard_name(block), LABELS, ROWS, BLOCKS):
+            mark_unchecked(self._files.directory / file)  # a remote data set is downloaded again
+        raise corrupt_shard(f"{self._files.directory / name}: block {block_key(block)}", reason)
