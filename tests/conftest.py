@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side: threads of each would only be in the way of the others. Read when torch is loaded.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import multiprocessing
 import shutil
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _pytest.assertion import rewrite
 from support import warm_process
 
 from pipeline.datasets import find_source
@@ -78,17 +80,36 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     """Test processes are warm as well: they need not import what the tests of all files import."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for spec in specs:
         spec.python = warm_process.executable()
+    _rewrite_assertions(config)
+
+
+def _rewrite_assertions(config: pytest.Config) -> None:
+    """Compile the test files as pytest does, while the server of warm processes imports its libraries.
+
+    In a fresh clone, or with PYTHONDONTWRITEBYTECODE, each test process would compile all of them.
+    """
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        compiled = rewrite.get_cache_dir(path) / (path.stem + rewrite.PYC_TAIL)
+        if rewrite._read_pyc(path, compiled) is None and rewrite.try_makedirs(compiled.parent):
+            source, code = rewrite._rewrite_test(path, config)
+            rewrite._write_pyc(config.stash[rewrite.assertstate_key], code, source, compiled)
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # What the tests start by its name is a fresh interpreter; what multiprocessing spawns is forked.
     sys.executable = sys.orig_argv[0]
     multiprocessing.set_executable(warm_process.executable())
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not search the imported modules and the list of tests again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,9 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import distributions
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ def collect_env_info(device: torch.device) -> dict[str, Any]:
 
     return {
         "python": platform.python_version(),
-        "packages": {each.name: each.version for each in distributions() if each.name in _PACKAGES},
+        "packages": dict(package_versions()),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
         "cores": available_cpus(),
@@ -36,6 +38,13 @@ def collect_env_info(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "revision": git_revision(),
     }
+
+
+def package_versions() -> Iterator[tuple[str, str]]:
+    """Yield name and version of the packages that decide what a result is, those that are installed."""
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def processor_name() -> str:

@@ -19,7 +19,7 @@ AUGMENTATIONS = {
     "none": NO_AUGMENTATION,
     "affine": Augmentation(rotation=10, shear=5, translation=0.1, scale=0.1, flip=0.5, crop_padding=2),
     "trivial": Augmentation(auto_augment="trivial_augment"),
-    "random": Augmentation(auto_augment="rand_augment", rand_augment_ops=5, fill=9, vertical_flip=0.5),
+    "random": Augmentation(auto_augment="rand_augment", rand_augment_ops=2, fill=9, vertical_flip=0.5),
     "resized crop": Augmentation(random_resized_crop=(0.08, 1)),
     "elastic": Augmentation(elastic=0.1, fill=0),
     "colors": Augmentation(brightness=0.2, contrast=0.2, saturation=0.2, hue=10),

@@ -792,9 +792,9 @@ def test_memory(noise: Path) -> None:
     assert content_of(resolve_dataset("memory://set")) == content_of(noise)
 
 
-def flipped(content: bytes) -> Iterator[bytes]:
-    """The content with one bit changed, and without its end."""
-    for bit in range(0, 8 * len(content), 97):
+def flipped(content: bytes, stride: int) -> Iterator[bytes]:
+    """The content with one bit of some changed, and without its end."""
+    for bit in range(0, 8 * len(content), stride):
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         yield bytes(changed)
@@ -802,25 +802,30 @@ def flipped(content: bytes) -> Iterator[bytes]:
     yield b""
 
 
+STRIDES = pytest.mark.parametrize("stride", [389, pytest.param(97, marks=pytest.mark.slow)])
+
+
+@STRIDES
 def test_files_are_fetched_again_if_the_record_of_their_versions_is_damaged(
-    cache: Path, line: Line, s3: fsspec.AbstractFileSystem
+    cache: Path, line: Line, s3: fsspec.AbstractFileSystem, stride: int
 ) -> None:
     s3.pipe_file(f"{BUCKET}/raws/a.bin", b"one")
     directory = resolve_files(f"s3://{BUCKET}/raws")
     (index,) = cache.rglob(".index.json")
     whole = index.read_bytes()
-    for content in flipped(whole):
+    for content in flipped(whole, stride):
         index.write_bytes(content)
         (directory / "a.bin").write_bytes(b"old")
         assert (resolve_files(f"s3://{BUCKET}/raws") / "a.bin").read_bytes() == b"one"
         assert index.read_bytes() == whole
 
 
-def test_a_damaged_record_of_a_copy_counts_as_none(noise: Path, cache: Path) -> None:
+@STRIDES
+def test_a_damaged_record_of_a_copy_counts_as_none(noise: Path, cache: Path, stride: int) -> None:
     fsspec.filesystem("memory").put(str(noise), "/recorded", recursive=True)
     directory = resolve_dataset("memory://recorded")
     (record,) = (cache / "addresses").iterdir()
     assert datasets._last_copy(record) == directory
-    for content in flipped(record.read_bytes()):
+    for content in flipped(record.read_bytes(), stride):
         record.write_bytes(content)
         assert datasets._last_copy(record) is None

@@ -193,17 +193,19 @@ def test_a_signal_to_torchrun_or_a_rank_ends_all_with_one_checkpoint(
     assert_same_run(whole, run)
 
 
+@pytest.mark.parametrize("python", ["warm", pytest.param("fresh", marks=pytest.mark.slow)])
 def test_a_killed_rank_is_started_again_and_continues_in_its_run_directory(
-    whole: Path, recipe: Path, tmp_path: Path
+    whole: Path, recipe: Path, tmp_path: Path, python: str
 ) -> None:
-    """Killed while it writes a checkpoint; the settings say resume=never and name no directory."""
-    # The killed rank is a fresh interpreter, and so is the one that replaces it.
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\n[ "$RANK" = 0 ] && exec {sys.executable} "$@"\nexec {warm_process.executable()} "$@"\n'
-    )
-    python.chmod(0o755)
-    with job(tmp_path / "job", recipe, restarts=1, PYTHON_EXEC=str(python)) as running:
+    """Killed while it writes a checkpoint; the settings say resume=never and name no directory.
+
+    The killed rank is a fresh interpreter, or forked as the others are, and so is the one that replaces it.
+    """
+    of_rank_0 = sys.executable if python == "fresh" else warm_process.executable()
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\n[ "$RANK" = 0 ] && exec {of_rank_0} "$@"\nexec {warm_process.executable()} "$@"\n')
+    program.chmod(0o755)
+    with job(tmp_path / "job", recipe, restarts=1, PYTHON_EXEC=str(program)) as running:
 
         def is_writing() -> bool:
             late = any(epoch == 1 and step > 8 for epoch, step, _ in running.steps())

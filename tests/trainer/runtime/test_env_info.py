@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import numpy as np
+import PIL
 import pytest
 import torch
 
@@ -26,3 +28,9 @@ def test_the_revision_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytes
     assert env_info.collect_env_info(torch.device("cpu"))["revision"] == f"{head[:12]}+"
     monkeypatch.setattr(env_info, "_ROOT", installed)
     assert env_info.collect_env_info(torch.device("cpu"))["revision"] is None
+
+
+def test_versions_are_those_of_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env_info, "_PACKAGES", ("numpy", "none-such", "pillow"))
+    found = env_info.collect_env_info(torch.device("cpu"))["packages"]
+    assert found == {"numpy": np.__version__, "pillow": PIL.__version__}
