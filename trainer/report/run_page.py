@@ -20,7 +20,7 @@ from trainer.report import html
 from trainer.report.error_gallery import build_gallery, data_urls, find_samples
 from trainer.report.grad_cam import grad_cam_pictures
 from trainer.report.learning_curves import learning_curves, style
-from trainer.report.svg import Bins, confusion_chart, distribution_chart, reliability_chart
+from trainer.report.svg import Bins, Line, confusion_chart, distribution_chart, line_chart, reliability_chart
 from trainer.runtime.profiler import format_profile
 
 MAX_CLASS_ROWS = 1000  # classes of a table
@@ -62,6 +62,7 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
         summary=summary,
         history=history,
         charts=learning_curves(history),
+        trade_off=_trade_off(summary),
         calibration=_calibration(predictions, summary["calibration"]["temperature"]),
         confusion=matrix,
         matrix_limit=MAX_MATRIX_CLASSES,
@@ -80,6 +81,18 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
         profile=profile,
     )
     write_file(directory.report, page)
+
+
+def _trade_off(summary: dict[str, Any]) -> dict[str, Any] | None:
+    """Accuracy and macro F1 of the validation split by tau; None without a validation split."""
+    curve = (summary.get("decision") or {}).get("curve")
+    if not curve:
+        return None
+    names = {"accuracy": "accuracy", "macro_f1": "macro F1"}
+    lines = [Line(name, [point[key] for point in curve], style(at)) for at, (key, name) in enumerate(names.items())]
+    label = "Accuracy and macro F1 on the validation split by tau"
+    svg = line_chart(lines, label, is_percent=True, axis="τ", places=[point["tau"] for point in curve])
+    return {"lines": lines, "svg": svg}
 
 
 def _calibration(predictions: dict[str, NDArray], temperature: float) -> dict[str, Any]:

@@ -31,23 +31,34 @@ class Line:
     style: str
 
 
-def line_chart(lines: list[Line], label: str, is_percent: bool = False, from_zero: bool = False) -> str:
-    """Draw series over epochs.
+def line_chart(
+    lines: list[Line],
+    label: str,
+    is_percent: bool = False,
+    from_zero: bool = False,
+    axis: str = "epoch",
+    places: Sequence[float] = (),
+) -> str:
+    """Draw series over epochs or another quantity.
 
     Args:
         lines: The series.
         label: Accessible description.
         is_percent: Whether values are fractions, shown as percentages.
         from_zero: Start the axis at 0, for values whose small differences are meaningless.
+        axis: Name of the horizontal axis.
+        places: Increasing positions of the values on it; empty for 1, 2, ...
     """
     values = [value for line in lines for value in line.values if math.isfinite(value)] + [0.0] * from_zero
     low, high = min(values), max(values)
     margin = (abs(high) / 10 or 1.0) if math.isclose(low, high, rel_tol=1e-12) else 0.0
     ticks = list(map(float, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low - margin, high + margin)))
-    epochs = max(len(line.values) for line in lines)
+    count = max(len(line.values) for line in lines)
+    places = places or range(1, count + 1)
 
-    def x(epoch: float) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * ((epoch - 1) / (epochs - 1) if epochs > 1 else 0.5), 1)
+    def x(place: float) -> float:
+        fraction = (place - places[0]) / (places[-1] - places[0]) if count > 1 else 0.5
+        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * fraction, 1)
 
     def y(value: float) -> float:
         inner = _HEIGHT - _TOP - _BOTTOM
@@ -60,9 +71,13 @@ def line_chart(lines: list[Line], label: str, is_percent: bool = False, from_zer
         height=_HEIGHT,
         left=_LEFT,
         right=_WIDTH - _RIGHT,
-        series=[(line, [point for point in enumerate(line.values, 1) if math.isfinite(point[1])]) for line in lines],
+        series=[
+            (line, [point for point in zip(places, line.values, strict=False) if math.isfinite(point[1])])
+            for line in lines
+        ],
         ticks=[(y(tick), _format_tick(tick, is_percent)) for tick in ticks],
-        epochs=sorted({1, *(round(1 + (epochs - 1) * quarter / 4) for quarter in range(5))}),
+        axis=axis,
+        places=sorted({places[round(1 + (count - 1) * quarter / 4) - 1] for quarter in range(5)}),
         format=percent if is_percent else "{:.5g}".format,
         x=x,
         y=y,

@@ -110,6 +110,14 @@ def test_the_confusion_matrix_of_the_validation_split_is_shown(run: Path) -> Non
     assert sorted(tuple(map(int, cell)) for cell in cells) == sorted(tuple(map(int, cell)) for cell in expected)
 
 
+def test_accuracy_and_macro_f1_are_drawn_by_tau(run: Path) -> None:
+    curve = json.loads((run / "summary.json").read_text())["decision"]["curve"]
+    assert len(curve) > 10
+    points = re.findall(r"<title>(accuracy|macro F1), τ (-?[\d.]+): ([\d.]+%)", (run / "report.html").read_text())
+    keys = {"accuracy": "accuracy", "macro F1": "macro_f1"}
+    assert points == [(name, str(each["tau"]), f"{each[key]:.2%}") for name, key in keys.items() for each in curve]
+
+
 def test_the_most_confused_pair_is_shown_with_its_count(run: Path) -> None:
     predictions = np.load(run / "predictions.npz")
     wrong = predictions["labels"] != predictions["predicted"]
