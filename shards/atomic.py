@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import stat
 import zipfile
@@ -23,6 +24,7 @@ from shards.errors import MismatchError, NotFoundError, UserError, as_user_error
 
 FileIdentity: TypeAlias = tuple[int, int, int, int]
 _CHECKSUM = "sha256"
+_WORK = "work-"
 _WORKING_DIRECTORY, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2
 
 
@@ -299,23 +301,47 @@ def staging_directory(target: Path) -> Path:
 
 
 class Replacement:
-    """A directory in preparation: the caller fills `path`, then `commit()` renames it to the target."""
+    """A directory in preparation: the caller fills `path`, then `commit()` renames it to the target.
+
+    Attributes:
+        path: The directory.
+        journal: A directory for notes on what is complete in `path`, so that a later call can continue.
+        keep: Whether both remain if there is no `commit()`.
+    """
 
     def __init__(self, target: Path) -> None:
         self._target = target.absolute()
-        self._old = staging_directory(target) / "old"
-        self.path = staging_directory(target) / "new"
+        self._staging = staging_directory(target)
+        self._old = self._staging / "old"
+        # Each call has other paths. Processes of a killed one that are still alive no longer find theirs.
+        self._work = self._staging / f"{_WORK}{secrets.token_hex(4)}"
+        self.path, self.journal = self._work / "new", self._work / "journal"
+        self.keep = False
 
-    def start_clean(self) -> None:
-        """Restore the target if a killed writer has moved it aside, and remove that writer's incomplete files."""
+    def start(self, resume: bool) -> None:
+        """Restore the target if a killed writer has moved it aside. Take over or remove what it has prepared."""
         self.roll_back()
-        for stale in (self.path, self._old):
+        shutil.rmtree(self._old, ignore_errors=True)
+        left = [*self._staging.glob(f"{_WORK}*")]
+        if resume and len(left) == 1 and (left[0] / self.journal.name).is_dir():
+            os.replace(left[0], self._work)
+            return
+        for stale in left:
             shutil.rmtree(stale, ignore_errors=True)
-        self.path.mkdir()
+        self._work.mkdir()
+        self.clear()
+
+    def clear(self) -> None:
+        """Make both directories empty. The journal is removed first: it must not describe files that are gone."""
+        for path in (self.journal, self.path):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (self.path, self.journal):
+            path.mkdir()
 
     def commit(self) -> None:
         """Exchange the new directory and the target; where that is impossible, move the target aside before."""
         sync_directory(self.path)
+        shutil.rmtree(self.journal, ignore_errors=True)  # before `path` may become the old directory
         if not (self._target.exists() and _exchange(self.path, self._target)):
             if self._target.exists():
                 os.replace(self._target, self._old)
@@ -337,11 +363,14 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def replace_directory(target: Path) -> Iterator[Replacement]:
+def replace_directory(target: Path, resume: bool = False) -> Iterator[Replacement]:
     """Prepare a directory that replaces `target` at `commit()`. Without a commit the target is unchanged.
 
-    A lock in the staging directory excludes a second writer of the same target. The next writer removes what a killed
-    one has left.
+    A lock in the staging directory excludes a second writer of the same target.
+
+    Args:
+        target: The directory.
+        resume: Whether the caller continues with what a killed writer has left; otherwise it is removed.
     """
     staging = staging_directory(target)
     busy = UserError(
@@ -357,10 +386,11 @@ def replace_directory(target: Path) -> Iterator[Replacement]:
         with file_lock(staging / "lock", busy):
             replacement = Replacement(target)
             try:
-                replacement.start_clean()
+                replacement.start(resume)
                 with name_in_errors(target):
                     yield replacement
             finally:
                 replacement.roll_back()
                 # Before the lock is released: a writer that started earlier would lose its files to this removal.
-                shutil.rmtree(staging, ignore_errors=True)
+                if not replacement.keep:
+                    shutil.rmtree(staging, ignore_errors=True)

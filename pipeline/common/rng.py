@@ -24,7 +24,7 @@ BALANCE_STREAM = 1 << 56  # the order of the samples of each class in class-bala
 
 _MAX_SORTED = 1 << 24  # numbers: the time of `iterate_permutation` grows with their square
 _SORTED_AT_ONCE = 1 << 20
-_PIECE = 1 << 18  # numbers computed at a time
+_PIECE = 1 << 16  # numbers computed at a time
 
 
 def random_keys(seed: int, stream: int, count: int, first: int = 0) -> NDArray[np.uint64]:
@@ -58,7 +58,7 @@ def iterate_permutation(count: int, seed: int, stream: int) -> Iterator[NDArray[
     again for each range; of more numbers it is an `IndexPermutation`.
 
     Yields:
-        int64 [n], the next numbers; n may be 0.
+        int64 [n], the next numbers.
     """
     if count > _MAX_SORTED:
         order = IndexPermutation(count, seed, stream)
@@ -75,7 +75,8 @@ def iterate_permutation(count: int, seed: int, stream: int) -> Iterator[NDArray[
             found.append((keys[inside], inside + first))
         range_keys, numbers = map(np.concatenate, zip(*found, strict=True))
         # Spread over 64 bits, so that the high bits of two words are rarely equal.
-        yield numbers[_argsort((range_keys - np.uint64(low)) * np.uint64(ranges))]
+        numbers = numbers[_argsort((range_keys - np.uint64(low)) * np.uint64(ranges))]
+        yield from (numbers[first : first + _PIECE] for first in range(0, len(numbers), _PIECE))
 
 
 def _argsort(keys: NDArray[np.uint64]) -> NDArray[np.int64]:

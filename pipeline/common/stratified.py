@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.rng import PARTITION_STREAM, random_keys
 
-_PIECE = 1 << 18  # samples at a time
+_PIECE = 1 << 16  # samples at a time
 _MARGIN = 8  # standard deviations
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from pipeline.common.process_group import ProcessGroup
+from pipeline.packing.journal import Journal
 from shards.atomic import Replacement, replace_directory, staging_directory
 from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, SPLITS, Manifest, has_split, is_packed_dataset
@@ -25,6 +26,9 @@ from shards.remote.datasets import (
 
 class LocalOutput:
     """A directory. All ranks write into one staging directory beside it, so they must share a file system."""
+
+    is_shared = True
+    """Whether all ranks write into one directory."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
@@ -52,13 +56,23 @@ class LocalOutput:
         return staging_directory(self._out).exists()
 
     @contextmanager
-    def staging(self, group: ProcessGroup) -> Iterator[Path]:
-        """Yield the directory into which this rank writes its files. It is removed unless `complete` is called."""
+    def staging(self, group: ProcessGroup) -> Iterator[tuple[Path, Journal]]:
+        """Yield the directory into which this rank writes its files, and the journal of what is complete there.
+
+        Without `complete` they are removed, unless a later call can continue with them.
+        """
         with ExitStack() as stack:
-            self._replacement = group.run_on_main(lambda: stack.enter_context(replace_directory(self._out)))
-            path = self._replacement.path
-            group.barrier_run(lambda: _check_shared(path))
-            yield path
+            self._replacement = replacement = group.run_on_main(
+                lambda: stack.enter_context(replace_directory(self._out, resume=True))
+            )
+            group.barrier_run(lambda: _check_shared(replacement.path))
+            journal = Journal(replacement)
+            try:
+                yield replacement.path, journal
+            except BaseException:
+                if group.is_main_process:
+                    journal.keep(staging_directory(self._out))
+                raise
 
     def complete(self, group: ProcessGroup, directory: Path, manifests: tuple[Manifest, ...]) -> None:
         """Replace the output by the files of all ranks; manifests are written last."""
@@ -77,6 +91,8 @@ class RemoteOutput:
     The methods are those of `LocalOutput`.
     """
 
+    is_shared = False
+
     def __init__(self, address: str) -> None:
         self._address = address
 
@@ -89,10 +105,10 @@ class RemoteOutput:
         return False  # a set without manifests is no pack, and its files are overwritten
 
     @contextmanager
-    def staging(self, group: ProcessGroup) -> Iterator[Path]:
+    def staging(self, group: ProcessGroup) -> Iterator[tuple[Path, Journal]]:
         group.run_on_main(lambda: check_upload(self._address))  # before hours of packing
         with tempfile.TemporaryDirectory(prefix="inkstream-pack-") as directory:
-            yield Path(directory)
+            yield Path(directory), Journal(None)
 
     def complete(self, group: ProcessGroup, directory: Path, manifests: tuple[Manifest, ...]) -> None:
         def finish() -> None:

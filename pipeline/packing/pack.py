@@ -6,12 +6,13 @@ import hashlib
 import platform
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +21,17 @@ from tqdm import tqdm
 from pipeline.common.bitmap import Bitmap
 from pipeline.common.process_group import ProcessGroup
 from pipeline.common.process_pool import default_workers, map_in_processes
-from pipeline.common.rng import PACKING_STREAM, permutation
+from pipeline.common.rng import PACKING_STREAM, iterate_permutation
+from pipeline.packing.journal import Journal, code_digest
 from pipeline.packing.output import OutputLocation, open_output
 from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards.atomic import write_file
 from shards.errors import UserError
-from shards.manifest import MAX_BLOCK_BYTES, SPLITS, Manifest, RawFile, StoreKind
+from shards.manifest import LABELS, MAX_BLOCK_BYTES, ROWS, SPLITS, Manifest, RawFile, StoreKind
 from shards.stores.base import Block, Layout, WrittenShard
 from shards.stores.create import make_writer
-from shards.stores.sample_arrays import pixel_statistics, write_arrays
+from shards.stores.sample_arrays import ArrayWriter, array_dtypes, pixel_statistics, write_blocks
 
 SHARD_BYTES = 32 << 20  # pixels of one shard: large enough to stream, small enough to download again
 DEFAULT_BLOCK_SIZE = 512  # the smallest power of two at which 28x28 images cost less than 1.04 times their pixels
@@ -38,10 +40,9 @@ UNREADABLE = "unreadable.csv"
 _PACKAGES = {"tar": ("numpy",), "zarr": ("numpy", "zarr", "numcodecs"), "records": ("pillow",)}
 _RECORDS_PER_SHARD = 1024
 _RECORDS_PER_READ = 32  # image files that are read before they are written
+_LINES = 1 << 14  # of a table that are formatted at a time
 _MAX_NAMED = 20  # unreadable images named in a message; the report lists all
 
-
-_ARRAY_PIECE = 1 << 20  # samples whose labels and rows are written at a time
 
 T = TypeVar("T")
 
@@ -140,7 +141,8 @@ def pack(
 ) -> Packed:
     """Pack a data set, or leave a complete pack alone.
 
-    The pack appears as a whole. If this process is killed, the previous output remains, and the next call cleans up.
+    The pack appears as a whole. If this process is killed, the previous output remains. The next call continues with
+    the complete shards if the raw files (`RawSplit.files`), settings and code are the same and `out` is a directory.
     The bytes are the same for any number of workers and ranks.
 
     Args:
@@ -163,14 +165,15 @@ def pack(
 
     if existing := group.run_on_main(lambda: () if output.needs_recovery() else find()):
         return Packed(existing, is_new=False)
-    with output.staging(group) as directory:
+    with output.staging(group) as (directory, journal):
         # Again, now under the lock: another writer may have finished, or the pack of a killed one been restored.
         if existing := group.run_on_main(find):
             return Packed(existing, is_new=False)
         if force:
             group.run_on_main(output.manifests)  # raises if it is not a pack
         splits = group.barrier_run(load)
-        packing = _Packing(settings, directory, workers or default_workers(), group)
+        packing = _Packing(settings, directory, workers or default_workers(), group, journal, output.is_shared)
+        journal.start(group, packing.identity(splits))
         manifests: dict[str, Manifest] = {}
         unreadable: dict[str, dict[int, str]] = {}
         for split in splits:
@@ -178,6 +181,9 @@ def pack(
                 manifests[split.name] = packing.write(split)
             except UnreadableImages as error:
                 unreadable[split.name] = error.reasons
+        all_unreadable = any(len(unreadable.get(split.name, ())) == len(split.labels) for split in splits)
+        if unreadable and (all_unreadable or not skip_bad):
+            group.run_on_main(journal.discard)  # the next call has other raw files or settings
         if unreadable and not skip_bad:
             raise group.run_on_main(lambda: _unreadable_error(unreadable, out))
         if unreadable:
@@ -196,30 +202,59 @@ class _Packing:
     directory: Path
     workers: int
     group: ProcessGroup
+    journal: Journal
+    is_shared: bool
+    """Whether all ranks write into one directory."""
+
+    def identity(self, splits: tuple[RawSplit, ...]) -> dict[str, Any] | None:
+        """Return what determines the bytes of the pack, besides labels and rows; None if the raw files are unknown."""
+        if not all(split.files for split in splits):
+            return None
+        return {
+            "settings": asdict(self.settings),
+            "code": [code_digest(), self._versions()],
+            "splits": [
+                [asdict(self._layout(split)), split.name, split.classes, split.transposed, *map(dict, split.files)]
+                for split in splits
+            ],
+        }
 
     def write(self, split: RawSplit) -> Manifest:
         """Write the files of a split, and return its manifest. Same result or `UnreadableImages` on every rank."""
         directory = self.directory / split.name
         layout = self._layout(split)
-        order = permutation(layout.samples, self.settings.seed, PACKING_STREAM + SPLITS.index(split.name))
+        journal = self.journal.attempt(directory, layout.samples)
+        if reasons := self.group.run_on_main(journal.find_unreadable):
+            raise UnreadableImages(reasons)
         writer = make_writer(self.settings.store, directory, layout, self.settings.compression)
+        run_once = self.group.run_on_main if self.is_shared else self.group.barrier_run
 
         def start() -> tuple[RawFile, ...]:
-            directory.mkdir(exist_ok=True)
-            return (*writer.start(), *_write_origins(split, directory))
+            if journal.is_new:
+                shutil.rmtree(directory, ignore_errors=True)  # an attempt in which images were unreadable
+                directory.mkdir()
+                journal.start()
+            return (*writer.start(), *_write_origins(split, directory), *self._write_numbers(split, directory))
 
-        # The files of a first attempt, in which images were unreadable.
-        self.group.barrier_run(lambda: shutil.rmtree(directory, ignore_errors=True))
-        files = self.group.barrier_run(start)  # on every rank: the directories may differ, the files do not
+        files = run_once(start)  # where the directories of the ranks differ, the files do not
         numbers = range(self.group.rank, layout.shards, self.group.size)
         sizes = [len(layout.samples_of(number)) for number in numbers]
 
         def write_shard(item: int) -> tuple[int, WrittenShard | dict[int, str]]:
             number = numbers[item]
+            samples = layout.samples_of(number)
+            labels, rows = (
+                np.load(directory / name, mmap_mode="r")[samples.start : samples.stop].astype(np.int64)
+                for name in (LABELS, ROWS)
+            )
+            if (written := journal.find(number, labels, rows, layout.block_size)) is not None:
+                return number, written
             try:
-                return number, writer.write_shard(number, self._blocks(split, order, layout, number))
+                written = writer.write_shard(number, self._blocks(split, layout, samples.start, labels, rows))
             except UnreadableImages as error:
                 return number, error.reasons
+            journal.add(number, written)
+            return number, written
 
         def write_shards() -> list[tuple[int, WrittenShard | dict[int, str]]]:
             title, is_hidden = f"packing {split.name}", True if self.group.rank else None
@@ -229,24 +264,28 @@ class _Packing:
         shards = dict(shard for shards in self.group.all_gather(write_shards) for shard in shards)
         reasons = {index: why for shard in shards.values() if isinstance(shard, dict) for index, why in shard.items()}
         if reasons:
-            raise UnreadableImages(dict(sorted(reasons.items())))
+            reasons = dict(sorted(reasons.items()))
+            self.group.run_on_main(lambda: journal.add_unreadable(reasons))
+            raise UnreadableImages(reasons)
         written = [shard for _, shard in sorted(shards.items()) if not isinstance(shard, dict)]
-        arrays = self.group.run_on_main(lambda: self._write_arrays(split, order, written))
-        return self._manifest(split, layout, written, (*files, *arrays))
+        blocks = self.group.run_on_main(lambda: write_blocks(directory, [shard.blocks for shard in written]))
+        if not (self.is_shared or self.group.is_main_process):
+            for file in files:
+                (directory / file.name).unlink()  # rank 0 uploads it
+        return self._manifest(split, layout, written, (*files, blocks))
 
-    def _write_arrays(
-        self, split: RawSplit, order: NDArray[np.int64], written: list[WrittenShard]
-    ) -> tuple[RawFile, ...]:
-        pieces = range(0, len(order), _ARRAY_PIECE)
-        return write_arrays(
-            self.directory / split.name,
-            len(order),
-            len(split.classes),
-            (split.labels[order[first : first + _ARRAY_PIECE]] for first in pieces),
-            (split.source_index[order[first : first + _ARRAY_PIECE]] for first in pieces),
-            int(np.max(split.source_index)),
-            [shard.blocks for shard in written],
-        )
+    def _write_numbers(self, split: RawSplit, directory: Path) -> tuple[RawFile, ...]:
+        """Write labels and rows in packed order."""
+        dtypes = array_dtypes(len(split.classes), int(np.max(split.source_index)))
+        count, stream = len(split.labels), PACKING_STREAM + SPLITS.index(split.name)
+        with (
+            ArrayWriter(directory / LABELS, dtypes[0], count) as labels,
+            ArrayWriter(directory / ROWS, dtypes[1], count) as rows,
+        ):
+            for positions in iterate_permutation(count, self.settings.seed, stream):
+                labels.append(split.labels[positions])
+                rows.append(split.source_index[positions])
+        return labels.entry, rows.entry
 
     def _layout(self, split: RawSplit) -> Layout:
         if split.encoded != (self.settings.store == "records"):
@@ -270,37 +309,49 @@ class _Packing:
         blocks = max(1, SHARD_BYTES // block_bytes)
         return Layout(len(split.labels), split.image_shape, block_size, blocks * block_size)
 
-    def _blocks(self, split: RawSplit, order: NDArray[np.int64], layout: Layout, number: int) -> Iterator[Block]:
-        """Read the blocks of a shard one by one; at the end raise `UnreadableImages` for all unreadable images."""
-        samples = layout.samples_of(number)
-        size = _RECORDS_PER_READ if split.encoded else layout.block_size
+    def _blocks(
+        self, split: RawSplit, layout: Layout, first: int, labels: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> Iterator[Block]:
+        """Read the blocks of a shard one by one; at the end raise `UnreadableImages` for all unreadable images.
+
+        first: its first sample. labels, rows: of its samples.
+        """
+        block_size = _RECORDS_PER_READ if split.encoded else layout.block_size
+        size = max(1, split.images_per_read // block_size) * block_size
         unreadable: dict[int, str] = {}
 
-        def read(first: int) -> tuple[Block | None, dict[int, str]]:
-            positions = order[first : min(first + size, samples.stop)]
-            indices = split.source_index[positions].astype(np.int64)
+        def read(start: int) -> tuple[list[Block], dict[int, str]]:
+            end = min(start + size, len(rows))
             try:
-                return Block(first, split.read(indices), split.labels[positions].astype(np.int64), indices), {}
+                images = split.read(rows[start:end])
             except UnreadableImages as error:
-                return None, error.reasons
+                return [], error.reasons
+            blocks = [slice(place, min(place + block_size, end)) for place in range(start, end, block_size)]
+            return [
+                Block(first + each.start, images[each.start - start : each.stop - start], labels[each], rows[each])
+                for each in blocks
+            ], {}
 
         # With fewer shards than workers, each worker decodes with several threads.
         threads = -(-self.workers // max(1, layout.shards // self.group.size))
         with ThreadPoolExecutor(threads) as pool:
-            for block, reasons in _map_ahead(pool, read, range(samples.start, samples.stop, size), 2 * threads):
+            for blocks, reasons in _map_ahead(pool, read, range(0, len(rows), size), 2 * threads):
                 unreadable |= reasons
                 # After an unreadable image the shard is useless; reading continues only to find all of them.
-                if block is not None and not unreadable:
-                    yield block
+                if not unreadable:
+                    yield from blocks
         if unreadable:
             raise UnreadableImages(unreadable)
+
+    def _versions(self) -> dict[str, str]:
+        versions = {package: version(package) for package in ("inkstream", *_PACKAGES[self.settings.store])}
+        return {**versions, "python": platform.python_version()}
 
     def _manifest(
         self, split: RawSplit, layout: Layout, written: list[WrittenShard], files: tuple[RawFile, ...]
     ) -> Manifest:
         settings = self.settings
         counts = np.sum(list(split.class_counts()), axis=0)
-        versions = {package: version(package) for package in ("inkstream", *_PACKAGES[settings.store])}
         return Manifest(
             store=settings.store,
             dataset=settings.dataset,
@@ -317,7 +368,7 @@ class _Packing:
             shards=tuple(each.shard for each in written),
             files=(*(file for each in written for file in each.files), *files),
             raw=split.files,
-            versions={**versions, "python": platform.python_version()},
+            versions=self._versions(),
             statistics=pixel_statistics([each.pixel_sums for each in written]),
         )
 
@@ -337,11 +388,19 @@ def _write_origins(split: RawSplit, directory: Path) -> tuple[RawFile, ...]:
     """Write the columns of a split as `origins.csv`, if it has any."""
     if not split.columns:
         return ()
-    columns = [split.source_index.tolist(), *(values.tolist() for values in split.columns.values())]
-    content = format_csv(["row", *split.columns], sorted(zip(*columns, strict=True))).encode()
-    # Not by a rename: several ranks may write it at once, all with the same bytes.
-    (directory / ORIGINS).write_bytes(content)
-    return (RawFile(name=ORIGINS, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()),)
+    in_order = np.argsort(split.source_index)
+    columns = (split.source_index, *split.columns.values())
+    pieces = (in_order[first : first + _LINES] for first in range(0, len(in_order), _LINES))
+    rows = chain.from_iterable(zip(*(values[piece].tolist() for values in columns), strict=True) for piece in pieces)
+    lines: Iterator[Sequence[object]] = chain([["row", *split.columns]], rows)
+    digest = hashlib.sha256()
+    with open(directory / ORIGINS, "wb") as file:
+        while some := list(islice(lines, _LINES)):
+            content = format_csv(some[0], some[1:]).encode()
+            digest.update(content)
+            file.write(content)
+        size = file.tell()
+    return (RawFile(name=ORIGINS, bytes=size, sha256=digest.hexdigest()),)
 
 
 def _without(split: RawSplit, unreadable: Mapping[int, str]) -> RawSplit:

@@ -28,7 +28,7 @@ class UnreadableImages(Exception):
         self.reasons = reasons
 
 
-_PIECE = 1 << 18  # labels at a time
+_PIECE = 1 << 16  # labels at a time
 
 
 class _ComputedArray(np.lib.mixins.NDArrayOperatorsMixin):
@@ -58,6 +58,9 @@ class _ComputedArray(np.lib.mixins.NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         arrays = (np.asarray(each) if isinstance(each, _ComputedArray) else each for each in inputs)
         return getattr(ufunc, method)(*arrays, **options)
+
+    def max(self, **options: Any) -> Any:
+        return max(self[first : first + _PIECE].max() for first in range(0, len(self), _PIECE))
 
     def tolist(self) -> list[int]:
         return self[:].tolist()
@@ -90,6 +93,7 @@ class RawSplit:
         files: The raw files with their hashes.
         source_index: Integers [N], the index of each image in the raw data; 0 .. N-1 by default.
         columns: Further values of each image, N per column (`path`, `database`, ...).
+        images_per_read: How many images `read` is asked for at a time, if these are more than a block.
 
     Raises:
         UserError: If the images or labels could not be loaded once packed.
@@ -104,6 +108,7 @@ class RawSplit:
     files: tuple[RawFile, ...] = ()
     source_index: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     columns: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+    images_per_read: int = 1
 
     def __post_init__(self) -> None:
         shape, labels, last = self.image_shape, self.labels, len(self.classes) - 1
@@ -178,7 +183,7 @@ class RawSplit:
         return cls(
             name=name,
             classes=classes,
-            labels=labels,
+            labels=labels.astype(np.int64, copy=False) if labels.dtype.itemsize == 8 else labels,
             image_shape=images.shape[1:],
             transposed=transposed,
             read=images.__getitem__,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from isal import isal_zlib  # CRC-32 more than ten times as fast as zlib's
@@ -29,10 +30,11 @@ _CHECKED_LABELS = 1 << 22  # labels that are checked on opening, in 10 ms: subse
 Numbers: TypeAlias = NDArray[np.integer]
 
 
-def npy_header(dtype: DTypeLike, shape: tuple[int, ...]) -> bytes:
+@functools.lru_cache(maxsize=64)
+def npy_header(dtype: Hashable, shape: tuple[int, ...]) -> bytes:
     """Return the header that NumPy writes before an array (.npy version 1.0, padded to 64 bytes)."""
     header = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    descr = np.lib.format.dtype_to_descr(np.dtype(cast(DTypeLike, dtype)))
     np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
     return header.getvalue()
 
@@ -130,23 +132,61 @@ def array_dtypes(classes: int, highest_row: int) -> tuple[np.dtype, np.dtype, np
 
 def encode_array(values: NDArray, dtype: DTypeLike) -> bytes:
     """Return the content of a .npy file of values [n] in a type that holds them."""
-    return npy_header(dtype, values.shape) + values.astype(dtype, copy=False).tobytes()
+    return npy_header(np.dtype(dtype), values.shape) + values.astype(dtype, copy=False).tobytes()
+
+
+class ArrayWriter:
+    """Writes a one-dimensional array piece by piece as a .npy file, which replaces `path` at the end of the context.
+
+    Attributes:
+        entry: The entry of the file in the manifest, after the end.
+
+    Args:
+        path: The file.
+        dtype: The type of the values.
+        length: Their number.
+    """
+
+    entry: RawFile
+
+    def __init__(self, path: Path, dtype: DTypeLike, length: int) -> None:
+        self._path, self._dtype = path, np.dtype(dtype)
+        self._header = npy_header(self._dtype, (length,))
+        self._size = len(self._header) + length * self._dtype.itemsize
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> ArrayWriter:
+        self._replacing = replace_file(self._path)
+        self._file = self._replacing.__enter__()
+        self._write(self._header)
+        return self
+
+    def append(self, values: NDArray) -> None:
+        """Append values [n], which the type holds."""
+        self._write(np.ascontiguousarray(values, self._dtype).view(np.uint8).data)
+
+    def _write(self, content: bytes | memoryview) -> None:
+        self._digest.update(content)
+        self._file.write(content)
+
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is None:
+            assert self._file.tell() == self._size, "the pieces have another length"
+            self.entry = RawFile(name=self._path.name, bytes=self._size, sha256=self._digest.hexdigest())
+        self._replacing.__exit__(*exception)
 
 
 def write_array(path: Path, dtype: DTypeLike, length: int, pieces: Iterable[NDArray]) -> RawFile:
     """Write a one-dimensional array piece by piece as a .npy file, which replaces `path`; returns its entry."""
-    digest = hashlib.sha256()
-    with replace_file(path) as file:
-        header = npy_header(dtype, (length,))
-        digest.update(header)
-        file.write(header)
+    with ArrayWriter(path, dtype, length) as array:
         for piece in pieces:
-            content = np.ascontiguousarray(piece, dtype).view(np.uint8).data
-            digest.update(content)
-            file.write(content)
-        size = file.tell()
-    assert size == len(header) + length * np.dtype(dtype).itemsize, "the pieces have another length"
-    return RawFile(name=path.name, bytes=size, sha256=digest.hexdigest())
+            array.append(piece)
+    return array.entry
+
+
+def write_blocks(directory: Path, blocks: Sequence[NDArray[np.void]]) -> RawFile:
+    """Write pieces of the blocks of a split, `BLOCK_DTYPE`; returns the entry."""
+    return write_array(directory / BLOCKS, BLOCK_DTYPE, sum(map(len, blocks)), blocks)
 
 
 def write_arrays(

@@ -95,7 +95,7 @@ def read_csv(content: bytes, path: str) -> CsvTable:
     return CsvTable(path, tuple(rows[0]), rows[1:], lines[1:])
 
 
-def format_csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+def format_csv(header: Sequence[object], rows: Iterable[Iterable[object]]) -> str:
     """Format a table as CSV. Texts that a spreadsheet would run as a formula get an apostrophe in front."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

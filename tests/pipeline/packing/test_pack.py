@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,16 @@ from numpy.typing import NDArray
 from support import warm_process
 
 import pipeline.packing.pack
+from pipeline.common import rng, stratified
+from pipeline.common.process_group import ProcessGroup
 from pipeline.common.process_pool import map_in_processes
-from pipeline.packing.pack import PackSettings, pack
-from pipeline.readers.raw_split import RawSplit, UnreadableImages
+from pipeline.packing.journal import Journal
+from pipeline.packing.pack import PackSettings, _Packing, pack
+from pipeline.packing.splits import make_splits
+from pipeline.readers import raw_split
+from pipeline.readers.raw_split import RawSplit, UnreadableImages, computed_array
 from shards import UserError, open_split
+from shards.manifest import RawFile
 from shards.verify.check import check_split
 
 BLOCK = 16
@@ -31,6 +38,7 @@ BLOCK = 16
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", 3 * BLOCK * 28 * 28)
+    monkeypatch.setattr(pipeline.packing.pack, "_LINES", 7)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -76,6 +84,41 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, workers: in
     alone = packed(parts, tmp_path / "alone", workers=1, store=store)
     assert len(alone) > 30
     assert packed(parts, tmp_path / "many", workers=workers, store=store) == alone
+
+
+@pytest.mark.parametrize("count", [BLOCK + 1, 2 * BLOCK, 1000])
+def test_blocks_that_are_read_together_have_the_same_bytes(tmp_path: Path, count: int) -> None:
+    parts = synthetic_splits()
+    together = tuple(replace(part, images_per_read=count) for part in parts)
+    assert packed(together, tmp_path / "together") == packed(parts, tmp_path / "alone")
+
+
+def test_dividing_and_ordering_a_data_set_take_no_array_of_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = (RawFile(name="images", bytes=1, sha256="0" * 64),)
+    for module in (rng, stratified, raw_split):
+        monkeypatch.setattr(module, "_PIECE", 1 << 12)
+    monkeypatch.setattr(rng, "_SORTED_AT_ONCE", 1 << 13)
+    packing = _Packing(PackSettings("large"), tmp_path, 1, ProcessGroup(), Journal(None), True)
+
+    def peak(count: int) -> int:
+        labels = computed_array(count, lambda rows: rows * 3 // count)
+        raw = RawSplit("train", ("a", "b", "c"), labels, (28, 28, 1), False, lambda rows: rows, files)
+        tracemalloc.start()
+        for split in make_splits((raw,), test_fraction=0.1, val_fraction=None, subset=1, stratify="", seed=0):
+            packing._write_numbers(split, tmp_path)
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        rows, labels_of_test = np.load(tmp_path / "rows.npy"), np.load(tmp_path / "labels.npy")
+        assert len(np.unique(rows)) == len(rows) == round(count / 10)
+        np.testing.assert_array_equal(labels_of_test, rows.astype(np.int64) * 3 // count)
+        assert np.abs(np.bincount(labels_of_test) - len(rows) / 3).max() < 2
+        return highest
+
+    few, many = 1 << 15, 1 << 17
+    peak(few)  # imports
+    assert peak(many) - peak(few) < 2 * (many - few)  # bytes; an array of rows takes four or eight times the number
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -237,7 +280,7 @@ def test_a_killed_process_ends_in_a_message() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_stopped_packing_leaves_no_process_and_no_file(tmp_path: Path, number: int) -> None:
+def test_stopped_packing_leaves_no_process_and_only_complete_shards(tmp_path: Path, number: int) -> None:
     """A packer whose workers are in the midst of slow pictures is stopped, in every way there is."""
     program = f"""
 import sys, time
@@ -271,10 +314,12 @@ run_command(main)
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
     process.stdout.close()
-    assert "Traceback" not in process.stderr.read()
+    errors = process.stderr.read()
+    assert "Traceback" not in errors
     if number != signal.SIGKILL:
-        assert list(tmp_path.iterdir()) == []
         assert process.returncode == 128 + number
+        left = [path.name for path in tmp_path.iterdir()]
+        assert left == ([".out.packing"] if "kept in" in errors else [])
 
 
 def test_fewer_than_one_worker_is_refused() -> None:
