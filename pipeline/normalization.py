@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline.sampler import SequentialBatchSampler
 from pipeline.transforms.build import build_transform
 from pipeline.transforms.spec import TransformSpec
 from shards.atomic import with_checksum, without_checksum, write_file
+from shards.manifest import Manifest
 from shards.stores.base import Store
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 _MAX_SAMPLES = 65_536
 _MAX_ENCODED_SAMPLES = 16_384  # decoding takes 100 times as long
 _BATCH_SIZE = 512
+_MIN_STD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,27 @@ def compute_stats(store: Store, spec: TransformSpec, backend: str, device: torch
     mean = sums / len(samples)
     std = (squares / len(samples) - mean.square()).clamp_min(0).sqrt()
     # A constant channel is not scaled.
-    std = torch.where(std < 1e-6, torch.ones_like(std), std)
+    std = torch.where(std < _MIN_STD, torch.ones_like(std), std)
     return DatasetStats(tuple(mean.tolist()), tuple(std.tolist()), len(samples))
+
+
+def packed_stats(manifest: Manifest, spec: TransformSpec) -> DatasetStats | None:
+    """Return the statistics that packing has computed, None unless the transform leaves the pixels as they are stored.
+
+    Args:
+        manifest: Of the training split.
+        spec: Specification of the transform; its mean and std are ignored.
+    """
+    if manifest.statistics is None or spec.needs_resize or spec.preprocessing.steps:
+        return None
+    count = manifest.samples * manifest.image_bytes // manifest.image_shape[2]
+    mean, std = [], []
+    for total, squares in zip(manifest.statistics.sums, manifest.statistics.squares, strict=True):
+        mean.append(total / count / 255)
+        # Integers: the difference of two floats of this size would have few exact digits.
+        variance = max(0, count * squares - total * total) / (255 * count) ** 2
+        std.append(math.sqrt(variance) if variance >= _MIN_STD**2 else 1.0)
+    return DatasetStats(tuple(mean), tuple(std), manifest.samples)
 
 
 def _select_samples(store: Store) -> NDArray[np.int64]:
@@ -79,7 +101,7 @@ def _select_samples(store: Store) -> NDArray[np.int64]:
 def load_or_compute_stats(
     store: Store, directory: Path, spec: TransformSpec, backend: str, device: torch.device
 ) -> DatasetStats:
-    """Load the statistics of a packed split from its cache, or compute them and write the cache.
+    """Load the statistics of a packed split from its manifest or its cache, or compute them and write the cache.
 
     Args:
         store: Open training split.
@@ -89,6 +111,8 @@ def load_or_compute_stats(
         backend: `dali` or `torch`.
         device: Device of the transform.
     """
+    if packed := packed_stats(store.manifest, spec):
+        return packed
     name = "-".join((str(spec.resolution), spec.interpolation, *spec.preprocessing.steps))
     path = directory / "statistics" / f"{name}.json"
     digest = store.manifest.digest()

@@ -13,11 +13,14 @@ import torch
 from conftest import pack_splits, synthetic_splits
 from support.transform_reference import model_input
 
+import pipeline.packing.pack
 from pipeline import normalization
-from pipeline.normalization import DatasetStats, compute_stats, load_or_compute_stats
+from pipeline.normalization import DatasetStats, compute_stats, load_or_compute_stats, packed_stats
+from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import TransformSpec
 from shards import open_split
 from shards.atomic import with_checksum, without_checksum
+from shards.manifest import StoreKind
 from shards.stores.base import Store
 
 CPU = torch.device("cpu")
@@ -70,6 +73,46 @@ def test_measures_mean_and_deviation_of_the_model_input(
     assert np.abs(np.array(measured.std) - std).max() < 1e-6
 
 
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(("store", "samples"), [("tar", 1), ("tar", 300), ("zarr", 150)])
+def test_packing_computes_the_statistics_of_the_stored_pixels(
+    tmp_path: Path, store: StoreKind, samples: int, transposed: bool
+) -> None:
+    """Also of parts of several shards and of blocks larger than what is added up at once."""
+    parts = synthetic_splits(train=samples, test=20, shape=(20, 31, 3), transposed=transposed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 280 * 20 * 31 * 3)
+        packed = pack_splits(parts, tmp_path / "set", block_size=270 if samples == 300 else 40, store=store)
+    train = open_split(packed, "train")
+    images = train.read(np.arange(samples)).astype(object if samples == 1 else np.int64)
+    assert train.manifest.statistics is not None
+    assert list(train.manifest.statistics.sums) == images.sum(axis=(0, 1, 2)).tolist()
+    assert list(train.manifest.statistics.squares) == (images**2).sum(axis=(0, 1, 2)).tolist()
+    found = packed_stats(train.manifest, TransformSpec.of(train.manifest, "20x31"))
+    assert found is not None and found.samples == samples
+    pixels = images.astype(np.float64) / 255
+    np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(found.std, pixels.std(axis=(0, 1, 2)), rtol=1e-12)
+
+
+def test_statistics_of_packing_serve_the_stored_pixels_only(
+    packed: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = packed_stats(store.manifest, TransformSpec.of(store.manifest, 28))
+    measured = compute_stats(store, TransformSpec.of(store.manifest, 28), "torch", CPU)
+    assert found is not None
+    assert (found.mean, found.std) == (pytest.approx(measured.mean, abs=1e-6), pytest.approx(measured.std, abs=1e-6))
+    for other in (
+        TransformSpec.of(store.manifest, 27),
+        TransformSpec.of(store.manifest, 28, preprocessing=Preprocessing(invert=True)),
+    ):
+        assert packed_stats(store.manifest, other) is None
+    monkeypatch.setattr(normalization, "compute_stats", _must_not_measure)
+    spec = TransformSpec.of(store.manifest, 28)
+    assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU) == found
+    assert not (packed / "train" / "statistics").exists()
+
+
 def test_the_normalised_input_has_mean_0_and_deviation_1(store: Store) -> None:
     spec = TransformSpec.of(store.manifest, 20)
     measured = compute_stats(store, spec, "torch", CPU)
@@ -91,6 +134,8 @@ def test_blank_images_are_not_divided_by_nothing(tmp_path: Path) -> None:
     measured = compute_stats(blank, TransformSpec.of(blank.manifest, 28), "torch", CPU)
     assert measured.mean == pytest.approx((0.2,), abs=1e-6)
     assert measured.std == (1.0,)
+    found = packed_stats(blank.manifest, TransformSpec.of(blank.manifest, 28))
+    assert found is not None and (found.mean, found.std) == (pytest.approx((0.2,)), (1.0,))
 
 
 def test_is_measured_once_and_then_read(packed: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
