@@ -21,6 +21,7 @@ from conftest import ROOT, assert_user_error, pack_splits, run_module, synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import warm_process
+from support.synthetic_records import foreign_set, pack_pictures
 from support.version_2 import downgrade
 
 import pipeline.packing.pack
@@ -29,8 +30,9 @@ import shards.stores.create
 from pipeline.packing.pack import PackSettings, pack
 from shards import Manifest, UserError, open_split
 from shards.atomic import staging_directory
-from shards.convert import convert
-from shards.manifest import MANIFEST_NAME, StoreKind
+from shards.convert import convert, upgrade
+from shards.index import index
+from shards.manifest import ARRAYS, MANIFEST_NAME, StoreKind
 from shards.verify.check import check_split
 
 SHAPE = (6, 5, 3)
@@ -187,6 +189,71 @@ class TestRoundTrip:
             tracemalloc.stop()
             gc.enable()
         assert peak < 8 * shard < raw / 3
+
+
+class TestUpgrade:
+    """A pack of version 2 in place; packing writes version 3."""
+
+    @pytest.mark.parametrize("kind", ["tar", "zarr", "records", "indexed"])
+    def test_gives_the_bytes_that_packing_gives(self, tar: Path, tmp_path: Path, kind: str) -> None:
+        pack = tmp_path / "set"
+        if kind == "records":
+            pack_pictures(pack, records_per_shard=10, train=24, test=3)
+        elif kind == "indexed":
+            index(foreign_set(pack, train=24, test=6, shard_size=10), None)
+        elif kind == "zarr":
+            convert(tar, pack, "zarr")
+        else:
+            shutil.copytree(tar, pack)
+        expected = content(pack)
+        downgrade(pack)
+        assert content(pack) != expected
+        store, parts = open_split(pack, "train"), len(list(pack.glob("*/manifest.json")))
+        before = [np.asarray(image).tobytes() for image in store.read(np.arange(len(store)))]
+        assert len(upgrade(pack)) == parts
+        assert content(pack) == expected
+        assert [np.asarray(image).tobytes() for image in store.read(np.arange(len(store)))] == before, "it is open"
+        assert upgrade(pack) == []
+        assert content(pack) == expected
+
+    def test_one_part_of_version_1(self, tar: Path, tmp_path: Path) -> None:
+        part = downgrade(Path(shutil.copytree(tar / "train", tmp_path / "old")))
+        fields = Manifest.read(part).model_dump(mode="json", exclude={"store", "options", "files"})
+        (part / MANIFEST_NAME).write_text(Manifest(**{**fields, "version": 1}).to_json())
+        [manifest] = upgrade(part)
+        assert manifest == Manifest.read(part)
+        assert {file.name for file in manifest.files} == {f"shard-{n:05d}.idx" for n in range(4)} | set(ARRAYS)
+        assert check_split(part)[1] == []
+
+    @pytest.mark.parametrize("name", ["shard-00001.tar", "shard-00001.idx", "origins.csv", "samples.zarr/rows/c/1"])
+    def test_a_damaged_split_is_left_as_it_is(self, tar: Path, tmp_path: Path, name: str) -> None:
+        pack = tmp_path / "set"
+        if "zarr" in name:
+            convert(tar, pack, "zarr")
+        else:
+            shutil.copytree(tar, pack)
+        path = downgrade(pack) / "train" / name
+        changed = bytearray(path.read_bytes())
+        changed[600 if name.endswith(".tar") else 30] ^= 1
+        path.write_bytes(changed)
+        before = content(pack / "train")
+        with pytest.raises(UserError) as caught:
+            upgrade(pack)
+        assert str(path.with_suffix("")) in caught.value.found
+        assert content(pack / "train") == before
+
+    def test_by_the_command(self, tar: Path, tmp_path: Path) -> None:
+        pack = downgrade(Path(shutil.copytree(tar, tmp_path / "set")))
+        process = run_module("shards.convert", pack)
+        assert process.returncode == 0, process.stderr
+        assert "train  150 images, upgraded to format version 3" in process.stdout
+        assert content(pack) == content(tar)
+        assert "has format version 3 already" in run_module("shards.convert", pack).stdout
+        for arguments in ((pack, "--store", "zarr"), (pack, tmp_path / "new")):
+            process = run_module("shards.convert", *arguments)
+            assert process.returncode == 2
+            assert "DST and --store go together" in process.stderr
+        assert_user_error(run_module("shards.convert", "s3://bucket/name"), "s3://bucket/name, a remote data set")
 
 
 class TestAllOrNothing:
