@@ -284,7 +284,7 @@ def main() -> int:
     if arguments.target is None:
         return _run_upgrade(arguments.source)
     compression = arguments.compression or "zstd"
-    source = resolve_dataset(arguments.source)
+    source = resolve_dataset(arguments.source, whole=True)
     converted = convert(source, arguments.target, arguments.store, compression, arguments.force)
     for before, after in converted:
         print(

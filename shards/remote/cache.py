@@ -121,20 +121,25 @@ class Entry:
     directory: Path
     content: Path
 
-    def make_room(self, total: int, what: str) -> None:
+    def make_room(self, total: int, what: str, least: int | None = None) -> int:
         """Evict other entries, least recently used first, until this one can grow to a size.
 
         Args:
             total: The size in bytes.
             what: The name of the entry in messages.
+            least: A smaller size that is enough where the whole one does not fit; None if it is not.
+
+        Returns:
+            The size that the entry may have.
 
         Raises:
             UserError: If the entry exceeds the limit or the disk. Nothing is evicted then.
         """
         root = cache_directory()
         with file_lock(root / ".room.lock"):
-            _evict_until_it_fits(root, self.directory, total, what)
+            total = _evict_until_it_fits(root, self.directory, total, what, least)
             (self.directory / ".use").write_text(str(total), encoding="ascii")
+        return total
 
     def check_files(self, files: Sequence[RemoteFile]) -> None:
         """Hash the files that have changed since they were last checked, and delete those that are damaged.
@@ -155,7 +160,7 @@ class Entry:
             status = path.stat() if path.is_file() else None
             stamp = [status.st_size, status.st_mtime_ns] if status else None
             if known[:2] != stamp or file.sha256 not in (None, known[2]):
-                digest = _sha256(path) if status and status.st_size == file.bytes else None
+                digest = sha256_of(path) if status and status.st_size == file.bytes else None
                 if digest is None or digest != (file.sha256 or known[2] or digest):
                     log.warning("%s is damaged and is downloaded again", path)
                     remove(path)
@@ -253,7 +258,7 @@ def _is(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _evict_until_it_fits(root: Path, directory: Path, total: int, what: str) -> None:
+def _evict_until_it_fits(root: Path, directory: Path, total: int, what: str, least: int | None) -> int:
     for leftover in root.glob(f"*/{_EVICTED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     present = _bytes_in(directory)
@@ -270,21 +275,24 @@ def _evict_until_it_fits(root: Path, directory: Path, total: int, what: str) -> 
         else:
             idle.append((use.stat().st_mtime, size, use.parent))
     limit = cache_limit() or (free + used + present) // 2
+    evictable = sum(size for _, size, _ in idle)
+    largest = min(limit - (used - evictable), free + present + evictable) - promised
+    if least is not None and least <= largest:
+        total = min(total, largest)
 
     if total > limit:
         raise UserError(
-            found=f"{what} of {_size(total)}, and a cache of at most {_size(limit)} in {root}",
+            found=f"{what} of {format_size(total)}, and a cache of at most {format_size(limit)} in {root}",
             expected="a cache that is large enough",
-            hint=f"export {SIZE_VARIABLE}={_size(total + total // 10)} (the default is half of the disk space), "
+            hint=f"export {SIZE_VARIABLE}={format_size(total + total // 10)} (the default is half of the disk space), "
             f"or {DIRECTORY_VARIABLE}=DIR on a larger disk",
         )
-    evictable = sum(size for _, size, _ in idle)
     over_limit = used + promised + total - limit
     over_disk = total - present + promised - free
     if over_disk > evictable:
         raise DiskFullError(
-            found=f"{_size(free + evictable)} of free space for {what} on the disk of {root}",
-            expected=f"{_size(total - present + promised)}",
+            found=f"{format_size(free + evictable)} of free space for {what} on the disk of {root}",
+            expected=f"{format_size(total - present + promised)}",
             hint=f"free disk space, or export {DIRECTORY_VARIABLE}=DIR on a larger disk",
         )
     over = max(over_limit, over_disk)
@@ -294,10 +302,11 @@ def _evict_until_it_fits(root: Path, directory: Path, total: int, what: str) -> 
                 over -= size
     if over > 0:
         raise UserError(
-            found=f"{_size(used - evictable + promised)} of the cache in {root} in use by running processes",
-            expected=f"room for {what} of {_size(total)} beneath the bound of {_size(limit)}",
-            hint=f"wait for them to end, or export {SIZE_VARIABLE}={_size((total + used + promised) * 11 // 10)}",
+            found=f"{format_size(used - evictable + promised)} of the cache in {root} in use by running processes",
+            expected=f"room for {what} of {format_size(total)} beneath the bound of {format_size(limit)}",
+            hint=f"wait for them to end, or export {SIZE_VARIABLE}={format_size((total + used + promised) * 11 // 10)}",
         )
+    return total
 
 
 @contextlib.contextmanager
@@ -339,12 +348,13 @@ def _bytes_in(directory: Path) -> int:
     return total
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file (hex)."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _size(count: int) -> str:
+def format_size(count: int) -> str:
     """Return bytes as 1.23GB, the format of $INKSTREAM_CACHE_SIZE."""
     power = max((power for power in range(1, len(_UNITS)) if count >= 1000**power), default=0)
     return f"{count / 1000**power:.2f}{_UNITS[power]}B" if power else f"{count}B"

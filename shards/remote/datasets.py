@@ -25,12 +25,16 @@ from shards.remote.backends import open_storage
 from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
 from shards.remote.cache import Entry, cache_directory, open_entry, read_json, write_json
 from shards.remote.download import RemoteFile, check_names, download_files, remove, run_in_threads
+from shards.remote.on_demand import is_read_on_demand, least_room, on_demand_part, read_on_demand
 
 log = logging.getLogger(__name__)
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _INDEX = ".index.json"
 _SINGLE = ""  # in place of the name of a split, if the address is that of a single split
+_UPGRADE = (
+    ". Data sets of format version 3 need less: upgrade a local copy (python -m shards.convert DIR), upload it again"
+)
 _ATTEMPTS_WITH_COPY = 2  # for the manifests, if the cache holds a copy
 
 
@@ -40,14 +44,16 @@ def is_remote(address: str | Path) -> bool:
     return _SCHEME.match(text) is not None and not text.lower().startswith("file:")
 
 
-def resolve_dataset(address: str | Path) -> Path:
+def resolve_dataset(address: str | Path, whole: bool = False) -> Path:
     """Return the local directory of a packed data set or of one split, downloaded into the cache if it is remote.
 
     A data set is downloaded again only if its manifests have changed. Without a network the last copy is used, with a
-    warning. The data set is not evicted from the cache while this process runs.
+    warning. The data set is not evicted from the cache while this process runs. If it exceeds the cache, its shards
+    are not in the directory: `SplitFiles` fetches them when it opens them.
 
     Args:
         address: A path, or an address such as s3://bucket/name.
+        whole: Whether all files are needed in the directory.
 
     Raises:
         UserError: If the data set cannot be reached, is incomplete, or does not fit into the cache.
@@ -71,7 +77,7 @@ def resolve_dataset(address: str | Path) -> Path:
             expected=f"a complete data set: {' and '.join(REQUIRED_SPLITS)}, each with {MANIFEST_NAME}",
             hint="wait until its upload has ended, or pack it again: python -m pipeline.shard SOURCE --out ADDRESS",
         )
-    return _download_set(storage, manifests, record)
+    return _download_set(storage, manifests, record, whole)
 
 
 def resolve_files(address: str | Path) -> Path:
@@ -203,7 +209,9 @@ def _read_manifests(storage: RemoteStorage, attempts: int | None = None) -> dict
     return manifests
 
 
-def _download_set(storage: RemoteStorage, manifests: dict[str, tuple[Manifest, bytes]], record: Path) -> Path:
+def _download_set(
+    storage: RemoteStorage, manifests: dict[str, tuple[Manifest, bytes]], record: Path, whole: bool
+) -> Path:
     """Download a data set into the cache entry named by its content, and record it as the copy of its address."""
     files = _files_of({split: manifest for split, (manifest, _) in manifests.items()})
     contents = {_manifest_name(split): content for split, (_, content) in manifests.items()}
@@ -211,8 +219,11 @@ def _download_set(storage: RemoteStorage, manifests: dict[str, tuple[Manifest, b
     check_names(everything, storage)
     first, _ = next(iter(manifests.values()))
     key = _key_of({split: manifest for split, (manifest, _) in manifests.items()})
+    has_arrays = all(manifest.version >= 3 for manifest, _ in manifests.values())
+    on_demand = on_demand_part(files) if has_arrays and not whole else []
+    advice = "" if has_arrays else _UPGRADE
     with open_entry("sets", key, _directory_name(first.name)) as entry:
-        _download_into(entry, storage, files, sum(file.bytes for file in everything))
+        _download_into(entry, storage, files, sum(file.bytes for file in everything), on_demand, advice)
         for name, content in contents.items():
             path = entry.content / name
             if path.is_file() and path.read_bytes() == content:
@@ -260,13 +271,38 @@ def _last_copy(record: Path) -> Path | None:
         return entry.content if is_complete else None
 
 
-def _download_into(entry: Entry, storage: RemoteStorage, files: Sequence[RemoteFile], total: int) -> None:
-    """Download the files that are missing or damaged into a cache entry, which will have `total` bytes."""
+def _download_into(
+    entry: Entry,
+    storage: RemoteStorage,
+    files: Sequence[RemoteFile],
+    total: int,
+    on_demand: Sequence[RemoteFile] = (),
+    advice: str = "",
+) -> None:
+    """Download the files that are missing or damaged into a cache entry, which will have `total` bytes.
+
+    The files `on_demand` are fetched when they are opened instead, if the cache is too small for all of them. `advice`
+    ends the hint of the error if it is too small.
+    """
+    # A process that evicts files may run while another one, with a larger cache, starts.
+    is_shared = bool(on_demand) and is_read_on_demand(entry)
+    if not is_shared:
+        if all(file.is_in(entry.content) for file in files):
+            entry.check_files(files)
+        if all(file.is_in(entry.content) for file in files):
+            return
+    others = total - sum(file.bytes for file in on_demand)
+    try:
+        room = entry.make_room(total, storage.shown, others + least_room(on_demand) if on_demand else None)
+    except UserError as error:
+        raise type(error)(error.found, error.expected, error.hint + advice) from None
+    if is_shared or room < total:
+        log.info("%s exceeds the cache: its shards are fetched when they are needed", storage.shown)
+        read_on_demand(entry, storage, on_demand, room - others)
+        files = sorted(set(files) - set(on_demand), key=lambda file: file.name)
     entry.check_files(files)
-    if not all(file.is_in(entry.content) for file in files):
-        entry.make_room(total, storage.shown)
-        download_files(storage, files, entry.content, entry.directory / ".parts", f"fetching {entry.content.name}")
-        entry.check_files(files)
+    download_files(storage, files, entry.content, entry.directory / ".parts", f"fetching {entry.content.name}")
+    entry.check_files(files)
 
 
 def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label: str) -> Path:

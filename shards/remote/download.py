@@ -54,6 +54,11 @@ class RemoteFile:
         path = directory / self.name
         return path.is_file() and path.stat().st_size == self.bytes
 
+    def partial(self, directory: Path) -> Path:
+        """Return the path of the incomplete file in a directory of such files."""
+        key = hashlib.sha256(f"{self.name}\n{self.sha256}\n{self.version}".encode()).hexdigest()
+        return directory / f"{key[:32]}.part"
+
 
 def remove(path: Path) -> None:
     """Delete a file or a directory, whatever it is."""
@@ -106,8 +111,7 @@ def download_files(
     make_directory(partials)
 
     def download(file: RemoteFile, stop: Event) -> None:
-        key = hashlib.sha256(f"{file.name}\n{file.sha256}\n{file.version}".encode()).hexdigest()
-        download_file(storage, file, directory / file.name, partials / f"{key[:32]}.part", bar, stop)
+        download_file(storage, file, directory / file.name, file.partial(partials), bar, stop)
 
     with progress_bar(sum(file.bytes for file in missing), label) as bar:
         run_in_threads(download, missing)

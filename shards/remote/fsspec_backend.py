@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import logging
+import os
 import re
 import urllib.parse
 from collections.abc import Iterator
@@ -39,7 +40,9 @@ class FsspecStorage(RemoteStorage):
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
+        self._address = address
         self._fs, root = self._connect(address)
+        self._process = os.getpid()
         self._root = root.rstrip("/")
         self._piece = PIECE
 
@@ -123,6 +126,8 @@ class FsspecStorage(RemoteStorage):
     def _call(self, name: str, method: str, *arguments: Any, more_seconds: float = 0, **named: Any) -> Any:
         from fsspec.asyn import sync
 
+        if self._process != os.getpid():  # its thread does not exist in a forked process
+            self._fs, self._process = self._connect(self._address)[0], os.getpid()
         try:
             if self._fs.async_impl:
                 function, seconds = getattr(self._fs, f"_{method}"), base.STALL_SECONDS + more_seconds

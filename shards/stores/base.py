@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias, TypeGuard
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.manifest import Manifest, RawFile, Shard
+from shards.stores.split_files import SplitFiles
 
 INDEX_VERSION = "v1.2"  # first word of the index that DALI's `wds2idx` writes
 Images: TypeAlias = NDArray[np.uint8] | list[NDArray[np.uint8]]
@@ -53,6 +55,20 @@ class ImageTable(NamedTuple):
     rows: NDArray[np.int64]
 
 
+class ShardUse(NamedTuple):
+    """The steps of an epoch in which a rank reads a shard.
+
+    Attributes:
+        shard: The number of the shard.
+        first: The first step that reads it.
+        last: The last step that reads it.
+    """
+
+    shard: int
+    first: int
+    last: int
+
+
 class Store(ABC):
     """Samples 0 .. N-1 of one split in packed order (a seeded permutation of the source rows)."""
 
@@ -62,8 +78,43 @@ class Store(ABC):
     rows: NDArray[np.integer]
     """[N], index of each sample in the raw source. Any integer type, possibly memory-mapped."""
 
+    files: SplitFiles | None = None
+    """The files of the split; None for a store without files of its own."""
+
     def __len__(self) -> int:
         return self.manifest.samples
+
+    @property
+    def shard_bounds(self) -> NDArray[np.int64]:
+        """The number of samples before each shard, and of all of them, int64 [shards + 1]."""
+        return np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes of shards that the cache holds for this process; None if it holds all."""
+        on_demand = self.files.on_demand if self.files is not None else None
+        return None if on_demand is None else on_demand.share
+
+    def prefetch(
+        self, plan: Callable[[NDArray[np.int64]], Iterable[ShardUse]]
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """Fetch shards ahead of need until the end of the block, if they are fetched on demand.
+
+        Args:
+            plan: Returns the shards that an epoch reads, by their first step, from `shard_bounds`.
+
+        Returns:
+            A context manager. It yields a function that is called with the number of each step before its samples are
+            read, and allows shards that are not read any more to be evicted.
+        """
+        if self.files is None:
+            return nullcontext(lambda step: None)
+        return self.files.prefetch(self._uses_of_files(plan))
+
+    def _uses_of_files(self, plan: Callable[[NDArray[np.int64]], Iterable[ShardUse]]) -> Iterator[tuple[str, int, int]]:
+        shards = self.manifest.shards
+        for use in plan(self.shard_bounds):
+            yield shards[use.shard].name, use.first, use.last
 
     @abstractmethod
     def read(self, samples: NDArray[np.int64]) -> Images:

@@ -58,6 +58,8 @@ class RecordStore(EncodedStore):
         CorruptError: If a file is missing or does not fit the manifest.
     """
 
+    files: SplitFiles
+
     def __init__(self, directory: Path, manifest: Manifest, verify: bool = True) -> None:
         self.manifest = manifest
         self.files = SplitFiles(directory, manifest)

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from shards.atomic import FileIdentity, file_identity, replaced_error
 from shards.cli import USER_ERROR_STATUS
 from shards.errors import CorruptError, UserError, corrupt_shard
 from shards.manifest import Manifest
+from shards.remote.on_demand import FileUse, on_demand_files
 
 _MAX_OPEN_FILES = 64  # files of a split
 _CHUNK = 1 << 20  # bytes hashed at a time
@@ -90,7 +91,20 @@ class SplitFiles:
         self._identities: dict[str, FileIdentity] = {}
         self._mapped: list[tuple[str, str, FileIdentity]] = []  # path, name, identity
         self._in_turn: Iterator[tuple[str, str, FileIdentity]] = iter(())  # of the mapped files: again and again
-        self._open = lru_cache(max_open_files())(OpenFile.open)
+        self.on_demand = on_demand_files(directory)
+        """Fetches the files that are not there yet; None if all are."""
+        # A file that stays open would occupy the disk after it was evicted.
+        self._open = OpenFile.open if self.on_demand else lru_cache(max_open_files())(OpenFile.open)
+
+    def prefetch(self, uses: Iterable[tuple[str, int, int]]) -> AbstractContextManager[Callable[[int], None]]:
+        """Fetch files ahead of need, if they are fetched on demand; see `OnDemandFiles.prefetch`.
+
+        Args:
+            uses: Name, first step and last step of each file.
+        """
+        if self.on_demand is None:
+            return nullcontext(lambda step: None)
+        return self.on_demand.prefetch(FileUse(self._path(name), first, last) for name, first, last in uses)
 
     @contextmanager
     def open(self, name: str) -> Iterator[OpenFile]:
@@ -99,7 +113,16 @@ class SplitFiles:
         Raises:
             CorruptError: If it is missing, cannot be read, or does not have the size of the manifest.
             MismatchError: If it is not the file that was opened first, or was changed since.
+            UserError: If it is fetched on demand, and that fails.
         """
+        with nullcontext() if self.on_demand is None else self.on_demand.held(self._path(name)) as identity:
+            if identity is not None:  # a file that was evicted and fetched again has another one
+                self._identities[name] = identity
+            with self._open_present(name) as file:
+                yield file
+
+    @contextmanager
+    def _open_present(self, name: str) -> Iterator[OpenFile]:
         try:
             file = self._open(self._path(name))
             self._check(name, os.fstat(file.descriptor))
@@ -120,9 +143,9 @@ class SplitFiles:
     def check_present(self, names: Iterable[str]) -> None:
         """Raise as `open` does unless each file has the size of the manifest. A file that replaces it is refused later.
 
-        For stores that open a file only when they need it.
+        For stores that open a file only when they need it. Files that are fetched on demand are checked then.
         """
-        for name in names:
+        for name in names if self.on_demand is None else ():
             try:
                 self._check(name, os.stat(self._path(name)))
             except OSError as error:

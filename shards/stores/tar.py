@@ -62,11 +62,13 @@ class TarStore(ImageStore):
         CorruptError: If a file is missing or does not fit the manifest.
     """
 
+    files: SplitFiles
+
     def __init__(self, directory: Path, manifest: Manifest, memory: int | None = None, verify: bool = True) -> None:
         self.manifest = manifest
         self.files = files = SplitFiles(directory, manifest)
         mapped = memory is None or manifest.samples * manifest.image_bytes <= memory
-        if len(manifest.shards) > MAX_MAPPED_FILES:
+        if len(manifest.shards) > MAX_MAPPED_FILES or files.on_demand:
             mapped, memory = False, _UNMAPPED_MEMORY if memory is None else memory
         arrays = SampleArrays.open(files, manifest) if manifest.version == VERSION else self._read_version_2()
         self.arrays, self.labels, self.rows = arrays, arrays.labels, arrays.rows

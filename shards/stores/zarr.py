@@ -152,6 +152,8 @@ class ZarrStore(ImageStore):
         CorruptError: If a file is missing or does not fit the manifest.
     """
 
+    files: SplitFiles
+
     def __init__(self, directory: Path, manifest: Manifest, memory: int | None = None, verify: bool = True) -> None:
         self.manifest = manifest
         _, self._compressed = open_arrays(directory, manifest)

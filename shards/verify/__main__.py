@@ -23,7 +23,7 @@ def main() -> int:
         description="Check packed shards: count, hash and decode every block, and list the damaged ones.",
     )
     parser.add_argument("place", metavar="DIR", help="directory or address of a packed data set, or of one split of it")
-    directory = resolve_dataset(parser.parse_args().place)
+    directory = resolve_dataset(parser.parse_args().place, whole=True)
     all_faults = []
     with detect_replacement(*manifest_paths(directory)):
         for split in split_directories(directory):

@@ -117,7 +117,7 @@ def test_a_bound_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_sizes_are_written_as_the_bound_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (0, 7, 1500, 123_456_789, 2 * 10**12):
-        text = cache_module._size(count)
+        text = cache_module.format_size(count)
         if count:
             monkeypatch.setenv("INKSTREAM_CACHE_SIZE", text)
             assert cache_limit() == pytest.approx(count, rel=0.005)

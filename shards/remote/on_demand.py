@@ -1,0 +1,482 @@
+"""Files of a data set larger than the cache: fetched when they are needed, and evicted when nobody needs them.
+
+CACHE/sets/KEY/.fetching/  incomplete files
+CACHE/sets/KEY/.files      for each file two int64: the modification time with which its SHA-256 was right (0: absent,
+                           1: reserved), and its place in the order of eviction
+CACHE/sets/KEY/.locks      locked by byte ranges, so that one descriptor is enough for any number of files: byte 0 while
+                           files are evicted, byte 1 + 2n by the process that fetches file n, and byte 2 + 2n (shared)
+                           by every process that needs file n, and the last byte (shared) by all of them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import heapq
+import logging
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from shards.atomic import NO_LOCKS, FileIdentity, file_identity, make_directory
+from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
+from shards.remote.base import RemoteStorage
+from shards.remote.cache import SIZE_VARIABLE, Entry, format_size, sha256_of
+from shards.remote.download import RemoteFile, download_file, remove
+
+try:
+    import fcntl
+except ImportError:  # Windows: data sets are fetched whole there
+    fcntl = None  # type: ignore[assignment]  # no such module
+
+log = logging.getLogger(__name__)
+
+_THREADS = 8
+_LEAD = 4  # of the bytes of a process, files of later steps occupy this part
+_PAUSE = 0.02  # seconds between attempts to take a lock that is held for long
+_RETRY_PAUSE = 5.0  # seconds until a file that could not be fetched ahead is tried again
+_ROOM_SECONDS = 120.0  # for which a file waits until other processes need fewer files
+_ABSENT, _RESERVED = 0, 1  # in place of a modification time
+_MIDDLE = 1 << 61
+_LAST_BYTE = 1 << 40
+_ROW = 16  # bytes of a file in .files
+_open: dict[Path, OnDemandFiles] = {}
+"""Data sets of this process that are read on demand, by their directory."""
+
+
+class FileUse(NamedTuple):
+    """The steps of an epoch that read a file.
+
+    Attributes:
+        path: The path of the file in the cache.
+        first: The first step that reads it.
+        last: The last step that reads it.
+    """
+
+    path: str
+    first: int
+    last: int
+
+
+@dataclass
+class _Claim:
+    """That this process needs a file. `identity` is that of the file, once it is there."""
+
+    count: int = 0
+    identity: FileIdentity | None = None
+
+
+class OnDemandFiles:
+    """Files in a cache entry that are fetched when they are opened. Processes of a host share them.
+
+    A file is in the cache as long as one of the processes needs it. When room is needed, files that the training has
+    passed are evicted first, the last one first: a shuffled epoch reads every file once, so those that it has not
+    reached yet are needed earlier than those that it has just passed.
+
+    Args:
+        entry: The cache entry.
+        storage: Where the files are.
+        files: The files.
+        room: Bytes that they may occupy in the cache.
+    """
+
+    def __init__(self, entry: Entry, storage: RemoteStorage, files: Sequence[RemoteFile], room: int) -> None:
+        self._entry = entry
+        self._storage = storage
+        self._files = files
+        self._sizes = np.array([file.bytes for file in files], np.int64)
+        self._numbers = {str(entry.content / file.name): number for number, file in enumerate(files)}
+        self._parts = entry.directory / ".fetching"
+        self.room = room
+        self.fetched_bytes = 0
+        self.waited_seconds = 0.0
+        with os_errors_as_user_errors(entry.directory):
+            make_directory(self._parts)
+            self._states = os.open(entry.directory / ".files", os.O_RDWR | os.O_CREAT, 0o666)
+            self._locks = os.open(entry.directory / ".locks", os.O_RDWR | os.O_CREAT, 0o666)
+        self._start_process()
+        with os_errors_as_user_errors(entry.directory), self._exclusive():
+            self._reconcile()
+
+    def _start_process(self) -> None:
+        """Begin without claims: at first, and in a forked process, which does not inherit locks."""
+        self._claims: dict[int, _Claim] = {}
+        self._mutex = threading.RLock()
+        self._fetching: dict[int, threading.Lock] = defaultdict(threading.Lock)
+        self._lock(_LAST_BYTE, exclusive=False)
+
+    def _reconcile(self) -> None:
+        """Record files that are in the cache already: an earlier process may have fetched all of them."""
+        size = len(self._files) * _ROW
+        if os.fstat(self._states).st_size != size:
+            os.ftruncate(self._states, 0)
+            os.pwrite(self._states, bytes(size), 0)  # allocated at once: no write fails on a full disk later
+        for number in np.flatnonzero(self._read_states()[:, 0] == _ABSENT).tolist():
+            if self._files[number].is_in(self._entry.content):
+                self._write_state(number, _RESERVED)
+
+    @property
+    def share(self) -> int:
+        """Bytes of the room that each process of this host may fetch ahead.
+
+        What is left is for files that are read out of order.
+        """
+        return self.room // _ranks() - 2 * int(self._sizes.max())
+
+    @contextlib.contextmanager
+    def held(self, path: str) -> Iterator[FileIdentity | None]:
+        """Have a file in the cache during the block. Yields its identity; None for a file that is always there.
+
+        Raises:
+            UserError: If it cannot be fetched, or there is no room for it.
+        """
+        number = self._numbers.get(path)
+        if number is None:
+            yield None
+            return
+        self.claim(number)
+        try:
+            start = time.monotonic()
+            identity = self.fetch(number)
+            self.waited_seconds += time.monotonic() - start
+            yield identity
+        finally:
+            self.release(number)
+
+    def claim(self, number: int) -> None:
+        """Keep a file from being evicted once it is there."""
+        with self._mutex:
+            claim = self._claims.setdefault(number, _Claim())
+            claim.count += 1
+            if claim.count == 1:
+                with self._exclusive():
+                    self._lock(2 + 2 * number, exclusive=False)
+
+    def release(self, number: int, passed: bool = False) -> None:
+        """Allow a file to be evicted. `passed`: the epoch does not need it any more."""
+        with self._mutex:
+            claim = self._claims[number]
+            claim.count -= 1
+            if claim.count:
+                return
+            del self._claims[number]
+            now = time.time_ns()
+            with self._exclusive():
+                # In ascending order: passed files, the last one first; others, the least recently used one first.
+                self._write_state(number, order=-(_MIDDLE + now) if passed else now - _MIDDLE)
+                self._unlock(2 + 2 * number)
+
+    def fetch(self, number: int, stop: threading.Event | None = None) -> FileIdentity | None:
+        """Wait until a file that this process has claimed is in the cache; returns its identity.
+
+        None if `stop` was set before.
+        """
+        claim = self._claims[number]
+        with self._fetching[number]:
+            if claim.identity is None:
+                with self._fetched_by_this_process(number):
+                    claim.identity = self._find(number) or self._download(number, stop)
+            return claim.identity
+
+    @contextlib.contextmanager
+    def prefetch(self, uses: Iterable[FileUse]) -> Iterator[Callable[[int], None]]:
+        """Fetch files in threads, ahead of the steps that need them, as far as the room allows.
+
+        Errors are left to the step that needs the file: it tries again.
+
+        Args:
+            uses: The files, by the first step that reads them.
+
+        Yields:
+            A function to call with the number of each step before it reads: it allows files of earlier steps to be
+            evicted.
+        """
+        prefetcher = _Prefetcher(self, ((self._numbers[use.path], use) for use in uses))
+        try:
+            yield prefetcher.advance
+        finally:
+            prefetcher.close()
+
+    def size(self, number: int) -> int:
+        """Return the bytes of a file."""
+        return self._files[number].bytes
+
+    def _find(self, number: int) -> FileIdentity | None:
+        """Return the identity of a file that is in the cache and intact."""
+        file, path = self._files[number], self._entry.content / self._files[number].name
+        if not file.is_in(self._entry.content):
+            return None
+        status = path.stat()
+        if self._read_states()[number, 0] != status.st_mtime_ns:
+            if sha256_of(path) != file.sha256:
+                log.warning("%s is damaged and is downloaded again", path)
+                remove(path)
+                return None
+            self._write_state(number, status.st_mtime_ns)
+        return file_identity(status)
+
+    def _download(self, number: int, stop: threading.Event | None) -> FileIdentity | None:
+        file, path = self._files[number], self._entry.content / self._files[number].name
+        stop = stop or threading.Event()
+        deadline = time.monotonic() + _ROOM_SECONDS
+        while not self._reserve(number):
+            if stop.wait(_PAUSE):
+                return None
+            if time.monotonic() > deadline:
+                raise UserError(
+                    found=f"no room for {self._storage.show(file.name)} in {format_size(self.room)} of the cache: "
+                    "running processes need all files there",
+                    expected="a cache that holds the shuffle window of each process",
+                    hint=f"export {SIZE_VARIABLE}={format_size(2 * self.room)}",
+                )
+        with tqdm(disable=True) as bar:
+            while True:
+                try:
+                    download_file(self._storage, file, path, file.partial(self._parts), bar, stop)
+                    break
+                except DiskFullError:
+                    with self._mutex, self._exclusive():
+                        if self._evict(file.bytes) < file.bytes:
+                            raise
+        if not file.is_in(self._entry.content):  # stopped
+            return None
+        with self._mutex:
+            self.fetched_bytes += file.bytes
+        status = path.stat()
+        self._write_state(number, status.st_mtime_ns)
+        return file_identity(status)
+
+    def _reserve(self, number: int) -> bool:
+        """Evict files until there is room for one more. Returns False if running processes need too many of them."""
+        with self._mutex, self._exclusive():
+            times = self._read_states()[:, 0]
+            if times[number] == _ABSENT:
+                over = int(self._sizes[times != _ABSENT].sum()) + self.size(number) - self.room
+                if over > 0 and self._evict(over) < over:
+                    return False
+                self._write_state(number, _RESERVED)
+            return True
+
+    def _evict(self, count: int) -> int:
+        """Delete files that no process needs, until they have at least so many bytes. Returns their bytes."""
+        times, order = self._read_states().T
+        freed = 0
+        for number in np.argsort(order, kind="stable").tolist():
+            if freed >= count:
+                break
+            if times[number] == _ABSENT or number in self._claims:
+                continue
+            if not self._lock(2 + 2 * number):
+                continue
+            file = self._files[number]
+            remove(self._entry.content / file.name)
+            remove(file.partial(self._parts))
+            self._write_state(number, _ABSENT)
+            self._unlock(2 + 2 * number)
+            freed += file.bytes
+        return freed
+
+    def _read_states(self) -> NDArray[np.int64]:
+        """Return modification time and order of eviction of each file, int64 [files, 2]."""
+        return np.frombuffer(os.pread(self._states, len(self._files) * _ROW, 0), np.int64).reshape(-1, 2)
+
+    def _write_state(self, number: int, modified: int | None = None, order: int | None = None) -> None:
+        for column, value in enumerate((modified, order)):
+            if value is not None:
+                os.pwrite(self._states, np.int64(value).tobytes(), number * _ROW + column * 8)
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Exclude other threads and processes for a moment: from eviction to a claim nothing may come between."""
+        with self._mutex:
+            self._lock(0, wait=True)
+            try:
+                yield
+            finally:
+                self._unlock(0)
+
+    @contextlib.contextmanager
+    def _fetched_by_this_process(self, number: int) -> Iterator[None]:
+        """Wait until no other process fetches a file, and keep others from it."""
+        # Polled: the system sees a deadlock where threads of two processes wait for each other's files.
+        while not self._lock(1 + 2 * number):
+            time.sleep(_PAUSE)
+        try:
+            yield
+        finally:
+            self._unlock(1 + 2 * number)
+
+    def _lock(self, byte: int, exclusive: bool = True, wait: bool = False) -> bool:
+        """Lock a byte of `.locks` for this process. Returns False if another one holds it."""
+        return _lock(self._locks, byte, exclusive, wait)
+
+    def _unlock(self, byte: int) -> None:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, byte)
+
+
+def _lock(descriptor: int, byte: int, exclusive: bool = True, wait: bool = False) -> bool:
+    try:
+        how = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, how, 1, byte)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+class _Prefetcher:
+    """Threads that fetch files in the order of their first use.
+
+    Args:
+        files: The files.
+        uses: The number of each file, and its use.
+    """
+
+    def __init__(self, files: OnDemandFiles, uses: Iterator[tuple[int, FileUse]]) -> None:
+        self._files = files
+        self._uses = uses
+        self._claimed: dict[int, int] = {}  # the last step of each file
+        self._ends: list[tuple[int, int]] = []  # heap of the last step and number of each file, some of them outdated
+        self._ahead: list[tuple[int, int]] = []  # heap of the first step and size of the files of later steps
+        self._bytes = self._bytes_ahead = 0
+        self._step = 0
+        self._process = os.getpid()
+        self._changed = threading.Condition()
+        self._taking = threading.Lock()
+        self._stop = threading.Event()
+        # Daemons: a process that ends does not wait for a server.
+        self._threads = [threading.Thread(target=self._run, name="fetch", daemon=True) for _ in range(_THREADS)]
+        for thread in self._threads:
+            thread.start()
+
+    def advance(self, step: int) -> None:
+        with self._changed:
+            self._step = step
+            while self._ahead and self._ahead[0][0] <= step:
+                self._bytes_ahead -= heapq.heappop(self._ahead)[1]
+                self._changed.notify_all()
+            while self._ends and self._ends[0][0] < step:
+                last, number = heapq.heappop(self._ends)
+                if self._claimed.get(number) == last:
+                    del self._claimed[number]
+                    self._bytes -= self._files.size(number)
+                    self._files.release(number, passed=True)
+                    self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the threads, and release all files."""
+        if os.getpid() != self._process:  # forked: neither threads nor claims exist here
+            return
+        self._stop.set()
+        with self._changed:
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for number, last in self._claimed.items():
+            self._files.release(number, passed=last <= self._step)
+
+    def _run(self) -> None:
+        while (number := self._take()) is not None:
+            while not self._stop.is_set():
+                with self._changed:
+                    if number not in self._claimed:  # the step that needed it has fetched it
+                        break
+                    self._files.claim(number)
+                try:
+                    self._files.fetch(number, self._stop)
+                    break
+                except UserError as error:
+                    log.debug("not fetched ahead: %s", error)
+                    self._stop.wait(_RETRY_PAUSE)
+                finally:
+                    self._files.release(number)
+
+    def _take(self) -> int | None:
+        """Claim the next file when there is room for it; None at the end."""
+        with self._taking:
+            number, use = next(self._uses, (None, None))
+            if number is None or use is None:
+                return None
+            with self._changed:
+                self._changed.wait_for(lambda: self._stop.is_set() or self._has_room(number, use))
+                if self._stop.is_set():
+                    return None
+                if number not in self._claimed:
+                    size = self._files.size(number)
+                    self._files.claim(number)
+                    self._bytes += size
+                    if use.first > self._step:
+                        self._bytes_ahead += size
+                        heapq.heappush(self._ahead, (use.first, size))
+                self._claimed[number] = max(self._claimed.get(number, 0), use.last)
+                heapq.heappush(self._ends, (self._claimed[number], number))
+                return number
+
+    def _has_room(self, number: int, use: FileUse) -> bool:
+        size, share = self._files.size(number), self._files.share
+        # A longer lead would evict files that an earlier epoch has left.
+        is_near = use.first <= self._step or self._bytes_ahead + size <= share // _LEAD
+        return number in self._claimed or (is_near and self._bytes + size <= share)
+
+
+def on_demand_files(directory: Path) -> OnDemandFiles | None:
+    """Return the files of a directory, or of the directory above it, that are read on demand; None if they are not."""
+    return _open.get(directory) or _open.get(directory.parent)
+
+
+def read_on_demand(entry: Entry, storage: RemoteStorage, files: Sequence[RemoteFile], room: int) -> None:
+    """Have `on_demand_files` return the files of a cache entry, until this process ends."""
+    known = _open.get(entry.content)
+    if known is None:
+        _open[entry.content] = OnDemandFiles(entry, storage, files, room)
+    else:
+        known.room = room
+
+
+def on_demand_part(files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Return the files of a data set of version 3 that opening it does not need: all but its arrays."""
+    return [file for file in files if fcntl and not file.name.endswith((".npy", "zarr.json"))]
+
+
+def is_read_on_demand(entry: Entry) -> bool:
+    """Whether a process evicts files of a cache entry while others may need them."""
+    if entry.content in _open:
+        return True
+    try:
+        descriptor = os.open(entry.directory / ".locks", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _lock(descriptor, _LAST_BYTE)
+    finally:
+        os.close(descriptor)
+
+
+def least_room(files: Sequence[RemoteFile]) -> int:
+    """Return the bytes with which files can be read on demand by the processes of this host."""
+    return 4 * _ranks() * max(file.bytes for file in files)
+
+
+def _ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _start_child() -> None:
+    for files in _open.values():
+        files._start_process()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_child)
