@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, cast
 
 import numpy as np
@@ -88,7 +89,7 @@ class Loader:
     def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
         """Iterate over this rank's batches of an epoch, from global step `first_step` on."""
         steps = self.sampler.steps(epoch, self._rank, self._world_size, first_step - first_step % self._fused_steps)
-        batches = self._prepare(steps, first_step)
+        batches = self._prepare(steps, epoch, first_step)
         if self._stream is None:
             return batches
         # Constants of the transform and resident images may still be on their way.
@@ -112,17 +113,20 @@ class Loader:
                 yield batch
                 del batch, tensor
 
-    def _prepare(self, steps: Iterator[BatchIndices], first_step: int) -> Generator[Batch, None, None]:
+    def _prepare(self, steps: Iterator[BatchIndices], epoch: int, first_step: int) -> Generator[Batch, None, None]:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is a property of the thread
-        while group := list(itertools.islice(steps, self._fused_steps)):
-            with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                batches = self._load(group)[::-1]
-            while batches:
-                batch = batches.pop()
-                if batch.step >= first_step:
-                    yield batch
-                del batch  # keep no reference, so that the consumer can free it
+        plan = partial(self.sampler.shard_uses, epoch, self._rank, self._world_size, first_step)
+        with self._store.prefetch(plan) as advance:
+            while group := list(itertools.islice(steps, self._fused_steps)):
+                advance(group[0].step)
+                with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                    batches = self._load(group)[::-1]
+                while batches:
+                    batch = batches.pop()
+                    if batch.step >= first_step:
+                        yield batch
+                    del batch  # keep no reference, so that the consumer can free it
 
     def _load(self, steps: list[BatchIndices]) -> list[Batch]:
         """Compute the batches of several steps in one call of the transform."""

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # thousandth of the std.
 _MAX_SAMPLES = 65_536
 _MAX_ENCODED_SAMPLES = 16_384  # decoding takes 100 times as long
+_MAX_SHARDS = 64  # of image files
 _BATCH_SIZE = 512
 _MIN_STD = 1e-6
 
@@ -91,10 +92,17 @@ def packed_stats(manifest: Manifest, spec: TransformSpec) -> DatasetStats | None
 
 
 def _select_samples(store: Store) -> NDArray[np.int64]:
-    """Select the first samples, or evenly spaced ones of a record store, whose shards may be sorted by class."""
+    """Select the first samples, or evenly spaced ones of a record store, whose shards may be sorted by class.
+
+    They are of few shards, which may have to be fetched.
+    """
     if store.manifest.encoded:
-        count = min(len(store), _MAX_ENCODED_SAMPLES)
-        return np.arange(count) * len(store) // count
+        bounds, shards = store.shard_bounds, np.arange(len(store.manifest.shards))
+        if len(shards) > _MAX_SHARDS:
+            shards = np.arange(_MAX_SHARDS) * len(shards) // _MAX_SHARDS
+        positions = np.concatenate([np.arange(*bounds[shard : shard + 2]) for shard in shards])
+        count = min(len(positions), _MAX_ENCODED_SAMPLES)
+        return positions[np.arange(count) * len(positions) // count]
     return np.arange(min(len(store), _MAX_SAMPLES))
 
 

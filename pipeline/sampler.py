@@ -25,6 +25,7 @@ from pipeline.common.rng import (
 from pipeline.common.windowed_order import LANES, UnitUse, WindowedOrder
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from shards.manifest import Manifest
+from shards.stores.base import ShardUse
 
 _FIRST_INDICES = 1 << 9  # of a rank that are computed together; then twice as many each time
 _INDICES_AT_ONCE = 1 << 14  # at most: intermediate results stay in the cache of a core
@@ -138,6 +139,22 @@ class ShuffledBatchSampler:
         size = equal_batch_size(len(self.samples), self.batch_size)
         order, _ = self._windowed_order(epoch)
         return order.unit_uses(_share_of_rank(size, rank, world_size), first, self.repeats)
+
+    def shard_uses(
+        self, epoch: int, rank: int, world_size: int, first: int, shard_bounds: NDArray[np.int64]
+    ) -> Iterator[ShardUse]:
+        """Iterate over the shards that a rank reads from step `first` on, by their first step; see `Store.prefetch`.
+
+        Without a shuffle window every batch reads any shard: none is returned.
+        """
+        if self.shuffle_window_blocks is None:
+            return
+        units, _ = self._units
+        firsts = np.searchsorted(shard_bounds, units[:-1], side="right") - 1
+        stops = np.searchsorted(shard_bounds, units[1:])
+        for use in self.unit_uses(epoch, rank, world_size, first):
+            for shard in range(firsts[use.unit], stops[use.unit]):
+                yield ShardUse(shard, use.first, use.last)
 
     def _uniform(self, epoch: int) -> _Batches:
         """Return a function that returns the samples [n, m] at positions [m] of the batches of steps [n]."""
@@ -271,6 +288,26 @@ def max_shuffle_window(manifest: Manifest, memory: int, batch_size: int) -> int 
     return largest_window(slots, batch_size / manifest.block_size, _BLOCKS_PER_LANE)
 
 
+def shard_window(manifest: Manifest, memory: int, cache: int, batch_size: int) -> int:
+    """Compute the widest shuffle window of a data set whose shards are fetched when they are needed.
+
+    Args:
+        manifest: Manifest of the split.
+        memory: Bytes that the store may use for images.
+        cache: Bytes of shards that the cache on disk holds for this rank. Half of them are for the window, the others
+            for shards that are fetched ahead.
+        batch_size: Samples of a global batch.
+
+    Returns:
+        The window in blocks.
+    """
+    samples = max(shard.samples for shard in manifest.shards)
+    slots = cache // 2 // max(shard.bytes for shard in manifest.shards)
+    if not manifest.encoded:
+        slots = min(slots, memory // (samples * manifest.image_bytes))
+    return largest_window(slots, batch_size / samples) * -(-samples // manifest.block_size)
+
+
 def largest_window(slots: int, blocks_per_batch: float, blocks_per_lane: int = _UNITS_PER_LANE) -> int:
     """Return the widest window with which a cache that evicts blocks in the order of reading reads none twice.
 
@@ -321,6 +358,18 @@ class SequentialBatchSampler:
         for step in range(first + (rank - first) % world_size, self.steps_per_epoch, world_size):
             batch = self.samples[step * self.batch_size : (step + 1) * self.batch_size]
             yield BatchIndices(step, batch, len(batch))
+
+    def shard_uses(
+        self, epoch: int, rank: int, world_size: int, first: int, shard_bounds: NDArray[np.int64]
+    ) -> Iterator[ShardUse]:
+        """Iterate over the shards that this rank's steps from number `first` on read; see `Store.prefetch`."""
+        bounds = self.samples.searchsorted(shard_bounds)
+        for shard in np.flatnonzero(bounds[1:] > bounds[:-1]).tolist():
+            start, stop = bounds[shard : shard + 2].tolist()
+            step, last = max(first, start // self.batch_size), (stop - 1) // self.batch_size
+            step += (rank - step) % world_size
+            if step <= last:
+                yield ShardUse(shard, step, last - (last - step) % world_size)
 
 
 BatchSampler: TypeAlias = ShuffledBatchSampler | SequentialBatchSampler

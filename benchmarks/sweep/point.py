@@ -55,7 +55,8 @@ class FixedStepLoader:
         self._loader = loader
         self._steps = steps
         self.stages, self.stage_at = loader.stages, loader.stage_at
-        self.window, self.timed, self.samples = loader.window, loader.timed, loader.samples
+        self.window, self.window_of_shards = loader.window, loader.window_of_shards
+        self.timed, self.samples = loader.timed, loader.samples
 
     def steps(self, epoch: int) -> int:
         return self._steps

@@ -57,7 +57,8 @@ class ResidentLoader:
         self._loader = loader
         self._max_steps = max_steps
         self.stages, self.stage_at = loader.stages, loader.stage_at
-        self.window, self.timed, self.samples = loader.window, loader.timed, loader.samples
+        self.window, self.window_of_shards = loader.window, loader.window_of_shards
+        self.timed, self.samples = loader.timed, loader.samples
         with contextlib.closing(loader.batches()) as batches:
             pairs = zip(range(_RESIDENT_BATCHES), batches, strict=False)
             self._batches = [replace(batch, images=batch.images.clone()) for _, batch in pairs]

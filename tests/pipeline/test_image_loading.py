@@ -151,6 +151,17 @@ def test_statistics_of_a_sorted_set_are_taken_from_everywhere(foreign: Path, mon
     assert normalization.compute_stats(store, TransformSpec.of(store.manifest, 8), "dali", CPU).samples == 30
 
 
+def test_statistics_are_taken_from_few_shards(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of a remote data set may have to be fetched."""
+    store = open_split(foreign, "train")
+    bounds = store.shard_bounds.tolist()
+    assert len(bounds) > 3
+    monkeypatch.setattr(normalization, "_MAX_SHARDS", 2)
+    samples = normalization._select_samples(store).tolist()
+    second = (len(bounds) - 1) // 2
+    assert samples == [*range(bounds[0], bounds[1]), *range(bounds[second], bounds[second + 1])]
+
+
 def test_a_contact_sheet_shows_pictures_in_their_own_shape(tmp_path: Path) -> None:
     """Wide pictures: raw with paper above and below, processed squeezed into the square that the model sees."""
     wide = np.zeros((8, 32, 3), np.uint8)

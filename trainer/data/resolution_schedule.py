@@ -54,12 +54,14 @@ class EpochLoader(Protocol):
     Attributes:
         stages: The stages of the run.
         window: See `ShuffledBatchSampler.shuffle_window_blocks`.
+        window_of_shards: Whether the units of the shuffle window are shards.
         timed: Wraps transforms to measure their time; None without a profiler.
         samples: Positions in the store of the samples of an epoch.
     """
 
     stages: tuple[ResolutionStage, ...]
     window: int | None
+    window_of_shards: bool
     timed: Callable[[Transform], Transform] | None
     samples: Positions
 
@@ -96,6 +98,7 @@ class TrainingLoader:
     ) -> None:
         self.stages = stages
         self.window = sampler.shuffle_window_blocks
+        self.window_of_shards = sampler.unit_bounds is not None
         self.timed: Callable[[Transform], Transform] | None = None
         self.samples = sampler.samples
         self._store = store
@@ -114,7 +117,8 @@ class TrainingLoader:
             if stage.first <= epoch:
                 before, sampler = sampler.left_out, replace(sampler, batch_size=stage.batch_size)
                 offset += stage.first * (before - sampler.left_out)
-        return replace(sampler, left_out_offset=offset, shuffle_window_blocks=self.window)
+        units = self._store.shard_bounds if self.window_of_shards else None
+        return replace(sampler, left_out_offset=offset, shuffle_window_blocks=self.window, unit_bounds=units)
 
     def steps(self, epoch: int) -> int:
         return self.sampler_at(epoch).steps_per_epoch

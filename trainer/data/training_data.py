@@ -16,7 +16,7 @@ from pipeline.common.labelled_samples import LabelledSamples, SamplesByClass
 from pipeline.ink.adapter import InputAdapter
 from pipeline.loader import Loader
 from pipeline.normalization import load_or_compute_stats
-from pipeline.sampler import SequentialBatchSampler, ShuffledBatchSampler, max_shuffle_window
+from pipeline.sampler import SequentialBatchSampler, ShuffledBatchSampler, max_shuffle_window, shard_window
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.preprocess import Resolution
 from pipeline.transforms.spec import Transform, TransformSpec
@@ -93,7 +93,8 @@ def open_data(config: Config, world: World) -> TrainingData:
         _check_splits_agree(train_store.manifest, store.manifest, directory)
     # Version 2 has no checksums to compare later.
     newest = {"start": VERSION, "lazy": VERSION - 1, "off": 0}[config.data.verify]
-    hashed = [store for store in stores if store.manifest.version <= newest]
+    # Files that are fetched on demand are hashed then.
+    hashed = [store for store in stores if store.manifest.version <= newest and store.cache_bytes is None]
     if hashed:
         world.run_on_main(lambda: _check_hashes(directory, hashed))
 
@@ -153,7 +154,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         return evaluation_loader(store, samples, transform, config, world)
 
     largest_batch = max(stage.batch_size for stage in stages)
-    window = world.broadcast_object(max_shuffle_window(manifest, train_memory, largest_batch))
+    window, shard_bounds = _shuffle_window(stores[0], train_memory, largest_batch, world)
     loader = config.loader
     sampler = ShuffledBatchSampler(
         train.samples,
@@ -165,11 +166,13 @@ def open_data(config: Config, world: World) -> TrainingData:
         repeats=loader.repeated_augmentation,
         by_class=SamplesByClass(train, config.seed) if config.data.class_balance else None,
         class_balance=config.data.class_balance,
+        unit_bounds=shard_bounds,
     )
     val_loader = None
     if val_stores:
         val_loader = evaluation(val_stores[0])
     elif len(validation):
+        _warn_of_scattered_samples(stores[0], validation.samples)
         val_loader = evaluation(train_store, validation.samples)
     return TrainingData(
         manifest=manifest,
@@ -185,6 +188,31 @@ def open_data(config: Config, world: World) -> TrainingData:
         test=evaluation(test_store, None if held_out is None else held_out.samples),
         test_store=test_store,
     )
+
+
+def _shuffle_window(
+    store: Store, memory: int, batch_size: int, world: World
+) -> tuple[int | None, NDArray[np.int64] | None]:
+    """Return the shuffle window in blocks, and the bounds of the shards if they are its units.
+
+    They are if a host fetches shards when it needs them. All ranks use the window of the smallest cache.
+    """
+    caches = [cache for cache in world.all_gather(lambda: store.cache_bytes) if cache is not None]
+    if not caches:
+        return world.broadcast_object(max_shuffle_window(store.manifest, memory, batch_size)), None
+    memory = min(world.all_gather(lambda: memory))
+    return shard_window(store.manifest, memory, min(caches), batch_size), store.shard_bounds
+
+
+def _warn_of_scattered_samples(store: Store, samples: Positions) -> None:
+    """Log a warning if a small part of a data set lies in most of its shards, which are fetched on demand."""
+    shards = np.diff(samples.searchsorted(store.shard_bounds))
+    if store.cache_bytes is not None and np.count_nonzero(shards) > len(shards) / 2:
+        log.warning(
+            "validation fetches %s of %s shards in every epoch: pack a val split, or set data.val_fraction=0",
+            np.count_nonzero(shards),
+            len(shards),
+        )
 
 
 def _image_memory(config: Config) -> int:

@@ -92,7 +92,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     for name in (new.keys() & saved.keys()) - skipped:
         check_structure(saved[name], new[name], name)
     state, train, config = training.state, training.data.train, training.config
-    window, groups = train.window, state.optimizer.param_groups
+    window, groups = (train.window, train.window_of_shards), state.optimizer.param_groups
     training.restore(saved if is_same else saved | {"learning_rate": new["learning_rate"]})
     kept = _GROUP_STATE if is_same else _GROUP_STATE - {"lr"}
     for group, own in zip(state.optimizer.param_groups, groups, strict=True):
@@ -101,7 +101,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
         _check_restored(training)
         return
     if not is_same_data:
-        train.window = window
+        train.window, train.window_of_shards = window
     steps, accumulation = train.steps(state.epoch), config.optim.grad_accumulation
     if steps != saved["steps"] or saved["step"] % accumulation:
         nearest = -(-saved["step"] * steps // saved["steps"])

@@ -217,6 +217,7 @@ class Training:
         return {
             **self.compatibility_fields(),
             "window": train.window,
+            "window_of_shards": train.window_of_shards,
             "steps": train.steps(self.state.epoch),
             "sampler_version": SAMPLER_VERSION,
             "threads": torch.get_num_threads(),
@@ -227,6 +228,7 @@ class Training:
         """Load the contents of `last.pt`."""
         # The order of samples depends on the shuffle window, so a machine with other memory keeps that of the run.
         self.data.train.window = state["window"]
+        self.data.train.window_of_shards = state.get("window_of_shards", False)
         self.state.load_state_dict(state)
 
     def trained_model(self) -> TrainedModel:

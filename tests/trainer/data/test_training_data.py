@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, pack_splits, synthetic_splits
+from support.lying_server import LyingServer
 from support.raw_files import refusal
 
+import pipeline.packing.pack
 from pipeline.common.labelled_samples import LabelledSamples
 from shards import open_split
 from shards.atomic import replace_directory
 from shards.errors import MismatchError, UserError
+from shards.remote import on_demand
 from shards.stores.base import Store
 from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.data import training_data
+from trainer.data.resolution_schedule import EpochLoader
 from trainer.data.training_data import open_data, split_fold
 from trainer.evaluate.logit_adjustment import log_class_weights
 from trainer.models.precision import resolve_precision
@@ -63,6 +67,32 @@ def test_class_balance_is_that_of_the_batches_and_of_the_loss(synthetic_set: Pat
     assert np.ptp(data.drawn) <= 1 < np.ptp(data.counts) and data.counts.sum() == len(data.train.samples)
     # The samples drawn have weights like those of a loss, which tau=1 undoes in predictions.
     assert log_class_weights(data.counts, settings.loss, data.drawn) == pytest.approx(np.log(data.drawn / data.counts))
+
+
+def test_a_run_continues_with_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches of a run that fetches shards on demand are those of one that goes on with all of them on disk."""
+    monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", 16 * 4 * 4)
+    shards = pack_splits(synthetic_splits(48 * 16, shape=(4, 4, 1)), tmp_path / "set", block_size=1)
+    packed = open_split(shards, "train").manifest.packed_bytes
+    server = LyingServer(tmp_path, lambda: None)
+    monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
+
+    def open_with(cache: int) -> EpochLoader:
+        on_demand._open.clear()  # as in another process
+        monkeypatch.setenv("INKSTREAM_CACHE_SIZE", str(cache))
+        address = f"http://127.0.0.1:{server.port}/set"
+        return open_data(config(address, "loader.batch_size=16", "data.resolution=8"), ALONE).train
+
+    small = open_with(packed)  # the test split has no room beside it
+    assert small.window is not None and small.window_of_shards
+    expected = [[batch.source_index.tolist() for batch in small.batches(epoch)] for epoch in range(2)]
+    assert len({row for batch in expected[0] for row in batch}) == len(expected[0]) * len(expected[0][0])
+    for cache in (packed, 10 * packed):
+        loader = open_with(cache)
+        loader.window, loader.window_of_shards = small.window, True  # as `Training.restore` does
+        assert [batch.source_index.tolist() for batch in loader.batches(1, 7)] == expected[1][7:]
+    assert not open_with(10 * packed).window_of_shards
+    server.close()
 
 
 @pytest.mark.parametrize("after", ["test", "train"])
