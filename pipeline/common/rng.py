@@ -23,7 +23,7 @@ LEFT_OUT_STREAM = 1 << 58  # the order in which epochs leave samples out
 BALANCE_STREAM = 1 << 56  # the order of the samples of each class in class-balanced sampling
 
 _MAX_SORTED = 1 << 24  # numbers: the time of `iterate_permutation` grows with their square
-_SORTED_AT_ONCE = 1 << 20
+_SORTED_AT_ONCE = 1 << 19
 _PIECE = 1 << 16  # numbers computed at a time
 
 
