@@ -198,17 +198,17 @@ class ShuffledBatchSampler:
 
     def _windowed_order(self, epoch: int) -> tuple[WindowedOrder, Callable[[NDArray[np.int64]], NDArray[np.int64]]]:
         """Return the order of an epoch, and a function from its numbers to samples."""
+        units, below, covered = self._units
         samples: Positions | NDArray[np.integer] = self.samples
         missing, begin = self.left_out, 0
         if self.by_class is not None:
             samples, missing = self.by_class.draw(self.class_counts, epoch), 0
+            below = samples.searchsorted(units)
         elif missing:
             begin = (self._left_out_order[0] + self.left_out_offset + epoch * missing) % len(samples)
         # Consecutive samples are left out, in cyclic order: the first `wrapped` ones, and others from `begin` on.
         wrapped = max(0, begin + missing - len(samples))
         missing -= wrapped
-        units, covered = self._units
-        below = samples.searchsorted(units)
         window = (self.shuffle_window_blocks or 1) * self.block_size
         order = WindowedOrder(
             below - np.minimum(below, wrapped) - np.clip(below - begin, 0, missing),
@@ -228,23 +228,23 @@ class ShuffledBatchSampler:
         return order, samples_at
 
     @cached_property
-    def _units(self) -> tuple[NDArray[np.int64], int]:
-        """Bounds of the units, and the number of positions in those that have samples."""
+    def _units(self) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """Bounds of the units, the samples before each bound, and the number of positions of units with samples."""
         bounds = self.unit_bounds
         if bounds is None:
             end = int(self.samples[np.array([len(self.samples) - 1])][0]) + 1
             blocks = -(-end // self.block_size)
             unit = self.block_size << max(0, (blocks - 1).bit_length() - (_MAX_UNITS - 1).bit_length())
             bounds = np.append(np.arange(0, end, unit), end)
-        lengths = np.diff(bounds)
-        return bounds, int(lengths[np.diff(self.samples.searchsorted(bounds)) > 0].sum())
+        below = self.samples.searchsorted(bounds)
+        return bounds, below, int(np.diff(bounds)[np.diff(below) > 0].sum())
 
     @cached_property
     def lanes(self) -> int:
         """Number of lanes of a windowed order. It does not depend on the number of ranks."""
-        bounds, covered = self._units
+        _, below, covered = self._units
         blocks = self.shuffle_window_blocks or 1
-        used = int(np.count_nonzero(np.diff(self.samples.searchsorted(bounds))))
+        used = int(np.count_nonzero(np.diff(below)))
         units = used * blocks * self.block_size // covered  # of the window
         most = min(blocks // _BLOCKS_PER_LANE, units // _UNITS_PER_LANE)
         return _lanes(min(most, equal_batch_size(len(self.samples), self.batch_size)))

@@ -218,14 +218,19 @@ class _Interleaver:
 
     def _permute(self, numbers: NDArray[np.int64], words: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
         """Permute numbers 0 .. count-1, each by the permutation of its word: two rotations of two random tables."""
-        first, second = _tables(count, self._seed, self._epoch)
+        first, second = _tables(count, self._size, self._seed, self._epoch)
         low, high = words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)
         rotations = [(half * np.uint64(count) >> np.uint64(32)).astype(np.int64) for half in (low, high)]
         return second[first[numbers + rotations[0]] + rotations[1]].astype(np.int64)
 
 
 @lru_cache(maxsize=8)
-def _tables(count: int, seed: int, epoch: int) -> tuple[NDArray[np.int32], ...]:
-    """Return two random permutations of 0 .. count-1, int32 [2 * count], each twice in a row."""
-    tables = (permutation(count, seed, TABLE_STREAM + 2 * epoch + number) for number in range(2))
+def _tables(count: int, size: int, seed: int, epoch: int) -> tuple[NDArray[np.int32], ...]:
+    """Return two random permutations of 0 .. count-1, int32 [2 * count], each twice in a row.
+
+    They are the order of these numbers in two permutations of 0 .. size-1.
+    """
+    if count < size:
+        return tuple(np.tile(table[:size][table[:size] < count], 2) for table in _tables(size, size, seed, epoch))
+    tables = (permutation(size, seed, TABLE_STREAM + 2 * epoch + number) for number in range(2))
     return tuple(np.tile(table.astype(np.int32), 2) for table in tables)

@@ -309,6 +309,7 @@ def test_resuming_at_a_step_is_the_tail_of_the_epoch(
 ) -> None:
     for order in (
         ShuffledBatchSampler(positions(count), batch_size, 11),
+        ShuffledBatchSampler(positions(count), batch_size, 11, 4, 8),
         SequentialBatchSampler(positions(count), batch_size),
     ):
         for rank in range(ranks):
@@ -374,6 +375,17 @@ def test_a_windowed_order_reads_every_block_once(slots: int, batch_size: int) ->
     assert alone.first_batch <= min(slots, batch_size)
     for rank in range(3):
         assert reads(order, slots, rank, 3).total <= 600 * 1.01
+
+
+@pytest.mark.parametrize(("ranks", "lanes"), [(2, 2), (2, 6), (3, 6), (6, 6)])
+def test_ranks_read_their_lanes_only_and_have_the_batches_of_one_rank(ranks: int, lanes: int) -> None:
+    order = ShuffledBatchSampler(np.arange(600 * BLOCK), 96, 0, BLOCK, 32 * lanes)
+    assert order.lanes == lanes
+    alone = global_batches(order, 3, 1)
+    assert global_batches(order, 3, ranks) == alone
+    assert global_batches(order, 3, 2 * ranks, 150) == {step: alone[step] for step in list(alone)[150:]}
+    for rank in range(ranks):
+        assert abs(reads(order, 40 * lanes, rank, ranks).total - 600 / ranks) <= 1
 
 
 @pytest.mark.parametrize(
