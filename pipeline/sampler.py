@@ -27,8 +27,8 @@ from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from shards.manifest import Manifest
 from shards.stores.base import ShardUse
 
-_FIRST_INDICES = 1 << 9  # of a rank that are computed together; then twice as many each time
-_INDICES_AT_ONCE = 1 << 14  # at most: intermediate results stay in the cache of a core
+_FIRST_INDICES = 1 << 9  # of a rank that are computed together at first
+_INDICES_AT_ONCE = 1 << 16  # after that
 _MAX_UNITS = 1 << 14  # of a windowed order
 _BLOCKS_PER_LANE = 32  # of the window: a lane holds up to two blocks beyond its share
 _UNITS_PER_LANE = 2  # of the window: with fewer, the same units of lanes would often be read together
@@ -129,7 +129,7 @@ class ShuffledBatchSampler:
             for step, batch in zip(range(first, stop), batches(range(first, stop), positions), strict=True):
                 params = self.augmentation.sample_params(self.seed, epoch, step, local) if self.augmentation else None
                 yield BatchIndices(step, batch, size, params)
-            first, indices = stop, min(2 * indices, _INDICES_AT_ONCE)
+            first, indices = stop, _INDICES_AT_ONCE
 
     def unit_uses(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[UnitUse]:
         """Iterate over the units that a rank reads from step `first` of a windowed epoch on, by their first step.
@@ -198,7 +198,8 @@ class ShuffledBatchSampler:
 
     def _windowed_order(self, epoch: int) -> tuple[WindowedOrder, Callable[[NDArray[np.int64]], NDArray[np.int64]]]:
         """Return the order of an epoch, and a function from its numbers to samples."""
-        units, below, covered = self._units
+        units, covered = self._units
+        below = self._below_units
         samples: Positions | NDArray[np.integer] = self.samples
         missing, begin = self.left_out, 0
         if self.by_class is not None:
@@ -228,23 +229,27 @@ class ShuffledBatchSampler:
         return order, samples_at
 
     @cached_property
-    def _units(self) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        """Bounds of the units, the samples before each bound, and the number of positions of units with samples."""
+    def _units(self) -> tuple[NDArray[np.int64], int]:
+        """Bounds of the units, and the number of positions in those that have samples."""
         bounds = self.unit_bounds
         if bounds is None:
             end = int(self.samples[np.array([len(self.samples) - 1])][0]) + 1
             blocks = -(-end // self.block_size)
             unit = self.block_size << max(0, (blocks - 1).bit_length() - (_MAX_UNITS - 1).bit_length())
             bounds = np.append(np.arange(0, end, unit), end)
-        below = self.samples.searchsorted(bounds)
-        return bounds, below, int(np.diff(bounds)[np.diff(below) > 0].sum())
+        return bounds, int(np.diff(bounds)[np.diff(self.samples.searchsorted(bounds)) > 0].sum())
+
+    @cached_property
+    def _below_units(self) -> NDArray[np.int64]:
+        """Number of samples before each bound of the units."""
+        return self.samples.searchsorted(self._units[0])
 
     @cached_property
     def lanes(self) -> int:
         """Number of lanes of a windowed order. It does not depend on the number of ranks."""
-        _, below, covered = self._units
+        _, covered = self._units
         blocks = self.shuffle_window_blocks or 1
-        used = int(np.count_nonzero(np.diff(below)))
+        used = int(np.count_nonzero(np.diff(self._below_units)))
         units = used * blocks * self.block_size // covered  # of the window
         most = min(blocks // _BLOCKS_PER_LANE, units // _UNITS_PER_LANE)
         return _lanes(min(most, equal_batch_size(len(self.samples), self.batch_size)))

@@ -120,10 +120,11 @@ class IndexPermutation:
         """Return the numbers at positions, int64 [n], which are within 0 .. count-1."""
         if self.count <= self._MAX_TABLE:
             return self._table[positions]
-        numbers = np.empty_like(positions)
-        for start in range(0, len(positions), self._CHUNK):
-            chunk = slice(start, start + self._CHUNK)
-            numbers[chunk] = self._walk(positions[chunk])
+        numbers = self._permute(positions)
+        outside = np.flatnonzero(numbers >= self.count)
+        while len(outside):
+            numbers[outside] = again = self._permute(numbers[outside])
+            outside = outside[again >= self.count]
         return numbers
 
     @cached_property
@@ -134,15 +135,14 @@ class IndexPermutation:
     def _keys(self) -> NDArray[np.uint32]:
         return (random_keys(self._seed, self._stream, self._ROUNDS) >> np.uint64(32)).astype(np.uint32)
 
-    def _walk(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        numbers = self._permute(positions)
-        outside = np.flatnonzero(numbers >= self.count)
-        while len(outside):
-            numbers[outside] = again = self._permute(numbers[outside])
-            outside = outside[again >= self.count]
-        return numbers
-
     def _permute(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        permuted = np.empty_like(numbers)
+        for start in range(0, len(numbers), self._CHUNK):
+            chunk = slice(start, start + self._CHUNK)
+            permuted[chunk] = self._permute_chunk(numbers[chunk])
+        return permuted
+
+    def _permute_chunk(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         left_bits, right_bits = self._bits
         left = (numbers >> right_bits).astype(np.uint32)
         right = (numbers & ((1 << right_bits) - 1)).astype(np.uint32)
