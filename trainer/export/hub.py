@@ -20,7 +20,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from shards.atomic import replace_directory
 from shards.cli import program_name, run_command
-from shards.errors import UserError
+from shards.errors import UserError, os_errors_as_user_errors, refusal
 from trainer.checkpoint.completed_run import CompletedRun
 
 _FILES = (
@@ -67,7 +67,7 @@ def pull(repository: str, out: Path, api: HfApi) -> None:
     Raises:
         UserError: The Hub has no such run, or it is not intact.
     """
-    with replace_directory(out) as replacement:
+    with os_errors_as_user_errors(out), replace_directory(out) as replacement:
         with _errors_of_hub(repository):
             api.snapshot_download(repository, local_dir=replacement.path, allow_patterns=list(_FILES))
         CompletedRun.open(replacement.path)
@@ -80,6 +80,8 @@ def _errors_of_hub(repository: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and refusal(error):  # of a file, not of the Hub
+            raise
         status = getattr(getattr(error, "response", None), "status_code", None)
         raise UserError(
             found=f"{repository}: {' '.join(str(error).split())[:300]}",

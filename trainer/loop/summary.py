@@ -27,7 +27,7 @@ from trainer.runtime.loggers.base import Misclassified, PredictionImages
 from trainer.runtime.profiler import TimeProfile, format_profile
 
 _ERRORS = 48  # most confident errors for loggers
-_MAX_MATRIX_CLASSES = 100  # of a confusion matrix for loggers
+_MAX_DRAWN_CLASSES = 100  # of a confusion matrix for loggers, an image of 0.22 inches per class; a page draws on demand
 
 
 def write_results(training: Training, evaluation: Evaluation, run_dir: RunDirectory) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def prediction_images(training: Training, evaluation: Evaluation, trained: Train
         for image, error in zip(pixels, errors, strict=True)
     ]
     matrix = None
-    if len(classes) <= _MAX_MATRIX_CLASSES:
+    if len(classes) <= _MAX_DRAWN_CLASSES:
         matrix = draw_confusion(confusion_matrix(labels, predicted, len(classes)), classes)
     return PredictionImages(
         classes=classes,

@@ -151,7 +151,7 @@ def check_resolutions(model: nn.Module, name: str, channels: int, resolutions: I
                 expected="a resolution that the model takes",
                 hint="model.options={patch_size: N} with a divisor N of data.resolution, or change data.resolution"
                 if hasattr(getattr(model, "backbone", model), "patch_embed")
-                else "change data.resolution or model.name",
+                else "change data.resolution, model.name or model.options",
             ) from None
     model.train(training)
 

@@ -23,13 +23,23 @@ def make_optimizer(model: torch.nn.Module, settings: OptimConfig) -> torch.optim
     options = dict(settings.options)
     fallback = options.pop("fallback_list", ())
     try:
+        if options:
+            _try_step(settings, options, next(model.parameters()).device)
         return _build(_param_groups(model, settings, fallback), settings, options)
-    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, ImportError, LookupError, RuntimeError) as error:
         raise UserError(
             found=f"optim.name={settings.name} optim.options={settings.options}, which raises: {first_line(error)}",
             expected="arguments that the optimizer takes",
             hint="change optim.options or optim.name",
         ) from None
+
+
+def _try_step(settings: OptimConfig, options: dict[str, Any], device: torch.device) -> None:
+    """Make a step on two small weights: many options have an effect, and are checked, only in a step."""
+    weights = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in ((2, 2), (2,))]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    _build([{"params": weights, "weight_decay": settings.weight_decay}], settings, options).step()
 
 
 def _param_groups(model: torch.nn.Module, settings: OptimConfig, fallback: Collection[str]) -> list[dict[str, Any]]:

@@ -170,14 +170,25 @@ def make_lr_scheduler(
         UserError: `schedule.options` has an argument that the schedule does not take.
     """
     try:
+        if config.schedule.options:
+            _try_steps(config, steps_per_epoch)
         return _make_lr_scheduler(optimizer, config, steps_per_epoch)
-    except (TypeError, ValueError, ArithmeticError, AssertionError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AssertionError, AttributeError, LookupError) as error:
         raise UserError(
             found=f"schedule.name={config.schedule.name} with schedule.options={config.schedule.options}, which "
             f"raises: {first_line(error)}",
             expected="arguments of torch's scheduler, or of timm.scheduler.create_scheduler_v2 for timm's",
             hint="change schedule.options or schedule.warmup",
         ) from None
+
+
+def _try_steps(config: Config, steps_per_epoch: int) -> None:
+    """Make the first steps of a schedule: some options have an effect, and are checked, only in a step."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.optim.lr)
+    scheduler = _make_lr_scheduler(optimizer, config, steps_per_epoch)
+    optimizer.step()
+    for _ in range(min(config.schedule.patience + 3, config.trainer.epochs * steps_per_epoch)):
+        scheduler.step(0.0) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
 
 
 def _make_lr_scheduler(

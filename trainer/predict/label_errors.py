@@ -26,7 +26,7 @@ from pipeline.common.labelled_samples import LabelledSamples
 from pipeline.readers.formats.csv import format_csv
 from shards.atomic import write_file
 from shards.cli import program_name, run_command
-from shards.errors import quote
+from shards.errors import UserError, quote
 from shards.open import open_split
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
@@ -168,6 +168,13 @@ def main() -> int:
     add("--folds", type=int, default=5, metavar="N", help="parts of the training split, 2 or more (default 5)")
     add("--out", type=Path, metavar="DIR", help="directory of runs and results (default runs/NAME-label-errors)")
     arguments = parser.parse_intermixed_args()
+    given = {override.partition("=")[0].strip() for override in arguments.overrides}
+    if own := sorted(given & {"data.fold", "resume", "run.dir"}):
+        raise UserError(
+            found=" and ".join(own),
+            expected="no setting that differs between the folds: this command sets data.fold, run.dir and resume=auto",
+            hint="--folds N for the number of parts, --out DIR for the directory of all runs",
+        )
     settings = config.load(arguments.config, [*arguments.overrides, f"data.fold=1/{arguments.folds}"])
     out = arguments.out or Path("runs") / f"{settings.run.name}-label-errors"
     runs = [out / f"fold-{number}" for number in range(1, arguments.folds + 1)]

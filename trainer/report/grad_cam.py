@@ -31,7 +31,8 @@ def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> t
 
     Args:
         model: In evaluation mode. A is the output of `forward_features` in timm's networks; in others, that of the last
-            layer with such an output, without pooling.
+            layer with such an output, without pooling. Of an ensemble, A is a feature map of one member: of the first
+            timm network, otherwise of the last member.
         images: float32 [n, C, H, W].
         classes: int64 [n], the class of each image.
 

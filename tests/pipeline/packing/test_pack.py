@@ -121,8 +121,10 @@ def test_dividing_and_ordering_a_data_set_take_no_array_of_its_images(
     assert peak(many) - peak(few) < 2 * (many - few)  # bytes; an array of rows takes four or eight times the number
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_torchrun_writes_the_same_bytes(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "start"), [(2, "warm"), (3, "warm"), pytest.param(2, "fresh", marks=pytest.mark.slow)]
+)
+def test_torchrun_writes_the_same_bytes(tmp_path: Path, ranks: int, start: str) -> None:
     """The digits in many small shards, packed by the command on several ranks and by one process."""
     program = "import pipeline.packing.pack as p; p.SHARD_BYTES = 2000; from pipeline.shard import *; run_command(main)"
     (tmp_path / "shard.py").write_text(program)
@@ -133,7 +135,7 @@ def test_torchrun_writes_the_same_bytes(tmp_path: Path, ranks: int) -> None:
     )
     assert alone.returncode == 0, alone.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    run_ranks = subprocess.run if ranks == 2 else warm_process.run  # two are fresh interpreters
+    run_ranks = subprocess.run if start == "fresh" else warm_process.run
     many = run_ranks(
         [*torchrun, *options, "--out", str(tmp_path / "many")], env=environment, capture_output=True, timeout=180
     )

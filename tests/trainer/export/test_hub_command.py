@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import urllib.parse
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
@@ -14,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import HfApi
+from support.full_disk import full_disk
 from support.http_server import HubHandler, serving
 
 from shards import UserError, open_split
+from shards.errors import DiskFullError
 from trainer.export import hub
 from trainer.predict.predictor import Predictor, upright_images
 
@@ -129,6 +132,22 @@ def test_a_run_comes_back_as_it_was_pushed(
     hub.push(tmp_path / "pulled", "me/digits", api)
     assert server.commits == 2
     assert all(files[name] == (exported / name).read_bytes() for name in ("README.md", "model.safetensors"))
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(
+    server: ModelHub, api: HfApi, digits_run: Path, tmp_path: Path
+) -> None:
+    hub.push(digits_run, "me/digits", api)
+    with full_disk(tmp_path, sys.maxsize) as disk:
+        hub.pull("me/digits", tmp_path / "whole", api)
+    assert disk.count > 10
+    for first in np.linspace(0, disk.count * 3 // 4, 6, dtype=int):  # the number varies with the order of the files
+        with full_disk(tmp_path, first), pytest.raises(DiskFullError) as caught:
+            hub.pull("me/digits", tmp_path / "out", api)
+        assert str(tmp_path) in caught.value.found
+        assert not (tmp_path / "out").exists(), first
+    hub.pull("me/digits", tmp_path / "out", api)
+    assert (tmp_path / "out" / "summary.json").read_bytes() == (digits_run / "summary.json").read_bytes()
 
 
 def test_what_the_hub_refuses_is_named_and_leaves_nothing(

@@ -229,6 +229,10 @@ def test_fallback_list_selects_the_parameters_that_muon_leaves_to_adamw() -> Non
     [
         ({"name": "adamw", "options": {"beta": 0.9}}, "beta"),
         ({"name": "muon", "options": {"algo": "no"}}, "algo"),
+        ({"name": "adamw", "options": {"amsgrad": "x"}}, "amsgrad"),
+        ({"name": "sgd", "options": {"dampening": "x"}}, "dampening"),
+        ({"name": "lion", "options": {"betas": ["a", "b"]}}, "betas"),
+        ({"name": "schedule_free_adamw", "options": {"eps": "x"}}, "eps"),
         ({"name": "schedule_free_adamw", "options": {"betas": [0.0, 0.5]}}, "betas"),
         ({"name": "muon", "options": {"fallback_list": 3}}, "fallback_list"),
         ({"name": "schedule_free_adamw", "options": {"weight_decay": 0.5}}, "weight_decay"),
@@ -407,6 +411,11 @@ def test_options_reach_the_schedules_of_torch() -> None:
         ("step", "step_on_epochs: true"),
         ("one_cycle", "div_factor: 0"),
         ("one_cycle", "cycle_momentum: true"),
+        ("plateau", "threshold: x"),
+        ("plateau", "cooldown: x"),
+        ("warm_restarts", "last_epoch: x"),
+        ("cosine", "last_epoch: x"),
+        ("step", "decay_rate: x"),
     ],
 )
 def test_wrong_options_of_a_schedule_are_one_message(name: str, options: str) -> None:

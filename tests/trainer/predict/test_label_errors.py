@@ -14,6 +14,7 @@ import yaml
 from conftest import pack_splits
 
 from pipeline.packing.repack import packed_splits
+from shards import UserError
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.predict import label_errors
 from trainer.predict.label_errors import find_label_errors
@@ -74,6 +75,14 @@ def test_a_class_without_images_is_suspected_of_none() -> None:
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["trainer.predict.label_errors", *map(str, arguments)])
     assert label_errors.main() == 0
+
+
+@pytest.mark.parametrize("given", ["run.dir=runs/mine", "data.fold=2/5", "resume=never"])
+def test_settings_of_the_folds_are_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainer.predict.label_errors", "quickstart", given])
+    with pytest.raises(UserError) as caught:
+        label_errors.main()
+    assert caught.value.found == given.partition("=")[0]
 
 
 def test_flipped_labels_are_found(

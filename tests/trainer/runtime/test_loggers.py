@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from support import warm_process
 from support.wandb_server import wandb_server
 
 from shards import UserError
@@ -61,7 +62,7 @@ def record(epoch: int, loss: float) -> dict[str, Any]:
 def test_tensorboard_has_every_epoch_once_after_a_kill(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-u", "-m", "trainer.run", str(recipe), f"run.dir={run}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
+    process = warm_process.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 2/3"):

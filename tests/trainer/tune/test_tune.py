@@ -326,8 +326,9 @@ def test_a_stopped_search_continues(tmp_path: Path, recipe: Path, monkeypatch: p
     assert metrics_of(path)[:1] == first_epoch  # not trained again
 
 
+@pytest.mark.parametrize("replacement", ["warm", pytest.param("fresh", marks=pytest.mark.slow)])
 def test_workers_share_a_study_and_a_killed_one_is_replaced(
-    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, replacement: str
 ) -> None:
     path = written(tmp_path, recipe, budget={"trials": 3})
     trials = tmp_path / "study" / "trials"
@@ -338,7 +339,8 @@ def test_workers_share_a_study_and_a_killed_one_is_replaced(
         while len(list(trials.glob("*/seed-1/config.yaml"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
-        multiprocessing.set_executable(sys.executable)  # the one that replaces it is a fresh interpreter
+        if replacement == "fresh":
+            multiprocessing.set_executable(sys.executable)
         workers[0].kill()
         killed.append(len(workers))
 

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class MetricLogger:
 
 
 class GuardedLogger(MetricLogger):
-    """A logger that cannot stop a run: at its first exception it is switched off with a warning.
+    """A logger that cannot stop a run: at its first exception it is closed, with a warning.
 
     Args:
         name: Name of the service, for the warning.
@@ -109,14 +110,17 @@ class GuardedLogger(MetricLogger):
         self._attempt(lambda: self._logger.log_summary(summary))
 
     def close(self) -> None:
-        self._attempt(lambda: self._logger.close())
+        closing, self._logger = self._logger, MetricLogger()
+        self._attempt(closing.close)
 
     def _attempt(self, operation: Callable[[], None]) -> None:
         try:
             operation()
         except Exception as error:
             log.warning("%s failed: %s. Training continues without it.", self._name, first_line(error))
-            self._logger = MetricLogger()
+            failed, self._logger = self._logger, MetricLogger()
+            with suppress(Exception):
+                failed.close()
 
 
 class StepFile(MetricLogger):
