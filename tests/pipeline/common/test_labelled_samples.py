@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.common import labelled_samples
 from pipeline.common.index_ranges import IndexRanges
-from pipeline.common.labelled_samples import LabelledSamples
+from pipeline.common.labelled_samples import LabelledSamples, SamplesByClass
 from pipeline.common.rng import FOLD_STREAM
 from pipeline.common.stratified import stratified_folds, stratified_mask
 
@@ -105,3 +105,29 @@ def test_small_stores_and_stores_in_their_own_order_are_drawn_by_sorting(monkeyp
     assert check(every(labels).split(0.3, 7)[0]) == expected
     held_out, _ = every(labels).fold(1, 3, 7)
     assert check(held_out) == np.flatnonzero(stratified_folds(labels, 3, 7, FOLD_STREAM) == 1).tolist()
+
+
+@pytest.mark.parametrize("count", [200, 70_000])
+def test_samples_by_class_are_in_random_order_in_four_bytes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(labelled_samples, "_CHUNK", 1 << 12)
+    labels = np.random.default_rng(0).integers(0, 5, count).astype(np.uint8)
+    chosen, _ = every(labels).split(0.8, 3)
+    by_class = SamplesByClass(chosen, 3)
+    assert by_class.samples.dtype == np.uint32
+    ends = np.cumsum(by_class.counts)
+    for label, (start, end) in enumerate(zip(ends - by_class.counts, ends, strict=True)):
+        own = by_class.samples[start:end]
+        assert np.sort(own).tolist() == [sample for sample in np.asarray(chosen.samples) if labels[sample] == label]
+        if len(own):
+            assert abs(np.corrcoef(own, np.arange(len(own)))[0, 1]) < 4 / len(own) ** 0.5
+
+
+@given(labels=labellings, seed=SEEDS, epoch=st.integers(0, 1000), data=st.data())
+def test_classes_are_drawn_in_turn(labels: NDArray[np.uint8], seed: int, epoch: int, data: st.DataObject) -> None:
+    by_class = SamplesByClass(every(labels), seed)
+    drawn = np.array([data.draw(st.integers(0, 20)) if count else 0 for count in by_class.counts])
+    expected: list[int] = []
+    for label, number in enumerate(drawn.tolist()):
+        turn = by_class.samples[labels[by_class.samples] == label].tolist()
+        expected += [turn[(epoch * number + place) % len(turn)] for place in range(number)]
+    assert by_class.draw(drawn, epoch).tolist() == sorted(expected)

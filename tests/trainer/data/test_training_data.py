@@ -15,6 +15,8 @@ from support.lying_server import LyingServer
 from support.raw_files import refusal
 
 import pipeline.packing.pack
+from pipeline.common import labelled_samples
+from pipeline.common.index_ranges import IndexRanges
 from pipeline.common.labelled_samples import LabelledSamples
 from shards import open_split
 from shards.atomic import replace_directory
@@ -93,6 +95,21 @@ def test_a_run_continues_with_another_cache(tmp_path: Path, monkeypatch: pytest.
         assert [batch.source_index.tolist() for batch in loader.batches(1, 7)] == expected[1][7:]
     assert not open_with(10 * packed).window_of_shards
     server.close()
+
+
+@pytest.mark.parametrize("cache", ["auto", "0.0005"])
+def test_a_large_store_is_divided_into_ranges(synthetic_set: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    """Any store is large here; with little memory, also for its images."""
+    monkeypatch.setattr(labelled_samples, "_MAX_SORTED", 0)
+    overrides = ("data.fold=2/3", "data.val_fraction=0.2", "data.train_fraction=0.8", f"loader.cache_gb={cache}")
+    data = open_data(config(synthetic_set, *overrides), ALONE)
+    assert data.validation is not None
+    parts = [data.validation.sampler.samples, data.test.sampler.samples]
+    assert all(isinstance(part, IndexRanges) for part in (*parts, data.train.samples))
+    trained = torch.cat([batch.source_index for epoch in (0, 1) for batch in data.train.batches(epoch)]).tolist()
+    others = [torch.cat([batch.source_index for batch in loader.batches()]) for loader in (data.validation, data.test)]
+    assert data.counts.sum() == len(data.train.samples) == len(set(trained)) == 299  # 0.64 of 2/3 of 700
+    assert not set(trained) & set(torch.cat(others).tolist()) and [len(other) for other in others] == [93, 233]
 
 
 @pytest.mark.parametrize("after", ["test", "train"])
