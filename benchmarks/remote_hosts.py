@@ -37,7 +37,6 @@ _SERVER = "10.77.32.1"
 _PORT = 29480
 _SIDE = 28  # pixels
 _BATCH_SIZE = 512
-_IMAGE_BYTES = _SIDE * _SIDE
 _MEMORY = 64 << 20  # bytes of images that a host holds
 _EPOCHS = 2
 
@@ -187,9 +186,8 @@ def _read_line(worker: subprocess.Popen[str]) -> dict[str, float]:
     return json.loads(line)
 
 
-def report(records: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> str:
-    """Format the table: the host with the highest value counts."""
-    total = arguments.images * _IMAGE_BYTES
+def report(records: Sequence[dict[str, Any]], total: int, arguments: argparse.Namespace) -> str:
+    """Format the table for a data set of `total` bytes: the host with the highest value counts."""
     rows = [
         [
             str(record["hosts"]),
@@ -250,11 +248,11 @@ def main() -> int:
     records = []
     with tempfile.TemporaryDirectory() as directory:
         pack_random(Path(directory) / "set", arguments.images)
-        size = arguments.images * _IMAGE_BYTES
+        size = sum(path.stat().st_size for path in (Path(directory) / "set").rglob("*") if path.is_file())
         for cache in (2 * size, int(arguments.cache * size)):
             for hosts in parse_numbers("--hosts", arguments.hosts, int, "numbers of hosts", "1,2,4", 1, 64):
                 records += measure(hosts, cache, arguments, Path(directory))
-    write_results(arguments.out / "remote_hosts", records, report(records, arguments), None)
+    write_results(arguments.out / "remote_hosts", records, report(records, size, arguments), None)
     return 0
 
 
@@ -275,7 +273,7 @@ def pack_random(out: Path, images: int) -> None:
         )
 
     pack.SHARD_BYTES = 1 << 19
-    pack.pack(splits, out, pack.PackSettings("random", block_size=64))
+    pack.pack(splits, out, pack.PackSettings("random", block_size=32))
 
 
 if __name__ == "__main__":

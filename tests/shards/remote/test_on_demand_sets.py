@@ -34,14 +34,14 @@ FAST_LIES = ("cut", "flip", "other version", "page", "escapes", "long length")
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of 22 + 3 shards in each store, and one of 96 shards of 16 blocks."""
+    """A data set of 22 + 3 shards in each store, and one of 64 shards of 16 blocks."""
     root = tmp_path_factory.mktemp("web")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.packing.pack, "SHARD_BYTES", SHARD_BYTES)
         for store in STORES:
             pack_splits(synthetic_splits(), root / store, block_size=8, store=store)
         patch.setattr(pipeline.packing.pack, "SHARD_BYTES", 16 * 4 * 4)
-        small = synthetic_splits(train=96 * 16, shape=(4, 4, 1), transposed=False)
+        small = synthetic_splits(train=64 * 16, shape=(4, 4, 1), transposed=False)
         pack_splits(small, root / "small", block_size=1)
     return root
 
@@ -217,15 +217,15 @@ def test_the_full_check_needs_the_whole_set(server: LyingServer, monkeypatch: py
 
 
 def open_small(server: LyingServer, host: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, ShuffledBatchSampler]:
-    """The training split and its windowed order, on a host with an empty cache for 60% of it."""
+    """The training split and its windowed order, on a host with an empty cache for three quarters of it."""
     on_demand._open.clear()
     monkeypatch.setenv("INKSTREAM_CACHE", str(host))
     total = sum(shard.bytes for shard in Manifest.read(server.root / "small" / "train").shards)
-    monkeypatch.setenv("INKSTREAM_CACHE_SIZE", str(total * 6 // 10))
+    monkeypatch.setenv("INKSTREAM_CACHE_SIZE", str(total * 3 // 4))
     store = open_split(address(server, "small"), "train", 1 << 20)
     assert store.cache_bytes is not None
-    window = shard_window(store.manifest, 1 << 20, store.cache_bytes, 32)
-    sampler = ShuffledBatchSampler(np.arange(len(store)), 32, 0, 1, window, unit_bounds=store.shard_bounds)
+    window = shard_window(store.manifest, 1 << 20, store.cache_bytes, 16)
+    sampler = ShuffledBatchSampler(np.arange(len(store)), 16, 0, 1, window, unit_bounds=store.shard_bounds)
     return store, sampler
 
 

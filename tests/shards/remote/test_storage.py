@@ -27,6 +27,7 @@ import shards.remote.fsspec_backend as remote_fsspec
 from shards import UserError, open_split
 from shards.manifest import Manifest, RawFile, Shard
 from shards.remote import datasets
+from shards.remote.backends import open_storage
 from shards.remote.datasets import (
     check_upload,
     is_remote,
@@ -546,6 +547,21 @@ def test_a_set_larger_than_the_cache_may_be(at_s3: str, line: Line, monkeypatch:
 
 
 # Processes
+
+
+@posix
+def test_a_forked_process_connects_anew(line: Line, tmp_path: Path) -> None:
+    """The connections of its parent belong to a thread that it does not have."""
+    storage = open_storage(f"s3://{BUCKET}/forked")
+    (tmp_path / "file").write_bytes(b"content")
+    storage.put(tmp_path / "file", "file")
+    process = os.fork()
+    if not process:
+        try:
+            os._exit(storage.read("file", 100) != b"content")
+        finally:
+            os._exit(2)
+    assert os.waitpid(process, 0)[1] == 0
 
 
 @posix

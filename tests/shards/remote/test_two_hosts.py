@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, pack_splits, synthetic_splits
+
+import pipeline.packing.pack
+from shards.manifest import Manifest
 
 RECIPE = {
     "data": {"val_fraction": 0.1, "resolution": 20},
@@ -86,6 +89,7 @@ class Host:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": name,
+            "INKSTREAM_CACHE": str(place / name),
         }
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
@@ -112,7 +116,7 @@ def step_of(run: Path) -> tuple[int, int]:
     return state["epoch"], state["step"]
 
 
-def train(hosts: tuple[str, str], place: Path, shards: Path, seconds_cut: float) -> Path:
+def train(hosts: tuple[str, str], place: Path, shards: Path | str, seconds_cut: float) -> Path:
     """Train on two hosts; returns the run directory. seconds_cut: how long the second is cut off, in epoch 2."""
     place.mkdir()
     recipe, run = place / "recipe.yaml", place / "run"
@@ -144,6 +148,28 @@ def test_a_host_is_cut_off_and_brought_back(
 ) -> None:
     """For less and for more than the ranks wait for one another."""
     runs = [train(hosts, tmp_path / str(seconds), synthetic_set, seconds) for seconds in (0, seconds_cut)]
+    check_same_result(runs)
+
+
+@pytest.mark.slow
+def test_a_host_that_fetches_shards_is_cut_off_and_brought_back(
+    hosts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each host has a cache for 60% of the data set, which the first one serves."""
+    monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", 16 * 28 * 28)
+    shards = pack_splits(synthetic_splits(), tmp_path / "web" / "set", block_size=1)
+    packed = sum(Manifest.read(shards / split).packed_bytes for split in ("train", "test"))
+    monkeypatch.setenv("INKSTREAM_CACHE_SIZE", str(packed * 6 // 10))
+    server = [sys.executable, "-m", "http.server", "8000", f"--bind={ADDRESSES[0]}", f"--directory={shards.parent}"]
+    with subprocess.Popen(["ip", "netns", "exec", hosts[0], *server], stderr=subprocess.DEVNULL) as process:
+        address = f"http://{ADDRESSES[0]}:8000/set"
+        runs = [train(hosts, tmp_path / str(seconds), address, seconds) for seconds in (0, 15)]
+        process.terminate()
+    assert len(list((tmp_path / "0" / hosts[0]).rglob("train/shard-*.tar"))) < 44
+    check_same_result(runs)
+
+
+def check_same_result(runs: list[Path]) -> None:
     states = [torch.load(run / "checkpoints" / "last.pt", weights_only=True) for run in runs]
     assert all(torch.equal(states[0]["model"][name], states[1]["model"][name]) for name in states[0]["model"])
     accuracies = [json.loads((run / "summary.json").read_text())["accuracy"] for run in runs]

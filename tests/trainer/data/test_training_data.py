@@ -74,7 +74,7 @@ def test_class_balance_is_that_of_the_batches_and_of_the_loss(synthetic_set: Pat
 def test_a_run_continues_with_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batches of a run that fetches shards on demand are those of one that goes on with all of them on disk."""
     monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", 16 * 4 * 4)
-    shards = pack_splits(synthetic_splits(48 * 16, shape=(4, 4, 1)), tmp_path / "set", block_size=1)
+    shards = pack_splits(synthetic_splits(24 * 16, shape=(4, 4, 1)), tmp_path / "set", block_size=1)
     packed = open_split(shards, "train").manifest.packed_bytes
     server = LyingServer(tmp_path, lambda: None)
     monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
