@@ -4,8 +4,8 @@ CACHE/sets/KEY/.fetching/  incomplete files
 CACHE/sets/KEY/.files      for each file two int64: the modification time with which its SHA-256 was right (0: absent,
                            1: reserved), and its place in the order of eviction
 CACHE/sets/KEY/.locks      locked by byte ranges, so that one descriptor is enough for any number of files: byte 0 while
-                           files are evicted, byte 1 + 2n by the process that fetches file n, and byte 2 + 2n (shared)
-                           by every process that needs file n, and the last byte (shared) by all of them
+                           files are evicted, byte 1 + 2n by the process that fetches file n, byte 2 + 2n (shared) by
+                           every process that needs file n, and the last byte (shared) by all of them
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PAUSE = 0.02  # seconds between attempts to take a lock that is held for long
 _RETRY_PAUSE = 5.0  # seconds until a file that could not be fetched ahead is tried again
 _ROOM_SECONDS = 120.0  # for which a file waits until other processes need fewer files
 _ABSENT, _RESERVED = 0, 1  # in place of a modification time
-_MIDDLE = 1 << 61
+_MIDDLE = 1 << 61  # of the order of eviction, more than a time in nanoseconds
 _LAST_BYTE = 1 << 40
 _ROW = 16  # bytes of a file in .files
 _open: dict[Path, OnDemandFiles] = {}
@@ -98,7 +98,6 @@ class OnDemandFiles:
         self._parts = entry.directory / ".fetching"
         self.room = room
         self.fetched_bytes = 0
-        self.waited_seconds = 0.0
         with os_errors_as_user_errors(entry.directory):
             make_directory(self._parts)
             self._states = os.open(entry.directory / ".files", os.O_RDWR | os.O_CREAT, 0o666)
@@ -145,10 +144,7 @@ class OnDemandFiles:
             return
         self.claim(number)
         try:
-            start = time.monotonic()
-            identity = self.fetch(number)
-            self.waited_seconds += time.monotonic() - start
-            yield identity
+            yield self.fetch(number)
         finally:
             self.release(number)
 
@@ -183,7 +179,7 @@ class OnDemandFiles:
         claim = self._claims[number]
         with self._fetching[number]:
             if claim.identity is None:
-                with self._fetched_by_this_process(number):
+                with os_errors_as_user_errors(self._entry.directory), self._fetched_by_this_process(number):
                     claim.identity = self._find(number) or self._download(number, stop)
             return claim.identity
 
@@ -216,7 +212,7 @@ class OnDemandFiles:
         if not file.is_in(self._entry.content):
             return None
         status = path.stat()
-        if self._read_states()[number, 0] != status.st_mtime_ns:
+        if np.frombuffer(os.pread(self._states, 8, number * _ROW), np.int64) != status.st_mtime_ns:
             if sha256_of(path) != file.sha256:
                 log.warning("%s is damaged and is downloaded again", path)
                 remove(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -122,6 +123,21 @@ def test_the_training_loop_is_measured_beside_one_without_a_loader(digits_set: P
     assert record["environment"]["processor"]
     assert (tmp_path / "train_throughput.md").read_text().strip() in process.stdout
     assert Image.open(tmp_path / "train_throughput.png").width > 1000
+
+
+@pytest.mark.slow
+def test_hosts_read_their_share_of_a_remote_data_set(tmp_path: Path) -> None:
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
+        pytest.skip("network namespaces need root and iproute2")
+    process = run_benchmark("remote_hosts", "--hosts", 2, "--images", 60_000, "--cache", 0.6, "--out", tmp_path)
+    if "Operation not permitted" in process.stderr:
+        pytest.skip("no network namespaces here")
+    assert process.returncode == 0, process.stderr
+    records = [json.loads(line) for line in (tmp_path / "remote_hosts.jsonl").read_text().splitlines()]
+    assert [(record["hosts"], record["epoch"]) for record in records] == [(2, 1), (2, 2)] * 2
+    whole, *_, share, _ = (max(record["received"]) for record in records)
+    assert share < 0.7 * whole
+    assert (tmp_path / "remote_hosts.md").read_text().strip() in process.stdout
 
 
 @pytest.mark.slow
