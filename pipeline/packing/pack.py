@@ -212,7 +212,7 @@ class _Packing:
             return None
         return {
             "settings": asdict(self.settings),
-            "code": [code_digest(), self._versions()],
+            "code": [code_digest(), self._versions(), version("pillow")],  # Pillow decodes and resizes image files
             "splits": [
                 [asdict(self._layout(split)), split.name, split.classes, split.transposed, *map(dict, split.files)]
                 for split in splits

@@ -251,7 +251,7 @@ run_command(main)
 
 
 def kill_at_random(tmp_path: Path, ranks: int, kills: int, seed: int) -> int:
-    """Kill packing at random moments, then let it end; return how often it had complete shards then."""
+    """Kill packing at random moments, then let one process end it; return how often it had complete shards then."""
     out, program = tmp_path / "out", tmp_path / "program.py"
     program.write_text(PROGRAM.format(tests=str(ROOT / "tests"), out=str(out)))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
@@ -280,7 +280,7 @@ def kill_at_random(tmp_path: Path, ranks: int, kills: int, seed: int) -> int:
             break
         continued += any(tmp_path.glob(".out.packing/work-*/journal/*/*.json"))
     for _ in range(100):
-        ended = warm_process.run(command, env=environment, capture_output=True, timeout=120)
+        ended = warm_process.run([sys.executable, str(program)], env=environment, capture_output=True, timeout=120)
         if ended.returncode == 0 or b"another process that is writing" not in ended.stderr:
             break
         time.sleep(0.3)  # rank 0 outlives its launcher

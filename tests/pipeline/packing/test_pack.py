@@ -86,6 +86,18 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, workers: in
     assert packed(parts, tmp_path / "many", workers=workers, store=store) == alone
 
 
+def test_a_large_split_is_in_the_order_of_an_index_permutation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rng, "_MAX_SORTED", 699)
+    parts = synthetic_splits()
+    packed(parts, tmp_path / "out")
+    train, test = (open_split(tmp_path / "out", name) for name in ("train", "test"))
+    np.testing.assert_array_equal(train.rows, rng.IndexPermutation(700, 0, rng.PACKING_STREAM)[np.arange(700)])
+    np.testing.assert_array_equal(test.rows, rng.permutation(90, 0, rng.PACKING_STREAM + 1))
+    for store, part in zip((train, test), parts, strict=True):
+        np.testing.assert_array_equal(store.read(np.arange(len(store))), part.read(store.rows))
+        np.testing.assert_array_equal(store.labels, part.labels[store.rows])
+
+
 @pytest.mark.parametrize("count", [BLOCK + 1, 2 * BLOCK, 1000])
 def test_blocks_that_are_read_together_have_the_same_bytes(tmp_path: Path, count: int) -> None:
     parts = synthetic_splits()
