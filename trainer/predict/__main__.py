@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -93,19 +94,17 @@ class EmbeddingFile:
 
 def predict(
     batches: Iterable[list[Sample]], predictor: Predictor, embedding_file: EmbeddingFile | None = None
-) -> tuple[list[Prediction], list[Tile]]:
-    """Predict all samples.
+) -> Iterator[tuple[Prediction, NDArray[np.uint8] | None]]:
+    """Predict all samples, one batch at a time.
 
     Args:
         batches: Samples, up to `predictor.batch_size` at a time.
         predictor: The model.
         embedding_file: Receives the embeddings.
 
-    Returns:
-        The predictions in the order of the samples, and the tiles of the first images for the contact sheet.
+    Yields:
+        The prediction of each sample in their order, and the model input as uint8 pixels; None if it is unusable.
     """
-    predictions: list[Prediction] = []
-    tiles: list[Tile] = []
     for batch in batches:
         outputs: Iterator[tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]] = iter(())
         embeddings: list[NDArray[np.float32] | None] = []
@@ -118,48 +117,79 @@ def predict(
                 batch = [each._replace(image=None, note=error.reason) if each.image is bad else each for each in batch]
         for sample in batch:
             if sample.image is None:
-                predictions.append(Prediction(sample, None))
                 embeddings.append(None)
+                yield Prediction(sample, None), None
                 continue
             output, image, embedding = next(outputs)
             embeddings.append(embedding)
-            predictions.append(Prediction(sample._replace(image=None), output))
-            if len(tiles) < MAX_TILES:
-                best, true = int(output.argmax()), None if sample.label is None else predictor.classes[sample.label]
-                tiles.append(Tile(image, predictor.classes[best], float(output[best]), true))
+            yield Prediction(sample._replace(image=None), output), image
         if embedding_file is not None:
             embedding_file.append(embeddings)
-    return predictions, tiles
 
 
-def compute_metrics(predictions: list[Prediction], classes: tuple[str, ...]) -> dict[str, Any] | None:
-    """Compute the metrics of an evaluation over the samples with labels; None if there are none."""
-    pairs = [
-        (sample.label, output) for sample, output in predictions if sample.label is not None and output is not None
-    ]
-    if not pairs:
-        return None
-    labels, predicted = (np.array(column) for column in zip(*((k, p.argmax()) for k, p in pairs), strict=True))
-    confidence = np.array([output.max() for _, output in pairs])
-    metrics = ClassificationMetrics.of(labels, predicted, len(classes))
-    return {
-        **metrics.summary(),
-        "calibration_error": calibration_error(confidence, predicted == labels),
-        "classes": metrics.class_metrics(classes),
-        "confusion_matrix": confusion_matrix(labels, predicted, len(classes)).tolist()
-        if len(classes) <= _MAX_MATRIX
-        else None,
-        "most_confused": [
-            {"true": classes[true], "predicted": classes[wrong], "count": count}
-            for true, wrong, count in most_confused(labels, predicted, _PAIRS)
-        ],
-    }
+class Totals:
+    """What is kept of any number of predictions: the first ones, and label, class and confidence of the others.
+
+    Attributes:
+        first: The predictions of the table on the terminal.
+        tiles: The images of the contact sheet.
+        samples: Number of samples.
+        unusable: Number of unusable images.
+        has_labels: Whether a sample has a label.
+    """
+
+    def __init__(self, classes: tuple[str, ...]) -> None:
+        self.first: list[Prediction] = []
+        self.tiles: list[Tile] = []
+        self.samples = self.unusable = 0
+        self.has_labels = False
+        self._classes = classes
+        self._labels, self._predicted, self._confidence = array("q"), array("q"), array("f")
+
+    def add(self, prediction: Prediction, image: NDArray[np.uint8] | None) -> None:
+        """Count a prediction."""
+        (sample, output), classes = prediction, self._classes
+        self.samples += 1
+        self.has_labels |= sample.label is not None
+        if len(self.first) < _MAX_LINES:
+            self.first.append(prediction)
+        if output is None or image is None:
+            self.unusable += 1
+            return
+        best, true = int(output.argmax()), None if sample.label is None else classes[sample.label]
+        if len(self.tiles) < MAX_TILES:
+            self.tiles.append(Tile(image, classes[best], float(output[best]), true))
+        if sample.label is not None:
+            self._labels.append(sample.label)
+            self._predicted.append(best)
+            self._confidence.append(float(output[best]))
+
+    def metrics(self) -> dict[str, Any] | None:
+        """Compute the metrics of an evaluation over the samples with labels; None if there are none."""
+        if not self._labels:
+            return None
+        classes = self._classes
+        labels, predicted = (np.frombuffer(column, np.int64) for column in (self._labels, self._predicted))
+        confidence = np.frombuffer(self._confidence, np.float32)
+        metrics = ClassificationMetrics.of(labels, predicted, len(classes))
+        return {
+            **metrics.summary(),
+            "calibration_error": calibration_error(confidence, predicted == labels),
+            "classes": metrics.class_metrics(classes),
+            "confusion_matrix": confusion_matrix(labels, predicted, len(classes)).tolist()
+            if len(classes) <= _MAX_MATRIX
+            else None,
+            "most_confused": [
+                {"true": classes[true], "predicted": classes[wrong], "count": count}
+                for true, wrong, count in most_confused(labels, predicted, _PAIRS)
+            ],
+        }
 
 
-def print_table(predictions: list[Prediction], classes: tuple[str, ...]) -> None:
+def print_table(totals: Totals, classes: tuple[str, ...]) -> None:
     """Print a line for each sample: name, class, probability, runners-up, true class if known, and note."""
     rows = [["file", "class", "probability", "next", "true", "note"]]
-    for sample, output in predictions[:_MAX_LINES]:
+    for sample, output in totals.first:
         name = sample.name if len(sample.name) <= _MAX_NAME else f"…{sample.name[1 - _MAX_NAME :]}"
         true = "" if sample.label is None else classes[sample.label]
         if output is None:
@@ -168,11 +198,11 @@ def print_table(predictions: list[Prediction], classes: tuple[str, ...]) -> None
         best, *others = np.argsort(-output, kind="stable")[: 1 + _RUNNERS_UP]
         following = ", ".join(f"{classes[other]} {output[other]:.2%}" for other in others)
         rows.append([name, classes[best], f"{output[best]:>11.2%}", following, true, sample.note])
-    if all(sample.label is None for sample, _ in predictions):
+    if not totals.has_labels:
         rows = [[*row[:4], row[5]] for row in rows]
     _print_rows(rows)
-    if len(predictions) > _MAX_LINES:
-        print(f"... and {len(predictions) - _MAX_LINES:,} more (list all with --csv FILE)")
+    if totals.samples > _MAX_LINES:
+        print(f"... and {totals.samples - _MAX_LINES:,} more (list all with --csv FILE)")
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
@@ -207,28 +237,22 @@ def _print_rows(rows: list[list[str]]) -> None:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
-def to_records(predictions: list[Prediction], classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Convert predictions to plain values: file, label, predicted, probabilities (6 digits) and note."""
-    return [
-        {
-            "file": sample.name,
-            "label": None if sample.label is None else classes[sample.label],
-            "predicted": None if output is None else classes[int(output.argmax())],
-            "probabilities": None if output is None else [float(f"{value:.6g}") for value in output],
-            "note": sample.note,
-        }
-        for sample, output in predictions
-    ]
+def to_record(prediction: Prediction, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Convert a prediction to plain values: file, label, predicted, probabilities (6 digits) and note."""
+    sample, output = prediction
+    return {
+        "file": sample.name,
+        "label": None if sample.label is None else classes[sample.label],
+        "predicted": None if output is None else classes[int(output.argmax())],
+        "probabilities": None if output is None else [float(f"{value:.6g}") for value in output],
+        "note": sample.note,
+    }
 
 
-def to_csv(records: list[dict[str, Any]], classes: tuple[str, ...]) -> str:
-    """Format records as CSV: file, label, predicted, probability, note, and the probability of each class."""
-    head = ["file", "label", "predicted", "probability", "note", *(f"p({name})" for name in classes)]
-    rows = []
-    for record in records:
-        values = record["probabilities"] or [""] * len(classes)
-        rows.append([record["file"], record["label"], record["predicted"], max(values), record["note"], *values])
-    return format_csv(head, rows)
+def to_csv(record: dict[str, Any], classes: tuple[str, ...]) -> list[object]:
+    """Convert a record to a row of the CSV file."""
+    values = record["probabilities"] or [""] * len(classes)
+    return [record["file"], record["label"], record["predicted"], max(values), record["note"], *values]
 
 
 def main() -> int:
@@ -263,37 +287,54 @@ def main() -> int:
     predictor = Predictor(arguments.run, arguments.device, with_embeddings=arguments.embeddings is not None)
     classes = predictor.classes
     inputs = find_inputs(arguments.images, predictor)
+    totals = Totals(classes)
     with contextlib.ExitStack() as stack:
+        files = {
+            path: stack.enter_context(replace_file(path))
+            for path in (arguments.csv, arguments.json, arguments.embeddings)
+            if path
+        }
         embedding_file = None
         if arguments.embeddings:
             samples = sum(1 if isinstance(each, ImageFile) else len(each) for each in inputs)
-            embedding_file = EmbeddingFile(stack.enter_context(replace_file(arguments.embeddings)), samples)
+            embedding_file = EmbeddingFile(files[arguments.embeddings], samples)
             stack.callback(embedding_file.close)
-        predictions, tiles = predict(read_samples(inputs, predictor), predictor, embedding_file)
-    print_table(predictions, classes)
-    metrics = compute_metrics(predictions, classes)
+        if arguments.csv:
+            head = ["file", "label", "predicted", "probability", "note", *(f"p({name})" for name in classes)]
+            files[arguments.csv].write(format_csv(head, []).encode())
+        if arguments.json:
+            about = {
+                "run": str(predictor.run),
+                "classes": classes,
+                "temperature": predictor.temperature,
+                "resolution": predictor.resolution,
+            }
+            files[arguments.json].write(f'{_json(about)[:-1]}, "predictions": ['.encode())
+        for prediction, image in predict(read_samples(inputs, predictor), predictor, embedding_file):
+            if arguments.csv or arguments.json:
+                record = to_record(prediction, classes)
+            if arguments.csv:
+                files[arguments.csv].write(format_csv(to_csv(record, classes), []).encode())
+            if arguments.json:
+                files[arguments.json].write(f"{', ' if totals.samples else ''}{_json(record)}".encode())
+            totals.add(prediction, image)
+        metrics = totals.metrics()
+        if arguments.json:
+            files[arguments.json].write(f'], "metrics": {_json(metrics)}}}\n'.encode())
+    if arguments.sheet:
+        not_shown = totals.samples - totals.unusable - len(totals.tiles)
+        write_file(arguments.sheet, to_png(prediction_sheet(totals.tiles, arguments.run.name, not_shown)))
+    print_table(totals, classes)
     if metrics:
         print_metrics(metrics)
-    records = to_records(predictions, classes)
-    if arguments.csv:
-        write_file(arguments.csv, to_csv(records, classes))
-    if arguments.json:
-        content = {
-            "run": str(predictor.run),
-            "classes": classes,
-            "temperature": predictor.temperature,
-            "resolution": predictor.resolution,
-            "metrics": metrics,
-            "predictions": records,
-        }
-        write_file(arguments.json, json.dumps(content, ensure_ascii=False) + "\n")
-    unusable = sum(output is None for _, output in predictions)
-    if arguments.sheet:
-        not_shown = len(predictions) - unusable - len(tiles)
-        write_file(arguments.sheet, to_png(prediction_sheet(tiles, arguments.run.name, not_shown)))
-    if unusable:
-        print(f"\n{unusable:,} of {len(predictions):,} {'image' if len(predictions) == 1 else 'images'} unusable")
-    return _UNUSABLE if unusable else 0
+    if totals.unusable:
+        images = "image" if totals.samples == 1 else "images"
+        print(f"\n{totals.unusable:,} of {totals.samples:,} {images} unusable")
+    return _UNUSABLE if totals.unusable else 0
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False)
 
 
 if __name__ == "__main__":

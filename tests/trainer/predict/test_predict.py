@@ -27,7 +27,9 @@ from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config.schema import ModelConfig
 from trainer.export.ensemble import make_ensemble
 from trainer.models.factory import make_model
+from trainer.predict import __main__ as command
 from trainer.predict.__main__ import main
+from trainer.predict.input_files import Sample
 from trainer.predict.predictor import Predictor, record_embeddings, upright_images
 
 Predict = Callable[..., int]
@@ -368,3 +370,24 @@ def test_embeddings_of_an_ensemble_lie_side_by_side(digits_run: Path, digits_set
     batch = upright_images(open_split(digits_set, "test"), np.arange(5))
     one, two = (Predictor(run, with_embeddings=True).predict(batch).embeddings for run in (digits_run, tmp_path))
     np.testing.assert_array_equal(two, np.concatenate([one, one], axis=1))
+
+
+def test_memory_does_not_grow_with_the_images(
+    digits_run: Path, digits_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 10,000 images, whose records alone would take 10 MB; all of them are in both files."""
+    output, image = np.full(10, 0.1, np.float32), np.zeros((8, 8, 1), np.uint8)
+    samples = (Sample(f"{number}.png", number % 10, None, "as stored") for number in range(10_000))
+    monkeypatch.setattr(command, "predict", lambda *_: ((command.Prediction(each, output), image) for each in samples))
+    files = tmp_path / "out.csv", tmp_path / "out.json"
+    arguments = [digits_run, digits_set, "--device", "cpu", "--csv", files[0], "--json", files[1]]
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    tracemalloc.start()
+    assert main() == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
+    rows, found = list(csv.DictReader(files[0].open())), json.loads(files[1].read_text())
+    assert [row["file"] for row in rows] == [each["file"] for each in found["predictions"]]
+    assert len(rows) == 10_000 and rows[-1]["file"] == "9999.png" and float(rows[-1]["p(9)"]) == 0.1
+    assert found["metrics"]["samples"] == 10_000 and found["metrics"]["accuracy"] == 0.1
