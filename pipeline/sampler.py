@@ -17,11 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.index_ranges import Positions
 from pipeline.common.labelled_samples import SamplesByClass
-from pipeline.common.rng import (
-    LEFT_OUT_STREAM,
-    IndexPermutation,
-    random_keys,
-)
+from pipeline.common.rng import LEFT_OUT_STREAM, IndexPermutation, random_keys
 from pipeline.common.windowed_order import LANES, UnitUse, WindowedOrder
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from shards.manifest import Manifest
@@ -30,7 +26,7 @@ from shards.stores.base import ShardUse
 _FIRST_INDICES = 1 << 9  # of a rank that are computed together at first
 _INDICES_AT_ONCE = 1 << 16  # after that
 _MAX_UNITS = 1 << 14  # of a windowed order
-_BLOCKS_PER_LANE = 32  # of the window: a lane holds up to two blocks beyond its share
+_BLOCKS_PER_LANE = 32  # of the window: each lane holds a block or two beyond its share
 _UNITS_PER_LANE = 2  # of the window: with fewer, the same units of lanes would often be read together
 SAMPLER_VERSION = 3  # increases when a state that was saved within an epoch would continue with other batches
 _Batches: TypeAlias = Callable[[range, NDArray[np.int64]], NDArray[np.int64]]
