@@ -22,7 +22,7 @@ from shards.atomic import FileIdentity, file_identity, replaced_error
 from shards.cli import USER_ERROR_STATUS
 from shards.errors import CorruptError, UserError, corrupt_shard
 from shards.manifest import Manifest
-from shards.remote.on_demand import FileUse, on_demand_files
+from shards.remote.on_demand import FileUse, OnDemandFiles, on_demand_files
 
 _MAX_OPEN_FILES = 64  # files of a split
 _CHUNK = 1 << 20  # bytes hashed at a time
@@ -106,8 +106,7 @@ class SplitFiles:
             return nullcontext(lambda step: None)
         return self.on_demand.prefetch(FileUse(self._path(name), first, last) for name, first, last in uses)
 
-    @contextmanager
-    def open(self, name: str) -> Iterator[OpenFile]:
+    def open(self, name: str) -> AbstractContextManager[OpenFile]:
         """Open a file to read in the block.
 
         Raises:
@@ -115,7 +114,11 @@ class SplitFiles:
             MismatchError: If it is not the file that was opened first, or was changed since.
             UserError: If it is fetched on demand, and that fails.
         """
-        with nullcontext() if self.on_demand is None else self.on_demand.held(self._path(name)) as identity:
+        return self._open_present(name) if self.on_demand is None else self._open_fetched(self.on_demand, name)
+
+    @contextmanager
+    def _open_fetched(self, on_demand: OnDemandFiles, name: str) -> Iterator[OpenFile]:
+        with on_demand.held(self._path(name)) as identity:
             if identity is not None:  # a file that was evicted and fetched again has another one
                 self._identities[name] = identity
             with self._open_present(name) as file:
