@@ -17,14 +17,11 @@ from pipeline.sampler import SequentialBatchSampler
 from pipeline.transforms.build import build_transform
 from pipeline.transforms.spec import TransformSpec
 from shards.atomic import with_checksum, without_checksum, write_file
-from shards.manifest import Manifest
+from shards.manifest import STATISTICS_SAMPLES, Manifest
 from shards.stores.base import Store
 
 log = logging.getLogger(__name__)
 
-# Packing permutes the samples, so a prefix is a random subset. With 65,536 samples the error of the mean is below a
-# thousandth of the std.
-_MAX_SAMPLES = 65_536
 _MAX_ENCODED_SAMPLES = 16_384  # decoding takes 100 times as long
 _MAX_SHARDS = 64  # of image files
 _BATCH_SIZE = 512
@@ -81,14 +78,15 @@ def packed_stats(manifest: Manifest, spec: TransformSpec) -> DatasetStats | None
     """
     if manifest.statistics is None or spec.needs_resize or spec.preprocessing.steps:
         return None
-    count = manifest.samples * manifest.image_bytes // manifest.image_shape[2]
+    statistics = manifest.statistics
+    count = statistics.samples * manifest.image_bytes // manifest.image_shape[2]
     mean, std = [], []
-    for total, squares in zip(manifest.statistics.sums, manifest.statistics.squares, strict=True):
+    for total, squares in zip(statistics.sums, statistics.squares, strict=True):
         mean.append(total / count / 255)
         # Integers: the difference of two floats of this size would have few exact digits.
         variance = max(0, count * squares - total * total) / (255 * count) ** 2
         std.append(math.sqrt(variance) if variance >= _MIN_STD**2 else 1.0)
-    return DatasetStats(tuple(mean), tuple(std), manifest.samples)
+    return DatasetStats(tuple(mean), tuple(std), statistics.samples)
 
 
 def _select_samples(store: Store) -> NDArray[np.int64]:
@@ -103,7 +101,7 @@ def _select_samples(store: Store) -> NDArray[np.int64]:
         positions = np.concatenate([np.arange(*bounds[shard : shard + 2]) for shard in shards])
         count = min(len(positions), _MAX_ENCODED_SAMPLES)
         return positions[np.arange(count) * len(positions) // count]
-    return np.arange(min(len(store), _MAX_SAMPLES))
+    return np.arange(min(len(store), STATISTICS_SAMPLES))
 
 
 def load_or_compute_stats(

@@ -42,7 +42,7 @@ from shards.remote.datasets import is_remote, resolve_dataset
 from shards.stores.base import Block, Layout, Store, block_key
 from shards.stores.create import make_writer
 from shards.stores.record_index import index_name
-from shards.stores.sample_arrays import numbers_crc32, pixel_statistics, pixel_sums, write_arrays
+from shards.stores.sample_arrays import PixelSums, numbers_crc32, pixel_statistics, write_arrays
 from shards.stores.zarr_arrays import GROUP
 from shards.verify.check import check_hashes, corrupt_files, split_directories
 
@@ -151,7 +151,7 @@ def _convert_split(split: Path, manifest: Manifest, directory: Path, store: Stor
         "options": {**options, COMPRESSION: compression} if store == "zarr" else options,
         "shards": tuple(each.shard for each in written),
         "files": (*(file for each in written for file in each.files), *metadata, *side_files, *arrays),
-        "statistics": pixel_statistics([each.pixel_sums for each in written]),
+        "statistics": pixel_statistics(layout.samples, [each.pixel_sums for each in written]),
     }
     converted = Manifest(**{**dict(manifest), **changes})
     if faults := list(check_hashes(directory, converted)):
@@ -225,13 +225,13 @@ def _upgrade_split(split: Path) -> Manifest:
         store: Any = open_files(split, manifest, None if manifest.encoded else step * manifest.image_bytes)
         for file in manifest.files:
             store.files.check_sha256(file.name)
-        blocks, sums, first = store.arrays.blocks.copy(), [], 0
+        blocks, sums, first = store.arrays.blocks.copy(), PixelSums(), 0
         for shard in tqdm(manifest.shards, f"upgrading {manifest.split}", unit=" shards", disable=None):
             store.files.check_sha256(shard.name)
             for start in range(first, first + shard.samples, step):
                 images = store.read(np.arange(start, min(start + step, first + shard.samples)))
                 if not manifest.encoded:
-                    sums.append(pixel_sums(images))
+                    sums.add(start, images)
                     images = [images]
                 for block, content in enumerate(images, start=start // manifest.block_size):
                     samples = slice(block * manifest.block_size, (block + 1) * manifest.block_size)
@@ -250,7 +250,7 @@ def _upgrade_split(split: Path) -> Manifest:
                     *(RawFile.of(split, name) for name in sorted(indices - listed)),  # version 1 does not list them
                     *_write_arrays(split, store, [blocks]),
                 ),
-                "statistics": pixel_statistics(sums),
+                "statistics": pixel_statistics(manifest.samples, [sums.total]),
             }
         )
     upgraded.write(split)

@@ -34,6 +34,7 @@ StoreKind = Literal["tar", "zarr", "records"]
 ARRAYS = LABELS, ROWS, BLOCKS = ("labels.npy", "rows.npy", "blocks.npy")  # of every split of version 3
 Content: TypeAlias = bytes | memoryview
 VERSION: Literal[3] = 3  # of the format that is written
+STATISTICS_SAMPLES = 65_536  # of the pixel statistics
 MAX_MANIFEST_BYTES = 1 << 28  # of a manifest
 MAX_BLOCK_BYTES = 1 << 30  # of pixels: readers hold a block in memory
 
@@ -84,8 +85,13 @@ class Shard(_Record):
 
 
 class PixelStatistics(_Record):
-    """Sums over the stored pixels (0 .. 255) of all images, and over their squares, for each channel."""
+    """Sums over the stored pixels (0 .. 255) of the first images, and over their squares, for each channel.
 
+    Packing permutes the images, so that the first ones are a random subset. With 65,536 the error of the mean is below
+    a thousandth of the std.
+    """
+
+    samples: PositiveInt
     sums: tuple[NonNegativeInt, ...]
     squares: tuple[NonNegativeInt, ...]
 

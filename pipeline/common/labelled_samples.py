@@ -18,6 +18,8 @@ from pipeline.common.rng import (
     random_keys,
 )
 from pipeline.common.stratified import stratified_folds, stratified_mask, stratified_quotas
+from shards.errors import corrupt_shard
+from shards.manifest import LABELS
 from shards.stores.base import Store
 
 _MAX_SORTED = 1 << 22  # samples of a store whose subsets are drawn by sorting random numbers
@@ -102,6 +104,8 @@ class LabelledSamples:
                     break
                 positions = self.samples[chunk : min(chunk + _CHUNK, end)]
                 labels = self.labels[positions]
+                if labels.max(initial=0) >= len(seen):
+                    raise corrupt_shard(LABELS, f"a label outside 0 .. {len(seen) - 1}")
                 here = np.bincount(labels, minlength=len(seen))
                 if ((seen < first) | (seen + here > stop))[here > 0].any():
                     number = np.empty(len(labels), np.int64)

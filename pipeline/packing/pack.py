@@ -369,7 +369,7 @@ class _Packing:
             files=(*(file for each in written for file in each.files), *files),
             raw=split.files,
             versions=self._versions(),
-            statistics=pixel_statistics([each.pixel_sums for each in written]),
+            statistics=pixel_statistics(layout.samples, [each.pixel_sums for each in written]),
         )
 
 

@@ -17,7 +17,17 @@ from numpy.typing import DTypeLike, NDArray
 
 from shards.atomic import replace_file
 from shards.errors import corrupt_shard
-from shards.manifest import ARRAYS, BLOCKS, LABELS, ROWS, VERSION, Manifest, PixelStatistics, RawFile
+from shards.manifest import (
+    ARRAYS,
+    BLOCKS,
+    LABELS,
+    ROWS,
+    STATISTICS_SAMPLES,
+    VERSION,
+    Manifest,
+    PixelStatistics,
+    RawFile,
+)
 from shards.remote.cache import mark_unchecked
 from shards.stores.base import Buffer, block_key
 from shards.stores.split_files import SplitFiles
@@ -25,7 +35,7 @@ from shards.stores.split_files import SplitFiles
 BLOCK_DTYPE = np.dtype([("offset", "<i8"), ("bytes", "<u4"), ("crc32", "<u4"), ("numbers_crc32", "<u4")])
 """Of a block: byte range in its shard, CRC-32 of its pixels (a record: of its file), CRC-32 of its labels and rows."""
 _ROW_DTYPES = (np.dtype("<u4"), np.dtype("<i8"))
-_EXACT_ROWS = 256  # sums of so many squares of bytes are exact in float32
+_BUFFER_VALUES = 1 << 20  # pixels that are added up at once
 _CHECKED_LABELS = 1 << 22  # labels that are checked on opening, in 10 ms: subsets are drawn from all of them
 Numbers: TypeAlias = NDArray[np.integer]
 
@@ -50,21 +60,44 @@ def records_crc32(labels: NDArray[np.int64], rows: NDArray[np.int64]) -> list[in
     return [isal_zlib.crc32(pairs[start : start + 16]) for start in range(0, len(pairs), 16)]
 
 
-def pixel_sums(images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return the exact sums of pixels and of their squares, int64 [2, C], of images uint8 [n, H, W, C]."""
-    channels = images.shape[-1]
-    sums = np.zeros((2, channels))
-    for first in range(0, len(images), _EXACT_ROWS):
-        flat = images[first : first + _EXACT_ROWS].reshape(-1, images[0].size).astype(np.float32)
-        for total, of_pixel in zip(sums, (flat.sum(axis=0), np.einsum("ij,ij->j", flat, flat)), strict=True):
-            total += of_pixel.reshape(-1, channels).sum(axis=0, dtype=np.float64)
-    return sums.astype(np.int64)
+class PixelSums:
+    """Adds up the pixels of the first images of a split and their squares, exactly."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros((2, 0))
+        self._buffer = np.empty((0, 0), np.float32)
+        self._channels = 1
+
+    def add(self, first: int, images: NDArray[np.uint8]) -> None:
+        """Add images uint8 [n, H, W, C] of positions from `first` on, below `STATISTICS_SAMPLES`; all of one size."""
+        images = images[: max(0, STATISTICS_SAMPLES - first)]
+        if not len(images):
+            return
+        size = images[0].size
+        if not self._sums.size:
+            self._channels = images.shape[-1]
+            self._sums = np.zeros((2, size))
+            # Sums of so many squares of bytes are exact in float32. New memory for each block would take longer.
+            self._buffer = np.empty((max(1, min(256, _BUFFER_VALUES // size)), size), np.float32)
+        for first in range(0, len(images), len(self._buffer)):
+            part = images[first : first + len(self._buffer)].reshape(-1, size)
+            values = self._buffer[: len(part)]
+            values[...] = part
+            self._sums[0] += values.sum(axis=0)
+            self._sums[1] += np.einsum("ij,ij->j", values, values)
+
+    @property
+    def total(self) -> NDArray[np.int64] | None:
+        """Sums of pixels and of squares of each channel, int64 [2, C]; None without images."""
+        return self._sums.astype(np.int64).reshape(2, -1, self._channels).sum(axis=1) if self._sums.size else None
 
 
-def pixel_statistics(sums: Sequence[NDArray[np.int64] | None]) -> PixelStatistics | None:
-    """Return the statistics of a split from the sums of its parts, None if they are of image files."""
+def pixel_statistics(samples: int, sums: Sequence[NDArray[np.int64] | None]) -> PixelStatistics | None:
+    """Return the statistics of a split of N samples from the sums of its parts, None if they are of image files."""
     totals = np.sum([part for part in sums if part is not None], axis=0).tolist()
-    return PixelStatistics(sums=tuple(totals[0]), squares=tuple(totals[1])) if totals else None
+    if not totals:
+        return None
+    return PixelStatistics(samples=min(samples, STATISTICS_SAMPLES), sums=tuple(totals[0]), squares=tuple(totals[1]))
 
 
 @dataclass(frozen=True)

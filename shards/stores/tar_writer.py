@@ -16,7 +16,7 @@ from shards.atomic import write_file
 from shards.manifest import RawFile, Shard
 from shards.stores.base import Block, SplitWriter, WrittenShard, shard_name
 from shards.stores.record_index import index_content, index_line, index_name
-from shards.stores.sample_arrays import BLOCK_DTYPE, Numbers, numbers_crc32, pixel_sums
+from shards.stores.sample_arrays import BLOCK_DTYPE, Numbers, PixelSums, numbers_crc32
 from shards.stores.tar_members import BLOCK, Member
 
 _END_OF_ARCHIVE = bytes(2 * BLOCK)
@@ -51,11 +51,11 @@ class TarShardWriter(SplitWriter):
         sha256 = hashlib.sha256()
         lines: list[str] = []
         entries: list[tuple[int, int, int, int]] = []
-        sums = None
+        sums = PixelSums()
         with open(path, "wb") as file:
             for block in blocks:
                 if isinstance(block.images, np.ndarray):
-                    sums = pixel_sums(block.images) + (0 if sums is None else sums)
+                    sums.add(block.first, block.images)
                 for record in self.records(block):
                     members = {}
                     for component, content in record.components:
@@ -81,4 +81,4 @@ class TarShardWriter(SplitWriter):
         index = index_content(lines)
         write_file(path.with_suffix(".idx"), index)
         files = (RawFile.of_content(index_name(shard), index),)
-        return WrittenShard(shard, files, np.array(entries, BLOCK_DTYPE), sums)
+        return WrittenShard(shard, files, np.array(entries, BLOCK_DTYPE), sums.total)

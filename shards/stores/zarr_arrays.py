@@ -21,7 +21,7 @@ from shards.atomic import sync_directory
 from shards.errors import corrupt_shard, first_line
 from shards.manifest import MANIFEST_NAME, Manifest, RawFile, Shard
 from shards.stores.base import Block, Layout, SplitWriter, WrittenShard
-from shards.stores.sample_arrays import BLOCK_DTYPE, numbers_crc32, pixel_sums
+from shards.stores.sample_arrays import BLOCK_DTYPE, PixelSums, numbers_crc32
 
 ZarrArray: TypeAlias = zarr.Array
 GROUP = "samples.zarr"
@@ -129,13 +129,13 @@ class ZarrWriter(SplitWriter):
         samples = self.layout.samples_of(number)
         images, labels, rows = (np.empty((len(samples), *array.sample), array.dtype) for array in self._arrays)
         checksums = []
-        sums = np.zeros((2, self.layout.image_shape[2]), np.int64)
+        sums = PixelSums()
         end = 0
         for block in blocks:
             start, end = end, end + len(block.labels)
             assert block.first == samples.start + start and isinstance(block.images, np.ndarray)
             images[start:end], labels[start:end], rows[start:end] = block.images, block.labels, block.rows
-            sums += pixel_sums(images[start:end])
+            sums.add(block.first, images[start:end])
             checksums.append((isal_zlib.crc32(images[start:end]), numbers_crc32(labels[start:end], rows[start:end])))
         assert end == len(samples)
         (image_file, ranges), *others = (
@@ -144,7 +144,7 @@ class ZarrWriter(SplitWriter):
         )
         entries = [(*place, *crcs) for place, crcs in zip(ranges[: len(checksums)].tolist(), checksums, strict=True)]
         shard = Shard(samples=len(samples), **image_file.model_dump())
-        return WrittenShard(shard, tuple(file for file, _ in others), np.array(entries, BLOCK_DTYPE), sums)
+        return WrittenShard(shard, tuple(file for file, _ in others), np.array(entries, BLOCK_DTYPE), sums.total)
 
     def _write_array(
         self, array: ArrayLayout, encoder: ZarrArray, number: int, values: NDArray

@@ -23,6 +23,7 @@ from shards.manifest import (
     REQUIRED_SPLITS,
     ROWS,
     SPLITS,
+    STATISTICS_SAMPLES,
     VERSION,
     Content,
     Manifest,
@@ -108,7 +109,9 @@ class SampleCounter:
             if zlib.crc32(images) != crc:
                 yield f"{location} was changed (CRC-32 differs)"
         if not self._manifest.encoded:
-            pixels = np.frombuffer(images, np.uint8).reshape(-1, self._manifest.image_shape[2])
+            first = block * self._manifest.block_size
+            counted = max(0, STATISTICS_SAMPLES - first) * self._manifest.image_bytes
+            pixels = np.frombuffer(images, np.uint8)[:counted].reshape(-1, self._manifest.image_shape[2])
             for channel in range(pixels.shape[1]):
                 histogram = np.bincount(pixels[:, channel], minlength=256)
                 self._sums[:, channel] += [histogram @ np.arange(256), histogram @ np.arange(256) ** 2]
@@ -152,7 +155,8 @@ class SampleCounter:
         if len(np.unique(np.concatenate(self._rows))) != self._manifest.samples:
             yield "a source row is packed twice"
         statistics = self._manifest.statistics
-        if statistics and self._sums.tolist() != [list(statistics.sums), list(statistics.squares)]:
+        expected = statistics and (statistics.samples, [list(statistics.sums), list(statistics.squares)])
+        if expected and expected != (min(self._manifest.samples, STATISTICS_SAMPLES), self._sums.tolist()):
             yield "statistics of the pixels differ from the manifest"
 
 

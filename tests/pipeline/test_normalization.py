@@ -20,8 +20,10 @@ from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import TransformSpec
 from shards import open_split
 from shards.atomic import with_checksum, without_checksum
-from shards.manifest import StoreKind
+from shards.manifest import PixelStatistics, StoreKind
+from shards.stores import sample_arrays
 from shards.stores.base import Store
+from shards.verify import check
 
 CPU = torch.device("cpu")
 
@@ -93,6 +95,22 @@ def test_packing_computes_the_statistics_of_the_stored_pixels(
     pixels = images.astype(np.float64) / 255
     np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(found.std, pixels.std(axis=(0, 1, 2)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zarr"])
+def test_statistics_are_of_the_first_images(tmp_path: Path, kind: StoreKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (sample_arrays, check):
+        monkeypatch.setattr(module, "STATISTICS_SAMPLES", 70)
+    monkeypatch.setattr(pipeline.packing.pack, "SHARD_BYTES", 40 * 28 * 28)
+    packed = pack_splits(synthetic_splits(train=150, test=20), tmp_path / "set", block_size=20, store=kind)
+    store = open_split(packed, "train")
+    images = store.read(np.arange(70)).astype(np.int64)
+    expected = PixelStatistics(samples=70, sums=(images.sum(),), squares=((images**2).sum(),))
+    assert store.manifest.statistics == expected
+    assert check.check_split(packed / "train")[1] == []
+    wrong = expected.model_copy(update={"squares": (expected.squares[0] + 1,)})
+    store.manifest.model_copy(update={"statistics": wrong}).write(packed / "train")
+    assert "statistics of the pixels differ" in check.check_split(packed / "train")[1][0]
 
 
 def test_statistics_of_packing_serve_the_stored_pixels_only(

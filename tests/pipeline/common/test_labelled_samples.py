@@ -13,6 +13,7 @@ from pipeline.common.index_ranges import IndexRanges
 from pipeline.common.labelled_samples import LabelledSamples, SamplesByClass
 from pipeline.common.rng import FOLD_STREAM
 from pipeline.common.stratified import stratified_folds, stratified_mask
+from shards.errors import CorruptError
 
 SEEDS = st.integers(0, 2**63 - 1)
 labellings = st.lists(st.integers(0, 5), min_size=1, max_size=300).map(lambda labels: np.array(labels, np.uint8))
@@ -131,3 +132,10 @@ def test_classes_are_drawn_in_turn(labels: NDArray[np.uint8], seed: int, epoch: 
         turn = by_class.samples[labels[by_class.samples] == label].tolist()
         expected += [turn[(epoch * number + place) % len(turn)] for place in range(number)]
     assert by_class.draw(drawn, epoch).tolist() == sorted(expected)
+
+
+def test_a_label_of_no_class_is_refused() -> None:
+    """Labels of large stores are not checked on opening: this one is damaged."""
+    samples = LabelledSamples(np.array([0, 1] * 40 + [6], np.uint8), IndexRanges.first(81), np.array([41, 40]), True)
+    with pytest.raises(CorruptError, match=r"labels.npy: a label outside 0 \.\. 1"):
+        samples.split(0.99, 0)
