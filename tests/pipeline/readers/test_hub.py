@@ -111,7 +111,8 @@ def test_an_unknown_dataset_is_named(hub: HubServer) -> None:
 
 @pytest.mark.parametrize("name", ["a/b/c", "../x", "a@b", "a b", "https://x", ""])
 def test_what_is_no_name_is_refused(hub: HubServer, name: str) -> None:
-    assert repr(name) in refusal(lambda: find_source("hf").address(name, "")).found
+    quoted = name if name == "../x" else repr(name)  # only the latest versions of huggingface-hub quote this one
+    assert quoted in refusal(lambda: find_source("hf").address(name, "")).found
     assert hub.requests == []
 
 
