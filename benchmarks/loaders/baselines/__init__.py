@@ -47,11 +47,11 @@ REGISTRY = {
         LoaderSpec("torch-dataloader", "torch_dataloader"),
         LoaderSpec("webdataset", "webdataset_reader", ("webdataset",), "pip install webdataset"),
         LoaderSpec("litdata", "litdata_stream", ("litdata",)),
-        LoaderSpec(
-            "mosaicml-streaming", "mosaic_stream", ("streaming",), "see benchmarks/loaders/baselines/INSTALL.md"
-        ),
+        LoaderSpec("mosaicml-streaming", "mosaic_stream", ("streaming",), "see benchmarks/loaders/INSTALL.md"),
         LoaderSpec("huggingface-datasets", "huggingface_set", ("datasets",)),
-        LoaderSpec("ffcv", "ffcv_loader", ("ffcv",), "see benchmarks/loaders/baselines/INSTALL.md"),
+        LoaderSpec("grain", "grain_loader", ("grain", "array_record")),
+        LoaderSpec("spdl", "spdl_loader", ("spdl.dataloader",)),
+        LoaderSpec("ffcv", "ffcv_loader", ("ffcv",), "see benchmarks/loaders/INSTALL.md"),
         LoaderSpec("plain-torch", "in_memory"),
         LoaderSpec("floor", "in_memory"),
     )

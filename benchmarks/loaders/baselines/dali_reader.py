@@ -18,7 +18,7 @@ from wds2idx import IndexCreator
 
 from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Variant
 from benchmarks.loaders.baselines.inkstream import pack_upright_blocks
-from benchmarks.loaders.baselines.records import record_paths, write_records
+from benchmarks.loaders.baselines.webdataset_reader import record_paths, write_records
 from shards.cpus import available_cpus
 
 _SHUFFLE_BUFFER = 4096  # samples
