@@ -22,9 +22,9 @@ from pathlib import Path
 
 from benchmarks.common.arguments import DEFAULT_OUT, positive, select_names
 from benchmarks.common.processes import WorkerError, WorkerProcess
-from benchmarks.device.cases import GPU, TINY, Section, make_sections
-from benchmarks.device.report import Results
-from benchmarks.device.worker import DeviceWorker, pack_synthetic_set
+from benchmarks.training.device.cases import GPU, TINY, Section, make_sections
+from benchmarks.training.device.report import Results
+from benchmarks.training.device.worker import DeviceWorker, pack_synthetic_set
 from pipeline.common.device import choose_device
 from shards.cli import run_command
 from shards.remote.datasets import resolve_dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,6 @@ from shards.stores.base import is_image_store
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WALL_FACTOR = 6  # other processes may run at the same time
-_LOG_CHARACTERS = 300
 _TREE_SECONDS = 0.5
 _RESERVE = 1e9  # bytes of memory that are left to other processes
 _OTHERS_REAL = 1_000_000  # the libraries that pack 20,000 to 200,000 images/s
@@ -173,7 +173,10 @@ def run_worker(work: Mapping[str, Any], tree: Path, limits: Limits) -> list[dict
         lines = [json.loads(line) for line in out.read().splitlines() if line.startswith('{"phase"')]
         phases = {line["phase"]: line for line in lines}
         if reason is None and process.returncode != 0:
-            reason = errors.read().strip()[-_LOG_CHARACTERS:].rpartition("\n")[2] or f"exit {process.returncode}"
+            lines = errors.read().splitlines()
+            # The last line of a message in several lines is only its hint.
+            named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+            reason = [f"exit status {process.returncode}", *lines, *named][-1]
     imported = phases.pop("import", {}).get("private_bytes", 0)
     last = next(reversed(phases), "open")
     memory = {"phase": "memory", "memory_bytes": peak - imported}

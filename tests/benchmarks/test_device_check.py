@@ -16,9 +16,9 @@ from conftest import ROOT, run_module
 
 from benchmarks import device_check
 from benchmarks.common.processes import WorkerError
-from benchmarks.device.cases import GPU, TINY, make_sections
-from benchmarks.device.report import format_report, format_value
-from benchmarks.device.worker import DeviceWorker, pack_synthetic_set
+from benchmarks.training.device.cases import GPU, TINY, make_sections
+from benchmarks.training.device.report import format_report, format_value
+from benchmarks.training.device.worker import DeviceWorker, pack_synthetic_set
 from pipeline.transforms.torch_backend import TorchTransform
 
 SECTIONS = ["device", "correctness", "loader", "step", "loop", "run"]
@@ -239,7 +239,7 @@ def test_a_kill_at_any_time_leaves_complete_lines(tmp_path: Path) -> None:
     program = (
         "import itertools\n"
         "from pathlib import Path\n"
-        "from benchmarks.device.report import Results\n"
+        "from benchmarks.training.device.report import Results\n"
         f"results = Results(Path({str(tmp_path / 'r')!r}), {{'device': 'x', 'packages': {{}}}})\n"
         "for number in itertools.count():\n"
         "    results.add({'section': 's', 'case': 'c' * 5000, 'number': number})\n"

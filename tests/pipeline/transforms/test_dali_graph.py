@@ -10,7 +10,7 @@ import pytest
 from nvidia.dali import Pipeline
 from support.simulated_gpu import GPU, simulated_gpu
 
-from benchmarks.device.image_channels import ImageChannelsTransform
+from benchmarks.training.device.image_channels import ImageChannelsTransform
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.dali_backend import DaliEncodedTransform, DaliTransform
 from pipeline.transforms.preprocess import Preprocessing

@@ -22,9 +22,9 @@ import yaml
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.device.cases import AUGMENTED, IMAGE_CHANNELS, RAW_SIDE, Scale, Settings
 from benchmarks.loaders.baselines.base import Task
 from benchmarks.loaders.verify import model_input
+from benchmarks.training.device.cases import AUGMENTED, IMAGE_CHANNELS, RAW_SIDE, Scale, Settings
 from benchmarks.training.loop import LoopCase, ResidentLoader, measure
 from pipeline.loader import Batch
 from pipeline.packing.pack import PackSettings, pack
@@ -75,7 +75,7 @@ def pack_synthetic_set(out: Path, images: int) -> Path:
 
 
 class DeviceWorker:
-    """Measures the cases of `benchmarks.device.cases`, a method for each section.
+    """Measures the cases of `benchmarks.training.device.cases`, a method for each section.
 
     Args:
         shards: Packed data set.
@@ -303,7 +303,9 @@ class DeviceWorker:
             torch.cuda.reset_peak_memory_stats()
         with contextlib.ExitStack() as stack:
             if IMAGE_CHANNELS in settings:
-                from benchmarks.device.image_channels import ImageChannelsTransform  # DALI may not be installed
+                from benchmarks.training.device.image_channels import (
+                    ImageChannelsTransform,
+                )  # DALI may not be installed
 
                 variant = mock.patch("pipeline.transforms.dali_backend.DaliTransform", ImageChannelsTransform)
                 stack.enter_context(variant)
