@@ -152,12 +152,14 @@ _STYLES: dict[str, dict[str, Any]] = {
 def plot_growth(records: Sequence[Record], path: Path) -> None:
     """Plot a panel per cost, logarithmic on both axes; a hollow cross marks a limit that was exceeded."""
     sizes = sorted({record["samples"] for record in records})
+    measured = {record["name"] for record in records}
+    styles = {name: style for name, style in _STYLES.items() if name in measured}
     costs = [cost for cost in COSTS if any(_series(records, cost, name, sizes)[0] for name in _STYLES)]
 
     def draw(panels: Sequence[Axes]) -> None:
         *shown, legend = panels
         for axes, cost in zip(shown, costs, strict=True):
-            for name, style in _STYLES.items():
+            for name, style in styles.items():
                 points, failed = _series(records, cost, name, sizes)
                 axes.plot([*points], [*points.values()], label=name, **({"linewidth": 1.4, "markersize": 5} | style))
                 if failed is not None and points:

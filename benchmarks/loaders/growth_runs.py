@@ -186,9 +186,10 @@ def run_worker(work: Mapping[str, Any], tree: Path, limits: Limits) -> list[dict
     return [*phases.values(), memory]
 
 
-def _watch(process: subprocess.Popen[str], limits: Limits) -> tuple[int, str | None]:
+def _watch(process: subprocess.Popen[Any], limits: Limits) -> tuple[int, str | None]:
     """Wait for a process; return its peak memory, and the limit that it exceeded, if any. It is killed then."""
-    peak, reason = 0, None
+    peak = 0
+    reason: str | None = None
     start = checked = time.monotonic()
     try:
         while process.poll() is None and reason is None:

@@ -508,7 +508,7 @@ def _rate(batches: Callable[[int], Iterator[Any]], warm_up: float) -> dict[str, 
     }
 
 
-def _handles() -> dict[str, int]:
+def _handles() -> dict[str, float]:
     maps = Path("/proc/self/maps").read_text().count("\n")
     return {"descriptors": len(os.listdir("/proc/self/fd")), "maps": maps}
 
