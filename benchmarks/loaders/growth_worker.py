@@ -153,10 +153,15 @@ class Inkstream:
             from shards.stores import sample_arrays
 
             labels, rows, blocks = (np.load(train / name) for name in ("labels.npy", "rows.npy", "blocks.npy"))
-            pieces = [itertools.repeat(array, copies) for array in (labels, rows)]
-            total, classes = copies * len(labels), len(manifest.classes)
-            highest = int(rows.max())
-            files += sample_arrays.write_arrays(train, total, classes, *pieces, highest, [blocks] * copies)
+            files += sample_arrays.write_arrays(
+                train,
+                copies * len(labels),
+                len(manifest.classes),
+                itertools.repeat(labels, copies),
+                itertools.repeat(rows, copies),
+                int(rows.max()),
+                [blocks] * copies,
+            )
         changes = {
             "samples": copies * shard.samples,
             "counts": tuple(copies * number for number in manifest.counts),
@@ -187,7 +192,8 @@ class Inkstream:
         recipe = Path(trainer.__file__).parents[1] / "configs" / "byclass_cpu.yaml"
         settings = {"data.shards": self._directory, "loader.cache_gb": self._cache_gb, "loader.batch_size": BATCH_SIZE}
         settings |= {"data.resolution": 28, "loader.backend": "torch"}
-        self._loader = open_data(load(recipe, [f"{name}={value}" for name, value in settings.items()]), World()).train
+        config = load(recipe, [f"{name}={value}" for name, value in settings.items()])
+        self._loader: Any = open_data(config, World()).train
 
     def indices(self, epoch: int) -> Iterator[Any]:
         """Iterate over the indices of the batches of an epoch."""
