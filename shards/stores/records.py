@@ -105,7 +105,7 @@ class RecordStore(EncodedStore):
                     content = file.read(*ranges[position])
                     if len(content) != ranges[position][1]:
                         raise corrupt_shard(self.describe_sample(int(samples[position])), "its shard ends inside it")
-                    self._checks.check(int(samples[position]), content)
+                    self._checks.check(int(samples[position]), content, self.describe_sample)
                     images[position] = np.frombuffer(content, np.uint8)
         return images
 

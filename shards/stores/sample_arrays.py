@@ -6,7 +6,7 @@ import functools
 import hashlib
 import io
 import threading
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -283,19 +283,20 @@ class BlockChecks:
                 self._remaining -= int(self._is_unchecked[block])
                 self._is_unchecked[block] = False
 
-    def check(self, block: int, images: Buffer) -> None:
+    def check(self, block: int, images: Buffer, describe: Callable[[int], str] | None = None) -> None:
         """Compare a block with its checksums.
 
         Args:
             block: Its number in the split.
             images: Its pixels, or the image file of a record.
+            describe: Returns its location for a message; by default its shard and number.
 
         Raises:
             CorruptError: If the images, a label or a row was changed, or is none of this data set.
         """
         _, _, images_crc, numbers_crc = self._arrays.blocks[block].item()
         if self._images and isal_zlib.crc32(images) != images_crc:
-            self._refuse(self.shard_name(block), block, "it was changed (CRC-32 differs)")
+            self._refuse((describe or self.describe)(block), block, "it was changed (CRC-32 differs)")
         if not self._numbers:
             return
         start = block * self._manifest.block_size
@@ -303,19 +304,19 @@ class BlockChecks:
             array[start : start + self._manifest.block_size] for array in (self._arrays.labels, self._arrays.rows)
         )
         if numbers_crc32(labels, rows) != numbers_crc:
-            self._refuse(f"{LABELS} or {ROWS}", block, "it was changed (CRC-32 differs)")
+            self._refuse(self.describe(block, f"{LABELS} or {ROWS}"), block, "it was changed (CRC-32 differs)")
         if labels.max() >= len(self._manifest.classes):
-            self._refuse(LABELS, block, f"a label outside 0 .. {len(self._manifest.classes) - 1}")
+            self._refuse(self.describe(block, LABELS), block, f"a label outside 0 .. {len(self._manifest.classes) - 1}")
 
     def shard_name(self, block: int) -> str:
         """Return the name of the shard that holds a block."""
         return self._manifest.shards[int(np.searchsorted(self._ends, block, side="right"))].name
 
-    def describe(self, block: int) -> str:
-        """Return the shard and the block, for messages."""
-        return f"{self._files.directory / self.shard_name(block)}: block {block_key(block)}"
+    def describe(self, block: int, name: str | None = None) -> str:
+        """Return the file (by default the shard) and the block, for messages."""
+        return f"{self._files.directory / (name or self.shard_name(block))}: block {block_key(block)}"
 
-    def _refuse(self, name: str, block: int, reason: str) -> None:
+    def _refuse(self, location: str, block: int, reason: str) -> None:
         for file in (self.shard_name(block), LABELS, ROWS, BLOCKS):
             mark_unchecked(self._files.directory / file)  # a remote data set is downloaded again
-        raise corrupt_shard(f"{self._files.directory / name}: block {block_key(block)}", reason)
+        raise corrupt_shard(location, reason)

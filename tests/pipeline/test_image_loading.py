@@ -122,13 +122,15 @@ def test_a_picture_damaged_after_packing_is_named(packed: Path, tmp_path: Path, 
     content = bytearray(path.read_bytes())
     content[member.offset_data + 50 : member.offset_data + 60] = bytes(10)
     path.write_bytes(content)
-    store = open_split(copy, "train")
     sample = int(member.name[:8])
-    error = refusal(lambda: list(make_loader(store, ShuffledBatchSampler(np.arange(120), 32, 0), device).batches()))
-    assert error.found.startswith(f"{path}: {member.name} (row {store.rows[sample]}): a picture that cannot be decoded")
-    assert "shards.verify" in error.hint
-    named = refusal(lambda: read_images(store, np.array([sample])))
-    assert named.found == error.found
+    for verify, fault in ((True, ": it was changed"), (False, " (row {}): a picture that cannot be decoded")):
+        store = open_split(copy, "train", verify=verify)
+        order = ShuffledBatchSampler(np.arange(120), 32, 0)
+        error = refusal(lambda store=store, order=order: list(make_loader(store, order, device).batches()))
+        assert error.found.startswith(f"{path}: {member.name}{fault.format(store.rows[sample])}")
+        assert "shards.verify" in error.hint
+        named = refusal(lambda store=store: read_images(store, np.array([sample])))
+        assert named.found == error.found
 
 
 def test_statistics_are_those_of_the_reference(set_of_pictures: Path, device: torch.device) -> None:

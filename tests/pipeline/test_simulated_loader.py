@@ -83,7 +83,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 def prepared(of: Loader) -> Iterator[Batch]:
-    return of._prepare(of.sampler.steps(0, 0, 1, 0), 0)
+    return of._prepare(of.sampler.steps(0, 0, 1, 0), 0, 0)
 
 
 @pytest.mark.parametrize("name", FAULTS)

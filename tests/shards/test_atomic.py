@@ -404,13 +404,23 @@ class TestKilledPacking:
         assert seed_of_complete(out) == standing
         assert_stands_alone(out)
 
-    @pytest.mark.parametrize("name", ["lock", "shard-00001.tar", "test"])
-    def test_terminated_it_leaves_nothing(self, raw: Path, tmp_path: Path, name: str) -> None:
+    def test_terminated_before_the_first_shard_it_leaves_nothing(self, raw: Path, tmp_path: Path) -> None:
         out = tmp_path / "set"
         process = start_packing(raw, out)
-        wait_for(name, process, staging_directory(out))
+        wait_for("lock", process, staging_directory(out))
         assert status_after(signal.SIGTERM, process) == 128 + signal.SIGTERM
         assert list(tmp_path.iterdir()) == []
+
+    def test_terminated_it_leaves_only_what_the_next_call_continues_with(self, raw: Path, tmp_path: Path) -> None:
+        out = tmp_path / "set"
+        process = start_packing(raw, out)
+        wait_for("test", process, staging_directory(out))
+        assert status_after(signal.SIGTERM, process) == 128 + signal.SIGTERM
+        assert list(tmp_path.iterdir()) == [staging_directory(out)]
+        process = run_module("pipeline.shard", "emnist", "--raw", raw, "--out", out)
+        assert "complete shards of a stopped call" in process.stderr
+        assert seed_of_complete(out) == 0
+        assert_stands_alone(out)
 
     def test_terminated_while_replacing_a_pack_it_leaves_the_old(
         self, synthetic_set: Path, raw: Path, tmp_path: Path
@@ -421,7 +431,7 @@ class TestKilledPacking:
         wait_for("shard-00000.tar", process, staging_directory(out))
         assert status_after(signal.SIGTERM, process) == 128 + signal.SIGTERM
         assert (out / "train" / "manifest.json").read_bytes() == before
-        assert_stands_alone(out)
+        assert {entry.name for entry in tmp_path.iterdir()} <= {out.name, staging_directory(out).name}
 
     def test_a_second_process_is_refused_and_the_first_one_ends_well(self, raw: Path, tmp_path: Path) -> None:
         out = tmp_path / "set"
@@ -446,7 +456,7 @@ class TestFailedPacking:
         with pytest.raises(Interrupted):
             pack(fail, out, PackSettings("synthetic", block_size=64, seed=1), force=True)
         assert (out / "train" / "manifest.json").read_bytes() == before
-        assert_stands_alone(out)
+        assert {entry.name for entry in tmp_path.iterdir()} <= {out.name, staging_directory(out).name}
 
     def test_images_that_cannot_be_read_leave_nothing(self, tmp_path: Path) -> None:
         """The failure happens in a thread that writes a shard."""

@@ -15,6 +15,7 @@ import torch
 import yaml
 from support.training_runs import train_here, write_recipe
 
+from pipeline.common.labelled_samples import LabelledSamples
 from pipeline.loader import Batch, Loader
 from pipeline.sampler import ShuffledBatchSampler
 from shards import UserError, open_split
@@ -55,8 +56,8 @@ def run(monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path) -> Callab
 def rows_at(recipe: Path, epoch: int, step: int) -> list[int]:
     """Row ids of a global batch."""
     store = open_split(yaml.safe_load(recipe.read_text())["data"]["shards"], "train")
-    samples, _ = split_train_val(store.labels, SMALL["data"]["val_fraction"], 1.0, SMALL["seed"])
-    order = ShuffledBatchSampler(samples, SMALL["loader"]["batch_size"], SMALL["seed"])
+    train, _ = split_train_val(LabelledSamples.of(store), SMALL["data"]["val_fraction"], 1.0, SMALL["seed"])
+    order = ShuffledBatchSampler(train.samples, SMALL["loader"]["batch_size"], SMALL["seed"])
     return store.rows[next(order.steps(epoch, 0, 1, step)).samples].tolist()
 
 
