@@ -9,7 +9,16 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TypeVar
 
+import pytest
+
 Server = TypeVar("Server", bound=ThreadingHTTPServer)
+
+
+def without_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let clients connect to servers on loopback directly."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from support import warm_process
 from support.full_disk import full_disk
 from support.image_files import png, smooth
+from support.slow_packing import slow_packing
 
 import pipeline.packing.pack
 from pipeline.packing import journal
@@ -222,34 +223,10 @@ def test_a_full_disk_keeps_what_is_complete(tmp_path: Path, capsys: pytest.Captu
     assert 0 < continue_(Reader(splits), out) < 260
 
 
-PROGRAM = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from dataclasses import replace
-import pipeline.packing.pack
-from conftest import synthetic_splits, Path
-from pipeline.common.process_group import init_process_group
-from shards.cli import run_command
-pipeline.packing.pack.SHARD_BYTES = 48 * 784
-def slow(part):
-    def read(rows):
-        print("reading", flush=True)
-        time.sleep(0.01)
-        return part.read(rows)
-    return replace(part, read=read)
-def main():
-    parts = tuple(map(slow, synthetic_splits()))
-    settings = pipeline.packing.pack.PackSettings("synthetic", block_size=16)
-    with init_process_group() as group:
-        pipeline.packing.pack.pack(lambda: parts, Path({out!r}), settings, workers=2, group=group)
-run_command(main)
-"""
-
-
 def kill_at_random(tmp_path: Path, ranks: int, kills: int, seed: int) -> int:
     """Kill packing at random moments, then let one process end it; return how often it had complete shards then."""
     out, program = tmp_path / "out", tmp_path / "program.py"
-    program.write_text(PROGRAM.format(tests=str(ROOT / "tests"), out=str(out)))
+    program.write_text(slow_packing(out, shard_images=48, seconds=0.01, workers=2))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launch, str(program)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

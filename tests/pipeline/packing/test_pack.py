@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, assert_user_error, run_module, synthetic_splits
 from numpy.typing import NDArray
 from support import warm_process
+from support.slow_packing import slow_packing
 
 import pipeline.packing.pack
 from pipeline.common import rng, stratified
@@ -296,26 +297,7 @@ def test_a_killed_process_ends_in_a_message() -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_stopped_packing_leaves_no_process_and_only_complete_shards(tmp_path: Path, number: int) -> None:
     """A packer whose workers are in the midst of slow pictures is stopped, in every way there is."""
-    program = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from dataclasses import replace
-import pipeline.packing.pack
-from conftest import synthetic_splits, Path
-from shards.cli import run_command
-pipeline.packing.pack.SHARD_BYTES = 16 * 784
-def slow(part):
-    def read(rows):
-        print("reading", flush=True)
-        time.sleep(0.3)
-        return part.read(rows)
-    return replace(part, read=read)
-def main():
-    parts = tuple(map(slow, synthetic_splits()))
-    settings = pipeline.packing.pack.PackSettings("slow", block_size=16)
-    pipeline.packing.pack.pack(lambda: parts, Path({str(tmp_path / "out")!r}), settings, workers=3)
-run_command(main)
-"""
+    program = slow_packing(tmp_path / "out", shard_images=16, seconds=0.3, workers=3)
     process = warm_process.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

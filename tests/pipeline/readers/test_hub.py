@@ -13,6 +13,7 @@ import pyarrow as arrow
 import pytest
 from huggingface_hub import constants
 from pyarrow import parquet
+from support.http_server import without_proxies
 from support.hub_server import HubServer, hub_server
 from support.raw_files import picture, pixels, refusal
 
@@ -40,8 +41,7 @@ def table(count: int, column: str = "label", seed: int = 0) -> bytes:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+    without_proxies(monkeypatch)
     with hub_server() as server:
         use_endpoint(monkeypatch, server.endpoint)
         yield server

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.http_server import without_proxies
 from support.lying_server import LyingServer
 
 from shards import UserError
@@ -22,9 +23,7 @@ from shards.verify.check import check_split
 def server(synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LyingServer]:
     monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("INKSTREAM_CACHE_SIZE", raising=False)
-    for name in ("http_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    without_proxies(monkeypatch)
     monkeypatch.setattr(base, "FIRST_PAUSE", 0.001)
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "set").symlink_to(synthetic_set)

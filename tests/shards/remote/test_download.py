@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error
-from support.http_server import serving
+from support.http_server import serving, without_proxies
 
 from pipeline.readers.download import Download, fetch
 from shards import UserError
@@ -87,8 +87,7 @@ class Server(ThreadingHTTPServer):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(base, "FIRST_PAUSE", 0.001)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+    without_proxies(monkeypatch)
     with serving(Server()) as server:
         yield server
 

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from support.http_server import serving
+from support.http_server import serving, without_proxies
 from support.s3_server import upload_dataset
 
 import shards.remote.base as remote
@@ -120,9 +120,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("INKSTREAM_CACHE_SIZE", raising=False)
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    without_proxies(monkeypatch)
 
 
 def serve(root: Path) -> Iterator[Server]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.http_server import without_proxies
 from support.lying_server import LIES, LyingServer
 
 from shards import UserError
@@ -27,9 +28,7 @@ UNDETECTABLE = {"flip", "page", "bomb", "nested json", "short length", "no lengt
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("INKSTREAM_CACHE_SIZE", raising=False)
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    without_proxies(monkeypatch)
     monkeypatch.setattr(base, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(base, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(base, "ATTEMPTS", 3)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import pack_splits, synthetic_splits
 from support.full_disk import full_disk
+from support.http_server import without_proxies
 from support.lying_server import LIES, LyingServer
 from support.version_2 import downgrade
 
@@ -51,9 +52,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("INKSTREAM_CACHE_SIZE", "350K")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    without_proxies(monkeypatch)
     monkeypatch.setattr(base, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(base, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(base, "ATTEMPTS", 3)

@@ -1,4 +1,4 @@
-"""The arrays beside the shards are what the shards hold, and damage to a block is told of when it is first read."""
+"""The arrays beside the shards are what the shards hold, and damage to a block is reported when it is first read."""
 
 from __future__ import annotations
 

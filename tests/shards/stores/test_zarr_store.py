@@ -221,7 +221,7 @@ class TestReading:
         np.testing.assert_array_equal(found, expected)
 
     def test_opening_decodes_no_images(self, packed: Path, tmp_path: Path) -> None:
-        """A damaged block is told of when it is read, and others can be read."""
+        """A damaged block is reported when it is read, and others can be read."""
         out = Path(shutil.copytree(packed, tmp_path / "set"))
         path = out / "train" / GROUP / "images" / "c" / "1" / "0" / "0" / "0"
         changed = bytearray(path.read_bytes())
