@@ -155,6 +155,7 @@ class TarStore(ImageStore):
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into a buffer; see `ImageStore.gather`."""
         if self._cache is not None:
+            self.files.check_mapped()
             self._cache.gather(samples, out)
             return
         assert out.flags.c_contiguous and out.shape == (len(samples), *self.manifest.image_shape)
@@ -175,7 +176,6 @@ class TarStore(ImageStore):
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
         """Read the images of blocks from disk; see `shards.stores.block_cache.LoadBlocks`."""
-        self.files.check_mapped()
         for block, buffer in zip(blocks.tolist(), buffers, strict=True):
             with self.files.open(self.manifest.shards[self._shard_of_block[block]].name) as file:
                 if file.read_into(self._first_image[block], buffer) != buffer.nbytes:

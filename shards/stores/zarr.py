@@ -189,15 +189,16 @@ class ZarrStore(ImageStore):
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into a buffer; see `ImageStore.gather`."""
+        self.files.check_mapped()
         self._cache.gather(samples, out)
 
     def locate(self, samples: NDArray[np.int64]) -> ImageTable | None:
         """Return decoded images; see `ImageStore.locate`."""
+        self.files.check_mapped()
         return self._cache.locate(samples)
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:
         """Decode the images of blocks; see `shards.stores.block_cache.LoadBlocks`."""
-        self.files.check_mapped()
         # A pool per call: a longer-lived one would not survive a fork.
         with ThreadPoolExecutor(min(available_cpus(), len(blocks), _MAX_THREADS)) as pool:
             list(pool.map(self._read_block, blocks.tolist(), buffers))

@@ -239,6 +239,20 @@ def test_an_array_that_is_changed_while_it_is_used_is_refused(train: Path) -> No
     assert error.found.startswith(f"{train / 'labels.npy'}, which was replaced, changed or removed")
 
 
+@pytest.mark.parametrize("kind", ["tar", "zarr"])  # records are compared at each read
+@pytest.mark.parametrize("memory", [None, 74 * int(np.prod(SHAPE))])
+def test_an_array_that_is_changed_after_all_images_were_read_is_refused(train: Path, memory: int | None) -> None:
+    """The images may come from memory then. The labels come from the file."""
+    store = opened(train, memory)
+    store.read(np.arange(64))
+    with open(train / "labels.npy", "r+b") as file:
+        file.seek(128)
+        file.write(bytes(75))
+    error = refusal(lambda: [store.read(np.arange(64)) for _ in range(75)])
+    assert isinstance(error, MismatchError)
+    assert error.found.startswith(f"{train / 'labels.npy'}, which was replaced, changed or removed")
+
+
 def test_an_array_that_is_replaced_while_it_is_used_is_read_as_it_was(train: Path) -> None:
     store = opened(train)
     expected = store.labels.tolist()
