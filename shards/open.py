@@ -8,10 +8,8 @@ from shards.atomic import detect_replacement
 from shards.errors import NotFoundError, UserError, quote
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.datasets import resolve_dataset
-from shards.remote.on_demand import on_demand_files
 from shards.stores.base import Store
 
-_ON_DEMAND_MEMORY = 1 << 30  # bytes of images held by default of a data set that is larger than the cache
 _EXPECTED = f"a packed data set: the directory that holds {' and '.join(REQUIRED_SPLITS)}"
 
 
@@ -33,8 +31,6 @@ def open_store(directory: Path | str, memory: int | None = None, verify: bool = 
 
 def open_files(directory: Path, manifest: Manifest, memory: int | None = None, verify: bool = True) -> Store:
     """Open the files of a split with a manifest that may not be on disk yet; see `open_store`."""
-    if memory is None and on_demand_files(directory) is not None:
-        memory = _ON_DEMAND_MEMORY
     if manifest.store == "zarr":
         from shards.stores.zarr import ZarrStore
 

@@ -13,6 +13,7 @@ from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.stores.base import ImageTable, check_positions
 
+DEFAULT_BYTES = 1 << 30  # of images that are held by default if not all can be
 LoadBlocks: TypeAlias = Callable[[NDArray[np.int64], list[NDArray[np.uint8]]], None]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from shards.stores.base import (
     block_key,
     check_positions,
 )
-from shards.stores.block_cache import BlockCache
+from shards.stores.block_cache import DEFAULT_BYTES, BlockCache
 from shards.stores.record_index import check_within, index_name, read_index
 from shards.stores.sample_arrays import BLOCK_DTYPE, BlockChecks, SampleArrays, blocks_of_shards, npy_header
 from shards.stores.split_files import OpenFile, SplitFiles
@@ -27,7 +29,6 @@ from shards.stores.tar_writer import TarRecord, TarShardWriter
 
 COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
 MAX_MAPPED_FILES = 1 << 14  # of a split; Linux allows 65,530 maps per process (vm.max_map_count)
-_UNMAPPED_MEMORY = 1 << 30  # bytes of images held by default if there are more files
 
 
 class TarWriter(TarShardWriter):
@@ -68,8 +69,7 @@ class TarStore(ImageStore):
         self.manifest = manifest
         self.files = files = SplitFiles(directory, manifest)
         mapped = memory is None or manifest.samples * manifest.image_bytes <= memory
-        if len(manifest.shards) > MAX_MAPPED_FILES or files.on_demand:
-            mapped, memory = False, _UNMAPPED_MEMORY if memory is None else memory
+        mapped &= len(manifest.shards) <= MAX_MAPPED_FILES and files.on_demand is None
         arrays = SampleArrays.open(files, manifest) if manifest.version == VERSION else self._read_version_2()
         self.arrays, self.labels, self.rows = arrays, arrays.labels, arrays.rows
         self._checks = BlockChecks(files, manifest, arrays, verify)
@@ -77,7 +77,7 @@ class TarStore(ImageStore):
         self._shard_of_block = np.repeat(np.arange(len(counts)), counts)
         self._first_image = arrays.blocks["offset"].astype(np.int64)
         self._check_ranges(arrays.blocks["bytes"])
-        self._cache = None if mapped else BlockCache(manifest, self._read_blocks, memory)
+        self._cache = None
         names = [shard.name for shard in manifest.shards]
         if mapped:
             shards, starts = files.map(names)
@@ -87,6 +87,9 @@ class TarStore(ImageStore):
             self._row_of_block = starts[self._shard_of_block] + self._first_image
         else:
             files.check_present(names)
+            # A proxy: in a reference cycle, maps and blocks would stay in memory until a garbage collection.
+            load = partial(TarStore._read_blocks, weakref.proxy(self))
+            self._cache = BlockCache(manifest, load, DEFAULT_BYTES if memory is None else memory)
 
     def _check_ranges(self, sizes: NDArray[np.uint32]) -> None:
         """Raise CorruptError unless each block has the pixels of its samples, within its shard."""

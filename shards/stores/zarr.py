@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numcodecs
@@ -23,7 +25,7 @@ from shards.cpus import available_cpus
 from shards.errors import corrupt_shard, first_line
 from shards.manifest import BLOCKS, VERSION, Manifest
 from shards.stores.base import ImageStore, ImageTable, Layout, block_key
-from shards.stores.block_cache import BlockCache
+from shards.stores.block_cache import DEFAULT_BYTES, BlockCache
 from shards.stores.sample_arrays import BLOCK_DTYPE, BlockChecks, SampleArrays, blocks_of_shards
 from shards.stores.split_files import SplitFiles
 from shards.stores.zarr_arrays import CHECKSUM, ArrayLayout, array_layouts, open_arrays
@@ -145,7 +147,8 @@ class ZarrStore(ImageStore):
     Args:
         directory: The directory of the split.
         manifest: Its manifest.
-        memory: Maximum bytes of images to hold, None for no limit.
+        memory: Maximum bytes of images to hold; by default no limit, or `DEFAULT_BYTES` if shards are fetched on
+            demand.
         verify: Whether images are compared with their checksums when they are first read.
 
     Raises:
@@ -171,7 +174,10 @@ class ZarrStore(ImageStore):
         invalid = _outside(self._images, self._ranges, np.repeat(ends, blocks_of_shards(manifest)))
         if invalid.any():
             raise corrupt_shard(self._checks.describe(int(np.argmax(invalid))), f"{BLOCKS} places it outside the shard")
-        self._cache = BlockCache(manifest, self._read_blocks, memory)
+        if files.on_demand and memory is None:
+            memory = DEFAULT_BYTES
+        # A proxy: in a reference cycle, maps and blocks would stay in memory until a garbage collection.
+        self._cache = BlockCache(manifest, partial(ZarrStore._read_blocks, weakref.proxy(self)), memory)
 
     def _read_version_2(self) -> SampleArrays:
         """Read labels and rows, checked by their SHA-256, and the byte ranges of the blocks of images."""

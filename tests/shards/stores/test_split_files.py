@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import shutil
@@ -316,6 +317,26 @@ def test_a_forked_process_reads_on_its_own(both: tuple[Path, Path], kind: str) -
             os._exit(status)
     assert read_often()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("memory", [None, ONE_BLOCK])
+def test_maps_are_given_back_without_a_garbage_collection(
+    packs: dict[str, tuple[Path, Path]], kind: str, memory: int | None
+) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(packs[kind][0]))
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = mapped()
+        store = open_split(packs[kind][0], "train", memory)
+        store.read(np.arange(len(store)))
+        assert mapped() > before
+        del store
+        assert mapped() == before
+    finally:
+        gc.enable()
 
 
 def test_memory_of_all_shards_is_given_back(packs: dict[str, tuple[Path, Path]]) -> None:
