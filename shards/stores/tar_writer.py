@@ -52,6 +52,7 @@ class TarShardWriter(SplitWriter):
         lines: list[str] = []
         entries: list[tuple[int, int, int, int]] = []
         sums = PixelSums()
+        path.unlink(missing_ok=True)  # a process of a killed call may still write to it
         with open(path, "wb") as file:
             for block in blocks:
                 if isinstance(block.images, np.ndarray):

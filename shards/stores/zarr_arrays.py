@@ -157,9 +157,10 @@ class ZarrWriter(SplitWriter):
         return self._write(name, content.data), np.frombuffer(index, "<u8").reshape(-1, 2)
 
     def _write(self, name: str, content: memoryview) -> RawFile:
-        """Write a file so that it survives a power failure. Several ranks may write the same bytes at the same time."""
+        """Write a file so that it survives a power failure."""
         path = self.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a process of a killed call may still write to it
         with open(path, "wb") as file:
             file.write(content)
             file.flush()

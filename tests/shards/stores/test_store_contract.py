@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 import pipeline.packing.pack
 from pipeline.readers.raw_split import RawSplit
 from shards import Manifest, UserError, open_split
-from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS
+from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, StoreKind
 from shards.open import open_store
-from shards.stores.base import Store
+from shards.stores.base import Block, Layout, Store
+from shards.stores.create import make_writer
 from shards.stores.tar import TarStore
 from shards.stores.zarr import ZarrStore
 
@@ -144,7 +146,7 @@ KINDS: dict[str, dict[str, str]] = {
     "zarr": {"store": "zarr"},
     "zarr not compressed": {"store": "zarr", "compression": "none"},
 }
-STORES = {"tar": TarStore, "zarr": ZarrStore}
+STORES: dict[StoreKind, type[Store]] = {"tar": TarStore, "zarr": ZarrStore}
 # Blocks of images that may be in memory; of some, so few that those of a batch come and go.
 BOUNDS = (None, 3, 1)
 
@@ -277,3 +279,22 @@ def test_blocks_larger_than_any_reader_takes_are_not_written(tmp_path: Path) -> 
     assert "40000x40000x1" in caught.value.found
     assert "--block-size" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_who_still_writes_to_an_old_shard_does_not_change_the_new_one(tmp_path: Path, store: StoreKind) -> None:
+    """On another host, processes of a killed packing may live on while the next call continues in its directory."""
+    writer = make_writer(store, tmp_path, Layout(20, (2, 3, 1), 20, 20))
+    block = Block(0, np.full((20, 2, 3, 1), 7, np.uint8), np.arange(20) % 3, np.arange(20))
+
+    def write() -> dict[Path, bytes]:
+        shard, files, *_ = writer.write_shard(0, [block])
+        return {path: path.read_bytes() for path in (tmp_path / file.name for file in (shard, *files))}
+
+    expected = write()
+    with ExitStack() as stack:
+        old = [stack.enter_context(open(path, "r+b")) for path in expected if path.suffix != ".idx"]
+        assert write() == expected
+        for file in old:
+            file.write(b"old")
+    assert {path: path.read_bytes() for path in expected} == expected
