@@ -212,9 +212,13 @@ def upgrade(directory: Path) -> list[Manifest]:
         expected="one process at a time",
         hint="wait for it to end",
     )
-    with os_errors_as_user_errors(directory), file_lock(directory / ".upgrade.lock", busy):
-        splits = [split for split in split_directories(directory) if Manifest.read(split).version < VERSION]
-        return [_upgrade_split(split) for split in splits]
+    outdated = [split for split in split_directories(directory) if Manifest.read(split).version < VERSION]
+    upgraded = []
+    for split in outdated:
+        with os_errors_as_user_errors(split), file_lock(split / ".upgrade.lock", busy):
+            if Manifest.read(split).version < VERSION:  # another process may just have upgraded it
+                upgraded.append(_upgrade_split(split))
+    return upgraded
 
 
 def _upgrade_split(split: Path) -> Manifest:

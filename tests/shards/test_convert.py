@@ -29,7 +29,7 @@ import shards.convert
 import shards.stores.create
 from pipeline.packing.pack import PackSettings, pack
 from shards import Manifest, UserError, open_split
-from shards.atomic import staging_directory
+from shards.atomic import file_lock, staging_directory
 from shards.convert import convert, upgrade
 from shards.index import index
 from shards.manifest import ARRAYS, MANIFEST_NAME, StoreKind
@@ -243,6 +243,17 @@ class TestUpgrade:
             upgrade(pack)
         assert str(path.with_suffix("")) in caught.value.found
         assert content(pack / "train") == before
+
+    def test_a_split_that_another_process_upgrades_is_left_to_it(self, tar: Path, tmp_path: Path) -> None:
+        """The other process may have been given the data set or the split."""
+        pack = downgrade(Path(shutil.copytree(tar, tmp_path / "set")))
+        before = content(pack)
+        with file_lock(pack / "train" / ".upgrade.lock"):
+            for directory in (pack, pack / "train"):
+                with pytest.raises(UserError, match="another process that upgrades"):
+                    upgrade(directory)
+        assert content(pack) == before
+        assert len(upgrade(pack)) == 3
 
     def test_by_the_command(self, tar: Path, tmp_path: Path) -> None:
         pack = downgrade(Path(shutil.copytree(tar, tmp_path / "set")))
