@@ -3,9 +3,9 @@
     python benchmarks/growth.py [--sizes 100000,1000000,10000000,100000000,1000000000] [--before REV] [--out DIR]
 
 Each loader runs at each size in a process of its own, with a limit of memory and CPU time. Times are CPU times on one
-core. Up to --real images, files are packed and read: the images of the data set, repeated. Larger sets are synthetic:
-one shard of images under many names, or an index that names the same files again and again. --before also measures an
-earlier revision of this project. Loaders that are not installed are skipped. Default: packed EMNIST ByClass if present,
+core. Data sets of up to --real images are packed from the images of --shards, repeated. Larger ones are synthetic: one
+shard of images under many names, or an index that lists the same files repeatedly. --before also measures an earlier
+revision of this project. Loaders that are not installed are skipped. Default: packed EMNIST ByClass if present,
 else the digits of scikit-learn. Output: growth.jsonl, .md and .png.
 """
 
@@ -35,13 +35,37 @@ def parse() -> argparse.Namespace:
     add("--shards", metavar="DIR", help=SHARDS_HELP)
     add("--sizes", default=SIZES, metavar="N,N", help=f"numbers of images (default: {SIZES})")
     add("--loaders", metavar="A,B", help="comma-separated loaders (default: all that are installed)")
-    add("--before", metavar="REV", help="git revision of this project that is measured as well")
-    add("--real", type=positive(int), default=REAL, metavar="N", help=f"most images in real files (default: {REAL})")
-    add("--limit", type=number, default=MEMORY_GB, metavar="GB", help=f"memory of a process (default: {MEMORY_GB:g})")
-    add("--seconds", type=number, default=SECONDS, metavar="S", help=f"CPU time of a process (default: {SECONDS:g})")
-    add("--window", type=number, default=WINDOW_GB, metavar="GB", help="memory for images of the windowed order")
+    add("--before", metavar="REV", help="also measure this earlier git revision of the project")
+    add(
+        "--real",
+        type=positive(int),
+        default=REAL,
+        metavar="N",
+        help=f"pack real files up to this number of images (default: {REAL})",
+    )
+    add(
+        "--limit",
+        type=number,
+        default=MEMORY_GB,
+        metavar="GB",
+        help=f"memory limit of a process (default: {MEMORY_GB:g})",
+    )
+    add(
+        "--seconds",
+        type=number,
+        default=SECONDS,
+        metavar="S",
+        help=f"CPU time limit of a process (default: {SECONDS:g})",
+    )
+    add(
+        "--window",
+        type=number,
+        default=WINDOW_GB,
+        metavar="GB",
+        help=f"memory for images with a shuffle window (default: {WINDOW_GB:g})",
+    )
     add("--append", action="store_true", help="keep the measurements of other loaders and sizes in DIR/growth.jsonl")
-    add("--scratch", type=Path, metavar="DIR", help="directory of the files (default: a temporary one)")
+    add("--scratch", type=Path, metavar="DIR", help="parent of the temporary files (default: the system's)")
     add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
     return parser.parse_args()
 

@@ -1,10 +1,11 @@
-"""Measure reading of a remote data set that is larger than the cache, by 1, 2 and 4 hosts.
+"""Measure how 1, 2 and 4 hosts read a remote data set that is larger than their cache.
 
     python benchmarks/remote_hosts.py [--hosts 1,2,4] [--images N] [--rate MBIT] [--latency MS] [--out DIR]
 
-The hosts are network namespaces of this machine (Linux, root) with a cache each. Every answer of the web server waits
-for the latency, and a token bucket limits the rate of each host. A host takes its batches without training: it sleeps
-between them. With a cache for the whole data set each host fetches all of it first. Output: remote_hosts.jsonl and .md.
+The hosts are network namespaces of this machine (Linux, root) with a cache each. The web server sends every answer
+after the latency, and a token bucket limits the rate of each host. A host reads its batches without training and sleeps
+between them. For comparison, it also runs with a cache for the whole data set, which is then downloaded before the
+first batch. Output: remote_hosts.jsonl and .md.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _EPOCHS = 2
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves files after a pause. Only complete files are requested as long as nothing fails."""
+    """Serves complete files after a pause; byte ranges are requested only after a failure."""
 
     latency = 0.0
 
@@ -69,7 +70,7 @@ def ip(*arguments: str) -> str:
 
 @contextmanager
 def network(hosts: int, rate: float) -> Iterator[list[str]]:
-    """Network namespaces, each behind a token bucket of `rate` Mbit/s. Yields their names."""
+    """Create network namespaces, each behind a token bucket of `rate` Mbit/s, for the block. Yields their names."""
     names = [f"inkhost{number}" for number in range(hosts)]
     try:
         ip("link", "add", "inkbridge", "type", "bridge")
@@ -97,7 +98,7 @@ def received(host: str) -> int:
 
 
 def read_share(rank: int, hosts: int, epochs: int, rate: float) -> int:
-    """Read the batches of one host at up to `rate` images/s. Prints a line of JSON per epoch, and waits for a line."""
+    """Read the batches of one host at up to `rate` images/s. After each epoch, print a line of JSON, read a line."""
     from pipeline.sampler import ShuffledBatchSampler, max_shuffle_window, shard_window
     from shards import open_split
 
@@ -187,7 +188,7 @@ def _read_line(worker: subprocess.Popen[str]) -> dict[str, float]:
 
 
 def report(records: Sequence[dict[str, Any]], total: int, arguments: argparse.Namespace) -> str:
-    """Format the table for a data set of `total` bytes: the host with the highest value counts."""
+    """Format a table of the highest value of all hosts, for a data set of `total` bytes."""
     rows = [
         [
             str(record["hosts"]),
@@ -212,8 +213,8 @@ def report(records: Sequence[dict[str, Any]], total: int, arguments: argparse.Na
     return "\n".join(
         [
             f"{arguments.images:,} images of {_SIDE} pixels ({total / 1e6:,.0f} MB), {arguments.rate:g} Mbit/s and "
-            f"{arguments.latency:g} ms per host, at most {arguments.images_per_second:,.0f} images/s per host. Of the "
-            "hosts, the highest value.",
+            f"{arguments.latency:g} ms per host, at most {arguments.images_per_second:,.0f} images/s per host. The "
+            "table shows the highest value of the hosts.",
             "",
             markdown_table(head, rows),
         ]
@@ -228,21 +229,33 @@ def main() -> int:
         return read_share(int(sys.argv[2]), int(sys.argv[3]), _EPOCHS, float(sys.argv[4]))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hosts", default="1,2,4", help="numbers of hosts (default: %(default)s)")
-    parser.add_argument("--images", type=positive(int), default=200_000, help="default: %(default)s")
     parser.add_argument(
-        "--rate", type=positive(float), default=200.0, help="Mbit/s of each host (default: %(default)s)"
+        "--images", type=positive(int), default=200_000, help="size of the data set (default: %(default)s)"
     )
-    parser.add_argument("--latency", type=positive(float), default=20.0, help="ms (default: %(default)s)")
-    parser.add_argument("--images-per-second", type=positive(float), default=25_000.0, help="default: %(default)s")
     parser.add_argument(
-        "--cache", type=positive(float), default=0.4, help="fraction of the data (default: %(default)s)"
+        "--rate", type=positive(float), default=200.0, help="network rate of each host, Mbit/s (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--latency", type=positive(float), default=20.0, help="of the server, ms (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--images-per-second",
+        type=positive(float),
+        default=25_000.0,
+        help="highest reading rate of each host (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=positive(float),
+        default=0.4,
+        help="size of the small cache, as a fraction of the data set (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="directory of the results (default: %(default)s)")
     arguments = parser.parse_args()
     if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
         raise UserError(
             found="a user other than root, or no iproute2",
-            expected="root on Linux, who may create network namespaces",
+            expected="root on Linux, and the commands ip and tc, which create network namespaces",
             hint="sudo env PYTHONPATH=. python benchmarks/remote_hosts.py",
         )
     records = []
@@ -257,7 +270,7 @@ def main() -> int:
 
 
 def pack_random(out: Path, images: int) -> None:
-    """Pack random images in small shards, as many as a large data set has."""
+    """Pack random images in small shards, so that there are as many shards as in a large data set."""
     from pipeline.packing import pack
     from pipeline.readers.raw_split import RawSplit
 

@@ -70,7 +70,7 @@ def compute_stats(store: Store, spec: TransformSpec, backend: str, device: torch
 
 
 def packed_stats(manifest: Manifest, spec: TransformSpec) -> DatasetStats | None:
-    """Return the statistics that packing has computed, None unless the transform leaves the pixels as they are stored.
+    """Return the statistics that packing has computed; None if the transform changes the stored pixels.
 
     Args:
         manifest: Of the training split.
@@ -92,7 +92,7 @@ def packed_stats(manifest: Manifest, spec: TransformSpec) -> DatasetStats | None
 def _select_samples(store: Store) -> NDArray[np.int64]:
     """Select the first samples, or evenly spaced ones of a record store, whose shards may be sorted by class.
 
-    They are of few shards, which may have to be fetched.
+    They are from few shards, because a shard may have to be fetched.
     """
     if store.manifest.encoded:
         bounds, shards = store.shard_bounds, np.arange(len(store.manifest.shards))

@@ -26,8 +26,8 @@ from shards.stores.base import ShardUse
 _FIRST_INDICES = 1 << 9  # of a rank that are computed together at first
 _INDICES_AT_ONCE = 1 << 16  # after that
 _MAX_UNITS = 1 << 14  # of a windowed order
-_BLOCKS_PER_LANE = 32  # of the window: each lane holds a block or two beyond its share
-_UNITS_PER_LANE = 2  # of the window: with fewer, the same units of lanes would often be read together
+_BLOCKS_PER_LANE = 32  # of the window: each lane needs a block or two in addition to its share
+_UNITS_PER_LANE = 2  # of the window: with fewer, the same units of different lanes would often be read together
 SAMPLER_VERSION = 3  # increases when a state that was saved within an epoch would continue with other batches
 _Batches: TypeAlias = Callable[[range, NDArray[np.int64]], NDArray[np.int64]]
 
@@ -130,7 +130,7 @@ class ShuffledBatchSampler:
     def unit_uses(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[UnitUse]:
         """Iterate over the units that a rank reads from step `first` of a windowed epoch on, by their first step.
 
-        Ranks that share a lane are taken to read all of its units.
+        All units of a lane that ranks share are listed for each of these ranks.
         """
         size = equal_batch_size(len(self.samples), self.batch_size)
         order, _ = self._windowed_order(epoch)
@@ -141,7 +141,7 @@ class ShuffledBatchSampler:
     ) -> Iterator[ShardUse]:
         """Iterate over the shards that a rank reads from step `first` on, by their first step; see `Store.prefetch`.
 
-        Without a shuffle window every batch reads any shard: none is returned.
+        None are listed without a shuffle window, because every batch may then read any shard.
         """
         if self.shuffle_window_blocks is None:
             return
@@ -295,8 +295,8 @@ def shard_window(manifest: Manifest, memory: int, cache: int, batch_size: int) -
     Args:
         manifest: Manifest of the split.
         memory: Bytes that the store may use for images.
-        cache: Bytes of shards that the cache on disk holds for this rank. Half of them are for the window, the others
-            for shards that are fetched ahead.
+        cache: Bytes of shards that the cache on disk holds for this rank: half of them for the window, the rest for
+            shards that are fetched ahead.
         batch_size: Samples of a global batch.
 
     Returns:
@@ -310,11 +310,11 @@ def shard_window(manifest: Manifest, memory: int, cache: int, batch_size: int) -
 
 
 def largest_window(slots: int, blocks_per_batch: float, blocks_per_lane: int = _UNITS_PER_LANE) -> int:
-    """Return the widest window with which a cache that evicts blocks in the order of reading reads none twice.
+    """Return the widest window with which a first-in first-out cache reads no block twice.
 
-    A block is needed for one window after it was read. The blocks of a batch and of a frame of a `WindowedOrder`, about
-    sqrt(window * blocks_per_batch), are read in any order, and of a block of each lane a part is needed. This number of
-    blocks has to fit in addition.
+    A block is needed for one window after it was read. The cache needs room for further blocks: those of a batch and of
+    a frame of a `WindowedOrder`, about sqrt(window * blocks_per_batch), which are read in any order, and a block of
+    each lane, which is partly used.
 
     Args:
         slots: Blocks that the cache holds.

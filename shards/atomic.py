@@ -305,21 +305,21 @@ class Replacement:
 
     Attributes:
         path: The directory.
-        journal: A directory for notes on what is complete in `path`, so that a later call can continue.
-        keep: Whether both remain if there is no `commit()`.
+        journal: A directory in which the caller records what is complete in `path`, so that a later call can continue.
+        keep: Whether `path` and `journal` remain if there is no `commit()`.
     """
 
     def __init__(self, target: Path) -> None:
         self._target = target.absolute()
         self._staging = staging_directory(target)
         self._old = self._staging / "old"
-        # Each call has other paths. Processes of a killed one that are still alive no longer find theirs.
+        # Each call has paths of its own: processes that outlive a killed call cannot use them.
         self._work = self._staging / f"{_WORK}{secrets.token_hex(4)}"
         self.path, self.journal = self._work / "new", self._work / "journal"
         self.keep = False
 
     def start(self, resume: bool) -> None:
-        """Restore the target if a killed writer has moved it aside. Take over or remove what it has prepared."""
+        """Restore the target if a killed writer has moved it aside. Keep or remove what it has prepared."""
         self.roll_back()
         shutil.rmtree(self._old, ignore_errors=True)
         left = [*self._staging.glob(f"{_WORK}*")]

@@ -1,4 +1,4 @@
-"""Convert a packed data set to another store; every sample is compared. Or upgrade it to format version 3 in place.
+"""Convert a packed data set to another store, or upgrade it to format version 3 in place.
 
     python -m shards.convert SRC DST --store zarr|tar
     python -m shards.convert DIR
@@ -198,8 +198,8 @@ def _write_arrays(directory: Path, store: Store, blocks: Sequence[NDArray[np.voi
 def upgrade(directory: Path) -> list[Manifest]:
     """Upgrade a packed data set, or one split, to the present format version in place.
 
-    The shards stay as they are; each is read once and compared with the manifest. The manifest is replaced last, so a
-    split has the previous version if the process is killed.
+    The shards stay as they are. Each is read once and compared with the manifest. The manifest is replaced last, so a
+    split still has its earlier version if the process is killed.
 
     Returns:
         The manifests of the splits that were upgraded, empty if all have the present version.
@@ -208,7 +208,7 @@ def upgrade(directory: Path) -> list[Manifest]:
         UserError: If a file is damaged. Its split is unchanged then.
     """
     busy = UserError(
-        found=f"another process that upgrades {directory}",
+        found=f"another process, which upgrades {directory}",
         expected="one process at a time",
         hint="wait for it to end",
     )
@@ -270,13 +270,13 @@ def main() -> int:
     """Run the command. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=program_name("shards.convert"),
-        description="Convert a packed data set to another store; every sample is compared. Without DST, upgrade it to "
-        f"format version {VERSION} in place.",
+        description="Convert a packed data set to another store and compare every sample with SRC. Without DST, "
+        f"upgrade SRC to format version {VERSION} in place.",
         epilog="If SRC already has the requested store it is rewritten, for example with another --compression.",
     )
     parser.add_argument("source", metavar="SRC", help="a packed data set or one split of it, a directory or an address")
-    parser.add_argument("target", type=Path, metavar="DST", nargs="?", help="directory to write")
-    parser.add_argument("--store", choices=("tar", "zarr"), help="tar: memory-mapped; zarr: compressed")
+    parser.add_argument("target", type=Path, metavar="DST", nargs="?", help="directory to write; with --store")
+    parser.add_argument("--store", choices=("tar", "zarr"), help="store of DST; tar: memory-mapped, zarr: compressed")
     parser.add_argument("--compression", choices=("zstd", "none"), help="of a zarr store (default zstd)")
     parser.add_argument("--force", action="store_true", help="replace a complete data set at DST")
     arguments = parser.parse_args()

@@ -7,8 +7,8 @@ splits (train-0000.tar, birds-validation-00.tar), or is one split. Splits may ha
 knows (training, validation, valid, dev, eval, ...). Without a test split, val is the test split. Shards that are not in
 the directory of their split (train/, test/, val/) are linked there. The shards are ordinary WebDataset:
 an image (.jpg, .jpeg, .png, .webp or .bmp) and a class number (.cls) per key; other components are ignored. The shards
-are not changed. The command writes an index (.idx) beside each shard, the arrays of labels, rows and
-byte ranges, and then a manifest per split.
+are not changed. The command writes an index (.idx) beside each shard, the arrays of labels, rows and byte ranges, and
+then a manifest per split.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def _scan(path: Path, directory: Path) -> _Scan:
             except ValueError as error:
                 raise bad_record(path, f"{image.name!r} is {error}") from None
             if lines and (row is not None) != bool(rows):
-                raise bad_record(path, f"{key!r} {'lacks' if rows else 'has'} a row, unlike others")
+                raise bad_record(path, f"{key!r} {'lacks' if rows else 'has'} a row, unlike the records before it")
             if row is not None:
                 rows.append(row)
             lines.append(index_line(components))
@@ -371,7 +371,7 @@ def _check_existing_files(directory: Path, manifest: Manifest, arrays: dict[str,
         if path.exists() and not (path.stat().st_size == len(content) and path.read_bytes() == content):
             raise MismatchError(
                 found=f"{path}, which is not an array of the shards beside it",
-                expected="no file of this name, which the command writes",
+                expected="no such file, because the command writes one of this name",
                 hint=f"rename it, or remove it if it is of an earlier index: {_removal(path)}",
             )
 
@@ -381,7 +381,7 @@ def _identities(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _removal(path: Path) -> str:
-    """The command that removes the manifest and the arrays beside a file."""
+    """Return the command that removes the manifest and the arrays beside a file."""
     files = [path.with_name(name) for name in (MANIFEST_NAME, *ARRAYS)]
     return " ".join(["rm", *(quote(file) for file in files if file.exists())])
 

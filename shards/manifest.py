@@ -87,8 +87,8 @@ class Shard(_Record):
 class PixelStatistics(_Record):
     """Sums over the stored pixels (0 .. 255) of the first images, and over their squares, for each channel.
 
-    Packing permutes the images, so that the first ones are a random subset. With 65,536 the error of the mean is below
-    a thousandth of the std.
+    Packing permutes the images, so the first ones are a random subset. With 65,536 of them, the error of the mean is
+    below a thousandth of the std.
     """
 
     samples: PositiveInt
@@ -140,9 +140,9 @@ class Manifest(_Record):
             if not inside or not name.isprintable() or "\\" in name or PureWindowsPath(name).drive:
                 raise ValueError(f"a file {name!r} outside the split")
         if self.version == VERSION and not set(ARRAYS) <= {file.name for file in self.files}:
-            raise ValueError(f"no {' or '.join(ARRAYS)}")
+            raise ValueError(f"not all of the files {', '.join(ARRAYS)}")
         if self.statistics and {len(self.statistics.sums), len(self.statistics.squares)} != {self.image_shape[2]}:
-            raise ValueError("statistics of another number of channels")
+            raise ValueError("statistics for another number of channels than that of the images")
         if not self.encoded:
             self._check_blocks()
         return self

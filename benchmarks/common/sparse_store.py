@@ -81,7 +81,7 @@ def write_sparse_split(
 
 
 def _write_zeros(path: Path, start: bytes, size: int) -> None:
-    """Write a file of some bytes and then zeros, which take no space."""
+    """Write a file of `size` bytes: `start`, then zeros, which take no disk space."""
     with open(path, "wb") as file:
         file.write(start)
         file.truncate(size)

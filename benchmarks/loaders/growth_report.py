@@ -15,7 +15,7 @@ from benchmarks.common.charts import CARD, INK, MUTED, SERIES, Chart, grid
 from benchmarks.common.text import bullets, format_bytes, format_machine, markdown_table
 
 Record = dict[str, Any]
-_FITTED = 3  # the largest sizes, which decide the exponent
+_FITTED = 3  # the number of largest sizes to which the exponent is fitted
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,12 @@ def _points(values: dict[int, float | str | None]) -> dict[int, float]:
 def _conditions(records: Sequence[Record], environment: Record) -> list[str]:
     synthetic = [record["samples"] for record in records if record["data"] == "synthetic"]
     lines = [
-        f"{format_machine(environment)}; one thread, other processes running, so CPU time and not time on the clock",
-        f"exponents: fitted to the {_FITTED} largest sizes that were measured; of a rate, that of its reciprocal",
+        f"{format_machine(environment)}; one thread; other processes ran, so times are CPU times",
+        f"exponents: fitted to the {_FITTED} largest sizes that were measured; those of rates are of the reciprocal",
         "real files: images of EMNIST, repeated"
         + (f"; synthetic from {min(synthetic):,} images on for some loaders" if synthetic else ""),
         "synthetic: Inkstream's shards are one shard of real images under many names (hard links), the files of the "
-        "other libraries are those of 96,323 images, named again and again; all stay in the page cache",
+        "other libraries hold 96,323 images and are listed repeatedly in their index; all stay in the page cache",
         "images/s: measured after two seconds of CPU time",
     ]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
@@ -150,7 +150,7 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 
 def plot_growth(records: Sequence[Record], path: Path) -> None:
-    """Plot a panel per cost, logarithmic on both axes; a hollow cross marks a limit that was exceeded."""
+    """Plot a panel per cost, logarithmic on both axes; an x marks that a limit was exceeded at the next size."""
     sizes = sorted({record["samples"] for record in records})
     measured = {record["name"] for record in records}
     styles = {name: style for name, style in _STYLES.items() if name in measured}
@@ -192,7 +192,7 @@ def _set_axes(axes: Axes, cost: Cost, sizes: Sequence[int]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    if high < 20 * low:  # a difference that is hardly one does not fill the panel
+    if high < 20 * low:  # otherwise a negligible difference fills the panel
         middle = math.sqrt(low * high)
         axes.set_ylim(middle / 10, middle * 10)
     axes.set_title(cost.title)

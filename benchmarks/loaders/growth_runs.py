@@ -31,7 +31,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _WALL_FACTOR = 6  # other processes may run at the same time
 _TREE_SECONDS = 0.5
 _RESERVE = 1e9  # bytes of memory that are left to other processes
-_OTHERS_REAL = 1_000_000  # the libraries that pack 20,000 to 200,000 images/s
+_OTHERS_REAL = 1_000_000  # of other libraries, which pack only 20,000 to 200,000 images/s
 OURS = "inkstream"
 
 
@@ -59,7 +59,7 @@ class Subject:
 
     @property
     def missing(self) -> str | None:
-        """Which module is not installed and how to install it."""
+        """The module that is not installed and how to install it; None if nothing is missing."""
         return missing_requirement(REGISTRY[self.requires]) if self.requires else None
 
 
@@ -161,7 +161,7 @@ def run_worker(work: Mapping[str, Any], tree: Path, limits: Limits) -> list[dict
     If it exceeded a limit or failed, the last one has the reason as `failed`.
     """
     command = [sys.executable, "-P", growth_worker.__file__, json.dumps(work)]
-    # One thread: the threads of torch wait for each other in loops, which counts as CPU time if others run.
+    # One thread: torch's threads busy-wait for each other, which counts as CPU time while other processes run.
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -195,7 +195,7 @@ def _watch(process: subprocess.Popen[Any], limits: Limits) -> tuple[int, str | N
         while process.poll() is None and reason is None:
             time.sleep(0.05)
             peak = max(peak, private_memory([process.pid]))
-            if time.monotonic() - checked > _TREE_SECONDS:  # to list the processes of a machine takes CPU time as well
+            if time.monotonic() - checked > _TREE_SECONDS:  # listing the processes of a machine takes CPU time
                 checked = time.monotonic()
                 peak = max(peak, private_memory([one.pid for one in process_tree(process.pid)]))
                 if cpu_seconds(process.pid) > limits.seconds or checked - start > _WALL_FACTOR * limits.seconds:

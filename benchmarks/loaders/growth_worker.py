@@ -243,13 +243,13 @@ class OtherLoader:
         self._baseline().pack(source, self.file_format, self._directory, BATCH_SIZE)
 
     def make(self) -> None:
-        """Write a data set whose index names the same files of images again and again."""
+        """Write a data set whose index lists the same files of images repeatedly."""
         count, self._samples = self._samples, len(Source(self._source).pixels)
         self.pack()
         self._repeat(count)
 
     def _repeat(self, count: int) -> None:
-        """Name the files in the index until it has at least `count` images."""
+        """Repeat the files in the index until it has at least `count` images."""
 
     def load_code(self) -> None:
         """Import the library, before a clock starts."""

@@ -13,7 +13,7 @@ from benchmarks.training.ablation_report import METRICS, mean_and_error
 
 
 def shortest_minutes(row: dict[str, Any]) -> float:
-    """Return the duration of a variant's fastest run, from reading the data to the test; other programs slow runs."""
+    """Return the duration of a variant's fastest run, from opening the data to the test. Other processes slow runs."""
     return min(record["seconds"] for record in row["records"].values()) / 60
 
 
@@ -23,7 +23,7 @@ def plot_frontier(rows: Sequence[dict[str, Any]], published: Sequence[dict[str, 
     Args:
         rows: Name and records by seed of each variant.
         published: Results of others: `name`, the fractions `accuracy` and `macro_f1` if they are known, and `minutes`
-            of their training, without which they are lines.
+            of their training. A result without `minutes` is drawn as a horizontal line.
         path: The PNG file.
     """
     ordered = sorted(rows, key=shortest_minutes)

@@ -1,8 +1,8 @@
-"""Analyse the errors that a run on characters still makes on the test split.
+"""Count the errors of a run on characters on the test split by groups of look-alike classes, and draw them.
 
     python -m benchmarks.training.remaining_errors RUN [--out DIR]
 
-Output: remaining_errors.md, the errors by groups of classes that look alike and the accuracy at coarser targets, and
+Output: remaining_errors.md, the errors by groups of look-alike classes and the accuracy by less strict criteria, and
 remaining_errors.png, the most confident errors of each group.
 """
 
@@ -36,7 +36,7 @@ _PER_GROUP = 24  # images
 
 
 def group_of(true: str, predicted: str) -> str:
-    """Return the name of the look-alike classes that two classes belong to; empty if they are none."""
+    """Return the name of the group of look-alike classes that holds both; empty if there is none."""
     if true.casefold() == predicted.casefold():
         return _CASE
     return next((" ".join(each) for each in _LOOK_ALIKES if true in each and predicted in each), "")
@@ -60,28 +60,28 @@ def count_groups(labels: NDArray[np.int64], predicted: NDArray[np.int64], classe
 def coarse_accuracies(
     labels: NDArray[np.int64], logits: NDArray[np.float32], classes: Sequence[str]
 ) -> Mapping[str, float]:
-    """Return the accuracy at finer and coarser targets, as fractions."""
+    """Return the accuracy, and the fractions of predictions that are correct by less strict criteria."""
     predicted = logits.argmax(axis=1)
     pairs = [(classes[true], classes[guess]) for true, guess in zip(labels.tolist(), predicted.tolist(), strict=True)]
     best_two = np.argsort(-logits, axis=1)[:, :2]
     return {
         "class": float((predicted == labels).mean()),
         "class among the two most probable": float((best_two == labels[:, None]).any(axis=1).mean()),
-        "class, whatever its case": float(np.mean([a.casefold() == b.casefold() for a, b in pairs])),
-        "class or one that looks like it": float(np.mean([a == b or bool(group_of(a, b)) for a, b in pairs])),
+        "class, ignoring case": float(np.mean([a.casefold() == b.casefold() for a, b in pairs])),
+        "class or a look-alike class": float(np.mean([a == b or bool(group_of(a, b)) for a, b in pairs])),
         "digit, upper or lower case": float(np.mean([kind_of(a) == kind_of(b) for a, b in pairs])),
     }
 
 
 def errors_markdown(outputs: ModelOutputs, classes: Sequence[str]) -> str:
-    """Format the errors by groups and the accuracies as tables."""
+    """Format tables of the errors by group and of the accuracies."""
     counts = count_groups(outputs.labels, outputs.logits.argmax(axis=1), classes)
     total = sum(counts.values())
     groups = [[name, f"{count:,}", format_percent(count / total)] for name, count in counts.items()]
     accuracies = coarse_accuracies(outputs.labels, outputs.logits, classes)
     rows = [[name, format_percent(fraction)] for name, fraction in accuracies.items()]
     by_group = markdown_table(["look-alike classes", "errors", "share"], groups)
-    return f"{by_group}\n\n{markdown_table(['right is', 'accuracy'], rows)}"
+    return f"{by_group}\n\n{markdown_table(['counted as correct', 'accuracy'], rows)}"
 
 
 def error_tiles(store: Store, outputs: ModelOutputs) -> list[Tile]:
@@ -103,7 +103,9 @@ def error_tiles(store: Store, outputs: ModelOutputs) -> list[Tile]:
 
 def main() -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Analyse the errors that a run on characters still makes.")
+    parser = argparse.ArgumentParser(
+        description="Count the errors of a run on characters by groups of look-alike classes, and draw them."
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"default: {DEFAULT_OUT}")
     arguments = parser.parse_args()

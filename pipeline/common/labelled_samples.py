@@ -30,8 +30,8 @@ _CHUNK = 1 << 18  # labels that are read at once
 class LabelledSamples:
     """Samples of a store with the number of samples of each class.
 
-    The samples of a large store are in random order already, so a subset takes those of each class from a random place
-    on. It is described by few ranges, and only the labels of a part of the store are read.
+    The samples of a large store are in random order already, so a subset takes consecutive samples of each class from a
+    random position on. It is described by few ranges, and only the labels of a part of the store are read.
 
     Attributes:
         labels: [N], class of every sample of the store, 0 .. C-1.
@@ -48,7 +48,7 @@ class LabelledSamples:
     @classmethod
     def of(cls, store: Store) -> LabelledSamples:
         """Return all samples of a store."""
-        # `shards.index` adopts shards of image files in their own order.
+        # `shards.index` keeps the order of existing shards of image files.
         is_shuffled = not store.manifest.encoded
         return cls(store.labels, IndexRanges.first(len(store)), np.array(store.manifest.counts), is_shuffled)
 

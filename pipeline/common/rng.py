@@ -13,9 +13,9 @@ PACKING_STREAM = 1 << 62  # plus the number of the split
 PARTITION_STREAM = 1 << 63  # plus 1 .. 3 in packing
 FOLD_STREAM = PARTITION_STREAM + 4  # the parts of a cross-validation
 BLOCK_STREAM = 1 << 61  # plus the epoch: the order of blocks if samples are shuffled within a window of blocks
-DELAY_STREAM = 1 << 55  # plus the epoch, as the next two, for a shuffle window: the frames of the order of units,
-ORDER_STREAM = 1 << 54  # the periods in which parts of frames are used,
-TABLE_STREAM = 1 << 53  # and (plus twice the epoch) the tables by which both are permuted
+DELAY_STREAM = 1 << 55  # plus the epoch: the permutation of each frame of a windowed order, which delays its samples
+ORDER_STREAM = 1 << 54  # plus the epoch: the permutation of each period of a windowed order
+TABLE_STREAM = 1 << 53  # plus twice the epoch: the tables from which both permutations are computed
 AUGMENTATION_STREAM = 1 << 60  # plus the epoch times 2^32, plus the step
 ELASTIC_STREAM = 1 << 59  # likewise
 POLICY_STREAM = 1 << 57  # likewise: further numbers of the augmentation
@@ -54,8 +54,8 @@ def permutation(count: int, seed: int, stream: int) -> NDArray[np.int64]:
 def iterate_permutation(count: int, seed: int, stream: int) -> Iterator[NDArray[np.int64]]:
     """Yield a pseudorandom permutation of 0 .. count-1 in pieces, in memory independent of `count`.
 
-    Up to 2^24 numbers it is the uniform `permutation`, sorted in ranges of the random words, all of which are computed
-    again for each range; of more numbers it is an `IndexPermutation`.
+    Up to 2^24 numbers it is the uniform `permutation`. It is sorted range by range of the random words, which are
+    computed anew for each range. Of more numbers it is an `IndexPermutation`.
 
     Yields:
         int64 [n], the next numbers.

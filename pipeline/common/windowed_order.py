@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 
 from pipeline.common.rng import BLOCK_STREAM, DELAY_STREAM, ORDER_STREAM, TABLE_STREAM, permutation, random_keys
 
-LANES = (48, 24, 12, 6, 4, 3, 2, 1)  # have many divisors: numbers of ranks or hosts that read whole lanes
+LANES = (
+    48,
+    24,
+    12,
+    6,
+    4,
+    3,
+    2,
+    1,
+)  # numbers with many divisors, which are numbers of ranks or hosts that read whole lanes
 
 
 class UnitUse(NamedTuple):
@@ -35,15 +44,15 @@ class UnitUse(NamedTuple):
 class WindowedOrder:
     """Numbers 0 .. M-1 of the samples of an epoch, in its order. They are numbered unit by unit.
 
-    Of the b positions of a batch, lane l of L has the c positions b l // L .. b (l+1) // L - 1. It has the same share
-    of the samples in every epoch. Its units come in a new random order in each, and its samples from a window that
-    slides over them (`_Interleaver`).
+    A batch has b positions. Lane l of L fills the c positions b l // L .. b (l+1) // L - 1. It has the same share of
+    the samples in every epoch. Each epoch reads its units in a new random order, and draws its samples from a window
+    that slides over them (`_Interleaver`).
 
     Args:
         bounds: int64 [U + 1], samples of the epoch before each of U units, and M = steps * batch_size.
         steps: Number of batches.
         batch_size: Samples of a batch, b.
-        window: Samples of which the samples of a batch are drawn.
+        window: Number of samples from which those of a batch are drawn.
         lanes: Number of lanes, L, at most b and 63.
         seed: Seed of the order.
         epoch: Number of the epoch.
@@ -101,7 +110,7 @@ class WindowedOrder:
         """Iterate over the units that are read from step `first` on, by their first step.
 
         Args:
-            positions: The positions of a rank in a batch. Of a lane that is shared by ranks, all units are returned.
+            positions: The positions of a rank in a batch. All units of a lane that ranks share are returned.
             first: The first step.
             repeats: As in `numbers`.
         """
@@ -114,7 +123,7 @@ class WindowedOrder:
             begin = offsets[mine] - self._first_position[lane[mine]] * self._steps
             start, end = interleaver.places(begin, begin + lengths[mine] - 1)
             starts[mine], ends[mine] = start * repeats // share, -(-end * repeats // share)
-        # Two lanes share a unit in which the part of one ends.
+        # Two lanes share a unit in which one ends and the next begins.
         chosen = np.flatnonzero(is_chosen)
         chosen = chosen[np.argsort(unit[chosen], kind="stable")]
         each = np.flatnonzero(np.diff(unit[chosen], prepend=-1))
@@ -140,15 +149,15 @@ class WindowedOrder:
 
 
 class _Interleaver:
-    """A permutation of 0 .. count-1 in which each number comes within a window after its place.
+    """A permutation of 0 .. count-1 that delays each number by less than a window.
 
-    The numbers are divided into frames of k, and each frame at random into D groups, group x of k (x+1) // D - k x // D
-    numbers. Group x is delayed by x periods, and what comes in the same period is permuted (a convolutional
+    The numbers are divided into frames of k. Each frame is divided at random into D groups; group x has
+    k (x+1) // D - k x // D numbers and is delayed by x periods. The numbers of a period are permuted (a convolutional
     interleaver, Forney 1971, https://doi.org/10.1109/TCOM.1971.1090719). Periods have k numbers, and fewer at both
     ends. The last frame may be shorter.
 
     Args:
-        count: Count of the numbers.
+        count: How many numbers there are.
         window: Largest delay, D k.
         seed: Seed of the permutations.
         epoch: Number of the epoch.
@@ -207,7 +216,7 @@ class _Interleaver:
         return places(period) - places(past) + self._before(past, self._rest)
 
     def _before(self, delays: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-        """Return how many numbers of a frame of a size have smaller delays."""
+        """Return how many numbers of a frame of `size` numbers have smaller delays."""
         return np.clip(delays, 0, self._delays) * size // self._delays
 
     def _words(self, stream: int, lanes: NDArray[np.int64], first: int, last: int) -> NDArray[np.uint64]:

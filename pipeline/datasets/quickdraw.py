@@ -31,7 +31,7 @@ from shards.errors import UserError, quote
 _ADDRESS = "https://storage.googleapis.com/quickdraw_dataset/full/numpy_bitmap/"
 _SIDE = 28
 _PIXELS = _SIDE * _SIDE
-_IMAGES_PER_READ = 8192  # of 512, opening up to 345 files takes most of the time
+_IMAGES_PER_READ = 8192  # with 512, opening up to 345 files takes most of the time
 
 
 def _published(options: SourceOptions) -> PublishedFiles:

@@ -1,8 +1,8 @@
 """The journal of a pack in preparation: its complete shards, with which a later call continues.
 
-It lies beside the prepared directory until that is renamed into place. `pack.json` identifies the pack; a directory per
-attempt at a split has a file per complete shard, written after the shard is on disk. A later call compares a shard with
-its checksums before it counts as complete.
+It is stored beside the prepared directory until that is renamed into place. `pack.json` identifies the pack. Each
+attempt to pack a split has a directory with a file per complete shard, written after the shard is on disk. A later call
+compares a shard with its checksums before it uses it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Journal:
             print(f"continuing with {plural(shards, 'complete shard')} of a stopped call", file=sys.stderr)
 
     def discard(self) -> None:
-        """Let nothing be continued."""
+        """Remove what is complete, so that the next call starts from the beginning."""
         if self._replacement is not None:
             self._replacement.clear()
 

@@ -314,7 +314,12 @@ class _Packing:
     ) -> Iterator[Block]:
         """Read the blocks of a shard one by one; at the end raise `UnreadableImages` for all unreadable images.
 
-        first: its first sample. labels, rows: of its samples.
+        Args:
+            split: The split.
+            layout: Its layout.
+            first: First sample of the shard.
+            labels: Labels of its samples, int64 [n].
+            rows: Their rows, int64 [n].
         """
         block_size = _RECORDS_PER_READ if split.encoded else layout.block_size
         size = max(1, split.images_per_read // block_size) * block_size

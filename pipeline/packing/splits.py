@@ -128,7 +128,7 @@ def _exclude(splits: dict[str, RawSplit], table: CsvTable) -> dict[str, RawSplit
     for line, (name, row, label) in enumerate(zip(names, rows, labels, strict=True)):
         place = places.get(name, {}).get(row)
         true = None if place is None else splits[name].classes[splits[name].labels[place]]
-        # Tables have an apostrophe before a text that a spreadsheet would run as a formula (`write_csv`).
+        # Tables have an apostrophe before a text that a spreadsheet would run as a formula (`format_csv`).
         if place is None or (label is not None and label.removeprefix("'") != str(true).removeprefix("'")):
             what = "which is no image" if place is None else f"listed as {label} but labelled {true}"
             raise UserError(
@@ -153,7 +153,7 @@ def _choose(
     """The images in proportion by label, and by the values of the column to stratify by; and the other images.
 
     Raises:
-        UserError: If the first are no images, or all of them.
+        UserError: If all or none of the images are chosen.
     """
     # Classes in random order: otherwise, of many small classes, always the first would contribute one more image.
     number = permutation(len(split.classes), seed, stream)

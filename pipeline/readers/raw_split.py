@@ -93,7 +93,7 @@ class RawSplit:
         files: The raw files with their hashes.
         source_index: Integers [N], the index of each image in the raw data; 0 .. N-1 by default.
         columns: Further values of each image, N per column (`path`, `database`, ...).
-        images_per_read: How many images `read` is asked for at a time, if these are more than a block.
+        images_per_read: Images that `read` is called for at a time, if they are more than a block.
 
     Raises:
         UserError: If the images or labels could not be loaded once packed.
@@ -138,7 +138,7 @@ class RawSplit:
         """Return the split with only the images at some positions.
 
         Args:
-            positions: int64 [n], 0 .. N-1. Of a bitmap, labels and source indices are computed when they are read.
+            positions: int64 [n], 0 .. N-1. With a bitmap, labels and source indices are computed when they are read.
             name: A new name of the split.
         """
         return replace(

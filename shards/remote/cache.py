@@ -127,7 +127,7 @@ class Entry:
         Args:
             total: The size in bytes.
             what: The name of the entry in messages.
-            least: A smaller size that is enough where the whole one does not fit; None if it is not.
+            least: A smaller size that is enough if `total` does not fit; None if there is none.
 
         Returns:
             The size that the entry may have.
@@ -303,7 +303,7 @@ def _evict_until_it_fits(root: Path, directory: Path, total: int, what: str, lea
     if over > 0:
         raise UserError(
             found=f"{format_size(used - evictable + promised)} of the cache in {root} in use by running processes",
-            expected=f"room for {what} of {format_size(total)} beneath the bound of {format_size(limit)}",
+            expected=f"room for {what} of {format_size(total)} below the limit of {format_size(limit)}",
             hint=f"wait for them to end, or export {SIZE_VARIABLE}={format_size((total + used + promised) * 11 // 10)}",
         )
     return total

@@ -25,7 +25,7 @@ from shards.remote.backends import open_storage
 from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
 from shards.remote.cache import Entry, cache_directory, open_entry, read_json, write_json
 from shards.remote.download import RemoteFile, check_names, download_files, remove, run_in_threads
-from shards.remote.on_demand import is_read_on_demand, least_room, on_demand_part, read_on_demand
+from shards.remote.on_demand import is_read_on_demand, min_room, register_on_demand, select_on_demand
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _INDEX = ".index.json"
 _SINGLE = ""  # in place of the name of a split, if the address is that of a single split
 _UPGRADE = (
-    ". Data sets of format version 3 need less: upgrade a local copy (python -m shards.convert DIR), upload it again"
+    ". A data set of format version 3 needs less: upgrade a local copy (python -m shards.convert DIR), upload it again"
 )
 _ATTEMPTS_WITH_COPY = 2  # for the manifests, if the cache holds a copy
 
@@ -220,7 +220,7 @@ def _download_set(
     first, _ = next(iter(manifests.values()))
     key = _key_of({split: manifest for split, (manifest, _) in manifests.items()})
     has_arrays = all(manifest.version >= 3 for manifest, _ in manifests.values())
-    on_demand = on_demand_part(files) if has_arrays and not whole else []
+    on_demand = select_on_demand(files) if has_arrays and not whole else []
     advice = "" if has_arrays else _UPGRADE
     with open_entry("sets", key, _directory_name(first.name)) as entry:
         _download_into(entry, storage, files, sum(file.bytes for file in everything), on_demand, advice)
@@ -281,8 +281,8 @@ def _download_into(
 ) -> None:
     """Download the files that are missing or damaged into a cache entry, which will have `total` bytes.
 
-    The files `on_demand` are fetched when they are opened instead, if the cache is too small for all of them. `advice`
-    ends the hint of the error if it is too small.
+    If the cache is too small for all files, the files `on_demand` are fetched when they are opened instead. If it is
+    too small for that too, `advice` is appended to the hint of the error.
     """
     # A process that evicts files may run while another one, with a larger cache, starts.
     is_shared = bool(on_demand) and is_read_on_demand(entry)
@@ -293,12 +293,12 @@ def _download_into(
             return
     others = total - sum(file.bytes for file in on_demand)
     try:
-        room = entry.make_room(total, storage.shown, others + least_room(on_demand) if on_demand else None)
+        room = entry.make_room(total, storage.shown, others + min_room(on_demand) if on_demand else None)
     except UserError as error:
         raise type(error)(error.found, error.expected, error.hint + advice) from None
     if is_shared or room < total:
         log.info("%s exceeds the cache: its shards are fetched when they are needed", storage.shown)
-        read_on_demand(entry, storage, on_demand, room - others)
+        register_on_demand(entry, storage, on_demand, room - others)
         files = sorted(set(files) - set(on_demand), key=lambda file: file.name)
     entry.check_files(files)
     download_files(storage, files, entry.content, entry.directory / ".parts", f"fetching {entry.content.name}")

@@ -1,8 +1,8 @@
-"""Files of a data set larger than the cache: fetched when they are needed, and evicted when nobody needs them.
+"""Files of a data set larger than the cache: fetched when they are needed, evicted when no process needs them.
 
 CACHE/sets/KEY/.fetching/  incomplete files
-CACHE/sets/KEY/.files      for each file two int64: the modification time with which its SHA-256 was right (0: absent,
-                           1: reserved), and its place in the order of eviction
+CACHE/sets/KEY/.files      for each file two int64: the modification time that it had when its SHA-256 was verified (0:
+                           absent, 1: reserved), and its rank in the order of eviction
 CACHE/sets/KEY/.locks      locked by byte ranges, so that one descriptor is enough for any number of files: byte 0 while
                            files are evicted, byte 1 + 2n by the process that fetches file n, byte 2 + 2n (shared) by
                            every process that needs file n, and the last byte (shared) by all of them
@@ -41,12 +41,12 @@ except ImportError:  # Windows: data sets are fetched whole there
 log = logging.getLogger(__name__)
 
 _THREADS = 8
-_LEAD = 4  # of the bytes of a process, files of later steps occupy this part
+_LEAD = 4  # files of later steps occupy at most 1/_LEAD of the bytes of a process
 _PAUSE = 0.02  # seconds between attempts to take a lock that is held for long
 _RETRY_PAUSE = 5.0  # seconds until a file that could not be fetched ahead is tried again
-_ROOM_SECONDS = 120.0  # for which a file waits until other processes need fewer files
+_ROOM_SECONDS = 120.0  # that a download waits until other processes need fewer files
 _ABSENT, _RESERVED = 0, 1  # in place of a modification time
-_MIDDLE = 1 << 61  # of the order of eviction, more than a time in nanoseconds
+_MIDDLE = 1 << 61  # divides the order of eviction: more than a time in nanoseconds
 _LAST_BYTE = 1 << 40
 _ROW = 16  # bytes of a file in .files
 _open: dict[Path, OnDemandFiles] = {}
@@ -69,7 +69,7 @@ class FileUse(NamedTuple):
 
 @dataclass
 class _Claim:
-    """That this process needs a file. `identity` is that of the file, once it is there."""
+    """A need of this process for a file: how many users it has, and its identity once it is in the cache."""
 
     count: int = 0
     identity: FileIdentity | None = None
@@ -78,9 +78,9 @@ class _Claim:
 class OnDemandFiles:
     """Files in a cache entry that are fetched when they are opened. Processes of a host share them.
 
-    A file is in the cache as long as one of the processes needs it. When room is needed, files that the training has
-    passed are evicted first, the last one first: a shuffled epoch reads every file once, so those that it has not
-    reached yet are needed earlier than those that it has just passed.
+    A file stays in the cache while one of the processes needs it. When room is needed, files that the training has
+    passed are evicted first, the most recently passed one first: a shuffled epoch reads every file once, so files that
+    it has not reached yet are needed earlier than those that it has just passed.
 
     Args:
         entry: The cache entry.
@@ -127,13 +127,13 @@ class OnDemandFiles:
     def share(self) -> int:
         """Bytes of the room that each process of this host may fetch ahead.
 
-        What is left is for files that are read out of order.
+        The rest of the room is for files that are read out of order.
         """
         return self.room // _ranks() - 2 * int(self._sizes.max())
 
     @contextlib.contextmanager
     def held(self, path: str) -> Iterator[FileIdentity | None]:
-        """Have a file in the cache during the block. Yields its identity; None for a file that is always there.
+        """Keep a file in the cache during the block. Yields its identity; None for a file that is always there.
 
         Raises:
             UserError: If it cannot be fetched, or there is no room for it.
@@ -167,14 +167,14 @@ class OnDemandFiles:
             del self._claims[number]
             now = time.time_ns()
             with self._exclusive():
-                # In ascending order: passed files, the last one first; others, the least recently used one first.
+                # Ascending: passed files, the most recent first; then others, the least recently used first.
                 self._write_state(number, order=-(_MIDDLE + now) if passed else now - _MIDDLE)
                 self._unlock(2 + 2 * number)
 
     def fetch(self, number: int, stop: threading.Event | None = None) -> FileIdentity | None:
         """Wait until a file that this process has claimed is in the cache; returns its identity.
 
-        None if `stop` was set before.
+        Returns None if `stop` is set before that.
         """
         claim = self._claims[number]
         with self._fetching[number]:
@@ -230,7 +230,7 @@ class OnDemandFiles:
             if time.monotonic() > deadline:
                 raise UserError(
                     found=f"no room for {self._storage.show(file.name)} in {format_size(self.room)} of the cache: "
-                    "running processes need all files there",
+                    "running processes need all files that are in it",
                     expected="a cache that holds the shuffle window of each process",
                     hint=f"export {SIZE_VARIABLE}={format_size(2 * self.room)}",
                 )
@@ -263,7 +263,7 @@ class OnDemandFiles:
             return True
 
     def _evict(self, count: int) -> int:
-        """Delete files that no process needs, until they have at least so many bytes. Returns their bytes."""
+        """Delete files that no process needs until at least `count` bytes are freed. Returns the bytes freed."""
         times, order = self._read_states().T
         freed = 0
         for number in np.argsort(order, kind="stable").tolist():
@@ -292,7 +292,7 @@ class OnDemandFiles:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Exclude other threads and processes for a moment: from eviction to a claim nothing may come between."""
+        """Exclude other threads and processes: an eviction must not interleave with a claim."""
         with self._mutex:
             self._lock(0, wait=True)
             try:
@@ -302,8 +302,8 @@ class OnDemandFiles:
 
     @contextlib.contextmanager
     def _fetched_by_this_process(self, number: int) -> Iterator[None]:
-        """Wait until no other process fetches a file, and keep others from it."""
-        # Polled: the system sees a deadlock where threads of two processes wait for each other's files.
+        """Wait until no other process fetches a file, and prevent others from fetching it during the block."""
+        # Polled: the kernel reports a deadlock (EDEADLK) if threads of two processes wait for each other's files.
         while not self._lock(1 + 2 * number):
             time.sleep(_PAUSE)
         try:
@@ -344,7 +344,7 @@ class _Prefetcher:
         self._files = files
         self._uses = uses
         self._claimed: dict[int, int] = {}  # the last step of each file
-        self._ends: list[tuple[int, int]] = []  # heap of the last step and number of each file, some of them outdated
+        self._ends: list[tuple[int, int]] = []  # heap of the last step and number of each file, with outdated entries
         self._ahead: list[tuple[int, int]] = []  # heap of the first step and size of the files of later steps
         self._bytes = self._bytes_ahead = 0
         self._step = 0
@@ -422,7 +422,7 @@ class _Prefetcher:
 
     def _has_room(self, number: int, use: FileUse) -> bool:
         size, share = self._files.size(number), self._files.share
-        # A longer lead would evict files that an earlier epoch has left.
+        # Fetching further ahead would evict files that an earlier epoch has left in the cache.
         is_near = use.first <= self._step or self._bytes_ahead + size <= share // _LEAD
         return number in self._claimed or (is_near and self._bytes + size <= share)
 
@@ -432,8 +432,8 @@ def on_demand_files(directory: Path) -> OnDemandFiles | None:
     return _open.get(directory) or _open.get(directory.parent)
 
 
-def read_on_demand(entry: Entry, storage: RemoteStorage, files: Sequence[RemoteFile], room: int) -> None:
-    """Have `on_demand_files` return the files of a cache entry, until this process ends."""
+def register_on_demand(entry: Entry, storage: RemoteStorage, files: Sequence[RemoteFile], room: int) -> None:
+    """Register files of a cache entry for `on_demand_files`, until this process ends."""
     known = _open.get(entry.content)
     if known is None:
         _open[entry.content] = OnDemandFiles(entry, storage, files, room)
@@ -441,8 +441,8 @@ def read_on_demand(entry: Entry, storage: RemoteStorage, files: Sequence[RemoteF
         known.room = room
 
 
-def on_demand_part(files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """Return the files of a data set of version 3 that opening it does not need: all but its arrays."""
+def select_on_demand(files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Return the files of a data set of version 3 that are not needed to open it: all but its arrays."""
     return [file for file in files if fcntl and not file.name.endswith((".npy", "zarr.json"))]
 
 
@@ -460,8 +460,8 @@ def is_read_on_demand(entry: Entry) -> bool:
         os.close(descriptor)
 
 
-def least_room(files: Sequence[RemoteFile]) -> int:
-    """Return the bytes with which files can be read on demand by the processes of this host."""
+def min_room(files: Sequence[RemoteFile]) -> int:
+    """Return the least bytes of cache with which the processes of this host can read files on demand."""
     return 4 * _ranks() * max(file.bytes for file in files)
 
 

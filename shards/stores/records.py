@@ -47,7 +47,7 @@ class RecordWriter(TarShardWriter):
 class RecordStore(EncodedStore):
     """The `EncodedStore` of records.
 
-    Images are read, not mapped, so that the memory of the process does not grow with the images it has touched.
+    Images are read, not mapped, so that the memory of the process does not grow with the images that were read.
 
     Args:
         directory: The directory of the split.

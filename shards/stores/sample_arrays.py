@@ -1,4 +1,4 @@
-"""Arrays of a split: label and row of each sample, place and checksums of each block. See docs/format.md."""
+"""Arrays of a split: label and row of each sample, byte range and checksums of each block. See docs/format.md."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class PixelSums:
         if not self._sums.size:
             self._channels = images.shape[-1]
             self._sums = np.zeros((2, size))
-            # Sums of so many squares of bytes are exact in float32. New memory for each block would take longer.
+            # Sums of so many squares of bytes are exact in float32. Allocating memory for each block takes longer.
             self._buffer = np.empty((max(1, min(256, _BUFFER_VALUES // size)), size), np.float32)
         for first in range(0, len(images), len(self._buffer)):
             part = images[first : first + len(self._buffer)].reshape(-1, size)
@@ -93,7 +93,7 @@ class PixelSums:
 
 
 def pixel_statistics(samples: int, sums: Sequence[NDArray[np.int64] | None]) -> PixelStatistics | None:
-    """Return the statistics of a split of N samples from the sums of its parts, None if they are of image files."""
+    """Return the statistics of a split of N samples from the sums of its shards; None for image files."""
     totals = np.sum([part for part in sums if part is not None], axis=0).tolist()
     if not totals:
         return None
@@ -118,8 +118,8 @@ class SampleArrays:
     def open(cls, files: SplitFiles, manifest: Manifest) -> SampleArrays:
         """Open the arrays of a split of version 3.
 
-        Labels and rows are mapped, and so are the blocks of records. Otherwise the blocks take a few thousandths of
-        the pixels: they are read, and checked by their SHA-256.
+        Labels and rows are mapped, and so is the array of blocks of a store `records`. In other stores that array has a
+        few thousandths of the size of the pixels; it is read, and compared with its SHA-256.
 
         Raises:
             CorruptError: If a file is missing or not the array that the manifest describes.
@@ -254,8 +254,8 @@ class BlockChecks:
         files: The files of the split.
         manifest: Its manifest.
         arrays: Its arrays.
-        images: Whether the checksums of images are compared. Those of labels and rows take a hundredth of the time, and
-            are compared if there are any.
+        images: Whether images are compared with their checksums. Labels and rows, which take a hundredth of the time,
+            are compared in any case if there are checksums of them.
     """
 
     def __init__(self, files: SplitFiles, manifest: Manifest, arrays: SampleArrays, images: bool) -> None:
@@ -292,7 +292,7 @@ class BlockChecks:
             describe: Returns its location for a message; by default its shard and number.
 
         Raises:
-            CorruptError: If the images, a label or a row was changed, or is none of this data set.
+            CorruptError: If the images, a label or a row differs from the checksum, or a label is none of the data set.
         """
         _, _, images_crc, numbers_crc = self._arrays.blocks[block].item()
         if self._images and isal_zlib.crc32(images) != images_crc:

@@ -90,9 +90,9 @@ class SplitFiles:
         self._entries = {file.name: file for file in manifest.everything}
         self._identities: dict[str, FileIdentity] = {}
         self._mapped: list[tuple[str, str, FileIdentity]] = []  # path, name, identity
-        self._in_turn: Iterator[tuple[str, str, FileIdentity]] = iter(())  # of the mapped files: again and again
+        self._in_turn: Iterator[tuple[str, str, FileIdentity]] = iter(())  # cycles through the mapped files
         self.on_demand = on_demand_files(directory)
-        """Fetches the files that are not there yet; None if all are."""
+        """Fetches files when they are opened; None if all files are in the directory."""
         # A file that stays open would occupy the disk after it was evicted.
         self._open = OpenFile.open if self.on_demand else lru_cache(max_open_files())(OpenFile.open)
 
@@ -144,9 +144,9 @@ class SplitFiles:
         return self._entries[name].bytes
 
     def check_present(self, names: Iterable[str]) -> None:
-        """Raise as `open` does unless each file has the size of the manifest. A file that replaces it is refused later.
+        """Raise as `open` does unless each file has the size of the manifest. A file replaced later is refused.
 
-        For stores that open a file only when they need it. Files that are fetched on demand are checked then.
+        For stores that open files only when they need them. Files fetched on demand are checked on arrival.
         """
         for name in names if self.on_demand is None else ():
             try:

@@ -133,8 +133,8 @@ class DataConfig(BaseConfig):
     """Normalization of the input: mean and std of each channel over the training split, or half for -1 .. 1."""
     verify: Annotated[Literal["lazy", "start", "off"], BeforeValidator(_bool_to_verify)] = "lazy"
     """Verification of the data: lazy compares a block of images with its checksum when it is first read, start also
-    hashes every file before training (about one second per gigabyte), off trusts the images. Labels are always
-    compared. Data sets of format version 1 and 2 are hashed before training unless it is off."""
+    hashes every file before training (about one second per gigabyte), off does not check images. Labels and rows are
+    always compared. Data sets of format version 1 and 2 are hashed before training unless it is off."""
 
     def resolution_by_epoch(self) -> tuple[tuple[int, Resolution], ...]:
         """Return pairs of an epoch, from 1, and the resolution from that epoch on."""

@@ -93,7 +93,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         _check_splits_agree(train_store.manifest, store.manifest, directory)
     # Version 2 has no checksums to compare later.
     newest = {"start": VERSION, "lazy": VERSION - 1, "off": 0}[config.data.verify]
-    # Files that are fetched on demand are hashed then.
+    # Files that are fetched on demand are hashed when they arrive.
     hashed = [store for store in stores if store.manifest.version <= newest and store.cache_bytes is None]
     if hashed:
         world.run_on_main(lambda: _check_hashes(directory, hashed))
@@ -195,7 +195,7 @@ def _shuffle_window(
 ) -> tuple[int | None, NDArray[np.int64] | None]:
     """Return the shuffle window in blocks, and the bounds of the shards if they are its units.
 
-    They are if a host fetches shards when it needs them. All ranks use the window of the smallest cache.
+    Shards are the units if a host reads them on demand. All ranks then use the window of the smallest cache.
     """
     caches = [cache for cache in world.all_gather(lambda: store.cache_bytes) if cache is not None]
     if not caches:
@@ -205,7 +205,7 @@ def _shuffle_window(
 
 
 def _warn_of_scattered_samples(store: Store, samples: Positions) -> None:
-    """Log a warning if a small part of a data set lies in most of its shards, which are fetched on demand."""
+    """Log a warning if validation samples are in most shards of a data set that is read on demand."""
     shards = np.diff(samples.searchsorted(store.shard_bounds))
     if store.cache_bytes is not None and np.count_nonzero(shards) > len(shards) / 2:
         log.warning(

@@ -17,8 +17,9 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
 
     GPUs with native bf16 (compute capability 8) use it. Older ones with fast fp16 (7: V100, T4, RTX 20) use fp16 with
     loss scaling. CPUs use bf16 if they have AMX or AVX-512 BF16 and the model has no depthwise convolutions: these
-    accelerate matrix products, and a depthwise convolution has none. Most such models are faster in fp32 on a CPU,
-    though not all (XCiT is not); `benchmarks/train_throughput.py --precisions bf16,fp32` measures a model.
+    instructions accelerate matrix products, which depthwise convolutions do not use. Most models with depthwise
+    convolutions are faster in fp32 on a CPU, though not all (XCiT is not); `benchmarks/train_throughput.py --precisions
+    bf16,fp32` measures a model.
 
     Raises:
         UserError: The model is unknown.

@@ -68,11 +68,11 @@ def small_resnet(
     widths: Sequence[int] = (32, 64, 128),
     depths: Sequence[int] | None = None,
 ) -> tuple[nn.Sequential, int]:
-    """Build a small residual network: a stem, and stages of residual blocks between which maps are pooled and widened.
+    """Build a small residual network: a stem, and stages of residual blocks with pooling and widening between.
 
     The form is that of Page's ResNet-9, https://github.com/davidcpage/cifar10-fast, except that the maps are pooled
     before they are widened, which takes a quarter of the time. The stem is a convolution of 5x5 with stride 2 without
-    padding: of 28x28 pixels, whose border is empty in EMNIST, it makes 12x12, which two poolings divide. The default
+    padding. It maps 28x28 pixels, whose border is empty in EMNIST, to 12x12, which can be pooled twice. The default
     has 482,666 parameters with 1 channel and 10 classes.
 
     Args:

@@ -35,7 +35,7 @@ def make_optimizer(model: torch.nn.Module, settings: OptimConfig) -> torch.optim
 
 
 def _try_step(settings: OptimConfig, options: dict[str, Any], device: torch.device) -> None:
-    """Make a step on two small weights: many options have an effect, and are checked, only in a step."""
+    """Make a step on two small weights: many options are used, and checked, only in a step."""
     weights = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in ((2, 2), (2,))]
     for weight in weights:
         weight.grad = torch.ones_like(weight)

@@ -89,7 +89,7 @@ class ScheduleFreeWeights(ModelEma):
 
     @torch.no_grad()
     def refresh(self, images: Iterable[torch.Tensor]) -> None:
-        """Take over x, and compute the running statistics of batch norm for it as torch's `update_bn` does.
+        """Copy x, the averaged weights, and compute its running statistics of batch norm as torch's `update_bn` does.
 
         Batch norm in evaluation mode, as in frozen layers, keeps its statistics, which `update_bn` would replace.
 

@@ -183,7 +183,7 @@ def make_lr_scheduler(
 
 
 def _try_steps(config: Config, steps_per_epoch: int) -> None:
-    """Make the first steps of a schedule: some options have an effect, and are checked, only in a step."""
+    """Make the first steps of a schedule: some options are used, and checked, only in a step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.optim.lr)
     scheduler = _make_lr_scheduler(optimizer, config, steps_per_epoch)
     optimizer.step()

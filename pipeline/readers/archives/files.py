@@ -78,7 +78,7 @@ class StoredFile:
 
     def read_into(self, offset: int, buffer: NDArray[np.uint8]) -> None:
         """Fill a buffer with bytes from `offset` on; raises `CorruptFileError` if the file has fewer."""
-        # Faster than `read`: no bytes are allocated. At the end of the file `read` tells what is missing.
+        # Faster than `read`: no bytes are allocated. At the end of the file, `read` raises the error.
         if not hasattr(os, "preadv") or os.preadv(self.file.fileno(), [buffer.data], offset) != buffer.nbytes:
             buffer[...] = np.frombuffer(self.read(offset, buffer.nbytes), np.uint8)
 

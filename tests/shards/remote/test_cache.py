@@ -172,7 +172,7 @@ def test_nothing_is_evicted_that_another_process_uses(cache: Path, monkeypatch: 
         # c is in use by this process, a by the other.
         assert re.match(r"300\.0.KB of the cache", caught.value.found)
         assert "in use" in caught.value.found
-        assert "200.00KB beneath the bound of 350.00KB" in caught.value.expected
+        assert "200.00KB below the limit of 350.00KB" in caught.value.expected
         assert "INKSTREAM_CACHE_SIZE=" in caught.value.hint
         end_of_process()
         user.kill()
