@@ -11,18 +11,25 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import stat
+import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO, TypeAlias
 
 from filelock import FileLock, Timeout
 
 from shards.errors import MismatchError, NotFoundError, UserError, as_user_error, os_errors_as_user_errors, quote
 
+log = logging.getLogger(__name__)
+
 FileIdentity: TypeAlias = tuple[int, int, int, int]
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_WAIT_SILENTLY = 10.0  # seconds
 _CHECKSUM = "sha256"
 _WORK = "work-"
 _WORKING_DIRECTORY, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2
@@ -57,12 +64,6 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         expected=f"a file of up to {max_bytes:,} bytes, not a directory, device, pipe or socket",
         hint="name the right file, or copy the content to a file first",
     )
-
-
-log = logging.getLogger(__name__)
-
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-_WAIT_SILENTLY = 10.0  # seconds
 
 
 def check_is_file(path: Path, expected: str = "a regular file") -> None:
@@ -125,12 +126,12 @@ def check_writable(path: Path) -> None:
 def created_directory(path: Path) -> Iterator[None]:
     """Make a directory and its parents; at the end remove those of them that are empty."""
     created = [parent for parent in (path, *path.parents) if not parent.exists()]
-    make_directory(path)
     try:
+        make_directory(path)
         yield
     finally:
         for parent in created:
-            if parent.exists() and not any(parent.iterdir()):
+            with suppress(OSError):  # not empty, or gone
                 parent.rmdir()
 
 
@@ -143,18 +144,21 @@ def file_lock(path: Path, busy: UserError | None = None) -> Iterator[None]:
         busy: The error to raise if another process holds the lock; None: wait for it.
     """
     lock = FileLock(path, fallback_to_soft=False)  # a soft lock outlives a dead host
-    with os_errors_as_user_errors(path):
-        try:
-            _acquire(lock, busy)
-        except (NotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-                raise
-            _warn_of_missing_locks(path.parent)
+    missing = False
     try:
+        with os_errors_as_user_errors(path):
+            try:
+                _acquire(lock, busy)
+            except (NotImplementedError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                    raise
+                missing = True
+                _warn_of_missing_locks(path.parent)
         yield
     finally:
-        path.unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked or missing:
+            path.unlink(missing_ok=True)
+            lock.release()
 
 
 @functools.cache
@@ -164,12 +168,39 @@ def _warn_of_missing_locks(directory: Path) -> None:
 
 def _acquire(lock: FileLock, busy: UserError | None) -> None:
     try:
-        lock.acquire(timeout=0 if busy else _WAIT_SILENTLY)
+        with _deferred_signals():
+            lock.acquire(timeout=0)
+        return
     except Timeout:
         if busy is not None:
             raise busy from None
+    try:
+        lock.acquire(timeout=_WAIT_SILENTLY)
+    except Timeout:
         log.warning("waiting for another process that holds %s", lock.lock_file)
         lock.acquire()
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[None]:
+    """Call the handlers of SIGINT, SIGTERM and SIGHUP at the end.
+
+    Between the creation of a lock file and the assignment of its descriptor, an exception would leave both behind.
+    """
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread
+        handlers = {}
+    received: list[tuple[int, FrameType | None]] = []
+    try:
+        for number in handlers:
+            signal.signal(number, lambda *call: received.append(call))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in received:
+            handlers[signal.Signals(number)](number, frame)
 
 
 @contextmanager
@@ -378,19 +409,14 @@ def replace_directory(target: Path, resume: bool = False) -> Iterator[Replacemen
         expected="one writer at a time",
         hint="wait for it to end, or choose another --out",
     )
-    with created_directory(staging.parent):
+    replacement = Replacement(target)
+    with created_directory(staging), file_lock(staging / "lock", busy):
         try:
-            staging.mkdir(exist_ok=True)
-        except OSError as error:
-            raise as_user_error(error, target) from None
-        with file_lock(staging / "lock", busy):
-            replacement = Replacement(target)
-            try:
-                replacement.start(resume)
-                with name_in_errors(target):
-                    yield replacement
-            finally:
-                replacement.roll_back()
-                # Before the lock is released: a writer that started earlier would lose its files to this removal.
-                if not replacement.keep:
-                    shutil.rmtree(staging, ignore_errors=True)
+            replacement.start(resume)
+            with name_in_errors(target):
+                yield replacement
+        finally:
+            replacement.roll_back()
+            # Before the lock is released: a writer that started earlier would lose its files to this removal.
+            if not replacement.keep:
+                shutil.rmtree(staging, ignore_errors=True)

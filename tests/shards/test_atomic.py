@@ -134,6 +134,36 @@ def test_a_file_system_without_locks_is_a_warning(
     ]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the lock is another function there")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_acquisition_leaves_no_lock_and_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int
+) -> None:
+    import fcntl
+
+    flock = fcntl.flock
+
+    def signalled(descriptor: int, operation: int) -> None:
+        flock(descriptor, operation)
+        os.kill(os.getpid(), signum)
+
+    def handler(*_: object) -> NoReturn:
+        raise Interrupted
+
+    before = signal.signal(signum, handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", signalled)
+            with pytest.raises(Interrupted), replace_directory(tmp_path / "parent" / "target"):
+                pytest.fail("the signal was lost")
+        assert signal.getsignal(signum) is handler
+        assert list(tmp_path.iterdir()) == []
+        with replace_directory(tmp_path / "target") as replacement:
+            replacement.commit()
+    finally:
+        signal.signal(signum, before)
+
+
 class TestReplaceDirectory:
     @pytest.fixture
     def target(self, tmp_path: Path) -> Path:

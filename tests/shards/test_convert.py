@@ -250,7 +250,7 @@ class TestUpgrade:
         before = content(pack)
         with file_lock(pack / "train" / ".upgrade.lock"):
             for directory in (pack, pack / "train"):
-                with pytest.raises(UserError, match="another process that upgrades"):
+                with pytest.raises(UserError, match="another process, which upgrades"):
                     upgrade(directory)
         assert content(pack) == before
         assert len(upgrade(pack)) == 3
