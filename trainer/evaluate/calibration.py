@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 _BINS = 15
 _MAX_TEMPERATURE = 20.0
 _TOLERANCE = 1e-7  # of the logarithm of the temperature
+_LOGITS_AT_ONCE = 2**23  # 64 MB in float64
 
 
 def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
@@ -30,10 +31,13 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
     """
     if (logits.argmax(axis=1) == labels).all():
         return 1.0
-    exact, targets = torch.from_numpy(logits).double(), torch.from_numpy(labels)
+    size = max(1, _LOGITS_AT_ONCE // logits.shape[1])
+    parts = list(zip(torch.from_numpy(logits).split(size), torch.from_numpy(labels).split(size), strict=True))
 
     def cross_entropy(log_temperature: float) -> float:
-        return float(F.cross_entropy(exact / np.exp(log_temperature), targets))
+        temperature = np.exp(log_temperature)
+        losses = (F.cross_entropy(part.double().div_(temperature), each, reduction="sum") for part, each in parts)
+        return float(sum(losses)) / len(labels)
 
     limit = np.log(_MAX_TEMPERATURE)
     fit = minimize_scalar(cross_entropy, bounds=(-limit, limit), method="bounded", options={"xatol": _TOLERANCE})

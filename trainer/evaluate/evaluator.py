@@ -33,7 +33,7 @@ from trainer.runtime.profiler import DataWait
 from trainer.runtime.signals import raise_if_signalled
 
 _TOP = 5  # classes of the top-5 accuracy
-_MAX_PENDING_LOGITS = 2**26  # 256 MB; with thousands of classes the logits of a split exceed the memory
+_MAX_PENDING_LOGITS = 2**22  # 16 MB, of which `evaluate` computes several arrays
 
 
 @dataclass(frozen=True)

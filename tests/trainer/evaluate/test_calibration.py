@@ -15,11 +15,12 @@ import torch.nn.functional as F
 import yaml
 from conftest import free_port, run_module
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from shards import open_split
 from trainer.checkpoint.trained_model import load_trained_model
-from trainer.evaluate import evaluator
+from trainer.evaluate import calibration, evaluator
 from trainer.evaluate.calibration import calibration_error, fit_temperature, reliability
 from trainer.evaluate.evaluator import evaluate_run
 from trainer.evaluate.tta import mean_logits
@@ -51,6 +52,15 @@ def test_the_temperature_is_found_that_labels_were_drawn_at(temperature: float) 
     for other in (found * 0.999, found * 1.001):
         assert cross_entropy(logits, labels, other) > least
     assert fit_temperature(3 * logits + 100, labels) == pytest.approx(3 * found, rel=1e-4)
+
+
+def test_the_temperature_of_parts_is_that_of_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = drawn(1001, 1.7)
+    whole = minimize_scalar(lambda value: cross_entropy(logits, labels, value), (0.5, 2.0), tol=1e-9).x
+    assert fit_temperature(logits, labels) == pytest.approx(whole, rel=1e-6)
+    for values in (1, 600):  # one sample at a time; ten parts and a rest of one sample
+        monkeypatch.setattr(calibration, "_LOGITS_AT_ONCE", values)
+        assert fit_temperature(logits, labels) == pytest.approx(whole, rel=1e-6)
 
 
 def test_temperatures_that_no_minimum_bounds() -> None:
