@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, positive
+from benchmarks.common.arguments import add_out_argument, add_shards_argument, positive
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import in_process
 from benchmarks.training.ablation_report import ablation_markdown, plot_gains
@@ -289,10 +289,10 @@ def main() -> int:
     add = parser.add_argument
     add("overrides", nargs="*", default=[], metavar="key=value", help="settings of all runs")
     add("--plan", type=Path, default=DEFAULT_PLAN, metavar="FILE", help=f"plan (default: {DEFAULT_PLAN})")
-    add("--shards", metavar="DIR", help=SHARDS_HELP)
+    add_shards_argument(parser)
     add("--seeds", type=positive(int), default=SEEDS, metavar="N", help=f"runs per variant (default: {SEEDS})")
     add("--budget-minutes", type=float, metavar="M", help="start no run after this time (default: no limit)")
-    add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
+    add_out_argument(parser)
     arguments = parser.parse_intermixed_args()
     out = arguments.out / arguments.plan.stem
     plan = read_plan(arguments.plan, arguments.overrides)

@@ -17,7 +17,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, parse_numbers, positive, select_names
+from benchmarks.common.arguments import add_out_argument, add_shards_argument, parse_numbers, positive, select_names
 from shards.cli import run_command
 
 SIZES = "100000,1000000,10000000,100000000,1000000000"
@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure how the costs of a loader grow with the number of images.")
     number = positive(float)
     add = parser.add_argument
-    add("--shards", metavar="DIR", help=SHARDS_HELP)
+    add_shards_argument(parser)
     add("--sizes", default=SIZES, metavar="N,N", help=f"numbers of images (default: {SIZES})")
     add("--loaders", metavar="A,B", help="comma-separated loaders (default: all that are installed)")
     add("--before", metavar="REV", help="also measure this earlier git revision of the project")
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     )
     add("--append", action="store_true", help="keep the measurements of other loaders and sizes in DIR/growth.jsonl")
     add("--scratch", type=Path, metavar="DIR", help="parent of the temporary files (default: the system's)")
-    add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
+    add_out_argument(parser)
     return parser.parse_args()
 
 
@@ -74,12 +74,13 @@ def main() -> int:
     """Run the command."""
     arguments = parse()
     # Imported here, so that --help and errors are immediate.
+    import numpy as np
     import torch
 
-    from benchmarks.common.default_set import choose_set
     from benchmarks.common.harness import write_lines, write_results
     from benchmarks.loaders import growth_report
-    from benchmarks.loaders.growth_runs import Limits, checkout, measure_all, subjects_of, write_source
+    from benchmarks.loaders.growth_runs import Limits, checkout, measure_all, subjects_of
+    from benchmarks.loaders.setting import open_images, write_source
     from trainer.runtime.env_info import collect_env_info
 
     sizes = parse_numbers("--sizes", arguments.sizes, int, "comma-separated numbers of images", "100000,1000000")
@@ -89,15 +90,17 @@ def main() -> int:
     with checkout(arguments.before) as before, tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         known = {subject.name: subject for subject in subjects_of(before, arguments.window)}
         subjects = [known[name] for name in select_names("--loaders", arguments.loaders, known)]
-        source = write_source(choose_set(arguments.shards), Path(scratch) / "source")
-        skipped = [f"{subject.name}: skipped, {subject.missing}" for subject in subjects if subject.missing]
+        source, store = Path(scratch) / "source", open_images(arguments.shards)
+        write_source(store, np.arange(len(store)), source)
+        notes = [f"images: {len(store):,} of {store.manifest.name}"]
+        notes += [f"{subject.name}: skipped, {subject.missing}" for subject in subjects if subject.missing]
         for record in measure_all(subjects, sizes, source, Path(scratch), limits):
             key = growth_report.key(record)
             records = [*(one for one in records if growth_report.key(one) != key), record]
             write_lines(path, records)  # an interrupted benchmark keeps its measurements
             print(growth_report.describe(record), flush=True)
     environment = collect_env_info(torch.device("cpu"))
-    report = growth_report.growth_markdown(records, skipped, environment)
+    report = growth_report.growth_markdown(records, notes, environment)
     write_results(arguments.out / "growth", records, report, partial(growth_report.plot_growth, records))
     return 0
 

@@ -16,7 +16,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, positive, select_names
+from benchmarks.common.arguments import add_out_argument, add_shards_argument, positive, select_names
 from benchmarks.loaders.baselines import REGISTRY
 from shards.cli import run_command
 
@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the throughput of Inkstream's loader and of other loaders.")
     count = positive(int)
     add = parser.add_argument
-    add("--shards", type=Path, metavar="DIR", help=SHARDS_HELP)
+    add_shards_argument(parser)
     add("--images", type=count, metavar="N", help="number of training images (default: all)")
     add("--resolutions", default=RESOLUTIONS, metavar="28,56", help=f"output sides in pixels (default: {RESOLUTIONS})")
     add("--loaders", metavar="A,B", help="comma-separated loaders (default: all that are installed)")
@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     add("--seconds", type=float, default=SECONDS, metavar="S", help=f"minimum time of a run (default: {SECONDS})")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="device of the batches (default: cpu)")
     add("--json", type=Path, metavar="FILE", help="additional file for the JSON lines")
-    add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
+    add_out_argument(parser)
     return parser.parse_args()
 
 

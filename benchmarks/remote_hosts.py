@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common.arguments import DEFAULT_OUT, parse_numbers, positive
+from benchmarks.common.arguments import add_out_argument, parse_numbers, positive
 from benchmarks.common.harness import write_results
 from benchmarks.common.text import markdown_table
 from shards.cli import run_command
@@ -194,7 +194,7 @@ def report(records: Sequence[dict[str, Any]], total: int, arguments: argparse.Na
             str(record["hosts"]),
             f"{record['cache_bytes'] / total:.0%}",
             str(record["epoch"]),
-            *(f"{max(record['received']) / total:.0%}",),
+            f"{max(record['received']) / total:.0%}",
             *(f"{max(record[key]):.1f} s" for key in ("first_batch", "stall", "seconds")),
             f"{max(record['received']) * 8 / 1e6 / max(record['seconds']) / arguments.rate:.0%}",
         ]
@@ -250,7 +250,7 @@ def main() -> int:
         default=0.4,
         help="size of the small cache, as a fraction of the data set (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="directory of the results (default: %(default)s)")
+    add_out_argument(parser)
     arguments = parser.parse_args()
     if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
         raise UserError(

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, fraction_of, parse_numbers, positive
+from benchmarks.common.arguments import add_out_argument, add_shards_argument, fraction_of, parse_numbers, positive
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import write_results
 from benchmarks.sweep.plan import INTERPOLATIONS, NAME, Journal, Point, SweepConfig, expected_seconds, make_points
@@ -204,7 +204,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     count, number = positive(int), positive(float)
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="training recipe (default: a small network)")
-    add("--shards", metavar="DIR", help=SHARDS_HELP)
+    add_shards_argument(parser)
     add("--resolutions", metavar="28,56", help=f"image sides in pixels (default: {QUICK.resolutions})")
     add("--subset", action="append", metavar="FRACTION", help="fraction of the training images; may be repeated")
     add("--models", metavar="A,B", help="three_block_cnn or timm models (default: that of the recipe)")
@@ -215,7 +215,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue the existing results")
     add("--full", action="store_true", help="use configs/byclass.yaml at 28 .. 224 pixels, without a time limit")
     add("--compare", nargs=2, type=Path, metavar="FILE", help="compare two result files; exit with 1 on a regression")
-    add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
+    add_out_argument(parser)
     return parser.parse_args(arguments)
 
 

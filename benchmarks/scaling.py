@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 
-from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, fraction_of, parse_numbers, positive
+from benchmarks.common.arguments import add_out_argument, add_shards_argument, fraction_of, parse_numbers, positive
 from benchmarks.common.charts import MUTED, RULE, SERIES, Chart, plain_numbers, plot_spread
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import write_results
@@ -126,11 +126,11 @@ def main() -> int:
     add("--resolution", type=positive(int), metavar="PX", help="image side in pixels")
     add("--batch", type=positive(int), metavar="N", help="batch size per rank")
     add("--precision", metavar="P", help="fp32, bf16 or auto")
-    add("--shards", metavar="DIR", help=SHARDS_HELP)
+    add_shards_argument(parser)
     add("--images", type=positive(int), metavar="N", help="number of training images (default: all)")
     add("--runs", type=positive(int), default=RUNS, metavar="N", help=f"runs of each loop (default: {RUNS})")
     add("--seconds", type=float, default=SECONDS, metavar="S", help=f"minimum time of a run (default: {SECONDS})")
-    add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
+    add_out_argument(parser)
     add("--worker", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

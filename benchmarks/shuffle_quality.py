@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.common.arguments import DEFAULT_OUT, positive, select_names
+from benchmarks.common.arguments import add_out_argument, positive, select_names
 from shards.atomic import check_writable
 from shards.cli import run_command
 from shards.errors import UserError
@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=positive(int, 2), default=EPOCHS, metavar="N", help=f"epochs to compare (default: {EPOCHS})")
     add("--loaders", metavar="A,B", help="comma-separated other loaders (default: all that are installed)")
     add("--json", type=Path, metavar="FILE", help="additional file for the JSON lines")
-    add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
+    add_out_argument(parser)
     return parser.parse_args()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from benchmarks.common.arguments import DEFAULT_OUT, SHARDS_HELP, fraction_of, parse_numbers, positive
+from benchmarks.common.arguments import add_out_argument, add_shards_argument, fraction_of, parse_numbers, positive
 from benchmarks.common.charts import MUTED, SERIES, Chart, set_row_labels
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import in_process, write_results
@@ -127,13 +127,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model (default: auto)")
-    add("--shards", metavar="DIR", help=SHARDS_HELP)
+    add_shards_argument(parser)
     for name in LISTS["cpu"]:
         add(f"--{name}", metavar="A,B", help="comma-separated values; the first one belongs to the base case")
     add("--images", type=positive(int), metavar="N", help="number of training images (default: all)")
     add("--runs", type=positive(int), default=RUNS, metavar="N", help=f"runs of each loop (default: {RUNS})")
     add("--seconds", type=float, default=SECONDS, metavar="S", help=f"minimum time of a run (default: {SECONDS})")
-    add("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output directory (default: {DEFAULT_OUT})")
+    add_out_argument(parser)
     arguments = parser.parse_args()
     device = choose_device(arguments.device).type
     options = {name: getattr(arguments, name) for name in LISTS[device] if getattr(arguments, name)}

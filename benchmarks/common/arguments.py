@@ -15,9 +15,20 @@ from shards.errors import UserError
 from shards.manifest import Manifest
 
 DEFAULT_OUT = Path("benchmarks/out")
-SHARDS_HELP = "packed data set, a directory or an address (default: packed EMNIST ByClass if present, else digits)"
 
 _N = TypeVar("_N", int, float)
+
+
+def add_shards_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument `shards`, a text or None, for `choose_set`."""
+    description = "packed data set, a directory or an address (default: packed EMNIST ByClass if present, else digits)"
+    parser.add_argument("--shards", metavar="DIR", help=description)
+
+
+def add_out_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument `out`, a path."""
+    description = f"output directory (default: {DEFAULT_OUT})"
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=description)
 
 
 def positive(kind: type[_N], at_least: _N | None = None) -> Callable[[str], _N]:

@@ -103,7 +103,7 @@ def growth_markdown(records: Sequence[Record], notes: Sequence[str], environment
         if rows:
             head = ["loader", *(f"{size:,}" for size in sizes), "grows as"]
             blocks += [f"### {cost.title}", f"{cost.note[0].upper()}{cost.note[1:]}.", markdown_table(head, rows)]
-    blocks += ["### Conditions", bullets([*_conditions(records, environment), *notes])]
+    blocks += ["### Conditions", bullets([*notes, *_conditions(records, environment)])]
     return "\n\n".join(blocks)
 
 
@@ -126,10 +126,10 @@ def _conditions(records: Sequence[Record], environment: Record) -> list[str]:
     lines = [
         f"{format_machine(environment)}; one thread; other processes ran, so times are CPU times",
         f"exponents: fitted to the {_FITTED} largest sizes that were measured; those of rates are of the reciprocal",
-        "real files: images of EMNIST, repeated"
+        "real files: these images, repeated"
         + (f"; synthetic from {min(synthetic):,} images on for some loaders" if synthetic else ""),
         "synthetic: Inkstream's shards are one shard of real images under many names (hard links), the files of the "
-        "other libraries hold 96,323 images and are listed repeatedly in their index; all stay in the page cache",
+        "other libraries hold these images once and are listed repeatedly in their index; all stay in the page cache",
         "images/s: measured after two seconds of CPU time",
     ]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())

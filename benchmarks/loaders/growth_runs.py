@@ -16,16 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from benchmarks.common.processes import cpu_seconds, process_tree
 from benchmarks.common.text import format_bytes
 from benchmarks.loaders import growth_worker
 from benchmarks.loaders.baselines import REGISTRY, missing_requirement
-from benchmarks.loaders.baselines.base import Source as BaselineSource
-from shards import open_split
-from shards.stores.base import is_image_store
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WALL_FACTOR = 6  # other processes may run at the same time
@@ -99,17 +95,6 @@ def subjects_of(before: Path | None, window_gb: float) -> list[Subject]:
             for name in ("grain", "litdata", "mosaicml-streaming")
         ),
     ]
-
-
-def write_source(shards: Path, directory: Path) -> Path:
-    """Write the images of a packed training split in the order of its raw files; return the directory."""
-    store = open_split(shards, "train")
-    assert is_image_store(store)
-    order = np.argsort(store.rows)
-    manifest = store.manifest
-    labels = store.labels[order].astype(np.int64)
-    BaselineSource.write(directory, store.read(order), labels, manifest.transposed, len(manifest.classes))
-    return directory
 
 
 @contextlib.contextmanager

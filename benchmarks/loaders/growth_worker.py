@@ -18,6 +18,7 @@ import shutil
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,8 @@ class Inkstream:
 
     def load_code(self) -> None:
         """Import what the phases need, before a clock starts."""
-        import trainer.config.load
-        import trainer.data.training_data  # noqa: F401
+        for name in ("trainer.config.load", "trainer.data.training_data"):
+            importlib.import_module(name)
 
     def open(self) -> None:
         """Open the training split."""
@@ -204,7 +205,7 @@ class Inkstream:
         return (batch.images for batch in self._loader.batches(epoch))
 
 
-class OtherLoader:
+class OtherLoader(ABC):
     """A loader of another library.
 
     Args:
@@ -243,13 +244,14 @@ class OtherLoader:
         self._baseline().pack(source, self.file_format, self._directory, BATCH_SIZE)
 
     def make(self) -> None:
-        """Write a data set whose index lists the same files of images repeatedly."""
+        """Write a data set of the images, whose index repeats them to N or more."""
         count, self._samples = self._samples, len(Source(self._source).pixels)
         self.pack()
         self._repeat(count)
 
+    @abstractmethod
     def _repeat(self, count: int) -> None:
-        """Repeat the files in the index until it has at least `count` images."""
+        """Change the index of packed images, so that it has at least `count` of them."""
 
     def load_code(self) -> None:
         """Import the library, before a clock starts."""
@@ -263,9 +265,9 @@ class OtherLoader:
         """Iterate over the model input of the batches of an epoch."""
         return (images for images, _ in self._epochs(epoch))
 
+    @abstractmethod
     def indices(self, epoch: int) -> Iterator[Any]:
         """Iterate over the indices of the batches of an epoch, without reading images."""
-        raise NotImplementedError
 
 
 class _OneArray(OtherLoader):
@@ -279,11 +281,8 @@ class _OneArray(OtherLoader):
             array[start : start + len(source._pixels)] = source._pixels[: len(source) - start]
         array.flush()
 
-    def make(self) -> None:
-        """Write the images once; `RepeatedRows` repeats them."""
-        count, self._samples = self._samples, len(Source(self._source).pixels)
-        self.pack()
-        self._samples = count
+    def _repeat(self, count: int) -> None:
+        self._samples = count  # `RepeatedRows` repeats them
 
     def _array(self) -> RepeatedRows:
         return RepeatedRows(np.load(self._directory / "pixels.npy", mmap_mode="r"), self._samples)
@@ -417,9 +416,7 @@ class Grain(OtherLoader):
 
     module = "grain_loader"
 
-    def make(self) -> None:
-        count, self._samples = self._samples, len(Source(self._source).pixels)
-        self.pack()
+    def _repeat(self, count: int) -> None:
         (self._directory / "copies").write_text(str(-(-count // self._samples)))
 
     def open(self) -> None:

@@ -53,12 +53,7 @@ class BenchmarkConfig:
 
     def make_source(self, directory: Path) -> Source:
         """Write the images in the order of the raw files, with indices 0 .. N-1."""
-        manifest = self.store.manifest
-        ordered = self.samples[np.argsort(self.store.rows[self.samples])]
-        pixels = np.empty((len(ordered), *manifest.pixel_shape), np.uint8)
-        self.store.gather(ordered, pixels)
-        labels = self.store.labels[ordered].astype(np.int64)
-        return Source.write(directory, pixels, labels, manifest.transposed, len(manifest.classes))
+        return write_source(self.store, self.samples, directory)
 
     def make_task(self, source: Source, resolution: int) -> Task:
         """Return the task of every loader at a resolution, with the mean and std of the raw pixels."""
@@ -80,19 +75,36 @@ class BenchmarkConfig:
         )
 
 
-def make_config(arguments: argparse.Namespace) -> BenchmarkConfig:
-    """Build the configuration of a command line.
+def open_images(shards: str | None) -> ImageStore:
+    """Open the training split of a data set (see `choose_set`) of one image size.
 
     Raises:
-        UserError: The arguments or the data set are not suitable.
+        UserError: It was packed as image files of different sizes.
     """
-    store = open_split(choose_set(arguments.shards), "train")
+    store = open_split(choose_set(shards), "train")
     if not is_image_store(store):
         raise UserError(
             found=f"{store.manifest.name}, packed as image files of different sizes",
             expected="images of one size, which every loader supports",
             hint="pack it at one size: python -m pipeline.shard ... --size N",
         )
+    return store
+
+
+def write_source(store: ImageStore, samples: NDArray[np.int64], directory: Path) -> Source:
+    """Write samples, int64 [N], of a store in the order of the raw files, with indices 0 .. N-1."""
+    ordered = samples[np.argsort(store.rows[samples])]
+    manifest, labels = store.manifest, store.labels[ordered].astype(np.int64)
+    return Source.write(directory, store.read(ordered), labels, manifest.transposed, len(manifest.classes))
+
+
+def make_config(arguments: argparse.Namespace) -> BenchmarkConfig:
+    """Build the configuration of a command line.
+
+    Raises:
+        UserError: The arguments or the data set are not suitable.
+    """
+    store = open_images(arguments.shards)
     samples = np.arange(min(len(store), arguments.images or len(store)))  # packed order is random
     if arguments.json is not None:
         check_writable(arguments.json)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from benchmarks.common.arguments import DEFAULT_OUT
+from benchmarks.common.arguments import add_out_argument
 from benchmarks.common.text import format_percent, markdown_table
 from pipeline.preview import read_images, save_png, upright
 from shards.atomic import make_directory, write_file
@@ -107,7 +107,7 @@ def main() -> int:
         description="Count the errors of a run on characters by groups of look-alike classes, and draw them."
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"default: {DEFAULT_OUT}")
+    add_out_argument(parser)
     arguments = parser.parse_args()
     trained = load_trained_model(arguments.run)
     store = open_split(trained.config.data.shards, "test")

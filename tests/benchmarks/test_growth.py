@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from conftest import assert_user_error, run_module
 from PIL import Image
+from support.synthetic_records import pack_pictures
 
-from benchmarks.loaders import growth_report, growth_runs, growth_worker
+from benchmarks.loaders import growth_report, growth_runs, growth_worker, setting
 from benchmarks.loaders.baselines.base import Source
 from benchmarks.loaders.growth_runs import Limits
-from shards import open_split
+from shards import UserError, open_split
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 6, 4, 1), dtype=np.uint8)
 LABELS = np.arange(300) % 3
@@ -134,3 +135,10 @@ def test_exponents_and_failures_in_the_report() -> None:
     assert [row[-1].replace("-", "") for row in rows if row[0] == "inkstream"] == ["N^0.00"]
     assert ["torch", "10 M", "1 M", "over 8.0 GB of memory", "", "N^1.00"] in rows
     assert "- spdl: skipped" in text
+
+
+def test_image_files_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    pack_pictures(tmp_path / "set", train=4, test=4)
+    with pytest.raises(UserError) as refused:
+        setting.open_images(str(tmp_path / "set"))
+    assert "image files of different sizes" in refused.value.found and "--size N" in refused.value.hint
