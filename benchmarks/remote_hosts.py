@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.common.arguments import add_out_argument, parse_numbers, positive
 from benchmarks.common.harness import write_results
 from benchmarks.common.text import markdown_table
-from shards.cli import run_command
+from shards.cli import USER_ERROR_STATUS, run_command
 from shards.errors import UserError
 from shards.stores.base import is_image_store
 
@@ -63,9 +63,16 @@ def serve(directory: str, latency: float) -> int:
     return 0
 
 
-def ip(*arguments: str) -> str:
-    """Run the command `ip`; returns its output."""
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+def ip(*arguments: str, program: str = "ip") -> str:
+    """Run the command `ip`, or another one; returns its output."""
+    process = subprocess.run([program, *arguments], capture_output=True, text=True)
+    if process.returncode != 0:
+        raise UserError(
+            found=f"{program} {' '.join(arguments)}: {process.stderr.strip()}",
+            expected="a machine or container on which root may create network namespaces, bridges and token buckets",
+            hint="run it on a machine, or in a container with these rights (docker run --privileged)",
+        )
+    return process.stdout
 
 
 @contextmanager
@@ -81,7 +88,7 @@ def network(hosts: int, rate: float) -> Iterator[list[str]]:
             ip("link", "add", f"ink{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
             ip("link", "set", f"ink{number}", "master", "inkbridge", "up")
             bucket = ["rate", f"{rate:g}mbit", "burst", "256kb", "latency", "200ms"]
-            subprocess.run(["tc", "qdisc", "add", "dev", f"ink{number}", "root", "tbf", *bucket], check=True)
+            ip("qdisc", "add", "dev", f"ink{number}", "root", "tbf", *bucket, program="tc")
             ip("-n", name, "address", "add", f"10.77.32.{10 + number}/24", "dev", "eth0")
             for interface in ("lo", "eth0"):
                 ip("-n", name, "link", "set", interface, "up")
@@ -183,7 +190,14 @@ def _read_line(worker: subprocess.Popen[str]) -> dict[str, float]:
     assert worker.stdout is not None and worker.stderr is not None
     line = worker.stdout.readline()
     if not line:
-        raise RuntimeError(f"a host failed: {worker.stderr.read()}")
+        message = worker.stderr.read().strip()
+        if worker.wait() == USER_ERROR_STATUS:
+            raise UserError(
+                found=f"a host that failed: {message.splitlines()[0].removeprefix('error: ')}",
+                expected="a cache with room for the arrays and four shards",
+                hint="choose a larger --cache, or more --images",
+            )
+        raise RuntimeError(f"a host failed: {message}")
     return json.loads(line)
 
 

@@ -22,6 +22,7 @@ from benchmarks.common.processes import cpu_seconds, process_tree
 from benchmarks.common.text import format_bytes
 from benchmarks.loaders import growth_worker
 from benchmarks.loaders.baselines import REGISTRY, missing_requirement
+from shards.errors import UserError
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WALL_FACTOR = 6  # other processes may run at the same time
@@ -106,7 +107,13 @@ def checkout(revision: str | None) -> Iterator[Path | None]:
     with tempfile.TemporaryDirectory(prefix="inkstream-before-") as directory:
         tree = Path(directory) / "tree"
         git = ["git", "-C", str(_ROOT), "worktree"]
-        subprocess.run([*git, "add", "--detach", str(tree), revision], check=True, capture_output=True)
+        added = subprocess.run([*git, "add", "--detach", str(tree), revision], capture_output=True, text=True)
+        if added.returncode != 0:
+            raise UserError(
+                found=f"--before {revision}, which git does not check out: {added.stderr.strip()}",
+                expected="a branch, tag or commit of this repository",
+                hint="list the commits: git log --oneline",
+            )
         try:
             yield tree
         finally:

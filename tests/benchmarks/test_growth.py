@@ -50,8 +50,14 @@ def test_the_command_measures_draws_and_continues(digits_set: Path, tmp_path: Pa
     assert np.asarray(Image.open(tmp_path / "growth.png").convert("L")).std() > 5
 
 
-def test_an_unknown_loader_is_one_message() -> None:
+def test_an_unknown_loader_or_revision_is_one_message() -> None:
     assert_user_error(run_module("benchmarks/growth.py", "--loaders", "torsh"), "torsh", "did you mean torch?")
+    with (
+        pytest.raises(UserError, match="--before nonsense") as caught,
+        growth_runs.checkout("nonsense"),
+    ):
+        pass
+    assert "git log" in caught.value.hint
 
 
 def test_a_linked_data_set_has_the_images_and_labels_of_its_shard(

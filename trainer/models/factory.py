@@ -217,7 +217,7 @@ def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool)
     if settings.options and settings.name in {*BUILTIN_MODELS} - {"cifar_efficientnet", "small_resnet"}:
         raise UserError(
             found=f"model.options={settings.options} for {settings.name}, which is not a model of timm",
-            expected="a timm model, to whose constructor the options are passed",
+            expected="small_resnet, cifar_efficientnet or a timm model, to whose constructor the options are passed",
             hint="remove model.options, or choose another model.name",
         )
     if settings.plain_cnn:
@@ -240,12 +240,16 @@ def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool)
 
             return efficientnet_cifar(settings, channels, classes)
         return _timm_model(settings, channels, classes, pretrained)
-    except (TypeError, ValueError, ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "img_size" not in settings.options:
+    except (TypeError, ValueError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError) as error:
+        # Published weights that do not fit other options than the size count as not available.
+        options = {"img_size"} & {*settings.options} if pretrained else settings.options
+        if isinstance(error, RuntimeError) and not options:
             raise
         raise UserError(
             found=f"model.name={settings.name}, which does not take some settings: {first_line(error)}",
-            expected="a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, drop_path_rate",
+            expected="arguments that the constructor of the network takes"
+            if settings.options
+            else "a timm model with in_chans, num_classes, drop_rate and, for model.drop_path_rate, drop_path_rate",
             hint="change model.options or data.resolution"
             if settings.options
             else "model.drop_path_rate=0"

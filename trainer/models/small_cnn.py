@@ -84,7 +84,12 @@ def small_resnet(
 
     Returns:
         The network and the width of its features.
+
+    Raises:
+        ValueError: A width is below 1, or the number of depths is another one than that of widths.
     """
+    if not widths or min(widths) < 1:
+        raise ValueError(f"widths={list(widths)}, not one or more numbers above 0")
     stages: list[nn.Module] = []
     for number, (width, depth) in enumerate(zip(widths, depths or [1] * len(widths), strict=True)):
         if number:

@@ -216,9 +216,10 @@ def test_a_small_resnet_pools_widens_and_adds() -> None:
     assert next(layers, None) is None
     finer = made("small_resnet", channels=1, stem_stride=1)
     assert finer.stem[0].stride == (1, 1)
-    with pytest.raises(UserError, match=r"model\.name=small_resnet") as caught:
-        made("small_resnet", options={"widths": [16, 24], "depths": [1]})
-    assert "model.options" in caught.value.hint
+    for wrong in ([16, 24], [], [0], [-8], 3, ["x"], [1 << 24]):  # and a size that no memory holds
+        with pytest.raises(UserError, match=r"model\.name=small_resnet") as caught:
+            made("small_resnet", options={"widths": wrong, "depths": [1]})
+        assert "model.options" in caught.value.hint
 
 
 def test_a_finer_stem_leaves_squeezenet_more_to_see_at_32_pixels() -> None:
