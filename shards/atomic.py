@@ -97,12 +97,20 @@ def check_zip(path: Path, max_ratio: int = 1) -> None:
         raise ValueError(f"{size:,} bytes in an archive of {status.st_size:,}")
 
 
-def make_directory(path: Path) -> None:
-    """Make a directory and its parents; raise `UserError` if the operating system refuses."""
+def make_directory(path: Path, purpose: Path | None = None) -> None:
+    """Make a directory and its parents.
+
+    Args:
+        path: The directory.
+        purpose: What it is made for (default: itself).
+
+    Raises:
+        UserError: The operating system refuses. The error names the purpose.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # it names the first of the parents that is missing
-        raise as_user_error(error, path) from None
+        raise as_user_error(error, purpose or path) from None
 
 
 def check_writable(path: Path) -> None:
@@ -123,11 +131,11 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def created_directory(path: Path) -> Iterator[None]:
-    """Make a directory and its parents; at the end remove those of them that are empty."""
+def created_directory(path: Path, purpose: Path | None = None) -> Iterator[None]:
+    """Make a directory and its parents as `make_directory` does; at the end remove those of them that are empty."""
     created = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
-        make_directory(path)
+        make_directory(path, purpose)
         yield
     finally:
         for parent in created:
@@ -410,7 +418,7 @@ def replace_directory(target: Path, resume: bool = False) -> Iterator[Replacemen
         hint="wait for it to end, or choose another --out",
     )
     replacement = Replacement(target)
-    with created_directory(staging), file_lock(staging / "lock", busy):
+    with created_directory(staging, target), file_lock(staging / "lock", busy):
         try:
             replacement.start(resume)
             with name_in_errors(target):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
-import importlib
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ROOT, run_module
+from support.parsers import parser_of
 
 from inkstream import COMMANDS
 from shards import UserError, open_split
@@ -30,8 +27,7 @@ MODULES += sorted(
     path for name in ("shards", "pipeline", "trainer", "benchmarks") for path in (ROOT / name).rglob("*.py")
 )
 ERRORS = {"UserError", "NotFoundError", "CorruptError", "MismatchError", "AccessDeniedError", "DiskFullError"}
-SCRIPTS = ("benchmarks.resolution_sweep", "benchmarks.loader_throughput", "benchmarks.shuffle_quality")
-SCRIPTS += ("benchmarks.train_throughput", "benchmarks.scaling", "benchmarks.ablation")
+SCRIPTS = tuple(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
 EXTRA_COMMANDS = ("trainer.predict.pseudo_label", "trainer.predict.preview", "trainer.loop.find_batch_size")
 EXTRA_COMMANDS += ("trainer.loop.replay_step", "pipeline.dedup.overlap", *SCRIPTS)
 VALUE = "{}"  # what an f-string inserts
@@ -109,29 +105,6 @@ def hints_of(path: Path) -> frozenset[str]:
             for text in texts(node):
                 hints.update(re.findall(r"^hint: (.+)$", text, re.MULTILINE))
     return frozenset(hints)
-
-
-class _Parser(Exception):
-    """Carries the parser of a command out of its main function."""
-
-
-@cache
-def parser_of(module: str) -> argparse.ArgumentParser:
-    """The real parser of a command."""
-
-    def stop(self: argparse.ArgumentParser, *_: Any) -> None:
-        raise _Parser(self)
-
-    loaded: Any = importlib.import_module(module)
-    if hasattr(loaded, "__path__"):
-        loaded = importlib.import_module(f"{module}.__main__")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module])
-        for name in ("parse_args", "parse_intermixed_args", "parse_known_args"):
-            patch.setattr(argparse.ArgumentParser, name, stop)
-        with pytest.raises(_Parser) as caught:
-            loaded.main()
-    return caught.value.args[0]
 
 
 @cache

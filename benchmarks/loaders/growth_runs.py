@@ -112,7 +112,7 @@ def checkout(revision: str | None) -> Iterator[Path | None]:
             raise UserError(
                 found=f"--before {revision}, which git does not check out: {added.stderr.strip()}",
                 expected="a branch, tag or commit of this repository",
-                hint="list the commits: git log --oneline",
+                hint="list the commits: git log",
             )
         try:
             yield tree
