@@ -75,48 +75,11 @@ def open_data(config: Config, world: World) -> TrainingData:
     directory = resolve_dataset(config.data.shards)
     memory = _image_memory(config)
     train_memory = int(memory * _TRAIN_MEMORY)
-
-    def open_stores() -> list[Store]:
-        # Evaluation reads a split in order, so a larger cache would not help it.
-        splits = ["test", *([VALIDATION] if has_split(directory, VALIDATION) else [])]
-        with detect_replacement(*manifest_paths(directory)):
-            verify = config.data.verify != "off"
-            evaluated = [open_split(directory, split, (memory - train_memory) // 2, verify) for split in splits]
-            return [open_split(directory, "train", train_memory, verify), *evaluated]
-
-    stores = world.barrier_run(open_stores)
+    stores = _open_stores(config, directory, train_memory, memory - train_memory, world)
     train_store, test_store, *val_stores = stores
-    digest = "".join(store.manifest.digest() for store in stores)
-    if len(set(world.all_gather(lambda: digest))) > 1:
-        raise replaced_error(directory)
-    for store in stores[1:]:
-        _check_splits_agree(train_store.manifest, store.manifest, directory)
-    # Version 2 has no checksums to compare later.
-    newest = {"start": VERSION, "lazy": VERSION - 1, "off": 0}[config.data.verify]
-    # Files that are fetched on demand are hashed when they arrive.
-    hashed = [store for store in stores if store.manifest.version <= newest and store.cache_bytes is None]
-    if hashed:
-        world.run_on_main(lambda: _check_hashes(directory, hashed))
-
-    val_fraction = 0 if val_stores else config.data.val_fraction
-    every = LabelledSamples.of(train_store)
-    held_out, rest = split_fold(every, config.data.fold, config.seed) if config.data.fold else (None, every)
-    train, validation = split_train_val(rest, val_fraction, config.data.train_fraction, config.seed)
+    train, validation, held_out = _choose_samples(config, train_store, bool(val_stores), directory)
     if held_out is not None:
         test_store = train_store
-    if not len(train):
-        raise UserError(
-            found=f"no training samples: {len(train_store)} with data.train_fraction={config.data.train_fraction}",
-            expected="at least one training sample",
-            hint="raise data.train_fraction",
-        )
-    check_several_classes(train_store.manifest.classes, train.counts.tolist(), directory)
-    if val_fraction > 0 and not len(validation):
-        raise UserError(
-            found=f"data.val_fraction={config.data.val_fraction} of {len(train_store)} samples, which is none",
-            expected="a validation split of at least one sample",
-            hint="raise it, or set data.val_fraction=0 to train without validation",
-        )
     manifest = train_store.manifest
     stages = resolution_stages(config)
     final = stages[-1]
@@ -176,7 +139,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         val_loader = evaluation(train_store, validation.samples)
     return TrainingData(
         manifest=manifest,
-        digest=digest,
+        digest="".join(store.manifest.digest() for store in stores),
         spec=specs[final.resolution],
         adapter=InputAdapter.of(train_store),
         backend=backend,
@@ -188,6 +151,56 @@ def open_data(config: Config, world: World) -> TrainingData:
         test=evaluation(test_store, None if held_out is None else held_out.samples),
         test_store=test_store,
     )
+
+
+def _open_stores(config: Config, directory: Path, train_memory: int, other_memory: int, world: World) -> list[Store]:
+    """Open and check the splits train, test and, if there is one, val. Both memories are bytes of images."""
+
+    def open_stores() -> list[Store]:
+        # Evaluation reads a split in order, so a larger cache would not help it.
+        splits = ["test", *([VALIDATION] if has_split(directory, VALIDATION) else [])]
+        with detect_replacement(*manifest_paths(directory)):
+            verify = config.data.verify != "off"
+            evaluated = [open_split(directory, split, other_memory // 2, verify) for split in splits]
+            return [open_split(directory, "train", train_memory, verify), *evaluated]
+
+    stores = world.barrier_run(open_stores)
+    if len(set(world.all_gather(lambda: "".join(store.manifest.digest() for store in stores)))) > 1:
+        raise replaced_error(directory)
+    for store in stores[1:]:
+        _check_splits_agree(stores[0].manifest, store.manifest, directory)
+    # Version 2 has no checksums to compare later.
+    newest = {"start": VERSION, "lazy": VERSION - 1, "off": 0}[config.data.verify]
+    # Files that are fetched on demand are hashed when they arrive.
+    hashed = [store for store in stores if store.manifest.version <= newest and store.cache_bytes is None]
+    if hashed:
+        world.run_on_main(lambda: _check_hashes(directory, hashed))
+    return stores
+
+
+def _choose_samples(
+    config: Config, store: Store, has_val_split: bool, directory: Path
+) -> tuple[LabelledSamples, LabelledSamples, LabelledSamples | None]:
+    """Return the samples of the training split to train on, to validate on, and those of a fold to test on."""
+    settings = config.data
+    val_fraction = 0 if has_val_split else settings.val_fraction
+    every = LabelledSamples.of(store)
+    held_out, rest = split_fold(every, settings.fold, config.seed) if settings.fold else (None, every)
+    train, validation = split_train_val(rest, val_fraction, settings.train_fraction, config.seed)
+    if not len(train):
+        raise UserError(
+            found=f"no training samples: {len(store)} with data.train_fraction={settings.train_fraction}",
+            expected="at least one training sample",
+            hint="raise data.train_fraction",
+        )
+    check_several_classes(store.manifest.classes, train.counts.tolist(), directory)
+    if val_fraction > 0 and not len(validation):
+        raise UserError(
+            found=f"data.val_fraction={val_fraction} of {len(store)} samples, which is none",
+            expected="a validation split of at least one sample",
+            hint="raise it, or set data.val_fraction=0 to train without validation",
+        )
+    return train, validation, held_out
 
 
 def _shuffle_window(
