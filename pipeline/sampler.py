@@ -336,10 +336,10 @@ def _lanes(most: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class SequentialBatchSampler:
-    """Every sample exactly once, in order; complete batches are assigned to the ranks in turn.
+    """Every sample exactly once, in order; each rank has consecutive batches, so a host reads only its share.
 
-    The composition of a batch does not depend on the number of ranks, so predictions are bit-identical. Ranks may have
-    different numbers of steps, and nothing is padded.
+    The composition of a batch does not depend on the number of ranks, so predictions are bit-identical. The numbers of
+    steps of two ranks differ by at most one, and nothing is padded.
 
     Attributes:
         samples: The N positions of the samples in the store.
@@ -356,7 +356,7 @@ class SequentialBatchSampler:
 
     def steps(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[BatchIndices]:
         """Iterate over this rank's steps from number `first` on. The epoch has no effect."""
-        for step in range(first + (rank - first) % world_size, self.steps_per_epoch, world_size):
+        for step in self._steps_of(rank, world_size, first):
             batch = self.samples[step * self.batch_size : (step + 1) * self.batch_size]
             yield BatchIndices(step, batch, len(batch))
 
@@ -364,13 +364,16 @@ class SequentialBatchSampler:
         self, epoch: int, rank: int, world_size: int, first: int, shard_bounds: NDArray[np.int64]
     ) -> Iterator[ShardUse]:
         """Iterate over the shards that this rank's steps from number `first` on read; see `Store.prefetch`."""
-        bounds = self.samples.searchsorted(shard_bounds)
+        own, bounds = self._steps_of(rank, world_size, first), self.samples.searchsorted(shard_bounds)
         for shard in np.flatnonzero(bounds[1:] > bounds[:-1]).tolist():
             start, stop = bounds[shard : shard + 2].tolist()
-            step, last = max(first, start // self.batch_size), (stop - 1) // self.batch_size
-            step += (rank - step) % world_size
+            step, last = max(own.start, start // self.batch_size), min(own.stop - 1, (stop - 1) // self.batch_size)
             if step <= last:
-                yield ShardUse(shard, step, last - (last - step) % world_size)
+                yield ShardUse(shard, step, last)
+
+    def _steps_of(self, rank: int, world_size: int, first: int) -> range:
+        start, stop = (self.steps_per_epoch * number // world_size for number in (rank, rank + 1))
+        return range(max(first, start), stop)
 
 
 BatchSampler: TypeAlias = ShuffledBatchSampler | SequentialBatchSampler

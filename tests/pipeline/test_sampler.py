@@ -454,10 +454,14 @@ def test_evaluation_has_every_sample_once_in_the_same_batches_on_any_number_of_r
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_evaluation_deals_whole_batches_in_turn(ranks: int) -> None:
-    order = SequentialBatchSampler(positions(95), 10)
-    for rank in range(ranks):
-        assert [step.step for step in order.steps(0, rank, ranks)] == list(range(rank, 10, ranks))
+def test_evaluation_gives_each_rank_consecutive_batches(ranks: int) -> None:
+    order = SequentialBatchSampler(np.arange(95), 10)
+    shares = [[step.step for step in order.steps(0, rank, ranks)] for rank in range(ranks)]
+    assert [step for share in shares for step in share] == list(range(10))
+    assert {len(share) for share in shares} <= {10 // ranks, -(-10 // ranks)}
+    shards = np.arange(0, 96, 5)
+    read = [{use.shard for use in order.shard_uses(0, rank, ranks, 0, shards)} for rank in range(ranks)]
+    assert sum(map(len, read)) == 19, "no shard that lies within a batch is read by two ranks"
 
 
 @pytest.mark.parametrize("window", [None, 3])
