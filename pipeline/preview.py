@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline.common.rng import permutation
-from pipeline.loader import Loader, undecodable_image_error
-from pipeline.sampler import SequentialBatchSampler
+from pipeline.loader import undecodable_image_error
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.preprocess import MAX_RESOLUTION, NO_PREPROCESSING, Preprocessing, Resolution, format_size
@@ -132,19 +131,17 @@ def contact_sheet(
         name = manifest.classes[label]
         draw_text(draw, (left, top + 6), name, 26 if len(name) < 4 else 13, _LABEL - _GAP)
         draw_text(draw, (left, top + _TILE - 16), f"{manifest.counts[label]:,}", 12, _LABEL - _GAP, MUTED)
-        if augmentation:
-            images = slice(0, len(samples))
-            params = [augmentation.sample_params(0, version, label, images) for version in range(versions)]
-            inputs = [_to_bytes(transform(store.read(samples), version)) for version in params]
-        else:
-            (batch,) = Loader(store, SequentialBatchSampler(samples, count), transform, cpu).batches()
-            inputs = [_to_bytes(batch.images)]
-        for index, image in enumerate(read_images(store, samples)):
+        images = read_images(store, samples)
+        inputs = []
+        for version in range(versions):
+            params = augmentation.sample_params(0, version, label, slice(0, len(samples))) if augmentation else None
+            inputs.append(_to_bytes(transform(store.read(samples), params)))
+        for index, image in enumerate(images):
             x = left + _LABEL + index * (strip_width + _EXAMPLE_GAP)
             sheet.paste(_raw_tile(to_pil_image(image), keep_shape=manifest.encoded), (x, top))
-            for version in inputs:
+            for model_input in inputs:
                 x += _TILE + _GAP
-                sheet.paste(_padded(to_pil_image(version[index])), (x, top))
+                sheet.paste(_padded(to_pil_image(model_input[index])), (x, top))
     return sheet
 
 
