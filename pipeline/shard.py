@@ -26,7 +26,7 @@ from pipeline.readers.formats.csv import CsvTable
 from pipeline.readers.naming import warn
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.atomic import check_is_file
-from shards.cli import USER_ERROR_STATUS, program_name, run_command
+from shards.cli import USER_ERROR_STATUS, plural, program_name, run_command
 from shards.errors import UserError, quote
 from shards.manifest import Manifest
 from shards.remote.datasets import is_remote, resolve_dataset, resolve_files
@@ -218,13 +218,9 @@ def describe(manifest: Manifest) -> str:
     else:
         size = f"{manifest.packed_bytes / (manifest.samples * manifest.image_bytes):.3f} times the raw pixels"
     return (
-        f"  {manifest.split:5}  {_count(manifest.samples, 'image')} of {_count(classes, 'class', 'es')} in "
-        f"{_count(shards, 'shard')}, {manifest.packed_bytes / 1e6:,.1f} MB ({size})"
+        f"  {manifest.split:5}  {plural(manifest.samples, 'image')} of {plural(classes, 'class', 'es')} in "
+        f"{plural(shards, 'shard')}, {manifest.packed_bytes / 1e6:,.1f} MB ({size})"
     )
-
-
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number:,} {noun}{plural if number != 1 else ''}"
 
 
 class Command:
@@ -296,7 +292,7 @@ class Command:
         return path
 
     def _print(self, text: str) -> None:
-        if self._group.rank == 0:
+        if self._group.is_main_process:
             print(text, flush=True)
 
     def _print_plan(self) -> None:
@@ -308,8 +304,8 @@ class Command:
         self._print(f"{self._name}: would write {self._out}/train and {self._out}/test")
         if self._source.generic:  # other data sets would be downloaded
             for split in self._group.barrier_run(self._read_splits):
-                classes = _count(len(split.classes), "class", "es")
-                self._print(f"  {split.name:5}  {_count(len(split.labels), 'image')} of {classes}")
+                classes = plural(len(split.classes), "class", "es")
+                self._print(f"  {split.name:5}  {plural(len(split.labels), 'image')} of {classes}")
 
     def _read_splits(self) -> tuple[RawSplit, ...]:
         """Read the raw splits, and make those of the packed set."""
@@ -340,14 +336,14 @@ class Command:
     def _report(self, packed: Packed, seconds: float) -> None:
         images = sum(manifest.samples for manifest in packed.manifests)
         self._print(
-            f"{self._name}: packed {_count(images, 'image')} in {seconds:.1f} s ({images / seconds:,.0f} images/s)"
+            f"{self._name}: packed {plural(images, 'image')} in {seconds:.1f} s ({images / seconds:,.0f} images/s)"
             if packed.is_new
             else f"{self._name}: already packed (--force packs again)"
         )
         for manifest in packed.manifests:
             self._print(describe(manifest))
         if packed.skipped:
-            skipped = _count(packed.skipped, "unreadable image")
+            skipped = plural(packed.skipped, "unreadable image")
             self._print(f"  skipped {skipped}, listed in {self._out}/{UNREADABLE}")
         self._print(f"  in     {self._out}")
 
@@ -360,7 +356,7 @@ def main() -> int:
             Command(arguments, group).run()
         except UserError:
             # Every rank raises it; rank 0 prints it.
-            if group.rank == 0:
+            if group.is_main_process:
                 raise
             return USER_ERROR_STATUS
     return 0

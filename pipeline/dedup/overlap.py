@@ -27,7 +27,7 @@ from pipeline.packing.repack import packed_splits
 from pipeline.readers.naming import TEST, TRAIN
 from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable, detect_replacement
-from shards.cli import program_name, run_command
+from shards.cli import plural, program_name, run_command
 from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, VALIDATION, Manifest, manifest_paths
 from shards.remote.datasets import resolve_dataset
@@ -120,7 +120,7 @@ def main() -> int:
         }
         pack(lambda: remaining, arguments.remove, PackSettings.like(manifest, options), force=arguments.force)
         sizes = ", ".join(f"{len(split.source_index):,} {split.name}" for split in remaining)
-        print(f"removed {count:,} {'image' if count == 1 else 'images'}; {sizes} images in {arguments.remove}")
+        print(f"removed {plural(count, 'image')}; {sizes} images in {arguments.remove}")
     return 0
 
 

@@ -7,14 +7,12 @@ images are resized with the method that was used for packing.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import TypeAdapter
 
 from pipeline.ink.geometry import InkFrame, NoInkError, find_ink, frame_ink, limit_size
@@ -112,7 +110,8 @@ class InputAdapter:
                 return self._adapt_ink(pictures.decode(content, channels, None))
             header = pictures.header(content)
             if height is None or width is None:
-                return AdaptedImage(_as_png(pictures.decode(content, channels, None)), _UNCHANGED)
+                png = pictures.encode_png(pictures.decode(content, channels, None), compress_level=1)
+                return AdaptedImage(np.frombuffer(png, np.uint8), _UNCHANGED)
             image = pictures.decode(content, channels, (height, width), self.fit)
         except CorruptFileError as error:
             raise UnusableImageError(str(error)) from None
@@ -134,9 +133,3 @@ class InputAdapter:
         polarity = "light" if ink.is_light else "dark"
         inverted = "" if ink.is_light == self.frame.is_light else f"{polarity} ink inverted; "
         return AdaptedImage(image, f"{inverted}ink of the {own_height}x{own_width} image centred and scaled")
-
-
-def _as_png(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    content = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(content, "PNG", compress_level=1)
-    return np.frombuffer(content.getvalue(), np.uint8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import shutil
@@ -102,9 +101,7 @@ def open_file(path: Path) -> StoredFile:
 def record_file(path: Path) -> RawFile:
     """Return the name, size and SHA-256 of a file."""
     check_is_file(path)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return RawFile(name=path.name, bytes=file.tell(), sha256=digest)
+    return RawFile.of(path.parent, path.name)
 
 
 class TempFile:

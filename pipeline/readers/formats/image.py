@@ -95,10 +95,11 @@ def make_record(content: bytes) -> EncodedImage:
         return EncodedImage(encode_png(decode(content, 1 if _is_gray(image) else 3, None)), "png")
 
 
-def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+def encode_png(pixels: NDArray[np.uint8], compress_level: int = 6) -> bytes:
     """Return pixels [H, W], [H, W, 1] or [H, W, 3] as a PNG file."""
     content = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).save(content, "PNG")
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+    image.save(content, "PNG", compress_level=compress_level)
     return content.getvalue()
 
 
