@@ -15,16 +15,8 @@ from numpy.typing import NDArray
 
 from pipeline.common.rng import BLOCK_STREAM, DELAY_STREAM, ORDER_STREAM, TABLE_STREAM, permutation, random_keys
 
-LANES = (
-    48,
-    24,
-    12,
-    6,
-    4,
-    3,
-    2,
-    1,
-)  # numbers with many divisors, which are numbers of ranks or hosts that read whole lanes
+# Numbers with many divisors, which are numbers of ranks or hosts that read whole lanes.
+LANES = (48, 24, 12, 6, 4, 3, 2, 1)
 
 
 class UnitUse(NamedTuple):

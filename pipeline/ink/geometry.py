@@ -29,9 +29,8 @@ _MAX_SIDE = 1024  # pixels; larger images are downsampled first
 _MIN_CONTRAST = 32  # gray levels between ink and background
 _NOISE = 0.15  # fraction of the contrast that is clipped at both ends, as noise of background and ink
 _SPECK = 0.005  # fraction of the ink; smaller components are dust
-_UNCLEAR = (
-    0.35  # fraction of the border; if the smaller class has more, the background is the larger class of the image
-)
+# Fraction of the border; if the smaller class has more, the background is the larger class of the image.
+_UNCLEAR = 0.35
 _MIN_PLAIN = 0.7  # minimum fraction of the border of images with ink that is background
 _MAX_REACH = 0.25  # fraction of the side; with a larger variance of its position, ink has no usual place
 _OUTLIERS = 0.5  # percent of the images, at each end

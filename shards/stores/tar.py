@@ -13,14 +13,7 @@ from numpy.typing import NDArray
 
 from shards.errors import CorruptError, corrupt_shard, first_line, quote
 from shards.manifest import BLOCKS, VERSION, Manifest
-from shards.stores.base import (
-    INDEX_VERSION,
-    Block,
-    ImageStore,
-    ImageTable,
-    block_key,
-    check_positions,
-)
+from shards.stores.base import INDEX_VERSION, Block, ImageStore, ImageTable, block_key, check_positions
 from shards.stores.block_cache import DEFAULT_BYTES, BlockCache
 from shards.stores.record_index import check_within, index_name, read_index
 from shards.stores.sample_arrays import BLOCK_DTYPE, BlockChecks, SampleArrays, blocks_of_shards, npy_header
