@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.common.index_ranges import Positions
-from pipeline.loader import Batch, Loader
+from pipeline.loader import Loader
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.spec import TransformSpec
 from shards import UserError
@@ -215,7 +215,7 @@ def map_logits(
         if signals_received:
             break
         wait.stop()
-        logits = model_logits(model, batch, settings, world)
+        logits = model_logits(model, batch.images, settings)
         # Cloned, as on a GPU they are part of a block that holds the raw images of the batch.
         pending.append((batch.source_index.clone(), batch.labels.clone(), logits))
         if sum(logits.numel() for *_, logits in pending) > _MAX_PENDING_LOGITS:
@@ -234,11 +234,10 @@ def map_logits(
     return [rows[order], labels[order].astype(np.int64), *(column[order] for column in others)], wait.seconds
 
 
-def model_logits(model: nn.Module, batch: Batch, settings: TrainerConfig, world: World) -> torch.Tensor:
+def model_logits(model: nn.Module, images: torch.Tensor, settings: TrainerConfig) -> torch.Tensor:
     """Return the logits of a batch, float32 [n, C], with `trainer.test_time_augmentation`."""
-    images = to_memory_format(batch.images, settings)
-    with autocast(settings, world.device):
-        return mean_logits(model, images, settings.test_time_augmentation)
+    with autocast(settings, images.device):
+        return mean_logits(model, to_memory_format(images, settings), settings.test_time_augmentation)
 
 
 def loader_for(store: Store, trained: TrainedModel, world: World, samples: Positions | None = None) -> Loader:
@@ -263,10 +262,9 @@ def loader_for(store: Store, trained: TrainedModel, world: World, samples: Posit
 
 
 def to_pixels(images: torch.Tensor, trained: TrainedModel) -> torch.Tensor:
-    """Convert model input float32 [n, C, H, W] to pixels uint8 [n, H, W, 3] on the CPU."""
+    """Convert model input float32 [n, C, H, W] to pixels uint8 [n, H, W, C] on the CPU."""
     mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (trained.mean, trained.std))
-    pixels = (images * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
-    return pixels.expand(-1, -1, -1, 3).cpu()
+    return (images * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:

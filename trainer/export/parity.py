@@ -72,7 +72,7 @@ def compute_reference(
     inputs, probabilities = [], []
     for batch in evaluation_loader(store, samples, transform, config, world).batches():
         inputs.append(batch.images.clone(memory_format=torch.contiguous_format))
-        probabilities.append(head(model_logits(model.eval(), batch, settings, world)))
+        probabilities.append(head(model_logits(model.eval(), batch.images, settings)))
     return Reference(store.read(samples), torch.cat(inputs), torch.cat(probabilities).numpy())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.sampler import equal_batch_size
 from pipeline.transforms.preprocess import format_size
+from shards.cli import plural
 from shards.errors import quote
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import TrainerConfig
@@ -36,7 +37,7 @@ def print_head(training: Training, run_dir: RunDirectory, source: Path | None) -
         f"{settings.model.name} at {_by_stage(data, lambda stage: format_size(stage.resolution))}, "
         f"{state.parameter_count:,} parameters, on {world.device} in "
         f"{describe_precision(settings.trainer, world.device)} "
-        f"({_count(world.size, 'rank')}); loader {data.backend}: {data.backend_reason}\n"
+        f"({plural(world.size, 'rank')}); loader {data.backend}: {data.backend_reason}\n"
         f"{run_dir.path}{resumed}",
         flush=True,
     )
@@ -68,7 +69,7 @@ def print_plan(training: Training) -> None:
 
     def steps(stage: ResolutionStage) -> str:
         count = data.train.steps(stage.first)
-        return f"{count:,} per epoch, {_count(-(-count // settings.optim.grad_accumulation), 'optimizer step')}"
+        return f"{count:,} per epoch, {plural(-(-count // settings.optim.grad_accumulation), 'optimizer step')}"
 
     print(
         f"raw images    {raw}, {'transposed' if data.spec.transposed else 'upright'}\n"
@@ -140,10 +141,6 @@ def _by_stage(data: TrainingData, describe: Callable[[ResolutionStage], str]) ->
     """One phrase for each stage whose phrase differs from the stage before: `48x48, from epoch 5 on 112x112`."""
     parts = [(next(stages).first, phrase) for phrase, stages in itertools.groupby(data.train.stages, key=describe)]
     return ", ".join(phrase if first == 0 else f"from epoch {first + 1} on {phrase}" for first, phrase in parts)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

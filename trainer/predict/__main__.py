@@ -27,7 +27,7 @@ from pipeline.preview import to_png
 from pipeline.readers.formats.csv import format_csv
 from pipeline.transforms.spec import UndecodableImage
 from shards.atomic import check_writable, replace_file, write_file
-from shards.cli import program_name, run_command
+from shards.cli import plural, program_name, run_command
 from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
@@ -328,8 +328,7 @@ def main() -> int:
     if metrics:
         print_metrics(metrics)
     if totals.unusable:
-        images = "image" if totals.samples == 1 else "images"
-        print(f"\n{totals.unusable:,} of {totals.samples:,} {images} unusable")
+        print(f"\n{totals.unusable:,} of {plural(totals.samples, 'image')} unusable")
     return _UNUSABLE if totals.unusable else 0
 
 

@@ -23,10 +23,9 @@ from shards.stores.base import Store
 from trainer.checkpoint.io import HINT
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import load_trained_model
+from trainer.evaluate.evaluator import model_logits, to_pixels
 from trainer.evaluate.logit_adjustment import ProbabilityHead
-from trainer.evaluate.tta import mean_logits
 from trainer.models.ensemble import Ensemble
-from trainer.models.precision import autocast, to_memory_format
 from trainer.models.weights import classifier_name
 
 _MAX_BATCH = 512
@@ -112,21 +111,16 @@ class Predictor:
         Raises:
             UndecodableImage: The transform cannot decode an image file.
         """
-        settings = self._config.trainer
         batch = self._transform(images if self._spec.encoded else np.stack(images))
-        mean, std = (
-            torch.tensor(values, device=batch.device).view(-1, 1, 1) for values in (self._spec.mean, self._spec.std)
-        )
-        pixels = (batch * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
-        with autocast(settings, self._device):
-            logits = mean_logits(self._model, to_memory_format(batch, settings), settings.test_time_augmentation)
+        logits = model_logits(self._model, batch, self._config.trainer)
         embeddings = np.empty((len(images), 0), np.float32)
         if self._embeddings:
             # Of the image itself, which is the first view of test-time augmentation.
             embeddings = torch.cat([calls[0].float() for calls in self._embeddings], dim=1).cpu().numpy()
             for calls in self._embeddings:
                 calls.clear()
-        return Predictions(self._head(logits).cpu().numpy(), pixels.contiguous().cpu().numpy(), embeddings)
+        pixels = to_pixels(batch, self._trained).numpy()
+        return Predictions(self._head(logits).cpu().numpy(), pixels, embeddings)
 
     def check_store(self, store: Store, name: str) -> None:
         """Raise `UserError` if the classes or image shapes of a split are not those of the run."""

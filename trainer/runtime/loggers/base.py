@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import nn
 
 from shards.atomic import write_file
 from shards.errors import first_line
+from shards.remote.base import call_with_timeout
 
 log = logging.getLogger(__name__)
 
@@ -158,21 +158,10 @@ def finish_in_time(finish: Callable[[], None], failure: str) -> None:
     Raises:
         TimeoutError: It has not ended after 60 seconds; the message is `failure`.
     """
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            finish()
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="logger", daemon=True)
-    thread.start()
-    thread.join(TIMEOUT)
-    if thread.is_alive():
-        raise TimeoutError(failure)
-    if errors:
-        raise errors[0]
+    try:
+        call_with_timeout(TIMEOUT, finish)
+    except TimeoutError:
+        raise TimeoutError(failure) from None
 
 
 def flat_metrics(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
