@@ -213,13 +213,13 @@ def _download_set(
     storage: RemoteStorage, manifests: dict[str, tuple[Manifest, bytes]], record: Path, whole: bool
 ) -> Path:
     """Download a data set into the cache entry named by its content, and record it as the copy of its address."""
-    files = _files_of({split: manifest for split, (manifest, _) in manifests.items()})
+    splits = {split: manifest for split, (manifest, _) in manifests.items()}
+    files = _files_of(splits)
     contents = {_manifest_name(split): content for split, (_, content) in manifests.items()}
     everything = [*files, *(RemoteFile(name, len(content)) for name, content in contents.items())]
     check_names(everything, storage)
-    first, _ = next(iter(manifests.values()))
-    key = _key_of({split: manifest for split, (manifest, _) in manifests.items()})
-    has_arrays = all(manifest.version >= 3 for manifest, _ in manifests.values())
+    first, key = next(iter(splits.values())), _key_of(splits)
+    has_arrays = all(manifest.version >= 3 for manifest in splits.values())
     on_demand = select_on_demand(files) if has_arrays and not whole else []
     advice = "" if has_arrays else _UPGRADE
     with open_entry("sets", key, _directory_name(first.name)) as entry:

@@ -57,17 +57,9 @@ def _check_fold(fold: Any) -> Any:
     return fold
 
 
-def _bool_to_verify(value: Any) -> Any:
-    return ("start" if value else "off") if isinstance(value, bool) else value
-
-
-# YAML 1.1 parses an unquoted `off` as false.
-def _bool_to_compile_mode(value: Any) -> Any:
-    return ("default" if value else "off") if isinstance(value, bool) else value
-
-
-def _false_to_off(value: Any) -> Any:
-    return "off" if value is False else value
+def _from_bool(true: str | bool) -> BeforeValidator:
+    """Replace true by a choice, and false, as which YAML 1.1 parses an unquoted `off`, by `off`."""
+    return BeforeValidator(lambda value: "off" if value is False else true if value is True else value)
 
 
 def _check_optimizer(name: str) -> str:
@@ -131,7 +123,7 @@ class DataConfig(BaseConfig):
     """Equalize the histogram of each channel of each raw image."""
     normalize: Literal["dataset", "half"] = "dataset"
     """Normalization of the input: mean and std of each channel over the training split, or half for -1 .. 1."""
-    verify: Annotated[Literal["lazy", "start", "off"], BeforeValidator(_bool_to_verify)] = "lazy"
+    verify: Annotated[Literal["lazy", "start", "off"], _from_bool("start")] = "lazy"
     """Verification of the data: lazy compares a block of images with its checksum when it is first read, start also
     hashes every file before training (about one second per gigabyte), off does not check images. Labels and rows are
     always compared. Data sets of format version 1 and 2 are hashed before training unless it is off."""
@@ -309,9 +301,9 @@ class TrainerConfig(BaseConfig):
     else fp32."""
     channels_last: bool = True
     """Use the channels-last (NHWC) memory format."""
-    compile: Annotated[
-        Literal["off", "auto", "default", "reduce-overhead", "max-autotune"], BeforeValidator(_bool_to_compile_mode)
-    ] = "off"
+    compile: Annotated[Literal["off", "auto", "default", "reduce-overhead", "max-autotune"], _from_bool("default")] = (
+        "off"
+    )
     """Mode of torch.compile; the first steps take minutes. auto is default on a GPU and off on a CPU."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the exponential moving average (EMA) of the weights; with it, the averaged weights are evaluated and
@@ -359,7 +351,7 @@ class CheckpointConfig(BaseConfig):
 class LoggingConfig(BaseConfig):
     """Loggers, beside metrics.jsonl."""
 
-    wandb: Annotated[Literal["off", "auto"], BeforeValidator(_false_to_off)] = "off"
+    wandb: Annotated[Literal["off", "auto"], _from_bool(True)] = "off"
     """Log to Weights & Biases: auto is online with an API key and offline without."""
     wandb_project: str = "inkstream"
     """Project in Weights & Biases."""

@@ -61,7 +61,7 @@ def make_model(
         next(layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d)).reset_parameters()
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if repeats:
-        layers["repeat"] = RepeatChannels(3)
+        layers["repeat"] = RepeatChannels()
     layers["backbone"] = backbone
     if hidden:
         layers["head"] = nn.Sequential(
@@ -174,13 +174,9 @@ def _init_classifier(model: nn.Module, std: float, name: str) -> None:
 class RepeatChannels(nn.Module):
     """Repeats gray images for a network with RGB input."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Expand float [B, 1, H, W] to [B, channels, H, W] without a copy."""
-        return images.expand(-1, self.channels, -1, -1)
+        """Expand float [B, 1, H, W] to [B, 3, H, W] without a copy."""
+        return images.expand(-1, 3, -1, -1)
 
 
 def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Module, int]:
@@ -327,9 +323,8 @@ def _published_weights(name: str) -> dict[str, Any] | None:
         OSError: They are not in the cache, and there is no network.
     """
     import huggingface_hub
-    import timm
 
-    published = timm.get_pretrained_cfg(name)
+    published = _published(name)
     if published is None or not published.has_weights:
         raise ValueError("there are none")
     if published.hf_hub_id is None:
