@@ -1,7 +1,7 @@
-"""How do batches become weights and a report?
+"""Training, evaluation, prediction and export of models on packed data sets.
 
-`run` is the command; `config` the settings; `engine` the loop and the training step; `report` the page at the end.
-Knows nothing of tar, zarr or DALI operators: data comes in through `pipeline.loader`.
+Reading order: `run` (command), `config.schema`, `loop.train`, `loop.engine`. The package does not depend on tar, zarr
+or DALI: images come from `pipeline.loader`.
 """
 
 import pipeline  # noqa: F401  before torch, see there

@@ -1,1 +1,1 @@
-"""Kinds of stores: readers and writers of block-record tar shards, zarr arrays and records of one picture."""
+"""Kinds of stores: readers and writers of block-record tar shards, zarr arrays and records of one image file."""

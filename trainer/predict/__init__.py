@@ -1,4 +1,4 @@
-"""Inference with a trained model: predict image files, the drawing demo, pseudo-labels, previews.
+"""Inference with a trained model: predict image files, the drawing demo, pseudo-labels, label errors, previews.
 
-Reading order: predictor, input_files, __main__, contact_sheet, demo, pseudo_label, preview.
+Reading order: predictor, input_files, __main__, demo, pseudo_label, label_errors, preview.
 """

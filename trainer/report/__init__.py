@@ -1,1 +1,1 @@
-"""HTML reports of one run or several runs, and the console output of a run."""
+"""HTML reports of one run or several runs, with their charts, sheets of images and Grad-CAM maps."""
