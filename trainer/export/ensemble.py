@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.loader import Loader
 from shards.atomic import make_directory, replace_directory, replace_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError
@@ -27,6 +28,7 @@ from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.load import replace_settings
+from trainer.config.schema import TrainerConfig
 from trainer.data.training_data import open_data
 from trainer.evaluate.evaluator import evaluate
 from trainer.report import run_page
@@ -114,6 +116,25 @@ def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
                 )
 
 
+def _validation_metric(
+    settings: TrainerConfig, validation: Loader | None, world: World
+) -> Callable[[TrainedModel], float]:
+    """The function that measures a model by `trainer.monitor` on the validation split; larger is better."""
+    if validation is None:
+        raise UserError(
+            found="--soup greedy for runs without a validation split",
+            expected="runs that hold out validation images",
+            hint="--soup uniform",
+        )
+
+    def metric(model: TrainedModel) -> float:
+        network = model.build_model(world.device)
+        measured = evaluate(network, validation, settings, world, **model.posthoc_kwargs()).summary()
+        return -measured["loss"] if settings.monitor == "loss" else measured[settings.monitor]
+
+    return metric
+
+
 def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | None, world: World) -> list[str]:
     """Write the combination of runs as a run directory, after evaluating it on the test split.
 
@@ -143,21 +164,7 @@ def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | No
         )
     models, lines = [run.trained for run in runs], []
     if soup == "greedy":
-        validation = data.validation
-        if validation is None:
-            raise UserError(
-                found="--soup greedy for runs without a validation split",
-                expected="runs that hold out validation images",
-                hint="--soup uniform",
-            )
-
-        def metric(model: TrainedModel) -> float:
-            settings = config.trainer
-            network = model.build_model(world.device)
-            measured = evaluate(network, validation, settings, world, **model.posthoc_kwargs()).summary()
-            return -measured["loss"] if settings.monitor == "loss" else measured[settings.monitor]
-
-        models = choose_greedily(models, metric)
+        models = choose_greedily(models, _validation_metric(config.trainer, data.validation, world))
         names = [run.directory.path for run in runs if any(run.trained is model for model in models)]
         lines.append(f"soup of {len(names)} of {len(runs)} runs: {', '.join(map(str, names))}")
     trained = replace(make_soup(models) if soup else make_ensemble(models), config=config)

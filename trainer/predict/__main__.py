@@ -255,8 +255,8 @@ def to_csv(record: dict[str, Any], classes: tuple[str, ...]) -> list[object]:
     return [record["file"], record["label"], record["predicted"], max(values), record["note"], *values]
 
 
-def main() -> int:
-    """Run the command; returns the exit status."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line and check that the files can be written."""
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.predict"),
         description="Predict images with a trained model.",
@@ -283,6 +283,12 @@ def main() -> int:
     arguments = parser.parse_args()
     for path in filter(None, (arguments.csv, arguments.json, arguments.sheet, arguments.embeddings)):
         check_writable(path)
+    return arguments
+
+
+def main() -> int:
+    """Run the command; returns the exit status."""
+    arguments = parse_arguments()
     check_run_is_first(arguments.run, arguments.images)
     predictor = Predictor(arguments.run, arguments.device, with_embeddings=arguments.embeddings is not None)
     classes = predictor.classes

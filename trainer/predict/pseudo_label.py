@@ -180,8 +180,8 @@ def probability(text: str) -> float:
     return float(text)
 
 
-def main() -> int:
-    """Run the command; returns the exit status."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.predict.pseudo_label"),
         description="Label images by a model's own confident predictions.",
@@ -208,6 +208,12 @@ def main() -> int:
             expected="--csv FILE, or --add-to SET and --out DIR, or both",
             hint="--csv labels.csv",
         )
+    return arguments
+
+
+def main() -> int:
+    """Run the command; returns the exit status."""
+    arguments = parse_arguments()
     check_run_is_first(arguments.run, arguments.images)
     trained = load_trained_model(arguments.run)
     target = resolve_dataset(arguments.add_to) if arguments.add_to else None
