@@ -316,7 +316,6 @@ def _end_epoch(training: Training, services: RunServices) -> None:
         "images_per_second": totals.images_per_second,
         "data_wait_share": totals.wait_fraction,
     }
-    metric = float(state.epoch + 1)  # without a validation split every epoch is the best so far
     if training.data.validation is not None:
         _save_checkpoint(training, services)  # a kill during validation costs no training
         evaluation = evaluate(
@@ -330,8 +329,8 @@ def _end_epoch(training: Training, services: RunServices) -> None:
         record["validation"] = evaluation.summary()
         training.profile.mark("validation")
     state.history.append(record)
-    if training.data.validation is not None:
-        metric = training.metrics()[-1]
+    # Without a validation split every epoch is the best so far.
+    metric = training.metrics()[-1] if training.data.validation is not None else float(state.epoch + 1)
     state.learning_rate.step_epoch(metric)
     is_best = metric >= state.best  # on ties keep the later epoch
     state.epoch += 1
