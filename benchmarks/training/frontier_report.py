@@ -1,4 +1,4 @@
-"""Report of a plan whose variants train for different times: each metric over the duration of a run."""
+"""Report of a plan whose variants train for different times: each metric over the CPU time of a run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from benchmarks.training.ablation_report import METRICS, mean_and_error
 
 
 def shortest_minutes(row: dict[str, Any]) -> float:
-    """Return the duration of a variant's fastest run, from opening the data to the test. Other processes slow runs."""
-    return min(record["seconds"] for record in row["records"].values()) / 60
+    """Return the CPU time of a variant's fastest run, from opening the data to the test, in minutes of one core.
+
+    Other processes lengthen the duration of a run, but hardly its CPU time.
+    """
+    return min(record["cpu_seconds"] for record in row["records"].values()) / 60
 
 
 def plot_frontier(rows: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot accuracy and macro F1 of the test split over the duration of a run.
+    """Plot accuracy and macro F1 of the test split over the CPU time of a run.
 
     Args:
         rows: Name and records by seed of each variant.
         published: Results of others: `name`, the fractions `accuracy` and `macro_f1` if they are known, and `minutes`
-            of their training. A result without `minutes` is drawn as a horizontal line.
+            of CPU time of their training. A result without `minutes` is drawn as a horizontal line.
         path: The PNG file.
     """
     ordered = sorted(rows, key=shortest_minutes)
@@ -40,14 +43,14 @@ def plot_frontier(rows: Sequence[dict[str, Any]], published: Sequence[dict[str, 
             axes.set_xscale("log")
             plain_numbers(axes.xaxis)
             axes.set_title(f"{METRICS[metric]} in percent")
-            axes.set_xlabel("minutes")
+            axes.set_xlabel("minutes of one core")
 
     Chart(
         draw,
         size=(9.6, 4.2),
         panels=[list(METRICS)],
-        title="Accuracy over the duration of a run",
-        note="Test split, mean over seeds with standard error; duration of the fastest, with validation and test.",
+        title="Accuracy over the CPU time of a run",
+        note="Test split, mean over seeds with standard error; CPU time of the fastest, with validation and test.",
     ).write_png(path)
 
 

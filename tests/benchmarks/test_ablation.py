@@ -205,7 +205,7 @@ def test_the_frontier_is_drawn_over_the_fastest_run_of_each_variant(
     rows = [row("long", [(0.9, 0.8)] * 2, test=0.88), row("short", [(0.9, 0.8)] * 3, test=0.8)]
     for each, minutes in zip(rows, ([12, 10], [2, 3, 4]), strict=True):
         for record, duration in zip(each["records"].values(), minutes, strict=True):
-            record["seconds"] = 60 * duration
+            record["cpu_seconds"] = 60 * duration
     published = [{"name": "others", "accuracy": 0.85, "minutes": 5}, {"name": "best", "macro_f1": 0.7}]
     drawn: list[list[tuple[list[float], list[float]]]] = []
 
