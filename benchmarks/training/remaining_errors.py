@@ -2,8 +2,9 @@
 
     python -m benchmarks.training.remaining_errors RUN [--out DIR]
 
-Output: remaining_errors.md, the errors by groups of look-alike classes and the accuracy by less strict criteria, and
-remaining_errors.png, the most confident errors of each group.
+Output: remaining_errors.md, the errors by groups of look-alike classes, those whose label confident learning doubts
+(`trainer.predict.label_errors`) and the accuracy by less strict criteria, and remaining_errors.png, the most confident
+errors of each group.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from shards.open import open_split
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate.evaluator import ModelOutputs, loader_for, predict_logits
+from trainer.predict.label_errors import find_label_errors
 from trainer.report.contact_sheet import Tile, prediction_sheet
 from trainer.report.error_gallery import find_samples
 from trainer.runtime.distributed import init_distributed
@@ -32,7 +34,7 @@ from trainer.runtime.distributed import init_distributed
 _CASE = "upper and lower case of a letter"
 _LOOK_ALIKES = ("0Oo", "1Il|i", "5Ss", "2Zz", "9qg", "8B", "6bG", "4yY", "7T", "fF", "hn", "uv", "rv", "DO0")
 _GROUPS = 8  # of the sheet
-_PER_GROUP = 24  # images
+_PER_GROUP = 12  # images, a row
 
 
 def group_of(true: str, predicted: str) -> str:
@@ -74,13 +76,20 @@ def coarse_accuracies(
 
 
 def errors_markdown(outputs: ModelOutputs, classes: Sequence[str]) -> str:
-    """Format tables of the errors by group and of the accuracies."""
-    counts = count_groups(outputs.labels, outputs.logits.argmax(axis=1), classes)
+    """Format tables of the errors by group, with the number of doubtful labels among them, and of the accuracies."""
+    labels, predicted = outputs.labels, outputs.logits.argmax(axis=1)
+    suspicious = find_label_errors(labels, softmax(outputs.logits, axis=1))  # all of them are errors
+    counts = count_groups(labels, predicted, classes)
+    doubtful = count_groups(labels[suspicious], predicted[suspicious], classes)
     total = sum(counts.values())
-    groups = [[name, f"{count:,}", format_percent(count / total)] for name, count in counts.items()]
-    accuracies = coarse_accuracies(outputs.labels, outputs.logits, classes)
+    groups = [
+        [name.replace("|", "\\|"), f"{count:,}", format_percent(count / total), f"{doubtful.get(name, 0):,}"]
+        for name, count in counts.items()
+    ]
+    groups.append(["all", f"{total:,}", "", f"{len(suspicious):,}"])
+    accuracies = coarse_accuracies(labels, outputs.logits, classes)
     rows = [[name, format_percent(fraction)] for name, fraction in accuracies.items()]
-    by_group = markdown_table(["look-alike classes", "errors", "share"], groups)
+    by_group = markdown_table(["look-alike classes", "errors", "share", "doubtful labels"], groups)
     return f"{by_group}\n\n{markdown_table(['counted as correct', 'accuracy'], rows)}"
 
 

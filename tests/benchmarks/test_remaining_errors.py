@@ -39,7 +39,12 @@ def test_accuracies_at_finer_and_coarser_targets() -> None:
     assert list(coarse_accuracies(found.labels, found.logits, CLASSES).values()) == [
         pytest.approx(right / 8) for right in (3, 6, 5, 7, 3)
     ]
-    assert "| 0 O o                            |      1 | 20.00% |" in errors_markdown(found, CLASSES)
+    found.logits[5] = 0
+    found.logits[5, CLASSES.index("A")], found.logits[5, CLASSES.index("x")] = 0.1, 0.2  # below the mean of x, 0.49
+    text = errors_markdown(found, CLASSES)
+    assert "| 0 O o                            |      1 | 20.00% |               1 |" in text
+    assert "| others                           |      1 | 20.00% |               0 |" in text
+    assert "| all                              |      5 |        |               4 |" in text
 
 
 def test_the_command_agrees_with_the_summary_of_the_run(
@@ -50,6 +55,6 @@ def test_the_command_agrees_with_the_summary_of_the_run(
     summary = json.loads((digits_run / "summary.json").read_text())
     shown = capsys.readouterr().out
     assert f"| class                             |   {summary['accuracy']:.2%} |" in shown
-    assert f"{round((1 - summary['accuracy']) * summary['samples'])} | 100.00% |" in shown
+    assert f"| all                |{round((1 - summary['accuracy']) * summary['samples']):7} |" in shown
     assert (tmp_path / "remaining_errors.md").read_text().strip() in shown
     assert Image.open(tmp_path / "remaining_errors.png").width > 500
