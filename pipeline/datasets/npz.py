@@ -24,19 +24,10 @@ from numpy.typing import NDArray
 
 from pipeline.datasets.base import DatasetSource
 from pipeline.readers.formats.npz import NpzFile
-from pipeline.readers.naming import (
-    TRAIN,
-    class_name,
-    in_split_order,
-    natural_order,
-    number_labels,
-    some_of,
-    split_named,
-    splits_in,
-    warn,
-)
+from pipeline.readers.naming import TRAIN, class_name, in_split_order, natural_order, number_labels, some_of, warn
 from pipeline.readers.raw_split import RawSplit
 from shards.errors import UserError
+from shards.manifest import split_named, splits_in
 
 _KINDS = {"x": "images", "images": "images", "imgs": "images", "y": "labels", "labels": "labels"}
 _CLASS_NAMES = ("classes", "class_names")

@@ -26,9 +26,10 @@ from pathlib import Path
 
 from pipeline.datasets.base import DatasetSource
 from pipeline.readers.image_splits import TABLE_OPTIONS, image_splits
-from pipeline.readers.naming import TRAIN, in_split_order, natural_order, some_of, split_named, splits_in
+from pipeline.readers.naming import TRAIN, in_split_order, natural_order, some_of
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import UserError, quote
+from shards.manifest import split_named, splits_in
 from shards.remote.backends import open_storage
 from shards.remote.base import retry
 

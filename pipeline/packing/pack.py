@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shutil
 from collections import deque
@@ -27,6 +26,7 @@ from pipeline.packing.output import OutputLocation, open_output
 from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards.atomic import write_file
+from shards.cli import plural
 from shards.errors import UserError
 from shards.manifest import LABELS, MAX_BLOCK_BYTES, ROWS, SPLITS, Manifest, RawFile, StoreKind
 from shards.stores.base import Block, Layout, WrittenShard
@@ -398,14 +398,10 @@ def _write_origins(split: RawSplit, directory: Path) -> tuple[RawFile, ...]:
     pieces = (in_order[first : first + _LINES] for first in range(0, len(in_order), _LINES))
     rows = chain.from_iterable(zip(*(values[piece].tolist() for values in columns), strict=True) for piece in pieces)
     lines: Iterator[Sequence[object]] = chain([["row", *split.columns]], rows)
-    digest = hashlib.sha256()
     with open(directory / ORIGINS, "wb") as file:
         while some := list(islice(lines, _LINES)):
-            content = format_csv(some[0], some[1:]).encode()
-            digest.update(content)
-            file.write(content)
-        size = file.tell()
-    return (RawFile(name=ORIGINS, bytes=size, sha256=digest.hexdigest()),)
+            file.write(format_csv(some[0], some[1:]).encode())
+    return (RawFile.of(directory, ORIGINS),)
 
 
 def _without(split: RawSplit, unreadable: Mapping[int, str]) -> RawSplit:
@@ -435,7 +431,7 @@ def _unreadable_error(unreadable: Mapping[str, Mapping[int, str]], out: Path | s
         write_file(report, _unreadable_report(unreadable))
         named += f"\n       and {len(reasons) - _MAX_NAMED:,} more, all listed in {report}"
     return UserError(
-        found=f"{len(reasons):,} unreadable image{'s' if len(reasons) > 1 else ''}:\n       {named}",
+        found=f"{plural(len(reasons), 'unreadable image')}:\n       {named}",
         expected="images that can be decoded",
         hint="repair or remove them, or skip them with --skip-bad",
     )

@@ -18,10 +18,10 @@ from pipeline.readers.archives.file_trees import FileTree
 from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
 from pipeline.readers.archives.zip_tar import open_tree
 from pipeline.readers.formats import image as image_format
-from pipeline.readers.naming import printable, text_column
+from pipeline.readers.naming import text_column
 from pipeline.readers.raw_dir import RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
-from shards.errors import UserError, quote
+from shards.errors import UserError, printable, quote
 from shards.manifest import RawFile
 from shards.stores.base import EncodedImage
 
@@ -101,7 +101,7 @@ def split_of_tree(
     labels: NDArray[np.int64],
     names: Sequence[str],
     tables: Sequence[str],
-    columns: Mapping[str, Sequence[str]] | None = None,
+    columns: Mapping[str, Sequence[str]],
 ) -> ImageSplit:
     """Return the split of some images in a tree.
 
@@ -122,7 +122,7 @@ def split_of_tree(
         files=archive or tuple(RawContent(name, tree.path_of(name), tree.read(name)).record() for name in tables),
         hashed_as="" if archive else f"pictures of {tree.path.name}",
         names=names,
-        columns={name: text_column(values) for name, values in {"path": names, **(columns or {})}.items()},
+        columns={name: text_column(values) for name, values in {"path": names, **columns}.items()},
     )
 
 

@@ -12,19 +12,10 @@ from pipeline.readers.archives.file_trees import FileTree, inner_name
 from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
 from pipeline.readers.formats.csv import CsvTable, read_csv
 from pipeline.readers.formats.image import EXTENSIONS, KINDS, OTHER_EXTENSIONS, is_image_file
-from pipeline.readers.naming import (
-    SPLIT_COLUMN,
-    TRAIN,
-    in_split_order,
-    natural_order,
-    printable,
-    some_of,
-    split_named,
-    splits_in,
-    warn,
-)
+from pipeline.readers.naming import SPLIT_COLUMN, TRAIN, in_split_order, natural_order, some_of, warn
 from shards.cli import plural
-from shards.errors import UserError
+from shards.errors import UserError, printable
+from shards.manifest import split_named, splits_in
 
 LAYOUTS = "one directory per class, inside train/, test/ and val/ if any, or a CSV table of images and labels"
 _PATH_COLUMNS = (

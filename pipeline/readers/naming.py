@@ -1,4 +1,4 @@
-"""Names of splits, classes and files: which split a name stands for, natural order, class numbers."""
+"""Names of splits, classes and files: natural order, class numbers, columns of text, and names in messages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import UserError
-from shards.errors import printable as printable
+from shards.errors import UserError, printable
 from shards.manifest import REQUIRED_SPLITS, SPLITS
-from shards.manifest import split_named as split_named
-from shards.manifest import splits_in as splits_in
 
 TRAIN, TEST = REQUIRED_SPLITS
 SPLIT_COLUMN = "split"  # of a table, in any case

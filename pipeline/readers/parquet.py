@@ -18,18 +18,9 @@ from pyarrow import parquet, types
 from pipeline.readers.archives.files import CorruptFileError, StoredFile, TempFile, max_expanded_bytes, record_file
 from pipeline.readers.formats.image import encode_png, is_image_file
 from pipeline.readers.image_splits import ImageSplit
-from pipeline.readers.naming import (
-    SPLIT_COLUMN,
-    TRAIN,
-    class_name,
-    in_split_order,
-    number_labels,
-    printable,
-    some_of,
-    split_named,
-    text_column,
-)
-from shards.errors import UserError, first_line
+from pipeline.readers.naming import SPLIT_COLUMN, TRAIN, class_name, in_split_order, number_labels, some_of, text_column
+from shards.errors import UserError, first_line, printable
+from shards.manifest import split_named
 from shards.stores.image_header import MAX_BYTES
 
 _IMAGE_COLUMNS = ("image", "img")

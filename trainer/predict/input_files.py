@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from pipeline.ink.adapter import InputAdapter, UnusableImageError
 from pipeline.readers.formats.csv import read_csv
 from pipeline.readers.formats.image import EXTENSIONS
-from pipeline.readers.naming import natural_key, printable, some_of
+from pipeline.readers.naming import natural_key, some_of
 from shards import UserError
 from shards.atomic import read_file
-from shards.errors import as_user_error, quote
+from shards.errors import as_user_error, printable, quote
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS
 from shards.open import open_dataset_or_split
 from shards.remote.datasets import is_remote

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline.readers.archives.files import CorruptFileError, record_file
-from pipeline.readers.naming import natural_order, printable
-from shards.errors import UserError, as_user_error
+from pipeline.readers.naming import natural_order
+from shards.errors import UserError, as_user_error, printable
 from shards.manifest import RawFile
 from shards.stores.image_header import MAX_BYTES
 

@@ -14,8 +14,8 @@ from isal import isal_zlib
 from pipeline.readers.archives.compression import decompress, is_compressed
 from pipeline.readers.archives.file_trees import DirectoryTree, FileTree, check_size, inner_name, is_hidden
 from pipeline.readers.archives.files import CorruptFileError, StoredFile, max_expanded_bytes, open_file, write_temp_file
-from pipeline.readers.naming import natural_order, printable
-from shards.errors import as_user_error, first_line
+from pipeline.readers.naming import natural_order
+from shards.errors import as_user_error, first_line, printable
 from shards.stores.image_header import MAX_BYTES
 from shards.stores.tar_members import iterate_members
 

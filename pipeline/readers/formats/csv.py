@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.readers.archives.files import CorruptFileError
-from pipeline.readers.naming import printable, some_of
-from shards.errors import UserError
+from pipeline.readers.naming import some_of
+from shards.errors import UserError, printable
 
 _SEPARATORS = ",;\t"
 _NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?")
