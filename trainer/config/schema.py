@@ -26,6 +26,7 @@ _FREE_MAPPINGS = {"baselines", "options"}  # settings whose keys are free
 Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 Epoch = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
 StepNumber = Annotated[int, Field(ge=1, le=10**12)]
+CompileMode = Literal["off", "auto", "default", "reduce-overhead", "max-autotune"]
 Width = Annotated[int, Field(ge=1, le=2**14)]  # channels or units of a layer
 
 
@@ -301,9 +302,7 @@ class TrainerConfig(BaseConfig):
     else fp32."""
     channels_last: bool = True
     """Use the channels-last (NHWC) memory format."""
-    compile: Annotated[Literal["off", "auto", "default", "reduce-overhead", "max-autotune"], _from_bool("default")] = (
-        "off"
-    )
+    compile: Annotated[CompileMode, _from_bool("default")] = "off"
     """Mode of torch.compile; the first steps take minutes. auto is default on a GPU and off on a CPU."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the exponential moving average (EMA) of the weights; with it, the averaged weights are evaluated and

@@ -119,7 +119,6 @@ def _build_model(trained: TrainedModel) -> nn.Module:
 def export_metadata(run: CompletedRun, train: Manifest, test: Manifest) -> dict[str, Any]:
     """Collect all that a program needs to use the model, as plain values that the file contains."""
     config, trained = run.config, run.trained
-    offsets = trained.posthoc_kwargs()["offsets"]
     return {
         "classes": list(trained.classes),
         "image_shape": list(trained.image_shape),  # height, width, channels of a raw image
@@ -130,7 +129,7 @@ def export_metadata(run: CompletedRun, train: Manifest, test: Manifest) -> dict[
         "mean": list(trained.mean),
         "std": list(trained.std),
         "temperature": trained.temperature,
-        "offsets": offsets.tolist() if offsets.any() else None,
+        "offsets": trained.offsets.tolist() if trained.offsets.any() else None,
         "test_time_augmentation": config.trainer.test_time_augmentation,
         "model": config.model.name,
         "run": config.run.name,

@@ -64,7 +64,7 @@ def compute_reference(
     config: Config, spec: TransformSpec, model: nn.Module, head: ProbabilityHead, store: Store
 ) -> Reference:
     """Predict the first samples of a store with the trainer's transform and evaluation, on the CPU in fp32."""
-    world = World(rank=0, size=1, device=torch.device("cpu"))
+    world = World()
     settings = config.trainer.model_copy(update={"precision": "fp32"})
     samples = np.arange(min(len(store), _SAMPLES))
     backend, _ = choose_backend(config.loader.backend, world.device.type, spec.encoded)
