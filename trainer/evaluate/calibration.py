@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 _BINS = 15
 _MAX_TEMPERATURE = 20.0
 _TOLERANCE = 1e-7  # of the logarithm of the temperature
-_LOGITS_AT_ONCE = 2**23  # 64 MB in float64
+_LOGITS_AT_ONCE = 2**20  # 8 MB in float64
 
 
 def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:

@@ -33,7 +33,7 @@ from trainer.runtime.profiler import DataWait
 from trainer.runtime.signals import raise_if_signalled
 
 _TOP = 5  # classes of the top-5 accuracy
-_MAX_PENDING_LOGITS = 2**22  # 16 MB, of which `evaluate` computes several arrays
+_MAX_PENDING_LOGITS = 2**20  # 4 MB, of which `evaluate` computes several arrays
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,17 @@ def map_logits(
         flush()
     wait.update()
     local = [column[:done].numpy() for column in columns]
+    columns.clear()
     gathered = [each for each in world.gather(local) if each]  # a rank may have no batch
     if not world.is_main_process:
         return None
-    rows, labels, *others = (np.concatenate(column) for column in zip(*gathered, strict=True))
-    order = np.argsort(rows, kind="stable")
-    return [rows[order], labels[order].astype(np.int64), *(column[order] for column in others)], wait.seconds
+    order = np.argsort(np.concatenate([rows for rows, *_ in gathered]), kind="stable")
+    results = []
+    while gathered[0]:  # only one column is in memory twice
+        parts = [each.pop(0) for each in gathered]
+        results.append((np.concatenate(parts) if len(parts) > 1 else parts[0])[order])
+    rows, labels, *others = results
+    return [rows, labels.astype(np.int64), *others], wait.seconds
 
 
 def model_logits(model: nn.Module, images: torch.Tensor, settings: TrainerConfig) -> torch.Tensor:

@@ -166,3 +166,7 @@ def test_the_fit_takes_evenly_spaced_images_if_all_logits_exceed_the_memory(
     assert bounded.sampler.samples.tolist() == [0, 27, 57, 87, 117, 147, 177, 207, 237, 267, 297]
     assert len(loader.sampler.samples) == 100, "the loader of validation is unchanged"
     assert "11 of 100 validation images" in caplog.text
+    monkeypatch.setattr(logit_adjustment, "_ENOUGH_SAMPLES", 5)
+    for enough, expected in ((100, 10), (20, 5), (2000, 100)):  # logits of 10 classes
+        monkeypatch.setattr(logit_adjustment, "_ENOUGH_LOGITS", enough)
+        assert len(limit_samples(loader, 10).sampler.samples) == expected
