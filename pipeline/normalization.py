@@ -107,7 +107,9 @@ def _select_samples(store: Store) -> NDArray[np.int64]:
 def load_or_compute_stats(
     store: Store, directory: Path, spec: TransformSpec, backend: str, device: torch.device
 ) -> DatasetStats:
-    """Load the statistics of a packed split from its manifest or its cache, or compute them and write the cache.
+    """Load the statistics of a packed split from its cache or its manifest, or compute them and write the cache.
+
+    The cache comes first, so that a run that was started before an upgrade of the format is resumed with the same ones.
 
     Args:
         store: Open training split.
@@ -117,21 +119,21 @@ def load_or_compute_stats(
         backend: `dali` or `torch`.
         device: Device of the transform.
     """
-    if packed := packed_stats(store.manifest, spec):
-        return packed
     name = "-".join((str(spec.resolution), spec.interpolation, *spec.preprocessing.steps))
     path = directory / "statistics" / f"{name}.json"
-    digest = store.manifest.digest()
+    identity = store.manifest.identity()
     try:
         content = without_checksum(json.loads(path.read_text()))
-        if content["manifest"] == digest:
+        if content["manifest"] == identity:
             return DatasetStats(tuple(content["mean"]), tuple(content["std"]), content["samples"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not computed yet, or damaged
+    if packed := packed_stats(store.manifest, spec):
+        return packed
     statistics = compute_stats(store, spec, backend, device)
     try:
         path.parent.mkdir(exist_ok=True)
-        write_file(path, json.dumps(with_checksum({**asdict(statistics), "manifest": digest})) + "\n")
+        write_file(path, json.dumps(with_checksum({**asdict(statistics), "manifest": identity})) + "\n")
     except OSError as error:
         log.warning("cannot write the statistics to %s (%s); they will be computed again", path, error)
     return statistics

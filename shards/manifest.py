@@ -201,6 +201,17 @@ class Manifest(_Record):
         content = {name: value for name, value in self._fields().items() if name != "versions"}
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    def identity(self) -> str:
+        """Return a SHA-256 (hex) of the samples and their order, which an upgrade of the format version keeps.
+
+        Labels and rows are those in the shards; version 3 repeats them in its arrays.
+        """
+        upgraded = {"version", "versions", "statistics", "shards", "files"}
+        content = {name: value for name, value in self._fields().items() if name not in upgraded}
+        kept = (file for file in self.everything if file.name not in ARRAYS and not file.name.endswith(".idx"))
+        content["files"] = [(file.name, file.bytes, file.sha256) for file in kept]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     def _fields(self) -> dict[str, Any]:
         """Return the fields of the file, those of this version only."""
         fields = self.model_dump(mode="json", by_alias=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import pack_splits, synthetic_splits
 from support.transform_reference import model_input
+from support.version_2 import downgrade
 
 import pipeline.packing.pack
 from pipeline import normalization
@@ -20,6 +21,7 @@ from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import TransformSpec
 from shards import open_split
 from shards.atomic import with_checksum, without_checksum
+from shards.convert import upgrade
 from shards.manifest import PixelStatistics, StoreKind
 from shards.stores import sample_arrays
 from shards.stores.base import Store
@@ -129,6 +131,17 @@ def test_statistics_of_packing_serve_the_stored_pixels_only(
     spec = TransformSpec.of(store.manifest, 28)
     assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU) == found
     assert not (packed / "train" / "statistics").exists()
+
+
+def test_statistics_that_were_measured_before_an_upgrade_are_kept(tmp_path: Path) -> None:
+    packed = downgrade(pack_splits(synthetic_splits(train=100, test=10), tmp_path / "set"))
+    store = open_split(packed, "train")
+    spec = TransformSpec.of(store.manifest, 28)
+    measured = load_or_compute_stats(store, packed / "train", spec, "torch", CPU)
+    upgrade(packed)
+    store = open_split(packed, "train")
+    assert packed_stats(store.manifest, spec) not in (None, measured), "else the last bits would not tell"
+    assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU) == measured
 
 
 def test_the_normalised_input_has_mean_0_and_deviation_1(store: Store) -> None:

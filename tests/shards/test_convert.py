@@ -14,6 +14,7 @@ import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,9 +208,10 @@ class TestUpgrade:
             convert(tar, pack, "zarr")
         else:
             shutil.copytree(tar, pack)
-        expected = content(pack)
+        expected, identity = content(pack), Manifest.read(pack / "train").identity()
         downgrade(pack)
         assert content(pack) != expected
+        assert Manifest.read(pack / "train").identity() == identity
         store, parts = open_split(pack, "train"), len(list(pack.glob("*/manifest.json")))
         before = [np.asarray(image).tobytes() for image in store.read(np.arange(len(store)))]
         assert len(upgrade(pack)) == parts
@@ -221,11 +223,34 @@ class TestUpgrade:
     def test_one_part_of_version_1(self, tar: Path, tmp_path: Path) -> None:
         part = downgrade(Path(shutil.copytree(tar / "train", tmp_path / "old")))
         fields = Manifest.read(part).model_dump(mode="json", exclude={"store", "options", "files"})
-        (part / MANIFEST_NAME).write_text(Manifest(**{**fields, "version": 1}).to_json())
+        old = Manifest(**{**fields, "version": 1})
+        (part / MANIFEST_NAME).write_text(old.to_json())
         [manifest] = upgrade(part)
         assert manifest == Manifest.read(part)
+        kept = tuple(file for file in manifest.files if file.name != "origins.csv")
+        assert old.identity() == manifest.model_copy(update={"files": kept}).identity()
         assert {file.name for file in manifest.files} == {f"shard-{n:05d}.idx" for n in range(4)} | set(ARRAYS)
         assert check_split(part)[1] == []
+
+    @pytest.mark.parametrize("kind", ["tar", "zarr"])
+    def test_the_identity_is_that_of_the_samples(self, tmp_path: Path, kind: StoreKind) -> None:
+        def identity(name: str, order: int = 0, **changes: Any) -> str:
+            parts = synthetic_splits(train=100, test=10, shape=SHAPE)
+            pack_splits((replace(parts[0], **changes), parts[1]), tmp_path / name, BLOCK_SIZE, order, kind)
+            return Manifest.read(tmp_path / name / "train").identity()
+
+        train, _ = synthetic_splits(train=100, test=10, shape=SHAPE)
+        exchanged = train.labels.copy()
+        exchanged[[0, -1]] = exchanged[[-1, 0]]
+        first = identity("first")
+        assert identity("again") == first
+        others = [
+            identity("order", 1),
+            identity("labels", labels=exchanged),
+            identity("pixels", read=lambda rows: train.read(rows) ^ 1),
+            identity("classes", classes=tuple("abcde")),
+        ]
+        assert len({first, *others}) == 5
 
     @pytest.mark.parametrize("name", ["shard-00001.tar", "shard-00001.idx", "origins.csv", "samples.zarr/rows/c/1"])
     def test_a_damaged_split_is_left_as_it_is(self, tar: Path, tmp_path: Path, name: str) -> None:

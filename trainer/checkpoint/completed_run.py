@@ -116,7 +116,7 @@ class CompletedRun:
                 raise
             hint = f"name the directory of the run's data set: --shards DIR ({error.hint})"
             raise UserError(found=error.found, expected=error.expected, hint=hint) from None
-        if not self.trained.data_digest.startswith(train.digest() + test.digest()):
+        if not self.trained.data_digest.startswith(train.identity() + test.identity()):
             raise UserError(
                 found=f"{address}, another packed data set than that of the run",
                 expected="the data set of the run",

@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import resource
+import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -18,8 +20,11 @@ import pytest
 import torch
 import yaml
 from conftest import free_port, pack_splits, run_module, synthetic_splits
+from support.training_runs import stop_in_epoch
+from support.version_2 import downgrade
 
 from shards import UserError
+from shards.convert import upgrade
 from shards.errors import DiskFullError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -166,6 +171,26 @@ def test_dying_within_an_epoch_changes_nothing(
 ) -> None:
     overrides = combined(optimizer, schedule) + [override for extra in extras for override in EXTRAS[extra]]
     assert_exact(recipe, tmp_path, overrides, [(1, 5)])
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_after_an_upgrade_of_its_data_set(tmp_path: Path) -> None:
+    """Killed with the data set in format version 2, resumed with it in version 3: as with version 2 throughout."""
+    parts = synthetic_splits(train=700, test=90)
+    old = downgrade(pack_splits(parts, tmp_path / "old"))
+    shards, whole, stopped = tmp_path / "set", tmp_path / "whole", tmp_path / "stopped"
+    shutil.copytree(old, shards)
+    settings = SMALL | {"data": {"val_fraction": 0.1, "resolution": 28, "shards": str(shards)}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    assert run_module("trainer.run", recipe, f"run.dir={whole}", f"data.shards={old}").returncode == 0
+    assert stop_in_epoch(recipe, stopped, 1, signal.SIGKILL, 0.5) == -signal.SIGKILL
+    assert newest(stopped)["epoch"] == 1
+    assert [manifest.version for manifest in upgrade(shards)] == [3, 3]
+    process = run_module("trainer.run", recipe, f"run.dir={stopped}", "resume=auto")
+    assert process.returncode == 0, process.stdout + process.stderr
+    first, second = ({**newest(directory), "recipe": None} for directory in (whole, stopped))
+    assert_same(first, second)
 
 
 @pytest.mark.slow
