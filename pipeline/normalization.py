@@ -95,10 +95,9 @@ def _select_samples(store: Store) -> NDArray[np.int64]:
     They are from few shards, because a shard may have to be fetched.
     """
     if store.manifest.encoded:
-        bounds, shards = store.shard_bounds, np.arange(len(store.manifest.shards))
-        if len(shards) > _MAX_SHARDS:
-            shards = np.arange(_MAX_SHARDS) * len(shards) // _MAX_SHARDS
-        positions = np.concatenate([np.arange(*bounds[shard : shard + 2]) for shard in shards])
+        bounds, shards = store.shard_bounds, len(store.manifest.shards)
+        chosen = np.arange(min(shards, _MAX_SHARDS)) * shards // min(shards, _MAX_SHARDS)
+        positions = np.concatenate([np.arange(*bounds[shard : shard + 2]) for shard in chosen])
         count = min(len(positions), _MAX_ENCODED_SAMPLES)
         return positions[np.arange(count) * len(positions) // count]
     return np.arange(min(len(store), STATISTICS_SAMPLES))

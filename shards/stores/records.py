@@ -63,7 +63,7 @@ class RecordStore(EncodedStore):
     def __init__(self, directory: Path, manifest: Manifest, verify: bool = True) -> None:
         self.manifest = manifest
         self.files = SplitFiles(directory, manifest)
-        self._starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+        self._starts = self.shard_bounds
         self._shard_bytes = np.array([shard.bytes for shard in manifest.shards])
         if manifest.version == VERSION:
             self.files.check_present(shard.name for shard in manifest.shards)

@@ -62,7 +62,7 @@ def markdown_code(text: object, in_table: bool = False) -> str:
 
 def markdown_fenced(text: str, language: str) -> str:
     """Return foreign text as a fenced code block of Markdown."""
-    fence = "`" * max(3, *(1 + len(run) for run in re.findall("`+", text)), 3)
+    fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", text))])
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
