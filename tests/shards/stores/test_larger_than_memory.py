@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from conftest import ROOT, pack_splits, run_module, synthetic_splits
 from support import warm_process
 
+from benchmarks.common.sparse_store import write_sparse_split
 from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import RawSplit
 from shards import open_split
@@ -97,6 +99,50 @@ RECIPE = {
     "model": {"name": "three_block_cnn"},
     "trainer": {"epochs": 2, "precision": "fp32"},
 }
+
+# Trains, and says how many bytes of memory the whole process took at its highest.
+TRAINING = """
+from trainer.run import main
+from trainer.runtime.memory import peak_memory
+status = main()
+print(status, peak_memory())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_the_memory_of_a_training_hardly_depends_on_the_number_of_images(tmp_path: Path) -> None:
+    """Ten million images (7.8 GB) instead of a thousand, with validation and test."""
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (1024, 28, 28, 1), dtype=np.uint8), np.arange(1024) % 2
+    parts = (RawSplit.from_arrays(name, images, labels, ("0", "1")) for name in ("train", "test"))
+    small = pack_splits(tuple(parts), tmp_path / "small", block_size=512)
+    large = Path(shutil.copytree(small, tmp_path / "large"))
+    shutil.rmtree(large / "train")
+    write_sparse_split(large, 10_000 * 1024)
+    recipe = tmp_path / "recipe.yaml"
+    settings = {"data": {"shards": "", "resolution": 28}, "trainer": {"minutes": 0.05}, "model": RECIPE["model"]}
+    recipe.write_text(yaml.safe_dump({**settings, "loader": {"batch_size": 128, "cache_gb": 0.05}}))
+    peaks = []
+    for shards, val_fraction in ((small, 0.5), (large, 0.0005)):
+        settings = [
+            f"data.shards={shards}",
+            f"data.val_fraction={val_fraction}",
+            f"run.dir={tmp_path / 'run'}-{shards.name}",
+        ]
+        process = subprocess.run(
+            [sys.executable, "-c", TRAINING, recipe, *settings],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert process.returncode == 0, process.stderr
+        status, peak = map(int, process.stdout.splitlines()[-1].split())
+        assert status == 0, process.stdout + process.stderr
+        peaks.append(peak)
+    # The window, pages of labels and rows, and the results of validation. Measured: 45 MB.
+    assert peaks[1] - peaks[0] < 200 * MEGABYTE
 
 
 @pytest.fixture(scope="module")
