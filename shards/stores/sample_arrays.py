@@ -250,6 +250,9 @@ def write_arrays(
 class BlockChecks:
     """Compares blocks with their checksums when they are first read.
 
+    Attributes:
+        compares_images: Whether images are compared; there may be no checksums of them.
+
     Args:
         files: The files of the split.
         manifest: Its manifest.
@@ -264,9 +267,9 @@ class BlockChecks:
         self._arrays = arrays
         # Version 2 has no checksums of labels and rows, and those of images only in a store zarr.
         self._numbers = manifest.version == VERSION
-        self._images = images and (self._numbers or manifest.store == "zarr")
+        self.compares_images = images and (self._numbers or manifest.store == "zarr")
         self._ends = np.cumsum(blocks_of_shards(manifest))
-        self._remaining = int(self._ends[-1]) if self._numbers or self._images else 0
+        self._remaining = int(self._ends[-1]) if self._numbers or self.compares_images else 0
         # A store of records compares a record whenever it is read.
         self._is_unchecked = np.ones(0 if manifest.encoded else self._remaining, bool)
         self._lock = threading.Lock()
@@ -295,7 +298,7 @@ class BlockChecks:
             CorruptError: If the images, a label or a row differs from the checksum, or a label is none of the data set.
         """
         _, _, images_crc, numbers_crc = self._arrays.blocks[block].item()
-        if self._images and isal_zlib.crc32(images) != images_crc:
+        if self.compares_images and isal_zlib.crc32(images) != images_crc:
             self._refuse((describe or self.describe)(block), block, "it was changed (CRC-32 differs)")
         if not self._numbers:
             return

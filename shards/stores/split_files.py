@@ -232,6 +232,16 @@ class SplitFiles:
                 self._check(name, status)
 
 
+def read_ahead(memory: mmap.mmap | bytearray, start: int, size: int) -> None:
+    """Let the system read bytes of a map (`SplitFiles.map`) from disk at once, where it supports that.
+
+    Page faults would read them piece by piece: a block of 400 KB then takes seven times the CPU time.
+    """
+    if isinstance(memory, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
+        before = start % mmap.PAGESIZE
+        memory.madvise(mmap.MADV_WILLNEED, start - before, before + size)
+
+
 def _mmap(libc: ctypes.CDLL) -> Callable[..., int]:
     numbers = (ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
     return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *numbers, use_errno=True)(("mmap", libc))

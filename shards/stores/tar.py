@@ -17,7 +17,7 @@ from shards.stores.base import INDEX_VERSION, Block, ImageStore, ImageTable, blo
 from shards.stores.block_cache import DEFAULT_BYTES, BlockCache
 from shards.stores.record_index import check_within, index_name, read_index
 from shards.stores.sample_arrays import BLOCK_DTYPE, BlockChecks, SampleArrays, blocks_of_shards, npy_header
-from shards.stores.split_files import OpenFile, SplitFiles
+from shards.stores.split_files import OpenFile, SplitFiles, read_ahead
 from shards.stores.tar_writer import TarRecord, TarShardWriter
 
 COMPONENTS = ("images.npy", "labels.npy", "rows.npy")
@@ -73,8 +73,8 @@ class TarStore(ImageStore):
         self._cache = None
         names = [shard.name for shard in manifest.shards]
         if mapped:
-            shards, starts = files.map(names)
-            self._bytes = np.frombuffer(shards, np.uint8)
+            self._map, starts = files.map(names)
+            self._bytes = np.frombuffer(self._map, np.uint8)
             # The image that would begin at each byte, [bytes, image_bytes]: one indexing call reads from all shards.
             self._table = np.lib.stride_tricks.sliding_window_view(self._bytes, manifest.image_bytes)
             self._row_of_block = starts[self._shard_of_block] + self._first_image
@@ -165,9 +165,13 @@ class TarStore(ImageStore):
         check_positions(samples, len(self))
         self.files.check_mapped()
         blocks, offsets = np.divmod(samples, self.manifest.block_size)
-        for block in self._checks.unchecked(blocks):
-            size = self.arrays.blocks["bytes"][block]
-            self._checks.check_first(block, self._bytes[self._row_of_block[block] :][:size])
+        if unchecked := self._checks.unchecked(blocks):
+            starts, sizes = self._row_of_block[unchecked].tolist(), self.arrays.blocks["bytes"][unchecked].tolist()
+            if self._checks.compares_images:
+                for start, size in zip(starts, sizes, strict=True):
+                    read_ahead(self._map, start, size)
+            for block, start, size in zip(unchecked, starts, sizes, strict=True):
+                self._checks.check_first(block, self._bytes[start : start + size])
         return self._row_of_block[blocks] + offsets * self.manifest.image_bytes
 
     def _read_blocks(self, blocks: NDArray[np.int64], buffers: list[NDArray[np.uint8]]) -> None:

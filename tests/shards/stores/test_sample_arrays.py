@@ -27,6 +27,7 @@ from shards.manifest import StoreKind
 from shards.stores import sample_arrays, tar
 from shards.stores.base import Store
 from shards.stores.sample_arrays import array_dtypes, numbers_crc32, records_crc32
+from shards.stores.split_files import read_ahead
 
 BLOCK_SIZE, SHAPE = 16, (5, 4, 3)
 KINDS: tuple[StoreKind, ...] = ("tar", "zarr", "records")
@@ -288,3 +289,28 @@ def test_ten_million_images_open_in_the_memory_of_their_shards(tmp_path: Path) -
     assert peak < samples / 2, "bytes"
     assert len(store) == samples and store.labels[[0, 255, 256, samples - 1]].tolist() == [1, 1, 0, 0]
     assert not store.read(np.array([0, 12_345, samples - 1])).any()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_mapped_block_is_read_ahead_once_before_it_is_compared(
+    packs: dict[str, Path], verify: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges: list[tuple[int, int]] = []
+
+    def record(memory: Any, start: int, size: int) -> None:
+        ranges.append((start, size))
+        read_ahead(memory, start, size)
+
+    store = open_split(packs["tar"], "train", verify=verify)
+    assert isinstance(store, tar.TarStore)
+    monkeypatch.setattr(tar, "read_ahead", record)
+    expected = store.read(np.arange(75))
+    found = ranges.copy()
+    np.testing.assert_array_equal(store.read(np.arange(75)), expected)
+    assert ranges == found
+    if not verify:
+        assert found == []
+        return
+    memory = np.frombuffer(store._map, np.uint8)
+    content = [memory[start : start + size].tobytes() for start, size in found]
+    assert content == [expected[first : first + BLOCK_SIZE].tobytes() for first in range(0, 75, BLOCK_SIZE)]
