@@ -29,6 +29,7 @@ BATCH_SIZE = 512
 MEAN, STD = (0.17,), (0.33,)
 TEST_IMAGES = 10_000
 _EPOCHS = 5
+_LONG_WARM_UP = 20.0  # from 10^8 images on
 _WARM_UP = 2.0  # CPU time before the rate of images is measured: blocks are read for the first time, windows fill
 _SECONDS = 0.5  # CPU time after which a phase is not repeated
 
@@ -462,6 +463,7 @@ LOADERS: dict[str, Callable[..., Any]] = {
 
 def measure(subject: Any) -> None:
     """Print the phases: import, open, prepare, indices, step, images."""
+    warm_up = min(max(_WARM_UP, subject._samples * 2e-7), _LONG_WARM_UP)
     subject.load_code()
     imported = _memory("VmRSS")
     _print("import", {"private_bytes": _memory("RssAnon") + _memory("RssShmem")})
@@ -474,9 +476,9 @@ def measure(subject: Any) -> None:
     for name, batches in (("indices", subject.indices), ("step", subject.images)):
         _print(name)
         _print(name, _first_batch(batches, imported))
-    for name, batches, warm_up in (("indices/s", subject.indices, 0.0), ("images/s", subject.images, _WARM_UP)):
+    for name, batches, seconds in (("indices/s", subject.indices, 0.0), ("images/s", subject.images, warm_up)):
         _print(name)
-        _print(name, _rate(batches, warm_up))
+        _print(name, _rate(batches, seconds))
 
 
 def _first_batch(batches: Callable[[int], Iterator[Any]], memory: int) -> dict[str, float]:
