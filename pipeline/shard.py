@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.process_group import ProcessGroup, init_process_group
+from pipeline.common.process_group import ProcessGroup, init_process_group, report_errors_on_main
 from pipeline.datasets import find_source, source_names
 from pipeline.datasets.base import DatasetSource
 from pipeline.packing.output import open_output
@@ -26,7 +26,7 @@ from pipeline.readers.formats.csv import CsvTable
 from pipeline.readers.naming import warn
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.atomic import check_is_file
-from shards.cli import USER_ERROR_STATUS, plural, program_name, run_command
+from shards.cli import plural, program_name, run_command
 from shards.errors import UserError, quote
 from shards.manifest import Manifest
 from shards.remote.datasets import is_remote, resolve_dataset, resolve_files
@@ -348,18 +348,11 @@ class Command:
         self._print(f"  in     {self._out}")
 
 
-def main() -> int:
-    """Run the command; returns its exit status."""
+def main() -> None:
+    """Run the command."""
     arguments = parse_arguments()
-    with init_process_group() as group:
-        try:
-            Command(arguments, group).run()
-        except UserError:
-            # Every rank raises it; rank 0 prints it.
-            if group.is_main_process:
-                raise
-            return USER_ERROR_STATUS
-    return 0
+    with report_errors_on_main(), init_process_group() as group:
+        Command(arguments, group).run()
 
 
 if __name__ == "__main__":

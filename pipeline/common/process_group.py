@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +13,8 @@ from typing import Any, TypeVar
 from shards.errors import UserError
 
 T = TypeVar("T")
+
+_REPORT_SECONDS = 10.0  # torchrun needs a second to end the other ranks
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,22 @@ def _call(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
         return work(), None
     except UserError as error:
         return None, error
+
+
+@contextmanager
+def report_errors_on_main() -> Iterator[None]:
+    """Report a `UserError` that all ranks raise once, on rank 0.
+
+    torchrun ends all ranks as soon as one of them fails, so the others wait until rank 0 has failed with its message.
+    A rank that is not ended meanwhile is the only one with this error, or on another host, and reports it too.
+    """
+    try:
+        yield
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without a message
+            time.sleep(_REPORT_SECONDS)
+        raise
 
 
 @contextmanager

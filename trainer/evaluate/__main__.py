@@ -12,11 +12,12 @@ import argparse
 import json
 from pathlib import Path
 
+from pipeline.common.process_group import report_errors_on_main
 from shards.atomic import check_writable, write_file
 from shards.cli import program_name, run_command
 from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.evaluator import evaluate_run
-from trainer.runtime.distributed import init_distributed, report_errors_on_main
+from trainer.runtime.distributed import init_distributed
 
 
 def main() -> int:

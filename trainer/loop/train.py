@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline.common.process_group import report_errors_on_main
 from shards.credentials import redact
 from shards.errors import first_line, os_errors_as_user_errors
 from shards.remote.datasets import resolve_dataset
@@ -25,7 +26,7 @@ from trainer.loop.summary import prediction_images, write_profile, write_results
 from trainer.loop.warm_up import warm_up
 from trainer.models.auto import resolve_auto
 from trainer.models.transfer import set_training_mode
-from trainer.runtime.distributed import init_distributed, report_errors_on_main
+from trainer.runtime.distributed import init_distributed
 from trainer.runtime.env_info import collect_env_info
 from trainer.runtime.loggers.base import MetricLogger
 from trainer.runtime.loggers.open import check_installed, open_loggers

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.common.labelled_samples import LabelledSamples
+from pipeline.common.process_group import report_errors_on_main
 from pipeline.readers.formats.csv import format_csv
 from shards.atomic import write_file
 from shards.cli import program_name, run_command
@@ -40,7 +41,7 @@ from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.loop.train import train
 from trainer.report.error_gallery import data_urls
 from trainer.report.html import render
-from trainer.runtime.distributed import World, init_distributed, report_errors_on_main
+from trainer.runtime.distributed import World, init_distributed
 
 _MAX_IMAGES = 500  # of the page
 _MAX_SIDE = 96  # pixels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.common.device import choose_device
-from pipeline.common.process_group import ProcessGroup
-from shards.cli import USER_ERROR_STATUS
+from pipeline.common.process_group import ProcessGroup, report_errors_on_main
 from shards.errors import UserError
 from trainer.runtime.memory import keep_freed_memory
 from trainer.runtime.rendezvous import elastic_agent_store, rendezvous
@@ -45,17 +43,6 @@ class World(ProcessGroup):
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
-
-
-@contextmanager
-def report_errors_on_main() -> Iterator[None]:
-    """Report a `UserError` on rank 0 only; other ranks exit with status 2."""
-    try:
-        yield
-    except UserError:
-        if os.environ.get("RANK", "0") == "0":
-            raise
-        sys.exit(USER_ERROR_STATUS)
 
 
 @contextmanager
