@@ -348,11 +348,12 @@ class Command:
         self._print(f"  in     {self._out}")
 
 
-def main() -> None:
-    """Run the command."""
+def main() -> int:
+    """Run the command; returns its exit status."""
     arguments = parse_arguments()
     with report_errors_on_main(), init_process_group() as group:
         Command(arguments, group).run()
+    return 0
 
 
 if __name__ == "__main__":
