@@ -18,6 +18,7 @@ from pipeline.readers.formats.csv import CsvTable, read_csv
 from pipeline.readers.naming import TEST, TRAIN, warn
 from pipeline.readers.raw_split import RawSplit, computed_array
 from shards.atomic import read_file
+from shards.cli import plural
 from shards.errors import UserError, os_errors_as_user_errors, quote
 from shards.manifest import VALIDATION, check_several_classes
 
@@ -170,9 +171,9 @@ def _choose(
     chosen = count - int(quotas.sum()) if removes else int(quotas.sum())
     if chosen == 0 or (chosen == count and not removes):
         raise UserError(
-            found=f"{option} {fraction}, which is {'all' if chosen else 'none'} of {count:,} images",
+            found=f"{option} {fraction}, which is {'all' if chosen else 'none'} of {plural(count, 'image')}",
             expected="at least one image in each split",
-            hint=f"{option} 0.2",
+            hint="add images" if count < 2 else f"{option} {0.2 if count > 2 else 0.5}",
         )
 
     def masks() -> Iterator[NDArray[np.bool_]]:

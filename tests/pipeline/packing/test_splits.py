@@ -197,6 +197,20 @@ class TestRefusals:
             error = refusal(parts, **{f"{option}_fraction": fraction})
             assert f"--{option}-fraction {fraction}" in error.found and f"{amount} of 100" in error.found
 
+    @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+    def test_the_hint_of_an_empty_part_works(self, count: int) -> None:
+        part = RawSplit.from_arrays("train", np.zeros((count, 2, 2, 1), np.uint8), np.arange(count) % 2, ("a", "b"))
+        hint = refusal(part, test_fraction=0.01).hint
+        if count == 1:
+            assert hint == "add images"
+            return
+        option, fraction = hint.split()
+        assert option == "--test-fraction"
+        try:
+            assert len(carved((part,), test_fraction=float(fraction))["test"].labels) > 0
+        except UserError as error:  # of two images, one class is left
+            assert count < 4 and "one class" in str(error)
+
     def test_an_empty_subset(self) -> None:
         assert (
             "--subset 0.001" in refusal((synthetic_raw_split(100), synthetic_raw_split(9, "test")), subset=0.001).found
