@@ -9,6 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -266,22 +267,16 @@ class RemoteStorage(ABC):
 
 def call_with_timeout(seconds: float, work: Callable[[], T]) -> T:
     """Return the result of a function; raise TimeoutError if it takes longer. It is not ended then, but left behind."""
-    results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.put((work(), None))
+            future.set_result(work())
         except BaseException as error:
-            results.put((None, error))
+            future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]  # None only if T includes it
+    threading.Thread(target=run, daemon=True).start()  # a thread of an executor would be waited for at exit
+    return future.result(timeout=seconds)
 
 
 def enforce_min_rate(produce: Callable[[], Iterator[bytes]], address: str) -> Iterator[bytes]:

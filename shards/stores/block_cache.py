@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import MethodType
 from typing import TypeAlias
 
 import numpy as np
@@ -22,7 +25,9 @@ class BlockCache:
 
     Args:
         manifest: Manifest of the split.
-        load: Called with block numbers int64 [k] and k buffers uint8 [samples of the block, H * W * C]; fills each.
+        load: Called with block numbers int64 [k] and k buffers uint8 [samples of the block, H * W * C]; fills each. The
+            object of a bound method is not kept: it may hold this cache, and in a reference cycle its memory would not
+            be freed before a garbage collection.
         memory: Maximum bytes of images to hold, None for all. The buffer is reserved at once, but its pages are
             allocated only as blocks are loaded.
 
@@ -31,7 +36,7 @@ class BlockCache:
     """
 
     def __init__(self, manifest: Manifest, load: LoadBlocks, memory: int | None) -> None:
-        self._load = load
+        self._load = partial(load.__func__, weakref.proxy(load.__self__)) if isinstance(load, MethodType) else load
         self._samples = manifest.samples
         self._block_size = min(manifest.block_size, manifest.samples)
         self._image_shape = manifest.pixel_shape

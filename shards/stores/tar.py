@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +78,7 @@ class TarStore(ImageStore):
             self._row_of_block = starts[self._shard_of_block] + self._first_image
         else:
             files.check_present(names)
-            # A proxy: in a reference cycle, maps and blocks would stay in memory until a garbage collection.
-            load = partial(TarStore._read_blocks, weakref.proxy(self))
-            self._cache = BlockCache(manifest, load, DEFAULT_BYTES if memory is None else memory)
+            self._cache = BlockCache(manifest, self._read_blocks, DEFAULT_BYTES if memory is None else memory)
 
     def _check_ranges(self, sizes: NDArray[np.uint32]) -> None:
         """Raise CorruptError unless each block has the pixels of its samples, within its shard."""

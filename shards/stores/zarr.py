@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numcodecs
@@ -176,8 +174,7 @@ class ZarrStore(ImageStore):
             raise corrupt_shard(self._checks.describe(int(np.argmax(invalid))), f"{BLOCKS} places it outside the shard")
         if files.on_demand and memory is None:
             memory = DEFAULT_BYTES
-        # A proxy: in a reference cycle, maps and blocks would stay in memory until a garbage collection.
-        self._cache = BlockCache(manifest, partial(ZarrStore._read_blocks, weakref.proxy(self)), memory)
+        self._cache = BlockCache(manifest, self._read_blocks, memory)
 
     def _read_version_2(self) -> SampleArrays:
         """Read labels and rows, checked by their SHA-256, and the byte ranges of the blocks of images."""
