@@ -108,7 +108,8 @@ def load_or_compute_stats(
 ) -> DatasetStats:
     """Load the statistics of a packed split from its cache or its manifest, or compute them and write the cache.
 
-    The cache comes first, so that a run that was started before an upgrade of the format is resumed with the same ones.
+    The cache is read first. A run that was started before an upgrade of the format is then resumed with the same
+    statistics.
 
     Args:
         store: Open training split.

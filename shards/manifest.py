@@ -202,7 +202,9 @@ class Manifest(_Record):
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def identity(self) -> str:
-        """Return a SHA-256 (hex) of the samples and their order, which an upgrade of the format version keeps.
+        """Return a SHA-256 (hex) that identifies the samples and their order.
+
+        An upgrade of the format version does not change it.
 
         Labels and rows are those in the shards; version 3 repeats them in its arrays.
         """

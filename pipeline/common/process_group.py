@@ -79,10 +79,10 @@ def _call(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
 
 @contextmanager
 def report_errors_on_main() -> Iterator[None]:
-    """Report a `UserError` that all ranks raise once, on rank 0.
+    """Print a `UserError` that all ranks raise only on rank 0.
 
-    torchrun ends all ranks as soon as one of them fails, so the others wait until rank 0 has failed with its message.
-    A rank that is not ended meanwhile is the only one with this error, or on another host, and reports it too.
+    torchrun ends all ranks when one fails. The other ranks therefore wait for 10 seconds. A rank that still runs then
+    prints the error: either only this rank has it, or the rank is on another host.
     """
     try:
         yield

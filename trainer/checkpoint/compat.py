@@ -41,7 +41,7 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
     if state["data"] != data_digest and SHARDS_SETTING not in allowed:
         raise UserError(
             found=f"data.shards={config.data.shards}, packed otherwise than the data of {path}",
-            expected="the same packed data set (manifest digests are compared)",
+            expected="the same packed data set (identities of the splits are compared)",
             hint=f"name that data set, resume with this one by {_allow(allowed | {SHARDS_SETTING})}, or start a new "
             "run with another run.dir",
         )

@@ -20,7 +20,7 @@ from trainer.config.objective import DistillationConfig, LossConfig, MixupConfig
 
 BUILTIN_MODELS = (*MIN_RESOLUTION, *PLAIN_CNNS)  # networks defined in trainer.models
 OPTIMIZERS = ("adam", "adamw", "lion", "schedule_free_adamw", "sgd", "sgd_lookahead")  # built in trainer.optim
-SHARDS_SETTING = "data.shards"  # compared by the digests of the manifests when a run is resumed
+SHARDS_SETTING = "data.shards"  # compared by the identities of the splits when a run is resumed
 MAX_EPOCHS = 10**6
 _FREE_MAPPINGS = {"baselines", "options"}  # settings whose keys are free
 Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
@@ -59,7 +59,7 @@ def _check_fold(fold: Any) -> Any:
 
 
 def _from_bool(true: str | bool) -> BeforeValidator:
-    """Replace true by a choice, and false, as which YAML 1.1 parses an unquoted `off`, by `off`."""
+    """Replace true by a choice and false by `off`. YAML 1.1 parses an unquoted `off` as false."""
     return BeforeValidator(lambda value: "off" if value is False else true if value is True else value)
 
 

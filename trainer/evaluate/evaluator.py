@@ -33,7 +33,7 @@ from trainer.runtime.profiler import DataWait
 from trainer.runtime.signals import raise_if_signalled
 
 _TOP = 5  # classes of the top-5 accuracy
-_MAX_PENDING_LOGITS = 2**20  # 4 MB, of which `evaluate` computes several arrays
+_MAX_PENDING_LOGITS = 2**20  # 4 MB, `evaluate` makes several arrays of this size
 
 
 @dataclass(frozen=True)

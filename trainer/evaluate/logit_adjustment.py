@@ -26,7 +26,7 @@ from trainer.optim.losses import class_weights, log_priors
 log = logging.getLogger(__name__)
 
 _MAX_LOGITS = 2**26  # of the fit, 256 MB; more than 50,000 samples of 1,000 classes have
-_ENOUGH_LOGITS, _ENOUGH_SAMPLES = 2**23, 50_000  # a fit to more would take more memory and be no better
+_ENOUGH_LOGITS, _ENOUGH_SAMPLES = 2**23, 50_000  # more samples need more memory and do not improve the fit
 _TAUS = np.linspace(-2, 2, 81)  # candidates of `auto`
 _SMOOTHING = 5  # candidates over which a metric is averaged: on few images a single one can be best by chance
 _CURVE_STEP = 5  # every fifth candidate is a point of the curve
@@ -99,13 +99,16 @@ def log_class_weights(
 
 
 def limit_samples(loader: Loader, classes: int) -> Loader:
-    """Return a loader of as many samples as `fit_posthoc` can hold the logits of, evenly spaced if not all."""
+    """Return a loader of the samples that tau and temperature are fitted on.
+
+    They are all samples, or evenly spaced ones if there are more than the fit needs or than 256 MB of logits hold.
+    """
     samples, enough = loader.sampler.samples, max(_ENOUGH_SAMPLES, _ENOUGH_LOGITS // classes)
     limit = max(1, min(_MAX_LOGITS // classes, enough))
     if len(samples) <= limit:
         return loader
     log.warning(
-        "tau and temperature are fitted on %d of %d validation images, to bound the memory for logits of %d classes",
+        "tau and temperature are fitted on %d of %d validation images, evenly spaced (%d classes)",
         limit,
         len(samples),
         classes,

@@ -86,7 +86,7 @@ def small_resnet(
         The network and the width of its features.
 
     Raises:
-        ValueError: A width is below 1, or the number of depths is another one than that of widths.
+        ValueError: A width is below 1, or widths and depths differ in length.
     """
     if not widths or min(widths) < 1:
         raise ValueError(f"widths={list(widths)}, not one or more numbers above 0")
