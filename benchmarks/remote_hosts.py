@@ -63,8 +63,8 @@ def serve(directory: str, latency: float) -> int:
     return 0
 
 
-def ip(*arguments: str, program: str = "ip") -> str:
-    """Run the command `ip`, or another one; returns its output."""
+def run(program: str, *arguments: str) -> str:
+    """Run a command of iproute2; returns its output."""
     process = subprocess.run([program, *arguments], capture_output=True, text=True)
     if process.returncode != 0:
         raise UserError(
@@ -73,6 +73,9 @@ def ip(*arguments: str, program: str = "ip") -> str:
             hint="run it on a machine, or in a container with these rights (docker run --privileged)",
         )
     return process.stdout
+
+
+ip = partial(run, "ip")
 
 
 @contextmanager
@@ -88,7 +91,7 @@ def network(hosts: int, rate: float) -> Iterator[list[str]]:
             ip("link", "add", f"ink{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
             ip("link", "set", f"ink{number}", "master", "inkbridge", "up")
             bucket = ["rate", f"{rate:g}mbit", "burst", "256kb", "latency", "200ms"]
-            ip("qdisc", "add", "dev", f"ink{number}", "root", "tbf", *bucket, program="tc")
+            run("tc", "qdisc", "add", "dev", f"ink{number}", "root", "tbf", *bucket)
             ip("-n", name, "address", "add", f"10.77.32.{10 + number}/24", "dev", "eth0")
             for interface in ("lo", "eth0"):
                 ip("-n", name, "link", "set", interface, "up")
@@ -192,8 +195,9 @@ def _read_line(worker: subprocess.Popen[str]) -> dict[str, float]:
     if not line:
         message = worker.stderr.read().strip()
         if worker.wait() == USER_ERROR_STATUS:
+            first_line = message.removeprefix("error: ").partition("\n")[0]
             raise UserError(
-                found=f"a host that failed: {message.splitlines()[0].removeprefix('error: ')}",
+                found=f"a host that failed: {first_line}",
                 expected="a cache with room for the arrays and four shards",
                 hint="choose a larger --cache, or more --images",
             )

@@ -131,11 +131,11 @@ def contact_sheet(
         name = manifest.classes[label]
         draw_text(draw, (left, top + 6), name, 26 if len(name) < 4 else 13, _LABEL - _GAP)
         draw_text(draw, (left, top + _TILE - 16), f"{manifest.counts[label]:,}", 12, _LABEL - _GAP, MUTED)
-        images = read_images(store, samples)
+        images, stored = read_images(store, samples), store.read(samples)
         inputs = []
         for version in range(versions):
             params = augmentation.sample_params(0, version, label, slice(0, len(samples))) if augmentation else None
-            inputs.append(_to_bytes(transform(store.read(samples), params)))
+            inputs.append(_to_bytes(transform(stored, params)))
         for index, image in enumerate(images):
             x = left + _LABEL + index * (strip_width + _EXAMPLE_GAP)
             sheet.paste(_raw_tile(to_pil_image(image), keep_shape=manifest.encoded), (x, top))

@@ -200,7 +200,8 @@ class ShuffledBatchSampler:
         missing, begin = self.left_out, 0
         if self.by_class is not None:
             samples, missing = self.by_class.draw(self.class_counts, epoch), 0
-            below = samples.searchsorted(units.astype(samples.dtype))  # searchsorted would convert all samples if the types differed
+            # searchsorted would convert all samples if the types differed.
+            below = samples.searchsorted(units.astype(samples.dtype))
         elif missing:
             begin = (self._left_out_order[0] + self.left_out_offset + epoch * missing) % len(samples)
         # Consecutive samples are left out, in cyclic order: the first `wrapped` ones, and others from `begin` on.

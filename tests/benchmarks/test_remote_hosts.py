@@ -19,7 +19,7 @@ def test_what_the_system_refuses_is_one_message(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match=r"ip link add .*: Operation not permitted"), remote_hosts.network(1, 1.0):
         pass
     with pytest.raises(UserError, match="tc qdisc: Operation not permitted"):
-        remote_hosts.ip("qdisc", program="tc")
+        remote_hosts.run("tc", "qdisc")
 
 
 @pytest.mark.parametrize(("status", "kind"), [(2, UserError), (1, RuntimeError)])

@@ -228,11 +228,12 @@ def map_logits(
     local = [column[:done].numpy() for column in columns]
     columns.clear()
     gathered = [each for each in world.gather(local) if each]  # a rank may have no batch
+    del local  # with several ranks, `gathered` has a copy
     if not world.is_main_process:
         return None
     order = np.argsort(np.concatenate([rows for rows, *_ in gathered]), kind="stable")
     results = []
-    while gathered[0]:  # only one column is in memory twice
+    while gathered[0]:  # column by column, so that only one is in memory twice
         parts = [each.pop(0) for each in gathered]
         results.append((np.concatenate(parts) if len(parts) > 1 else parts[0])[order])
     rows, labels, *others = results
