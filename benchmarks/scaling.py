@@ -27,11 +27,11 @@ from benchmarks.common.arguments import add_out_argument, add_shards_argument, f
 from benchmarks.common.charts import MUTED, RULE, SERIES, Chart, plain_numbers, plot_spread
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import write_results
-from benchmarks.common.text import format_percent, format_spread, markdown_table, plural
+from benchmarks.common.text import format_percent, format_spread, markdown_table
 from benchmarks.train_throughput import LISTS, RUNS, SECONDS
 from benchmarks.training.loop import LoopCase, measure
 from pipeline.common.device import choose_device
-from shards.cli import run_command
+from shards.cli import plural, run_command
 from shards.cpus import available_cpus
 
 _TIMEOUT = 1800  # seconds for one number of ranks

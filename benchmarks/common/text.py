@@ -24,7 +24,11 @@ def tabulate(columns: Mapping[str, Callable[[_T], str]], items: Iterable[_T]) ->
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table: first column left-aligned, the others right-aligned, padded to equal widths."""
+    """Format a Markdown table: first column left-aligned, the others right-aligned, padded to equal widths.
+
+    `|` within a cell is escaped.
+    """
+    head, *rows = ([cell.replace("|", "\\|") for cell in cells] for cells in (head, *rows))
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
@@ -67,11 +71,6 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1000
     raise AssertionError
-
-
-def plural(count: int, noun: str) -> str:
-    """Format a count with its noun: `1 seed`, `2 seeds`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def format_machine(environment: Mapping[str, object]) -> str:

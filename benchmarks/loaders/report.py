@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 
 from benchmarks.common.charts import CARD, INK, MUTED, SERIES, Chart, grid, plain_numbers, set_row_labels
 from benchmarks.common.harness import write_lines, write_results
-from benchmarks.common.text import bullets, format_bytes, format_machine, markdown_table, plural, tabulate
+from benchmarks.common.text import bullets, format_bytes, format_machine, markdown_table, tabulate
 from benchmarks.loaders.baselines import REGISTRY
 from benchmarks.loaders.runs import BenchmarkResults
 from benchmarks.loaders.setting import BenchmarkConfig
+from shards.cli import plural
 
 _BATCHED = "batched"
 

@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 
 from benchmarks.common.charts import MUTED, SERIES, Chart, grid, set_title
 from benchmarks.common.harness import write_lines, write_results
-from benchmarks.common.text import bullets, markdown_table, plural
+from benchmarks.common.text import bullets, markdown_table
 from benchmarks.loaders.shuffle_measures import Epoch, measure_quality
 from benchmarks.loaders.shuffle_orders import LoaderOrder, OrderResults
+from shards.cli import plural
 from trainer.runtime.env_info import collect_env_info
 
 _UNIFORM_ORDERS = 20  # random permutations, for the range of chance

@@ -15,7 +15,6 @@ from benchmarks.common.text import (
     format_percent,
     format_spread,
     markdown_table,
-    plural,
     tabulate,
 )
 from benchmarks.sweep.plan import INTERPOLATIONS, point_of
@@ -30,6 +29,7 @@ from benchmarks.sweep.stats import (
     group_seeds,
     recommend,
 )
+from shards.cli import plural
 
 RUNS = (BY_EPOCHS, BY_TIME)
 

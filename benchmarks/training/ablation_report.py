@@ -12,7 +12,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from benchmarks.common.charts import CARD, INK, MUTED, SERIES, Chart, set_row_labels
-from benchmarks.common.text import format_machine, format_percent, markdown_table, plural, tabulate
+from benchmarks.common.text import format_machine, format_percent, markdown_table, tabulate
+from shards.cli import plural
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1"}
 _LABEL_WIDTH = 36  # characters per line of a row label

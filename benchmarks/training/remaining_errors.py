@@ -83,7 +83,7 @@ def errors_markdown(outputs: ModelOutputs, classes: Sequence[str]) -> str:
     doubtful = count_groups(labels[suspicious], predicted[suspicious], classes)
     total = sum(counts.values())
     groups = [
-        [name.replace("|", "\\|"), f"{count:,}", format_percent(count / total), f"{doubtful.get(name, 0):,}"]
+        [name, f"{count:,}", format_percent(count / total), f"{doubtful.get(name, 0):,}"]
         for name, count in counts.items()
     ]
     groups.append(["all", f"{total:,}", "", f"{len(suspicious):,}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from numpy.typing import NDArray
 
+from shards.cli import plural
 from shards.errors import UserError
 
 
@@ -30,7 +31,7 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
         )
     if local_size > gpus:
         raise UserError(
-            found=f"{local_size} processes on a machine with {gpus} CUDA device{'s' if gpus > 1 else ''}",
+            found=f"{local_size} processes on a machine with {plural(gpus, 'CUDA device')}",
             expected="one process per GPU",
             hint=f"torchrun --nproc_per_node={gpus} ...",
         )

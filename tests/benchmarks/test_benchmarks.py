@@ -19,10 +19,11 @@ from conftest import ROOT, run_module
 from PIL import Image
 
 from benchmarks.common.harness import Spread, in_process, measure_rates
-from benchmarks.common.text import format_bytes, format_percent, format_spread, markdown_table, plural
+from benchmarks.common.text import format_bytes, format_percent, format_spread, markdown_table
 from benchmarks.train_throughput import make_cases
 from benchmarks.training.loop import LoopCase
 from shards import UserError
+from shards.cli import plural
 
 
 def test_rates_interleave_and_leave_out_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,14 @@ _FIXED = ("model.name", "model.head_hidden", "optim.name")
 _MAX_NUMBER = 10**15  # of a number
 
 
-def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], data_digest: str, path: Path) -> None:
+def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], data_identity: str, path: Path) -> None:
     """Check that a checkpoint can be resumed.
 
     Args:
         state: Contents of the checkpoint.
         config: Settings to resume with; those in `checkpoint.resume_allow_changes` may differ.
         classes: Class names of the data.
-        data_digest: Manifest digests of the data.
+        data_identity: Identities of the splits of the data.
         path: The checkpoint, for messages.
 
     Raises:
@@ -38,7 +38,7 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
             hint="name the data set of that run, or start a new run with another run.dir",
         )
     allowed = set(config.checkpoint.resume_allow_changes)
-    if state["data"] != data_digest and SHARDS_SETTING not in allowed:
+    if state["data"] != data_identity and SHARDS_SETTING not in allowed:
         raise UserError(
             found=f"data.shards={config.data.shards}, packed otherwise than the data of {path}",
             expected="the same packed data set (identities of the splits are compared)",

@@ -79,7 +79,7 @@ class CompletedRun:
                 float((predictions["labels"] == predictions["predicted"]).mean()),
                 summary["accuracy"],
             ),
-            ("data set", "env.json", self.environment["data"], self.trained.data_digest),
+            ("data set", "env.json", self.environment["data"], self.trained.data_identity),
         )
         for what, name, value, expected in facts:
             is_equal = math.isclose(value, expected) if isinstance(value, float) else value == expected
@@ -116,7 +116,7 @@ class CompletedRun:
                 raise
             hint = f"name the directory of the run's data set: --shards DIR ({error.hint})"
             raise UserError(found=error.found, expected=error.expected, hint=hint) from None
-        if not self.trained.data_digest.startswith(train.identity() + test.identity()):
+        if not self.trained.data_identity.startswith(train.identity() + test.identity()):
             raise UserError(
                 found=f"{address}, another packed data set than that of the run",
                 expected="the data set of the run",

@@ -31,7 +31,7 @@ class TrainedModel:
     """State dict of the network; the moving average of the weights if the run had one. Empty for an ensemble."""
     config: Config
     classes: tuple[str, ...]
-    data_digest: str
+    data_identity: str
     """Identities of the splits of the data set of the run."""
     image_shape: tuple[int | None, int | None, int]
     """Height, width and channels of a raw image; None for image files of any size."""
@@ -76,7 +76,7 @@ class TrainedModel:
             weights=state["model"],
             config=validate(state["config"], str(path)),
             classes=tuple(map(printable, state["classes"])),
-            data_digest=state["data"],
+            data_identity=state["data"],
             image_shape=tuple(state["image_shape"]),
             mean=tuple(state["mean"]),
             std=tuple(state["std"]),
@@ -94,7 +94,7 @@ class TrainedModel:
             "config": self.config.model_dump(mode="json"),
             "recipe": self.config.recipe(),
             "classes": list(self.classes),
-            "data": self.data_digest,
+            "data": self.data_identity,
             "image_shape": list(self.image_shape),
             "mean": list(self.mean),
             "std": list(self.std),

@@ -44,7 +44,7 @@ class TrainingData:
 
     manifest: Manifest
     """Of the training split."""
-    digest: str
+    identity: str
     """Manifest identities of all splits, which do not change when the format is upgraded."""
     spec: TransformSpec
     """The transform of evaluation."""
@@ -139,7 +139,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         val_loader = evaluation(train_store, validation.samples)
     return TrainingData(
         manifest=manifest,
-        digest="".join(store.manifest.identity() for store in stores),
+        identity="".join(store.manifest.identity() for store in stores),
         spec=specs[final.resolution],
         adapter=InputAdapter.of(train_store),
         backend=backend,

@@ -91,7 +91,7 @@ def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
         data, trained = run.config.data, run.trained
         common: dict[str, Any] = {
             "classes": " ".join(trained.classes),
-            "data set": trained.data_digest,
+            "data set": trained.data_identity,
             "data.resolution": data.final_resolution,
             "data.interpolation": data.interpolation,
             "preprocessing": data.preprocessing(),
@@ -156,7 +156,7 @@ def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | No
     settings: dict[str, Any] = {"data.fold": None, "run.dir": str(out), "run.name": out.name}
     config = replace_settings(runs[0].config, settings | ({"data.shards": shards} if shards else {}), "the runs")
     data = open_data(config, world)
-    if data.digest != runs[0].trained.data_digest:
+    if data.identity != runs[0].trained.data_identity:
         raise UserError(
             found=f"{config.data.shards}, another packed data set than that of the runs",
             expected="the data set of the runs",

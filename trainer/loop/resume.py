@@ -41,7 +41,7 @@ def open_training(
     def load() -> tuple[dict[str, Any], Path]:
         saved, source = checkpoint.load_newest(run_dir.checkpoints)
         with errors_as_corrupt(source, checkpoint.HINT):
-            check_fits(saved, config, data.classes, data.digest, source)
+            check_fits(saved, config, data.classes, data.identity, source)
         if saved["step"] and saved.get("sampler_version") != SAMPLER_VERSION:
             log.warning(
                 "%s was written within an epoch by another version, which divided the samples into other batches. The "
@@ -85,7 +85,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     Raises:
         Exception: The checkpoint is damaged.
     """
-    is_same_data = saved["data"] == training.data.digest
+    is_same_data = saved["data"] == training.data.identity
     is_same = is_same_data and not changed_settings(saved, training.config)
     new = training.checkpoint()
     skipped = {"recipe", "classes", "ema", *(() if is_same else ("learning_rate", "scaler"))}

@@ -238,7 +238,7 @@ class Training:
             weights=self.state.eval_model.state_dict(),
             config=self.config,
             classes=self.data.classes,
-            data_digest=self.data.digest,
+            data_identity=self.data.identity,
             image_shape=spec.image_shape,
             mean=spec.mean,
             std=spec.std,
@@ -252,7 +252,7 @@ class Training:
         """Return what a checkpoint and the run that resumes it must agree on."""
         return {
             "classes": list(self.data.classes),
-            "data": self.data.digest,
+            "data": self.data.identity,
             "recipe": self.config.recipe(),
         }
 

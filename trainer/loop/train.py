@@ -157,7 +157,7 @@ def _begin(training: Training, run_dir: RunDirectory, source: Path | None) -> No
     environment = collect_env_info(training.world.device) | {
         "ranks": training.world.size,
         "backend": f"{training.data.backend} ({training.data.backend_reason})",
-        "data": training.data.digest,
+        "data": training.data.identity,
         "command": redact(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
     }
     with os_errors_as_user_errors(run_dir.path):

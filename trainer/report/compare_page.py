@@ -56,7 +56,7 @@ def render_page(runs: list[CompletedRun]) -> str:
     names = _names(runs)
     predictions = [run.predictions for run in runs]
     same_classes = len({run.trained.classes for run in runs}) == 1
-    same_data = len({(run.trained.data_digest, run.predictions["rows"].tobytes()) for run in runs}) == 1
+    same_data = len({(run.trained.data_identity, run.predictions["rows"].tobytes()) for run in runs}) == 1
     return html.render(
         "compare_page.html.j2",
         names=names,

@@ -149,10 +149,10 @@ class SharedStudy:
         """Lock the study for other processes."""
         return file_lock(self.directory / ".lock")
 
-    def check_data(self, digest: str) -> None:
+    def check_data(self, identity: str) -> None:
         """Raise `UserError` for data that differ from those of the trials before."""
         with self.exclusive():
-            self._check_same("data", {"digest": digest})
+            self._check_same("data", {"digest": identity})
 
     @contextmanager
     def next_trial(self) -> Iterator[RunningTrial | None]:

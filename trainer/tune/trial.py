@@ -148,9 +148,9 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
         stack.enter_context(contextlib.redirect_stderr(log))
         with study.exclusive():  # one process computes and writes the input statistics
             data = open_data(settings, world)
-        study.check_data(data.digest)
+        study.check_data(data.identity)
         training, source = resume.open_training(settings, data, world, directory, resuming)
-        environment = collect_env_info(world.device) | {"backend": data.backend, "data": data.digest}
+        environment = collect_env_info(world.device) | {"backend": data.backend, "data": data.identity}
         directory.begin(settings, environment, training.state.history)
         history, updates = training.state.history, training.state.updates
         loggers = open_loggers(settings, directory.path, history, updates, study.directory.name)

@@ -61,4 +61,4 @@ def format_value(value: Any) -> str:
         return "yes" if value else "NO"
     if isinstance(value, int | float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return str(value).replace("\n", " ")

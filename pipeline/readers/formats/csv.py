@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.naming import some_of
+from shards.cli import plural
 from shards.errors import UserError, printable
 
 _SEPARATORS = ",;\t"
@@ -90,7 +91,7 @@ def read_csv(content: bytes, path: str) -> CsvTable:
             raise CorruptFileError(f"line {lines[0]}: two columns named {printable(rows[0][number])!r}")
     for row, line in zip(rows, lines, strict=True):
         if len(row) != len(columns):
-            fields = f"{len(row)} field{'s' if len(row) > 1 else ''}"
+            fields = plural(len(row), "field")
             raise CorruptFileError(f"line {line}: {fields} where the first line has {len(columns)}")
     return CsvTable(path, tuple(rows[0]), rows[1:], lines[1:])
 

@@ -45,7 +45,7 @@ def model_of(epoch: int) -> TrainedModel:
         weights=make_model(config.model, 1, len(CLASSES)).state_dict(),
         config=config,
         classes=CLASSES,
-        data_digest="digest",
+        data_identity="digest",
         image_shape=(8, 9, 1),
         mean=(0.25,),
         std=(0.5,),

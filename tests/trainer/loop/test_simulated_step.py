@@ -101,7 +101,7 @@ def teacher(side: int) -> TrainedModel:
         weights=weights,
         config=config,
         classes=CLASSES,
-        data_digest="",
+        data_identity="",
         image_shape=(16, 16, 1),
         mean=(0.3,),
         std=(0.4,),
