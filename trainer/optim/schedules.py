@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -126,7 +127,11 @@ class TimmSchedule:
     """A schedule of timm, a function of the number of steps, with the interface of torch's schedulers."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int) -> None:
-        """Build `schedule.name` with timm's `create_scheduler_v2`."""
+        """Build `schedule.name` with timm's `create_scheduler_v2`.
+
+        Raises:
+            UserError: The installed timm has no such schedule.
+        """
         from timm.scheduler import create_scheduler_v2
 
         settings = config.schedule
@@ -139,6 +144,12 @@ class TimmSchedule:
             updates_per_epoch=steps_per_epoch,
             **lengths | settings.options,
         )
+        if self._scheduler is None:  # wsd and rsqrt before 1.0.31
+            raise UserError(
+                found=f"schedule.name={settings.name}, which timm {version('timm')} does not have",
+                expected="timm 1.0.31 or newer for wsd and rsqrt",
+                hint="python -m pip install 'timm>=1.0.31', or choose another schedule.name",
+            )
         self.last_epoch = -1
         self.step()
 

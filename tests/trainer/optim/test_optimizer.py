@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -398,6 +399,23 @@ def test_schedules_of_timm(unit: str, name: str, options: str, curve: Callable[[
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["wsd", "rsqrt"])
+def test_schedules_that_timm_got_late_run_or_name_the_version(name: str) -> None:
+    config = config_of(f"schedule.name={name}", "schedule.warmup=2")
+    if tuple(map(int, version("timm").split("."))) < (1, 0, 31):
+        with pytest.raises(UserError, match=r"timm>=1\.0\.31"):
+            rates(config)
+    else:
+        found = rates(config)
+        assert found[0] < max(found) == pytest.approx(LR) and found[-1] < LR / 2
+
+
+def test_a_schedule_that_timm_does_not_have_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm.scheduler.create_scheduler_v2", lambda *args, **options: (None, 0))
+    with pytest.raises(UserError, match=r"schedule\.name=wsd, which timm .* does not have"):
+        rates(config_of("schedule.name=wsd"))
+
+
 def test_options_reach_the_schedules_of_torch() -> None:
     found = rates(config_of("schedule.name=one_cycle", "schedule.options={div_factor: 10}"))
     assert found[0] == pytest.approx(LR / 10)
@@ -508,7 +526,7 @@ def test_continues_exactly_where_it_stopped(optimizer: str, schedule: str, unit:
     "name", [*OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in ALL_OF_TIMM if name not in OTHERS)]
 )
 def test_optimizers_of_timm_go_on_exactly_where_they_stopped(name: str) -> None:
-    config = config_of(f"optim.name={name}", "schedule.name=wsd", "schedule.warmup=1", "trainer.epochs=3")
+    config = config_of(f"optim.name={name}", "schedule.name=poly", "schedule.warmup=1", "trainer.epochs=3")
     whole, before, after = Run(config), Run(config), Run(config)
     start = [weight.clone() for weight in whole.model.parameters()]
     whole.updates(0, 9)

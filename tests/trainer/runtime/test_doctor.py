@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -172,7 +173,7 @@ def test_missing_and_outdated_packages_are_errors(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(metadata, "version", version)
     (finding,) = diagnose(monkeypatch)["packages"]
     assert (finding.status, finding.text) == ("error", "isal is missing, timm 0.4.1")
-    assert finding.fix == "python -m pip install 'isal>=1.6' 'timm>=1.0.12'"
+    assert re.fullmatch(r"python -m pip install 'isal>=1\.6' 'timm>=1\.[0-9.]+'", finding.fix)
     assert doctor.main() == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "model": {"name": "three_block_cnn"},
     "optim": {"grad_accumulation": 2, "max_grad_norm": 0.5, "lr": 1e-5},
     "trainer": {"precision": "fp32", "epochs": 2},
-    "logging": {"tensorboard": True, "wandb": "auto", "mlflow": True, "every_steps": 2},
+    "logging": {"tensorboard": True, "wandb": "auto", "mlflow": find_spec("mlflow") is not None, "every_steps": 2},
 }
 CLOCKED = {"images_per_second", "data_wait_share"}
 
