@@ -210,7 +210,7 @@ class RunRecords:
 
 
 def identity_of(settings: Config, data: str) -> dict[str, Any]:
-    """Return all that the metrics of a run depend on; `data` is the digest of the packed data set."""
+    """Return all that the metrics of a run depend on; `data` is the identity of the packed data set."""
     recipe = settings.recipe()
     if recipe.get("distillation.teacher"):
         recipe["distillation.teacher"] = Path(recipe["distillation.teacher"]).name
@@ -238,7 +238,7 @@ class Ablation:
     until: float = float("inf")
 
     def __post_init__(self) -> None:
-        self._data = "".join(open_split(self.shards, split).manifest.digest() for split in ("train", "test"))
+        self._data = "".join(open_split(self.shards, split).manifest.identity() for split in ("train", "test"))
         for variant in self.plan.variants:  # refuse invalid settings before the first run
             variant.make_config(self.plan, 0, self.shards, self.teachers)
 

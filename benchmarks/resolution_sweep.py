@@ -190,7 +190,7 @@ def make_config(arguments: argparse.Namespace, defaults: Defaults) -> SweepConfi
     return SweepConfig(
         shards=shards,
         dataset=manifests[0].name,
-        digest="".join(manifest.digest() for manifest in manifests),
+        data_identity="".join(manifest.identity() for manifest in manifests),
         recipe=settings.model_dump(mode="json"),
         seconds=arguments.seconds or defaults.seconds,
         test_images=defaults.test_images,

@@ -52,7 +52,7 @@ class SweepConfig:
     Args:
         shards: Packed data set.
         dataset: Name of the data set.
-        digest: Hash of its content.
+        data_identity: Identities of its splits.
         recipe: Training settings as nested values; each point overrides some of them.
         seconds: Training time of the runs of equal time.
         test_images: Number of test images to use, the first ones in packed (random) order; None for all.
@@ -60,7 +60,7 @@ class SweepConfig:
 
     shards: Path
     dataset: str
-    digest: str
+    data_identity: str
     recipe: dict[str, Any]
     seconds: float
     test_images: int | None
@@ -99,7 +99,7 @@ class SweepConfig:
         """Return the fields that all records of this sweep have in common."""
         content = self.settings.model_dump(mode="json", exclude=_VARIED)
         content |= {"seconds": self.seconds, "test_images": self.test_images}
-        return {"set": self.digest, "settings": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
+        return {"set": self.data_identity, "settings": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
 
 
 def make_points(

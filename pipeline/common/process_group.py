@@ -15,6 +15,7 @@ from shards.errors import UserError
 T = TypeVar("T")
 
 _REPORT_SECONDS = 10.0  # torchrun needs a second to end the other ranks
+_GROUPS: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,18 @@ def report_errors_on_main() -> Iterator[None]:
         raise
 
 
+def keep_default_group() -> None:
+    """Keep torch's default process group until the process ends.
+
+    Before version 2.8, torch holds the GIL while it destroys a group and waits for the threads of the group. One of
+    them may wait for the GIL, to release the tensors of the last operation. The process then hangs.
+    """
+    import torch.distributed as dist
+
+    if dist.group.WORLD is not None:
+        _GROUPS.append(dist.group.WORLD)
+
+
 @contextmanager
 def init_process_group() -> Iterator[ProcessGroup]:
     """Join the ranks of torchrun, if there are several, and leave them at the end."""
@@ -103,6 +116,7 @@ def init_process_group() -> Iterator[ProcessGroup]:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
+    keep_default_group()
     try:
         yield ProcessGroup(dist.get_rank(), size)
     finally:

@@ -72,8 +72,8 @@ def remove_leaks(splits: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> t
 
 
 def _identity(directory: Path) -> str:
-    """Digest of the content of a packed data set."""
-    return "-".join(Manifest.read(directory / split).digest()[:12] for split in REQUIRED_SPLITS)
+    """Identify the samples of a packed data set."""
+    return "-".join(Manifest.read(directory / split).identity()[:12] for split in REQUIRED_SPLITS)
 
 
 def main() -> int:

@@ -166,7 +166,7 @@ def add_pseudo_labels(
     is_new = ~np.isin(image_digests(added), digests)
     if is_new.any():
         train = concatenate(train, added.select(np.flatnonzero(is_new)))
-    settings = PackSettings.like(manifest, {"packed_from": manifest.digest()[:12], **options})
+    settings = PackSettings.like(manifest, {"packed_from": manifest.identity()[:12], **options})
     packed = pack(lambda: (train, *others), out, settings)
     skipped = f", {(~is_new).sum():,} skipped (also in another split)" if not is_new.all() else ""
     already = "" if packed.is_new else " (already packed)"
@@ -228,10 +228,10 @@ def main() -> int:
         with init_distributed(arguments.device) as world:
             store = open_store(directory)
             predictions = predict(trained, store, world)
-        unlabelled, digest = packed_split(store, directory), store.manifest.digest()
+        unlabelled, identity = packed_split(store, directory), store.manifest.identity()
     else:
         unlabelled, predictions = predict_files(arguments.run, arguments.images, arguments.device, transposed)
-        digest = f"{image_digests(unlabelled).sum():016x}"
+        identity = f"{image_digests(unlabelled).sum():016x}"
     pseudo = predictions.above(arguments.confidence)
     counts = np.bincount(pseudo.labels, minlength=len(trained.classes))
     print(
@@ -248,7 +248,7 @@ def main() -> int:
         print(f"labels written to {arguments.csv}")
     if target is not None:
         options = {
-            "pseudo_labelled": digest[:12],
+            "pseudo_labelled": identity[:12],
             "confidence": arguments.confidence,
             "predictions": len(pseudo.labels),
             "run": str(arguments.run),

@@ -13,15 +13,10 @@ import torch
 import torch.distributed as dist
 
 from pipeline.common.device import choose_device
-from pipeline.common.process_group import ProcessGroup, report_errors_on_main
+from pipeline.common.process_group import ProcessGroup, keep_default_group, report_errors_on_main
 from shards.errors import UserError
 from trainer.runtime.memory import keep_freed_memory
 from trainer.runtime.rendezvous import elastic_agent_store, rendezvous
-
-# Keeps process groups until the process ends. torch releases the GIL to destroy a group that Python holds. If a DDP
-# model held the last reference, the group would be destroyed with the GIL held, for which one of its threads may wait:
-# torch 2.6 then hangs at the end of a run.
-_GROUPS: list[dist.ProcessGroup] = []
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,7 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
         store = rendezvous(store, rank, size, timeout)
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    if dist.group.WORLD is not None:
-        _GROUPS.append(dist.group.WORLD)
+    keep_default_group()
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
         yield World(rank, size, device, control=control)
