@@ -311,8 +311,9 @@ class TrainerConfig(BaseConfig):
     monitor: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
     """Validation metric that selects the best epoch, also watched by trainer.patience and schedule.name=plateau; loss
     is the cross-entropy, which is minimized."""
-    test_time_augmentation: Literal["none", "shifts", "shifts_scales"] = "none"
-    """Average the probabilities over 5 shifted views of each image, or 7 shifted and resized views."""
+    test_time_augmentation: Literal["none", "flip", "shifts", "shifts_flip", "shifts_scales"] = "none"
+    """Average the probabilities over views of each image: flip is the image and its mirror image, shifts are 5 shifted
+    views, shifts_flip these and their mirror images, shifts_scales 7 shifted and resized views."""
     profile: bool = False
     """Measure the time of each phase of a step; printed at the end and written to profile.json."""
     trace: bool | tuple[StepNumber, StepNumber] = False

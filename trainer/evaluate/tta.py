@@ -1,4 +1,4 @@
-"""Test-time augmentation: the mean probability over an image and slightly shifted or resized copies of it."""
+"""Test-time augmentation: the mean probability over an image and shifted, mirrored or resized copies of it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def mean_logits(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Ten
         model: From images to logits [B, C].
         images: float32 [B, channels, H, W].
         views: `none` for the image itself. `shifts` adds four copies, shifted by 1/28 of the side in each direction.
-            `shifts_scales` adds two more, resized by 1.06 and 1/1.06. The edge is repeated. There are no flips or
-            rotations, which change the meaning of a character.
+            `shifts_scales` adds two more, resized by 1.06 and 1/1.06. The edge is repeated. `flip` adds the mirror
+            image, and `shifts_flip` that of each shifted view. A mirror image of a character has another meaning.
 
     Returns:
         float32 [B, C].
@@ -32,20 +32,29 @@ def mean_logits(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Ten
 
 
 def _copies(images: torch.Tensor, views: str) -> Iterator[torch.Tensor]:
-    """Yield the images, shifted and resized copies of them, in the memory format of the images."""
-    yield images
+    """Yield the images and copies of them, in the memory format of the images."""
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    for view in _moved(images, views):
+        yield view.contiguous(memory_format=layout)
+        if views in ("flip", "shifts_flip"):
+            yield view.flip(-1).contiguous(memory_format=layout)
+
+
+def _moved(images: torch.Tensor, views: str) -> Iterator[torch.Tensor]:
+    """Yield the images, and shifted and resized copies of them."""
+    yield images
+    if views == "flip":
+        return
     height, width = images.shape[2:]
     down, right = (max(1, round(_SHIFT * side)) for side in (height, width))  # whole pixels
     padded = F.pad(images, (right, right, down, down), mode="replicate")
     for top, left in ((down, 0), (down, 2 * right), (0, right), (2 * down, right)):
-        yield padded[:, :, top : top + height, left : left + width].contiguous(memory_format=layout)
+        yield padded[:, :, top : top + height, left : left + width]
     for scale in (1 / _SCALE, _SCALE) if views == "shifts_scales" else ():
         # A matrix for affine_grid would be copied to the device, for which the host waits.
         y, x = (_centres(side, images) / scale for side in (height, width))
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).expand(images.shape[0], -1, -1, -1)
-        view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        yield view.contiguous(memory_format=layout)
+        yield F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def _centres(side: int, like: torch.Tensor) -> torch.Tensor:

@@ -172,6 +172,26 @@ def test_views_are_the_image_and_its_shifts() -> None:
     assert torch.equal(mean_logits(model, images, "none"), model(images))
 
 
+@pytest.mark.parametrize(("views", "moved"), [("flip", 1), ("shifts_flip", 5)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_each_view_is_followed_by_its_mirror_image(views: str, moved: int, layout: torch.memory_format) -> None:
+    seen: list[torch.Tensor] = []
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return images.flatten(1)[:, :2]
+
+    images = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
+    mean_logits(model, images, views)
+    assert all(view.is_contiguous(memory_format=layout) for view in seen)
+    assert seen[0] is images and len(seen) == 2 * moved
+    mirrored = seen[1::2]
+    assert all(torch.equal(view.flip(-1), mirror) for view, mirror in zip(seen[::2], mirrored, strict=True))
+    seen.clear()
+    mean_logits(model, images, "shifts")
+    assert all(torch.equal(mirror.flip(-1), view) for mirror, view in zip(mirrored, seen, strict=False))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, digits_set: Path) -> Path:
     """A run that learned a little from genuine digits, evaluated with views."""

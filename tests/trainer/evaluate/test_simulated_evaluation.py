@@ -23,7 +23,7 @@ SIZES = (6, 6, 5)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("views", ["none", "shifts", "shifts_scales"])
+@pytest.mark.parametrize("views", ["none", "flip", "shifts", "shifts_flip", "shifts_scales"])
 def test_no_batch_waits_for_the_gpu(views: str, channels: int) -> None:
     settings = [f"trainer.test_time_augmentation={views}", "trainer.precision=bf16"]
     config = load(ROOT / "configs" / "quickstart.yaml", ["model.name=three_block_cnn", *settings])
