@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -11,6 +13,20 @@ def exact_matmul(first: torch.Tensor, second: torch.Tensor, *, out: torch.Tensor
     TensorFloat-32 is a setting of the process, which the thread of a loader cannot change for itself; where it is
     allowed, the product is computed in float64.
     """
-    if out.is_cuda and torch.get_float32_matmul_precision() != "highest":
+    if out.is_cuda and _allows_tf32():
         return out.copy_(torch.matmul(first.double(), second.double()))
     return torch.matmul(first, second, out=out)
+
+
+def exact(product: Callable[..., torch.Tensor], *factors: torch.Tensor) -> torch.Tensor:
+    """Compute another product of float32 tensors, such as `torch.baddbmm`, as `exact_matmul` does."""
+    if factors[0].is_cuda and _allows_tf32():
+        return product(*(factor.double() for factor in factors)).float()
+    return product(*factors)
+
+
+def _allows_tf32() -> bool:
+    # torch 2.9 and later refuse to tell the common setting after that of the backend was set; earlier ones have no
+    # such setting.
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+    return precision not in ("none", "ieee", "highest")

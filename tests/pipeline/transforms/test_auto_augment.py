@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.gpu_arithmetic import GpuRounding
 from support.image_files import SIZES, as_array
 from support.raw_files import picture, pixels
 from torchvision.transforms import v2
@@ -108,6 +109,21 @@ def test_every_operation_and_magnitude_of_trivial_augment_equals_torchvision() -
     changed = (result != images).any(axis=(1, 2, 3)).reshape(14, -1).mean(axis=1)
     assert changed[OPERATIONS.index("identity")] == 0
     assert (changed[1:] > 0.5).all()
+
+
+@pytest.mark.parametrize("name", ["trivial_augment", "rand_augment"])
+@pytest.mark.parametrize("shape", [(28, 28, 1), (20, 31, 3)])
+def test_a_gpu_rounds_as_a_cpu(name: str, shape: tuple[int, int, int]) -> None:
+    """At this magnitude, sheared positions are halfway between two pixels."""
+    augmentation = Augmentation(auto_augment=name, rand_augment_magnitude=20)
+    images = torch.from_numpy(examples(150, *shape))
+    policy = AutoAugment(augmentation, shape[:2], transposed=False)
+    arrays = policy.op_params(augmentation.sample_params(0, 0, 0, slice(0, len(images))))
+    params = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    expected = policy(images, params)
+    with GpuRounding() as rounding:
+        assert torch.equal(policy(images, params), expected)
+    assert rounding.quotients, "the means of contrast"
 
 
 @pytest.mark.parametrize("transposed", [False, True])

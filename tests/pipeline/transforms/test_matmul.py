@@ -6,28 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.gpu_arithmetic import Products
 from support.simulated_gpu import GPU, simulated_gpu
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.transforms.ops.matmul import exact_matmul
-
-
-class Products(TorchDispatchMode):
-    """Notes the types of the factors of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: list[torch.dtype] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
-            self.dtypes.append(args[0].dtype)
-        return func(*args, **(kwargs or {}))
+from pipeline.transforms.ops.matmul import exact, exact_matmul
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    torch.set_float32_matmul_precision("high")
+@pytest.fixture(params=["common setting", "setting of the backend"])
+def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "common setting":
+        torch.set_float32_matmul_precision("high")
+    elif not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 introduced it")
+    else:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # the common setting cannot be read afterwards
     yield
     torch.set_float32_matmul_precision("highest")
 
@@ -39,9 +31,11 @@ def test_no_product_is_in_tf32(tf32: None, shapes: tuple[tuple[int, ...], tuple[
         out = torch.empty(*shapes[0][:-1], shapes[1][-1], device=GPU)
         with Products() as products:
             assert exact_matmul(*factors, out=out) is out
+            assert exact(torch.matmul, *factors).dtype == torch.float32
             torch.set_float32_matmul_precision("highest")
             exact_matmul(*factors, out=out)
-    assert products.dtypes == [torch.float64, torch.float32]
+            exact(torch.matmul, *factors)
+    assert products.dtypes == [torch.float64] * 2 + [torch.float32] * 2
 
 
 @pytest.mark.gpu
@@ -50,3 +44,4 @@ def test_products_of_a_gpu_are_exact(tf32: None) -> None:
     expected = torch.matmul(*(factor.double() for factor in factors))
     out = exact_matmul(*factors, out=torch.empty(8, 1, 28, 112, device="cuda"))
     assert float((out - expected).abs().max()) < 1e-5
+    assert float((exact(torch.matmul, *factors) - expected).abs().max()) < 1e-5

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from scipy import ndimage
 from support import augmentation_reference as reference
+from support.gpu_arithmetic import GpuRounding
 
 from pipeline import normalization
 from pipeline.transforms.build import build_transform
@@ -83,6 +84,18 @@ def test_every_pixel_of_the_border_counts_once(shape: tuple[int, int, int], devi
     bright = images[:, is_border].mean(axis=(1, 2)) > 127.5
     expected = np.where(bright[:, None, None, None], 255 - images, images)
     assert np.array_equal(prepared(images, device, invert="auto"), expected)
+
+
+@pytest.mark.parametrize("steps", [{"invert": "auto"}, {"crop_to_foreground": 0.1}, {"equalize": True}])
+def test_a_gpu_rounds_as_a_cpu(images: NDArray[np.uint8], steps: dict[str, object]) -> None:
+    def compare(batch: NDArray[np.uint8]) -> None:
+        expected = prepared(batch, torch.device("cpu"), **steps)
+        with GpuRounding():
+            assert np.array_equal(prepared(batch, torch.device("cpu"), **steps), expected)
+
+    compare(images)
+    for side in range(8, 30, 2):  # borders as bright as dark, which are not inverted
+        compare(np.tile(np.array([0, 255], np.uint8), 2 * side**2).reshape(4, side, side, 1))
 
 
 @pytest.mark.parametrize("radius", [1, 2])

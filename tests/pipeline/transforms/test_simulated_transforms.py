@@ -7,9 +7,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from support.gpu_arithmetic import Products
 from support.simulated_gpu import GPU, DeviceError, simulated_gpu
 
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
+from pipeline.transforms.ops import matmul
 from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing, Resolution, input_size
 from pipeline.transforms.shared_ops import SharedOps
 from pipeline.transforms.spec import TransformSpec
@@ -55,6 +57,16 @@ def test_a_batch_does_not_wait_for_the_gpu(augmentation: str, channels: int) -> 
                 output = transform(images, changes.sample_params(0, 0, 0, slice(0, count)) if changes else None)
         assert (output.device, output.dtype) == (GPU, torch.float32)
         assert output.shape == (count, channels, *input_size(resolution))
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_no_product_of_a_batch_is_in_tf32(augmentation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_allows_tf32", lambda: True)
+    changes = AUGMENTATIONS[augmentation]
+    params = changes.sample_params(0, 0, 0, slice(0, COUNT)) if changes else None
+    with simulated_gpu(), Products() as products:
+        TorchTransform(spec_of(3, False, "56x30", "all"), GPU, changes)(np.zeros((COUNT, 28, 26, 3), np.uint8), params)
+    assert set(products.dtypes) == {torch.float64}
 
 
 def test_a_wait_in_a_raw_operation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
