@@ -1,15 +1,22 @@
-"""The torch transform on a simulated GPU: no operator mixes devices, and the host never waits."""
+"""Both transforms on a simulated GPU: no operator mixes devices, and the host never waits."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import weakref
+from typing import Any
 
 import numpy as np
+import nvidia.dali.types as types
 import pytest
 import torch
+from nvidia.dali import Pipeline
+from nvidia.dali.plugin.pytorch import feed_ndarray
 from support.gpu_arithmetic import Products
 from support.simulated_gpu import GPU, DeviceError, simulated_gpu
 
+from pipeline.transforms import dali_backend
 from pipeline.transforms.augmentation import NO_AUGMENTATION, Augmentation
 from pipeline.transforms.ops import matmul
 from pipeline.transforms.preprocess import NO_PREPROCESSING, Preprocessing, Resolution, input_size
@@ -67,6 +74,89 @@ def test_no_product_of_a_batch_is_in_tf32(augmentation: str, monkeypatch: pytest
     with simulated_gpu(), Products() as products:
         TorchTransform(spec_of(3, False, "56x30", "all"), GPU, changes)(np.zeros((COUNT, 28, 26, 3), np.uint8), params)
     assert set(products.dtypes) == {torch.float64}
+
+
+class Executor:
+    """Takes the place of DALI's executor: notes what it is given, and returns outputs of a size.
+
+    Attributes:
+        shape: Height, width and channels of the outputs.
+        fed: Name, tensor and stream of each input.
+        outputs: The outputs, while they are referred to.
+        streams: The stream of each run and of each copy of an output.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.shape: tuple[int, ...] = ()
+        self.fed: list[tuple[str, torch.Tensor, int]] = []
+        self.outputs: list[weakref.ref] = []
+        self.streams: list[int] = []
+        executor = self
+
+        class Output:
+            dtype = types.FLOAT
+
+            def __init__(self, packs: torch.Size) -> None:
+                self._shape = [*packs, *executor.shape]
+
+            def as_tensor(self) -> Output:
+                return self
+
+            def shape(self) -> list[int]:
+                return self._shape
+
+        def feed(pipeline: Pipeline, *given: Any, **named: Any) -> None:
+            arguments = FEED.bind(pipeline, *given, **named).arguments
+            data, limit = arguments["data"], pipeline.max_batch_size
+            assert data.is_contiguous() and data.device == GPU and len(data) <= limit
+            executor.fed.append((arguments["data_node"], data, arguments["cuda_stream"].number))
+
+        def run(pipeline: Pipeline, *given: Any, **named: Any) -> tuple[Output]:
+            arguments = RUN.bind(pipeline, *given, **named).arguments
+            assert pipeline.exec_dynamic, "outputs on a stream"
+            executor.streams.append(arguments["cuda_stream"].number)
+            output = Output(executor.fed[-1][1].shape[:2])
+            executor.outputs.append(weakref.ref(output))
+            return (output,)
+
+        def copy(*given: Any, **named: Any) -> None:
+            arguments = COPY.bind(*given, **named).arguments
+            output, target = arguments["dali_tensor"], arguments["arr"]
+            assert (output.shape(), torch.float32) == (list(target.shape), target.dtype) and target.is_contiguous()
+            executor.streams.append(arguments["cuda_stream"].number)  # given, so the copy does not block
+
+        for name, function in (("build", lambda pipeline: None), ("feed_input", feed), ("run", run)):
+            patch.setattr(Pipeline, name, function)
+        patch.setattr(dali_backend, "feed_ndarray", copy)
+
+
+FEED, RUN = inspect.signature(Pipeline.feed_input), inspect.signature(Pipeline.run)
+COPY = inspect.signature(feed_ndarray)
+
+
+@pytest.mark.parametrize(("augmentation", "channels"), [("none", 1), ("elastic", 1), ("resized crop", 3)])
+def test_dali_works_in_the_order_of_the_current_stream(
+    augmentation: str, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, most = AUGMENTATIONS[augmentation], 70
+    spec = spec_of(channels, True, "56x30")
+    with simulated_gpu() as gpu:
+        executor = Executor(monkeypatch)
+        transform = dali_backend.DaliTransform(spec, GPU, most, changes)
+        executor.shape = (*(spec.input_size if transform._ops.resizes else spec.upright_size), channels)
+        for number, count in enumerate((most, 33, 32, 1)):
+            images = torch.zeros(count, 28, 26, channels, dtype=torch.uint8, device=GPU)
+            params = changes.sample_params(0, 0, number, slice(0, count)) if changes else None
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream), gpu.step():
+                output = transform(images, params)
+            assert output.shape == (count, channels, 56, 30)
+            assert {*executor.streams, executor.fed[-1][2]} == {stream.number}
+            executor.streams.clear()
+            packs, pack = executor.fed[-1][1].shape[:2]
+            assert packs * pack >= count and pack <= 32 and packs * pack - count < packs
+            # DALI's memory is kept until the copy in the stream has ended.
+            assert [each() is not None for each in executor.outputs] == [False] * number + [True]
 
 
 def test_a_wait_in_a_raw_operation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
