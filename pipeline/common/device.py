@@ -52,5 +52,11 @@ def to_device(array: NDArray, device: torch.device) -> torch.Tensor:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free memory of a GPU in bytes; 0 for a CPU, whose memory stores and models share."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    """Return the free memory of a GPU in bytes, with what torch keeps of freed tensors; 0 for a CPU.
+
+    On a CPU, stores and models share the memory.
+    """
+    if device.type != "cuda":
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

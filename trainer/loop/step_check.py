@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from pipeline.common.device import free_memory
 from pipeline.sampler import equal_batch_size
 from pipeline.transforms.preprocess import format_size
 from shards.errors import UserError, first_line
@@ -208,6 +209,5 @@ def explain_out_of_memory(training: Training) -> Iterator[None]:
 def _available(device: torch.device) -> float:
     """Return how many bytes a rank can allocate on its device."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + unused)
+        return float(free_memory(device))
     return available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

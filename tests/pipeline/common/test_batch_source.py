@@ -90,6 +90,17 @@ def test_images_that_fit_stay_on_the_device(
     assert isinstance(keep_on_device(store, CPU, fraction), ResidentStore) == fits
 
 
+def test_memory_of_freed_tensors_is_free(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an earlier training in the same process: the driver counts them, as torch keeps their memory."""
+    size = len(store) * store.manifest.image_bytes
+    memory = {"mem_get_info": (size // 2, 10 * size), "memory_reserved": 6 * size, "memory_allocated": 5 * size}
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    with simulated_gpu():
+        assert keep_on_device(store, GPU, 0.6) is store, "of 1.5 times their size"
+        assert isinstance(keep_on_device(store, GPU, 0.7), ResidentStore)
+
+
 def test_images_on_a_cpu_are_not_copied(store: Store) -> None:
     assert keep_on_device(store, CPU, 1) is store
 
