@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from shards.stores.base import EncodedStore, Store
 T = TypeVar("T")
 
 _PREFETCH_BATCHES = 2  # batches prepared ahead for a GPU
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Loader:
         with self._store.prefetch(plan) as advance:
             while group := list(itertools.islice(steps, self._fused_steps)):
                 advance(group[0].step)
-                with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                with contextlib.nullcontext() if self._stream is None else _alone_in_stream(self._stream):
                     batches = self._load(group)[::-1]
                 while batches:
                     batch = batches.pop()
@@ -153,6 +155,13 @@ class Loader:
                 steps, model_input.split(sizes), labels.split(sizes), source_index.split(sizes), strict=True
             )
         ]
+
+
+@contextlib.contextmanager
+def _alone_in_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Enter a stream while no other iterator loads: several may share loader or transform, and each has a thread."""
+    with _LOADING, torch.cuda.stream(stream):
+        yield
 
 
 def undecodable_image_error(store: Store, sample: int, reason: str) -> UserError:

@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 from support.batches import assert_same
 from support.transform_reference import model_input
 
+import pipeline.loader as module
+from pipeline.common.batch_source import DeviceSource
 from pipeline.loader import Loader, prefetch
 from pipeline.sampler import BatchSampler, SequentialBatchSampler, ShuffledBatchSampler, equal_batch_size
 from pipeline.transforms.augmentation import AugmentationParams
@@ -238,6 +242,30 @@ def test_an_item_that_nobody_needs_is_freed_before_the_next_is_waited_for() -> N
         taken.append(weakref.ref(next(arrays)))
         next(arrays)
     assert freed == [True]
+
+
+def test_iterators_that_share_loader_and_transform_do_not_meet(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads of a GPU on a CPU, where a batch takes long to gather."""
+    cpu, order = torch.device("cpu"), training_order(store)
+    expected = [list(make_loader(store, order, cpu).batches(epoch)) for epoch in range(2)]
+    stream, gather = mock.MagicMock(spec_set=torch.cuda.Stream), type(store).gather
+
+    def gather_slowly(*given: Any) -> None:
+        gather(*given)
+        time.sleep(0.003)
+
+    monkeypatch.setattr(type(store), "gather", gather_slowly)
+    monkeypatch.setattr(module, "make_source", DeviceSource)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    loader = make_loader(store, order, cpu)
+    monkeypatch.setattr(loader, "_stream", stream)
+    monkeypatch.setattr(loader, "_fused_steps", 1)
+    batches = list(zip(loader.batches(0), loader.batches(1), strict=True))
+    for given, one in zip(expected, zip(*batches, strict=True), strict=True):
+        assert all(torch.equal(a.source_index, b.source_index) for a, b in zip(one, given, strict=True))
+        assert all(torch.allclose(a.images, b.images, atol=1e-5) for a, b in zip(one, given, strict=True))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
