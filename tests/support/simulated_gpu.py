@@ -27,6 +27,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.cuda._sanitizer import EventHandler
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -306,6 +307,13 @@ def _copy_tensor(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     return memo[id(tensor)]
 
 
+def _set_item(tensor: torch.Tensor, index: Any, value: Any) -> None:
+    """`Tensor.__setitem__` as before torch 2.15: a number is a tensor of the CPU, which is copied if one value is set."""
+    if tensor.is_cuda and not isinstance(value, torch.Tensor):
+        value = torch.tensor(value, dtype=tensor.dtype, device="cpu")
+    torch.Tensor.__setitem__(tensor, index, value)
+
+
 def _to_numpy(tensor: torch.Tensor, **_: Any) -> NDArray:
     """`Tensor.numpy`: zeros, as values are not simulated."""
     if tensor.device.type != "cpu":
@@ -390,16 +398,18 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         for name, replacement in replacements.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
         stack.enter_context(mock.patch.object(torch.accelerator, "is_available", lambda: False))  # dynamo asks it
+        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda _: None))  # it asks the driver
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _convert_module))
         stack.enter_context(mock.patch.object(torch.Tensor, "backward", backward))
         stack.enter_context(mock.patch.object(FakeTensor, "numpy", _to_numpy, create=True))
         stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copy_tensor, create=True))
+        stack.enter_context(mock.patch.object(FakeTensor, "__setitem__", _set_item, create=True))
         stack.enter_context(warnings.catch_warnings())
         # Entered without torch.cuda.is_available, which decides that no driver is asked.
         with mock.patch.object(torch.cuda, "is_available", lambda: False):
             gpu.fake_mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         try:
-            torch.zeros(1).to(GPU)
+            torch.zeros(1).to(GPU).copy_(torch.zeros(1))
         except RuntimeError as error:
             pytest.skip(f"torch {torch.__version__} cannot simulate a GPU: {error}")
         stack.enter_context(gpu)

@@ -77,7 +77,10 @@ class NonFiniteMonitor:
         """
         row = self._values[len(self._recorded)]
         row[0] = loss.detach()
-        row[1] = self._gradient_norm() if is_last_microbatch else 0.0
+        if is_last_microbatch:
+            row[1] = self._gradient_norm()
+        else:
+            row[1].zero_()  # torch 2.14 copies the number of `row[1] = 0.0` from the CPU, and waits
         scaler = self._training.state.scaler
         if scaler.is_enabled():
             row[2] = scaler.scale(torch.ones_like(row[1]))
