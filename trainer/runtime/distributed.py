@@ -73,11 +73,16 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     keep_default_group()
+    has_failed = True
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
         yield World(rank, size, device, control=control)
+        has_failed = False
     finally:
-        dist.destroy_process_group()
+        # NCCL destroys a group when all ranks ask for it. After an error, the others may wait for a collective of this
+        # rank until their timeout, so its process ends without. torchrun then ends the others.
+        if not (on_gpu and has_failed):
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -1,0 +1,44 @@
+"""The process group of torchrun's ranks is destroyed at the end, unless that would wait for ranks that wait."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from trainer.runtime import distributed
+from trainer.runtime.distributed import init_distributed
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is called of `torch.distributed`, by rank 1 of 2."""
+    found: list[str] = []
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *_, name=name, **__: found.append(name))
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(distributed, "choose_device", lambda name, rank, size: torch.device(name, rank))
+    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for module, name in ((torch.backends, "cudnn"), (torch.backends.cuda, "matmul")):
+        monkeypatch.setattr(module, name, SimpleNamespace())
+    return found
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_rank_that_fails_does_not_wait_for_the_ranks_that_wait_for_it(
+    device: str, fails: bool, calls: list[str]
+) -> None:
+    """NCCL destroys a group together with the other ranks, gloo alone."""
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext(), init_distributed(device) as world:
+        assert (world.rank, world.size, world.device) == (1, 2, torch.device(device, 1))
+        if fails:
+            raise RuntimeError
+    groups = ["init_process_group", *(["new_group"] if device == "cuda" else [])]
+    assert calls == groups + ([] if fails and device == "cuda" else ["destroy_process_group"])
