@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.option.markexpr == "gpu" and is_test and "mark.gpu" not in collection_path.read_text():
         return True
     return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """With `-m gpu`, tests of DALI are skipped on a machine without it."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if item.config.option.markexpr == "gpu" and str(error.name).startswith("nvidia"):
+            pytest.skip("DALI is not installed")
+        raise
 
 
 @pytest.hookimpl(optionalhook=True)

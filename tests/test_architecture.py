@@ -242,7 +242,7 @@ def test_nothing_draws_from_numpys_or_pythons_global_generator() -> None:
     assert found == set()
 
 
-def test_tests_of_a_gpu_start_no_servers_and_browsers() -> None:
+def test_tests_of_a_gpu_import_no_servers_browsers_and_dali() -> None:
     tests = ROOT / "tests"
     paths = [path for path in tests.rglob("*.py") if "mark.gpu" in path.read_text() and path != Path(__file__)]
     assert len(paths) > 10
@@ -250,6 +250,7 @@ def test_tests_of_a_gpu_start_no_servers_and_browsers() -> None:
     while paths:
         seen.add(path := paths.pop())
         modules = imported(path)
-        assert not {module.partition(".")[0] for module in modules} & {"flask", "moto", "playwright"}, path
+        assert not {module.partition(".")[0] for module in modules} & {"flask", "moto", "nvidia", "playwright"}, path
+        assert "pipeline.transforms.dali_backend" not in modules, path
         support = {tests / f"{module.replace('.', '/')}.py" for module in modules if module.startswith("support.")}
         paths += [each for each in support - seen if each.exists()]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, pytest_runtest_call
 
 
 def test_tests_of_a_gpu_install_nothing_where_all_packages_are(tmp_path: Path) -> None:
@@ -17,6 +19,17 @@ def test_tests_of_a_gpu_install_nothing_where_all_packages_are(tmp_path: Path) -
         "-m pytest -m gpu --collect-only -q -p no:cacheprovider",
         "-m pytest -m gpu -p no:cacheprovider",
     ]
+
+
+@pytest.mark.parametrize("markers", ["gpu", "slow"])
+@pytest.mark.parametrize("module", ["nvidia.dali", "zarr"])
+def test_tests_of_a_gpu_are_skipped_where_dali_alone_is_missing(markers: str, module: str) -> None:
+    item = SimpleNamespace(config=SimpleNamespace(option=SimpleNamespace(markexpr=markers)))
+    call = pytest_runtest_call(item)
+    next(call)
+    is_skipped = (markers, module) == ("gpu", "nvidia.dali")
+    with pytest.raises(pytest.skip.Exception if is_skipped else ModuleNotFoundError):
+        call.throw(ModuleNotFoundError(name=module))
 
 
 def test_the_device_check_follows_the_doctor_whatever_it_reports(tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def _copy_tensor(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
 
 
 def _set_item(tensor: torch.Tensor, index: Any, value: Any) -> None:
-    """`Tensor.__setitem__` as before torch 2.15: a number is a tensor of the CPU, which is copied if one value is set."""
+    """`Tensor.__setitem__` before torch 2.15: a number is a tensor of the CPU, and copied if it is for one element."""
     if tensor.is_cuda and not isinstance(value, torch.Tensor):
         value = torch.tensor(value, dtype=tensor.dtype, device="cpu")
     torch.Tensor.__setitem__(tensor, index, value)

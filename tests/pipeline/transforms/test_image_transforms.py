@@ -15,12 +15,12 @@ from support.raw_files import picture, pixels
 from support.synthetic_records import synthetic_file
 from support.transform_reference import model_input
 
-from pipeline.transforms import dali_backend
 from pipeline.transforms.build import build_transform, choose_backend
-from pipeline.transforms.dali_backend import DaliEncodedTransform
 from pipeline.transforms.spec import Transform, TransformSpec, UndecodableImage
 from shards import UserError
 from shards.stores.image_header import decode
+
+dali_backend = pytest.importorskip("pipeline.transforms.dali_backend", reason="DALI is not installed")
 
 # Of the pixel range. Positions in float32 are the less exact the larger the picture, and cost the more the steeper the
 # kernel: 0.9e-5 for linear, 1.3e-5 for Lanczos; see test_graph.
@@ -231,7 +231,7 @@ def test_what_only_dali_cannot_decode_is_told_in_its_words(monkeypatch: pytest.M
 
 def test_a_failure_that_is_no_pictures_fault_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     transform = graph_of(CPU)
-    assert isinstance(transform, DaliEncodedTransform)
+    assert isinstance(transform, dali_backend.DaliEncodedTransform)
 
     class Failing:
         def run(self, images: object) -> None:

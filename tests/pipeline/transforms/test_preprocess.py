@@ -6,12 +6,10 @@ import gzip
 from pathlib import Path
 
 import numpy as np
-import nvidia.dali.fn as fn
 import pytest
 import torch
 from conftest import pack_splits, synthetic_splits
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline
 from scipy import ndimage
 from support import augmentation_reference as reference
 from support.gpu_arithmetic import GpuRounding
@@ -133,8 +131,9 @@ def test_strokes_become_thicker_and_thinner_as_scipy_makes_them(
 
 
 def test_equalises_as_dali_and_by_rank(images: NDArray[np.uint8], device: torch.device) -> None:
+    dali, fn = pytest.importorskip("nvidia.dali"), pytest.importorskip("nvidia.dali.fn")
     ours = prepared(images, device, equalize=True)
-    pipeline = Pipeline(batch_size=len(images), num_threads=1, device_id=None, prefetch_queue_depth=1)
+    pipeline = dali.Pipeline(batch_size=len(images), num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         pipeline.set_outputs(fn.equalize(fn.external_source(name="images", layout="HWC")))
     pipeline.build()
