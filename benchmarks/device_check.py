@@ -5,8 +5,8 @@
 The sections are device (bandwidth), correctness (batches against a float64 reference), loader, step (with the longest
 kernels), loop (the complete loop against one on batches that stay on the device) and run (a short training). Each has a
 time at which it ends; what is left then is skipped. A case that fails is recorded, and the next one starts in a new
-process. Without a GPU the check runs at tiny size, which tests the check itself. It needs no network. Output:
-device_check_DEVICE.jsonl and .md, complete after every case.
+process. Cases of DALI are skipped if it is not installed. Without a GPU the check runs at tiny size, which tests the
+check itself. It needs no network. Output: device_check_DEVICE.jsonl and .md, complete after every case.
 """
 
 from __future__ import annotations
@@ -22,17 +22,28 @@ from pathlib import Path
 
 from benchmarks.common.arguments import DEFAULT_OUT, positive, select_names
 from benchmarks.common.processes import WorkerError, WorkerProcess
-from benchmarks.training.device.cases import GPU, TINY, Section, make_sections
+from benchmarks.training.device.cases import GPU, TINY, Section, Settings, make_sections
 from benchmarks.training.device.report import Results
 from benchmarks.training.device.worker import DeviceWorker, pack_synthetic_set
 from pipeline.common.device import choose_device
+from pipeline.transforms.build import choose_backend
 from shards.cli import run_command
+from shards.errors import UserError
 from shards.remote.datasets import resolve_dataset
 from trainer.runtime.env_info import collect_env_info
 
 RESULTS = Path("benchmarks/results")
 _LEAST_SECONDS = 3.0  # of a case; with less time left it does not start
 _RESERVE_SECONDS = 5.0  # for the end of the last process
+
+
+def missing_backend(settings: Settings) -> str:
+    """Describe the backend of a case if it is not installed; empty if it is."""
+    try:
+        choose_backend(settings.get("loader.backend", "auto"), "cuda", encoded=False)
+    except UserError as error:
+        return error.found
+    return ""
 
 
 class Check:
@@ -57,8 +68,9 @@ class Check:
         end = self._deadline(section)
         for case, settings in section.cases.items():
             labels = {"section": section.name, "case": case}
-            if end - time.monotonic() < _LEAST_SECONDS:
-                self._results.add(labels | {"skipped": "no time left"})
+            reason = missing_backend(settings) or ("no time left" if end - time.monotonic() < _LEAST_SECONDS else "")
+            if reason:
+                self._results.add(labels | {"skipped": reason})
                 continue
             self._worker = self._worker or self._start_worker()
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -138,6 +139,15 @@ def test_an_error_is_recorded_and_the_next_case_has_a_new_process(
     page = (tmp_path / "device_check_cpu.md").read_text()
     assert "- torch, 32 px, batch 33: out of memory" in page
     assert "1,234" in page
+
+
+def test_cases_of_dali_take_no_time_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, records = run_with(monkeypatch, tmp_path, "--only", "correctness,run")
+    assert status == 0 and FakeWorker.started == 1
+    skipped = {record["case"]: record["skipped"] for record in records if "skipped" in record}
+    assert list(skipped) == [record["case"] for record in records if record["case"].startswith("dali")] != []
+    assert set(skipped.values()) == {"loader.backend=dali, but DALI is not installed"}
 
 
 class Clock:
