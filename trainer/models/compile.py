@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import nn
 
 from shards.errors import UserError
 from trainer.config.schema import TrainerConfig
-from trainer.runtime.env_info import find_c_compiler
+from trainer.runtime.env_info import missing_for_compilation
 
 log = logging.getLogger(__name__)
+
+_TRITON_CAPABILITY = (7, 0)  # the lowest compute capability of a GPU
 
 
 def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.device, resolutions: int) -> nn.Module:
@@ -26,7 +29,7 @@ def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.devic
         resolutions: Number of different resolutions of its input.
 
     Raises:
-        UserError: There is no C compiler.
+        UserError: torch.compile lacks something on this machine.
     """
     mode = compile_mode(settings, device)
     if mode == "off":
@@ -41,15 +44,28 @@ def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.devic
 
 def compile_mode(settings: TrainerConfig, device: torch.device) -> str:
     """Return `off` or the mode of torch.compile, with `auto` resolved for this machine."""
-    has_compiler = find_c_compiler() is not None
-    if settings.compile == "auto":
-        if device.type == "cuda" and not has_compiler:
-            log.warning("trainer.compile=auto: no C compiler, so the model is not compiled; apt install gcc g++")
-        return "default" if device.type == "cuda" and has_compiler else "off"
-    if settings.compile != "off" and not has_compiler:
-        raise UserError(
-            found=f"trainer.compile={settings.compile}, but no C compiler on this machine",
-            expected="gcc or clang, with which torch.compile builds its kernels",
-            hint="apt install gcc g++, or trainer.compile=off",
-        )
-    return settings.compile
+    asked = settings.compile
+    if asked == "off" or (asked == "auto" and device.type != "cuda"):
+        return "off"
+    missing = missing_for_compilation() or (_missing_for_gpu(device) if device.type == "cuda" else None)
+    if missing is None:
+        return "default" if asked == "auto" else asked
+    found, hint = missing
+    if asked == "auto":
+        log.warning("trainer.compile=auto: %s, so the model is not compiled; %s", found, hint)
+        return "off"
+    raise UserError(
+        found=f"trainer.compile={asked}, but {found} on this machine",
+        expected="a C compiler, the headers of Python and, on a GPU, Triton, by which torch.compile builds kernels",
+        hint=f"{hint}, or trainer.compile=off",
+    )
+
+
+def _missing_for_gpu(device: torch.device) -> tuple[str, str] | None:
+    """Return what torch.compile lacks for a GPU, as `missing_for_compilation`."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _TRITON_CAPABILITY:
+        return "a GPU of compute capability {}.{}, below 7.0".format(*capability), "use another GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "no package triton", "python -m pip install triton"
+    return None

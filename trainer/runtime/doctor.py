@@ -257,14 +257,13 @@ def _check_backend(device_type: str) -> Iterator[Finding]:
 
 
 def _check_compiler() -> Iterator[Finding]:
-    from trainer.runtime.env_info import find_c_compiler
+    from trainer.runtime.env_info import find_c_compiler, missing_for_compilation
 
-    compiler = find_c_compiler()
-    if compiler:
-        yield Finding("ok", "compiler", compiler)
+    if missing := missing_for_compilation():
+        found, fix = missing
+        yield Finding("warning", "compiler", f"{found}: models are not compiled (trainer.compile)", f"sudo {fix}")
     else:
-        text = "no C compiler: models are not compiled (trainer.compile)"
-        yield Finding("warning", "compiler", text, "sudo apt install gcc g++")
+        yield Finding("ok", "compiler", str(find_c_compiler()))
 
 
 def _check_cores() -> Iterator[Finding]:

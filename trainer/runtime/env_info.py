@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -59,6 +61,16 @@ def processor_name() -> str:
 def find_c_compiler() -> str | None:
     """Return the C compiler that builds Inductor's kernels and Triton's launchers, or None."""
     return os.environ.get("CXX") or os.environ.get("CC") or next(filter(None, map(shutil.which, _COMPILERS)), None)
+
+
+def missing_for_compilation() -> tuple[str, str] | None:
+    """Return what torch.compile lacks on this machine, and the command that installs it; None if it lacks nothing."""
+    if find_c_compiler() is None:
+        return "no C compiler", "apt install gcc g++"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if sys.platform == "linux" and not header.exists():  # a package of its own in distributions
+        return f"no {header}", f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev"
+    return None
 
 
 def git_revision() -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -202,18 +204,34 @@ def test_a_resolution_is_compiled_once_with_static_shapes(recipe: Path, monkeypa
     assert len(marks) == steps, "each step may reuse the memory of the one before"
 
 
-def test_compiling_automatically_is_for_gpus_with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_automatically_is_for_gpus_with_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     automatic, asked = TrainerConfig(compile="auto"), TrainerConfig(compile="reduce-overhead")
+    capability = [8, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: tuple(capability))
     assert (compile_mode(automatic, CPU), compile_mode(automatic, gpu)) == ("off", "default")
     assert compile_mode(asked, gpu) == "reduce-overhead"
     assert (TrainerConfig(compile=True).compile, TrainerConfig(compile=False).compile) == ("default", "off")
+
+    def is_refused(*words: str, device: torch.device = gpu) -> bool:
+        with pytest.raises(UserError) as caught:
+            compile_mode(asked, device)
+        assert all(word in str(caught.value) for word in words), caught.value
+        return compile_mode(automatic, device) == "off"
+
+    capability[:] = 6, 1  # Inductor: too old to be supported by the triton GPU compiler
+    assert is_refused("a GPU of compute capability 6.1")
+    capability[:] = 7, 5
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert is_refused("no package triton", "pip install triton")
+    with monkeypatch.context() as patch:
+        patch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+        assert is_refused(str(tmp_path / "Python.h"), "-dev") and is_refused("Python.h", device=CPU)
     monkeypatch.setenv("PATH", "/nonexistent")
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    assert compile_mode(automatic, gpu) == "off"
-    with pytest.raises(UserError, match="no C compiler"):
-        compile_mode(asked, gpu)
+    assert is_refused("no C compiler", "apt install gcc g++")
 
 
 def test_cuda_graphs_are_not_for_accumulated_gradients() -> None:
