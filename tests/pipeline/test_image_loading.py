@@ -137,7 +137,7 @@ def test_statistics_are_those_of_the_reference(set_of_pictures: Path, device: to
     store = open_split(set_of_pictures, "train")
     measured = normalization.compute_stats(store, TransformSpec.of(store.manifest, RESOLUTION), "dali", device)
     reference = expected(store, np.arange(len(store)))
-    # Each picture counts the same, whatever its size. A quarter are JPEG files, of which a GPU has a decoder of its own.
+    # Each picture counts the same, whatever its size. A quarter are JPEG files, which a GPU decodes itself.
     allowed = 1e-5 if device.type == "cpu" else 1e-3
     np.testing.assert_allclose(measured.mean, reference.mean(axis=(0, 2, 3)), atol=allowed)
     np.testing.assert_allclose(measured.std, reference.std(axis=(0, 2, 3)), atol=allowed)
