@@ -67,5 +67,5 @@ def _missing_for_gpu(device: torch.device) -> tuple[str, str] | None:
     if capability < _TRITON_CAPABILITY:
         return "a GPU of compute capability {}.{}, below 7.0".format(*capability), "use another GPU"
     if importlib.util.find_spec("triton") is None:
-        return "no package triton", "python -m pip install triton"
+        return "no package triton", "pip install triton"
     return None
