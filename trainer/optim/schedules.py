@@ -148,7 +148,7 @@ class TimmSchedule:
             raise UserError(
                 found=f"schedule.name={settings.name}, which timm {version('timm')} does not have",
                 expected="timm 1.0.31 or newer for wsd and rsqrt",
-                hint="python -m pip install 'timm>=1.0.31', or choose another schedule.name",
+                hint="pip install 'timm>=1.0.31', or choose another schedule.name",
             )
         self.last_epoch = -1
         self.step()
