@@ -235,6 +235,8 @@ class DaliEncodedTransform(_DaliPipeline):
         inputs = {"images": plain} if boxes is None else {"images": plain, "boxes": boxes[run]}
         try:
             return self._run(**inputs)
+        except torch.cuda.OutOfMemoryError:  # a RuntimeError that is no image's fault
+            raise
         except RuntimeError:
             self._find_undecodable(inputs, run.start)
             raise

@@ -243,6 +243,17 @@ def test_a_failure_that_is_no_pictures_fault_is_passed_on(monkeypatch: pytest.Mo
     assert transform([as_array(PNG)]).shape == (1, 3, 24, 24)
 
 
+def test_a_gpu_without_memory_is_no_pictures_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = graph_of(CPU)
+
+    def run(**inputs: object) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transform, "_run", run)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        transform([as_array(PNG)])
+
+
 # Which backend.
 
 
