@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _PREFETCH_BATCHES = 2  # batches prepared ahead for a GPU
 _LOADING = threading.Lock()
+_THREAD = "loader"  # prefix of the names of threads
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
 
 def _prefetch(iterator: Iterator[T], depth: int) -> Generator[T, None, None]:
     end = object()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+    pool = ThreadPoolExecutor(1, thread_name_prefix=_THREAD)
     waiting = deque(pool.submit(next, iterator, end) for _ in range(depth + 1))
     try:
         yield cast(T, None)  # the thread is at work
@@ -196,4 +197,6 @@ def _prefetch(iterator: Iterator[T], depth: int) -> Generator[T, None, None]:
             yield cast(T, item)
             del item  # before the next one is waited for
     finally:
-        pool.shutdown(cancel_futures=True)
+        # The garbage collector may end an iterator in the thread of another, which may hold what this one waits for.
+        waits = not threading.current_thread().name.startswith(_THREAD)
+        pool.shutdown(wait=waits, cancel_futures=True)

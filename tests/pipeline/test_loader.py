@@ -244,6 +244,28 @@ def test_an_item_that_nobody_needs_is_freed_before_the_next_is_waited_for() -> N
     assert freed == [True]
 
 
+def test_an_iterator_that_ends_in_the_thread_of_another_is_not_waited_for() -> None:
+    """As when the garbage collector finds it there."""
+    goes_on, went_on = threading.Event(), []
+
+    def first() -> Iterator[int]:
+        went_on.append(goes_on.wait(2))
+        yield 1
+
+    one = prefetch(first(), 1)
+
+    def second() -> Iterator[int]:
+        one.close()
+        goes_on.set()
+        yield 2
+
+    assert list(prefetch(second(), 1)) == [2]
+    deadline = time.monotonic() + 10
+    while loader_threads() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert went_on == [True]
+
+
 def test_iterators_that_share_loader_and_transform_do_not_meet(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The threads of a GPU on a CPU, where a batch takes long to gather."""
     cpu, order = torch.device("cpu"), training_order(store)
