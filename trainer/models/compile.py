@@ -34,6 +34,7 @@ def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.devic
     mode = compile_mode(settings, device)
     if mode == "off":
         return model
+    torch.compiler.reset()  # the models of earlier trainings in this process count as variants of this one
     # torch runs further variants uncompiled. In torch 2.6 recompile_limit has this name only; it still is an alias.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, resolutions + 1)
     compiled: Any = torch.compile(model, dynamic=False, mode=None if mode == "default" else mode)

@@ -204,6 +204,22 @@ def test_a_resolution_is_compiled_once_with_static_shapes(recipe: Path, monkeypa
     assert len(marks) == steps, "each step may reuse the memory of the one before"
 
 
+def test_each_model_of_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[object] = []
+
+    def build(graph: torch.fx.GraphModule, examples: list[object]) -> object:
+        built.append(graph)
+        return graph.forward
+
+    whole = torch.compile
+    monkeypatch.setattr(compiled.torch, "compile", lambda model, **options: whole(model, backend=build, **options))
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 2)  # 8 by default
+    for width in range(1, 5):
+        network = torch.nn.Sequential(torch.nn.Linear(2, width))
+        compiled.compile_model(network, TrainerConfig(compile=True), CPU, 1)(torch.ones(3, 2))
+    assert len(built) == 4
+
+
 def test_compiling_automatically_is_for_gpus_with_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     automatic, asked = TrainerConfig(compile="auto"), TrainerConfig(compile="reduce-overhead")
