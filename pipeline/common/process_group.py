@@ -94,16 +94,13 @@ def report_errors_on_main() -> Iterator[None]:
         raise
 
 
-def keep_default_group() -> None:
-    """Keep torch's default process group until the process ends.
+def keep_groups(*groups: Any) -> None:
+    """Keep process groups of torch until the process ends.
 
     Before version 2.8, torch holds the GIL while it destroys a group and waits for the threads of the group. One of
     them may wait for the GIL, to release the tensors of the last operation. The process then hangs.
     """
-    import torch.distributed as dist
-
-    if dist.group.WORLD is not None:
-        _GROUPS.append(dist.group.WORLD)
+    _GROUPS.extend(groups)
 
 
 @contextmanager
@@ -116,7 +113,7 @@ def init_process_group() -> Iterator[ProcessGroup]:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    keep_default_group()
+    keep_groups(dist.group.WORLD)
     try:
         yield ProcessGroup(dist.get_rank(), size)
     finally:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.common.device import choose_device
-from pipeline.common.process_group import ProcessGroup, keep_default_group, report_errors_on_main
+from pipeline.common.process_group import ProcessGroup, keep_groups, report_errors_on_main
 from shards.errors import UserError
 from trainer.runtime.memory import keep_freed_memory
 from trainer.runtime.rendezvous import elastic_agent_store, rendezvous
@@ -72,10 +72,10 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
         store = rendezvous(store, rank, size, timeout)
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    keep_default_group()
     has_failed = True
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
+        keep_groups(dist.group.WORLD, control)
         yield World(rank, size, device, control=control)
         has_failed = False
     finally:

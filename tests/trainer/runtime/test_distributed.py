@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline.common import process_group
 from trainer.runtime import distributed
 from trainer.runtime.distributed import init_distributed
 
@@ -18,11 +19,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of what is called of `torch.distributed`, by rank 1 of 2."""
     found: list[str] = []
     for name in ("init_process_group", "new_group", "destroy_process_group"):
-        monkeypatch.setattr(dist, name, lambda *_, name=name, **__: found.append(name))
+        monkeypatch.setattr(dist, name, lambda *_, name=name, **__: found.append(name) or name)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr(distributed, "choose_device", lambda name, rank, size: torch.device(name, rank))
+    monkeypatch.setattr(process_group, "_GROUPS", [])
     monkeypatch.setattr(distributed, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for module, name in ((torch.backends, "cudnn"), (torch.backends.cuda, "matmul")):
@@ -40,5 +42,6 @@ def test_a_rank_that_fails_does_not_wait_for_the_ranks_that_wait_for_it(
         assert (world.rank, world.size, world.device) == (1, 2, torch.device(device, 1))
         if fails:
             raise RuntimeError
+    assert process_group._GROUPS[-1] == ("new_group" if device == "cuda" else None), "gloo's group is kept"
     groups = ["init_process_group", *(["new_group"] if device == "cuda" else [])]
     assert calls == groups + ([] if fails and device == "cuda" else ["destroy_process_group"])
