@@ -68,7 +68,8 @@ def missing_for_compilation() -> tuple[str, str] | None:
     if find_c_compiler() is None:
         return "no C compiler", "apt install gcc g++"
     header = Path(sysconfig.get_path("include"), "Python.h")
-    if sys.platform == "linux" and not header.exists():  # a package of its own in distributions
+    elsewhere = {"CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"} & os.environ.keys()  # a compiler searches them, too
+    if sys.platform == "linux" and not header.exists() and not elsewhere:  # a package of its own in distributions
         return f"no {header}", f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev"
     return None
 

@@ -244,6 +244,8 @@ def test_compiling_automatically_is_for_gpus_with_a_compiler(tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
         assert is_refused(str(tmp_path / "Python.h"), "-dev") and is_refused("Python.h", device=CPU)
+        patch.setenv("CPATH", "/elsewhere")
+        assert compile_mode(automatic, gpu) == "default"
     monkeypatch.setenv("PATH", "/nonexistent")
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
