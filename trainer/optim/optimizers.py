@@ -64,7 +64,9 @@ def _build(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[st
     name, lr, decay = settings.name, settings.lr, settings.weight_decay
     if name in ("adam", "adamw"):
         adam = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-        return adam(groups, lr, weight_decay=decay, **{"fused": True} | options)
+        optimizer = adam(groups, lr, weight_decay=decay, **{"fused": True} | options)
+        optimizer.register_load_state_dict_post_hook(_match_layouts)
+        return optimizer
     if name == "sgd":
         return _sgd(groups, settings, options)
     from trainer.optim import skippable  # the import of timm takes a second
@@ -92,4 +94,17 @@ def _sgd(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[str,
                 optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
     optimizer.register_step_pre_hook(create_momentum)
+    optimizer.register_load_state_dict_post_hook(_match_layouts)
     return optimizer
+
+
+def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Store moments in the memory format of their weights, which a resumed run may have changed (`channels_last`).
+
+    The fused kernels of a CPU go through both in the order of memory, without a check; those of a GPU refuse it.
+    """
+    for weight, values in optimizer.state.items():
+        for name, value in values.items():
+            is_moment = isinstance(value, torch.Tensor) and value.shape == weight.shape
+            if is_moment and value.stride() != weight.stride():
+                values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -135,6 +136,26 @@ def test_a_step_with_an_overflow_changes_nothing(name: str, skipped: tuple[int, 
     if name in ("adam", "adamw", "lion", "sgd"):  # the others count skipped steps
         for weight, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
             assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *OTHERS])
+def test_moments_continue_in_another_memory_format(name: str) -> None:
+    """As with another `trainer.channels_last` at a resume; fused kernels go through weights and moments in order."""
+    weights = [nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))]
+    settings = OptimConfig(name=name, lr=0.01)
+    optimizers = [make_optimizer(nn.ParameterList(weights), settings)]
+    gradients = torch.randn(3, 8, 4, 3, 3)
+    weights[0].grad = gradients[0].to(memory_format=torch.channels_last)
+    optimizers[0].step()
+    weights.append(nn.Parameter(weights[0].detach().clone(memory_format=torch.contiguous_format)))
+    optimizers.append(make_optimizer(nn.ParameterList(weights[1:]), settings))
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for gradient in gradients[1:]:
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = torch.empty_like(weight).copy_(gradient)
+            optimizer.step()
+    assert not weights[0].is_contiguous() and weights[1].is_contiguous()
+    torch.testing.assert_close(weights[1], weights[0])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
