@@ -52,9 +52,9 @@ def ablation_markdown(rows: Sequence[dict[str, Any]]) -> str:
     first = next(iter(recipe["records"].values()))
     seen = {record["images_seen"] for row in rows for record in row["records"].values()}
     equal = f"Each run sees {plural(first['images_seen'], 'image')}. " if len(seen) == 1 else ""
+    errors = "Mean ± standard error over seeds. " if any(len(row["records"]) > 1 for row in rows) else ""
     notes = (
-        f"{equal}Mean ± standard error over seeds. "
-        f"Gains are in points, between runs of the same seed.\n{format_machine(first['environment'])}."
+        f"{equal}{errors}Gains are in points, between runs of the same seed.\n{format_machine(first['environment'])}."
     )
     return f"{markdown_table(*tabulate(columns, rows))}\n\n{notes}"
 
@@ -88,14 +88,15 @@ def plot_gains(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panels[1].tick_params(axis="y", length=0, labelleft=False)
         panels[1].spines["left"].set_visible(False)
 
-    seeds = plural(len(recipe["records"]), "seed")
+    seeds = len(recipe["records"])
+    filled = f"mean of {seeds} seeds with standard error" if seeds > 1 else "one seed"
     Chart(
         draw,
         size=(9.6, 1.7 + 0.42 * max(1, len(others))),
         panels=[list(METRICS)],
         share_y=True,
-        title="Gain of each addition over the recipe at equal compute",
-        note=f"Filled: test split, mean of {seeds} with standard error. Hollow: validation split.",
+        title="Gain of each addition over the recipe",
+        note=f"Filled: test split, {filled}. Hollow: validation split.",
     ).write_png(path)
 
 
