@@ -125,6 +125,8 @@ class NonFiniteMonitor:
             self.on_read(step, loss, gradient)
             if self._bad_loss is None and not math.isfinite(loss):
                 self._bad_loss = step
+            if 0 < gradient < math.inf:  # an update, so an overflow before it was skipped and is not the cause
+                self._bad_loss = None
             # An overflow skips the update and halves the scale; below 1 the scale is not the cause.
             if not math.isfinite(gradient) and scale < 1:
                 self._stop(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -203,6 +204,25 @@ def test_an_overflow_in_fp16_skips_the_update_and_is_no_error(
     assert 2**8 <= saved["scaler"]["scale"] < 2**24
     assert saved["updates"] == 2 * 9, "a skipped update counts for the schedule"
     assert all(weight.isfinite().all() for weight in saved["model"].values())
+
+
+def test_an_overflow_that_was_skipped_is_not_named_for_a_later_gradient() -> None:
+    model, scale = torch.nn.Linear(2, 2), torch.tensor(4.0)
+    scaler = SimpleNamespace(is_enabled=lambda: True, scale=lambda value: value * scale)
+    trained = SimpleNamespace(model=model, scaler=scaler)
+    monitor = NonFiniteMonitor(SimpleNamespace(world=World(0, 1, torch.device("cpu")), state=trained))
+
+    def check(step: int, loss: float, gradient: float) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        monitor.check_batch(step, torch.tensor(loss), True)
+
+    check(0, math.inf, math.nan)  # skipped
+    scale.fill_(0.5)
+    check(1, 1.0, 1.0)
+    with pytest.raises(NonFiniteStep) as found:
+        check(2, 1.0, math.nan)
+    assert (found.value.step, found.value.what) == (2, "gradient")
 
 
 def test_a_gradient_that_is_not_finite_at_any_scale_is_an_error_in_fp16_too(
