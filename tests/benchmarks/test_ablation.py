@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,15 @@ import pytest
 import yaml
 from conftest import ROOT
 from PIL import Image
+from support.version_2 import downgrade
 
 from benchmarks import ablation
-from benchmarks.ablation import RECIPE, RunRecords, identity_of, read_plan
+from benchmarks.ablation import RECIPE, Ablation, RunRecords, identity_of, read_plan
 from benchmarks.common.charts import Chart
 from benchmarks.training.ablation_report import METRICS, ablation_markdown, find_outlier, gains, mean_and_error
 from benchmarks.training.frontier_report import plot_frontier
 from shards import UserError
+from shards.convert import upgrade
 from trainer.config.load import load
 
 SMALL = {
@@ -37,6 +40,21 @@ def write_plan(path: Path, additions: list[dict[str, Any]], recipe: dict[str, An
     base = str(ROOT / "configs" / "quickstart.yaml")
     path.write_text(yaml.safe_dump({"base": base, "recipe": recipe, "additions": additions}))
     return path
+
+
+def test_runs_are_found_after_an_upgrade_of_the_data(digits_set: Path, tmp_path: Path) -> None:
+    shards = downgrade(Path(shutil.copytree(digits_set, tmp_path / "set")))
+    plan = read_plan(write_plan(tmp_path / "ours.yaml", [], SMALL), [])
+    results = RunRecords(tmp_path / "ours.jsonl")
+
+    def measured() -> Ablation:
+        return Ablation(plan, shards, 1, results, tmp_path / "teachers")
+
+    before = measured()
+    settings = plan.variants[0].make_config(plan, 0, shards, before.teachers)
+    results.append({"variant": RECIPE, "seed": 0, "identity": identity_of(settings, before._data)})
+    upgrade(shards)
+    assert [list(row["records"]) for row in measured().rows()] == [[0]]
 
 
 def test_an_interrupted_ablation_resumes(

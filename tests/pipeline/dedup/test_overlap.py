@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import assert_user_error, pack_splits, run_module
 from numpy.typing import NDArray
+from support.version_2 import downgrade
 
 from pipeline.dedup.overlap import find_overlaps, remove_leaks
 from pipeline.packing.repack import concatenate, packed_splits
 from pipeline.readers.raw_split import RawSplit
 from shards import UserError, open_split
+from shards.convert import upgrade
 from shards.verify.check import check_hashes
 
 
@@ -98,6 +101,15 @@ def test_a_set_is_written_without_what_the_other_is_judged_by(sets: tuple[Path, 
     assert "0 train images are in test" in run_module("pipeline.dedup.overlap", out, theirs).stdout
     again = run_module("pipeline.dedup.overlap", theirs, ours, "--remove", out)
     assert_user_error(again, str(out), "--force")
+
+
+def test_a_set_is_not_written_again_after_an_upgrade_of_the_others(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    ours, theirs = (downgrade(Path(shutil.copytree(one, tmp_path / one.name))) for one in sets)
+    command = ("pipeline.dedup.overlap", ours, theirs, "--remove", tmp_path / "out")
+    for _ in range(2):
+        process = run_module(*command)  # other settings would be refused without --force
+        assert process.returncode == 0, process.stderr
+        upgrade(ours), upgrade(theirs)
 
 
 def test_a_set_that_would_be_empty_is_refused(sets: tuple[Path, Path], pixels: NDArray[np.uint8]) -> None:
