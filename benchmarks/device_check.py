@@ -38,7 +38,7 @@ _RESERVE_SECONDS = 5.0  # for the end of the last process
 
 
 def missing_backend(settings: Settings) -> str:
-    """Describe the backend of a case if it is not installed; empty if it is."""
+    """Return why the backend of a case cannot run, or an empty string."""
     try:
         choose_backend(settings.get("loader.backend", "auto"), "cuda", encoded=False)
     except UserError as error:

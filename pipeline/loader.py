@@ -27,7 +27,6 @@ T = TypeVar("T")
 
 _PREFETCH_BATCHES = 2  # batches prepared ahead for a GPU
 _LOADING = threading.Lock()
-_THREAD = "loader"  # prefix of the names of threads
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class Loader:
 
 @contextlib.contextmanager
 def _alone_in_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Enter a stream while no other iterator loads: several may share loader or transform, and each has a thread."""
+    """Enter a stream and hold the lock of the process: iterators in several threads may share a loader or transform."""
     with _LOADING, torch.cuda.stream(stream):
         yield
 
@@ -187,8 +186,8 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
 
 
 def _prefetch(iterator: Iterator[T], depth: int) -> Generator[T, None, None]:
-    end = object()
-    pool = ThreadPoolExecutor(1, thread_name_prefix=_THREAD)
+    end, owner = object(), threading.get_ident()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
     waiting = deque(pool.submit(next, iterator, end) for _ in range(depth + 1))
     try:
         yield cast(T, None)  # the thread is at work
@@ -197,6 +196,6 @@ def _prefetch(iterator: Iterator[T], depth: int) -> Generator[T, None, None]:
             yield cast(T, item)
             del item  # before the next one is waited for
     finally:
-        # The garbage collector may end an iterator in the thread of another, which may hold what this one waits for.
-        waits = not threading.current_thread().name.startswith(_THREAD)
-        pool.shutdown(wait=waits, cancel_futures=True)
+        # The garbage collector may close this iterator in any thread. The lock may be held for that thread, so waiting
+        # for the thread of this iterator could deadlock.
+        pool.shutdown(wait=threading.get_ident() == owner, cancel_futures=True)

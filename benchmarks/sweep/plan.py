@@ -52,7 +52,7 @@ class SweepConfig:
     Args:
         shards: Packed data set.
         dataset: Name of the data set.
-        data_identity: Identities of its splits.
+        data_identity: Concatenated `Manifest.identity()` of its splits.
         recipe: Training settings as nested values; each point overrides some of them.
         seconds: Training time of the runs of equal time.
         test_images: Number of test images to use, the first ones in packed (random) order; None for all.

@@ -134,7 +134,7 @@ class SamplesByClass:
         count, self.counts = len(samples), samples.counts
         sort = permutation if count <= _MAX_SORTED else IndexPermutation
         order = sort(count, seed, BALANCE_STREAM)
-        is_short = len(samples.labels) < 1 << 32  # the end of the last unit has to fit as well
+        is_short = len(samples.labels) < 1 << 32  # the sampler also converts the end, one past the last sample
         self.samples: NDArray[np.integer] = np.empty(count, np.uint32 if is_short else np.int64)
         place = np.cumsum(self.counts) - self.counts
         for start in range(0, count, _CHUNK):

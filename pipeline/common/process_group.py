@@ -80,16 +80,16 @@ def _call(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
 
 @contextmanager
 def report_errors_on_main() -> Iterator[None]:
-    """Print a `UserError` that all ranks raise only on rank 0.
+    """Let rank 0 alone print a `UserError` that all ranks raise.
 
-    torchrun ends all ranks when one fails. The other ranks therefore wait for 10 seconds. A rank that still runs then
-    prints the error: either only this rank has it, or the rank is on another host.
+    torchrun ends all ranks when one fails. The other ranks therefore wait for 10 seconds before they raise. A rank
+    that still runs then prints its error: either only this rank has it, or the rank is on another host.
     """
     try:
         yield
     except UserError:
         if os.environ.get("RANK", "0") != "0":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without a message
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun sends it; this rank ends silently
             time.sleep(_REPORT_SECONDS)
         raise
 

@@ -72,7 +72,7 @@ def remove_leaks(splits: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> t
 
 
 def _identity(directory: Path) -> str:
-    """Identify the samples of a packed data set."""
+    """Return the shortened identities of the required splits."""
     return "-".join(Manifest.read(directory / split).identity()[:12] for split in REQUIRED_SPLITS)
 
 

@@ -247,6 +247,8 @@ class DaliEncodedTransform(_DaliPipeline):
         for index, image in enumerate(inputs["images"]):
             try:
                 self._run(**{name: batch[index : index + 1] for name, batch in inputs.items()})
+            except torch.cuda.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 position = start + index
                 raise UndecodableImage(position, _describe_defect(image, self._spec.image_shape[2], error)) from None

@@ -13,7 +13,7 @@ from pipeline.common.device import to_device
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from pipeline.transforms.ops.auto_augment import AutoAugment
 from pipeline.transforms.ops.erasing import erase
-from pipeline.transforms.ops.matmul import exact
+from pipeline.transforms.ops.matmul import without_tf32
 from pipeline.transforms.ops.morphology import change_stroke_width
 from pipeline.transforms.ops.resized_crop import ResizedCrop
 from pipeline.transforms.spec import TransformSpec
@@ -76,8 +76,8 @@ class SharedOps:
     def apply_raw_ops(self, images: torch.Tensor, params: OpParams) -> torch.Tensor:
         """Apply preprocessing, TrivialAugment or RandAugment, stroke width and erasing; the input is not changed.
 
-        The result is bit-identical on all devices, except that a value of `crop_to_foreground` may differ by one: the
-        order of sums in a product of matrices is that of the library.
+        The result is bit-identical on all devices without `crop_to_foreground`. Its values may differ by one, because
+        the order of sums in a product of matrices is that of the library. Later operations may enlarge the difference.
 
         Args:
             images: uint8 [B, H, W, C], as stored. Returned as they are if there is nothing to do.
@@ -114,7 +114,7 @@ class SharedOps:
         if "color_maps" not in params:
             return pixels
         maps, channels = params["color_maps"], pixels.shape[1]
-        flat = exact(torch.baddbmm, maps[:, :, channels:], maps[:, :, :channels], pixels.flatten(2))
+        flat = without_tf32(torch.baddbmm, maps[:, :, channels:], maps[:, :, :channels], pixels.flatten(2))
         return flat.view(pixels.shape)
 
     def apply_warp(self, pixels: torch.Tensor, params: OpParams) -> torch.Tensor:

@@ -25,7 +25,7 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
         state: Contents of the checkpoint.
         config: Settings to resume with; those in `checkpoint.resume_allow_changes` may differ.
         classes: Class names of the data.
-        data_identity: Identities of the splits of the data.
+        data_identity: Concatenated `Manifest.identity()` of the splits.
         path: The checkpoint, for messages.
 
     Raises:

@@ -32,7 +32,7 @@ class TrainedModel:
     config: Config
     classes: tuple[str, ...]
     data_identity: str
-    """Identities of the splits of the data set of the run."""
+    """The concatenated `Manifest.identity()` of the splits of the run's data set."""
     image_shape: tuple[int | None, int | None, int]
     """Height, width and channels of a raw image; None for image files of any size."""
     mean: tuple[float, ...]

@@ -303,7 +303,8 @@ class TrainerConfig(BaseConfig):
     channels_last: bool = True
     """Use the channels-last (NHWC) memory format."""
     compile: Annotated[CompileMode, _from_bool("default")] = "off"
-    """Mode of torch.compile; the first steps take minutes. auto is default on a GPU that Triton supports, else off."""
+    """Mode of torch.compile; the first steps take minutes. auto is default on a GPU if C compiler,
+    headers of Python and Triton are present, else off."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the exponential moving average (EMA) of the weights; with it, the averaged weights are evaluated and
     saved as
@@ -312,8 +313,8 @@ class TrainerConfig(BaseConfig):
     """Validation metric that selects the best epoch, also watched by trainer.patience and schedule.name=plateau; loss
     is the cross-entropy, which is minimized."""
     test_time_augmentation: Literal["none", "flip", "shifts", "shifts_flip", "shifts_scales"] = "none"
-    """Average the probabilities over views of each image: flip is the image and its mirror image, shifts are 5 shifted
-    views, shifts_flip these and their mirror images, shifts_scales 7 shifted and resized views."""
+    """Average the probabilities over views of each image: flip is the image and its mirror image, shifts the image and
+    4 shifted copies, shifts_flip these 5 and their mirror images, shifts_scales these 5 and 2 resized copies."""
     profile: bool = False
     """Measure the time of each phase of a step; printed at the end and written to profile.json."""
     trace: bool | tuple[StepNumber, StepNumber] = False

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+VIEWS = {"none": 1, "flip": 2, "shifts": 5, "shifts_flip": 10, "shifts_scales": 7}
+"""Number of views by `trainer.test_time_augmentation`."""
 _SHIFT = 1 / 28  # of the side: one pixel of an EMNIST image
 _SCALE = 1.06
 
@@ -18,9 +20,10 @@ def mean_logits(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Ten
     Args:
         model: From images to logits [B, C].
         images: float32 [B, channels, H, W].
-        views: `none` for the image itself. `shifts` adds four copies, shifted by 1/28 of the side in each direction.
-            `shifts_scales` adds two more, resized by 1.06 and 1/1.06. The edge is repeated. `flip` adds the mirror
-            image, and `shifts_flip` that of each shifted view. A mirror image of a character has another meaning.
+        views: `none` is the image itself, `flip` the image and its mirror image. `shifts` is the image and four copies,
+            shifted by 1/28 of the side in each direction. `shifts_flip` is these five and their mirror images,
+            `shifts_scales` these five and two copies, resized by 1.06 and 1/1.06. The edge is repeated. Flips do not
+            suit characters: they change the class.
 
     Returns:
         float32 [B, C].

@@ -20,6 +20,7 @@ from shards.atomic import read_file
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.config.schema import BUILTIN_MODELS
 from trainer.evaluate.metrics import most_confused
+from trainer.evaluate.tta import VIEWS
 from trainer.export.parity import TOLERANCE, Parity, Reference
 from trainer.models.factory import pretrained_license, timm_options
 from trainer.report.html import render
@@ -75,6 +76,7 @@ class Card:
             Path(__file__).parent,
             card=self,
             sha256=hashlib.sha256(self.content).hexdigest(),
+            views=VIEWS[self.run.config.trainer.test_time_augmentation],
             meta=self.metadata,
             size=input_size(self.metadata["resolution"]),
             upright_size=tuple(shape[1::-1] if self.test.transposed else shape[:2]),

@@ -80,7 +80,7 @@ class NonFiniteMonitor:
         if is_last_microbatch:
             row[1] = self._gradient_norm()
         else:
-            row[1].zero_()  # torch 2.14 copies the number of `row[1] = 0.0` from the CPU, and waits
+            row[1].zero_()  # before torch 2.15, `row[1] = 0.0` copies from the CPU and waits
         scaler = self._training.state.scaler
         if scaler.is_enabled():
             row[2] = scaler.scale(torch.ones_like(row[1]))

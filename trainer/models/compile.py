@@ -29,7 +29,7 @@ def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.devic
         resolutions: Number of different resolutions of its input.
 
     Raises:
-        UserError: torch.compile lacks something on this machine.
+        UserError: torch.compile cannot run on this machine.
     """
     mode = compile_mode(settings, device)
     if mode == "off":
@@ -57,7 +57,7 @@ def compile_mode(settings: TrainerConfig, device: torch.device) -> str:
         return "off"
     raise UserError(
         found=f"trainer.compile={asked}, but {found} on this machine",
-        expected="a C compiler, the headers of Python and, on a GPU, Triton, by which torch.compile builds kernels",
+        expected="a C compiler and the headers of Python; on a GPU also Triton and compute capability 7.0 or higher",
         hint=f"{hint}, or trainer.compile=off",
     )
 

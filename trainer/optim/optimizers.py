@@ -99,9 +99,10 @@ def _sgd(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[str,
 
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Store moments in the memory format of their weights, which a resumed run may have changed (`channels_last`).
+    """Store moments in the memory format of their weights.
 
-    The fused kernels of a CPU go through both in the order of memory, without a check; those of a GPU refuse it.
+    A resumed run may have another `trainer.channels_last`. Fused kernels of a CPU read weights and moments in the order
+    of memory, without a check. Those of a GPU refuse different formats.
     """
     for weight, values in optimizer.state.items():
         for name, value in values.items():

@@ -228,10 +228,10 @@ def main() -> int:
         with init_distributed(arguments.device) as world:
             store = open_store(directory)
             predictions = predict(trained, store, world)
-        unlabelled, identity = packed_split(store, directory), store.manifest.identity()
+        unlabelled, source = packed_split(store, directory), store.manifest.identity()
     else:
         unlabelled, predictions = predict_files(arguments.run, arguments.images, arguments.device, transposed)
-        identity = f"{image_digests(unlabelled).sum():016x}"
+        source = f"{image_digests(unlabelled).sum():016x}"
     pseudo = predictions.above(arguments.confidence)
     counts = np.bincount(pseudo.labels, minlength=len(trained.classes))
     print(
@@ -248,7 +248,7 @@ def main() -> int:
         print(f"labels written to {arguments.csv}")
     if target is not None:
         options = {
-            "pseudo_labelled": identity[:12],
+            "pseudo_labelled": source[:12],
             "confidence": arguments.confidence,
             "predictions": len(pseudo.labels),
             "run": str(arguments.run),

@@ -42,7 +42,9 @@ class World(ProcessGroup):
 
 @contextmanager
 def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[World]:
-    """Initialize the process group of torchrun's processes (or a single process), and destroy it at the end.
+    """Initialize the process group of torchrun's processes, or a single process.
+
+    It is destroyed at the end, except after an error on GPUs.
 
     Args:
         device_name: `auto`, `cpu` or `cuda`. NCCL reduces gradients between GPUs, gloo between CPUs.
@@ -72,15 +74,17 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
         store = rendezvous(store, rank, size, timeout)
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    keep_groups(dist.group.WORLD)
     has_failed = True
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
-        keep_groups(dist.group.WORLD, control)
+        if on_gpu:
+            keep_groups(control)
         yield World(rank, size, device, control=control)
         has_failed = False
     finally:
-        # NCCL destroys a group when all ranks ask for it. After an error, the others may wait for a collective of this
-        # rank until their timeout, so its process ends without. torchrun then ends the others.
+        # NCCL destroys a group only when all ranks call destroy_process_group. After an error, the other ranks may wait
+        # in a collective until the timeout. This rank exits without the call, and torchrun then ends the others.
         if not (on_gpu and has_failed):
             dist.destroy_process_group()
 

@@ -64,7 +64,7 @@ def find_c_compiler() -> str | None:
 
 
 def missing_for_compilation() -> tuple[str, str] | None:
-    """Return what torch.compile lacks on this machine, and the command that installs it; None if it lacks nothing."""
+    """Return what is missing of C compiler and Python.h, and the command that installs it; None if nothing is."""
     if find_c_compiler() is None:
         return "no C compiler", "apt install gcc g++"
     header = Path(sysconfig.get_path("include"), "Python.h")

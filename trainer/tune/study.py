@@ -152,7 +152,7 @@ class SharedStudy:
     def check_data(self, identity: str) -> None:
         """Raise `UserError` for data that differ from those of the trials before."""
         with self.exclusive():
-            self._check_same("data", {"digest": identity})
+            self._check_same("data", {"digest": identity})  # the key in studies on disk
 
     @contextmanager
     def next_trial(self) -> Iterator[RunningTrial | None]:

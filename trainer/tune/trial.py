@@ -172,5 +172,5 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
     del training, data
     gc.collect()
     if settings.trainer.compile != "off":
-        torch.compiler.reset()  # compiled code of deleted models counts towards the recompile limit
+        torch.compiler.reset()  # frees what compiled code of deleted models holds, before data is placed on a GPU
     return summary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.transforms.ops.matmul import exact
+from pipeline.transforms.ops.matmul import without_tf32
 from pipeline.transforms.ops.morphology import morphological_opening
 
 
@@ -105,7 +105,7 @@ def crop_to_foreground(images: torch.Tensor, margin: float, opening_radius: int 
         first = torch.where(has_foreground, start + (length - side) / 2, torch.zeros_like(side))
         weights.append(_crop_weights(first, torch.where(has_foreground, side, torch.full_like(side, size)), size))
     planes = images.permute(0, 3, 1, 2).float()  # [B, C, H, W]
-    crops = exact(torch.matmul, exact(torch.matmul, weights[0][:, None], planes), weights[1][:, None].mT)
+    crops = without_tf32(torch.matmul, without_tf32(torch.matmul, weights[0][:, None], planes), weights[1][:, None].mT)
     return crops.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -120,7 +120,9 @@ def _extent(lines: torch.Tensor, has_foreground: torch.Tensor) -> tuple[torch.Te
 def _crop_weights(first: torch.Tensor, side: torch.Tensor, size: int) -> torch.Tensor:
     """Matrices float32 [B, L, L] that resize the section of an axis from `first`, of length `side`, to L pixels."""
     pixels = torch.arange(size, device=first.device, dtype=torch.float32)
-    lengths = torch.full_like(side, size)  # a tensor: GPUs multiply by the reciprocal of a number
+    lengths = torch.full_like(
+        side, size
+    )  # a tensor: CUDA multiplies by the reciprocal of a number, which rounds otherwise
     positions = first[:, None] + (pixels + 0.5) * side[:, None] / lengths[:, None] - 0.5  # [B, L]
     positions = positions.clamp(0, size - 1)
     return (1 - (positions[:, :, None] - pixels).abs()).clamp_min_(0)

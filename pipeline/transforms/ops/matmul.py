@@ -18,15 +18,15 @@ def exact_matmul(first: torch.Tensor, second: torch.Tensor, *, out: torch.Tensor
     return torch.matmul(first, second, out=out)
 
 
-def exact(product: Callable[..., torch.Tensor], *factors: torch.Tensor) -> torch.Tensor:
-    """Compute another product of float32 tensors, such as `torch.baddbmm`, as `exact_matmul` does."""
+def without_tf32(product: Callable[..., torch.Tensor], *factors: torch.Tensor) -> torch.Tensor:
+    """Call a product of float32 tensors, such as `torch.baddbmm`, in float64 where TensorFloat-32 is allowed."""
     if factors[0].is_cuda and _allows_tf32():
         return product(*(factor.double() for factor in factors)).float()
     return product(*factors)
 
 
 def _allows_tf32() -> bool:
-    # torch 2.9 and later refuse to tell the common setting after that of the backend was set; earlier ones have no
-    # such setting.
+    # From torch 2.9 on, get_float32_matmul_precision raises if fp32_precision of the backend was set. Earlier versions
+    # do not have fp32_precision.
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
     return precision not in ("none", "ieee", "highest")

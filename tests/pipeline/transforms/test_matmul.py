@@ -9,7 +9,7 @@ import torch
 from support.gpu_arithmetic import Products
 from support.simulated_gpu import GPU, simulated_gpu
 
-from pipeline.transforms.ops.matmul import exact, exact_matmul
+from pipeline.transforms.ops.matmul import exact_matmul, without_tf32
 
 
 @pytest.fixture(params=["common setting", "setting of the backend"])
@@ -31,10 +31,10 @@ def test_no_product_is_in_tf32(tf32: None, shapes: tuple[tuple[int, ...], tuple[
         out = torch.empty(*shapes[0][:-1], shapes[1][-1], device=GPU)
         with Products() as products:
             assert exact_matmul(*factors, out=out) is out
-            assert exact(torch.matmul, *factors).dtype == torch.float32
+            assert without_tf32(torch.matmul, *factors).dtype == torch.float32
             torch.set_float32_matmul_precision("highest")
             exact_matmul(*factors, out=out)
-            exact(torch.matmul, *factors)
+            without_tf32(torch.matmul, *factors)
     assert products.dtypes == [torch.float64] * 2 + [torch.float32] * 2
 
 
@@ -44,4 +44,4 @@ def test_products_of_a_gpu_are_exact(tf32: None) -> None:
     expected = torch.matmul(*(factor.double() for factor in factors))
     out = exact_matmul(*factors, out=torch.empty(8, 1, 28, 112, device="cuda"))
     assert float((out - expected).abs().max()) < 1e-5
-    assert float((exact(torch.matmul, *factors) - expected).abs().max()) < 1e-5
+    assert float((without_tf32(torch.matmul, *factors) - expected).abs().max()) < 1e-5

@@ -7,6 +7,7 @@ import re
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from shards import open_split
 from trainer.checkpoint.trained_model import load_trained_model
+from trainer.config.schema import TrainerConfig
 from trainer.evaluate import calibration, evaluator
 from trainer.evaluate.calibration import calibration_error, fit_temperature, reliability
 from trainer.evaluate.evaluator import evaluate_run
-from trainer.evaluate.tta import mean_logits
+from trainer.evaluate.tta import VIEWS, mean_logits
 from trainer.loop import engine
 from trainer.run import main as run_main
 from trainer.runtime.distributed import World
@@ -190,6 +192,15 @@ def test_each_view_is_followed_by_its_mirror_image(views: str, moved: int, layou
     seen.clear()
     mean_logits(model, images, "shifts")
     assert all(torch.equal(mirror.flip(-1), view) for mirror, view in zip(mirrored, seen, strict=False))
+
+
+def test_the_number_of_views_is_known_for_every_setting() -> None:
+    settings = get_args(TrainerConfig.model_fields["test_time_augmentation"].annotation)
+    assert set(VIEWS) == set(settings)
+    for views in settings:
+        seen: list[torch.Tensor] = []
+        mean_logits(lambda images, seen=seen: seen.append(images) or images.flatten(1), torch.zeros(1, 1, 8, 8), views)
+        assert len(seen) == VIEWS[views], views
 
 
 @pytest.fixture(scope="module")
