@@ -27,6 +27,7 @@ from shards import UserError, open_split
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config.schema import ModelConfig
 from trainer.evaluate.logit_adjustment import ProbabilityHead
+from trainer.evaluate.tta import VIEWS
 from trainer.export import formats as export_formats
 from trainer.export.export import export
 from trainer.export.export import main as export_main
@@ -144,6 +145,9 @@ def test_the_cards_code_runs_as_written(which: str, request: pytest.FixtureReque
         code = f"{head}os.chdir({str(target.parent)!r})\n{code_of(card)}\nnp.save({str(out)!r}, {ask})"
         run_code(code, run, without_us=form == "torch-export")
         assert hashlib.sha256(target.read_bytes()).hexdigest() in card.read_text()
+        views = config.trainer.test_time_augmentation
+        is_stated = form == "torch-export" and views != "none"
+        assert (f"{VIEWS[views]} views of each image" in card.read_text()) == is_stated
     np.testing.assert_allclose(np.load(run / "torch-export.npy").max(axis=1), recorded(run, store.rows[:5]), atol=2e-5)
     if plain:
         np.testing.assert_allclose(
