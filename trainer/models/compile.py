@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from typing import Any
 
@@ -15,8 +14,6 @@ from trainer.config.schema import TrainerConfig
 from trainer.runtime.env_info import missing_for_compilation
 
 log = logging.getLogger(__name__)
-
-_TRITON_CAPABILITY = (7, 0)  # the lowest compute capability of a GPU
 
 
 def compile_model(model: nn.Module, settings: TrainerConfig, device: torch.device, resolutions: int) -> nn.Module:
@@ -48,7 +45,7 @@ def compile_mode(settings: TrainerConfig, device: torch.device) -> str:
     asked = settings.compile
     if asked == "off" or (asked == "auto" and device.type != "cuda"):
         return "off"
-    missing = missing_for_compilation() or (_missing_for_gpu(device) if device.type == "cuda" else None)
+    missing = missing_for_compilation(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
     if missing is None:
         return "default" if asked == "auto" else asked
     found, hint = missing
@@ -60,13 +57,3 @@ def compile_mode(settings: TrainerConfig, device: torch.device) -> str:
         expected="a C compiler and the headers of Python; on a GPU also Triton and compute capability 7.0 or higher",
         hint=f"{hint}, or trainer.compile=off",
     )
-
-
-def _missing_for_gpu(device: torch.device) -> tuple[str, str] | None:
-    """Return what torch.compile lacks for a GPU, as `missing_for_compilation`."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _TRITON_CAPABILITY:
-        return "a GPU of compute capability {}.{}, below 7.0".format(*capability), "use another GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "no package triton", "pip install triton"
-    return None

@@ -25,13 +25,17 @@ def make_optimizer(model: torch.nn.Module, settings: OptimConfig) -> torch.optim
     try:
         if options:
             _try_step(settings, options, next(model.parameters()).device)
-        return _build(_param_groups(model, settings, fallback), settings, options)
+        optimizer = _build(_param_groups(model, settings, fallback), settings, options)
     except (TypeError, ValueError, AssertionError, ImportError, LookupError, RuntimeError) as error:
         raise UserError(
             found=f"optim.name={settings.name} optim.options={settings.options}, which raises: {first_line(error)}",
             expected="arguments that the optimizer takes",
             hint="change optim.options or optim.name",
         ) from None
+    # timm's Lookahead has no hooks of its own and loads its state into the optimizer that it wraps.
+    holder: torch.optim.Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
+    holder.register_load_state_dict_post_hook(_match_layouts)
+    return optimizer
 
 
 def _try_step(settings: OptimConfig, options: dict[str, Any], device: torch.device) -> None:
@@ -64,9 +68,7 @@ def _build(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[st
     name, lr, decay = settings.name, settings.lr, settings.weight_decay
     if name in ("adam", "adamw"):
         adam = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-        optimizer = adam(groups, lr, weight_decay=decay, **{"fused": True} | options)
-        optimizer.register_load_state_dict_post_hook(_match_layouts)
-        return optimizer
+        return adam(groups, lr, weight_decay=decay, **{"fused": True} | options)
     if name == "sgd":
         return _sgd(groups, settings, options)
     from trainer.optim import skippable  # the import of timm takes a second
@@ -94,7 +96,6 @@ def _sgd(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[str,
                 optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
     optimizer.register_step_pre_hook(create_momentum)
-    optimizer.register_load_state_dict_post_hook(_match_layouts)
     return optimizer
 
 

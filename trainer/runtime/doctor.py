@@ -67,7 +67,6 @@ def diagnose() -> list[Finding]:
     findings = [
         *_guarded("inkstream", _check_version),
         *_guarded("packages", _check_packages),
-        *_guarded("compiler", _check_compiler),
         *_guarded("cores", _check_cores),
         *_guarded("memory", _check_memory),
         *_guarded("disk", _check_disk),
@@ -77,11 +76,13 @@ def diagnose() -> list[Finding]:
     driver = query.result(_DRIVER_SECONDS - (time.monotonic() - start))
     torch_findings = list(_guarded("torch", lambda: _check_torch(driver)))
     on_gpu = bool(driver.gpus) and not _hides_gpus() and [one.status for one in torch_findings] == ["ok"]
+    capability = next((gpu.capability for gpu in driver.gpus), None) if on_gpu else None
     findings[2:2] = [
         *_guarded("GPU", lambda: _check_gpus(driver)),
         *torch_findings,
         *_guarded("DALI", lambda: _check_dali(driver)),
         *_guarded("backend", lambda: _check_backend("cuda" if on_gpu else "cpu")),
+        *_guarded("compiler", lambda: _check_compiler(capability)),
     ]
     return findings
 
@@ -256,12 +257,12 @@ def _check_backend(device_type: str) -> Iterator[Finding]:
     yield Finding("ok", "backend", f"{backend} ({reason}); {of_files} for image files")
 
 
-def _check_compiler() -> Iterator[Finding]:
+def _check_compiler(capability: tuple[int, int] | None) -> Iterator[Finding]:
     from trainer.runtime.env_info import find_c_compiler, missing_for_compilation
 
-    if missing := missing_for_compilation():
+    if missing := missing_for_compilation(capability):
         found, fix = missing
-        yield Finding("warning", "compiler", f"{found}: models are not compiled (trainer.compile)", f"sudo {fix}")
+        yield Finding("warning", "compiler", f"{found}: models are not compiled (trainer.compile)", fix)
     else:
         yield Finding("ok", "compiler", str(find_c_compiler()))
 

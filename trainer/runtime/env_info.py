@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # the functions that `inkstream doctor` calls do without torc
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("inkstream", "torch", "nvidia-dali-cuda120", "timm", "numpy", "torchvision")
 _COMPILERS = ("cc", "gcc", "clang", "cl")
+_TRITON_CAPABILITY = (7, 0)  # the lowest compute capability of a GPU
 
 
 def collect_env_info(device: torch.device) -> dict[str, Any]:
@@ -63,15 +65,28 @@ def find_c_compiler() -> str | None:
     return os.environ.get("CXX") or os.environ.get("CC") or next(filter(None, map(shutil.which, _COMPILERS)), None)
 
 
-def missing_for_compilation() -> tuple[str, str] | None:
-    """Return what is missing of C compiler and Python.h, and the command that installs it; None if nothing is."""
+def missing_for_compilation(capability: tuple[int, int] | None = None) -> tuple[str, str] | None:
+    """Return what torch.compile lacks on this machine and how to get it; None if it lacks nothing.
+
+    Args:
+        capability: Compute capability of the GPU, whose kernels Triton compiles; None for a CPU.
+    """
     if find_c_compiler() is None:
-        return "no C compiler", "apt install gcc g++"
+        return "no C compiler", f"{_apt_install()} gcc g++"
     header = Path(sysconfig.get_path("include"), "Python.h")
     elsewhere = {"CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"} & os.environ.keys()  # a compiler searches them, too
     if sys.platform == "linux" and not header.exists() and not elsewhere:  # a package of its own in distributions
-        return f"no {header}", f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev"
+        return f"no {header}", f"{_apt_install()} python{sys.version_info[0]}.{sys.version_info[1]}-dev"
+    if capability is not None and capability < _TRITON_CAPABILITY:
+        return "a GPU of compute capability {}.{}, below 7.0".format(*capability), "use another GPU"
+    if capability is not None and importlib.util.find_spec("triton") is None:
+        return "no package triton", "python -m pip install triton"
     return None
+
+
+def _apt_install() -> str:
+    # A container has no sudo and needs none.
+    return "apt install" if hasattr(os, "geteuid") and os.geteuid() == 0 else "sudo apt install"
 
 
 def git_revision() -> str | None:

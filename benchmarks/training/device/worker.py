@@ -40,7 +40,7 @@ from trainer.loop.train import train
 from trainer.models.auto import resolve_auto
 from trainer.models.compile import compile_mode
 from trainer.runtime.distributed import World, init_distributed
-from trainer.runtime.env_info import find_c_compiler
+from trainer.runtime.env_info import find_c_compiler, missing_for_compilation
 
 Record = dict[str, Any]
 
@@ -113,7 +113,9 @@ class DeviceWorker:
             for name, host in (("pinned", pageable.pin_memory()), ("pageable", pageable)):
                 record[f"{name}_to_device_gb_per_second"] = 1e-9 * (size // 8) / fastest(partial(copy, host))
         record["launch_microseconds"] = 1e4 * fastest(lambda: [small.add_(1) for _ in range(100)])
-        record |= {"c_compiler": find_c_compiler(), "threads": torch.get_num_threads()}
+        missing = missing_for_compilation(torch.cuda.get_device_capability() if self._on_gpu else None)
+        record |= {"c_compiler": find_c_compiler(), "missing_for_compilation": missing and missing[0]}
+        record["threads"] = torch.get_num_threads()
         record |= {"cudnn": torch.backends.cudnn.version(), "tf32_matmul": torch.backends.cuda.matmul.allow_tf32}
         return [record]
 
@@ -312,7 +314,7 @@ class DeviceWorker:
             return open_data(self._config(settings), self._world)
 
     def _make_training(self, settings: Settings) -> Training:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         data = self._open(settings)
         training = make_training(resolve_auto(self._config(settings), self._world.device), data, self._world)
         training.forward.train()

@@ -28,7 +28,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return graph.forward
 
     whole = torch.compile
-    monkeypatch.setattr(model_compile, "missing_for_compilation", lambda: None)
+    monkeypatch.setattr(model_compile, "missing_for_compilation", lambda _: None)
     monkeypatch.setattr(
         model_compile.torch,
         "compile",

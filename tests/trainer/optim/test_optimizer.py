@@ -138,11 +138,14 @@ def test_a_step_with_an_overflow_changes_nothing(name: str, skipped: tuple[int, 
             assert torch.equal(weight, expected)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *OTHERS])
-def test_moments_continue_in_another_memory_format(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in [*OPTIMIZERS, *OTHERS]), ("nesterov", {"fused": True}), ("lookahead_adamw", {})],
+)
+def test_moments_continue_in_another_memory_format(name: str, options: dict[str, Any]) -> None:
     """As with another `trainer.channels_last` at a resume; fused kernels go through weights and moments in order."""
     weights = [nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))]
-    settings = OptimConfig(name=name, lr=0.01)
+    settings = OptimConfig(name=name, lr=0.01, options=options)
     optimizers = [make_optimizer(nn.ParameterList(weights), settings)]
     gradients = torch.randn(3, 8, 4, 3, 3)
     weights[0].grad = gradients[0].to(memory_format=torch.channels_last)

@@ -106,6 +106,22 @@ def test_a_gpu_is_described_and_decides_the_backend(monkeypatch: pytest.MonkeyPa
     assert found["backend"][0].text.startswith("dali (")
 
 
+def test_what_compilation_for_the_gpu_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_torch(monkeypatch, "2.11.0+cu126", "12.6")
+    pascal = H200._replace(gpus=(Gpu("Tesla P100", 1, 1, (6, 0)),))
+    (too_old,) = diagnose(monkeypatch, pascal)["compiler"]
+    assert (too_old.status, too_old.fix) == ("warning", "use another GPU")
+    assert too_old.text == "a GPU of compute capability 6.0, below 7.0: models are not compiled (trainer.compile)"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert diagnose(monkeypatch, pascal)["compiler"][0].status == "ok"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else real(name))
+    (without_triton,) = diagnose(monkeypatch, H200)["compiler"]
+    assert (without_triton.status, without_triton.fix) == ("warning", "python -m pip install triton")
+    assert without_triton.text.startswith("no package triton")
+
+
 @pytest.mark.parametrize(
     ("cuda", "driver", "problem", "index"),
     [

@@ -213,10 +213,10 @@ def test_each_model_of_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
 
     whole = torch.compile
     monkeypatch.setattr(compiled.torch, "compile", lambda model, **options: whole(model, backend=build, **options))
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 2)  # 8 by default
-    for width in range(1, 5):
-        network = torch.nn.Sequential(torch.nn.Linear(2, width))
-        compiled.compile_model(network, TrainerConfig(compile=True), CPU, 1)(torch.ones(3, 2))
+    with torch._dynamo.config.patch(cache_size_limit=2):  # 8 by default
+        for width in range(1, 5):
+            network = torch.nn.Sequential(torch.nn.Linear(2, width))
+            compiled.compile_model(network, TrainerConfig(compile=True), CPU, 1)(torch.ones(3, 2))
     assert len(built) == 4
 
 
@@ -249,7 +249,9 @@ def test_compiling_automatically_is_for_gpus_with_a_compiler(tmp_path: Path, mon
     monkeypatch.setenv("PATH", "/nonexistent")
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    assert is_refused("no C compiler", "apt install gcc g++")
+    for user, command in ((0, "hint: apt install gcc g++"), (1000, "hint: sudo apt install gcc g++")):
+        monkeypatch.setattr("os.geteuid", lambda user=user: user)
+        assert is_refused("no C compiler", command)
 
 
 def test_cuda_graphs_are_not_for_accumulated_gradients() -> None:
