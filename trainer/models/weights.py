@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from shards.atomic import check_zip
-from shards.errors import UserError, errors_as_corrupt, first_line
+from shards.errors import UserError, errors_as_corrupt, first_line, quote
 
 log = logging.getLogger(__name__)
 
 # Keys under which training scripts store a state dict; the first one counts, averaged weights before others.
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "net", "weights")
 _WRAPPERS = {"module", "_orig_mod"}  # of DistributedDataParallel and torch.compile
+_BEST = "checkpoints/best.pt"  # in a run directory
 _SHOWN = 4  # tensors that a message names
 
 StateDict = dict[str, torch.Tensor]
@@ -88,6 +89,12 @@ class _Ignored:
 
 def _read(path: Path) -> tuple[StateDict, Sequence[str]]:
     """Read a file; returns its state dict and, of a checkpoint of a run, the class names."""
+    if (best := path / _BEST).is_file():
+        raise UserError(
+            found=f"model.init_checkpoint={path}, a run directory",
+            expected="a file of weights",
+            hint=quote(f"model.init_checkpoint={best}"),
+        )
     try:
         if path.exists() and not path.is_file():
             raise ValueError("not a regular file")
@@ -109,6 +116,12 @@ def _read(path: Path) -> tuple[StateDict, Sequence[str]]:
             hint="save the weights again: torch.save(model.state_dict(), FILE)",
         ) from None
     is_checkpoint = isinstance(content, dict) and {"model", "classes"} <= content.keys()
+    if is_checkpoint and content.get("members"):
+        raise UserError(
+            found=f"{path}, an ensemble of {len(content['members'])} networks",
+            expected="the weights of one network (model.init_checkpoint)",
+            hint=f"name best.pt of one of its runs, or set {quote(f'distillation.teacher={path}')}",
+        )
     state: Any = content["model"] if is_checkpoint else content
     while isinstance(state, dict) and not _is_state_dict(state):
         state = next((state[name] for name in _CONTAINERS if isinstance(state.get(name), dict)), None)

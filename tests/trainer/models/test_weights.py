@@ -195,3 +195,15 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any, ex
     with pytest.raises(UserError, match=expected) as caught:
         load_weights(nn.Linear(2, 2), path)
     assert "torch.save(model.state_dict(), FILE)" in caught.value.hint
+
+
+def test_a_run_directory_and_an_ensemble_are_refused_with_what_to_name(tmp_path: Path) -> None:
+    best = tmp_path / "checkpoints" / "best.pt"
+    best.parent.mkdir()
+    torch.save({"model": {}, "classes": ["a", "b"], "members": [{}, {}]}, best)
+    with pytest.raises(UserError, match="a run directory") as caught:
+        load_weights(nn.Linear(2, 2), tmp_path)
+    assert caught.value.hint == f"model.init_checkpoint={best}"
+    with pytest.raises(UserError, match="an ensemble of 2 networks") as caught:
+        load_weights(nn.Linear(2, 2), best)
+    assert caught.value.hint.endswith(f"distillation.teacher={best}")
