@@ -79,9 +79,15 @@ class RunDirectory:
             text = read_file(self.config, MAX_YAML_BYTES).decode()
         return text, validate(read_yaml(self.config, [], self.config), str(self.config))
 
+    def has_only_weights(self) -> bool:
+        """Whether there are weights but no checkpoint to resume, as in an ensemble and in a run that was pulled."""
+        return self.best.exists() and not checkpoint.has_checkpoint(self.checkpoints)
+
     @property
     def hint(self) -> str:
         """How the results of a run are computed again from its checkpoints."""
+        if self.has_only_weights():
+            return "pull the run again, or combine the runs again"
         summary, settings, run = map(quote, (self.summary_path, self.config, f"run.dir={self.path}"))
         return f"rm -rf {summary}; python -m trainer.run {settings} resume=auto {run}"
 
@@ -97,7 +103,8 @@ def choose_run_dir(config: Config, earlier: Path | None = None) -> tuple[RunDire
         The directory, and whether it holds a checkpoint to resume.
 
     Raises:
-        UserError: `run.dir` holds a run and `resume` is not `auto`, or it holds something else.
+        UserError: `run.dir` holds a run and `resume` is not `auto`, weights that a new run would replace, or something
+            else.
     """
     resume = config.resume == "auto"
     path = earlier or config.run.dir
@@ -115,6 +122,13 @@ def choose_run_dir(config: Config, earlier: Path | None = None) -> tuple[RunDire
                 found=f"run.dir={path}, which exists and is no run",
                 expected="a new or empty directory",
                 hint="choose another run.dir",
+            )
+        if directory.has_only_weights():
+            raise UserError(
+                found=f"run.dir={path}, which holds weights but no checkpoint to resume (it was pulled or combined)",
+                expected=f"a run with checkpoints/{checkpoint.LAST}, or a new directory",
+                hint=f"choose another run.dir; {quote(f'model.init_checkpoint={directory.best}')} starts from these "
+                "weights",
             )
         return directory, is_run and checkpoint.has_checkpoint(directory.checkpoints)
     root = DEFAULT_ROOT / config.run.name

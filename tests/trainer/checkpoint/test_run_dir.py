@@ -41,9 +41,21 @@ def test_a_run_in_run_dir_is_resumed_if_it_is_to_be(tmp_path: Path, last: str) -
 
 
 def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
-    run = begun(tmp_path / "run", f"checkpoints/{checkpoint.BEST}")
+    run = begun(tmp_path / "run", "env.json")
     directory, resumes = choose_run_dir(config_of(f"run.dir={run}", "resume=auto"))
     assert (directory.path, resumes) == (run, False)
+
+
+def test_weights_without_a_checkpoint_to_resume_are_not_replaced(tmp_path: Path) -> None:
+    """The directory of an ensemble or of a run that was pulled."""
+    run = begun(tmp_path / "run", f"checkpoints/{checkpoint.BEST}")
+    for earlier in (None, run):
+        with pytest.raises(UserError, match="no checkpoint to resume") as caught:
+            choose_run_dir(config_of(f"run.dir={run}", "resume=auto"), earlier)
+    assert f"model.init_checkpoint={run}/checkpoints/best.pt" in caught.value.hint
+    assert "resume=auto" not in RunDirectory(run).hint
+    begun(run, f"checkpoints/{checkpoint.LAST}")
+    assert "resume=auto" in RunDirectory(run).hint
 
 
 def test_a_restarted_process_keeps_its_directory(tmp_path: Path) -> None:
