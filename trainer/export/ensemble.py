@@ -23,6 +23,8 @@ from pipeline.loader import Loader
 from shards.atomic import make_directory, replace_directory, replace_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError
+from shards.manifest import VALIDATION, has_split
+from shards.remote.datasets import resolve_dataset
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.run_dir import RunDirectory
@@ -98,12 +100,18 @@ def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
             "mean and std of the input": (trained.mean, trained.std),
         }
         if soup:
+            model = run.config.model
+            common |= {"model.name": model.name, "model.options": model.options, "model.stem_stride": model.stem_stride}
             common["weights"] = {name: tuple(each.shape) for name, each in trained.weights.items()}
-            common["ensemble"] = bool(trained.members)
-        if soup == "greedy":
-            common["data.val_fraction"], common["seed"] = data.val_fraction, run.config.seed
         return common
 
+    for run in runs if soup else ():
+        if run.trained.members:
+            raise UserError(
+                found=f"--soup {soup} and {run.directory.path}, an ensemble of {len(run.trained.members)} networks",
+                expected="runs of one network, whose weights are averaged",
+                hint="name the runs of the ensemble, or omit --soup",
+            )
     for run in runs[1:]:
         for name, value in facts(run).items():
             expected = facts(first)[name]
@@ -113,6 +121,24 @@ def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
                     found=f"{run.directory.path} with another {name}{shown} than {first.directory.path}",
                     expected=f"the same {name}{'' if not shown else f' {expected}'}",
                     hint="combine runs that differ in other settings" + (", or omit --soup" if soup else ""),
+                )
+
+
+def _check_validation(runs: Sequence[CompletedRun]) -> None:
+    """Raise `UserError` if runs hold out different images of the training split for validation."""
+    first = runs[0].config
+    for run in runs:
+        config = run.config
+        for name, value, expected in (
+            ("data.fold", config.data.fold, None),  # the validation images of one fold are trained on in another
+            ("data.val_fraction", config.data.val_fraction, first.data.val_fraction),
+            ("seed", config.seed, first.seed),
+        ):
+            if value != expected:
+                raise UserError(
+                    found=f"--soup greedy and {run.directory.path} with {name}={value}",
+                    expected=f"runs with the same validation images: {name}={'null' if expected is None else expected}",
+                    hint="--soup uniform",
                 )
 
 
@@ -164,6 +190,8 @@ def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | No
         )
     models, lines = [run.trained for run in runs], []
     if soup == "greedy":
+        if not has_split(resolve_dataset(config.data.shards), VALIDATION):
+            _check_validation(runs)
         models = choose_greedily(models, _validation_metric(config.trainer, data.validation, world))
         names = [run.directory.path for run in runs if any(run.trained is model for model in models)]
         lines.append(f"soup of {len(names)} of {len(runs)} runs: {', '.join(map(str, names))}")

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from conftest import pack_splits, synthetic_splits
 from numpy.typing import NDArray
 from support.training_runs import train_here
 
@@ -172,11 +173,32 @@ def test_a_greedy_soup_adds_what_does_not_harm(runs: list[Path]) -> None:
     assert [float(each.weights["w"]) for each in chosen] == [1.5, 3.0]
 
 
+def test_runs_with_a_val_split_may_have_other_seeds_in_a_greedy_soup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The validation images do not depend on the seed then."""
+    train, test = synthetic_splits(train=144, test=30, classes=3, shape=(12, 12, 1), transposed=False)
+    shards = pack_splits((train.select(np.arange(24, 144)), test, train.select(np.arange(24), "val")), tmp_path / "set")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(SETTINGS | {"data": SETTINGS["data"] | {"shards": str(shards)}}))
+    paths = [tmp_path / "one", tmp_path / "two"]
+    with pytest.MonkeyPatch.context() as patch:
+        for seed, path in enumerate(paths):
+            assert train_here(patch, recipe, path, f"seed={seed}") == 0
+    command(ensemble, *paths, "--out", tmp_path / "soup", "--soup", "greedy")
+    assert "of 2 runs" in capsys.readouterr().out
+
+
 def test_runs_that_do_not_fit_together_are_refused(runs: list[Path], combined: Path, tmp_path: Path) -> None:
     recipe = runs[0].parent / "recipe.yaml"
     with pytest.MonkeyPatch.context() as patch:
         assert train_here(patch, recipe, tmp_path / "larger", "data.resolution=16") == 0
         assert train_here(patch, recipe, tmp_path / "seed", "seed=1", "model.drop_rate=0.1") == 0
+        assert train_here(patch, recipe, tmp_path / "fold", "data.fold=1/2") == 0
+        # Weights of the same shapes in other networks.
+        for name, act in (("relu", "relu"), ("silu", "silu")):
+            options = f"model.options={{act_layer: {act}}}"
+            assert train_here(patch, recipe, tmp_path / name, "model.name=test_efficientnet", options) == 0
 
     def refusal(*arguments: object) -> UserError:
         with pytest.raises(UserError) as caught:
@@ -185,8 +207,11 @@ def test_runs_that_do_not_fit_together_are_refused(runs: list[Path], combined: P
         return caught.value
 
     assert "larger with another data.resolution 16" in refusal(runs[0], tmp_path / "larger").found
-    assert "another seed 1" in refusal(runs[0], tmp_path / "seed", "--soup", "greedy").found
-    assert "another weights" in refusal(runs[0], combined, "--soup", "uniform").found
+    assert "seed with seed=1" in refusal(runs[0], tmp_path / "seed", "--soup", "greedy").found
+    assert "fold with data.fold=1/2" in refusal(tmp_path / "fold", tmp_path / "fold", "--soup", "greedy").found
+    assert "another model.options" in refusal(tmp_path / "relu", tmp_path / "silu", "--soup", "uniform").found
+    assert "ensemble of 3 networks" in refusal(runs[0], combined, "--soup", "uniform").found
+    assert "ensemble of 3 networks" in refusal(combined, combined, "--soup", "greedy").found
     assert refusal(runs[0]).expected == "two or more runs"
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError) as caught:
