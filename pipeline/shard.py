@@ -340,6 +340,8 @@ class Command:
             if packed.is_new
             else f"{self._name}: already packed (--force packs again)"
         )
+        if not packed.is_new and self._arguments.near_duplicates in ("report", "report-all"):
+            self._print("  near-duplicates: not searched, as nothing was packed")
         for manifest in packed.manifests:
             self._print(describe(manifest))
         if packed.skipped:

@@ -206,6 +206,10 @@ def test_near_duplicates_are_listed_beside_the_packed_set(
     assert f"listed in {report}" in ended.stdout + ended.stderr
     assert report.read_text().startswith("part,row,label,")
     assert list((tmp_path / "elsewhere").iterdir()) == []
+    report.unlink()
+    again = command("digits", "--out", tmp_path / "sets" / "mine", "--near-duplicates", "report-all")
+    assert not report.exists()
+    assert "near-duplicates: not searched" in again.stdout
 
 
 @pytest.fixture

@@ -58,6 +58,14 @@ def _check_fold(fold: Any) -> Any:
     return fold
 
 
+def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Check the names of arguments. YAML reads {patch_size:4} as a name without a value, which timm would ignore."""
+    for name in options:
+        if not name.isidentifier():
+            raise ValueError(f"Names of arguments, as in {{patch_size: 4}} with a space after the colon, not {name!r}")
+    return options
+
+
 def _from_bool(true: str | bool) -> BeforeValidator:
     """Replace true by a choice and false by `off`. YAML 1.1 parses an unquoted `off` as false."""
     return BeforeValidator(lambda value: "off" if value is False else true if value is True else value)
@@ -176,7 +184,7 @@ class ModelConfig(BaseConfig):
     init_checkpoint: Path | None = None
     """Start from the weights in this file (.safetensors, .pth or a checkpoint of a run). If the classes differ, the
     classifier keeps the rows of classes with the same name."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], AfterValidator(_check_options)] = Field(default_factory=dict)
     """Further arguments of a timm model, as {patch_size: 4} for a Vision Transformer, of cifar_efficientnet, as
     {stem_size: 16}, or of small_resnet, as {widths: [64, 128], depths: [1, 2]}."""
     freeze: Literal["backbone"] | Annotated[int, Field(ge=0, le=10**4)] | tuple[str, ...] = 0
@@ -230,7 +238,7 @@ class OptimConfig(BaseConfig):
     name: Annotated[str, AfterValidator(_check_optimizer)] = "adamw"
     """adam, adamw, lion, sgd (with momentum), sgd_lookahead (SGD with Nesterov momentum inside Lookahead),
     schedule_free_adamw, or any other optimizer of timm, such as muon."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], AfterValidator(_check_options)] = Field(default_factory=dict)
     """Further arguments of the optimizer, as {betas: [0.9, 0.95]}; see torch, or timm's create_optimizer_v2."""
     lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
     """Peak learning rate."""
@@ -266,7 +274,7 @@ class ScheduleConfig(BaseConfig):
     ] = "cosine"
     """Learning-rate schedule: one_cycle is OneCycleLR, warm_restarts is SGDR; plateau reduces the rate when
     trainer.monitor stops improving; tanh, step, multistep, poly, wsd and rsqrt are timm's."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], AfterValidator(_check_options)] = Field(default_factory=dict)
     """Further arguments of the schedule, as {div_factor: 10} for torch's OneCycleLR or {decay_epochs: 5} for timm's
     create_scheduler_v2."""
     unit: Literal["step", "epoch"] = "step"

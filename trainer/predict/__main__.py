@@ -28,6 +28,7 @@ from pipeline.readers.formats.csv import format_csv
 from pipeline.transforms.spec import UndecodableImage
 from shards.atomic import check_writable, replace_file, write_file
 from shards.cli import plural, program_name, run_command
+from shards.errors import UserError
 from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
@@ -281,8 +282,15 @@ def parse_arguments() -> argparse.Namespace:
         help="write the input of the classifier for each image as a NumPy array (.npy, float32, NaN if unusable)",
     )
     arguments = parser.parse_args()
-    for path in filter(None, (arguments.csv, arguments.json, arguments.sheet, arguments.embeddings)):
+    outputs = list(filter(None, (arguments.csv, arguments.json, arguments.sheet, arguments.embeddings)))
+    for number, path in enumerate(outputs):
         check_writable(path)
+        if path.resolve() in map(Path.resolve, outputs[:number]):
+            raise UserError(
+                found=f"two outputs in one file, {path}",
+                expected="a file for each of --csv, --json, --sheet and --embeddings",
+                hint="name different files: --csv FILE.csv --json FILE.json --sheet FILE.png --embeddings FILE.npy",
+            )
     return arguments
 
 

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.ink.adapter import InputAdapter, UnusableImageError
+from pipeline.readers.archives.files import corrupt_as_user_error
 from pipeline.readers.formats.csv import read_csv
 from pipeline.readers.formats.image import EXTENSIONS
 from pipeline.readers.naming import natural_key, some_of
 from shards import UserError
 from shards.atomic import read_file
-from shards.errors import as_user_error, printable, quote
+from shards.errors import os_errors_as_user_errors, printable, quote
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS
 from shards.open import open_dataset_or_split
 from shards.remote.datasets import is_remote
@@ -135,10 +136,9 @@ def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
 
     Without column names, a row is a path and a class.
     """
-    try:
+    expected = "a CSV file in UTF-8: a line of column names (file and label), then one line per image"
+    with os_errors_as_user_errors(path), corrupt_as_user_error(path, expected, "save the table again as CSV (UTF-8)"):
         table = read_csv(read_file(path, MAX_BYTES), str(path))
-    except OSError as error:
-        raise as_user_error(error, path) from None
     if (path.parent / table.columns[0]).is_file():
         table = replace(table, columns=("file", "label"), rows=[list(table.columns[:2]), *table.rows])
         table = replace(table, lines=[1, *table.lines])

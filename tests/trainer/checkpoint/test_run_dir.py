@@ -153,3 +153,11 @@ def test_one_process_trains_in_a_directory(tmp_path: Path) -> None:
             second.__enter__()
     with RunDirectory(tmp_path / "run").lock():
         pass
+
+
+def test_damaged_settings_are_compared_with_a_recipe(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    (run / "config.yaml").write_text("data: [\n")
+    with pytest.raises(UserError, match="which is not YAML") as caught:
+        RunDirectory(run).read_settings()
+    assert caught.value.hint == f"compare it with {ROOT / 'configs' / 'quickstart.yaml'}"

@@ -186,6 +186,13 @@ def test_a_wrong_value_says_what_the_setting_is(override: str, expected: str) ->
     assert error.hint == f"{name}: {SETTINGS[name]}"
 
 
+@pytest.mark.parametrize("setting", ["model.options", "optim.options", "schedule.options"])
+def test_an_argument_without_a_space_before_its_value_is_refused(setting: str) -> None:
+    error = mistake(QUICKSTART, f"{setting}={{patch_size:4}}")
+    assert error.found == f"{setting}={{'patch_size:4': None}}"
+    assert "with a space after the colon, not 'patch_size:4'" in error.expected
+
+
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [

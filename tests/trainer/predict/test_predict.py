@@ -217,6 +217,9 @@ def test_mistakes_are_told(
     (tmp_path / "away.csv").write_text("file,label\nx.png,7\n")
     (tmp_path / "bare.csv").write_text("a,b\nx.png,7\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "excel.csv").write_bytes("file,label\né.png,7\n".encode("latin-1"))
+    (tmp_path / "nothing.csv").touch()
+    one_file = ("--csv", tmp_path / "out.txt", "--json", tmp_path / "empty" / ".." / "out.txt")
     for images, words in (
         ((tmp_path / "no.png",), r"no.png\n.*packed data set"),
         ((tmp_path / "empty",), "no image in"),
@@ -225,7 +228,10 @@ def test_mistakes_are_told(
         ((tmp_path / "away.csv",), "none of whose image files exists"),
         ((tmp_path / "bare.csv",), "columns a, b"),
         ((synthetic_set,), "with classes class 0"),
+        ((tmp_path / "excel.csv",), r"excel.csv: line 2: byte 0xe9, which is not UTF-8\n.*\n.*CSV \(UTF-8\)"),
+        ((tmp_path / "nothing.csv",), "nothing.csv: it is empty"),
         ((pictures, "--csv", tmp_path / "no" / "out.csv"), "no such directory"),
+        ((pictures, *one_file), "two outputs in one file, .*out.txt"),
     ):
         with pytest.raises(UserError, match=words):
             predict(digits_run, *images)
