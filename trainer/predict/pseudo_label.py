@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,13 @@ def main() -> int:
         write_file(arguments.csv, format_csv(list(columns), zip(*columns.values(), strict=True)))
         print(f"labels written to {arguments.csv}")
     if target is not None:
+        if not len(pseudo.labels):
+            highest = math.floor(predictions.confidence.max() * 1e4) / 1e4
+            raise UserError(
+                found=f"no image with a confidence of at least {arguments.confidence:.2%}",
+                expected=f"images to add to {target}",
+                hint=f"--confidence {highest:g}, which the surest prediction reaches",
+            )
         options = {
             "pseudo_labelled": source[:12],
             "confidence": arguments.confidence,

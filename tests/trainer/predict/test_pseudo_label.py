@@ -142,4 +142,11 @@ def test_what_cannot_be_labelled_is_refused(
         label(*command, "--add-to", synthetic_set, "--out", tmp_path / "out")
     with pytest.raises(UserError, match="without --add-to"):
         label(*command, "--out", tmp_path / "out")
+    unsure = (run, sets[1], "--add-to", sets[0], "--out", tmp_path / "out", "--confidence")
+    with pytest.raises(UserError, match="no image with a confidence of at least 100") as caught:
+        label(*unsure, 1)
     assert not (tmp_path / "out").exists()
+    label(*unsure, caught.value.hint.split()[1].rstrip(","))
+    with pytest.raises(UserError, match="packed with confidence") as caught:
+        label(*unsure, 0.8)
+    assert caught.value.hint.startswith("choose another --out")
