@@ -335,10 +335,13 @@ class Command:
 
     def _report(self, packed: Packed, seconds: float) -> None:
         images = sum(manifest.samples for manifest in packed.manifests)
+        # Two directories of one name have one default output.
+        files = self._arguments.name or self._arguments.raw
+        unread = f"; {files} was not read" if self._source.generic else ""
         self._print(
             f"{self._name}: packed {plural(images, 'image')} in {seconds:.1f} s ({images / seconds:,.0f} images/s)"
             if packed.is_new
-            else f"{self._name}: already packed (--force packs again)"
+            else f"{self._name}: already packed{unread} (--force packs again)"
         )
         if not packed.is_new and self._arguments.near_duplicates in ("report", "report-all"):
             self._print("  near-duplicates: not searched, as nothing was packed")

@@ -54,6 +54,18 @@ def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
+def test_a_complete_pack_of_other_files_says_that_they_were_not_read(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for parent in ("first", "second"):
+        write_tree(tmp_path / parent / "images", {f"{n % 2}/{n}.png": picture(pixels(seed=n)) for n in range(8)})
+    first = command("folder", "--raw", tmp_path / "first" / "images", "--test-fraction", "0.5")
+    assert "images: packed 8 images" in first.stdout
+    again = command("folder", "--raw", tmp_path / "second" / "images", "--test-fraction", "0.5")
+    assert f"images: already packed; {tmp_path}/second/images was not read (--force packs again)" in again.stdout
+
+
 class TestByProcess:
     def test_packs_then_finds_it_packed_and_touches_nothing(self, tmp_path: Path) -> None:
         """Into the default place, below the directory in which the command is run."""
