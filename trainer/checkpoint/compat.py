@@ -107,7 +107,12 @@ def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
 
 def _saved_recipe(state: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe of a checkpoint, with the defaults of settings that were added after it was written."""
-    return Config.model_validate({"data": {"shards": ""}}).recipe() | state["recipe"]
+    return default_recipe() | state["recipe"]
+
+
+def default_recipe() -> dict[str, Any]:
+    """Return the default of every setting that affects the weights."""
+    return Config.model_validate({"data": {"shards": ""}}).recipe()
 
 
 def _allow(names: set[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from shards.errors import UserError
 from trainer.config import load as config
-from trainer.config.base import BaseConfig, describe_settings
+from trainer.config.base import BaseConfig, describe_settings, iterate_fields
 from trainer.config.schema import Config, flatten
 
 EXAMPLE = config.RECIPES / "search" / "optimizers_cpu.yaml"
@@ -21,7 +22,7 @@ DEFAULT_ROOT = Path("runs/search")
 # The objective must be the same for all trials. The last two are set by the search itself.
 _OBJECTIVE = {"data.val_fraction", "data.fold", "trainer.monitor", "trainer.minutes", "data.train_fraction", "seed"}
 _SET_BY_SEARCH = {"data.train_fraction": "train_fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
-
+_TOLERANCE = 1e-8  # of a number of steps, as in Optuna
 
 Number = Annotated[int | float, Field(ge=-(10**15), le=10**15)]
 
@@ -51,13 +52,18 @@ class Range(BaseConfig):
             raise ValueError(f"low above 0 with log: true, not {low}")
         if self.log and step is not None:
             raise ValueError("step or log: true, not both")
+        if step is not None and not self.contains(high):
+            largest = low + int((high - low) / step) * step
+            raise ValueError(f"high a multiple of step above low, such as {largest:g}, not {high}")
         return self
 
     def bounds(self) -> list[Any]:
         return [self.low, self.high]
 
     def contains(self, value: Any) -> bool:
-        return self.low <= float(value) <= self.high
+        step = self.step or (1 if self.type == "int" else 0)
+        steps = (float(value) - self.low) / step if step else 0.0
+        return self.low <= float(value) <= self.high and abs(steps - round(steps)) < _TOLERANCE
 
     def suggest(self, trial: Any, name: str) -> float:
         if self.type == "int":
@@ -242,6 +248,12 @@ def load(path: Path, overrides: list[str]) -> tuple[SearchConfig, Config]:
     return search, base
 
 
+def default_identity() -> dict[str, Any]:
+    """Return the defaults of the keys of `SearchConfig.identity`."""
+    fields = iterate_fields(SearchConfig)
+    return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+
+
 def describe() -> dict[str, str]:
     """Every key of a search file and its description."""
     return describe_settings(SearchConfig)
@@ -262,8 +274,24 @@ def _check_space(search: SearchConfig, base: Config, source: str) -> None:
         for distribution in search.distributions(name):
             for value in distribution.bounds():
                 config.replace_settings(base, {name: value}, f"the space of {source}")
+            if isinstance(distribution, Range) and distribution.type == "float":
+                _check_fractions(base, name, distribution, source)
     for number, values in enumerate(search.initial_trials, 1):
         _check_initial_trial(search, base, values, f"initial_trials, entry {number}, in {source}")
+
+
+def _check_fractions(base: Config, name: str, distribution: Range, source: str) -> None:
+    """Raise `UserError` if a setting takes whole numbers only."""
+    low, high = distribution.low, distribution.high
+    value = low + (distribution.step or (high - low) / math.pi)  # no whole number by chance
+    try:
+        config.replace_settings(base, {name: value}, source)
+    except UserError as error:
+        raise UserError(
+            found=f"{name} of type float in the space of {source}, which includes {value:.6g}",
+            expected=error.expected,
+            hint=f"{name}: {{type: int, low: {low:g}, high: {high:g}}}",
+        ) from None
 
 
 def _check_cases(search: SearchConfig, name: str, dimension: Conditional, source: str) -> None:

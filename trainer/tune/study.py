@@ -22,8 +22,9 @@ from pydantic import TypeAdapter
 from pipeline.readers.naming import natural_key
 from shards.atomic import append_line, check_is_file, file_lock, make_directory
 from shards.errors import UserError, errors_as_corrupt
+from trainer.checkpoint.compat import default_recipe
 from trainer.config.schema import Config
-from trainer.tune.search_space import Range, SearchConfig
+from trainer.tune.search_space import Range, SearchConfig, default_identity
 
 try:
     import optuna
@@ -139,8 +140,8 @@ class SharedStudy:
                 load_if_exists=True,
                 pruner=_pruner(search),
             )
-            self._check_same("recipe", base.recipe())
-            if self._check_same("search", search.identity()):
+            self._check_same("recipe", base.recipe(), default_recipe())
+            if self._check_same("search", search.identity(), default_identity()):
                 for values in search.initial_trials:
                     applicable = search.applicable(values)
                     self._study.enqueue_trial({parameter: values[name] for name, parameter, _ in applicable})
@@ -152,7 +153,7 @@ class SharedStudy:
     def check_data(self, identity: str) -> None:
         """Raise `UserError` for data that differ from those of the trials before."""
         with self.exclusive():
-            self._check_same("data", {"digest": identity})  # the key in studies on disk
+            self._check_same("data", {"digest": identity}, {})  # the key in studies on disk
 
     @contextmanager
     def next_trial(self) -> Iterator[RunningTrial | None]:
@@ -191,17 +192,21 @@ class SharedStudy:
             if trial.state in _STATES
         ]
 
-    def _check_same(self, key: str, content: dict[str, Any]) -> bool:
-        """Store what the study is made of, or compare it with what is stored; returns whether it is new."""
+    def _check_same(self, key: str, content: dict[str, Any], defaults: dict[str, Any]) -> bool:
+        """Store what the study is made of, or compare it with what is stored; returns whether it is new.
+
+        A study of an earlier version lacks settings that were added since. It has their defaults.
+        """
         content = json.loads(json.dumps(content))
         known = self._study.user_attrs.get(key)
         if known is None:
             self._study.set_user_attr(key, content)
             return True
         for name in known | content:
-            if known.get(name) != content.get(name):
+            stored = known.get(name, defaults.get(name))
+            if stored != content.get(name):
                 raise UserError(
-                    found=f"{name}={content.get(name)} of the {key}, but {known.get(name)} in {self.directory}",
+                    found=f"{name}={content.get(name)} of the {key}, but {stored} in {self.directory}",
                     expected="the same search, recipe and data when a study is resumed; its budget may differ",
                     hint=_HINT,
                 )

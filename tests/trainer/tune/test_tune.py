@@ -253,6 +253,22 @@ def test_another_search_does_not_go_on_in_the_same_directory(searched: Path, rec
         assert "dir=" in caught.value.hint
 
 
+def test_a_study_of_an_earlier_version_continues(tmp_path: Path, recipe: Path) -> None:
+    """It lacks settings that were added since, which have their defaults in it."""
+    path = written(tmp_path, recipe)
+    wanted, base = search.load(path, [])
+    SharedStudy(wanted, base)
+    journal = tmp_path / "study" / "study.journal"
+    content = journal.read_text()
+    earlier = content.replace('"data.class_balance":0.0,', "").replace('"pruner.reduction":3,', "")
+    assert len(content) - len(earlier) == len('"data.class_balance":0.0,"pruner.reduction":3,')
+    journal.write_text(earlier)
+    assert SharedStudy(wanted, base).results() == []
+    for change in ("settings.data.class_balance=0.5", "pruner.reduction=4"):
+        with pytest.raises(UserError, match=r"class_balance=0\.5 .* but 0\.0|reduction=4 .* but 3"):
+            SharedStudy(*search.load(path, [change]))
+
+
 def test_what_is_drawn_follows_from_the_seed_and_the_trials_before(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,6 +534,32 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"settings": {"run.dir": "x"}}, ("run.dir", "set dir")),
     ({"settings": {"trainer.epochs": 0}}, ("trainer.epochs=0", "greater than or equal to 1")),
     ({"initial_trials": [{"optim.lr": 1.0}]}, ("optim.lr=1.0", "outside of the space")),
+    (
+        {"space": {"loader.batch_size": {"type": "float", "low": 16, "high": 64}}},
+        ("loader.batch_size of type float", "valid integer", "{type: int, low: 16, high: 64}"),
+    ),
+    (
+        {"space": {"augment.rotation": {"type": "int", "low": 1, "high": 12, "step": 3}}},
+        ("space.augment.rotation", "such as 10, not 12"),
+    ),
+    (
+        {"space": {"optim.lr": {"type": "float", "low": 0.1, "high": 0.35, "step": 0.1}}},
+        ("space.optim.lr", "such as 0.3, not 0.35"),
+    ),
+    (
+        {
+            "space": {"optim.lr": {"type": "float", "low": 0.1, "high": 0.4, "step": 0.1}},
+            "initial_trials": [{"optim.lr": 0.3}, {"optim.lr": 0.25}],
+        },
+        ("optim.lr=0.25", "entry 2", "outside of the space"),
+    ),
+    (
+        {
+            "space": {"augment.rotation": {"type": "int", "low": 0, "high": 9}},
+            "initial_trials": [{"augment.rotation": 7.5}],
+        },
+        ("augment.rotation=7.5", "outside of the space"),
+    ),
     ({"initial_trials": [{"optim.rl": 1e-3}]}, ("optim.rl", "did you mean optim.lr?")),
     ({"initial_trials": [{}]}, ("no optim.lr",)),
     ({"data": {"shards": "x"}}, ("unknown key data", "settings.data.shards=...")),
