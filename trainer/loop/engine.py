@@ -238,7 +238,8 @@ def mix_batch(
     """
     rng = seed_step(config.seed, epoch, step, rank)
     smooth = soft_targets(labels, classes, config.loss.label_smoothing)
-    images, targets = apply_mixup_cutmix(images, smooth, config.mixup.at(epoch, config.trainer.epochs), rng)
+    mixup, repeats = config.mixup.at(epoch, config.trainer.epochs), config.loader.repeated_augmentation
+    images, targets = apply_mixup_cutmix(images, smooth, mixup, rng, repeats)
     return to_memory_format(images, config.trainer), targets, targets is not smooth
 
 

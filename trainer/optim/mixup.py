@@ -15,9 +15,9 @@ def soft_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.
 
 
 def apply_mixup_cutmix(
-    images: torch.Tensor, targets: torch.Tensor, settings: MixupConfig, rng: np.random.Generator
+    images: torch.Tensor, targets: torch.Tensor, settings: MixupConfig, rng: np.random.Generator, repeats: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix each sample of a batch with the previous one by MixUp or CutMix, or leave the batch as it is.
+    """Mix each sample of a batch with the previous image by MixUp or CutMix, or leave the batch as it is.
 
     MixUp: Zhang et al. 2018, https://arxiv.org/abs/1710.09412. CutMix: Yun et al. 2019,
     https://arxiv.org/abs/1905.04899.
@@ -27,6 +27,7 @@ def apply_mixup_cutmix(
         targets: float32 [B, classes]; not changed.
         settings: Probabilities and parameters of the Beta distributions.
         rng: Generator of this step.
+        repeats: Consecutive samples that are copies of one image (`loader.repeated_augmentation`).
 
     Returns:
         The mixed images and targets.
@@ -39,11 +40,11 @@ def apply_mixup_cutmix(
     if cut:
         top, bottom, left, right = cut_box(images.shape[2], images.shape[3], lam, rng)
         mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = images.roll(1, 0)[:, :, top:bottom, left:right]
+        mixed[:, :, top:bottom, left:right] = images.roll(repeats, 0)[:, :, top:bottom, left:right]
         lam = 1 - (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
     else:
-        mixed = torch.lerp(images.roll(1, 0), images, lam)
-    return mixed, torch.lerp(targets.roll(1, 0), targets, lam)
+        mixed = torch.lerp(images.roll(repeats, 0), images, lam)
+    return mixed, torch.lerp(targets.roll(repeats, 0), targets, lam)
 
 
 def cut_box(height: int, width: int, lam: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
