@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from trainer.runtime.distributed import init_single_process
 
 _RESULT, _PLOT = "find-lr.json", "find-lr.svg"
 _DIVERGED = 4  # times the lowest loss
+_MAX_STEPS = 10_000
 _SMOOTHING = 1 / 40  # std of the Gaussian, as a fraction of the steps
 # The range test replaces the schedule; an average of the weights is not evaluated.
 _SETTINGS = {"schedule": {"name": "constant"}, "trainer.ema_decay": None, "trainer.minutes": None}
@@ -145,10 +147,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="number of rates (default: 100)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the result (default: runs/find-lr/NAME)")
     arguments = parser.parse_intermixed_args()
-    if not 0 < arguments.lowest < arguments.highest or arguments.steps < 2:
+    if not 0 < arguments.lowest < arguments.highest < math.inf or not 2 <= arguments.steps <= _MAX_STEPS:
         raise UserError(
             found=f"--lowest {arguments.lowest:g} --highest {arguments.highest:g} --steps {arguments.steps}",
-            expected="0 < lowest < highest, and at least 2 steps",
+            expected=f"0 < lowest < highest, and 2 .. {_MAX_STEPS:,} steps",
             hint="remove the options to use their defaults",
         )
     settings = config.load(arguments.config, arguments.overrides)
@@ -165,7 +167,10 @@ def main() -> int:
         write_file(directory / _RESULT, json.dumps(asdict(result), indent=1) + "\n")
         write_plot(directory / _PLOT, result)
     print(f"{len(result.lr)} steps, learning rate {result.lr[0]:.2g} .. {result.lr[-1]:.2g}")
-    print(f"suggestion  optim.lr={result.suggestion:.2g} (the loss falls fastest)")
+    head = ""
+    if settings.optim.head_lr is not None:  # the test kept its ratio to optim.lr
+        head = f" optim.head_lr={result.suggestion * settings.optim.head_lr / settings.optim.lr:.2g}"
+    print(f"suggestion  optim.lr={result.suggestion:.2g}{head} (the loss falls fastest)")
     print(f"plot        {directory / _PLOT}")
     return 0
 

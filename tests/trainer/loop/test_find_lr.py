@@ -78,6 +78,19 @@ def test_the_command_writes_a_plot_and_no_run(
     assert result["lr"][0] == pytest.approx(1e-6) and result["suggestion"] in result["lr"]
     assert f"optim.lr={result['suggestion']:.2g}" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "runs/find-lr/quickstart/find-lr.svg").read_text()
-    monkeypatch.setattr(sys, "argv", ["find_lr", *given, "--lowest", "2", "--highest", "1"])
-    with pytest.raises(UserError, match="--lowest"):
-        find_lr.main()
+    for wrong in (("--lowest", "2", "--highest", "1"), ("--highest", "inf"), ("--steps", "1000000000000")):
+        monkeypatch.setattr(sys, "argv", ["find_lr", *given, *wrong])
+        with pytest.raises(UserError, match="--lowest"):
+            find_lr.main()
+
+
+def test_the_rate_of_the_classifier_is_suggested_with_its_ratio(
+    digits_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [str(QUICKSTART), f"data.shards={digits_set}", "data.train_fraction=0.2", "data.resolution=8"]
+    rates = ["optim.lr=0.001", "optim.head_lr=0.01"]
+    monkeypatch.setattr(sys, "argv", ["find_lr", *given, *rates, "--steps", "20", "--highest", "1"])
+    assert find_lr.main() == 0
+    suggestion = json.loads((tmp_path / "runs/find-lr/quickstart/find-lr.json").read_text())["suggestion"]
+    assert f"optim.lr={suggestion:.2g} optim.head_lr={10 * suggestion:.2g} (" in capsys.readouterr().out
