@@ -246,7 +246,7 @@ def split_fold(samples: LabelledSamples, fold: str, seed: int) -> tuple[Labelled
         raise UserError(
             found=f"data.fold={fold}, more parts than the {len(samples):,} samples",
             expected="at least one sample in each part",
-            hint="data.fold=1/2",
+            hint="data.fold=1/2, or --folds 2 of python -m trainer.predict.label_errors",
         )
     return samples.fold(number - 1, folds, seed)
 

@@ -31,6 +31,7 @@ from shards.errors import UserError, quote
 from shards.open import open_split
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
+from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config import load as config
 from trainer.config.base import add_recipe_arguments
@@ -176,11 +177,21 @@ def main() -> int:
             expected="no setting that differs between the folds: this command sets data.fold, run.dir and resume=auto",
             hint="--folds N for the number of parts, --out DIR for the directory of all runs",
         )
+    if arguments.folds < 2:
+        raise UserError(found=f"--folds {arguments.folds}", expected="two parts or more", hint="--folds 5")
     settings = config.load(arguments.config, [*arguments.overrides, f"data.fold=1/{arguments.folds}"])
     out = arguments.out or Path("runs") / f"{settings.run.name}-label-errors"
     runs = [out / f"fold-{number}" for number in range(1, arguments.folds + 1)]
-    for number, run in enumerate(runs, 1):
-        own = [f"data.fold={number}/{len(runs)}", f"run.dir={run}", "resume=auto"]
+    if (run := RunDirectory(runs[0])).config.exists():
+        fold = run.read_settings()[1].data.fold
+        if fold != f"1/{len(runs)}":
+            raise UserError(
+                found=f"{run.path}, a run of data.fold={fold}",
+                expected=f"a run of data.fold=1/{len(runs)} (--folds {len(runs)})",
+                hint="choose another --out, or the --folds of these runs",
+            )
+    for number, path in enumerate(runs, 1):
+        own = [f"data.fold={number}/{len(runs)}", f"run.dir={path}", "resume=auto"]
         status = train(arguments.config, [*arguments.overrides, *own], False)
         if status:
             return status

@@ -126,6 +126,12 @@ def test_flipped_labels_are_found(
     monkeypatch.setattr(sys, "argv", ["trainer.report", str(out / "fold-2")])
     assert report_main() == 0
 
+    # Other numbers of folds are refused, in the words of this command.
+    for folds, expected in ((1, "two parts or more"), (3, "(--folds 3)")):
+        with pytest.raises(UserError) as caught:
+            run(monkeypatch, recipe, "--folds", folds, "--out", out)
+        assert expected in caught.value.expected and "--folds" in caught.value.hint
+
     # Complete folds are not trained again.
     before = (out / "fold-1" / "summary.json").stat().st_mtime_ns
     capsys.readouterr()
