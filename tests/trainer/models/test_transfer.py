@@ -119,7 +119,7 @@ def test_rates_by_depth_follow_the_schedule() -> None:
         ({"name": "three_block_cnn", "options": {"img_size": 28}}, "model.options"),
         ({"options": {"img_sise": 28}}, "img_sise"),
         ({"options": {"act_layer": "rellu"}}, "rellu"),
-        ({"options": {"features_only": True}}, "num_features"),
+        ({"options": {"features_only": True}}, "head_hidden_size"),
         ({"name": "test_vit", "options": {"num_heads": 0}}, "test_vit"),
     ],
 )
