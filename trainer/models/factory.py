@@ -275,8 +275,8 @@ def _timm_model(settings: ModelConfig, channels: int, classes: int, pretrained: 
         drop_path_rate=settings.drop_path_rate or None,
         **settings.options,
     )
-    # `num_features` is the width before the layers of a head such as VGG's. Not all models have `head_hidden_size`.
-    return model, getattr(model, "head_hidden_size", model.num_features)
+    # `num_features` is the width before the layers of a head such as MobileNetV3's or VGG's.
+    return model, model.head_hidden_size
 
 
 def pretrained_license(name: str) -> str | None:
