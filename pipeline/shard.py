@@ -238,8 +238,8 @@ class Command:
         source, variant = choose_source(arguments)
         self._source = source
         self._options, recorded = source_options(arguments, source, self._find_raw(), variant)
-        files = arguments.name or arguments.raw
-        dataset = re.split(r"[.?#]", Path(files).name)[0] or source.name if source.generic else source.name
+        self._files = arguments.name or arguments.raw
+        dataset = re.split(r"[.?#]", Path(self._files).name)[0] or source.name if source.generic else source.name
         self._excluded: CsvTable | None = None
         if arguments.exclude:
             self._excluded, recorded["exclude"] = read_exclusions(arguments.exclude)
@@ -335,9 +335,8 @@ class Command:
 
     def _report(self, packed: Packed, seconds: float) -> None:
         images = sum(manifest.samples for manifest in packed.manifests)
-        # Two directories of one name have one default output.
-        files = self._arguments.name or self._arguments.raw
-        unread = f"; {files} was not read" if self._source.generic else ""
+        # The pack may be of other files: two directories with the same name have the same default output.
+        unread = f"; {self._files} was not read" if self._source.generic else ""
         self._print(
             f"{self._name}: packed {plural(images, 'image')} in {seconds:.1f} s ({images / seconds:,.0f} images/s)"
             if packed.is_new

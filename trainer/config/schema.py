@@ -311,8 +311,8 @@ class TrainerConfig(BaseConfig):
     channels_last: bool = True
     """Use the channels-last (NHWC) memory format."""
     compile: Annotated[CompileMode, _from_bool("default")] = "off"
-    """Mode of torch.compile; the first steps take minutes. auto is default on a GPU if C compiler,
-    headers of Python and Triton are present, else off."""
+    """Mode of torch.compile; the first steps take minutes. auto is default on a GPU of compute
+    capability 7.0 or higher, if a C compiler, the headers of Python and Triton are installed, else off."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the exponential moving average (EMA) of the weights; with it, the averaged weights are evaluated and
     saved as

@@ -42,6 +42,7 @@ _DRIVER_FIX = (
 )
 # CUDA 13 dropped the GPUs before Turing.
 _MIN_CAPABILITY = {13: (7, 5)}
+_ASSUMED_CAPABILITY = (9, 0)  # if the driver does not tell it
 
 
 class Finding(NamedTuple):
@@ -76,7 +77,7 @@ def diagnose() -> list[Finding]:
     driver = query.result(_DRIVER_SECONDS - (time.monotonic() - start))
     torch_findings = list(_guarded("torch", lambda: _check_torch(driver)))
     on_gpu = bool(driver.gpus) and not _hides_gpus() and [one.status for one in torch_findings] == ["ok"]
-    capability = next((gpu.capability for gpu in driver.gpus), None) if on_gpu else None
+    capability = min(gpu.capability or _ASSUMED_CAPABILITY for gpu in driver.gpus) if on_gpu else None
     findings[2:2] = [
         *_guarded("GPU", lambda: _check_gpus(driver)),
         *torch_findings,
@@ -194,7 +195,7 @@ def _check_torch(driver: Driver) -> Iterator[Finding]:
     if not driver.gpus or not problem:
         yield Finding("ok", "torch", text)
         return
-    turing = all((gpu.capability or (9, 0)) >= (7, 5) for gpu in driver.gpus)
+    turing = all((gpu.capability or _ASSUMED_CAPABILITY) >= (7, 5) for gpu in driver.gpus)
     index = "cu130" if turing and driver.cuda and driver.cuda[0] >= 13 else "cu126"
     fix = (
         "python -m pip uninstall -y torch torchvision; "

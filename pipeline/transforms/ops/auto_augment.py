@@ -145,9 +145,8 @@ def move_nearest(images: torch.Tensor, matrices: torch.Tensor, fill: int) -> tor
     x, y = (torch.arange(side, device=images.device, dtype=torch.float32) - (side - 1) / 2 for side in (width, height))
     sources = []
     for axis, side in enumerate((width, height)):
-        half = matrices.new_full(
-            (), side / 2
-        )  # a tensor: CUDA multiplies by the reciprocal of a number, which rounds otherwise
+        # A tensor, because CUDA multiplies by the reciprocal of a number, which rounds otherwise.
+        half = matrices.new_full((), side / 2)
         to_x, to_y, shift = (matrices[:, axis] / half).T[:, :, None, None]
         positions = x * to_x + y[:, None] * to_y + shift  # -1 .. 1
         sources.append(((positions + 1) * (side / 2) - 0.5).round_().long())  # [n, H, W]

@@ -120,9 +120,8 @@ def _extent(lines: torch.Tensor, has_foreground: torch.Tensor) -> tuple[torch.Te
 def _crop_weights(first: torch.Tensor, side: torch.Tensor, size: int) -> torch.Tensor:
     """Matrices float32 [B, L, L] that resize the section of an axis from `first`, of length `side`, to L pixels."""
     pixels = torch.arange(size, device=first.device, dtype=torch.float32)
-    lengths = torch.full_like(
-        side, size
-    )  # a tensor: CUDA multiplies by the reciprocal of a number, which rounds otherwise
+    # A tensor, because CUDA multiplies by the reciprocal of a number, which rounds otherwise.
+    lengths = torch.full_like(side, size)
     positions = first[:, None] + (pixels + 0.5) * side[:, None] / lengths[:, None] - 0.5  # [B, L]
     positions = positions.clamp(0, size - 1)
     return (1 - (positions[:, :, None] - pixels).abs()).clamp_min_(0)

@@ -120,6 +120,8 @@ def test_what_compilation_for_the_gpu_lacks_is_named(monkeypatch: pytest.MonkeyP
     (without_triton,) = diagnose(monkeypatch, H200)["compiler"]
     assert (without_triton.status, without_triton.fix) == ("warning", "python -m pip install triton")
     assert without_triton.text.startswith("no package triton")
+    (of_unknown_gpu,) = diagnose(monkeypatch, H200._replace(gpus=(Gpu("GPU"),)))["compiler"]
+    assert of_unknown_gpu == without_triton
 
 
 @pytest.mark.parametrize(
