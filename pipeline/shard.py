@@ -335,7 +335,7 @@ class Command:
 
     def _report(self, packed: Packed, seconds: float) -> None:
         images = sum(manifest.samples for manifest in packed.manifests)
-        # The pack may be of other files: two directories with the same name have the same default output.
+        # The pack may be of other files: directories with the same name share a default output.
         unread = f"; {self._files} was not read" if self._source.generic else ""
         self._print(
             f"{self._name}: packed {plural(images, 'image')} in {seconds:.1f} s ({images / seconds:,.0f} images/s)"

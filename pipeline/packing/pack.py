@@ -98,7 +98,7 @@ class PackSettings:
                 raise UserError(
                     found=f"{out}, packed with {what} {'not set' if packed is None else repr(packed)}",
                     expected=f"{what} {'not set' if requested is None else repr(requested)}, as requested",
-                    hint="choose another --out; python -m pipeline.shard also takes --force, to replace it",
+                    hint="choose another --out, or add --force to replace it",
                 )
 
 

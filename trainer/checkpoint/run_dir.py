@@ -103,14 +103,21 @@ def choose_run_dir(config: Config, earlier: Path | None = None) -> tuple[RunDire
         The directory, and whether it holds a checkpoint to resume.
 
     Raises:
-        UserError: `run.dir` holds a run and `resume` is not `auto`, weights that a new run would replace, or something
-            else.
+        UserError: `run.dir` holds a run and `resume` is not `auto`; or only weights, which a new run would replace; or
+            files that are no run.
     """
     resume = config.resume == "auto"
     path = earlier or config.run.dir
     if path is not None:
         directory = RunDirectory(path)
         is_run = earlier is not None or directory.config.exists()
+        if directory.has_only_weights():
+            raise UserError(
+                found=f"run.dir={path}, which holds weights but no checkpoint to resume (it was pulled or combined)",
+                expected=f"a run with checkpoints/{checkpoint.LAST}, or a new directory",
+                hint=f"choose another run.dir; {quote(f'model.init_checkpoint={directory.best}')} starts from these "
+                "weights, if they are those of one network",
+            )
         if is_run and not (resume or earlier):
             raise UserError(
                 found=f"run.dir={path}, which holds a run",
@@ -122,13 +129,6 @@ def choose_run_dir(config: Config, earlier: Path | None = None) -> tuple[RunDire
                 found=f"run.dir={path}, which exists and is no run",
                 expected="a new or empty directory",
                 hint="choose another run.dir",
-            )
-        if directory.has_only_weights():
-            raise UserError(
-                found=f"run.dir={path}, which holds weights but no checkpoint to resume (it was pulled or combined)",
-                expected=f"a run with checkpoints/{checkpoint.LAST}, or a new directory",
-                hint=f"choose another run.dir; {quote(f'model.init_checkpoint={directory.best}')} starts from these "
-                "weights",
             )
         return directory, is_run and checkpoint.has_checkpoint(directory.checkpoints)
     root = DEFAULT_ROOT / config.run.name

@@ -62,7 +62,8 @@ def _check_options(options: dict[str, Any]) -> dict[str, Any]:
     """Check the names of arguments. YAML reads {patch_size:4} as a name without a value, which timm would ignore."""
     for name in options:
         if not name.isidentifier():
-            raise ValueError(f"Names of arguments, as in {{patch_size: 4}} with a space after the colon, not {name!r}")
+            space = ", with a space after the colon" if ":" in name else ""
+            raise ValueError(f"Names of arguments as keys, as in {{patch_size: 4}}{space}, not {name!r}")
     return options
 
 

@@ -36,6 +36,8 @@ from trainer.evaluate.evaluator import evaluate
 from trainer.report import run_page
 from trainer.runtime.distributed import World, init_single_process
 
+_OF_SOUP = ("model.name", "model.options", "model.stem_stride", "shapes of the weights")  # equal in a soup
+
 
 def make_ensemble(models: Sequence[TrainedModel]) -> TrainedModel:
     """Return a model that predicts the mean probability of several. Ensembles among them count by their members."""
@@ -100,9 +102,8 @@ def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
             "mean and std of the input": (trained.mean, trained.std),
         }
         if soup:
-            model = run.config.model
-            common |= {"model.name": model.name, "model.options": model.options, "model.stem_stride": model.stem_stride}
-            common["weights"] = {name: tuple(each.shape) for name, each in trained.weights.items()}
+            model, shapes = run.config.model, {name: tuple(each.shape) for name, each in trained.weights.items()}
+            common |= zip(_OF_SOUP, (model.name, model.options, model.stem_stride, shapes), strict=True)
         return common
 
     for run in runs if soup else ():
@@ -116,28 +117,30 @@ def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
         for name, value in facts(run).items():
             expected = facts(first)[name]
             if value != expected:
-                shown = "" if name in ("weights", "data set") else f" {value}"
+                is_shown = name not in ("shapes of the weights", "data set")
                 raise UserError(
-                    found=f"{run.directory.path} with another {name}{shown} than {first.directory.path}",
-                    expected=f"the same {name}{'' if not shown else f' {expected}'}",
-                    hint="combine runs that differ in other settings" + (", or omit --soup" if soup else ""),
+                    found=f"{run.directory.path} and {first.directory.path}, which differ in {name}"
+                    + (f" ({value} and {expected})" if is_shown else ""),
+                    expected=f"runs with the same {name}",
+                    hint="omit --soup" if name in _OF_SOUP else "name runs that agree in it",
                 )
 
 
 def _check_validation(runs: Sequence[CompletedRun]) -> None:
-    """Raise `UserError` if runs hold out different images of the training split for validation."""
+    """Raise `UserError` if a run may have trained on images that the first one holds out of the training split."""
     first = runs[0].config
     for run in runs:
         config = run.config
         for name, value, expected in (
-            ("data.fold", config.data.fold, None),  # the validation images of one fold are trained on in another
+            ("data.fold", config.data.fold, None),  # a soup has no fold, and its validation images are others
             ("data.val_fraction", config.data.val_fraction, first.data.val_fraction),
             ("seed", config.seed, first.seed),
         ):
             if value != expected:
                 raise UserError(
                     found=f"--soup greedy and {run.directory.path} with {name}={value}",
-                    expected=f"runs with the same validation images: {name}={'null' if expected is None else expected}",
+                    expected=f"{name}={'null' if expected is None else expected}, so that no run has trained on the "
+                    "validation images",
                     hint="--soup uniform",
                 )
 

@@ -150,7 +150,7 @@ def main() -> int:
     if not 0 < arguments.lowest < arguments.highest < math.inf or not 2 <= arguments.steps <= _MAX_STEPS:
         raise UserError(
             found=f"--lowest {arguments.lowest:g} --highest {arguments.highest:g} --steps {arguments.steps}",
-            expected=f"0 < lowest < highest, and 2 .. {_MAX_STEPS:,} steps",
+            expected=f"finite rates, 0 < lowest < highest, and 2 .. {_MAX_STEPS:,} steps",
             hint="remove the options to use their defaults",
         )
     settings = config.load(arguments.config, arguments.overrides)

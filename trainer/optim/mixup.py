@@ -17,17 +17,17 @@ def soft_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.
 def apply_mixup_cutmix(
     images: torch.Tensor, targets: torch.Tensor, settings: MixupConfig, rng: np.random.Generator, repeats: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix each sample of a batch with the previous image by MixUp or CutMix, or leave the batch as it is.
+    """Mix each sample of a batch with the sample `repeats` positions before it, or leave the batch as it is.
 
     MixUp: Zhang et al. 2018, https://arxiv.org/abs/1710.09412. CutMix: Yun et al. 2019,
     https://arxiv.org/abs/1905.04899.
 
     Args:
-        images: float32 [B, C, H, W], in random order; not changed.
+        images: float32 [B, C, H, W], in random order, the copies of an image together; not changed.
         targets: float32 [B, classes]; not changed.
         settings: Probabilities and parameters of the Beta distributions.
         rng: Generator of this step.
-        repeats: Consecutive samples that are copies of one image (`loader.repeated_augmentation`).
+        repeats: Number of copies of each image, which are consecutive (`loader.repeated_augmentation`).
 
     Returns:
         The mixed images and targets.

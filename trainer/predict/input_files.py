@@ -136,7 +136,7 @@ def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
 
     Without column names, a row is a path and a class.
     """
-    expected = "a CSV file in UTF-8: a line of column names (file and label), then one line per image"
+    expected = "a CSV file in UTF-8, with a path and a class per line; a first line of column names is optional"
     with os_errors_as_user_errors(path), corrupt_as_user_error(path, expected, "save the table again as CSV (UTF-8)"):
         table = read_csv(read_file(path, MAX_BYTES), str(path))
     if (path.parent / table.columns[0]).is_file():

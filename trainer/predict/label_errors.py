@@ -186,9 +186,9 @@ def main() -> int:
         fold = run.read_settings()[1].data.fold
         if fold != f"1/{len(runs)}":
             raise UserError(
-                found=f"{run.path}, a run of data.fold={fold}",
+                found=f"{run.path}, a run of data.fold={'null' if fold is None else fold}",
                 expected=f"a run of data.fold=1/{len(runs)} (--folds {len(runs)})",
-                hint="choose another --out, or the --folds of these runs",
+                hint="choose another --out" + (f", or --folds {fold.split('/')[1]}" if fold else ""),
             )
     for number, path in enumerate(runs, 1):
         own = [f"data.fold={number}/{len(runs)}", f"run.dir={path}", "resume=auto"]

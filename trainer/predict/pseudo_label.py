@@ -137,6 +137,7 @@ def add_pseudo_labels(
     pseudo: PseudoLabels,
     classes: tuple[str, ...],
     options: dict[str, Any],
+    force: bool,
 ) -> str:
     """Pack a data set again with pseudo-labelled images in its train split, except for images of its other splits.
 
@@ -147,6 +148,7 @@ def add_pseudo_labels(
         pseudo: Labels of some of its images.
         classes: Names of the classes, in the order of the labels.
         options: Options to record in the manifests.
+        force: Whether a complete packed data set at `out` is replaced.
 
     Returns:
         A line for the terminal.
@@ -168,7 +170,7 @@ def add_pseudo_labels(
     if is_new.any():
         train = concatenate(train, added.select(np.flatnonzero(is_new)))
     settings = PackSettings.like(manifest, {"packed_from": manifest.identity()[:12], **options})
-    packed = pack(lambda: (train, *others), out, settings)
+    packed = pack(lambda: (train, *others), out, settings, force=force)
     skipped = f", {(~is_new).sum():,} skipped (also in another split)" if not is_new.all() else ""
     already = "" if packed.is_new else " (already packed)"
     return f"{packed.manifests[0].samples:,} training images{skipped} in {out}{already}"
@@ -200,6 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--csv", type=Path, metavar="FILE", help="write row, label, confidence (and path) of each image")
     add("--add-to", metavar="SET", help="packed data set to whose train split the images are added")
     add("--out", metavar="PATH", help="directory or address of the extended data set")
+    add("--force", action="store_true", help="replace a complete packed data set at PATH")
     arguments = parser.parse_args()
     if arguments.csv:
         check_writable(arguments.csv)
@@ -261,7 +264,8 @@ def main() -> int:
             "predictions": len(pseudo.labels),
             "run": str(arguments.run),
         }
-        print(add_pseudo_labels(target, arguments.out, unlabelled, pseudo, tuple(trained.classes), options))
+        classes = tuple(trained.classes)
+        print(add_pseudo_labels(target, arguments.out, unlabelled, pseudo, classes, options, arguments.force))
     return 0
 
 

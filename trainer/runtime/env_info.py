@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +80,13 @@ def missing_for_compilation(capability: tuple[int, int] | None = None) -> tuple[
     if capability is not None and capability < _TRITON_CAPABILITY:
         return "a GPU of compute capability {}.{}, below 7.0".format(*capability), "use another GPU"
     if capability is not None and importlib.util.find_spec("triton") is None:
-        return "no package triton", "python -m pip install triton"
+        pinned = next((one for one in requires("torch") or () if one.startswith("triton")), "triton").partition(";")[0]
+        return "no package triton", f"python -m pip install {pinned.strip()}"
     return None
 
 
 def _apt_install() -> str:
-    # A container has no sudo and needs none.
+    # Root needs no sudo, which containers often lack.
     return "apt install" if hasattr(os, "geteuid") and os.geteuid() == 0 else "sudo apt install"
 
 

@@ -22,7 +22,7 @@ DEFAULT_ROOT = Path("runs/search")
 # The objective must be the same for all trials. The last two are set by the search itself.
 _OBJECTIVE = {"data.val_fraction", "data.fold", "trainer.monitor", "trainer.minutes", "data.train_fraction", "seed"}
 _SET_BY_SEARCH = {"data.train_fraction": "train_fraction", "run.dir": "dir", "run.name": "dir", "resume": "dir"}
-_TOLERANCE = 1e-8  # of a number of steps, as in Optuna
+_TOLERANCE = 1e-8  # distance of a number of steps from a whole number, as in Optuna
 
 Number = Annotated[int | float, Field(ge=-(10**15), le=10**15)]
 
@@ -52,9 +52,11 @@ class Range(BaseConfig):
             raise ValueError(f"low above 0 with log: true, not {low}")
         if self.log and step is not None:
             raise ValueError("step or log: true, not both")
+        if step is not None and step > high - low + _TOLERANCE * step:
+            raise ValueError(f"a step of at most high - low, not {step}")
         if step is not None and not self.contains(high):
             largest = low + int((high - low) / step) * step
-            raise ValueError(f"high a multiple of step above low, such as {largest:g}, not {high}")
+            raise ValueError(f"high = low + a whole number of steps: {_number(largest)}, not {high}")
         return self
 
     def bounds(self) -> list[Any]:
@@ -248,10 +250,15 @@ def load(path: Path, overrides: list[str]) -> tuple[SearchConfig, Config]:
     return search, base
 
 
-def default_identity() -> dict[str, Any]:
-    """Return the defaults of the keys of `SearchConfig.identity`."""
+def default_keys() -> dict[str, Any]:
+    """Return the defaults of the keys of a search."""
     fields = iterate_fields(SearchConfig)
     return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+
+
+def _number(value: float) -> str:
+    """Format a number as YAML reads it: 3e+06 would be a text."""
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def describe() -> dict[str, str]:
@@ -283,14 +290,14 @@ def _check_space(search: SearchConfig, base: Config, source: str) -> None:
 def _check_fractions(base: Config, name: str, distribution: Range, source: str) -> None:
     """Raise `UserError` if a setting takes whole numbers only."""
     low, high = distribution.low, distribution.high
-    value = low + (distribution.step or (high - low) / math.pi)  # no whole number by chance
+    value = low + (distribution.step or (high - low) / math.pi)  # divided by pi, so that it is no whole number
     try:
         config.replace_settings(base, {name: value}, source)
     except UserError as error:
         raise UserError(
             found=f"{name} of type float in the space of {source}, which includes {value:.6g}",
             expected=error.expected,
-            hint=f"{name}: {{type: int, low: {low:g}, high: {high:g}}}",
+            hint=f"{name}: {{type: int, low: {_number(low)}, high: {_number(high)}{', log: true' * distribution.log}}}",
         ) from None
 
 

@@ -24,7 +24,7 @@ from shards.atomic import append_line, check_is_file, file_lock, make_directory
 from shards.errors import UserError, errors_as_corrupt
 from trainer.checkpoint.compat import default_recipe
 from trainer.config.schema import Config
-from trainer.tune.search_space import Range, SearchConfig, default_identity
+from trainer.tune.search_space import Range, SearchConfig, default_keys
 
 try:
     import optuna
@@ -141,7 +141,7 @@ class SharedStudy:
                 pruner=_pruner(search),
             )
             self._check_same("recipe", base.recipe(), default_recipe())
-            if self._check_same("search", search.identity(), default_identity()):
+            if self._check_same("search", search.identity(), default_keys()):
                 for values in search.initial_trials:
                     applicable = search.applicable(values)
                     self._study.enqueue_trial({parameter: values[name] for name, parameter, _ in applicable})

@@ -155,7 +155,7 @@ def test_one_process_trains_in_a_directory(tmp_path: Path) -> None:
         pass
 
 
-def test_damaged_settings_are_compared_with_a_recipe(tmp_path: Path) -> None:
+def test_damaged_settings_name_a_recipe_to_compare_with(tmp_path: Path) -> None:
     run = begun(tmp_path)
     (run / "config.yaml").write_text("data: [\n")
     with pytest.raises(UserError, match="which is not YAML") as caught:

@@ -191,6 +191,8 @@ def test_an_argument_without_a_space_before_its_value_is_refused(setting: str) -
     error = mistake(QUICKSTART, f"{setting}={{patch_size:4}}")
     assert error.found == f"{setting}={{'patch_size:4': None}}"
     assert "with a space after the colon, not 'patch_size:4'" in error.expected
+    other = mistake(QUICKSTART, f"{setting}={{patch-size: 4}}").expected
+    assert "as in {patch_size: 4}, not 'patch-size'" in other
 
 
 @pytest.mark.parametrize(

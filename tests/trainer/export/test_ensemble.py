@@ -206,10 +206,12 @@ def test_runs_that_do_not_fit_together_are_refused(runs: list[Path], combined: P
         assert not (tmp_path / "out").exists()
         return caught.value
 
-    assert "larger with another data.resolution 16" in refusal(runs[0], tmp_path / "larger").found
+    larger = refusal(runs[0], tmp_path / "larger")
+    assert "which differ in data.resolution (16 and " in larger.found and larger.hint == "name runs that agree in it"
     assert "seed with seed=1" in refusal(runs[0], tmp_path / "seed", "--soup", "greedy").found
     assert "fold with data.fold=1/2" in refusal(tmp_path / "fold", tmp_path / "fold", "--soup", "greedy").found
-    assert "another model.options" in refusal(tmp_path / "relu", tmp_path / "silu", "--soup", "uniform").found
+    other = refusal(tmp_path / "relu", tmp_path / "silu", "--soup", "uniform")
+    assert "which differ in model.options" in other.found and other.hint == "omit --soup"
     assert "ensemble of 3 networks" in refusal(runs[0], combined, "--soup", "uniform").found
     assert "ensemble of 3 networks" in refusal(combined, combined, "--soup", "greedy").found
     assert refusal(runs[0]).expected == "two or more runs"

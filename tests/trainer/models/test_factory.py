@@ -71,7 +71,7 @@ def test_a_timm_model_by_name(channels: int) -> None:
     assert max(getattr(module, "drop_prob", 0) or 0 for module in model.modules()) > 0
 
 
-# Of MobileNetV3, the layer before the classifier is wider than the feature maps.
+# In MobileNetV3, the layer before the classifier is wider than the feature maps.
 @pytest.mark.parametrize("name", [SMALL_CNN, TINY, "mobilenetv3_small_050"])
 def test_a_hidden_layer_stands_between_features_and_classes(name: str) -> None:
     model = make_model(ModelConfig(name=name, head_hidden=11, drop_rate=0.25), 1, CLASSES)

@@ -83,7 +83,7 @@ def test_mixup_blends_every_pixel_and_cutmix_cuts_a_box() -> None:
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
 def test_copies_of_an_image_are_mixed_with_another_image(settings: MixupConfig) -> None:
-    """A batch of two copies of each of four images, the last of which is cut off, as in a batch of an odd size."""
+    """A batch of two copies of each of four images, of which the last copy is cut off, as in a batch of an odd size."""
     images, targets = (each.repeat_interleave(2, 0)[:7] for each in marked_batch(4))
     mixed_images, mixed_targets = apply_mixup_cutmix(images, targets, settings, draws(1), 2)
     assert torch.allclose(mixed_targets, shares(mixed_images), atol=1e-6)

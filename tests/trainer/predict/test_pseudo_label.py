@@ -149,4 +149,6 @@ def test_what_cannot_be_labelled_is_refused(
     label(*unsure, caught.value.hint.split()[1].rstrip(","))
     with pytest.raises(UserError, match="packed with confidence") as caught:
         label(*unsure, 0.8)
-    assert caught.value.hint.startswith("choose another --out")
+    assert caught.value.hint.startswith("choose another --out, or add --force")
+    label(*unsure, 0.8, "--force")
+    assert open_split(tmp_path / "out", "train").manifest.options["confidence"] == 0.8

@@ -540,11 +540,19 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         {"space": {"augment.rotation": {"type": "int", "low": 1, "high": 12, "step": 3}}},
-        ("space.augment.rotation", "such as 10, not 12"),
+        ("space.augment.rotation", "whole number of steps: 10, not 12"),
+    ),
+    (
+        {"space": {"augment.rotation": {"type": "int", "low": 1, "high": 3, "step": 5}}},
+        ("space.augment.rotation", "a step of at most high - low, not 5"),
+    ),
+    (
+        {"space": {"augment.rotation": {"type": "float", "low": 1, "high": 3000001.5, "step": 1}}},
+        ("space.augment.rotation", "3000001, not 3000001.5"),
     ),
     (
         {"space": {"optim.lr": {"type": "float", "low": 0.1, "high": 0.35, "step": 0.1}}},
-        ("space.optim.lr", "such as 0.3, not 0.35"),
+        ("space.optim.lr", "whole number of steps: 0.3, not 0.35"),
     ),
     (
         {
