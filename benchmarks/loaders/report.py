@@ -160,7 +160,7 @@ def _draw_resolution(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
         axes.annotate(f"{speed:,.0f}{variant}", (speed, row), fontsize=9, **position, **text)
     speeds = [record["images_per_second"] for record in records]
     axes.set_xscale("log")
-    axes.set_xlim(min(speeds) / 1.6, max(speeds) * 6)  # room for the numbers
+    axes.set_xlim(min(speeds) / 1.6, max(speeds) * 12)  # room for the numbers
     plain_numbers(axes.xaxis, minor=False)
     set_row_labels(axes, [record["name"] for record in fastest])
     for label, record in zip(axes.get_yticklabels(), fastest, strict=True):

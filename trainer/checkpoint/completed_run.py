@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,10 @@ class CompletedRun:
     @property
     def config(self) -> Config:
         return self.trained.config
+
+    def checkpoint_sha256(self) -> str:
+        """Return the checksum of the best checkpoint, which exported files name."""
+        return hashlib.sha256(self.directory.best.read_bytes()).hexdigest()
 
     def data(self, shards: str | None = None) -> tuple[Manifest, Store]:
         """Open the data set of the run.

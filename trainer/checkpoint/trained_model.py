@@ -14,6 +14,7 @@ from torch import nn
 
 from shards import Manifest, UserError
 from shards.errors import CorruptError, errors_as_corrupt, printable, quote
+from shards.manifest import compare_classes
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_files
 from trainer.config.load import validate
@@ -117,9 +118,10 @@ class TrainedModel:
     def check_classes(self, manifest: Manifest, name: str) -> None:
         """Raise `UserError` if a data set, called `name` in the message, has other classes."""
         if manifest.classes != self.classes:
+            found, expected = compare_classes(manifest.classes, self.classes)
             raise UserError(
-                found=f"{name} with classes {' '.join(manifest.classes)}",
-                expected=f"the classes of the run: {' '.join(self.classes)}",
+                found=f"{name} with classes {found}",
+                expected=f"the classes of the run: {expected}",
                 hint="name a packed data set with the same classes",
             )
 

@@ -413,12 +413,6 @@ class Config(BaseConfig):
         epochs, trace = self.trainer.epochs, self.trainer.traced_steps
         if self.mixup.prob > 0 and self.mixup.mixup_alpha == 0 and self.mixup.cutmix_alpha == 0:
             yield "mixup.prob is above 0, but mixup_alpha and cutmix_alpha are both 0"
-        if self.data.val_fraction == 0 and self.schedule.name == "plateau":
-            yield "schedule.name=plateau needs validation metrics, but data.val_fraction is 0"
-        if self.data.val_fraction == 0 and self.posthoc.tau == "auto":
-            yield "posthoc.tau=auto is tuned on the validation split, but data.val_fraction is 0"
-        if self.data.val_fraction == 0 and self.trainer.patience is not None:
-            yield "trainer.patience needs validation metrics, but data.val_fraction is 0"
         if self.optim.name == "schedule_free_adamw" and self.trainer.ema_decay is not None:
             yield "optim.name=schedule_free_adamw averages the weights itself, but trainer.ema_decay is set"
         if self.trainer.monitor == "loss" and self.posthoc.tau == "auto":
@@ -455,6 +449,16 @@ class Config(BaseConfig):
             yield "model.pretrained and model.init_checkpoint both set the initial weights"
         if unknown := set(self.checkpoint.resume_allow_changes) - {*self.recipe(), SHARDS_SETTING}:
             yield f"checkpoint.resume_allow_changes contains {min(unknown)}, which is not compared with checkpoints"
+
+    @property
+    def settings_that_need_validation(self) -> list[str]:
+        """The settings that need validation images, as NAME=VALUE."""
+        settings = {
+            "schedule.name=plateau": self.schedule.name == "plateau",
+            "posthoc.tau=auto": self.posthoc.tau == "auto",
+            f"trainer.patience={self.trainer.patience}": self.trainer.patience is not None,
+        }
+        return [setting for setting, needs in settings.items() if needs]
 
     def settings_without_effect(self) -> Iterator[str]:
         """Yield a warning for each explicit setting that other settings disable."""

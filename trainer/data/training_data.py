@@ -81,6 +81,12 @@ def open_data(config: Config, world: World) -> TrainingData:
     if held_out is not None:
         test_store = train_store
     manifest = train_store.manifest
+    if not val_stores and not len(validation) and (settings := config.settings_that_need_validation):
+        raise UserError(
+            found=f"{' '.join(settings)} with data.val_fraction=0, and no val split in {directory}",
+            expected="validation images, from which the metrics of these settings are computed",
+            hint="data.val_fraction=0.1",
+        )
     stages = resolution_stages(config)
     final = stages[-1]
     spec = TransformSpec.of(manifest, final.resolution, config.data.interpolation, config.data.preprocessing())

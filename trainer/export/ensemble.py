@@ -23,7 +23,7 @@ from pipeline.loader import Loader
 from shards.atomic import make_directory, replace_directory, replace_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError
-from shards.manifest import VALIDATION, has_split
+from shards.manifest import VALIDATION, compare_classes, has_split
 from shards.remote.datasets import resolve_dataset
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.completed_run import CompletedRun
@@ -94,7 +94,7 @@ def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
     def facts(run: CompletedRun) -> dict[str, Any]:
         data, trained = run.config.data, run.trained
         common: dict[str, Any] = {
-            "classes": " ".join(trained.classes),
+            "classes": trained.classes,
             "data set": trained.data_identity,
             "data.resolution": data.final_resolution,
             "data.interpolation": data.interpolation,
@@ -118,6 +118,8 @@ def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
             expected = facts(first)[name]
             if value != expected:
                 is_shown = name not in ("shapes of the weights", "data set")
+                if name == "classes":
+                    value, expected = compare_classes(value, expected)
                 raise UserError(
                     found=f"{run.directory.path} and {first.directory.path}, which differ in {name}"
                     + (f" ({value} and {expected})" if is_shown else ""),

@@ -10,7 +10,6 @@ for timm or plain torch.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,7 +134,7 @@ def export_metadata(run: CompletedRun, train: Manifest, test: Manifest) -> dict[
         "run": config.run.name,
         "dataset": test.name,
         "data_sha256": {"train": train.digest(), "test": test.digest()},
-        "checkpoint_sha256": hashlib.sha256(run.directory.best.read_bytes()).hexdigest(),
+        "checkpoint_sha256": run.checkpoint_sha256(),
         "versions": run.environment["packages"],
     }
 
@@ -145,7 +144,8 @@ def _target(run: Path, format_name: str, out: Path | None) -> Path:
     suffix = SUFFIXES[format_name]
     out = out or run / "export" / format_name
     target = out if out.suffix == suffix else out / f"model{suffix}"
-    if out != target and out.exists() and not out.is_dir():
+    is_file = not out.is_dir() and (out.exists() or out.suffix in SUFFIXES.values())
+    if out != target and is_file:
         raise UserError(
             found=f"--out {out} for --format {format_name}",
             expected=f"a directory, or a file that ends in {suffix}",

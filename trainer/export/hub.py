@@ -12,15 +12,16 @@ trainer.export RUN --format safetensors`), the weights and the model card are pu
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from safetensors import SafetensorError, safe_open
 
 from shards.atomic import replace_directory
 from shards.cli import program_name, run_command
-from shards.errors import UserError, os_errors_as_user_errors, refusal
+from shards.errors import UserError, os_errors_as_user_errors, quote, refusal
 from trainer.checkpoint.completed_run import CompletedRun
 
 _FILES = (
@@ -47,9 +48,9 @@ def push(run: Path, repository: str, api: HfApi) -> str:
         Address of the repository.
 
     Raises:
-        UserError: The run is not complete, or the Hub refuses it.
+        UserError: The run is not complete, its export is of another checkpoint, or the Hub refuses it.
     """
-    CompletedRun.open(run)
+    _check_export(CompletedRun.open(run))
     files = {name: run / name for name in _FILES}
     files |= {name: run / "export" / "safetensors" / name for name in _EXPORTED}
     operations = [
@@ -59,6 +60,25 @@ def push(run: Path, repository: str, api: HfApi) -> str:
         url = api.create_repo(repository, private=True, exist_ok=True)
         api.create_commit(repository, operations, commit_message=f"Push {run.absolute().name}")
     return str(url)
+
+
+def _check_export(run: CompletedRun) -> None:
+    """Raise `UserError` if the exported weights are not those of the best checkpoint.
+
+    They differ if training was resumed after the export.
+    """
+    exported = run.directory.path / "export" / "safetensors" / "model.safetensors"
+    if not exported.is_file():
+        return
+    metadata: dict[str, str] = {}
+    with contextlib.suppress(SafetensorError), safe_open(exported, "pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("checkpoint_sha256") != run.checkpoint_sha256():
+        raise UserError(
+            found=f"{exported}, which is not the export of {run.directory.best}",
+            expected="the exported weights of the run, or none",
+            hint=f"python -m trainer.export {quote(run.directory.path)} --format safetensors",
+        )
 
 
 def pull(repository: str, out: Path, api: HfApi) -> None:
@@ -74,7 +94,7 @@ def pull(repository: str, out: Path, api: HfApi) -> None:
         replacement.commit()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _errors_of_hub(repository: str) -> Iterator[None]:
     """Raise every exception as a `UserError`; those of the network depend on the version of the library."""
     try:

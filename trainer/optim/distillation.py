@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from pipeline.transforms.preprocess import Preprocessing, input_size
 from shards.errors import UserError
+from shards.manifest import compare_classes
 from trainer.checkpoint.io import BEST
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
@@ -49,14 +50,15 @@ class DistillationTeacher:
         assert path is not None
         trained = TrainedModel.load(path if path.suffix == ".pt" else path / "checkpoints" / BEST)
         for attribute, value, expected, hint in (
-            ("classes", " ".join(trained.classes), " ".join(classes), _OTHER_DATA),
+            ("classes", trained.classes, classes, _OTHER_DATA),
             ("channels", trained.channels, len(mean), _OTHER_DATA),
             ("preprocessing", trained.config.data.preprocessing(), student.data.preprocessing(), _OTHER_PREPROCESSING),
         ):
             if value != expected:
+                texts = compare_classes(trained.classes, classes) if attribute == "classes" else (value, expected)
                 raise UserError(
-                    found=f"distillation.teacher={path} with {attribute} {value}",
-                    expected=f"the {attribute} of this run: {expected}",
+                    found=f"distillation.teacher={path} with {attribute} {texts[0]}",
+                    expected=f"the {attribute} of this run: {texts[1]}",
                     hint=hint,
                 )
         self._model = trained.build_model(device).eval().requires_grad_(False)

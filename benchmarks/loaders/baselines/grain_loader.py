@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -65,20 +66,33 @@ def open_files(paths: list[str], variant: str, task: Task) -> Epochs:
         pixels, source_indices = from_bytes(source.__getitems__(indices.tolist()), task.image_shape)
         return pixels.numpy(), source_indices.numpy()
 
-    def epoch(number: int) -> Iterator[Batch]:
-        seed = task.seed + number
+    def stream(seed: int) -> Iterator[Any]:
+        """Iterate over the batches of all epochs. Each epoch is shuffled anew."""
         if variant == "documented":
-            records = grain.MapDataset.source(source).shuffle(seed=seed).map(DecodeImage(task))
-            loaded = records.batch(task.batch_size, drop_remainder=True).to_iter_dataset()
+            batches = grain.MapDataset.source(source).shuffle(seed=seed).map(DecodeImage(task))
+            batches = batches.batch(task.batch_size, drop_remainder=True)
+            # The documentation recommends no threads for data in memory.
+            options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         else:
-            batches = grain.MapDataset.range(len(source)).shuffle(seed=seed).batch(task.batch_size, drop_remainder=True)
+            batches = grain.MapDataset.range(len(source)).shuffle(seed=seed)
+            batches = batches.batch(task.batch_size, drop_remainder=True).map(read_batch)
             # By default it reads hundreds of batches ahead.
-            loaded = batches.map(read_batch).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+            options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        loaded = batches.repeat().to_iter_dataset(options)
         if task.workers:
             loaded = loaded.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=task.workers))
-        for images, indices in loaded:
+        return iter(loaded)
+
+    # Processes take seconds to start, so they continue between epochs, as with `persistent_workers` of torch.
+    kept = enumerate(stream(task.seed), start=1) if task.workers else None
+    batches_per_epoch = len(source) // task.batch_size
+
+    def epoch(number: int) -> Iterator[Batch]:
+        for count, (images, indices) in kept or enumerate(stream(task.seed + number), start=1):
             pixels = torch.from_numpy(images)
             yield pixels.to(task.device) if variant == "documented" else transform(pixels), indices
+            if count % batches_per_epoch == 0:
+                return
 
     return epoch
 

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from support.transform_reference import model_input, resize_axis
 
+from pipeline.transforms import torch_backend
 from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.export_module import TransformModule
 from pipeline.transforms.ops.resize import resize_weights
 from pipeline.transforms.preprocess import Preprocessing, Resolution
 from pipeline.transforms.spec import Transform, TransformSpec
+from pipeline.transforms.torch_backend import TorchTransform
 from shards import UserError, open_split
 
 RESOLUTIONS = (7, 9, 14, 20, 28, 31, 40, 56, 64, 84, 96, 112, 140, 224, "15x50", "31x20")
@@ -114,6 +116,20 @@ def test_ties_of_the_nearest_pixel_fall_upwards_at_every_size() -> None:
         for target in range(1, 140):
             chosen = resize_weights(source, target, "nearest").argmax(axis=1)
             assert np.array_equal(chosen, (2 * np.arange(target) + 1) * source // (2 * target)), (source, target)
+
+
+@pytest.mark.parametrize("reorders_floats", [False, True])
+@pytest.mark.parametrize("shape", [GRAY, (20, 31, 1), (1, 9, 1), RGB])
+def test_images_are_turned_upright_as_bytes_or_as_floats(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], reorders_floats: bool
+) -> None:
+    """Which of both is faster depends on the processor; the result does not."""
+    monkeypatch.setattr(torch_backend, "_REORDERS_FLOATS", reorders_floats)
+    transform = TorchTransform(spec_of(shape, "{1}x{0}".format(*shape), transposed=True), torch.device("cpu"))
+    images = random_images(70, shape)
+    for count in (70, 1, 33):  # also views of the images
+        upright = torch.from_numpy(images[:count].transpose(0, 3, 2, 1).astype(np.float32))
+        assert torch.equal(transform(images[:count]), upright * (1 / 255))
 
 
 @pytest.mark.parametrize("resolution", [14, 28, 40])

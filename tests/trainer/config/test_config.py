@@ -199,7 +199,6 @@ def test_an_argument_without_a_space_before_its_value_is_refused(setting: str) -
     ("overrides", "word"),
     [
         (["mixup.prob=1", "mixup.mixup_alpha=0", "mixup.cutmix_alpha=0"], "cutmix_alpha are both 0"),
-        (["schedule.name=plateau", "data.val_fraction=0"], "data.val_fraction is 0"),
         (["schedule.name=one_cycle", "schedule.warmup=9"], "epochs"),
         (["model.pretrained=true", "model.init_checkpoint=x.pth"], "both set the initial weights"),
         (["data.resolution=3"], "three_block_cnn takes 4 or more"),

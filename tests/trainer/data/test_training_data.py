@@ -61,6 +61,18 @@ def test_a_fold_is_tested_and_neither_trained_on_nor_validated(synthetic_set: Pa
     assert "data.fold=701/701" in error.found
 
 
+@pytest.mark.parametrize("setting", ["schedule.name=plateau", "posthoc.tau=auto", "trainer.patience=2"])
+def test_settings_that_need_validation_images(synthetic_set: Path, tmp_path: Path, setting: str) -> None:
+    """A val split provides them without `data.val_fraction`."""
+    overrides = ("data.val_fraction=0", setting)
+    error = refusal(lambda: open_data(config(synthetic_set, *overrides), ALONE))
+    assert error.found == f"{setting} with data.val_fraction=0, and no val split in {synthetic_set}"
+    assert open_data(config(synthetic_set, error.hint, setting), ALONE).validation is not None
+    train, test = synthetic_splits()
+    shards = pack_splits((train.select(np.arange(60, 700)), test, train.select(np.arange(60), "val")), tmp_path / "set")
+    assert open_data(config(shards, *overrides), ALONE).validation is not None
+
+
 def test_class_balance_is_that_of_the_batches_and_of_the_loss(synthetic_set: Path) -> None:
     settings = config(synthetic_set, "data.class_balance=1", "data.train_fraction=0.3", "loader.batch_size=50")
     data = open_data(settings, ALONE)

@@ -229,6 +229,10 @@ def test_places_where_something_would_be_lost_are_refused(small_run: Path, digit
     (tmp_path / "model.pt").write_text("mine")
     with pytest.raises(UserError, match=r"a file that ends in \.onnx"):
         export(small_run, "onnx", tmp_path / "model.pt")
+    for suffix in (".pt2", ".safetensors"):
+        with pytest.raises(UserError, match=r"a file that ends in \.onnx") as caught:
+            export(small_run, "onnx", tmp_path / f"new{suffix}")
+        assert caught.value.hint == f"--out {tmp_path / 'new.onnx'}"
     with pytest.raises(UserError, match="another packed data set"):
         export(small_run, "onnx", shards=str(digits_set))
     with pytest.raises(UserError, match=r"best\.pt"):

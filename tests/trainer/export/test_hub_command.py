@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import sys
 import urllib.parse
 from collections.abc import Iterator
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save, save_file
 from support.full_disk import full_disk
 from support.http_server import HubHandler, serving
 
 from shards import UserError, open_split
 from shards.errors import DiskFullError
 from trainer.export import hub
+from trainer.export.export import export
 from trainer.predict.predictor import Predictor, upright_images
 
 TOKEN = "hf_secret"
@@ -125,13 +129,30 @@ def test_a_run_comes_back_as_it_was_pushed(
     np.testing.assert_array_equal(actual, expected)
 
     # A run that is exported has a card and weights.
+    export(tmp_path / "pulled", "safetensors")
     exported = tmp_path / "pulled" / "export" / "safetensors"
-    exported.mkdir(parents=True)
-    for name in ("README.md", "model.safetensors"):
-        (exported / name).write_text(f"---\ntags: [x]\n---\n{name}")
     hub.push(tmp_path / "pulled", "me/digits", api)
     assert server.commits == 2
     assert all(files[name] == (exported / name).read_bytes() for name in ("README.md", "model.safetensors"))
+
+
+@pytest.mark.parametrize("damage", ["other run", "no metadata", "cut"])
+def test_the_export_of_another_checkpoint_is_not_pushed(
+    server: ModelHub, api: HfApi, digits_run: Path, tmp_path: Path, damage: str
+) -> None:
+    run = Path(shutil.copytree(digits_run, tmp_path / "run"))
+    target, _ = export(run, "safetensors")
+    if damage == "other run":
+        save_file(load_file(target), target, {"checkpoint_sha256": "0" * 64})
+    else:
+        target.write_bytes(save({"weight": torch.zeros(3)}) if damage == "no metadata" else target.read_bytes()[:-9])
+    with pytest.raises(UserError) as caught:
+        hub.push(run, "me/digits", api)
+    assert caught.value.found == f"{target}, which is not the export of {run / 'checkpoints' / 'best.pt'}"
+    assert server.commits == 0
+    export(run, "safetensors")  # as the hint says
+    hub.push(run, "me/digits", api)
+    assert server.commits == 1
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(

@@ -165,7 +165,6 @@ def test_a_schedule_by_time_ends_at_its_minimum_whatever_the_number_of_steps() -
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["trainer.patience=2", "data.val_fraction=0"], "trainer.patience"),
         (["trainer.minutes=2", "data.resolution=[[1, 8], [2, 12]]"], "data.resolution"),
         (["trainer.minutes=2", "mixup.off_last_epochs=1"], "mixup.off_last_epochs"),
         (["trainer.monitor=loss", "posthoc.tau=auto"], "posthoc.tau"),
