@@ -54,7 +54,8 @@ from trainer.data.training_data import open_data
 from trainer.models.precision import resolve_precision
 from trainer.runtime.distributed import init_distributed
 
-SMALL = ["--resolutions", "8,16", "--epochs", "2", "--seconds", "0.6", "--seeds", "1", "--subset", "0.2"]
+SECONDS = 1.5  # of the runs of equal time; enough for several updates while other processes run
+SMALL = ["--resolutions", "8,16", "--epochs", "2", "--seconds", str(SECONDS), "--seeds", "1", "--subset", "0.2"]
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen:
@@ -130,7 +131,7 @@ def test_every_point_has_all_its_figures(out: Path, records: list[dict[str, Any]
     for record in records[:2]:
         # Whole updates, as many in either period, planned by the throughput of the epochs.
         by_time, images_per_step = record["by_time"], record["training_images"] / 5
-        planned = 0.6 * record["training_images_per_second"]["median"] / images_per_step / 2
+        planned = SECONDS * record["training_images_per_second"]["median"] / images_per_step / 2
         assert by_time["updates"] == 2 * int(planned)
 
 
