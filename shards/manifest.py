@@ -30,7 +30,6 @@ _WITH_VARIANTS = ("emnist", "cifar100", "numtadb", "qmnist")  # published data s
 _PUBLISHED = (*_WITH_VARIANTS, "mnist", "fashionmnist", "kmnist", "cifar10", "digits")
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MAX_LOOKED_AT = 1000  # files
-_MAX_NAMES = 20  # of classes in a message
 StoreKind = Literal["tar", "zarr", "records"]
 ARRAYS = LABELS, ROWS, BLOCKS = ("labels.npy", "rows.npy", "blocks.npy")  # of every split of version 3
 Content: TypeAlias = bytes | memoryview
@@ -285,24 +284,6 @@ def check_several_classes(classes: Sequence[str], counts: Sequence[int], source:
             hint="arrange images in one directory per class, or list them with their labels in a CSV table, and pack "
             "them again: python -m pipeline.shard folder --raw DIR",
         )
-
-
-def compare_classes(classes: Sequence[str], others: Sequence[str]) -> tuple[str, str]:
-    """Return the names of two different sequences of classes, for a message.
-
-    More than 20 names are shortened to the first three, the last, the count and the first that differs.
-    """
-    pairs = enumerate(zip(classes, others, strict=False))
-    shared = next((number for number, (one, other) in pairs if one != other), min(len(classes), len(others)))
-
-    def describe(sequence: Sequence[str]) -> str:
-        names = [printable(name) for name in sequence]
-        if len(names) <= _MAX_NAMES:
-            return " ".join(names)
-        differs = f"; class {shared + 1} is {names[shared]}" if shared < len(names) else ""
-        return f"{' '.join(names[:3])} ... {names[-1]} ({len(names)} classes{differs})"
-
-    return describe(classes), describe(others)
 
 
 def is_packed_dataset(directory: Path) -> bool:

@@ -151,13 +151,9 @@ def set_row_labels(axes: Axes, labels: Sequence[str]) -> None:
 
 def plain_numbers(axis: Axis, minor: bool = True) -> None:
     """Write tick labels as `1,234`; on a logarithmic axis also at 2 and 5 times the powers of ten if `minor`."""
-
-    def plain(value: float, _: object = None) -> str:
-        return f"{value:,.0f}" if abs(value) >= 1e6 else f"{value:,.6g}"
-
-    axis.set_major_formatter(plain)
+    axis.set_major_formatter(lambda value, _: f"{value:,.12g}")
     is_labeled = "25" if minor and axis.get_scale() == "log" else ""
-    axis.set_minor_formatter(lambda value, _: plain(value) if f"{value:.0e}"[0] in is_labeled else "")
+    axis.set_minor_formatter(lambda value, _: f"{value:,.12g}" if f"{value:.0e}"[0] in is_labeled else "")
 
 
 def plot_spread(axes: Axes, x: Sequence[float], spreads: Sequence[dict[str, float]], **style: Any) -> None:

@@ -24,8 +24,17 @@ from trainer.runtime.env_info import collect_env_info
 from trainer.runtime.memory import peak_memory
 
 _PACKAGES = (
-    *("webdataset", "litdata", "mosaicml-streaming", "datasets", "ffcv", "numba"),
-    *("grain", "array-record", "spdl-core", "zarr", "tensorstore"),
+    "webdataset",
+    "litdata",
+    "mosaicml-streaming",
+    "datasets",
+    "ffcv",
+    "numba",
+    "grain",
+    "array-record",
+    "spdl-core",
+    "zarr",
+    "tensorstore",
 )
 _TRIAL_SECONDS = 0.4
 _GPU_BATCHES = 20

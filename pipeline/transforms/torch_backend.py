@@ -95,12 +95,12 @@ class TorchTransform:
 
 
 def _exchange_axes(images: torch.Tensor) -> torch.Tensor:
-    """Exchange rows and columns of contiguous images [B, 1, H, W] on the CPU.
+    """Exchange rows and columns of images [B, 1, H, W] of any strides on the CPU.
 
     It is a channel_shuffle of H x W channels in H groups. If torch vectorizes it, it is about three times as fast as a
     strided copy.
     """
     batch, _, height, width = images.shape
     pixels = height * width
-    stored = images.as_strided((batch, pixels, 1, 1), (pixels, 1, pixels, pixels))
+    stored = images.contiguous().as_strided((batch, pixels, 1, 1), (pixels, 1, pixels, pixels))
     return F.channel_shuffle(stored, height).view(batch, 1, width, height)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from shards import Manifest, UserError
-from shards.manifest import MANIFEST_NAME, compare_classes
+from shards.manifest import MANIFEST_NAME
 
 
 @pytest.fixture
@@ -62,27 +61,3 @@ def test_a_manifest_without_a_checksum_is_readable(content: bytes) -> None:
     manifest = Manifest.parse(json.dumps(fields).encode(), "manifest")
     assert manifest == Manifest.parse(content, "manifest")
     assert manifest.to_json().encode() == content
-
-
-@pytest.mark.parametrize(
-    ("classes", "others", "texts"),
-    [
-        (["a", "b c"], ["a b", "c"], ("a b c", "a b c")),
-        (["a", "\x1b[2J"], ["a"], ("a \\x1b[2J", "a")),
-        (map(str, range(1000)), map(str, range(2)), ("0 1 2 ... 999 (1000 classes; class 3 is 2)", "0 1")),
-        (
-            map(str, range(62)),
-            map(str, range(40)),
-            ("0 1 2 ... 61 (62 classes; class 41 is 40)", "0 1 2 ... 39 (40 classes)"),
-        ),
-        (
-            [*map(str, range(21)), "x", "z"],
-            [*map(str, range(21)), "y", "z"],
-            ("0 1 2 ... z (23 classes; class 22 is x)", "0 1 2 ... z (23 classes; class 22 is y)"),
-        ),
-    ],
-)
-def test_of_many_classes_the_first_that_differs_is_named(
-    classes: Iterable[str], others: Iterable[str], texts: tuple[str, str]
-) -> None:
-    assert compare_classes(tuple(classes), tuple(others)) == texts

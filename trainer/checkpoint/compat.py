@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from shards.cli import plural
-from shards.errors import UserError, quote
+from shards.errors import UserError, printable, quote
 from trainer.config.schema import SHARDS_SETTING, Config
 
 # The weights or the optimizer's state have another form with another value.
 _FIXED = ("model.name", "model.head_hidden", "optim.name")
+_MAX_NAMES = 20  # of classes in a message
 _MAX_NUMBER = 10**15  # of a number
 
 
@@ -59,9 +60,17 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
         )
 
 
+def list_classes(classes: Sequence[str], others: Sequence[str]) -> str:
+    """List classes for a message that compares them with others; of more than 20, those at the ends and that differ."""
+    names = list(map(printable, classes))
+    if len(names) <= _MAX_NAMES:
+        return " ".join(names)
+    return f"{' '.join(names[:3])} ... {names[-1]}, {_differing(classes, others)}"
+
+
 def _differing(classes: Sequence[str], others: Sequence[str]) -> str:
     """Count classes, and name the first that another list does not have at the same place."""
-    names = [name for number, name in enumerate(classes) if others[number : number + 1] != classes[number : number + 1]]
+    names = [printable(name) for number, name in enumerate(classes) if [name] != list(others[number : number + 1])]
     listed = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
     return f"{plural(len(classes), 'class', 'es')}{listed}"
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from shards import Manifest, UserError
 from shards.errors import CorruptError, errors_as_corrupt, printable, quote
-from shards.manifest import compare_classes
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_files
+from trainer.checkpoint.compat import list_classes
 from trainer.config.load import validate
 from trainer.config.schema import Config
 from trainer.models.ensemble import Ensemble
@@ -118,10 +118,9 @@ class TrainedModel:
     def check_classes(self, manifest: Manifest, name: str) -> None:
         """Raise `UserError` if a data set, called `name` in the message, has other classes."""
         if manifest.classes != self.classes:
-            found, expected = compare_classes(manifest.classes, self.classes)
             raise UserError(
-                found=f"{name} with classes {found}",
-                expected=f"the classes of the run: {expected}",
+                found=f"{name} with classes {list_classes(manifest.classes, self.classes)}",
+                expected=f"the classes of the run: {list_classes(self.classes, manifest.classes)}",
                 hint="name a packed data set with the same classes",
             )
 

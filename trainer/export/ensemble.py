@@ -23,9 +23,10 @@ from pipeline.loader import Loader
 from shards.atomic import make_directory, replace_directory, replace_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError
-from shards.manifest import VALIDATION, compare_classes, has_split
+from shards.manifest import VALIDATION, has_split
 from shards.remote.datasets import resolve_dataset
 from trainer.checkpoint import io as checkpoint
+from trainer.checkpoint.compat import list_classes
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel
@@ -119,7 +120,7 @@ def check_combinable(runs: Sequence[CompletedRun], soup: str | None) -> None:
             if value != expected:
                 is_shown = name not in ("shapes of the weights", "data set")
                 if name == "classes":
-                    value, expected = compare_classes(value, expected)
+                    value, expected = list_classes(value, expected), list_classes(expected, value)
                 raise UserError(
                     found=f"{run.directory.path} and {first.directory.path}, which differ in {name}"
                     + (f" ({value} and {expected})" if is_shown else ""),

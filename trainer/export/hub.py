@@ -33,7 +33,8 @@ _FILES = (
     "report.html",
     "summary.json",
 )
-_EXPORTED = ("model.safetensors", "README.md")  # in export/safetensors/
+_EXPORT = Path("export/safetensors")
+_WEIGHTS, _CARD = "model.safetensors", "README.md"
 
 
 def push(run: Path, repository: str, api: HfApi) -> str:
@@ -50,9 +51,11 @@ def push(run: Path, repository: str, api: HfApi) -> str:
     Raises:
         UserError: The run is not complete, its export is of another checkpoint, or the Hub refuses it.
     """
-    _check_export(CompletedRun.open(run))
+    completed = CompletedRun.open(run)
     files = {name: run / name for name in _FILES}
-    files |= {name: run / "export" / "safetensors" / name for name in _EXPORTED}
+    if (run / _EXPORT / _WEIGHTS).is_file():
+        _check_export(completed)
+        files |= {name: run / _EXPORT / name for name in (_WEIGHTS, _CARD)}
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items() if path.is_file()
     ]
@@ -67,9 +70,7 @@ def _check_export(run: CompletedRun) -> None:
 
     They differ if training was resumed after the export.
     """
-    exported = run.directory.path / "export" / "safetensors" / "model.safetensors"
-    if not exported.is_file():
-        return
+    exported = run.directory.path / _EXPORT / _WEIGHTS
     metadata: dict[str, str] = {}
     with contextlib.suppress(SafetensorError), safe_open(exported, "pt") as file:
         metadata = file.metadata() or {}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from pipeline.transforms.preprocess import Preprocessing, input_size
 from shards.errors import UserError
-from shards.manifest import compare_classes
+from trainer.checkpoint.compat import list_classes
 from trainer.checkpoint.io import BEST
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
@@ -55,7 +55,9 @@ class DistillationTeacher:
             ("preprocessing", trained.config.data.preprocessing(), student.data.preprocessing(), _OTHER_PREPROCESSING),
         ):
             if value != expected:
-                texts = compare_classes(trained.classes, classes) if attribute == "classes" else (value, expected)
+                texts: tuple[object, object] = (value, expected)
+                if attribute == "classes":
+                    texts = list_classes(trained.classes, classes), list_classes(classes, trained.classes)
                 raise UserError(
                     found=f"distillation.teacher={path} with {attribute} {texts[0]}",
                     expected=f"the {attribute} of this run: {texts[1]}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from conftest import ROOT
 
 from shards import UserError
 from trainer.checkpoint import io as checkpoint
-from trainer.checkpoint.compat import check_fits
+from trainer.checkpoint.compat import check_fits, list_classes
 from trainer.config.load import RECIPES, load
 from trainer.config.schema import Config
 
@@ -223,3 +224,19 @@ def test_other_classes_are_named(classes: tuple[str, ...], found: str, expected:
         check_fits({"classes": ["a", "b", "c"]}, config, classes, "", Path("last.pt"))
     assert caught.value.found == f"data.shards=other with {found}"
     assert caught.value.expected == f"the {expected}, as in the checkpoint last.pt"
+
+
+@pytest.mark.parametrize(
+    ("classes", "others", "expected"),
+    [
+        (range(20), range(3), " ".join(map(str, range(20)))),
+        (["a", "\x1b[2J"], ["a"], "a \\x1b[2J"),
+        (range(62), range(40), "0 1 2 ... 61, 62 classes (40, 41, 42, 43, 44, ...)"),
+        (range(40), range(62), "0 1 2 ... 39, 40 classes"),
+        ([*range(21), "x", "z"], [*range(21), "y", "z"], "0 1 2 ... z, 23 classes (x)"),
+    ],
+)
+def test_of_many_classes_those_that_differ_are_listed(
+    classes: Iterable[object], others: Iterable[object], expected: str
+) -> None:
+    assert list_classes(tuple(map(str, classes)), tuple(map(str, others))) == expected

@@ -153,6 +153,9 @@ def test_the_export_of_another_checkpoint_is_not_pushed(
     export(run, "safetensors")  # as the hint says
     hub.push(run, "me/digits", api)
     assert server.commits == 1
+    target.unlink()
+    hub.push(run, "me/card", api)  # a card without its weights may be of another checkpoint
+    assert "README.md" not in server.repositories["me/card"]
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(
