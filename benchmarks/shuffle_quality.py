@@ -25,6 +25,8 @@ CLASSES = 32
 # Loader and variant; each runs as in the loader benchmark, in one process without workers.
 LIBRARIES = (
     ("ffcv", "best"),
+    ("grain", "best"),
+    ("spdl", "best"),
     ("mosaicml-streaming", "documented"),
     ("litdata", "best"),
     ("litdata", "documented"),

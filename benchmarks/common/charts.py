@@ -135,9 +135,9 @@ def grid(count: int, columns: int) -> list[list[str]]:
     return [names[start : start + columns] for start in range(0, len(names), columns)]
 
 
-def set_title(axes: Axes, title: str, subtitle: str) -> None:
-    """Set a title with a smaller line below it."""
-    axes.set_title(title, pad=18)
+def set_title(axes: Axes, title: str, subtitle: str, **style: Any) -> None:
+    """Set a title in a text style of matplotlib, with a smaller line below it."""
+    axes.set_title(title, pad=18, **style)
     axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=9, color=MUTED, in_layout=False)
 
 

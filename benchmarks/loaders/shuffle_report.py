@@ -122,6 +122,5 @@ def _draw_order(axes: Axes, order: LoaderOrder, record: dict[str, Any], samples:
     color = SERIES[0] if is_ours else MUTED
     axes.plot(positions / samples, indices[positions] / samples, ".", color=color, markersize=1.3, markeredgewidth=0)
     pairs = f"neighbours {_number(record['neighbour_pairs'])}, repeats {_number(record['repeated_pairs'])}"
-    set_title(axes, order.name, pairs)
-    axes.title.set(fontsize=10, weight="bold" if is_ours else "normal", color=color)
+    set_title(axes, order.name, pairs, fontsize=10, fontweight="bold" if is_ours else "normal", color=color)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])

@@ -165,19 +165,20 @@ class _Interleaver:
 
     def places(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the first place of numbers first .. last, and the one behind their last place."""
-        return self._starts[first // self._size], self._starts[last // self._size + self._delays]
+        return self._starts(first // self._size), self._starts(last // self._size + self._delays)
 
     def numbers(self, first: int, stop: int, lanes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return int64 [lanes, places], the numbers at places first .. stop-1. Each lane has its own permutation."""
-        starts, delays = self._starts, self._delays
+        delays = self._delays
         place = np.arange(first, stop)
-        period = np.searchsorted(starts, place, side="right") - 1
-        lengths = starts[period + 1] - starts[period]
+        # Place p is in one of the periods p // k .. p // k + D, so no other period has to be computed.
+        oldest = first // self._size
+        starts = self._starts(np.arange(oldest, (stop - 1) // self._size + delays + 2))
+        at = np.searchsorted(starts, place, side="right") - 1
+        period = at + oldest
+        lengths, which = np.unique(np.diff(starts[at[0] : at[-1] + 2]), return_inverse=True)
         words = self._words(ORDER_STREAM, lanes, period[0], period[-1])[:, period - period[0]]
-        slot = np.empty(words.shape, np.int64)
-        for length in np.unique(lengths).tolist():
-            columns = lengths == length
-            slot[:, columns] = self._permute((place - starts[period])[columns], words[:, columns], length)
+        slot = self._permute(place - starts[at], words, lengths, which[at - at[0]])
         # The slots of a period hold the group of the last frame, then those of whole frames by their delay.
         past = period - self._frames
         earlier, of_last = self._before(past, self._rest), self._before(past + 1, self._rest)
@@ -188,24 +189,25 @@ class _Interleaver:
         frame = period - delay
         words = self._words(DELAY_STREAM, lanes, oldest, period[-1])
         words = words[np.arange(len(lanes))[:, None], frame - oldest]
-        result = self._permute(number, words, self._size)
+        result = self._permute(number, words, np.array([self._size]))
         if is_last.any():
-            result[is_last] = self._permute(number[is_last], words[is_last], self._rest)
+            result[is_last] = self._permute(number[is_last], words[is_last], np.array([self._rest]))
         return frame * self._size + result
 
+    def _starts(self, periods: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of places before each of these periods, for any number from 0 on."""
+        past = np.maximum(periods - self._frames, 0)
+        return self._endless_starts(periods) - self._endless_starts(past) + self._before(past, self._rest)
+
+    def _endless_starts(self, periods: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of places before periods of an endless sequence of frames."""
+        full = np.maximum(periods - self._delays, 0)
+        return self._first_starts[np.minimum(periods, self._delays)] + full * self._size
+
     @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        """Number of places before each period, and at the end."""
-        starts = np.cumsum(self._before(np.arange(self._delays + 1), self._size))
-
-        def places(periods: NDArray[np.int64]) -> NDArray[np.int64]:
-            """Return the number of places before periods of an endless sequence of frames."""
-            full = np.maximum(periods - self._delays, 0)
-            return starts[np.clip(periods, 0, self._delays)] + full * self._size
-
-        period = np.arange(self._frames + self._delays + 1)
-        past = period - self._frames
-        return places(period) - places(past) + self._before(past, self._rest)
+    def _first_starts(self) -> NDArray[np.int64]:
+        """Number of places before each of the periods 0 .. D."""
+        return np.cumsum(self._before(np.arange(self._delays + 1), self._size))
 
     def _before(self, delays: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         """Return how many numbers of a frame of `size` numbers have smaller delays."""
@@ -217,11 +219,26 @@ class _Interleaver:
         words = random_keys(self._seed, stream + self._epoch, (last - first + 1) * width, first * width)
         return words.reshape(-1, width).T[lanes]
 
-    def _permute(self, numbers: NDArray[np.int64], words: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
-        """Permute numbers 0 .. count-1, each by the permutation of its word: two rotations of two random tables."""
-        first, second = _tables(count, self._size, self._seed, self._epoch)
+    def _permute(
+        self,
+        numbers: NDArray[np.int64],
+        words: NDArray[np.uint64],
+        counts: NDArray[np.int64],
+        which: NDArray[np.int64] | int = 0,
+    ) -> NDArray[np.int64]:
+        """Permute numbers 0 .. count-1, each by the permutation of its word: two rotations of two random tables.
+
+        Args:
+            numbers: int64 [n] or [lanes, n].
+            words: uint64 [n] or [lanes, n].
+            counts: int64 [c].
+            which: int64 [n], the position in `counts` of the count of each number.
+        """
+        tables = zip(*(_tables(count, self._size, self._seed, self._epoch) for count in counts.tolist()), strict=True)
+        first, second = (np.concatenate(each) for each in tables)
+        start, count = 2 * (np.cumsum(counts) - counts)[which], counts[which].astype(np.uint64)
         low, high = words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)
-        rotations = [(half * np.uint64(count) >> np.uint64(32)).astype(np.int64) for half in (low, high)]
+        rotations = [start + (half * count >> np.uint64(32)).astype(np.int64) for half in (low, high)]
         return second[first[numbers + rotations[0]] + rotations[1]].astype(np.int64)
 
 
@@ -232,6 +249,8 @@ def _tables(count: int, size: int, seed: int, epoch: int) -> tuple[NDArray[np.in
     They are the order of these numbers in two permutations of 0 .. size-1.
     """
     if count < size:
-        return tuple(np.tile(table[:size][table[:size] < count], 2) for table in _tables(size, size, seed, epoch))
-    tables = (permutation(size, seed, TABLE_STREAM + 2 * epoch + number) for number in range(2))
-    return tuple(np.tile(table.astype(np.int32), 2) for table in tables)
+        tables = [table[:size][table[:size] < count] for table in _tables(size, size, seed, epoch)]
+    else:
+        draws = (permutation(size, seed, TABLE_STREAM + 2 * epoch + number) for number in range(2))
+        tables = [table.astype(np.int32) for table in draws]
+    return tuple(np.concatenate([table, table]) for table in tables)
