@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -98,20 +97,6 @@ def test_ranks_divide_the_units_in_every_epoch(ranks: int, lanes: int) -> None:
     shared = [unit for unit, counts in owners.items() if len(counts) > 1]
     assert len(shared) <= 2 * (ranks - 1)
     assert all(set(owners[unit].values()) <= {1, 2, 3} for unit in owners)
-
-
-def test_memory_of_a_batch_does_not_depend_on_the_number_of_samples() -> None:
-    peaks = []
-    for steps in (10**4, 2 * 10**6):
-        units = np.linspace(0, steps * 512, 1001).astype(np.int64)
-        tracemalloc.start()
-        # The window is small, so an epoch has many periods: 32 million in the larger data set.
-        order = WindowedOrder(units, steps=steps, batch_size=512, window=1024, lanes=1, seed=0, epoch=0)
-        for first in (0, steps // 2, steps - 1):
-            order.numbers(range(first, first + 1), np.arange(512))
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]
 
 
 def sliding_window(count: int, block: int, window: int, seed: int) -> np.ndarray:

@@ -200,6 +200,7 @@ class TestReading:
         """2,000 images of 3 KB, of which a tenth may be held."""
         out = pack_splits(synthetic_splits(train=2000, test=1, shape=(32, 32, 3)), tmp_path / "set", 16, store="zarr")
         raw, block = 2000 * 3072, 16 * 3072
+        open_store(out / "test", raw).read(np.arange(1))  # the first read of a process imports modules
         tracemalloc.start()
         try:
             store = open_store(out / "train", raw // 10)
