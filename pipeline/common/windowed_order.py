@@ -1,6 +1,7 @@
 """The order of an epoch of a data set larger than memory: lanes, each with a window that slides over its units.
 
-Any step is computed alone, in time and memory proportional to its batch and to the number of units.
+Any step is computed alone. Its time and memory grow with its batch, the number of units and the square root of the
+window, and do not depend on the number of samples.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.rng import BLOCK_STREAM, DELAY_STREAM, ORDER_STREAM, TABLE_STREAM, permutation, random_keys
 
-# Numbers with many divisors, which are numbers of ranks or hosts that read whole lanes.
+# Allowed numbers of lanes. A number of ranks or hosts that divides the number of lanes reads whole lanes.
 LANES = (48, 24, 12, 6, 4, 3, 2, 1)
 
 
@@ -34,18 +35,18 @@ class UnitUse(NamedTuple):
 
 
 class WindowedOrder:
-    """Numbers 0 .. M-1 of the samples of an epoch, in its order. They are numbered unit by unit.
+    """The order of the M samples of an epoch, which are numbered 0 .. M-1 unit by unit.
 
-    A batch has b positions. Lane l of L fills the c positions b l // L .. b (l+1) // L - 1. It has the same share of
-    the samples in every epoch. Each epoch reads its units in a new random order, and draws its samples from a window
-    that slides over them (`_Interleaver`).
+    A batch has b positions. Lane l of L fills the positions b l // L .. b (l+1) // L - 1. It has the same share of
+    the samples in every epoch. In each epoch, a lane reads its units in a new random order, and draws its samples from
+    a window that slides over them (`_Interleaver`).
 
     Args:
         bounds: int64 [U + 1], samples of the epoch before each of U units, and M = steps * batch_size.
         steps: Number of batches.
         batch_size: Samples of a batch, b.
         window: Number of samples from which those of a batch are drawn.
-        lanes: Number of lanes, L, at most b and 63.
+        lanes: Number of lanes, L, at most b and 48.
         seed: Seed of the order.
         epoch: Number of the epoch.
     """
@@ -141,7 +142,7 @@ class WindowedOrder:
 
 
 class _Interleaver:
-    """A permutation of 0 .. count-1 that delays each number by less than a window.
+    """A permutation of 0 .. count-1 that moves each number by less than a window.
 
     The numbers are divided into frames of k. Each frame is divided at random into D groups; group x has
     k (x+1) // D - k x // D numbers and is delayed by x periods. The numbers of a period are permuted (a convolutional
@@ -150,7 +151,7 @@ class _Interleaver:
 
     Args:
         count: How many numbers there are.
-        window: Largest delay, D k.
+        window: Upper bound of D k.
         seed: Seed of the permutations.
         epoch: Number of the epoch.
     """
@@ -159,17 +160,17 @@ class _Interleaver:
         self._seed = seed
         self._epoch = epoch
         window = max(1, min(window, count))
-        self._delays = math.isqrt(window)
-        self._size = window // self._delays  # of a frame
+        self._delay_count = math.isqrt(window)
+        self._size = window // self._delay_count  # of a frame
         self._frames, self._rest = divmod(count, self._size)
 
     def places(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the first place of numbers first .. last, and the one behind their last place."""
-        return self._starts(first // self._size), self._starts(last // self._size + self._delays)
+        """Return start and stop of the places at which numbers first .. last may be."""
+        return self._starts(first // self._size), self._starts(last // self._size + self._delay_count)
 
     def numbers(self, first: int, stop: int, lanes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return int64 [lanes, places], the numbers at places first .. stop-1. Each lane has its own permutation."""
-        delays = self._delays
+        delays = self._delay_count
         place = np.arange(first, stop)
         # Place p is in one of the periods p // k .. p // k + D, so no other period has to be computed.
         oldest = first // self._size
@@ -201,17 +202,17 @@ class _Interleaver:
 
     def _endless_starts(self, periods: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of places before periods of an endless sequence of frames."""
-        full = np.maximum(periods - self._delays, 0)
-        return self._first_starts[np.minimum(periods, self._delays)] + full * self._size
+        full = np.maximum(periods - self._delay_count, 0)
+        return self._first_starts[np.minimum(periods, self._delay_count)] + full * self._size
 
     @cached_property
     def _first_starts(self) -> NDArray[np.int64]:
         """Number of places before each of the periods 0 .. D."""
-        return np.cumsum(self._before(np.arange(self._delays + 1), self._size))
+        return np.cumsum(self._before(np.arange(self._delay_count + 1), self._size))
 
     def _before(self, delays: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         """Return how many numbers of a frame of `size` numbers have smaller delays."""
-        return np.clip(delays, 0, self._delays) * size // self._delays
+        return np.clip(delays, 0, self._delay_count) * size // self._delay_count
 
     def _words(self, stream: int, lanes: NDArray[np.int64], first: int, last: int) -> NDArray[np.uint64]:
         """Return a random word for each lane and each period or frame first .. last, uint64 [lanes, n]."""
