@@ -64,6 +64,10 @@ class Loader:
         device: Device of the batches.
         rank: Rank of this process.
         world_size: Number of ranks that share each epoch.
+
+    Attributes:
+        classes: Number of classes of the data set.
+        sampler: The argument.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Loader:
         self._source = make_source(store, device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.sampler = sampler
+        self.classes = len(store.manifest.classes)
         # Steps are fused in groups that depend on their numbers only, so a resumed epoch makes the same calls.
         fused_steps = max(1, transform.max_fused_batch * world_size // sampler.batch_size)
         self._fused_steps = fused_steps if sampler.can_fuse else 1

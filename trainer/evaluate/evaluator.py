@@ -126,11 +126,9 @@ def evaluate(
     Raises:
         Interrupted: A rank received a signal; raised on all ranks.
     """
-    start, classes = time.perf_counter(), 0
+    start, classes = time.perf_counter(), loader.classes
 
     def predict(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        nonlocal classes
-        classes = logits.shape[1]
         if offsets is not None:
             logits = logits - torch.from_numpy(offsets)
         calibrated = logits / temperature

@@ -37,7 +37,7 @@ def test_no_batch_waits_for_the_gpu(views: str, channels: int) -> None:
                 with gpu.step():
                     yield Batch(images, labels, rows, step, size)
 
-        loader = SimpleNamespace(batches=batches, sampler=SimpleNamespace(samples=np.arange(sum(SIZES))))
+        loader = SimpleNamespace(batches=batches, classes=3, sampler=SimpleNamespace(samples=np.arange(sum(SIZES))))
         world = World(0, 1, GPU)
         gpu.waits.clear()
         evaluation = evaluate(model, loader, config.trainer, world, offsets=np.zeros(3, np.float32))
@@ -62,7 +62,7 @@ def test_logits_that_wait_keep_no_raw_images() -> None:
             del labels, rows
             assert sum(block() is not None for block in blocks) <= 1, "the one of the loop"
 
-    loader = SimpleNamespace(batches=batches, sampler=SimpleNamespace(samples=np.arange(sum(SIZES))))
+    loader = SimpleNamespace(batches=batches, classes=3, sampler=SimpleNamespace(samples=np.arange(sum(SIZES))))
     model = make_model(config.model, 1, 3)
     evaluate(model, loader, config.trainer, World(0, 1, torch.device("cpu")))
     assert len(blocks) == len(SIZES)
