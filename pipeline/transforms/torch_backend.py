@@ -17,7 +17,8 @@ from shards.errors import UserError
 
 # Of bytes, torch vectorizes channel_shuffle for AVX-512 only.
 _REORDERS_FLOATS = torch.backends.cpu.get_cpu_capability() == "AVX2"
-_MAX_FUSED_BYTES = 8 << 20  # of model input; for larger batches the overhead of a call is negligible
+# Of model input. Smaller calls pay for their overhead, larger ones leave the cache of a core between two operations.
+_MAX_FUSED_BYTES = 2 << 20
 
 
 class TorchTransform:
