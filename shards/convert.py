@@ -29,7 +29,9 @@ from shards.cli import program_name, run_command
 from shards.errors import CorruptError, UserError, os_errors_as_user_errors, quote
 from shards.manifest import (
     ARRAYS,
+    LABELS,
     MANIFEST_NAME,
+    ROWS,
     VERSION,
     Manifest,
     RawFile,
@@ -42,7 +44,14 @@ from shards.remote.datasets import is_remote, resolve_dataset
 from shards.stores.base import Block, Layout, Store, block_key
 from shards.stores.create import make_writer
 from shards.stores.record_index import index_name
-from shards.stores.sample_arrays import PixelSums, numbers_crc32, pixel_statistics, write_arrays
+from shards.stores.sample_arrays import (
+    PixelSums,
+    array_dtypes,
+    numbers_crc32,
+    pixel_statistics,
+    write_array,
+    write_blocks,
+)
 from shards.stores.zarr_arrays import GROUP
 from shards.verify.check import check_hashes, corrupt_files, split_directories
 
@@ -182,16 +191,13 @@ def _side_files(manifest: Manifest) -> tuple[RawFile, ...]:
 
 
 def _write_arrays(directory: Path, store: Store, blocks: Sequence[NDArray[np.void]]) -> tuple[RawFile, ...]:
-    """Write the arrays of format version 3; see `shards.stores.sample_arrays.write_arrays`."""
+    """Write the arrays of format version 3; returns their entries."""
+    dtypes = array_dtypes(len(store.manifest.classes), int(store.rows.max()))
     pieces = [slice(first, first + _ARRAY_PIECE) for first in range(0, len(store), _ARRAY_PIECE)]
-    return write_arrays(
-        directory,
-        len(store),
-        len(store.manifest.classes),
-        (store.labels[piece] for piece in pieces),
-        (store.rows[piece] for piece in pieces),
-        max(int(store.rows[piece].max()) for piece in pieces),
-        blocks,
+    return (
+        write_array(directory / LABELS, dtypes[0], len(store), (store.labels[piece] for piece in pieces)),
+        write_array(directory / ROWS, dtypes[1], len(store), (store.rows[piece] for piece in pieces)),
+        write_blocks(directory, blocks),
     )
 
 

@@ -152,18 +152,12 @@ class Inkstream:
 
         files = tuple(link(index, number) for number in range(copies))
         if manifest.version > 2:
-            from shards.stores import sample_arrays
+            from shards.stores.sample_arrays import write_array
 
-            labels, rows, blocks = (np.load(train / name) for name in ("labels.npy", "rows.npy", "blocks.npy"))
-            files += sample_arrays.write_arrays(
-                train,
-                copies * len(labels),
-                len(manifest.classes),
-                itertools.repeat(labels, copies),
-                itertools.repeat(rows, copies),
-                int(rows.max()),
-                [blocks] * copies,
-            )
+            for name in ("labels.npy", "rows.npy", "blocks.npy"):
+                values = np.load(train / name)
+                pieces = itertools.repeat(values, copies)
+                files += (write_array(train / name, values.dtype, copies * len(values), pieces),)
         changes = {
             "samples": copies * shard.samples,
             "counts": tuple(copies * number for number in manifest.counts),

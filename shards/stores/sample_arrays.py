@@ -18,7 +18,6 @@ from numpy.typing import DTypeLike, NDArray
 from shards.atomic import replace_file
 from shards.errors import corrupt_shard
 from shards.manifest import (
-    ARRAYS,
     BLOCKS,
     LABELS,
     ROWS,
@@ -220,31 +219,6 @@ def write_array(path: Path, dtype: DTypeLike, length: int, pieces: Iterable[NDAr
 def write_blocks(directory: Path, blocks: Sequence[NDArray[np.void]]) -> RawFile:
     """Write pieces of the blocks of a split, `BLOCK_DTYPE`; returns the entry."""
     return write_array(directory / BLOCKS, BLOCK_DTYPE, sum(map(len, blocks)), blocks)
-
-
-def write_arrays(
-    directory: Path,
-    samples: int,
-    classes: int,
-    labels: Iterable[Numbers],
-    rows: Iterable[Numbers],
-    highest_row: int,
-    blocks: Sequence[NDArray[np.void]],
-) -> tuple[RawFile, ...]:
-    """Write the arrays of a split of version 3, piece by piece; returns their entries.
-
-    Args:
-        directory: The directory of the split.
-        samples: N.
-        classes: The number of classes.
-        labels: Pieces of the labels [N].
-        rows: Pieces of the rows [N].
-        highest_row: The largest row.
-        blocks: Pieces of the blocks, `BLOCK_DTYPE`.
-    """
-    lengths, pieces = (samples, samples, sum(map(len, blocks))), (labels, rows, blocks)
-    each = zip(ARRAYS, array_dtypes(classes, highest_row), lengths, pieces, strict=True)
-    return tuple(write_array(directory / name, dtype, length, values) for name, dtype, length, values in each)
 
 
 class BlockChecks:

@@ -26,13 +26,13 @@ from wds2idx import IndexCreator
 
 from pipeline.readers.raw_split import RawSplit
 from shards import Manifest, UserError, open_split
-from shards.manifest import MANIFEST_NAME
+from shards.manifest import ARRAYS, MANIFEST_NAME
 from shards.open import open_files
 from shards.stores.base import Block, EncodedImage, Layout, Store
 from shards.stores.image_header import MAX_BYTES
 from shards.stores.record_index import check_within
 from shards.stores.records import RecordStore, RecordWriter
-from shards.stores.sample_arrays import write_arrays
+from shards.stores.sample_arrays import array_dtypes, write_array
 from shards.verify.check import check_split
 
 
@@ -152,8 +152,9 @@ def test_what_is_written_is_read(samples: list[tuple[bytes, str, int, int]], sha
             ]
             written.append(RecordWriter(directory, layout).write_shard(number, blocks))
         manifest = manifest_of(written, len(samples), np.bincount(labels, minlength=len(classes)))
-        contents_of_version_3 = [np.concatenate([each.blocks for each in written])]
-        arrays = write_arrays(directory, len(rows), len(classes), [labels], [rows], rows.max(), contents_of_version_3)
+        contents_of_version_3 = (labels, rows, np.concatenate([each.blocks for each in written]))
+        each = zip(ARRAYS, array_dtypes(len(classes), rows.max()), contents_of_version_3, strict=True)
+        arrays = [write_array(directory / name, dtype, len(values), [values]) for name, dtype, values in each]
         store = open_files(directory, manifest.model_copy(update={"files": (*manifest.files, *arrays), "version": 3}))
         assert files_of(store, np.arange(len(samples))) == list(contents)
         assert store.labels.tolist() == labels.tolist()
