@@ -31,7 +31,7 @@ from shards.errors import UserError
 from shards.manifest import LABELS, MAX_BLOCK_BYTES, ROWS, SPLITS, Manifest, RawFile, StoreKind
 from shards.stores.base import Block, Layout, WrittenShard
 from shards.stores.create import make_writer
-from shards.stores.sample_arrays import ArrayWriter, array_dtypes, pixel_statistics, write_blocks
+from shards.stores.sample_arrays import array_dtypes, open_array, pixel_statistics, write_blocks
 
 SHARD_BYTES = 32 << 20  # pixels of one shard: large enough to stream, small enough to download again
 DEFAULT_BLOCK_SIZE = 512  # the smallest power of two at which 28x28 images cost less than 1.04 times their pixels
@@ -279,13 +279,13 @@ class _Packing:
         dtypes = array_dtypes(len(split.classes), int(np.max(split.source_index)))
         count, stream = len(split.labels), PACKING_STREAM + SPLITS.index(split.name)
         with (
-            ArrayWriter(directory / LABELS, dtypes[0], count) as labels,
-            ArrayWriter(directory / ROWS, dtypes[1], count) as rows,
+            open_array(directory / LABELS, dtypes[0], count) as append_labels,
+            open_array(directory / ROWS, dtypes[1], count) as append_rows,
         ):
             for positions in iterate_permutation(count, self.settings.seed, stream):
-                labels.append(split.labels[positions])
-                rows.append(split.source_index[positions])
-        return labels.entry, rows.entry
+                append_labels(split.labels[positions])
+                append_rows(split.source_index[positions])
+        return RawFile.of(directory, LABELS), RawFile.of(directory, ROWS)
 
     def _layout(self, split: RawSplit) -> Layout:
         if split.encoded != (self.settings.store == "records"):

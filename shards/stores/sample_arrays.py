@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import numpy as np
 from isal import isal_zlib  # CRC-32 more than ten times as fast as zlib's
@@ -167,53 +167,36 @@ def encode_array(values: NDArray, dtype: DTypeLike) -> bytes:
     return npy_header(np.dtype(dtype), values.shape) + values.astype(dtype, copy=False).tobytes()
 
 
-class ArrayWriter:
-    """Writes a one-dimensional array piece by piece as a .npy file, which replaces `path` at the end of the context.
-
-    Attributes:
-        entry: The entry of the file in the manifest, after the end.
+@contextmanager
+def open_array(path: Path, dtype: DTypeLike, length: int) -> Iterator[Callable[[NDArray], None]]:
+    """Write a one-dimensional array piece by piece as a .npy file, which replaces `path` at the end of the block.
 
     Args:
         path: The file.
         dtype: The type of the values.
         length: Their number.
+
+    Yields:
+        A function that appends values [n], which the type holds.
     """
+    dtype = np.dtype(dtype)
+    header = npy_header(dtype, (length,))
+    with replace_file(path) as file:
+        file.write(header)
 
-    entry: RawFile
+        def append(values: NDArray) -> None:
+            file.write(np.ascontiguousarray(values, dtype).view(np.uint8).data)
 
-    def __init__(self, path: Path, dtype: DTypeLike, length: int) -> None:
-        self._path, self._dtype = path, np.dtype(dtype)
-        self._header = npy_header(self._dtype, (length,))
-        self._size = len(self._header) + length * self._dtype.itemsize
-        self._digest = hashlib.sha256()
-
-    def __enter__(self) -> ArrayWriter:
-        self._replacing = replace_file(self._path)
-        self._file = self._replacing.__enter__()
-        self._write(self._header)
-        return self
-
-    def append(self, values: NDArray) -> None:
-        """Append values [n], which the type holds."""
-        self._write(np.ascontiguousarray(values, self._dtype).view(np.uint8).data)
-
-    def _write(self, content: bytes | memoryview) -> None:
-        self._digest.update(content)
-        self._file.write(content)
-
-    def __exit__(self, *exception: Any) -> None:
-        if exception[0] is None:
-            assert self._file.tell() == self._size, "the pieces have another length"
-            self.entry = RawFile(name=self._path.name, bytes=self._size, sha256=self._digest.hexdigest())
-        self._replacing.__exit__(*exception)
+        yield append
+        assert file.tell() == len(header) + length * dtype.itemsize, "the pieces have another length"
 
 
 def write_array(path: Path, dtype: DTypeLike, length: int, pieces: Iterable[NDArray]) -> RawFile:
     """Write a one-dimensional array piece by piece as a .npy file, which replaces `path`; returns its entry."""
-    with ArrayWriter(path, dtype, length) as array:
+    with open_array(path, dtype, length) as append:
         for piece in pieces:
-            array.append(piece)
-    return array.entry
+            append(piece)
+    return RawFile.of(path.parent, path.name)
 
 
 def write_blocks(directory: Path, blocks: Sequence[NDArray[np.void]]) -> RawFile:
