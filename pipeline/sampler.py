@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.common.index_ranges import Positions
 from pipeline.common.labelled_samples import SamplesByClass
 from pipeline.common.rng import LEFT_OUT_STREAM, IndexPermutation, random_keys
-from pipeline.common.windowed_order import LANES, UnitUse, WindowedOrder
+from pipeline.common.windowed_order import LANES, WindowedOrder
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
 from shards.manifest import Manifest
 from shards.stores.base import ShardUse
@@ -127,30 +127,24 @@ class ShuffledBatchSampler:
                 yield BatchIndices(step, batch, size, params)
             first, indices = stop, _INDICES_AT_ONCE
 
-    def unit_uses(self, epoch: int, rank: int, world_size: int, first: int = 0) -> Iterator[UnitUse]:
-        """Iterate over the units that a rank reads from step `first` of a windowed epoch on, by their first step.
-
-        All units of a lane that ranks share are listed for each of these ranks.
-        """
-        size = equal_batch_size(len(self.samples), self.batch_size)
-        order, _ = self._windowed_order(epoch)
-        return order.unit_uses(_share_of_rank(size, rank, world_size), first, self.repeats)
-
     def shard_uses(
         self, epoch: int, rank: int, world_size: int, first: int, shard_bounds: NDArray[np.int64]
     ) -> Iterator[ShardUse]:
         """Iterate over the shards that a rank reads from step `first` on, by their first step; see `Store.prefetch`.
 
-        None are listed without a shuffle window, because every batch may then read any shard.
+        None are listed without a shuffle window, because every batch may then read any shard. All units of a lane that
+        ranks share are listed for each of these ranks.
         """
         if self.shuffle_window_blocks is None:
             return
         units, _ = self._units
         firsts = np.searchsorted(shard_bounds, units[:-1], side="right") - 1
         stops = np.searchsorted(shard_bounds, units[1:])
-        for use in self.unit_uses(epoch, rank, world_size, first):
-            for shard in range(firsts[use.unit], stops[use.unit]):
-                yield ShardUse(shard, use.first, use.last)
+        order, _ = self._windowed_order(epoch)
+        share = _share_of_rank(equal_batch_size(len(self.samples), self.batch_size), rank, world_size)
+        for unit, start, last in order.unit_uses(share, first, self.repeats):
+            for shard in range(firsts[unit], stops[unit]):
+                yield ShardUse(shard, start, last)
 
     def _uniform(self, epoch: int) -> _Batches:
         """Return a function that returns the samples [n, m] at positions [m] of the batches of steps [n]."""

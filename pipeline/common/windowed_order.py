@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,20 +17,6 @@ from pipeline.common.rng import BLOCK_STREAM, DELAY_STREAM, ORDER_STREAM, TABLE_
 
 # Allowed numbers of lanes. A number of ranks or hosts that divides the number of lanes reads whole lanes.
 LANES = (48, 24, 12, 6, 4, 3, 2, 1)
-
-
-class UnitUse(NamedTuple):
-    """The steps of an epoch in which a rank may read a unit.
-
-    Attributes:
-        unit: Number of the unit.
-        first: First step.
-        last: Last step.
-    """
-
-    unit: int
-    first: int
-    last: int
 
 
 class WindowedOrder:
@@ -99,13 +84,16 @@ class WindowedOrder:
         offsets, shifts, *_ = self._segments
         return result + shifts[np.searchsorted(offsets, result, side="right") - 1]
 
-    def unit_uses(self, positions: slice, first: int = 0, repeats: int = 1) -> Iterator[UnitUse]:
+    def unit_uses(self, positions: slice, first: int = 0, repeats: int = 1) -> Iterator[tuple[int, int, int]]:
         """Iterate over the units that are read from step `first` on, by their first step.
 
         Args:
             positions: The positions of a rank in a batch. All units of a lane that ranks share are returned.
             first: The first step.
             repeats: As in `numbers`.
+
+        Yields:
+            Number of the unit, and the first and the last step that may read it.
         """
         offsets, _, lengths, lane, unit = self._segments
         lanes = np.searchsorted(self._first_position, [positions.start, positions.stop - 1], side="right") - 1
@@ -124,7 +112,7 @@ class WindowedOrder:
         ends = np.minimum(np.maximum.reduceat(ends[chosen], each), self._steps)
         for number in np.argsort(starts, kind="stable").tolist():
             if starts[number] < ends[number]:
-                yield UnitUse(int(unit[chosen][each[number]]), int(starts[number]), int(ends[number]) - 1)
+                yield int(unit[chosen][each[number]]), int(starts[number]), int(ends[number]) - 1
 
     @cached_property
     def _segments(self) -> tuple[NDArray[np.int64], ...]:

@@ -21,7 +21,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,20 +50,6 @@ _LAST_BYTE = 1 << 40
 _ROW = 16  # bytes of a file in .files
 _open: dict[Path, OnDemandFiles] = {}
 """Data sets of this process that are read on demand, by their directory."""
-
-
-class FileUse(NamedTuple):
-    """The steps of an epoch that read a file.
-
-    Attributes:
-        path: The path of the file in the cache.
-        first: The first step that reads it.
-        last: The last step that reads it.
-    """
-
-    path: str
-    first: int
-    last: int
 
 
 @dataclass
@@ -184,19 +169,19 @@ class OnDemandFiles:
             return claim.identity
 
     @contextlib.contextmanager
-    def prefetch(self, uses: Iterable[FileUse]) -> Iterator[Callable[[int], None]]:
+    def prefetch(self, uses: Iterable[tuple[str, int, int]]) -> Iterator[Callable[[int], None]]:
         """Fetch files in threads, ahead of the steps that need them, as far as the room allows.
 
         Errors are left to the step that needs the file: it tries again.
 
         Args:
-            uses: The files, by the first step that reads them.
+            uses: Path, first step and last step of each file, by the first step that reads it.
 
         Yields:
             A function to call with the number of each step before it reads: it allows files of earlier steps to be
             evicted.
         """
-        prefetcher = _Prefetcher(self, ((self._numbers[use.path], use) for use in uses))
+        prefetcher = _Prefetcher(self, ((self._numbers[path], first, last) for path, first, last in uses))
         try:
             yield prefetcher.advance
         finally:
@@ -337,10 +322,10 @@ class _Prefetcher:
 
     Args:
         files: The files.
-        uses: The number of each file, and its use.
+        uses: Number, first step and last step of each file.
     """
 
-    def __init__(self, files: OnDemandFiles, uses: Iterator[tuple[int, FileUse]]) -> None:
+    def __init__(self, files: OnDemandFiles, uses: Iterator[tuple[int, int, int]]) -> None:
         self._files = files
         self._uses = uses
         self._claimed: dict[int, int] = {}  # the last step of each file
@@ -402,28 +387,29 @@ class _Prefetcher:
     def _take(self) -> int | None:
         """Claim the next file when there is room for it; None at the end."""
         with self._taking:
-            number, use = next(self._uses, (None, None))
-            if number is None or use is None:
+            use = next(self._uses, None)
+            if use is None:
                 return None
+            number, first, last = use
             with self._changed:
-                self._changed.wait_for(lambda: self._stop.is_set() or self._has_room(number, use))
+                self._changed.wait_for(lambda: self._stop.is_set() or self._has_room(number, first))
                 if self._stop.is_set():
                     return None
                 if number not in self._claimed:
                     size = self._files.size(number)
                     self._files.claim(number)
                     self._bytes += size
-                    if use.first > self._step:
+                    if first > self._step:
                         self._bytes_ahead += size
-                        heapq.heappush(self._ahead, (use.first, size))
-                self._claimed[number] = max(self._claimed.get(number, 0), use.last)
+                        heapq.heappush(self._ahead, (first, size))
+                self._claimed[number] = max(self._claimed.get(number, 0), last)
                 heapq.heappush(self._ends, (self._claimed[number], number))
                 return number
 
-    def _has_room(self, number: int, use: FileUse) -> bool:
+    def _has_room(self, number: int, first: int) -> bool:
         size, share = self._files.size(number), self._files.share
         # Fetching further ahead would evict files that an earlier epoch has left in the cache.
-        is_near = use.first <= self._step or self._bytes_ahead + size <= share // _LEAD
+        is_near = first <= self._step or self._bytes_ahead + size <= share // _LEAD
         return number in self._claimed or (is_near and self._bytes + size <= share)
 
 

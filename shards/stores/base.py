@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,14 +107,11 @@ class Store(ABC):
             A context manager. It yields a function that is called with the number of each step before its samples are
             read, and allows shards that are not read any more to be evicted.
         """
-        if self.files is None:
+        files, shards = self.files, self.manifest.shards
+        if files is None or files.on_demand is None:
             return nullcontext(lambda step: None)
-        return self.files.prefetch(self._uses_of_files(plan))
-
-    def _uses_of_files(self, plan: Callable[[NDArray[np.int64]], Iterable[ShardUse]]) -> Iterator[tuple[str, int, int]]:
-        shards = self.manifest.shards
-        for use in plan(self.shard_bounds):
-            yield shards[use.shard].name, use.first, use.last
+        uses = plan(self.shard_bounds)
+        return files.on_demand.prefetch((files.path(shards[use.shard].name), use.first, use.last) for use in uses)
 
     @abstractmethod
     def read(self, samples: NDArray[np.int64]) -> Images:

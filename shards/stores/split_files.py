@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from shards.atomic import FileIdentity, file_identity, replaced_error
 from shards.cli import USER_ERROR_STATUS
 from shards.errors import CorruptError, UserError, corrupt_shard
 from shards.manifest import Manifest
-from shards.remote.on_demand import FileUse, OnDemandFiles, on_demand_files
+from shards.remote.on_demand import OnDemandFiles, on_demand_files
 
 _MAX_OPEN_FILES = 64  # files of a split
 _CHUNK = 1 << 20  # bytes hashed at a time
@@ -96,16 +96,6 @@ class SplitFiles:
         # A file that stays open would occupy the disk after it was evicted.
         self._open = OpenFile.open if self.on_demand else lru_cache(max_open_files())(OpenFile.open)
 
-    def prefetch(self, uses: Iterable[tuple[str, int, int]]) -> AbstractContextManager[Callable[[int], None]]:
-        """Fetch files ahead of need, if they are fetched on demand; see `OnDemandFiles.prefetch`.
-
-        Args:
-            uses: Name, first step and last step of each file.
-        """
-        if self.on_demand is None:
-            return nullcontext(lambda step: None)
-        return self.on_demand.prefetch(FileUse(self._path(name), first, last) for name, first, last in uses)
-
     def open(self, name: str) -> AbstractContextManager[OpenFile]:
         """Open a file to read in the block.
 
@@ -118,7 +108,7 @@ class SplitFiles:
 
     @contextmanager
     def _open_fetched(self, on_demand: OnDemandFiles, name: str) -> Iterator[OpenFile]:
-        with on_demand.held(self._path(name)) as identity:
+        with on_demand.held(self.path(name)) as identity:
             if identity is not None:  # a file that was evicted and fetched again has another one
                 self._identities[name] = identity
             with self._open_present(name) as file:
@@ -127,13 +117,13 @@ class SplitFiles:
     @contextmanager
     def _open_present(self, name: str) -> Iterator[OpenFile]:
         try:
-            file = self._open(self._path(name))
+            file = self._open(self.path(name))
             self._check(name, os.fstat(file.descriptor))
             yield file
         except OSError as error:
             if name in self._identities and error.errno in _GONE:
-                raise replaced_error(self._path(name)) from None
-            raise corrupt_shard(self._path(name), error.strerror or str(error)) from None
+                raise replaced_error(self.path(name)) from None
+            raise corrupt_shard(self.path(name), error.strerror or str(error)) from None
         except CorruptError:
             self._check(name, os.fstat(file.descriptor))  # the error may be due to a change
             raise
@@ -150,11 +140,12 @@ class SplitFiles:
         """
         for name in names if self.on_demand is None else ():
             try:
-                self._check(name, os.stat(self._path(name)))
+                self._check(name, os.stat(self.path(name)))
             except OSError as error:
-                raise corrupt_shard(self._path(name), error.strerror or str(error)) from None
+                raise corrupt_shard(self.path(name), error.strerror or str(error)) from None
 
-    def _path(self, name: str) -> str:
+    def path(self, name: str) -> str:
+        """Return the path of a file."""
         return f"{self.directory}{os.sep}{name}"
 
     def _check(self, name: str, status: os.stat_result) -> None:
@@ -165,10 +156,10 @@ class SplitFiles:
             entry = self._entries.get(name)  # version 1 does not list the indices
             if entry is not None and entry.bytes != status.st_size:
                 reason = f"{status.st_size:,} bytes, the manifest says {entry.bytes:,}"
-                raise corrupt_shard(self._path(name), reason)
+                raise corrupt_shard(self.path(name), reason)
             known = self._identities.setdefault(name, found)
         if known != found:
-            raise replaced_error(self._path(name))
+            raise replaced_error(self.path(name))
 
     def read_all(self, name: str) -> bytes:
         """Return the content of a small file; raise as `open` does, or CorruptError if its SHA-256 differs."""
@@ -176,7 +167,7 @@ class SplitFiles:
             content = file.read(0, os.fstat(file.descriptor).st_size)
             entry = self._entries.get(name)
             if entry is not None and hashlib.sha256(content).hexdigest() != entry.sha256:
-                raise corrupt_shard(self._path(name), "it was changed (SHA-256 differs)")
+                raise corrupt_shard(self.path(name), "it was changed (SHA-256 differs)")
             return content
 
     def check_sha256(self, name: str) -> None:
@@ -187,7 +178,7 @@ class SplitFiles:
             for start in range(0, size, _CHUNK):
                 digest.update(file.read(start, min(_CHUNK, size - start)))
             if digest.hexdigest() != self._entries[name].sha256:
-                raise corrupt_shard(self._path(name), "it was changed (SHA-256 differs)")
+                raise corrupt_shard(self.path(name), "it was changed (SHA-256 differs)")
 
     def map(self, names: Sequence[str]) -> tuple[mmap.mmap | bytearray, NDArray[np.int64]]:
         """Map files into one piece of memory, one after the other, without keeping them open.
@@ -212,9 +203,9 @@ class SplitFiles:
             with self.open(name) as file:
                 arguments = (size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, file.descriptor)
                 if _mmap(_libc)(address + start, *arguments, 0) != address + start:
-                    raise corrupt_shard(self._path(name), os.strerror(ctypes.get_errno()))
-            report_bus_errors(self._path(name), size)
-        self._mapped += [(self._path(name), name, self._identities[name]) for name in names]
+                    raise corrupt_shard(self.path(name), os.strerror(ctypes.get_errno()))
+            report_bus_errors(self.path(name), size)
+        self._mapped += [(self.path(name), name, self._identities[name]) for name in names]
         self._in_turn = itertools.cycle(self._mapped)
         return region, np.array(starts)
 

@@ -61,12 +61,13 @@ def test_unit_uses_name_the_units_of_a_rank_once_by_first_step(
     numbers = windowed.numbers(range(steps), np.arange(share.start, share.stop), repeats)
     units = np.searchsorted(bounds, numbers, side="right") - 1
     uses = list(windowed.unit_uses(share, first, repeats))
-    assert [use.first for use in uses] == sorted(use.first for use in uses)
-    by_unit = {use.unit: use for use in uses}
+    firsts = [first for _, first, _ in uses]
+    assert firsts == sorted(firsts)
+    by_unit = {unit: (first, last) for unit, first, last in uses}
     assert len(by_unit) == len(uses)
     for step in range(first, steps):
         for unit in set(units[step].tolist()):
-            assert first <= by_unit[unit].first <= step <= by_unit[unit].last < steps
+            assert first <= by_unit[unit][0] <= step <= by_unit[unit][1] < steps
 
 
 def test_units_are_held_for_a_window_and_a_unit() -> None:
@@ -75,9 +76,9 @@ def test_units_are_held_for_a_window_and_a_unit() -> None:
         np.arange(units + 1) * 1000, steps=steps, batch_size=batch_size, window=window, lanes=lanes, seed=1, epoch=0
     )
     held = np.zeros(steps + 1, int)
-    for use in order.unit_uses(slice(0, batch_size)):
-        held[use.first] += 1
-        held[use.last + 1] -= 1
+    for _, first, last in order.unit_uses(slice(0, batch_size)):
+        held[first] += 1
+        held[last + 1] -= 1
     # A lane holds its window of two units, the unit that it enters and the one that it leaves.
     assert np.cumsum(held).max() <= 24 + 2 * lanes
     assert np.cumsum(held)[500:1900].mean() < 24 + 1.2 * lanes
@@ -87,11 +88,12 @@ def test_units_are_held_for_a_window_and_a_unit() -> None:
 def test_ranks_divide_the_units_in_every_epoch(ranks: int, lanes: int) -> None:
     sampler = ShuffledBatchSampler(IndexRanges.first(65_537), 48, 5, 16, 12 * 32)
     assert sampler.lanes == lanes
+    units = np.append(np.arange(0, 65_537, 16), 65_537)
     owners: dict[int, Counter[int]] = {}
     for epoch in range(3):
         for rank in range(ranks):
-            for use in sampler.unit_uses(epoch, rank, ranks):
-                owners.setdefault(use.unit, Counter())[rank] += 1
+            for unit, _, _ in sampler.shard_uses(epoch, rank, ranks, 0, units):
+                owners.setdefault(unit, Counter())[rank] += 1
     assert len(owners) == 4097
     # Units in which the share of a rank ends, one or two in each of three epochs, belong to two ranks.
     shared = [unit for unit, counts in owners.items() if len(counts) > 1]

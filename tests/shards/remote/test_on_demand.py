@@ -21,7 +21,7 @@ from shards.remote import base, on_demand
 from shards.remote.base import FileInfo, RemoteStorage, TransientError
 from shards.remote.cache import Entry, open_entry
 from shards.remote.download import RemoteFile
-from shards.remote.on_demand import FileUse, OnDemandFiles, is_read_on_demand
+from shards.remote.on_demand import OnDemandFiles, is_read_on_demand
 
 SIZE = 1000
 CONTENTS = [np.random.default_rng(number).bytes(SIZE) for number in range(12)]
@@ -84,11 +84,11 @@ def present(entry: Entry) -> list[int]:
     return sorted(int(file.name) for file in (entry.content / "train").iterdir())
 
 
-def use(entry: Entry, number: int, first: int, last: int) -> FileUse:
-    return FileUse(str(entry.content / FILES[number].name), first, last)
+def use(entry: Entry, number: int, first: int, last: int) -> tuple[str, int, int]:
+    return str(entry.content / FILES[number].name), first, last
 
 
-def uses(entry: Entry, numbers: Iterable[int] = range(12), window: int = 1) -> list[FileUse]:
+def uses(entry: Entry, numbers: Iterable[int] = range(12), window: int = 1) -> list[tuple[str, int, int]]:
     """A file a step, each needed for `window` steps."""
     return [use(entry, number, step, step + window - 1) for step, number in enumerate(numbers)]
 
