@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pipeline.loader import Loader
 from pipeline.sampler import SequentialBatchSampler
 from pipeline.transforms.build import build_transform
 from pipeline.transforms.spec import TransformSpec
-from shards.atomic import with_checksum, without_checksum, write_file
+from shards.atomic import read_json, write_json
 from shards.manifest import STATISTICS_SAMPLES, Manifest
 from shards.stores.base import Store
 
@@ -122,18 +121,15 @@ def load_or_compute_stats(
     name = "-".join((str(spec.resolution), spec.interpolation, *spec.preprocessing.steps))
     path = directory / "statistics" / f"{name}.json"
     identity = store.manifest.identity()
-    try:
-        content = without_checksum(json.loads(path.read_text()))
-        if content["manifest"] == identity:
-            return DatasetStats(tuple(content["mean"]), tuple(content["std"]), content["samples"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # not computed yet, or damaged
+    content = read_json(path)
+    if content.get("manifest") == identity:
+        return DatasetStats(tuple(content["mean"]), tuple(content["std"]), content["samples"])
     if packed := packed_stats(store.manifest, spec):
         return packed
     statistics = compute_stats(store, spec, backend, device)
     try:
         path.parent.mkdir(exist_ok=True)
-        write_file(path, json.dumps(with_checksum({**asdict(statistics), "manifest": identity})) + "\n")
+        write_json(path, {**asdict(statistics), "manifest": identity})
     except OSError as error:
         log.warning("cannot write the statistics to %s (%s); they will be computed again", path, error)
     return statistics

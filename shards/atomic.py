@@ -31,6 +31,7 @@ FileIdentity: TypeAlias = tuple[int, int, int, int]
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _WAIT_SILENTLY = 10.0  # seconds
 _CHECKSUM = "sha256"
+_MAX_JSON_BYTES = 1 << 28
 _WORK = "work-"
 _WORKING_DIRECTORY, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2
 
@@ -294,6 +295,19 @@ def without_checksum(fields: dict[str, Any], required: bool = True) -> dict[str,
     if (required or _CHECKSUM in fields) and with_checksum(content)[_CHECKSUM] != fields.get(_CHECKSUM):
         raise ValueError("its content does not fit its checksum")
     return content
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Replace a file by a JSON object with a checksum; see `read_json`."""
+    write_file(path, json.dumps(with_checksum(fields)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the fields of a file that `write_json` has written, empty if it is missing or damaged."""
+    try:
+        return without_checksum(json.loads(read_file(path, _MAX_JSON_BYTES)))
+    except (OSError, UserError, ValueError, AttributeError, RecursionError):
+        return {}
 
 
 def file_identity(status: os.stat_result) -> FileIdentity:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.process_group import ProcessGroup
-from shards.atomic import Replacement, sync_directory, with_checksum, without_checksum, write_file
+from shards.atomic import Replacement, read_json, sync_directory, write_file, write_json
 from shards.cli import plural
 from shards.errors import quote
 from shards.manifest import RawFile, Shard
@@ -134,7 +134,7 @@ class SplitJournal:
             size: The samples of a block.
         """
         fields = self._read(f"{number:05d}.json")
-        if fields is None:
+        if not fields:
             return None
         shard, files = Shard(**fields["shard"]), tuple(RawFile(**file) for file in fields["files"])
         blocks = np.array([tuple(block) for block in fields["blocks"]], BLOCK_DTYPE)
@@ -158,18 +158,15 @@ class SplitJournal:
     def find_unreadable(self) -> dict[int, str] | None:
         """Return the unreadable images that an earlier call has found; None if it has not read all images."""
         fields = self._read(_UNREADABLE)
-        return None if fields is None else dict(fields["reasons"])
+        return dict(fields["reasons"]) if fields else None
 
     def _write(self, name: str, fields: dict[str, Any]) -> None:
         if self._directory is not None:
-            write_file(self._directory / name, json.dumps(with_checksum(fields)))
+            write_json(self._directory / name, fields)
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        """The fields of a file, None if it is missing or was damaged by a failure of the machine."""
-        try:
-            return without_checksum(json.loads((self._directory / name).read_bytes())) if self._directory else None
-        except (OSError, ValueError):
-            return None
+    def _read(self, name: str) -> dict[str, Any]:
+        """The fields of a file, empty if it is missing or was damaged by a failure of the machine."""
+        return {} if self._directory is None else read_json(self._directory / name)
 
 
 @functools.cache

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -24,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import NO_LOCKS, file_lock, make_directory, read_file, with_checksum, without_checksum, write_file
+from shards.atomic import NO_LOCKS, file_lock, make_directory, read_json, write_json
 from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
-from shards.manifest import MAX_MANIFEST_BYTES
 from shards.remote.download import RemoteFile, remove
 
 try:
@@ -87,14 +85,6 @@ def _recorded_size(use: Path) -> int:
     return 0
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the fields of a file of the cache, empty if it is missing or damaged."""
-    try:
-        return without_checksum(json.loads(read_file(path, MAX_MANIFEST_BYTES)))
-    except (OSError, UserError, ValueError, AttributeError, RecursionError):
-        return {}
-
-
 def mark_unchecked(path: Path) -> None:
     """Have a file checked again when its entry is used next, if it is a file of the cache."""
     with contextlib.suppress(OSError, UserError):
@@ -102,11 +92,11 @@ def mark_unchecked(path: Path) -> None:
             os.utime(path)
 
 
-def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Replace a file of the cache; it gets a checksum."""
+def write_record(path: Path, fields: dict[str, Any]) -> None:
+    """Replace a JSON file of the cache, even if it has become a directory."""
     if path.is_dir():
         remove(path)
-    write_file(path, json.dumps(with_checksum(fields)))
+    write_json(path, fields)
 
 
 @dataclass(frozen=True)
@@ -168,7 +158,7 @@ class Entry:
                 known = [*(stamp or []), digest]
             after[file.name] = known
         if after != before:
-            write_json(record, {"files": after})
+            write_record(record, {"files": after})
 
     @contextlib.contextmanager
     def exclusive(self, busy: UserError) -> Iterator[None]:

@@ -18,12 +18,12 @@ from threading import Event
 from tqdm import tqdm
 
 from shards import credentials, errors
-from shards.atomic import make_directory, write_file
+from shards.atomic import make_directory, read_json, write_file
 from shards.errors import MismatchError, UserError
 from shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
 from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
-from shards.remote.cache import Entry, cache_directory, open_entry, read_json, write_json
+from shards.remote.cache import Entry, cache_directory, open_entry, write_record
 from shards.remote.download import RemoteFile, check_names, download_files, remove, run_in_threads
 from shards.remote.on_demand import is_read_on_demand, min_room, register_on_demand, select_on_demand
 
@@ -233,7 +233,7 @@ def _download_set(
                 remove(path)
             write_file(path, content)
         make_directory(record.parent)
-        write_json(record, {"key": key, "name": entry.content.name, "splits": ",".join(manifests)})
+        write_record(record, {"key": key, "name": entry.content.name, "splits": ",".join(manifests)})
         return entry.content
 
 
@@ -327,7 +327,7 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
                 for path in stale:
                     remove(path)
         if known != versions:
-            write_json(index, {"files": versions})
+            write_record(index, {"files": versions})
         _download_into(entry, storage, files, sum(file.bytes for file in files))
         return entry.content
 

@@ -222,7 +222,7 @@ def test_no_flipped_bit_changes_the_statistics(packed: Path, store: Store, monke
     spec = TransformSpec.of(store.manifest, 20)
     expected = load_or_compute_stats(store, packed / "train", spec, "torch", CPU)
     monkeypatch.setattr(normalization, "compute_stats", lambda *_: expected)
-    monkeypatch.setattr(normalization, "write_file", lambda *_: None)
+    monkeypatch.setattr(normalization, "write_json", lambda *_: None)
     path = _only_file(packed)
     content = path.read_bytes()
     for bit in range(0, 8 * len(content), 11):
@@ -238,7 +238,7 @@ def test_a_place_that_cannot_be_written_only_warns(
     def refuse(path: Path, content: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(normalization, "write_file", refuse)
+    monkeypatch.setattr(normalization, "write_json", refuse)
     spec = TransformSpec.of(store.manifest, 20)
     with caplog.at_level(logging.WARNING):
         assert load_or_compute_stats(store, packed / "train", spec, "torch", CPU) == compute_stats(
