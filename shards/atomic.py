@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 FileIdentity: TypeAlias = tuple[int, int, int, int]
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_REMOVES_OPEN_FILES = os.name != "nt"
 _WAIT_SILENTLY = 10.0  # seconds
 _CHECKSUM = "sha256"
 _MAX_JSON_BYTES = 1 << 28
@@ -166,8 +167,12 @@ def file_lock(path: Path, busy: UserError | None = None) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked or missing:
-            path.unlink(missing_ok=True)
+            if _REMOVES_OPEN_FILES:
+                path.unlink(missing_ok=True)
             lock.release()
+            if not _REMOVES_OPEN_FILES:
+                with suppress(OSError):  # another process has locked it meanwhile
+                    path.unlink()
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from typing import NoReturn
 import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error, pack_splits, run_module, synthetic_splits
+from filelock import FileLock, Timeout
 from support import warm_process
 
 import shards.atomic
@@ -132,6 +133,31 @@ def test_a_file_system_without_locks_is_a_warning(
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path} is on a file system without locks: run one process at a time"
     ]
+
+
+@pytest.mark.parametrize("removes_open_files", [True, False])
+def test_a_lock_file_is_removed_under_the_lock_if_the_system_removes_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removes_open_files: bool
+) -> None:
+    """Windows does not; there, another process may hold the file again when it is to be removed."""
+    path, held = tmp_path / "lock", []
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        try:
+            with FileLock(path, timeout=0):
+                held.append(False)
+        except Timeout:
+            held.append(True)
+        if not removes_open_files:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(shards.atomic, "_REMOVES_OPEN_FILES", removes_open_files)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with file_lock(path):
+        pass
+    assert held == [removes_open_files]
+    with FileLock(path, timeout=0):
+        pass
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the lock is another function there")
