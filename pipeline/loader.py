@@ -21,7 +21,8 @@ from pipeline.sampler import BatchIndices, BatchSampler
 from pipeline.transforms.augmentation import AugmentationParams
 from pipeline.transforms.spec import Transform, UndecodableImage
 from shards.errors import UserError
-from shards.stores.base import EncodedStore, Store
+from shards.stores.base import Store
+from shards.stores.records import RecordStore
 
 T = TypeVar("T")
 
@@ -171,7 +172,7 @@ def _alone_in_stream(stream: torch.cuda.Stream) -> Iterator[None]:
 
 def undecodable_image_error(store: Store, sample: int, reason: str) -> UserError:
     """Return the error for an image file of a store that cannot be decoded."""
-    location = cast(EncodedStore, store).describe_sample(sample)
+    location = cast(RecordStore, store).describe_sample(sample)
     return UserError(
         found=f"{location} (row {store.rows[sample]}): {reason}",
         expected="an image that can be decoded",

@@ -99,12 +99,7 @@ def _read_source(source: Path) -> dict[Path, Manifest]:
     """Return the manifests of the splits, the files of which have the right hashes."""
     manifests = {split: Manifest.read(split) for split in split_directories(source)}
     for split, manifest in manifests.items():
-        if manifest.encoded:
-            raise UserError(
-                found=f"{split}, which holds picture files of differing sizes",
-                expected="images of one size, which blocks require",
-                hint="pack it again with a size: python -m pipeline.shard ... --size N",
-            )
+        manifest.check_one_size(split)
     faults = [fault for split, manifest in manifests.items() for fault in check_hashes(split, manifest)]
     if faults:
         raise corrupt_files(

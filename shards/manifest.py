@@ -224,6 +224,15 @@ class Manifest(_Record):
                 del shard["blocks_crc32"]
         return fields
 
+    def check_one_size(self, directory: Path) -> None:
+        """Raise `UserError` if the split in a directory holds image files."""
+        if self.encoded:
+            raise UserError(
+                found=f"{directory}, which holds image files of different sizes",
+                expected="images of one size",
+                hint="pack it again with a size: python -m pipeline.shard ... --size N",
+            )
+
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into the directory of the split."""
         write_file(directory / MANIFEST_NAME, self.to_json())

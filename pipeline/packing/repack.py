@@ -30,25 +30,21 @@ def packed_splits(shards: Path | str) -> tuple[RawSplit, ...]:
     directory = resolve_dataset(shards)
     with detect_replacement(*manifest_paths(directory)):
         return tuple(
-            packed_split(open_split(directory, name), directory / name)
+            packed_split(open_split(directory, name))
             for name in SPLITS
             if name != VALIDATION or has_split(directory, name)
         )
 
 
-def packed_split(store: Store, directory: Path) -> RawSplit:
-    """Return an open packed split, and its directory, as a raw split.
+def packed_split(store: Store) -> RawSplit:
+    """Return an open packed split as a raw split.
 
     Raises:
         UserError: If it holds image files.
     """
-    manifest = store.manifest
-    if manifest.encoded:
-        raise UserError(
-            found=f"{directory}, which holds image files of different sizes",
-            expected="images of one size",
-            hint="pack it again with a size: python -m pipeline.shard ... --size N",
-        )
+    manifest, files = store.manifest, store.files
+    assert files is not None
+    manifest.check_one_size(files.directory)
     order = np.argsort(store.rows, kind="stable")
     source_index = store.rows[order].astype(np.int64)
 
@@ -64,7 +60,7 @@ def packed_split(store: Store, directory: Path) -> RawSplit:
         read=read,
         files=manifest.raw,
         source_index=source_index,
-        columns=_read_origins(SplitFiles(directory, manifest), manifest, source_index),
+        columns=_read_origins(files, manifest, source_index),
     )
 
 

@@ -12,7 +12,6 @@ CACHE/.room.lock           held during eviction
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from typing import Any
 
 from shards.atomic import NO_LOCKS, file_lock, make_directory, read_json, write_json
 from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
+from shards.manifest import RawFile
 from shards.remote.download import RemoteFile, remove
 
 try:
@@ -150,7 +150,8 @@ class Entry:
             status = path.stat() if path.is_file() else None
             stamp = [status.st_size, status.st_mtime_ns] if status else None
             if known[:2] != stamp or file.sha256 not in (None, known[2]):
-                digest = sha256_of(path) if status and status.st_size == file.bytes else None
+                intact = status is not None and status.st_size == file.bytes
+                digest = RawFile.of(path.parent, path.name).sha256 if intact else None
                 if digest is None or digest != (file.sha256 or known[2] or digest):
                     log.warning("%s is damaged and is downloaded again", path)
                     remove(path)
@@ -336,12 +337,6 @@ def _bytes_in(directory: Path) -> int:
             with contextlib.suppress(FileNotFoundError):  # another process writes to it
                 total += os.lstat(os.path.join(path, name)).st_size
     return total
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file (hex)."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def format_size(count: int) -> str:

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from shards.atomic import NO_LOCKS, FileIdentity, file_identity, make_directory
 from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
+from shards.manifest import RawFile
 from shards.remote.base import RemoteStorage
-from shards.remote.cache import SIZE_VARIABLE, Entry, format_size, sha256_of
+from shards.remote.cache import SIZE_VARIABLE, Entry, format_size
 from shards.remote.download import RemoteFile, download_file, remove
 
 try:
@@ -198,7 +199,7 @@ class OnDemandFiles:
             return None
         status = path.stat()
         if np.frombuffer(os.pread(self._states, 8, number * _ROW), np.int64) != status.st_mtime_ns:
-            if sha256_of(path) != file.sha256:
+            if RawFile.of(path.parent, path.name).sha256 != file.sha256:
                 log.warning("%s is damaged and is downloaded again", path)
                 remove(path)
                 return None

@@ -159,14 +159,6 @@ def is_image_store(store: Store) -> TypeGuard[ImageStore]:
     return not store.manifest.encoded
 
 
-class EncodedStore(Store):
-    """A store of image files."""
-
-    @abstractmethod
-    def describe_sample(self, sample: int) -> str:
-        """Return the shard of a sample and its file name there, for messages."""
-
-
 class EncodedImage(NamedTuple):
     """An image file: its bytes, and the extension of its format, without a dot."""
 

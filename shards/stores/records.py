@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shards.errors import corrupt_shard
 from shards.manifest import BLOCKS, VERSION, Manifest
-from shards.stores.base import Block, EncodedStore, block_key, check_positions
+from shards.stores.base import Block, Store, block_key, check_positions
 from shards.stores.image_header import EXTENSIONS, MAX_BYTES
 from shards.stores.record_index import (
     MAX_NUMBER_BYTES,
@@ -44,8 +44,8 @@ class RecordWriter(TarShardWriter):
             yield TarRecord(block_key(position), components, np.array([label]), np.array([row]))
 
 
-class RecordStore(EncodedStore):
-    """The `EncodedStore` of records.
+class RecordStore(Store):
+    """The store of records, each an image file.
 
     Images are read, not mapped, so that the memory of the process does not grow with the images that were read.
 

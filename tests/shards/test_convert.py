@@ -415,4 +415,4 @@ class TestCommand:
         (source / MANIFEST_NAME).write_text(Manifest(**manifest).to_json())
         with pytest.raises(UserError) as caught:
             convert(source, tmp_path / "out", "zarr")
-        assert "picture files of differing sizes" in caught.value.found
+        assert "image files of different sizes" in caught.value.found

@@ -32,8 +32,8 @@ from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable, detect_replacement, write_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError, quote
-from shards.manifest import MANIFEST_NAME, SPLITS, Manifest, manifest_paths
-from shards.open import open_store
+from shards.manifest import SPLITS, Manifest, manifest_paths
+from shards.open import open_dataset_or_split
 from shards.remote.datasets import is_remote, resolve_dataset
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import TrainedModel, check_run_is_first, load_trained_model
@@ -226,13 +226,10 @@ def main() -> int:
     transposed = target is not None and Manifest.read(target / "train").transposed
     name = arguments.images[0]
     if len(arguments.images) == 1 and (is_remote(name) or is_packed(Path(name))):
-        directory = resolve_dataset(name)
-        if not (directory / MANIFEST_NAME).is_file():
-            directory /= arguments.split
         with init_distributed(arguments.device) as world:
-            store = open_store(directory)
+            store = open_dataset_or_split(name, arguments.split)
             predictions = predict(trained, store, world)
-        unlabelled, source = packed_split(store, directory), store.manifest.identity()
+        unlabelled, source = packed_split(store), store.manifest.identity()
     else:
         unlabelled, predictions = predict_files(arguments.run, arguments.images, arguments.device, transposed)
         source = f"{image_digests(unlabelled).sum():016x}"
