@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from pipeline.common.process_pool import default_workers, map_in_processes
 from pipeline.datasets.base import DatasetSource, published
-from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error, open_file, record_file
+from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error, open_file
 from pipeline.readers.download import Download
 from pipeline.readers.formats.npz import read_header
 from pipeline.readers.naming import TRAIN
 from pipeline.readers.raw_dir import PublishedFiles
 from pipeline.readers.raw_split import RawSplit, SourceOptions, computed_array
 from shards.errors import UserError, quote
+from shards.manifest import RawFile
 
 _ADDRESS = "https://storage.googleapis.com/quickdraw_dataset/full/numpy_bitmap/"
 _SIDE = 28
@@ -61,8 +62,9 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     labels = computed_array(int(firsts[-1]), lambda numbers: np.searchsorted(firsts, numbers, side="right") - 1)
     classes = tuple(name.removesuffix(".npy") for name in files.names)
     with tqdm(total=int(firsts[-1]), desc="hashing", unit=" images", unit_scale=True, disable=None, leave=False) as bar:
-        workers = default_workers()
-        records = tuple(map_in_processes(lambda number: record_file(paths[number]), counts, workers, bar))
+        records = tuple(
+            map_in_processes(lambda n: RawFile.of(paths[n].parent, paths[n].name), counts, default_workers(), bar)
+        )
     shape = (_SIDE, _SIDE, 1)
     return (RawSplit(TRAIN, classes, labels, shape, False, read, records, images_per_read=_IMAGES_PER_READ),)
 

@@ -15,12 +15,12 @@ import pyarrow as arrow
 from numpy.typing import NDArray
 from pyarrow import parquet, types
 
-from pipeline.readers.archives.files import CorruptFileError, StoredFile, TempFile, max_expanded_bytes, record_file
+from pipeline.readers.archives.files import CorruptFileError, StoredFile, TempFile, max_expanded_bytes
 from pipeline.readers.formats.image import encode_png, is_image_file
 from pipeline.readers.image_splits import ImageSplit
 from pipeline.readers.naming import SPLIT_COLUMN, TRAIN, class_name, in_split_order, number_labels, some_of, text_column
 from shards.errors import UserError, first_line, printable
-from shards.manifest import split_named
+from shards.manifest import RawFile, split_named
 from shards.stores.image_header import MAX_BYTES
 
 _IMAGE_COLUMNS = ("image", "img")
@@ -117,7 +117,7 @@ def _image_split(split: str, rows: _Rows, labels: NDArray, content: StoredFile) 
     columns |= {
         printable(name): text_column(values) for name, values in rows.others.items() if len(values) == len(rows.labels)
     }
-    records = tuple(record_file(path) for path, _ in rows.files)
+    records = tuple(RawFile.of(path.parent, path.name) for path, _ in rows.files)
     return ImageSplit(split, labels, read, rows.path_of, records, columns=columns)
 
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.readers.archives.files import CorruptFileError, record_file
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.naming import natural_order
 from shards.errors import UserError, as_user_error, printable
 from shards.manifest import RawFile
@@ -50,7 +50,7 @@ class FileTree(ABC):
     @cached_property
     def records(self) -> tuple[RawFile, ...]:
         """The archive with its hash; empty for a directory, whose files are hashed one by one."""
-        return (record_file(self.path),) if self._is_archive else ()
+        return (RawFile.of(self.path.parent, self.path.name),) if self._is_archive else ()
 
 
 class DirectoryTree(FileTree):

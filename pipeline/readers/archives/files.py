@@ -6,7 +6,6 @@ import mmap
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,7 @@ from numpy.typing import NDArray
 
 from shards.atomic import check_is_file
 from shards.errors import UserError, as_user_error
-from shards.manifest import RawFile
-from shards.stores.split_files import report_bus_errors
+from shards.stores.split_files import OpenFile, report_bus_errors
 
 _MIN_EXPANDED_BYTES = 256 << 20
 _MAX_RATIO = 100  # pixels and tars of small files expand two to ten times
@@ -55,7 +53,7 @@ class StoredFile:
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
-        self._lock = threading.Lock()
+        self._open = OpenFile(os.dup(file.fileno()))
 
     def read(self, offset: int, size: int) -> bytes:
         """Return exactly `size` bytes from `offset` on.
@@ -65,21 +63,15 @@ class StoredFile:
         """
         if offset < 0 or size < 0 or offset + size > self.size:
             raise CorruptFileError(f"it ends at {self.size:,}, before byte {offset + size:,}")
-        if hasattr(os, "pread"):
-            content = os.pread(self.file.fileno(), size, offset)
-        else:
-            with self._lock:
-                self.file.seek(offset)
-                content = self.file.read(size)
+        content = self._open.read(offset, size)
         if len(content) != size:
             raise CorruptFileError(f"only {len(content):,} of {size:,} bytes could be read; it was changed meanwhile")
         return content
 
     def read_into(self, offset: int, buffer: NDArray[np.uint8]) -> None:
         """Fill a buffer with bytes from `offset` on; raises `CorruptFileError` if the file has fewer."""
-        # Faster than `read`: no bytes are allocated. At the end of the file, `read` raises the error.
-        if not hasattr(os, "preadv") or os.preadv(self.file.fileno(), [buffer.data], offset) != buffer.nbytes:
-            buffer[...] = np.frombuffer(self.read(offset, buffer.nbytes), np.uint8)
+        if self._open.read_into(offset, buffer) != buffer.nbytes:
+            buffer[...] = np.frombuffer(self.read(offset, buffer.nbytes), np.uint8)  # raises the error
 
     def mapped(self, offset: int, size: int) -> memoryview:
         """Map bytes of the file into memory. If it shrinks afterwards, an access ends the process with a message."""
@@ -96,12 +88,6 @@ def open_file(path: Path) -> StoredFile:
         return StoredFile(open(path, "rb"))
     except OSError as error:
         raise as_user_error(error, path) from None
-
-
-def record_file(path: Path) -> RawFile:
-    """Return the name, size and SHA-256 of a file."""
-    check_is_file(path)
-    return RawFile.of(path.parent, path.name)
 
 
 class TempFile:
