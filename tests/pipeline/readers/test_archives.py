@@ -331,6 +331,14 @@ class TestStoredFile:
             with pytest.raises(CorruptFileError, match="changed meanwhile"):
                 file.read(5, 10)
 
+    def test_a_compressed_tar_is_read_where_reads_move_the_position(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on Windows."""
+        place = write_tar(tmp_path / "a.tar.gz", FILES, "w:gz")
+        monkeypatch.delattr("os.pread")
+        assert outcome(place) == "whole"
+
 
 class TestDecompression:
     @pytest.mark.parametrize("compress", ["gzip", "bz2", "lzma"])
