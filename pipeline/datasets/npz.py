@@ -33,7 +33,6 @@ _KINDS = {"x": "images", "images": "images", "imgs": "images", "y": "labels", "l
 _CLASS_NAMES = ("classes", "class_names")
 _CHANNELS = (1, 3)
 _MAX_CHANNELS = 16  # a longer axis is one of pixels
-_CHUNK_BYTES = 64 << 20
 _LABELS = "[N] integers or texts, or one-hot [N, classes] with a single 1 in each row"
 
 
@@ -172,8 +171,8 @@ def _images(array: NDArray, path: str) -> NDArray:
         if is_last == is_first:
             raise _wrong(path, array, "[N, H, W], [N, H, W, C] or [N, C, H, W], with C 1 or 3", _shape_hint(array))
         pixels = array if is_last else array.transpose(0, 2, 3, 1)
-    if array.dtype != np.uint8:
-        _check_range(array, path)
+    if array.dtype != np.uint8 and array.size and not 0 <= array.min() <= array.max() <= 255:
+        raise _wrong(path, array, f"values 0 .. 255, not {array.min()} .. {array.max()}", "scale them to 0 .. 255")
     return pixels
 
 
@@ -191,14 +190,6 @@ def _shape_hint(array: NDArray) -> str:
 
 def _read(array: NDArray, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array[numbers], dtype=np.uint8)
-
-
-def _check_range(array: NDArray, path: str) -> None:
-    step = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes))
-    for start in range(0, len(array), step):
-        chunk = array[start : start + step]
-        if chunk.size and not 0 <= chunk.min() <= chunk.max() <= 255:
-            raise _wrong(path, array, f"values 0 .. 255, not {chunk.min()} .. {chunk.max()}", "scale them to 0 .. 255")
 
 
 def _text(value: str | bytes | int) -> str | int:
