@@ -13,34 +13,23 @@ _PIECE = 1 << 16  # samples at a time
 _MARGIN = 8  # standard deviations
 
 
-def stratified_mask(
-    labels: NDArray[np.int64],
-    fraction: float,
-    seed: int,
-    stream: int = PARTITION_STREAM,
-    within: NDArray[np.int64] | None = None,
-) -> NDArray[np.bool_]:
+def stratified_mask(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Choose a fraction of the samples, with the classes in proportion. A pure function of its arguments.
 
     Every class contributes its fraction rounded down, and the classes with the largest remainders one sample more. No
-    class contributes its last sample as long as others have some. The samples of a class are divided among its groups
-    in the same way.
+    class contributes its last sample as long as others have some.
 
     Args:
         labels: int64 [N], any integers.
         fraction: 0 .. 1.
         seed: The seed of the choice.
-        stream: The stream of the seed; choices of different streams are independent.
-        within: int64 [N], groups that are chosen in proportion inside each class.
 
     Returns:
         A mask bool [N] of round(fraction * N) chosen samples.
     """
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    strata, quotas = classes, stratified_quotas(counts, fraction)
-    if within is not None:
-        strata, counts, quotas = group_quotas(classes, within, quotas, seed, stream)
-    pieces = iterate_stratified_mask(strata.__getitem__, counts, quotas, seed, stream)
+    quotas = stratified_quotas(counts, fraction)
+    pieces = iterate_stratified_mask(classes.__getitem__, counts, quotas, seed, PARTITION_STREAM)
     return np.concatenate([np.empty(0, bool), *pieces])
 
 
@@ -61,7 +50,7 @@ def iterate_stratified_mask(
         sizes: The number of samples of each stratum, int64 [S].
         quotas: The number of samples to choose from each, int64 [S].
         seed: The seed of the choice.
-        stream: The stream of the seed.
+        stream: The stream of the seed; choices of different streams are independent.
 
     Yields:
         The pieces of the mask in order, each except the last of a multiple of 64 values.

@@ -12,6 +12,7 @@ from pipeline.common import stratified
 from pipeline.common.labelled_samples import LabelledSamples
 from pipeline.common.rng import FOLD_STREAM, PARTITION_STREAM, random_keys
 from pipeline.common.stratified import (
+    group_quotas,
     iterate_stratified_mask,
     stratified_folds,
     stratified_mask,
@@ -63,13 +64,22 @@ def test_single_samples_stay_where_they_are() -> None:
         assert stratified_mask(labels, 0.5, seed).sum() == 6
 
 
+def mask_within(
+    labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int, stream: int = PARTITION_STREAM
+) -> np.ndarray:
+    """A fraction of each class, with its groups in proportion, as packing chooses it."""
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    strata, sizes, quotas = group_quotas(classes, groups, stratified_quotas(counts, fraction), seed, stream)
+    return np.concatenate([*iterate_stratified_mask(strata.__getitem__, sizes, quotas, seed, stream)])
+
+
 @given(data=st.data(), fraction=fractions, seed=seeds)
 def test_groups_within_a_class_have_their_share_of_what_it_gives(
     data: st.DataObject, fraction: float, seed: int
 ) -> None:
     labels = data.draw(labellings)
     groups = np.array(data.draw(st.lists(st.integers(-5, 5), min_size=len(labels), max_size=len(labels))))
-    chosen = stratified_mask(labels, fraction, seed, within=groups)
+    chosen = mask_within(labels, groups, fraction, seed)
     alone = stratified_mask(labels, fraction, seed)
     np.testing.assert_array_equal(np.bincount(labels[chosen]), np.bincount(labels[alone]))
     for label in np.unique(labels):
@@ -82,13 +92,13 @@ def test_groups_within_a_class_have_their_share_of_what_it_gives(
 def test_of_groups_of_one_sample_each_any_is_chosen() -> None:
     """2,000 draws of 3 of 12, each its own group: each sample comes about 500 times."""
     labels = np.repeat([0, 1], [12, 12])
-    counts = np.sum([stratified_mask(labels, 0.25, seed, within=np.arange(24)) for seed in range(2000)], axis=0)
+    counts = np.sum([mask_within(labels, np.arange(24), 0.25, seed) for seed in range(2000)], axis=0)
     assert np.abs(counts - 500).max() < 5 * (2000 * 0.25 * 0.75) ** 0.5
 
 
 def test_streams_choose_independently() -> None:
     labels = np.zeros(10_000, np.int64)
-    one, other = (stratified_mask(labels, 0.5, 3, PARTITION_STREAM + number) for number in (1, 2))
+    one, other = (mask_within(labels, labels, 0.5, 3, PARTITION_STREAM + number) for number in (1, 2))
     assert abs((one & other).mean() - 0.25) < 0.02
 
 
