@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,13 +24,14 @@ _BLOCKS = 3  # pinned: one is filled while others are copied
 _UPLOAD_BYTES = 32 << 20  # images copied at a time to a device that keeps all
 
 
-class BatchSource(ABC):
-    """Provides the images of samples, and moves other arrays of the batch with them to the device."""
+class HostSource:
+    """Gathers images in memory; the device is a CPU."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._buffers = BufferPool(torch.device("cpu"))
+        self._table: tuple[NDArray[np.uint8], torch.Tensor] | None = None
 
-    @abstractmethod
     def load(self, samples: NDArray[np.int64], arrays: Mapping[str, NDArray]) -> Loaded:
         """Load a batch, in the order of torch's current stream.
 
@@ -43,17 +43,6 @@ class BatchSource(ABC):
             The images, uint8 [n, H, W, C] on the device, or a list of n image files in memory; and the arrays as
             tensors on the device.
         """
-
-
-class HostSource(BatchSource):
-    """Gathers images in memory; the device is a CPU."""
-
-    def __init__(self, store: Store) -> None:
-        super().__init__(store)
-        self._buffers = BufferPool(torch.device("cpu"))
-        self._table: tuple[NDArray[np.uint8], torch.Tensor] | None = None
-
-    def load(self, samples: NDArray[np.int64], arrays: Mapping[str, NDArray]) -> Loaded:
         store = self._store
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if not is_image_store(store):
@@ -150,14 +139,15 @@ class ResidentStore(ImageStore):
         self._store.gather(samples, out)
 
 
-class DeviceSource(BatchSource):
+class DeviceSource:
     """Copies the images of each batch to a GPU; those of a `ResidentStore` are there."""
 
     def __init__(self, store: Store, device: torch.device) -> None:
-        super().__init__(store)
+        self._store = store
         self._ring = PinnedRing(device)
 
     def load(self, samples: NDArray[np.int64], arrays: Mapping[str, NDArray]) -> Loaded:
+        """Load a batch; see `HostSource.load`."""
         store = self._store
         if isinstance(store, ResidentStore):
             sent = self._ring.send({**arrays, "samples": samples})
@@ -168,7 +158,7 @@ class DeviceSource(BatchSource):
         return sent.pop("images"), sent
 
 
-def make_source(store: Store, device: torch.device) -> BatchSource:
+def make_source(store: Store, device: torch.device) -> HostSource | DeviceSource:
     """Return the source of a store's batches on a device."""
     on_cpu = device.type == "cpu" and not isinstance(store, ResidentStore)
     return HostSource(store) if on_cpu else DeviceSource(store, device)
