@@ -5,11 +5,10 @@ from __future__ import annotations
 import platform
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -356,14 +355,13 @@ class _Packing:
         self, split: RawSplit, layout: Layout, written: list[WrittenShard], files: tuple[RawFile, ...]
     ) -> Manifest:
         settings = self.settings
-        counts = np.sum(list(split.class_counts()), axis=0)
         return Manifest(
             store=settings.store,
             dataset=settings.dataset,
             variant=settings.variant,
             split=split.name,
             classes=split.classes,
-            counts=tuple(counts.tolist()),
+            counts=tuple(split.class_counts().tolist()),
             image_shape=split.image_shape,
             transposed=split.transposed,
             samples=layout.samples,
@@ -395,12 +393,12 @@ def _write_origins(split: RawSplit, directory: Path) -> tuple[RawFile, ...]:
         return ()
     in_order = np.argsort(split.source_index)
     columns = (split.source_index, *split.columns.values())
-    pieces = (in_order[first : first + _LINES] for first in range(0, len(in_order), _LINES))
-    rows = chain.from_iterable(zip(*(values[piece].tolist() for values in columns), strict=True) for piece in pieces)
-    lines: Iterator[Sequence[object]] = chain([["row", *split.columns]], rows)
     with open(directory / ORIGINS, "wb") as file:
-        while some := list(islice(lines, _LINES)):
-            file.write(format_csv(some[0], some[1:]).encode())
+        file.write(format_csv(["row", *split.columns], []).encode())
+        for first in range(0, len(in_order), _LINES):
+            piece = in_order[first : first + _LINES]
+            lines = zip(*(values[piece].tolist() for values in columns), strict=True)
+            file.write(format_csv(next(lines), lines).encode())
     return (RawFile.of(directory, ORIGINS),)
 
 

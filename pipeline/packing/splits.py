@@ -89,12 +89,7 @@ def make_splits(
     if exclude is not None:
         result = _exclude(result, exclude)
     train = result[TRAIN]
-    counts = np.zeros(len(train.classes), np.int64)
-    for piece in train.class_counts():
-        counts += piece
-        if np.count_nonzero(counts) > 1:
-            break
-    check_several_classes(train.classes, counts.tolist(), "the raw files")
+    check_several_classes(train.classes, train.class_counts().tolist(), "the raw files")
     return (train, *(result[name] for name in (TEST, VALIDATION) if name in result))
 
 
@@ -159,7 +154,7 @@ def _choose(
     # Classes in random order: otherwise, of many small classes, always the first would contribute one more image.
     number = permutation(len(split.classes), seed, stream)
     sizes = np.zeros(len(number), np.int64)
-    sizes[number] = sum(split.class_counts())
+    sizes[number] = split.class_counts()
     # Of a subset the images to remove are chosen, so that no class loses its last image.
     removes = option == "--subset"
     quotas = stratified_quotas(sizes, 1 - fraction if removes else fraction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -129,10 +129,12 @@ class RawSplit:
         """Whether `read` returns image files instead of pixels."""
         return self.image_shape[0] is None
 
-    def class_counts(self) -> Iterator[NDArray[np.int64]]:
-        """Yield the images of each class, int64 [classes], in pieces of the split that add up."""
+    def class_counts(self) -> NDArray[np.int64]:
+        """Count the images of each class, int64 [classes]."""
+        counts = np.zeros(len(self.classes), np.int64)
         for first in range(0, len(self.labels), _PIECE):
-            yield np.bincount(self.labels[first : first + _PIECE], minlength=len(self.classes))
+            counts += np.bincount(self.labels[first : first + _PIECE], minlength=len(counts))
+        return counts
 
     def select(self, positions: NDArray[np.int64] | Bitmap, name: str | None = None) -> RawSplit:
         """Return the split with only the images at some positions.
