@@ -237,25 +237,20 @@ def locate(tree: FileTree, table: CsvTable, paths: Iterable[str], directories: I
     """
     images = frozenset(filter(is_image, tree.names))
     seen: dict[str, int] = {}
+    problems: list[tuple[int, str]] = []
     for row, path in enumerate(paths):
-        inner = inner_name(path)
+        quoted, inner = repr(printable(path)), inner_name(path)
+        name = inner and next((directory + inner for directory in directories if directory + inner in images), None)
         if inner is None:
-            raise _wrong_row(table, row, f"the path {printable(path)!r}, which leads out of the directory")
-        name = next((directory + inner for directory in directories if directory + inner in images), None)
-        if name is None:
-            raise _wrong_row(table, row, f"the path {printable(path)!r}, where no image is")
-        if name in seen:
-            raise _wrong_row(table, row, f"{printable(path)!r} again, after line {table.lines[seen[name]]}")
-        seen[name] = row
+            problems.append((row, f"the path {quoted}, which leads out of the directory"))
+        elif name is None:
+            problems.append((row, f"the path {quoted}, where no image is"))
+        elif name in seen:
+            problems.append((row, f"{quoted} again, after line {table.lines[seen[name]]}"))
+        else:
+            seen[name] = row
+    _report_rows(table, problems)
     return list(seen)
-
-
-def _wrong_row(table: CsvTable, row: int, what: str) -> UserError:
-    return UserError(
-        found=f"{table.line(row)}: {what}",
-        expected=f"a label and the path of a {KINDS} image, relative to the directory of the table, each path once",
-        hint="fix that line",
-    )
 
 
 def _skip_wrappers(names: list[str]) -> str:
@@ -322,8 +317,8 @@ def _by_tables(index: _ImageIndex, top: str, tables: dict[str, _Labels], skip_ba
     return listings
 
 
-def _report_rows(table: CsvTable, problems: list[tuple[int, str]], skip_bad: bool) -> None:
-    """Refuse rows that cannot be used, or warn that they are skipped."""
+def _report_rows(table: CsvTable, problems: list[tuple[int, str]], skip_bad: bool | None = None) -> None:
+    """Refuse rows that cannot be used, or warn that they are skipped. `skip_bad`: None where that is not possible."""
     if not problems:
         return
     lines = [f"{table.line(row)}: {what}" for row, what in problems[:_MAX_ROWS]]
@@ -332,7 +327,7 @@ def _report_rows(table: CsvTable, problems: list[tuple[int, str]], skip_bad: boo
         raise UserError(
             found="\n       ".join(lines) + more,
             expected=f"a label and the path of a {KINDS} image, relative to the directory of the table, each path once",
-            hint="fix these lines, or skip them with --skip-bad",
+            hint="fix these lines" if skip_bad is None else "fix these lines, or skip them with --skip-bad",
         )
     warn(f"skipped {len(problems):,} rows of {table.path}: {lines[0]}")
 

@@ -297,6 +297,7 @@ class TestNumtadb:
         del files["training-b/b00004.png"]
         error = refusal(lambda: load("numtadb", write_tree(tmp_path, files), "abc-d"))
         assert "training-b.csv line 6: the path 'b00004.png', where no image is" in error.found
+        assert error.hint == "fix these lines", "--skip-bad has no effect here"
 
     def test_a_digit_that_is_none_is_named(self, tmp_path: Path) -> None:
         files = {**numtadb_files(), "training-a.csv": numtadb_table("a", 3, ["1", "x", "2"])}
