@@ -15,8 +15,10 @@ import wandb
 from conftest import pack_splits, synthetic_splits
 from support.training_runs import train_here, write_recipe
 
+from trainer.config.schema import Config
 from trainer.loop import engine
-from trainer.runtime.loggers.base import StepFile, flat_metrics, weight_histograms
+from trainer.runtime.loggers.base import StepFile, flat_metrics
+from trainer.runtime.loggers.tensorboard_logger import TensorBoardLogger
 
 SETTINGS: dict[str, Any] = {
     "data": {"val_fraction": 0.25, "resolution": 8},
@@ -138,14 +140,19 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     }
 
 
-def test_histograms_of_weights_are_those_of_numpy() -> None:
+def test_histograms_of_weights_are_those_of_numpy(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
     torch.nn.init.constant_(model[1].weight, 0.25)
-    found = weight_histograms(model)
-    assert list(found) == ["0.weight", "1.weight"]
+    logger = TensorBoardLogger(Config(data={"shards": "x"}), tmp_path, [], 0)
+    logger.log_weights({"epoch": 1}, model)
+    logger.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0}).Reload()
+    assert events.Tags()["histograms"] == ["weights/0.weight", "weights/1.weight"]
     counts, edges = np.histogram(model[0].weight.detach().numpy(), bins=64)
-    assert np.array_equal(found["0.weight"][0], counts) and np.allclose(found["0.weight"][1], edges)
-    assert found["1.weight"][0].sum() == 15
+    found = events.Histograms("weights/0.weight")[0].histogram_value
+    assert np.array_equal(found.bucket, [0, *counts]) and np.allclose(found.bucket_limit, edges)
+    assert sum(events.Histograms("weights/1.weight")[0].histogram_value.bucket) == 15
 
 
 def test_tensorboard_has_curves_pictures_histograms_and_hyperparameters(logged: Logged) -> None:

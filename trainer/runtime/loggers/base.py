@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
@@ -24,7 +23,7 @@ from shards.remote.base import call_with_timeout
 log = logging.getLogger(__name__)
 
 TIMEOUT = 60.0  # seconds, of a server
-_BINS = 64  # of a histogram of weights
+BINS = 64  # of a histogram of weights
 
 
 @dataclass(frozen=True)
@@ -181,20 +180,8 @@ def test_metrics(summary: dict[str, Any]) -> dict[str, float]:
     return flat_metrics({name: summary[name] for name in names if name in summary}, "test/")
 
 
-@torch.no_grad()
-def weight_histograms(model: nn.Module) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Compute histograms of the kernels and weight matrices on their device.
-
-    Returns:
-        By name of the parameter: counts [64] and edges [65], from the smallest value to the largest.
-    """
-    histograms = {}
+def weight_arrays(model: nn.Module) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield the kernels and weight matrices, for histograms: `weights/` with the name, and the values."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            values = parameter.float()
-            low, high = (float(end) for end in values.aminmax())
-            if low == high:
-                low, high = low - 0.5, high + 0.5
-            counts = torch.histc(values, _BINS, low, high).cpu().numpy()
-            histograms[name] = counts, np.linspace(low, high, _BINS + 1, dtype=np.float32)
-    return histograms
+            yield f"weights/{name}", parameter.detach().float().cpu().numpy()

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from trainer.config.schema import Config, flatten
-from trainer.runtime.loggers.base import MetricLogger, PredictionImages, flat_metrics, test_metrics, weight_histograms
+from trainer.runtime.loggers.base import BINS, MetricLogger, PredictionImages, flat_metrics, test_metrics, weight_arrays
 
 _DIRECTORY = "tensorboard"
 
@@ -52,19 +52,8 @@ class TensorBoardLogger(MetricLogger):
         self._add(flat_metrics(record, "training/"), record["epoch"])
 
     def log_weights(self, record: dict[str, Any], model: nn.Module) -> None:
-        for name, (counts, edges) in weight_histograms(model).items():
-            centers = (edges[:-1] + edges[1:]) / 2
-            self._writer.add_histogram_raw(
-                f"weights/{name}",
-                min=edges[0],
-                max=edges[-1],
-                num=counts.sum(),
-                sum=(counts * centers).sum(),
-                sum_squares=(counts * centers**2).sum(),
-                bucket_limits=edges[1:].tolist(),
-                bucket_counts=counts.tolist(),
-                global_step=record["epoch"],
-            )
+        for name, values in weight_arrays(model):
+            self._writer.add_histogram(name, values, record["epoch"], bins=BINS)
 
     def log_test(self, images: PredictionImages) -> None:
         epoch = self._epoch

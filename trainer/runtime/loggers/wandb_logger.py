@@ -8,13 +8,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from shards.atomic import write_file
 from shards.errors import first_line, quote
 from trainer.config.schema import Config
 from trainer.runtime.loggers import base
-from trainer.runtime.loggers.base import MetricLogger, PredictionImages, finish_in_time, weight_histograms
+from trainer.runtime.loggers.base import BINS, MetricLogger, PredictionImages, finish_in_time, weight_arrays
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +79,8 @@ class WandbLogger(MetricLogger):
     def log_weights(self, record: dict[str, Any], model: nn.Module) -> None:
         import wandb
 
-        histograms = weight_histograms(model).items()
-        values = {f"weights/{name}": wandb.Histogram(np_histogram=histogram) for name, histogram in histograms}
+        histograms = ((name, np.histogram(values, BINS)) for name, values in weight_arrays(model))
+        values = {name: wandb.Histogram(np_histogram=histogram) for name, histogram in histograms}
         self._run.log(values, step=record["step"])
 
     def log_test(self, images: PredictionImages) -> None:
