@@ -27,9 +27,10 @@ from shards.stores.base import Store
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.evaluate.evaluator import ModelOutputs, loader_for, predict_logits
 from trainer.predict.label_errors import find_label_errors
-from trainer.report.contact_sheet import Tile, prediction_sheet
+from trainer.report.contact_sheet import prediction_sheet
 from trainer.report.error_gallery import find_samples
 from trainer.runtime.distributed import init_distributed
+from trainer.runtime.loggers.base import PredictedImage
 
 _CASE = "upper and lower case of a letter"
 _LOOK_ALIKES = ("0Oo", "1Il|i", "5Ss", "2Zz", "9qg", "8B", "6bG", "4yY", "7T", "fF", "hn", "uv", "rv", "DO0")
@@ -93,7 +94,7 @@ def errors_markdown(outputs: ModelOutputs, classes: Sequence[str]) -> str:
     return f"{by_group}\n\n{markdown_table(['counted as correct', 'accuracy'], rows)}"
 
 
-def error_tiles(store: Store, outputs: ModelOutputs) -> list[Tile]:
+def error_tiles(store: Store, outputs: ModelOutputs) -> list[PredictedImage]:
     """Return the most confident errors of the most frequent groups."""
     classes, labels, logits = store.manifest.classes, outputs.labels, outputs.logits
     predicted, confidence = logits.argmax(axis=1), softmax(logits, axis=1).max(axis=1)
@@ -105,7 +106,7 @@ def error_tiles(store: Store, outputs: ModelOutputs) -> list[Tile]:
     shown = np.array([sample for samples in list(by_group.values())[:_GROUPS] for sample in samples[:_PER_GROUP]])
     images = read_images(store, find_samples(store, outputs.rows[shown]))
     return [
-        Tile(upright(image, store.manifest.transposed), classes[guess], float(fraction), classes[true])
+        PredictedImage(upright(image, store.manifest.transposed), classes[guess], float(fraction), classes[true])
         for image, guess, fraction, true in zip(images, predicted[shown], confidence[shown], labels[shown], strict=True)
     ]
 

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.preview import to_pil_image
 from shards.atomic import replace_file, write_file
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel
@@ -20,10 +19,10 @@ from trainer.evaluate.evaluator import Evaluation, loader_for, to_pixels
 from trainer.evaluate.metrics import confusion_matrix
 from trainer.loop.state import Training
 from trainer.report import run_page
-from trainer.report.contact_sheet import Tile, prediction_sheet
+from trainer.report.contact_sheet import prediction_sheet
 from trainer.report.error_gallery import find_samples
 from trainer.runtime.distributed import World
-from trainer.runtime.loggers.base import Misclassified, PredictionImages
+from trainer.runtime.loggers.base import PredictedImage, PredictionImages
 from trainer.runtime.profiler import TimeProfile, format_profile
 
 _ERRORS = 48  # most confident errors for loggers
@@ -61,8 +60,14 @@ def prediction_images(training: Training, evaluation: Evaluation, trained: Train
     errors = errors[np.argsort(-predictions.confidence[errors], kind="stable")][:_ERRORS]
     loader = loader_for(store, trained, World(), find_samples(store, predictions.rows[errors]))
     pixels = [image for batch in loader.batches() for image in to_pixels(batch.images, trained).numpy()]
-    tiles = [
-        Tile(image, classes[predicted[error]], float(predictions.confidence[error]), classes[labels[error]])
+    pictures = [
+        PredictedImage(
+            image,
+            classes[predicted[error]],
+            float(predictions.confidence[error]),
+            classes[labels[error]],
+            int(predictions.rows[error]),
+        )
         for image, error in zip(pixels, errors, strict=True)
     ]
     matrix = None
@@ -74,11 +79,8 @@ def prediction_images(training: Training, evaluation: Evaluation, trained: Train
         predicted=predicted,
         confidence=predictions.confidence,
         confusion=matrix,
-        errors=[
-            Misclassified(to_pil_image(tile.image), str(tile.true), tile.predicted, tile.probability, int(row))
-            for tile, row in zip(tiles, predictions.rows[errors], strict=True)
-        ],
-        sheet=prediction_sheet(tiles, "most confident errors of the test split") if tiles else None,
+        errors=pictures,
+        sheet=prediction_sheet(pictures, "most confident errors of the test split") if pictures else None,
     )
 
 

@@ -34,7 +34,8 @@ from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import ClassificationMetrics, confusion_matrix, most_confused
 from trainer.predict.input_files import ImageFile, Sample, find_inputs, read_samples
 from trainer.predict.predictor import Predictor, add_run_arguments
-from trainer.report.contact_sheet import MAX_TILES, Tile, prediction_sheet
+from trainer.report.contact_sheet import MAX_TILES, prediction_sheet
+from trainer.runtime.loggers.base import PredictedImage
 
 _MAX_LINES = 100  # of the table on the terminal
 _RUNNERS_UP = 2
@@ -141,7 +142,7 @@ class Totals:
 
     def __init__(self, classes: tuple[str, ...]) -> None:
         self.first: list[Prediction] = []
-        self.tiles: list[Tile] = []
+        self.tiles: list[PredictedImage] = []
         self.samples = self.unusable = 0
         self.has_labels = False
         self._classes = classes
@@ -159,7 +160,7 @@ class Totals:
             return
         best, true = int(output.argmax()), None if sample.label is None else classes[sample.label]
         if len(self.tiles) < MAX_TILES:
-            self.tiles.append(Tile(image, classes[best], float(output[best]), true))
+            self.tiles.append(PredictedImage(image, classes[best], float(output[best]), true))
         if sample.label is not None:
             self._labels.append(sample.label)
             self._predicted.append(best)

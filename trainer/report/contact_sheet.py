@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline.preview import MUTED, PAPER, TEXT, draw_text, to_pil_image
+from trainer.runtime.loggers.base import PredictedImage
 
 MAX_TILES = 240
 _COLUMNS = 12
@@ -20,27 +17,11 @@ _MARGIN = 24
 _WRONG = (190, 18, 60)
 
 
-class Tile(NamedTuple):
-    """An image of the sheet.
-
-    Attributes:
-        image: Model input as uint8 [H, W, C].
-        predicted: Predicted class.
-        probability: Probability of the predicted class.
-        true: True class, if known.
-    """
-
-    image: NDArray[np.uint8]
-    predicted: str
-    probability: float
-    true: str | None
-
-
-def prediction_sheet(tiles: list[Tile], title: str, not_shown: int = 0) -> Image.Image:
+def prediction_sheet(tiles: list[PredictedImage], title: str, not_shown: int = 0) -> Image.Image:
     """Draw the tiles in rows. Wrong predictions have a red frame and the true class.
 
     Args:
-        tiles: At least one tile.
+        tiles: At least one picture.
         title: Heading of the sheet.
         not_shown: Number of further images, for the heading.
     """
@@ -61,7 +42,7 @@ def prediction_sheet(tiles: list[Tile], title: str, not_shown: int = 0) -> Image
             draw_text(draw, (x, y + _TILE + 21), f"true: {tile.true}", 12, _TILE, MUTED)
         resample = Image.Resampling.NEAREST if tile.image.shape[0] * 2 <= _TILE else Image.Resampling.LANCZOS
         sheet.paste(ImageOps.pad(to_pil_image(tile.image), (_TILE, _TILE), resample, color=PAPER), (x, y))
-        percent, font = f"{tile.probability:.0%}", ImageFont.load_default(12)
+        percent, font = f"{tile.confidence:.0%}", ImageFont.load_default(12)
         draw.text((x + _TILE, y + _TILE + 6), percent, MUTED, font, anchor="ra")
         room = _TILE - int(font.getlength(percent)) - 4
         draw_text(draw, (x, y + _TILE + 4), tile.predicted, 14, room, _WRONG if is_wrong else TEXT)

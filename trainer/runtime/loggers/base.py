@@ -27,16 +27,19 @@ BINS = 64  # of a histogram of weights
 
 
 @dataclass(frozen=True)
-class Misclassified:
-    """A misclassified test image."""
+class PredictedImage:
+    """A picture with its prediction."""
 
-    image: Image.Image
-    """The model input."""
-    true: str
+    image: NDArray[np.uint8]
+    """Model input [H, W, C]."""
     predicted: str
+    """Predicted class."""
     confidence: float
-    row: int
-    """Row in the raw source."""
+    """Probability of the predicted class."""
+    true: str | None
+    """True class, if known."""
+    row: int | None = None
+    """Row in the raw source, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class PredictionImages:
     """[N], probability of the predicted class."""
     confusion: Image.Image | None
     """The confusion matrix; None with many classes."""
-    errors: list[Misclassified]
+    errors: list[PredictedImage]
     """The most confident errors."""
     sheet: Image.Image | None
     """Contact sheet of `errors`; None if there are none."""

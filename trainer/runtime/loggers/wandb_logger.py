@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from pipeline.preview import to_pil_image
 from shards.atomic import write_file
 from shards.errors import first_line, quote
 from trainer.config.schema import Config
@@ -88,7 +89,7 @@ class WandbLogger(MetricLogger):
 
         table = wandb.Table(columns=["image", "true", "predicted", "confidence", "row"])
         for each in images.errors:
-            table.add_data(wandb.Image(each.image), each.true, each.predicted, each.confidence, each.row)
+            table.add_data(wandb.Image(to_pil_image(each.image)), each.true, each.predicted, each.confidence, each.row)
         values: dict[str, Any] = {
             "test/misclassified": table,
             "test/confidence": wandb.Histogram(images.confidence.tolist()),
