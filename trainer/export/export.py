@@ -73,8 +73,7 @@ def export(
             expected="one network, whose weights the file holds",
             hint="--format onnx",
         )
-    head = ProbabilityHead(**trained.posthoc_kwargs())
-    reference = parity.compute_reference(completed.config, spec, _build_model(trained), head, store)
+    reference = parity.compute_reference(trained, _build_model(trained), store)
     metadata = export_metadata(completed, train, store.manifest)
     with created_directory(target.parent):
         content, probabilities = _export(format_name, trained, spec, reference, metadata)

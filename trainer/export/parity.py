@@ -9,13 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.transforms.build import build_transform, choose_backend
-from pipeline.transforms.spec import TransformSpec
 from shards.errors import UserError
 from shards.stores.base import Images, Store
-from trainer.config.schema import Config
-from trainer.data.training_data import evaluation_loader
-from trainer.evaluate.evaluator import model_logits
+from trainer.checkpoint.trained_model import TrainedModel
+from trainer.evaluate.evaluator import loader_for, model_logits
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.runtime.distributed import World
 
@@ -60,17 +57,19 @@ class Parity:
 
 
 @torch.inference_mode()
-def compute_reference(
-    config: Config, spec: TransformSpec, model: nn.Module, head: ProbabilityHead, store: Store
-) -> Reference:
-    """Predict the first samples of a store with the trainer's transform and evaluation, on the CPU in fp32."""
-    world = World()
-    settings = config.trainer.model_copy(update={"precision": "fp32"})
+def compute_reference(trained: TrainedModel, model: nn.Module, store: Store) -> Reference:
+    """Predict the first samples of a store with the loader of evaluation, on the CPU in fp32.
+
+    Args:
+        trained: The run's model: its input transform, offsets and temperature.
+        model: The network with its weights.
+        store: The test split.
+    """
+    settings = trained.config.trainer.model_copy(update={"precision": "fp32"})
+    head = ProbabilityHead(**trained.posthoc_kwargs())
     samples = np.arange(min(len(store), _SAMPLES))
-    backend, _ = choose_backend(config.loader.backend, world.device.type, spec.encoded)
-    transform = build_transform(spec, backend, world.device, len(samples))
     inputs, probabilities = [], []
-    for batch in evaluation_loader(store, samples, transform, config, world).batches():
+    for batch in loader_for(store, trained, World(), samples).batches():
         inputs.append(batch.images.clone(memory_format=torch.contiguous_format))
         probabilities.append(head(model_logits(model.eval(), batch.images, settings)))
     return Reference(store.read(samples), torch.cat(inputs), torch.cat(probabilities).numpy())
