@@ -57,59 +57,22 @@ class Prediction(NamedTuple):
     probabilities: NDArray[np.float32] | None
 
 
-class EmbeddingFile:
-    """A `.npy` file of embeddings, float32 [N, F], written batch by batch.
-
-    Args:
-        file: Binary file.
-        samples: N.
-    """
-
-    def __init__(self, file: BinaryIO, samples: int) -> None:
-        self._file = file
-        self._samples = samples
-        self._missing = 0  # rows before the first embedding, whose length is not known
-
-    def append(self, embeddings: list[NDArray[np.float32] | None]) -> None:
-        """Append rows; those of unusable images are NaN."""
-        known = [each for each in embeddings if each is not None]
-        if not self._file.tell():
-            if not known:
-                self._missing += len(embeddings)
-                return
-            self._write_header(len(known[0]))
-            embeddings = [*[None] * self._missing, *embeddings]
-        missing = np.full(self._width, np.nan, np.float32)
-        for each in embeddings:
-            self._file.write((missing if each is None else each).tobytes())
-
-    def close(self) -> None:
-        """Complete the file of images that are all unusable."""
-        if not self._file.tell():
-            self._write_header(0)
-
-    def _write_header(self, width: int) -> None:
-        self._width = width
-        header = {"descr": "<f4", "fortran_order": False, "shape": (self._samples, width)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
 def predict(
-    batches: Iterable[list[Sample]], predictor: Predictor, embedding_file: EmbeddingFile | None = None
+    batches: Iterable[list[Sample]], predictor: Predictor, embedding_file: BinaryIO | None = None
 ) -> Iterator[tuple[Prediction, NDArray[np.uint8] | None]]:
     """Predict all samples, one batch at a time.
 
     Args:
         batches: Samples, up to `predictor.batch_size` at a time.
         predictor: The model.
-        embedding_file: Receives the embeddings.
+        embedding_file: Receives a row for each sample, float32 [F]; NaN if it is unusable.
 
     Yields:
         The prediction of each sample in their order, and the model input as uint8 pixels; None if it is unusable.
     """
+    unusable = None, None, np.full(predictor.embedding_width, np.nan, np.float32)
     for batch in batches:
         outputs: Iterator[tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]] = iter(())
-        embeddings: list[NDArray[np.float32] | None] = []
         while images := [sample.image for sample in batch if sample.image is not None]:
             try:
                 outputs = zip(*predictor.predict(images), strict=True)
@@ -118,15 +81,10 @@ def predict(
                 bad = images[error.position]
                 batch = [each._replace(image=None, note=error.reason) if each.image is bad else each for each in batch]
         for sample in batch:
-            if sample.image is None:
-                embeddings.append(None)
-                yield Prediction(sample, None), None
-                continue
-            output, image, embedding = next(outputs)
-            embeddings.append(embedding)
+            output, image, embedding = unusable if sample.image is None else next(outputs)
+            if embedding_file is not None:
+                embedding_file.write(embedding.tobytes())
             yield Prediction(sample._replace(image=None), output), image
-        if embedding_file is not None:
-            embedding_file.append(embeddings)
 
 
 class Totals:
@@ -309,11 +267,10 @@ def main() -> int:
             for path in (arguments.csv, arguments.json, arguments.embeddings)
             if path
         }
-        embedding_file = None
         if arguments.embeddings:
             samples = sum(1 if isinstance(each, ImageFile) else len(each) for each in inputs)
-            embedding_file = EmbeddingFile(files[arguments.embeddings], samples)
-            stack.callback(embedding_file.close)
+            header = {"descr": "<f4", "fortran_order": False, "shape": (samples, predictor.embedding_width)}
+            np.lib.format.write_array_header_1_0(files[arguments.embeddings], header)
         if arguments.csv:
             head = ["file", "label", "predicted", "probability", "note", *(f"p({name})" for name in classes)]
             files[arguments.csv].write(format_csv(head, []).encode())
@@ -325,7 +282,7 @@ def main() -> int:
                 "resolution": predictor.resolution,
             }
             files[arguments.json].write(f'{_json(about)[:-1]}, "predictions": ['.encode())
-        for prediction, image in predict(read_samples(inputs, predictor), predictor, embedding_file):
+        for prediction, image in predict(read_samples(inputs, predictor), predictor, files.get(arguments.embeddings)):
             if arguments.csv or arguments.json:
                 record = to_record(prediction, classes)
             if arguments.csv:

@@ -44,7 +44,6 @@ class Predictions(NamedTuple):
         probabilities: float32 [n, C], rows add up to 1.
         images: Model input as uint8 [n, H, W, channels].
         embeddings: Input of the classifier, float32 [n, F]; for an ensemble, those of its members are concatenated.
-            F is 0 without `with_embeddings`.
     """
 
     probabilities: NDArray[np.float32]
@@ -60,6 +59,7 @@ class Predictor:
         resolution: Side of a square model input in pixels, or `HEIGHTxWIDTH`.
         adapter: Converts an image file to the format that `predict` accepts.
         batch_size: Maximum batch.
+        embedding_width: Length F of an embedding; 0 without `with_embeddings`.
     """
 
     def __init__(self, run: Path, device: str = "auto", with_embeddings: bool = False) -> None:
@@ -99,7 +99,9 @@ class Predictor:
         self._transform = build_transform(self._spec, backend, self._device, self.batch_size)
         self._model = trained.build_model(self._device).eval()
         networks = self._model.members if isinstance(self._model, Ensemble) else [self._model]
-        self._embeddings = [record_embeddings(network) for network in networks] if with_embeddings else []
+        networks = networks if with_embeddings else []
+        self._embeddings = [record_embeddings(network) for network in networks]
+        self.embedding_width = sum(map(embedding_width, networks))
 
     @torch.inference_mode()
     def predict(self, images: list[NDArray[np.uint8]]) -> Predictions:
@@ -148,6 +150,13 @@ def record_embeddings(network: nn.Module) -> list[torch.Tensor]:
 
     network.get_submodule(classifier_name(network)).register_forward_pre_hook(record)
     return calls
+
+
+def embedding_width(network: nn.Module) -> int:
+    """Return the length of the input of a network's classifier."""
+    layer = network.get_submodule(classifier_name(network))
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
 def upright_shape(store: Store) -> tuple[int | None, int | None, int]:

@@ -30,7 +30,7 @@ from trainer.models.factory import make_model
 from trainer.predict import __main__ as command
 from trainer.predict.__main__ import main
 from trainer.predict.input_files import Sample
-from trainer.predict.predictor import Predictor, record_embeddings, upright_images
+from trainer.predict.predictor import Predictor, embedding_width, record_embeddings, upright_images
 
 Predict = Callable[..., int]
 
@@ -330,6 +330,7 @@ def test_embeddings_are_those_of_timm(name: str) -> None:
         logits = model(images)
         expected = model.forward_head(model.forward_features(images), pre_logits=True)
         torch.testing.assert_close(calls[0], expected)
+        assert embedding_width(model) == expected.shape[1]
         torch.testing.assert_close(model.get_classifier()(calls[0]), logits)
 
 
@@ -341,6 +342,7 @@ def test_embeddings_of_a_convolution_are_averaged_over_positions() -> None:
         model(images)
         network = model.backbone if hasattr(model, "backbone") else model
         torch.testing.assert_close(calls[0], network.features(images).mean(dim=(2, 3)))
+    assert embedding_width(model) == calls[0].shape[1]
 
 
 def test_embeddings_of_all_inputs_are_written_in_their_order(
@@ -366,7 +368,8 @@ def test_embeddings_of_all_inputs_are_written_in_their_order(
     assert predictor.predict(batch).embeddings.shape == (32, 0)
 
     assert predict(digits_run, tmp_path / "damaged.png", "--embeddings", file) == 1
-    assert np.load(file).shape == (1, 0)
+    missing = np.load(file)
+    assert missing.shape == (1, 128) and np.isnan(missing).all(), "the width is known without an image"
 
 
 def test_embeddings_of_an_ensemble_lie_side_by_side(digits_run: Path, digits_set: Path, tmp_path: Path) -> None:
