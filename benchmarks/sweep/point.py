@@ -33,7 +33,7 @@ from shards import UserError, open_split
 from shards.errors import first_line
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import Config
-from trainer.data.resolution_schedule import EpochLoader
+from trainer.data.resolution_schedule import TrainingLoader
 from trainer.data.training_data import TrainingData, open_data
 from trainer.loop import engine
 from trainer.loop.state import Training, make_training
@@ -48,14 +48,13 @@ SMALLEST_BATCH = 8
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "failed to allocate", "allocation failed")
 
 
-class FixedStepLoader:
-    """`EpochLoader` whose epochs have a fixed number of steps, each continuing in the passes of the previous one."""
+class FixedStepLoader(TrainingLoader):
+    """A loader whose epochs have a fixed number of steps, each continuing in the passes of the previous one."""
 
-    def __init__(self, loader: EpochLoader, steps: int) -> None:
+    def __init__(self, loader: TrainingLoader, steps: int) -> None:
         self._loader = loader
         self._steps = steps
-        self.stages, self.stage_at = loader.stages, loader.stage_at
-        self.window, self.window_of_shards = loader.window, loader.window_of_shards
+        self.stages, self.window, self.window_of_shards = loader.stages, loader.window, loader.window_of_shards
         self.timed, self.samples = loader.timed, loader.samples
 
     def steps(self, epoch: int) -> int:
@@ -226,7 +225,7 @@ def _train(settings: Config, data: TrainingData, world: World) -> tuple[dict[str
     return metrics, state.history, training
 
 
-def _steps_per_period(seconds: float, images_per_second: float, loader: EpochLoader, settings: Config) -> int:
+def _steps_per_period(seconds: float, images_per_second: float, loader: TrainingLoader, settings: Config) -> int:
     """Return how many steps fit in each of the recipe's epochs, a multiple of the steps per update; 0 if none fits."""
     images_per_step = len(loader.samples) / loader.steps(0)
     steps = seconds * images_per_second / images_per_step / settings.trainer.epochs

@@ -20,7 +20,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.load import validate
 from trainer.config.schema import CheckpointConfig
-from trainer.data.resolution_schedule import EpochLoader
+from trainer.data.resolution_schedule import TrainingLoader
 from trainer.data.training_data import TrainingData, open_data
 from trainer.loop import engine
 from trainer.loop.state import Totals, Training, make_training
@@ -45,19 +45,18 @@ class LoopCase:
     compile: str
 
 
-class ResidentLoader:
-    """`EpochLoader` with the same numbers of steps and images, from a few batches that stay on the device.
+class ResidentLoader(TrainingLoader):
+    """A loader with the same numbers of steps and images, from a few batches that stay on the device.
 
     Args:
         loader: Source of the batches.
         max_steps: Maximum number of steps per epoch; None for no limit.
     """
 
-    def __init__(self, loader: EpochLoader, max_steps: int | None = None) -> None:
+    def __init__(self, loader: TrainingLoader, max_steps: int | None = None) -> None:
         self._loader = loader
         self._max_steps = max_steps
-        self.stages, self.stage_at = loader.stages, loader.stage_at
-        self.window, self.window_of_shards = loader.window, loader.window_of_shards
+        self.stages, self.window, self.window_of_shards = loader.stages, loader.window, loader.window_of_shards
         self.timed, self.samples = loader.timed, loader.samples
         with contextlib.closing(loader.batches()) as batches:
             pairs = zip(range(_RESIDENT_BATCHES), batches, strict=False)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from pipeline.common.index_ranges import Positions
 from pipeline.loader import Batch, Loader
 from pipeline.sampler import ShuffledBatchSampler
 from pipeline.transforms.preprocess import Resolution, input_size
@@ -48,33 +47,6 @@ def resolution_stages(config: Config) -> tuple[ResolutionStage, ...]:
     return tuple(stages)
 
 
-class EpochLoader(Protocol):
-    """The loader of the training loop: a `TrainingLoader`, or one that a benchmark puts in its place.
-
-    Attributes:
-        stages: The stages of the run.
-        window: See `ShuffledBatchSampler.shuffle_window_blocks`.
-        window_of_shards: Whether the units of the shuffle window are shards.
-        timed: Wraps transforms to measure their time; None without a profiler.
-        samples: Positions in the store of the samples of an epoch.
-    """
-
-    stages: tuple[ResolutionStage, ...]
-    window: int | None
-    window_of_shards: bool
-    timed: Callable[[Transform], Transform] | None
-    samples: Positions
-
-    def stage_at(self, epoch: int) -> ResolutionStage:
-        """Return the stage of an epoch, from 0."""
-
-    def steps(self, epoch: int) -> int:
-        """Return the number of global batches of an epoch."""
-
-    def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
-        """Yield this rank's batches of an epoch, from global step `first_step`."""
-
-
 class TrainingLoader:
     """Training batches, each epoch at the resolution and batch size of its stage.
 
@@ -86,6 +58,13 @@ class TrainingLoader:
         stages: The stages of the run.
         make_transform: Builds the transform of a stage when it starts.
         world: Rank and device of this process.
+
+    Attributes:
+        stages: The stages of the run.
+        window: See `ShuffledBatchSampler.shuffle_window_blocks`.
+        window_of_shards: Whether the units of the shuffle window are shards.
+        timed: Wraps transforms to measure their time; None without a profiler.
+        samples: Positions in the store of the samples of an epoch.
     """
 
     def __init__(
@@ -108,6 +87,7 @@ class TrainingLoader:
         self._open: tuple[ResolutionStage, Loader] | None = None
 
     def stage_at(self, epoch: int) -> ResolutionStage:
+        """Return the stage of an epoch, from 0."""
         return [stage for stage in self.stages if stage.first <= epoch][-1]
 
     def sampler_at(self, epoch: int) -> ShuffledBatchSampler:
@@ -121,9 +101,11 @@ class TrainingLoader:
         return replace(sampler, left_out_offset=offset, shuffle_window_blocks=self.window, unit_bounds=units)
 
     def steps(self, epoch: int) -> int:
+        """Return the number of global batches of an epoch."""
         return self.sampler_at(epoch).steps_per_epoch
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
+        """Yield this rank's batches of an epoch, from global step `first_step`."""
         stage = self.stage_at(epoch)
         if self._open is None or self._open[0] != stage:
             self._open = None  # free the memory of the previous stage

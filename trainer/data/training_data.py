@@ -28,7 +28,7 @@ from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 from shards.verify.check import check_hashes
 from trainer.config.schema import Config
-from trainer.data.resolution_schedule import EpochLoader, ResolutionStage, TrainingLoader, resolution_stages
+from trainer.data.resolution_schedule import ResolutionStage, TrainingLoader, resolution_stages
 from trainer.runtime.distributed import World
 from trainer.runtime.memory import memory_limit
 
@@ -56,7 +56,7 @@ class TrainingData:
     """[C], training samples of each class."""
     drawn: NDArray[np.int64]
     """[C], samples of each class in an epoch; other numbers with class-balanced sampling (`data.class_balance`)."""
-    train: EpochLoader
+    train: TrainingLoader
     validation: Loader | None
     test: Loader
     test_store: Store

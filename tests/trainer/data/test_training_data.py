@@ -26,7 +26,7 @@ from shards.stores.base import Store
 from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.data import training_data
-from trainer.data.resolution_schedule import EpochLoader
+from trainer.data.resolution_schedule import TrainingLoader
 from trainer.data.training_data import open_data, split_fold
 from trainer.evaluate.logit_adjustment import log_class_weights
 from trainer.models.precision import resolve_precision
@@ -91,7 +91,7 @@ def test_a_run_continues_with_another_cache(tmp_path: Path, monkeypatch: pytest.
     server = LyingServer(tmp_path, lambda: None)
     monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
 
-    def open_with(cache: int) -> EpochLoader:
+    def open_with(cache: int) -> TrainingLoader:
         on_demand._open.clear()  # as in another process
         monkeypatch.setenv("INKSTREAM_CACHE_SIZE", str(cache))
         address = f"http://127.0.0.1:{server.port}/set"
