@@ -194,6 +194,10 @@ def read_predictions(path: Path, classes: int, hint: str, store: Store | None = 
         hint: The hint of an error.
         store: The split that was predicted, if its rows and labels are to be compared.
 
+    Returns:
+        The columns of `trainer.evaluate.evaluator.Predictions`, and `validation_confusion`, the confusion matrix of the
+        validation split, int64 [C, C], if there is one.
+
     Raises:
         UserError: The file is missing or damaged, or holds the predictions of another split.
     """
@@ -202,6 +206,7 @@ def read_predictions(path: Path, classes: int, hint: str, store: Store | None = 
         check_zip(path, _MAX_RATIO)
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name in kinds}
+            matrix = file.get("validation_confusion")
         samples = len(columns["rows"])
         for name, kind in kinds.items():
             column = columns[name]
@@ -220,22 +225,11 @@ def read_predictions(path: Path, classes: int, hint: str, store: Store | None = 
                 and np.array_equal(columns["labels"], store.labels[order])
             ):
                 raise ValueError("rows or labels are not those of the test split")
+        if matrix is not None:
+            if matrix.shape != (classes, classes) or matrix.dtype != np.int64 or matrix.min() < 0:
+                raise ValueError(f"validation_confusion is {matrix.dtype} {list(matrix.shape)}")
+            columns["validation_confusion"] = matrix
     return columns
-
-
-def read_validation_confusion(path: Path, classes: int, hint: str) -> NDArray[np.int64] | None:
-    """Read the confusion matrix of the validation split, int64 [C, C], from `predictions.npz`; None if there is none.
-
-    Raises:
-        UserError: The file is damaged.
-    """
-    with errors_as_corrupt(path, hint):
-        check_zip(path, _MAX_RATIO)
-        with np.load(path, allow_pickle=False) as file:
-            matrix = file.get("validation_confusion")
-        if matrix is not None and (matrix.shape != (classes, classes) or matrix.dtype != np.int64 or matrix.min() < 0):
-            raise ValueError(f"validation_confusion is {matrix.dtype} {list(matrix.shape)}")
-    return matrix
 
 
 def _first(error: ValidationError) -> ValueError:

@@ -47,7 +47,7 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
     matrix = None
     if len(classes) <= MAX_MATRIX_CLASSES:
         matrix = confusion_chart(confusion_matrix(labels, predicted, len(classes)), classes)
-    validation = run_files.read_validation_confusion(directory.predictions, len(classes), directory.hint)
+    validation = predictions.get("validation_confusion")
     rows = [row | {"train": count} for row, count in zip(metrics.class_metrics(classes), train.counts, strict=True)]
     if len(rows) > MAX_CLASS_ROWS:
         rows = sorted((row for row in rows if row["samples"]), key=lambda row: row["f1"])[:MAX_CLASS_ROWS]
