@@ -20,7 +20,6 @@ from pipeline.loader import Batch
 from pipeline.transforms.preprocess import format_size
 from shards.cli import program_name, run_command
 from shards.errors import UserError
-from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
 from trainer.config.base import add_recipe_arguments
 from trainer.data.training_data import open_data
@@ -162,7 +161,6 @@ def main() -> int:
     add_recipe_arguments(parser)
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
-    resolve_dataset(settings.data.shards)
     with init_single_process(settings.device, "the memory of a rank does not depend on the others") as world:
         settings = resolve_auto(settings, world.device)
         data = open_data(settings, world)

@@ -24,7 +24,6 @@ from pipeline.loader import Batch
 from shards.atomic import created_directory, replace_file, write_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError
-from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
 from trainer.config.base import add_recipe_arguments
 from trainer.data.training_data import open_data
@@ -155,7 +154,6 @@ def main() -> int:
         )
     settings = config.load(arguments.config, arguments.overrides)
     directory = arguments.out or Path("runs/find-lr") / settings.run.name
-    resolve_dataset(settings.data.shards)
     reason = "the loss does not depend on the number of ranks"
     with created_directory(directory), init_single_process(settings.device, reason) as world:
         settings = config.replace_settings(resolve_auto(settings, world.device), _SETTINGS, "find_lr")
