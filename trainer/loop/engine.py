@@ -109,7 +109,7 @@ def train_epoch(training: Training, services: RunServices) -> None:
     """
     state, world, train = training.state, training.world, training.data.train
     steps, accumulation = train.steps(state.epoch), training.config.optim.grad_accumulation
-    flags, monitor = AsyncFlags(world, 3), NonFiniteMonitor(training)
+    flags, monitor = AsyncFlags(world), NonFiniteMonitor(training)
     signum = 0
     set_training_mode(training.forward)
 

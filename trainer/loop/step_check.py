@@ -17,9 +17,7 @@ from pipeline.common.device import free_memory
 from pipeline.sampler import equal_batch_size
 from pipeline.transforms.preprocess import format_size
 from shards.errors import UserError, first_line
-from trainer.config.load import replace_settings
 from trainer.config.schema import Config
-from trainer.data.resolution_schedule import resolution_stages
 from trainer.loop.state import Training
 from trainer.models.compile import compile_mode
 from trainer.runtime.memory import available_memory
@@ -112,9 +110,9 @@ def check_batch_sizes(training: Training) -> None:
 
 
 def _larger_batches(config: Config, samples: int, ranks: int) -> str:
+    # The stage of the largest resolution has the smallest batches, of `loader.batch_size` images.
     for size in range(config.loader.batch_size + 1, samples + 1):
-        stages = resolution_stages(replace_settings(config, {"loader.batch_size": size}, "loader.batch_size"))
-        if all(equal_batch_size(samples, stage.batch_size) >= 2 * ranks for stage in stages):
+        if equal_batch_size(samples, size) >= 2 * ranks:
             return f"loader.batch_size={size}"
     if config.data.train_fraction < 1:
         return "data.train_fraction=1"
@@ -158,8 +156,7 @@ def estimate_memory(training: Training) -> StepMemory:
     if compile_mode(config.trainer, world.device) != "off":
         kept /= 2  # fused operations keep fewer tensors
     gradients = sum(parameter.nbytes for parameter in model.parameters())
-    available = min(world.gather(_available(world.device)), default=0.0)
-    available = world.broadcast_object(available)
+    available = min(world.all_gather(lambda: _available(world.device)))
     fraction = max(0.0, available - 3 * gradients) / _MARGIN / max(kept, 1.0)
     fitting = min(config.loader.batch_size, samples)
     if fraction < 1:

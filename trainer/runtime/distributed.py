@@ -112,14 +112,14 @@ def init_single_process(device_name: str, reason: str) -> Iterator[World]:
 
 
 class AsyncFlags:
-    """Asynchronous all-reduce (MAX) of a few control flags per optimizer step.
+    """Asynchronous all-reduce (MAX) of three control flags per optimizer step.
 
     The result is returned one step late, so no rank blocks.
     """
 
-    def __init__(self, world: World, count: int) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
-        self._flags = torch.zeros(count, dtype=torch.int64)
+        self._flags = torch.zeros(3, dtype=torch.int64)
         self._work: dist.Work | None = None
 
     def reduce(self, *flags: int) -> list[int]:
