@@ -92,16 +92,17 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     for name in (new.keys() & saved.keys()) - skipped:
         check_structure(saved[name], new[name], name)
     state, train, config = training.state, training.data.train, training.config
-    window, groups = (train.window, train.window_of_shards), state.optimizer.param_groups
-    training.restore(saved if is_same else saved | {"learning_rate": new["learning_rate"]})
+    if is_same_data:
+        # The order of samples depends on the shuffle window, so a machine with other memory keeps that of the run.
+        train.window, train.window_of_shards = saved["window"], saved.get("window_of_shards", False)
+    groups = state.optimizer.param_groups
+    state.load_state_dict(saved if is_same else saved | {"learning_rate": new["learning_rate"]})
     kept = _GROUP_STATE if is_same else _GROUP_STATE - {"lr"}
     for group, own in zip(state.optimizer.param_groups, groups, strict=True):
         group.update({name: value for name, value in own.items() if name not in kept})
     if is_same:
         _check_restored(training)
         return
-    if not is_same_data:
-        train.window, train.window_of_shards = window
     steps, accumulation = train.steps(state.epoch), config.optim.grad_accumulation
     if steps != saved["steps"] or saved["step"] % accumulation:
         nearest = -(-saved["step"] * steps // saved["steps"])

@@ -224,13 +224,6 @@ class Training:
             **self.state.state_dict(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Load the contents of `last.pt`."""
-        # The order of samples depends on the shuffle window, so a machine with other memory keeps that of the run.
-        self.data.train.window = state["window"]
-        self.data.train.window_of_shards = state.get("window_of_shards", False)
-        self.state.load_state_dict(state)
-
     def trained_model(self) -> TrainedModel:
         """Return the contents of `best.pt`."""
         spec = self.data.spec
