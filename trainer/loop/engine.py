@@ -208,10 +208,7 @@ def forward_backward(
             logits, targets, images, training.logit_adjustment, training.class_weights, training.teacher, config.loss
         )
         if not is_mixed:
-            scores = logits.detach()
-            if training.decision_offsets is not None:
-                scores = scores - training.decision_offsets
-            count_classes_(training.class_counts, batch.labels, scores)
+            count_classes_(training.class_counts, batch.labels, logits.detach() - training.decision_offsets)
         training.profile.mark("forward")
         # The mean over the global batch. DDP averages over ranks, whose slices differ in size, hence the factor.
         training.state.scaler.scale(loss * (world.size / (batch.global_size * accumulation_steps))).backward()

@@ -154,8 +154,8 @@ class Training:
     """float32 [C]."""
     logit_adjustment: torch.Tensor
     """float32 [C], added to the logits in training (`loss.logit_adjustment`)."""
-    decision_offsets: torch.Tensor | None
-    """float32 [C] on the device, subtracted from the logits to count predictions; None for zeros."""
+    decision_offsets: torch.Tensor = field(init=False)
+    """`offsets` on the device, subtracted from the logits to count predictions."""
     log_class_weights: NDArray[np.float32]
     """[C], log of the class weights that `posthoc.tau` undoes."""
     teacher: DistillationTeacher | None
@@ -166,6 +166,9 @@ class Training:
     """Fitted to the best weights before the test; None without a validation split."""
     stopped_by: str | None = None
     """The setting of `trainer` that ended the training: epochs, minutes or patience; None before its end."""
+
+    def __post_init__(self) -> None:
+        self.decision_offsets = torch.from_numpy(self.offsets).to(self.world.device)
 
     def metrics(self) -> list[float]:
         """Return `trainer.monitor` of the validated epochs; a loss is negated, so that higher is better."""
@@ -298,7 +301,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         scaler=make_grad_scaler(config.trainer, world.device),
         class_counts=torch.zeros(3, len(data.classes), dtype=torch.int64),
     )
-    training = Training(
+    return Training(
         state=state,
         config=config,
         world=world,
@@ -311,9 +314,5 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         if config.distillation.teacher
         else None,
         class_counts=state.class_counts.to(world.device, copy=True),
-        decision_offsets=None,
         profile=profile,
     )
-    if training.tau:
-        training.decision_offsets = torch.from_numpy(training.offsets).to(world.device)
-    return training
