@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from benchmarks.common.harness import Spread
+from shards.cli import plural
 
 Table = tuple[list[str], list[list[str]]]
 """Column titles, and the cells of each row."""
@@ -76,4 +77,4 @@ def format_bytes(count: float) -> str:
 def format_machine(environment: Mapping[str, object]) -> str:
     """Format the hardware of a record: `2 cores of NAME`, and the GPU if there is one."""
     gpu = "" if environment["device"] == "cpu" else f", {environment['device']}"
-    return f"{environment['cores']} cores of {environment['processor']}{gpu}"
+    return f"{plural(int(str(environment['cores'])), 'core')} of {environment['processor']}{gpu}"

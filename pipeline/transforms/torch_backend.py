@@ -17,7 +17,7 @@ from shards.errors import UserError
 
 # Of bytes, torch vectorizes channel_shuffle for AVX-512 only.
 _REORDERS_FLOATS = torch.backends.cpu.get_cpu_capability() == "AVX2"
-# Of model input. Smaller calls pay for their overhead, larger ones leave the cache of a core between two operations.
+# Of model input. Measured: smaller calls pay for their overhead, larger ones take longer per image (docs/log.md).
 _MAX_FUSED_BYTES = 2 << 20
 
 

@@ -19,7 +19,7 @@ from conftest import ROOT, run_module
 from PIL import Image
 
 from benchmarks.common.harness import Spread, in_process, measure_rates
-from benchmarks.common.text import format_bytes, format_percent, format_spread, markdown_table
+from benchmarks.common.text import format_bytes, format_machine, format_percent, format_spread, markdown_table
 from benchmarks.train_throughput import make_cases
 from benchmarks.training.loop import LoopCase
 from shards import UserError
@@ -101,6 +101,8 @@ def test_numbers_and_tables_are_formatted() -> None:
     assert format_spread(Spread.of([1000.0, 2000.0, 3000.0])) == "2,000 (1,000 .. 3,000)"
     assert format_spread({"median": 0.5, "low": 0.25, "high": 1}, ".1%") == "50.0% (25.0% .. 100.0%)"
     assert [plural(1, "seed"), plural(2, "seed")] == ["1 seed", "2 seeds"]
+    assert format_machine({"device": "cpu", "cores": 1, "processor": "A"}) == "1 core of A"
+    assert format_machine({"device": "cuda", "cores": 2, "processor": "A"}) == "2 cores of A, cuda"
 
 
 def run_benchmark(name: str, *arguments: object) -> subprocess.CompletedProcess:
