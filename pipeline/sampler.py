@@ -132,8 +132,8 @@ class ShuffledBatchSampler:
     ) -> Iterator[ShardUse]:
         """Iterate over the shards that a rank reads from step `first` on, by their first step; see `Store.prefetch`.
 
-        None are listed without a shuffle window, because every batch may then read any shard. All units of a lane that
-        ranks share are listed for each of these ranks.
+        None are listed without a shuffle window, because every batch may then read any shard. All shards of a lane
+        that ranks share are listed for each of these ranks.
         """
         if self.shuffle_window_blocks is None:
             return

@@ -114,7 +114,7 @@ def _key(record: dict[str, Any]) -> _Key:
 
 def _describe(key: _Key) -> str:
     _, model, subset, resolution, interpolation = key
-    return f"{model}, {resolution}, {interpolation}" + (f", {subset:.3g} of the images" if subset != 1 else "")
+    return f"{model}, {resolution}, {interpolation}" + (f", {100 * subset:.3g}% of the images" if subset != 1 else "")
 
 
 def _verdict(before: Spread, after: Spread, sign: int) -> str:

@@ -41,7 +41,7 @@ class Point:
     def __str__(self) -> str:
         return (
             f"{self.model} at {self.resolution}x{self.resolution}, {self.interpolation}, "
-            f"{self.subset:.3g} of the images, seed {self.seed}"
+            f"{100 * self.subset:.3g}% of the images, seed {self.seed}"
         )
 
 

@@ -33,15 +33,14 @@ class HostSource:
         self._table: tuple[NDArray[np.uint8], torch.Tensor] | None = None
 
     def load(self, samples: NDArray[np.int64], arrays: Mapping[str, NDArray]) -> Loaded:
-        """Load a batch, in the order of torch's current stream.
+        """Load a batch.
 
         Args:
             samples: int64 [n], positions in the store.
             arrays: Further arrays of the batch.
 
         Returns:
-            The images, uint8 [n, H, W, C] on the device, or a list of n image files in memory; and the arrays as
-            tensors on the device.
+            The images, uint8 [n, H, W, C], or a list of n image files; and the arrays as tensors.
         """
         store = self._store
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}

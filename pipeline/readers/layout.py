@@ -318,7 +318,7 @@ def _by_tables(index: _ImageIndex, top: str, tables: dict[str, _Labels], skip_ba
 
 
 def _report_rows(table: CsvTable, problems: list[tuple[int, str]], skip_bad: bool | None = None) -> None:
-    """Refuse rows that cannot be used, or warn that they are skipped. `skip_bad`: None where that is not possible."""
+    """Refuse rows that cannot be used, or warn that they are skipped; `skip_bad` is None if no row can be skipped."""
     if not problems:
         return
     lines = [f"{table.line(row)}: {what}" for row, what in problems[:_MAX_ROWS]]

@@ -169,7 +169,7 @@ def encode_array(values: NDArray, dtype: DTypeLike) -> bytes:
 
 @contextmanager
 def open_array(path: Path, dtype: DTypeLike, length: int) -> Iterator[Callable[[NDArray], None]]:
-    """Write a one-dimensional array piece by piece as a .npy file, which replaces `path` at the end of the block.
+    """Write a one-dimensional array piece by piece as a .npy file, which replaces `path` at the end of the context.
 
     Args:
         path: The file.

@@ -137,7 +137,7 @@ def test_every_point_has_all_its_figures(out: Path, records: list[dict[str, Any]
 
 def test_the_report_and_the_chart_are_written(out: Path, records: list[dict[str, Any]]) -> None:
     output = (out / "stdout").read_text()
-    assert "[1/2] three_block_cnn at 8x8, linear, 0.2 of the images, seed 0: already measured" in output
+    assert "[1/2] three_block_cnn at 8x8, linear, 20% of the images, seed 0: already measured" in output
     text = (out / "resolution_sweep.md").read_text()
     assert text.strip() in output
     assert "The next larger resolution" in text or "No larger resolution" in text
@@ -383,7 +383,7 @@ def test_failures_and_smaller_batches_are_reported() -> None:
         SweepResults([synthetic_record(28, 0.9), smaller, failed], "linear", ["three_block_cnn at 224x224"])
     )
     assert "out of memory at batch size 64, so measured with batch size 16 and gradient accumulation 4" in text
-    assert "112x112, linear, 1 of the images, seed 0: FAILED, no room" in text
+    assert "112x112, linear, 100% of the images, seed 0: FAILED, no room" in text
     assert "three_block_cnn at 224x224: skipped" in text
 
 
@@ -428,8 +428,8 @@ def test_points_beyond_the_time_budget_are_skipped_and_listed(
     runner.run([replace(POINT, resolution=side) for side in (28, 40, 112)])
     # Of the 18 s 40 pixels are expected to take 10 + 2 * 1.04, and 112 then 10 + 2 * 6.84, which is too much.
     assert begun == [28, 40]
-    assert runner.skipped == ["three_block_cnn at 112x112, linear, 1 of the images, seed 0"]
-    assert "112x112, linear, 1 of the images, seed 0: skipped" in capsys.readouterr().out
+    assert runner.skipped == ["three_block_cnn at 112x112, linear, 100% of the images, seed 0"]
+    assert "112x112, linear, 100% of the images, seed 0: skipped" in capsys.readouterr().out
     assert [record["resolution"] for record in read_records(tmp_path / "resolution_sweep.jsonl")] == [28, 40]
 
 

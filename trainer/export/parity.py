@@ -61,8 +61,8 @@ def compute_reference(trained: TrainedModel, model: nn.Module, store: Store) -> 
     """Predict the first samples of a store with the loader of evaluation, on the CPU in fp32.
 
     Args:
-        trained: The run's model: its input transform, offsets and temperature.
-        model: The network with its weights.
+        trained: The run: settings, input transform, offsets and temperature.
+        model: Its network.
         store: The test split.
     """
     settings = trained.config.trainer.model_copy(update={"precision": "fp32"})

@@ -93,7 +93,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
         check_structure(saved[name], new[name], name)
     state, train, config = training.state, training.data.train, training.config
     if is_same_data:
-        # The order of samples depends on the shuffle window, so a machine with other memory keeps that of the run.
+        # The order of samples depends on the shuffle window, so the run keeps its window whatever the memory.
         train.window, train.window_of_shards = saved["window"], saved.get("window_of_shards", False)
     groups = state.optimizer.param_groups
     state.load_state_dict(saved if is_same else saved | {"learning_rate": new["learning_rate"]})

@@ -65,10 +65,10 @@ def predict(
     Args:
         batches: Samples, up to `predictor.batch_size` at a time.
         predictor: The model.
-        embedding_file: Receives a row for each sample, float32 [F]; NaN if it is unusable.
+        embedding_file: Receives a row for each sample, float32 [F]; NaN for an unusable image.
 
     Yields:
-        The prediction of each sample in their order, and the model input as uint8 pixels; None if it is unusable.
+        The prediction of each sample in their order, and the model input as uint8 pixels; None for an unusable image.
     """
     unusable = None, None, np.full(predictor.embedding_width, np.nan, np.float32)
     for batch in batches:

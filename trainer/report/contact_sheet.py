@@ -21,7 +21,7 @@ def prediction_sheet(tiles: list[PredictedImage], title: str, not_shown: int = 0
     """Draw the tiles in rows. Wrong predictions have a red frame and the true class.
 
     Args:
-        tiles: At least one picture.
+        tiles: At least one image.
         title: Heading of the sheet.
         not_shown: Number of further images, for the heading.
     """

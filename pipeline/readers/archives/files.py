@@ -71,7 +71,7 @@ class StoredFile:
     def read_into(self, offset: int, buffer: NDArray[np.uint8]) -> None:
         """Fill a buffer with bytes from `offset` on; raises `CorruptFileError` if the file has fewer."""
         if self._open.read_into(offset, buffer) != buffer.nbytes:
-            buffer[...] = np.frombuffer(self.read(offset, buffer.nbytes), np.uint8)  # raises the error
+            buffer[...] = np.frombuffer(self.read(offset, buffer.nbytes), np.uint8)  # its error: too short
 
     def mapped(self, offset: int, size: int) -> memoryview:
         """Map bytes of the file into memory. If it shrinks afterwards, an access ends the process with a message."""

@@ -109,7 +109,7 @@ class TarTree(FileTree):
     def __init__(self, path: Path) -> None:
         file = open_file(path)
         if is_compressed(file.read(0, min(6, file.size))):
-            file.file.seek(0)  # where a read moves the position (Windows)
+            file.file.seek(0)  # on Windows, the read above has moved the position
             file = write_temp_file(decompress(file.file), str(path), max_expanded_bytes(file.size))
         self._file = file
         self._members = _tar_members(file)

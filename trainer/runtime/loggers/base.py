@@ -184,7 +184,7 @@ def test_metrics(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def weight_arrays(model: nn.Module) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield the kernels and weight matrices, for histograms: `weights/` with the name, and the values."""
+    """Yield (`weights/NAME`, values) of each kernel and weight matrix, for histograms."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             yield f"weights/{name}", parameter.detach().float().cpu().numpy()
