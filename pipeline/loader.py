@@ -53,8 +53,8 @@ class Loader:
     """Iterates over the batches of an epoch on one rank.
 
     On a GPU, a thread prefetches batches, in a CUDA stream of its own. On a CPU, model and loader compete for the same
-    cores, so a batch is prepared when it is requested. Several small training batches are
-    computed in one call of the transform, which is faster than a call for each.
+    cores, so a batch is prepared when it is requested. Several small training batches are computed in one call of the
+    transform, which is faster than a call for each.
 
     The loader has no state: `batches(epoch, first_step)` is a pure function of its arguments and the sampler's seed.
 
