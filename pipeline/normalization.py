@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 _MAX_ENCODED_SAMPLES = 16_384  # decoding takes 100 times as long
 _MAX_SHARDS = 64  # of image files
-_BATCH_SIZE = 512
+_MAX_BATCH_SIZE = 512
+_MAX_BATCH_BYTES = 64 << 20  # of the raw images or the model input, as float32
 _MIN_STD = 1e-6
 
 
@@ -54,10 +55,12 @@ def compute_stats(store: Store, spec: TransformSpec, backend: str, device: torch
     channels = spec.image_shape[2]
     raw_spec = spec.with_normalization((0.0,) * channels, (1.0,) * channels)
     samples = _select_samples(store)
-    transform = build_transform(raw_spec, backend, device, _BATCH_SIZE)
+    height, width = spec.input_size if spec.encoded else map(max, spec.input_size, spec.upright_size)
+    batch_size = min(_MAX_BATCH_SIZE, max(1, _MAX_BATCH_BYTES // (4 * channels * height * width)))
+    transform = build_transform(raw_spec, backend, device, batch_size)
     sums = torch.zeros(channels, dtype=torch.float64, device=device)
     squares = torch.zeros_like(sums)
-    for batch in Loader(store, SequentialBatchSampler(samples, _BATCH_SIZE), transform, device).batches():
+    for batch in Loader(store, SequentialBatchSampler(samples, batch_size), transform, device).batches():
         # float32 within an image and float64 over images is fast and accurate to seven digits.
         sums += batch.images.mean(dim=(2, 3)).double().sum(dim=0)
         squares += batch.images.square().mean(dim=(2, 3)).double().sum(dim=0)

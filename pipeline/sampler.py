@@ -70,7 +70,8 @@ class ShuffledBatchSampler:
     With class-balanced sampling (Kang et al. 2020, https://arxiv.org/abs/1910.09217, equation 1), an epoch of as many
     samples has a fixed number of them from each class, proportional to n^(1 - class_balance) for a class of n samples.
     Each class goes through its samples in a fixed random order, and an epoch continues where the one before it ended,
-    so the numbers of times that two samples of a class were used differ by at most one.
+    so the numbers of times that two samples of a class were used differ by at most one. Repeated augmentation uses only
+    the first part of this order, so both hold on average.
 
     Attributes:
         samples: The N positions in the store of the samples of an epoch.

@@ -50,6 +50,8 @@ class Preprocessing:
     def steps(self) -> tuple[str, ...]:
         """Names of the active steps with their values, for file names: `invert`, `opening_radius1`."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        if self.crop_to_foreground is None:
+            del values["foreground_opening_radius"]  # without effect
         changed = {name: value for name, (value, default) in values.items() if value != default}
         return tuple(name if value is True else f"{name}{value}" for name, value in changed.items())
 

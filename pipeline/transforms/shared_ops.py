@@ -42,7 +42,8 @@ class SharedOps:
         self._crop = ResizedCrop(spec.input_size, spec.interpolation, device) if crops else None
         shape, transposed = (spec.input_size, False) if spec.encoded else (spec.upright_size, spec.transposed)
         self._policy = AutoAugment(augmentation, shape, transposed) if augmentation.auto_augment_rounds else None
-        self.resizes = spec.needs_resize and not self._crop and not (self._warp and spec.can_warp_raw)
+        warps_raw = self._warp and spec.can_warp_raw(augmentation.fill == "border")
+        self.resizes = spec.needs_resize and not self._crop and not warps_raw
         self.quantizes = spec.encoded and self._policy is not None
 
     def op_params(self, params: AugmentationParams | None) -> dict[str, NDArray]:

@@ -103,15 +103,19 @@ class TransformSpec:
         assert height and width, "image files have different sizes"
         return math.prod(self.input_size) > height * width
 
-    @property
-    def can_warp_raw(self) -> bool:
-        """Whether the warp can sample raw images directly, in one interpolation.
+    def can_warp_raw(self, fills_border: bool) -> bool:
+        """Return whether the warp can sample raw images directly, in one interpolation.
 
-        Otherwise images are resized first: with another interpolation, or to average pixels when downsampling.
+        Otherwise images are resized first: with another interpolation, to average pixels when downsampling, or to keep
+        a constant fill out of the pixels near the border, which the resize extrapolates.
+
+        Args:
+            fills_border: Whether the border pixels are repeated outside the image.
         """
         if self.encoded or self.interpolation != "linear":
             return False
-        return all(side >= raw for side, raw in zip(self.input_size, self.upright_size, strict=True))
+        is_larger = all(side >= raw for side, raw in zip(self.input_size, self.upright_size, strict=True))
+        return is_larger if fills_border else not self.needs_resize
 
 
 class UndecodableImage(Exception):

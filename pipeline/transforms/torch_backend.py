@@ -29,8 +29,8 @@ class TorchTransform:
             raise UserError(
                 found="images of different sizes and the torch backend",
                 expected="the DALI backend, which decodes image files",
-                hint="install nvidia-dali-cuda120 (Linux only) and use loader.backend=auto; or pack the images at "
-                "one size: python -m pipeline.shard ... --size N",
+                hint="use loader.backend=auto, which needs nvidia-dali-cuda120 (Linux only); or pack the images at one "
+                "size: python -m pipeline.shard ... --size N",
             )
         height, width = spec.upright_size
         self._size = input_height, input_width = spec.input_size

@@ -17,6 +17,7 @@ from support.version_2 import downgrade
 import pipeline.packing.pack
 from pipeline import normalization
 from pipeline.normalization import DatasetStats, compute_stats, load_or_compute_stats, packed_stats
+from pipeline.sampler import SequentialBatchSampler
 from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import TransformSpec
 from shards import open_split
@@ -75,6 +76,25 @@ def test_measures_mean_and_deviation_of_the_model_input(
     assert measured.samples == 150
     assert np.abs(np.array(measured.mean) - mean).max() < 1e-6
     assert np.abs(np.array(measured.std) - std).max() < 1e-6
+
+
+@pytest.mark.parametrize(("resolution", "batch_size"), [(14, 12), (28, 12), (56, 3), (100, 1)])
+def test_the_batches_of_the_statistics_have_bounded_bytes(
+    store: Store, resolution: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The larger of the raw images and the model input counts."""
+    spec, sizes = TransformSpec.of(store.manifest, resolution), []
+
+    def sampler(samples: np.ndarray, size: int) -> SequentialBatchSampler:
+        sizes.append(size)
+        return SequentialBatchSampler(samples, size)
+
+    expected = compute_stats(store, spec, "torch", CPU)
+    monkeypatch.setattr(normalization, "_MAX_BATCH_BYTES", 3 * 4 * 56 * 56)
+    monkeypatch.setattr(normalization, "SequentialBatchSampler", sampler)
+    found = compute_stats(store, spec, "torch", CPU)
+    assert sizes == [batch_size]
+    assert (found.mean, found.std) == (pytest.approx(expected.mean, abs=1e-6), pytest.approx(expected.std, abs=1e-6))
 
 
 @pytest.mark.parametrize("transposed", [True, False])

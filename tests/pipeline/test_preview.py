@@ -14,6 +14,7 @@ from pipeline.preview import contact_sheet, upright
 from pipeline.transforms.augmentation import Augmentation
 from pipeline.transforms.preprocess import Preprocessing
 from shards import UserError, open_split
+from trainer.models.auto import CPU_RESOLUTION
 
 CLASSES = 5
 
@@ -87,6 +88,16 @@ def test_what_a_recipe_trains_on_is_shown_beside_the_raw_images(synthetic_set: P
     assert len({each.tobytes() for each in versions}) == 4, "each in another way"
     for each in versions:
         assert each.mean() == pytest.approx(255 - raw.mean(), abs=12), "inverted"
+
+
+def test_images_are_shown_at_the_resolution_of_the_automatic_model(synthetic_set: Path, tmp_path: Path) -> None:
+    recipe, sheets = tmp_path / "auto.yaml", []
+    recipe.write_text(f"data: {{shards: {synthetic_set}}}")
+    for override in ("model.name=auto", f"data.resolution={CPU_RESOLUTION}"):
+        sheets.append(tmp_path / f"{len(sheets)}.png")
+        process = run_module("trainer.predict.preview", recipe, "device=cpu", override, "--out", sheets[-1])
+        assert process.returncode == 0, process.stderr
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
 
 
 def test_one_part_can_be_shown(synthetic_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

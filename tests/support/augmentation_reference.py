@@ -37,7 +37,8 @@ def augmented(
     if augmentation.has_color_jitter:
         planes = np.stack([recoloured(each, augmentation, params, number) for number, each in enumerate(planes)])
     height, width = input_size(resolution)
-    if interpolation != "linear" or height < shape[0] or width < shape[1]:
+    # A constant fill does not enter the pixels that a resize extrapolates at the border.
+    if interpolation != "linear" or height < shape[0] or width < shape[1] or augmentation.fill != "border":
         planes = resize_axis(resize_axis(planes, 2, height, interpolation), 3, width, interpolation)
     if not augmentation.has_warp:
         return resize_axis(resize_axis(planes, 2, height, "linear"), 3, width, "linear")

@@ -22,6 +22,7 @@ from pipeline.transforms.preprocess import Resolution
 from pipeline.transforms.spec import Transform, TransformSpec
 from shards import Manifest, UserError, open_split
 from shards.atomic import detect_replacement, replaced_error
+from shards.cli import plural
 from shards.errors import quote
 from shards.manifest import VALIDATION, VERSION, check_several_classes, has_split, manifest_paths
 from shards.remote.datasets import resolve_dataset
@@ -199,7 +200,13 @@ def _choose_samples(
             expected="at least one training sample",
             hint="raise data.train_fraction",
         )
-    check_several_classes(store.manifest.classes, train.counts.tolist(), directory)
+    check_several_classes(store.manifest.classes, store.manifest.counts, directory)
+    if np.count_nonzero(train.counts) < 2:
+        raise UserError(
+            found=f"{plural(len(train), 'training sample')} of one class, out of {len(store):,}",
+            expected="training samples of at least two classes",
+            hint="raise data.train_fraction, or lower data.val_fraction",
+        )
     if val_fraction > 0 and not len(validation):
         raise UserError(
             found=f"data.val_fraction={val_fraction} of {len(store)} samples, which is none",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pipeline.common.device import choose_device
 from pipeline.preview import contact_sheet, save_png
 from shards.atomic import check_writable
 from shards.cli import program_name, run_command
@@ -15,6 +16,7 @@ from shards.open import open_split
 from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
 from trainer.config.base import add_recipe_arguments
+from trainer.models.auto import resolve_auto
 
 
 def main() -> int:
@@ -30,7 +32,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
     check_writable(arguments.out)
-    data = settings.data
+    data = resolve_auto(settings, choose_device(settings.device)).data
     store = open_split(resolve_dataset(data.shards), "train")
     changes = data.interpolation, data.preprocessing(), settings.augment.augmentation()
     save_png(contact_sheet(store, data.final_resolution, *changes), arguments.out)

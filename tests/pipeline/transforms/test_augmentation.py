@@ -258,10 +258,13 @@ def test_a_fill_without_moved_pixels_does_not_change_the_normalization(backend: 
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("fill", ["border", 0])
 @pytest.mark.parametrize("resolution", [14, 28, 50])
-def test_at_no_strength_images_are_those_of_evaluation(backend: str, device: torch.device, resolution: int) -> None:
+def test_at_no_strength_images_are_those_of_evaluation(
+    backend: str, device: torch.device, resolution: int, fill: int | str
+) -> None:
     images = noise(5, GRAY)
-    least = Augmentation(rotation=1e-9, elastic=1e-9, stroke=1e-9, brightness=1e-9)
+    least = Augmentation(rotation=1e-9, elastic=1e-9, stroke=1e-9, brightness=1e-9, fill=fill)
     result = build_transform(spec_of(GRAY, resolution), backend, device, 5, least)(images, drawn(least, 5))
     assert np.abs(result.cpu().numpy() - model_input(images, resolution)).max() <= 2e-5
     spec = spec_of(GRAY, resolution)

@@ -179,6 +179,14 @@ def test_the_contour_is_what_erosion_takes_away(images: NDArray[np.uint8]) -> No
         assert np.array_equal(contour_mask(found[None])[0].numpy(), found.numpy() & ~inner)
 
 
+def test_an_opening_without_a_crop_is_no_step() -> None:
+    assert Preprocessing(foreground_opening_radius=1).steps == ()
+    assert Preprocessing(foreground_opening_radius=1, crop_to_foreground=0.0).steps == (
+        "crop_to_foreground0.0",
+        "foreground_opening_radius1",
+    )
+
+
 def test_steps_follow_one_another(images: NDArray[np.uint8], device: torch.device) -> None:
     crop = {"crop_to_foreground": 0.1, "foreground_opening_radius": 1}
     rest = {"opening_radius": 1} | crop | {"dilation_radius": 1, "equalize": True}

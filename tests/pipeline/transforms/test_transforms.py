@@ -278,14 +278,15 @@ def test_a_spec_tells_how_the_size_changes(
         assert spec.input_size == (resolution, resolution)
         assert (spec.needs_resize, spec.upsamples) == (needs_resize, upsamples)
         assert spec.upright_size == (shape[:2] if not transposed else shape[1::-1])
-        assert spec.can_warp_raw == (resolution >= max(shape[:2]))
-        assert not spec_of(shape, resolution, "cubic", transposed).can_warp_raw
+        assert spec.can_warp_raw(fills_border=True) == (resolution >= max(shape[:2]))
+        assert spec.can_warp_raw(fills_border=False) == (not needs_resize)
+        assert not spec_of(shape, resolution, "cubic", transposed).can_warp_raw(fills_border=True)
 
 
 def test_a_spec_of_rectangular_output_tells_how_the_size_changes() -> None:
     upright, transposed = spec_of((20, 31, 3), "20x31"), spec_of((20, 31, 3), "20x31", transposed=True)
-    assert (upright.input_size, upright.needs_resize, upright.can_warp_raw) == ((20, 31), False, True)
-    assert (transposed.needs_resize, transposed.can_warp_raw) == (True, False)
+    assert (upright.input_size, upright.needs_resize, upright.can_warp_raw(True)) == ((20, 31), False, True)
+    assert (transposed.needs_resize, transposed.can_warp_raw(True)) == (True, False)
     assert not spec_of((20, 31, 3), "31x20", transposed=True).needs_resize
     assert [spec_of((20, 31, 3), size).upsamples for size in ("10x62", "10x63")] == [False, True]
 

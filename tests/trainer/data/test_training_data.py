@@ -73,6 +73,12 @@ def test_settings_that_need_validation_images(synthetic_set: Path, tmp_path: Pat
     assert open_data(config(shards, *overrides), ALONE).validation is not None
 
 
+def test_a_fraction_that_leaves_one_class_is_named(synthetic_set: Path) -> None:
+    error = refusal(lambda: open_data(config(synthetic_set, "data.train_fraction=0.001"), ALONE))
+    assert error.found == "1 training sample of one class, out of 700"
+    assert error.hint.startswith("raise data.train_fraction")
+
+
 def test_class_balance_is_that_of_the_batches_and_of_the_loss(synthetic_set: Path) -> None:
     settings = config(synthetic_set, "data.class_balance=1", "data.train_fraction=0.3", "loader.batch_size=50")
     data = open_data(settings, ALONE)
