@@ -70,7 +70,7 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 
 def check_is_file(path: Path, expected: str = "a regular file") -> None:
     """Raise `UserError` for a device, pipe or socket, whose content may have no end. Directories are allowed."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if _is_stream(path):
         raise UserError(
             found=f"{path} is not a regular file",
             expected=expected,
@@ -117,19 +117,29 @@ def make_directory(path: Path, purpose: Path | None = None) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise `UserError` if a file cannot be written at `path`."""
-    directory = path.absolute().parent
+    directory = _real_path(path).parent
     if path.is_dir():
         raise UserError(
             found=f"{path}, a directory", expected="the path of a file", hint=f"name a file: {quote(path / 'NAME')}"
         )
     if not directory.is_dir():
         raise NotFoundError(
-            found=f"no such directory: {path.parent}",
+            found=f"no such directory: {directory}",
             expected="a file in an existing directory",
-            hint=f"mkdir -p {quote(path.parent)}",
+            hint=f"mkdir -p {quote(directory)}",
         )
-    if not os.access(directory, os.W_OK):
+    if not os.access(path if _is_stream(path) else directory, os.W_OK):
         raise as_user_error(PermissionError(errno.EACCES, "Permission denied"), path)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is that of a device, pipe or socket (/dev/stdout): it cannot be replaced, only written to."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _real_path(path: Path) -> Path:
+    """Return where a link leads: not the link is replaced, but what it names."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
@@ -245,8 +255,13 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` if the block ends without an exception.
 
     Until then `path` is unchanged. The temporary name is fixed, so the next writer overwrites an incomplete file that
-    a killed one has left. Only one process may write the same `path` at a time.
+    a killed one has left. Only one process may write the same `path` at a time. A device or pipe is written to.
     """
+    if _is_stream(path):
+        with open(path, "wb") as file:
+            yield file
+        return
+    path = _real_path(path)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.unlink(missing_ok=True)  # it may be a pipe or a link
@@ -354,7 +369,7 @@ def _identity_at(path: Path) -> FileIdentity | None:
 
 def staging_directory(target: Path) -> Path:
     """Return the hidden directory beside `target`, on the same file system, in which its replacement is prepared."""
-    target = target.absolute()
+    target = _real_path(target)
     return target.parent / f".{target.name}.packing"
 
 
@@ -368,17 +383,19 @@ class Replacement:
     """
 
     def __init__(self, target: Path) -> None:
-        self._target = target.absolute()
+        self._target = _real_path(target)
         self._staging = staging_directory(target)
         self._old = self._staging / "old"
         # Each call has paths of its own: processes that outlive a killed call cannot use them.
         self._work = self._staging / f"{_WORK}{secrets.token_hex(4)}"
         self.path, self.journal = self._work / "new", self._work / "journal"
         self.keep = False
+        self._before: FileIdentity | None = None
 
     def start(self, resume: bool) -> None:
         """Restore the target if a killed writer has moved it aside. Keep or remove what it has prepared."""
         self.roll_back()
+        self._before = _identity_at(self._target)
         shutil.rmtree(self._old, ignore_errors=True)
         left = [*self._staging.glob(f"{_WORK}*")]
         if resume and len(left) == 1 and (left[0] / self.journal.name).is_dir():
@@ -397,13 +414,29 @@ class Replacement:
             path.mkdir()
 
     def commit(self) -> None:
-        """Exchange the new directory and the target; where that is impossible, move the target aside before."""
+        """Exchange the new directory and the target; where that is impossible, move the target aside before.
+
+        Raises:
+            UserError: If another process has created or changed the target since `start`, or the system refuses to
+                rename. The new directory is beside the target then.
+        """
         sync_directory(self.path)
         shutil.rmtree(self.journal, ignore_errors=True)  # before `path` may become the old directory
-        if not (self._target.exists() and _exchange(self.path, self._target)):
-            if self._target.exists():
-                os.replace(self._target, self._old)
-            os.replace(self.path, self._target)
+        try:
+            if _identity_at(self._target) != self._before:
+                raise FileExistsError(errno.EEXIST, "created or changed by another process meanwhile")
+            if not (self._target.exists() and _exchange(self.path, self._target)):
+                if self._target.exists():
+                    os.replace(self._target, self._old)
+                os.replace(self.path, self._target)
+        except OSError as error:
+            kept = self._target.with_name(f"{self._target.name}-{secrets.token_hex(4)}")
+            os.replace(self.path, kept)
+            raise UserError(
+                found=f"{self._target}: {error.strerror}",
+                expected="a directory that can be replaced, and that no other process writes",
+                hint=f"use the result, which is complete, where it is now: {quote(kept)}",
+            ) from None
         sync_directory(self._target.parent)
 
     def roll_back(self) -> None:
@@ -429,12 +462,21 @@ def replace_directory(target: Path, resume: bool = False) -> Iterator[Replacemen
     Args:
         target: The directory.
         resume: Whether the caller continues with what a killed writer has left; otherwise it is removed.
+
+    Raises:
+        UserError: If the target cannot be renamed, or another process writes it.
     """
-    staging = staging_directory(target)
+    staging, real = staging_directory(target), _real_path(target)
+    if (is_mount := os.path.ismount(real)) or Path.cwd().is_relative_to(real):
+        raise UserError(
+            found=f"{target}, {'a mount point' if is_mount else 'which holds the working directory'}",
+            expected="a directory that can be renamed",
+            hint=f"name a directory in it: {quote(target / 'NAME')}",
+        )
     busy = UserError(
         found=f"another process that is writing {target}",
         expected="one writer at a time",
-        hint="wait for it to end, or choose another --out",
+        hint="wait for it to end, or choose another directory",
     )
     replacement = Replacement(target)
     with created_directory(staging, target), file_lock(staging / "lock", busy):

@@ -30,6 +30,7 @@ from pipeline.packing.pack import PackSettings, pack
 from shards import UserError
 from shards.atomic import (
     append_line,
+    check_writable,
     file_lock,
     read_file,
     replace_directory,
@@ -78,6 +79,18 @@ class TestReplaceFile:
         (tmp_path / ".file.partial").write_text("a much longer text that a killed writer left")
         write_file(tmp_path / "file", "whole")
         assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"file": "whole"}
+
+    def test_a_pipe_is_written_to_and_a_link_stays(self, tmp_path: Path) -> None:
+        pipe, link = tmp_path / "pipe", tmp_path / "link"
+        os.mkfifo(pipe)
+        link.symlink_to("file")
+        with ThreadPoolExecutor(1) as pool:
+            reader = pool.submit(pipe.read_text)
+            for path in (pipe, link):
+                check_writable(path)
+                write_file(path, "text")
+            assert reader.result() == "text"
+        assert pipe.is_fifo() and link.is_symlink() and link.read_text() == "text"
 
     def test_text_is_written_as_utf8(self, tmp_path: Path) -> None:
         write_file(tmp_path / "file", "é ✓")
@@ -286,6 +299,63 @@ class TestReplaceDirectory:
         """The target is a mount point or, here, gone: renameat2 refuses."""
         assert not shards.atomic._exchange(old, tmp_path / "missing")
         assert version(old) == "old"
+
+    @pytest.mark.parametrize("change", ["created", "filled", "replaced"])
+    def test_a_target_that_another_process_changes_meanwhile_is_left_alone(self, old: Path, change: str) -> None:
+        target = old.with_name("new") if change == "created" else old
+        with pytest.raises(UserError, match="by another process meanwhile") as caught, replace_directory(target) as new:
+            write_version(new.path, "new")
+            if change == "replaced":
+                shutil.rmtree(old)
+            target.mkdir(exist_ok=True)
+            (target / "other").touch()
+            new.commit()
+        assert (target / "other").exists()
+        assert version(Path(caught.value.hint.rpartition(" ")[2])) == "new"
+        assert not staging_directory(target).exists()
+
+    def test_the_result_is_kept_if_the_system_refuses_to_replace_the_target(
+        self, old: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """For instance a directory of another user in /tmp."""
+        rename = os.replace
+
+        def replace(source: Path, place: Path) -> None:
+            if source == old:
+                raise PermissionError(errno.EPERM, "Operation not permitted", str(old))
+            rename(source, place)
+
+        monkeypatch.setattr(shards.atomic, "_exchange", lambda *_: False)
+        monkeypatch.setattr(shards.atomic.os, "replace", replace)
+        with pytest.raises(UserError, match="not permitted") as caught, replace_directory(old) as new:
+            write_version(new.path, "new")
+            new.commit()
+        assert version(old) == "old"
+        assert version(Path(caught.value.hint.rpartition(" ")[2])) == "new"
+
+    @pytest.mark.parametrize("where", [".", "..", "mount point"])
+    def test_a_target_that_cannot_be_renamed_is_refused_before_the_work(
+        self, old: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        monkeypatch.chdir(old)
+        if where == "mount point":
+            monkeypatch.setattr(shards.atomic.os.path, "ismount", lambda path: path == old)
+            where, found = str(old), "a mount point"
+        else:
+            found = "holds the working directory"
+        with pytest.raises(UserError, match=found), replace_directory(Path(where)):
+            pytest.fail("the work would be lost")
+        assert version(old) == "old"
+
+    def test_a_link_stays_and_the_directory_that_it_names_is_replaced(self, old: Path, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(old)
+        (tmp_path / "dangling").symlink_to(tmp_path / "no" / "such")
+        for path in (tmp_path / "link", tmp_path / "dangling", tmp_path / "link" / ".." / "new"):
+            with replace_directory(path) as replacement:
+                write_version(replacement.path, "new")
+                replacement.commit()
+            assert version(path) == "new"
+        assert version(old) == version(tmp_path / "no" / "such") == "new" and (tmp_path / "dangling").is_symlink()
 
     def test_a_second_writer_is_refused_and_harms_nothing(self, old: Path) -> None:
         with replace_directory(old) as first:

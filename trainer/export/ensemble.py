@@ -222,6 +222,7 @@ def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | No
         "members": [str(path) for path in paths],
     }
     with replace_directory(out) as replacement:
+        _check_new(out)  # again: another process may have written it meanwhile
         directory = RunDirectory(replacement.path)
         make_directory(directory.checkpoints)
         directory.begin(config, runs[0].environment, [])
@@ -233,6 +234,11 @@ def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | No
         replacement.commit()
     rows = [*((run.directory.path, run.summary) for run in runs), (out, summary)]
     return [*lines, *(_describe(path, metrics) for path, metrics in rows)]
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"--out {out}, which exists", "a new directory", "choose another --out")
 
 
 def _describe(path: Path, summary: dict[str, Any]) -> str:
@@ -259,12 +265,9 @@ def main() -> int:
     add("--shards", metavar="SHARDS", help="the runs' data set, if it has moved")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model")
     arguments = parser.parse_args()
-    if len(arguments.runs) < 2 or arguments.out.exists():
-        raise UserError(
-            found=f"--out {arguments.out}, which exists" if arguments.out.exists() else "one run",
-            expected="a new directory" if arguments.out.exists() else "two or more runs",
-            hint="choose another --out" if arguments.out.exists() else "name the run directories one after another",
-        )
+    if len(arguments.runs) < 2:
+        raise UserError("one run", "two or more runs", "name the run directories one after another")
+    _check_new(arguments.out)
     with init_single_process(arguments.device, "its result is one directory") as world:
         print("\n".join(combine(arguments.runs, arguments.out, arguments.soup, arguments.shards, world)))
     return 0
