@@ -78,6 +78,17 @@ def plural(count: int, noun: str, ending: str = "s") -> str:
     return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            found=f"the working directory: {error.strerror}",
+            expected="a directory that has not been removed or replaced",
+            hint="change to one: cd DIR",
+        ) from None
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run the main function of a command and exit.
 
@@ -94,6 +105,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a class name that the terminal's encoding lacks
     try:
+        _check_working_directory()
         status = main() or 0
     except UserError as error:
         print(error, file=sys.stderr)

@@ -33,6 +33,12 @@ def test_an_error_message_too() -> None:
     assert process.returncode == 2 and "error: class \\u4e00\n" in process.stderr
 
 
+def test_a_working_directory_that_was_removed_is_one_message() -> None:
+    code = "import os, tempfile\nwith tempfile.TemporaryDirectory() as path: os.chdir(path)\nrun_command(os.getcwd)"
+    process = run(code)
+    assert process.returncode == 2 and process.stderr.startswith("error: the working directory: No such file")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_runs_the_clean_up(number: signal.Signals) -> None:
     code = (
