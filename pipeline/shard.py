@@ -27,7 +27,7 @@ from pipeline.readers.naming import warn
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.atomic import check_is_file
 from shards.cli import plural, program_name, run_command
-from shards.errors import UserError, quote
+from shards.errors import UserError, printable, quote
 from shards.manifest import Manifest
 from shards.remote.datasets import is_remote, resolve_dataset, resolve_files
 
@@ -240,6 +240,7 @@ class Command:
         self._options, recorded = source_options(arguments, source, self._find_raw(), variant)
         self._files = arguments.name or arguments.raw
         dataset = re.split(r"[.?#]", Path(self._files).name)[0] or source.name if source.generic else source.name
+        dataset = printable(dataset)  # the name of the files may have control characters
         self._excluded: CsvTable | None = None
         if arguments.exclude:
             self._excluded, recorded["exclude"] = read_exclusions(arguments.exclude)

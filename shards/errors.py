@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shlex
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _UNUSABLE = {errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EIO, errno.ESTALE}
 _NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
+_JOINERS = "\u200c\u200d"  # letters of Persian and parts of emoji differ by them
 _MAX_LINE = 2000  # characters of a line of a message
 
 
@@ -25,11 +27,16 @@ def quote(word: object) -> str:
 def printable(text: str) -> str:
     """Return foreign text (a name, a server's answer) with control and format characters escaped.
 
-    A terminal would execute them: they move the cursor, hide or reorder text.
+    A terminal would execute them: they move the cursor, hide or reorder text. Spaces of all scripts stay.
     """
     if text.isprintable():
         return text
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return "".join(
+        character
+        if character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"
+        else ascii(character)[1:-1]
+        for character in text
+    )
 
 
 class UserError(Exception):

@@ -49,6 +49,13 @@ def splits_in(name: str) -> set[str]:
     return {split for word in re.split("[^A-Za-z]+", name) if (split := split_named(word))}
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of a file below a directory, on any system, and safe to print."""
+    path = PurePosixPath(name)
+    inside = path.parts and not path.is_absolute() and ".." not in path.parts
+    return bool(inside and printable(name) == name and "\\" not in name and not PureWindowsPath(name).drive)
+
+
 class _Record(BaseModel):
     # Python names differ from the names on disk: those are read and written as aliases.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=False)
@@ -124,7 +131,7 @@ class Manifest(_Record):
         if len(self.counts) != len(self.classes):
             raise ValueError(f"{len(self.counts)} counts for {len(self.classes)} classes")
         for text in (self.dataset, self.variant, *self.classes):
-            if not text.isprintable():
+            if printable(text) != text:
                 raise ValueError(f"control characters in {text!r}")
         if sum(self.counts) != self.samples:
             raise ValueError(f"counts by class add up to {sum(self.counts)}, samples is {self.samples}")
@@ -134,11 +141,9 @@ class Manifest(_Record):
             raise ValueError("a file is named twice")
         if self.encoded != (self.store == "records") or (self.image_shape[1] is None) != self.encoded:
             raise ValueError(f"images of shape {list(self.image_shape)} in a store of {self.store}")
-        for name in (file.name for file in self.everything):
-            path = PurePosixPath(name)
-            inside = path.parts and not path.is_absolute() and ".." not in path.parts
-            if not inside or not name.isprintable() or "\\" in name or PureWindowsPath(name).drive:
-                raise ValueError(f"a file {name!r} outside the split")
+        for file in self.everything:
+            if not is_file_name(file.name):
+                raise ValueError(f"a file {file.name!r} outside the split")
         if self.version == VERSION and not set(ARRAYS) <= {file.name for file in self.files}:
             raise ValueError(f"not all of the files {', '.join(ARRAYS)}")
         if self.statistics and {len(self.statistics.sums), len(self.statistics.squares)} != {self.image_shape[2]}:

@@ -57,13 +57,15 @@ def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
 def test_a_complete_pack_of_other_files_says_that_they_were_not_read(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The name of a data set keeps the spaces of all scripts, and has no control characters."""
     monkeypatch.chdir(tmp_path)
+    raw = "文\u3000字\x07"
     for parent in ("first", "second"):
-        write_tree(tmp_path / parent / "images", {f"{n % 2}/{n}.png": picture(pixels(seed=n)) for n in range(8)})
-    first = command("folder", "--raw", tmp_path / "first" / "images", "--test-fraction", "0.5")
-    assert "images: packed 8 images" in first.stdout
-    again = command("folder", "--raw", tmp_path / "second" / "images", "--test-fraction", "0.5")
-    assert f"images: already packed; {tmp_path}/second/images was not read (--force packs again)" in again.stdout
+        write_tree(tmp_path / parent / raw, {f"{n % 2}/{n}.png": picture(pixels(seed=n)) for n in range(8)})
+    first = command("folder", "--raw", tmp_path / "first" / raw, "--test-fraction", "0.5")
+    assert "文\u3000字\\x07: packed 8 images" in first.stdout
+    again = command("folder", "--raw", tmp_path / "second" / raw, "--test-fraction", "0.5")
+    assert f": already packed; {tmp_path}/second/{raw} was not read (--force packs again)" in again.stdout
 
 
 class TestByProcess:
