@@ -40,7 +40,7 @@ from shards.manifest import (
     manifest_paths,
 )
 from shards.open import open_files
-from shards.remote.datasets import is_remote, resolve_dataset
+from shards.remote.datasets import resolve_dataset, resolve_local
 from shards.stores.base import Block, Layout, Store, block_key
 from shards.stores.create import make_writer
 from shards.stores.record_index import index_name
@@ -276,7 +276,7 @@ def main() -> int:
         epilog="If SRC already has the requested store it is rewritten, for example with another --compression.",
     )
     parser.add_argument("source", metavar="SRC", help="a packed data set or one split of it, a directory or an address")
-    parser.add_argument("target", type=Path, metavar="DST", nargs="?", help="directory to write; with --store")
+    parser.add_argument("target", metavar="DST", nargs="?", help="directory to write; with --store")
     parser.add_argument("--store", choices=("tar", "zarr"), help="store of DST; tar: memory-mapped, zarr: compressed")
     parser.add_argument("--compression", choices=("zstd", "none"), help="of a zarr store (default zstd)")
     parser.add_argument("--force", action="store_true", help="replace a complete data set at DST")
@@ -289,25 +289,20 @@ def main() -> int:
     if arguments.target is None:
         return _run_upgrade(arguments.source)
     compression = arguments.compression or "zstd"
+    target = resolve_local(arguments.target)
     source = resolve_dataset(arguments.source, whole=True)
-    converted = convert(source, arguments.target, arguments.store, compression, arguments.force)
+    converted = convert(source, target, arguments.store, compression, arguments.force)
     for before, after in converted:
         print(
             f"  {after.split:5}  {after.samples:,} images, each compared: {before.packed_bytes / 1e6:,.1f} MB of "
             f"{before.store} to {after.packed_bytes / 1e6:,.1f} MB of {after.store}"
         )
-    print(f"  in     {arguments.target}")
+    print(f"  in     {target}")
     return 0
 
 
 def _run_upgrade(source: str) -> int:
-    if is_remote(source):
-        raise UserError(
-            found=f"{source}, a remote data set",
-            expected="a local directory, whose files are upgraded in place",
-            hint="convert it to a new directory, and upload that: python -m shards.convert SRC DST --store tar",
-        )
-    upgraded = upgrade(resolve_dataset(source))
+    upgraded = upgrade(resolve_local(source))
     for manifest in upgraded:
         print(f"  {manifest.split:5}  {manifest.samples:,} images, upgraded to format version {VERSION}")
     if not upgraded:

@@ -18,6 +18,7 @@ import os
 import platform
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from shards.atomic import detect_replacement, read_file, write_file
+from shards.atomic import created_directory, detect_replacement, file_lock, read_file, write_file
 from shards.cli import plural, program_name, run_command
 from shards.cpus import available_cpus
 from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors, printable, quote
@@ -41,10 +42,13 @@ from shards.manifest import (
     Manifest,
     RawFile,
     Shard,
+    has_split,
+    is_file_name,
     is_packed_dataset,
     split_named,
     splits_in,
 )
+from shards.remote.datasets import resolve_local
 from shards.stores.base import INDEX_VERSION, read_at
 from shards.stores.image_header import read_image_header
 from shards.stores.record_index import (
@@ -111,21 +115,25 @@ def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifes
         )
     # All splits have the same number of channels, that of the model input.
     channels = 1 if all(scan.gray for scan in all_scans) else 3
-    path = directory.absolute()
-    dataset = path.parent.name if list(splits.values()) == [directory] and path.name in splits else path.name
+    path = Path(os.path.abspath(directory))
+    dataset = printable(path.parent.name if is_one and path.name in splits else path.name)
     arrays = {split: _encode_arrays(len(classes), scans[split]) for split in splits}
     manifests = {split: _manifest(dataset, split, classes, channels, scans[split], arrays[split]) for split in splits}
-    for split, path in splits.items():
-        _check_existing_files(path, manifests[split], arrays[split])
-    for split, path in splits.items():
-        _link(shards[split], path)
-        indices = {index_name(scan.shard): scan.content for scan in scans[split]}
-        for name, content in {**indices, **arrays[split]}.items():
-            _write_if_absent(path / name, content)
-    for split, path in splits.items():
-        if not (path / MANIFEST_NAME).exists() or Manifest.read(path).version < VERSION:
-            with os_errors_as_user_errors(path):
-                write_file(path / MANIFEST_NAME, manifests[split].to_json().encode())
+    with ExitStack() as stack:
+        for path in splits.values():
+            stack.enter_context(created_directory(path))
+            stack.enter_context(file_lock(path / ".index.lock"))
+        for split, path in splits.items():
+            _check_existing_files(path, manifests[split], arrays[split])
+        for split, path in splits.items():
+            _link(shards[split], path)
+            indices = {index_name(scan.shard): scan.content for scan in scans[split]}
+            for name, content in {**indices, **arrays[split]}.items():
+                _write_if_absent(path / name, content)
+        for split, path in splits.items():
+            if not (path / MANIFEST_NAME).exists() or Manifest.read(path).version < VERSION:
+                with os_errors_as_user_errors(path):
+                    write_file(path / MANIFEST_NAME, manifests[split].to_json().encode())
     return tuple(manifests.values())
 
 
@@ -133,7 +141,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     """Read class names from a text file, one per line; raise `UserError` if it is missing or invalid."""
     expected = "a UTF-8 text file with one class name per line, in the order of the labels"
     try:
-        lines = read_file(path, _MAX_CLASS_BYTES).decode().rstrip().split("\n")
+        lines = read_file(path, _MAX_CLASS_BYTES).decode("utf-8-sig").rstrip().split("\n")
         names = [printable(name.strip()) for name in lines]
     except FileNotFoundError:
         raise NotFoundError(f"no such file: {path}", expected, "name another file") from None
@@ -202,7 +210,7 @@ def _splits_by_name(directory: Path, shards: list[Path]) -> dict[str, list[Path]
         if len(named) > 1:
             raise _unclear(f"{path}, named after the splits {' and '.join(sorted(named))}", directory)
         splits.setdefault(next(iter(named), ""), []).append(path)
-    own = split_named(directory.absolute().name)
+    own = split_named(os.path.basename(os.path.abspath(directory)))
     others = splits.keys() - {"", own}
     if own and not (others if own == REQUIRED_SPLITS[0] else len(others) > 1):
         return {own: shards}
@@ -223,6 +231,12 @@ def _shards_in(directory: Path, root: Path) -> list[Path]:
             found=f"{odd}, which is compressed, or named otherwise than .tar",
             expected="uncompressed tar shards, which allow random access",
             hint=f"uncompress it (gunzip {quote(odd)}), rename it to .tar, or move it elsewhere",
+        )
+    if odd := next((path for path in paths if not is_file_name(path.name)), None):
+        raise UserError(
+            found=f"{odd}, a name with a backslash, a drive or control characters",
+            expected="a name that is valid on every system",
+            hint="rename it: letters of all scripts, digits, spaces, '.', '-' and '_' are allowed",
         )
     return paths
 
@@ -249,6 +263,13 @@ def _scan_split(paths: list[Path], directory: Path, split: str) -> list[_Scan]:
             found=f"{directory}: {with_rows[0]} with rows (.row), {without[0]} without",
             expected="a row in every record, or in none",
             hint="index shards of different origin as different data sets",
+        )
+    rows = np.sort(np.concatenate([scan.rows for scan in scans]))
+    if len(repeated := rows[1:][rows[1:] == rows[:-1]]):
+        raise MismatchError(
+            found=f"{directory}: {repeated[0]} as the row (.row) of several records",
+            expected="a different row for each record of a split",
+            hint="number the images through, or write the shards without the component row",
         )
     return scans
 
@@ -389,7 +410,6 @@ def _removal(path: Path) -> str:
 def _link(shards: list[Path], directory: Path) -> None:
     """Make shards available in the directory of their split."""
     with os_errors_as_user_errors(directory):
-        directory.mkdir(exist_ok=True)
         for path in shards:
             if path.parent != directory and not (link := directory / path.name).exists():
                 link.symlink_to(os.path.relpath(path.resolve(), directory.resolve()))
@@ -408,19 +428,25 @@ def main() -> int:
         prog=program_name("shards.index"),
         description="Adopt WebDataset shards of other tools as a packed data set, without rewriting them.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="holds train/*.tar and test/*.tar, or is one split")
+    parser.add_argument("directory", metavar="DIR", help="holds train/*.tar and test/*.tar, or is one split")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line (default: the labels)")
     arguments = parser.parse_args()
-    for manifest in index(arguments.directory, read_classes(arguments.classes) if arguments.classes else None):
+    dataset = resolve_local(arguments.directory)
+    for manifest in index(dataset, read_classes(arguments.classes) if arguments.classes else None):
         print(
             f"{manifest.split}: {plural(manifest.samples, 'image')} of {plural(len(manifest.classes), 'class', 'es')} "
             f"in {plural(len(manifest.shards), 'shard')}, {manifest.packed_bytes:,} bytes, "
             f"{'gray' if manifest.image_shape[2] == 1 else 'color'}"
         )
-    dataset = arguments.directory
     if not is_packed_dataset(dataset):
-        dataset = dataset.absolute().parent
+        dataset = Path(os.path.abspath(dataset)).parent
     if is_packed_dataset(dataset):
+        splits = {dataset / split: Manifest.read(dataset / split) for split in SPLITS if has_split(dataset, split)}
+        if len({(manifest.classes, manifest.image_shape) for manifest in splits.values()}) > 1:
+            commands = " && ".join(_removal(split / MANIFEST_NAME) for split in splits)
+            print("its splits differ in classes or channels; index them together:")
+            print(f"{commands} && python -m shards.index {quote(dataset)}")
+            return 0
         print(f"train on them with {quote(f'data.shards={dataset}')}")
     else:
         print(f"this is one split; training needs {' and '.join(REQUIRED_SPLITS)}: move the shards of each into")

@@ -44,6 +44,17 @@ def is_remote(address: str | Path) -> bool:
     return _SCHEME.match(text) is not None and not text.lower().startswith("file:")
 
 
+def resolve_local(address: str) -> Path:
+    """Return a path, and that of a file:// address; raise `UserError` for an address on the network."""
+    if is_remote(address):
+        raise UserError(
+            found=f"{address}, which is not on this machine",
+            expected="a local directory",
+            hint="name one; copy its files from or to the address with the tool of the storage, such as aws s3 sync",
+        )
+    return _local_path(address)
+
+
 def resolve_dataset(address: str | Path, whole: bool = False) -> Path:
     """Return the local directory of a packed data set or of one split, downloaded into the cache if it is remote.
 

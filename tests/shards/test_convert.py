@@ -31,7 +31,7 @@ import shards.stores.create
 from pipeline.packing.pack import PackSettings, pack
 from shards import Manifest, UserError, open_split
 from shards.atomic import file_lock, staging_directory
-from shards.convert import convert, upgrade
+from shards.convert import convert, main, upgrade
 from shards.index import index
 from shards.manifest import ARRAYS, MANIFEST_NAME, StoreKind
 from shards.verify.check import check_split
@@ -291,7 +291,18 @@ class TestUpgrade:
             process = run_module("shards.convert", *arguments)
             assert process.returncode == 2
             assert "DST and --store go together" in process.stderr
-        assert_user_error(run_module("shards.convert", "s3://bucket/name"), "s3://bucket/name, a remote data set")
+
+    @pytest.mark.parametrize("arguments", [["s3://b/a"], ["{tar}", "s3://b/a", "--store", "zarr"]])
+    def test_what_is_written_is_local(
+        self, tar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["convert", *(word.format(tar=tar) for word in arguments)])
+        with pytest.raises(UserError, match="s3://b/a, which is not on this machine"):
+            main()
+        monkeypatch.setattr("sys.argv", ["convert", str(tar), (tmp_path / "out").as_uri(), "--store", "tar"])
+        assert main() == 0
+        assert content(tmp_path / "out") == content(tar) and os.listdir(tmp_path) == ["out"]
 
 
 class TestAllOrNothing:

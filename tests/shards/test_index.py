@@ -8,13 +8,18 @@ import io
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import assert_user_error, run_module
+from conftest import ROOT, assert_user_error, run_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.raw_files import picture, pixels, refusal
@@ -23,8 +28,9 @@ from support.version_2 import downgrade
 from wds2idx import IndexCreator
 from webdataset.tariterators import base_plus_ext
 
+import shards.index
 from shards import Manifest, UserError, open_split
-from shards.index import index, read_classes
+from shards.index import index, main, read_classes
 from shards.manifest import ARRAYS, SPLITS
 from shards.open import open_store
 from shards.stores.base import Store
@@ -456,6 +462,69 @@ def test_the_advice_of_a_single_split_leads_to_a_data_set(tmp_path: Path) -> Non
     assert f"data.shards={tmp_path / 'birds'}" in run_module("shards.index", tmp_path / "birds").stdout
 
 
+def test_splits_that_were_indexed_alone_and_differ_are_not_recommended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign_set(tmp_path, train=4, test=1)
+    for split in ("train", "test"):
+        monkeypatch.setattr("sys.argv", ["index", str(tmp_path / split)])
+        assert main() == 0
+    *_, advice = capsys.readouterr().out.splitlines()
+    subprocess.run(advice.replace("python", sys.executable), shell=True, check=True, cwd=ROOT)
+    assert len({Manifest.read(tmp_path / split).classes for split in ("train", "test")}) == 1
+
+
+def test_a_relative_path_names_the_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (write_foreign(tmp_path / "birds" / "train", foreign_samples(4)) / "notes").mkdir()
+    monkeypatch.chdir(tmp_path / "birds" / "train" / "notes")
+    monkeypatch.setattr("sys.argv", ["index", ".."])
+    assert main() == 0
+    assert Manifest.read(tmp_path / "birds" / "train").dataset == "birds"
+    assert f"python -m shards.index {tmp_path / 'birds'}\n" in capsys.readouterr().out
+
+
+def test_only_local_shards_are_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["index", "s3://bucket/name"])
+    with pytest.raises(UserError, match="s3://bucket/name, which is not on this machine"):
+        main()
+
+
+def test_two_commands_at_once_give_one_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, active, barrier = write_foreign(tmp_path / "train", foreign_samples(4)), [], Barrier(2)
+    scan, write = shards.index._scan_split, shards.index.write_file
+
+    def scan_together(*arguments: Any) -> Any:
+        scans = scan(*arguments)
+        barrier.wait(10)
+        return scans
+
+    def write_alone(path: Path, content: bytes) -> None:
+        active.append(path)
+        time.sleep(0.01)
+        assert active == [path], "another command writes too"
+        write(path, content)
+        active.clear()
+
+    monkeypatch.setattr(shards.index, "_scan_split", scan_together)
+    monkeypatch.setattr(shards.index, "write_file", write_alone)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: index(directory, None), range(2))
+    assert one == other and check_split(directory)[1] == []
+    assert not (directory / ".index.lock").exists()
+
+
+@pytest.mark.parametrize(("name", "words"), [("a\\b.tar", "backslash"), ("a\x07.tar", "control"), ("山\u3000.tar", "")])
+def test_names_of_shards_are_valid_everywhere(tmp_path: Path, name: str, words: str) -> None:
+    directory = flat(tmp_path / "山\u3000\x07", f"train/{name}", "test/0.tar")
+    if words:
+        assert words in refusal(lambda: index(directory, None)).found
+        assert_nothing_written(directory)
+    else:
+        assert index(directory, None)[0].dataset == "山\u3000\\x07"
+
+
 def test_gray_pictures_make_a_gray_set(tmp_path: Path) -> None:
     samples = [
         {"__key__": "a", "png": picture(pixels(6, 6, 1)), "cls": 0},
@@ -497,7 +566,7 @@ def test_rows_in_the_shards_are_heeded(tmp_path: Path) -> None:
 
 def test_classes_are_named_by_a_file(tmp_path: Path) -> None:
     out = foreign_set(tmp_path / "set")
-    (tmp_path / "classes.txt").write_text("grèbe\n heron \nstork\n")
+    (tmp_path / "classes.txt").write_text("\ufeffgrèbe\n heron \nstork\n")  # as Windows writes it
     process = run_module("shards.index", out, "--classes", tmp_path / "classes.txt")
     assert process.returncode == 0, process.stderr
     assert "train: 60 images of 3 classes in 3 shards" in process.stdout
@@ -707,6 +776,8 @@ def test_shards_of_different_origin_are_refused(tmp_path: Path) -> None:
     with_row = tar(("a.jpg", PICTURE), ("a.cls", LABEL), ("a.row", b"0"))
     error = refusal(lambda: index(part(tmp_path / "train", tar(*GOOD), with_row), None))
     assert "1.tar with rows" in error.found and "0.tar without" in error.found
+    error = refusal(lambda: index(part(tmp_path / "twice", with_row, with_row), None))
+    assert "twice: 0 as the row (.row) of several records" in error.found
 
 
 def test_a_record_without_a_class_number_gets_a_hint_that_helps(tmp_path: Path) -> None:
