@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from shards.atomic import detect_replacement
-from shards.errors import NotFoundError, UserError, quote
+from shards.errors import CorruptError, NotFoundError, UserError, quote
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
+from shards.remote.cache import mark_unchecked
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 
@@ -31,6 +32,15 @@ def open_store(directory: Path | str, memory: int | None = None, verify: bool = 
 
 def open_files(directory: Path, manifest: Manifest, memory: int | None = None, verify: bool = True) -> Store:
     """Open the files of a split with a manifest that may not be on disk yet; see `open_store`."""
+    try:
+        return _open_files(directory, manifest, memory, verify)
+    except CorruptError:
+        for file in manifest.files:  # `SplitFiles` marks a shard
+            mark_unchecked(directory / file.name)  # a remote data set is downloaded again
+        raise
+
+
+def _open_files(directory: Path, manifest: Manifest, memory: int | None, verify: bool) -> Store:
     if manifest.store == "zarr":
         from shards.stores.zarr import ZarrStore
 

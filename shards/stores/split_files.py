@@ -22,6 +22,7 @@ from shards.atomic import FileIdentity, file_identity, replaced_error
 from shards.cli import USER_ERROR_STATUS
 from shards.errors import CorruptError, UserError, corrupt_shard
 from shards.manifest import Manifest
+from shards.remote.cache import mark_unchecked
 from shards.remote.on_demand import OnDemandFiles, on_demand_files
 
 _MAX_OPEN_FILES = 64  # files of a split
@@ -126,6 +127,7 @@ class SplitFiles:
             raise corrupt_shard(self.path(name), error.strerror or str(error)) from None
         except CorruptError:
             self._check(name, os.fstat(file.descriptor))  # the error may be due to a change
+            mark_unchecked(Path(self.path(name)))  # a remote data set is downloaded again
             raise
         self._check(name, os.fstat(file.descriptor))
 

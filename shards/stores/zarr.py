@@ -72,10 +72,10 @@ class ShardFile:
                 reason = f"{size:,} bytes, too few for an index of {array.blocks_in_shard:,} blocks"
                 raise corrupt_shard(self._path, reason)
             content = file.read(end, length)
-        try:
-            index = np.frombuffer(numcodecs.CRC32C().decode(content), "<u8").reshape(-1, 2)
-        except RuntimeError:
-            raise corrupt_shard(self._path, "the index of its blocks was changed (CRC-32C differs)") from None
+            try:
+                index = np.frombuffer(numcodecs.CRC32C().decode(content), "<u8").reshape(-1, 2)
+            except RuntimeError:
+                raise corrupt_shard(self._path, "the index of its blocks was changed (CRC-32C differs)") from None
         ranges = index[: array.blocks - self._first].astype(np.int64)  # 2^64 - 1 (no block) becomes -1
         invalid = _outside(array, ranges, np.array([end]))
         if invalid.any():
@@ -107,18 +107,18 @@ class ShardFile:
         content = out if len(out) == block_bytes else np.full(block_bytes, 0xFF, np.uint8)
         with self._files.open(self._name) as file:
             stored = file.read(offset, length)
-        try:
-            if len(stored) != length:
-                raise ValueError("the shard ends inside it")
-            if self._compressed:
-                # A frame that claims to be longer than the buffer is refused before memory is allocated.
-                numcodecs.zstd.decompress(stored, content)
-            elif length == block_bytes + CHECKSUM:
-                content[...] = np.frombuffer(numcodecs.CRC32C().decode(stored), np.uint8)
-            else:
-                raise ValueError(f"{length:,} bytes instead of {block_bytes + CHECKSUM:,}")
-        except (ValueError, RuntimeError) as error:
-            raise corrupt_shard(self.describe(block), first_line(error)) from None
+            try:
+                if len(stored) != length:
+                    raise ValueError("the shard ends inside it")
+                if self._compressed:
+                    # A frame that claims to be longer than the buffer is refused before memory is allocated.
+                    numcodecs.zstd.decompress(stored, content)
+                elif length == block_bytes + CHECKSUM:
+                    content[...] = np.frombuffer(numcodecs.CRC32C().decode(stored), np.uint8)
+                else:
+                    raise ValueError(f"{length:,} bytes instead of {block_bytes + CHECKSUM:,}")
+            except (ValueError, RuntimeError) as error:
+                raise corrupt_shard(self.describe(block), first_line(error)) from None
         if content is not out:
             out[...] = content[: len(out)]
 

@@ -9,11 +9,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.http_server import without_proxies
 from support.lying_server import LyingServer
 
-from shards import UserError
+from shards import UserError, open_split
+from shards.convert import convert
+from shards.errors import CorruptError
+from shards.manifest import StoreKind
 from shards.remote import base, cache
 from shards.remote.datasets import resolve_dataset, resolve_files
 from shards.verify.check import check_split
@@ -40,6 +44,13 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def flip_unnoticed(path: Path) -> None:
+    """Neither size nor time tell of it."""
+    status = path.stat()
+    flip(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def cut(path: Path) -> None:
@@ -162,14 +173,33 @@ def test_a_record_that_names_another_place_is_ignored(server: LyingServer, tmp_p
 
 
 def test_bits_that_change_on_the_disk_are_found_by_verification(server: LyingServer, synthetic_set: Path) -> None:
-    """Neither size nor time tell of them."""
     address = f"http://127.0.0.1:{server.port}/set"
     directory = resolve_dataset(address)
-    shard = next((directory / "train").glob("*.tar"))
-    status = shard.stat()
-    flip(shard)
-    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    flip_unnoticed(next((directory / "train").glob("*.tar")))
     resolve_dataset(address)
     assert check_split(directory / "train")[1]
     resolve_dataset(address)
     assert files_of(directory) == files_of(synthetic_set)
+
+
+@pytest.mark.parametrize("store", ["tar", "zarr"])
+def test_what_a_reader_finds_damaged_is_downloaded_again(
+    store: StoreKind, server: LyingServer, synthetic_set: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "web" / "set").unlink()
+    convert(synthetic_set, tmp_path / "web" / "set", store)
+    address = f"http://127.0.0.1:{server.port}/set"
+    directory = resolve_dataset(address)
+    intact, read = files_of(directory), []
+    for name in [name for name in intact if name.startswith("test/") and "manifest" not in name]:
+        flip_unnoticed(directory / name)
+        try:
+            packed = open_split(directory, "test")
+            packed.read(np.arange(len(packed)))
+        except CorruptError:
+            read.append(name)
+            resolve_dataset(address)
+        else:
+            flip_unnoticed(directory / name)  # training does not read this byte
+        assert files_of(directory) == intact, name
+    assert len(read) >= 4 and {"test/labels.npy", "test/rows.npy", "test/blocks.npy"} < set(read)
