@@ -64,13 +64,14 @@ def cache_limit() -> int | None:
     if not text:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.upper())
-    if match is None or (match[3] and not match[2]) or float(match[1]) == 0:
+    size = float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.index(match[2]) if match else 0
+    if match is None or (match[3] and not match[2]) or size < 1:
         raise UserError(
             found=f"{SIZE_VARIABLE}={text}",
             expected="a size such as 200GB, 1.5TB or 300GiB",
             hint=f"export {SIZE_VARIABLE}=200GB, or unset it (the default is half of the disk space)",
         )
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.index(match[2]))
+    return int(size)
 
 
 def cache_used() -> int:

@@ -23,7 +23,7 @@ from shards.errors import MismatchError, UserError
 from shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.backends import open_storage
 from shards.remote.base import AccessDeniedError, FileInfo, NotFoundError, RemoteStorage, TransientError, retry
-from shards.remote.cache import Entry, cache_directory, open_entry, write_record
+from shards.remote.cache import DIRECTORY_VARIABLE, Entry, cache_directory, open_entry, write_record
 from shards.remote.download import RemoteFile, check_names, download_files, remove, run_in_threads
 from shards.remote.on_demand import is_read_on_demand, min_room, register_on_demand, select_on_demand
 
@@ -234,6 +234,12 @@ def _download_set(
     on_demand = select_on_demand(files) if has_arrays and not whole else []
     advice = "" if has_arrays else _UPGRADE
     with open_entry("sets", key, _directory_name(first.name)) as entry:
+        if whole and is_read_on_demand(entry):
+            raise UserError(
+                found=f"{storage.shown}, the files of which another process fetches and evicts",
+                expected="a copy in the cache that stays as it is",
+                hint=f"wait for that process to end, or use another cache: export {DIRECTORY_VARIABLE}=DIR",
+            )
         _download_into(entry, storage, files, sum(file.bytes for file in everything), on_demand, advice)
         for name, content in contents.items():
             path = entry.content / name

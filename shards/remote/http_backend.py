@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import functools
 import http.client
+import logging
 import netrc
 import re
 import socket
@@ -19,6 +21,8 @@ from typing import Any
 from shards.credentials import hide, parse_address
 from shards.errors import MismatchError, UserError
 from shards.remote import base
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 256 << 10
 _NO_CONNECTION = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH}
@@ -35,7 +39,8 @@ class HttpStorage(base.RemoteStorage):
     def __init__(self, address: str) -> None:
         super().__init__(address)
         scheme, user, path, query = parse_address(address)
-        self._parts = urllib.parse.urlsplit(f"{scheme}{path}{query}")._replace(fragment="")
+        parts = urllib.parse.urlsplit(f"{scheme}{path}{query}")
+        self._parts = parts._replace(path=_quote(parts.path), query=_quote(parts.query), fragment="")
         login = urllib.parse.unquote(user[:-1]) if user else _login_from_netrc(self._parts.hostname or "")
         self._authorization = f"Basic {base64.b64encode(login.encode()).decode()}" if login else None
         self._versions: dict[str, str] = {}
@@ -143,7 +148,7 @@ class HttpStorage(base.RemoteStorage):
         if isinstance(cause, TimeoutError):
             return base.TransientError(address, f"not a byte for {base.STALL_SECONDS:g} seconds")
         kind: type[base.RemoteError] = base.TransientError
-        if isinstance(cause, ssl.SSLCertVerificationError):
+        if isinstance(cause, ssl.SSLCertVerificationError | http.client.InvalidURL | UnicodeError):
             kind = base.AccessDeniedError
         elif isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in _NO_CONNECTION:
             kind = base.NoConnectionError
@@ -154,7 +159,13 @@ def _login_from_netrc(host: str) -> str:
     """Return the user and password of a host in ~/.netrc, or an empty text."""
     try:
         found = netrc.netrc().authenticators(host)
-    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+    except FileNotFoundError:
+        return ""
+    except netrc.NetrcParseError as error:  # its message may quote a password, if it names a line
+        _warn_of_netrc(f"near line {error.lineno} it cannot be read" if error.lineno else error.msg)
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        _warn_of_netrc(getattr(error, "strerror", None) or "it is not UTF-8")
         return ""
     if found is None:
         return ""
@@ -162,6 +173,16 @@ def _login_from_netrc(host: str) -> str:
     login = ":".join(urllib.parse.quote(word, "") for word in (user, password))
     hide(f"https://{login}@{host}")  # a server may repeat them
     return f"{user}:{password}"
+
+
+@functools.cache
+def _warn_of_netrc(reason: str) -> None:
+    log.warning("~/.netrc is ignored: %s", reason)
+
+
+def _quote(text: str) -> str:
+    """Percent-encode what no request may have: spaces, control characters and letters other than those of ASCII."""
+    return re.sub("[^!-~]", lambda match: urllib.parse.quote(match[0], errors="surrogateescape"), text)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import CorruptError, corrupt_shard, first_line, quote
+from shards.errors import CorruptError, corrupt_shard, quote
 from shards.manifest import BLOCKS, VERSION, Manifest
 from shards.stores.base import INDEX_VERSION, Block, ImageStore, ImageTable, block_key, check_positions
 from shards.stores.block_cache import DEFAULT_BYTES, BlockCache
@@ -119,8 +119,9 @@ class TarStore(ImageStore):
             if len(index) != len(shard.blocks_crc32):
                 raise ValueError(f"{len(index):,} blocks where the manifest says {len(shard.blocks_crc32):,}")
         except (CorruptError, ValueError) as error:
+            reason = error.found if isinstance(error, CorruptError) else f"{path}: {error}"
             raise CorruptError(
-                found=f"index {path} missing or damaged: {first_line(error)}",
+                found=f"index missing or damaged: {reason}",
                 expected=f"the {INDEX_VERSION} index of {shard.name}",
                 hint=f"create it again: wds2idx {quote(path.with_suffix('.tar'))} {quote(path)}",
             ) from None

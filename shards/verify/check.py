@@ -31,6 +31,7 @@ from shards.manifest import (
 )
 from shards.remote.cache import mark_unchecked
 from shards.stores.base import block_key
+from shards.stores.record_index import index_name
 from shards.stores.sample_arrays import BLOCK_DTYPE
 
 
@@ -162,6 +163,10 @@ class SampleCounter:
 
 def check_hashes(directory: Path, manifest: Manifest) -> Iterator[str]:
     """Compare size and SHA-256 of every file with the manifest; yield a line for each that differs."""
+    if manifest.version == 1 and manifest.store != "zarr":  # it does not list the indices
+        for shard in manifest.shards:
+            if not (index := directory / index_name(shard)).is_file():
+                yield f"{index}: missing"
     for expected in manifest.everything:
         path = directory / expected.name
         if not path.is_file():

@@ -34,6 +34,7 @@ from shards.atomic import file_lock, staging_directory
 from shards.convert import convert, main, upgrade
 from shards.index import index
 from shards.manifest import ARRAYS, MANIFEST_NAME, StoreKind
+from shards.open import open_store
 from shards.verify.check import check_split
 
 SHAPE = (6, 5, 3)
@@ -225,6 +226,13 @@ class TestUpgrade:
         fields = Manifest.read(part).model_dump(mode="json", exclude={"store", "options", "files"})
         old = Manifest(**{**fields, "version": 1})
         (part / MANIFEST_NAME).write_text(old.to_json())
+        index = part / "shard-00000.idx"
+        index.rename(part / "aside")
+        assert check_split(part)[1] == [f"{index}: missing"]  # the manifest does not name it
+        with pytest.raises(UserError, match=r"^error: index missing or damaged: [^\n]*\.idx: No such file") as caught:
+            open_store(part)
+        assert str(caught.value).count("error:") == 1
+        (part / "aside").rename(index)
         [manifest] = upgrade(part)
         assert manifest == Manifest.read(part)
         kept = tuple(file for file in manifest.files if file.name != "origins.csv")

@@ -28,6 +28,7 @@ from support.wandb_server import wandb_server
 
 from shards import UserError, credentials
 from shards.credentials import canonical_address, hide, is_incomplete, parse_address, redact, reveal
+from shards.remote import http_backend
 from shards.remote.backends import open_storage
 from trainer.config import load as config
 from trainer.config.schema import Config, DataConfig
@@ -238,7 +239,9 @@ def port(digits_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield server.server_port
 
 
-def test_a_login_of_netrc_is_used_and_hidden(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_login_of_netrc_is_used_and_hidden(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     address = f"http://127.0.0.1:{port}/digits"
     with pytest.raises(UserError, match="no permission"):
@@ -251,9 +254,19 @@ def test_a_login_of_netrc_is_used_and_hidden(port: int, tmp_path: Path, monkeypa
     assert redact(f"{CANARY} {QUOTED}") == "*** ***"
     with pytest.raises(UserError, match="no permission"):
         open_storage(f"http://anna:wrong@127.0.0.1:{port}/digits").info("train/manifest.json")
-    (tmp_path / ".netrc").write_bytes(b"machine \xff\n")
-    with pytest.raises(UserError, match="no permission"):
-        open_storage(address).info("train/manifest.json")
+    http_backend._warn_of_netrc.cache_clear()
+    for content, mode, reason in (
+        (b"machine \xff\n", 0o600, "it is not UTF-8"),
+        (f"machine 127.0.0.1\nlogin anna {CANARY}\n".encode(), 0o600, "near line 3 it cannot be read"),
+        (f"machine 127.0.0.1 login anna password {CANARY}\n".encode(), 0o644, "~/.netrc access too permissive"),
+    ):
+        (tmp_path / ".netrc").write_bytes(content)
+        (tmp_path / ".netrc").chmod(mode)
+        caplog.clear()
+        with pytest.raises(UserError, match="no permission"):
+            open_storage(address).info("train/manifest.json")
+        [message] = caplog.messages
+        assert message.startswith(f"~/.netrc is ignored: {reason}") and CANARY not in message
 
 
 def _search(directory: Path) -> list[str]:

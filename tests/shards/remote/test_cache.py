@@ -107,7 +107,7 @@ def test_the_bound(text: str, size: int | None, monkeypatch: pytest.MonkeyPatch)
     assert cache_limit() == size
 
 
-@pytest.mark.parametrize("text", ["lots", "-5GB", "0", "0GB", "5XB", "5iB", "GB", "1e9", "nan"])
+@pytest.mark.parametrize("text", ["lots", "-5GB", "0", "0GB", "5XB", "5iB", "GB", "1e9", "nan", "0.4", "0.0009K"])
 def test_a_bound_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INKSTREAM_CACHE_SIZE", text)
     with pytest.raises(UserError, match="INKSTREAM_CACHE_SIZE") as caught:

@@ -152,6 +152,21 @@ def test_a_set(server: Server, synthetic_set: Path) -> None:
     assert all(path.endswith("manifest.json") for path, _ in server.behaviour.requests)
 
 
+@pytest.mark.parametrize("path", ["my sets/dé%20à", "my%20sets/dé à", "my%20sets/d%C3%A9%20%C3%A0"])
+def test_an_address_may_have_spaces_and_letters_of_all_scripts(server: Server, path: str) -> None:
+    (server.root / "my sets" / "dé à").symlink_to("set")
+    assert (resolve_dataset(address(server, path)) / "train" / "manifest.json").is_file()
+    assert {path.rsplit("/", 1)[0] for path, _ in server.behaviour.requests} >= {"/my%20sets/d%C3%A9%20%C3%A0/train"}
+    (server.root / "dé à.zip").write_bytes(b"raw")
+    assert resolve_files(address(server, "dé à.zip?sig=é")).read_bytes() == b"raw"
+
+
+def test_an_address_that_is_none_is_not_tried_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote.RetryPolicy, "wait", lambda *_: pytest.fail("another attempt"))
+    with pytest.raises(UserError, match="nonnumeric port"):
+        resolve_dataset("http://127.0.0.1:port/set")
+
+
 def test_a_single_part(server: Server) -> None:
     assert (resolve_dataset(address(server, "my%20sets/set/train")) / "manifest.json").is_file()
 

@@ -215,6 +215,17 @@ def test_the_full_check_needs_the_whole_set(server: LyingServer, monkeypatch: py
     assert verify.main() == 0
 
 
+def test_the_full_check_of_a_set_that_is_read_on_demand_is_refused(
+    server: LyingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_split(address(server), "train", 4 * SHARD_BYTES)
+    assert store.files is not None and store.files.on_demand is not None
+    monkeypatch.setenv("INKSTREAM_CACHE_SIZE", "5M")
+    monkeypatch.setattr("sys.argv", ["verify", address(server)])
+    with pytest.raises(UserError, match="another process fetches and evicts"):
+        verify.main()
+
+
 def open_small(server: LyingServer, host: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, ShuffledBatchSampler]:
     """The training split and its windowed order, on a host with an empty cache for three quarters of it."""
     on_demand._open.clear()
