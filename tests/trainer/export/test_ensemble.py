@@ -219,3 +219,10 @@ def test_runs_that_do_not_fit_together_are_refused(runs: list[Path], combined: P
     with pytest.raises(UserError) as caught:
         command(ensemble, *runs, "--out", tmp_path / "taken")
     assert "which exists" in caught.value.found
+    with pytest.MonkeyPatch.context() as patch:
+        measure = ensemble.evaluate
+        patch.setattr(
+            ensemble, "evaluate", lambda *args, **named: (tmp_path / "late").mkdir() or measure(*args, **named)
+        )
+        with pytest.raises(UserError, match="late, which exists"):
+            command(ensemble, *runs, "--out", tmp_path / "late")
