@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -36,6 +37,7 @@ from benchmarks.training.frontier_report import plot_frontier
 from shards.atomic import append_line, make_directory, read_file, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError
+from shards.manifest import VALIDATION, has_split
 from shards.open import open_split
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config import load as config
@@ -70,7 +72,9 @@ class RecipeVariant:
         """Build the settings of a run; `teachers` is the directory of the teachers' checkpoints."""
         overrides = plan.recipe | self.overrides | plan.common | {"seed": seed, "data.shards": str(shards)}
         if self.teacher is not None:
-            overrides["distillation.teacher"] = str(checkpoint_of(teachers, self.teacher, seed))
+            teacher = next(variant for variant in plan.variants if variant.name == self.teacher)
+            settings = teacher.make_config(plan, seed, shards, teachers)
+            overrides["distillation.teacher"] = str(checkpoint_of(teachers, self.teacher, settings))
         return config.load(plan.base, [f"{name}={json.dumps(value)}" for name, value in overrides.items()])
 
 
@@ -178,9 +182,13 @@ def measure(settings: Config, checkpoint: Path | None) -> dict[str, Any]:
         }
 
 
-def checkpoint_of(teachers: Path, variant: str, seed: int) -> Path:
-    """Return the path of the best checkpoint of a teacher."""
-    return teachers / f"{variant.replace(' ', '-')}-{seed}.pt"
+def checkpoint_of(teachers: Path, variant: str, settings: Config) -> Path:
+    """Return the path of the best checkpoint of a teacher, in a directory named by the hash of its settings."""
+    return teachers / _digest(settings.recipe()) / f"{variant.replace(' ', '-')}-{settings.seed}.pt"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 class RunRecords:
@@ -226,7 +234,7 @@ class Ablation:
         shards: Packed data set.
         seeds: Number of seeds.
         results: Records.
-        teachers: Directory of the teachers' checkpoints.
+        teachers: Directory of the teachers' checkpoints, by data set and settings.
         until: Value of `time.monotonic()` after which no run starts.
     """
 
@@ -239,8 +247,15 @@ class Ablation:
 
     def __post_init__(self) -> None:
         self._data = "".join(open_split(self.shards, split).manifest.identity() for split in ("train", "test"))
+        self._teachers = self.teachers / _digest(self._data)
         for variant in self.plan.variants:  # refuse invalid settings before the first run
-            variant.make_config(self.plan, 0, self.shards, self.teachers)
+            settings = variant.make_config(self.plan, 0, self.shards, self._teachers)
+            if settings.data.val_fraction == 0 and not has_split(self.shards, VALIDATION):
+                raise UserError(
+                    found=f"{variant.name} with data.val_fraction=0, and no val split in {self.shards}",
+                    expected="a validation split, which selects the epoch",
+                    hint="data.val_fraction=0.1",
+                )
 
     def run(self) -> bool:
         """Run every variant, seed by seed.
@@ -257,14 +272,14 @@ class Ablation:
 
     def _find(self, variant: RecipeVariant) -> Iterator[tuple[int, dict[str, Any]]]:
         for seed in range(self.seeds):
-            record = self.results.find(variant.make_config(self.plan, seed, self.shards, self.teachers), self._data)
+            record = self.results.find(variant.make_config(self.plan, seed, self.shards, self._teachers), self._data)
             if record is not None:
                 yield seed, record
 
     def _run(self, variant: RecipeVariant, seed: int) -> bool:
-        settings = variant.make_config(self.plan, seed, self.shards, self.teachers)
+        settings = variant.make_config(self.plan, seed, self.shards, self._teachers)
         is_teacher = variant.name in self.plan.teachers
-        checkpoint = checkpoint_of(self.teachers, variant.name, seed) if is_teacher else None
+        checkpoint = checkpoint_of(self._teachers, variant.name, settings) if is_teacher else None
         if self.results.find(settings, self._data) and (checkpoint is None or checkpoint.exists()):
             return True
         if time.monotonic() > self.until:

@@ -78,12 +78,13 @@ def check_is_file(path: Path, expected: str = "a regular file") -> None:
         )
 
 
-def check_zip(path: Path, max_ratio: int = 1) -> None:
+def check_zip(path: Path, max_ratio: int = 1, allowance: int = 0) -> None:
     """Check a zip archive that someone else may have prepared, before a library extracts it.
 
     Args:
         path: The archive.
         max_ratio: Largest ratio of the size of its members to the size of the file.
+        allowance: Bytes of members that do not count.
 
     Raises:
         OSError: It cannot be read.
@@ -95,7 +96,7 @@ def check_zip(path: Path, max_ratio: int = 1) -> None:
         raise ValueError("not a regular file")
     with zipfile.ZipFile(path) as archive:
         size = sum(member.file_size for member in archive.infolist())
-    if size > max_ratio * status.st_size:
+    if size - allowance > max_ratio * status.st_size:
         raise ValueError(f"{size:,} bytes in an archive of {status.st_size:,}")
 
 

@@ -105,7 +105,7 @@ def _read_last_sweep(path: Path) -> list[dict[str, Any]]:
     records = list(read_records(path))
     if not records:
         raise UserError(found=f"{path} is empty", expected="the lines of a resolution sweep", hint="name another file")
-    return [record for record in records if record["settings"] == records[-1]["settings"]]
+    return [record for record in records if all(record[name] == records[-1][name] for name in ("set", "settings"))]
 
 
 def _key(record: dict[str, Any]) -> _Key:

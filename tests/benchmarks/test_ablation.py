@@ -175,6 +175,12 @@ def test_the_numtadb_plan_has_the_rows_of_the_published_table() -> None:
         assert round(35477 * config.data.train_fraction) == (10721 if network == "Model1" else 35477)
 
 
+def test_a_plan_needs_validation_images(digits_set: Path, tmp_path: Path) -> None:
+    plan = read_plan(write_plan(tmp_path / "ours.yaml", [], SMALL), ["data.val_fraction=0"])
+    with pytest.raises(UserError, match="no val split"):
+        Ablation(plan, digits_set, 1, RunRecords(tmp_path / "ours.jsonl"), tmp_path / "teachers")
+
+
 @pytest.mark.parametrize(
     ("additions", "word"),
     [
@@ -258,7 +264,7 @@ def test_a_teacher_is_the_run_of_the_same_seed(
         assert teacher is None or teacher.exists()
         taught_by.append(teacher and teacher.name)
         if checkpoint is not None:
-            checkpoint.parent.mkdir(exist_ok=True)
+            checkpoint.parent.mkdir(exist_ok=True, parents=True)
             checkpoint.touch()
         gains = (settings.optim.lr == 3e-3) + (settings.model.drop_rate == 0.1) + (settings.distillation.weight == 0.3)
         return {"seconds": 1.0, **row("", [(0.5 + 0.01 * gains,) * 2], test=0.6)["records"][0]}
@@ -270,6 +276,9 @@ def test_a_teacher_is_the_run_of_the_same_seed(
     records = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
     assert [record["variant"] for record in records] == [RECIPE, "faster", "little dropout", "taught"]
     assert taught_by == [None, None, None, "faster-0.pt"]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *options, "trainer.epochs=1"])
+    assert ablation.main() == 0
+    assert len(taught_by) == 8 and len([*tmp_path.glob("teachers/*/*/faster-0.pt")]) == 2, "a teacher for each setting"
     assert records[-1]["overrides"] == {"distillation.weight": 0.3}
 
 

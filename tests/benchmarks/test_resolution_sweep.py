@@ -511,6 +511,15 @@ def test_a_file_compared_with_itself_shows_no_regression(out: Path) -> None:
     assert text.count("training images/s") == 5
 
 
+def test_the_last_data_set_of_a_file_is_compared(tmp_path: Path) -> None:
+    record, other = synthetic_record(28, 0.98), synthetic_record(28, 0.5) | {"set": "other"}
+    before = write(tmp_path / "a.jsonl", record)
+    alone = compare(before, write(tmp_path / "b.jsonl", record))
+    assert compare(before, write(tmp_path / "b.jsonl", other, record)) == alone
+    with pytest.raises(UserError, match="no point that both"):
+        compare(before, write(tmp_path / "b.jsonl", record, other))
+
+
 def test_a_change_beyond_the_spread_of_both_files_is_a_regression(tmp_path: Path) -> None:
     before = [synthetic_record(28, share, seed) for seed, share in enumerate((0.980, 0.981, 0.982))]
     after = copy.deepcopy(before)

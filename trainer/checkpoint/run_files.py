@@ -17,7 +17,7 @@ from shards.stores.base import Store
 
 _MAX_JSON = 1 << 20  # bytes of a JSON file or of a line of metrics.jsonl
 _MAX_HISTORY = 1 << 26  # bytes of metrics.jsonl
-_MAX_RATIO = 100  # of the size of predictions.npz without and with compression; that of its rows alone is at most 10
+_MAX_RATIO = 100  # of the sizes of the rows of predictions.npz without and with compression; at most 10 occur
 _MAX_NUMBER = 10**15
 
 
@@ -203,7 +203,7 @@ def read_predictions(path: Path, classes: int, hint: str, store: Store | None = 
     """
     kinds = {"rows": "i8", "labels": "i8", "predicted": "i8", "confidence": "f4", "uncalibrated": "f4"}
     with errors_as_corrupt(path, hint):
-        check_zip(path, _MAX_RATIO)
+        check_zip(path, _MAX_RATIO, allowance=8 * classes**2)  # the matrix may have zeros only
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name in kinds}
             matrix = file.get("validation_confusion")

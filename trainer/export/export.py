@@ -132,7 +132,7 @@ def export_metadata(run: CompletedRun, train: Manifest, test: Manifest) -> dict[
         "model": config.model.name,
         "run": config.run.name,
         "dataset": test.name,
-        "data_sha256": {"train": train.digest(), "test": test.digest()},
+        "data_sha256": {split.split: split.digest() for split in (train, test)},
         "checkpoint_sha256": run.checkpoint_sha256(),
         "versions": run.environment["packages"],
     }

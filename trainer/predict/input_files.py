@@ -70,6 +70,8 @@ def find_inputs(names: Sequence[str], predictor: Predictor) -> list[ImageFile | 
     """
     inputs: list[ImageFile | Store] = []
     for name in names:
+        if not name:
+            raise UserError(found="an empty name of an input", expected=_KINDS, hint="name a file or directory")
         path = Path(name)
         if is_remote(name) or is_packed(path):
             store = open_dataset_or_split(name, "test")
@@ -139,7 +141,7 @@ def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
     expected = "a CSV file in UTF-8, with a path and a class per line; a first line of column names is optional"
     with os_errors_as_user_errors(path), corrupt_as_user_error(path, expected, "save the table again as CSV (UTF-8)"):
         table = read_csv(read_file(path, MAX_BYTES), str(path))
-    if (path.parent / table.columns[0]).is_file():
+    if len(table.columns) > 1 and (path.parent / table.columns[0]).is_file():
         table = replace(table, columns=("file", "label"), rows=[list(table.columns[:2]), *table.rows])
         table = replace(table, lines=[1, *table.lines])
     files, labels = table.column(_FILE_COLUMNS, "file names"), table.column(_LABEL_COLUMNS, "true classes")

@@ -224,8 +224,14 @@ def main() -> int:
     if target is not None:
         trained.check_classes(Manifest.read(target / "train"), f"--add-to {arguments.add_to}")
     transposed = target is not None and Manifest.read(target / "train").transposed
-    name = arguments.images[0]
-    if len(arguments.images) == 1 and (is_remote(name) or is_packed(Path(name))):
+    name = next((name for name in arguments.images if is_remote(name) or is_packed(Path(name))), None)
+    if name is not None:
+        if len(arguments.images) > 1:
+            raise UserError(
+                found=f"{len(arguments.images)} inputs, of which {name} is a packed data set",
+                expected="one packed data set, or image files and directories",
+                hint="label one after another: --add-to takes the --out of the call before",
+            )
         with init_distributed(arguments.device) as world:
             store = open_dataset_or_split(name, arguments.split)
             predictions = predict(trained, store, world)

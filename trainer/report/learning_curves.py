@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -68,8 +69,9 @@ def _draw(charts: dict[str, dict[str, tuple[_Curve, History]]]) -> list[dict[str
     for title, series in charts.items():
         lines = []
         for number, (name, (curve, history)) in enumerate(series.items()):
-            values = [value for record in history if (value := dict(flatten(record)).get(curve.path)) is not None]
-            if values:
+            found = [dict(flatten(record)).get(curve.path) for record in history]
+            values = [math.nan if value is None else value for value in found]
+            if any(map(math.isfinite, values)):
                 lines.append(Line(name, values, style(number)))
         if lines:
             svg = line_chart(lines, f"{title} by epoch", curve.is_percent, curve.from_zero)

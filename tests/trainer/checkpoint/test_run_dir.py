@@ -8,12 +8,14 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from shards import UserError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.run_dir import RunDirectory, choose_run_dir
+from trainer.checkpoint.run_files import read_predictions
 from trainer.config.load import load
 from trainer.config.schema import Config
 
@@ -161,3 +163,15 @@ def test_damaged_settings_name_a_recipe_to_compare_with(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="which is not YAML") as caught:
         RunDirectory(run).read_settings()
     assert caught.value.hint == f"compare it with {ROOT / 'configs' / 'quickstart.yaml'}"
+
+
+def test_predictions_of_many_classes_and_few_images_can_be_read(tmp_path: Path) -> None:
+    path, zeros = tmp_path / "predictions.npz", np.zeros(10, np.float32)
+    labels = {"labels": np.zeros(10, np.int64), "predicted": np.zeros(10, np.int64)}
+    columns = {"rows": np.arange(10), **labels, "confidence": zeros, "uncalibrated": zeros}
+    matrix = np.eye(256, dtype=np.int64)
+    np.savez_compressed(path, **columns, validation_confusion=matrix)
+    assert np.array_equal(read_predictions(path, 256, "hint")["validation_confusion"], matrix)
+    np.savez_compressed(path, **columns, validation_confusion=np.zeros((1000, 1000), np.int64))
+    with pytest.raises(UserError, match="bytes in an archive"):
+        read_predictions(path, 256, "hint")

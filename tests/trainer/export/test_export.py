@@ -197,6 +197,15 @@ def test_the_card_says_what_is_known(small_run: Path) -> None:
         assert json.loads(file.metadata()["classes"]) == list(store.manifest.classes)
 
 
+def test_the_card_of_a_fold_does_not_name_the_test_split(synthetic_set: Path, tmp_path: Path) -> None:
+    run = trained(tmp_path, synthetic_set, data="resolution: 28, fold: 1/2")
+    target, _ = export(run, "safetensors")
+    card = target.with_name("README.md").read_text()
+    assert "fold 1/2 of the train split" in card and "test split" not in card and "test images" not in card
+    assert re.findall(r"^\| (\w+) \| [\d,]+ \| `\w{64}` \|$", card, flags=re.MULTILINE) == ["train"]
+    assert {result.dataset_split for result in ModelCard(card).data.eval_results} == {"train"}
+
+
 def test_a_graph_that_says_something_else_is_not_left(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upright = TransformModule.forward
 

@@ -219,6 +219,7 @@ def test_mistakes_are_told(
     (tmp_path / "empty").mkdir()
     (tmp_path / "excel.csv").write_bytes("file,label\né.png,7\n".encode("latin-1"))
     (tmp_path / "nothing.csv").touch()
+    (pictures / "one_column.csv").write_text("0.png\n1.png\n")
     one_file = ("--csv", tmp_path / "out.txt", "--json", tmp_path / "empty" / ".." / "out.txt")
     for images, words in (
         ((tmp_path / "no.png",), r"no.png\n.*packed data set"),
@@ -227,6 +228,8 @@ def test_mistakes_are_told(
         ((tmp_path / "labels.csv",), "line 2: class 'Q'"),
         ((tmp_path / "away.csv",), "none of whose image files exists"),
         ((tmp_path / "bare.csv",), "columns a, b"),
+        ((pictures / "one_column.csv",), "columns 0.png"),
+        ((pictures, ""), "an empty name"),
         ((synthetic_set,), "with classes class 0"),
         ((tmp_path / "excel.csv",), r"excel.csv: line 2: byte 0xe9, which is not UTF-8\n.*\n.*CSV \(UTF-8\)"),
         ((tmp_path / "nothing.csv",), "nothing.csv: it is empty"),

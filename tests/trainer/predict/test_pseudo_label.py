@@ -138,6 +138,8 @@ def test_what_cannot_be_labelled_is_refused(
     command = (run, sets[1], "--confidence", 0.8)
     with pytest.raises(UserError, match="--csv FILE"):
         label(*command)
+    with pytest.raises(UserError, match=r"2 inputs, of which .* is a packed data set"):
+        label(run, sets[0].parent, sets[1], "--confidence", 0.8, "--csv", tmp_path / "labels.csv")
     with pytest.raises(UserError, match=r"--add-to .* with classes class 0"):
         label(*command, "--add-to", synthetic_set, "--out", tmp_path / "out")
     with pytest.raises(UserError, match="without --add-to"):

@@ -25,6 +25,7 @@ from trainer.evaluate.calibration import calibration_error, reliability
 from trainer.report import error_gallery, run_page
 from trainer.report.__main__ import main as report_main
 from trainer.report.compare_page import render_page
+from trainer.report.learning_curves import learning_curves
 from trainer.report.svg import Bins, Line, confusion_chart, distribution_chart, line_chart, reliability_chart
 from trainer.run import main as run_main
 
@@ -342,6 +343,16 @@ def test_a_reliability_diagram_names_its_bins() -> None:
     Page(chart)
     assert "&lt;after&gt;: 30 images, confidence 95.00%, accuracy 90.00%" in chart
     assert calibration_error(confidence, correct) == pytest.approx(30 / 40 * 0.05, abs=1e-6)
+
+
+def test_metrics_are_drawn_at_their_epochs() -> None:
+    """Epochs whose images are all mixed have no training accuracy."""
+    history = [{"train_loss": 1.0, "validation": {"accuracy": 0.5}} for _ in range(3)]
+    history[2]["train_accuracy"] = 0.9
+    charts = {chart["title"]: chart["svg"] for chart in learning_curves(history)}
+    assert list(charts) == ["Loss", "Accuracy"]
+    assert "training accuracy, epoch 3: 90.00%" in charts["Accuracy"]
+    assert "training accuracy, epoch 1" not in charts["Accuracy"]
 
 
 def test_line_chart_survives_one_epoch_and_equal_values() -> None:
