@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def training_on(gpu: SimulatedGpu, *overrides: str, channels: int = 1) -> Traini
     return make_training(config, data, World(0, 1, GPU))
 
 
-def train_epoch(training: Training, *loggers: MetricLogger) -> None:
-    checkpointer = SimpleNamespace(is_due=lambda step: False)
-    services = SimpleNamespace(checkpointer=checkpointer, signals_received=[], loggers=loggers, trace=None)
+def train_epoch(training: Training, *loggers: MetricLogger, checkpointer: Any = None) -> None:
+    due = checkpointer or SimpleNamespace(is_due=lambda step: False)
+    services = SimpleNamespace(checkpointer=due, signals_received=[], loggers=loggers, trace=None)
     engine.train_epoch(training, services)

@@ -42,8 +42,7 @@ class Checkpointer:
         self._unsaved_state: dict[str, Any] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._writing: Future[None] | None = None
-        self._saved_step = step
-        self._saved_at = time.monotonic()
+        self._last_step, self._last_time = step, time.monotonic()  # of the last checkpoint, saved or due
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -55,11 +54,16 @@ class Checkpointer:
             self._writer.shutdown()
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps of the epoch, by `every_steps` or `every_minutes`."""
-        minutes, steps = self._settings.every_minutes, self._settings.every_steps
-        if steps is not None and step // steps > self._saved_step // steps:
-            return True
-        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        """Whether a checkpoint is due after `step` steps of the epoch, by `every_steps` or `every_minutes`.
+
+        True once for each checkpoint: several ranks save it a step later.
+        """
+        minutes, steps, now = self._settings.every_minutes, self._settings.every_steps, time.monotonic()
+        is_due = steps is not None and step // steps > self._last_step // steps
+        is_due |= minutes is not None and now - self._last_time >= 60 * minutes
+        if is_due:
+            self._last_step, self._last_time = step, now
+        return is_due
 
     def save(self, state: dict[str, Any], best: TrainedModel | None = None) -> None:
         """Copy a state and start to write it; waits for the previous write.
@@ -69,7 +73,7 @@ class Checkpointer:
             best: The model for `best.pt`, if this epoch is the best.
         """
         self.finish()
-        self._saved_step, self._saved_at = state["step"], time.monotonic()
+        self._last_step, self._last_time = state["step"], time.monotonic()
         self._writing = self._writer.submit(
             self._write, _copy(state), best and replace(best, weights=_copy(best.weights))
         )

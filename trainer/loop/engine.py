@@ -131,7 +131,7 @@ def train_epoch(training: Training, services: RunServices) -> None:
             meter.update(batch, loss)
             state.step = batch.step + 1
             if is_last_microbatch:
-                is_due = services.checkpointer.is_due(state.step)
+                is_due = world.is_main_process and services.checkpointer.is_due(state.step)  # its clock counts
                 received = max(services.signals_received, default=0)
                 signum, saves, milliseconds = flags.reduce(received, is_due, training.milliseconds)
                 fraction = training.time_fraction(milliseconds)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from support import simulated_training
 from support.simulated_gpu import GPU, DeviceError, simulated_gpu
 from support.simulated_training import BASE, CLASSES, STEPS, train_epoch, training_on
 
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.load import load
-from trainer.config.schema import ModelConfig
+from trainer.config.schema import CheckpointConfig, ModelConfig
 from trainer.loop import engine, nan_guard
+from trainer.loop.state import Training
 from trainer.models.factory import make_model
+from trainer.runtime.distributed import AsyncFlags, World
 from trainer.runtime.loggers.base import MetricLogger
 
 VARIANTS = {
@@ -184,3 +190,31 @@ def test_a_weight_that_is_not_finite_is_found(bad: float) -> None:
     assert nan_guard.all_finite(weights)
     weights[0][1, 0] = bad
     assert not nan_guard.all_finite(weights)
+
+
+@pytest.mark.parametrize(("rank", "saved"), [(0, [3, 5, 7]), (1, [])])
+def test_ranks_save_each_checkpoint_once_when_rank_0_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, saved: list[int]
+) -> None:
+    """As with several ranks, the flags of a step are known a step later."""
+    flags: list[list[int]] = [[0, 0, 0]]
+    found: list[int] = []
+    monkeypatch.setattr(simulated_training, "STEPS", 7)
+    monkeypatch.setattr(nan_guard.NonFiniteMonitor, "finish", lambda _: None)  # waits for the GPU, as it may here
+    monkeypatch.setattr(engine.EpochMeter, "commit", lambda _: None)
+    monkeypatch.setattr(AsyncFlags, "reduce", lambda _, *new: flags.append(list(new)) or flags[-2])
+    with simulated_gpu() as gpu:
+        training = training_on(gpu)
+        training.world = World(rank, 1, GPU)
+        settings = CheckpointConfig(every_minutes=1e-9 if rank else None, every_steps=2)
+        checkpointer = Checkpointer(RunDirectory(tmp_path), settings, 0, True)
+        monkeypatch.setattr(checkpointer, "_write", lambda *_: None)
+
+        def save(training: Training, _: object) -> None:
+            found.append(training.state.step)
+            checkpointer.save({"step": training.state.step})
+
+        monkeypatch.setattr(engine, "_save_checkpoint", save)
+        train_epoch(training, checkpointer=checkpointer)
+        checkpointer.finish()
+    assert found == saved
