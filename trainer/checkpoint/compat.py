@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,11 @@ from shards.errors import UserError, printable, quote
 from trainer.config.schema import SHARDS_SETTING, Config
 
 # The weights or the optimizer's state have another form with another value.
-_FIXED = ("model.name", "model.head_hidden", "optim.name")
+_FIXED = {
+    *(f"model.{name}" for name in ("name", "head_hidden", "freeze", "filters", "kernel", "dense", "gray_input")),
+    *("model.channel_multiplier", "model.depth_multiplier", "optim.name"),
+}
+_GROUPING = {"optim.head_lr", "optim.layer_decay"}  # whether they are set divides the parameters into groups
 _MAX_NAMES = 20  # of classes in a message
 _MAX_NUMBER = 10**15  # of a number
 
@@ -46,18 +50,33 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
             hint=f"name that data set, resume with this one by {_allow(allowed | {SHARDS_SETTING})}, or start a new "
             "run with another run.dir",
         )
-    recipe = config.recipe()
-    differing = [name for name in changed_settings(state, config) if name not in allowed or name in _FIXED]
-    if differing:
-        saved = _saved_recipe(state)
-        before = " ".join(_override(name, saved[name]) for name in differing)
-        fixed = [name for name in differing if name in _FIXED]
-        other = f"as {fixed[0]} cannot change" if fixed else f"resume by {_allow(allowed.union(differing))}"
-        raise UserError(
-            found=f"{' '.join(_override(name, recipe[name]) for name in differing)}, resuming {path}",
-            expected=f"the settings of the checkpoint: {before}",
-            hint=f"add {before} to the command, {other}, or start a new run with another run.dir",
-        )
+    recipe, saved = config.recipe(), _saved_recipe(state)
+    fixed = _FIXED | {name for name in _GROUPING if None in (recipe[name], saved[name])}
+    if differing := [name for name in changed_settings(state, config) if name not in allowed or name in fixed]:
+        other = f"resume by {_allow(allowed.union(differing))}"
+        raise _settings_error(differing, fixed.intersection(differing), state, config, path, other)
+
+
+def explain_structure(state: dict[str, Any], config: Config, path: Path) -> None:
+    """Raise `UserError` if changed settings may be why a checkpoint has another structure than the training."""
+    names = [name for name in changed_settings(state, config) if name.startswith(("model.", "optim.", "data.res"))]
+    if names:
+        raise _settings_error(names, names, state, config, path)
+
+
+def _settings_error(
+    names: list[str], fixed: Collection[str], state: dict[str, Any], config: Config, path: Path, other: str = ""
+) -> UserError:
+    """Return the error for settings that differ, some of which are fixed."""
+    recipe, saved = config.recipe(), _saved_recipe(state)
+    before = " ".join(_override(name, saved[name]) for name in names)
+    if fixed:
+        other = f"as {' or '.join(sorted(fixed))} cannot change"
+    return UserError(
+        found=f"{' '.join(_override(name, recipe[name]) for name in names)}, resuming {path}",
+        expected=f"the settings of the checkpoint: {before}",
+        hint=f"add {before} to the command, {other}, or start a new run with another run.dir",
+    )
 
 
 def list_classes(classes: Sequence[str], others: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from pipeline.sampler import SAMPLER_VERSION
 from shards.errors import errors_as_corrupt
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_files
-from trainer.checkpoint.compat import changed_settings, check_fits, check_structure
+from trainer.checkpoint.compat import changed_settings, check_fits, check_structure, explain_structure
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import OPTIMIZERS, Config
 from trainer.data.training_data import TrainingData
@@ -67,7 +67,11 @@ def open_training(
     check_memory(training)
     if saved is not None:
         with errors_as_corrupt(source, checkpoint.HINT):
-            restore(training, saved)
+            try:
+                restore(training, saved)
+            except (KeyError, RuntimeError, ValueError):
+                explain_structure(saved, config, source)
+                raise
     return training, source
 
 

@@ -385,13 +385,24 @@ def test_changed_settings_are_refused_with_what_allows_them(recipe: Path, tmp_pa
     assert resumed[1:] == unchanged[1:] and resumed[0] == pytest.approx(20 * unchanged[0])
 
 
-@pytest.mark.parametrize("setting", ["model.name=test_efficientnet", "optim.name=lion", "model.head_hidden=9"])
-def test_what_gives_the_weights_their_form_cannot_change(recipe: Path, tmp_path: Path, setting: str) -> None:
+@pytest.mark.parametrize(
+    ("setting", "is_known"),
+    [
+        *(("model.name=test_efficientnet", True), ("optim.name=lion", True), ("model.head_hidden=9", True)),
+        *(("model.freeze=backbone", True), ("optim.head_lr=1e-3", True), ("optim.layer_decay=0.9", True)),
+        *(("optim.options={fallback_list: ['*.weight']}", False),),
+    ],
+)
+def test_what_gives_the_weights_their_form_cannot_change(
+    recipe: Path, tmp_path: Path, setting: str, is_known: bool
+) -> None:
     stop_at(recipe, tmp_path / "run", (0, 5))
     name = setting.partition("=")[0]
-    with pytest.raises(UserError) as caught:
-        train(recipe, tmp_path / "run", "resume=auto", setting, f"checkpoint.resume_allow_changes=[{name}]")
-    assert f"{name} cannot change" in caught.value.hint and "resume_allow_changes" not in caught.value.hint
+    for allow in ([], [f"checkpoint.resume_allow_changes=[{name}, trainer.epochs]", "trainer.epochs=4"]):
+        with pytest.raises(UserError) as caught:
+            train(recipe, tmp_path / "run", "resume=auto", setting, *allow)
+        assert (f"as {name} cannot change" in caught.value.hint) == bool(is_known or allow)
+        assert ("resume_allow_changes" in caught.value.hint) != bool(is_known or allow)
 
 
 @pytest.mark.parametrize(
