@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from typing import Any
 
 from torch import nn
@@ -47,13 +48,25 @@ def freeze(model: nn.Module, settings: ModelConfig) -> None:
 def set_training_mode(model: nn.Module) -> None:
     """Set a model to training mode, except for modules whose parameters are all frozen.
 
-    Their batch norm then uses and keeps the running statistics, and their dropout is off.
+    Their batch norm then uses and keeps the running statistics, and their dropout is off. So is dropout between the
+    frozen layers of a sequence.
     """
     model.train()
     for module in model.modules():
-        parameters = [*module.parameters()]
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
+        if _is_trained(module) is False:
             module.eval()
+        elif isinstance(module, nn.Sequential):
+            frozen = [*itertools.takewhile(lambda layer: not _is_trained(layer), module)]
+            while frozen and _is_trained(frozen[-1]) is None:  # before the first trained layer
+                frozen.pop()
+            for layer in frozen:
+                layer.eval()
+
+
+def _is_trained(module: nn.Module) -> bool | None:
+    """Whether any parameter is trained; None without parameters."""
+    parameters = [*module.parameters()]
+    return any(parameter.requires_grad for parameter in parameters) if parameters else None
 
 
 def lr_scales(model: nn.Module, settings: OptimConfig) -> dict[str, float]:

@@ -64,6 +64,18 @@ def test_frozen_modules_are_in_evaluation_mode_and_the_others_in_training_mode()
     assert all(layer.training for layer in [*model.blocks[1].modules(), model.classifier]) and model.training
 
 
+@pytest.mark.parametrize(
+    ("frozen", "training"),
+    [("013", "000011"), ("01", "001111"), ("0", "011111"), ("35", "111010"), ("", "111111")],
+)
+def test_dropout_between_frozen_layers_of_a_sequence_is_off(frozen: str, training: str) -> None:
+    layers = [nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Dropout(), nn.Conv2d(2, 2, 1), nn.Dropout(), nn.Linear(2, 3)]
+    for number in frozen:
+        layers[int(number)].requires_grad_(False)
+    set_training_mode(nn.Sequential(*layers))
+    assert "".join(str(int(layer.training)) for layer in layers) == training
+
+
 @pytest.mark.parametrize("name", [TINY, "test_vit", "test_resnet"])
 def test_layer_decay_is_that_of_timm(name: str) -> None:
     model = timm.create_model(name, num_classes=3)
