@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shards.atomic import check_zip, replace_file, sync_directory
-from shards.errors import UserError, errors_as_corrupt, quote
+from shards.errors import NotFoundError, UserError, errors_as_corrupt, quote
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def load(path: Path, needed: tuple[str, ...] = ("model", "classes", "data", "rec
         UserError: The file is missing or damaged, or lacks a key.
     """
     if not os.path.lexists(path):
-        raise UserError(
+        raise NotFoundError(
             found=f"no checkpoint {path}",
             expected="the directory of a run that has completed an epoch",
             hint=_find_run(path),

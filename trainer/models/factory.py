@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.transforms.preprocess import Resolution, input_size
-from shards.errors import UserError, first_line
+from shards.errors import NotFoundError, UserError, first_line
 from trainer.config.schema import BUILTIN_MODELS, ModelConfig
 from trainer.models.lenet_family import make_plain_cnn
 from trainer.models.resnet_cifar import BLOCKS as RESNET_BLOCKS
@@ -194,7 +194,7 @@ def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Mo
     except Exception as error:  # hub libraries raise many types of exceptions
         reason = first_line(error)
         if settings.pretrained != "auto":
-            raise UserError(
+            raise NotFoundError(
                 found=f"published weights of {settings.name} that are not available: {reason}",
                 expected="a network connection, or the weights in the cache of their hub",
                 hint="model.pretrained=false model.init_checkpoint=FILE with weights that were downloaded elsewhere"

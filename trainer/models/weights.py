@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shards.atomic import check_zip
-from shards.errors import UserError, errors_as_corrupt, first_line, quote
+from shards.errors import CorruptError, NotFoundError, UserError, errors_as_corrupt, first_line, quote
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _load(model: nn.Module, path: Path, class_names: Sequence[str]) -> None:
         ],
     }
     if any(faults.values()):
-        raise UserError(
+        raise CorruptError(
             found=f"weights in {path} that do not fit: "
             + "; ".join(f"{len(names)} {fault} ({_list(names)})" for fault, names in faults.items() if names),
             expected=f"the {len(own)} tensors of this {type(model).__name__}",
@@ -106,7 +106,7 @@ def _read(path: Path) -> tuple[StateDict, Sequence[str]]:
             return load_file(path), ()
         content = _load_without_code(path)
     except FileNotFoundError:
-        raise UserError(
+        raise NotFoundError(
             found=f"no such file: {path}", expected="a file of weights (model.init_checkpoint)", hint="check the path"
         ) from None
     except Exception as error:  # the readers raise many types of exceptions

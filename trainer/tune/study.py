@@ -262,7 +262,7 @@ def flat_study(results: list[TrialResult], search: SearchConfig, base: Config) -
     apply gets the recipe's value.
     """
     recipe = base.recipe()
-    columns = {name: [result.values.get(name, recipe[name]) for result in results] for name in search.space}
+    columns = {name: [result.values.get(name, recipe[name]) for result in results] for name in search.space if results}
     distributions: dict[str, optuna.distributions.BaseDistribution] = {}
     for name, column in columns.items():
         ranges = [each for each in search.distributions(name) if isinstance(each, Range)]

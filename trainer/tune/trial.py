@@ -42,6 +42,10 @@ class TrialPaused(Exception):
     """The time budget is exhausted; a later command resumes the trial."""
 
 
+class RefusedTrial(Exception):
+    """The values of a trial, each of which is valid, do not fit each other or the data."""
+
+
 class TrialReporter(MetricLogger):
     """A metric logger that reports each epoch's validation metric to the study, and ends the training if it must."""
 
@@ -123,6 +127,8 @@ def train_trial(
         trial.abort(State.PRUNED, error.found)
     except (torch.cuda.OutOfMemoryError, StepMemoryError):
         trial.abort(State.FAIL, "out of memory")
+    except RefusedTrial as error:
+        trial.abort(State.FAIL, str(error))
     except BaseException:
         trial.note(starts=0)  # the process did not die: it was stopped, out of time, or met an error of the user
         raise
@@ -149,7 +155,12 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
         with study.exclusive():  # one process computes and writes the input statistics
             data = open_data(settings, world)
         study.check_data(data.identity)
-        training, source = resume.open_training(settings, data, world, directory, resuming)
+        try:
+            training, source = resume.open_training(settings, data, world, directory, resuming)
+        except UserError as error:
+            if type(error) is not UserError:  # an error of a file or of the machine
+                raise
+            raise RefusedTrial(error.found) from None
         environment = collect_env_info(world.device) | {"backend": data.backend, "data": data.identity}
         directory.begin(settings, environment, training.state.history)
         history, updates = training.state.history, training.state.updates

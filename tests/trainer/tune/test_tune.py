@@ -23,6 +23,7 @@ from support import warm_process
 
 from shards import UserError
 from shards.cli import run_command
+from shards.errors import NotFoundError
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config import load as config
 from trainer.loop import engine
@@ -438,6 +439,26 @@ def test_values_that_contradict_each_other_fail_alone(
     (found,) = study.results()
     assert found.state == "failed"
     assert "are both 0" in found.note
+
+
+def test_a_trial_whose_model_is_refused_fails_alone(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"model.freeze": {"type": "categorical", "choices": [0, 1]}}
+    path = written(tmp_path, recipe, space=space, initial_trials=[{"model.freeze": 1}, {"model.freeze": 0}])
+    assert tune_here(monkeypatch, path) == 0
+    refused, trained = results(path)
+    assert (refused.state, trained.state) == ("failed", "complete") and "model.freeze" in refused.note
+    path = written(tmp_path, recipe, settings={"model.init_checkpoint": "missing.pt"}, dir=str(tmp_path / "other"))
+    with pytest.raises(NotFoundError, match=r"missing\.pt"):
+        tune_here(monkeypatch, path)
+
+
+def test_time_that_is_up_before_the_first_trial_is_no_error(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert tune_here(monkeypatch, written(tmp_path, recipe, budget={"minutes": 1e-9})) == 0
+    assert "trials      none" in capsys.readouterr().out
 
 
 def test_the_time_ends_a_search_and_the_trial_continues_later(
