@@ -295,6 +295,7 @@ def _end_epoch(training: Training, services: RunServices) -> None:
     """Validate, step the schedule, update the best epoch, and write checkpoint and record."""
     state, config, world, totals = training.state, training.config, training.world, training.state.epoch_totals
     if isinstance(state.ema, ScheduleFreeWeights):
+        seed_step(config.seed, state.epoch, state.step, world.rank)  # of drop path, also if validation is resumed
         with contextlib.closing(training.data.train.batches(state.epoch)) as batches:
             some = itertools.islice(batches, _BATCH_NORM_BATCHES)
             with autocast(config.trainer, world.device):

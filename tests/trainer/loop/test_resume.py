@@ -173,6 +173,30 @@ def test_dying_within_an_epoch_changes_nothing(
     assert_exact(recipe, tmp_path, overrides, [(1, 5)])
 
 
+def test_dying_within_validation_changes_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norm of schedule-free weights is computed anew, with drop path."""
+    settings = ["model.name=cifar_efficientnet", "model.channel_multiplier=0.25", "model.drop_path_rate=0.4"]
+    settings += [
+        "model.depth_multiplier=0.5",
+        "optim.name=schedule_free_adamw",
+        "schedule.name=constant",
+        "trainer.epochs=1",
+    ]
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    assert train(recipe, tmp_path / "whole", *settings) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "evaluate", die)
+        with pytest.raises(Killed):
+            train(recipe, tmp_path / "stopped", *settings)
+    assert newest(tmp_path / "stopped")["step"] == STEPS
+    torch.rand(7)
+    assert train(recipe, tmp_path / "stopped", *settings, "resume=auto") == 0
+    assert_same(newest(tmp_path / "whole"), newest(tmp_path / "stopped"))
+
+
 @pytest.mark.slow
 def test_a_run_is_resumed_after_an_upgrade_of_its_data_set(tmp_path: Path) -> None:
     """Killed with the data set in format version 2, resumed with it in version 3: as with version 2 throughout."""
