@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loader import Batch
-from shards.errors import CorruptError
+from shards.errors import CorruptError, UserError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_dir import RunDirectory
@@ -38,6 +40,8 @@ from trainer.runtime.loggers.base import MetricLogger
 from trainer.runtime.profiler import trace_steps
 from trainer.runtime.seeding import seed_step
 from trainer.runtime.signals import Interrupted, raise_if_signalled, record_signals
+
+log = logging.getLogger(__name__)
 
 _BATCH_NORM_BATCHES = 50  # from which the statistics of batch norm are computed for averaged weights
 
@@ -76,7 +80,32 @@ def open_services(
     ):
         if source is None and is_main_process:
             checkpointer.save(training.checkpoint())
+        if source is not None:
+            _replace_lost_best(training, checkpointer)
         yield RunServices(run_dir, checkpointer, signals_received, loggers, trace)
+
+
+def _replace_lost_best(training: Training, checkpointer: Checkpointer) -> None:
+    """Select another best epoch if `best.pt` is of a later one than the resumed checkpoint knows.
+
+    `best.pt` is written first, and a kill or a full disk may prevent `last.pt`. The best weights before are then lost.
+    """
+    state = training.state
+    with contextlib.suppress(UserError):  # `evaluate_best` reports it, unless an epoch replaces it
+        epoch = training.world.run_on_main(lambda: checkpointer.best().epoch)
+        if 0 < state.best_epoch < epoch:
+            log.warning(
+                "%s has epoch %d, which the resumed checkpoint does not know; it is replaced by the best of the epochs "
+                "from %d on",
+                checkpoint.BEST,
+                epoch,
+                state.epoch + bool(state.step),
+            )
+            state.best = -math.inf
+            if not state.step:  # the weights are those of the last epoch
+                state.best, state.best_epoch = training.last_metric(), state.epoch
+                if training.world.is_main_process:
+                    checkpointer.save(training.checkpoint(), training.trained_model())
 
 
 def fit(training: Training, services: RunServices) -> None:
@@ -328,8 +357,7 @@ def _end_epoch(training: Training, services: RunServices) -> None:
         record["validation"] = evaluation.summary()
         training.profile.mark("validation")
     state.history.append(record)
-    # Without a validation split every epoch is the best so far.
-    metric = training.metrics()[-1] if training.data.validation is not None else float(state.epoch + 1)
+    metric = training.last_metric()
     state.learning_rate.step_epoch(metric)
     is_best = metric >= state.best  # on ties keep the later epoch
     state.epoch += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def open_training(
     training = make_training(config, data, world, resuming)
     check_batch_sizes(training)
     check_memory(training)
-    if saved is not None:
+    if saved is not None and source is not None:
         with errors_as_corrupt(source, checkpoint.HINT):
             try:
                 restore(training, saved)
@@ -113,8 +114,11 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
         state.step = min(steps, -(-nearest // accumulation) * accumulation)
     state.updates = _count_updates(training)
     metrics = training.metrics()
-    if len(metrics) >= state.best_epoch > 0:  # trainer.monitor may be another one
-        state.best = metrics[state.best_epoch - 1]
+    validated = ["validation" in record for record in state.history[: state.best_epoch]]
+    if validated and validated[-1]:  # trainer.monitor may be another one
+        state.best = metrics[sum(validated) - 1]
+    elif validated and training.data.validation is not None:  # no epoch had a validation split
+        state.best = -math.inf
     fraction = training.time_fraction(int(state.earlier_seconds * 1000))
     state.learning_rate.replay(state.updates, state.epoch, metrics, fraction)
     state.lr = state.learning_rate.lr

@@ -178,6 +178,10 @@ class Training:
             return [-math.inf if math.isnan(value) else -value for value in values]
         return values
 
+    def last_metric(self) -> float:
+        """Return the metric of the last epoch; its number without a validation split, so that the last is the best."""
+        return self.metrics()[-1] if "validation" in self.state.history[-1] else float(len(self.state.history))
+
     def find_end(self) -> bool:
         """Determine `stopped_by`, the same on all ranks; returns whether the training has ended."""
         state, settings, metrics = self.state, self.config.trainer, self.metrics()

@@ -93,7 +93,7 @@ class LRSchedule:
         if isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step(self._sign * metric)
             self._set_rates()
-        elif not self._by_update and not self._by_time:
+        elif not self._by_update and not self._by_time and self._scheduler.last_epoch < self._total:
             self._step()
 
     def replay(self, updates: int, epochs: int, metrics: list[float], fraction: float = 0.0) -> None:

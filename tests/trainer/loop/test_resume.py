@@ -446,6 +446,56 @@ def test_a_changed_schedule_stands_where_it_would_had_it_always_been_so(
     assert len(rates[1]) == 4
 
 
+@pytest.mark.parametrize("before", ["trainer.epochs=3", "schedule.name=constant"])
+def test_a_schedule_by_epoch_ends_with_fewer_epochs(recipe: Path, tmp_path: Path, before: str) -> None:
+    stop_at(recipe, tmp_path / "run", (2, 5), "schedule.name=one_cycle" if "epochs" in before else before)
+    changed = ["trainer.epochs=1", "schedule.name=one_cycle", "schedule.unit=epoch", "resume=auto"]
+    names = "[trainer.epochs, schedule.name, schedule.unit]"
+    assert train(recipe, tmp_path / "run", *changed, f"checkpoint.resume_allow_changes={names}") == 0
+    assert len(history(tmp_path / "run")) == 3
+
+
+def test_validation_from_a_later_epoch_on_selects_a_validated_epoch(recipe: Path, tmp_path: Path) -> None:
+    stop_at(recipe, tmp_path / "run", (1, 5), "data.val_fraction=0", "trainer.monitor=loss")
+    changed = [
+        "resume=auto",
+        "trainer.monitor=loss",
+        "checkpoint.resume_allow_changes=[data.val_fraction, data.shards]",
+    ]
+    assert train(recipe, tmp_path / "run", *changed) == 0
+    best = json.loads((tmp_path / "run" / "summary.json").read_text())["best_epoch"]
+    losses = [record["validation"]["loss"] for record in history(tmp_path / "run")[1:]]
+    assert best == 2 + losses.index(min(losses))
+
+
+@pytest.mark.parametrize("end", [(1, 0), (2, 0)], ids=["at the end of an epoch", "within an epoch"])
+def test_a_best_model_of_a_later_epoch_is_replaced(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    end: tuple[int, int],
+) -> None:
+    """The disk took `best.pt` but not `last.pt`, and the resumed run is worse than the one before."""
+    save_last = checkpoint.save_last
+
+    def full(directory: Path, state: dict[str, Any], keep: bool) -> None:
+        if (state["epoch"], state["step"]) > (1, 0 if end == (1, 0) else STEPS - 1):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_last(directory, state, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_last", full)
+        assert stop_at(recipe, tmp_path / "run", (2, 0), "optim.lr=2e-4")["epoch"] == 1
+    run = RunDirectory(tmp_path / "run")
+    assert checkpoint.load(run.best)["epoch"] == 2, "the metric rises slowly"
+    changed = ["resume=auto", "optim.lr=10", "trainer.epochs=3", "checkpoint.resume_allow_changes=[optim.lr]"]
+    assert train(recipe, run.path, *changed) == 0
+    summary = json.loads(run.summary_path.read_text())
+    assert summary["best_epoch"] == checkpoint.load(run.best)["epoch"] == newest(run.path)["best_epoch"]
+    assert "best.pt has epoch 2" in caplog.text
+
+
 def test_another_batch_or_pack_continues_after_the_same_share_of_the_epoch(recipe: Path, tmp_path: Path) -> None:
     assert stop_at(recipe, tmp_path / "run", (1, 5))["step"] == 4
     seen, step = [], engine.train_step
