@@ -62,7 +62,10 @@ def training_on(gpu: SimulatedGpu, *overrides: str, channels: int = 1) -> Traini
     )
     spec = TransformSpec((side, side, channels), False, side, mean=(0.5,) * channels, std=(0.5,) * channels)
     counts = np.array([5, 0, 3])
-    data = SimpleNamespace(train=train, spec=spec, counts=counts, drawn=counts, classes=CLASSES, identity="")
+    statistics = {stage.input_size: (spec.mean, spec.std) for stage in stages}
+    data = SimpleNamespace(
+        train=train, spec=spec, statistics=statistics, counts=counts, drawn=counts, classes=CLASSES, identity=""
+    )
     return make_training(config, data, World(0, 1, GPU))
 
 

@@ -49,6 +49,8 @@ class TrainingData:
     """Manifest identities of all splits, which do not change when the format is upgraded."""
     spec: TransformSpec
     """The transform of evaluation."""
+    statistics: dict[tuple[int, int], tuple[tuple[float, ...], tuple[float, ...]]]
+    """Mean and std that normalize the model input of each stage, by its height and width."""
     adapter: InputAdapter
     """Converts other pictures to the format of the data set."""
     backend: str
@@ -148,6 +150,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         manifest=manifest,
         identity="".join(store.manifest.identity() for store in stores),
         spec=specs[final.resolution],
+        statistics={stage.input_size: (specs[stage.resolution].mean, specs[stage.resolution].std) for stage in stages},
         adapter=InputAdapter.of(train_store),
         backend=backend,
         backend_reason=reason,

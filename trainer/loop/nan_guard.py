@@ -159,6 +159,7 @@ def _save(
     The weights are those before the step. If they are not finite, they are those of the newest checkpoint.
     """
     weights, origin = training.state.model.state_dict(), "before the step"
+    mean, std = training.data.statistics[training.data.train.stage_at(training.state.epoch).input_size]
     if not all_finite(training.state.model.parameters()):
         newest, source = checkpoint.load_newest(run_dir.checkpoints)
         weights = newest["model"]
@@ -171,8 +172,8 @@ def _save(
         "class_weights": training.class_weights.cpu(),
         "logit_shift": training.logit_adjustment.cpu(),
         "channels": training.data.spec.image_shape[2],
-        "mean": list(training.data.spec.mean),
-        "std": list(training.data.spec.std),
+        "mean": list(mean),
+        "std": list(std),
         "epoch": training.state.epoch,
         "step": bad.step,
         "shares": rank_batches,

@@ -68,7 +68,9 @@ def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple
     shift, weights = state["logit_shift"].to(device), state["class_weights"].to(device)
     teacher = None
     if config.distillation.teacher:
-        teacher = DistillationTeacher(config, tuple(classes), state["mean"], state["std"], device)
+        height, width = images.shape[2:]
+        statistics = {(height, width): (state["mean"], state["std"])}
+        teacher = DistillationTeacher(config, tuple(classes), statistics, device)
     loss = compute_loss(logits, targets, images, shift, weights, teacher, config.loss)
     loss.backward()
     for name, parameter in model.named_parameters():

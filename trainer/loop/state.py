@@ -314,7 +314,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         class_weights=class_weights(data.drawn, config.loss).to(world.device),
         logit_adjustment=(config.loss.logit_adjustment * log_priors(data.drawn)).to(world.device),
         log_class_weights=log_class_weights(data.counts, config.loss, data.drawn),
-        teacher=DistillationTeacher(config, data.classes, data.spec.mean, data.spec.std, world.device)
+        teacher=DistillationTeacher(config, data.classes, data.statistics, world.device)
         if config.distillation.teacher
         else None,
         class_counts=state.class_counts.to(world.device, copy=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -30,8 +31,7 @@ class DistillationTeacher:
         self,
         student: Config,
         classes: tuple[str, ...],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        statistics: Mapping[tuple[int, int], tuple[Sequence[float], Sequence[float]]],
         device: torch.device,
     ) -> None:
         """Load the model of `distillation.teacher`.
@@ -39,8 +39,7 @@ class DistillationTeacher:
         Args:
             student: Settings of the student.
             classes: Class names of the student.
-            mean: Mean by which the student's input is normalized.
-            std: Std by which the student's input is normalized.
+            statistics: Mean and std by which the student's input is normalized, by its height and width.
             device: Device of both models.
 
         Raises:
@@ -51,7 +50,7 @@ class DistillationTeacher:
         trained = TrainedModel.load(path if path.suffix == ".pt" else path / "checkpoints" / BEST)
         for attribute, value, expected, hint in (
             ("classes", trained.classes, classes, _OTHER_DATA),
-            ("channels", trained.channels, len(mean), _OTHER_DATA),
+            ("channels", trained.channels, len(next(iter(statistics.values()))[0]), _OTHER_DATA),
             ("preprocessing", trained.config.data.preprocessing(), student.data.preprocessing(), _OTHER_PREPROCESSING),
         ):
             if value != expected:
@@ -68,12 +67,11 @@ class DistillationTeacher:
         self._trainer = student.trainer
         self._settings = student.distillation
         self._device = device
-        student_mean, student_std, own_mean, own_std = (
-            torch.tensor(values, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
-            for values in (mean, std, trained.mean, trained.std)
-        )
-        # From the student's normalization to the teacher's.
-        self._scale, self._shift = student_std / own_std, (student_mean - own_mean) / own_std
+        own = torch.tensor([trained.mean, trained.std], device=device)[..., None, None]
+        self._scale_and_shift = {}  # from the student's normalization to the teacher's
+        for size, values in statistics.items():
+            mean, std = torch.tensor(values, device=device)[..., None, None]
+            self._scale_and_shift[size] = std / own[1], (mean - own[0]) / own[1]
         self._offsets = torch.from_numpy(trained.offsets).to(device)
 
     @torch.no_grad()
@@ -83,7 +81,8 @@ class DistillationTeacher:
         Returns:
             Probabilities float32 [B, C] at `distillation.temperature`, with the teacher's post-hoc logit adjustment.
         """
-        images = images * self._scale + self._shift
+        scale, shift = self._scale_and_shift[images.shape[2], images.shape[3]]
+        images = images * scale + shift
         if images.shape[2:] != self._input_size:
             images = F.interpolate(images, size=self._input_size, mode="bilinear", antialias=True)
         with autocast(self._trainer, self._device):

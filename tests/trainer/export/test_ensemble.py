@@ -96,7 +96,7 @@ def test_an_ensemble_predicts_the_mean_probability(runs: list[Path], combined: P
     assert len(nested.members) == 4
     # As a teacher.
     student = load(runs[0].parent / "recipe.yaml", [f"distillation.teacher={combined}", "distillation.temperature=1"])
-    teacher = DistillationTeacher(student, trained.classes, trained.mean, trained.std, CPU)
+    teacher = DistillationTeacher(student, trained.classes, {(12, 12): (trained.mean, trained.std)}, CPU)
     np.testing.assert_allclose(teacher.probabilities(inputs).numpy(), expected, atol=1e-6)
 
 

@@ -72,7 +72,7 @@ def test_it_sees_the_images_as_it_was_trained_on_them(recipe: Path, teacher: Pat
     pixels = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     student = load(recipe, [f"distillation.teacher={teacher}", "distillation.temperature=3"])
     mean, std = (0.7,), (0.2,)
-    one = DistillationTeacher(student, trained.classes, mean, std, CPU)
+    one = DistillationTeacher(student, trained.classes, {(side, side): (mean, std) for side in (12, 30)}, CPU)
     found = one.probabilities((pixels - mean[0]) / std[0])
     model = trained.build_model(CPU).eval()
     with torch.no_grad():
@@ -81,6 +81,20 @@ def test_it_sees_the_images_as_it_was_trained_on_them(recipe: Path, teacher: Pat
     constant = one.probabilities(torch.full((1, 1, 30, 30), 0.4))
     torch.testing.assert_close(constant, one.probabilities(torch.full((1, 1, 12, 12), 0.4)))
     assert not constant.requires_grad
+
+
+def test_it_sees_the_same_images_at_each_resolution_of_the_student(recipe: Path, teacher: Path) -> None:
+    """Mean and std of the student's input differ between the resolutions."""
+    training = student_of(recipe, teacher, "data.resolution=[[1, 4], [2, 12]]")
+    saved = load_trained_model(teacher)
+    assert training.teacher is not None
+    for epoch, side in enumerate((4, 12)):
+        spec = open_data(load(recipe, [f"data.resolution={side}"]), ALONE).spec
+        assert training.data.statistics[side, side] == (spec.mean, spec.std)
+        alone = DistillationTeacher(training.config, saved.classes, {(side, side): (spec.mean, spec.std)}, CPU)
+        images = first_batch(training, epoch).images
+        assert torch.equal(training.teacher.probabilities(images), alone.probabilities(images))
+    assert len({*training.data.statistics.values()}) == 2
 
 
 def test_the_loss_is_a_share_of_both(recipe: Path, teacher: Path) -> None:
@@ -158,7 +172,7 @@ def test_two_ranks_are_taught_and_decide_as_one(
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_step_with_a_teacher_can_be_taken_again(recipe: Path, teacher: Path, tmp_path: Path, epoch: int) -> None:
-    training = student_of(recipe, teacher)
+    training = student_of(recipe, teacher, "data.resolution=[[1, 4], [2, 12]]")
     training.state.epoch = epoch
     batch = first_batch(training, epoch)
     share = {"images": batch.images.clone(), "labels": batch.labels, "rows": batch.source_index}
@@ -172,8 +186,8 @@ def test_who_may_not_teach(recipe: Path, teacher: Path, synthetic_set: Path, tmp
     student = load(recipe, [f"distillation.teacher={teacher}"])
     names = open_split(synthetic_set, "train").manifest.classes
     with pytest.raises(UserError, match=r"distillation\.teacher=.* with classes 0 1 2"):
-        DistillationTeacher(student, names, (0.0,), (1.0,), CPU)
+        DistillationTeacher(student, names, {(12, 12): ((0.0,), (1.0,))}, CPU)
     with pytest.raises(UserError, match="with channels 1"):
-        DistillationTeacher(student, tuple("0123456789"), (0.0,) * 3, (1.0,) * 3, CPU)
+        DistillationTeacher(student, tuple("0123456789"), {(12, 12): ((0.0,) * 3, (1.0,) * 3)}, CPU)
     with pytest.raises(UserError, match=r"best\.pt"):
         student_of(recipe, tmp_path)
