@@ -103,10 +103,27 @@ def keep_groups(*groups: Any) -> None:
     _GROUPS.extend(groups)
 
 
+def world_size() -> int:
+    """Return the number of ranks that torchrun started; 1 without torchrun.
+
+    Raises:
+        UserError: The variables of torchrun are incomplete.
+    """
+    size = os.environ.get("WORLD_SIZE") or "1"
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if size != "1" and (missing or not size.isdecimal()):
+        raise UserError(
+            found=f"WORLD_SIZE={size}" + (f" without {', '.join(missing)}" if missing else ""),
+            expected="all variables that torchrun sets, or none",
+            hint="unset WORLD_SIZE, or start the command with torchrun",
+        )
+    return int(size)
+
+
 @contextmanager
 def init_process_group() -> Iterator[ProcessGroup]:
     """Join the ranks of torchrun, if there are several, and leave them at the end."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     if size == 1:
         yield ProcessGroup()
         return

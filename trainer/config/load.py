@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,12 @@ class _Loader(yaml.SafeLoader):
             if first != line:
                 raise yaml.YAMLError(f"{key.value} twice, in lines {first} and {line}")
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.2, unlike 1.1, has numbers without a point or a sign of the exponent (1e-6).
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:

@@ -37,6 +37,8 @@ _RESULT, _PLOT = "find-lr.json", "find-lr.svg"
 _DIVERGED = 4  # times the lowest loss
 _MAX_STEPS = 10_000
 _SMOOTHING = 1 / 40  # std of the Gaussian, as a fraction of the steps
+_RADIUS = 9  # std, from which on the weights of the Gaussian are below the rounding of a float64
+_CHECKS = 200  # of the divergence, because smoothing takes longer the more steps there are
 # The range test replaces the schedule; an average of the weights is not evaluated.
 _SETTINGS = {"schedule": {"name": "constant"}, "trainer.ema_decay": None, "trainer.minutes": None}
 
@@ -72,10 +74,12 @@ def range_test(step: Callable[[float], float], lowest: float, highest: float, st
         if not np.isfinite(losses[-1]):
             losses.pop()
             break
-        smoothed = smooth(np.array(losses), steps * _SMOOTHING)
-        if smoothed[-1] > _DIVERGED * smoothed.min():
-            break
+        if len(losses) % -(-steps // _CHECKS) == 0:
+            smoothed = smooth(np.array(losses), steps * _SMOOTHING)
+            if smoothed[-1] > _DIVERGED * smoothed.min():
+                break
     count = len(losses)
+    smoothed = smooth(np.array(losses), steps * _SMOOTHING) if losses else np.zeros(0)
     slope = np.gradient(smoothed, np.log(rates[:count])) if count > 1 else np.zeros(1)
     steepest = int(slope[: int(smoothed.argmin()) + 1].argmin()) if count > 1 else 0
     if slope[steepest] >= 0:
@@ -89,9 +93,11 @@ def range_test(step: Callable[[float], float], lowest: float, highest: float, st
 
 def smooth(losses: NDArray[np.float64], std: float) -> NDArray[np.float64]:
     """Smooth losses [N] by a Gaussian around each, which does not shift the curve as a moving average of past ones."""
-    steps = np.arange(len(losses))
-    weights = np.exp(-(((steps[:, None] - steps) / std) ** 2) / 2)
-    return weights @ np.minimum(losses, 2 * _DIVERGED * losses[0]) / weights.sum(axis=1)
+    radius = math.ceil(_RADIUS * std)
+    weights = np.exp(-((np.arange(-radius, radius + 1) / std) ** 2) / 2)
+    values = np.minimum(losses, 2 * _DIVERGED * losses[:1])
+    sums, totals = (np.convolve(each, weights)[radius : radius + len(losses)] for each in (values, values**0))
+    return sums / totals
 
 
 def make_step(training: Training, batches: Iterator[Batch]) -> Callable[[float], float]:

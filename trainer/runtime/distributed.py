@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.common.device import choose_device
-from pipeline.common.process_group import ProcessGroup, keep_groups, report_errors_on_main
+from pipeline.common.process_group import ProcessGroup, keep_groups, report_errors_on_main, world_size
 from shards.errors import UserError
 from trainer.runtime.memory import keep_freed_memory
 from trainer.runtime.rendezvous import elastic_agent_store, rendezvous
@@ -53,7 +53,7 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
     Yields:
         The process group.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = choose_device(device_name, local_rank, local_size)
     if device.type == "cuda":
@@ -101,7 +101,7 @@ def init_single_process(device_name: str, reason: str) -> Iterator[World]:
         UserError: torchrun started several processes.
     """
     with report_errors_on_main():
-        if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        if (size := world_size()) > 1:
             raise UserError(
                 found=f"{size} ranks",
                 expected=f"one process; {reason}",

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import time
 from pathlib import Path
 
+from pipeline.common.process_group import world_size
 from shards import open_split
 from shards.cli import Terminated, program_name, run_command
 from shards.errors import UserError, quote
@@ -53,7 +53,7 @@ def main() -> int:
         raise UserError(
             found=f"--workers {arguments.workers}", expected=f"a number 1 .. {_MAX_WORKERS}", hint="--workers 1"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UserError(
             found="a search started by torchrun",
             expected="workers that train trials independently",

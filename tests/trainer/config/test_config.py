@@ -260,6 +260,7 @@ def test_an_override_without_name_and_value_is_refused(override: str) -> None:
 def test_overrides_are_read_as_the_types_they_are_for() -> None:
     config = quickstart(
         "optim.lr=1e-4",
+        "optim.options={betas: [.9, 95e-2], eps: 1e-6}",
         "trainer.epochs=3",
         "trainer.channels_last=false",
         "model.pretrained=auto",
@@ -268,6 +269,7 @@ def test_overrides_are_read_as_the_types_they_are_for() -> None:
         "data.shards=some/where",
     )
     assert config.optim.lr == 1e-4
+    assert config.optim.options == {"betas": [0.9, 0.95], "eps": 1e-6}
     assert config.trainer.epochs == 3
     assert config.trainer.channels_last is False
     assert config.model.pretrained == "auto"

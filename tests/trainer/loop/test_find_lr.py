@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,13 @@ def test_smoothing_is_a_mean_weighted_by_a_gaussian() -> None:
         expected.append(sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights))
     assert smooth(losses, 1.5) == pytest.approx(expected)
     assert smooth(np.array([1.0, 100.0]), 1e-3) == pytest.approx([1, 8]), "a diverged loss does not hide the others"
+
+
+def test_many_steps_are_smoothed_in_seconds() -> None:
+    start = time.process_time()
+    result = range_test(Quadratic(curvature=1.0), 1e-6, 100.0, 4000)
+    assert time.process_time() - start < 5, "4,000 products of 4,000 x 4,000 matrices take minutes"
+    assert 2 < result.lr[-1] < 50 and len(result.smoothed) == len(result.lr)
 
 
 def test_the_command_writes_a_plot_and_no_run(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.common import process_group
+from shards import UserError
 from trainer.runtime import distributed
 from trainer.runtime.distributed import init_distributed
 
@@ -22,6 +23,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(dist, name, lambda *_, name=name, **__: found.append(name) or name)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr(distributed, "choose_device", lambda name, rank, size: torch.device(name, rank))
     monkeypatch.setattr(process_group, "_GROUPS", [])
@@ -45,3 +48,14 @@ def test_a_rank_that_fails_does_not_wait_for_the_ranks_that_wait_for_it(
     assert process_group._GROUPS[-1] == ("new_group" if device == "cuda" else None), "gloo's group is kept"
     groups = ["init_process_group", *(["new_group"] if device == "cuda" else [])]
     assert calls == groups + ([] if fails and device == "cuda" else ["destroy_process_group"])
+
+
+@pytest.mark.parametrize(("size", "found"), [("2", "WORLD_SIZE=2 without RANK, MASTER_PORT"), ("x", "WORLD_SIZE=x")])
+def test_incomplete_variables_of_torchrun_are_named(size: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", size), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", ""), ("RANK", "")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        process_group.world_size()
+    assert caught.value.found.startswith(found)
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert process_group.world_size() == 1
