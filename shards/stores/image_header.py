@@ -7,7 +7,9 @@ few microseconds, and a file that only claims to be huge is refused before memor
 from __future__ import annotations
 
 import io
+import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -24,7 +26,11 @@ Content: TypeAlias = bytes | NDArray[np.uint8]
 _SCANS = {0xD9, 0xDA}  # JPEG markers that end the header
 _SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that carry the size
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
-_PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs", b"sRGB"}  # of a PNG
+_TEXT_CHUNKS = {b"tEXt", b"zTXt", b"iTXt"}  # of a PNG
+_PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"tIME", b"pHYs", b"sRGB", *_TEXT_CHUNKS}
+# Pillow rotates by XMP and by EXIF in texts too, DALI by EXIF in its own block only.
+_XMP_ROTATION = re.compile(rb'tiff:Orientation(="|>)[2-8]')
+_ROTATING_TEXT = re.compile(rb"XML:com\.adobe\.xmp|Raw profile type")  # of a PNG
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,7 @@ class ImageHeader:
         gray: Whether the image has no color.
         plain: Whether every decoder gives the same pixels: only the common variants of each format, without alpha, and
             complete. DALI decodes others differently from Pillow (CMYK without an Adobe marker, gamma), or not at all
-            (WebP with EXIF).
+            (WebP with EXIF), or do not rotate them (by XMP).
     """
 
     height: int
@@ -81,7 +87,7 @@ def _parse_header(view: memoryview) -> ImageHeader:
 def _jpeg(view: memoryview) -> ImageHeader:
     offset = 2
     header: ImageHeader | None = None
-    is_common = is_jfif = False
+    is_common = is_jfif = has_xmp_rotation = False
     adobe = None  # the color transform of the Adobe marker; 1 is YCbCr
     exifs = 0
     try:
@@ -98,6 +104,7 @@ def _jpeg(view: memoryview) -> ImageHeader:
             elif marker in _SCANS:
                 break
             else:
+                end = offset + 2 + struct.unpack_from(">H", view, offset + 2)[0]
                 if marker in _SIZES:
                     bits, height, width, channels = struct.unpack_from(">BHHB", view, offset + 4)
                     header = ImageHeader(height, width, gray=channels == 1)
@@ -109,7 +116,8 @@ def _jpeg(view: memoryview) -> ImageHeader:
                     adobe = view[offset + 15]
                 elif marker == 0xE1:
                     exifs += bytes(view[offset + 4 : offset + 8]) == b"Exif"
-                offset += 2 + struct.unpack_from(">H", view, offset + 2)[0]
+                    has_xmp_rotation |= bool(_XMP_ROTATION.search(view[offset:end]))
+                offset = end
     except (struct.error, IndexError):
         if header:
             return header
@@ -117,21 +125,37 @@ def _jpeg(view: memoryview) -> ImageHeader:
     if header is None:
         raise ValueError("a JPEG picture without a size")
     is_ycbcr = adobe == 1 or (adobe is None and (is_jfif or components == b"\1\2\3"))
-    plain = is_common and (header.gray or is_ycbcr) and exifs <= 1 and bytes(view[-2:]) == b"\xff\xd9"
+    is_rotated_once = exifs <= 1 and not has_xmp_rotation
+    plain = is_common and (header.gray or is_ycbcr) and is_rotated_once and bytes(view[-2:]) == b"\xff\xd9"
     return ImageHeader(header.height, header.width, header.gray, plain)
+
+
+def may_rotate_png(view: memoryview) -> bool:
+    """Return whether a PNG has EXIF or XMP, which may state a rotation, before or behind its pixels."""
+    return any(kind == b"eXIf" or _is_rotating_text(view, kind, start) for kind, start in _png_chunks(view))
 
 
 def _is_plain_png(view: memoryview) -> bool:
     """Whether a PNG is complete and has no chunk that changes its pixels, such as transparency, gamma and animation."""
+    for kind, start in _png_chunks(view):
+        if kind == b"IEND":
+            return True
+        if kind not in _PLAIN_CHUNKS or _is_rotating_text(view, kind, start):
+            return False
+    return False
+
+
+def _png_chunks(view: memoryview) -> Iterator[tuple[bytes, int]]:
+    """The type of each chunk and the offset of its content."""
     offset = 8
     while offset + 12 <= len(view):
         size, kind = struct.unpack_from(">I4s", view, offset)
-        if kind == b"IEND":
-            return True
-        if kind not in _PLAIN_CHUNKS:
-            return False
+        yield kind, offset + 8
         offset += 12 + size
-    return False
+
+
+def _is_rotating_text(view: memoryview, kind: bytes, start: int) -> bool:
+    return kind in _TEXT_CHUNKS and _ROTATING_TEXT.match(view, start) is not None
 
 
 def _webp(view: memoryview) -> ImageHeader:

@@ -19,10 +19,12 @@ from conftest import ROOT
 from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.datasets import find_source
 from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
 from shards import UserError
+from support.image_files import turned_exif
 
 # How long a thing takes is not what these tests ask, and other processes want the cores too.
 settings.register_profile("raw files", deadline=None)
@@ -82,6 +84,24 @@ def picture(image: NDArray | Image.Image, kind: str = "PNG", **options: object) 
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def turned_without_exif_block(image: Image.Image) -> dict[str, bytes]:
+    """Files of an image that is seen turned clockwise by 90 degrees, but whose EXIF block does not say so."""
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    exif = turned_exif(6).tobytes()
+    texts = {name: PngInfo() for name in ("XMP", "text")}
+    texts["XMP"].add_itxt("XML:com.adobe.xmp", xmp.decode())
+    texts["text"].add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{exif.hex()}\n", zip=True)
+    chunk = b"eXIf" + exif.removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return {
+        "JPEG turned by XMP": picture(image, "JPEG", xmp=xmp),
+        "WebP turned by XMP": picture(image, "WEBP", xmp=xmp),
+        "PNG turned by XMP": picture(image, pnginfo=texts["XMP"]),
+        "PNG turned by EXIF in a text": picture(image, pnginfo=texts["text"]),
+        "PNG turned behind its pixels": picture(image)[:-12] + chunk + picture(image)[-12:],
+    }
 
 
 def png_claiming(height: int, width: int) -> bytes:

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from pipeline.readers.archives.files import CorruptFileError
 from shards.errors import first_line
 from shards.stores.base import EncodedImage
-from shards.stores.image_header import MAX_BYTES, MAX_PIXELS, ImageHeader, read_image_header, to_mode
+from shards.stores.image_header import MAX_BYTES, MAX_PIXELS, ImageHeader, may_rotate_png, read_image_header, to_mode
 
 KINDS = "PNG, JPEG, WebP, BMP, GIF or TIFF"
 EXTENSIONS = frozenset({"png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif", "tif", "tiff"})
@@ -43,8 +43,9 @@ def header(content: bytes) -> ImageHeader:
     """
     with _decoder_errors():
         image = _open(content)
-        # Asking for EXIF that is not there makes Pillow decode a whole PNG to look behind its pixels.
-        is_rotated = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        # Pillow has rotated a TIFF already. In a PNG it would decode all pixels to look for EXIF behind them.
+        may_be_rotated = image.format != "PNG" or may_rotate_png(memoryview(content))
+        is_rotated = may_be_rotated and image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         height, width = (image.width, image.height) if is_rotated else (image.height, image.width)
         return ImageHeader(height=height, width=width, gray=_is_gray(image))
 

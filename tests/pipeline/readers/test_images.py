@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from support.image_files import turned_exif
-from support.raw_files import in_a_process, picture, pixels, png_claiming
+from support.raw_files import in_a_process, picture, pixels, png_claiming, turned_without_exif_block
 
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats.image import decode, header, make_record
@@ -97,6 +97,16 @@ class TestPixels:
         content = picture(image, exif=turned_exif(orientation))
         assert (header(content).height, header(content).width) == seen.shape[:2]
         np.testing.assert_array_equal(decode(content, 3, None), seen)
+
+    @pytest.mark.parametrize("name", turned_without_exif_block(Image.fromarray(COLOR)))
+    def test_are_turned_as_xmp_and_texts_say(self, name: str) -> None:
+        image = pixels(16, 24, 3)
+        content = turned_without_exif_block(Image.fromarray(image))[name]
+        seen = decode(content, 3, None)
+        assert (header(content).height, header(content).width) == seen.shape[:2] == (24, 16)
+        record = make_record(content)
+        assert record.extension == "png" and record.content != content, "DALI would not turn the file"
+        np.testing.assert_array_equal(image_header.decode(record.content, 3), seen)
 
 
 class TestHeaders:

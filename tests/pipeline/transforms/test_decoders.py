@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
-from support.raw_files import picture
+from support.raw_files import picture, turned_without_exif_block
 
 from pipeline.readers.formats import image as image_format
 from pipeline.transforms.dali_backend import DaliEncodedTransform
@@ -92,6 +92,7 @@ OTHER = {
         COLOR, pnginfo=chunk(b"cHRM", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
     ),
     "PNG turned": picture(COLOR, exif=exif(6)),
+    **turned_without_exif_block(COLOR),
     "PNG animated": picture(COLOR, save_all=True, append_images=OTHERS),
     "WebP with EXIF": picture(COLOR, "WEBP", exif=exif(6)),
     "WebP with alpha": picture(ALPHA, "WEBP", lossless=True),
