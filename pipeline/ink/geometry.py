@@ -28,6 +28,7 @@ _BLUR_RADIUS = 4  # pixels, truncation of the Gaussian
 _MAX_SIDE = 1024  # pixels; larger images are downsampled first
 _MIN_CONTRAST = 32  # gray levels between ink and background
 _NOISE = 0.15  # fraction of the contrast that is clipped at both ends, as noise of background and ink
+_IS_INK = 0.5  # value
 _SPECK = 0.005  # fraction of the ink; smaller components are dust
 # Fraction of the border; if the smaller class has more, the background is the larger class of the image.
 _UNCLEAR = 0.35
@@ -62,9 +63,12 @@ class Ink(NamedTuple):
         return max(bottom - top, right - left)
 
     def centre(self, by_mass: bool) -> tuple[float, float]:
-        """Return the centre (y, x) of the mass or of the box, in pixels from the corner of the image."""
+        """Return the centre (y, x) of the mass or of the box, in pixels from the corner of the image.
+
+        A pale smudge, which is outside the box, has no mass: only values of at least 0.5 and their neighbours have.
+        """
         if by_mass:
-            y, x = ndimage.center_of_mass(self.values)
+            y, x = ndimage.center_of_mass(self.values * ndimage.maximum_filter(self.values >= _IS_INK, 3))
             return y + 0.5, x + 0.5
         top, bottom, left, right = self.box
         return (top + bottom) / 2, (left + right) / 2
@@ -161,7 +165,7 @@ def find_ink(picture: NDArray[np.uint8]) -> Ink:
     values: NDArray[np.float64] = (picture.astype(np.float64) - background) / (ink - background)
     values = ((values - _NOISE) / (1 - 2 * _NOISE)).clip(0, 1)
     _remove_specks(values)
-    mask = values >= 0.5
+    mask = values >= _IS_INK
     if not mask.any():
         raise NoInkError("only specks")
     rows, columns = ndimage.find_objects(mask.view(np.uint8))[0]

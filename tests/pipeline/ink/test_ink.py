@@ -112,6 +112,16 @@ def test_size_place_and_polarity_of_the_picture_do_not_matter() -> None:
         assert difference.mean() < 2
 
 
+def test_a_pale_smudge_does_not_move_the_ink() -> None:
+    picture = stroke(100, 100, (5, 15, 20, 30), ink=145)
+    frame = InkFrame(True, True, 20.0, (0.5, 0.5), 19, 20, 0.7)
+    clean = frame_ink(find_ink(picture), frame, (28, 28))
+    picture[93:, 93:] = 218
+    smudged = find_ink(picture)
+    assert smudged.values[95, 95] > 0, "no speck, and no background"
+    np.testing.assert_allclose(frame_ink(smudged, frame, (28, 28)), clean, atol=2)
+
+
 def test_dust_and_noise_do_not_move_the_ink() -> None:
     picture = stroke(300, 300, (100, 200, 120, 170))
     clean = find_ink(picture)
