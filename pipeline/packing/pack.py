@@ -70,9 +70,12 @@ class PackSettings:
 
     @classmethod
     def like(cls, manifest: Manifest, options: Mapping[str, str | int | float]) -> PackSettings:
-        """Return the settings of another pack, with other options."""
+        """Return the settings of another pack of the same images: with other options, but size, fit and color."""
+        kept = {name: manifest.options[name] for name in ("size", "fit", "color") if name in manifest.options}
         return cls(
-            manifest.dataset, manifest.variant, manifest.block_size, manifest.seed, manifest.store, options=options
+            *(manifest.dataset, manifest.variant, manifest.block_size, manifest.seed, manifest.store),
+            compression=str(manifest.options.get("compression", cls.compression)),
+            options=kept | dict(options),
         )
 
     @property

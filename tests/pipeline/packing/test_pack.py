@@ -262,6 +262,14 @@ def test_another_pack_is_not_taken_for_this_one(tmp_path: Path, settings: dict, 
     assert "--force" in caught.value.hint
 
 
+def test_a_pack_of_the_images_of_another_has_their_format_and_compression(tmp_path: Path) -> None:
+    of_images = {"fit": "crop", "size": "28x28", "color": "gray"}
+    options = {"subset": 0.5, **of_images}
+    packed(synthetic_splits(train=60), tmp_path / "out", store="zarr", compression="none", options=options)
+    settings = PackSettings.like(open_split(tmp_path / "out", "train").manifest, {"near": 1})
+    assert settings.recorded_options == {**of_images, "near": 1, "compression": "none"}
+
+
 def test_work_done_by_processes_comes_back_in_order() -> None:
     bar = Tick()
 
