@@ -324,7 +324,8 @@ class Command:
             from pipeline.dedup.between_splits import find_duplicates, remove_duplicates, summarize, write_report
 
             # On rank 0 only: on different processors the ranks might disagree about a borderline pair.
-            duplicates = self._group.run_on_main(lambda: find_duplicates(splits, "all" in arguments.near_duplicates))
+            within_train = "all" in arguments.near_duplicates
+            duplicates = self._group.run_on_main(lambda: find_duplicates(splits, within_train, arguments.workers))
             self._print(f"  {summarize(duplicates)}")
             if "remove" in arguments.near_duplicates:
                 return remove_duplicates(splits, duplicates)

@@ -36,6 +36,7 @@ class Overlap:
         similarity: float32 [P], cosine similarity of the embeddings (see `pipeline.dedup.perceptual_hash`).
         other_matches: Number of images of the other split that are in this split.
         other_size: Number of images of the other split.
+        within: Whether both are the same split.
     """
 
     split: str
@@ -48,6 +49,7 @@ class Overlap:
     similarity: NDArray[np.float32]
     other_matches: int
     other_size: int
+    within: bool
 
     @classmethod
     def of(cls, split: RawSplit, other: RawSplit, matches: Matches) -> Overlap:
@@ -63,10 +65,11 @@ class Overlap:
             similarity=matches.similarity,
             other_matches=len(matches.second_matches),
             other_size=len(other.labels),
+            within=split is other,
         )
 
     def __str__(self) -> str:
-        if self.split == self.other_split:
+        if self.within:
             return (
                 f"{len(self.source_index):,} {self.split} images repeat an earlier one ({self.identical.sum():,} "
                 f"identical, {(self.labels != self.other_labels).sum():,} with another label)"
@@ -78,17 +81,19 @@ class Overlap:
         )
 
 
-def find_duplicates(splits: tuple[RawSplit, ...], within_train: bool = False) -> tuple[Overlap, ...]:
+def find_duplicates(
+    splits: tuple[RawSplit, ...], within_train: bool = False, workers: int | None = None
+) -> tuple[Overlap, ...]:
     """Find the images that are in several splits of a data set, including near-duplicates.
 
     With `within_train`, also those of the train split that equal or nearly equal an earlier one. Unreadable images are
-    skipped. The result is a pure function of the images.
+    skipped. The result is a pure function of the images, whatever the number of processes `workers`.
     """
     ordered = sorted(splits, key=lambda split: _PRIORITY.index(split.name))
     pairs = list(combinations(ordered, 2))
     if within_train:
         pairs += [(split, split) for split in ordered if split.name == "train"]
-    return tuple(Overlap.of(split, other, find_near_duplicates(split, other)) for other, split in pairs)
+    return tuple(Overlap.of(split, other, find_near_duplicates(split, other, workers)) for other, split in pairs)
 
 
 def summarize(overlaps: Sequence[Overlap]) -> str:
@@ -96,23 +101,25 @@ def summarize(overlaps: Sequence[Overlap]) -> str:
     return f"near-duplicates: {'; '.join(str(overlap) for overlap in overlaps if len(overlap.source_index)) or 'none'}"
 
 
-def remove_duplicates(splits: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> tuple[RawSplit, ...]:
-    """Return the splits without the images that each overlap lists.
+def remove_duplicates(
+    splits: tuple[RawSplit, ...], overlaps: Sequence[Overlap], report: str = "--near-duplicates report"
+) -> tuple[RawSplit, ...]:
+    """Return the splits without the images that each overlap lists. `report` is the option that lists them.
 
     Raises:
         UserError: A split would be empty.
     """
-    return tuple(_without_duplicates(split, overlaps) for split in splits)
+    return tuple(_without_duplicates(split, overlaps, report) for split in splits)
 
 
-def _without_duplicates(split: RawSplit, overlaps: Sequence[Overlap]) -> RawSplit:
+def _without_duplicates(split: RawSplit, overlaps: Sequence[Overlap], report: str) -> RawSplit:
     listed = [overlap.source_index for overlap in overlaps if overlap.split == split.name]
     is_duplicate = np.isin(split.source_index, np.concatenate([np.empty(0, np.int64), *listed]))
     if is_duplicate.all():
         raise UserError(
             found=f"a {split.name} split of {len(is_duplicate):,} images, all of them also in another split",
             expected="at least one image that is in no other split",
-            hint="check whether the splits are copies of each other; --near-duplicates report lists the images",
+            hint=f"check whether the splits are copies of each other; {report} lists the images",
         )
     return split.select(np.flatnonzero(~is_duplicate)) if is_duplicate.any() else split
 

@@ -27,6 +27,7 @@ are simple drawings: 14 of 10,000 test images of EMNIST (96,323 training images)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -49,7 +50,9 @@ _SAME = 0.004
 _RANKS = (8, 128)
 _SAMPLE = 8192
 _UNRELATED = 2.0  # squared distance of orthogonal embeddings
-_BLOCK = 1024  # images per task of a process
+_BLOCK = 1024  # images per task of a process, unless they have
+_BLOCK_BYTES = 8 << 20  # more bytes
+_FILE_BYTES = 1 << 18  # assumed, of an image file
 
 
 @dataclass(frozen=True)
@@ -84,18 +87,19 @@ def find_identical(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Mat
     )
 
 
-def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
-    """Find the images of a first split that are in a second, on all cores.
+def find_near_duplicates(first: RawSplit, second: RawSplit, workers: int | None = None) -> Matches:
+    """Find the images of a first split that are in a second, with some processes (default: on all cores).
 
     If both are the same object, an image matches only earlier ones.
 
     The result is a pure function of the images. Memory: about 1 KB per image of the second split and 100 MB per core.
     """
-    reference, within = _Reference.of(first, second), first is second
+    reference, within = _Reference.of(first, second, workers), first is second
     digests, closest, similarity, matched = _in_blocks(
         lambda positions: reference.search(first, positions, within),
-        len(first.labels),
+        first,
         f"comparing {first.name} with {second.name}",
+        workers,
     )
     exact = find_identical(digests, reference.digests)
     if within:
@@ -111,14 +115,22 @@ def find_near_duplicates(first: RawSplit, second: RawSplit) -> Matches:
     return Matches(matches, closest[matches], identical[matches], similarity[matches], np.flatnonzero(is_copy))
 
 
-def _in_blocks(work: Callable[[NDArray[np.int64]], tuple[NDArray, ...]], count: int, description: str) -> list[NDArray]:
-    """Compute `work(positions)` for blocks of 0 .. count-1 on all cores, and concatenate each result."""
-    blocks = [np.arange(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
+def _blocks(split: RawSplit, positions: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Divide positions int64 [n] into blocks that are read at once."""
+    image_bytes = _FILE_BYTES if split.encoded else math.prod(side or 1 for side in split.image_shape)
+    return np.split(positions, range(step := max(1, min(_BLOCK, _BLOCK_BYTES // image_bytes)), len(positions), step))
 
+
+def _in_blocks(
+    work: Callable[[NDArray[np.int64]], tuple[NDArray, ...]], split: RawSplit, description: str, workers: int | None
+) -> list[NDArray]:
+    """Compute `work(positions)` for blocks of all positions of a split, and concatenate each result."""
+    count = len(split.labels)
+    blocks, workers = _blocks(split, np.arange(count)), workers or default_workers()
     bar = tqdm(total=count, desc=description, unit=" images", unit_scale=True, disable=None, leave=False)
     # With BLAS threads in each process the search takes 1.6 times as long.
     with bar, threadpool_limits(limits=1, user_api="blas"):
-        results = map_in_processes(lambda block: work(blocks[block]), list(map(len, blocks)), default_workers(), bar)
+        results = map_in_processes(lambda block: work(blocks[block]), list(map(len, blocks)), workers, bar)
     return [np.concatenate(values) for values in zip(*results, strict=True)]
 
 
@@ -141,12 +153,10 @@ class _Reference:
     index: HammingIndex
 
     @classmethod
-    def of(cls, first: RawSplit, second: RawSplit) -> _Reference:
+    def of(cls, first: RawSplit, second: RawSplit, workers: int | None) -> _Reference:
         count = len(first.labels)
         sampled = np.sort(permutation(count, seed=0, stream=0)[:_SAMPLE])
-        blocks = [
-            read_thumbnails(first, positions) for positions in np.split(sampled, range(_BLOCK, len(sampled), _BLOCK))
-        ]
+        blocks = [read_thumbnails(first, positions) for positions in _blocks(first, sampled)]
         distinct = np.unique(np.concatenate([block.digests for block in blocks]), return_index=True)[1]
         sample = np.concatenate([dct_embeddings(block.images)[0] for block in blocks])[distinct]
 
@@ -155,7 +165,7 @@ class _Reference:
             embeddings = dct_embeddings(thumbnails.images)[0]
             return thumbnails.digests, embeddings, _min_cosine(embeddings, sample, len(sampled) / count)
 
-        digests, embeddings, min_cosine = _in_blocks(embed, len(second.labels), f"hashing {second.name}")
+        digests, embeddings, min_cosine = _in_blocks(embed, second, f"hashing {second.name}", workers)
         positions = np.unique(digests, return_index=True)[1]
         positions = positions[embeddings[positions].any(axis=1)]
         embeddings = embeddings[positions]

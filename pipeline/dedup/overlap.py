@@ -68,7 +68,7 @@ def image_digests(split: RawSplit) -> NDArray[np.uint64]:
 def remove_leaks(splits: tuple[RawSplit, ...], overlaps: Sequence[Overlap]) -> tuple[RawSplit, ...]:
     """Return the splits without training images on which the other data set is evaluated."""
     leaks = [one for one in overlaps if one.split in _TRAINED_ON and one.other_split in _EVALUATED_ON]
-    return remove_duplicates(splits, leaks)
+    return remove_duplicates(splits, leaks, "--csv FILE")
 
 
 def _identity(directory: Path) -> str:

@@ -143,6 +143,21 @@ def test_any_number_of_cores_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         np.testing.assert_array_equal(getattr(outcomes[1], name), value)
 
 
+def test_large_images_are_read_in_small_blocks_by_the_processes_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(pipeline.dedup.near_duplicates, "default_workers")
+    counts = []
+
+    def read(rows: NDArray[np.int64]) -> Images:
+        counts.append(len(rows))
+        return np.zeros((len(rows), 512, 512, 3), np.uint8)
+
+    first, second = (
+        RawSplit(name, ("a", "b"), np.arange(12) % 2, (512, 512, 3), False, read) for name in ("train", "test")
+    )
+    find_duplicates((first, second), workers=1)
+    assert sum(counts) == 36 and max(counts) * 512 * 512 * 3 <= 8 << 20
+
+
 class TestMany:
     def test_equal_pictures_take_no_comparisons(self) -> None:
         first, second = np.zeros((20_000, 28, 28, 1), np.uint8), np.zeros((9_000, 28, 28, 1), np.uint8)

@@ -63,6 +63,8 @@ def test_shared_images_are_counted_by_part(sets: tuple[Path, Path]) -> None:
     # 2 is an a in both, 3 a b here and an a there, although class 1 in both.
     line = "2 train images are in test (2 identical, 1 with another label; they match 2 of the 5 test images)"
     assert str(one) == line
+    line = "2 train images are in train (2 identical, 0 with another label; they match 2 of the 6 train images)"
+    assert str(by_parts["train", "train"]) == line, "two sets, although the splits have one name"
 
 
 def test_images_that_are_changed_a_little_are_found_when_asked_for(tmp_path: Path, digits_set: Path) -> None:
@@ -114,8 +116,9 @@ def test_a_set_is_not_written_again_after_an_upgrade_of_the_others(sets: tuple[P
 
 def test_a_set_that_would_be_empty_is_refused(sets: tuple[Path, Path], pixels: NDArray[np.uint8]) -> None:
     everything = (some("train", pixels[:3], [0, 1, 0], "ab"), some("test", pixels[:10], [0, 1] * 5, "ab"))
-    with pytest.raises(UserError, match="all of them also in another split"):
+    with pytest.raises(UserError, match="all of them also in another split") as caught:
         remove_leaks(everything, find_overlaps(everything, everything))
+    assert "--csv FILE lists" in caught.value.hint
 
 
 def test_sets_of_other_sizes_are_never_equal(sets: tuple[Path, Path], synthetic_set: Path) -> None:
