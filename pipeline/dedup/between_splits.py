@@ -115,10 +115,12 @@ def remove_duplicates(
 def _without_duplicates(split: RawSplit, overlaps: Sequence[Overlap], report: str) -> RawSplit:
     listed = [overlap.source_index for overlap in overlaps if overlap.split == split.name]
     is_duplicate = np.isin(split.source_index, np.concatenate([np.empty(0, np.int64), *listed]))
-    if is_duplicate.all():
+    classes = len(np.unique(split.labels[~is_duplicate]))
+    if is_duplicate.any() and classes < (2 if split.name == "train" else 1):
+        which = "all but those of one class" if classes else "all of them"
         raise UserError(
-            found=f"a {split.name} split of {len(is_duplicate):,} images, all of them also in another split",
-            expected="at least one image that is in no other split",
+            found=f"a {split.name} split of {len(is_duplicate):,} images, {which} also in another split",
+            expected="at least one image, and training images of at least two classes, that are in no other split",
             hint=f"check whether the splits are copies of each other; {report} lists the images",
         )
     return split.select(np.flatnonzero(~is_duplicate)) if is_duplicate.any() else split

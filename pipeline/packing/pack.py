@@ -23,6 +23,7 @@ from pipeline.common.rng import PACKING_STREAM, iterate_permutation
 from pipeline.packing.journal import Journal, code_digest
 from pipeline.packing.output import OutputLocation, open_output
 from pipeline.readers.formats.csv import format_csv
+from pipeline.readers.naming import TRAIN
 from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards.atomic import write_file
 from shards.cli import plural
@@ -408,10 +409,12 @@ def _write_origins(split: RawSplit, directory: Path) -> tuple[RawFile, ...]:
 def _without(split: RawSplit, unreadable: Mapping[int, str]) -> RawSplit:
     """The split without the source indices that cannot be read."""
     readable = Bitmap([~np.isin(split.source_index, list(unreadable))])
-    if not len(readable):
+    is_empty = not len(readable)
+    if is_empty or (split.name == TRAIN and np.count_nonzero(split.select(readable).class_counts()) < 2):
+        images = "no readable image" if is_empty else "readable images of one class"
         raise UserError(
-            found=f"no readable image in the {split.name} split: {next(iter(unreadable.values()))}",
-            expected="at least one",
+            found=f"{images} in the {split.name} split: {next(iter(unreadable.values()))}",
+            expected="at least one, and training images of at least two classes",
             hint="check that the files are images (PNG, JPEG, WebP, BMP)",
         )
     return split.select(readable)

@@ -266,6 +266,12 @@ class TestParts:
             remove_duplicates(copies, find_duplicates(copies))
         assert "train split of 60 images" in caught.value.found
 
+    def test_one_class_that_is_left_is_refused(self, parts: tuple[RawSplit, ...]) -> None:
+        test = parts[1]
+        train = replace(parts[0], labels=(np.arange(100) >= 10).astype(np.int64))
+        with pytest.raises(UserError, match="all but those of one class also in another split"):
+            remove_duplicates((train, test), find_duplicates((train, test)))
+
     def test_repeated_train_images_are_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each names an earlier image: of two and three copies the first stays, also if they lie in several blocks."""
         monkeypatch.setattr(pipeline.dedup.near_duplicates, "_BLOCK", 32)
