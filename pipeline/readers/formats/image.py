@@ -29,6 +29,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _RECORD_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp"}  # DALI decodes them too
 _PNG_END = b"IEND\xaeB`\x82"
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 exchange height and width
+_PHOTOMETRIC = 0x0106  # of a TIFF; 0 if white is 0
 _GRAY_MODES = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I"}
 
 # Pillow warns of images beyond MAX_PIXELS, which are refused; as a warning it would only be printed.
@@ -136,8 +137,11 @@ def _open(content: bytes) -> Image.Image:
         raise CorruptFileError(f"of {height} x {width} pixels; an image may have 1 to {MAX_PIXELS:,} pixels")
     if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
         raise CorruptFileError(f"a TIFF of {pages} pages; an image file may have one")
-    if image.mode == "F":
-        raise CorruptFileError("its pixels are floats, whose range is unknown; convert them to 8 or 16 bits")
+    if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
+        pixels = "floats" if image.mode == "F" else "signed or of 32 bits"
+        raise CorruptFileError(f"its pixels are {pixels}, whose range is unknown; convert them to 8 or 16 bits")
+    if image.format == "TIFF" and image.mode.startswith("I;16") and image.getexif().get(_PHOTOMETRIC) == 0:
+        raise CorruptFileError("its 16 bits are 0 for white, which is not supported; convert it to 8 bits")
     return image
 
 

@@ -304,6 +304,13 @@ class TestTiff:
         page = Image.fromarray(COLOR)
         assert "a TIFF of 3 pages" in refused(picture(page, "TIFF", save_all=True, append_images=[page, page]))
         assert "floats" in refused(picture(Image.fromarray(GRAY[..., 0].astype(np.float32)), "TIFF"))
+        assert "32 bits" in refused(picture(Image.fromarray(GRAY[..., 0].astype(np.int32)), "TIFF"))
+
+    def test_of_sixteen_bits_from_white_is_refused(self) -> None:
+        content = picture(Image.fromarray(np.array([[0, 129, 65535]], np.uint16)), "TIFF")
+        photometric = struct.pack("<HHIH", 0x0106, 3, 1, 1)
+        assert content.count(photometric) == 1
+        assert "0 for white" in refused(content.replace(photometric, photometric[:-2] + b"\0\0"))
 
 
 def test_genuine_pictures_have_the_pixels_that_pillow_sees(shared_data: Path) -> None:
