@@ -38,13 +38,13 @@ _LABELS = "[N] integers or texts, or one-hot [N, classes] with a single 1 in eac
 
 @dataclass
 class _Arrays:
-    """The names of the arrays of a split, by kind, and their file."""
+    """The names of the arrays of a split, by kind, and the file of each."""
 
-    file: NpzFile
     names: dict[str, str] = field(default_factory=dict)
+    files: dict[str, NpzFile] = field(default_factory=dict)
 
     def get(self, kind: str) -> tuple[NDArray, str]:
-        return self.file.array(self.names[kind]), self.file.path_of(self.names[kind])
+        return self.files[kind].array(self.names[kind]), self.files[kind].path_of(self.names[kind])
 
 
 def read_npz(raw: Path, names: tuple[str, ...] = ()) -> tuple[RawSplit, ...]:
@@ -58,21 +58,22 @@ def read_npz(raw: Path, names: tuple[str, ...] = ()) -> tuple[RawSplit, ...]:
         UserError: If the arrays are damaged, missing or of another kind.
     """
     arrays = _find_arrays(raw)
-    names = names or _class_names(next(iter(arrays.values())).file)
+    names = names or _class_names(next(iter(next(iter(arrays.values())).files.values())))
     images = {split: _images(*of_split.get("images")) for split, of_split in arrays.items()}
     labels_by_name = {split: _labels(*of_split.get("labels"), names) for split, of_split in arrays.items()}
     classes, labels = number_labels(labels_by_name, raw, names)
     splits = []
     for split in in_split_order(arrays):
-        pixels, file = images[split], arrays[split].file
+        pixels, files = images[split], arrays[split].files
         if len(pixels) != len(labels[split]):
             raise UserError(
-                found=f"{len(pixels):,} images in {file.path} and {len(labels[split]):,} labels in the {split} split",
+                found=f"{len(pixels):,} images and {len(labels[split]):,} labels in the {split} split of {raw}",
                 expected="one label per image",
                 hint="save them again from arrays of one length",
             )
         read = partial(_read, pixels)
-        splits.append(RawSplit(split, classes, labels[split], pixels.shape[1:], False, read, file.records))
+        records = tuple(dict.fromkeys(record for file in files.values() for record in file.records))
+        splits.append(RawSplit(split, classes, labels[split], pixels.shape[1:], False, read, records))
     return tuple(splits)
 
 
@@ -87,10 +88,10 @@ def _find_arrays(raw: Path) -> dict[str, _Arrays]:
             if kind is None:
                 unused += [name] if name.lower() not in _CLASS_NAMES else []
                 continue
-            names = arrays.setdefault(split, _Arrays(file)).names
-            if kind in names:
-                raise _unclear(raw, f"{name} and {names[kind]}, both {kind} of the {split} split")
-            names[kind] = name
+            of_split = arrays.setdefault(split, _Arrays())
+            if kind in of_split.names:
+                raise _unclear(raw, f"{name} and {of_split.names[kind]}, both {kind} of the {split} split")
+            of_split.names[kind], of_split.files[kind] = name, file
         if not arrays:
             raise _unclear(raw, f"the arrays {some_of(file.names)}" if file.names else "no array")
     for split, of_split in arrays.items():
