@@ -225,7 +225,7 @@ def _encode_pixels(value: list) -> bytes:
         pixels = pixels.reshape(side, side)
     if pixels.ndim == 1:
         return pixels.tobytes()
-    if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
+    if pixels.ndim > 3 or pixels.shape[2:] not in ((), (1,), (3,)):
         raise ValueError(f"pixels {list(pixels.shape)}, not [H, W], [H, W, 1] or [H, W, 3]")
     return encode_png(pixels)
 
@@ -257,7 +257,8 @@ def _find_columns(schema: arrow.Schema, path: Path, image_column: str, label_col
         (images, image_column, usual, "images as bytes", "--image-column"),
         (labels, label_column, usual_labels, "labels, integers or texts", "--label-column"),
     ):
-        matching = [name for name in ((requested,) if requested else names) if columns.count(name) == 1]
+        unique = {name for name in columns if schema.names.count(name) == 1}
+        matching = [name for name in ((requested,) if requested else names) if name in unique]
         if not matching:
             raise UserError(
                 found=f"{path}, with the columns {some_of([f'{each.name} ({each.type})' for each in schema])}",
@@ -267,7 +268,8 @@ def _find_columns(schema: arrow.Schema, path: Path, image_column: str, label_col
         found.append(matching[0])
     image, label = found
     others = [each.name for each in schema if _is_scalar(each.type) and each.name not in (label, "row", "path")]
-    return _Columns(image, label, _class_names(schema, label), tuple(others))
+    once = tuple(name for name in others if schema.names.count(name) == 1)
+    return _Columns(image, label, _class_names(schema, label), once)
 
 
 def _value_type(kind: arrow.DataType) -> arrow.DataType:

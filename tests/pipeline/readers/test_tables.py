@@ -82,6 +82,13 @@ class TestNpz:
             npz(tmp_path / f"{name}.npz", {"x": GRAY, "y": LABELS})
         assert [part.name for part in load("npz", tmp_path)] == ["train", "test", "val"]
 
+    def test_images_and_labels_of_a_part_may_lie_in_two_files(self, tmp_path: Path) -> None:
+        npz(tmp_path / "train.npz", {"x": GRAY, "y": LABELS, "x_test": GRAY[::-1]})
+        npz(tmp_path / "test.npz", {"y": LABELS})
+        train, test = load("npz", tmp_path)
+        np.testing.assert_array_equal(read_all(test), read_all(train)[::-1])
+        assert [file.name for file in test.files] == ["test.npz", "train.npz"]
+
     def test_the_only_file_of_a_directory(self, tmp_path: Path) -> None:
         npz(tmp_path / "mnist.npz", KERAS)
         assert [part.name for part in load("npz", tmp_path)] == ["train", "test"]
@@ -527,7 +534,7 @@ class TestParquetTypes:
         path = write_parquet(tmp_path / "a.parquet", arrow.table({"image": PICTURES[:2], "label": column}))
         assert f"{path} {words}" in refusal(lambda: load("parquet", path)).found
 
-    @pytest.mark.parametrize("pixels", [[[1.5]], [[256]], [[-1]], [[[1, 2]]]], ids=str)
+    @pytest.mark.parametrize("pixels", [[[1.5]], [[256]], [[-1]], [[[1, 2]]], [[[[1]]]]], ids=str)
     def test_pixels_that_are_none_are_refused_by_row(self, tmp_path: Path, pixels: list) -> None:
         table = arrow.table({"image": arrow.array([pixels] * 2), "label": ["a", "b"]})
         path = write_parquet(tmp_path / "a.parquet", table)
@@ -541,6 +548,11 @@ class TestParquetTypes:
             "site": ["x", "", "y"],
             "age": ["1", "2", "3"],
         }
+
+    def test_further_columns_of_one_name_are_left_out(self, tmp_path: Path) -> None:
+        table = arrow.table([PICTURES[:2], [0, 1], ["x", "y"], [1, 2]], names=["image", "label", "note", "note"])
+        (train,) = load("parquet", write_parquet(tmp_path / "a.parquet", table))
+        assert (train.labels.tolist(), dict(train.columns)) == ([0, 1], {})
 
 
 class TestSplitsInFileNames:
