@@ -97,7 +97,11 @@ def find_images(
             both = f"{printable(tables[split].name)} and {printable(name)}"
             raise _unclear(f"two tables of the {split} split, {both}", "one table")
         try:
-            tables[split] = _read_labels(index, name, image_column, label_column)
+            labels = _read_labels(index, name, image_column, label_column)
+            if is_unnamed and not (image_column or label_column) and _describes_classes(labels, index, top):
+                unused.append(name)
+            else:
+                tables[split] = labels
         except UserError:
             if (split == TRAIN and not is_unnamed) or image_column or label_column:
                 raise
@@ -190,6 +194,14 @@ def _read_labels(index: _ImageIndex, name: str, image_column: str, label_column:
     usual = usual or (rest if len(rest) == 1 else [])
     table.column([label_column] if label_column else usual or _LABEL_COLUMNS[:3], "labels", "--label-column")
     return _Labels(name, table, image, label_column.lower() or usual[0])
+
+
+def _describes_classes(labels: _Labels, index: _ImageIndex, top: str) -> bool:
+    """Whether a table beside class directories has too few rows, without extensions, to be one of their images."""
+    paths = labels.table.column([labels.image], "")
+    directories = {name.rpartition("/")[0] for name in index.images}
+    in_directories = len(directories) > 1 and top.rstrip("/") not in directories
+    return in_directories and 2 * len(paths) < len(index.images) and not any(map(is_image, paths))
 
 
 def _directories_of(name: str) -> tuple[str, ...]:

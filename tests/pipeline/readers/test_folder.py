@@ -287,6 +287,20 @@ class TestTables:
         assert folder(write_tree(tmp_path / "two", {**CLASSES, "x.csv": notes}))[0].classes == ("cat", "dog")
         assert "not used: x.csv" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("column", ["name", "class"])
+    def test_a_table_of_the_classes_is_not_one_of_their_images(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str
+    ) -> None:
+        images = {
+            f"{kind}/{n}.png": picture(pixels(seed=n))
+            for first, kind in ((0, "cat"), (5, "dog"))
+            for n in range(first, first + 5)
+        }
+        classes = table(("id", column), ("0", "Cat"), ("1", "Dog"))
+        (train,) = folder(write_tree(tmp_path, {**images, "classes.csv": classes}))
+        assert (train.classes, train.class_counts().tolist()) == (("cat", "dog"), [5, 5])
+        assert "not used: classes.csv" in capsys.readouterr().err
+
     def test_images_that_no_table_lists_are_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.listed(tmp_path, labels=table(("path", "label"), ("3.png", "a"), ("x/1.png", "b")))
         assert "not used: 1 images that no table lists (x/2.png)" in capsys.readouterr().err
