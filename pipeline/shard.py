@@ -13,6 +13,7 @@ import argparse
 import difflib
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ class Command:
         check_ranges(arguments)
         source, variant = choose_source(arguments)
         self._source = source
-        self._options, recorded = source_options(arguments, source, self._find_raw(), variant)
+        options, recorded = source_options(arguments, source, self._find_raw(), variant)
         self._files = arguments.name or arguments.raw
         dataset = re.split(r"[.?#]", Path(self._files).name)[0] or source.name if source.generic else source.name
         dataset = printable(dataset)  # the name of the files may have control characters
@@ -247,6 +248,7 @@ class Command:
         self._name = f"{dataset}-{variant}" if variant else dataset
         out = arguments.out or f"data/shards/{self._name}"
         self._out: Path | str = out if is_remote(out) else resolve_dataset(out)
+        self._options = replace(options, out=self._out if isinstance(self._out, Path) else None)
         self._settings = PackSettings(
             dataset=dataset,
             variant=variant,

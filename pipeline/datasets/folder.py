@@ -15,7 +15,8 @@ columns of a table are kept (for --stratify, for instance).
 
 A compressed tar is decompressed once, into a temporary file (TMPDIR) of the size of its content; a zip and a plain tar
 are read in place. The manifest records the SHA-256 of an archive or a CSV table. For a directory, whose images are read
-once for this purpose, it records the SHA-256 of the output of `sha256sum` for the images of a split in natural order.
+once for this purpose, it records the SHA-256 of the output of `sha256sum` for the images of a split, in the order
+of their table or else in natural order.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pipeline.readers.raw_split import RawSplit, SourceOptions
 
 
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
-    tree = open_tree_of_images(options.raw)
+    tree = open_tree_of_images(options)
     listings = find_images(tree, options.image_column, options.label_column, options.skip_bad)
     classes, labels = number_labels({split: listing.labels for split, listing in listings.items()}, tree.path)
     splits = [

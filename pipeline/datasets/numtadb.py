@@ -30,7 +30,7 @@ _PAGE = "https://www.kaggle.com/BengaliAI/numta"
 def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
     if not options.raw.exists():
         raise _missing(f"no such file or directory: {options.raw}")
-    tree = open_tree_of_images(options.raw)
+    tree = open_tree_of_images(options)
     tables: dict[str, list[str]] = defaultdict(list)
     digits: dict[str, list[str]] = defaultdict(list)
     columns: dict[str, dict[str, list[str]]] = {split: defaultdict(list) for split in REQUIRED_SPLITS}

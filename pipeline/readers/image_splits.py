@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -67,12 +66,13 @@ class ImageSplit:
     columns: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
 
 
-def open_tree_of_images(path: Path) -> FileTree:
+def open_tree_of_images(options: SourceOptions) -> FileTree:
     """Open a directory or archive of images.
 
     Raises:
         UserError: If it does not exist or is damaged.
     """
+    path = options.raw
     if not path.exists():
         raise UserError(
             found=f"no such file or directory: {path}",
@@ -92,7 +92,7 @@ def open_tree_of_images(path: Path) -> FileTree:
         expected="images in a directory, a zip, or a tar (uncompressed, or by gzip, bzip2 or xz)",
         hint="get the archive again, or unpack it and name the directory with --raw",
     ):
-        return open_tree(path)
+        return open_tree(path, options.out)
 
 
 def split_of_tree(
@@ -119,7 +119,8 @@ def split_of_tree(
         labels=labels,
         read=lambda number: tree.read(names[number]),
         path_of=lambda number: tree.path_of(names[number]),
-        files=archive or tuple(RawContent(name, tree.path_of(name), tree.read(name)).record() for name in tables),
+        files=archive
+        or tuple(RawContent(printable(name), tree.path_of(name), tree.read(name)).record() for name in tables),
         hashed_as="" if archive else f"pictures of {tree.path.name}",
         names=names,
         columns={name: text_column(values) for name, values in {"path": names, **columns}.items()},

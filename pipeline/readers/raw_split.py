@@ -219,6 +219,7 @@ class SourceOptions:
         image_column: The column of paths or images in a table; empty to detect it.
         label_column: The column of labels in a table; empty to detect it.
         skip_bad: Whether rows of a table and files that cannot be used are skipped with a warning.
+        out: The directory that is written; it is not read if it is inside `raw`.
     """
 
     raw: Path
@@ -230,3 +231,4 @@ class SourceOptions:
     image_column: str = ""
     label_column: str = ""
     skip_bad: bool = False
+    out: Path | None = None

@@ -54,12 +54,19 @@ class FileTree(ABC):
 
 
 class DirectoryTree(FileTree):
-    """A directory. Symbolic links in it are followed."""
+    """A directory. Symbolic links in it are followed.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The directory.
+        out: A directory that is not read if it is inside, because it is the output; nor do those around it count.
+    """
+
+    def __init__(self, path: Path, out: Path | None = None) -> None:
         directories: list[str] = []
-        super().__init__(path, natural_order(_walk(path, "", frozenset(), directories)))
-        self.directories = directories
+        top, skipped = (Path(os.path.realpath(each)).as_posix() for each in (path, out or path))
+        inner_out = skipped.removeprefix(f"{top}/")
+        super().__init__(path, natural_order(_walk(path, "", frozenset(), directories, inner_out)))
+        self.directories = [name for name in directories if not f"{inner_out}/".startswith(f"{name}/")]
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         return read_file(self.path / name, max_bytes)
@@ -95,10 +102,12 @@ def inner_name(name: str) -> str | None:
     return "/".join(component for component in components if component)
 
 
-def _walk(directory: Path, prefix: str, above: frozenset[tuple[int, int]], directories: list[str]) -> list[str]:
+def _walk(
+    directory: Path, prefix: str, above: frozenset[tuple[int, int]], directories: list[str], skipped: str
+) -> list[str]:
     """The files below a directory, with a prefix. above: device and inode of the directories around it.
 
-    Appends the directories below it to `directories`.
+    Appends the directories below it to `directories`, except for one that is skipped.
     """
     names = []
     try:
@@ -112,11 +121,11 @@ def _walk(directory: Path, prefix: str, above: frozenset[tuple[int, int]], direc
             )
         with os.scandir(directory) as entries:
             for entry in entries:
-                if is_hidden(entry.name):
+                if is_hidden(entry.name) or prefix + entry.name == skipped:
                     continue
                 if entry.is_dir():
                     directories.append(prefix + entry.name)
-                    names += _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {identity}, directories)
+                    names += _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {identity}, directories, skipped)
                 # A broken link is listed, so that reading reports it. Devices and pipes are not.
                 elif entry.is_file() or not os.path.exists(entry.path):
                     names.append(prefix + entry.name)

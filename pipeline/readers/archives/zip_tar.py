@@ -121,15 +121,15 @@ class TarTree(FileTree):
         return self._file.read(offset, size)
 
 
-def open_tree(path: Path) -> FileTree:
-    """Open a directory or an archive, whose kind is recognized by its first bytes.
+def open_tree(path: Path, out: Path | None = None) -> FileTree:
+    """Open a directory, without the output in it, or an archive, whose kind is recognized by its first bytes.
 
     Raises:
         UserError: If the path does not exist or may not be read.
         CorruptFileError: If the file is damaged or not an archive.
     """
     if path.is_dir():
-        return DirectoryTree(path)
+        return DirectoryTree(path, out)
     try:
         with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"
