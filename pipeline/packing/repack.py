@@ -18,6 +18,7 @@ from shards.manifest import SPLITS, VALIDATION, Manifest, has_split, manifest_pa
 from shards.open import open_split
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
+from shards.stores.image_header import MAX_BYTES
 from shards.stores.split_files import SplitFiles
 
 
@@ -120,7 +121,9 @@ def _read_origins(
     """The columns of `origins.csv` in the order of source indices, empty if a split has no such file."""
     if ORIGINS not in {file.name for file in manifest.files}:
         return {}
+    limit = csv.field_size_limit(MAX_BYTES)  # of a Parquet table, a text may be longer than the default
     names, *lines = csv.reader(io.StringIO(files.read_all(ORIGINS).decode("utf-8"), newline=""))
+    csv.field_size_limit(limit)
     lines.sort(key=lambda line: int(line[0]))
     assert [int(line[0]) for line in lines] == source_index.tolist(), "origins.csv lists every row once"
     return {name: np.array([line[column] for line in lines]) for column, name in enumerate(names) if column}

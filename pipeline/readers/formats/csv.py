@@ -12,9 +12,7 @@ from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.naming import some_of
 from shards.cli import plural
 from shards.errors import UserError, printable
-from shards.stores.image_header import MAX_BYTES
 
-csv.field_size_limit(MAX_BYTES)  # the default is 128 KiB
 _SEPARATORS = ",;\t"
 _NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?")
 

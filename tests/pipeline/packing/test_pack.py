@@ -234,7 +234,7 @@ class TestUnreadable:
 
 def test_origins_tell_where_each_picture_came_from(tmp_path: Path) -> None:
     train, test = synthetic_splits(train=40)
-    paths = np.array([f'odd "name", {row}.png' for row in range(39)] + ["long " * 30_000])
+    paths = np.array([f'odd "name", {row}.png' for row in range(40)])
     chosen = replace(train, columns={"path": paths}).select(np.arange(39, -1, -3))
     packed((chosen, test), tmp_path / "out")
     store = open_split(tmp_path / "out", "train")
@@ -242,9 +242,15 @@ def test_origins_tell_where_each_picture_came_from(tmp_path: Path) -> None:
     assert [int(line["row"]) for line in lines] == sorted(store.rows.tolist()) == list(range(0, 40, 3))
     assert [line["path"] for line in lines] == paths[::3].tolist()
     assert check_split(tmp_path / "out/train")[1] == []
-    assert packed_splits(tmp_path / "out")[0].columns["path"].tolist() == paths[::3].tolist()
     (tmp_path / "out/train/origins.csv").write_text("row,path\n")
     assert any("origins.csv" in fault for fault in check_split(tmp_path / "out/train")[1])
+
+
+def test_long_texts_are_read_from_a_pack(tmp_path: Path) -> None:
+    train, test = synthetic_splits(train=9)
+    notes = np.array(["long " * 30_000, *"abcdefgh"])
+    packed((replace(train, columns={"note": notes}), test), tmp_path / "out")
+    assert packed_splits(tmp_path / "out")[0].columns["note"].tolist() == notes.tolist()
 
 
 @pytest.mark.parametrize(
