@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.base import DatasetSource
+from pipeline.readers.archives.file_trees import is_hidden
 from pipeline.readers.formats.npz import NpzFile
 from pipeline.readers.naming import TRAIN, class_name, in_split_order, natural_order, number_labels, some_of, warn
 from pipeline.readers.raw_split import RawSplit
@@ -110,7 +111,7 @@ def _files(raw: Path) -> list[tuple[Path, str]]:
         if not raw.exists():
             raise _unclear(raw, "nothing")
         return [(raw, TRAIN)]
-    names = natural_order(path.name for path in raw.glob("*.npz"))
+    names = natural_order(path.name for path in raw.glob("*.npz") if not is_hidden(path.name))
     splits = {name: splits_in(Path(name).stem) for name in names}
     named = [(raw / name, min(found)) for name, found in splits.items() if len(found) == 1]
     if len({split for _, split in named}) < len(named):

@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.datasets.base import DatasetSource
+from pipeline.readers.archives.file_trees import is_hidden
 from pipeline.readers.image_splits import TABLE_OPTIONS, image_splits
 from pipeline.readers.naming import TRAIN, in_split_order, natural_order, some_of
 from pipeline.readers.raw_split import RawSplit, SourceOptions
@@ -60,7 +61,7 @@ def _find_files(raw: Path) -> dict[str, list[Path]]:
             return {TRAIN: [raw]}
         raise _unclear(f"no such file or directory: {raw}")
     paths = (path for path in raw.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
-    names = natural_order(path.relative_to(raw).as_posix() for path in paths)
+    names = natural_order(name for path in paths if not is_hidden(name := path.relative_to(raw).as_posix()))
     if not names:
         raise _unclear(f"no {_ENDINGS[0]} file in {raw}")
     files: dict[str, list[Path]] = {}

@@ -556,6 +556,15 @@ class TestParquetTypes:
 
 
 class TestSplitsInFileNames:
+    def test_files_of_an_operating_system_are_not_read(self, tmp_path: Path) -> None:
+        """AppleDouble files, which lie beside each file on a medium that macOS has written."""
+        (tmp_path / "npz").mkdir()
+        npz(tmp_path / "npz" / "train.npz", KERAS)
+        write_parquet(tmp_path / "parquet" / "train.parquet", plain_table())
+        for kind in ("npz", "parquet"):
+            (tmp_path / kind / f"._train.{kind}").write_bytes(b"\0\5\x16\7")
+            assert load(kind, tmp_path / kind)[0].name == "train"
+
     @pytest.mark.parametrize("name", ["birds-validation-00.parquet", "val.parquet", "x_dev_1.parquet", "dev/0.PARQUET"])
     def test_validation_is_not_trained_on(self, tmp_path: Path, name: str) -> None:
         write_parquet(tmp_path / "birds-train-00.parquet", plain_table())
