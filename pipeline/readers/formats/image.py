@@ -91,10 +91,17 @@ def make_record(content: bytes) -> EncodedImage:
     with _decoder_errors():
         image = _open(content)
         extension = _RECORD_EXTENSIONS.get(image.format or "")
-        if extension and read_image_header(content).plain:
+        if extension and _is_plain(content):
             _load(image, content)
             return EncodedImage(content, extension)
         return EncodedImage(encode_png(decode(content, 1 if _is_gray(image) else 3, None)), "png")
+
+
+def _is_plain(content: bytes) -> bool:
+    try:
+        return read_image_header(content).plain
+    except ValueError:  # a variant that only Pillow reads
+        return False
 
 
 def encode_png(pixels: NDArray[np.uint8], compress_level: int = 6) -> bytes:

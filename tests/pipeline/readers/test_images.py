@@ -272,6 +272,13 @@ class TestRecords:
         shown = decode(picture(image, kind), image.shape[2], None)
         np.testing.assert_array_equal(image_header.decode(record.content, image.shape[2]), shown)
 
+    def test_a_bmp_of_another_header_becomes_png(self) -> None:
+        bmp = picture(COLOR, "BMP")
+        content = bmp[:2] + struct.pack("<IIIIHHHH", len(bmp) - 28, 0, 26, 12, 8, 8, 1, 24) + bmp[54:]
+        record = make_record(content)
+        assert record.extension == "png"
+        np.testing.assert_array_equal(image_header.decode(record.content, 3), COLOR)
+
     def test_transparency_becomes_white(self) -> None:
         clear = np.concatenate([COLOR, np.full((8, 8, 1), 255, np.uint8)], axis=2)
         clear[3, 3, 3] = 0
