@@ -125,7 +125,8 @@ def _exclude(splits: dict[str, RawSplit], table: CsvTable) -> dict[str, RawSplit
         place = places.get(name, {}).get(row)
         true = None if place is None else splits[name].classes[splits[name].labels[place]]
         # Tables have an apostrophe before a text that a spreadsheet would run as a formula (`format_csv`).
-        if place is None or (label is not None and label.removeprefix("'") != str(true).removeprefix("'")):
+        # Tables are read without outer blanks.
+        if place is None or (label is not None and _as_read(label) != _as_read(str(true))):
             what = "which is no image" if place is None else f"listed as {label} but labelled {true}"
             raise UserError(
                 found=f"{table.line(line)}: row {row} of the {name} split, {what}",
@@ -141,6 +142,10 @@ def _exclude(splits: dict[str, RawSplit], table: CsvTable) -> dict[str, RawSplit
                 hint="omit --exclude, or remove lines from the table",
             )
     return {name: split.select(Bitmap([keep[name]])) for name, split in splits.items()}
+
+
+def _as_read(label: str) -> str:
+    return label.strip().removeprefix("'").strip()
 
 
 def _choose(

@@ -232,6 +232,26 @@ def images(tmp_path: Path) -> Path:
     return write_tree(tmp_path / "raw", {f"{n % 2}/{n}.png": picture(pixels(seed=n)) for n in range(8)})
 
 
+@pytest.mark.parametrize("out", ["", "packed/set", "packed"])
+def test_the_output_may_be_inside_the_raw_files(
+    command: Command, images: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(images)
+    options = ("--raw", ".", "--test-fraction", 0.5, *(("--out", out) if out else ()))
+    for force in ((), ("--force",)):
+        assert command("folder", *options, *force).returncode == 0
+        (packed,) = {path.parent.parent for path in images.rglob("train/manifest.json")}
+        assert open_split(packed, "train").manifest.classes == ("0", "1")
+        (packed / "preview.png").write_bytes(picture(pixels()))
+
+
+def test_one_class_of_readable_images_is_not_packed(command: Command, images: Path, tmp_path: Path) -> None:
+    for path in (images / "1").iterdir():
+        path.write_bytes(path.read_bytes()[:-20])
+    ended = command("folder", "--raw", images, "--out", tmp_path / "out", "--test-fraction", 0.5, "--skip-bad")
+    assert_user_error(ended, "readable images of one class in the train split")
+
+
 class TestExclude:
     """`--exclude FILE` leaves out the images that a table lists."""
 
@@ -276,6 +296,13 @@ class TestExclude:
         other = train.manifest.classes[1 - train.labels[0]]
         table = f"part,row,label\ntrain,{train.rows[0]},{other}\n"
         assert_user_error(self.pack(command, images, table), f"listed as {other} but labelled")
+
+    def test_labels_are_compared_without_outer_blanks(self, command: Command, images: Path, tmp_path: Path) -> None:
+        (images / "1").rename(images / " 1 ")
+        command("folder", "--raw", images, "--out", tmp_path / "all", "--test-fraction", 0.5)
+        train = open_split(tmp_path / "all", "train")
+        row = train.rows[train.labels == train.manifest.classes.index(" 1 ")][0]
+        assert self.pack(command, images, f"part,row,label\ntrain,{row}, 1 \n").returncode == 0
 
     def test_a_split_keeps_an_image(self, command: Command, images: Path, tmp_path: Path) -> None:
         command("folder", "--raw", images, "--out", tmp_path / "all", "--test-fraction", 0.5)
