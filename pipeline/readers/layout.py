@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -143,7 +144,8 @@ class _ImageIndex:
 
     def __init__(self, tree: FileTree) -> None:
         self.tree = tree
-        self._root = f"{tree.path.absolute()}/"
+        absolute = tree.path.absolute()
+        self._roots = [f"{root}/" for root in (absolute, os.path.normpath(absolute), os.path.realpath(absolute))]
         self.images = dict.fromkeys(filter(is_image, tree.names))
         self._by_base: dict[str, list[str]] = defaultdict(list)
         for name in self.images:
@@ -157,7 +159,9 @@ class _ImageIndex:
         Raises:
             ValueError: If the path leads out of the tree.
         """
-        inner = inner_name(path.removeprefix(self._root))
+        for root in self._roots:
+            path = path.removeprefix(root)
+        inner = inner_name(path)
         if inner is None:
             raise ValueError(path)
         for directory in directories:
@@ -254,7 +258,7 @@ def locate(tree: FileTree, table: CsvTable, paths: Iterable[str], directories: I
         quoted, inner = repr(printable(path)), inner_name(path)
         name = inner and next((directory + inner for directory in directories if directory + inner in images), None)
         if inner is None:
-            problems.append((row, f"the path {quoted}, which leads out of the directory"))
+            problems.append((row, _unusable_path(path)))
         elif name is None:
             problems.append((row, f"the path {quoted}, where no image is"))
         elif name in seen:
@@ -303,7 +307,7 @@ def _by_tables(index: _ImageIndex, top: str, tables: dict[str, _Labels], skip_ba
             try:
                 found = index.find(path, (*_directories_of(labels.name), top))
             except ValueError:
-                problems.append((row, f"the path {quoted}, which leads out of the directory"))
+                problems.append((row, _unusable_path(path)))
                 continue
             of_row = split_named(splits[row]) if splits else split
             if not found:
@@ -327,6 +331,10 @@ def _by_tables(index: _ImageIndex, top: str, tables: dict[str, _Labels], skip_ba
     if TRAIN not in listings:
         raise _unclear(f"no row of the train split in {index.tree.path}", "rows for training")
     return listings
+
+
+def _unusable_path(path: str) -> str:
+    return f"the path {printable(path)!r}, which leads out of the directory" if path else "no path"
 
 
 def _report_rows(table: CsvTable, problems: list[tuple[int, str]], skip_bad: bool | None = None) -> None:
@@ -404,7 +412,7 @@ def _holds_image(tree: FileTree, name: str) -> bool:
 
 
 def _hold_directories(names: list[str], top: str, firsts: Iterable[str]) -> bool:
-    """Whether there are directories in these directories: a class may be named `train`."""
+    """Whether there are directories in these directories; without any, `train` is the name of a class."""
     prefixes = tuple(f"{top}{first}/" for first in firsts)
     return any(name.startswith(prefixes) and name[len(top) :].count("/") > 1 for name in names)
 
