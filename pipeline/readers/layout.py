@@ -64,7 +64,8 @@ def find_images(
 
     A directory that contains everything else, as in many archives, is skipped. A CSV table of any name counts if it is
     at the top, or at the top of the directory of a split, and has a column of images and one of labels. Without such a
-    table the directories count.
+    table the directories count. A short table of names without extensions beside them may describe the classes; only
+    `train.csv` and `labels.csv` and their like, or the options, make it a table of images.
 
     Args:
         tree: The directory or archive.
