@@ -66,9 +66,10 @@ def read_npz(raw: Path, names: tuple[str, ...] = ()) -> tuple[RawSplit, ...]:
     splits = []
     for split in in_split_order(arrays):
         pixels, files = images[split], arrays[split].files
+        path = files["images"].path
         if len(pixels) != len(labels[split]):
             raise UserError(
-                found=f"{len(pixels):,} images and {len(labels[split]):,} labels in the {split} split of {raw}",
+                found=f"{len(pixels):,} images in {path} and {len(labels[split]):,} labels in the {split} split",
                 expected="one label per image",
                 hint="save them again from arrays of one length",
             )
