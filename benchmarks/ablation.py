@@ -252,9 +252,9 @@ class Ablation:
             settings = variant.make_config(self.plan, 0, self.shards, self._teachers)
             if settings.data.val_fraction == 0 and not has_split(self.shards, VALIDATION):
                 raise UserError(
-                    found=f"{variant.name} with data.val_fraction=0, and no val split in {self.shards}",
+                    found=f"variant {variant.name}: data.val_fraction=0, and {self.shards} has no val split",
                     expected="a validation split, which selects the epoch",
-                    hint="data.val_fraction=0.1",
+                    hint="add data.val_fraction=0.1 to the command, or pack a val split",
                 )
 
     def run(self) -> bool:

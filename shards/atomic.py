@@ -436,7 +436,7 @@ class Replacement:
             raise UserError(
                 found=f"{self._target}: {error.strerror}",
                 expected="a directory that can be replaced, and that no other process writes",
-                hint=f"use the result, which is complete, where it is now: {quote(kept)}",
+                hint=f"the complete result is in {quote(kept)}: use it there, or move it to a free path",
             ) from None
         sync_directory(self._target.parent)
 

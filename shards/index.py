@@ -269,7 +269,7 @@ def _scan_split(paths: list[Path], directory: Path, split: str) -> list[_Scan]:
         raise MismatchError(
             found=f"{directory}: {repeated[0]} as the row (.row) of several records",
             expected="a different row for each record of a split",
-            hint="number the images through, or write the shards without the component row",
+            hint="give each image of the split its own number, or write the shards without .row files",
         )
     return scans
 

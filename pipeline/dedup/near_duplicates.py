@@ -50,9 +50,9 @@ _SAME = 0.004
 _RANKS = (8, 128)
 _SAMPLE = 8192
 _UNRELATED = 2.0  # squared distance of orthogonal embeddings
-_BLOCK = 1024  # images per task of a process, unless they have
-_BLOCK_BYTES = 8 << 20  # more bytes
-_FILE_BYTES = 1 << 18  # assumed, of an image file
+_BLOCK = 1024  # most images of a task of a process
+_BLOCK_BYTES = 8 << 20  # most bytes of them
+_FILE_BYTES = 1 << 18  # assumed size of an image file
 
 
 @dataclass(frozen=True)

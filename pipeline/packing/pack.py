@@ -71,7 +71,7 @@ class PackSettings:
 
     @classmethod
     def like(cls, manifest: Manifest, options: Mapping[str, str | int | float]) -> PackSettings:
-        """Return the settings of another pack of the same images: with other options, but size, fit and color."""
+        """Return settings to pack images of a pack again, with other options; store, size, fit and color are kept."""
         kept = {name: manifest.options[name] for name in ("size", "fit", "color") if name in manifest.options}
         return cls(
             *(manifest.dataset, manifest.variant, manifest.block_size, manifest.seed, manifest.store),
@@ -411,10 +411,10 @@ def _without(split: RawSplit, unreadable: Mapping[int, str]) -> RawSplit:
     readable = Bitmap([~np.isin(split.source_index, list(unreadable))])
     is_empty = not len(readable)
     if is_empty or (split.name == TRAIN and np.count_nonzero(split.select(readable).class_counts()) < 2):
-        images = "no readable image" if is_empty else "readable images of one class"
+        images = "no readable image" if is_empty else "only readable images of one class"
         raise UserError(
-            found=f"{images} in the {split.name} split: {next(iter(unreadable.values()))}",
-            expected="at least one, and training images of at least two classes",
+            found=f"{images} in the {split.name} split; an unreadable one: {next(iter(unreadable.values()))}",
+            expected="at least one readable image, and training images of at least two classes",
             hint="check that the files are images (PNG, JPEG, WebP, BMP)",
         )
     return split.select(readable)

@@ -64,8 +64,9 @@ def find_images(
 
     A directory that contains everything else, as in many archives, is skipped. A CSV table of any name counts if it is
     at the top, or at the top of the directory of a split, and has a column of images and one of labels. Without such a
-    table the directories count. A short table of names without extensions beside them may describe the classes; only
-    `train.csv` and `labels.csv` and their like, or the options, make it a table of images.
+    table the directories count. A table beside class directories is ignored if it has fewer than half as many rows as
+    there are images, and paths without the extension of an image: it may describe the classes. Names such as
+    `train.csv` and `labels.csv`, or the options, make it a table of images.
 
     Args:
         tree: The directory or archive.
@@ -202,7 +203,7 @@ def _read_labels(index: _ImageIndex, name: str, image_column: str, label_column:
 
 
 def _describes_classes(labels: _Labels, index: _ImageIndex, top: str) -> bool:
-    """Whether a table beside class directories has too few rows, without extensions, to be one of their images."""
+    """Whether a table beside class directories may describe the classes, because it lists too few images."""
     paths = labels.table.column([labels.image], "")
     directories = {name.rpartition("/")[0] for name in index.images}
     in_directories = len(directories) > 1 and top.rstrip("/") not in directories

@@ -50,7 +50,7 @@ def resolve_local(address: str) -> Path:
         raise UserError(
             found=f"{address}, which is not on this machine",
             expected="a local directory",
-            hint="name one; copy its files from or to the address with the tool of the storage, such as aws s3 sync",
+            hint="use a local directory; transfer the files with the tool of the storage, such as aws s3 sync",
         )
     return _local_path(address)
 
@@ -236,8 +236,8 @@ def _download_set(
     with open_entry("sets", key, _directory_name(first.name)) as entry:
         if whole and is_read_on_demand(entry):
             raise UserError(
-                found=f"{storage.shown}, the files of which another process fetches and evicts",
-                expected="a copy in the cache that stays as it is",
+                found=f"{storage.shown}, which another process reads on demand",
+                expected="a complete copy in the cache that no process changes",
                 hint=f"wait for that process to end, or use another cache: export {DIRECTORY_VARIABLE}=DIR",
             )
         _download_into(entry, storage, files, sum(file.bytes for file in everything), on_demand, advice)

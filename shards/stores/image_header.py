@@ -43,7 +43,7 @@ class ImageHeader:
         gray: Whether the image has no color.
         plain: Whether every decoder gives the same pixels: only the common variants of each format, without alpha, and
             complete. DALI decodes others differently from Pillow (CMYK without an Adobe marker, gamma), or not at all
-            (WebP with EXIF), or do not rotate them (by XMP).
+            (WebP with EXIF), or does not rotate them (by XMP).
     """
 
     height: int

@@ -177,7 +177,7 @@ def test_the_numtadb_plan_has_the_rows_of_the_published_table() -> None:
 
 def test_a_plan_needs_validation_images(digits_set: Path, tmp_path: Path) -> None:
     plan = read_plan(write_plan(tmp_path / "ours.yaml", [], SMALL), ["data.val_fraction=0"])
-    with pytest.raises(UserError, match="no val split"):
+    with pytest.raises(UserError, match="has no val split"):
         Ablation(plan, digits_set, 1, RunRecords(tmp_path / "ours.jsonl"), tmp_path / "teachers")
 
 

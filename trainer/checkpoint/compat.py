@@ -71,7 +71,7 @@ def _settings_error(
     recipe, saved = config.recipe(), _saved_recipe(state)
     before = " ".join(_override(name, saved[name]) for name in names)
     if fixed:
-        other = f"as {' or '.join(sorted(fixed))} cannot change"
+        other = f"as {' and '.join(sorted(fixed))} cannot change"
     return UserError(
         found=f"{' '.join(_override(name, recipe[name]) for name in names)}, resuming {path}",
         expected=f"the settings of the checkpoint: {before}",

@@ -113,8 +113,8 @@ def choose_run_dir(config: Config, earlier: Path | None = None) -> tuple[RunDire
         is_run = earlier is not None or directory.config.exists()
         if directory.has_only_weights():
             raise UserError(
-                found=f"run.dir={path}, which holds weights but no checkpoint to resume: it was pulled or combined, or "
-                "the disk was full",
+                found=f"run.dir={path}, which holds weights but no checkpoint to resume: the run was downloaded or "
+                "combined, or the disk was full",
                 expected=f"a run with checkpoints/{checkpoint.LAST}, or a new directory",
                 hint=f"choose another run.dir; {quote(f'model.init_checkpoint={directory.best}')} starts from these "
                 "weights, if they are those of one network",

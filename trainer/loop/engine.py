@@ -95,8 +95,7 @@ def _replace_lost_best(training: Training, checkpointer: Checkpointer) -> None:
         epoch = training.world.run_on_main(lambda: checkpointer.best().epoch)
         if 0 < state.best_epoch < epoch:
             log.warning(
-                "%s has epoch %d, which the resumed checkpoint does not know; it is replaced by the best of the epochs "
-                "from %d on",
+                "%s is of epoch %d, later than the resumed checkpoint; the best of the epochs from %d on replaces it",
                 checkpoint.BEST,
                 epoch,
                 state.epoch + bool(state.step),

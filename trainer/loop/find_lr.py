@@ -37,7 +37,7 @@ _RESULT, _PLOT = "find-lr.json", "find-lr.svg"
 _DIVERGED = 4  # times the lowest loss
 _MAX_STEPS = 10_000
 _SMOOTHING = 1 / 40  # std of the Gaussian, as a fraction of the steps
-_RADIUS = 9  # std, from which on the weights of the Gaussian are below the rounding of a float64
+_RADIUS = 9  # in std; beyond it, the weights of the Gaussian are below the rounding of a float64
 _CHECKS = 200  # of the divergence, because smoothing takes longer the more steps there are
 # The range test replaces the schedule; an average of the weights is not evaluated.
 _SETTINGS = {"schedule": {"name": "constant"}, "trainer.ema_decay": None, "trainer.minutes": None}

@@ -230,7 +230,7 @@ def main() -> int:
             raise UserError(
                 found=f"{len(arguments.images)} inputs, of which {name} is a packed data set",
                 expected="one packed data set, or image files and directories",
-                hint="label one after another: --add-to takes the --out of the call before",
+                hint="label each input with its own command, and pass the --out of one as --add-to of the next",
             )
         with init_distributed(arguments.device) as world:
             store = open_dataset_or_split(name, arguments.split)

@@ -58,7 +58,7 @@ class DirectoryTree(FileTree):
 
     Args:
         path: The directory.
-        out: A directory that is not read if it is inside, because it is the output; nor do those around it count.
+        out: The output. If it is inside, it is not read, and directories that contain it are not listed.
     """
 
     def __init__(self, path: Path, out: Path | None = None) -> None:

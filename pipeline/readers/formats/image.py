@@ -148,7 +148,7 @@ def _open(content: bytes) -> Image.Image:
         pixels = "floats" if image.mode == "F" else "signed or of 32 bits"
         raise CorruptFileError(f"its pixels are {pixels}, whose range is unknown; convert them to 8 or 16 bits")
     if image.format == "TIFF" and image.mode.startswith("I;16") and image.getexif().get(_PHOTOMETRIC) == 0:
-        raise CorruptFileError("its 16 bits are 0 for white, which is not supported; convert it to 8 bits")
+        raise CorruptFileError("a TIFF of 16 bits in which 0 is white, which is not supported; convert it to 8 bits")
     return image
 
 

@@ -317,7 +317,7 @@ class TestTiff:
         content = picture(Image.fromarray(np.array([[0, 129, 65535]], np.uint16)), "TIFF")
         photometric = struct.pack("<HHIH", 0x0106, 3, 1, 1)
         assert content.count(photometric) == 1
-        assert "0 for white" in refused(content.replace(photometric, photometric[:-2] + b"\0\0"))
+        assert "in which 0 is white" in refused(content.replace(photometric, photometric[:-2] + b"\0\0"))
 
 
 def test_genuine_pictures_have_the_pixels_that_pillow_sees(shared_data: Path) -> None:

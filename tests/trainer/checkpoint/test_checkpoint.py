@@ -183,7 +183,7 @@ def test_what_cannot_be_allowed_is_said_to_be_fixed(config: Config) -> None:
     allowing = "checkpoint.resume_allow_changes=[optim.name, model.name, optim.lr]"
     now = load(BYCLASS, ["optim.name=sgd", "model.name=three_block_cnn", "optim.lr=1e-5", allowing])
     error = refusal(state_of(config), now)
-    assert "as model.name or optim.name cannot change" in error.hint and "resume_allow_changes" not in error.hint
+    assert "as model.name and optim.name cannot change" in error.hint and "resume_allow_changes" not in error.hint
     assert "optim.name=sgd" in error.found and "optim.lr" not in error.found
 
 
