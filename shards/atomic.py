@@ -436,7 +436,7 @@ class Replacement:
             raise UserError(
                 found=f"{self._target}: {error.strerror}",
                 expected="a directory that can be replaced, and that no other process writes",
-                hint=f"the complete result is in {quote(kept)}: use it there, or move it to a free path",
+                hint=f"use the complete result where it is now, or move it to a free path: {quote(kept)}",
             ) from None
         sync_directory(self._target.parent)
 

@@ -306,8 +306,8 @@ def _check_splits_agree(train: Manifest, other: Manifest, directory: Path) -> No
             raise UserError(
                 found=f"{directory}: {name} {expected} in {train.split}, {actual} in {other.split}",
                 expected="splits of one data set",
-                hint="pack the data set again: python -m pipeline.shard SOURCE --out DIR --force; or, if they are "
-                f"shards of another tool, index them together: python -m shards.index {quote(directory)}",
+                hint=f"pack the data set again: python -m pipeline.shard SOURCE --out {quote(directory)} --force; or, "
+                f"if they are shards of another tool, index them together: python -m shards.index {quote(directory)}",
             )
 
 

@@ -222,7 +222,7 @@ def test_the_full_check_of_a_set_that_is_read_on_demand_is_refused(
     assert store.files is not None and store.files.on_demand is not None
     monkeypatch.setenv("INKSTREAM_CACHE_SIZE", "5M")
     monkeypatch.setattr("sys.argv", ["verify", address(server)])
-    with pytest.raises(UserError, match="another process fetches and evicts"):
+    with pytest.raises(UserError, match="another process reads on demand"):
         verify.main()
 
 

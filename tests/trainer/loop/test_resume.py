@@ -493,7 +493,7 @@ def test_a_best_model_of_a_later_epoch_is_replaced(
     assert train(recipe, run.path, *changed) == 0
     summary = json.loads(run.summary_path.read_text())
     assert summary["best_epoch"] == checkpoint.load(run.best)["epoch"] == newest(run.path)["best_epoch"]
-    assert "best.pt has epoch 2" in caplog.text
+    assert "best.pt is of epoch 2" in caplog.text
 
 
 def test_another_batch_or_pack_continues_after_the_same_share_of_the_epoch(recipe: Path, tmp_path: Path) -> None:
