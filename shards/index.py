@@ -120,9 +120,10 @@ def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifes
     arrays = {split: _encode_arrays(len(classes), scans[split]) for split in splits}
     manifests = {split: _manifest(dataset, split, classes, channels, scans[split], arrays[split]) for split in splits}
     with ExitStack() as stack:
-        for path in splits.values():
-            stack.enter_context(created_directory(path))
-            stack.enter_context(file_lock(path / ".index.lock"))
+        for split, path in splits.items():
+            if not _is_complete(path, manifests[split]):  # otherwise nothing is written, and the disk may be read-only
+                stack.enter_context(created_directory(path))
+                stack.enter_context(file_lock(path / ".index.lock"))
         for split, path in splits.items():
             _check_existing_files(path, manifests[split], arrays[split])
         for split, path in splits.items():
@@ -395,6 +396,13 @@ def _check_existing_files(directory: Path, manifest: Manifest, arrays: dict[str,
                 expected="no such file, because the command writes one of this name",
                 hint=f"rename it, or remove it if it is of an earlier index: {_removal(path)}",
             )
+
+
+def _is_complete(directory: Path, manifest: Manifest) -> bool:
+    """Whether a split has a manifest of the current version and all files of `manifest`."""
+    if not all((directory / name).exists() for name in (MANIFEST_NAME, *(file.name for file in manifest.everything))):
+        return False
+    return Manifest.read(directory).version == VERSION
 
 
 def _identities(manifest: Manifest) -> list[tuple[str, str]]:

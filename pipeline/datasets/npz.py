@@ -15,9 +15,9 @@ Arrays are copied to a temporary file (TMPDIR), from which they are read during 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,15 +37,14 @@ _MAX_CHANNELS = 16  # a longer axis is one of pixels
 _LABELS = "[N] integers or texts, or one-hot [N, classes] with a single 1 in each row"
 
 
-@dataclass
-class _Arrays:
-    """The names of the arrays of a split, by kind, and the file of each."""
+class _Member(NamedTuple):
+    """An array of a file."""
 
-    names: dict[str, str] = field(default_factory=dict)
-    files: dict[str, NpzFile] = field(default_factory=dict)
+    file: NpzFile
+    name: str
 
-    def get(self, kind: str) -> tuple[NDArray, str]:
-        return self.files[kind].array(self.names[kind]), self.files[kind].path_of(self.names[kind])
+    def read(self) -> tuple[NDArray, str]:
+        return self.file.array(self.name), self.file.path_of(self.name)
 
 
 def read_npz(raw: Path, names: tuple[str, ...] = ()) -> tuple[RawSplit, ...]:
@@ -59,14 +58,14 @@ def read_npz(raw: Path, names: tuple[str, ...] = ()) -> tuple[RawSplit, ...]:
         UserError: If the arrays are damaged, missing or of another kind.
     """
     arrays = _find_arrays(raw)
-    names = names or _class_names(next(iter(next(iter(arrays.values())).files.values())))
-    images = {split: _images(*of_split.get("images")) for split, of_split in arrays.items()}
-    labels_by_name = {split: _labels(*of_split.get("labels"), names) for split, of_split in arrays.items()}
+    files = {split: {member.file: None for member in of_split.values()} for split, of_split in arrays.items()}
+    names = names or next(filter(None, (_class_names(file) for of_split in files.values() for file in of_split)), ())
+    images = {split: _images(*of_split["images"].read()) for split, of_split in arrays.items()}
+    labels_by_name = {split: _labels(*of_split["labels"].read(), names) for split, of_split in arrays.items()}
     classes, labels = number_labels(labels_by_name, raw, names)
     splits = []
     for split in in_split_order(arrays):
-        pixels, files = images[split], arrays[split].files
-        path = files["images"].path
+        pixels, path = images[split], arrays[split]["images"].file.path
         if len(pixels) != len(labels[split]):
             raise UserError(
                 found=f"{len(pixels):,} images in {path} and {len(labels[split]):,} labels in the {split} split",
@@ -74,14 +73,14 @@ def read_npz(raw: Path, names: tuple[str, ...] = ()) -> tuple[RawSplit, ...]:
                 hint="save them again from arrays of one length",
             )
         read = partial(_read, pixels)
-        records = tuple(dict.fromkeys(record for file in files.values() for record in file.records))
+        records = tuple(record for file in files[split] for record in file.records)
         splits.append(RawSplit(split, classes, labels[split], pixels.shape[1:], False, read, records))
     return tuple(splits)
 
 
-def _find_arrays(raw: Path) -> dict[str, _Arrays]:
-    """The arrays of each split; `train` is one of the splits."""
-    arrays: dict[str, _Arrays] = {}
+def _find_arrays(raw: Path) -> dict[str, dict[str, _Member]]:
+    """The arrays of each split, by kind; `train` is one of the splits."""
+    arrays: dict[str, dict[str, _Member]] = {}
     unused: list[str] = []
     for path, split_of_file in _files(raw):
         file = NpzFile(path)
@@ -90,15 +89,15 @@ def _find_arrays(raw: Path) -> dict[str, _Arrays]:
             if kind is None:
                 unused += [name] if name.lower() not in _CLASS_NAMES else []
                 continue
-            of_split = arrays.setdefault(split, _Arrays())
-            if kind in of_split.names:
-                raise _unclear(raw, f"{name} and {of_split.names[kind]}, both {kind} of the {split} split")
-            of_split.names[kind], of_split.files[kind] = name, file
+            of_split = arrays.setdefault(split, {})
+            if kind in of_split:
+                raise _unclear(raw, f"{name} and {of_split[kind].name}, both {kind} of the {split} split")
+            of_split[kind] = _Member(file, name)
         if not arrays:
             raise _unclear(raw, f"the arrays {some_of(file.names)}" if file.names else "no array")
     for split, of_split in arrays.items():
-        if len(of_split.names) < 2:
-            raise _unclear(raw, f"only {', '.join(of_split.names.values())} for the {split} split")
+        if len(of_split) < 2:
+            raise _unclear(raw, f"only {', '.join(member.name for member in of_split.values())} for the {split} split")
     if TRAIN not in arrays:
         raise _unclear(raw, f"only {', '.join(arrays)} arrays")
     if unused:

@@ -122,8 +122,10 @@ def _read_origins(
     if ORIGINS not in {file.name for file in manifest.files}:
         return {}
     limit = csv.field_size_limit(MAX_BYTES)  # of a Parquet table, a text may be longer than the default
-    names, *lines = csv.reader(io.StringIO(files.read_all(ORIGINS).decode("utf-8"), newline=""))
-    csv.field_size_limit(limit)
+    try:
+        names, *lines = csv.reader(io.StringIO(files.read_all(ORIGINS).decode("utf-8"), newline=""))
+    finally:
+        csv.field_size_limit(limit)
     lines.sort(key=lambda line: int(line[0]))
     assert [int(line[0]) for line in lines] == source_index.tolist(), "origins.csv lists every row once"
     return {name: np.array([line[column] for line in lines]) for column, name in enumerate(names) if column}

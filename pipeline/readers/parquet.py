@@ -252,13 +252,13 @@ def _find_columns(schema: arrow.Schema, path: Path, image_column: str, label_col
     usual = images if len(images) == 1 else _IMAGE_COLUMNS
     classes = [name for name in labels if _class_names(schema, name)]
     usual_labels = (*_LABEL_COLUMNS, *(classes if len(classes) == 1 else ()))
+    unique = {name for name in schema.names if schema.names.count(name) == 1}
     found = []
     for columns, requested, names, what, option in (
         (images, image_column, usual, "images as bytes", "--image-column"),
         (labels, label_column, usual_labels, "labels, integers or texts", "--label-column"),
     ):
-        unique = {name for name in columns if schema.names.count(name) == 1}
-        matching = [name for name in ((requested,) if requested else names) if name in unique]
+        matching = [name for name in ((requested,) if requested else names) if name in unique.intersection(columns)]
         if not matching:
             raise UserError(
                 found=f"{path}, with the columns {some_of([f'{each.name} ({each.type})' for each in schema])}",
@@ -267,9 +267,9 @@ def _find_columns(schema: arrow.Schema, path: Path, image_column: str, label_col
             )
         found.append(matching[0])
     image, label = found
-    others = [each.name for each in schema if _is_scalar(each.type) and each.name not in (label, "row", "path")]
-    once = tuple(name for name in others if schema.names.count(name) == 1)
-    return _Columns(image, label, _class_names(schema, label), once)
+    usable = unique - {label, "row", "path"}
+    others = tuple(each.name for each in schema if _is_scalar(each.type) and each.name in usable)
+    return _Columns(image, label, _class_names(schema, label), others)
 
 
 def _value_type(kind: arrow.DataType) -> arrow.DataType:

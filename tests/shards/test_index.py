@@ -318,6 +318,14 @@ def test_an_index_that_says_something_else_is_in_the_way(tmp_path: Path, old: st
     assert not (directory / "manifest.json").exists()
 
 
+def test_a_complete_index_on_a_read_only_disk_needs_no_lock(indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("a lock", "none", "")
+
+    monkeypatch.setattr(shards.index, "file_lock", refuse)
+    assert [manifest.samples for manifest in index(indexed, None)] == [60, 20]
+
+
 def test_indexing_again_changes_nothing_and_changed_shards_are_not_passed_off(tmp_path: Path) -> None:
     out = foreign_set(tmp_path / "set")
     first = index(out, None)

@@ -151,6 +151,11 @@ class DataConfig(BaseConfig):
         """Resolution of evaluation."""
         return self.resolution_by_epoch()[-1][1]
 
+    @property
+    def evaluated(self) -> str:
+        """Name of the images on which the run is evaluated at its end, for reports."""
+        return f"fold {self.fold} of the train split" if self.fold else "test split"
+
 
 class LoaderConfig(BaseConfig):
     """Data loading."""

@@ -88,7 +88,7 @@ class Card:
             raw={file.name: file for split in (self.train, self.test) for file in split.raw}.values(),
             confusions=[(classes[label], classes[predicted], count) for label, predicted, count in confusions],
             tolerance=TOLERANCE,
-            evaluated=f"fold {fold} of the train split" if (fold := self.run.config.data.fold) else "test split",
+            evaluated=self.run.config.data.evaluated,
             splits={split.split: split for split in (self.train, self.test)}.values(),
             front_matter=self._front_matter().to_yaml(),
             publisher="torchvision" if settings.name in BUILTIN_MODELS else "timm",

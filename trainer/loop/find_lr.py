@@ -58,6 +58,8 @@ class RangeTest:
 def range_test(step: Callable[[float], float], lowest: float, highest: float, steps: int) -> RangeTest:
     """Train with rates that grow exponentially, until the loss diverges or the highest rate is reached.
 
+    Divergence is looked for at most 200 times.
+
     Args:
         step: Takes a training step with a learning rate; returns the loss before it.
         lowest: First rate.

@@ -56,13 +56,15 @@ def render_page(runs: list[CompletedRun]) -> str:
     names = _names(runs)
     predictions = [run.predictions for run in runs]
     same_classes = len({run.trained.classes for run in runs}) == 1
-    same_data = len({(run.trained.data_identity, run.predictions["rows"].tobytes()) for run in runs}) == 1
+    same_set = len({run.trained.data_identity for run in runs}) == 1
+    same_data = same_set and len({one["rows"].tobytes() for one in predictions}) == 1
     return html.render(
         "compare_page.html.j2",
         names=names,
         paths=[str(run.directory.path) for run in runs],
         keys=[Line(name, [], style(number)) for number, name in enumerate(names)],
         datasets=[run.summary["dataset"] for run in runs],
+        same_set=same_set,
         same_data=same_data,
         metrics=_metric_rows([dict(flatten(run.summary)) for run in runs]),
         charts=compared_curves({name: run.history for name, run in zip(names, runs, strict=True)}),

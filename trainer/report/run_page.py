@@ -35,7 +35,7 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
     Args:
         path: The run directory.
         train: Manifest of the training split.
-        store: The test split, to which `predictions.npz` belongs.
+        store: The split to which `predictions.npz` belongs: test, or train for a fold (`data.fold`).
         summary: Results, as in `summary.json`.
         history: Records of the epochs, as in `metrics.jsonl`.
     """
@@ -63,7 +63,7 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
         history=history,
         charts=learning_curves(history),
         trade_off=_trade_off(summary),
-        calibration=_calibration(predictions, summary["calibration"]["temperature"]),
+        calibration=_calibration(predictions, summary["calibration"]["temperature"], config.data.evaluated),
         confusion=matrix,
         matrix_limit=MAX_MATRIX_CLASSES,
         validation_confusion=None if validation is None else confusion_chart(validation, classes),
@@ -95,7 +95,7 @@ def _trade_off(summary: dict[str, Any]) -> dict[str, Any] | None:
     return {"lines": lines, "svg": svg}
 
 
-def _calibration(predictions: dict[str, NDArray], temperature: float) -> dict[str, Any]:
+def _calibration(predictions: dict[str, NDArray], temperature: float, evaluated: str) -> dict[str, Any]:
     """Reliability diagram with temperature scaling and, if T is not 1, without."""
     correct = predictions["predicted"] == predictions["labels"]
     names = {"confidence": f"T = {temperature:.2f}"}
@@ -105,7 +105,7 @@ def _calibration(predictions: dict[str, NDArray], temperature: float) -> dict[st
         Bins(name, reliability(predictions[column], correct), style(number))
         for number, (column, name) in enumerate(names.items())
     ]
-    return {"series": series, "svg": reliability_chart(series, "Accuracy on the test split by bins of confidence")}
+    return {"series": series, "svg": reliability_chart(series, f"Accuracy on the {evaluated} by bins of confidence")}
 
 
 def _pair_rows(

@@ -89,6 +89,12 @@ class TestNpz:
         np.testing.assert_array_equal(read_all(test), read_all(train)[::-1])
         assert [file.name for file in test.files] == ["test.npz", "train.npz"]
 
+    def test_the_class_names_may_lie_in_any_file(self, tmp_path: Path) -> None:
+        names = np.array(["zebra", "cat", "dog"])
+        npz(tmp_path / "test.npz", {"x": GRAY, "y": LABELS})
+        npz(tmp_path / "train.npz", {"x": GRAY, "y": LABELS, "classes": names})
+        assert {split.classes for split in load("npz", tmp_path)} == {tuple(names)}
+
     def test_the_only_file_of_a_directory(self, tmp_path: Path) -> None:
         npz(tmp_path / "mnist.npz", KERAS)
         assert [part.name for part in load("npz", tmp_path)] == ["train", "test"]

@@ -24,6 +24,7 @@ from pipeline.transforms.preprocess import Preprocessing
 from pipeline.transforms.spec import TransformSpec
 from pipeline.transforms.torch_backend import TorchTransform
 from shards import UserError, open_split
+from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config.schema import ModelConfig
 from trainer.evaluate.logit_adjustment import ProbabilityHead
@@ -33,6 +34,7 @@ from trainer.export.export import export
 from trainer.export.export import main as export_main
 from trainer.export.module import InferenceModule, _AdaptiveMaxPool
 from trainer.models.factory import make_model
+from trainer.report.compare_page import render_page
 from trainer.run import main as run_main
 from trainer.runtime.seeding import seed_weights
 
@@ -197,8 +199,14 @@ def test_the_card_says_what_is_known(small_run: Path) -> None:
         assert json.loads(file.metadata()["classes"]) == list(store.manifest.classes)
 
 
-def test_the_card_of_a_fold_does_not_name_the_test_split(synthetic_set: Path, tmp_path: Path) -> None:
-    run = trained(tmp_path, synthetic_set, data="resolution: 28, fold: 1/2")
+def test_card_and_reports_of_a_fold_do_not_name_the_test_split(synthetic_set: Path, tmp_path: Path) -> None:
+    run, other = (
+        trained(tmp_path / str(fold), synthetic_set, data=f"resolution: 28, fold: {fold}/2") for fold in (1, 2)
+    )
+    report = (run / "report.html").read_text()
+    assert report.count("old 1/2 of the train split") >= 4 and "est split" not in report
+    compared = render_page([CompletedRun.open(run), CompletedRun.open(other)])
+    assert "tested on different images" in compared and "data sets differ" not in compared
     target, _ = export(run, "safetensors")
     card = target.with_name("README.md").read_text()
     assert "fold 1/2 of the train split" in card and "test split" not in card and "test images" not in card
