@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import time
 from dataclasses import replace
@@ -240,8 +241,8 @@ class Command:
         self._source = source
         options, recorded = source_options(arguments, source, self._find_raw(), variant)
         self._files = arguments.name or arguments.raw
-        dataset = re.split(r"[.?#]", Path(self._files).name)[0] or source.name if source.generic else source.name
-        dataset = printable(dataset)  # the name of the files may have control characters
+        dataset = re.split(r"[.?#]", os.path.basename(os.path.abspath(self._files)))[0] if source.generic else ""
+        dataset = printable(dataset) or source.name  # the name of the files may have control characters
         self._excluded: CsvTable | None = None
         if arguments.exclude:
             self._excluded, recorded["exclude"] = read_exclusions(arguments.exclude)

@@ -38,7 +38,10 @@ def exit_on_interrupt() -> None:
     Does nothing in a program of others.
     """
     program = next(iter(sys.argv), "")
-    is_ours = program == "-m" or Path(program).absolute().parent == _BENCHMARKS
+    try:
+        is_ours = program == "-m" or Path(program).absolute().parent == _BENCHMARKS
+    except FileNotFoundError:  # no working directory: `run_command` reports it
+        return
     if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
 

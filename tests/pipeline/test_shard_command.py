@@ -242,6 +242,7 @@ def test_the_output_may_be_inside_the_raw_files(
         assert command("folder", *options, *force).returncode == 0
         (packed,) = {path.parent.parent for path in images.rglob("train/manifest.json")}
         assert open_split(packed, "train").manifest.classes == ("0", "1")
+        assert out or packed.name == "raw", "the name of the directory"
         (packed / "preview.png").write_bytes(picture(pixels()))
 
 

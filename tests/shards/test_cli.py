@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -37,6 +38,13 @@ def test_a_working_directory_that_was_removed_is_one_message() -> None:
     code = "import os, tempfile\nwith tempfile.TemporaryDirectory() as path: os.chdir(path)\nrun_command(os.getcwd)"
     process = run(code)
     assert process.returncode == 2 and process.stderr.startswith("error: the working directory: No such file")
+
+
+def test_a_removed_working_directory_of_the_installed_command(tmp_path: Path) -> None:
+    lines = f"mkdir gone && cd gone && rmdir ../gone && exec {sys.executable} {ROOT}/inkstream.py verify set"
+    process = subprocess.run(["sh", "-c", lines], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and "error: the working directory: No such file" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

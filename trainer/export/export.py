@@ -177,7 +177,7 @@ def main() -> int:
     print(
         f"{target}  {target.stat().st_size / 1e6:.1f} MB\n"
         f"{target.with_name(CARD)}\n"
-        f"compared with the trainer: the same class for {agreement.same} of {agreement.samples} test images, "
+        f"compared with the trainer: the same class for {agreement.same} of {agreement.samples} images, "
         f"probabilities within {agreement.difference:.1g} (tolerance {parity.TOLERANCE:g})"
     )
     return 0

@@ -85,7 +85,7 @@ def compare(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> Parit
     if not parity.difference <= TOLERANCE:  # also for NaN
         raise UserError(
             found=f"an exported model whose probabilities differ from the trainer's by up to {parity.difference:.2g}, "
-            f"with another most probable class for {parity.samples - parity.same} of {parity.samples} test images",
+            f"with another most probable class for {parity.samples - parity.same} of {parity.samples} images",
             expected=f"a difference of at most {TOLERANCE:g}; no file was written",
             hint="try another --format, and report it with the run's config.yaml and env.json",
         )

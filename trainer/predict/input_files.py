@@ -144,7 +144,10 @@ def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
     if len(table.columns) > 1 and (path.parent / table.columns[0]).is_file():
         table = replace(table, columns=("file", "label"), rows=[list(table.columns[:2]), *table.rows])
         table = replace(table, lines=[1, *table.lines])
-    files, labels = table.column(_FILE_COLUMNS, "file names"), table.column(_LABEL_COLUMNS, "true classes")
+    files, labels = (
+        table.column(names, what, hint="write the names file,label into its first line, or name the images themselves")
+        for names, what in ((_FILE_COLUMNS, "file names"), (_LABEL_COLUMNS, "true classes"))
+    )
     numbers = {name: number for number, name in enumerate(predictor.classes)}
     for row, label in enumerate(labels):
         if label not in numbers:

@@ -37,13 +37,16 @@ class CsvTable:
         """Return the path and line of a row, for messages."""
         return f"{self.path} line {self.lines[row]}"
 
-    def column(self, names: Sequence[str], what: str, option: str = "") -> list[str]:
+    def column(
+        self, names: Sequence[str], what: str, option: str = "", hint: str = "use the file as published"
+    ) -> list[str]:
         """Return the values of a column.
 
         Args:
             names: Possible names in any case, the most likely first.
             what: The content of the column, for messages.
             option: The command-line option that names the column, for messages.
+            hint: The hint of the message without such an option.
 
         Raises:
             UserError: If no column has one of the names.
@@ -56,7 +59,7 @@ class CsvTable:
         raise UserError(
             found=f"{self.path}, with the columns {some_of(self.columns)}",
             expected=f"a column of {what}, named {' or '.join(names)}",
-            hint=f"name it with {option}, or rename it in the first line" if option else "use the file as published",
+            hint=f"name it with {option}, or rename it in the first line" if option else hint,
         )
 
 

@@ -228,7 +228,7 @@ def test_mistakes_are_told(
         ((tmp_path / "labels.csv",), "line 2: class 'Q'"),
         ((tmp_path / "away.csv",), "none of whose image files exists"),
         ((tmp_path / "bare.csv",), "columns a, b"),
-        ((pictures / "one_column.csv",), "columns 0.png"),
+        ((pictures / "one_column.csv",), r"columns 0.png\n.*\n.*file,label into its first line"),
         ((pictures, ""), "an empty name"),
         ((synthetic_set,), "with classes class 0"),
         ((tmp_path / "excel.csv",), r"excel.csv: line 2: byte 0xe9, which is not UTF-8\n.*\n.*CSV \(UTF-8\)"),
