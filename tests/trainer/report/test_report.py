@@ -198,6 +198,8 @@ def test_the_page_fits_and_can_be_read(run: Path, browser: Browser) -> None:
     for width, scheme in ((380, "light"), (1100, "dark")):
         shown, _ = show(browser, run / "report.html", viewport={"width": width, "height": 800}, color_scheme=scheme)
         assert shown.evaluate("document.documentElement.scrollWidth") == width
+        widths = shown.evaluate("[...document.querySelectorAll('figure.chart')].map((each) => each.clientWidth)")
+        assert len(widths) > 7 and max(widths) < 500, "the texts of all charts have about the same size"
         for place in (".muted", ".tick", "th", "a"):
             assert contrast(shown, place) >= 4.5, (scheme, place)
         picture = Image.open(io.BytesIO(shown.screenshot())).convert("P")
