@@ -97,7 +97,7 @@ class OnDemandFiles:
         self._claims: dict[int, _Claim] = {}
         self._mutex = threading.RLock()
         self._fetching: dict[int, threading.Lock] = defaultdict(threading.Lock)
-        self._lock(_LAST_BYTE, exclusive=False)
+        _lock(self._locks, _LAST_BYTE, exclusive=False)
 
     def _reconcile(self) -> None:
         """Record files that are in the cache already: an earlier process may have fetched all of them."""
@@ -141,7 +141,7 @@ class OnDemandFiles:
             claim.count += 1
             if claim.count == 1:
                 with self._exclusive():
-                    self._lock(2 + 2 * number, exclusive=False)
+                    _lock(self._locks, 2 + 2 * number, exclusive=False)
 
     def release(self, number: int, passed: bool = False) -> None:
         """Allow a file to be evicted. `passed`: the epoch does not need it any more."""
@@ -226,7 +226,7 @@ class OnDemandFiles:
                     download_file(self._storage, file, path, file.partial(self._parts), bar, stop)
                     break
                 except DiskFullError:
-                    with self._mutex, self._exclusive():
+                    with self._exclusive():
                         if self._evict(file.bytes) < file.bytes:
                             raise
         if not file.is_in(self._entry.content):  # stopped
@@ -239,7 +239,7 @@ class OnDemandFiles:
 
     def _reserve(self, number: int) -> bool:
         """Evict files until there is room for one more. Returns False if running processes need too many of them."""
-        with self._mutex, self._exclusive():
+        with self._exclusive():
             times = self._read_states()[:, 0]
             if times[number] == _ABSENT:
                 over = int(self._sizes[times != _ABSENT].sum()) + self.size(number) - self.room
@@ -255,9 +255,7 @@ class OnDemandFiles:
         for number in np.argsort(order, kind="stable").tolist():
             if freed >= count:
                 break
-            if times[number] == _ABSENT or number in self._claims:
-                continue
-            if not self._lock(2 + 2 * number):
+            if times[number] == _ABSENT or number in self._claims or not _lock(self._locks, 2 + 2 * number):
                 continue
             file = self._files[number]
             remove(self._entry.content / file.name)
@@ -280,7 +278,7 @@ class OnDemandFiles:
     def _exclusive(self) -> Iterator[None]:
         """Exclude other threads and processes: an eviction must not interleave with a claim."""
         with self._mutex:
-            self._lock(0, wait=True)
+            _lock(self._locks, 0, wait=True)
             try:
                 yield
             finally:
@@ -290,16 +288,12 @@ class OnDemandFiles:
     def _fetched_by_this_process(self, number: int) -> Iterator[None]:
         """Wait until no other process fetches a file, and prevent others from fetching it during the block."""
         # Polled: the kernel reports a deadlock (EDEADLK) if threads of two processes wait for each other's files.
-        while not self._lock(1 + 2 * number):
+        while not _lock(self._locks, 1 + 2 * number):
             time.sleep(_PAUSE)
         try:
             yield
         finally:
             self._unlock(1 + 2 * number)
-
-    def _lock(self, byte: int, exclusive: bool = True, wait: bool = False) -> bool:
-        """Lock a byte of `.locks` for this process. Returns False if another one holds it."""
-        return _lock(self._locks, byte, exclusive, wait)
 
     def _unlock(self, byte: int) -> None:
         with contextlib.suppress(OSError):
@@ -307,6 +301,7 @@ class OnDemandFiles:
 
 
 def _lock(descriptor: int, byte: int, exclusive: bool = True, wait: bool = False) -> bool:
+    """Lock a byte of `.locks` for this process. Returns False if another one holds it."""
     try:
         how = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
         fcntl.lockf(descriptor, how, 1, byte)
