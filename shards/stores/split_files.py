@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from shards.cli import USER_ERROR_STATUS
 from shards.errors import CorruptError, UserError, corrupt_shard
 from shards.manifest import Manifest
 from shards.remote.cache import mark_unchecked
-from shards.remote.on_demand import OnDemandFiles, on_demand_files
+from shards.remote.on_demand import on_demand_files
 
 _MAX_OPEN_FILES = 64  # files of a split
 _CHUNK = 1 << 20  # bytes hashed at a time
@@ -97,7 +97,8 @@ class SplitFiles:
         # A file that stays open would occupy the disk after it was evicted.
         self._open = OpenFile.open if self.on_demand else lru_cache(max_open_files())(OpenFile.open)
 
-    def open(self, name: str) -> AbstractContextManager[OpenFile]:
+    @contextmanager
+    def open(self, name: str) -> Iterator[OpenFile]:
         """Open a file to read in the block.
 
         Raises:
@@ -105,31 +106,22 @@ class SplitFiles:
             MismatchError: If it is not the file that was opened first, or was changed since.
             UserError: If it is fetched on demand, and that fails.
         """
-        return self._open_present(name) if self.on_demand is None else self._open_fetched(self.on_demand, name)
-
-    @contextmanager
-    def _open_fetched(self, on_demand: OnDemandFiles, name: str) -> Iterator[OpenFile]:
-        with on_demand.held(self.path(name)) as identity:
+        with nullcontext() if self.on_demand is None else self.on_demand.held(self.path(name)) as identity:
             if identity is not None:  # a file that was evicted and fetched again has another one
                 self._identities[name] = identity
-            with self._open_present(name) as file:
+            try:
+                file = self._open(self.path(name))
+                self._check(name, os.fstat(file.descriptor))
                 yield file
-
-    @contextmanager
-    def _open_present(self, name: str) -> Iterator[OpenFile]:
-        try:
-            file = self._open(self.path(name))
+            except OSError as error:
+                if name in self._identities and error.errno in _GONE:
+                    raise replaced_error(self.path(name)) from None
+                raise corrupt_shard(self.path(name), error.strerror or str(error)) from None
+            except CorruptError:
+                self._check(name, os.fstat(file.descriptor))  # the error may be due to a change
+                mark_unchecked(Path(self.path(name)))  # a remote data set is downloaded again
+                raise
             self._check(name, os.fstat(file.descriptor))
-            yield file
-        except OSError as error:
-            if name in self._identities and error.errno in _GONE:
-                raise replaced_error(self.path(name)) from None
-            raise corrupt_shard(self.path(name), error.strerror or str(error)) from None
-        except CorruptError:
-            self._check(name, os.fstat(file.descriptor))  # the error may be due to a change
-            mark_unchecked(Path(self.path(name)))  # a remote data set is downloaded again
-            raise
-        self._check(name, os.fstat(file.descriptor))
 
     def size(self, name: str) -> int:
         """Return the size in bytes of a file of the manifest."""
