@@ -117,24 +117,25 @@ def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifes
     channels = 1 if all(scan.gray for scan in all_scans) else 3
     path = Path(os.path.abspath(directory))
     dataset = printable(path.parent.name if is_one and path.name in splits else path.name)
-    arrays = {split: _encode_arrays(len(classes), scans[split]) for split in splits}
-    manifests = {split: _manifest(dataset, split, classes, channels, scans[split], arrays[split]) for split in splits}
+    contents = {split: _file_contents(len(classes), scans[split]) for split in splits}
+    manifests = {split: _manifest(dataset, split, classes, channels, scans[split], contents[split]) for split in splits}
     with ExitStack() as stack:
         for split, path in splits.items():
             if not _is_complete(path, manifests[split]):  # otherwise nothing is written, and the disk may be read-only
                 stack.enter_context(created_directory(path))
                 stack.enter_context(file_lock(path / ".index.lock"))
         for split, path in splits.items():
-            _check_existing_files(path, manifests[split], arrays[split])
+            _check_existing_files(path, manifests[split], contents[split])
         for split, path in splits.items():
-            _link(shards[split], path)
-            indices = {index_name(scan.shard): scan.content for scan in scans[split]}
-            for name, content in {**indices, **arrays[split]}.items():
-                _write_if_absent(path / name, content)
+            with os_errors_as_user_errors(path):
+                _link(shards[split], path)
+                for name, content in contents[split].items():
+                    if not (path / name).exists():  # an existing file has been checked: it is equivalent
+                        write_file(path / name, content)
         for split, path in splits.items():
             if not (path / MANIFEST_NAME).exists() or Manifest.read(path).version < VERSION:
                 with os_errors_as_user_errors(path):
-                    write_file(path / MANIFEST_NAME, manifests[split].to_json().encode())
+                    manifests[split].write(path)
     return tuple(manifests.values())
 
 
@@ -336,15 +337,16 @@ def _existing_index(shard: Path, content: bytes) -> bytes | None:
     return path.read_bytes()
 
 
-def _encode_arrays(classes: int, scans: list[_Scan]) -> dict[str, bytes]:
-    """Return the content of the arrays of a split, by name. Without rows, they are positions in the split."""
+def _file_contents(classes: int, scans: list[_Scan]) -> dict[str, bytes]:
+    """Return the content of the indices and arrays of a split, by name. Missing rows are positions."""
     labels, rows, blocks = (
         np.concatenate([getattr(scan, name) for scan in scans]) for name in ("labels", "rows", "blocks")
     )
     rows = rows if len(rows) else np.arange(len(labels))
     blocks["numbers_crc32"] = records_crc32(labels, rows)
     each = zip(ARRAYS, (labels, rows, blocks), array_dtypes(classes, int(rows.max())), strict=True)
-    return {name: encode_array(values, dtype) for name, values, dtype in each}
+    indices = {index_name(scan.shard): scan.content for scan in scans}
+    return {**indices, **{name: encode_array(values, dtype) for name, values, dtype in each}}
 
 
 def _manifest(
@@ -353,10 +355,9 @@ def _manifest(
     classes: tuple[str, ...],
     channels: int,
     scans: list[_Scan],
-    arrays: dict[str, bytes],
+    contents: dict[str, bytes],
 ) -> Manifest:
     labels = np.concatenate([scan.labels for scan in scans])
-    files = {**{index_name(scan.shard): scan.content for scan in scans}, **arrays}
     return Manifest(
         store="records",
         dataset=dataset,
@@ -370,13 +371,13 @@ def _manifest(
         block_size=1,
         seed=0,
         shards=tuple(scan.shard for scan in scans),
-        files=tuple(RawFile.of_content(name, content) for name, content in files.items()),
+        files=tuple(RawFile.of_content(name, content) for name, content in contents.items()),
         raw=(),
         versions={"inkstream": version("inkstream"), "numpy": np.__version__, "python": platform.python_version()},
     )
 
 
-def _check_existing_files(directory: Path, manifest: Manifest, arrays: dict[str, bytes]) -> None:
+def _check_existing_files(directory: Path, manifest: Manifest, contents: dict[str, bytes]) -> None:
     """Raise `UserError` for a manifest or an array of other shards. A manifest of an older version is replaced."""
     path = directory / MANIFEST_NAME
     if path.exists():
@@ -388,9 +389,9 @@ def _check_existing_files(directory: Path, manifest: Manifest, arrays: dict[str,
                 expected="the manifest of these shards and classes, or none",
                 hint=f"to index the shards as they are: {_removal(path)}",
             )
-    for name, content in arrays.items():
+    for name in ARRAYS:
         path = directory / name
-        if path.exists() and not (path.stat().st_size == len(content) and path.read_bytes() == content):
+        if path.exists() and not (path.stat().st_size == len(contents[name]) and path.read_bytes() == contents[name]):
             raise MismatchError(
                 found=f"{path}, which is not an array of the shards beside it",
                 expected="no such file, because the command writes one of this name",
@@ -417,17 +418,9 @@ def _removal(path: Path) -> str:
 
 def _link(shards: list[Path], directory: Path) -> None:
     """Make shards available in the directory of their split."""
-    with os_errors_as_user_errors(directory):
-        for path in shards:
-            if path.parent != directory and not (link := directory / path.name).exists():
-                link.symlink_to(os.path.relpath(path.resolve(), directory.resolve()))
-
-
-def _write_if_absent(path: Path, content: bytes) -> None:
-    """Write a file. An existing file has been checked: it is equivalent."""
-    if not path.exists():
-        with os_errors_as_user_errors(path):
-            write_file(path, content)
+    for path in shards:
+        if path.parent != directory and not (link := directory / path.name).exists():
+            link.symlink_to(os.path.relpath(path.resolve(), directory.resolve()))
 
 
 def main() -> int:
