@@ -16,7 +16,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -180,8 +180,7 @@ def _blocks(store: Store, layout: Layout, samples: range) -> Iterator[Block]:
 
 def _side_files(manifest: Manifest) -> tuple[RawFile, ...]:
     """Return the files that do not belong to the store, such as origins.csv."""
-    indices = {str(PurePosixPath(shard.name).with_suffix(".idx")) for shard in manifest.shards}
-    known = {*indices, *ARRAYS}
+    known = {*map(index_name, manifest.shards), *ARRAYS}
     return tuple(file for file in manifest.files if not file.name.startswith(f"{GROUP}/") and file.name not in known)
 
 
