@@ -103,8 +103,7 @@ class SampleCounter:
         """
         if BLOCKS in self._arrays:
             offset, size, crc, _ = self._arrays[BLOCKS][block].item()
-            if BLOCKS in self._changed:
-                location = f"{self._changed[BLOCKS]}: block {block_key(block)}"
+            location = self._locate(BLOCKS, block, location)
             if (offset, size) != place:
                 yield f"{location}: another byte range than in {BLOCKS}"
             if zlib.crc32(images) != crc:
@@ -138,7 +137,7 @@ class SampleCounter:
                 differs = self._arrays[name][first : first + len(values)] != values
                 if differs.any():
                     block = (first + int(np.argmax(differs))) // self._manifest.block_size
-                    at = f"{self._changed[name]}: block {block_key(block)}" if name in self._changed else location
+                    at = self._locate(name, block, location)
                     yield f"{at}: other {name.removesuffix('.npy')} than in {name if at == location else 'the shard'}"
         if BLOCKS in self._arrays:
             size = self._manifest.block_size
@@ -146,8 +145,12 @@ class SampleCounter:
                 numbers = b"".join(array[start : start + size].astype("<i8").tobytes() for array in (labels, rows))
                 block = (first + start) // size
                 if zlib.crc32(numbers) != self._arrays[BLOCKS]["numbers_crc32"][block]:
-                    at = f"{self._changed[BLOCKS]}: block {block_key(block)}" if BLOCKS in self._changed else location
+                    at = self._locate(BLOCKS, block, location)
                     yield f"{at}: another checksum of labels and rows than in {BLOCKS}"
+
+    def _locate(self, name: str, block: int, location: object) -> object:
+        """Return where the difference from an array is: in the array if it was changed, else at `location`."""
+        return f"{self._changed[name]}: block {block_key(block)}" if name in self._changed else location
 
     def faults(self) -> Iterator[str]:
         """Yield the differences of the totals from the manifest. Only meaningful if every block was added."""
