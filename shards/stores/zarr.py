@@ -131,14 +131,6 @@ def _outside(array: ArrayLayout, ranges: NDArray[np.int64], ends: NDArray[np.int
     return (offsets < 0) | (lengths < 0) | (lengths > max_length) | (offsets > ends - lengths)
 
 
-def open_shards(files: SplitFiles, array: ArrayLayout, compressed: bool) -> list[ShardFile]:
-    """Open the shards of an array in order; check the SHA-256 of those of labels and rows. Raises `CorruptError`."""
-    if array.name != "images":
-        for number in range(array.shards):
-            files.check_sha256(array.shard_name(number))
-    return [ShardFile(files, array, number, compressed) for number in range(array.shards)]
-
-
 class ZarrStore(ImageStore):
     """The `shards.stores.base.ImageStore` of zarr arrays: blocks are decoded on all cores and cached in memory.
 
@@ -180,7 +172,7 @@ class ZarrStore(ImageStore):
         """Read labels and rows, checked by their SHA-256, and the byte ranges of the blocks of images."""
         images, labels, rows = array_layouts(Layout.of(self.manifest))
         highest = len(self.manifest.classes) - 1
-        shards = open_shards(self.files, images, self._compressed)
+        shards = [ShardFile(self.files, images, number, self._compressed) for number in range(images.shards)]
         blocks = np.zeros(images.blocks, BLOCK_DTYPE)
         blocks["offset"], blocks["bytes"] = np.concatenate([shard.ranges for shard in shards]).T
         blocks["crc32"] = [crc for shard in self.manifest.shards for crc in shard.blocks_crc32]
@@ -214,12 +206,18 @@ class ZarrStore(ImageStore):
 
 
 def _read_all(files: SplitFiles, array: ArrayLayout, compressed: bool, highest: int) -> NDArray[np.int64]:
-    """Return all values of an array of numbers, int64 [N]. Raises `CorruptError` unless they are 0 .. highest."""
-    shards = open_shards(files, array, compressed)
+    """Return all values of an array of numbers, int64 [N], whose shards have the SHA-256 of the manifest.
+
+    Raises:
+        CorruptError: If a shard is damaged, or a value is not in 0 .. highest.
+    """
     blocks = []
-    for block in range(array.blocks):
-        shard = shards[block // array.blocks_in_shard]
-        blocks.append(shard.read(block))
-        if blocks[-1].min() < 0 or blocks[-1].max() > highest:
-            raise corrupt_shard(shard.describe(block), f"{array.name} outside 0 .. {highest}")
+    for number in range(array.shards):
+        files.check_sha256(array.shard_name(number))
+        shard = ShardFile(files, array, number, compressed)
+        for block in range(number * array.blocks_in_shard, min((number + 1) * array.blocks_in_shard, array.blocks)):
+            values = shard.read(block)
+            if values.min() < 0 or values.max() > highest:
+                raise corrupt_shard(shard.describe(block), f"{array.name} outside 0 .. {highest}")
+            blocks.append(values)
     return np.concatenate(blocks)
