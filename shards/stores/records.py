@@ -65,11 +65,8 @@ class RecordStore(Store):
         self.files = SplitFiles(directory, manifest)
         self._starts = self.shard_bounds
         self._shard_bytes = np.array([shard.bytes for shard in manifest.shards])
-        if manifest.version == VERSION:
-            self.files.check_present(shard.name for shard in manifest.shards)
-            arrays = SampleArrays.open(self.files, manifest)
-        else:
-            arrays = self._read_version_2()
+        self.files.check_present(shard.name for shard in manifest.shards)
+        arrays = SampleArrays.open(self.files, manifest) if manifest.version == VERSION else self._read_version_2()
         self.arrays, self.labels, self.rows = arrays, arrays.labels, arrays.rows
         self._checks = BlockChecks(self.files, manifest, arrays, verify)
 

@@ -152,11 +152,8 @@ class ZarrStore(ImageStore):
         _, self._compressed = open_arrays(directory, manifest)
         self._images, *_ = array_layouts(Layout.of(manifest))
         self.files = files = SplitFiles(directory, manifest)
-        if manifest.version == VERSION:
-            files.check_present(shard.name for shard in manifest.shards)
-            arrays = SampleArrays.open(files, manifest)
-        else:
-            arrays = self._read_version_2()
+        files.check_present(shard.name for shard in manifest.shards)
+        arrays = SampleArrays.open(files, manifest) if manifest.version == VERSION else self._read_version_2()
         self.arrays, self.labels, self.rows = arrays, arrays.labels, arrays.rows
         self._checks = BlockChecks(files, manifest, arrays, verify)
         self._ranges = np.stack([arrays.blocks[name].astype(np.int64) for name in ("offset", "bytes")], axis=1)
