@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.readers.archives.file_trees import FileTree, read_file
@@ -50,7 +51,6 @@ class RawDirectory:
         self._folders = (directory, *(directory / folder for folder in folders))
         paths = (folder / archive for folder in self._folders for archive in archives)
         self._archive = next((path for path in paths if path.is_file()), None)
-        self._opened: FileTree | None = None
 
     @property
     def has_archive(self) -> bool:
@@ -74,9 +74,9 @@ class RawDirectory:
         assert self._archive is not None
         with _errors(self._archive, "archive"):
             inner = self._member(name)
-            assert self._opened is not None and inner is not None
-            content = self._opened.read(inner, MAX_RAW_BYTES)
-            return RawContent(Path(inner).name, self._opened.path_of(inner), content)
+            assert self._tree is not None and inner is not None
+            content = self._tree.read(inner, MAX_RAW_BYTES)
+            return RawContent(Path(inner).name, self._tree.path_of(inner), content)
 
     def path(self, name: str) -> Path:
         """Return the path of a loose file that is not missing."""
@@ -88,11 +88,16 @@ class RawDirectory:
         candidates = (folder / f"{name}{suffix}" for folder in self._folders for suffix in (".gz", ""))
         return next((path for path in candidates if path.is_file()), None)
 
+    @cached_property
+    def _tree(self) -> FileTree | None:
+        """The content of the archive, which may take long to open."""
+        if self._archive is None:
+            return None
+        with _errors(self._archive, "archive"):
+            return open_tree(self._archive)
+
     def _member(self, name: str) -> str | None:
-        if self._opened is None and self._archive is not None:
-            with _errors(self._archive, "archive"):
-                self._opened = open_tree(self._archive)
-        members = self._opened.names if self._opened else ()
+        members = self._tree.names if self._tree else ()
         return next((inner for inner in members if Path(inner).name in (name, f"{name}.gz")), None)
 
 
@@ -129,12 +134,11 @@ class PublishedFiles:
 
     def plan(self, directory: Path) -> str:
         """Return a line that describes what `open` would do."""
-        _, missing, needed = self._inspect(directory)
-        if needed:
+        if needed := self._needed(directory):
             what = needed[0].url if len(needed) == 1 else some_of([download.name for download in needed])
             size = sum(each.bytes for each in needed)
             return f"download {what}{f' ({size / 1e6:,.1f} MB)' if size else ''} to {directory}"
-        if missing:
+        if missing := self.missing(directory):
             return f"fail: {some_of(missing)} not in {directory}"
         return f"read the {self.label} files in {directory}"
 
@@ -144,9 +148,9 @@ class PublishedFiles:
         Raises:
             UserError: If files are missing, or cannot be downloaded.
         """
-        files, _, needed = self._inspect(directory)
-        for download in needed:
+        for download in self._needed(directory):
             fetch(download, directory, or_else=f"the files {some_of(self.names)}")
+        files = self.directory(directory)
         if missing := files.missing(self.names):
             raise UserError(
                 found=f"no {some_of(missing)} in {directory}",
@@ -155,17 +159,15 @@ class PublishedFiles:
             )
         return files
 
-    def _inspect(self, directory: Path) -> tuple[RawDirectory, list[str], list[Download]]:
-        """The directory, the files that are missing, and what has to be downloaded."""
+    def _needed(self, directory: Path) -> list[Download]:
+        """What has to be downloaded. The archive is not opened, as `open` does that."""
         files = self.directory(directory)
+        if files.has_archive:
+            return []
         missing = files.missing(self.names)
-        if not self.archive:
-            needed = [each for each, name in zip(self.downloads, self.names, strict=True) if name in missing]
-        elif len(missing) == len(self.names) and not files.has_archive:
-            needed = list(self.downloads)
-        else:
-            needed = []
-        return files, missing, needed
+        if self.archive:
+            return list(self.downloads) if len(missing) == len(self.names) else []
+        return [each for each, name in zip(self.downloads, self.names, strict=True) if name in missing]
 
 
 def _errors(path: Path, kind: str) -> AbstractContextManager[None]:

@@ -28,6 +28,7 @@ from support.raw_files import (
 
 from pipeline.datasets import find_source, medmnist, quickdraw, source_names
 from pipeline.datasets.cifar import read_records
+from pipeline.readers.download import Download
 from pipeline.readers.formats.idx import decode, decode_table
 from pipeline.readers.raw_dir import RawContent
 from pipeline.readers.raw_split import SourceOptions
@@ -112,6 +113,13 @@ class TestCifar:
         archive.write_bytes(content[: len(content) // 2])
         error = refusal(lambda: load("cifar10", tmp_path))
         assert f"{archive}, a damaged archive" in error.found and f"rm {archive}" in error.hint
+
+    def test_a_downloaded_archive_is_read_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fetch(download: Download, directory: Path, or_else: str) -> None:
+            place_cifar(directory, "cifar10", cifar10_files(), "archive")
+
+        monkeypatch.setattr("pipeline.readers.raw_dir.fetch", fetch)
+        assert load("cifar10", tmp_path)[0].classes == TEN
 
     @pytest.mark.parametrize("missing", ["test_batch.bin", "batches.meta.txt"])
     def test_a_missing_file_is_named(self, tmp_path: Path, missing: str) -> None:
