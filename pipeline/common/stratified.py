@@ -148,26 +148,12 @@ def group_quotas(
     _, groups = np.unique(within, return_inverse=True)
     width = int(groups.max(initial=0)) + 1
     pairs, strata, sizes = np.unique(classes * width + groups, return_inverse=True, return_counts=True)
-    keys = random_keys(seed, stream, len(sizes))
-    counts = np.bincount(classes, minlength=len(quotas))
-    return strata, sizes, _quotas_of_groups(quotas, counts, pairs // width, sizes, keys)
-
-
-def _quotas_of_groups(
-    quotas: NDArray[np.int64],
-    counts: NDArray[np.int64],
-    class_of: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-    keys: NDArray[np.uint64],
-) -> NDArray[np.int64]:
-    """The number of samples from each group, random on equal remainders (groups may have one sample each).
-
-    quotas, counts: of the classes. class_of, sizes: of the groups, sorted by class. keys: random numbers.
-    """
-    result, remainders = np.divmod(quotas[class_of] * sizes, counts[class_of])
-    short = quotas - np.bincount(class_of, result, minlength=len(quotas)).astype(np.int64)
-    order = np.lexsort((keys, -remainders, class_of))
-    groups = np.bincount(class_of, minlength=len(quotas))
-    rank = np.arange(len(order)) - (np.cumsum(groups) - groups)[class_of[order]]
-    result[order[rank < short[class_of[order]]]] += 1
-    return result
+    class_of = pairs // width  # of each stratum, ascending
+    shares, remainders = np.divmod(quotas[class_of] * sizes, np.bincount(classes, minlength=len(quotas))[class_of])
+    short = quotas - np.bincount(class_of, shares, minlength=len(quotas)).astype(np.int64)
+    # Equal remainders are put in random order, as groups may have one sample each.
+    order = np.lexsort((random_keys(seed, stream, len(sizes)), -remainders, class_of))
+    groups_of = np.bincount(class_of, minlength=len(quotas))
+    rank = np.arange(len(order)) - (np.cumsum(groups_of) - groups_of)[class_of[order]]
+    shares[order[rank < short[class_of[order]]]] += 1
+    return strata, sizes, shares
