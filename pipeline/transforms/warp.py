@@ -55,10 +55,12 @@ class Warp:
         """Compute each image's affine map, float32 [B, 2, 3], and its noise or, for a GPU, the keys of the noise."""
         height, width = self._output_size
         matrices = self._augmentation.affine_matrices(params, self._input_shape, width / height)
-        arrays = {"affine": matrices.astype(np.float32)}
+        arrays: dict[str, NDArray] = {"affine": matrices.astype(np.float32)}
         if self._amplitude and self._device.type == "cuda":
-            return arrays | {"noise_keys": params.noise_keys.view(np.int64)}
-        return arrays if params.noise is None else arrays | {"noise": params.noise}
+            arrays["noise_keys"] = params.noise_keys.view(np.int64)
+        elif (noise := params.noise) is not None:
+            arrays["noise"] = noise
+        return arrays
 
     def __call__(self, pixels: torch.Tensor, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Move the pixels of a batch, with linear interpolation.
