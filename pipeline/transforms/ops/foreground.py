@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.transforms.ops.matmul import without_tf32
-from pipeline.transforms.ops.morphology import morphological_opening
+from pipeline.transforms.ops.morphology import dilate, morphological_opening
 
 
 def histograms(images: torch.Tensor) -> torch.Tensor:
@@ -75,12 +75,7 @@ def foreground_mask(images: torch.Tensor) -> torch.Tensor:
 
 def contour_mask(mask: torch.Tensor) -> torch.Tensor:
     """Return the true pixels of masks bool [B, H, W] that have a false one among their four neighbours."""
-    edge = torch.zeros_like(mask)
-    edge[:, 1:] |= ~mask[:, :-1]
-    edge[:, :-1] |= ~mask[:, 1:]
-    edge[:, :, 1:] |= ~mask[:, :, :-1]
-    edge[:, :, :-1] |= ~mask[:, :, 1:]
-    return edge & mask
+    return mask & dilate(~mask)
 
 
 def crop_to_foreground(images: torch.Tensor, margin: float, opening_radius: int = 0) -> torch.Tensor:
@@ -98,7 +93,7 @@ def crop_to_foreground(images: torch.Tensor, margin: float, opening_radius: int 
     height, width = images.shape[1:3]
     mask = foreground_mask(morphological_opening(images, opening_radius))
     has_foreground = mask.any(dim=2).any(dim=1)
-    starts, lengths = zip(*(_extent(mask.any(dim=axis), has_foreground) for axis in (2, 1)), strict=True)
+    starts, lengths = zip(*(_extent(mask.any(dim=axis)) for axis in (2, 1)), strict=True)
     side = torch.maximum(*lengths) * (1 + 2 * margin)
     weights = []
     for start, length, size in zip(starts, lengths, (height, width), strict=True):
@@ -109,12 +104,12 @@ def crop_to_foreground(images: torch.Tensor, margin: float, opening_radius: int 
     return crops.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _extent(lines: torch.Tensor, has_foreground: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First true value of bool [B, L] and the length up to the last one, both float32 [B]; 0 without foreground."""
+def _extent(lines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First true value of bool [B, L] and the length up to the last one, both float32 [B]; any if all are false."""
     marks = lines.int()
     first = marks.argmax(dim=1)
     last = lines.shape[1] - 1 - marks.flip(1).argmax(dim=1)
-    return first.float(), torch.where(has_foreground, last - first + 1, torch.zeros_like(first)).float()
+    return first.float(), (last - first + 1).float()
 
 
 def _crop_weights(first: torch.Tensor, side: torch.Tensor, size: int) -> torch.Tensor:

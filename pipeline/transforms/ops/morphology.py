@@ -14,7 +14,10 @@ _BITS = 7  # of the fixed-point weight of a dilation; its product with a differe
 
 
 def dilate(images: torch.Tensor, radius: int = 1) -> torch.Tensor:
-    """Return the maximum over a diamond of this radius in pixels: with 1, of each pixel and its four neighbours."""
+    """Return the maximum over a diamond of this radius in pixels: with 1, of each pixel and its four neighbours.
+
+    Masks, bool [B, H, W], are allowed, too.
+    """
     for _ in range(radius):
         largest = images.clone()
         for axis in (1, 2):
