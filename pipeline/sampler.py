@@ -244,7 +244,8 @@ class ShuffledBatchSampler:
         used = int(np.count_nonzero(np.diff(self._below_units)))
         units = used * blocks * self.block_size // covered  # of the window
         most = min(blocks // _BLOCKS_PER_LANE, units // _UNITS_PER_LANE)
-        return _lanes(min(most, equal_batch_size(len(self.samples), self.batch_size)))
+        most = min(most, equal_batch_size(len(self.samples), self.batch_size))
+        return next((lanes for lanes in LANES if lanes <= most), 1)
 
     @cached_property
     def class_counts(self) -> NDArray[np.int64]:
@@ -323,11 +324,6 @@ def largest_window(slots: int, blocks_per_batch: float, blocks_per_lane: int = _
         if window >= blocks_per_lane * lanes:
             return int(min(window, blocks_per_lane * more - 1))
     return max(1, room - 1)
-
-
-def _lanes(most: int) -> int:
-    """Return the number of lanes that is closest to a maximum."""
-    return next((lanes for lanes in LANES if lanes <= most), 1)
 
 
 @dataclass(frozen=True, eq=False)
