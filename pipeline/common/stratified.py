@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,12 @@ def stratified_mask(labels: NDArray[np.int64], fraction: float, seed: int) -> ND
     """
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     quotas = stratified_quotas(counts, fraction)
-    pieces = iterate_stratified_mask(classes.__getitem__, counts, quotas, seed, PARTITION_STREAM)
+    pieces = iterate_stratified_mask(classes, counts, quotas, seed, PARTITION_STREAM)
     return np.concatenate([np.empty(0, bool), *pieces])
 
 
 def iterate_stratified_mask(
-    strata: Callable[[slice], NDArray[np.int64]],
+    strata: NDArray[np.int64],
     sizes: NDArray[np.int64],
     quotas: NDArray[np.int64],
     seed: int,
@@ -46,7 +46,8 @@ def iterate_stratified_mask(
     known up to a few standard deviations; only the words near it are sorted.
 
     Args:
-        strata: Returns the strata of a slice of the samples, int64 [n], 0 .. S-1. It is called repeatedly.
+        strata: The stratum of each sample, int64 [N], 0 .. S-1. It is read repeatedly, slice by slice, so it may be
+            computed.
         sizes: The number of samples of each stratum, int64 [S].
         quotas: The number of samples to choose from each, int64 [S].
         seed: The seed of the choice.
@@ -70,7 +71,7 @@ def iterate_stratified_mask(
         below = np.zeros(len(sizes), np.int64)
         near: list[tuple[NDArray, ...]] = [(np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.int64))]
         for piece in pieces:
-            own = strata(piece)
+            own = strata[piece]
             keys, numbers = words(piece)
             is_below = numbers < low[own]
             below += np.bincount(own[is_below], minlength=len(sizes))
@@ -86,7 +87,7 @@ def iterate_stratified_mask(
     rank = np.arange(len(by_stratum)) - (np.cumsum(found) - found)[near_strata[by_stratum]]
     chosen = np.sort(positions[by_stratum[rank < rest[near_strata[by_stratum]]]])
     for piece in pieces:
-        mask = words(piece)[1] < low[strata(piece)]
+        mask = words(piece)[1] < low[strata[piece]]
         start, stop = np.searchsorted(chosen, (piece.start, piece.stop))
         mask[chosen[start:stop] - piece.start] = True
         yield mask

@@ -177,7 +177,7 @@ def _choose(
         )
 
     def masks() -> Iterator[NDArray[np.bool_]]:
-        return iterate_stratified_mask(strata.__getitem__, sizes, quotas, seed, stream)
+        return iterate_stratified_mask(strata, sizes, quotas, seed, stream)
 
     both = Bitmap(masks()), Bitmap(~mask for mask in masks())
     return (both[1], both[0]) if removes else both

@@ -70,7 +70,7 @@ def mask_within(
     """A fraction of each class, with its groups in proportion, as packing chooses it."""
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     strata, sizes, quotas = group_quotas(classes, groups, stratified_quotas(counts, fraction), seed, stream)
-    return np.concatenate([*iterate_stratified_mask(strata.__getitem__, sizes, quotas, seed, stream)])
+    return np.concatenate([*iterate_stratified_mask(strata, sizes, quotas, seed, stream)])
 
 
 @given(data=st.data(), fraction=fractions, seed=seeds)
@@ -177,12 +177,12 @@ def test_the_smallest_words_of_each_stratum_are_chosen(seed: int, data: st.DataO
     for stratum, quota in enumerate(quotas):
         members = np.flatnonzero(strata == stratum)
         expected[members[np.argsort(keys[members], kind="stable")[:quota]]] = True
-    pieces = list(iterate_stratified_mask(strata.__getitem__, sizes, quotas, seed, 9))
+    pieces = list(iterate_stratified_mask(strata, sizes, quotas, seed, 9))
     np.testing.assert_array_equal(np.concatenate(pieces), expected)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stratified, "_PIECE", 64)
         patch.setattr(stratified, "_MARGIN", 0.1)
-        pieces = list(iterate_stratified_mask(strata.__getitem__, sizes, quotas, seed, 9))
+        pieces = list(iterate_stratified_mask(strata, sizes, quotas, seed, 9))
     np.testing.assert_array_equal(np.concatenate(pieces), expected)
     assert len(pieces) == -(-len(strata) // 64)
 
