@@ -73,12 +73,10 @@ class StoredFile:
         if self._open.read_into(offset, buffer) != buffer.nbytes:
             buffer[...] = np.frombuffer(self.read(offset, buffer.nbytes), np.uint8)  # its error: too short
 
-    def mapped(self, offset: int, size: int) -> memoryview:
-        """Map bytes of the file into memory. If it shrinks afterwards, an access ends the process with a message."""
+    def mapped(self) -> mmap.mmap:
+        """Map the file into memory. If it shrinks afterwards, an access ends the process with a message."""
         report_bus_errors(str(self.file.name), self.size)
-        start = offset - offset % mmap.ALLOCATIONGRANULARITY
-        mapping = mmap.mmap(self.file.fileno(), offset + size - start, access=mmap.ACCESS_READ, offset=start)
-        return memoryview(mapping)[offset - start :]
+        return mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ)
 
 
 def open_file(path: Path) -> StoredFile:

@@ -75,7 +75,7 @@ class NpzFile:
                     f"its header says {list(shape)} of {dtype}, {size:,} bytes, where it has {file.size:,}"
                 )
         order: Literal["C", "F"] = "F" if fortran_order else "C"
-        return np.ndarray(shape, dtype, file.mapped(0, file.size), head.tell(), order=order)
+        return np.ndarray(shape, dtype, file.mapped(), head.tell(), order=order)
 
     def _errors(self, path: str) -> AbstractContextManager[None]:
         return corrupt_as_user_error(

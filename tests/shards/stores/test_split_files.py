@@ -367,7 +367,7 @@ from pipeline.readers.archives.files import open_file
 from shards.cli import run_command
 
 def main():
-    content = open_file(Path(sys.argv[1])).mapped(0, 1 << 20)
+    content = open_file(Path(sys.argv[1])).mapped()
     os.truncate(sys.argv[1], 512)
     print(bytes(content[-1:]))
 
