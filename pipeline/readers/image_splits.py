@@ -22,7 +22,6 @@ from pipeline.readers.raw_dir import RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
 from shards.errors import UserError, printable, quote
 from shards.manifest import RawFile
-from shards.stores.base import EncodedImage
 
 T = TypeVar("T")
 
@@ -159,7 +158,7 @@ def image_splits(
         shape: tuple[Any, Any, int]
         read: Callable[..., Any]
         if options.encoded:
-            shape, read = (None, None, channels), partial(_read_records, split)
+            shape, read = (None, None, channels), partial(_decode_each, split, decode=image_format.make_record)
         else:
             assert size is not None
             shape = (*size, channels)
@@ -184,10 +183,6 @@ def _read_pixels(
         return image
 
     return np.array(_decode_each(split, numbers, decode), np.uint8).reshape(-1, *shape)
-
-
-def _read_records(split: ImageSplit, numbers: NDArray[np.int64]) -> list[EncodedImage]:
-    return _decode_each(split, numbers, image_format.make_record)
 
 
 def _decode_each(split: ImageSplit, numbers: NDArray[np.int64], decode: Callable[[bytes], T]) -> list[T]:
