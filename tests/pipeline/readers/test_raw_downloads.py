@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.official_layouts import TEN, cifar10_files, cifar_records, numtadb_table
+from support.http_server import serving, without_proxies
+from support.official_layouts import TEN, cifar10_files, cifar_records, numtadb_table, write_emnist, write_mnist
 from support.raw_files import (
     idx,
     in_a_process,
@@ -28,7 +34,7 @@ from support.raw_files import (
 
 from pipeline.datasets import find_source, medmnist, quickdraw, source_names
 from pipeline.datasets.cifar import read_records
-from pipeline.readers.download import Download
+from pipeline.readers import download
 from pipeline.readers.formats.idx import decode, decode_table
 from pipeline.readers.raw_dir import RawContent
 from pipeline.readers.raw_split import SourceOptions
@@ -113,13 +119,6 @@ class TestCifar:
         archive.write_bytes(content[: len(content) // 2])
         error = refusal(lambda: load("cifar10", tmp_path))
         assert f"{archive}, a damaged archive" in error.found and f"rm {archive}" in error.hint
-
-    def test_a_downloaded_archive_is_read_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fetch(download: Download, directory: Path, or_else: str) -> None:
-            place_cifar(directory, "cifar10", cifar10_files(), "archive")
-
-        monkeypatch.setattr("pipeline.readers.raw_dir.fetch", fetch)
-        assert load("cifar10", tmp_path)[0].classes == TEN
 
     @pytest.mark.parametrize("missing", ["test_batch.bin", "batches.meta.txt"])
     def test_a_missing_file_is_named(self, tmp_path: Path, missing: str) -> None:
@@ -443,6 +442,77 @@ class TestQuickdraw:
         path.write_bytes(path.read_bytes()[:-1])
         assert "header says 5 drawings" in refusal(lambda: load("quickdraw", tmp_path, "present")).found
         assert "it ends at 4,047, before byte 4,048" in refusal(lambda: read_all(train)).found
+
+
+def write_emnist_archive(directory: Path) -> None:
+    files = write_emnist(directory / "unpacked", "byclass", 62, 62)
+    write_zip(directory / "gzip.zip", {f"gzip/{path.name}": path.read_bytes() for path in files.iterdir()})
+
+
+def write_quickdraw(directory: Path) -> None:
+    TestQuickdraw().write(directory)
+
+
+def write_medmnist(directory: Path) -> None:
+    TestMedmnist().write(directory, "bloodmnist", 28, 3, 8)
+
+
+class TestFirstDownload:
+    """Packing with an empty directory of raw files, which a server fills."""
+
+    WRITERS: ClassVar[dict[str, Callable[[Path], object]]] = {
+        "emnist": write_emnist_archive,
+        "mnist": lambda directory: write_mnist(directory, 20, 10),
+        "fashionmnist": lambda directory: write_mnist(directory, 20, 10),
+        "kmnist": lambda directory: write_mnist(directory, 20, 10),
+        "qmnist": lambda directory: write_tree(directory, qmnist_files()),
+        "cifar10": lambda directory: place_cifar(directory, "cifar10", cifar10_files(), "archive"),
+        "cifar100": lambda directory: place_cifar(directory, "cifar100", cifar100_files(), "archive"),
+        "medmnist": write_medmnist,
+        "quickdraw": write_quickdraw,
+    }
+
+    @pytest.mark.parametrize("name", WRITERS)
+    def test_the_downloaded_files_are_read(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source, published, raw = find_source(name), tmp_path / "published", tmp_path / "raw"
+        variant = {"qmnist": "test60k", "medmnist": "bloodmnist"}.get(name, next(iter(source.variants), ""))
+        published.mkdir()
+        self.WRITERS[name](published)
+        monkeypatch.setattr(quickdraw, "published", lambda _: dict.fromkeys(TestQuickdraw.COUNTS, (0, "")))
+        without_proxies(monkeypatch)
+        with serving(ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(published)))) as server:
+            monkeypatch.setattr("pipeline.readers.raw_dir.fetch", partial(fetch_from, server, published))
+            assert source.plan(SourceOptions(raw, variant)).startswith("download ")
+            first = load(name, raw, variant)
+        again = load(name, raw, variant)
+        assert sum(len(split.labels) for split in first) > 0
+        for one, other in zip(first, again, strict=True):
+            np.testing.assert_array_equal(read_all(one), read_all(other))
+        assert source.plan(SourceOptions(raw, variant)).startswith("read ")
+
+    def test_every_published_data_set_is_here(self, tmp_path: Path) -> None:
+        """Other sources read what the user has, or NumtaDB, which only Kaggle hands out, and data sets of the Hub."""
+        plans = {}
+        for name in source_names():
+            variants = find_source(name).variants
+            plans[name] = find_source(name).plan(SourceOptions(tmp_path / "none", variants[0] if variants else ""))
+        assert {name for name, plan in plans.items() if plan.startswith("download ")} == set(self.WRITERS)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def fetch_from(
+    server: ThreadingHTTPServer, published: Path, wanted: download.Download, directory: Path, or_else: str
+) -> Path:
+    """Download a file from a server that has synthetic content in place of the published one."""
+    content = (published / wanted.name).read_bytes()
+    url = f"http://127.0.0.1:{server.server_port}/{wanted.name.replace(' ', '%20')}"
+    sha256 = hashlib.sha256(content).hexdigest()
+    synthetic = replace(wanted, url=url, mirrors=(), bytes=len(content), sha256=sha256, md5="")
+    return download.fetch(synthetic, directory, or_else)
 
 
 class TestContract:
