@@ -6,7 +6,6 @@ import contextlib
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from benchmarks.loaders.loader_worker import LoaderWorker, Packer
 from benchmarks.loaders.setting import BenchmarkConfig
 from benchmarks.loaders.verify import tolerance
 from shards.cpus import available_cpus
-from trainer.runtime.env_info import collect_env_info
+from trainer.runtime.env_info import collect_env_info, installed_version
 from trainer.runtime.memory import peak_memory
 
 _PACKAGES = (
@@ -242,6 +241,6 @@ def _environment(config: BenchmarkConfig) -> dict[str, Any]:
     """Return the environment with the versions of the other loaders."""
     machine = collect_env_info(config.device)
     for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            machine["packages"][package] = version(package)
+        if version := installed_version(package):
+            machine["packages"][package] = version
     return machine

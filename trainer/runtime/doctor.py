@@ -31,6 +31,13 @@ from typing import NamedTuple
 from shards.cli import plural, program_name, run_command
 from shards.cpus import available_cpus
 from shards.errors import UserError, first_line
+from trainer.runtime.env_info import (
+    find_c_compiler,
+    git_revision,
+    installed_version,
+    missing_for_compilation,
+    processor_name,
+)
 from trainer.runtime.nvml import Driver, DriverQuery, has_nvidia_device
 
 _ROOT = Path(__file__).parents[2]
@@ -112,12 +119,7 @@ def _guarded(subject: str, check: Callable[[], Iterable[Finding]]) -> list[Findi
 
 
 def _check_version() -> Iterator[Finding]:
-    from trainer.runtime.env_info import git_revision
-
-    try:
-        version = metadata.version("inkstream")
-    except metadata.PackageNotFoundError:
-        version = "not installed"
+    version = installed_version("inkstream") or "not installed"
     python = f"Python {platform.python_version()} ({sys.executable})"
     revision = git_revision()
     at = f" at {revision}" if revision else ""
@@ -134,7 +136,7 @@ def _check_packages() -> Iterator[Finding]:
         texts = metadata.requires("inkstream") or []
     requirements = [one for one in map(Requirement, texts) if one.marker is None or one.marker.evaluate({"extra": ""})]
     requirements = [one for one in requirements if not one.name.startswith("nvidia-dali")]  # see _check_dali
-    versions = {one.name: _version_of(one.name) for one in requirements}
+    versions = {one.name: installed_version(one.name) for one in requirements}
     wrong = [
         one
         for one in requirements
@@ -146,12 +148,6 @@ def _check_packages() -> Iterator[Finding]:
         yield Finding("error", "packages", text, f"python -m pip install {wanted}")
     else:
         yield Finding("ok", "packages", f"the {len(requirements)} required packages are installed")
-
-
-def _version_of(package: str) -> str | None:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return None
 
 
 def _hides_gpus() -> bool:
@@ -259,8 +255,6 @@ def _check_backend(device_type: str) -> Iterator[Finding]:
 
 
 def _check_compiler(capability: tuple[int, int] | None) -> Iterator[Finding]:
-    from trainer.runtime.env_info import find_c_compiler, missing_for_compilation
-
     if missing := missing_for_compilation(capability):
         found, fix = missing
         yield Finding("warning", "compiler", f"{found}: models are not compiled (trainer.compile)", fix)
@@ -269,8 +263,6 @@ def _check_compiler(capability: tuple[int, int] | None) -> Iterator[Finding]:
 
 
 def _check_cores() -> Iterator[Finding]:
-    from trainer.runtime.env_info import processor_name
-
     yield Finding("ok", "cores", f"{available_cpus()} of {os.cpu_count()}, {processor_name()}")
 
 

@@ -9,9 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:  # the functions that `inkstream doctor` calls do without torc
     import torch
 
 _ROOT = Path(__file__).parents[2]
-_PACKAGES = ("inkstream", "torch", "nvidia-dali-cuda120", "timm", "numpy", "torchvision")
+_PACKAGES = ("inkstream", "torch", "nvidia-dali-cuda120", "timm", "numpy", "torchvision")  # they decide a result
 _COMPILERS = ("cc", "gcc", "clang", "cl")
 _TRITON_CAPABILITY = (7, 0)  # the lowest compute capability of a GPU
 
@@ -33,7 +31,7 @@ def collect_env_info(device: torch.device) -> dict[str, Any]:
 
     return {
         "python": platform.python_version(),
-        "packages": dict(package_versions()),
+        "packages": {name: version for name in _PACKAGES if (version := installed_version(name))},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
         "cores": available_cpus(),
@@ -44,11 +42,12 @@ def collect_env_info(device: torch.device) -> dict[str, Any]:
     }
 
 
-def package_versions() -> Iterator[tuple[str, str]]:
-    """Yield name and version of the packages that decide what a result is, those that are installed."""
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            yield name, version(name)
+def installed_version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def processor_name() -> str:
@@ -80,7 +79,8 @@ def missing_for_compilation(capability: tuple[int, int] | None = None) -> tuple[
     if capability is not None and capability < _TRITON_CAPABILITY:
         return "a GPU of compute capability {}.{}, below 7.0".format(*capability), "use another GPU"
     if capability is not None and importlib.util.find_spec("triton") is None:
-        pinned = next((one for one in requires("torch") or () if one.startswith("triton")), "triton").partition(";")[0]
+        requirements = metadata.requires("torch") or ()
+        pinned = next((one for one in requirements if one.startswith("triton")), "triton").partition(";")[0]
         return "no package triton", f"python -m pip install {pinned.strip()}"
     return None
 
