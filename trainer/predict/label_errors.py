@@ -121,7 +121,7 @@ def find_label_errors(labels: NDArray[np.int64], probabilities: NDArray[np.float
     return positions[np.argsort(margin[positions], kind="stable")]
 
 
-def write_results(predictions: OutOfFold, suspicious: NDArray[np.int64], store: Store, out: Path, name: str) -> None:
+def write_results(predictions: OutOfFold, suspicious: NDArray[np.int64], store: Store, out: Path) -> None:
     """Write `label_errors.csv` and `label_errors.html`.
 
     Args:
@@ -129,21 +129,13 @@ def write_results(predictions: OutOfFold, suspicious: NDArray[np.int64], store: 
         suspicious: Positions in them, the most suspicious first.
         store: The training split.
         out: Directory.
-        name: Heading of the page.
     """
     classes = store.manifest.classes
     labels, probabilities = predictions.labels[suspicious], predictions.probabilities[suspicious]
-    likely, each = probabilities.argmax(axis=1), np.arange(len(suspicious))
+    columns = predictions.rows[suspicious].tolist(), labels.tolist(), probabilities.argmax(axis=1).tolist()
     rows = [
-        (store.manifest.split, row, classes[label], classes[other], f"{p_label:.4f}", f"{p_other:.4f}")
-        for row, label, other, p_label, p_other in zip(
-            predictions.rows[suspicious].tolist(),
-            labels.tolist(),
-            likely.tolist(),
-            probabilities[each, labels].tolist(),
-            probabilities[each, likely].tolist(),
-            strict=True,
-        )
+        (store.manifest.split, row, classes[label], classes[other], f"{each[label]:.4f}", f"{each[other]:.4f}")
+        for row, label, other, each in zip(*columns, probabilities, strict=True)
     ]
     header = ["part", "row", "label", "likely", "p(label)", "p(likely)"]
     write_file(out / "label_errors.csv", format_csv(header, rows))
@@ -151,7 +143,7 @@ def write_results(predictions: OutOfFold, suspicious: NDArray[np.int64], store: 
     page = render(
         "label_errors.html.j2",
         Path(__file__).parent,
-        name=name,
+        name=store.manifest.name,
         images=[(url, *row[1:]) for url, row in zip(urls, rows, strict=False)],
         found=len(rows),
         samples=len(predictions.rows),
@@ -200,7 +192,7 @@ def main() -> int:
         predictions = predict_folds(runs, settings, store, world)
         if predictions is not None:
             suspicious = find_label_errors(predictions.labels, predictions.probabilities)
-            write_results(predictions, suspicious, store, out, store.manifest.name)
+            write_results(predictions, suspicious, store, out)
             accuracy = (predictions.probabilities.argmax(axis=1) == predictions.labels).mean()
             print(
                 f"{len(suspicious):,} of {len(predictions.rows):,} labels are probably wrong "
