@@ -20,7 +20,7 @@ from pipeline.readers.naming import natural_key, some_of
 from shards import UserError
 from shards.atomic import read_file
 from shards.errors import os_errors_as_user_errors, printable, quote
-from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS
+from shards.manifest import REQUIRED_SPLITS, has_split
 from shards.open import open_dataset_or_split
 from shards.remote.datasets import is_remote
 from shards.stores.base import Store
@@ -57,9 +57,9 @@ class Sample(NamedTuple):
     note: str
 
 
-def is_packed(path: Path) -> bool:
-    """Whether a directory is a packed data set or one of its splits."""
-    return any((path / split / MANIFEST_NAME).is_file() for split in ("", *REQUIRED_SPLITS))
+def is_packed(name: str) -> bool:
+    """Whether an input is a packed data set or one of its splits, in a directory or at an address."""
+    return is_remote(name) or any(has_split(Path(name), split) for split in ("", *REQUIRED_SPLITS))
 
 
 def find_inputs(names: Sequence[str], predictor: Predictor) -> list[ImageFile | Store]:
@@ -73,7 +73,7 @@ def find_inputs(names: Sequence[str], predictor: Predictor) -> list[ImageFile | 
         if not name:
             raise UserError(found="an empty name of an input", expected=_KINDS, hint="name a file or directory")
         path = Path(name)
-        if is_remote(name) or is_packed(path):
+        if is_packed(name):
             store = open_dataset_or_split(name, "test")
             predictor.check_store(store, name)
             inputs.append(store)

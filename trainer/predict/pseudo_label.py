@@ -34,7 +34,7 @@ from shards.cli import program_name, run_command
 from shards.errors import UserError, quote
 from shards.manifest import SPLITS, Manifest, manifest_paths
 from shards.open import open_dataset_or_split
-from shards.remote.datasets import is_remote, resolve_dataset
+from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import TrainedModel, check_run_is_first, load_trained_model
 from trainer.evaluate.evaluator import loader_for, map_logits
@@ -165,8 +165,7 @@ def add_pseudo_labels(
         labels=pseudo.labels,
         columns=path_of | {"confidence": np.array([f"{value:.4f}" for value in pseudo.confidence])},
     )
-    digests = np.concatenate([np.empty(0, np.uint64), *map(image_digests, others)])
-    is_new = ~np.isin(image_digests(added), digests)
+    is_new = ~np.isin(image_digests(added), np.concatenate([image_digests(split) for split in others]))
     if is_new.any():
         train = concatenate(train, added.select(np.flatnonzero(is_new)))
     settings = PackSettings.like(manifest, {"packed_from": manifest.identity()[:12], **options})
@@ -221,10 +220,12 @@ def main() -> int:
     check_run_is_first(arguments.run, arguments.images)
     trained = load_trained_model(arguments.run)
     target = resolve_dataset(arguments.add_to) if arguments.add_to else None
+    transposed = False
     if target is not None:
-        trained.check_classes(Manifest.read(target / "train"), f"--add-to {arguments.add_to}")
-    transposed = target is not None and Manifest.read(target / "train").transposed
-    name = next((name for name in arguments.images if is_remote(name) or is_packed(Path(name))), None)
+        manifest = Manifest.read(target / "train")
+        trained.check_classes(manifest, f"--add-to {arguments.add_to}")
+        transposed = manifest.transposed
+    name = next(filter(is_packed, arguments.images), None)
     if name is not None:
         if len(arguments.images) > 1:
             raise UserError(
@@ -267,8 +268,7 @@ def main() -> int:
             "predictions": len(pseudo.labels),
             "run": str(arguments.run),
         }
-        classes = tuple(trained.classes)
-        print(add_pseudo_labels(target, arguments.out, unlabelled, pseudo, classes, options, arguments.force))
+        print(add_pseudo_labels(target, arguments.out, unlabelled, pseudo, trained.classes, options, arguments.force))
     return 0
 
 
