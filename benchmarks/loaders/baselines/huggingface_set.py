@@ -15,6 +15,7 @@ from benchmarks.loaders.baselines.torch_dataloader import keep_batch
 from benchmarks.loaders.baselines.transforms import (
     BatchTransform,
     apply_transform,
+    loader_options,
     move_to_device,
     pil_transform,
     to_pil,
@@ -78,14 +79,10 @@ class HuggingFace:
         random = torch.Generator()
         loader = DataLoader(
             dataset,
-            task.batch_size,
             shuffle=True,
-            drop_last=True,
-            num_workers=task.workers,
-            persistent_workers=task.workers > 0,
-            pin_memory=task.device.type == "cuda",
             generator=random,
             collate_fn=None if documented else keep_batch,
+            **loader_options(task),
         )
         transform = BatchTransform(task)
 

@@ -16,6 +16,7 @@ from benchmarks.loaders.baselines.transforms import (
     BatchTransform,
     apply_transform,
     from_bytes,
+    loader_options,
     move_to_device,
     pil_transform,
     to_bytes,
@@ -86,12 +87,8 @@ class LitData:
             dataset = litdata.StreamingDataset(chunks, item_shuffle_window=0, batch_decode="all", **options)
         loader = litdata.StreamingDataLoader(
             dataset,
-            batch_size=task.batch_size,
-            num_workers=task.workers,
-            drop_last=True,
-            persistent_workers=task.workers > 0,
-            pin_memory=task.device.type == "cuda",
             collate_fn=None if variant == "documented" else partial(from_bytes, shape=task.image_shape),
+            **loader_options(task),
         )
         transform = BatchTransform(task)
 

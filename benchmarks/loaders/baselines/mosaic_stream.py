@@ -15,6 +15,7 @@ from benchmarks.loaders.baselines.transforms import (
     BatchTransform,
     apply_transform,
     from_bytes,
+    loader_options,
     move_to_device,
     pil_transform,
     to_bytes,
@@ -77,12 +78,8 @@ class MosaicStreaming:
         dataset = PilDataset(transform=pil_transform(task), **options) if documented else StreamingDataset(**options)
         loader = DataLoader(
             dataset,
-            batch_size=task.batch_size,
-            num_workers=task.workers,
-            drop_last=True,
-            persistent_workers=task.workers > 0,
-            pin_memory=task.device.type == "cuda",
             collate_fn=None if documented else partial(collate_bytes, shape=task.image_shape),
+            **loader_options(task),
         )
         transform = BatchTransform(task)
 

@@ -16,6 +16,7 @@ from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Varia
 from benchmarks.loaders.baselines.transforms import (
     BatchTransform,
     apply_transform,
+    loader_options,
     move_to_device,
     pil_transform,
     tensor_transform,
@@ -102,14 +103,10 @@ class TorchDataLoader:
         random = torch.Generator()
         loader = DataLoader(
             dataset,
-            task.batch_size,
             shuffle=True,
-            drop_last=True,
-            num_workers=task.workers,
-            persistent_workers=task.workers > 0,
-            pin_memory=task.device.type == "cuda",
             collate_fn=keep_batch if variant == "batched" else None,
             generator=random,
+            **loader_options(task),
         )
         transform = BatchTransform(task)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,17 @@ def move_to_device(batches: Iterable[tuple[torch.Tensor, Indices]], task: Task) 
     """Move the batches of a loader that makes model input on the CPU to the device of the task."""
     for images, indices in batches:
         yield images.to(task.device, non_blocking=True), indices
+
+
+def loader_options(task: Task) -> dict[str, Any]:
+    """Return the options that the loaders have in common which are torch's `DataLoader` or derived from it."""
+    return {
+        "batch_size": task.batch_size,
+        "drop_last": True,
+        "num_workers": task.workers,
+        "persistent_workers": task.workers > 0,
+        "pin_memory": task.device.type == "cuda",
+    }
 
 
 def pil_transform(task: Task) -> Callable:
