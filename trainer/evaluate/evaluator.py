@@ -22,7 +22,7 @@ from shards import UserError
 from shards.open import open_dataset_or_split
 from shards.stores.base import Store
 from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
-from trainer.config.schema import TrainerConfig
+from trainer.config.schema import Config, TrainerConfig
 from trainer.data.training_data import evaluation_loader
 from trainer.evaluate.calibration import calibration_error
 from trainer.evaluate.metrics import ClassificationMetrics, classification_report
@@ -271,6 +271,19 @@ def to_pixels(images: torch.Tensor, trained: TrainedModel) -> torch.Tensor:
     return (images * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().cpu()
 
 
+def measurements(evaluation: Evaluation, network: nn.Module, config: Config) -> dict[str, Any]:
+    """Return the metrics, speed and size of a network without a training, as `summary.json` holds them."""
+    return {
+        **evaluation.summary(),
+        "calibration": evaluation.calibration(),
+        "seconds": evaluation.seconds,
+        "images_per_second": evaluation.metrics.samples / evaluation.seconds,
+        "data_wait_share": evaluation.wait_seconds / evaluation.seconds,
+        "resolution": config.data.final_resolution,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+    }
+
+
 def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
     """Evaluate the best checkpoint of a run on a packed data set.
 
@@ -294,16 +307,10 @@ def evaluate_run(run_dir: Path, shards: str, world: World) -> dict[str, Any]:
     evaluation = evaluate(model, loader, config.trainer, world, **trained.posthoc_kwargs())
     predictions = evaluation.predictions
     return {
-        **evaluation.summary(),
-        "calibration": evaluation.calibration(),
+        **measurements(evaluation, model, config),
         "tau": trained.tau,
         "epochs": config.trainer.epochs,
         "best_epoch": trained.epoch,
-        "seconds": evaluation.seconds,
-        "images_per_second": evaluation.metrics.samples / evaluation.seconds,
-        "data_wait_share": evaluation.wait_seconds / evaluation.seconds,
-        "resolution": config.data.final_resolution,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dataset": f"{store.manifest.name}/{store.manifest.split}",
         "report": classification_report(predictions.labels, predictions.predicted, trained.classes),
     }

@@ -33,7 +33,7 @@ from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.load import replace_settings
 from trainer.config.schema import TrainerConfig
 from trainer.data.training_data import open_data
-from trainer.evaluate.evaluator import evaluate
+from trainer.evaluate.evaluator import evaluate, measurements
 from trainer.report import run_page
 from trainer.runtime.distributed import World, init_single_process
 
@@ -205,18 +205,12 @@ def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | No
     network = trained.build_model(world.device)
     evaluation = evaluate(network, data.test, config.trainer, world, **trained.posthoc_kwargs())
     summary = {
-        **evaluation.summary(),
-        "calibration": evaluation.calibration(),
+        **measurements(evaluation, network, config),
         "decision": None,
         "epochs": 0,
         "best_epoch": 0,
         "validation": None,
-        "seconds": evaluation.seconds,
         "training_seconds": sum(run.summary["training_seconds"] for run in runs),
-        "images_per_second": evaluation.metrics.samples / evaluation.seconds,
-        "data_wait_share": evaluation.wait_seconds / evaluation.seconds,
-        "resolution": config.data.final_resolution,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "model": config.model.name,
         "dataset": data.manifest.name,
         "members": [str(path) for path in paths],
