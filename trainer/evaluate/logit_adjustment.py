@@ -93,8 +93,7 @@ def log_class_weights(
     """
     drawn = counts if drawn is None else drawn
     weights = class_weights(drawn, settings).log() - settings.logit_adjustment * log_priors(drawn)
-    if not np.array_equal(drawn, counts):
-        weights += torch.from_numpy(np.log(np.maximum(drawn, 1) / np.maximum(counts, 1))).float()
+    weights += torch.from_numpy(np.log(np.maximum(drawn, 1) / np.maximum(counts, 1))).float()
     return (weights if bool((weights != weights[0]).any()) else -log_priors(counts)).numpy()
 
 
