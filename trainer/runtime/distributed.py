@@ -66,7 +66,7 @@ def init_distributed(device_name: str, timeout_minutes: float = 10) -> Iterator[
     else:
         keep_freed_memory()
     if size == 1:
-        yield World(rank=0, size=1, device=device)
+        yield World(device=device)
         return
     rank, timeout, on_gpu = int(os.environ["RANK"]), timedelta(minutes=timeout_minutes), device.type == "cuda"
     store = elastic_agent_store(timeout)

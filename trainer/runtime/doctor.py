@@ -95,9 +95,8 @@ def diagnose() -> list[Finding]:
     return findings
 
 
-def format_report(findings: Iterable[Finding]) -> str:
+def format_report(findings: list[Finding]) -> str:
     """Format the report: aligned lines, each fix below its line."""
-    findings = list(findings)
     width = max(len(finding.subject) for finding in findings)
     lines = []
     for status, subject, text, fix in findings:
