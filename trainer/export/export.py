@@ -73,12 +73,12 @@ def export(
             expected="one network, whose weights the file holds",
             hint="--format onnx",
         )
-    reference = parity.compute_reference(trained, _build_model(trained), store)
+    model = _build_model(trained)
+    reference = parity.compute_reference(trained, model, store)
     metadata = export_metadata(completed, train, store.manifest)
     with created_directory(target.parent):
         content, probabilities = _export(format_name, trained, spec, reference, metadata)
         agreement = parity.compare(reference.probabilities, probabilities)
-        model = _build_model(trained)
         card = model_card.Card(completed, metadata, train, store.manifest, format_name, target.name, content, agreement)
         write_file(target, content)
         write_file(target.with_name(CARD), card.render(model, reference) + "\n")
