@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import shutil
 import tempfile
@@ -34,6 +33,7 @@ from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import in_process
 from benchmarks.training.ablation_report import ablation_markdown, plot_gains
 from benchmarks.training.frontier_report import plot_frontier
+from benchmarks.training.loop import fit_and_test
 from shards.atomic import append_line, make_directory, read_file, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError
@@ -43,7 +43,6 @@ from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config import load as config
 from trainer.config.schema import Config, DataConfig
 from trainer.data.training_data import open_data
-from trainer.loop import engine
 from trainer.loop.state import make_training
 from trainer.models.auto import resolve_auto
 from trainer.runtime.distributed import init_distributed
@@ -154,13 +153,7 @@ def measure(settings: Config, checkpoint: Path | None) -> dict[str, Any]:
         data = open_data(settings, world)
         training = make_training(settings, data, world)
         directory = RunDirectory(Path(run))
-        with (
-            directory.lock(),
-            contextlib.redirect_stdout(io.StringIO()),
-            engine.open_services(training, directory, loggers=[]) as services,
-        ):
-            engine.fit(training, services)
-            evaluation = engine.evaluate_best(training, services)
+        evaluation = fit_and_test(training, directory)
         if checkpoint is not None:
             make_directory(checkpoint.parent)
             with directory.best.open("rb") as source, replace_file(checkpoint) as target:

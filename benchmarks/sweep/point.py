@@ -13,7 +13,6 @@ Each training selects its best epoch on the validation split and evaluates the t
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import operator
 import tempfile
@@ -27,6 +26,7 @@ import torch
 
 from benchmarks.common.harness import Spread, in_process
 from benchmarks.sweep.plan import Point, SweepConfig
+from benchmarks.training.loop import fit_and_test
 from pipeline.loader import Batch
 from pipeline.sampler import SequentialBatchSampler
 from shards import UserError, open_split
@@ -35,7 +35,6 @@ from trainer.checkpoint.run_dir import RunDirectory
 from trainer.config.schema import Config
 from trainer.data.resolution_schedule import TrainingLoader
 from trainer.data.training_data import TrainingData, open_data
-from trainer.loop import engine
 from trainer.loop.state import Training, make_training
 from trainer.loop.warm_up import warm_up
 from trainer.models.auto import resolve_auto
@@ -203,14 +202,7 @@ def _train(settings: Config, data: TrainingData, world: World) -> tuple[dict[str
     training = make_training(settings, data, world)
     warm_up(training)
     with tempfile.TemporaryDirectory(prefix="inkstream-sweep-") as path:
-        directory = RunDirectory(Path(path))
-        with (
-            directory.lock(),
-            contextlib.redirect_stdout(io.StringIO()),
-            engine.open_services(training, directory, loggers=[]) as services,
-        ):
-            engine.fit(training, services)
-            evaluation = engine.evaluate_best(training, services)
+        evaluation = fit_and_test(training, RunDirectory(Path(path)))
     state = training.state
     metrics = {
         **evaluation.summary(),
