@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.processes import fresh_processes
 from shards.atomic import make_directory, write_file
 from trainer.runtime.memory import peak_memory
 
-# Imported once, by the fork server, so that a fresh process starts at once.
 _PRELOADED = ["timm", "torch", "torchvision"]
 KILLED = "the process was killed, most likely out of memory"
 
@@ -70,11 +70,7 @@ def in_process(work: Callable[..., dict[str, Any] | None], *arguments: Any) -> d
         Its result (nothing for None) and the `peak_memory_bytes` of the process; `{"failed": reason}` if the process
         was killed.
     """
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(_PRELOADED)
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=fresh_processes(_PRELOADED)) as pool:
         try:
             return pool.submit(_with_peak_memory, work, arguments).result()
         except BrokenProcessPool:

@@ -22,9 +22,21 @@ from shards.errors import first_line
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
-# Imported once, by the fork server, so that a fresh process starts at once.
 _PRELOADED = ["numpy", "psutil", "torch", "PIL.Image"]
 _LOG_CHARACTERS = 2000  # of a process that died
+
+
+def fresh_processes(preloaded: list[str]) -> ForkServerContext | SpawnContext:
+    """Return the context of processes without the state of this one.
+
+    Args:
+        preloaded: Modules that the fork server imports once, if the system has one, so that a process starts at once.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preloaded)
+    return context
 
 
 class WorkerError(Exception):
@@ -53,12 +65,7 @@ class WorkerProcess:
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any, log: Path) -> None:
-        context: ForkServerContext | SpawnContext
-        if "forkserver" in multiprocessing.get_all_start_methods():
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(_PRELOADED)
-        else:
-            context = multiprocessing.get_context("spawn")
+        context = fresh_processes(_PRELOADED)
         self._log = log
         log.touch()
         self._pipe, theirs = context.Pipe()
