@@ -6,7 +6,7 @@ An epoch is a sequence of batches, each the source indices of its samples, int64
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -40,9 +40,6 @@ class Quality:
     reach: float
     displacement: float
     same_order: float
-
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def measure_quality(epochs: Sequence[Epoch], labels: NDArray[np.int64]) -> Quality:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def make_records(results: OrderResults, batch_size: int) -> list[dict[str, Any]]
     samples = len(results.labels)
     random = np.random.default_rng(0)
     uniform = [
-        measure_quality([_uniform_epoch(random, samples, batch_size) for _ in range(2)], results.labels).to_json()
+        asdict(measure_quality([_uniform_epoch(random, samples, batch_size) for _ in range(2)], results.labels))
         for _ in range(_UNIFORM_ORDERS)
     ]
     ranges = {name: [min(one[name] for one in uniform), max(one[name] for one in uniform)] for name in _TITLES}
@@ -60,7 +61,7 @@ def make_records(results: OrderResults, batch_size: int) -> list[dict[str, Any]]
             "batch_size": batch_size,
             "epochs": len(order.epochs),
             "given": sum(map(len, order.epochs[0])) / samples,
-            **measure_quality(order.epochs, results.labels).to_json(),
+            **asdict(measure_quality(order.epochs, results.labels)),
             "uniform": ranges,
             "environment": machine,
         }
