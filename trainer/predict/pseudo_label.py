@@ -41,7 +41,7 @@ from trainer.evaluate.evaluator import loader_for, map_logits
 from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.predict.input_files import find_inputs, is_packed, read_samples
 from trainer.predict.predictor import Predictor, add_run_arguments
-from trainer.runtime.distributed import World, init_distributed
+from trainer.runtime.distributed import World, init_single_process
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ def main() -> int:
                 expected="one packed data set, or image files and directories",
                 hint="label each input with its own command, and pass the --out of one as --add-to of the next",
             )
-        with init_distributed(arguments.device) as world:
+        with init_single_process(arguments.device, "its result is one set of labels") as world:
             store = open_dataset_or_split(name, arguments.split)
             predictions = predict(trained, store, world)
         unlabelled, source = packed_split(store), store.manifest.identity()
