@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic_core import from_json
 
 from shards.atomic import check_zip, read_file
 from shards.errors import errors_as_corrupt
@@ -152,27 +153,23 @@ def check(kind: type[BaseModel], content: Any) -> None:
     try:
         kind.model_validate(content)
     except ValidationError as error:
-        raise _first(error) from None
-
-
-def parse(kind: type[BaseModel], text: bytes) -> Any:
-    """Parse JSON; raise `ValueError` with the first field that is wrong."""
-    try:
-        return kind.model_validate_json(text).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        raise _first(error) from None
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
 
 
 def read_json(path: Path, kind: type[BaseModel], hint: str) -> Any:
     """Read a JSON file; raise `UserError` if it is missing or damaged."""
     with errors_as_corrupt(path, hint):
-        return parse(kind, read_file(path, _MAX_JSON))
+        content = from_json(read_file(path, _MAX_JSON))
+        check(kind, content)
+    return content
 
 
 def read_history(path: Path, hint: str) -> list[dict[str, Any]]:
     """Read `metrics.jsonl`; raise `UserError` if it is missing or damaged."""
     with errors_as_corrupt(path, hint):
-        history = [parse(Epoch, line) for line in read_file(path, _MAX_HISTORY).splitlines()]
+        history = [from_json(line) for line in read_file(path, _MAX_HISTORY).splitlines()]
         check_history(history)
     return history
 
@@ -230,8 +227,3 @@ def read_predictions(path: Path, classes: int, hint: str, store: Store | None = 
                 raise ValueError(f"validation_confusion is {matrix.dtype} {list(matrix.shape)}")
             columns["validation_confusion"] = matrix
     return columns
-
-
-def _first(error: ValidationError) -> ValueError:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    return ValueError(": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]])))
