@@ -148,7 +148,7 @@ def load_model(
     Raises:
         UserError: The weights are those of another network, or it does not take images of the final resolution.
     """
-    settings = config.model.model_copy(update={"pretrained": False, "init_checkpoint": None})
+    settings = config.model.without_weights()
     model = make_model(settings, channels, classes, resolution=config.data.final_resolution)
     try:
         model.load_state_dict(weights)

@@ -237,6 +237,10 @@ class ModelConfig(BaseConfig):
         network = PLAIN_CNNS.get(self.name)
         return network and network.with_layers(self.filters, self.kernel, self.dense)
 
+    def without_weights(self) -> ModelConfig:
+        """Return the settings without initial weights, for a network whose weights are loaded later."""
+        return self.model_copy(update={"pretrained": False, "init_checkpoint": None})
+
 
 class OptimConfig(BaseConfig):
     """The optimizer."""

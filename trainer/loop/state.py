@@ -270,9 +270,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         UserError: The settings do not fit each other or the data.
     """
     seed_weights(config.seed)
-    settings = (
-        config.model.model_copy(update={"pretrained": False, "init_checkpoint": None}) if resuming else config.model
-    )
+    settings = config.model.without_weights() if resuming else config.model
     channels = data.spec.image_shape[2]
     model = make_model(settings, channels, len(data.classes), data.classes, data.spec.resolution)
     check_resolutions(model, settings.name, channels, dict(config.data.resolution_by_epoch()).values())

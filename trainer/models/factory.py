@@ -111,7 +111,7 @@ def has_depthwise_convolutions(settings: ModelConfig) -> bool:
     Raises:
         UserError: The name is unknown.
     """
-    network, _ = _backbone(settings.model_copy(update={"pretrained": False}), channels=3, classes=0)
+    network, _ = _backbone(settings.without_weights(), channels=3, classes=0)
     convolutions = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     return any(layer.groups == layer.in_channels > 1 for layer in convolutions)
 
