@@ -27,6 +27,8 @@ Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 Epoch = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
 StepNumber = Annotated[int, Field(ge=1, le=10**12)]
 CompileMode = Literal["off", "auto", "default", "reduce-overhead", "max-autotune"]
+TorchSchedule = Literal["constant", "cosine", "warm_restarts", "one_cycle", "plateau"]
+TimmSchedule = Literal["tanh", "step", "multistep", "poly", "wsd", "rsqrt"]
 Width = Annotated[int, Field(ge=1, le=2**14)]  # channels or units of a layer
 
 
@@ -269,19 +271,7 @@ class OptimConfig(BaseConfig):
 class ScheduleConfig(BaseConfig):
     """The learning-rate schedule."""
 
-    name: Literal[
-        "constant",
-        "cosine",
-        "warm_restarts",
-        "one_cycle",
-        "plateau",
-        "tanh",
-        "step",
-        "multistep",
-        "poly",
-        "wsd",
-        "rsqrt",
-    ] = "cosine"
+    name: Literal[TorchSchedule, TimmSchedule] = "cosine"
     """Learning-rate schedule: one_cycle is OneCycleLR, warm_restarts is SGDR; plateau reduces the rate when
     trainer.monitor stops improving; tanh, step, multistep, poly, wsd and rsqrt are timm's."""
     options: Annotated[dict[str, Any], AfterValidator(_check_options)] = Field(default_factory=dict)
