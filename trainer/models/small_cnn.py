@@ -29,9 +29,7 @@ def three_block_cnn(channels: int, classes: int, drop_rate: float) -> tuple[nn.S
     width = channels
     for number, block_width in enumerate(_CHANNELS):
         layers += [
-            nn.Conv2d(width, block_width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(block_width),
-            nn.ReLU(inplace=True),
+            *_convolution(width, block_width),
             nn.MaxPool2d(2) if number < 2 else nn.AdaptiveMaxPool2d(3),
         ]
         width = block_width
