@@ -80,9 +80,6 @@ class _Ignored:
     def __init__(self, *arguments: object, **keywords: object) -> None:
         pass
 
-    def __new__(cls, *arguments: object, **keywords: object) -> _Ignored:
-        return super().__new__(cls)
-
     def __setstate__(self, state: object) -> None:
         pass
 
