@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -88,7 +87,6 @@ def draw_confusion(counts: NDArray[np.int64], classes: tuple[str, ...]) -> Image
     """Draw a confusion matrix [C, C] with the fraction of each row, whose square root is shown by opacity."""
     side = 3 + 0.22 * len(classes)
     figure = Figure((side, side), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="predicted", ylabel="true")
     axes.imshow(np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(classes)), classes, rotation=90)
