@@ -61,23 +61,22 @@ class LRSchedule:
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
-    def _step(self) -> None:
-        self._scheduler.step()
+    def _advance(self, position: int) -> None:
+        """Take the steps up to a position, in steps of the scheduler."""
+        for _ in range(position - self._scheduler.last_epoch):
+            self._scheduler.step()
         self._set_rates()
 
     def step_update(self) -> None:
         """Advance after an optimizer step."""
-        before = self._position()
         self._updates += 1
         if self._by_update and not self._by_time:
-            for _ in range(self._position() - before):
-                self._step()
+            self._advance(self._position())
 
     def step_time(self, fraction: float) -> None:
         """Advance to a fraction of `trainer.minutes`. A plateau schedule advances by epochs only."""
         if self._by_time and not isinstance(self._scheduler, ReduceLROnPlateau):
-            for _ in range(int(min(fraction, 1.0) * self._total) - self._scheduler.last_epoch):
-                self._step()
+            self._advance(int(min(fraction, 1.0) * self._total))
 
     def _position(self) -> int:
         """Steps of the scheduler that correspond to the optimizer steps so far."""
@@ -93,8 +92,8 @@ class LRSchedule:
         if isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step(self._sign * metric)
             self._set_rates()
-        elif not self._by_update and not self._by_time and self._scheduler.last_epoch < self._total:
-            self._step()
+        elif not self._by_update and not self._by_time:
+            self._advance(min(self._scheduler.last_epoch + 1, self._total))
 
     def replay(self, updates: int, epochs: int, metrics: list[float], fraction: float = 0.0) -> None:
         """Advance a new schedule to a later point of the run.
