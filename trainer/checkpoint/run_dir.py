@@ -14,7 +14,7 @@ from shards.atomic import file_lock, make_directory, read_file, write_file
 from shards.errors import UserError, errors_as_corrupt, os_errors_as_user_errors, quote
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint import run_files
-from trainer.config.load import MAX_YAML_BYTES, RECIPES, read_yaml, validate
+from trainer.config.load import MAX_YAML_BYTES, read_yaml, validate
 from trainer.config.schema import Config
 
 DEFAULT_ROOT = Path("runs")
@@ -77,7 +77,7 @@ class RunDirectory:
         """Return `config.yaml` as text and as settings."""
         with errors_as_corrupt(self.config, self.hint):
             text = read_file(self.config, MAX_YAML_BYTES).decode()
-        return text, validate(read_yaml(self.config, [], RECIPES / "quickstart.yaml"), str(self.config))
+        return text, validate(read_yaml(self.config), str(self.config))
 
     def has_only_weights(self) -> bool:
         """Whether there are weights but no checkpoint to resume, as in an ensemble and in a run that was pulled."""

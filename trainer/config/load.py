@@ -39,7 +39,7 @@ def load(path: Path, overrides: list[str]) -> Config:
     path = find_recipe(path)
     content = _read_with_bases(path, [])
     for override in overrides:
-        _apply(content, override)
+        apply_override(content, override)
     config = validate(content, f"{path} or the command line" if overrides else str(path))
     if not config.run.name:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
@@ -73,7 +73,7 @@ def find_recipe(recipe: Path, directory: Path = Path(), source: str = "") -> Pat
 
 def _read_with_bases(path: Path, derived: list[Path]) -> dict[str, Any]:
     """Read a recipe on top of its base. `derived` lists the recipes that led here, the first one first."""
-    content = read_yaml(path, [], RECIPES / "quickstart.yaml")
+    content = read_yaml(path)
     base = content.pop("base", None)
     if base is None:
         return content
@@ -153,12 +153,11 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def read_yaml(path: Path, overrides: list[str], example: Path) -> dict[str, Any]:
-    """Read the sections of a YAML file and apply `key.key=value` overrides.
+def read_yaml(path: Path, example: Path = RECIPES / "quickstart.yaml") -> dict[str, Any]:
+    """Read the sections of a YAML file.
 
     Args:
         path: The file.
-        overrides: Settings that replace the file's.
         example: A file of the same kind, which error messages refer to.
 
     Raises:
@@ -181,8 +180,6 @@ def read_yaml(path: Path, overrides: list[str], example: Path) -> dict[str, Any]
         raise UserError(
             found=f"{path}, which holds no settings", expected="sections of settings (data, model, ...)", hint=hint
         )
-    for override in overrides:
-        _apply(content, override)
     return content
 
 
@@ -241,7 +238,12 @@ def replace_settings(config: Config, values: dict[str, Any], source: str) -> Con
     return validate(content, source)
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Replace a nested setting in place by one of the command line, `key.key=value`.
+
+    Raises:
+        UserError: The override has another form, or its section is unknown.
+    """
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
         raise UserError(

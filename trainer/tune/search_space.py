@@ -213,7 +213,9 @@ def load(path: Path, overrides: list[str]) -> tuple[SearchConfig, Config]:
     Raises:
         UserError: A key, setting or value is unknown or out of range.
     """
-    content = config.read_yaml(path, overrides, EXAMPLE)
+    content = config.read_yaml(path, EXAMPLE)
+    for override in overrides:
+        config.apply_override(content, override)
     if isinstance(content.get("settings"), dict):
         content["settings"] = dict(flatten(content["settings"]))
     source = f"{path} or the command line" if overrides else str(path)
