@@ -59,11 +59,8 @@ class TrainedModel:
             UserError: The file is missing, damaged or not such a checkpoint.
         """
         state = checkpoint.load(path, needed=("config", "input_adapter"))
-        members = state.get("members", [])
-        with errors_as_corrupt(path, checkpoint.HINT):
-            if not isinstance(members, list):
-                raise ValueError("members that are no list")
-        return replace(cls._of(state, path), members=tuple(cls._of(member, path) for member in members))
+        trained = cls._of(state, path)
+        return replace(trained, members=tuple(cls._of(member, path) for member in state.get("members", [])))
 
     @classmethod
     def _of(cls, state: Any, path: Path) -> TrainedModel:
