@@ -175,22 +175,20 @@ class SharedStudy:
 
     def results(self) -> list[TrialResult]:
         with errors_as_corrupt(self._journal, _HINT):
-            return TypeAdapter(list[TrialResult]).validate_python(self._results())
-
-    def _results(self) -> list[TrialResult]:
-        return [
-            TrialResult(
-                number=trial.number,
-                state=_STATES[trial.state],
-                values=trial.user_attrs.get("values", {}),
-                scores=trial.user_attrs.get("scores", []),
-                curve=sorted(trial.intermediate_values.items()),
-                seconds=trial.user_attrs.get("seconds", 0.0),
-                note=trial.user_attrs.get("note", ""),
-            )
-            for trial in self._study.get_trials(deepcopy=False)
-            if trial.state in _STATES
-        ]
+            records = [
+                {
+                    "number": trial.number,
+                    "state": _STATES[trial.state],
+                    "values": trial.user_attrs.get("values", {}),
+                    "scores": trial.user_attrs.get("scores", []),
+                    "curve": sorted(trial.intermediate_values.items()),
+                    "seconds": trial.user_attrs.get("seconds", 0.0),
+                    "note": trial.user_attrs.get("note", ""),
+                }
+                for trial in self._study.get_trials(deepcopy=False)
+                if trial.state in _STATES
+            ]
+            return TypeAdapter(list[TrialResult]).validate_python(records)
 
     def _check_same(self, key: str, content: dict[str, Any], defaults: dict[str, Any]) -> bool:
         """Store what the study is made of, or compare it with what is stored; returns whether it is new.

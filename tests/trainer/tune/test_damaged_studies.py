@@ -11,7 +11,10 @@ import yaml
 from support.damaged_runs import damage, run
 from support.training_runs import write_smallest_recipe
 
+from shards.errors import CorruptError
 from trainer.tune import __main__ as tune
+from trainer.tune import search_space
+from trainer.tune.study import SharedStudy
 from trainer.tune.trial import TrialPaused, TrialReporter
 
 MAX_KILOBYTES = 400_000  # by which memory may grow
@@ -58,6 +61,17 @@ def attack(place: Path, directory: Path, seed: int) -> list[str]:
 @pytest.mark.parametrize("seed", [7, 28, 11])
 def test_a_damaged_study_continues_or_is_refused(place: Path, tmp_path: Path, seed: int) -> None:
     assert attack(place, tmp_path / "study", seed) == []
+
+
+def test_wrong_results_in_the_journal_are_refused(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "study", tmp_path / "study")
+    search, base = search_space.load(place / "study.yaml", [f"dir={tmp_path / 'study'}"])
+    study = SharedStudy(search, base)
+    assert [result.state for result in study.results()] == ["complete", "running"]
+    running = study._study.get_trials(deepcopy=False)[1]
+    study._study._storage.set_trial_user_attr(running._trial_id, "scores", "many")
+    with pytest.raises(CorruptError, match=r"study\.journal, which cannot be read"):
+        study.results()
 
 
 @pytest.mark.slow
