@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -174,7 +173,7 @@ class SearchConfig(BaseConfig):
 
     def identity(self) -> dict[str, Any]:
         """Keys that must not change when a study is resumed, flat and by name."""
-        return dict(flatten(json.loads(self.model_dump_json(exclude={"dir", "budget", "recipe"}))))
+        return dict(flatten(self.model_dump(mode="json", exclude={"dir", "budget", "recipe"})))
 
     def applicable(self, values: dict[str, Any]) -> Iterator[tuple[str, str, Range | Categorical]]:
         """Iterate over the settings that apply, those without a condition first.
