@@ -105,23 +105,21 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
     kept = _GROUP_STATE if is_same else _GROUP_STATE - {"lr"}
     for group, own in zip(state.optimizer.param_groups, groups, strict=True):
         group.update({name: value for name, value in own.items() if name not in kept})
-    if is_same:
-        _check_restored(training)
-        return
-    steps, accumulation = train.steps(state.epoch), config.optim.grad_accumulation
-    if steps != saved["steps"] or saved["step"] % accumulation:
-        nearest = -(-saved["step"] * steps // saved["steps"])
-        state.step = min(steps, -(-nearest // accumulation) * accumulation)
-    state.updates = _count_updates(training)
-    metrics = training.metrics()
-    validated = ["validation" in record for record in state.history[: state.best_epoch]]
-    if validated and validated[-1]:  # trainer.monitor may be another one
-        state.best = metrics[sum(validated) - 1]
-    elif validated and training.data.validation is not None:  # no epoch had a validation split
-        state.best = -math.inf
-    fraction = training.time_fraction(int(state.earlier_seconds * 1000))
-    state.learning_rate.replay(state.updates, state.epoch, metrics, fraction)
-    state.lr = state.learning_rate.lr
+    if not is_same:
+        steps, accumulation = train.steps(state.epoch), config.optim.grad_accumulation
+        if steps != saved["steps"] or saved["step"] % accumulation:
+            nearest = -(-saved["step"] * steps // saved["steps"])
+            state.step = min(steps, -(-nearest // accumulation) * accumulation)
+        state.updates = _count_updates(training)
+        metrics = training.metrics()
+        validated = ["validation" in record for record in state.history[: state.best_epoch]]
+        if validated and validated[-1]:  # trainer.monitor may be another one
+            state.best = metrics[sum(validated) - 1]
+        elif validated and training.data.validation is not None:  # no epoch had a validation split
+            state.best = -math.inf
+        fraction = training.time_fraction(int(state.earlier_seconds * 1000))
+        state.learning_rate.replay(state.updates, state.epoch, metrics, fraction)
+        state.lr = state.learning_rate.lr
     _check_restored(training)
 
 
