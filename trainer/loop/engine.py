@@ -414,8 +414,7 @@ def evaluate_best(training: Training, services: RunServices) -> Evaluation:
         trained = replace(trained, tau=posthoc.tau, offsets=posthoc.offsets, temperature=posthoc.temperature)
         if world.is_main_process:
             services.checkpointer.replace_best(trained)
-    posthoc_kwargs = trained.posthoc_kwargs()
-    evaluation = evaluate(model, data.test, settings, world, services.signals_received, **posthoc_kwargs)
+    evaluation = evaluate(model, data.test, settings, world, services.signals_received, **trained.posthoc_kwargs())
     training.profile.mark("test")
     world.run_on_main(services.checkpointer.ensure_saved)
     return evaluation
