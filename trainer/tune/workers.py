@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from multiprocessing.connection import wait
@@ -96,7 +95,6 @@ def supervise(search: SearchConfig, base: Config, deadline: float, workers: int)
             for index, process in list(running.items()):
                 if process.is_alive():
                     continue
-                process.join()
                 del running[index]
                 code = process.exitcode or 0
                 if code < 0 and deaths < _MAX_DEATHS * workers:
@@ -127,8 +125,7 @@ def _worker(
 def _stop(processes: list[BaseProcess], base: Config) -> None:
     """Send SIGTERM to the workers, and wait for their checkpoints."""
     for process in processes:
-        if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, signal.SIGTERM)
+        process.terminate()
     for process in processes:
         process.join(base.checkpoint.grace_seconds + _STOP_SECONDS)
 
