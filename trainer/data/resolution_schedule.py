@@ -63,7 +63,7 @@ class TrainingLoader:
         stages: The stages of the run.
         window: See `ShuffledBatchSampler.shuffle_window_blocks`.
         window_of_shards: Whether the units of the shuffle window are shards.
-        timed: Wraps transforms to measure their time; None without a profiler.
+        timed: Wraps transforms to measure their time; without a profiler it returns them as they are.
         samples: Positions in the store of the samples of an epoch.
     """
 
@@ -78,7 +78,7 @@ class TrainingLoader:
         self.stages = stages
         self.window = sampler.shuffle_window_blocks
         self.window_of_shards = sampler.unit_bounds is not None
-        self.timed: Callable[[Transform], Transform] | None = None
+        self.timed: Callable[[Transform], Transform] = lambda transform: transform
         self.samples = sampler.samples
         self._store = store
         self._sampler = sampler
@@ -109,9 +109,7 @@ class TrainingLoader:
         stage = self.stage_at(epoch)
         if self._open is None or self._open[0] != stage:
             self._open = None  # free the memory of the previous stage
-            transform = self._make_transform(stage)
-            if self.timed is not None:
-                transform = self.timed(transform)
+            transform = self.timed(self._make_transform(stage))
             sampler, world = self.sampler_at(epoch), self._world
             loader = Loader(self._store, sampler, transform, world.device, rank=world.rank, world_size=world.size)
             self._open = (stage, loader)
