@@ -15,8 +15,9 @@ from benchmarks.common.charts import CARD, MUTED, RULE, SERIES, Chart, plain_num
 from benchmarks.sweep.stats import BY_EPOCHS, PowerLaw, SeedGroup, pareto_front
 from benchmarks.sweep.text import Series, SweepResults, run_name
 
-TRADE_NOTE = (
-    "Bars: one standard error. Filled: no other point is both faster and more accurate (joined by the line). "
+ERROR_NOTE = "Bars: one standard error."
+_TRADE_NOTE = (
+    f"{ERROR_NOTE} Filled: no other point is both faster and more accurate (joined by the line). "
     "Ring: smallest resolution within one standard error of the best validation accuracy."
 )
 
@@ -45,8 +46,18 @@ class Panel:
         return Chart(lambda panels: self.draw(panels[0]), (3.9, self.height)).to_svg(prefix)
 
 
-def make_panels(results: SweepResults) -> list[Panel]:
-    """Return accuracy over throughput (a panel per kind of run and subset), cost per image and bytes on disk."""
+def note(results: SweepResults) -> str:
+    """Explain the panels of accuracy."""
+    return ERROR_NOTE if results.compares_models else _TRADE_NOTE
+
+
+def make_panels(results: SweepResults) -> tuple[list[Panel], list[Panel]]:
+    """Return panels of accuracy (one per kind of run and subset) and of costs.
+
+    Resolutions are points over the training throughput. At a single resolution, each model is a row.
+    """
+    if results.compares_models:
+        return _model_panels(results)
     panels = []
     for run, subset in itertools.product(results.runs, results.subsets):
         own = [series for series in results.series if series.subset == subset]
@@ -60,27 +71,51 @@ def make_panels(results: SweepResults) -> list[Panel]:
         )
     costs = "Milliseconds per image over its number of pixels, for training and for the loader; values as below."
     sizes = "Megabytes on disk by resolution: constant if images are resized at load time, else growing with pixels."
-    return [
-        *panels,
+    return panels, [
         Panel("Cost per image", "", partial(_draw_costs, results=results), costs),
         Panel("Size on disk", "", partial(_draw_sizes, groups=results.main.groups), sizes),
     ]
 
 
+def _model_panels(results: SweepResults) -> tuple[list[Panel], list[Panel]]:
+    panels = []
+    for run, subset in itertools.product(results.runs, results.subsets):
+        groups = [group for group in results.models(subset) if group.metric(run, "accuracy")]
+        title = f"Accuracy after {run_name(run, results.first)}"
+        subtitle = next(series.subtitle for series in results.series if series.subset == subset)
+        panels.append(_accuracy_panel(title, subtitle, groups, run, "model"))
+    groups = [series.groups[0] for series in results.largest_subsets]
+    alt = "Milliseconds of training per image by model; throughput as below."
+    return panels, [
+        Panel("Training time per image", "", partial(_draw_times, groups=groups), alt, _rows_height(groups))
+    ]
+
+
 def interpolation_panel(groups: Sequence[SeedGroup]) -> Panel:
     """Return the test accuracy of each interpolation."""
-    names = ", ".join(group.interpolation for group in groups)
-    alt = f"Test accuracy by interpolation, with one standard error: {names}; values as below."
-    return Panel("Test accuracy", "", partial(_draw_interpolations, groups=groups), alt, 0.45 * len(groups) + 0.8)
+    return _accuracy_panel("Test accuracy", "", groups, BY_EPOCHS, "interpolation")
+
+
+def _accuracy_panel(title: str, subtitle: str, groups: Sequence[SeedGroup], run: str, by: str) -> Panel:
+    labels = [getattr(group, by) for group in groups]
+    alt = f"Test accuracy by {by}, with one standard error: {', '.join(labels)}; values as below."
+    draw = partial(_draw_accuracies, groups=groups, run=run, labels=labels)
+    return Panel(title, subtitle, draw, alt, _rows_height(groups))
+
+
+def _rows_height(groups: Sequence[SeedGroup]) -> float:
+    return 0.35 * len(groups) + 0.9
 
 
 def write_png(results: SweepResults, path: Path) -> None:
-    """Draw accuracy over throughput above cost per image and bytes on disk."""
-    panels = make_panels(results)
-    trades = len(panels) - 2
-    columns = len(results.subsets) if len(results.subsets) > 1 else trades
-    rows = trades // columns
-    upper = [[f"trade {row * columns + half // 2}" for half in range(2 * columns)] for row in range(rows)]
+    """Draw the panels of accuracy above those of costs."""
+    accuracies, costs = make_panels(results)
+    panels = [*accuracies, *costs]
+    columns = len(results.subsets) if len(results.subsets) > 1 else len(accuracies)
+    rows = len(accuracies) // columns
+    upper = [[f"accuracy {row * columns + half // 2}" for half in range(2 * columns)] for row in range(rows)]
+    lower = [f"cost {half * len(costs) // (2 * columns)}" for half in range(2 * columns)]
+    height = max(3.7, *(panel.height for panel in panels))
 
     def draw(all_axes: Sequence[Axes]) -> None:
         for axes, panel in zip(all_axes, panels, strict=True):
@@ -92,11 +127,11 @@ def write_png(results: SweepResults, path: Path) -> None:
 
     Chart(
         draw,
-        size=(6.2 * columns, 3.7 * rows + 4.3),
-        panels=[*upper, ["costs"] * columns + ["sizes"] * columns],
-        height_ratios=[3.7] * rows + [3.4],
-        title=f"{results.first['dataset']}: cost and accuracy of each resolution",
-        note=TRADE_NOTE,
+        size=(6.2 * columns, height * (rows + 1) + 0.6),
+        panels=[*upper, lower],
+        height_ratios=[height] * rows + [height - 0.3],
+        title=f"{results.first['dataset']}: cost and accuracy of each {results.subject}",
+        note=note(results),
     ).write_png(path)
 
 
@@ -182,11 +217,19 @@ def _draw_sizes(axes: Axes, groups: Sequence[SeedGroup]) -> None:
     axes.legend(loc="upper left")
 
 
-def _draw_interpolations(axes: Axes, groups: Sequence[SeedGroup]) -> None:
+def _draw_times(axes: Axes, groups: Sequence[SeedGroup]) -> None:
+    axes.plot([group.train_ms for group in groups], range(len(groups)), "o", color=SERIES[0], markersize=7)
+    set_row_labels(axes, [group.model for group in groups])
+    axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
+    axes.set_xlabel("ms/image")
+
+
+def _draw_accuracies(axes: Axes, groups: Sequence[SeedGroup], run: str, labels: Sequence[str]) -> None:
     for row, group in enumerate(groups):
-        accuracy = group.metric(BY_EPOCHS, "accuracy")
+        accuracy = group.metric(run, "accuracy")
         assert accuracy is not None
         error = 100 * (accuracy.std_error or 0)
         axes.errorbar(100 * accuracy.mean, row, xerr=error, fmt="o", color=SERIES[0], markersize=7)
-    set_row_labels(axes, [group.interpolation for group in groups])
+    set_row_labels(axes, labels)
     axes.set_xlabel("test accuracy, %")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.sweep import text
-from benchmarks.sweep.charts import TRADE_NOTE, interpolation_panel, make_panels
+from benchmarks.sweep.charts import ERROR_NOTE, interpolation_panel, make_panels, note
 from benchmarks.sweep.text import SweepResults
 from shards.atomic import write_file
 from trainer.report.html import render
@@ -15,13 +15,15 @@ from trainer.report.html import render
 def write_page(results: SweepResults, path: Path) -> None:
     """Render the page to a file."""
     groups = results.interpolations()
+    accuracies, costs = make_panels(results)
     page = render(
         "page.html.j2",
         Path(__file__).parent,
         results=results,
         text=text,
-        panels=make_panels(results),
-        trade_note=TRADE_NOTE,
+        panels=[*accuracies, *costs],
+        note=note(results),
+        error_note=ERROR_NOTE,
         interpolations=groups,
         interpolation_panel=interpolation_panel(groups) if groups else None,
         environment=json.dumps(results.first["environment"], indent=1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,25 @@ class Series:
         }
 
 
+@dataclass(frozen=True)
+class Section:
+    """Part of the report: the resolutions of one model, or the models at one resolution.
+
+    Attributes:
+        title: Heading.
+        by: Attribute of `SeedGroup` that distinguishes the rows of the tables.
+        groups: The rows.
+        paragraphs: Text above the tables.
+        growth: How the costs grow with the number of pixels.
+    """
+
+    title: str
+    by: str
+    groups: Sequence[SeedGroup]
+    paragraphs: list[str]
+    growth: list[str]
+
+
 class SweepResults:
     """All results of a sweep: groups of seeds, and a series for each model and subset.
 
@@ -101,6 +120,17 @@ class SweepResults:
         return [max((one for one in self.series if one.model == model), key=lambda one: one.subset) for model in models]
 
     @property
+    def compares_models(self) -> bool:
+        """Whether several models were measured at one resolution, so that no resolution can be recommended."""
+        resolutions = {group.resolution for series in self.series for group in series.groups}
+        return len(self.largest_subsets) > 1 and len(resolutions) == 1
+
+    @property
+    def subject(self) -> str:
+        """What the tables and charts compare."""
+        return "model" if self.compares_models else "resolution"
+
+    @property
     def runs(self) -> list[str]:
         """Kinds of runs with results."""
         return [run for run in RUNS if any(group.metric(run, "accuracy") for group in self.groups)]
@@ -108,6 +138,10 @@ class SweepResults:
     @property
     def subsets(self) -> list[float]:
         return sorted({series.subset for series in self.series})
+
+    def models(self, subset: float) -> list[SeedGroup]:
+        """Return the groups of a comparison of models: each with this subset."""
+        return [series.groups[0] for series in self.series if series.subset == subset]
 
     def interpolation_group(self) -> SeedGroup | None:
         """Return the group at which interpolations are compared: the recommended resolution.
@@ -143,23 +177,33 @@ def format_estimate(estimate: Estimate | None) -> str:
     return "" if estimate is None else format_percent(estimate.mean, estimate.std)
 
 
-def cost_table(series: Series) -> Table:
-    """Tabulate what each resolution costs."""
-    columns = {
-        "resolution": lambda group: str(group.resolution),
-        "loader images/s (range)": lambda group: format_spread(group.spread("loader_images_per_second")),
-        "loader CPU-s / 1,000 (range)": _loader_cpu,
+def cost_table(groups: Sequence[SeedGroup], by: str) -> Table:
+    """Tabulate the costs of each resolution or model. Those of loading and storing do not depend on the model."""
+    training = {
         "training images/s (range)": lambda group: format_spread(group.spread("training_images_per_second")),
         "data wait": lambda group: format_percent(group.median("data_wait_share")),
         "peak memory": lambda group: format_bytes(group.largest("peak_memory_bytes") or 0),
+    }
+    if any(group.largest("peak_device_memory_bytes") for group in groups):
+        training["peak GPU memory"] = lambda group: format_bytes(group.largest("peak_device_memory_bytes") or 0)
+    if by == "model":
+        parameters = {"parameters": lambda group: f"{group.records[0]['parameters']:,}"}
+        return tabulate({by: _row_label(by), **parameters, **training}, groups)
+    loader = {
+        "loader images/s (range)": lambda group: format_spread(group.spread("loader_images_per_second")),
+        "loader CPU-s / 1,000 (range)": _loader_cpu,
+    }
+    disk = {
         "on disk": lambda group: format_bytes(group.records[0]["bytes_at_rest"]),
         "pre-resized (uint8 / float32)": lambda group: " / ".join(
             format_bytes(group.records[0][f"bytes_pre_resized_{dtype}"]) for dtype in ("uint8", "float32")
         ),
     }
-    if any(group.largest("peak_device_memory_bytes") for group in series.groups):
-        columns["peak GPU memory"] = lambda group: format_bytes(group.largest("peak_device_memory_bytes") or 0)
-    return tabulate(columns, series.groups)
+    return tabulate({by: _row_label(by), **loader, **training, **disk}, groups)
+
+
+def _row_label(by: str) -> Callable[[SeedGroup], str]:
+    return lambda group: str(getattr(group, by))
 
 
 def _loader_cpu(group: SeedGroup) -> str:
@@ -169,7 +213,7 @@ def _loader_cpu(group: SeedGroup) -> str:
 def accuracy_table(groups: Sequence[SeedGroup], run: str, by: str = "resolution") -> Table:
     """Tabulate the test metrics after one kind of run: mean and standard deviation over seeds."""
     columns = {
-        by: lambda group: str(getattr(group, by)),
+        by: _row_label(by),
         "seeds": lambda group: str(len(group.records)),
         "accuracy": lambda group: format_estimate(group.metric(run, "accuracy")),
         "macro F1": lambda group: format_estimate(group.metric(run, "macro_f1")),
@@ -190,6 +234,47 @@ def interpolation_title(groups: Sequence[SeedGroup]) -> str:
     return f"Interpolation at {first.resolution}x{first.resolution}, {first.model}, {after}"
 
 
+def sections(results: SweepResults) -> list[Section]:
+    """Return the parts of the report: one per model and subset, or per subset if it compares models."""
+    if not results.compares_models:
+        return [
+            Section(series.title, "resolution", series.groups, recommendation_text(series), growth_lines(series))
+            for series in results.series
+        ]
+    parts = []
+    for subset in results.subsets:
+        own = [series for series in results.series if series.subset == subset]
+        side = own[0].groups[0].resolution
+        groups = results.models(subset)
+        best = [_explain_best(group, run) for run in results.runs if (group := best_model(groups, run))]
+        parts.append(Section(f"Models at {side}x{side}, {own[0].subtitle}", "model", groups, best, []))
+    return parts
+
+
+def headlines(results: SweepResults) -> list[tuple[str, str, str]]:
+    """Return the result of each kind of run: its label, the recommended resolution or best model, and its figures."""
+    lines = []
+    for run in results.runs:
+        if results.compares_models:
+            group = best_model(results.models(max(results.subsets)), run)
+        else:
+            choice = results.main.recommend(run)
+            group = choice.chosen if choice is not None else None
+        if group is not None:
+            label = "Best validation accuracy" if results.compares_models else "Recommended"
+            name = group.model if results.compares_models else f"{group.resolution}x{group.resolution}"
+            accuracy = format_estimate(group.metric(run, "accuracy"))
+            figures = f"{accuracy} test accuracy, {group.throughput:,.0f} training images/s"
+            lines.append((f"{label} after {run_name(run, results.first)}", name, figures))
+    return lines
+
+
+def best_model(groups: Sequence[SeedGroup], run: str) -> SeedGroup | None:
+    """Return the group with the best validation accuracy; None without a successful run."""
+    scored = [(score.mean, group) for group in groups if (score := group.validation(run)) is not None]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
 def recommendation_text(series: Series) -> list[str]:
     """Explain which resolution is recommended and what the next larger one costs; two paragraphs per kind of run."""
     choices = [choice for run in RUNS if (choice := series.recommend(run)) is not None]
@@ -199,8 +284,7 @@ def recommendation_text(series: Series) -> list[str]:
 def _explain_choice(choice: Recommendation) -> str:
     chosen, best = choice.chosen, choice.best
     best_score, score = best.validation(choice.run), chosen.validation(choice.run)
-    test = chosen.metric(choice.run, "accuracy")
-    assert best_score and score and test
+    assert best_score and score
     error = f"{100 * (best_score.std_error or 0):.2f} points"
     if chosen is best:
         reason = f"the best validation accuracy, {format_percent(score.mean)} (standard error {error})"
@@ -210,11 +294,26 @@ def _explain_choice(choice: Recommendation) -> str:
             f"standard error ({error}) of the best, {format_percent(best_score.mean)} at "
             f"{best.resolution}x{best.resolution}"
         )
-    seeds = f"mean of {score.n} seeds" if score.n > 1 else "one seed, so the spread between seeds is unknown"
+    after = run_name(choice.run, chosen.records[0])
+    return f"After {after}: {chosen.resolution}x{chosen.resolution}, {reason}. {_explain_test(chosen, choice.run)}"
+
+
+def _explain_best(group: SeedGroup, run: str) -> str:
+    score = group.validation(run)
+    assert score
     return (
-        f"After {run_name(choice.run, chosen.records[0])}: {chosen.resolution}x{chosen.resolution}, {reason}. Its test "
-        f"accuracy is {format_estimate(test)} ({seeds}; standard error {100 * (test.std_error or 0):.2f} points)."
+        f"After {run_name(run, group.records[0])}: {group.model} has the best validation accuracy, "
+        f"{format_percent(score.mean)} (standard error {100 * (score.std_error or 0):.2f} points). "
+        f"{_explain_test(group, run)}"
     )
+
+
+def _explain_test(group: SeedGroup, run: str) -> str:
+    test = group.metric(run, "accuracy")
+    assert test
+    seeds = f"mean of {test.n} seeds" if test.n > 1 else "one seed, so the spread between seeds is unknown"
+    error = f"standard error {100 * (test.std_error or 0):.2f} points"
+    return f"Its test accuracy is {format_estimate(test)} ({seeds}; {error})."
 
 
 def _explain_next(choice: Recommendation) -> str:
@@ -259,7 +358,7 @@ def notes(results: SweepResults) -> list[str]:
         f"{first['precision']}, loader {first['loader_backend']}; {format_machine(first['environment'])}",
         "percentages: mean ± standard deviation over seeds; rates: median and range over all runs and seeds",
         "each training selects its best epoch on the validation split and evaluates the test split once, at its end; "
-        "resolutions are selected on the validation split as well",
+        f"{results.subject}s are selected on the validation split as well",
     ]
     timed = [record["by_time"] for record in results.records if (record.get("by_time") or {}).get("training_seconds")]
     if timed:
@@ -285,12 +384,12 @@ def notes(results: SweepResults) -> list[str]:
 def sweep_markdown(results: SweepResults) -> str:
     """Format the complete report."""
     blocks = []
-    for series in results.series:
-        blocks += [f"### {series.title}", markdown_table(*cost_table(series))]
+    for section in sections(results):
+        blocks += [f"### {section.title}", markdown_table(*cost_table(section.groups, section.by))]
         for run in results.runs:
-            blocks += [f"After {run_name(run, results.first)}:", markdown_table(*accuracy_table(series.groups, run))]
-        blocks += recommendation_text(series)
-        blocks.append(bullets(growth_lines(series)))
+            table = accuracy_table(section.groups, run, section.by)
+            blocks += [f"After {run_name(run, results.first)}:", markdown_table(*table)]
+        blocks += [*section.paragraphs, bullets(section.growth)]
     if groups := results.interpolations():
         table = accuracy_table(groups, BY_EPOCHS, by="interpolation")
         blocks += [f"### {interpolation_title(groups)}", markdown_table(*table)]

@@ -27,7 +27,9 @@ from support import warm_process
 from benchmarks import resolution_sweep
 from benchmarks.resolution_sweep import QUICK, SweepRunner, make_config, parse, run_sweep
 from benchmarks.sweep import point as sweep_point
+from benchmarks.sweep.charts import write_png
 from benchmarks.sweep.compare import compare
+from benchmarks.sweep.page import write_page
 from benchmarks.sweep.plan import (
     INTERPOLATIONS,
     Journal,
@@ -329,6 +331,7 @@ def synthetic_record(resolution: int, accuracy: float, seed: int = 0, **changes:
         "data_wait_share": 0.01,
         "peak_memory_bytes": 10**9,
         "peak_device_memory_bytes": None,
+        "parameters": 1000,
         "precision": "fp32",
         "epochs": 5,
         "seconds": 1.0,
@@ -355,6 +358,27 @@ def test_the_smallest_resolution_within_one_standard_error_is_chosen() -> None:
     assert "to the power of 1.00 ± 0.00" in text
     alone = recommend(found[:1], BY_TIME)
     assert alone is not None and alone.next_larger is None
+
+
+def test_models_at_one_resolution_share_their_tables_and_charts(tmp_path: Path) -> None:
+    scores = {"three_block_cnn": 0.9, "resnet18": 0.97, "vgg16": 0.95}
+    records = [synthetic_record(28, score, model=name, parameters=11_000) for name, score in scores.items()]
+    records[-1]["by_time"] = {"failed": "too slow"}
+    results = SweepResults(records, "linear")
+    text = sweep_markdown(results)
+    assert text.startswith("### Models at 28x28, all 1,294 training images") and text.count("###") == 2
+    assert text.count("| resnet18 ") == text.count("| vgg16 ") == 3 and "|     11,000 |" in text
+    assert "After 5 epochs: resnet18 has the best validation accuracy, 97.00%" in text
+    assert "larger resolution" not in text and "models are selected on the validation split" in text
+    write_png(results, tmp_path / "models.png")
+    assert Image.open(tmp_path / "models.png").width > 1000
+    write_page(results, tmp_path / "models.html")
+    page = (tmp_path / "models.html").read_text()
+    assert "cost and accuracy of each model</h1>" in page and "Training time per image" in page
+    assert page.count("<svg") == 3 and ">Recommended" not in page
+
+    both = SweepResults([*records, synthetic_record(56, 0.98, model="vgg16")], "linear")
+    assert "### Models" not in sweep_markdown(both), "there is a resolution to recommend"
 
 
 def test_points_that_only_compare_interpolations_have_their_own_table() -> None:
