@@ -338,7 +338,7 @@ def _existing_index(shard: Path, content: bytes) -> bytes | None:
 
 
 def _file_contents(classes: int, scans: list[_Scan]) -> dict[str, bytes]:
-    """Return the content of the indices and arrays of a split, by name. Missing rows are positions."""
+    """Return the content of the indices and arrays of a split, by name. Without rows, they are positions."""
     labels, rows, blocks = (
         np.concatenate([getattr(scan, name) for scan in scans]) for name in ("labels", "rows", "blocks")
     )

@@ -27,10 +27,10 @@ _LOG_CHARACTERS = 2000  # of a process that died
 
 
 def fresh_processes(preloaded: list[str]) -> ForkServerContext | SpawnContext:
-    """Return the context of processes without the state of this one.
+    """Return a context of multiprocessing whose processes do not inherit the state of this one.
 
     Args:
-        preloaded: Modules that the fork server imports once, if the system has one, so that a process starts at once.
+        preloaded: Modules that the fork server, where there is one, imports once, so that processes start quickly.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

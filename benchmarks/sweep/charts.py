@@ -15,9 +15,9 @@ from benchmarks.common.charts import CARD, MUTED, RULE, SERIES, Chart, plain_num
 from benchmarks.sweep.stats import BY_EPOCHS, PowerLaw, SeedGroup, pareto_front
 from benchmarks.sweep.text import Series, SweepResults, run_name
 
-ERROR_NOTE = "Bars: one standard error."
+ERROR_NOTE = "Bars: one standard error of the accuracy, where they are longer than the point."
 _TRADE_NOTE = (
-    f"{ERROR_NOTE} Filled: no other point is both faster and more accurate (joined by the line). "
+    "Bars: one standard error. Filled: no other point is both faster and more accurate (joined by the line). "
     "Ring: smallest resolution within one standard error of the best validation accuracy."
 )
 
@@ -47,14 +47,14 @@ class Panel:
 
 
 def note(results: SweepResults) -> str:
-    """Explain the panels of accuracy."""
+    """Return the legend of the panels of accuracy."""
     return ERROR_NOTE if results.compares_models else _TRADE_NOTE
 
 
 def make_panels(results: SweepResults) -> tuple[list[Panel], list[Panel]]:
     """Return panels of accuracy (one per kind of run and subset) and of costs.
 
-    Resolutions are points over the training throughput. At a single resolution, each model is a row.
+    For resolutions, accuracy is drawn over the training throughput. Models at one resolution have a row each.
     """
     if results.compares_models:
         return _model_panels(results)
@@ -85,7 +85,7 @@ def _model_panels(results: SweepResults) -> tuple[list[Panel], list[Panel]]:
         subtitle = next(series.subtitle for series in results.series if series.subset == subset)
         panels.append(_accuracy_panel(title, subtitle, groups, run, "model"))
     groups = [series.groups[0] for series in results.largest_subsets]
-    alt = "Milliseconds of training per image by model; throughput as below."
+    alt = "Milliseconds of training per image by model; the tables below give the throughput."
     return panels, [
         Panel("Training time per image", "", partial(_draw_times, groups=groups), alt, _rows_height(groups))
     ]
@@ -99,7 +99,7 @@ def interpolation_panel(groups: Sequence[SeedGroup]) -> Panel:
 def _accuracy_panel(title: str, subtitle: str, groups: Sequence[SeedGroup], run: str, by: str) -> Panel:
     labels = [getattr(group, by) for group in groups]
     alt = f"Test accuracy by {by}, with one standard error: {', '.join(labels)}; values as below."
-    draw = partial(_draw_accuracies, groups=groups, run=run, labels=labels)
+    draw = partial(_draw_accuracies, groups=groups, run=run, labels=labels, from_zero=by == "model")
     return Panel(title, subtitle, draw, alt, _rows_height(groups))
 
 
@@ -225,11 +225,13 @@ def _draw_times(axes: Axes, groups: Sequence[SeedGroup]) -> None:
     axes.set_xlabel("ms/image")
 
 
-def _draw_accuracies(axes: Axes, groups: Sequence[SeedGroup], run: str, labels: Sequence[str]) -> None:
+def _draw_accuracies(axes: Axes, groups: Sequence[SeedGroup], run: str, labels: Sequence[str], from_zero: bool) -> None:
     for row, group in enumerate(groups):
         accuracy = group.metric(run, "accuracy")
         assert accuracy is not None
         error = 100 * (accuracy.std_error or 0)
         axes.errorbar(100 * accuracy.mean, row, xerr=error, fmt="o", color=SERIES[0], markersize=7)
     set_row_labels(axes, labels)
+    if from_zero:
+        axes.set_xlim(left=0)
     axes.set_xlabel("test accuracy, %")

@@ -74,8 +74,8 @@ class Section:
         title: Heading.
         by: Attribute of `SeedGroup` that distinguishes the rows of the tables.
         groups: The rows.
-        paragraphs: Text above the tables.
-        growth: How the costs grow with the number of pixels.
+        paragraphs: Explanations.
+        growth: Lines on how the costs grow with the number of pixels; none for models.
     """
 
     title: str
@@ -140,7 +140,7 @@ class SweepResults:
         return sorted({series.subset for series in self.series})
 
     def models(self, subset: float) -> list[SeedGroup]:
-        """Return the groups of a comparison of models: each with this subset."""
+        """Return one group per model, with this subset. Only if `compares_models`."""
         return [series.groups[0] for series in self.series if series.subset == subset]
 
     def interpolation_group(self) -> SeedGroup | None:
@@ -178,7 +178,7 @@ def format_estimate(estimate: Estimate | None) -> str:
 
 
 def cost_table(groups: Sequence[SeedGroup], by: str) -> Table:
-    """Tabulate the costs of each resolution or model. Those of loading and storing do not depend on the model."""
+    """Tabulate the costs of each resolution or model. Models do not differ in loading and storage."""
     training = {
         "training images/s (range)": lambda group: format_spread(group.spread("training_images_per_second")),
         "data wait": lambda group: format_percent(group.median("data_wait_share")),
@@ -235,7 +235,7 @@ def interpolation_title(groups: Sequence[SeedGroup]) -> str:
 
 
 def sections(results: SweepResults) -> list[Section]:
-    """Return the parts of the report: one per model and subset, or per subset if it compares models."""
+    """Return the parts of the report: one per model and subset, or one per subset if models are compared."""
     if not results.compares_models:
         return [
             Section(series.title, "resolution", series.groups, recommendation_text(series), growth_lines(series))
@@ -365,7 +365,8 @@ def notes(results: SweepResults) -> list[str]:
         seconds = [run["training_seconds"] for run in timed]
         lines.append(
             f"{run_name(BY_TIME, first)}: the number of updates is fixed in advance from the measured throughput, so "
-            f"that the learning-rate schedule completes; actual time {min(seconds):.1f} .. {max(seconds):.1f} s"
+            f"that the learning-rate schedule completes; actual training time "
+            f"{min(seconds):.1f} .. {max(seconds):.1f} s"
         )
     for record in results.records:
         point = point_of(record)

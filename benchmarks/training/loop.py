@@ -1,4 +1,4 @@
-"""A training without output; throughput of its loop, and of the same loop over batches that are on the device."""
+"""Training without output; throughput of the training loop with the loader, and with batches on the device."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def make_recipe(shards: Path, case: LoopCase, fraction: float) -> dict[str, Any]
 
 
 def fit_and_test(training: Training, directory: RunDirectory) -> Evaluation:
-    """Train in a run directory without output; return the best epoch on the test split."""
+    """Train in a run directory without output; return the test metrics of the epoch that was selected on validation."""
     with (
         directory.lock(),
         contextlib.redirect_stdout(io.StringIO()),

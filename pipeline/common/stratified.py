@@ -149,10 +149,10 @@ def group_quotas(
     _, groups = np.unique(within, return_inverse=True)
     width = int(groups.max(initial=0)) + 1
     pairs, strata, sizes = np.unique(classes * width + groups, return_inverse=True, return_counts=True)
-    class_of = pairs // width  # of each stratum, ascending
+    class_of = pairs // width  # class of each stratum, ascending
     shares, remainders = np.divmod(quotas[class_of] * sizes, np.bincount(classes, minlength=len(quotas))[class_of])
     short = quotas - np.bincount(class_of, shares, minlength=len(quotas)).astype(np.int64)
-    # Equal remainders are put in random order, as groups may have one sample each.
+    # Ties are broken at random: with one sample per group, the first groups would always be chosen.
     order = np.lexsort((random_keys(seed, stream, len(sizes)), -remainders, class_of))
     groups_of = np.bincount(class_of, minlength=len(quotas))
     rank = np.arange(len(order)) - (np.cumsum(groups_of) - groups_of)[class_of[order]]

@@ -90,7 +90,7 @@ class RawDirectory:
 
     @cached_property
     def _tree(self) -> FileTree | None:
-        """The content of the archive, which may take long to open."""
+        """The opened archive, None without one. To open it may take long."""
         if self._archive is None:
             return None
         with _errors(self._archive, "archive"):
@@ -160,7 +160,7 @@ class PublishedFiles:
         return files
 
     def _needed(self, directory: Path) -> list[Download]:
-        """What has to be downloaded. The archive is not opened, as `open` does that."""
+        """Return what has to be downloaded. An archive that is there is not opened; `open` does that."""
         files = self.directory(directory)
         if files.has_archive:
             return []

@@ -301,7 +301,7 @@ class OnDemandFiles:
 
 
 def _lock(descriptor: int, byte: int, exclusive: bool = True, wait: bool = False) -> bool:
-    """Lock a byte of `.locks` for this process. Returns False if another one holds it."""
+    """Lock a byte of the open file `.locks` for this process. Returns False if another process holds it."""
     try:
         how = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
         fcntl.lockf(descriptor, how, 1, byte)

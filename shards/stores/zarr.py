@@ -203,7 +203,7 @@ class ZarrStore(ImageStore):
 
 
 def _read_all(files: SplitFiles, array: ArrayLayout, compressed: bool, highest: int) -> NDArray[np.int64]:
-    """Return all values of an array of numbers, int64 [N], whose shards have the SHA-256 of the manifest.
+    """Check the SHA-256 of the shards of an array of numbers, and return all values, int64 [N].
 
     Raises:
         CorruptError: If a shard is damaged, or a value is not in 0 .. highest.

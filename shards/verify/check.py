@@ -149,7 +149,7 @@ class SampleCounter:
                     yield f"{at}: another checksum of labels and rows than in {BLOCKS}"
 
     def _locate(self, name: str, block: int, location: object) -> object:
-        """Return where the difference from an array is: in the array if it was changed, else at `location`."""
+        """Return the place that a message names: the block in the array if the array was changed, else `location`."""
         return f"{self._changed[name]}: block {block_key(block)}" if name in self._changed else location
 
     def faults(self) -> Iterator[str]:

@@ -146,7 +146,7 @@ class BestCheckpoint(Schema):
     tau: Finite
     offsets: list[Finite]
     temperature: Positive
-    members: list[Any] = Field(default_factory=list)  # of an ensemble, the contents of their `best.pt`
+    members: list[Any] = Field(default_factory=list)  # of an ensemble: the content of the `best.pt` of each
 
 
 def check(kind: type[BaseModel], content: Any) -> None:

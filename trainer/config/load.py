@@ -239,7 +239,7 @@ def replace_settings(config: Config, values: dict[str, Any], source: str) -> Con
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
-    """Replace a nested setting in place by one of the command line, `key.key=value`.
+    """Set a nested setting of `content` to the value of an override of the command line, `key.key=value`.
 
     Raises:
         UserError: The override has another form, or its section is unknown.

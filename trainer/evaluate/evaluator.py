@@ -272,7 +272,7 @@ def to_pixels(images: torch.Tensor, trained: TrainedModel) -> torch.Tensor:
 
 
 def measurements(evaluation: Evaluation, network: nn.Module, config: Config) -> dict[str, Any]:
-    """Return the metrics, speed and size of a network without a training, as `summary.json` holds them."""
+    """Return metrics, speed and size of a network, which need no training, under the keys of `summary.json`."""
     return {
         **evaluation.summary(),
         "calibration": evaluation.calibration(),

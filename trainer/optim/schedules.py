@@ -62,7 +62,7 @@ class LRSchedule:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
     def _advance(self, position: int) -> None:
-        """Take the steps up to a position, in steps of the scheduler."""
+        """Step the scheduler until it has taken `position` steps."""
         for _ in range(position - self._scheduler.last_epoch):
             self._scheduler.step()
         self._set_rates()

@@ -58,7 +58,7 @@ class Sample(NamedTuple):
 
 
 def is_packed(name: str) -> bool:
-    """Whether an input is a packed data set or one of its splits, in a directory or at an address."""
+    """Whether an input is an address, or a directory with a packed data set or one of its splits."""
     return is_remote(name) or any(has_split(Path(name), split) for split in ("", *REQUIRED_SPLITS))
 
 

@@ -233,7 +233,7 @@ def main() -> int:
                 expected="one packed data set, or image files and directories",
                 hint="label each input with its own command, and pass the --out of one as --add-to of the next",
             )
-        with init_single_process(arguments.device, "its result is one set of labels") as world:
+        with init_single_process(arguments.device, "the command writes one set of labels") as world:
             store = open_dataset_or_split(name, arguments.split)
             predictions = predict(trained, store, world)
         unlabelled, source = packed_split(store), store.manifest.identity()

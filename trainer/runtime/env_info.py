@@ -19,7 +19,14 @@ if TYPE_CHECKING:  # the functions that `inkstream doctor` calls do without torc
     import torch
 
 _ROOT = Path(__file__).parents[2]
-_PACKAGES = ("inkstream", "torch", "nvidia-dali-cuda120", "timm", "numpy", "torchvision")  # they decide a result
+_PACKAGES = (
+    "inkstream",
+    "torch",
+    "nvidia-dali-cuda120",
+    "timm",
+    "numpy",
+    "torchvision",
+)  # their versions can change results
 _COMPILERS = ("cc", "gcc", "clang", "cl")
 _TRITON_CAPABILITY = (7, 0)  # the lowest compute capability of a GPU
 

@@ -52,7 +52,7 @@ def move_to_device(batches: Iterable[tuple[torch.Tensor, Indices]], task: Task) 
 
 
 def loader_options(task: Task) -> dict[str, Any]:
-    """Return the options that the loaders have in common which are torch's `DataLoader` or derived from it."""
+    """Return the options of all loaders that are torch's `DataLoader` or a subclass of it."""
     return {
         "batch_size": task.batch_size,
         "drop_last": True,

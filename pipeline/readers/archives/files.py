@@ -74,7 +74,7 @@ class StoredFile:
             buffer[...] = np.frombuffer(self.read(offset, buffer.nbytes), np.uint8)  # its error: too short
 
     def mapped(self) -> mmap.mmap:
-        """Map the file into memory. If it shrinks afterwards, an access ends the process with a message."""
+        """Map the file into memory. If it shrinks, an access beyond its end ends the process with a message."""
         report_bus_errors(str(self.file.name), self.size)
         return mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ)
 

@@ -105,7 +105,7 @@ def crop_to_foreground(images: torch.Tensor, margin: float, opening_radius: int 
 
 
 def _extent(lines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First true value of bool [B, L] and the length up to the last one, both float32 [B]; any if all are false."""
+    """First true value of bool [B, L] and the length up to the last one, float32 [B]; arbitrary if all are false."""
     marks = lines.int()
     first = marks.argmax(dim=1)
     last = lines.shape[1] - 1 - marks.flip(1).argmax(dim=1)

@@ -16,7 +16,7 @@ _BITS = 7  # of the fixed-point weight of a dilation; its product with a differe
 def dilate(images: torch.Tensor, radius: int = 1) -> torch.Tensor:
     """Return the maximum over a diamond of this radius in pixels: with 1, of each pixel and its four neighbours.
 
-    Masks, bool [B, H, W], are allowed, too.
+    Masks, bool [B, H, W], are accepted, too.
     """
     for _ in range(radius):
         largest = images.clone()
