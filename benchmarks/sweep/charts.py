@@ -220,7 +220,7 @@ def _draw_sizes(axes: Axes, groups: Sequence[SeedGroup]) -> None:
 def _draw_times(axes: Axes, groups: Sequence[SeedGroup]) -> None:
     axes.plot([group.train_ms for group in groups], range(len(groups)), "o", color=SERIES[0], markersize=7)
     set_row_labels(axes, [group.model for group in groups])
-    axes.set_xscale("log")
+    axes.set_xlim(left=0)
     plain_numbers(axes.xaxis)
     axes.set_xlabel("ms/image")
 

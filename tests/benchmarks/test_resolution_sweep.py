@@ -377,6 +377,11 @@ def test_models_at_one_resolution_share_their_tables_and_charts(tmp_path: Path) 
     assert "cost and accuracy of each model</h1>" in page and "Training time per image" in page
     assert page.count("<svg") == 3 and ">Recommended" not in page
 
+    few = [{**record, "subset": 0.1, "training_images": 129} for record in records]
+    write_page(SweepResults([*few, *records], "linear"), tmp_path / "models.html")
+    subtitle = re.search(r'<p class="muted">(.*?), on P</p>', (tmp_path / "models.html").read_text())
+    assert subtitle and subtitle[1] == "Models at 28x28, all 1,294 training images", "that of the headline"
+
     both = SweepResults([*records, synthetic_record(56, 0.98, model="vgg16")], "linear")
     assert "### Models" not in sweep_markdown(both), "there is a resolution to recommend"
 
