@@ -31,9 +31,9 @@ from typing import Any
 from benchmarks.common.arguments import add_out_argument, add_shards_argument, positive
 from benchmarks.common.default_set import choose_set
 from benchmarks.common.harness import in_process
+from benchmarks.common.training import fit_and_test
 from benchmarks.training.ablation_report import ablation_markdown, plot_gains
 from benchmarks.training.frontier_report import plot_frontier
-from benchmarks.training.loop import fit_and_test
 from shards.atomic import append_line, make_directory, read_file, replace_file, write_file
 from shards.cli import run_command
 from shards.errors import UserError

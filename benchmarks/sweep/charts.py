@@ -46,7 +46,7 @@ class Panel:
         return Chart(lambda panels: self.draw(panels[0]), (3.9, self.height)).to_svg(prefix)
 
 
-def note(results: SweepResults) -> str:
+def accuracy_note(results: SweepResults) -> str:
     """Return the legend of the panels of accuracy."""
     return ERROR_NOTE if results.compares_models else _TRADE_NOTE
 
@@ -60,7 +60,7 @@ def make_panels(results: SweepResults) -> tuple[list[Panel], list[Panel]]:
         return _model_panels(results)
     panels = []
     for run, subset in itertools.product(results.runs, results.subsets):
-        own = [series for series in results.series if series.subset == subset]
+        own = results.of_subset(subset)
         panels.append(
             Panel(
                 f"Accuracy over throughput after {run_name(run, results.first)}",
@@ -80,10 +80,10 @@ def make_panels(results: SweepResults) -> tuple[list[Panel], list[Panel]]:
 def _model_panels(results: SweepResults) -> tuple[list[Panel], list[Panel]]:
     panels = []
     for run, subset in itertools.product(results.runs, results.subsets):
-        groups = [group for group in results.models(subset) if group.metric(run, "accuracy")]
+        own = results.of_subset(subset)
+        groups = [series.groups[0] for series in own if series.groups[0].metric(run, "accuracy")]
         title = f"Accuracy after {run_name(run, results.first)}"
-        subtitle = next(series.subtitle for series in results.series if series.subset == subset)
-        panels.append(_accuracy_panel(title, subtitle, groups, run, "model"))
+        panels.append(_accuracy_panel(title, own[0].subtitle, groups, run, "model"))
     groups = [series.groups[0] for series in results.largest_subsets]
     alt = "Milliseconds of training per image by model; the tables below give the throughput."
     return panels, [
@@ -131,7 +131,7 @@ def write_png(results: SweepResults, path: Path) -> None:
         panels=[*upper, lower],
         height_ratios=[height] * rows + [height - 0.3],
         title=f"{results.first['dataset']}: cost and accuracy of each {results.subject}",
-        note=note(results),
+        note=accuracy_note(results),
     ).write_png(path)
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.sweep import text
-from benchmarks.sweep.charts import ERROR_NOTE, interpolation_panel, make_panels, note
+from benchmarks.sweep.charts import ERROR_NOTE, accuracy_note, interpolation_panel, make_panels
 from benchmarks.sweep.text import SweepResults
 from shards.atomic import write_file
 from trainer.report.html import render
@@ -22,7 +22,7 @@ def write_page(results: SweepResults, path: Path) -> None:
         results=results,
         text=text,
         panels=[*accuracies, *costs],
-        note=note(results),
+        note=accuracy_note(results),
         error_note=ERROR_NOTE,
         interpolations=groups,
         interpolation_panel=interpolation_panel(groups) if groups else None,

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.common.harness import Spread, in_process
+from benchmarks.common.training import fit_and_test
 from benchmarks.sweep.plan import Point, SweepConfig
-from benchmarks.training.loop import fit_and_test
 from pipeline.loader import Batch
 from pipeline.sampler import SequentialBatchSampler
 from shards import UserError, open_split

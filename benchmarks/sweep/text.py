@@ -139,9 +139,9 @@ class SweepResults:
     def subsets(self) -> list[float]:
         return sorted({series.subset for series in self.series})
 
-    def models(self, subset: float) -> list[SeedGroup]:
-        """Return one group per model, with this subset. Only if `compares_models`."""
-        return [series.groups[0] for series in self.series if series.subset == subset]
+    def of_subset(self, subset: float) -> list[Series]:
+        """Return the series of one subset, by model."""
+        return [series for series in self.series if series.subset == subset]
 
     def interpolation_group(self) -> SeedGroup | None:
         """Return the group at which interpolations are compared: the recommended resolution.
@@ -210,7 +210,7 @@ def _loader_cpu(group: SeedGroup) -> str:
     return format_spread(group.spread("loader_cpu_seconds_per_thousand"), ",.4f")
 
 
-def accuracy_table(groups: Sequence[SeedGroup], run: str, by: str = "resolution") -> Table:
+def accuracy_table(groups: Sequence[SeedGroup], run: str, by: str) -> Table:
     """Tabulate the test metrics after one kind of run: mean and standard deviation over seeds."""
     columns = {
         by: _row_label(by),
@@ -243,9 +243,9 @@ def sections(results: SweepResults) -> list[Section]:
         ]
     parts = []
     for subset in results.subsets:
-        own = [series for series in results.series if series.subset == subset]
-        side = own[0].groups[0].resolution
-        groups = results.models(subset)
+        own = results.of_subset(subset)
+        groups = [series.groups[0] for series in own]
+        side = groups[0].resolution
         best = [_explain_best(group, run) for run in results.runs if (group := best_model(groups, run))]
         parts.append(Section(f"Models at {side}x{side}, {own[0].subtitle}", "model", groups, best, []))
     return parts
@@ -256,12 +256,11 @@ def headlines(results: SweepResults) -> list[tuple[str, str, str]]:
     lines = []
     for run in results.runs:
         if results.compares_models:
-            group = best_model(results.models(max(results.subsets)), run)
+            label, group = "Best validation accuracy", best_model(sections(results)[-1].groups, run)
         else:
             choice = results.main.recommend(run)
-            group = choice.chosen if choice is not None else None
+            label, group = "Recommended", choice.chosen if choice is not None else None
         if group is not None:
-            label = "Best validation accuracy" if results.compares_models else "Recommended"
             name = group.model if results.compares_models else f"{group.resolution}x{group.resolution}"
             accuracy = format_estimate(group.metric(run, "accuracy"))
             figures = f"{accuracy} test accuracy, {group.throughput:,.0f} training images/s"

@@ -1,4 +1,4 @@
-"""Training without output; throughput of the training loop with the loader, and with batches on the device."""
+"""Throughput of the training loop, and of the same loop over batches that are already on the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from trainer.config.load import validate
 from trainer.config.schema import CheckpointConfig
 from trainer.data.resolution_schedule import TrainingLoader
 from trainer.data.training_data import TrainingData, open_data
-from trainer.evaluate.evaluator import Evaluation
 from trainer.loop import engine
 from trainer.loop.state import Totals, Training, make_training
 from trainer.models.auto import resolve_auto
@@ -82,17 +81,6 @@ def make_recipe(shards: Path, case: LoopCase, fraction: float) -> dict[str, Any]
         "schedule": {"name": "constant"},
         "trainer": {"epochs": 1, "precision": case.precision, "compile": case.compile, "ema_decay": 0.999},
     }
-
-
-def fit_and_test(training: Training, directory: RunDirectory) -> Evaluation:
-    """Train in a run directory without output; return the test metrics of the epoch that was selected on validation."""
-    with (
-        directory.lock(),
-        contextlib.redirect_stdout(io.StringIO()),
-        engine.open_services(training, directory, loggers=[]) as services,
-    ):
-        engine.fit(training, services)
-        return engine.evaluate_best(training, services)
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""Published data sets, from synthetic copies in their official layouts: CIFAR, the MNIST family, NumtaDB."""
+"""Published data sets, from synthetic copies in their official layouts, and their first download."""
 
 from __future__ import annotations
 
