@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from _pytest.assertion import rewrite
+from hypothesis import HealthCheck, settings
 from support import warm_process
 
 from pipeline.datasets import find_source
@@ -40,6 +41,10 @@ MEMORY = Path("/dev/shm")
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9:
     # Directories of tests lie in memory, where there is enough: a disk makes every short file wait.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+# Property tests do not test durations, and other tests use the processors at the same time.
+settings.register_profile("inkstream", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("inkstream")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

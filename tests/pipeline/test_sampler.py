@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -215,7 +215,6 @@ def test_index_permutations_pass_the_chi_squared_tests_that_uniform_ones_pass(co
 
 
 @given(count=st.integers(1, 300), batch_size=st.integers(1, 70), seed=seeds, epoch=st.integers(0, 10_000))
-@settings(deadline=None)
 def test_training_batches_are_the_same_on_any_number_of_ranks(
     count: int, batch_size: int, seed: int, epoch: int
 ) -> None:
@@ -233,7 +232,6 @@ def test_training_batches_are_the_same_on_any_number_of_ranks(
     epoch=st.integers(0, 10_000),
     window=st.one_of(st.none(), st.integers(1, 40)),
 )
-@settings(deadline=None)
 def test_a_training_epoch_has_batches_of_one_size_without_repeated_samples(
     count: int, batch_size: int, seed: int, epoch: int, window: int | None
 ) -> None:
@@ -258,7 +256,6 @@ def test_a_training_epoch_has_batches_of_one_size_without_repeated_samples(
     window=st.one_of(st.none(), st.integers(1, 10)),
     offset=st.integers(-(10**6), 10**6),
 )
-@settings(deadline=None)
 def test_after_any_number_of_epochs_all_samples_were_used_equally_often(
     count: int, batch_size: int, seed: int, epochs: int, window: int | None, offset: int
 ) -> None:

@@ -139,7 +139,7 @@ class TestRoundTrip:
         assert_same_samples(source, tmp_path / "zarr")
         assert Manifest.read(tmp_path / "zarr" / "train").version == 3
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
     @given(
         shape=st.tuples(st.integers(1, 7), st.integers(1, 7), st.sampled_from([1, 3])),
         samples=st.integers(1, 60),

@@ -116,7 +116,7 @@ def test_an_extended_header_has_at_most_its_limit(tmp_path: Path, monkeypatch: p
     assert "an extended header of 601 bytes, more than 600" in error.found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     files=st.lists(st.tuples(names.filter(lambda name: name[-1] != "/"), st.binary(max_size=1200)), max_size=8),
     form=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),

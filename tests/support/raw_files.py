@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -25,10 +24,6 @@ from pipeline.datasets import find_source
 from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
 from shards import UserError
 from support.image_files import turned_exif
-
-# How long a thing takes is not what these tests ask, and other processes want the cores too.
-settings.register_profile("raw files", deadline=None)
-settings.load_profile("raw files")
 
 
 def refusal(action: Callable[[], object]) -> UserError:

@@ -27,7 +27,7 @@ def orders(draw: st.DrawFn) -> tuple[WindowedOrder, np.ndarray, int, int, int]:
     return order, bounds, steps, batch_size, lanes
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(order=orders(), data=st.data())
 def test_every_sample_comes_once_and_any_part_is_computed_alone(
     order: tuple[WindowedOrder, np.ndarray, int, int, int], data: st.DataObject
@@ -49,7 +49,7 @@ def test_every_sample_comes_once_and_any_part_is_computed_alone(
             assert found.reshape(-1).tolist() == repeated.tolist()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(order=orders(), data=st.data(), repeats=st.integers(1, 3))
 def test_unit_uses_name_the_units_of_a_rank_once_by_first_step(
     order: tuple[WindowedOrder, np.ndarray, int, int, int], data: st.DataObject, repeats: int

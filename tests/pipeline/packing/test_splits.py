@@ -48,7 +48,7 @@ def assert_shows_its_rows(part: RawSplit) -> None:
     np.testing.assert_array_equal(part.columns["writer"], raw.columns["writer"][part.source_index])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     test=st.floats(0.05, 0.5),
     val=st.one_of(st.none(), st.floats(0.05, 0.5)),

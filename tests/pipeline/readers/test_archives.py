@@ -168,7 +168,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("kind", ["zip", "tar", "gz", "bz2", "xz"])
     @given(data=st.data())
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=150)
     def test_whatever_is_changed_no_picture_is_lost_without_a_word(
         self, tmp_path: Path, kind: str, data: st.DataObject
     ) -> None:

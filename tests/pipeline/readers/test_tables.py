@@ -256,7 +256,7 @@ class TestHostileNpz:
 
     @pytest.mark.parametrize("compressed", [False, True])
     @given(data=st.data())
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
     def test_no_changed_value_is_taken(self, tmp_path: Path, compressed: bool, data: st.DataObject) -> None:
         path = npz(tmp_path / "a.npz", {"x": GRAY, "y": LABELS}, compressed)
         content = bytearray(path.read_bytes())
@@ -645,7 +645,7 @@ class TestHostileParquet:
         assert str(path) in refusal(lambda: load("parquet", path)).found
 
     @given(data=st.data())
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
     def test_whatever_is_changed_nothing_but_a_refusal_comes_of_it(self, tmp_path: Path, data: st.DataObject) -> None:
         path = write_parquet(tmp_path / "a.parquet", hub_table(PICTURES), row_group_size=5)
         content = bytearray(path.read_bytes())

@@ -68,7 +68,7 @@ def gathered(cache: BlockCache, samples: NDArray[np.int64]) -> NDArray[np.uint8]
     return out
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     samples=st.integers(1, 60),
     block_size=st.integers(1, 9),

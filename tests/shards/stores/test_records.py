@@ -131,7 +131,7 @@ extensions = st.sampled_from(["jpg", "png", "webp", "bmp", "jpeg"])
 records = st.tuples(st.binary(min_size=1, max_size=1500), extensions, st.integers(0, 10**17), st.integers(0, 10**17))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(samples=st.lists(records, min_size=1, max_size=40), shard_size=st.integers(1, 45))
 def test_what_is_written_is_read(samples: list[tuple[bytes, str, int, int]], shard_size: int) -> None:
     """Whatever the bytes, in however many shards, handed over in blocks of any size."""
