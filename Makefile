@@ -27,10 +27,11 @@ test-gpu:  ## the tests that need a CUDA device
 test-lower: .venv-lower/.installed  ## the tests of pipeline and trainer with the lowest supported version of each dependency
 	@$(LOWER) -m pytest --numprocesses=auto --dist=loadfile tests/pipeline tests/trainer --ignore=tests/trainer/export
 
-device-check:  ## what this machine lacks, then correctness and speed of its GPU within MINUTES=8; no network, as test-gpu
-	@python=$(PYTHON); $$python -c 'import pydantic, timm, torch' 2>/dev/null || \
-	  { $(MAKE) --no-print-directory .venv/.installed && python=$(RUN); } || exit; export PYTHONPATH=.; \
-	  $$python -m trainer.runtime.doctor; $$python benchmarks/device_check.py --minutes $(MINUTES)
+device-check:  ## what this machine lacks, then correctness and speed of its GPU within MINUTES=8, into OUT=dir; no network, as test-gpu
+	@python=$(PYTHON); export PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	  $$python -c 'import benchmarks.device_check' 2>/dev/null || \
+	  { $(MAKE) --no-print-directory .venv/.installed && python=$(RUN); } || exit; \
+	  $$python -m trainer.runtime.doctor; $$python benchmarks/device_check.py --minutes $(MINUTES) $(if $(OUT),--out $(OUT))
 
 mutation: .venv/.mutation  ## small changes of core modules that no test notices; MODULES="path ..." SAMPLE=mutants-of-each SEED=...
 	@$(RUN) tests/mutation.py --sample $(SAMPLE) --seed $(SEED) $(MODULES)

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +43,7 @@ from shards.manifest import (
     has_split,
     is_file_name,
     is_packed_dataset,
+    package_versions,
     split_named,
     splits_in,
 )
@@ -373,7 +372,7 @@ def _manifest(
         shards=tuple(scan.shard for scan in scans),
         files=tuple(RawFile.of_content(name, content) for name, content in contents.items()),
         raw=(),
-        versions={"inkstream": version("inkstream"), "numpy": np.__version__, "python": platform.python_version()},
+        versions=package_versions("numpy"),
     )
 
 

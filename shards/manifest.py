@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 import re
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeAlias
@@ -47,6 +49,16 @@ def split_named(name: str) -> str | None:
 def splits_in(name: str) -> set[str]:
     """Return the splits that the words of a file name stand for: `val` for `birds-validation-00.tar`."""
     return {split for word in re.split("[^A-Za-z]+", name) if (split := split_named(word))}
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Inkstream, of packages and of Python, for `Manifest.versions`."""
+    versions = {package: version(package) for package in packages}
+    try:
+        inkstream = version("inkstream")
+    except PackageNotFoundError:  # a checkout on PYTHONPATH
+        inkstream = "unknown"
+    return {"inkstream": inkstream, **versions, "python": platform.python_version()}
 
 
 def is_file_name(name: str) -> bool:

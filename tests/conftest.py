@@ -81,12 +81,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """With `-m gpu`, tests of DALI are skipped on a machine without it."""
+    """With `-m gpu`, tests of DALI are skipped on a machine without it, or without its decoders."""
     try:
         return (yield)
-    except ModuleNotFoundError as error:
-        if item.config.option.markexpr == "gpu" and str(error.name).startswith("nvidia"):
-            pytest.skip("DALI is not installed")
+    except (ModuleNotFoundError, RuntimeError) as error:
+        if item.config.option.markexpr == "gpu":
+            if str(getattr(error, "name", "")).startswith("nvidia"):
+                pytest.skip("DALI is not installed")
+            if "libnvimgcodec.so failed" in str(error):
+                pytest.skip("nvidia-nvimgcodec-cu12 is not installed")
         raise
 
 

@@ -6,12 +6,14 @@ import importlib
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_module
 
 from inkstream import COMMANDS
+from shards.manifest import Manifest
 
 
 def run_inkstream(*arguments: str, cwd: Path, paths: tuple[Path, ...] = (ROOT,)) -> subprocess.CompletedProcess[str]:
@@ -79,6 +81,29 @@ def test_a_mistake_ends_with_one_message(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert "quickstart" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_a_checkout_that_is_not_installed_packs_and_trains(tmp_path: Path) -> None:
+    """As on a machine without a network: the packages lie in a directory on PYTHONPATH, Inkstream is not among them."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for path in {Path(directory) for name in ("purelib", "platlib") for directory in [sysconfig.get_path(name)]}:
+        for entry in path.iterdir():
+            if not entry.name.startswith(("inkstream", "__editable__")):
+                (site / entry.name).symlink_to(entry)
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{site}"}
+    for arguments in (
+        ["-m", "pipeline.shard", "digits"],
+        ["-m", "trainer.run", "quickstart", "run.dir=runs/first", "trainer.epochs=1"],
+    ):
+        process = subprocess.run(
+            [sys.executable, "-S", *arguments], cwd=work, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert process.returncode == 0, process.stderr
+    manifest = Manifest.read(work / "data" / "shards" / "digits" / "train")
+    assert manifest.versions["inkstream"] == "unknown" and "numpy" in manifest.versions
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,24 +23,34 @@ def test_tests_of_a_gpu_install_nothing_where_all_packages_are(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("markers", ["gpu", "slow"])
-@pytest.mark.parametrize("module", ["nvidia.dali", "zarr"])
-def test_tests_of_a_gpu_are_skipped_where_dali_alone_is_missing(markers: str, module: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "is_of_dali"),
+    [
+        (ModuleNotFoundError(name="nvidia.dali"), True),
+        (RuntimeError("dlopen libnvimgcodec.so failed!. Please install nvimagecodec"), True),
+        (ModuleNotFoundError(name="zarr"), False),
+        (RuntimeError("CUDA error"), False),
+    ],
+)
+def test_tests_of_a_gpu_are_skipped_where_dali_alone_is_missing(
+    markers: str, error: Exception, is_of_dali: bool
+) -> None:
     item = SimpleNamespace(config=SimpleNamespace(option=SimpleNamespace(markexpr=markers)))
     call = pytest_runtest_call(item)
     next(call)
-    is_skipped = (markers, module) == ("gpu", "nvidia.dali")
-    with pytest.raises(pytest.skip.Exception if is_skipped else ModuleNotFoundError):
-        call.throw(ModuleNotFoundError(name=module))
+    is_skipped = markers == "gpu" and is_of_dali
+    with pytest.raises(pytest.skip.Exception if is_skipped else type(error)):
+        call.throw(error)
 
 
 def test_the_device_check_follows_the_doctor_whatever_it_reports(tmp_path: Path) -> None:
     python, called = tmp_path / "python", tmp_path / "called"
-    python.write_text(f'#!/bin/sh\necho "$*" >> {called}\n[ "$2" != trainer.runtime.doctor ]\n')
+    python.write_text(f'#!/bin/sh\necho "$PYTHONPATH $*" >> {called}\n[ "$2" != trainer.runtime.doctor ]\n')
     python.chmod(0o755)
-    command = ["make", "device-check", f"PYTHON={python}", "MINUTES=2"]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    command = ["make", "device-check", f"PYTHON={python}", "MINUTES=2", "OUT=results"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": "packages"}, check=True, timeout=60)
     assert called.read_text().splitlines() == [
-        "-c import pydantic, timm, torch",
-        "-m trainer.runtime.doctor",
-        "benchmarks/device_check.py --minutes 2",
+        ".:packages -c import benchmarks.device_check",
+        ".:packages -m trainer.runtime.doctor",
+        ".:packages benchmarks/device_check.py --minutes 2 --out results",
     ]

@@ -173,9 +173,9 @@ class BatchStream:
                 self._batches = None
                 self.epoch += 1
                 continue
-            # Copied, because a tensor of a worker keeps a file open.
+            # Copied, because a tensor of a worker keeps a file open, and one on the GPU the memory of its batch.
             is_on_gpu = isinstance(indices, torch.Tensor) and indices.is_cuda
-            self.indices[-1].append(indices if is_on_gpu else np.array(indices))
+            self.indices[-1].append(indices.clone() if is_on_gpu else np.array(indices))
             return images, indices
 
     def close(self) -> None:

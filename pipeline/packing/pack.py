@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +27,7 @@ from pipeline.readers.raw_split import RawSplit, UnreadableImages
 from shards.atomic import write_file
 from shards.cli import plural
 from shards.errors import UserError
-from shards.manifest import LABELS, MAX_BLOCK_BYTES, ROWS, SPLITS, Manifest, RawFile, StoreKind
+from shards.manifest import LABELS, MAX_BLOCK_BYTES, ROWS, SPLITS, Manifest, RawFile, StoreKind, package_versions
 from shards.stores.base import Block, Layout, WrittenShard
 from shards.stores.create import make_writer
 from shards.stores.sample_arrays import array_dtypes, open_array, pixel_statistics, write_blocks
@@ -352,8 +351,7 @@ class _Packing:
             raise UnreadableImages(unreadable)
 
     def _versions(self) -> dict[str, str]:
-        versions = {package: version(package) for package in ("inkstream", *_PACKAGES[self.settings.store])}
-        return {**versions, "python": platform.python_version()}
+        return package_versions(*_PACKAGES[self.settings.store])
 
     def _manifest(
         self, split: RawSplit, layout: Layout, written: list[WrittenShard], files: tuple[RawFile, ...]

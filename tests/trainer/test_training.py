@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import assert_user_error, free_port, pack_splits, run_module, synthetic_splits
+from conftest import ROOT, assert_user_error, free_port, pack_splits, run_module, synthetic_splits
 from support.run_outcome import assert_same_run, history, weights
 from support.training_runs import QUICK, stop_in_epoch, train, train_here
 
@@ -303,7 +305,11 @@ def test_weights_and_biases_runs_offline_without_a_key_or_a_server(recipe: Path,
 
 @pytest.mark.gpu
 def test_trains_on_a_gpu(recipe: Path, tmp_path: Path) -> None:
-    process = train(recipe, tmp_path / "run", "device=cuda", "trainer.precision=bf16")
+    # Not by a warm process: the processes that compile kernels end if their parent is not the one that started them.
+    command = [sys.executable, "-m", "trainer.run", str(recipe), f"run.dir={tmp_path / 'run'}"]
+    process = subprocess.run(
+        [*command, "device=cuda", "trainer.precision=bf16"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     environment = json.loads((tmp_path / "run" / "env.json").read_text())

@@ -119,15 +119,18 @@ def make_sections(scale: Scale) -> list[Section]:
         f"{name}, batch {batch}": settings | {"loader.batch_size": batch}
         for batch, (name, settings) in product(scale.batches, variants)
     }
-    # The small batch fills no pack of the DALI backend.
-    exact = {
-        f"{name}, batch {batch}": settings | {"loader.batch_size": batch}
-        for batch, (name, settings) in product((min(size, 512), 33), variants)
-    } | {
-        f"{name}, augmented": settings | AUGMENTED | {"loader.batch_size": min(size, 512)}
+
+    def exact(batch: int) -> dict[str, Settings]:
+        return {f"{name}, batch {batch}": settings | {"loader.batch_size": batch} for name, settings in variants}
+
+    usual = min(size, 512)
+    augmented = {
+        f"{name}, augmented": settings | AUGMENTED | {"loader.batch_size": usual}
         for name, settings in variants
         if IMAGE_CHANNELS not in settings
     }
+    # The small batch fills no pack of the DALI backend.
+    correctness = exact(usual) | augmented | exact(33)
 
     def step(model: str, mode: str, batch: int, **more: Any) -> tuple[str, Settings]:
         settings = _LOOP | {"data.resolution": side, "model.name": model, "trainer.compile": mode}
@@ -149,7 +152,7 @@ def make_sections(scale: Scale) -> list[Section]:
     loops = dict(step(base, mode, size) for mode in scale.modes if mode != "off" or scale.modes == ("off",))
     return [
         Section("device", 0.08, {"bandwidth": {}}),
-        Section("correctness", 0.2, exact),
+        Section("correctness", 0.2, correctness),
         Section("loader", 0.4, loading),
         Section("step", 0.75, steps),
         Section("loop", 0.87, dict(list(loops.items())[:1])),
