@@ -60,6 +60,18 @@ def test_the_image_contains_the_packages_and_nothing_else() -> None:
         assert ignored(name), name
 
 
+def test_workflows_find_the_constrained_versions_on_pypi() -> None:
+    """The index of the CPU builds has other packages only in some versions, so it must not replace PyPI."""
+    found = 0
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        for command in (step.get("run", "") for job in jobs for step in job["steps"]):
+            if "--constraint" in command:
+                assert "--index-url" not in shlex.split(command), command
+                found += "--extra-index-url" in command
+    assert found == 3
+
+
 def test_every_installation_in_the_image_is_constrained() -> None:
     assert {name for name, _ in instructions()} == INSTRUCTIONS
     commands = [command for name, rest in instructions() if name == "RUN" for command in rest.split("&&")]
