@@ -240,17 +240,3 @@ def test_nothing_draws_from_numpys_or_pythons_global_generator() -> None:
         drawn = {re.match(r"(?:np|numpy)\.random\.(\w+)", call) for call in calls(path)} - {None}
         found |= {f"{name_of(path)}: {match[0]}" for match in drawn if not re.match("[A-Z]|default_rng", match[1])}
     assert found == set()
-
-
-def test_tests_of_a_gpu_import_no_servers_browsers_and_dali() -> None:
-    tests = ROOT / "tests"
-    paths = [path for path in tests.rglob("*.py") if "mark.gpu" in path.read_text() and path != Path(__file__)]
-    assert len(paths) > 10
-    seen: set[Path] = set()
-    while paths:
-        seen.add(path := paths.pop())
-        modules = imported(path)
-        assert not {module.partition(".")[0] for module in modules} & {"flask", "moto", "nvidia", "playwright"}, path
-        assert "pipeline.transforms.dali_backend" not in modules, path
-        support = {tests / f"{module.replace('.', '/')}.py" for module in modules if module.startswith("support.")}
-        paths += [each for each in support - seen if each.exists()]
