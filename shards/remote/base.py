@@ -241,6 +241,13 @@ class RemoteStorage(ABC):
             hint="run again",
         )
 
+    def _wrong_size(self, name: str, found: str, size: int) -> MismatchError:
+        return MismatchError(
+            found=f"{self.show(name)}, which has {found} bytes",
+            expected=f"{size:,} bytes",
+            hint="upload the file again if it is yours; if the server holds it intact, a proxy answers in its place",
+        )
+
     @abstractmethod
     def find(self) -> dict[str, FileInfo]:
         """Return all files below the address by name; one named "" if the address is a file."""

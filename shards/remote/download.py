@@ -210,6 +210,7 @@ def _receive(
         with open(partial, "rb") as begun:
             digest = hashlib.file_digest(begun, new_digest)
         bar.update(out.tell())
+        furthest = out.tell()
         while (start := out.tell()) < file.bytes and not stop.is_set():
             try:
                 for chunk in storage.stream(file.name, start, file.bytes, file.version):
@@ -221,12 +222,14 @@ def _receive(
                     if stop.is_set():
                         break
             except TransientError as error:
-                new = out.tell() - start
+                # Bytes that had arrived before a restart are no progress: the restarts would have no end.
+                progress = out.tell() - furthest >= PROGRESS
+                furthest = max(furthest, out.tell())
                 if isinstance(error, ChangedError) or not is_resumable:
                     bar.update(-out.tell())
                     out.truncate(0)
                     out.seek(0)
-                    digest, new = new_digest(), 0
-                policy.wait(error, progress=new >= PROGRESS)
+                    digest, progress = new_digest(), False
+                policy.wait(error, progress)
         os.fsync(out.fileno())
     return digest.hexdigest()

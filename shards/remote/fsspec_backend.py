@@ -9,13 +9,14 @@ import os
 import re
 import urllib.parse
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from shards.credentials import parse_address
 from shards.errors import UserError
 from shards.remote import base
-from shards.remote.base import FileInfo, NotFoundError, RemoteError, RemoteStorage, TransientError, error_of_status
+from shards.remote.base import FileInfo, NotFoundError, RemoteError, RemoteStorage, error_of_status
 
 PIECE = 4 << 20  # bytes of one range request
 SMALLEST_PIECE = 64 << 10  # bytes that even a slow connection transfers within STALL_SECONDS
@@ -88,13 +89,15 @@ class FsspecStorage(RemoteStorage):
             try:
                 end = min(start + self._piece, size)
                 data = self._call(name, "cat_file", self._path(name), start=start, end=end)
-            except TransientError as error:
+            except RemoteError as error:
                 if isinstance(error.__cause__, TimeoutError):
                     # The connection is too slow for a piece of this size.
                     self._piece = max(self._piece // 2, SMALLEST_PIECE)
-                raise
+                if _status_and_code(error.__cause__)[0] != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    raise
+                data = b""
             if not data:
-                raise TransientError(self.show(name), f"it ends after {start:,} of {size:,} bytes")
+                raise self._wrong_size(name, f"at most {start:,}", size)
             yield data[: size - start]
             start += len(data)
 
@@ -153,9 +156,9 @@ class FsspecStorage(RemoteStorage):
         return error_of_status(status)(self.show(name), reason)
 
 
-def _status_and_code(error: BaseException) -> tuple[int | None, str]:
+def _status_and_code(error: BaseException | None) -> tuple[int | None, str]:
     """Return the HTTP status and S3's code of an error of botocore, gcsfs or huggingface_hub."""
-    for carrier in (error, error.__cause__):
+    for carrier in (error, getattr(error, "__cause__", None)):
         response = getattr(carrier, "response", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shards.credentials import hide, parse_address
-from shards.errors import MismatchError, UserError
+from shards.errors import UserError
 from shards.remote import base
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class HttpStorage(base.RemoteStorage):
 
     def _stream(self, name: str, start: int, size: int | None, version: str) -> Iterator[bytes]:
         begun = version or (self._versions.get(name, "") if start else "")
-        with self._request(name, start, begun) as response:
+        with self._request(name, start, begun, size) as response:
             sent = self._versions[name] = _version(response)
             if version and sent != version:
                 raise self._changed(name)
@@ -66,17 +66,16 @@ class HttpStorage(base.RemoteStorage):
                 at = start
                 self._check_range(response, name, start, length, size)
             end = at + length if size is None and length is not None else size
-            if length is not None and end is not None and at + length > end:
-                raise MismatchError(
-                    found=f"{self.show(name)}, which is longer than {end:,} bytes",
-                    expected=f"exactly {end:,} bytes",
-                    hint="the published file has changed, or a proxy answers in its place",
-                )
+            is_whole = response.status != http.HTTPStatus.PARTIAL_CONTENT
+            if length is not None and end is not None and (at + length > end or (is_whole and length < end)):
+                raise self._wrong_size(name, f"{at + length:,}", end)
             while end is None or at < end:
                 chunk = response.read1(_CHUNK if end is None else min(_CHUNK, end - at))
                 if not chunk:
                     if end is None:
                         return
+                    if is_whole and response.chunked:  # the last chunk marks the end: the connection is intact
+                        raise self._wrong_size(name, f"{at:,}", end)
                     raise base.TransientError(self.show(name), f"the connection ended after {at:,} of {end:,} bytes")
                 new = chunk[max(0, start - at) :]
                 at += len(chunk)
@@ -109,19 +108,26 @@ class HttpStorage(base.RemoteStorage):
     def _check_range(
         self, response: http.client.HTTPResponse, name: str, start: int, length: int | None, size: int | None
     ) -> None:
-        """Raise `ChangedError` if a partial answer is not the rest of a file from `start` on."""
+        """Raise `ChangedError` if a partial answer is not the rest of a file from `start` on.
+
+        Raise `MismatchError` if it is the rest of a file of another size.
+        """
         text = response.headers.get("Content-Range") or "no Content-Range"
         match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", text.strip())
         if (
             match is None
             or int(match[1]) != start
             or (length is not None and int(match[2]) - start + 1 != length)
-            or (size is not None and match[3] != "*" and int(match[3]) != size)
+            or (match[3] != "*" and int(match[3]) <= int(match[2]))
         ):
             raise base.ChangedError(self.show(name), f"{text} in answer to bytes={start}-")
+        if size is not None and match[3] != "*" and int(match[3]) != size:
+            raise self._wrong_size(name, f"{int(match[3]):,}", size)
 
     @contextlib.contextmanager
-    def _request(self, name: str, start: int = 0, version: str = "") -> Iterator[http.client.HTTPResponse]:
+    def _request(
+        self, name: str, start: int = 0, version: str = "", size: int | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
         """Request a file from byte `start` on, and translate errors until its content is read."""
         path = f"{self._parts.path.rstrip('/')}/{urllib.parse.quote(name)}" if name else self._parts.path
         request = urllib.request.Request(self._parts._replace(path=path).geturl(), headers={"User-Agent": "inkstream"})
@@ -135,7 +141,10 @@ class HttpStorage(base.RemoteStorage):
             with self._opener.open(request, timeout=base.STALL_SECONDS) as response:
                 yield response
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._translate(error, self.show(name)) from None
+            failure, total = self._translate(error, self.show(name)), _unsatisfied_total(error)
+            if size is not None and total not in (None, size):
+                raise self._wrong_size(name, f"{total:,}", size) from None
+            raise failure from None
 
     def _translate(self, error: Exception, address: str) -> base.RemoteError:
         if isinstance(error, urllib.error.HTTPError):
@@ -202,7 +211,17 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 def _content_length(response: http.client.HTTPResponse) -> int | None:
     length = response.headers.get("Content-Length")
+    if length and not re.fullmatch(r"\d{1,18}", length.strip()):
+        raise ValueError(f"Content-Length: {length}")
     return int(length) if length else None
+
+
+def _unsatisfied_total(error: Exception) -> int | None:
+    """Return the size of a file that ends before the requested range, if the server tells it."""
+    if getattr(error, "code", None) != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        return None
+    match = re.fullmatch(r"bytes \*/(\d{1,18})", getattr(error, "headers", {}).get("Content-Range", "").strip())
+    return int(match[1]) if match else None
 
 
 def _version(response: http.client.HTTPResponse) -> str:

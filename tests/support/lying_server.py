@@ -99,6 +99,15 @@ def _cut(request: Request) -> None:
     request.truth(Content_Length=whole - (request.start or 0))
 
 
+def _truncated(request: Request) -> None:
+    """Serve the first half as if it were the file."""
+    request.content = request.content[: len(request.content) // 2]
+    if request.start is not None and request.start >= len(request.content):
+        total = f"bytes */{len(request.content)}"
+        return request.send("416 Range Not Satisfiable", {"Content-Range": total, "Content-Length": 0})
+    request.truth()
+
+
 def _flip(request: Request) -> None:
     middle = len(request.content) // 2
     content = request.content
@@ -145,6 +154,7 @@ LIES: dict[str, Callable[[Request], None]] = {
     "escapes in range": lambda request: request.truth(Content_Range=f"bytes {ESCAPE}"),
     "partial": lambda request: request.send("206 Partial Content", {"Content-Length": 3}, b"abc"),
     "cut": _cut,
+    "truncated": _truncated,
     "flip": _flip,
     "other version": _other_version,
     "whole other version": _whole_other_version,

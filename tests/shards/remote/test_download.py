@@ -20,6 +20,7 @@ from support.http_server import serving, without_proxies
 
 from pipeline.readers.download import Download, fetch
 from shards import UserError
+from shards.errors import MismatchError
 from shards.remote import base
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -33,6 +34,13 @@ class Behaviour:
     content: bytes = CONTENT
     status: int = 200
     ranges: bool = True
+    lengths: bool = True
+    """Whether an answer tells its length; if not, the end of the connection is its end."""
+    totals: bool = True
+    """Whether an answer to a request for a range tells the size of the file."""
+    chunked: bool = False
+    most_requests: int = 60
+    """Requests beyond are refused, so that an endless download ends."""
     cuts: list[int] = field(default_factory=list)
     """For each request in turn, after how many bytes the connection is cut; requests beyond are served whole."""
     requests: list[str | None] = field(default_factory=list)
@@ -47,16 +55,27 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         behaviour.requests.append(asked)
         self.close_connection = True
-        if behaviour.status >= 400:
-            self.send_error(behaviour.status)
+        if behaviour.status >= 400 or len(behaviour.requests) > behaviour.most_requests:
+            self.send_error(max(behaviour.status, 404))
             return
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and behaviour.ranges else 0
+        size = len(behaviour.content)
+        if start >= size > 0:
+            self.send_response(416)
+            self.send_header("Content-Length", "0")
+            if behaviour.totals:
+                self.send_header("Content-Range", f"bytes */{size}")
+            self.end_headers()
+            return
         body = behaviour.content[start:]
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        if behaviour.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        elif behaviour.lengths:
+            self.send_header("Content-Length", str(len(body)))
         if start:
-            size = len(behaviour.content)
-            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size if behaviour.totals else '*'}")
         self.end_headers()
         number = len(behaviour.requests) - 1
         cut = behaviour.cuts[number] if number < len(behaviour.cuts) else len(body)
@@ -169,17 +188,64 @@ def test_another_file_of_the_same_size_is_refused(server: Server, raw: Path) -> 
 
 def test_a_longer_file_is_refused(server: Server, raw: Path) -> None:
     server.behaviour.content = CONTENT + b"!"
-    with pytest.raises(UserError, match="longer than 300,000 bytes") as caught:
+    with pytest.raises(MismatchError) as caught:
         fetch(server.download, raw, OR_ELSE)
-    assert server.download.url in caught.value.found
+    assert caught.value.found == f"{server.download.url}, which has 300,001 bytes"
     assert_nothing_left(raw)
 
 
-def test_a_shorter_file_is_refused(server: Server, raw: Path) -> None:
-    server.behaviour.content = CONTENT[:1000]
-    server.behaviour.ranges = False
-    with pytest.raises(UserError, match="1,000 of 300,000 bytes"):
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("content", [b"", CONTENT[:1000], CONTENT[:-1], b"<html>Log in first</html>" * 1000])
+def test_a_shorter_file_is_refused_at_the_first_answer(server: Server, raw: Path, content: bytes, ranges: bool) -> None:
+    server.behaviour.content, server.behaviour.ranges = content, ranges
+    with pytest.raises(MismatchError) as caught:
         fetch(server.download, raw, OR_ELSE)
+    assert caught.value.found == f"{server.download.url}, which has {len(content):,} bytes"
+    assert caught.value.expected == "300,000 bytes" and "upload the file again" in caught.value.hint
+    assert server.behaviour.requests == [None]
+    assert_nothing_left(raw)
+
+
+@pytest.mark.parametrize("size", [100_000, 200_000, 400_000])
+def test_a_file_that_has_another_size_when_its_download_is_continued_is_refused(
+    server: Server, raw: Path, size: int
+) -> None:
+    """It ends before the requested range (status 416), or the answer with the range tells another size."""
+    raw.mkdir(parents=True)
+    (raw / "file.zip.part").write_bytes(CONTENT[:120_000])
+    server.behaviour.content = (CONTENT * 2)[:size]
+    with pytest.raises(MismatchError, match=f"which has {size:,} bytes"):
+        fetch(server.download, raw, OR_ELSE)
+    assert server.behaviour.requests == ["bytes=120000-"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_the_end_of_the_chunks_is_the_end_of_the_file(server: Server, raw: Path, ranges: bool) -> None:
+    server.behaviour = Behaviour(chunked=True, ranges=ranges, cuts=[100_000])
+    assert fetch(server.download, raw, OR_ELSE).read_bytes() == CONTENT
+    (raw / "file.zip").unlink()
+    server.behaviour = Behaviour(CONTENT[:-1000], chunked=True, ranges=ranges)
+    with pytest.raises(MismatchError, match="which has 299,000 bytes"):
+        fetch(server.download, raw, OR_ELSE)
+    assert server.behaviour.requests == [None]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "totals", "words", "requests"),
+    [
+        (True, True, "which has 200,000 bytes", 2),
+        (True, False, "no way to download", 6),
+        (False, True, "no way to download", 6),
+    ],
+)
+def test_a_shorter_file_of_unknown_length_is_not_fetched_for_ever(
+    server: Server, raw: Path, ranges: bool, totals: bool, words: str, requests: int
+) -> None:
+    """Its end cannot be told from a broken connection, but the next request brings nothing new."""
+    server.behaviour = Behaviour(CONTENT[:200_000], lengths=False, ranges=ranges, totals=totals)
+    with pytest.raises(UserError, match=words):
+        fetch(server.download, raw, OR_ELSE)
+    assert len(server.behaviour.requests) == requests
 
 
 def test_what_an_older_release_left_is_not_taken_for_the_file(server: Server, raw: Path) -> None:

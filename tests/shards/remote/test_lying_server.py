@@ -84,7 +84,7 @@ def test_a_lie_about_a_file_of_known_hash(lie: str, root: Path, synthetic_set: P
 
 
 @pytest.mark.parametrize(
-    "lie", ["endless", "endless chunks", "endless json", "drip", "drip headers", "silence", "loop"]
+    "lie", ["endless", "endless chunks", "endless json", "drip", "drip headers", "silence", "loop", "truncated"]
 )
 def test_nothing_but_lies(lie: str, root: Path, synthetic_set: Path) -> None:
     with serving(root, lambda: lie) as server:

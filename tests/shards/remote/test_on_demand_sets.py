@@ -20,7 +20,7 @@ import pipeline.packing.pack
 from pipeline.sampler import SequentialBatchSampler, ShuffledBatchSampler, shard_window
 from shards import UserError, open_split
 from shards.convert import upgrade
-from shards.errors import DiskFullError
+from shards.errors import DiskFullError, MismatchError
 from shards.manifest import Manifest
 from shards.remote import base, on_demand
 from shards.stores.base import ShardUse, Store
@@ -174,6 +174,16 @@ def test_a_shard_that_was_replaced_at_the_server(server: LyingServer, sets: Path
     store = open_split(address(server), "train", 4 * SHARD_BYTES)
     server.choose = lambda: "flip"
     with pytest.raises(UserError, match=r"train/shard-00002\.tar, whose content has SHA-256"):
+        store.read(np.arange(70, 74))
+    server.choose = lambda: None
+    check_all(store, sets)
+
+
+def test_a_shard_that_was_truncated_at_the_server(server: LyingServer, sets: Path, tmp_path: Path) -> None:
+    store = open_split(address(server), "train", 4 * SHARD_BYTES)
+    answers = iter(["truncated"] * 50)
+    server.choose = lambda: next(answers, "escapes")
+    with pytest.raises(MismatchError, match=r"train/shard-00002\.tar, which has [\d,]+ bytes"):
         store.read(np.arange(70, 74))
     server.choose = lambda: None
     check_all(store, sets)

@@ -25,6 +25,7 @@ from support.s3_server import BUCKET, Faults, Line, environment, s3_server, uplo
 import shards.remote.base as remote
 import shards.remote.fsspec_backend as remote_fsspec
 from shards import UserError, open_split
+from shards.errors import MismatchError
 from shards.manifest import Manifest, RawFile, Shard
 from shards.remote import datasets
 from shards.remote.backends import open_storage
@@ -410,10 +411,21 @@ def test_wrong_bytes_that_stay_wrong_are_refused(at_s3: str, noise: Path, s3: fs
     assert sha256((noise / "train" / "00001.tar").read_bytes()) in caught.value.expected
 
 
-def test_a_shorter_file_is_refused(at_s3: str, s3: fsspec.AbstractFileSystem) -> None:
-    s3.pipe_file(f"{BUCKET}/sets/noise/train/00001.tar", b"short")
-    with pytest.raises(UserError, match=r"00001\.tar"):
+@pytest.mark.parametrize("size", [0, 5, PIECE - 1, 2 * PIECE])
+def test_a_shorter_file_is_refused(at_s3: str, s3: fsspec.AbstractFileSystem, line: Line, size: int) -> None:
+    s3.pipe_file(f"{BUCKET}/sets/noise/train/00001.tar", bytes(size))
+    line.faults = Faults()
+    with pytest.raises(MismatchError, match=rf"00001\.tar, which has at most {size:,} bytes"):
         resolve_dataset(at_s3)
+    assert sum("00001.tar" in request for request in line.faults.requests) <= 4
+
+
+@pytest.mark.parametrize("size", [0, SHARD_BYTES - 1])
+def test_a_shorter_file_in_memory_is_refused(noise: Path, size: int) -> None:
+    upload_dataset(noise, "memory://short")
+    fsspec.filesystem("memory").pipe_file("/short/train/00001.tar", bytes(size))
+    with pytest.raises(MismatchError, match=rf"00001\.tar, which has at most {size:,} bytes"):
+        resolve_dataset("memory://short")
 
 
 def test_a_missing_shard(at_s3: str, cache: Path, s3: fsspec.AbstractFileSystem) -> None:
