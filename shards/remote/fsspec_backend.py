@@ -46,6 +46,8 @@ class FsspecStorage(RemoteStorage):
         self._process = os.getpid()
         self._root = root.rstrip("/")
         self._piece = PIECE
+        # The default cache of a file reads ahead; it is discarded with the file, after each piece.
+        self._options: dict[str, Any] = {"cache_type": "none"} if address.startswith("hf://") else {}
 
     def _connect(self, address: str) -> tuple[Any, str]:
         import fsspec
@@ -83,12 +85,12 @@ class FsspecStorage(RemoteStorage):
         if size is None:
             # With a start, even 0: s3fs would request the size first without it.
             end = max_bytes + 1 if max_bytes else None
-            yield self._call(name, "cat_file", self._path(name), start=start, end=end)
+            yield self._call(name, "cat_file", self._path(name), start=start, end=end, **self._options)
             return
         while start < size:
             try:
                 end = min(start + self._piece, size)
-                data = self._call(name, "cat_file", self._path(name), start=start, end=end)
+                data = self._call(name, "cat_file", self._path(name), start=start, end=end, **self._options)
             except RemoteError as error:
                 if isinstance(error.__cause__, TimeoutError):
                     # The connection is too slow for a piece of this size.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
+
+import pytest
+from huggingface_hub import constants
 
 from support.http_server import HubHandler, serving
 
@@ -22,6 +26,8 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         files: The content of each file of the branch, by the name of the data set and its path.
         requests: The paths that were requested.
+        ranges: First byte and size of each part of a file that was sent.
+        pauses: Seconds before each of the next parts.
     """
 
     daemon_threads = True
@@ -30,6 +36,8 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.requests: list[str] = []
+        self.ranges: list[tuple[int, int]] = []
+        self.pauses: list[float] = []
 
     @property
     def endpoint(self) -> str:
@@ -58,6 +66,8 @@ class _Handler(HubHandler):
     def _send_file(self, content: bytes) -> None:
         first, last = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups()
         last = min(int(last), len(content) - 1)
+        self.server.ranges.append((int(first), last + 1 - int(first)))
+        time.sleep(self.server.pauses.pop(0) if self.server.pauses else 0)
         headers = {"Content-Range": f"bytes {first}-{last}/{len(content)}", "ETag": '"x"'}
         self.send(HTTPStatus.PARTIAL_CONTENT, content[int(first) : last + 1], headers)
 
@@ -69,6 +79,12 @@ def _tree(files: dict[str, bytes], folder: str) -> list[dict[str, object]]:
         {"type": "file", "path": name, "size": len(content), "oid": f"{len(content):040}"}
         for name, content in below.items()
     ]
+
+
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """As HF_ENDPOINT does, which huggingface_hub reads when it is imported."""
+    for name in ("HUGGINGFACE_CO_URL_TEMPLATE", "ENDPOINT"):
+        monkeypatch.setattr(constants, name, getattr(constants, name).replace(constants.ENDPOINT, endpoint))
 
 
 @contextmanager

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as arrow
 import pytest
-from huggingface_hub import constants
 from pyarrow import parquet
 from support.http_server import without_proxies
-from support.hub_server import HubServer, hub_server
+from support.hub_server import HubServer, hub_server, use_endpoint
 from support.raw_files import picture, pixels, refusal
 
 from pipeline import shard
@@ -45,12 +44,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with hub_server() as server:
         use_endpoint(monkeypatch, server.endpoint)
         yield server
-
-
-def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    """As HF_ENDPOINT does, which huggingface_hub reads when it is imported."""
-    for name in ("HUGGINGFACE_CO_URL_TEMPLATE", "ENDPOINT"):
-        monkeypatch.setattr(constants, name, getattr(constants, name).replace(constants.ENDPOINT, endpoint))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -1,0 +1,64 @@
+"""Storages of fsspec that transfer files by requests for ranges: what is requested, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from support.http_server import without_proxies
+from support.hub_server import BRANCH, HubServer, hub_server, use_endpoint
+
+from shards.errors import MismatchError
+from shards.remote import base, fsspec_backend
+from shards.remote.backends import open_storage
+from shards.remote.base import RemoteStorage, TransientError
+
+PIECE = 256 << 10
+SIZE = 1_000_000
+CONTENT = np.random.default_rng(0).bytes(SIZE)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    monkeypatch.setattr(fsspec_backend, "PIECE", PIECE)
+    without_proxies(monkeypatch)
+    with hub_server() as server:
+        use_endpoint(monkeypatch, server.endpoint)
+        server.files["user/pets"] = {"one.tar": CONTENT, "small.json": b"{}"}
+        yield server
+
+
+@pytest.fixture
+def storage(hub: HubServer) -> RemoteStorage:
+    return open_storage(f"hf://datasets/user/pets@{BRANCH}")
+
+
+@pytest.mark.parametrize("start", [0, 1, PIECE, 600_000])
+def test_a_hub_sends_each_byte_once(hub: HubServer, storage: RemoteStorage, start: int) -> None:
+    assert b"".join(storage.stream("one.tar", start, SIZE)) == CONTENT[start:]
+    assert hub.ranges == [(first, min(PIECE, SIZE - first)) for first in range(start, SIZE, PIECE)]
+
+
+@pytest.mark.parametrize(("name", "content"), [("small.json", b"{}"), ("one.tar", CONTENT)])
+def test_a_hub_sends_a_small_file_at_once(hub: HubServer, storage: RemoteStorage, name: str, content: bytes) -> None:
+    assert storage.read(name, 1 << 28) == content
+    assert sum(size for _, size in hub.ranges) == len(content)
+
+
+def test_a_file_that_is_shorter_at_a_hub(hub: HubServer, storage: RemoteStorage) -> None:
+    with pytest.raises(MismatchError, match="which has at most 1,000,000 bytes"):
+        b"".join(storage.stream("one.tar", 0, SIZE + 1))
+
+
+def test_after_a_timeout_a_hub_is_asked_for_less(
+    hub: HubServer, storage: RemoteStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fsspec_backend, "SMALLEST_PIECE", 100_000)
+    assert storage.info("one.tar").bytes == SIZE
+    monkeypatch.setattr(base, "STALL_SECONDS", 0.5)
+    for size in (PIECE, PIECE // 2, 100_000):
+        hub.ranges, hub.pauses = [], [1.0]
+        with pytest.raises(TransientError, match="no answer"):
+            next(storage.stream("one.tar", 0, SIZE))
+        assert hub.ranges == [(0, size)]
