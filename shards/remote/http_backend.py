@@ -167,7 +167,7 @@ class HttpStorage(base.RemoteStorage):
 def _login_from_netrc(host: str) -> str:
     """Return the user and password of a host in ~/.netrc, or an empty text."""
     try:
-        found = netrc.netrc().authenticators(host)
+        entries = netrc.netrc().hosts
     except FileNotFoundError:
         return ""
     except netrc.NetrcParseError as error:  # its message may quote a password, if it names a line
@@ -176,9 +176,10 @@ def _login_from_netrc(host: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         _warn_of_netrc(getattr(error, "strerror", None) or "it is not UTF-8")
         return ""
-    if found is None:
+    entries.pop("default", None)  # it would tell a password to every server
+    if host not in entries:
         return ""
-    user, _, password = found
+    user, _, password = entries[host]
     login = ":".join(urllib.parse.quote(word, "") for word in (user, password))
     hide(f"https://{login}@{host}")  # a server may repeat them
     return f"{user}:{password}"

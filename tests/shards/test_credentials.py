@@ -269,6 +269,24 @@ def test_a_login_of_netrc_is_used_and_hidden(
         assert message.startswith(f"~/.netrc is ignored: {reason}") and CANARY not in message
 
 
+@pytest.mark.parametrize(
+    "entries", ["", "machine other login anna password {}\n", "machine 127.0.0.1x login a password b\n"]
+)
+def test_the_default_login_of_netrc_is_sent_to_no_server(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path, address = tmp_path / ".netrc", f"http://127.0.0.1:{port}/digits"
+    default = f"default login anna password {CANARY}\n"
+    path.write_text(entries.format(CANARY) + default)
+    path.chmod(0o600)
+    with pytest.raises(UserError, match=r"no permission .* not with None"):
+        open_storage(address).info("train/manifest.json")
+    assert open_storage("http://default/digits")._authorization is None
+    path.write_text(f"machine 127.0.0.1 login anna password {CANARY}\n{default}")
+    assert open_storage(address).info("train/manifest.json").bytes > 0
+
+
 def _search(directory: Path) -> list[str]:
     """The files below a directory whose name or content has a trace of the canary, compressed contents included."""
     found = []
