@@ -9,7 +9,7 @@ from pathlib import Path
 from shards.atomic import created_directory, file_lock, sync_directory
 from shards.errors import MismatchError, UserError, quote
 from shards.remote.backends import open_storage
-from shards.remote.base import RemoteError, retry
+from shards.remote.base import CertificateError, RemoteError, retry
 from shards.remote.download import RemoteFile, download_file, progress_bar
 
 
@@ -88,9 +88,10 @@ def _unreachable(
     kept = partial.stat().st_size if partial.exists() else 0
     size = f" ({download.bytes:,} bytes)" if download.bytes else ""
     progress = f" ({kept:,}{f' of {download.bytes:,}' if size else ''} bytes came and are kept; the next run continues)"
+    advice = next((f"{error.hint}; or " for error in failures.values() if isinstance(error, CertificateError)), "")
     return UserError(
         found=f"no way to download {download.name} from {'; '.join(reasons)}{progress if kept else ''}",
         expected=f"{target}{size}, or a network to fetch it",
-        hint=f"download {download.url} elsewhere and copy it to {quote(target)}, or put {or_else} into a directory "
-        "and name it with --raw",
+        hint=f"{advice}download {download.url} elsewhere and copy it to {quote(target)}, or put {or_else} into a "
+        "directory and name it with --raw",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import re
+import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -42,6 +43,12 @@ _CREDENTIALS = {
     "hf": "hf auth login, or set HF_TOKEN",
     "https": "if the server asks for a user, name it in ~/.netrc (machine HOST login USER password PASSWORD), or in "
     "the address: https://USER:PASSWORD@HOST/...",
+}
+
+_BUNDLES = {
+    "s3": "export AWS_CA_BUNDLE=FILE with the CA bundle of the network",
+    # The packages that wandb requires install certifi.
+    "https": 'export SSL_CERT_FILE="$(python -m certifi)", or SSL_CERT_FILE=FILE with the CA bundle of the network',
 }
 
 
@@ -89,6 +96,16 @@ class AccessDeniedError(RemoteError, errors.AccessDeniedError):
     _hint = "{}"
 
 
+class CertificateError(RemoteError):
+    """The certificate of the server is refused. A retry does not help."""
+
+    _problem = "no valid certificate from"
+    _expected = "a certificate for this host that has not expired, of an authority that this machine trusts"
+    _hint = "{}; if it has expired or is that of another host, check the clock (date) and the address"
+    _advice = _BUNDLES
+    _general_advice = _BUNDLES["https"]
+
+
 class TransientError(RemoteError):
     """The server sent no answer or an incomplete one. A retry may succeed."""
 
@@ -114,6 +131,13 @@ def error_of_status(status: int | None) -> type[RemoteError]:
     if status and 300 <= status < 500 and status not in _TRANSIENT_STATUS:
         return AccessDeniedError
     return TransientError
+
+
+def certificate_failure(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """Return the refusal of a certificate that an exception is due to, whatever library has wrapped it."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class RetryPolicy:

@@ -144,6 +144,8 @@ class FsspecStorage(RemoteStorage):
 
     def _translate(self, error: Exception, name: str) -> RemoteError:
         """Return the `RemoteError` of an exception that a library raised."""
+        if (refused := base.certificate_failure(error)) is not None:
+            return base.CertificateError(self.show(name), self.reason(refused))
         status, code = _status_and_code(error)
         reason = self.reason(error)
         words = f"{type(error).__name__}: {reason}"

@@ -11,7 +11,6 @@ import logging
 import netrc
 import re
 import socket
-import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -152,12 +151,14 @@ class HttpStorage(base.RemoteStorage):
             if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 return base.ChangedError(address, self.reason(error))
             return base.error_of_status(error.code)(address, self.reason(error))
+        if (refused := base.certificate_failure(error)) is not None:
+            return base.CertificateError(address, self.reason(refused))
         wrapped = getattr(error, "reason", None)  # urllib wraps the error of the socket
         cause = wrapped if isinstance(wrapped, OSError) else error
         if isinstance(cause, TimeoutError):
             return base.TransientError(address, f"not a byte for {base.STALL_SECONDS:g} seconds")
         kind: type[base.RemoteError] = base.TransientError
-        if isinstance(cause, ssl.SSLCertVerificationError | http.client.InvalidURL | UnicodeError):
+        if isinstance(cause, http.client.InvalidURL | UnicodeError):
             kind = base.AccessDeniedError
         elif isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in _NO_CONNECTION:
             kind = base.NoConnectionError

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from support.http_server import without_proxies
+from support.http_server import serving, use_tls, without_proxies
 from support.hub_server import BRANCH, HubServer, hub_server, use_endpoint
+from support.s3_server import CREDENTIALS
 
 from shards.errors import MismatchError
 from shards.remote import base, fsspec_backend
 from shards.remote.backends import open_storage
-from shards.remote.base import RemoteStorage, TransientError
+from shards.remote.base import CertificateError, NotFoundError, RemoteStorage, TransientError
 
 PIECE = 256 << 10
 SIZE = 1_000_000
@@ -62,3 +64,37 @@ def test_after_a_timeout_a_hub_is_asked_for_less(
         with pytest.raises(TransientError, match="no answer"):
             next(storage.stream("one.tar", 0, SIZE))
         assert hub.ranges == [(0, size)]
+
+
+@pytest.fixture
+def secure_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The address of a hub with a certificate of no known authority, and that certificate."""
+    for name in ("SSL_CERT_FILE", "AWS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    without_proxies(monkeypatch)
+    server = HubServer()
+    certificate = use_tls(server, tmp_path)
+    server.files["user/pets"] = {"one.tar": CONTENT}
+    with serving(server):
+        yield server.endpoint.replace("http:", "https:"), certificate
+
+
+def test_an_unknown_authority_of_a_hub(secure_hub: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    use_endpoint(monkeypatch, secure_hub[0])
+    address = f"hf://datasets/user/pets@{BRANCH}"
+    with pytest.raises(CertificateError, match="CERTIFICATE_VERIFY_FAILED") as caught:
+        open_storage(address).find()
+    assert caught.value.hint.startswith("export SSL_CERT_FILE=")
+
+
+def test_an_unknown_authority_of_s3(secure_hub: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    endpoint, certificate = secure_hub
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CertificateError, match="CERTIFICATE_VERIFY_FAILED") as caught:
+        open_storage("s3://bucket/pets").info("one.tar")
+    assert caught.value.hint.startswith("export AWS_CA_BUNDLE=FILE")
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    with pytest.raises(NotFoundError):  # the hub has no such file
+        open_storage("s3://bucket/pets").info("one.tar")

@@ -8,8 +8,9 @@ import re
 import shutil
 import ssl
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,11 +18,13 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from support.http_server import serving, without_proxies
+from support.http_server import serving, use_tls, without_proxies
 from support.s3_server import upload_dataset
 
 import shards.remote.base as remote
+from pipeline.readers.download import Download, fetch
 from shards import Manifest, UserError, open_split
+from shards.remote.backends import open_storage
 from shards.remote.datasets import remote_manifests, resolve_dataset, resolve_files
 
 
@@ -255,7 +258,9 @@ def test_a_raw_file(server: Server, tmp_path: Path) -> None:
     assert resolve_files(address(server, "raw.zip?sig=c2VjcmV0")).read_bytes() == b"changed"
 
 
-@pytest.mark.parametrize("kind", [remote.NotFoundError, remote.AccessDeniedError, remote.TransientError])
+@pytest.mark.parametrize(
+    "kind", [remote.NotFoundError, remote.AccessDeniedError, remote.CertificateError, remote.TransientError]
+)
 def test_an_error_survives_the_way_to_another_process(kind: type[remote.RemoteError]) -> None:
     error = kind("s3://bucket/name", "no answer")
     copy = pickle.loads(pickle.dumps(error))
@@ -286,19 +291,63 @@ def test_pages_in_place_of_files(server: Server, tmp_path: Path) -> None:
         resolve_dataset(address(server))
 
 
-def test_https(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make a certificate")
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-days", "1", "-subj", "/CN=localhost"]
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
-    subprocess.run([*command, *names], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    for secure in serve(tmp_path / "web"):
-        secure.socket = context.wrap_socket(secure.socket, server_side=True)
-        where = address(secure).replace("http:", "https:")
-        with pytest.raises(UserError, match="CERTIFICATE_VERIFY_FAILED"):
-            resolve_dataset(where)
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        assert resolve_dataset(where).is_dir()
+@pytest.fixture
+def secure(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, Path]]:
+    """A server of the same files with a certificate of no known authority, and that certificate."""
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    secure = Server(tmp_path / "web")
+    certificate = use_tls(secure, tmp_path)
+    with serving(secure):
+        yield secure, certificate
+
+
+def secure_address(server: Server, path: str = "my%20sets/set") -> str:
+    return address(server, path).replace("http:", "https:")
+
+
+def test_https(secure: tuple[Server, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, certificate = secure
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert resolve_dataset(secure_address(server)).is_dir()
+    assert resolve_files(secure_address(server, "raw.zip")).stat().st_size == 256_000
+    with pytest.raises(remote.CertificateError, match="Hostname mismatch") as caught:
+        resolve_files(secure_address(server, "raw.zip").replace("127.0.0.1", "localhost"))
+    assert "check the clock (date) and the address" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda server: resolve_dataset(secure_address(server)),
+        lambda server: resolve_files(secure_address(server, "raw.zip")),
+        lambda server: open_storage(secure_address(server, "raw.zip")).info(""),
+        lambda server: next(open_storage(secure_address(server, "raw.zip")).stream("", 1000, 256_000)),
+    ],
+    ids=["data set", "raw file", "metadata", "range"],
+)
+def test_an_unknown_authority(
+    secure: tuple[Server, Path], work: Callable[[Server], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote.RetryPolicy, "wait", lambda *_: pytest.fail("another attempt"))
+    with pytest.raises(remote.CertificateError, match="CERTIFICATE_VERIFY_FAILED") as caught:
+        work(secure[0])
+    assert caught.value.found.startswith(f"no valid certificate from {secure_address(secure[0], '')}")
+    assert caught.value.hint.startswith('export SSL_CERT_FILE="$(python -m certifi)"')
+    assert "netrc" not in str(caught.value)
+
+
+def test_an_unknown_authority_of_published_files(server: Server, secure: tuple[Server, Path], tmp_path: Path) -> None:
+    """Also where another server is missing the file; the other ways to get it are named as well."""
+    url = secure_address(secure[0], "raw.zip")
+    for urls in ((url,), (url, url), (address(server, "missing"), url)):
+        with pytest.raises(UserError, match="CERTIFICATE_VERIFY_FAILED") as caught:
+            fetch(
+                Download(urls[0], "raw.zip", 256_000, "0" * 64, mirrors=urls[1:]), tmp_path / "raw", "the loose files"
+            )
+        assert caught.value.hint.startswith('export SSL_CERT_FILE="$(python -m certifi)"')
+        assert f"or download {urls[0]} elsewhere" in caught.value.hint and "the loose files" in caught.value.hint
+
+
+def test_the_command_in_the_hint_prints_the_path_of_certificates() -> None:
+    process = subprocess.run([sys.executable, "-m", "certifi"], capture_output=True, text=True, check=True)
+    assert ssl.create_default_context(cafile=process.stdout.strip()).get_ca_certs()
