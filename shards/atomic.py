@@ -28,6 +28,7 @@ from shards.errors import MismatchError, NotFoundError, UserError, as_user_error
 log = logging.getLogger(__name__)
 
 FileIdentity: TypeAlias = tuple[int, int, int, int]
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _REMOVES_OPEN_FILES = os.name != "nt"
 _WAIT_SILENTLY = 10.0  # seconds
@@ -240,13 +241,19 @@ def name_in_errors(path: Path) -> Iterator[None]:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush the entries of a directory to disk, so that renames survive a power failure."""
+    """Flush the entries of a directory to disk, so that renames survive a power failure.
+
+    A file system that cannot flush directories (VirtualBox shared folders, some of FUSE) is left to itself.
+    """
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with name_in_errors(path):
             os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -10,11 +10,12 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
@@ -131,6 +132,46 @@ class TestAppendLine:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path)
         assert path.read_text() == "one\n"
+
+
+@pytest.fixture(params=["EINVAL", "ENOSYS", "ENOTSUP"])
+def no_sync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that refuses to flush directories."""
+    refuse_sync(monkeypatch, stat.S_ISDIR, getattr(errno, request.param))
+
+
+def refuse_sync(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[int], bool], number: int) -> None:
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if is_refused(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_a_file_system_that_cannot_flush_directories(tmp_path: Path) -> None:
+    write_file(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    for text in ("old", "new"):
+        with replace_directory(tmp_path / "target") as replacement:
+            write_version(replacement.path, text)
+            replacement.commit()
+        assert version(tmp_path / "target") == text
+    pack_splits(synthetic_splits(train=20, test=5), tmp_path / "set", store="zarr")
+    assert check_split(tmp_path / "set" / "train")[1] == []
+
+
+@pytest.mark.parametrize("kind, number", [(stat.S_ISDIR, errno.EIO), (stat.S_ISREG, errno.EINVAL)])
+def test_a_flush_that_fails_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[int], bool], number: int
+) -> None:
+    refuse_sync(monkeypatch, kind, number)
+    with pytest.raises(OSError) as caught:
+        write_file(tmp_path / "file", "text")
+    assert caught.value.errno == number
 
 
 def test_a_file_system_without_locks_is_a_warning(
