@@ -246,7 +246,7 @@ class _Packing:
             number = numbers[item]
             samples = layout.samples_of(number)
             labels, rows = (
-                np.load(directory / name, mmap_mode="r")[samples.start : samples.stop].astype(np.int64)
+                np.load(directory / name, mmap_mode="c")[samples.start : samples.stop].astype(np.int64)
                 for name in (LABELS, ROWS)
             )
             if (written := journal.find(number, labels, rows, layout.block_size)) is not None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shards.atomic import FileIdentity, file_identity, replaced_error
 from shards.cli import USER_ERROR_STATUS
-from shards.errors import CorruptError, UserError, corrupt_shard
+from shards.errors import CorruptError, UserError, as_user_error, corrupt_shard
 from shards.manifest import Manifest
 from shards.remote.cache import mark_unchecked
 from shards.remote.on_demand import on_demand_files
@@ -181,6 +181,9 @@ class SplitFiles:
 
         Returns:
             The memory, read-only, and the byte at which each file begins, int64 [files].
+
+        Raises:
+            UserError: As `open` does, and if the system does not map the files.
         """
         sizes = [self._entries[name].bytes for name in names]
         pages = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]
@@ -195,9 +198,10 @@ class SplitFiles:
         address = np.frombuffer(region, np.uint8).ctypes.data
         for name, start, size in zip(names, starts, sizes, strict=True):
             with self.open(name) as file:
-                arguments = (size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, file.descriptor)
+                # Private: FUSE with direct_io has no shared maps. Pages that are only read are shared in either case.
+                arguments = (size, mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, file.descriptor)
                 if _mmap(_libc)(address + start, *arguments, 0) != address + start:
-                    raise corrupt_shard(self.path(name), os.strerror(ctypes.get_errno()))
+                    raise _no_map(self.path(name), ctypes.get_errno())
             report_bus_errors(self.path(name), size)
         self._mapped += [(self.path(name), name, self._identities[name]) for name in names]
         self._in_turn = itertools.cycle(self._mapped)
@@ -226,6 +230,17 @@ def read_ahead(memory: mmap.mmap | bytearray, start: int, size: int) -> None:
     if isinstance(memory, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
         before = start % mmap.PAGESIZE
         memory.madvise(mmap.MADV_WILLNEED, start - before, before + size)
+
+
+def _no_map(path: str, number: int) -> UserError:
+    error = OSError(number, os.strerror(number))
+    if number != errno.ENODEV:
+        return as_user_error(error, path)
+    return UserError(
+        found=f"{path} on a file system that does not map files into memory ({error.strerror})",
+        expected="a data set on a file system with memory maps",
+        hint="copy the data set to a disk of this machine, and read the copy",
+    )
 
 
 def _mmap(libc: ctypes.CDLL) -> Callable[..., int]:

@@ -82,7 +82,7 @@ class SampleCounter:
         manifest, path = self._manifest, directory / file.name
         blocks = sum(-(-shard.samples // manifest.block_size) for shard in manifest.shards)
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.load(path, mmap_mode="c", allow_pickle=False)  # as in `SplitFiles.map`: no shared map
             fits = array.dtype == BLOCK_DTYPE if file.name == BLOCKS else array.dtype.kind in "ui"
             if not fits or array.shape != (blocks if file.name == BLOCKS else manifest.samples,):
                 raise ValueError(f"{array.dtype} {list(array.shape)} is not what the manifest describes")

@@ -76,6 +76,8 @@ class StoredFile:
     def mapped(self) -> mmap.mmap:
         """Map the file into memory. If it shrinks, an access beyond its end ends the process with a message."""
         report_bus_errors(str(self.file.name), self.size)
+        if hasattr(mmap, "MAP_PRIVATE"):  # not on Windows
+            return mmap.mmap(self.file.fileno(), self.size, mmap.MAP_PRIVATE, mmap.PROT_READ)
         return mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
+import mmap
 import os
 import resource
 import shutil
@@ -21,6 +24,7 @@ from support.version_2 import downgrade
 
 import pipeline.packing.pack
 from pipeline.packing.repack import packed_splits
+from pipeline.readers.formats.npz import NpzFile
 from shards import Manifest, open_split
 from shards.atomic import replace_directory
 from shards.convert import convert
@@ -358,6 +362,64 @@ def test_a_pipe_in_place_of_a_shard_is_refused_at_once(both: tuple[Path, Path], 
     path.unlink()
     os.mkfifo(path)
     assert str(path) in refusal(lambda: opened(both[0], kind)).found
+
+
+def map_or_refuse(monkeypatch: pytest.MonkeyPatch, refused: int, number: int = errno.ENODEV) -> None:
+    """A file system that refuses maps of files with one of some flags, to `SplitFiles`, NumPy and others."""
+    make, python_mmap = split_files._mmap, mmap.mmap
+
+    def system_mmap(libc: ctypes.CDLL) -> Callable[..., int]:
+        def call(address: int, size: int, protection: int, flags: int, *rest: int) -> int:
+            if flags & refused:
+                ctypes.set_errno(number)
+                return -1
+            return make(libc)(address, size, protection, flags, *rest)
+
+        return call
+
+    class Map(mmap.mmap):
+        def __new__(cls, descriptor: int, *arguments: int, access: int = 0, **named: int) -> mmap.mmap:
+            is_private = access == mmap.ACCESS_COPY or mmap.MAP_PRIVATE in arguments
+            flags = mmap.MAP_PRIVATE if is_private else mmap.MAP_SHARED
+            if descriptor >= 0 and flags & refused:
+                raise OSError(number, os.strerror(number))
+            return python_mmap.__new__(cls, descriptor, *arguments, access=access, **named)
+
+    monkeypatch.setattr(split_files, "_mmap", system_mmap)
+    monkeypatch.setattr(mmap, "mmap", Map)
+
+
+def test_a_file_system_without_shared_maps(
+    packs: dict[str, tuple[Path, Path]], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as FUSE with direct_io."""
+    directory = packs[kind][0]
+    expected = everything(opened(directory, kind))
+    map_or_refuse(monkeypatch, mmap.MAP_SHARED)
+    assert everything(opened(directory, kind)) == expected
+    assert check_split(directory / "train")[1] == []
+    np.savez(tmp_path / "arrays.npz", images=np.arange(1000))
+    assert NpzFile(tmp_path / "arrays.npz").array("images").tolist() == list(range(1000))
+
+
+@pytest.mark.parametrize("store", ["tar", "zarr"])
+def test_packing_on_a_file_system_without_shared_maps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    map_or_refuse(monkeypatch, mmap.MAP_SHARED)
+    pack_splits(synthetic_splits(train=20, test=5), tmp_path / "set", store=store)
+    assert check_split(tmp_path / "set" / "train")[1] == []
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.ENOMEM])
+def test_a_file_system_without_maps_is_no_damage(
+    packs: dict[str, tuple[Path, Path]], kind: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    map_or_refuse(monkeypatch, mmap.MAP_SHARED | mmap.MAP_PRIVATE, number)
+    error = refusal(lambda: opened(packs[kind][0], kind))
+    assert not isinstance(error, CorruptError)
+    assert str(packs[kind][0]) in error.found and os.strerror(number) in error.found
+    assert (number == errno.ENODEV) == ("does not map files into memory" in error.found)
 
 
 RAW = """
