@@ -14,9 +14,10 @@ import shutil
 import signal
 import stat
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, TypeAlias
@@ -32,6 +33,7 @@ _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _REMOVES_OPEN_FILES = os.name != "nt"
 _WAIT_SILENTLY = 10.0  # seconds
+_STALE_PAUSE = 0.05  # seconds between attempts to lock a file that another host removes
 _CHECKSUM = "sha256"
 _MAX_JSON_BYTES = 1 << 28
 _WORK = "work-"
@@ -194,17 +196,33 @@ def _warn_of_missing_locks(directory: Path) -> None:
 
 def _acquire(lock: FileLock, busy: UserError | None) -> None:
     try:
-        with _deferred_signals():
-            lock.acquire(timeout=0)
+        _acquire_within(lock, 0)
         return
     except Timeout:
         if busy is not None:
             raise busy from None
     try:
-        lock.acquire(timeout=_WAIT_SILENTLY)
+        _acquire_within(lock, _WAIT_SILENTLY)
     except Timeout:
         log.warning("waiting for another process that holds %s", lock.lock_file)
-        lock.acquire()
+        _acquire_within(lock, -1)
+
+
+def _acquire_within(lock: FileLock, seconds: float) -> None:
+    """Acquire a lock; raise Timeout after some seconds (-1: never).
+
+    On NFS another host may remove the lock file between open and flock here: then the handle is stale, and the next
+    attempt creates the file again.
+    """
+    for left in reversed(range(1 + int(_WAIT_SILENTLY / _STALE_PAUSE))):
+        try:
+            with _deferred_signals() if seconds == 0 else nullcontext():
+                lock.acquire(timeout=seconds)
+            return
+        except OSError as error:
+            if error.errno != errno.ESTALE or not left:
+                raise
+        time.sleep(_STALE_PAUSE)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import gzip
 import os
 import resource
@@ -187,6 +188,64 @@ def test_a_file_system_without_locks_is_a_warning(
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path} is on a file system without locks: run one process at a time"
     ]
+
+
+def stale(monkeypatch: pytest.MonkeyPatch, target: str, answers: list[bool]) -> None:
+    """Let a function that locks or opens a file fail as on NFS, where another host has removed it, or not."""
+    module, _, name = target.partition(".")
+    function = getattr(sys.modules[module], name)
+
+    def call(*arguments: object) -> object:
+        is_unlock = name == "flock" and arguments[1] == fcntl.LOCK_UN
+        if not is_unlock and answers and answers.pop(0):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return function(*arguments)
+
+    monkeypatch.setattr(target, call)
+
+
+@pytest.mark.parametrize("busy", [None, UserError("a writer", "none", "wait")], ids=["waits", "refuses"])
+@pytest.mark.parametrize("function", ["fcntl.flock", "os.open"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_lock_file_that_another_host_has_removed_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, times: int, busy: UserError | None
+) -> None:
+    answers = [True] * times
+    stale(monkeypatch, function, answers)
+    with file_lock(tmp_path / "lock", busy):
+        assert answers == [] and (tmp_path / "lock").exists()
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "lock", timeout=0, is_singleton=False).acquire()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", [0.1, 10.0])
+def test_a_lock_file_that_is_removed_during_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """After the message about the wait, and before it."""
+    monkeypatch.setattr(shards.atomic, "_WAIT_SILENTLY", seconds)
+    holder = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    answers = [False] * 6 + [True]
+    stale(monkeypatch, "fcntl.flock", answers)
+    with ThreadPoolExecutor(1) as pool:
+        released = pool.submit(lambda: (time.sleep(0.5), os.close(holder)))
+        with file_lock(tmp_path / "lock"):
+            assert answers == []
+        released.result()
+
+
+def test_a_lock_file_that_stays_stale_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards.atomic, "_WAIT_SILENTLY", 0.2)
+    for function in ("fcntl.flock", "os.open"):
+        with monkeypatch.context() as patch:
+            stale(patch, function, [True] * 1000)
+            with (
+                pytest.raises(UserError, match=f"{os.strerror(errno.ESTALE)}: {tmp_path}/lock"),
+                file_lock(tmp_path / "lock"),
+            ):
+                pytest.fail("locked")
 
 
 @pytest.mark.parametrize("removes_open_files", [True, False])
