@@ -32,7 +32,7 @@ from benchmarks.train_throughput import LISTS, RUNS, SECONDS
 from benchmarks.training.loop import LoopCase, measure
 from pipeline.common.device import choose_device
 from shards.cli import plural, run_command
-from shards.cpus import available_cpus
+from shards.limits import available_cpus
 
 _TIMEOUT = 1800  # seconds for one number of ranks
 

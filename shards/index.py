@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from shards.atomic import created_directory, detect_replacement, file_lock, read_file, write_file
 from shards.cli import plural, program_name, run_command
-from shards.cpus import available_cpus
 from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors, printable, quote
+from shards.limits import available_cpus
 from shards.manifest import (
     ARRAYS,
     MANIFEST_NAME,

@@ -28,7 +28,7 @@ from support import warm_process
 from pipeline.datasets import find_source
 from pipeline.packing.pack import PackSettings, pack
 from pipeline.readers.raw_split import RawSplit, SourceOptions
-from shards.cpus import available_cpus
+from shards.limits import available_cpus
 from shards.manifest import RawFile, StoreKind
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -18,7 +18,7 @@ from benchmarks.loaders.baselines.base import Task, Variant
 from benchmarks.loaders.loader_worker import LoaderWorker, Packer
 from benchmarks.loaders.setting import BenchmarkConfig
 from benchmarks.loaders.verify import tolerance
-from shards.cpus import available_cpus
+from shards.limits import available_cpus
 from trainer.runtime.env_info import collect_env_info, installed_version
 from trainer.runtime.memory import peak_memory
 

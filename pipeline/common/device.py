@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from numpy.typing import NDArray
 
 from shards.cli import plural
 from shards.errors import UserError
+from shards.limits import available_cpus
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """Return the torch device of a rank.
+    """Return the torch device of a rank. If it is a CPU, torch uses no more threads than there are cores.
 
     Args:
         name: `auto` (a GPU if there is one), `cpu` or `cuda`.
@@ -22,6 +25,7 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
     """
     gpus = torch.cuda.device_count() if name != "cpu" else 0
     if name == "cpu" or (name == "auto" and not gpus):
+        _limit_threads()
         return torch.device("cpu")
     if not gpus:
         raise UserError(
@@ -36,6 +40,14 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
             hint=f"torchrun --nproc_per_node={gpus} ...",
         )
     return torch.device("cuda", local_rank)
+
+
+def _limit_threads() -> None:
+    # torch starts a thread for each core of the affinity mask. The kernel stops all of them when a quota of CPU time is
+    # used up.
+    cores = available_cpus()
+    if cores < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores)
 
 
 def with_index(device: torch.device) -> torch.device:

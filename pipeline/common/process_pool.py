@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from shards.cpus import available_cpus
 from shards.errors import UserError
+from shards.limits import available_cpus
 
 T = TypeVar("T")
 

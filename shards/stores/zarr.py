@@ -19,8 +19,8 @@ import numcodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.cpus import available_cpus
 from shards.errors import corrupt_shard, first_line
+from shards.limits import available_cpus
 from shards.manifest import BLOCKS, VERSION, Manifest
 from shards.stores.base import ImageStore, ImageTable, Layout, block_key
 from shards.stores.block_cache import DEFAULT_BYTES, BlockCache

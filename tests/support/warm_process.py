@@ -328,7 +328,7 @@ def _fit_libraries(environment: dict[str, str]) -> None:
     import numpy as np
     import torch
 
-    from shards.cpus import available_cpus
+    from shards.limits import available_cpus
 
     np.random.seed()  # noqa: NPY002
     if wandb := sys.modules.get("wandb.sdk.data_types._private"):  # imported by timm

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.cli import plural, program_name, run_command
-from shards.cpus import available_cpus
 from shards.errors import UserError, first_line
+from shards.limits import available_cpus
 from trainer.runtime.env_info import (
     find_c_compiler,
     git_revision,

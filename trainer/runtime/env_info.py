@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.cpus import available_cpus
+from shards.limits import available_cpus
 
 if TYPE_CHECKING:  # the functions that `inkstream doctor` calls do without torch
     import torch

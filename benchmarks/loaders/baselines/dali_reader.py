@@ -19,7 +19,7 @@ from wds2idx import IndexCreator
 from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Variant
 from benchmarks.loaders.baselines.inkstream import pack_upright_blocks
 from benchmarks.loaders.baselines.webdataset_reader import record_paths, write_records
-from shards.cpus import available_cpus
+from shards.limits import available_cpus
 
 _SHUFFLE_BUFFER = 4096  # samples
 _BLOCKS_PER_BATCH = 8  # maximum; DALI distributes samples over threads, and here a sample is a block

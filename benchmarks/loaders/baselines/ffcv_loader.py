@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from benchmarks.loaders.baselines.base import Batch, Epochs, Source, Task, Variant
 from benchmarks.loaders.baselines.transforms import BatchTransform
-from shards.cpus import available_cpus
+from shards.limits import available_cpus
 
 
 class IndexedSource:

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
+from support.control_groups import show_tree
 
 from trainer.runtime import doctor
 from trainer.runtime.doctor import Finding
+from trainer.runtime.env_info import collect_env_info
 from trainer.runtime.nvml import Driver, Gpu
 
 H200 = Driver("570.86.15", (13, 0), (Gpu("NVIDIA H200", 150 << 30, 149 << 30, (9, 0)),))
@@ -203,6 +206,19 @@ def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(doctor, "_check_memory", fail)
     (finding,) = diagnose(monkeypatch)["memory"]
     assert finding == Finding("error", "memory", "not checked: ModuleNotFoundError: No module named 'psutil'")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+@pytest.mark.parametrize(("quota", "cores"), [("200000 100000", 2), ("350000 50000", 7), ("max 100000", 64)])
+def test_cores_are_those_of_the_container(
+    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    show_tree(monkeypatch, tmp_path, "0::/\n", {"cpu.max": quota})
+    (finding,) = diagnose(monkeypatch)["cores"]
+    assert finding.text.startswith(f"{cores} of 96, ")
+    assert collect_env_info(torch.device("cpu"))["cores"] == cores
 
 
 def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
