@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-_CGROUP = Path("/sys/fs/cgroup")  # of this process, if it runs in a container
+from shards.limits import control_groups
+
+# Limit, usage and page cache of a control group, in versions 2 and 1.
+_GROUP_FILES = (
+    ("memory.max", "memory.current", ("active_file", "inactive_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+)
 _M_TRIM_THRESHOLD = -1  # numbers of mallopt(3)
 _M_MMAP_MAX = -4
 _NEVER = 2**31 - 1
 
 
 def memory_limit() -> int:
-    """Return the memory of this machine in bytes, or the limit of its Linux control group if that is lower."""
-    limit = _read_cgroup("memory.max")
-    total = psutil.virtual_memory().total
-    return total if limit is None else min(total, limit)
+    """Return the memory of this machine in bytes, or the lowest limit of a Linux control group if that is lower."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_limits())])
 
 
 def available_memory() -> int:
-    """Return how many bytes this process can still allocate."""
-    limit, used = _read_cgroup("memory.max"), _read_cgroup("memory.current")
-    available = psutil.virtual_memory().available
-    return available if limit is None or used is None else min(available, limit - used)
+    """Return how many bytes this process can still allocate. The page cache counts as free, as Linux drops it."""
+    left = (limit - used for limit, used in _group_limits())
+    return max(0, min([psutil.virtual_memory().available, *left]))
 
 
 def peak_memory(pid: int | None = None) -> int:
@@ -51,8 +55,16 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
-def _read_cgroup(name: str) -> int | None:
-    try:
-        return int((_CGROUP / name).read_text())
-    except (OSError, ValueError):  # no control group, or "max"
-        return None
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """Yield the limit of each control group of this process, and its memory in use without the page cache."""
+    for group in control_groups("memory"):
+        for limit_name, usage_name, cache_names in _GROUP_FILES:
+            try:
+                limit, used = (int((group / name).read_text()) for name in (limit_name, usage_name))
+            except (OSError, ValueError):  # another version, the root group, or "max"
+                continue
+            try:
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except OSError:  # not every sandbox has it
+                statistics = {}
+            yield limit, used - sum(int(statistics.get(name, 0)) for name in cache_names)
