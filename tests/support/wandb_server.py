@@ -13,7 +13,7 @@ from typing import Any
 _USER = {"id": "u", "entity": "me", "username": "me", "email": "x", "admin": False, "flags": "{}"}
 _VIEWER = {"viewer": _USER | {"teams": {"edges": []}, "apiKeys": {"edges": []}}, "serverInfo": {}}
 _PROJECT = {"name": "inkstream", "entity": {"name": "me"}}
-_BUCKET = {"id": "r", "name": "run", "displayName": "run", "sweepName": None, "historyLineCount": 0, "config": "{}"}
+_BUCKET = {"id": "r", "displayName": "run", "sweepName": None, "historyLineCount": 0, "config": "{}"}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,7 +44,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "POST" and self.status != 200 and not is_viewer:
             self._answer(self.status, {"errors": [{"message": "run was previously created and deleted"}]})
         elif "upsertBucket" in query:
-            bucket = {"bucket": _BUCKET | {"project": _PROJECT}, "inserted": True}
+            name = json.loads(body)["variables"]["name"]
+            bucket = {"bucket": _BUCKET | {"name": name, "project": _PROJECT}, "inserted": True}
             self._answer(200, {"data": {"upsertBucket": bucket}})
         elif "createRunFiles" in query:
             names = json.loads(body)["variables"]["files"]

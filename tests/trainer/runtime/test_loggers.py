@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,3 +174,52 @@ def test_a_run_that_weights_and_biases_refuses_is_logged_offline(
     messages = [each.getMessage() for each in caplog.records if each.name == wandb_logger.log.name]
     assert len(messages) == 2 and messages[0].startswith("Weights & Biases is offline: ")
     assert messages[1] == f"Weights & Biases: upload the run with: wandb sync {written.parent}"
+
+
+def synced_by(messages: list[str]) -> set[Path]:
+    """The files that the last command of the messages would upload."""
+    from click.testing import CliRunner
+    from wandb.cli.cli import cli
+
+    message = next(each for each in reversed(messages) if "wandb sync" in each)
+    command = shlex.split(message[message.index("wandb sync") :].removesuffix(". Training continues without it."))
+    result = CliRunner().invoke(cli, [*command[1:], "--dry-run"])
+    assert result.exit_code == 0, result.output
+    return {
+        Path(line.removeprefix("wandb:").strip()).resolve() for line in result.output.splitlines() if ".wandb" in line
+    }
+
+
+@pytest.fixture
+def wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of a run. Its parts are named after the second of their start."""
+    import wandb
+
+    monkeypatch.chdir("/")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    wandb.teardown()  # it keeps its mode
+    (tmp_path / "a run").mkdir()
+    yield tmp_path / "a run"
+    wandb.teardown()
+
+
+def test_a_command_completes_the_upload_of_an_online_part(
+    wandb_run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts: set[Path] = set()
+    with wandb_server() as (environment, _):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        for _ in range(2):
+            time.sleep(1.01 - time.time() % 1)
+            _, logger = open_loggers(Config(data={"shards": "x"}, logging={"wandb": "auto"}), wandb_run, [], 0)
+            assert isinstance(logger, GuardedLogger) and isinstance(logger._logger, WandbLogger)
+            run, finish = logger._logger._run, logger._logger._run.finish
+            with monkeypatch.context() as patch:
+                patch.setattr(base, "TIMEOUT", 0.0)
+                patch.setattr(run, "finish", lambda: time.sleep(0.1))
+                logger.close()
+            found = set(wandb_run.glob("wandb/run-*/run-*.wandb"))
+            assert len(found - parts) == 1 and synced_by(caplog.messages) == found - parts
+            parts = found
+            finish()

@@ -66,7 +66,7 @@ class WandbLogger(MetricLogger):
             wandb.teardown()
             self._run = init("offline")
         if self._run.settings.mode == "offline":
-            log.warning("Weights & Biases: upload the run with: wandb sync %s", quote(Path(self._run.dir).parent))
+            log.warning("Weights & Biases: upload the run with: %s", self._sync_command())
         self._run.define_metric("*", step_metric="epoch")
         self._run.define_metric("step/*", step_metric="step")
 
@@ -104,5 +104,9 @@ class WandbLogger(MetricLogger):
         self._run.summary.update(summary)
 
     def close(self) -> None:
-        address = quote(Path(self._run.dir).parent)
-        finish_in_time(self._run.finish, f"the upload has not ended; complete it with: wandb sync {address}")
+        finish_in_time(self._run.finish, f"the upload has not ended; complete it with: {self._sync_command()}")
+
+    def _sync_command(self) -> str:
+        """Return the command that uploads an offline run, or the rest of an online run."""
+        part = quote(Path(self._run.dir).parent)
+        return f"wandb sync {part}" if self._run.settings.mode == "offline" else f"wandb sync --no-skip-online {part}"
