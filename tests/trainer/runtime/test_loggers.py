@@ -173,7 +173,7 @@ def test_a_run_that_weights_and_biases_refuses_is_logged_offline(
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     messages = [each.getMessage() for each in caplog.records if each.name == wandb_logger.log.name]
     assert len(messages) == 2 and messages[0].startswith("Weights & Biases is offline: ")
-    assert messages[1] == f"Weights & Biases: upload the run with: wandb sync {written.parent}"
+    assert messages[1] == f"Weights & Biases: upload the run with: wandb sync {written.parent.parent}"
 
 
 def synced_by(messages: list[str]) -> set[Path]:
@@ -201,6 +201,21 @@ def wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (tmp_path / "a run").mkdir()
     yield tmp_path / "a run"
     wandb.teardown()
+
+
+def test_one_command_uploads_all_parts_of_an_offline_run(
+    wandb_run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    parts: set[Path] = set()
+    for epoch in (1, 2, 3):
+        time.sleep(1.01 - time.time() % 1)
+        _, logger = open_loggers(Config(data={"shards": "x"}, logging={"wandb": "auto"}), wandb_run, [], 0)
+        logger.log_epoch(record(epoch, 0.5))
+        logger.close()
+        found = set(wandb_run.glob("wandb/offline-run-*/run-*.wandb"))
+        assert len(found - parts) == 1 and synced_by(caplog.messages) == found
+        parts = found
 
 
 def test_a_command_completes_the_upload_of_an_online_part(

@@ -107,6 +107,12 @@ class WandbLogger(MetricLogger):
         finish_in_time(self._run.finish, f"the upload has not ended; complete it with: {self._sync_command()}")
 
     def _sync_command(self) -> str:
-        """Return the command that uploads an offline run, or the rest of an online run."""
-        part = quote(Path(self._run.dir).parent)
-        return f"wandb sync {part}" if self._run.settings.mode == "offline" else f"wandb sync --no-skip-online {part}"
+        """Return the command that uploads an offline run, or the rest of this part of an online run.
+
+        Each start of a run writes a directory. W&B ignores steps before those that it has, so the directories of an
+        offline run are uploaded by one command, which takes them in the order of their starts.
+        """
+        part = Path(self._run.dir).parent
+        if self._run.settings.mode == "offline":
+            return f"wandb sync {quote(part.parent)}"
+        return f"wandb sync --no-skip-online {quote(part)}"
