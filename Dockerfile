@@ -29,11 +29,11 @@ COPY configs configs
 RUN pip install --no-cache-dir --constraint constraints.txt --no-build-isolation --no-deps --editable . \
  && python -m compileall -q shards pipeline trainer benchmarks
 
-# Another user may be given (--user), who has no name and no home: caches lie in the working directory, and torch.compile
-# takes the name of its cache from USER.
+# Another user may be given (--user), who has no name and no home: caches lie in the working directory. That of
+# torch.compile, with Triton's kernels, would lie in /tmp, which ends with the container. Libraries ask USER for a name.
 RUN useradd --uid 10001 --no-create-home inkstream \
  && install --directory --mode=1777 /workspace
-ENV HOME=/workspace USER=inkstream
+ENV HOME=/workspace USER=inkstream TORCHINDUCTOR_CACHE_DIR=/workspace/.cache/torchinductor
 WORKDIR /workspace
 USER 10001
 CMD ["inkstream", "--help"]

@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import tempfile
 import time
 import tomllib
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 from conftest import ROOT
 
 from inkstream import COMMANDS
+from shards.remote.cache import DIRECTORY_VARIABLE, cache_directory
 from trainer.config.load import load
 
 DEPLOY = ROOT / "docs" / "deploy"
@@ -90,6 +92,22 @@ def test_the_image_runs_without_privileges_on_a_cuda_base() -> None:
     assert last["FROM"] == "${CUDA_IMAGE}" and re.search(r"=nvidia/cuda:\d+\.\d+\.\d+-base-", last["ARG"])
     assert int(last["USER"]) > 0 and f"--uid {last['USER']} " in last["RUN"]
     assert json.loads(last["CMD"])[0] == "inkstream"
+
+
+def test_the_caches_of_the_image_outlive_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie below the working directory, where the user mounts a directory: also where a library has a default."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", DIRECTORY_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    for pair in (word for name, rest in instructions() if name == "ENV" for word in shlex.split(rest)):
+        monkeypatch.setenv(*pair.replace("$PATH", os.environ["PATH"]).split("=", 1))
+    mounted = dict(instructions())["WORKDIR"]
+    caches = {
+        "torch.compile": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(),
+        "remote data sets": cache_directory(),
+        "pretrained weights": Path("~/.cache").expanduser(),
+        "Triton": Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton").expanduser(),
+    }
+    assert {name: path for name, path in caches.items() if not Path(path).is_relative_to(mounted)} == {}
 
 
 def settings_of(words: list[str]) -> list[str]:
