@@ -128,21 +128,23 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         path.parent.mkdir(exist_ok=True)
         path.write_text(f'#!/bin/bash\necho "{name} $*" >> calls\n{body}\n')
         path.chmod(0o755)
-    job = {"SLURM_JOB_ID": "1042", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2"}
+    job = {"SLURM_JOB_ID": "1042", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64"}
     return os.environ | job | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STEP_SECONDS": "0"}
 
 
-@pytest.mark.parametrize("status", [0, 2])
-def test_a_slurm_job_trains_and_has_the_status_of_its_step(
-    tmp_path: Path, cluster: dict[str, str], status: int
+@pytest.mark.parametrize(("status", "cpus"), [(0, "64"), (2, "7")])
+def test_a_slurm_job_trains_with_its_cpus_and_has_the_status_of_its_step(
+    tmp_path: Path, cluster: dict[str, str], status: int, cpus: str
 ) -> None:
     subprocess.run(["bash", "-n", SLURM], check=True)
     command = ["bash", SLURM, "byclass", "optim.lr=1e-3"]
-    process = subprocess.run(command, cwd=tmp_path, env=cluster | {"STEP_STATUS": str(status)}, timeout=60)
+    environment = cluster | {"STEP_STATUS": str(status), "SLURM_CPUS_PER_TASK": cpus}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, timeout=60)
     assert process.returncode == status
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == "scontrol show hostnames node[7-8]" and len(calls) == 2
     words = calls[1].split()
+    assert words[:3] == ["srun", f"--cpus-per-task={cpus}", "torchrun"]
     assert {"--nnodes=2", "--rdzv-endpoint=node7:21042", "--rdzv-id=1042"} <= set(words)
     recipe, *settings = settings_of(words)
     config = load(Path(recipe), settings)
