@@ -8,12 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from shards.errors import UserError
 
 T = TypeVar("T")
 
+# How long ranks wait for one that downloads or computes alone. A rank that has died is noticed at once: its connections
+# close, and torchrun ends the others.
+ALONE_TIMEOUT = timedelta(days=7)
 _REPORT_SECONDS = 10.0  # torchrun needs a second to end the other ranks
 _GROUPS: list[Any] = []
 
@@ -129,7 +133,7 @@ def init_process_group() -> Iterator[ProcessGroup]:
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=ALONE_TIMEOUT)
     keep_groups(dist.group.WORLD)
     try:
         yield ProcessGroup(dist.get_rank(), size)

@@ -1,4 +1,7 @@
-"""Under torchrun, an error of all ranks is one message of rank 0, and an error of one rank is a message too."""
+"""Under torchrun, an error of all ranks is one message of rank 0, and an error of one rank is a message too.
+
+Ranks wait for one that works alone.
+"""
 
 from __future__ import annotations
 
@@ -42,3 +45,23 @@ def test_one_rank_reports(tmp_path: Path, delays: list[float], seconds: float, r
     assert process.returncode == 1  # of torchrun
     assert process.stderr.count("what rank ") == 1, process.stderr
     assert f"error: what rank {reporting} found\nexpected: " in process.stderr
+
+
+# torch gives gloo 30 minutes, less than the search for near-duplicates or the download of another host may take.
+ALONE = """
+import datetime, time
+import torch.distributed.distributed_c10d as c10d
+from pipeline.common.process_group import init_process_group
+c10d.default_pg_timeout = datetime.timedelta(seconds=1)
+with init_process_group() as group:
+    results = [group.run_on_main(lambda: time.sleep(1.5) or "searched")]
+    results += group.all_gather(lambda: time.sleep(1.5 * (group.rank == 1)) or group.rank)
+    assert results == ["searched", 0, 1]
+"""
+
+
+def test_ranks_wait_for_one_that_works_alone(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(ALONE)
+    process = launch(program)
+    assert process.returncode == 0, process.stderr
