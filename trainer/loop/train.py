@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from pipeline.common.process_group import report_errors_on_main
@@ -31,7 +32,7 @@ from trainer.runtime.env_info import collect_env_info
 from trainer.runtime.loggers.base import MetricLogger
 from trainer.runtime.loggers.open import check_installed, open_loggers
 from trainer.runtime.output_errors import ignore_output_errors
-from trainer.runtime.rendezvous import get_run_dir_of_job, set_run_dir_of_job
+from trainer.runtime.rendezvous import get_run_dir_of_job, send_heartbeats, set_run_dir_of_job
 from trainer.runtime.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,9 @@ def _load_settings(path: Path, overrides: list[str]) -> Config:
         for line in settings.settings_without_effect():
             print(f"warning: {line}", file=sys.stderr)
     check_installed(settings)
-    resolve_dataset(settings.data.shards)  # before ranks wait for each other: a download may exceed the timeout
+    with send_heartbeats(timedelta(minutes=settings.trainer.timeout_minutes)):
+        # Before ranks wait for each other in collectives: a download may exceed their timeout.
+        resolve_dataset(settings.data.shards)
     return settings
 
 

@@ -2,7 +2,7 @@
 
 The store of torchrun's agent outlives the processes. The addresses of an earlier start's ranks stay in it, and a rank
 that reads one of them waits for a process that is gone. So the ranks of a start first agree on a key prefix that no
-earlier start used.
+earlier start used. Ranks that still download the data set send heartbeats meanwhile, so that the others wait for them.
 
 The agent's store also keeps the run directory of the first start: a restarted job continues in its own directory
 with any value of `resume`, and another job never does. torchrun's restart count cannot replace this: it excludes
@@ -12,8 +12,11 @@ restarts after a host has joined or left.
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import torch.distributed as dist
 from trainer.config.schema import RunConfig
 
 _PREFIX = "inkstream/rendezvous"
+_HEARTBEATS = f"{_PREFIX}/heartbeats"  # the number of all heartbeats of the job
 _POLL = 0.02  # seconds
 _TIMEOUT = timedelta(seconds=60)
 
@@ -41,9 +45,9 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> d
     Once all have, the list becomes the key prefix of this start.
 
     Raises:
-        TimeoutError: Not all ranks came in time.
+        TimeoutError: Not all ranks came, and none sent a heartbeat in this time.
     """
-    deadline = time.monotonic() + timeout.total_seconds()
+    heartbeats, deadline = store.add(_HEARTBEATS, 0), time.monotonic() + timeout.total_seconds()
     token = uuid.uuid4().hex
     store.set(f"{_PREFIX}/token/{rank}", token)
     acknowledged = ""
@@ -65,9 +69,39 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> d
             if acknowledged and store.check([f"{_PREFIX}/complete/{acknowledged}"]):
                 break
         if time.monotonic() > deadline:
-            raise TimeoutError(f"rank {rank} waited {timeout} for the other {size - 1} ranks")
+            earlier, heartbeats = heartbeats, store.add(_HEARTBEATS, 0)
+            if heartbeats == earlier:
+                raise TimeoutError(f"rank {rank} waited {timeout} for the other {size - 1} ranks")
+            deadline = time.monotonic() + timeout.total_seconds()
         time.sleep(_POLL)
     return dist.PrefixStore(f"{_PREFIX}/{acknowledged}", store)
+
+
+@contextmanager
+def send_heartbeats(timeout: timedelta) -> Iterator[None]:
+    """Let the ranks of this job that are at the rendezvous wait for this one, which has not come yet.
+
+    Args:
+        timeout: How long they wait without a heartbeat.
+    """
+    store = elastic_agent_store(_TIMEOUT)
+    if store is None:
+        yield
+        return
+    has_ended = threading.Event()
+
+    def send() -> None:
+        with suppress(RuntimeError):  # the agent is gone, and will end this process
+            while not has_ended.wait(timeout.total_seconds() / 4):
+                store.add(_HEARTBEATS, 1)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
 
 
 def get_run_dir_of_job(run: RunConfig) -> Path | None:

@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from trainer.checkpoint.run_dir import RunDirectory, choose_run_dir
 from trainer.checkpoint.trained_model import load_trained_model
 from trainer.config.schema import Config
 from trainer.loop import engine
+from trainer.loop import train as train_module
 from trainer.run import main as run_main
+from trainer.runtime import rendezvous
 from trainer.runtime.loggers import open as loggers
 from trainer.runtime.loggers.base import GuardedLogger, MetricLogger
 
@@ -202,6 +205,25 @@ def test_more_epochs_continue_a_complete_run(recipe: Path, undisturbed: Path, tm
     assert len((directory / "metrics.jsonl").read_text().splitlines()) == 3
     first = (directory / "metrics.jsonl").read_text().splitlines()[0]
     assert json.loads(first)["train_loss"] == results(undisturbed)["epochs"][0]["train_loss"]
+
+
+@pytest.mark.parametrize("overrides", [[], ["trainer.timeout_minutes=0.002"]])
+def test_other_ranks_wait_for_a_download(overrides: list[str], recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeats are sent while the data set is downloaded, and not afterwards."""
+    store, key = torch.distributed.HashStore(), "inkstream/rendezvous/heartbeats"
+    monkeypatch.setattr(rendezvous, "elastic_agent_store", lambda _: store)
+
+    def download(address: str) -> None:
+        deadline = time.monotonic() + 60
+        while store.add(key, 0) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr(train_module, "resolve_dataset", download)
+    train_module._load_settings(recipe, ["trainer.timeout_minutes=0.001", *overrides])
+    sent = store.add(key, 0)
+    time.sleep(0.1)
+    assert sent == store.add(key, 0) >= 2
 
 
 def test_another_number_of_threads_is_a_warning(

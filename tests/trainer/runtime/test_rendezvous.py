@@ -1,4 +1,4 @@
-"""The ranks of a start agree on a key prefix that no earlier start used."""
+"""The ranks of a start agree on a key prefix that no earlier start used. They wait for ranks that still prepare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from trainer.runtime.rendezvous import rendezvous
+from trainer.runtime import rendezvous as rendezvous_module
+from trainer.runtime.rendezvous import rendezvous, send_heartbeats
 
 MINUTE = timedelta(minutes=1)
 
@@ -44,3 +45,31 @@ def test_a_start_that_came_to_nothing_is_not_met() -> None:
     first, second = start(store, 2, late=1)
     first.set("address", "here")
     assert second.get("address") == b"here"
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_ranks_wait_for_one_that_sends_heartbeats(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, timeout = dist.HashStore(), timedelta(seconds=0.4)
+    monkeypatch.setattr(rendezvous_module, "elastic_agent_store", lambda _: store)
+
+    def rank(number: int) -> dist.Store:
+        if number == late:
+            with send_heartbeats(timeout):
+                time.sleep(1.2)  # a download
+        return rendezvous(store, number, 3, timeout)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert len(list(pool.map(rank, range(3)))) == 3
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_ranks_do_not_wait_for_one_that_has_died(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, timeout = dist.HashStore(), timedelta(seconds=0.1)
+    monkeypatch.setattr(rendezvous_module, "elastic_agent_store", lambda _: store)
+    with ThreadPoolExecutor(1) as pool:
+        with send_heartbeats(timeout):
+            waiting = pool.submit(rendezvous, store, number, 2, timeout)
+            time.sleep(0.5)
+            assert not waiting.done()
+        with pytest.raises(TimeoutError, match=f"rank {number} waited"):
+            waiting.result()
