@@ -31,10 +31,7 @@ ARCHIVE = Download(
     name="gzip.zip",
     bytes=561_753_746,
     sha256="fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
-    mirrors=(
-        "https://www.itl.nist.gov/iaui/vip/cs_links/EMNIST/gzip.zip",
-        "https://rds.westernsydney.edu.au/Institutes/MARCS/BENS/EMNIST/emnist-gzip.zip",
-    ),
+    mirrors=("https://www.itl.nist.gov/iaui/vip/cs_links/EMNIST/gzip.zip",),
 )
 _MERGED = f"{string.digits}{string.ascii_uppercase}abdefghnqrt"
 # The class names, where the mapping file is missing: torchvision deletes it.

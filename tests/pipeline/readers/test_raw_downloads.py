@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import urllib.parse
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +33,7 @@ from support.raw_files import (
     write_zip,
 )
 
-from pipeline.datasets import find_source, medmnist, quickdraw, source_names
+from pipeline.datasets import emnist, find_source, medmnist, quickdraw, source_names
 from pipeline.datasets.cifar import read_records
 from pipeline.readers import download
 from pipeline.readers.formats.idx import decode, decode_table
@@ -497,6 +498,19 @@ class TestFirstDownload:
             variants = find_source(name).variants
             plans[name] = find_source(name).plan(SourceOptions(tmp_path / "none", variants[0] if variants else ""))
         assert {name for name, plan in plans.items() if plan.startswith("download ")} == set(self.WRITERS)
+
+
+# SHA-256 of the archives of EMNIST, as others published them; that of Western Sydney is torchvision's.
+EMNIST_ARCHIVES = {
+    "biometrics.nist.gov": "fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
+    "www.itl.nist.gov": "fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
+    "rds.westernsydney.edu.au": "909a2a39c5e86bdd7662425e9b9c4a49bb582bf8d0edad427f3c3a9d0c6f7259",
+}
+
+
+def test_every_server_of_emnist_has_the_archive_that_is_accepted() -> None:
+    servers = [urllib.parse.urlsplit(url).hostname for url in (emnist.ARCHIVE.url, *emnist.ARCHIVE.mirrors)]
+    assert {server: EMNIST_ARCHIVES[str(server)] for server in servers} == dict.fromkeys(servers, emnist.ARCHIVE.sha256)
 
 
 class Quiet(SimpleHTTPRequestHandler):
