@@ -30,9 +30,9 @@ def fresh_processes(preloaded: list[str]) -> ForkServerContext | SpawnContext:
     """Return a context of multiprocessing whose processes do not inherit the state of this one.
 
     Args:
-        preloaded: Modules that the fork server, where there is one, imports once, so that processes start quickly.
+        preloaded: Modules that the fork server of Linux imports once, so that processes start quickly.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if sys.platform != "linux":  # libraries of macOS may crash in forked processes
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preloaded)

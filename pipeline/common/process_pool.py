@@ -1,10 +1,11 @@
-"""Map a function over items in forked processes, with one progress bar."""
+"""Map a function over items in processes, with one progress bar."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -30,8 +31,8 @@ def default_workers() -> int:
 def map_in_processes(work: Callable[[int], T], sizes: Sequence[int], workers: int, bar: tqdm) -> list[T]:
     """Return `[work(0), work(1), ...]`, computed by several processes.
 
-    Where processes cannot be forked (Windows), threads are used. An exception of `work` is raised here, after the
-    items in progress have ended.
+    Where processes cannot be forked safely (macOS, Windows), threads are used. An exception of `work` is raised here,
+    after the items in progress have ended.
 
     Args:
         work: Called with the number of an item, 0 .. len(sizes) - 1.
@@ -74,7 +75,7 @@ def map_in_processes(work: Callable[[int], T], sizes: Sequence[int], workers: in
 
 
 def _make_pool(workers: int) -> Executor:
-    if "fork" not in multiprocessing.get_all_start_methods():
+    if sys.platform != "linux":  # libraries of macOS may crash in forked processes
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=_follow_parent)
 

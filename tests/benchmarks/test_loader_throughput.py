@@ -19,7 +19,7 @@ from conftest import assert_user_error, run_module
 from PIL import Image
 from support.transform_reference import model_input as slow_model_input
 
-from benchmarks.common.processes import WorkerError, WorkerProcess, cpu_seconds, workers_memory
+from benchmarks.common.processes import WorkerError, WorkerProcess, cpu_seconds, fresh_processes, workers_memory
 from benchmarks.loaders import loader_worker
 from benchmarks.loaders.baselines import REGISTRY, LoaderSpec, missing_requirement
 from benchmarks.loaders.baselines.base import Source, Task, Variant
@@ -304,6 +304,12 @@ class Subject:
         self._worker.stdout.readline()
         time.sleep(0.3)
         return self._worker.pid
+
+
+@pytest.mark.parametrize(("platform", "method"), [("linux", "forkserver"), ("darwin", "spawn"), ("win32", "spawn")])
+def test_processes_are_forked_on_linux_alone(monkeypatch: pytest.MonkeyPatch, platform: str, method: str) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert fresh_processes([]).get_start_method() == method
 
 
 def test_a_kept_process_answers_fails_and_dies(tmp_path: Path) -> None:

@@ -291,6 +291,12 @@ def test_work_done_by_processes_comes_back_in_order() -> None:
     assert bar.n == 120
 
 
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_without_a_safe_fork_threads_do_the_work(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert map_in_processes(lambda item: os.getpid(), [1] * 4, 2, Tick()) == [os.getpid()] * 4
+
+
 def test_an_exception_in_a_process_is_raised_here() -> None:
     def work(item: int) -> None:
         if item == 3:
