@@ -34,6 +34,8 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _REMOVES_OPEN_FILES = os.name != "nt"
 _WAIT_SILENTLY = 10.0  # seconds
 _STALE_PAUSE = 0.05  # seconds between attempts to lock a file that another host removes
+# For renames: virus scanners and search indices of Windows hold new files open for a while.
+_RENAME_SECONDS = 10.0 if os.name == "nt" else 0.0
 _CHECKSUM = "sha256"
 _MAX_JSON_BYTES = 1 << 28
 _WORK = "work-"
@@ -276,6 +278,18 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or directory, and replace a file at the target. On Windows, wait for programs that hold it open."""
+    end = time.monotonic() + _RENAME_SECONDS
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.1)
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` if the block ends without an exception.
@@ -295,7 +309,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -425,7 +439,7 @@ class Replacement:
         shutil.rmtree(self._old, ignore_errors=True)
         left = [*self._staging.glob(f"{_WORK}*")]
         if resume and len(left) == 1 and (left[0] / self.journal.name).is_dir():
-            os.replace(left[0], self._work)
+            rename(left[0], self._work)
             return
         for stale in left:
             shutil.rmtree(stale, ignore_errors=True)
@@ -444,7 +458,7 @@ class Replacement:
 
         Raises:
             UserError: If another process has created or changed the target since `start`, or the system refuses to
-                rename. The new directory is beside the target then.
+                rename. The error names the place of the new directory, beside the target or in the staging directory.
         """
         sync_directory(self.path)
         shutil.rmtree(self.journal, ignore_errors=True)  # before `path` may become the old directory
@@ -453,22 +467,27 @@ class Replacement:
                 raise FileExistsError(errno.EEXIST, "created or changed by another process meanwhile")
             if not (self._target.exists() and _exchange(self.path, self._target)):
                 if self._target.exists():
-                    os.replace(self._target, self._old)
-                os.replace(self.path, self._target)
+                    rename(self._target, self._old)
+                rename(self.path, self._target)
         except OSError as error:
             kept = self._target.with_name(f"{self._target.name}-{secrets.token_hex(4)}")
-            os.replace(self.path, kept)
+            advice = "use the complete result where it is now, or move it to a free path"
+            try:
+                rename(self.path, kept)
+            except OSError:
+                kept, self.keep = self.path, True
+                advice = "move the complete result to a free path before the next call, which removes it"
             raise UserError(
                 found=f"{self._target}: {error.strerror}",
                 expected="a directory that can be replaced, and that no other process writes",
-                hint=f"use the complete result where it is now, or move it to a free path: {quote(kept)}",
+                hint=f"{advice}: {quote(kept)}",
             ) from None
         sync_directory(self._target.parent)
 
     def roll_back(self) -> None:
         """Undo an incomplete commit: between two renames only the old directory exists."""
         if self._old.exists() and not self._target.exists():
-            os.replace(self._old, self._target)
+            rename(self._old, self._target)
 
 
 def _exchange(one: Path, other: Path) -> bool:

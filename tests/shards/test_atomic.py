@@ -303,6 +303,28 @@ def test_a_signal_during_the_acquisition_leaves_no_lock_and_no_directory(
         signal.signal(signum, before)
 
 
+def test_renames_wait_for_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where a virus scanner has each new file open at first."""
+    replace, held = os.replace, list[Path]()
+
+    def replace_later(source: Path, target: Path) -> None:
+        if source not in held:
+            held.append(source)
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_later)
+    monkeypatch.setattr(shards.atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(shards.atomic, "_RENAME_SECONDS", 10.0)
+    write_file(tmp_path / "file", "new")
+    for content in ("old", "new"):
+        with replace_directory(tmp_path / "target") as replacement:
+            write_version(replacement.path, content)
+            replacement.commit()
+    assert (tmp_path / "file").read_text() == version(tmp_path / "target") == "new"
+    assert [path.name for path in held] == [".file.partial", "new", "target", "new"]
+
+
 class TestReplaceDirectory:
     @pytest.fixture
     def target(self, tmp_path: Path) -> Path:
@@ -432,6 +454,20 @@ class TestReplaceDirectory:
             new.commit()
         assert version(old) == "old"
         assert version(Path(caught.value.hint.rpartition(" ")[2])) == "new"
+
+    def test_the_result_is_kept_where_it_is_if_the_system_refuses_every_rename(
+        self, target: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """For instance Windows, while another program holds one of the new files open."""
+
+        def replace(source: Path, place: Path) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+
+        monkeypatch.setattr(shards.atomic.os, "replace", replace)
+        with pytest.raises(UserError, match="Permission denied") as caught, replace_directory(target) as new:
+            write_version(new.path, "new")
+            new.commit()
+        assert version(Path(caught.value.hint.rpartition(" ")[2])) == "new" and not target.exists()
 
     @pytest.mark.parametrize("where", [".", "..", "mount point"])
     def test_a_target_that_cannot_be_renamed_is_refused_before_the_work(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shards.atomic import check_zip, replace_file, sync_directory
+from shards.atomic import check_zip, rename, replace_file, sync_directory
 from shards.errors import NotFoundError, UserError, errors_as_corrupt, quote
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def save_last(directory: Path, state: dict[str, Any], keep: bool) -> None:
     last, next_last = directory / LAST, directory / f".next-{LAST}"
     save(next_last, state)
     if keep and last.exists():
-        os.replace(last, directory / PREVIOUS)
-    os.replace(next_last, last)
+        rename(last, directory / PREVIOUS)
+    rename(next_last, last)
     sync_directory(directory)
 
 

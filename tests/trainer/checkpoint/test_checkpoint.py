@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import zipfile
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import shards.atomic
 from shards import UserError
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.compat import check_fits, list_classes
@@ -139,6 +141,26 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         checkpoint.save(path, {"epoch": 2, "weights": torch.zeros(10_000), "never": (number for number in ())})
     assert checkpoint.load(path, needed=("epoch",)) == {"epoch": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == [checkpoint.LAST]
+
+
+def test_a_checkpoint_that_another_program_reads_is_renamed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, where an open file cannot be renamed."""
+    replace, held = os.replace, set[str]()
+
+    def replace_later(source: Path, target: Path) -> None:
+        if source.name not in held:
+            held.add(source.name)
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(shards.atomic, "_RENAME_SECONDS", 10.0)
+    for epoch in (1, 2):
+        checkpoint.save_last(tmp_path, {"epoch": epoch}, keep=True)
+        monkeypatch.setattr(os, "replace", replace_later)
+    epochs = [checkpoint.load(tmp_path / name, ())["epoch"] for name in (checkpoint.PREVIOUS, checkpoint.LAST)]
+    assert epochs == [1, 2] and len(held) == 3
 
 
 def test_what_fits_is_accepted_wherever_it_lies_and_runs(config: Config) -> None:
