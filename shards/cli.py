@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -92,6 +93,16 @@ def _check_working_directory() -> None:
         ) from None
 
 
+def _is_closed_pipe(error: Exception) -> bool:
+    """Whether the program that reads our output (head, less) has ended. Windows may call that an invalid argument."""
+    if os.name == "nt" and isinstance(error, OSError) and error.errno == errno.EINVAL:
+        try:
+            sys.stdout.flush()  # fails again, because the text is still there
+        except OSError:
+            return True
+    return isinstance(error, BrokenPipeError)
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run the main function of a command and exit.
 
@@ -116,13 +127,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except (KeyboardInterrupt, Terminated) as error:
         print("stopped", file=sys.stderr)
         status = 128 + (error.signum if isinstance(error, Terminated) else signal.SIGINT)
-    except BrokenPipeError:
-        # The program that reads our output (head, less) has ended. Without this the interpreter reports it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
     except (OSError, RuntimeError) as error:
-        if (message := refusal(error)) is None:
+        if _is_closed_pipe(error):
+            # Without this the interpreter reports it at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 128 + getattr(signal, "SIGPIPE", 13)  # Windows lacks it
+        elif (message := refusal(error)) is not None:
+            print(message, file=sys.stderr)
+            status = USER_ERROR_STATUS
+        else:
             raise
-        print(message, file=sys.stderr)
-        status = USER_ERROR_STATUS
     sys.exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -55,6 +56,33 @@ def test_a_signal_runs_the_clean_up(number: signal.Signals) -> None:
     )
     process = run(code)
     assert (process.returncode, process.stdout, process.stderr) == (128 + number, "removed\n", "stopped\n")
+
+
+CLOSED_ON_WINDOWS = """
+import io, os, signal, sys
+class ClosedPipe(io.RawIOBase):
+    def fileno(self): return 1
+    def writable(self): return True
+    def write(self, content):
+        if not os.path.samestat(os.fstat(1), os.stat(os.devnull)):
+            raise OSError({number}, "no reader")
+        return len(content)
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(ClosedPipe()))
+os.name = "nt"
+del signal.SIGPIPE
+run_command(lambda: print("a word", flush=True))
+"""
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EINVAL])
+def test_a_closed_pipe_of_windows_is_no_error(number: int) -> None:
+    process = run(CLOSED_ON_WINDOWS.replace("{number}", str(number)))
+    assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_another_invalid_argument_of_windows_is_an_error() -> None:
+    process = run("import os\nos.name = 'nt'\ndef main(): raise OSError(22, 'a wrong offset')\nrun_command(main)")
+    assert process.returncode == 1 and "a wrong offset" in process.stderr
 
 
 @pytest.mark.parametrize("error", ['RuntimeError("can\'t start new thread")', "BlockingIOError(11, os.strerror(11))"])
