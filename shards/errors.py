@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import shlex
+import subprocess
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +23,11 @@ _MAX_LINE = 2000  # characters of a line of a message
 
 def quote(word: object) -> str:
     """Return a path or another word of a command as it is typed in a shell, for hints."""
-    text = str(word)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    text = f"./{word}" if str(word).startswith("-") else str(word)
+    if os.name != "nt":
+        return shlex.quote(text)
+    quoted = subprocess.list2cmdline([text])  # quotes spaces, but no other special characters of cmd.exe and PowerShell
+    return quoted if re.fullmatch(r'".*"|[\w@%+=:,./\\-]+', quoted) else f'"{quoted}"'
 
 
 def printable(text: str) -> str:

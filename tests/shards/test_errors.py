@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from shards.errors import UserError, errors_as_corrupt, printable
+from shards.errors import UserError, errors_as_corrupt, printable, quote
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,28 @@ def test_a_message_is_printable_in_every_part() -> None:
 def test_a_line_of_a_message_has_a_limit() -> None:
     lines = str(UserError("x" * 10**6, "y", "z")).split("\n")
     assert [len(line) for line in lines] == [2003, 11, 7]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        (r"C:\photos\new-1.png", r"C:\photos\new-1.png"),
+        (r"C:\my photos", r'"C:\my photos"'),
+        ("my photos\\", r'"my photos\\"'),
+        ("it's", '"it\'s"'),
+        ("numpy>=2.1", '"numpy>=2.1"'),
+        ("a&b|c^d<e", '"a&b|c^d<e"'),
+        ("", '""'),
+        ("-x", "./-x"),
+    ],
+)
+def test_words_are_quoted_as_the_shells_of_windows_read_them(
+    monkeypatch: pytest.MonkeyPatch, word: str, expected: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        quoted = quote(word)
+    assert quoted == expected
 
 
 def test_a_limit_of_threads_is_no_damage() -> None:

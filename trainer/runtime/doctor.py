@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.cli import plural, program_name, run_command
-from shards.errors import UserError, first_line
+from shards.errors import UserError, first_line, quote
 from shards.limits import available_cpus
 from trainer.runtime.env_info import (
     find_c_compiler,
@@ -143,7 +143,7 @@ def _check_packages() -> Iterator[Finding]:
     ]
     if wrong:
         text = ", ".join(f"{one.name} {versions[one.name] or 'is missing'}" for one in wrong)
-        wanted = " ".join(shlex.quote(f"{one.name}{one.specifier}") for one in wrong)
+        wanted = " ".join(quote(f"{one.name}{one.specifier}") for one in wrong)
         yield Finding("error", "packages", text, f"python -m pip install {wanted}")
     else:
         yield Finding("ok", "packages", f"the {len(requirements)} required packages are installed")
