@@ -124,10 +124,16 @@ def _worker(
 
 def _stop(processes: list[BaseProcess], base: Config) -> None:
     """Send SIGTERM to the workers, and wait for their checkpoints."""
+
+    def join() -> None:
+        for process in processes:
+            process.join(base.checkpoint.grace_seconds + _STOP_SECONDS)
+
+    if os.name == "nt":  # Ctrl-C has reached the workers, and `terminate` kills them
+        join()
     for process in processes:
         process.terminate()
-    for process in processes:
-        process.join(base.checkpoint.grace_seconds + _STOP_SECONDS)
+    join()
 
 
 def _visible_gpus() -> list[str]:

@@ -29,7 +29,7 @@ from trainer.config import load as config
 from trainer.loop import engine
 from trainer.run import main as run_main
 from trainer.tune import search_space as search
-from trainer.tune import study_page
+from trainer.tune import study_page, workers
 from trainer.tune.__main__ import main
 from trainer.tune.study import SharedStudy, TrialResult, can_rank, flat_study, optuna
 from trainer.tune.study_page import ranking
@@ -120,6 +120,24 @@ def wait_for(condition: Any, process: subprocess.Popen, timeout: float = 120) ->
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("system", "calls"), [("posix", ["terminate", "join"]), ("nt", ["join", "terminate", "join"])])
+def test_workers_can_write_their_checkpoints(monkeypatch: pytest.MonkeyPatch, system: str, calls: list[str]) -> None:
+    class Worker:
+        def terminate(self) -> None:
+            found.append("terminate")
+
+        def join(self, seconds: float) -> None:
+            assert seconds > base.checkpoint.grace_seconds
+            found.append("join")
+
+    found: list[str] = []
+    base = config.load(ROOT / "configs" / "quickstart.yaml", [])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", system)
+        workers._stop([Worker()], base)
+    assert found == calls
 
 
 @pytest.fixture(scope="module")
