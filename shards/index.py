@@ -17,7 +17,7 @@ import argparse
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,7 +226,7 @@ def _splits_by_name(directory: Path, shards: list[Path]) -> dict[str, list[Path]
 def _shards_in(directory: Path, root: Path) -> list[Path]:
     """The shards in a directory, without the links to shards below `root` that this command has made."""
     paths = [path for path in sorted(directory.iterdir()) if _TAR_NAME.search(path.name) and path.is_file()]
-    paths = [path for path in paths if not (path.is_symlink() and root.resolve() in path.resolve().parents)]
+    paths = [path for path in paths if not _is_link(path, root)]
     if odd := next((path for path in paths if path.suffix != ".tar"), None):
         raise NotFoundError(
             found=f"{odd}, which is compressed, or named otherwise than .tar",
@@ -240,6 +240,17 @@ def _shards_in(directory: Path, root: Path) -> list[Path]:
             hint="rename it: letters of all scripts, digits, spaces, '.', '-' and '_' are allowed",
         )
     return paths
+
+
+def _is_link(path: Path, root: Path) -> bool:
+    """Whether this command has linked a shard here: from the directory of a split to one below `root` that is none."""
+    if path.is_symlink():
+        return root.resolve() in path.resolve().parents
+    if path.parent == root or path.parent.name not in SPLITS or path.stat().st_nlink == 1:
+        return False
+    directories = [root, *(each for each in root.iterdir() if each.name not in SPLITS)]
+    others = [directory / path.name for directory in directories]
+    return any(other.is_file() and other.samefile(path) for other in others)
 
 
 def _unclear(found: str, directory: Path) -> MismatchError:
@@ -419,7 +430,13 @@ def _link(shards: list[Path], directory: Path) -> None:
     """Make shards available in the directory of their split."""
     for path in shards:
         if path.parent != directory and not (link := directory / path.name).exists():
-            link.symlink_to(os.path.relpath(path.resolve(), directory.resolve()))
+            try:
+                link.symlink_to(os.path.relpath(path.resolve(), directory.resolve()))
+            except OSError:  # Windows requires a privilege, but none for hard links
+                with suppress(OSError):
+                    os.link(path.resolve(), link)
+                if not link.exists():
+                    raise
 
 
 def main() -> int:

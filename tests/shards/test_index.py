@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -407,7 +408,15 @@ def shard_names(directory: Path) -> dict[str, list[str]]:
     ],
     ids=lambda names: names[0],
 )
-def test_splits_side_by_side_are_told_apart(tmp_path: Path, train: list[str], test: list[str], val: list[str]) -> None:
+@pytest.mark.parametrize("symbolic", [True, False], ids=["symbolic links", "hard links"])
+def test_splits_side_by_side_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: list[str], test: list[str], val: list[str], symbolic: bool
+) -> None:
+    def refuse(link: Path, target: str) -> NoReturn:
+        raise OSError(errno.EINVAL, "A required privilege is not held by the client", str(link))
+
+    if not symbolic:  # as on Windows without the privilege
+        monkeypatch.setattr(Path, "symlink_to", refuse)
     out = flat(tmp_path / "birds", *train, *test, *val)
     splits = dict(zip(SPLITS, (train, test, val), strict=True))
     expected = {split: [Path(name).name for name in names] for split, names in splits.items()}
