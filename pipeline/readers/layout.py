@@ -147,7 +147,8 @@ class _ImageIndex:
     def __init__(self, tree: FileTree) -> None:
         self.tree = tree
         absolute = tree.path.absolute()
-        self._roots = [f"{root}/" for root in (absolute, os.path.normpath(absolute), os.path.realpath(absolute))]
+        roots = (absolute, os.path.normpath(absolute), os.path.realpath(absolute))
+        self._roots = [f"{root}/".replace("\\", "/") for root in roots]
         self.images = dict.fromkeys(filter(is_image, tree.names))
         self._by_base: dict[str, list[str]] = defaultdict(list)
         for name in self.images:
@@ -161,6 +162,7 @@ class _ImageIndex:
         Raises:
             ValueError: If the path leads out of the tree.
         """
+        path = path.replace("\\", "/")  # Windows
         for root in self._roots:
             path = path.removeprefix(root)
         inner = inner_name(path)

@@ -357,6 +357,12 @@ class TestTables:
         (tmp_path / "link").symlink_to("in")
         assert paths(folder(tmp_path / raw)[0]) == ["3.png", "x/1.png"]
 
+    def test_absolute_paths_may_have_backslashes(self, tmp_path: Path) -> None:
+        directory = str(tmp_path).replace("/", "\\")
+        rows = (("path", "label"), (f"{directory}\\3.png", "a"), (f"{directory}\\x\\1.png", "b"))
+        self.listed(tmp_path, labels=table(*rows))
+        assert paths(folder(tmp_path)[0]) == ["3.png", "x/1.png"]
+
     def test_a_name_that_is_no_text_is_escaped(self, tmp_path: Path) -> None:
         content = table(("path", "label"), ("3.png", "a"), ("x/1.png", "b"))
         name = os.fsdecode(b"train_\xe9.csv")
