@@ -14,10 +14,11 @@ from types import FrameType
 
 from trainer.runtime.distributed import World
 
-# A closed terminal sends SIGHUP; schedulers announce the end of a job by SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU.
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+# A closed terminal sends SIGHUP (on Windows SIGBREAK, as Ctrl-Break does); schedulers announce the end of a job by
+# SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 _PR_SET_PDEATHSIG = 1  # an option of prctl, Linux
-_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows lacks some
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # each system lacks some
 
 
 class Interrupted(Exception):
@@ -40,7 +41,7 @@ def raise_if_signalled(world: World, signals_received: Sequence[int]) -> None:
 
 @contextmanager
 def record_signals(grace: float) -> Iterator[list[int]]:
-    """Record SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU instead of exiting.
+    """Record SIGINT, SIGTERM, SIGHUP, SIGBREAK, SIGUSR1, SIGUSR2 and SIGXCPU instead of exiting.
 
     Signals that the process ignores, for instance SIGHUP under nohup, are still ignored. A second SIGINT raises
     `KeyboardInterrupt`. A second SIGTERM does not, because a scheduler sends one to every process and torchrun forwards

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -313,6 +314,11 @@ def test_a_second_sigterm_changes_nothing_and_a_second_sigint_ends_at_once() -> 
     with pytest.raises(KeyboardInterrupt), signals.record_signals(grace=60):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_break_of_windows_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "SIGBREAK", 21, raising=False)
+    assert 21 in runpy.run_path(signals.__file__)["_SIGNALS"]
 
 
 def test_what_does_not_end_after_a_signal_is_ended() -> None:
