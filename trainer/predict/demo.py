@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import socket
 import sys
@@ -194,6 +195,7 @@ class Server(ThreadingHTTPServer):
         self.classifier = classifier
         self._free = threading.Semaphore(_MAX_CONNECTIONS)
         self._deadlines: dict[socket.socket, float] = {}
+        self.allow_reuse_address = os.name != "nt"  # there it would share the port with another program
         try:
             super().__init__((_HOST, port), _Handler)
         except OSError as error:

@@ -181,6 +181,17 @@ def test_a_slow_client_is_closed_at_its_deadline(digits_run: Path, monkeypatch: 
         thread.join()
 
 
+@pytest.mark.parametrize("system", ["posix", "nt"])
+def test_the_port_is_not_shared(monkeypatch: pytest.MonkeyPatch, digits_run: Path, system: str) -> None:
+    """On Windows SO_REUSEADDR would let another program open it as well."""
+    classifier = DrawingClassifier(Predictor(digits_run))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", system)
+        server = Server(classifier, 0)
+    with server:
+        assert bool(server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)) == (system == "posix")
+
+
 def test_a_port_in_use_is_told(server: int, digits_run: Path) -> None:
     with pytest.raises(UserError, match=f"(?s)port {server} .*--port 0"):
         Server(DrawingClassifier(Predictor(digits_run)), server)
