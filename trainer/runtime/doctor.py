@@ -310,11 +310,13 @@ def _check_wandb_key() -> Iterator[Finding]:
 def _wandb_key_source() -> str | None:
     if os.environ.get("WANDB_API_KEY"):
         return "WANDB_API_KEY"
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    given = os.environ.get("NETRC")
+    places = [os.path.expanduser(name) for name in ([given] if given else ["~/.netrc", "~/_netrc"])]  # as wandb
+    path = next(filter(os.path.exists, places), places[0])
     host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        entry = netrc.netrc(str(path)).authenticators(host)
-        return str(path) if entry and entry[2] else None
+        entry = netrc.netrc(path).authenticators(host)
+        return path if entry and entry[2] else None
     return None
 
 

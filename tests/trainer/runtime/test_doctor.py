@@ -306,5 +306,9 @@ def test_the_wandb_key_is_found_and_never_shown(tmp_path: Path, monkeypatch: pyt
     assert diagnose(monkeypatch)["W&B key"][0].status == "warning"
     (tmp_path / "netrc").write_text('machine "\n')
     assert diagnose(monkeypatch)["W&B key"][0].status == "warning"
+    monkeypatch.delenv("NETRC")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "_netrc").write_text("machine api.wandb.ai login user password 5ecret\n")  # its name on Windows
+    assert diagnose(monkeypatch)["W&B key"] == [Finding("ok", "W&B key", f"present in {tmp_path / '_netrc'}")]
     monkeypatch.setenv("WANDB_API_KEY", "5ecret")
     assert diagnose(monkeypatch)["W&B key"] == [Finding("ok", "W&B key", "present in WANDB_API_KEY")]
