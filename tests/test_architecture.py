@@ -223,6 +223,19 @@ def test_nothing_is_called_utils() -> None:
     assert [name_of(path) for path in MODULES if "util" in path.stem or "helper" in path.stem] == []
 
 
+def test_text_files_are_opened_as_utf8() -> None:
+    """The default of Windows is another encoding."""
+    found = [
+        f"{name_of(path)}: {ast.unparse(call)}"
+        for path in MODULES
+        for call in ast.walk(tree_of(path))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "open"
+        if not (call.args[1:] and "b" in ast.unparse(call.args[1]))
+        if "encoding" not in {keyword.arg for keyword in call.keywords}
+    ]
+    assert found == []
+
+
 def test_every_module_says_what_it_is() -> None:
     assert [name_of(path) for path in MODULES if not ast.get_docstring(tree_of(path))] == []
 

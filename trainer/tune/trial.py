@@ -149,7 +149,7 @@ def _train(settings: Config, study: SharedStudy, world: World, reporter: TrialRe
         # Beside the directory, because a directory that contains a file but no settings is not a run.
         path = directory.path.with_suffix(".log")
         check_is_file(path)
-        log = stack.enter_context(open(path, "a"))
+        log = stack.enter_context(open(path, "a", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
         with study.exclusive():  # one process computes and writes the input statistics

@@ -137,12 +137,12 @@ class StepFile(MetricLogger):
         """
         self._path = path
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             write_file(path, "".join(line for line in lines if _step_of(line) <= step))
 
     def log_step(self, record: dict[str, Any]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        with open(self._path, "a") as file:
+        with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
 

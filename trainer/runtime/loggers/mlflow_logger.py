@@ -40,7 +40,7 @@ class MlflowLogger(MetricLogger):
         self._client = MlflowClient()
         path = directory / _ID
         if path.exists():
-            self._id = path.read_text()
+            self._id = path.read_text(encoding="utf-8")
             self._client.update_run(self._id, status="RUNNING")
         else:
             name = study or config.run.name
