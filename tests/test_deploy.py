@@ -74,6 +74,13 @@ def test_workflows_find_the_constrained_versions_on_pypi() -> None:
     assert found == 3
 
 
+def test_the_wheel_is_used_on_every_system() -> None:
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "wheel.yml").read_text())["jobs"].values()
+    assert job["runs-on"] == "${{ matrix.os }}" and job["defaults"]["run"]["shell"] == "bash"
+    systems = {name.partition("-")[0] for name in job["strategy"]["matrix"]["os"]}
+    assert systems == {"ubuntu", "macos", "windows"}
+
+
 def test_every_installation_in_the_image_is_constrained() -> None:
     assert {name for name, _ in instructions()} == INSTRUCTIONS
     commands = [command for name, rest in instructions() if name == "RUN" for command in rest.split("&&")]
