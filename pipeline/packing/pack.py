@@ -24,6 +24,7 @@ from pipeline.packing.output import OutputLocation, open_output
 from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.naming import TRAIN
 from pipeline.readers.raw_split import RawSplit, UnreadableImages
+from pipeline.transforms.build import has_dali
 from shards.atomic import write_file
 from shards.cli import plural
 from shards.errors import UserError
@@ -306,7 +307,8 @@ class _Packing:
             raise UserError(
                 found=f"images of {height}x{width}x{channels}, {block_bytes / 1e9:.1f} GB per block of {block_size}",
                 expected=f"blocks of at most {MAX_BLOCK_BYTES / 1e9:.1f} GB, which are read as a whole",
-                hint="store smaller images (--size 224), smaller blocks (--block-size 32) or files (--store records)",
+                hint="store smaller images (--size 224) or smaller blocks (--block-size 32)"
+                + (", or files (--store records)" if has_dali() else ""),
             )
         blocks = max(1, SHARD_BYTES // block_bytes)
         return Layout(len(split.labels), split.image_shape, block_size, blocks * block_size)

@@ -20,6 +20,7 @@ from pipeline.readers.formats import image as image_format
 from pipeline.readers.naming import text_column
 from pipeline.readers.raw_dir import RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions, UnreadableImages
+from pipeline.transforms.build import has_dali
 from shards.errors import UserError, printable, quote
 from shards.manifest import RawFile
 
@@ -246,7 +247,8 @@ def _size(splits: Sequence[ImageSplit], headers: Sequence[NDArray | None]) -> tu
         raise UserError(
             found=f"images of different sizes: {first}, {second} (height x width)",
             expected="one size, or a size at which they are stored",
-            hint="--size 64 (with --fit pad, crop or stretch), or --store records to keep the files as they are",
+            hint="--size 64 (with --fit pad, crop or stretch)"
+            + (", or --store records to keep the files as they are" if has_dali() else ""),
         )
     # If no header can be read, the size does not matter: reading reports every image.
     return next(iter(sizes), (1, 1))

@@ -14,6 +14,11 @@ if TYPE_CHECKING:  # `inkstream doctor` chooses a backend without torch, which t
     import torch
 
 
+def has_dali() -> bool:
+    """Return whether DALI can be imported, which alone decodes image files of different sizes."""
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
 def choose_backend(name: str, device_type: str, encoded: bool) -> tuple[str, str]:
     """Choose the backend of a transform.
 
@@ -28,8 +33,7 @@ def choose_backend(name: str, device_type: str, encoded: bool) -> tuple[str, str
     Raises:
         UserError: DALI is requested but not installed.
     """
-    has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    if name == "dali" and not has_dali:
+    if name == "dali" and not has_dali():
         raise UserError(
             found=f"loader.backend=dali, but {_missing_dali()}",
             expected="the package nvidia-dali-cuda120 (Linux only)",
@@ -37,11 +41,11 @@ def choose_backend(name: str, device_type: str, encoded: bool) -> tuple[str, str
         )
     if name != "auto":
         return name, "set by loader.backend"
-    if encoded and has_dali:
+    if encoded and has_dali():
         return "dali", "decodes image files"
     if device_type == "cpu":
         return "torch", "faster than DALI on CPUs"
-    if not has_dali:
+    if not has_dali():
         return "torch", _missing_dali()
     return "dali", "the default on GPUs"
 

@@ -212,7 +212,7 @@ def _cuda_problem(cuda: str, driver: Driver) -> str:
 
 def _check_dali(driver: Driver) -> Iterator[Finding]:
     if sys.platform != "linux":
-        yield Finding("ok", "DALI", "not available on this system: the torch backend does the same work")
+        yield Finding("ok", "DALI", "not available on this system: the torch backend trains on images of one size")
         return
     installed = [one for one in metadata.distributions() if one.name.startswith("nvidia-dali-cuda")]
     spec = importlib.util.find_spec("nvidia.dali") if importlib.util.find_spec("nvidia") else None
@@ -246,11 +246,11 @@ def _missing_dali(directory: Path | None) -> Finding:
 
 
 def _check_backend(device_type: str) -> Iterator[Finding]:
-    from pipeline.transforms.build import choose_backend
+    from pipeline.transforms.build import choose_backend, has_dali
 
     backend, reason = choose_backend("auto", device_type, encoded=False)
-    of_files, _ = choose_backend("auto", device_type, encoded=True)
-    yield Finding("ok", "backend", f"{backend} ({reason}); {of_files} for image files")
+    of_files = "dali" if has_dali() else "none"
+    yield Finding("ok", "backend", f"{backend} ({reason}); {of_files} for image files of different sizes")
 
 
 def _check_compiler(capability: tuple[int, int] | None) -> Iterator[Finding]:

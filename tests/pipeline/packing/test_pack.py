@@ -278,6 +278,17 @@ def test_a_pack_of_the_images_of_another_has_their_format_and_compression(tmp_pa
     assert settings.recorded_options == {**of_images, "near": 1, "compression": "none"}
 
 
+@pytest.mark.parametrize("has_dali", [True, False])
+def test_large_images_are_advised_what_can_be_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_dali: bool
+) -> None:
+    monkeypatch.setattr(pipeline.packing.pack, "has_dali", lambda: has_dali)
+    splits = [replace(split, image_shape=(5000, 5000, 3)) for split in synthetic_splits()]
+    with pytest.raises(UserError, match="GB per block") as caught:
+        pack(lambda: splits, tmp_path / "out", PackSettings("large"))
+    assert "--size 224" in caught.value.hint and ("--store records" in caught.value.hint) == has_dali
+
+
 def test_work_done_by_processes_comes_back_in_order() -> None:
     bar = Tick()
 

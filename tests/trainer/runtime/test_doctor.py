@@ -235,7 +235,14 @@ def test_without_dali_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> No
     found = diagnose(monkeypatch, H200)
     fix = "python -m pip install nvidia-dali-cuda120"
     assert found["DALI"] == [Finding("warning", "DALI", "not installed", fix)]
-    assert "torch (DALI is not installed)" in found["backend"][0].text
+    text = "torch (DALI is not installed); none for image files of different sizes"
+    assert found["backend"] == [Finding("ok", "backend", text)]
+
+
+def test_a_system_without_dali_is_told_what_it_cannot_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    (finding,) = doctor._check_dali(NO_DRIVER)
+    assert finding.status == "ok" and "images of one size" in finding.text
 
 
 def test_a_hidden_dali_is_found_after_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
