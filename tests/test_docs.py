@@ -91,6 +91,12 @@ def test_commands_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_extras_are_quoted_for_every_shell(page: Path) -> None:
+    """For cmd.exe a single quote is a letter."""
+    assert "'.[" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
 def test_settings_exist(page: Path) -> None:
     sections = {name.partition(".")[0] for name in SETTINGS if "." in name}
     text = page.read_text(encoding="utf-8")
