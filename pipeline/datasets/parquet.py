@@ -12,7 +12,7 @@ fine_label, class or target, or --label-column. The class names are those of the
 
 The files are read once, some rows at a time (at least a page of the file, usually megabytes), and the images are kept
 in a temporary file (TMPDIR), from which they are decoded in the order of the pack. Needs pyarrow:
-pip install -e '.[parquet]'
+pip install -e ".[parquet]"
 
 `hf NAME` reads the tables into which the Hub converts its data sets (branch refs/convert/parquet, files
 `CONFIG/SPLIT/0000.parquet`); `--split CONFIG` selects a configuration.
@@ -48,7 +48,7 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
         raise UserError(
             found="no pyarrow in this environment",
             expected="the package that reads Parquet files",
-            hint="pip install -e '.[parquet]'",
+            hint='pip install -e ".[parquet]"',
         ) from None
     splits, classes = read_splits(_find_files(options.raw), options.image_column, options.label_column)
     return image_splits(splits, classes, options)

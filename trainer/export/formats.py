@@ -53,7 +53,7 @@ def to_onnx(module: InferenceModule, image_shape: tuple[int, int, int], metadata
         raise UserError(
             found=f"no package {missing[0]}",
             expected=f"{', '.join(_ONNX_PACKAGES)}, which --format onnx needs",
-            hint="pip install -e '.[onnx]'",
+            hint='pip install -e ".[onnx]"',
         )
     import onnx
     import onnxruntime

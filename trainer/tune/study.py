@@ -33,7 +33,7 @@ except ImportError:
     raise UserError(
         found="no package optuna, which python -m trainer.tune needs",
         expected="Inkstream with its extra `tune`",
-        hint="pip install -e '.[tune]'",
+        hint='pip install -e ".[tune]"',
     ) from None
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

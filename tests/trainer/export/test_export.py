@@ -234,7 +234,7 @@ def test_a_missing_package_is_named(small_run: Path, monkeypatch: pytest.MonkeyP
     )
     with pytest.raises(UserError, match="onnxscript") as caught:
         export(small_run, "onnx", small_run / "elsewhere")
-    assert caught.value.hint == "pip install -e '.[onnx]'"
+    assert caught.value.hint == 'pip install -e ".[onnx]"'
     assert not (small_run / "elsewhere").exists()
 
 

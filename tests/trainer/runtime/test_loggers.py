@@ -118,7 +118,7 @@ def test_a_missing_package_is_named_before_anything_runs(recipe: Path, monkeypat
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
         check_installed(config)
-    assert caught.value.hint == "pip install -e '.[tensorboard]'"
+    assert caught.value.hint == 'pip install -e ".[tensorboard]"'
     check_installed(Config(data={"shards": "x"}))
 
 

@@ -23,7 +23,7 @@ def check_installed(config: Config) -> None:
             raise UserError(
                 found=f"logging.{name}=true, but no package {name}",
                 expected=f"{name} installed, or logging.{name}=false",
-                hint=f"pip install -e '.[{name}]'",
+                hint=f'pip install -e ".[{name}]"',
             )
 
 
