@@ -174,8 +174,10 @@ class BatchStream:
                 self.epoch += 1
                 continue
             # Copied, because a tensor of a worker keeps a file open, and one on the GPU the memory of its batch.
-            is_on_gpu = isinstance(indices, torch.Tensor) and indices.is_cuda
-            self.indices[-1].append(indices.clone() if is_on_gpu else np.array(indices))
+            if isinstance(indices, torch.Tensor) and indices.is_cuda:
+                self.indices[-1].append(indices.clone())
+            else:
+                self.indices[-1].append(np.array(indices))
             return images, indices
 
     def close(self) -> None:
