@@ -76,12 +76,26 @@ class ProbabilityHead(nn.Module):
 def log_class_weights(
     counts: NDArray[np.int64], settings: LossConfig, drawn: NDArray[np.int64] | None = None
 ) -> NDArray[np.float32]:
+    """Compute the log w of `posthoc.tau`.
+
+    It is that of `log_learned_weights`. If that weights all classes equally,
+    w is 1 / prior: tau=0 is then best for accuracy, and tau=-1 is the post-hoc logit adjustment of Menon et al.
+    2021, https://arxiv.org/abs/2007.07314, equation 9.
+
+    Returns:
+        float32 [C].
+    """
+    weights = log_learned_weights(counts, settings, drawn)
+    return weights if np.ptp(weights) > 0 else -log_priors(counts).numpy()
+
+
+def log_learned_weights(
+    counts: NDArray[np.int64], settings: LossConfig, drawn: NDArray[np.int64] | None = None
+) -> NDArray[np.float32]:
     """Compute log w, the logarithms of the weights that sampling and loss give the classes.
 
     These are the class weights, times 1 / prior^a with logit adjustment a, times the ratio of the samples drawn to
-    those that there are with class-balanced sampling. If the loss weights all classes equally,
-    they are 1 / prior: tau=0 is then best for accuracy, and tau=-1 is the post-hoc logit adjustment of Menon et al.
-    2021, https://arxiv.org/abs/2007.07314, equation 9.
+    those that there are with class-balanced sampling. The logits at the optimum of the loss are log p + log w.
 
     Args:
         counts: [C], training samples of each class.
@@ -94,7 +108,7 @@ def log_class_weights(
     drawn = counts if drawn is None else drawn
     weights = class_weights(drawn, settings).log() - settings.logit_adjustment * log_priors(drawn)
     weights += torch.from_numpy(np.log(np.maximum(drawn, 1) / np.maximum(counts, 1))).float()
-    return (weights if bool((weights != weights[0]).any()) else -log_priors(counts)).numpy()
+    return weights.numpy()
 
 
 def limit_samples(loader: Loader, classes: int) -> Loader:

@@ -288,14 +288,14 @@ def compute_loss(
         teacher: The teacher of knowledge distillation, if any.
         settings: Name and parameter of the loss.
     """
-    logits = logits + logit_adjustment
+    adjusted = logits + logit_adjustment
     if settings.name == "bce":
-        loss = weighted_bce(logits, targets, class_weights)
+        loss = weighted_bce(adjusted, targets, class_weights)
     elif settings.name == "focal":
-        loss = weighted_focal(logits, targets, class_weights, settings.focal_gamma)
+        loss = weighted_focal(adjusted, targets, class_weights, settings.focal_gamma)
     else:
-        loss = weighted_kl(logits, targets, class_weights)
-    return loss if teacher is None else teacher.distillation_loss(loss, logits, images, class_weights)
+        loss = weighted_kl(adjusted, targets, class_weights)
+    return loss if teacher is None else teacher.distillation_loss(loss, logits, images)
 
 
 def _update(training: Training) -> None:

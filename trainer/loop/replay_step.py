@@ -4,8 +4,8 @@
 
 The file holds the inputs of the step. `shares` has the batch of each rank: images (float32 [n, C, H, W], the model
 input before mixup), labels and rows (int64 [n]). `model` holds the weights, and `weights` describes them. Further keys
-are `config`, `class_weights`, `logit_shift`, `epoch` and `step` (from 0). `torch.load(FILE, weights_only=True)` reads
-it.
+are `config`, `class_weights`, `logit_shift`, `log_weights`, `epoch` and `step` (from 0).
+`torch.load(FILE, weights_only=True)` reads it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -70,7 +71,8 @@ def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple
     if config.distillation.teacher:
         height, width = images.shape[2:]
         statistics = {(height, width): (state["mean"], state["std"])}
-        teacher = DistillationTeacher(config, tuple(classes), statistics, device)
+        log_weights = np.array(state["log_weights"], np.float32)
+        teacher = DistillationTeacher(config, tuple(classes), statistics, log_weights, device)
     loss = compute_loss(logits, targets, images, shift, weights, teacher, config.loss)
     loss.backward()
     for name, parameter in model.named_parameters():

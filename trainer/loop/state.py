@@ -19,7 +19,7 @@ from pipeline.sampler import SAMPLER_VERSION
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
-from trainer.evaluate.logit_adjustment import PosthocCalibration, log_class_weights
+from trainer.evaluate.logit_adjustment import PosthocCalibration, log_class_weights, log_learned_weights
 from trainer.models.compile import compile_model
 from trainer.models.factory import apply_training_options, check_resolutions, make_model
 from trainer.models.precision import make_grad_scaler, memory_format
@@ -158,6 +158,8 @@ class Training:
     """`offsets` on the device, subtracted from the logits to count predictions."""
     log_class_weights: NDArray[np.float32]
     """[C], log of the class weights that `posthoc.tau` undoes."""
+    log_learned_weights: NDArray[np.float32]
+    """[C], log of the weights that sampling and loss give the classes."""
     teacher: DistillationTeacher | None
     class_counts: torch.Tensor
     """int64 [3, C], counts of this rank's predictions for images that are not mixed, of the current epoch."""
@@ -246,6 +248,7 @@ class Training:
             epoch=self.state.epoch,
             tau=self.tau,
             offsets=self.offsets,
+            log_weights=self.log_learned_weights,
         )
 
     def compatibility_fields(self) -> dict[str, Any]:
@@ -291,6 +294,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         )
     optimizer = make_optimizer(model, config.optim)
     updates = [-(-data.train.steps(epoch) // config.optim.grad_accumulation) for epoch in range(config.trainer.epochs)]
+    learned_weights = log_learned_weights(data.counts, config.loss, data.drawn)
     profile = Profile()
     if config.trainer.profile:
         profile = TimeProfile(world.device)
@@ -312,7 +316,8 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         class_weights=class_weights(data.drawn, config.loss).to(world.device),
         logit_adjustment=(config.loss.logit_adjustment * log_priors(data.drawn)).to(world.device),
         log_class_weights=log_class_weights(data.counts, config.loss, data.drawn),
-        teacher=DistillationTeacher(config, data.classes, data.statistics, world.device)
+        log_learned_weights=learned_weights,
+        teacher=DistillationTeacher(config, data.classes, data.statistics, learned_weights, world.device)
         if config.distillation.teacher
         else None,
         class_counts=state.class_counts.to(world.device, copy=True),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from pipeline.transforms.preprocess import Preprocessing, input_size
 from shards.errors import UserError
@@ -16,6 +19,8 @@ from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.models.precision import autocast, to_memory_format
 from trainer.optim.losses import weighted_kl
+
+log = logging.getLogger(__name__)
 
 _OTHER_DATA = "use a run on the same data set; model.init_checkpoint takes the weights of another"
 _OTHER_PREPROCESSING = "set " + ", ".join(f"data.{field.name}" for field in fields(Preprocessing)) + " as in that run"
@@ -32,6 +37,7 @@ class DistillationTeacher:
         student: Config,
         classes: tuple[str, ...],
         statistics: Mapping[tuple[int, int], tuple[Sequence[float], Sequence[float]]],
+        log_weights: NDArray[np.float32],
         device: torch.device,
     ) -> None:
         """Load the model of `distillation.teacher`.
@@ -40,6 +46,7 @@ class DistillationTeacher:
             student: Settings of the student.
             classes: Class names of the student.
             statistics: Mean and std by which the student's input is normalized, by its height and width.
+            log_weights: [C], log of the weights that sampling and loss of the student give the classes.
             device: Device of both models.
 
         Raises:
@@ -62,6 +69,7 @@ class DistillationTeacher:
                     expected=f"the {attribute} of this run: {texts[1]}",
                     hint=hint,
                 )
+        trained = _remove_weights(trained, student, log_weights)
         self._model = trained.build_model(device).eval().requires_grad_(False)
         self._input_size = input_size(trained.config.data.final_resolution)
         self._trainer = student.trainer
@@ -72,14 +80,15 @@ class DistillationTeacher:
         for size, values in statistics.items():
             mean, std = torch.tensor(values, device=device)[..., None, None]
             self._scale_and_shift[size] = std / own[1], (mean - own[0]) / own[1]
-        self._offsets = torch.from_numpy(trained.offsets).to(device)
+        self._offsets = torch.from_numpy(trained.offsets - log_weights).to(device)
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
         """Predict the student's input [B, channels, H, W], resized to the teacher's resolution.
 
         Returns:
-            Probabilities float32 [B, C] at `distillation.temperature`, with the teacher's post-hoc logit adjustment.
+            Probabilities float32 [B, C] at `distillation.temperature`, with the class weights of the student instead of
+            the teacher's. A teacher without class weights is used with its post-hoc logit adjustment.
         """
         scale, shift = self._scale_and_shift[images.shape[2], images.shape[3]]
         images = images * scale + shift
@@ -89,19 +98,42 @@ class DistillationTeacher:
             logits = self._model(to_memory_format(images, self._trainer))
         return ((logits.float() - self._offsets) / self._settings.temperature).softmax(dim=1)
 
-    def distillation_loss(
-        self, loss: torch.Tensor, logits: torch.Tensor, images: torch.Tensor, class_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def distillation_loss(self, loss: torch.Tensor, logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Compute (1 - weight) * loss + weight * temperature^2 * divergence from the teacher's probabilities.
 
-        Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
+        Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2. The divergence has no class weights. They are
+        in the teacher's probabilities, so that its minimum is that of the loss on the labels at any temperature.
 
         Args:
             loss: Loss on the labels, summed over the batch.
-            logits: Logits of the student [B, C].
+            logits: Logits of the student [B, C], without logit adjustment.
             images: Input of the student [B, channels, H, W].
-            class_weights: See `weighted_kl`.
         """
         temperature, weight = self._settings.temperature, self._settings.weight
-        divergence = weighted_kl(logits.float() / temperature, self.probabilities(images), class_weights)
+        ones = torch.ones_like(self._offsets)
+        divergence = weighted_kl(logits.float() / temperature, self.probabilities(images), ones)
         return (1 - weight) * loss + weight * temperature**2 * divergence
+
+
+def _remove_weights(teacher: TrainedModel, student: Config, log_weights: NDArray[np.float32]) -> TrainedModel:
+    """Return the teacher with the log of its class weights, if it has some, as offsets.
+
+    A file of an earlier version does not hold them. They are then its offsets divided by tau or, with the same
+    settings, those of the student, `log_weights`.
+    """
+    if teacher.members:
+        members = (_remove_weights(member, student, log_weights) for member in teacher.members)
+        return replace(teacher, members=tuple(members))
+    config, own = teacher.config, teacher.log_weights
+    if own is None:
+        settings, of_student = ((each.loss, each.data.class_balance) for each in (config, student))
+        if config.loss.class_weights == "none" and not (config.loss.logit_adjustment or config.data.class_balance):
+            own = np.zeros_like(log_weights)
+        elif teacher.tau:
+            own = teacher.offsets / np.float32(teacher.tau)
+        elif settings == of_student:
+            own = log_weights
+        else:
+            log.warning("the class weights of the teacher stay in its predictions: its best.pt does not state them")
+            own = np.zeros_like(log_weights)
+    return replace(teacher, offsets=own) if np.ptp(own) > 0 else teacher

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +19,22 @@ from pipeline.loader import Batch
 from shards import UserError, open_split
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.run_dir import RunDirectory
-from trainer.checkpoint.trained_model import load_trained_model
+from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.config.load import load
+from trainer.config.schema import LossConfig
 from trainer.data.training_data import open_data
+from trainer.evaluate.logit_adjustment import log_learned_weights
+from trainer.export.ensemble import make_ensemble
 from trainer.loop import engine, nan_guard
 from trainer.loop.replay_step import replay_step
 from trainer.loop.state import Training, make_training
 from trainer.optim.distillation import DistillationTeacher
-from trainer.optim.losses import weighted_kl
+from trainer.optim.losses import class_weights, log_priors, weighted_kl
 from trainer.runtime.distributed import World
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, device=CPU)
+NONE = np.zeros(10, np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +77,12 @@ def test_it_sees_the_images_as_it_was_trained_on_them(recipe: Path, teacher: Pat
     pixels = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     student = load(recipe, [f"distillation.teacher={teacher}", "distillation.temperature=3"])
     mean, std = (0.7,), (0.2,)
-    one = DistillationTeacher(student, trained.classes, {(side, side): (mean, std) for side in (12, 30)}, CPU)
+    one = DistillationTeacher(student, trained.classes, {(side, side): (mean, std) for side in (12, 30)}, NONE, CPU)
     found = one.probabilities((pixels - mean[0]) / std[0])
     model = trained.build_model(CPU).eval()
+    assert trained.log_weights is not None and trained.offsets.tolist() == trained.log_weights.tolist(), "tau is 1"
     with torch.no_grad():
-        logits = model((pixels - trained.mean[0]) / trained.std[0]) - torch.from_numpy(trained.offsets)
+        logits = model((pixels - trained.mean[0]) / trained.std[0]) - torch.from_numpy(trained.log_weights)
     torch.testing.assert_close(found, (logits / 3).softmax(dim=1), rtol=1e-4, atol=1e-5)
     constant = one.probabilities(torch.full((1, 1, 30, 30), 0.4))
     torch.testing.assert_close(constant, one.probabilities(torch.full((1, 1, 12, 12), 0.4)))
@@ -89,9 +95,10 @@ def test_it_sees_the_same_images_at_each_resolution_of_the_student(recipe: Path,
     saved = load_trained_model(teacher)
     assert training.teacher is not None
     for epoch, side in enumerate((4, 12)):
+        own = training.log_learned_weights
         spec = open_data(load(recipe, [f"data.resolution={side}"]), ALONE).spec
         assert training.data.statistics[side, side] == (spec.mean, spec.std)
-        alone = DistillationTeacher(training.config, saved.classes, {(side, side): (spec.mean, spec.std)}, CPU)
+        alone = DistillationTeacher(training.config, saved.classes, {(side, side): (spec.mean, spec.std)}, own, CPU)
         images = first_batch(training, epoch).images
         assert torch.equal(training.teacher.probabilities(images), alone.probabilities(images))
     assert len({*training.data.statistics.values()}) == 2
@@ -101,16 +108,137 @@ def test_the_loss_is_a_share_of_both(recipe: Path, teacher: Path) -> None:
     training = student_of(recipe, teacher, "distillation.weight=0.3", "distillation.temperature=4")
     images = first_batch(training).images
     logits = torch.randn(len(images), 10, generator=torch.Generator().manual_seed(1))
-    weights = torch.linspace(0.5, 2, 10)
     assert training.teacher is not None
     taught = training.teacher.probabilities(images)
-    expected = 0.7 * 5 + 0.3 * 16 * float(weighted_kl(logits / 4, taught, weights))
-    assert float(training.teacher.distillation_loss(torch.tensor(5.0), logits, images, weights)) == pytest.approx(
-        expected
+    expected = 0.7 * 5 + 0.3 * 16 * float(weighted_kl(logits / 4, taught, torch.ones(10)))
+    assert float(training.teacher.distillation_loss(torch.tensor(5.0), logits, images)) == pytest.approx(expected)
+    same = training.teacher.distillation_loss(torch.tensor(0.0), 4 * taught.log(), images)
+    assert float(same) == pytest.approx(0, abs=1e-3), "nothing to learn for who says the same"
+
+
+POSTERIOR = torch.tensor([[0.62, 0.35, 0.03]])
+COUNTS = np.array([400, 100, 20])
+STATISTICS = {(12, 12): ((0.5,), (0.5,))}
+NONE_OF_THREE = np.zeros(3, np.float32)
+
+
+def teaching(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of_teacher: LossConfig,
+    of_student: LossConfig,
+    *overrides: str,
+    **fields: Any,
+) -> DistillationTeacher:
+    """A teacher that has learned `POSTERIOR` perfectly with its loss."""
+    student = load(recipe, ["distillation.teacher=best.pt", *overrides]).model_copy(update={"loss": of_student})
+    learned = log_learned_weights(COUNTS, of_teacher)
+    trained = TrainedModel(
+        weights={},
+        config=student.model_copy(update={"loss": of_teacher}),
+        classes=("a", "b", "c"),
+        data_identity="",
+        image_shape=(12, 12, 1),
+        mean=(0.5,),
+        std=(0.5,),
+        adapter_state={},
+        epoch=1,
+        **{"tau": 0.0, "offsets": NONE_OF_THREE, "log_weights": learned, **fields},
     )
-    assert float(
-        training.teacher.distillation_loss(torch.tensor(0.0), 4 * taught.log(), images, weights)
-    ) == pytest.approx(0, abs=1e-3), "nothing to learn for who says the same"
+
+    class Learned(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return POSTERIOR.log() + torch.from_numpy(learned)
+
+    built = TrainedModel.build_model
+    monkeypatch.setattr(TrainedModel, "load", lambda path: trained)
+    monkeypatch.setattr(TrainedModel, "build_model", lambda self, _: built(self, CPU) if self.members else Learned())
+    return DistillationTeacher(student, trained.classes, STATISTICS, log_learned_weights(COUNTS, of_student), CPU)
+
+
+def optimum(teacher: DistillationTeacher, loss: LossConfig) -> tuple[torch.Tensor, float]:
+    """The softmax of the logits at the minimum of the training loss on `POSTERIOR`, and that loss."""
+    logits = torch.zeros(1, 3, requires_grad=True)
+    shift, weights = loss.logit_adjustment * log_priors(COUNTS), class_weights(COUNTS, loss)
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-8)
+
+    def value() -> torch.Tensor:
+        optimizer.zero_grad()
+        images = torch.zeros(1, 1, 12, 12)
+        result = engine.compute_loss(logits, POSTERIOR, images, shift, weights, teacher, loss)
+        result.backward()
+        return result
+
+    for _ in range(4):
+        optimizer.step(value)
+    return logits.detach().softmax(dim=1), float(value().detach())
+
+
+LOSSES = [
+    LossConfig(),
+    LossConfig(class_weights="inverse"),
+    LossConfig(class_weights="minmax", logit_adjustment=0.5),
+    LossConfig(logit_adjustment=1),
+]
+
+
+@pytest.mark.parametrize("temperature", [1, 2, 4])
+@pytest.mark.parametrize("weight", [0.5, 1])
+@pytest.mark.parametrize("of_teacher", LOSSES)
+@pytest.mark.parametrize("of_student", LOSSES)
+def test_the_optimum_is_that_of_the_loss_on_the_labels(
+    recipe: Path,
+    of_teacher: LossConfig,
+    of_student: LossConfig,
+    weight: float,
+    temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = f"distillation.weight={weight}", f"distillation.temperature={temperature}"
+    found, loss = optimum(teaching(recipe, monkeypatch, of_teacher, of_student, *settings), of_student)
+    expected = (POSTERIOR.log() + torch.from_numpy(log_learned_weights(COUNTS, of_student))).softmax(dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    if weight == 1:
+        assert loss == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5])
+@pytest.mark.parametrize("loss", LOSSES[1:])
+def test_the_class_weights_of_a_teacher_of_an_earlier_version_are_derived(
+    recipe: Path, loss: LossConfig, tau: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From its tau or, if its settings are those of the student, from the student."""
+    offsets = np.float32(tau) * log_learned_weights(COUNTS, loss)
+    teacher = teaching(recipe, monkeypatch, loss, loss, tau=tau, offsets=offsets, log_weights=None)
+    expected = (POSTERIOR.log() + torch.from_numpy(log_learned_weights(COUNTS, loss))).softmax(dim=1)
+    torch.testing.assert_close(optimum(teacher, loss)[0], expected, rtol=0, atol=2e-3)
+    assert not caplog.records
+    teaching(recipe, monkeypatch, loss, LossConfig(), tau=tau, offsets=offsets, log_weights=None)
+    assert ("its best.pt does not state them" in caplog.text) == (tau == 0)
+
+
+def test_the_class_weights_of_the_networks_of_an_ensemble_are_removed(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = LOSSES[1]
+    teaching(recipe, monkeypatch, loss, LossConfig())
+    ensemble = make_ensemble([TrainedModel.load(Path("best.pt"))] * 2)
+    monkeypatch.setattr(TrainedModel, "load", lambda path: ensemble)
+    student = load(recipe, ["distillation.teacher=best.pt", "distillation.temperature=1", "loss.class_weights=none"])
+    teacher = DistillationTeacher(student, ensemble.classes, STATISTICS, NONE_OF_THREE, CPU)
+    torch.testing.assert_close(teacher.probabilities(torch.zeros(1, 1, 12, 12)), POSTERIOR)
+
+
+@pytest.mark.parametrize("temperature", [1, 2, 4])
+def test_a_teacher_without_class_weights_keeps_its_offsets(
+    recipe: Path, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit."""
+    offsets = np.array([0.3, -0.1, 0.7], np.float32)
+    settings = f"distillation.temperature={temperature}"
+    teacher = teaching(recipe, monkeypatch, LossConfig(), LossConfig(), settings, tau=1.0, offsets=offsets)
+    expected = ((POSTERIOR.log() - torch.from_numpy(offsets)) / temperature).softmax(dim=1)
+    assert torch.equal(teacher.probabilities(torch.zeros(1, 1, 12, 12)), expected)
 
 
 def test_it_alone_is_learned_from_on_the_mixed_images(
@@ -186,8 +314,8 @@ def test_who_may_not_teach(recipe: Path, teacher: Path, synthetic_set: Path, tmp
     student = load(recipe, [f"distillation.teacher={teacher}"])
     names = open_split(synthetic_set, "train").manifest.classes
     with pytest.raises(UserError, match=r"distillation\.teacher=.* with classes 0 1 2"):
-        DistillationTeacher(student, names, {(12, 12): ((0.0,), (1.0,))}, CPU)
+        DistillationTeacher(student, names, {(12, 12): ((0.0,), (1.0,))}, NONE, CPU)
     with pytest.raises(UserError, match="with channels 1"):
-        DistillationTeacher(student, tuple("0123456789"), {(12, 12): ((0.0,) * 3, (1.0,) * 3)}, CPU)
+        DistillationTeacher(student, tuple("0123456789"), {(12, 12): ((0.0,) * 3, (1.0,) * 3)}, NONE, CPU)
     with pytest.raises(UserError, match=r"best\.pt"):
         student_of(recipe, tmp_path)
