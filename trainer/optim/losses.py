@@ -29,12 +29,14 @@ def weighted_kl(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tens
 
 
 def weighted_bce(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Compute sum_b sum_c w_c [-t_bc log s_bc - (1 - t_bc) log(1 - s_bc)], with s the sigmoid of the logits.
+    """Compute sum_b sum_c [-w_c t_bc log s_bc - (1 - t_bc) log(1 - s_bc)], with s the sigmoid of the logits.
+
+    The logits at its minimum are logit t + log w. A weight of both terms would not change the minimum.
 
     With all weights 1 it equals timm's `BinaryCrossEntropy(smoothing=0, sum_classes=True)` times B (Wightman et al.
     2021, https://arxiv.org/abs/2110.00476). Arguments and result are those of `weighted_kl`.
     """
-    return F.binary_cross_entropy_with_logits(logits.float(), targets, weights.expand_as(targets), reduction="sum")
+    return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=weights, reduction="sum")
 
 
 def weighted_focal(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -25,7 +25,7 @@ from trainer.config.schema import LossConfig
 from trainer.evaluate import logit_adjustment
 from trainer.evaluate.evaluator import evaluate_run
 from trainer.evaluate.logit_adjustment import best_tau, fit_posthoc, limit_samples, log_class_weights
-from trainer.optim.losses import class_weights, log_priors, weighted_kl
+from trainer.optim.losses import class_weights, log_priors, weighted_bce, weighted_kl
 from trainer.predict.predictor import Predictor, upright_images
 from trainer.run import main as run_main
 from trainer.runtime.distributed import World
@@ -49,6 +49,16 @@ def test_undoing_the_weights_gives_the_probabilities_that_were_learned_from(weig
     assert torch.allclose(logits.grad, torch.zeros(2, 4), atol=1e-5)
     if plain:
         assert torch.allclose(undone, -log_priors(COUNTS)), "nothing to undo: inverse frequencies"
+
+
+@pytest.mark.parametrize("weights", ["inverse", "minmax", "effective"])
+def test_binary_cross_entropy_learns_the_class_weights_that_tau_undoes(weights: str) -> None:
+    settings = LossConfig(name="bce", class_weights=weights)
+    targets = torch.tensor([[0.3, 0.3, 0.4, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    logits = (targets.logit() + torch.from_numpy(log_class_weights(COUNTS, settings))).requires_grad_()
+    weighted_bce(logits, targets, class_weights(COUNTS, settings)).backward()
+    assert logits.grad is not None
+    assert torch.allclose(logits.grad, torch.zeros(2, 4), atol=1e-5)
 
 
 def test_logit_adjustment_of_one_is_the_balanced_softmax() -> None:

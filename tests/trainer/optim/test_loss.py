@@ -122,7 +122,7 @@ def test_binary_cross_entropy_is_the_formula_and_timms(targets: torch.Tensor) ->
     logits = random_logits()
     s = 1 / (1 + np.exp(-logits.double().numpy()))
     t = targets.numpy()
-    expected = -(WEIGHTS.numpy() * (t * np.log(s) + (1 - t) * np.log(1 - s))).sum()
+    expected = -(WEIGHTS.numpy() * t * np.log(s) + (1 - t) * np.log(1 - s)).sum()
     assert float(chosen("bce", logits, targets)) == pytest.approx(expected, rel=1e-5)
     timms = BinaryCrossEntropy(smoothing=0.0, sum_classes=True)(logits, targets)
     assert float(weighted_bce(logits, targets, torch.ones(CLASSES))) == pytest.approx(BATCH * float(timms), rel=1e-5)
