@@ -32,7 +32,7 @@ from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable, detect_replacement, write_file
 from shards.cli import program_name, run_command
 from shards.errors import UserError, quote
-from shards.manifest import SPLITS, Manifest, manifest_paths
+from shards.manifest import SPLITS, VALIDATION, Manifest, has_split, manifest_paths
 from shards.open import open_dataset_or_split
 from shards.remote.datasets import resolve_dataset
 from shards.stores.base import Store
@@ -156,6 +156,14 @@ def add_pseudo_labels(
     with detect_replacement(*manifest_paths(directory)):
         manifest = Manifest.read(directory / "train")
         train, *others = packed_splits(directory)
+    if not has_split(directory, VALIDATION):
+        log.warning(
+            "%s has no val split: data.val_fraction will choose validation images among the pseudo-labelled ones, too; "
+            "pack the val split first (python -m pipeline.shard ... --val-fraction 0.1), or train on %s with "
+            "data.val_fraction=0",
+            directory,
+            out,
+        )
     chosen = unlabelled.select(np.flatnonzero(np.isin(unlabelled.source_index, pseudo.source_index)))
     path_of = {name: values for name, values in chosen.columns.items() if name == "path"}
     added = replace(

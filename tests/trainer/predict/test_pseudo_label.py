@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,18 @@ def test_what_cannot_be_labelled_is_refused(
     assert caught.value.hint.startswith("choose another --out, or add --force")
     label(*unsure, 0.8, "--force")
     assert open_split(tmp_path / "out", "train").manifest.options["confidence"] == 0.8
+
+
+@pytest.mark.parametrize("has_val_split", [False, True])
+def test_pseudo_labels_among_the_validation_images_are_warned_of(
+    digits_set: Path, tmp_path: Path, has_val_split: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, test = packed_splits(digits_set)
+    val = (replace(train.select(np.arange(50, 80)), name="val"),) if has_val_split else ()
+    labelled = pack_splits((train.select(np.arange(50)), *val, test), tmp_path / "labelled")
+    unlabelled = train.select(np.arange(100, 120))
+    pseudo = pseudo_label.PseudoLabels(unlabelled.source_index, unlabelled.labels, np.ones(20, np.float32))
+    out = str(tmp_path / "out")
+    pseudo_label.add_pseudo_labels(labelled, out, unlabelled, pseudo, train.classes, {}, False)
+    assert ("has no val split" in caplog.text) != has_val_split
+    assert ("--val-fraction 0.1" in caplog.text) != has_val_split
