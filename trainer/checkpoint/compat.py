@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -11,7 +13,10 @@ import torch
 
 from shards.cli import plural
 from shards.errors import UserError, printable, quote
+from trainer.checkpoint import io as checkpoint
 from trainer.config.schema import SHARDS_SETTING, Config
+
+log = logging.getLogger(__name__)
 
 # The weights or the optimizer's state have another form with another value.
 _FIXED = {
@@ -55,6 +60,46 @@ def check_fits(state: dict[str, Any], config: Config, classes: tuple[str, ...], 
     if differing := [name for name in changed_settings(state, config) if name not in allowed or name in fixed]:
         other = f"resume by {_allow(allowed.union(differing))}"
         raise _settings_error(differing, fixed.intersection(differing), state, config, path, other)
+
+
+def check_initial_weights(config: Config, data_identity: str, has_val_split: bool) -> None:
+    """Check that the weights of `model.init_checkpoint` were not trained on images that this run holds out.
+
+    Only a checkpoint of a run on the same data states which images that were.
+
+    Args:
+        config: Settings of a new run.
+        data_identity: Concatenated `Manifest.identity()` of the splits.
+        has_val_split: Whether the data set has a val split.
+
+    Raises:
+        UserError: The part of `data.fold` was trained on.
+    """
+    path = config.model.init_checkpoint
+    state: dict[str, Any] = {}
+    if path is not None:
+        with contextlib.suppress(UserError):  # weights that no run has written
+            state = checkpoint.load(path, needed=("data", "recipe"))
+    if not state or state["data"] != data_identity:
+        return
+    own, saved = config.recipe(), _saved_recipe(state)
+    of_fold = [name for name in ("data.fold", "seed") if own[name] != saved[name]]
+    differing = [name for name in ("data.fold", "data.val_fraction", "seed") if own[name] != saved[name]]
+    if config.data.fold and of_fold:
+        raise UserError(
+            found=f"{_override('data.fold', config.data.fold)} and weights of a run on the same data with "
+            + " ".join(_override(name, saved[name]) for name in of_fold)
+            + f": {path}",
+            expected="weights that were not trained on the images of the fold",
+            hint="model.init_checkpoint=null",
+        )
+    if differing and config.data.val_fraction and not has_val_split:
+        log.warning(
+            "model.init_checkpoint=%s was trained on validation images of this run, whose metrics are too high: %s "
+            "holds out the same images",
+            path,
+            " ".join(_override(name, saved[name]) for name in differing),
+        )
 
 
 def explain_structure(state: dict[str, Any], config: Config, path: Path) -> None:

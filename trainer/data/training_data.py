@@ -61,6 +61,8 @@ class TrainingData:
     """[C], samples of each class in an epoch; other numbers with class-balanced sampling (`data.class_balance`)."""
     train: TrainingLoader
     validation: Loader | None
+    has_val_split: bool
+    """Whether the validation images are a split of the data set; otherwise they are part of the training split."""
     test: Loader
     test_store: Store
 
@@ -158,6 +160,7 @@ def open_data(config: Config, world: World) -> TrainingData:
         drawn=sampler.class_counts if config.data.class_balance else train.counts,
         train=TrainingLoader(train_store, sampler, stages, make_transform, world),
         validation=val_loader,
+        has_val_split=bool(val_stores),
         test=evaluation(test_store, None if held_out is None else held_out.samples),
         test_store=test_store,
     )

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.sampler import SAMPLER_VERSION
+from trainer.checkpoint.compat import check_initial_weights
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
@@ -276,6 +277,8 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
     settings = config.model.without_weights() if resuming else config.model
     channels = data.spec.image_shape[2]
     model = make_model(settings, channels, len(data.classes), data.classes, data.spec.resolution)
+    if not resuming:
+        check_initial_weights(config, data.identity, data.has_val_split)
     check_resolutions(model, settings.name, channels, dict(config.data.resolution_by_epoch()).values())
     model = apply_training_options(model, settings, world.device, world.size)
     model.to(world.device).to(memory_format=memory_format(config.trainer))

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import shards.atomic
 from shards import UserError
+from trainer.checkpoint import compat
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.compat import check_fits, list_classes
 from trainer.config.load import RECIPES, load
@@ -262,3 +263,56 @@ def test_of_many_classes_those_that_differ_are_listed(
     classes: Iterable[object], others: Iterable[object], expected: str
 ) -> None:
     assert list_classes(tuple(map(str, classes)), tuple(map(str, others))) == expected
+
+
+@pytest.fixture
+def weights_of_a_run(tmp_path: Path) -> Path:
+    """Weights that were trained with the settings of `own_config` on the data `abc`."""
+    path = tmp_path / "best.pt"
+    torch.save({"model": {}, "classes": ["a"], "data": "abc", "recipe": own_config(tmp_path).recipe()}, path)
+    return path
+
+
+def own_config(directory: Path, **settings: Any) -> Config:
+    data = {"shards": "set", "val_fraction": 0.1, **settings.pop("data", {})}
+    path = directory / "best.pt"
+    return Config.model_validate({"data": data, "model": {"init_checkpoint": str(path)}, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "differing"),
+    [
+        ({"data": {"fold": "1/5"}}, "data.fold=null"),
+        ({"data": {"fold": "2/3"}, "seed": 8}, "data.fold=null seed="),
+    ],
+)
+def test_initial_weights_of_the_images_of_a_fold_are_refused(
+    weights_of_a_run: Path, tmp_path: Path, settings: dict[str, Any], differing: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        compat.check_initial_weights(own_config(tmp_path, **settings), "abc", True)
+    assert f"weights of a run on the same data with {differing}" in caught.value.found
+    assert caught.value.hint == "model.init_checkpoint=null"
+    compat.check_initial_weights(own_config(tmp_path, **settings), "abcd", True)
+    weights_of_a_run.write_bytes(b"weights of another program")
+    compat.check_initial_weights(own_config(tmp_path, **settings), "abc", True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "differing"),
+    [({}, None), ({"seed": 8}, "seed="), ({"data": {"val_fraction": 0.2}}, "data.val_fraction=0.1")],
+)
+@pytest.mark.parametrize("has_val_split", [False, True])
+def test_initial_weights_of_the_validation_images_are_warned_of(
+    weights_of_a_run: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    differing: str | None,
+    has_val_split: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compat.check_initial_weights(own_config(tmp_path, **settings), "abc", has_val_split)
+    if differing is None or has_val_split:
+        assert not caplog.records
+    else:
+        assert f"too high: {differing}" in caplog.text
