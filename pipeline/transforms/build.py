@@ -19,25 +19,29 @@ def has_dali() -> bool:
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
-def choose_backend(name: str, device_type: str, encoded: bool) -> tuple[str, str]:
+def choose_backend(name: str, device_type: str, encoded: bool, falls_back: bool = False) -> tuple[str, str]:
     """Choose the backend of a transform.
 
     Args:
         name: `auto`, `dali` or `torch`.
         device_type: `cpu` or `cuda`, the device of the model input.
         encoded: Whether the raw images are image files.
+        falls_back: Whether `dali` is `torch` without DALI, except for image files: a trained model may be used on
+            another machine.
 
     Returns:
         `dali` or `torch`, and the reason in words.
 
     Raises:
-        UserError: DALI is requested but not installed.
+        UserError: DALI is requested but not installed, and nothing takes its place.
     """
     if name == "dali" and not has_dali():
+        if falls_back and not encoded:
+            return "torch", _missing_dali()
         raise UserError(
             found=f"loader.backend=dali, but {_missing_dali()}",
             expected="the package nvidia-dali-cuda120 (Linux only)",
-            hint="use loader.backend=auto or loader.backend=torch",
+            hint="pip install nvidia-dali-cuda120" if encoded else "use loader.backend=auto or loader.backend=torch",
         )
     if name != "auto":
         return name, "set by loader.backend"

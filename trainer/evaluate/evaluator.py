@@ -259,7 +259,7 @@ def loader_for(store: Store, trained: TrainedModel, world: World, samples: Posit
         )
     data = config.data
     spec = TransformSpec.of(manifest, data.final_resolution, data.interpolation, data.preprocessing())
-    backend, _ = choose_backend(config.loader.backend, world.device.type, spec.encoded)
+    backend, _ = choose_backend(config.loader.backend, world.device.type, spec.encoded, falls_back=True)
     spec = spec.with_normalization(trained.mean, trained.std)
     transform = build_transform(spec, backend, world.device, config.loader.batch_size)
     return evaluation_loader(store, samples, transform, config, world)

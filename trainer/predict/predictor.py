@@ -95,7 +95,7 @@ class Predictor:
             std=trained.std,
             preprocessing=self._config.data.preprocessing(),
         )
-        backend, _ = choose_backend(self._config.loader.backend, self._device.type, self._spec.encoded)
+        backend, _ = choose_backend(self._config.loader.backend, self._device.type, self._spec.encoded, falls_back=True)
         self._transform = build_transform(self._spec, backend, self._device, self.batch_size)
         self._model = trained.build_model(self._device).eval()
         networks = self._model.members if isinstance(self._model, Ensemble) else [self._model]

@@ -219,6 +219,17 @@ def test_says_that_dali_is_missing_when_that_decides(monkeypatch: pytest.MonkeyP
     assert "loader.backend=torch" in caught.value.hint
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_trained_model_needs_dali_for_image_files_only(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    _pretend_dali(monkeypatch, there=False)
+    assert choose_backend("dali", kind, False, falls_back=True)[0] == "torch"
+    with pytest.raises(UserError) as caught:
+        choose_backend("dali", kind, True, falls_back=True)
+    assert caught.value.hint == "pip install nvidia-dali-cuda120"
+    _pretend_dali(monkeypatch, there=True)
+    assert choose_backend("dali", kind, False, falls_back=True)[0] == "dali"
+
+
 def test_says_what_hides_dali(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "nvidia").mkdir()
     (tmp_path / "nvidia" / "__init__.py").touch()
