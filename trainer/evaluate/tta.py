@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from trainer.models.ensemble import Ensemble
+
 VIEWS = {"none": 1, "flip": 2, "shifts": 5, "shifts_flip": 10, "shifts_scales": 7}
 """Number of views by `trainer.test_time_augmentation`."""
 _SHIFT = 1 / 28  # of the side: one pixel of an EMNIST image
@@ -28,6 +30,8 @@ def mean_logits(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Ten
     Returns:
         float32 [B, C].
     """
+    if isinstance(model, Ensemble):  # offsets and temperature of a network are fitted to the mean over the views
+        return model.combine([mean_logits(member, images, views) for member in model.members])
     if views == "none":
         return model(images).float()
     logits = [F.log_softmax(model(view).float(), dim=1) for view in _copies(images, views)]

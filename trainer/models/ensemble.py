@@ -33,9 +33,12 @@ class Ensemble(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return float32 [N, C]; its softmax is the mean probability."""
-        logits = (member(images).float() for member in self.members)
+        return self.combine([member(images) for member in self.members])
+
+    def combine(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the result of `forward` for the logits [N, C] of each network."""
         parts = zip(logits, self.offsets, self._temperatures, strict=True)
         log_probabilities = [
-            ((each - offsets) / temperature).log_softmax(dim=1) for each, offsets, temperature in parts
+            ((each.float() - offsets) / temperature).log_softmax(dim=1) for each, offsets, temperature in parts
         ]
         return torch.stack(log_probabilities).logsumexp(dim=0) - math.log(len(log_probabilities))

@@ -25,8 +25,10 @@ from trainer.config.schema import TrainerConfig
 from trainer.evaluate import calibration, evaluator
 from trainer.evaluate.calibration import calibration_error, fit_temperature, reliability
 from trainer.evaluate.evaluator import evaluate_run
+from trainer.evaluate.logit_adjustment import ProbabilityHead
 from trainer.evaluate.tta import VIEWS, mean_logits
 from trainer.loop import engine
+from trainer.models.ensemble import Ensemble
 from trainer.run import main as run_main
 from trainer.runtime.distributed import World
 
@@ -192,6 +194,26 @@ def test_each_view_is_followed_by_its_mirror_image(views: str, moved: int, layou
     seen.clear()
     mean_logits(model, images, "shifts")
     assert all(torch.equal(mirror.flip(-1), view) for mirror, view in zip(mirrored, seen, strict=False))
+
+
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("networks", [1, 3])
+def test_a_network_of_an_ensemble_is_calibrated_as_it_was_fitted(views: str, networks: int) -> None:
+    """Offsets and temperature follow the mean over the views."""
+    torch.manual_seed(0)
+    images = torch.rand(20, 1, 28, 28)
+    members = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 5)) for _ in range(networks)]
+    for member in members:
+        member[1].weight.data *= 25
+    offsets = [np.array([1, -0.6, 0, 0.4, -0.8], np.float32) * scale for scale in (1, -2, 3)[:networks]]
+    temperatures = [2.5, 0.7, 1.3][:networks]
+    with torch.inference_mode():
+        each = [
+            ProbabilityHead(shift, temperature)(mean_logits(member, images, views))
+            for member, shift, temperature in zip(members, offsets, temperatures, strict=True)
+        ]
+        together = mean_logits(Ensemble(members, offsets, temperatures), images, views).softmax(dim=1)
+    torch.testing.assert_close(together, torch.stack(each).mean(dim=0))
 
 
 def test_the_number_of_views_is_known_for_every_setting() -> None:
