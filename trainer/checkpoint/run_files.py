@@ -16,7 +16,7 @@ from shards.atomic import check_zip, read_file
 from shards.errors import errors_as_corrupt
 from shards.stores.base import Store
 
-_MAX_JSON = 1 << 20  # bytes of a JSON file or of a line of metrics.jsonl
+_MAX_JSON = 1 << 24  # bytes of a JSON file or of a line of metrics.jsonl
 _MAX_HISTORY = 1 << 26  # bytes of metrics.jsonl
 _MAX_RATIO = 100  # of the sizes of the rows of predictions.npz without and with compression; at most 10 occur
 _MAX_NUMBER = 10**15
@@ -103,6 +103,7 @@ class Summary(Metrics):
     data_wait_share: Amount
     resolution: _Resolution
     parameters: Count
+    class_counts: list[Count] | None = None  # training images of each class; absent in earlier versions
     model: str
     dataset: str
 

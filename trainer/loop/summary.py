@@ -126,6 +126,7 @@ def summarize(training: Training, evaluation: Evaluation) -> dict[str, Any]:
         "data_wait_share": state.total.wait_fraction,
         "resolution": training.config.data.final_resolution,
         "parameters": state.parameter_count,
+        "class_counts": training.data.counts.tolist(),
         "model": training.config.model.name,
         "dataset": training.data.manifest.name,
     }

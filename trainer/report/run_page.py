@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.atomic import write_file
+from shards.errors import errors_as_corrupt
 from shards.manifest import Manifest
 from shards.stores.base import Store
 from trainer.checkpoint import run_files
@@ -48,7 +49,10 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
     if len(classes) <= MAX_MATRIX_CLASSES:
         matrix = confusion_chart(confusion_matrix(labels, predicted, len(classes)), classes)
     validation = predictions.get("validation_confusion")
-    rows = [row | {"train": count} for row, count in zip(metrics.class_metrics(classes), train.counts, strict=True)]
+    counts = summary.get("class_counts") or train.counts
+    with errors_as_corrupt(directory.summary_path, directory.hint):
+        distribution = distribution_chart(counts, classes)
+        rows = [row | {"train": count} for row, count in zip(metrics.class_metrics(classes), counts, strict=True)]
     if len(rows) > MAX_CLASS_ROWS:
         rows = sorted((row for row in rows if row["samples"]), key=lambda row: row["f1"])[:MAX_CLASS_ROWS]
     settings, config = directory.read_settings()
@@ -68,9 +72,9 @@ def write(path: Path, train: Manifest, store: Store, summary: dict[str, Any], hi
         matrix_limit=MAX_MATRIX_CLASSES,
         validation_confusion=None if validation is None else confusion_chart(validation, classes),
         gallery=build_gallery(store, predictions),
-        distribution=distribution_chart(train.counts, classes),
-        most=max(train.counts),
-        least=min(train.counts),
+        distribution=distribution,
+        most=max(counts),
+        least=min(counts),
         classes=rows,
         class_count=len(classes),
         pairs=pairs,

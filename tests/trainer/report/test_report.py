@@ -95,7 +95,9 @@ def test_the_page_is_whole_in_itself_and_true(run: Path) -> None:
     assert f"{summary['macro_f1']:.2%}" in page.text
     assert "a <b> name" in page.text, "names are escaped"
     assert "Published test accuracy: an <early> network 98.50%, nearest neighbor 50.00%." in page.text
-    counts = open_split(load_trained_model(run).config.data.shards, "train").manifest.counts
+    manifest = open_split(load_trained_model(run).config.data.shards, "train").manifest
+    counts = summary["class_counts"]
+    assert sum(counts) < sum(manifest.counts) and "the validation split included" not in page.text
     assert f"The most frequent class has {max(counts):,}, {max(counts) / min(counts):.1f} times as many" in page.text
 
 
@@ -331,6 +333,15 @@ def test_a_report_on_many_classes_has_no_matrix_and_the_worst_classes(
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     run_page.write(run, train, store, directory.read_summary(), history)
     page = (run / "report.html").read_text()
+    # A run of an earlier version does not state the training images of each class.
+    summary = directory.read_summary()
+    del summary["class_counts"]
+    run_page.write(run, train, store, summary, history)
+    earlier = Page((run / "report.html").read_text())
+    assert f"The most frequent class has {max(train.counts):,}" in earlier.text
+    assert "the validation split included" in earlier.text
+    with pytest.raises(UserError, match=r"summary\.json"):
+        run_page.write(run, train, store, {**directory.read_summary(), "class_counts": [3, 4]}, history)
     (run / "report.html").write_text(before)
     Page(page)
     assert "The matrix is drawn for up to 4 classes; this data set has" in page
