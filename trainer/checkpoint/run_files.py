@@ -106,6 +106,7 @@ class Summary(Metrics):
     class_counts: list[Count] | None = None  # training images of each class; absent in earlier versions
     model: str
     dataset: str
+    members: list[str] = Field(default_factory=list)  # of an ensemble or soup: the runs
 
 
 class Environment(Schema):

@@ -196,7 +196,7 @@ def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | No
             expected="the data set of the runs",
             hint="name its directory: --shards DIR",
         )
-    models, lines = [run.trained for run in runs], []
+    models, names, lines = [run.trained for run in runs], list(paths), []
     if soup == "greedy":
         if not has_split(resolve_dataset(config.data.shards), VALIDATION):
             _check_validation(runs)
@@ -215,7 +215,7 @@ def combine(paths: Sequence[Path], out: Path, soup: str | None, shards: str | No
         "training_seconds": sum(run.summary["training_seconds"] for run in runs),
         "model": config.model.name,
         "dataset": data.manifest.name,
-        "members": [str(path) for path in paths],
+        "members": list(map(str, names)),
     }
     with replace_directory(out) as replacement:
         _check_new(out)  # again: another process may have written it meanwhile

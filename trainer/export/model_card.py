@@ -80,6 +80,8 @@ class Card:
             meta=self.metadata,
             size=input_size(self.metadata["resolution"]),
             upright_size=tuple(shape[1::-1] if self.test.transposed else shape[:2]),
+            members=[Path(path).name for path in self.run.summary.get("members", [])],
+            networks=sorted({member.config.model.name for member in self.run.trained.members}),
             timm_options=timm_options(settings, self.metadata["resolution"]),
             config=self.run.config,
             settings=self.run.directory.read_settings()[0],

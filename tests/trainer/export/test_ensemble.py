@@ -138,6 +138,10 @@ def test_every_command_takes_an_ensemble_for_a_run(
 def test_a_file_holds_the_whole_ensemble(combined: Path, small_set: Path, tmp_path: Path) -> None:
     _, agreement = export(combined, "torch-export", tmp_path / "program")  # compared with the trainer
     assert agreement.same == agreement.samples
+    card = (tmp_path / "program" / "README.md").read_text()
+    assert "an ensemble of 3 runs of `three_block_cnn`" in card and "| checkpoint | of 3 runs, sha256" in card
+    assert "the mean of those of the runs `slow`, `medium`, `fast`, each with" in card
+    assert "There was no validation split" not in card
     file, _ = export(combined, "onnx", tmp_path / "onnx")
     test = open_split(small_set, "test")
     samples = np.arange(16)
@@ -165,6 +169,11 @@ def test_a_soup_is_a_network_of_mean_weights(
     np.testing.assert_allclose(soup.offsets, np.mean([model.offsets for model in models], axis=0), rtol=1e-6)
     if kind == "uniform":
         export(out, "safetensors", tmp_path / "weights")
+        card = (tmp_path / "weights" / "README.md").read_text()
+        assert "a soup of 3 runs of `three_block_cnn`" in card and "| checkpoint | of 3 runs, sha256" in card
+        assert "temperature are the means of those of the runs `slow`, `medium`, `fast`." in card
+    members = json.loads((out / "summary.json").read_text())["members"]
+    assert members == list(map(str, chosen))
 
 
 def test_a_greedy_soup_adds_what_does_not_harm(runs: list[Path]) -> None:
