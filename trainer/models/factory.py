@@ -28,6 +28,7 @@ from trainer.models.weights import classifier_layer, load_weights
 log = logging.getLogger(__name__)
 
 SMALL_CNN = "three_block_cnn"
+UNPUBLISHED = {*BUILTIN_MODELS} - {"squeezenet1_1"}  # networks without published weights
 _CONNECT_TIMEOUT = 5.0  # seconds
 
 
@@ -196,8 +197,8 @@ def _backbone(settings: ModelConfig, channels: int, classes: int) -> tuple[nn.Mo
         if settings.pretrained != "auto":
             raise NotFoundError(
                 found=f"published weights of {settings.name} that are not available: {reason}",
-                expected="a network connection, or the weights in the cache of their hub",
-                hint="model.pretrained=false model.init_checkpoint=FILE with weights that were downloaded elsewhere"
+                expected="published weights in the cache of their hub, or a network connection to download them",
+                hint="model.pretrained=false, and model.init_checkpoint=FILE for weights that were downloaded elsewhere"
                 + (f", as {url}" if (url := _weights_url(settings.name)) else ""),
             ) from None
         log.warning(
@@ -216,6 +217,8 @@ def _build(settings: ModelConfig, channels: int, classes: int, pretrained: bool)
             expected="small_resnet, cifar_efficientnet or a timm model, to whose constructor the options are passed",
             hint="remove model.options, or choose another model.name",
         )
+    if pretrained and settings.name in UNPUBLISHED:
+        raise ValueError("there are none")
     if settings.plain_cnn:
         return make_plain_cnn(settings.plain_cnn, channels, classes, settings.drop_rate)
     if settings.name == SMALL_CNN:

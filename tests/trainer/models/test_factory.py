@@ -170,6 +170,34 @@ def test_a_model_that_was_never_published_has_no_weights_to_begin_with() -> None
         make_model(ModelConfig(name="efficientnet_b6", pretrained=True), 1, CLASSES)
 
 
+@pytest.mark.parametrize("name", ["three_block_cnn", "small_resnet", "cifar_resnet20", "lenet", "cifar_efficientnet"])
+def test_a_network_of_ours_has_no_weights_to_begin_with(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(
+        UserError, match=f"published weights of {name} that are not available: there are none"
+    ) as caught:
+        make_model(ModelConfig(name=name, pretrained=True), 1, CLASSES)
+    assert "model.pretrained=false" in caught.value.hint
+    with caplog.at_level(logging.WARNING):
+        make_model(ModelConfig(name=name, pretrained="auto"), 1, CLASSES)
+    assert f"the published weights of {name} are not available (there are none)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["auto", "three_block_cnn", "cifar_resnet20"])
+def test_resolved_settings_name_no_weights_of_a_network_that_has_none(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config(data={"shards": "set", "resolution": 32}, model={"name": name, "pretrained": "auto"})
+    with caplog.at_level(logging.WARNING):
+        assert resolve_auto(config, torch.device("cpu")).model.pretrained is False
+    assert "model.pretrained=auto becomes false" in caplog.text
+
+
+def test_resolved_settings_keep_published_weights_that_there_may_be() -> None:
+    for name in ("squeezenet1_1", TINY):
+        config = Config(data={"shards": "set"}, model={"name": name, "pretrained": "auto"})
+        assert resolve_auto(config, torch.device("cpu")).model.pretrained == "auto"
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "best.pt"])
 def test_begins_with_the_weights_of_a_file(tmp_path: Path, name: str) -> None:
     trained = make_model(ModelConfig(name=SMALL_CNN), 1, CLASSES)
