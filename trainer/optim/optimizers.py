@@ -81,8 +81,10 @@ def _build(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[st
         return skippable.skip_overflows(ScheduleFreeAdamW(groups, lr, weight_decay=decay, **options))
     from timm.optim import create_optimizer_v2
 
-    other = create_optimizer_v2(groups, name, lr, decay, settings.momentum, **options)
-    return skippable.skip_overflows(other)
+    inner = create_optimizer_v2(groups, name.removeprefix("lookahead_"), lr, decay, settings.momentum, **options)
+    # timm's Lookahead does not call the hooks that skip a step.
+    skipping = skippable.skip_overflows(inner)
+    return skippable.Lookahead(skipping) if name.startswith("lookahead_") else skipping
 
 
 def _sgd(groups: list[dict[str, Any]], settings: OptimConfig, options: dict[str, Any]) -> torch.optim.SGD:

@@ -36,7 +36,7 @@ class Lion(timm.optim.Lion):
 
 
 class Lookahead(timm.optim.Lookahead):
-    """Lookahead around a fused optimizer of torch, which skips its step if `found_inf` is set."""
+    """Lookahead around an optimizer that skips its step if `found_inf` is set."""
 
     _step_supports_amp_scaling = True
 
@@ -47,27 +47,29 @@ class Lookahead(timm.optim.Lookahead):
 
 
 def skip_overflows(optimizer: Any) -> torch.optim.Optimizer:
-    """Let the weights of any optimizer stay as they are if `found_inf` is set.
+    """Let the weights of an optimizer that calls its hooks stay as they are if `found_inf` is set.
 
     The step takes place with gradients of zero, so its moments decay and its counter advances.
     """
-    before: list[torch.Tensor] = []
+    held: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # `found_inf` and the weights before the step
 
     def weights() -> list[Any]:
         return [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
 
     def clear_gradients(*_: object) -> None:
         if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
-            before[:] = [weight.detach().clone() for weight in weights()]
+            held.append((found_inf, [weight.detach().clone() for weight in weights()]))
             for gradient in (weight.grad for weight in weights()):
                 gradient.masked_fill_(found_inf > 0, 0.0)
+            optimizer.found_inf = None  # torch's optimizers refuse it unless they are fused
 
     def restore_weights(*_: object) -> None:
-        if before:
+        if held:
+            found_inf, before = held.pop()
             with torch.no_grad():
                 for weight, old in zip(weights(), before, strict=True):
-                    weight.copy_(torch.where(optimizer.found_inf > 0, old, weight))
-            before.clear()
+                    weight.copy_(torch.where(found_inf > 0, old, weight))
+            optimizer.found_inf = found_inf  # which the scaler deletes
 
     optimizer.register_step_pre_hook(clear_gradients)
     optimizer.register_step_post_hook(restore_weights)
