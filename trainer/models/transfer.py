@@ -69,22 +69,23 @@ def _is_trained(module: nn.Module) -> bool | None:
     return any(parameter.requires_grad for parameter in parameters) if parameters else None
 
 
-def lr_scales(model: nn.Module, settings: OptimConfig) -> dict[str, float]:
-    """Return factors of the learning rate by the name of the parameter; without an entry it is 1.
+def lr_scales(model: nn.Module, settings: OptimConfig) -> dict[str, tuple[int, float]]:
+    """Return layer and factor of the learning rate by the name of the parameter; without an entry they are 0 and 1.
 
     Layer n of N has the factor `optim.layer_decay`^(N - n), as in timm's `param_groups_layer_decay` (Bao et al. 2021,
-    https://arxiv.org/abs/2106.08254). The classifier has `optim.head_lr`, if it is set.
+    https://arxiv.org/abs/2106.08254). The classifier has `optim.head_lr`, if it is set, and is then a layer of its own.
 
     Raises:
         UserError: The model has no layers by depth.
     """
-    scales: dict[str, float] = {}
+    scales: dict[str, tuple[int, float]] = {}
+    last = 0
     if settings.layer_decay is not None:
         depths = _depths(model, type(model).__name__, coarse=False)
         last = max(depths.values())
-        scales = {name: settings.layer_decay ** (last - depth) for name, depth in depths.items()}
+        scales = {name: (depth, settings.layer_decay ** (last - depth)) for name, depth in depths.items()}
     if settings.head_lr is not None:
-        scales |= dict.fromkeys(_head(model), settings.head_lr / settings.lr)
+        scales |= dict.fromkeys(_head(model), (last + 1, settings.head_lr / settings.lr))
     return scales
 
 

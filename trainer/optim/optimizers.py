@@ -47,20 +47,25 @@ def _try_step(settings: OptimConfig, options: dict[str, Any], device: torch.devi
 
 
 def _param_groups(model: torch.nn.Module, settings: OptimConfig, fallback: Collection[str]) -> list[dict[str, Any]]:
-    """Group parameters by weight decay, learning rate, and the fallback of hybrid optimizers such as Muon."""
+    """Group parameters by weight decay, the fallback of hybrid optimizers such as Muon, and layer.
+
+    The groups do not depend on the learning rates, which a resumed run may change.
+    """
     scales = lr_scales(model, settings)
-    # timm's models name further parameters without weight decay.
-    no_decay: Collection[str] = getattr(model, "no_weight_decay", tuple)()
-    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
+    # timm's models name further parameters without weight decay. Ours may wrap one of them.
+    backbone, prefix = (inner, "backbone.") if (inner := getattr(model, "backbone", None)) else (model, "")
+    no_decay = {f"{prefix}{name}" for name in getattr(backbone, "no_weight_decay", tuple)()}
+    groups: dict[tuple[bool, bool, int], dict[str, Any]] = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             exempt = weight.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, pattern) for pattern in no_decay)
             is_fallback = any(fnmatch(name, pattern) for pattern in fallback)
             decay = 0.0 if exempt else settings.weight_decay
             group = {"params": [], "weight_decay": decay} | ({"use_fallback": True} if is_fallback else {})
+            layer, scale = scales.get(name, (0, 1.0))
             if scales:
-                group["lr_scale"] = scales.get(name, 1.0)
-            groups.setdefault((not exempt, is_fallback, scales.get(name, 1.0)), group)["params"].append(weight)
+                group["lr_scale"] = scale
+            groups.setdefault((not exempt, is_fallback, layer), group)["params"].append(weight)
     return [groups[key] for key in sorted(groups)]
 
 

@@ -409,6 +409,14 @@ def test_changed_settings_are_refused_with_what_allows_them(recipe: Path, tmp_pa
     assert resumed[1:] == unchanged[1:] and resumed[0] == pytest.approx(20 * unchanged[0])
 
 
+@pytest.mark.parametrize("change", ["optim.lr=2e-3", "optim.head_lr=5e-4"])
+def test_a_changed_rate_passes_or_meets_that_of_the_classifier(recipe: Path, tmp_path: Path, change: str) -> None:
+    rates = ["optim.lr=1e-3", "optim.head_lr=2e-3"]
+    stop_at(recipe, tmp_path / "run", (0, 5), *rates)
+    allow = f"checkpoint.resume_allow_changes=[{change.partition('=')[0]}]"
+    assert train(recipe, tmp_path / "run", "resume=auto", *rates, change, allow) == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "is_known"),
     [

@@ -85,8 +85,38 @@ def test_layer_decay_is_that_of_timm(name: str) -> None:
         for weight in group["params"]
     }
     scales = lr_scales(model, OptimConfig(layer_decay=0.7))
-    assert {id(weight): scales[key] for key, weight in model.named_parameters()} == pytest.approx(expected)
-    assert len({*scales.values()}) > 3 and max(scales.values()) == 1
+    assert {id(weight): scales[key][1] for key, weight in model.named_parameters()} == pytest.approx(expected)
+    assert len({*scales.values()}) > 3 and max(scales.values())[1] == 1
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+@pytest.mark.parametrize("hidden", [None, 4])
+def test_groups_do_not_depend_on_rates(hidden: int | None, layer_decay: float | None) -> None:
+    """A checkpoint lists moments by position, so a resumed run with another rate needs the same groups."""
+    model, _ = made(head_hidden=hidden)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    found = []
+    for lr in (0.5, 1.0, 2.0):
+        optimizer = make_optimizer(model, OptimConfig(lr=lr, head_lr=1.0, layer_decay=layer_decay))
+        found.append([[names[id(weight)] for weight in group["params"]] for group in optimizer.param_groups])
+        assert optimizer.param_groups[-1]["lr_scale"] == 1 / lr
+    assert found[0] == found[1] == found[2]
+    assert found[0][-1][-1] == ("head.3.weight" if hidden else "classifier.weight")
+
+
+@pytest.mark.parametrize("settings", [{}, {"gray_input": "repeated"}, {"head_hidden": 4}])
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2"])
+def test_tokens_and_embeddings_of_positions_are_not_decayed_in_a_network_of_ours(
+    name: str, settings: dict[str, Any]
+) -> None:
+    model, _ = made(name=name, **settings)
+    groups = make_optimizer(model, OptimConfig(weight_decay=0.1)).param_groups
+    decayed = {id(weight) for group in groups if group["weight_decay"] for weight in group["params"]}
+    names = [name for name, weight in model.named_parameters() if id(weight) not in decayed and weight.ndim > 1]
+    assert {name.rpartition(".")[2] for name in names} == getattr(model, "backbone", model).no_weight_decay() & {
+        name.removeprefix("backbone.") for name, _ in model.named_parameters()
+    }
+    assert any("pos_embed" in name for name in names)
 
 
 def test_rates_by_depth_follow_the_schedule() -> None:
@@ -109,7 +139,7 @@ def test_rates_by_depth_follow_the_schedule() -> None:
 
     for rate in (0.1, 0.01 + 0.09 * (2 + 2**0.5) / 4, 0.055):
         assert schedule.lr == pytest.approx(rate)
-        assert rates() == pytest.approx({name: scale * rate for name, scale in scales.items()})
+        assert rates() == pytest.approx({name: scale * rate for name, (_, scale) in scales.items()})
         assert rates()["head.3.weight"] == pytest.approx(5 * rate)
         assert rates()["backbone.conv_stem.weight"] < rates()["backbone.blocks.1.0.conv_exp.weight"] < rate
         optimizer.step()
