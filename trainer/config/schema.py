@@ -22,6 +22,8 @@ BUILTIN_MODELS = (*MIN_RESOLUTION, *PLAIN_CNNS)  # networks defined in trainer.m
 OPTIMIZERS = ("adam", "adamw", "lion", "schedule_free_adamw", "sgd", "sgd_lookahead")  # built in trainer.optim
 SHARDS_SETTING = "data.shards"  # compared by the identities of the splits when a run is resumed
 MAX_EPOCHS = 10**6
+_DECAY_EPOCH = 90  # timm's default of the first decay of step and multistep
+_DECAY_OPTIONS = {"step": ("decay_epochs", "N"), "multistep": ("decay_milestones", "[N, ...]")}
 _FREE_MAPPINGS = {"baselines", "options"}  # settings whose keys are free
 Side = Annotated[int, Field(ge=1, le=MAX_RESOLUTION)]
 Epoch = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
@@ -286,11 +288,16 @@ class ScheduleConfig(BaseConfig):
     cycle_mult: Annotated[int, Field(ge=1, le=1000)] = 1
     """warm_restarts: factor of the cycle length at every restart."""
     min_lr: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Minimum learning rate of cosine, warm_restarts, plateau and timm's schedules."""
+    """Minimum learning rate of cosine, warm_restarts, plateau, tanh, poly, wsd and rsqrt; at most optim.lr."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """plateau: factor of each reduction."""
     patience: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 2
     """plateau: epochs without improvement before a reduction."""
+
+    @property
+    def has_min_lr(self) -> bool:
+        """Whether the schedule has a minimum learning rate."""
+        return self.name not in ("constant", "one_cycle", "step", "multistep")
 
 
 class TrainerConfig(BaseConfig):
@@ -422,6 +429,8 @@ class Config(BaseConfig):
             yield "mixup.off_last_epochs counts from the last epoch, but trainer.minutes sets no number of epochs"
         if self.schedule.warmup > epochs and self.schedule.name == "one_cycle":
             yield f"schedule.warmup={self.schedule.warmup:g} is longer than the {epochs} epochs (trainer.epochs)"
+        if self.schedule.has_min_lr and self.schedule.min_lr > self.optim.lr:
+            yield f"schedule.min_lr={self.schedule.min_lr:g} is larger than optim.lr={self.optim.lr:g}"
         if self.augment.erase_area_min > self.augment.erase_area_max:
             yield (
                 f"augment.erase_area_min={self.augment.erase_area_min} is larger than "
@@ -437,6 +446,8 @@ class Config(BaseConfig):
                 yield f"data.resolution={side}, but {name} takes {plain.side} only"
             if first_epoch > epochs:
                 yield f"data.resolution changes at epoch {first_epoch}, but trainer.epochs is {epochs}"
+        if self.loss.name == "bce" and name == "squeezenet1_1" and self.model.head_hidden is None:
+            yield "loss.name=bce needs logits below 0, but squeezenet1_1 without model.head_hidden ends in a ReLU"
         if self.trainer.compile in ("reduce-overhead", "max-autotune") and self.optim.grad_accumulation > 1:
             yield (
                 f"trainer.compile={self.trainer.compile} reuses the memory of gradients in every step, but "
@@ -477,7 +488,7 @@ class Config(BaseConfig):
         rules: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
             (is_plateau, by_schedule, ("schedule.factor", "schedule.patience")),
             (not is_plateau, by_schedule, ("schedule.warmup",)),
-            (schedule.name not in ("constant", "one_cycle"), by_schedule, ("schedule.min_lr",)),
+            (schedule.has_min_lr, by_schedule, ("schedule.min_lr",)),
             (schedule.name == "warm_restarts", by_schedule, ("schedule.cycle_epochs", "schedule.cycle_mult")),
             (crops, "data.crop_to_foreground=null", ("data.foreground_opening_radius",)),
             (has_stages, "a single data.resolution", ("loader.scale_batch_with_resolution",)),
@@ -503,6 +514,12 @@ class Config(BaseConfig):
             yield "schedule.unit=step has no effect with schedule.name=plateau"
         if schedule.warmup >= epochs and is_cosine:
             yield f"schedule.warmup takes all {epochs} epochs: the learning rate only rises"
+        option, example = _DECAY_OPTIONS.get(schedule.name, ("", ""))
+        if option and option not in schedule.options and epochs <= _DECAY_EPOCH:
+            yield (
+                f"schedule.name={schedule.name} first lowers the learning rate after {_DECAY_EPOCH} epochs, but "
+                f"trainer.epochs is {epochs}: set schedule.options={{{option}: {example}}}"
+            )
         for name, length in (("warmup", schedule.warmup), ("cycle_epochs", schedule.cycle_epochs)):
             if schedule.unit == "epoch" and not float(length).is_integer():
                 yield f"schedule.{name}={length} is rounded to whole epochs by schedule.unit=epoch"

@@ -201,6 +201,10 @@ def test_an_argument_without_a_space_before_its_value_is_refused(setting: str) -
         (["mixup.prob=1", "mixup.mixup_alpha=0", "mixup.cutmix_alpha=0"], "cutmix_alpha are both 0"),
         (["schedule.name=one_cycle", "schedule.warmup=9"], "epochs"),
         (["model.pretrained=true", "model.init_checkpoint=x.pth"], "both set the initial weights"),
+        (["schedule.name=cosine", "schedule.min_lr=0.1"], "schedule.min_lr=0.1 is larger than optim.lr="),
+        (["schedule.name=plateau", "schedule.min_lr=2e-3", "optim.lr=1e-3"], "larger than optim.lr=0.001"),
+        (["schedule.name=poly", "schedule.min_lr=0.1"], "larger than optim.lr"),
+        (["model.name=squeezenet1_1", "loss.name=bce"], "squeezenet1_1 without model.head_hidden ends in a ReLU"),
         (["data.resolution=3"], "three_block_cnn takes 4 or more"),
         (["data.resolution=3x40"], "three_block_cnn takes 4 or more"),
         (["model.name=lenet", "data.resolution=20x28"], "data.resolution=20x28, but lenet takes 28 only"),
@@ -356,6 +360,8 @@ def test_everything_else_must_stay_when_a_run_is_resumed() -> None:
         (["schedule.cycle_epochs=4"], "schedule.cycle_epochs"),
         (["schedule.cycle_mult=2"], "schedule.cycle_mult"),
         (["schedule.min_lr=1e-6"], "schedule.min_lr"),
+        (["schedule.name=step", "schedule.min_lr=1e-6"], "schedule.min_lr"),
+        (["schedule.name=multistep", "schedule.min_lr=1e-6"], "schedule.min_lr"),
         (["schedule.factor=0.5"], "schedule.factor"),
         (["schedule.patience=1", "schedule.name=cosine"], "schedule.patience"),
         (["schedule.name=plateau"], "schedule.warmup"),  # the file gives one
@@ -384,8 +390,22 @@ def test_a_warm_up_without_an_end_is_told(name: str, warmup: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "option", "epochs"),
+    [("step", "{decay_epochs: N}", 8), ("step", "{decay_epochs: N}", 90), ("multistep", "{decay_milestones: [N, ", 8)],
+)
+def test_a_rate_that_stays_constant_by_default_is_told(name: str, option: str, epochs: int) -> None:
+    (line,) = quickstart(f"schedule.name={name}", f"trainer.epochs={epochs}").settings_without_effect()
+    assert f"trainer.epochs is {epochs}" in line and f"set schedule.options={option}" in line
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
+        ["schedule.name=step", "trainer.epochs=91"],
+        ["schedule.name=step", "schedule.options={decay_epochs: 3}"],
+        ["schedule.name=multistep", "schedule.options={decay_milestones: [3, 6]}"],
+        ["schedule.name=poly", "schedule.min_lr=1e-3", "optim.lr=1e-3"],
+        ["model.name=squeezenet1_1", "loss.name=bce", "model.head_hidden=8"],
         ["schedule.name=warm_restarts", "schedule.cycle_epochs=4", "schedule.cycle_mult=2", "schedule.min_lr=1e-6"],
         ["optim.name=sgd_lookahead", "optim.momentum=0.8"],
         ["optim.name=sgd", "optim.momentum=0.8"],
