@@ -58,7 +58,8 @@ def make_model(
     backbone, features = _backbone(settings, 3 if repeats else channels, 0 if hidden else classes)
     if settings.stem_stride is not None:
         _set_stem_stride(backbone, settings.name)
-    if settings.gray_input == "random" and channels == 1:
+    has_random_stem = settings.gray_input == "random" and channels == 1
+    if has_random_stem:
         next(layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d)).reset_parameters()
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if repeats:
@@ -72,7 +73,8 @@ def make_model(
     if settings.head_init_std is not None:
         _init_classifier(model, settings.head_init_std, settings.name)
     if settings.init_checkpoint is not None:
-        load_weights(model, settings.init_checkpoint, class_names)
+        convolutions = (name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d))
+        load_weights(model, settings.init_checkpoint, class_names, next(convolutions) if has_random_stem else None)
     return model
 
 

@@ -27,7 +27,7 @@ _SHOWN = 4  # tensors that a message names
 StateDict = dict[str, torch.Tensor]
 
 
-def load_weights(model: nn.Module, path: Path, class_names: Sequence[str] = ()) -> None:
+def load_weights(model: nn.Module, path: Path, class_names: Sequence[str] = (), random_stem: str | None = None) -> None:
     """Load a state dict.
 
     Prefixes of wrappers are removed. The first convolution is adapted to the channels of the images, and position
@@ -38,18 +38,25 @@ def load_weights(model: nn.Module, path: Path, class_names: Sequence[str] = ()) 
         model: The model.
         path: A .safetensors file, a file of `torch.save`, or a checkpoint of a run. Only a checkpoint has class names.
         class_names: Names of the model's classes; empty if unknown.
+        random_stem: Name of a convolution that keeps its random weights if the file has those of RGB images; None to
+            adapt them.
 
     Raises:
         UserError: The file cannot be read, or tensors other than the classifier do not fit.
     """
     with errors_as_corrupt(path, "choose another file for model.init_checkpoint"):
-        _load(model, path, class_names)
+        _load(model, path, class_names, random_stem)
 
 
-def _load(model: nn.Module, path: Path, class_names: Sequence[str]) -> None:
+def _load(model: nn.Module, path: Path, class_names: Sequence[str], random_stem: str | None) -> None:
     state, checkpoint_names = _read(path)
     own: StateDict = model.state_dict()
-    state = _adapt_channels(_rename(state, own, path), own, path)
+    state = _rename(state, own, path)
+    stem = state.get(f"{random_stem}.weight")
+    if stem is not None and stem.ndim == 4 and stem.shape[1] == 3:
+        state |= {name: tensor for name, tensor in own.items() if name.startswith(f"{random_stem}.")}
+        log.warning("model.init_checkpoint=%s: %s starts from random weights (model.gray_input)", path, random_stem)
+    state = _adapt_channels(state, own, path)
     classifier = classifier_tensors(model)
     if any(name not in classifier for name in _misfits(state, own)):
         state = _apply_timm_filter(model, state, own)
@@ -119,7 +126,11 @@ def _read(path: Path) -> tuple[StateDict, Sequence[str]]:
             expected="the weights of one network (model.init_checkpoint)",
             hint=f"name best.pt of one of its runs, or set {quote(f'distillation.teacher={path}')}",
         )
-    state: Any = content["model"] if is_checkpoint else content
+    state: Any = content
+    if is_checkpoint:
+        # Before the first validation, the average of a schedule-free optimizer holds the initial weights.
+        averaged = content.get("ema") if content.get("epoch") else None
+        state = averaged or content["model"]
     while isinstance(state, dict) and not _is_state_dict(state):
         state = next((state[name] for name in _CONTAINERS if isinstance(state.get(name), dict)), None)
     if state is None or not isinstance(state, dict):

@@ -41,9 +41,9 @@ def published() -> nn.Module:
     return timm.create_model(TINY, in_chans=1, num_classes=CLASSES)
 
 
-def build(path: Path, channels: int = 1, classes: int = CLASSES, **settings: Any) -> Any:
+def build(path: Path | None, channels: int = 1, classes: int = CLASSES, **settings: Any) -> Any:
     torch.manual_seed(2)
-    return make_model(ModelConfig(name=TINY, init_checkpoint=path, **settings), channels, classes)
+    return make_model(ModelConfig(**{"name": TINY, "init_checkpoint": path} | settings), channels, classes)
 
 
 def assert_loaded(model: nn.Module, expected: nn.Module, besides: tuple[str, ...] = ()) -> None:
@@ -142,6 +142,46 @@ def test_weights_of_timm_load_into_a_network_with_layers_of_ours(tmp_path: Path,
     assert [
         name for name in own if not name.startswith("classifier") and not torch.equal(own[name], theirs[name])
     ] == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"head_hidden": 5}, {"name": "squeezenet1_1"}])
+def test_a_random_first_convolution_stays_random_with_weights_of_rgb_images(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(build(None, channels=3, **settings).state_dict(), path)
+    loaded = build(path, gray_input="random", **settings).state_dict()
+    first, *others = [name for name, tensor in loaded.items() if tensor.ndim == 4]
+    stem = {name for name in loaded if name.rpartition(".")[0] == first.rpartition(".")[0]}
+    expected = torch.load(path) | {
+        name: tensor
+        for name, tensor in build(None, gray_input="random", **settings).state_dict().items()
+        if name in stem
+    }
+    assert [name for name in loaded if not torch.equal(loaded[name], expected[name])] == []
+    assert others and not torch.equal(loaded[first], torch.load(path)[first].sum(dim=1, keepdim=True))
+
+
+def test_weights_of_gray_images_need_no_random_convolution(tmp_path: Path, published: nn.Module) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(published.state_dict(), path)
+    assert_loaded(build(path, gray_input="random"), published)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "averaged", "expected"), [(2, 1.0, 1.0), (2, None, 0.0), (0, 1.0, 0.0)], ids=["average", "none", "early"]
+)
+def test_a_checkpoint_with_averaged_weights_gives_these(
+    tmp_path: Path, epoch: int, averaged: float | None, expected: float
+) -> None:
+    """Before the first validation, the average of a schedule-free optimizer holds the initial weights."""
+    path, model = tmp_path / "last.pt", nn.Linear(2, 2)
+    own, ema = (
+        {name: torch.full_like(tensor, value) for name, tensor in model.state_dict().items()} for value in (0.0, 1.0)
+    )
+    torch.save({"model": own, "ema": ema if averaged else None, "classes": ["a", "b"], "epoch": epoch}, path)
+    load_weights(model, path)
+    assert (model.weight == expected).all() and (model.bias == expected).all()
 
 
 def test_position_embeddings_of_another_resolution_are_resampled(tmp_path: Path) -> None:
