@@ -66,7 +66,7 @@ class FsspecStorage(RemoteStorage):
                 found=f"{self.shown}: {self.reason(error)}",
                 expected="an address such as s3://bucket/name, gs://..., hf://datasets/user/name or https://..., and "
                 "its package",
-                hint=f"pip install -e '.[{extra}]'" if extra else "check its spelling; a path needs no protocol",
+                hint=f'pip install -e ".[{extra}]"' if extra else "check its spelling; a path needs no protocol",
             ) from None
         except Exception as error:
             raise self._translate(error, "") from None

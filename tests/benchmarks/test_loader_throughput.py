@@ -64,7 +64,7 @@ def test_the_comparison_measures_verifies_draws_and_skips(
         PYTHONPATH=os.pathsep.join(filter(None, [str(broken.parent), os.environ.get("PYTHONPATH")])),
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    assert "litdata: skipped, libnothing.so: cannot open (pip install -e '.[benchmarks]')" in process.stdout
+    assert 'litdata: skipped, libnothing.so: cannot open (pip install -e ".[benchmarks]")' in process.stdout
     lines = (tmp_path / "lines.jsonl").read_text()
     assert lines == (tmp_path / "loader_throughput.jsonl").read_text()
     records = [json.loads(line) for line in lines.splitlines()]

@@ -29,7 +29,7 @@ class LoaderSpec:
     name: str
     module: str
     requires: tuple[str, ...] = ()
-    install: str = "pip install -e '.[benchmarks]'"
+    install: str = 'pip install -e ".[benchmarks]"'
     is_ours: bool = False
 
 

@@ -240,8 +240,8 @@ def test_fsspec_is_loaded_when_it_is_needed() -> None:
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("s3://bucket/name", "pip install -e '.[s3]'"),
-        ("gs://bucket/name", "pip install -e '.[gs]'"),
+        ("s3://bucket/name", 'pip install -e ".[s3]"'),
+        ("gs://bucket/name", 'pip install -e ".[gs]"'),
         ("abfs://bucket/name", "adlfs"),
     ],
 )
