@@ -189,7 +189,7 @@ def test_bengali_digits_begin_with_weights_from_emnist(
     trained(monkeypatch, "numtadb_model2", digits, tmp_path / "digits")
     bengali = packed(*packing_of("numtadb_model2"), monkeypatch=monkeypatch)
     begun = tmp_path / "digits" / "checkpoints" / "best.pt"
-    overrides = (f"model.init_checkpoint={begun}", "optim.lr=1e-12")
+    overrides = (f"model.init_checkpoint={begun}", "optim.lr=1e-12", "schedule.min_lr=0")
     summary = trained(monkeypatch, "numtadb_model2", bengali, tmp_path / "run", *overrides)
     assert summary["samples"] == 40
     before = torch.load(begun, weights_only=True)["model"]
