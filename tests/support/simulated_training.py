@@ -64,7 +64,14 @@ def training_on(gpu: SimulatedGpu, *overrides: str, channels: int = 1) -> Traini
     counts = np.array([5, 0, 3])
     statistics = {stage.input_size: (spec.mean, spec.std) for stage in stages}
     data = SimpleNamespace(
-        train=train, spec=spec, statistics=statistics, counts=counts, drawn=counts, classes=CLASSES, identity=""
+        train=train,
+        spec=spec,
+        statistics=statistics,
+        counts=counts,
+        drawn=counts,
+        classes=CLASSES,
+        identity="",
+        has_val_split=False,
     )
     return make_training(config, data, World(0, 1, GPU))
 
