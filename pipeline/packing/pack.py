@@ -31,7 +31,7 @@ from shards.errors import UserError
 from shards.manifest import LABELS, MAX_BLOCK_BYTES, ROWS, SPLITS, Manifest, RawFile, StoreKind, package_versions
 from shards.stores.base import Block, Layout, WrittenShard
 from shards.stores.create import make_writer
-from shards.stores.sample_arrays import array_dtypes, open_array, pixel_statistics, write_blocks
+from shards.stores.sample_arrays import array_dtypes, map_array, open_array, pixel_statistics, write_blocks
 
 SHARD_BYTES = 32 << 20  # pixels of one shard: large enough to stream, small enough to download again
 DEFAULT_BLOCK_SIZE = 512  # the smallest power of two at which 28x28 images cost less than 1.04 times their pixels
@@ -247,8 +247,7 @@ class _Packing:
             number = numbers[item]
             samples = layout.samples_of(number)
             labels, rows = (
-                np.load(directory / name, mmap_mode="c")[samples.start : samples.stop].astype(np.int64)
-                for name in (LABELS, ROWS)
+                map_array(directory / name)[samples.start : samples.stop].astype(np.int64) for name in (LABELS, ROWS)
             )
             if (written := journal.find(number, labels, rows, layout.block_size)) is not None:
                 return number, written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import threading
@@ -154,6 +155,20 @@ def _array(files: SplitFiles, name: str, content: Buffer, dtypes: Sequence[np.dt
         if fits and bytes(content[: len(header)]) == header:
             return np.frombuffer(content, dtype, length, len(header))
     raise corrupt_shard(files.directory / name, "not the array that the manifest describes")
+
+
+def map_array(path: Path) -> NDArray:
+    """Map the array of a .npy file. Raises what `numpy.load` raises.
+
+    A private map of NumPy is writable, and the system refuses one that is larger than memory and swap. A shared map has
+    no such limit, but some file systems have none (FUSE with direct_io).
+    """
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        return np.load(path, mmap_mode="c", allow_pickle=False)
 
 
 def array_dtypes(classes: int, highest_row: int) -> tuple[np.dtype, np.dtype, np.dtype]:

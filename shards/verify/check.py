@@ -32,7 +32,7 @@ from shards.manifest import (
 from shards.remote.cache import mark_unchecked
 from shards.stores.base import block_key
 from shards.stores.record_index import index_name
-from shards.stores.sample_arrays import BLOCK_DTYPE
+from shards.stores.sample_arrays import BLOCK_DTYPE, map_array
 
 
 def check_split(directory: Path) -> tuple[Manifest, list[str]]:
@@ -82,7 +82,7 @@ class SampleCounter:
         manifest, path = self._manifest, directory / file.name
         blocks = sum(-(-shard.samples // manifest.block_size) for shard in manifest.shards)
         try:
-            array = np.load(path, mmap_mode="c", allow_pickle=False)  # as in `SplitFiles.map`: no shared map
+            array = map_array(path)
             fits = array.dtype == BLOCK_DTYPE if file.name == BLOCKS else array.dtype.kind in "ui"
             if not fits or array.shape != (blocks if file.name == BLOCKS else manifest.samples,):
                 raise ValueError(f"{array.dtype} {list(array.shape)} is not what the manifest describes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 import tarfile
 import tracemalloc
 import zlib
@@ -26,7 +27,7 @@ from shards.errors import CorruptError, MismatchError
 from shards.manifest import StoreKind
 from shards.stores import sample_arrays, tar
 from shards.stores.base import Store
-from shards.stores.sample_arrays import array_dtypes, numbers_crc32, records_crc32
+from shards.stores.sample_arrays import array_dtypes, map_array, numbers_crc32, records_crc32
 from shards.stores.split_files import read_ahead
 
 BLOCK_SIZE, SHAPE = 16, (5, 4, 3)
@@ -135,6 +136,17 @@ def test_arrays_have_the_smallest_type_that_holds_them(
     assert (store.labels.dtype, store.rows.dtype) == (np.dtype(label_type), np.dtype(row_type))
     assert sorted(store.rows.tolist()) == [*range(9), row]
     assert open_split(tmp_path / "set", "test").labels.tolist() == [classes - 1] * 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files and Linux's limit on writable maps")
+def test_an_array_larger_than_the_memory_is_mapped(tmp_path: Path) -> None:
+    """The system may refuse a private writable map of this size."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    path, header = tmp_path / "rows.npy", sample_arrays.npy_header(np.dtype("<i8"), (memory // 4,))
+    path.write_bytes(header)
+    os.truncate(path, len(header) + memory // 4 * 8)
+    array = map_array(path)
+    assert (array.shape, array.dtype, int(array[-1])) == ((memory // 4,), np.dtype("<i8"), 0)
 
 
 def test_types_of_more_classes() -> None:
