@@ -148,7 +148,7 @@ class BestCheckpoint(Schema):
     tau: Finite
     offsets: list[Finite]
     temperature: Positive
-    log_weights: list[Finite] | None = None  # absent in earlier versions
+    logit_bias: list[Finite] | None = None  # absent in earlier versions
     members: list[Any] = Field(default_factory=list)  # of an ensemble: the content of the `best.pt` of each
 
 

@@ -48,7 +48,7 @@ class TrainedModel:
     """float32 [C], subtracted from the logits."""
     temperature: float = 1.0
     """Divides the logits before the softmax."""
-    log_weights: NDArray[np.float32] | None = None
+    logit_bias: NDArray[np.float32] | None = None
     """float32 [C], log of the weights that sampling and loss give the classes; None in a file of an earlier version."""
     members: tuple[TrainedModel, ...] = ()
     """The models of an ensemble, which have the same input and classes."""
@@ -70,8 +70,8 @@ class TrainedModel:
         with errors_as_corrupt(path, checkpoint.HINT):
             run_files.check(run_files.BestCheckpoint, state)
             channels, classes = state["image_shape"][2], len(state["classes"])
-            log_weights = state.get("log_weights")
-            by_class = [state["offsets"]] if log_weights is None else [state["offsets"], log_weights]
+            logit_bias = state.get("logit_bias")
+            by_class = [state["offsets"]] if logit_bias is None else [state["offsets"], logit_bias]
             if not channels == len(state["mean"]) == len(state["std"]) or {classes} != set(map(len, by_class)):
                 raise ValueError("statistics or offsets of another number of channels or classes")
         return cls(
@@ -87,7 +87,7 @@ class TrainedModel:
             tau=state["tau"],
             offsets=np.array(state["offsets"], np.float32),
             temperature=state["temperature"],
-            log_weights=None if log_weights is None else np.array(log_weights, np.float32),
+            logit_bias=None if logit_bias is None else np.array(logit_bias, np.float32),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class TrainedModel:
             "tau": self.tau,
             "offsets": self.offsets.tolist(),
             "temperature": self.temperature,
-            "log_weights": None if self.log_weights is None else self.log_weights.tolist(),
+            "logit_bias": None if self.logit_bias is None else self.logit_bias.tolist(),
             **({"members": [member.state_dict() for member in self.members]} if self.members else {}),
         }
 

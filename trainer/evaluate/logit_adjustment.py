@@ -78,24 +78,24 @@ def log_class_weights(
 ) -> NDArray[np.float32]:
     """Compute the log w of `posthoc.tau`.
 
-    It is that of `log_learned_weights`. If that weights all classes equally,
-    w is 1 / prior: tau=0 is then best for accuracy, and tau=-1 is the post-hoc logit adjustment of Menon et al.
-    2021, https://arxiv.org/abs/2007.07314, equation 9.
+    It is that of `training_logit_bias`. If that weights all classes equally, w is 1 / prior: tau=0 is then best for
+    accuracy, and tau=-1 is the post-hoc logit adjustment of Menon et al. 2021, https://arxiv.org/abs/2007.07314,
+    equation 9.
 
     Returns:
         float32 [C].
     """
-    weights = log_learned_weights(counts, settings, drawn)
-    return weights if np.ptp(weights) > 0 else -log_priors(counts).numpy()
+    logit_bias = training_logit_bias(counts, settings, drawn)
+    return logit_bias if np.ptp(logit_bias) > 0 else -log_priors(counts).numpy()
 
 
-def log_learned_weights(
+def training_logit_bias(
     counts: NDArray[np.int64], settings: LossConfig, drawn: NDArray[np.int64] | None = None
 ) -> NDArray[np.float32]:
-    """Compute log w, the logarithms of the weights that sampling and loss give the classes.
+    """Compute the logit bias log w: the logits at the optimum of the loss are log p + log w.
 
-    These are the class weights, times 1 / prior^a with logit adjustment a, times the ratio of the samples drawn to
-    those that there are with class-balanced sampling. The logits at the optimum of the loss are log p + log w.
+    w are the weights that loss and sampling give the classes: the class weights, times 1 / prior^a with logit
+    adjustment a, times the samples that class-balanced sampling draws over those that there are.
 
     Args:
         counts: [C], training samples of each class.

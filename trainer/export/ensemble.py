@@ -48,7 +48,7 @@ def make_ensemble(models: Sequence[TrainedModel]) -> TrainedModel:
 
 
 def make_soup(models: Sequence[TrainedModel]) -> TrainedModel:
-    """Return a model with the mean of the weights, offsets, log class weights and temperatures of several.
+    """Return a model with the mean of the weights, offsets, logit biases and temperatures of several.
 
     Counters, which are integers, are those of the first.
     """
@@ -58,7 +58,7 @@ def make_soup(models: Sequence[TrainedModel]) -> TrainedModel:
         else tensor
         for name, tensor in models[0].weights.items()
     }
-    log_weights = [model.log_weights for model in models if model.log_weights is not None]
+    biases = [model.logit_bias for model in models if model.logit_bias is not None]
     return replace(
         models[0],
         weights=weights,
@@ -66,7 +66,7 @@ def make_soup(models: Sequence[TrainedModel]) -> TrainedModel:
         tau=float(np.mean([model.tau for model in models])),
         offsets=np.mean([model.offsets for model in models], axis=0, dtype=np.float32),
         temperature=float(np.mean([model.temperature for model in models])),
-        log_weights=None if len(log_weights) < len(models) else np.mean(log_weights, axis=0, dtype=np.float32),
+        logit_bias=None if len(biases) < len(models) else np.mean(biases, axis=0, dtype=np.float32),
     )
 
 

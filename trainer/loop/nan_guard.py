@@ -171,7 +171,7 @@ def _save(
         "weights": origin,
         "class_weights": training.class_weights.cpu(),
         "logit_shift": training.logit_adjustment.cpu(),
-        "log_weights": training.log_learned_weights.tolist(),
+        "logit_bias": training.logit_bias.tolist(),
         "channels": training.data.spec.image_shape[2],
         "mean": list(mean),
         "std": list(std),

@@ -4,7 +4,7 @@
 
 The file holds the inputs of the step. `shares` has the batch of each rank: images (float32 [n, C, H, W], the model
 input before mixup), labels and rows (int64 [n]). `model` holds the weights, and `weights` describes them. Further keys
-are `config`, `class_weights`, `logit_shift`, `log_weights`, `epoch` and `step` (from 0).
+are `config`, `class_weights`, `logit_shift`, `logit_bias`, `epoch` and `step` (from 0).
 `torch.load(FILE, weights_only=True)` reads it.
 """
 
@@ -71,8 +71,8 @@ def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple
     if config.distillation.teacher:
         height, width = images.shape[2:]
         statistics = {(height, width): (state["mean"], state["std"])}
-        log_weights = np.array(state["log_weights"], np.float32)
-        teacher = DistillationTeacher(config, tuple(classes), statistics, log_weights, device)
+        logit_bias = np.array(state["logit_bias"], np.float32)
+        teacher = DistillationTeacher(config, tuple(classes), statistics, logit_bias, device)
     loss = compute_loss(logits, targets, images, shift, weights, teacher, config.loss)
     loss.backward()
     for name, parameter in model.named_parameters():

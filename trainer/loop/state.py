@@ -20,7 +20,7 @@ from trainer.checkpoint.compat import check_initial_weights
 from trainer.checkpoint.trained_model import TrainedModel
 from trainer.config.schema import Config
 from trainer.data.training_data import TrainingData
-from trainer.evaluate.logit_adjustment import PosthocCalibration, log_class_weights, log_learned_weights
+from trainer.evaluate.logit_adjustment import PosthocCalibration, log_class_weights, training_logit_bias
 from trainer.models.compile import compile_model
 from trainer.models.factory import apply_training_options, check_resolutions, make_model
 from trainer.models.precision import make_grad_scaler, memory_format
@@ -159,7 +159,7 @@ class Training:
     """`offsets` on the device, subtracted from the logits to count predictions."""
     log_class_weights: NDArray[np.float32]
     """[C], log of the class weights that `posthoc.tau` undoes."""
-    log_learned_weights: NDArray[np.float32]
+    logit_bias: NDArray[np.float32]
     """[C], log of the weights that sampling and loss give the classes."""
     teacher: DistillationTeacher | None
     class_counts: torch.Tensor
@@ -249,7 +249,7 @@ class Training:
             epoch=self.state.epoch,
             tau=self.tau,
             offsets=self.offsets,
-            log_weights=self.log_learned_weights,
+            logit_bias=self.logit_bias,
         )
 
     def compatibility_fields(self) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         )
     optimizer = make_optimizer(model, config.optim)
     updates = [-(-data.train.steps(epoch) // config.optim.grad_accumulation) for epoch in range(config.trainer.epochs)]
-    learned_weights = log_learned_weights(data.counts, config.loss, data.drawn)
+    logit_bias = training_logit_bias(data.counts, config.loss, data.drawn)
     profile = Profile()
     if config.trainer.profile:
         profile = TimeProfile(world.device)
@@ -319,8 +319,8 @@ def make_training(config: Config, data: TrainingData, world: World, resuming: bo
         class_weights=class_weights(data.drawn, config.loss).to(world.device),
         logit_adjustment=(config.loss.logit_adjustment * log_priors(data.drawn)).to(world.device),
         log_class_weights=log_class_weights(data.counts, config.loss, data.drawn),
-        log_learned_weights=learned_weights,
-        teacher=DistillationTeacher(config, data.classes, data.statistics, learned_weights, world.device)
+        logit_bias=logit_bias,
+        teacher=DistillationTeacher(config, data.classes, data.statistics, logit_bias, world.device)
         if config.distillation.teacher
         else None,
         class_counts=state.class_counts.to(world.device, copy=True),

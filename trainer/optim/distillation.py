@@ -37,7 +37,7 @@ class DistillationTeacher:
         student: Config,
         classes: tuple[str, ...],
         statistics: Mapping[tuple[int, int], tuple[Sequence[float], Sequence[float]]],
-        log_weights: NDArray[np.float32],
+        logit_bias: NDArray[np.float32],
         device: torch.device,
     ) -> None:
         """Load the model of `distillation.teacher`.
@@ -46,7 +46,7 @@ class DistillationTeacher:
             student: Settings of the student.
             classes: Class names of the student.
             statistics: Mean and std by which the student's input is normalized, by its height and width.
-            log_weights: [C], log of the weights that sampling and loss of the student give the classes.
+            logit_bias: [C], log of the weights that loss and sampling of the student give the classes.
             device: Device of both models.
 
         Raises:
@@ -69,7 +69,7 @@ class DistillationTeacher:
                     expected=f"the {attribute} of this run: {texts[1]}",
                     hint=hint,
                 )
-        trained = _remove_weights(trained, student, log_weights)
+        trained = _remove_bias(trained, student, logit_bias)
         self._model = trained.build_model(device).eval().requires_grad_(False)
         self._input_size = input_size(trained.config.data.final_resolution)
         self._trainer = student.trainer
@@ -80,7 +80,7 @@ class DistillationTeacher:
         for size, values in statistics.items():
             mean, std = torch.tensor(values, device=device)[..., None, None]
             self._scale_and_shift[size] = std / own[1], (mean - own[0]) / own[1]
-        self._offsets = torch.from_numpy(trained.offsets - log_weights).to(device)
+        self._offsets = torch.from_numpy(trained.offsets - logit_bias).to(device)
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
@@ -115,25 +115,25 @@ class DistillationTeacher:
         return (1 - weight) * loss + weight * temperature**2 * divergence
 
 
-def _remove_weights(teacher: TrainedModel, student: Config, log_weights: NDArray[np.float32]) -> TrainedModel:
-    """Return the teacher with the log of its class weights, if it has some, as offsets.
+def _remove_bias(teacher: TrainedModel, student: Config, logit_bias: NDArray[np.float32]) -> TrainedModel:
+    """Return the teacher with its logit bias as offsets. A teacher without class weights is returned as it is.
 
-    A file of an earlier version does not hold them. They are then its offsets divided by tau or, with the same
-    settings, those of the student, `log_weights`.
+    A file of an earlier version does not hold the bias. It is then computed from the offsets and tau or, with the same
+    settings, it is that of the student.
     """
     if teacher.members:
-        members = (_remove_weights(member, student, log_weights) for member in teacher.members)
+        members = (_remove_bias(member, student, logit_bias) for member in teacher.members)
         return replace(teacher, members=tuple(members))
-    config, own = teacher.config, teacher.log_weights
+    config, own = teacher.config, teacher.logit_bias
     if own is None:
         settings, of_student = ((each.loss, each.data.class_balance) for each in (config, student))
         if config.loss.class_weights == "none" and not (config.loss.logit_adjustment or config.data.class_balance):
-            own = np.zeros_like(log_weights)
+            own = np.zeros_like(logit_bias)
         elif teacher.tau:
             own = teacher.offsets / np.float32(teacher.tau)
         elif settings == of_student:
-            own = log_weights
+            own = logit_bias
         else:
             log.warning("the class weights of the teacher stay in its predictions: its best.pt does not state them")
-            own = np.zeros_like(log_weights)
+            own = np.zeros_like(logit_bias)
     return replace(teacher, offsets=own) if np.ptp(own) > 0 else teacher

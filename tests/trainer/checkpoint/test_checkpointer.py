@@ -217,16 +217,16 @@ def test_the_best_model_is_read_as_it_was_written(run: RunDirectory, fitted: boo
     best = model_of(3)
     if fitted:
         best = replace(best, tau=0.5, temperature=1.25, offsets=np.array([0.5, -1, 0], np.float32))
-        best = replace(best, log_weights=np.array([1, -2, 0], np.float32))
+        best = replace(best, logit_bias=np.array([1, -2, 0], np.float32))
     with checkpointer_of(run) as checkpointer:
         checkpointer.replace_best(best)
         found = checkpointer.best()
     for field in fields(TrainedModel):
-        if field.name not in ("weights", "offsets", "log_weights"):
+        if field.name not in ("weights", "offsets", "logit_bias"):
             assert getattr(found, field.name) == getattr(best, field.name), field.name
     assert found.offsets.dtype == np.float32
     assert found.offsets.tolist() == ([0.5, -1, 0] if fitted else [0, 0, 0])
-    assert (None if found.log_weights is None else found.log_weights.tolist()) == ([1, -2, 0] if fitted else None)
+    assert (None if found.logit_bias is None else found.logit_bias.tolist()) == ([1, -2, 0] if fitted else None)
     assert found.posthoc_kwargs()["temperature"] == (1.25 if fitted else 1)
     assert found.channels == 1
     images = torch.rand(2, 1, 16, 16)

@@ -98,7 +98,7 @@ def test_an_ensemble_predicts_the_mean_probability(runs: list[Path], combined: P
     student = load(runs[0].parent / "recipe.yaml", [f"distillation.teacher={combined}", "distillation.temperature=1"])
     none = np.zeros(len(trained.classes), np.float32)
     teacher = DistillationTeacher(student, trained.classes, {(12, 12): (trained.mean, trained.std)}, none, CPU)
-    unweighted = mean_probability([replace(model, offsets=model.log_weights) for model in models], inputs)
+    unweighted = mean_probability([replace(model, offsets=model.logit_bias) for model in models], inputs)
     np.testing.assert_allclose(teacher.probabilities(inputs).numpy(), unweighted, atol=1e-6)
 
 

@@ -23,7 +23,7 @@ from trainer.checkpoint.trained_model import TrainedModel, load_trained_model
 from trainer.config.load import load
 from trainer.config.schema import LossConfig
 from trainer.data.training_data import open_data
-from trainer.evaluate.logit_adjustment import log_learned_weights
+from trainer.evaluate.logit_adjustment import training_logit_bias
 from trainer.export.ensemble import make_ensemble
 from trainer.loop import engine, nan_guard
 from trainer.loop.replay_step import replay_step
@@ -80,9 +80,9 @@ def test_it_sees_the_images_as_it_was_trained_on_them(recipe: Path, teacher: Pat
     one = DistillationTeacher(student, trained.classes, {(side, side): (mean, std) for side in (12, 30)}, NONE, CPU)
     found = one.probabilities((pixels - mean[0]) / std[0])
     model = trained.build_model(CPU).eval()
-    assert trained.log_weights is not None and trained.offsets.tolist() == trained.log_weights.tolist(), "tau is 1"
+    assert trained.logit_bias is not None and trained.offsets.tolist() == trained.logit_bias.tolist(), "tau is 1"
     with torch.no_grad():
-        logits = model((pixels - trained.mean[0]) / trained.std[0]) - torch.from_numpy(trained.log_weights)
+        logits = model((pixels - trained.mean[0]) / trained.std[0]) - torch.from_numpy(trained.logit_bias)
     torch.testing.assert_close(found, (logits / 3).softmax(dim=1), rtol=1e-4, atol=1e-5)
     constant = one.probabilities(torch.full((1, 1, 30, 30), 0.4))
     torch.testing.assert_close(constant, one.probabilities(torch.full((1, 1, 12, 12), 0.4)))
@@ -95,7 +95,7 @@ def test_it_sees_the_same_images_at_each_resolution_of_the_student(recipe: Path,
     saved = load_trained_model(teacher)
     assert training.teacher is not None
     for epoch, side in enumerate((4, 12)):
-        own = training.log_learned_weights
+        own = training.logit_bias
         spec = open_data(load(recipe, [f"data.resolution={side}"]), ALONE).spec
         assert training.data.statistics[side, side] == (spec.mean, spec.std)
         alone = DistillationTeacher(training.config, saved.classes, {(side, side): (spec.mean, spec.std)}, own, CPU)
@@ -132,7 +132,7 @@ def teaching(
 ) -> DistillationTeacher:
     """A teacher that has learned `POSTERIOR` perfectly with its loss."""
     student = load(recipe, ["distillation.teacher=best.pt", *overrides]).model_copy(update={"loss": of_student})
-    learned = log_learned_weights(COUNTS, of_teacher)
+    learned = training_logit_bias(COUNTS, of_teacher)
     trained = TrainedModel(
         weights={},
         config=student.model_copy(update={"loss": of_teacher}),
@@ -143,7 +143,7 @@ def teaching(
         std=(0.5,),
         adapter_state={},
         epoch=1,
-        **{"tau": 0.0, "offsets": NONE_OF_THREE, "log_weights": learned, **fields},
+        **{"tau": 0.0, "offsets": NONE_OF_THREE, "logit_bias": learned, **fields},
     )
 
     class Learned(torch.nn.Module):
@@ -153,7 +153,7 @@ def teaching(
     built = TrainedModel.build_model
     monkeypatch.setattr(TrainedModel, "load", lambda path: trained)
     monkeypatch.setattr(TrainedModel, "build_model", lambda self, _: built(self, CPU) if self.members else Learned())
-    return DistillationTeacher(student, trained.classes, STATISTICS, log_learned_weights(COUNTS, of_student), CPU)
+    return DistillationTeacher(student, trained.classes, STATISTICS, training_logit_bias(COUNTS, of_student), CPU)
 
 
 def optimum(teacher: DistillationTeacher, loss: LossConfig) -> tuple[torch.Tensor, float]:
@@ -196,7 +196,7 @@ def test_the_optimum_is_that_of_the_loss_on_the_labels(
 ) -> None:
     settings = f"distillation.weight={weight}", f"distillation.temperature={temperature}"
     found, loss = optimum(teaching(recipe, monkeypatch, of_teacher, of_student, *settings), of_student)
-    expected = (POSTERIOR.log() + torch.from_numpy(log_learned_weights(COUNTS, of_student))).softmax(dim=1)
+    expected = (POSTERIOR.log() + torch.from_numpy(training_logit_bias(COUNTS, of_student))).softmax(dim=1)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
     if weight == 1:
         assert loss == pytest.approx(0, abs=1e-4)
@@ -208,12 +208,12 @@ def test_the_class_weights_of_a_teacher_of_an_earlier_version_are_derived(
     recipe: Path, loss: LossConfig, tau: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From its tau or, if its settings are those of the student, from the student."""
-    offsets = np.float32(tau) * log_learned_weights(COUNTS, loss)
-    teacher = teaching(recipe, monkeypatch, loss, loss, tau=tau, offsets=offsets, log_weights=None)
-    expected = (POSTERIOR.log() + torch.from_numpy(log_learned_weights(COUNTS, loss))).softmax(dim=1)
+    offsets = np.float32(tau) * training_logit_bias(COUNTS, loss)
+    teacher = teaching(recipe, monkeypatch, loss, loss, tau=tau, offsets=offsets, logit_bias=None)
+    expected = (POSTERIOR.log() + torch.from_numpy(training_logit_bias(COUNTS, loss))).softmax(dim=1)
     torch.testing.assert_close(optimum(teacher, loss)[0], expected, rtol=0, atol=2e-3)
     assert not caplog.records
-    teaching(recipe, monkeypatch, loss, LossConfig(), tau=tau, offsets=offsets, log_weights=None)
+    teaching(recipe, monkeypatch, loss, LossConfig(), tau=tau, offsets=offsets, logit_bias=None)
     assert ("its best.pt does not state them" in caplog.text) == (tau == 0)
 
 
