@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pipeline.datasets.base import DatasetSource
-from pipeline.readers.archives.file_trees import is_hidden
+from pipeline.readers.archives.file_trees import DirectoryTree
 from pipeline.readers.image_splits import TABLE_OPTIONS, image_splits
 from pipeline.readers.naming import TRAIN, in_split_order, natural_order, some_of
 from pipeline.readers.raw_split import RawSplit, SourceOptions
@@ -50,7 +50,9 @@ def _load(options: SourceOptions) -> tuple[RawSplit, ...]:
             expected="the package that reads Parquet files",
             hint='pip install -e ".[parquet]"',
         ) from None
-    splits, classes = read_splits(_find_files(options.raw), options.image_column, options.label_column)
+    splits, classes = read_splits(
+        _find_files(options.raw), options.image_column, options.label_column, options.skip_bad
+    )
     return image_splits(splits, classes, options)
 
 
@@ -60,8 +62,7 @@ def _find_files(raw: Path) -> dict[str, list[Path]]:
         if raw.exists():
             return {TRAIN: [raw]}
         raise _unclear(f"no such file or directory: {raw}")
-    paths = (path for path in raw.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
-    names = natural_order(name for path in paths if not is_hidden(name := path.relative_to(raw).as_posix()))
+    names = [name for name in DirectoryTree(raw).names if PurePath(name).suffix.lower() in _ENDINGS]
     if not names:
         raise _unclear(f"no {_ENDINGS[0]} file in {raw}")
     files: dict[str, list[Path]] = {}
@@ -99,7 +100,7 @@ def _unclear(found: str) -> UserError:
 
 def _hub_address(name: str, config: str) -> str:
     """The address of the tables of a configuration of a data set on the Hub; by default the only one, or `default`."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
             found=f"the name {name!r}", expected="a data set on the Hub, USER/NAME", hint=f"{_HUB_HINT} ylecun/mnist"
         )

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
+
+import numpy as np
 
 from pipeline.readers.archives.file_trees import FileTree, inner_name
 from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
 from pipeline.readers.formats.csv import CsvTable, read_csv
 from pipeline.readers.formats.image import EXTENSIONS, KINDS, OTHER_EXTENSIONS, is_image_file
-from pipeline.readers.naming import SPLIT_COLUMN, TRAIN, in_split_order, natural_order, some_of, warn
+from pipeline.readers.naming import SPLIT_COLUMN, TRAIN, composed, in_split_order, natural_order, some_of, warn
 from shards.cli import plural
-from shards.errors import UserError, printable
+from shards.errors import UserError, printable, quote
 from shards.manifest import split_named, splits_in
 
 LAYOUTS = "one directory per class, inside train/, test/ and val/ if any, or a CSV table of images and labels"
-_PATH_COLUMNS = (
+PATH_COLUMNS = (
     "path",
     "file",
     "filename",
@@ -31,11 +33,12 @@ _PATH_COLUMNS = (
     "image_id",
     "id",
 )
-_LABEL_COLUMNS = ("label", "class", "target", "category")
+LABEL_COLUMNS = ("label", "class", "target", "category")
 _RESERVED = ("row", "path")  # names of columns of a pack
 _TEXTS = frozenset({"csv", "tsv", "txt", "md", "json", "xml", "html", "yaml", "yml", "log", "npy", "zip", "tar", "gz"})
 _MAX_SNIFFED = 1000  # files without the extension of an image whose content is looked at
 _MAX_ROWS = 5  # named in a message
+_SAMPLED_ROWS = 1000  # of a table, evenly spaced, that decide which column names the images
 _MAX_WRAPPERS = 8  # nested directories that are skipped
 _LONE_TABLE = "labels"  # holds all images, where train.csv and test.csv hold one split each
 
@@ -65,8 +68,9 @@ def find_images(
     A directory that contains everything else, as in many archives, is skipped. A CSV table of any name counts if it is
     at the top, or at the top of the directory of a split, and has a column of images and one of labels. Without such a
     table the directories count. A table beside class directories is ignored if it has fewer than half as many rows as
-    there are images, and paths without the extension of an image: it may describe the classes. Names such as
-    `train.csv` and `labels.csv`, or the options, make it a table of images.
+    there are images, and paths without the extension of an image: it may describe the classes. So is one that lists no
+    image of a directory `train` with class directories: it may hold predictions. Names such as `train.csv` and
+    `labels.csv`, or the options, make it a table of images.
 
     Args:
         tree: The directory or archive.
@@ -101,7 +105,7 @@ def find_images(
             raise _unclear(f"two tables of the {split} split, {both}", "one table")
         try:
             labels = _read_labels(index, name, image_column, label_column)
-            if is_unnamed and not (image_column or label_column) and _describes_classes(labels, index, top):
+            if is_unnamed and not (image_column or label_column) and _is_beside_classes(labels, index, top):
                 unused.append(name)
             else:
                 tables[split] = labels
@@ -126,7 +130,7 @@ def find_images(
         )
     if unused:
         warn(f"not used: {not_used}, which do not list images and labels")
-    if tables and (rest := [name for name in index.images if name not in listed]):
+    if tables and (rest := [name for name in index.images.values() if name not in listed]):
         warn(f"not used: {len(rest):,} images that no table lists ({some_of(rest)})")
     return listings
 
@@ -149,7 +153,7 @@ class _ImageIndex:
         absolute = tree.path.absolute()
         roots = (absolute, os.path.normpath(absolute), os.path.realpath(absolute))
         self._roots = [f"{root}/".replace("\\", "/") for root in roots]
-        self.images = dict.fromkeys(filter(is_image, tree.names))
+        self.images = {composed(name): name for name in filter(is_image, tree.names)}
         self._by_base: dict[str, list[str]] = defaultdict(list)
         for name in self.images:
             base = name.rpartition("/")[2]
@@ -165,9 +169,12 @@ class _ImageIndex:
         path = path.replace("\\", "/")  # Windows
         for root in self._roots:
             path = path.removeprefix(root)
-        inner = inner_name(path)
+        inner = inner_name(composed(path))
         if inner is None:
             raise ValueError(path)
+        return [self.images[name] for name in self._find(inner, [composed(directory) for directory in directories])]
+
+    def _find(self, inner: str, directories: Sequence[str]) -> list[str]:
         for directory in directories:
             if directory + inner in self.images:
                 return [directory + inner]
@@ -183,33 +190,86 @@ class _ImageIndex:
 
 def _read_labels(index: _ImageIndex, name: str, image_column: str, label_column: str) -> _Labels:
     """Read a table and detect its columns; raises `UserError` if it has not both."""
-    table = read_table(index.tree, name)
+    table = _with_header(index, read_table(index.tree, name), name)
     lower = [column.lower() for column in table.columns]
-
-    def is_image_column(number: int) -> bool:
-        try:
-            return bool(index.find(table.rows[0][number], _directories_of(name)))
-        except ValueError:
-            return False
-
-    usual = [column for column in _PATH_COLUMNS if column in lower]
-    if not image_column and not usual:
-        usual = [lower[number] for number in range(len(lower)) if is_image_column(number)][:1]
-    table.column([image_column] if image_column else usual or _PATH_COLUMNS[:4], "paths", "--image-column")
-    image = image_column.lower() or usual[0]
-    usual = [column for column in _LABEL_COLUMNS if column in lower]
+    found = [] if image_column else _find_image_column(index, table, name)
+    table.column([image_column] if image_column else found or PATH_COLUMNS[:4], "paths", "--image-column")
+    image = image_column.lower() or found[0]
+    usual = [column for column in LABEL_COLUMNS if column in lower]
     rest = [column for column in lower if column not in (image, SPLIT_COLUMN)]
     usual = usual or (rest if len(rest) == 1 else [])
-    table.column([label_column] if label_column else usual or _LABEL_COLUMNS[:3], "labels", "--label-column")
+    table.column([label_column] if label_column else usual or LABEL_COLUMNS[:3], "labels", "--label-column")
     return _Labels(name, table, image, label_column.lower() or usual[0])
 
 
-def _describes_classes(labels: _Labels, index: _ImageIndex, top: str) -> bool:
-    """Whether a table beside class directories may describe the classes, because it lists too few images."""
+def _with_header(index: _ImageIndex, table: CsvTable, name: str) -> CsvTable:
+    """Return a table without column names, whose first line is a path and a label, with them."""
+    number = next((number for number, field in enumerate(table.columns) if is_image(field)), None)
+    if number is None or not _find_or_none(index, table.columns[number], name):
+        return table
+    if len(table.columns) > 2:
+        raise UserError(
+            found=f"{table.path} line 1: the path of an image, {printable(table.columns[number])!r}",
+            expected="a first line of column names",
+            hint="insert one: a name per column, file for the paths and label for the labels",
+        )
+    return table.headed(("file", "label") if number == 0 else ("label", "file"))
+
+
+def _find_image_column(index: _ImageIndex, table: CsvTable, name: str) -> list[str]:
+    """Return the column, in lower case, that names the images; an empty list if there is none.
+
+    Paths with the extension of an image come before numbers and names that are the stem of one: image files are often
+    numbered, and tables too.
+    """
+    lower = [column.lower() for column in table.columns]
+    rows = [table.rows[row] for row in np.linspace(0, len(table.rows) - 1, _SAMPLED_ROWS).astype(int).tolist()]
+    rows = rows if len(rows) < len(table.rows) else table.rows
+    kinds: dict[bool, dict[str, list[str | None]]] = {True: {}, False: {}}
+    for number, column in enumerate(lower):
+        found = [_find_or_none(index, row[number], name) for row in rows]
+        # A path occurs once, a label in many rows.
+        if column not in LABEL_COLUMNS and 2 * len(set(found) - {None}) > len(rows):
+            kinds[any(is_image(row[number]) for row in rows)][column] = found
+    columns = kinds[True] or kinds[False]
+    usual = [column for column in PATH_COLUMNS if column in lower]
+    known = [column for column in usual if column in columns]
+    if known and (kinds[True] or len(lower) == 2):
+        return known[:1]
+    if len({tuple(found) for found in columns.values()}) > 1:
+        names = [table.columns[lower.index(column)] for column in columns]
+        raise UserError(
+            found=f"{table.path}, where {' and '.join(map(printable, names[:2]))} name different images",
+            expected="one column of paths",
+            hint=f"name it: --image-column {quote(names[-1])}",
+        )
+    return list(columns)[:1] or usual[:1]
+
+
+def _find_or_none(index: _ImageIndex, path: str, name: str) -> str | None:
+    """Return the image that a path in a table of this name means; None if there is none or it is not clear."""
+    try:
+        found = index.find(path, _directories_of(name))
+    except ValueError:
+        return None
+    return found[0] if len(found) == 1 else None
+
+
+def _is_beside_classes(labels: _Labels, index: _ImageIndex, top: str) -> bool:
+    """Whether a table beside class directories may describe the classes, or be predictions for the test split.
+
+    It lists too few images, or none of the directory `train`, which has class directories.
+    """
     paths = labels.table.column([labels.image], "")
-    directories = {name.rpartition("/")[0] for name in index.images}
+    images = list(index.images.values())
+    trains = {name.removeprefix(top).partition("/")[0] for name in images}
+    in_train = tuple(f"{top}{first}/" for first in trains if split_named(first) == TRAIN)
+    if any(name.startswith(in_train) and name[len(top) :].count("/") > 1 for name in images):
+        found = (_find_or_none(index, path, labels.name) for path in paths)
+        return not any(name and name.startswith(in_train) for name in found)
+    directories = {name.rpartition("/")[0] for name in images}
     in_directories = len(directories) > 1 and top.rstrip("/") not in directories
-    return in_directories and 2 * len(paths) < len(index.images) and not any(map(is_image, paths))
+    return in_directories and 2 * len(paths) < len(images) and not any(map(is_image, paths))
 
 
 def _directories_of(name: str) -> tuple[str, ...]:
@@ -255,12 +315,14 @@ def locate(tree: FileTree, table: CsvTable, paths: Iterable[str], directories: I
     Raises:
         UserError: If a path points outside, is not an image, or occurs twice.
     """
-    images = frozenset(filter(is_image, tree.names))
+    images = {composed(name): name for name in filter(is_image, tree.names)}
     seen: dict[str, int] = {}
     problems: list[tuple[int, str]] = []
     for row, path in enumerate(paths):
-        quoted, inner = repr(printable(path)), inner_name(path)
-        name = inner and next((directory + inner for directory in directories if directory + inner in images), None)
+        quoted, inner = repr(printable(path)), inner_name(composed(path))
+        name = inner and next(
+            (images[each] for directory in directories if (each := directory + inner) in images), None
+        )
         if inner is None:
             problems.append((row, _unusable_path(path)))
         elif name is None:
@@ -376,19 +438,27 @@ def _by_directories(tree: FileTree, top: str, skip_bad: bool) -> dict[str, Listi
         raise _unclear(content if kinds else f"{tree.path}, which is empty", f"{KINDS} files")
     firsts = natural_order({name[len(top) :].partition("/")[0] for name in names})
     split_of = {first: split for first in firsts if (split := split_named(first))}
-    if not split_of and all(len(splits_in(first)) == 1 for first in firsts):
-        split_of = {first: splits_in(first).pop() for first in firsts}
+    by_words = {first: splits.pop() for first in firsts if len(splits := splits_in(first)) == 1}
+    if not split_of and len(set(by_words.values())) > 1:  # seg_train, seg_test
+        split_of = by_words
+    is_divided = _hold_directories(names, top, split_of)
     prefixes = {top: TRAIN}
-    if TRAIN in split_of.values() and _hold_directories(names, top, split_of):
-        if len(split_of) < len(firsts):
-            stray = [first for first in firsts if first not in split_of]
-            raise _unclear(f"{some_of(stray)} beside {some_of(list(split_of))} in {tree.path}", "only splits there")
+    if TRAIN in split_of.values() and is_divided:
+        if stray := [first for first in firsts if first not in split_of]:
+            found = f"{some_of(stray)} beside {some_of(list(split_of))} in {tree.path}"
+            if not skip_bad:
+                raise _unclear(found, "only splits there", "move it elsewhere, or skip it with --skip-bad")
+            warn(f"skipped: {found}")
         if len(set(split_of.values())) < len(split_of):
             raise _unclear(f"{some_of(list(split_of))} in {tree.path}", "one directory per split")
-        prefixes = {f"{top}{first}/": split for first, split in split_of.items()}
+        prefixes = {_skip_repetition(names, f"{top}{first}/"): split for first, split in split_of.items()}
+    elif len(by_words) == len(firsts) and {TRAIN} < set(by_words.values()):
+        raise _unclear(f"no directories of classes in {some_of(firsts)} of {tree.path}", "the class of each image")
     listings: dict[str, Listing] = defaultdict(Listing)
     for name in names:
-        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None:
+            continue  # skipped
         label, _, rest = name[len(prefix) :].partition("/")
         if not rest:
             raise _unclear(f"{tree.path_of(name)}, an image outside any class", "every image in a class directory")
@@ -408,6 +478,12 @@ def _by_directories(tree: FileTree, top: str, skip_bad: bool) -> dict[str, Listi
     return dict(listings)
 
 
+def _skip_repetition(names: list[str], prefix: str) -> str:
+    """Return `train/train/` for `train/` if that holds nothing else, as in some archives."""
+    repeated = f"{prefix}{prefix.split('/')[-2]}/"
+    return repeated if all(name.startswith(repeated) for name in names if name.startswith(prefix)) else prefix
+
+
 def _holds_image(tree: FileTree, name: str) -> bool:
     try:
         return is_image_file(tree.read(name))
@@ -421,5 +497,5 @@ def _hold_directories(names: list[str], top: str, firsts: Iterable[str]) -> bool
     return any(name.startswith(prefixes) and name[len(top) :].count("/") > 1 for name in names)
 
 
-def _unclear(found: str, expected: str) -> UserError:
-    return UserError(found=found, expected=f"{expected}: {LAYOUTS}", hint="arrange the files so, or name another --raw")
+def _unclear(found: str, expected: str, hint: str = "arrange the files so, or name another --raw") -> UserError:
+    return UserError(found=found, expected=f"{expected}: {LAYOUTS}", hint=hint)

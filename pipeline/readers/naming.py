@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -33,6 +34,11 @@ def natural_order(names: Iterable[str]) -> list[str]:
 def _number_key(number: re.Match[str]) -> str:
     digits = number[0].lstrip("0")
     return f"\1{chr(len(digits))}{digits}"
+
+
+def composed(name: str) -> str:
+    """Return a name with composed characters (Unicode NFC). macOS writes `e` and an accent, other systems `é`."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -76,7 +82,7 @@ def class_name(label: int | str | None, names: tuple[str, ...]) -> str:
 def number_labels(
     labels: Mapping[str, Sequence[str]], source: object, names: tuple[str, ...] = ()
 ) -> tuple[tuple[str, ...], dict[str, NDArray[np.int64]]]:
-    """Number the classes of a data set.
+    """Number the classes of a data set. Names that differ only in their Unicode normalization are one class.
 
     Args:
         labels: Class names of the images of each split; `train` is one of the splits.
@@ -89,6 +95,8 @@ def number_labels(
     Raises:
         UserError: If a class has no training images.
     """
+    if not names:
+        labels = {split: list(map(composed, values)) for split, values in labels.items()}
     classes_of = {split: set(values) for split, values in labels.items()}
     for split, classes in classes_of.items():
         if extra := natural_order(classes - classes_of[TRAIN]):

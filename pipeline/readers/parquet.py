@@ -18,7 +18,16 @@ from pyarrow import parquet, types
 from pipeline.readers.archives.files import CorruptFileError, StoredFile, TempFile, max_expanded_bytes
 from pipeline.readers.formats.image import encode_png, is_image_file
 from pipeline.readers.image_splits import ImageSplit
-from pipeline.readers.naming import SPLIT_COLUMN, TRAIN, class_name, in_split_order, number_labels, some_of, text_column
+from pipeline.readers.naming import (
+    SPLIT_COLUMN,
+    TRAIN,
+    class_name,
+    in_split_order,
+    number_labels,
+    some_of,
+    text_column,
+    warn,
+)
 from shards.errors import UserError, first_line, printable
 from shards.manifest import RawFile, split_named
 from shards.stores.image_header import MAX_BYTES
@@ -49,8 +58,12 @@ class _Rows:
         paths: The path of each image, or an empty text.
         offsets: The offset of each image in the temporary file.
         sizes: The size of each image in bytes.
-        files: The files, each with its first row.
+        files: The files, each with the number of rows of those before it.
+        numbers: The number of each row in its file.
         others: The values of further columns.
+        read: The rows of the newest file that have been read.
+        skipped: Rows that were skipped because of their labels.
+        first_skipped: The file and row of the first of them, and why.
     """
 
     labels: list[str] = field(default_factory=list)
@@ -58,16 +71,20 @@ class _Rows:
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     files: list[tuple[Path, int]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=dict)
+    read: int = 0
+    skipped: int = 0
+    first_skipped: str = ""
 
     def path_of(self, row: int) -> str:
-        path, first = next((path, first) for path, first in reversed(self.files) if first <= row)
+        path = next(path for path, first in reversed(self.files) if first <= row)
         name = f" ({printable(self.paths[row])})" if self.paths[row] else ""
-        return f"{path} row {row - first}{name}"
+        return f"{path} row {self.numbers[row]}{name}"
 
 
 def read_splits(
-    files: Mapping[str, Sequence[Path]], image_column: str, label_column: str
+    files: Mapping[str, Sequence[Path]], image_column: str, label_column: str, skip_bad: bool = False
 ) -> tuple[list[ImageSplit], tuple[str, ...]]:
     """Read the images of each split, and the class names.
 
@@ -75,6 +92,7 @@ def read_splits(
         files: The files of each split; `train` is one of the splits.
         image_column: The column of images; empty to detect it.
         label_column: The column of labels; empty to detect it.
+        skip_bad: Whether rows without a label, or with one that is no class, are skipped with a warning.
 
     Raises:
         UserError: If a file is damaged or a label is missing; the message names file and row. Images that are missing
@@ -88,7 +106,12 @@ def read_splits(
     for split, rows in rows_of.items():
         for path in files[split]:
             rows.files.append((path, len(rows.labels)))
-            class_names.add(_read_file(path, image_column, label_column, rows, content))
+            class_names.add(_read_file(path, image_column, label_column, rows, content, skip_bad))
+        if rows.skipped:
+            warn(f"skipped {rows.skipped:,} rows of {rows.first_skipped}")
+    for split in [split for split, rows in rows_of.items() if split != TRAIN and rows.skipped and not rows.labels]:
+        warn(f"not used: the {split} split, in which no row has a label")
+        del rows_of[split]
     if len(class_names) > 1:
         raise UserError(
             found=f"files of {directory} with different class names",
@@ -150,8 +173,15 @@ def _divide(images: ImageSplit) -> list[ImageSplit]:
     return [select(split) for split in in_split_order(set(split_of.tolist()))]
 
 
-def _read_file(path: Path, image_column: str, label_column: str, rows: _Rows, content: TempFile) -> tuple[str, ...]:
+class _LabelError(ValueError):
+    """A label that is missing or no class."""
+
+
+def _read_file(
+    path: Path, image_column: str, label_column: str, rows: _Rows, content: TempFile, skip_bad: bool
+) -> tuple[str, ...]:
     """Append the rows of a file, and return its class names."""
+    rows.read = 0
     try:
         table = parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True)
         columns = _find_columns(table.schema_arrow, path, image_column, label_column)
@@ -161,22 +191,35 @@ def _read_file(path: Path, image_column: str, label_column: str, rows: _Rows, co
         for batch in table.iter_batches(
             batch_rows, columns=[columns.image, columns.label, *columns.others], use_threads=False
         ):
-            _append(batch, columns, rows, content)
+            _append(batch, columns, rows, content, skip_bad)
     # For a damaged file pyarrow raises any of these.
     except (arrow.ArrowException, CorruptFileError, OSError, ValueError, OverflowError) as error:
+        is_label = isinstance(error, _LabelError)
         raise UserError(
-            found=f"{path} row {len(rows.labels) - rows.files[-1][1]}: {first_line(error)}",
+            found=f"{path} row {rows.read}: {first_line(error)}",
             expected="a complete Parquet file, a label in every row",
-            hint="get the file again, or name another column with --image-column or --label-column",
+            hint="name another column with --label-column, or skip such rows with --skip-bad"
+            if is_label
+            else "get the file again, or name another column with --image-column or --label-column",
         ) from None
     return columns.class_names
 
 
-def _append(batch: arrow.RecordBatch, columns: _Columns, rows: _Rows, content: TempFile) -> None:
+def _append(batch: arrow.RecordBatch, columns: _Columns, rows: _Rows, content: TempFile, skip_bad: bool) -> None:
     images, paths = _image_files(batch.column(columns.image))
     labels = _plain(batch.column(columns.label)).to_pylist()
-    for image, label, path in zip(images, labels, paths, strict=True):
-        name = class_name(_label(label), columns.class_names)
+    kept = []
+    for number, (image, label, path) in enumerate(zip(images, labels, paths, strict=True)):
+        try:
+            name = class_name(_label(label), columns.class_names)
+        except ValueError as error:
+            if not skip_bad:
+                raise _LabelError(str(error)) from None
+            rows.first_skipped = rows.first_skipped or f"{rows.files[-1][0]}: row {rows.read}, {error}"
+            rows.skipped += 1
+            rows.read += 1
+            continue
+        kept.append(number)
         if image is not None and len(image) > MAX_BYTES:
             raise CorruptFileError(f"an image of {len(image):,} bytes; the limit is {MAX_BYTES:,}")
         rows.offsets.append(content.size)
@@ -185,9 +228,13 @@ def _append(batch: arrow.RecordBatch, columns: _Columns, rows: _Rows, content: T
             content.write(image)
         rows.paths.append(path or "")
         rows.labels.append(name)
+        rows.numbers.append(rows.read)
+        rows.read += 1
     for column in columns.others:
-        values = ("" if value is None else str(value) for value in _plain(batch.column(column)).to_pylist())
-        rows.others.setdefault(column, []).extend(values)
+        values = _plain(batch.column(column)).to_pylist()
+        rows.others.setdefault(column, []).extend(
+            "" if values[number] is None else str(values[number]) for number in kept
+        )
 
 
 def _plain(array: arrow.Array) -> arrow.Array:

@@ -25,10 +25,15 @@ Content: TypeAlias = bytes | NDArray[np.uint8]
 
 _SCANS = {0xD9, 0xDA}  # JPEG markers that end the header
 _SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that carry the size
+_EXIF_START = 1024  # bytes of EXIF in which the orientation is; a thumbnail may follow
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
 _TEXT_CHUNKS = {b"tEXt", b"zTXt", b"iTXt"}  # of a PNG
 _PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"tIME", b"pHYs", b"sRGB", *_TEXT_CHUNKS}
 # Pillow rotates by XMP and by EXIF in texts too, DALI by EXIF in its own block only.
+# DALI and Pillow differ about an orientation that is stored as another type than SHORT (3) or LONG (4).
+_ODD_ORIENTATION = re.compile(
+    rb"\x12\x01[^\x03\x04]\x00\x01\x00\x00\x00|\x01\x12\x00[^\x03\x04]\x00\x00\x00\x01", re.DOTALL
+)
 _XMP_ROTATION = re.compile(rb'tiff:Orientation(="|>)[2-8]')
 _ROTATING_TEXT = re.compile(rb"XML:com\.adobe\.xmp|Raw profile type")  # of a PNG
 
@@ -87,7 +92,7 @@ def _parse_header(view: memoryview) -> ImageHeader:
 def _jpeg(view: memoryview) -> ImageHeader:
     offset = 2
     header: ImageHeader | None = None
-    is_common = is_jfif = has_xmp_rotation = False
+    is_common = is_jfif = rotates_unlike_dali = False
     adobe = None  # the color transform of the Adobe marker; 1 is YCbCr
     exifs = 0
     try:
@@ -116,7 +121,8 @@ def _jpeg(view: memoryview) -> ImageHeader:
                     adobe = view[offset + 15]
                 elif marker == 0xE1:
                     exifs += bytes(view[offset + 4 : offset + 8]) == b"Exif"
-                    has_xmp_rotation |= bool(_XMP_ROTATION.search(view[offset:end]))
+                    rotates_unlike_dali |= bool(_XMP_ROTATION.search(view[offset:end]))
+                    rotates_unlike_dali |= bool(_ODD_ORIENTATION.search(view[offset : min(end, offset + _EXIF_START)]))
                 offset = end
     except (struct.error, IndexError):
         if header:
@@ -125,7 +131,7 @@ def _jpeg(view: memoryview) -> ImageHeader:
     if header is None:
         raise ValueError("a JPEG picture without a size")
     is_ycbcr = adobe == 1 or (adobe is None and (is_jfif or components == b"\1\2\3"))
-    is_rotated_once = exifs <= 1 and not has_xmp_rotation
+    is_rotated_once = exifs <= 1 and not rotates_unlike_dali
     plain = is_common and (header.gray or is_ycbcr) and is_rotated_once and bytes(view[-2:]) == b"\xff\xd9"
     return ImageHeader(header.height, header.width, header.gray, plain)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.ink.adapter import InputAdapter, UnusableImageError
+from pipeline.readers.archives.file_trees import DirectoryTree
 from pipeline.readers.archives.files import corrupt_as_user_error
 from pipeline.readers.formats.csv import read_csv
 from pipeline.readers.formats.image import EXTENSIONS
-from pipeline.readers.naming import natural_key, some_of
+from pipeline.readers.layout import LABEL_COLUMNS, PATH_COLUMNS, is_image
+from pipeline.readers.naming import composed, natural_key, some_of
 from shards import UserError
 from shards.atomic import read_file
 from shards.errors import os_errors_as_user_errors, printable, quote
@@ -27,8 +28,9 @@ from shards.stores.base import Store
 from shards.stores.image_header import MAX_BYTES
 from trainer.predict.predictor import Predictor, upright_images
 
-_FILE_COLUMNS = ("file", "path", "filename", "image", "picture")
-_LABEL_COLUMNS = ("label", "class", "target", "truth", "character", "digit")
+_PATH_COLUMNS = (*PATH_COLUMNS, "picture")
+_LABEL_COLUMNS = (*LABEL_COLUMNS, "truth", "character", "digit")
+_TABLES = (".csv", ".tsv")
 _KINDS = (
     "image files (PNG, JPEG, WebP, BMP, GIF, TIFF), directories of them, patterns, a CSV table or a packed data set"
 )
@@ -78,9 +80,9 @@ def find_inputs(names: Sequence[str], predictor: Predictor) -> list[ImageFile | 
             predictor.check_store(store, name)
             inputs.append(store)
         elif path.is_dir():
-            files = [file for file in path.rglob("*") if file.suffix.lower()[1:] in EXTENSIONS and file.is_file()]
+            files = [path / file for file in DirectoryTree(path).names if is_image(file) and (path / file).is_file()]
             inputs += _image_files(files, f"no image in {path}", path)
-        elif path.suffix.lower() == ".csv":
+        elif path.suffix.lower() in _TABLES:
             inputs += _table(path, predictor)
         elif path.exists():
             inputs.append(_image_file(path, None, name))
@@ -133,6 +135,14 @@ def _image_files(files: list[Path], missing: str, directory: Path) -> list[Image
     return [ImageFile(file, None) for file in sorted(files, key=lambda file: natural_key(file.as_posix()))]
 
 
+def _image_path(directory: Path, name: str) -> Path:
+    """Return the path of an image from a table, in which it may lack its extension."""
+    path = directory / name.replace("\\", "/")
+    if path.exists():
+        return path
+    return next((found for end in sorted(EXTENSIONS) if (found := path.with_name(f"{path.name}.{end}")).exists()), path)
+
+
 def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
     """Read the files and classes of a CSV table; paths are relative to its directory.
 
@@ -142,13 +152,13 @@ def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
     with os_errors_as_user_errors(path), corrupt_as_user_error(path, expected, "save the table again as CSV (UTF-8)"):
         table = read_csv(read_file(path, MAX_BYTES), str(path))
     if len(table.columns) > 1 and (path.parent / table.columns[0]).is_file():
-        table = replace(table, columns=("file", "label"), rows=[list(table.columns[:2]), *table.rows])
-        table = replace(table, lines=[1, *table.lines])
+        table = table.headed(("file", "label"))
     files, labels = (
         table.column(names, what, hint="write the names file,label into its first line, or name the images themselves")
-        for names, what in ((_FILE_COLUMNS, "file names"), (_LABEL_COLUMNS, "true classes"))
+        for names, what in ((_PATH_COLUMNS, "file names"), (_LABEL_COLUMNS, "true classes"))
     )
-    numbers = {name: number for number, name in enumerate(predictor.classes)}
+    numbers = {composed(name): number for number, name in enumerate(predictor.classes)}
+    labels = list(map(composed, labels))
     for row, label in enumerate(labels):
         if label not in numbers:
             raise UserError(
@@ -157,7 +167,7 @@ def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
                 hint="correct this line, or name the image files to predict them without labels",
             )
     images = [
-        _image_file(path.parent / file, numbers[label], table.line(row))
+        _image_file(_image_path(path.parent, file), numbers[label], table.line(row))
         for row, (file, label) in enumerate(zip(files, labels, strict=True))
     ]
     if not any(image.path.is_file() for image in images):

@@ -22,6 +22,7 @@ from shards.stores.tar_members import iterate_members
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of name and extra field
 _DEFLATE_OVERHEAD = 8  # bytes by which a deflated member may exceed its content
 _CHUNK = 1 << 20
+_UTF8_FLAG = 0x800  # of a zip member
 _ZIP_END = 22  # bytes of the record that ends a zip, without its comment
 _MAX_ZIP_END = _ZIP_END + 0xFFFF
 _ZIP_MARKER = 4  # bytes with which archives that could have been split begin
@@ -49,7 +50,7 @@ class ZipTree(FileTree):
         for info in infos:
             if info.is_dir():
                 continue
-            name = _checked_name(info.filename, members)
+            name = _checked_name(_zip_name(info), members)
             if is_hidden(name):
                 continue
             member = f"its member {printable(name)}"
@@ -136,6 +137,16 @@ def open_tree(path: Path, out: Path | None = None) -> FileTree:
     except OSError as error:
         raise as_user_error(error, path) from None
     return ZipTree(path) if is_zip else TarTree(path)
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """Return the name of a member. Programs on Linux and macOS write UTF-8 without the flag that says so."""
+    if info.flag_bits & _UTF8_FLAG:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.filename
 
 
 def _checked_name(raw: str, others: Container[str]) -> str:

@@ -37,6 +37,11 @@ class CsvTable:
         """Return the path and line of a row, for messages."""
         return f"{self.path} line {self.lines[row]}"
 
+    def headed(self, columns: tuple[str, ...]) -> CsvTable:
+        """Return the table with these names of columns, and those that it has as its first row."""
+        rows, lines = [list(self.columns[: len(columns)]), *self.rows], [1, *self.lines]
+        return CsvTable(self.path, columns, rows, lines)
+
     def column(
         self, names: Sequence[str], what: str, option: str = "", hint: str = "use the file as published"
     ) -> list[str]:
@@ -77,7 +82,21 @@ def read_csv(content: bytes, path: str) -> CsvTable:
     if "\0" in text:
         raise CorruptFileError(f"line {text[: text.index(chr(0))].count(chr(10)) + 1}: a zero byte")
     first = text.lstrip().partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(_SEPARATORS, key=first.count), strict=True)
+    by_count = sorted(_SEPARATORS, key=first.count, reverse=True)
+    if path.lower().endswith(".tsv"):
+        by_count.sort(key="\t".__ne__)
+    separators = [separator for separator in by_count if separator in first] or by_count[:1]
+    faults = []
+    for separator in separators:
+        try:
+            return _parse(text, separator, path)
+        except CorruptFileError as fault:  # a name of a column may contain another separator
+            faults.append(fault)
+    raise faults[0]
+
+
+def _parse(text: str, separator: str, path: str) -> CsvTable:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows, lines = [], []
     try:
         for row in reader:

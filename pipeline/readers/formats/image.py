@@ -29,6 +29,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _RECORD_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp"}  # DALI decodes them too
 _PNG_END = b"IEND\xaeB`\x82"
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 exchange height and width
+_BITS_PER_SAMPLE = 0x0102  # of a TIFF
 _PHOTOMETRIC = 0x0106  # of a TIFF; 0 if white is 0
 _GRAY_MODES = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I"}
 
@@ -147,8 +148,15 @@ def _open(content: bytes) -> Image.Image:
     if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
         pixels = "floats" if image.mode == "F" else "signed or of 32 bits"
         raise CorruptFileError(f"its pixels are {pixels}, whose range is unknown; convert them to 8 or 16 bits")
-    if image.format == "TIFF" and image.mode.startswith("I;16") and image.getexif().get(_PHOTOMETRIC) == 0:
-        raise CorruptFileError("a TIFF of 16 bits in which 0 is white, which is not supported; convert it to 8 bits")
+    if image.format == "TIFF" and image.mode.startswith("I;16"):
+        tags = image.getexif()
+        if tags.get(_PHOTOMETRIC) == 0:
+            raise CorruptFileError(
+                "a TIFF of 16 bits in which 0 is white, which is not supported; convert it to 8 bits"
+            )
+        bits = tags.get(_BITS_PER_SAMPLE, 16)
+        if bits not in (16, (16,)):
+            raise CorruptFileError(f"a TIFF of {bits} bits, which is not supported; convert it to 8 or 16 bits")
     return image
 
 

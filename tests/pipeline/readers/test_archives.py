@@ -120,6 +120,26 @@ class TestMembers:
         place = write_tar(tmp_path / "a.tar", {**FILES, "0/x.png": info})
         assert f"'0/x.png' is {kind}" in refused(place)
 
+    @pytest.mark.parametrize("name", ["\u00c4pfel", "\u732b", "caf\u00e9"])
+    def test_names_of_a_zip_may_be_utf8_without_its_flag(self, tmp_path: Path, name: str) -> None:
+        """As `zip` on Linux and the Finder of macOS write them."""
+        content = write_zip(tmp_path / "a.zip", {f"{name}/1.png": FILES["0/0.png"], "b/2.png": FILES["1/1.png"]})
+        flagged, raw = content.read_bytes(), f"{name}/1.png".encode()
+        assert flagged.count(raw) == 2
+        patched = bytearray(flagged)
+        for start, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+            patched[flagged.index(start) + offset + 1] &= ~8
+        content.write_bytes(patched)
+        assert zipfile.ZipFile(content).namelist()[0] != f"{name}/1.png"
+        (train,) = load("folder", content)
+        assert set(train.classes) == {name, "b"}
+
+    def test_names_of_a_zip_in_another_encoding_are_kept(self, tmp_path: Path) -> None:
+        content = write_zip(tmp_path / "a.zip", {"xx/1.png": FILES["0/0.png"], "b/2.png": FILES["1/1.png"]})
+        content.write_bytes(content.read_bytes().replace(b"xx/", b"\x8e\x8e/"))
+        (train,) = load("folder", content)
+        assert train.classes == ("b", b"\x8e\x8e".decode("cp437"))
+
     def test_of_a_zip_that_are_links_are_refused(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
             info = zipfile.ZipInfo("0/x.png")

@@ -80,6 +80,25 @@ class TestDirectories:
         files = {f"{name}/{path}": content for name in ("my_train", "my-val") for path, content in CLASSES.items()}
         assert [part.name for part in folder(write_tree(tmp_path, files))] == ["train", "val"]
 
+    def test_a_split_may_be_repeated_below_itself(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        files = {f"{split}/{split}/{path}": CLASSES[path] for split in ("seg_train", "seg_test") for path in CLASSES}
+        write_tree(tmp_path, {**files, "seg_pred/seg_pred/1.png": picture(pixels())})
+        parts = folder(tmp_path, skip_bad=True)
+        assert [(part.name, part.classes, len(part.labels)) for part in parts] == [
+            ("train", ("cat", "dog"), 4),
+            ("test", ("cat", "dog"), 4),
+        ]
+        assert "skipped: seg_pred beside" in capsys.readouterr().err
+
+    def test_classes_may_hold_words_of_splits(self, tmp_path: Path) -> None:
+        content = picture(pixels())
+        names = ("freight_train", "test_tube", "bus")
+        assert folder(write_tree(tmp_path, {f"{name}/1.png": content for name in names}))[0].classes == (
+            "bus",
+            "freight_train",
+            "test_tube",
+        )
+
     def test_an_empty_class_directory_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (write_tree(tmp_path, CLASSES) / "bird").mkdir()
         assert f"no image in {tmp_path}/bird" in refusal(lambda: folder(tmp_path)).found
@@ -163,6 +182,9 @@ class TestDirectories:
             ({"1.png": b"", "a/2.png": b""}, "1.png, an image outside any class"),
             ({"train/1.png": b"", "train/a/2.png": b""}, "train/1.png, an image outside any class"),
             ({"train/a/1.png": b"", "dog/b/1.png": b""}, "dog beside train"),
+            ({"seg_train/a/1.png": b"", "seg_test/a/1.png": b"", "seg_pred/1.png": b""}, "seg_pred beside seg_test"),
+            ({"train/cat.1.png": b"", "test1/1.png": b""}, "no directories of classes in test1, train of"),
+            ({"x/train/cat.1.png": b"", "x/test/1.png": b""}, "no directories of classes in test, train of"),
             ({"train/a/1.png": b"", "val/a/1.png": b"", "valid/a/1.png": b""}, "train, val, valid"),
             ({"a/1.png": b"", "a/x": picture(pixels()), "b/1.png": b""}, "unsupported format or name: a/x"),
             ({"a/1.png": b"", "a/2.tif": b"", "b/3.HEIC": b""}, "1 image of an unsupported format or name: b/3.HEIC"),
@@ -280,6 +302,69 @@ class TestTables:
         assert (train.classes, train.labels.tolist()) == (("cat", "dog"), [0, 1])
         assert paths(train) == ["img/1.png", "img/2.png"] and train.columns["site"].tolist() == ["A", "B"]
         np.testing.assert_array_equal(read_all(train), [pixels(seed=1), pixels(seed=2)])
+
+    @pytest.mark.parametrize("path", ["img", "img_path", "Picture"])
+    @pytest.mark.parametrize("number", ["", "id", "idx", "image_id"])
+    def test_numbers_of_rows_are_not_taken_for_names_of_numbered_images(
+        self, tmp_path: Path, number: str, path: str
+    ) -> None:
+        """As pandas writes an index: `0` is also the name of 0.png without extension."""
+        images = {f"x/{name}.png": picture(pixels(seed=name)) for name in range(4)}
+        rows = [(str(row), f"x/{3 - row}.png", "high" if row < 2 else "low") for row in range(4)]
+        (train,) = folder(write_tree(tmp_path, {**images, "labels.csv": table((number, path, "label"), *rows)}))
+        assert paths(train) == ["x/3.png", "x/2.png", "x/1.png", "x/0.png"]
+        assert [train.classes[label] for label in train.labels] == ["high", "high", "low", "low"]
+
+    def test_two_columns_that_name_different_images_are_refused(self, tmp_path: Path) -> None:
+        images = {f"{name}.png": picture(pixels(seed=name)) for name in range(4)}
+        for ending in ("", ".png"):
+            rows = [(f"{row}{ending}", f"{3 - row}{ending}", "a") for row in range(4)]
+            write_tree(tmp_path, {**images, "labels.csv": table(("before", "after", "label"), *rows)})
+            error = refusal(lambda: folder(tmp_path))
+            assert "before and after name different images" in error.found
+            assert "--image-column after" in error.hint
+            assert paths(folder(tmp_path, image_column="after")[0]) == [f"{3 - row}.png" for row in range(4)]
+
+    def test_a_column_of_masks_is_not_that_of_images(self, tmp_path: Path) -> None:
+        images = {f"{kind}/{name}.png": picture(pixels(seed=name)) for kind in "am" for name in range(3)}
+        rows = [(f"m/{row}.png", f"a/{row}.png", str(row)) for row in range(3)]
+        write_tree(tmp_path, {**images, "labels.csv": table(("mask", "image", "label"), *rows)})
+        assert paths(folder(tmp_path)[0]) == [f"a/{row}.png" for row in range(3)]
+
+    def test_a_table_without_column_names(self, tmp_path: Path) -> None:
+        for rows in ([("3.png", "7"), ("x/1.png", "8")], [("7", "3.png"), ("8", "x/1.png")]):
+            (train,) = self.listed(tmp_path, labels=table(*rows))
+            assert paths(train) == ["3.png", "x/1.png"] and train.classes == ("7", "8")
+        error = refusal(lambda: self.listed(tmp_path, labels=table(("3.png", "7", "a"), ("x/1.png", "8", "b"))))
+        assert "labels.csv line 1: the path of an image, '3.png'" in error.found
+
+    def test_predictions_for_the_test_split_are_no_labels(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [(name.removeprefix("test/"), "dog") for name in PARTS if name.startswith("test/")]
+        for name in ("submission.csv", "x/my_predictions.csv"):
+            files = {f"x/{path}": content for path, content in PARTS.items()} if name.startswith("x/") else PARTS
+            directory = tmp_path / name.replace("/", "-")
+            parts = folder(write_tree(directory, {**files, name: table(("file", "species"), *rows)}))
+            assert [(part.name, part.labels.tolist()) for part in parts] == [
+                ("train", [0, 0, 1, 1]),
+                ("test", [0, 0, 1, 1]),
+            ]
+            assert f"not used: {name}" in capsys.readouterr().err
+
+    def test_names_are_the_same_in_both_normal_forms(self, tmp_path: Path) -> None:
+        composed, decomposed = "caf\u00e9", "cafe\u0301"
+        images = {f"{decomposed}{row}.png": picture(pixels(seed=row)) for row in range(2)}
+        rows = [(f"{composed}0.png", composed), (f"{decomposed}1.png", decomposed)]
+        (train,) = folder(write_tree(tmp_path, {**images, "labels.csv": table(("file", "label"), *rows)}))
+        assert (train.classes, train.labels.tolist()) == ((composed,), [0, 0])
+        np.testing.assert_array_equal(read_all(train), [pixels(seed=0), pixels(seed=1)])
+
+    def test_a_separator_in_a_column_name(self, tmp_path: Path) -> None:
+        rows = (("file", "label", "notes (a, b, c)"), ("3.png", "7", ""), ("x/1.png", "8", "a, b"))
+        for name in ("labels.csv", "labels.tsv"):
+            write_tree(tmp_path / name, {**LISTED, name: table(*rows, separator="\t")})
+            assert folder(tmp_path / name)[0].classes == ("7", "8")
 
     def test_a_table_that_does_not_help_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         notes = table(("day", "weather"), ("monday", "rain"))

@@ -102,7 +102,7 @@ def test_an_unknown_dataset_is_named(hub: HubServer) -> None:
     assert "user/none" in refusal(lambda: find_source("hf").address("user/none", "")).found
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "../x", "a@b", "a b", "https://x", ""])
+@pytest.mark.parametrize("name", ["a/b/c", "mnist", "../x", "a@b", "a b", "https://x", ""])
 def test_what_is_no_name_is_refused(hub: HubServer, name: str) -> None:
     quoted = name if name == "../x" else repr(name)  # only the latest versions of huggingface-hub quote this one
     assert quoted in refusal(lambda: find_source("hf").address(name, "")).found

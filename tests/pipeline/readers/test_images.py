@@ -48,6 +48,13 @@ class TestPixels:
         np.testing.assert_array_equal(decode(content, channels, None), image)
         assert make_record(content) == EncodedImage(content, "png")
 
+    def test_of_a_tiff_of_12_bits_are_refused(self) -> None:
+        """Pillow reads them without scaling them to 16 bits, which would be almost black."""
+        content = bytearray(picture(np.full((4, 4), 4000, np.uint16), "TIFF"))
+        entry = content.index(struct.pack("<HHI", 258, 3, 1))
+        content[entry + 8 : entry + 10] = struct.pack("<H", 12)
+        assert "a TIFF of 12 bits" in refused(bytes(content))
+
     def test_of_a_jpeg_are_close(self) -> None:
         smooth = np.add.outer(np.arange(16), np.arange(16)).astype(np.uint8)[..., None] * 8
         decoded = decode(picture(smooth, "JPEG", quality=95), 1, None)
@@ -330,3 +337,17 @@ def test_genuine_pictures_have_the_pixels_that_pillow_sees(shared_data: Path) ->
             expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
             np.testing.assert_array_equal(decode(content, 3, None), expected)
             assert header(content) == ImageHeader(32, 32, gray=False)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("kind", "is_plain"), [(1, False), (3, True), (4, True), (9, False)])
+def test_an_orientation_of_another_type_is_not_plain(order: str, kind: int, is_plain: bool) -> None:
+    """DALI and Pillow differ about an orientation that is stored as a byte."""
+    value = struct.pack(f"{order}H2x", 6) if kind == 3 else struct.pack(f"{order}I", 6)
+    if kind == 1:
+        value = b"\6\0\0\0"
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
+    exif = b"Exif\0\0" + head + struct.pack(f"{order}HHHI", 1, 0x0112, kind, 1) + value + bytes(4)
+    content = picture(pixels(8, 12, 3), "JPEG", exif=exif)
+    assert read_image_header(content).plain == is_plain
+    assert (make_record(content).extension == "jpg") == is_plain

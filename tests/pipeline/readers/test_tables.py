@@ -422,6 +422,29 @@ class TestParquet:
         path = write_parquet(tmp_path / "a.parquet", hub_table(PICTURES[:2], labels))
         assert f"{path} {words}" in refusal(lambda: load("parquet", path)).found
 
+    def test_rows_without_a_label_are_skipped_on_request(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The Hub stores -1 where the labels of a test split are secret."""
+        for number, labels in enumerate(([-1, 0, 1], [1, None, 0])):
+            table = hub_table(PICTURES[3 * number : 3 * number + 3], labels)
+            table = table.append_column("site", arrow.array([f"{number}-{row}" for row in range(3)]))
+            write_parquet(tmp_path / f"train-{number}.parquet", table)
+        write_parquet(tmp_path / "test-0.parquet", hub_table(PICTURES[6:9], [-1, -1, -1]))
+        assert "--skip-bad" in refusal(lambda: load("parquet", tmp_path)).hint
+        (train,) = load("parquet", tmp_path, skip_bad=True)
+        assert train.labels.tolist() == [0, 1, 1, 0]
+        assert train.columns["site"].tolist() == ["0-1", "0-2", "1-0", "1-2"]
+        np.testing.assert_array_equal(read_all(train), [pixels(seed=seed) for seed in (1, 2, 3, 5)])
+        printed = capsys.readouterr().err
+        assert f"skipped 2 rows of {tmp_path}/train-0.parquet: row 0, label -1" in printed
+        assert "the test split, in which no row has a label" in printed
+
+    def test_rows_keep_their_numbers_when_others_are_skipped(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "a.parquet", hub_table([PICTURES[0], PICTURES[1], b"text"], [-1, 0, 1]))
+        reasons = unreadable(load("parquet", path, skip_bad=True)[0])
+        assert reasons[1].startswith(f"{path} row 2 (2.png)")
+
     @pytest.mark.parametrize(
         "metadata", [b"", b"null", b"[1]", b'{"info": 3}', b'{"info": {"features": {"label": {}}}}']
     )
