@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from shards.atomic import detect_replacement
+from shards.atomic import detect_replacement, replaced_error
 from shards.errors import CorruptError, NotFoundError, UserError, quote
 from shards.manifest import MANIFEST_NAME, REQUIRED_SPLITS, SPLITS, Manifest
 from shards.remote.cache import mark_unchecked
@@ -27,7 +28,17 @@ def open_store(directory: Path | str, memory: int | None = None, verify: bool = 
     """
     directory = resolve_dataset(directory)
     with detect_replacement(directory / MANIFEST_NAME):
-        return open_files(directory, Manifest.read(directory), memory, verify)
+        store = open_files(directory, Manifest.read(directory), memory, verify)
+    store.reopen = partial(_open_again, directory.absolute(), memory, verify, store.manifest)
+    return store
+
+
+def _open_again(directory: Path, memory: int | None, verify: bool, manifest: Manifest) -> Store:
+    """Open a store that was pickled. Raises MismatchError if its data set has been replaced since."""
+    store = open_store(directory, memory, verify)
+    if store.manifest.identity() != manifest.identity():
+        raise replaced_error(directory)
+    return store
 
 
 def open_files(directory: Path, manifest: Manifest, memory: int | None = None, verify: bool = True) -> Store:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, BinaryIO, NamedTuple, SupportsIndex, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,9 +80,15 @@ class Store(ABC):
 
     files: SplitFiles | None = None
     """The files of the split; None for a store without files of its own."""
+    reopen: Callable[[], Store] | None = None
+    """Opens the store anew, in another process too; None if it is pickled like any object."""
 
     def __len__(self) -> int:
         return self.manifest.samples
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle how the store is opened, and not its maps, locks and open files."""
+        return super().__reduce_ex__(protocol) if self.reopen is None else (self.reopen, ())
 
     @property
     def shard_bounds(self) -> NDArray[np.int64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.stores.base import ImageTable, check_positions
+from shards.stores.split_files import ForkLock
 
 DEFAULT_BYTES = 1 << 30  # of images that are held by default if not all can be
 LoadBlocks: TypeAlias = Callable[[NDArray[np.int64], list[NDArray[np.uint8]]], None]
@@ -62,7 +62,9 @@ class BlockCache:
         self._block_in_slot = np.full(self.slots, -1, np.int64)
         self._load_of_slot = np.zeros(self.slots, np.int64)  # load counter when each slot was filled, for FIFO eviction
         self._loads = 0
-        self._lock = threading.Lock()  # a training and a validation loader may share the store
+        # A training and a validation loader may share the store. A block that is being loaded during a fork is in no
+        # table, so the child loads it again.
+        self._lock = ForkLock()
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy images into a buffer; see `shards.stores.base.ImageStore.gather`."""
@@ -122,9 +124,9 @@ class BlockCache:
         self._load_of_slot[slots] = 0
         self._load(missing, [self._slot(slot, block) for slot, block in zip(slots, missing, strict=True)])
         self._loads += 1
+        self._load_of_slot[slots] = self._loads
         self._block_in_slot[slots] = missing
         self._slot_of_block[missing] = slots
-        self._load_of_slot[slots] = self._loads
 
     def _slot(self, slot: int, block: int) -> NDArray[np.uint8]:
         count = min(self._block_size, self._samples - block * self._block_size)

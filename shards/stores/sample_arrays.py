@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import io
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from shards.manifest import (
 )
 from shards.remote.cache import mark_unchecked
 from shards.stores.base import Buffer, block_key
-from shards.stores.split_files import SplitFiles
+from shards.stores.split_files import ForkLock, SplitFiles
 
 BLOCK_DTYPE = np.dtype([("offset", "<i8"), ("bytes", "<u4"), ("crc32", "<u4"), ("numbers_crc32", "<u4")])
 """Of a block: byte range in its shard, CRC-32 of its pixels (a record: of its file), CRC-32 of its labels and rows."""
@@ -244,7 +243,7 @@ class BlockChecks:
         self._remaining = int(self._ends[-1]) if self._numbers or self.compares_images else 0
         # A store of records compares a record whenever it is read.
         self._is_unchecked = np.ones(0 if manifest.encoded else self._remaining, bool)
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def unchecked(self, blocks: NDArray[np.int64]) -> list[int]:
         """Return which of these blocks (any order, repeats allowed) have not been checked yet."""

@@ -10,6 +10,7 @@ import mmap
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -75,6 +76,36 @@ class OpenFile:
         return len(content)
 
 
+class ForkLock:
+    """A lock that is free in a forked process, even if another thread held it during the fork."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        _fork_locks.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def start_process(self) -> None:
+        """Replace the lock in a forked process."""
+        self._lock = threading.Lock()
+
+
+_fork_locks: weakref.WeakSet[ForkLock] = weakref.WeakSet()
+
+
+def _start_child() -> None:
+    for lock in list(_fork_locks):
+        lock.start_process()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_child)
+
+
 class SplitFiles:
     """The files of a split, by their names in the manifest.
 
@@ -88,6 +119,7 @@ class SplitFiles:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
+        self._absolute = str(directory.absolute())  # files are opened later, perhaps in another working directory
         self._entries = {file.name: file for file in manifest.everything}
         self._identities: dict[str, FileIdentity] = {}
         self._mapped: list[tuple[str, str, FileIdentity]] = []  # path, name, identity
@@ -140,7 +172,7 @@ class SplitFiles:
 
     def path(self, name: str) -> str:
         """Return the path of a file."""
-        return f"{self.directory}{os.sep}{name}"
+        return f"{self._absolute}{os.sep}{name}"
 
     def _check(self, name: str, status: os.stat_result) -> None:
         """Record the identity of a file that is new, and compare it otherwise."""
