@@ -15,11 +15,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.index_ranges import Positions
+from pipeline.common.index_ranges import Positions, as_positions
 from pipeline.common.labelled_samples import SamplesByClass
 from pipeline.common.rng import LEFT_OUT_STREAM, IndexPermutation, random_keys
 from pipeline.common.windowed_order import LANES, WindowedOrder
 from pipeline.transforms.augmentation import Augmentation, AugmentationParams
+from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.stores.base import ShardUse
 
@@ -99,6 +100,13 @@ class ShuffledBatchSampler:
     by_class: SamplesByClass | None = None
     class_balance: float = 0.0
     unit_bounds: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", as_positions(self.samples))
+        if not len(self.samples):
+            raise UserError(
+                found="a sampler of no samples", expected="at least one sample", hint="check the selection of samples"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -341,6 +349,9 @@ class SequentialBatchSampler:
     samples: Positions
     batch_size: int
     can_fuse = False  # fused calls would contain other images on another number of ranks
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", as_positions(self.samples))
 
     @property
     def steps_per_epoch(self) -> int:

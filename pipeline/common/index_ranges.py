@@ -6,7 +6,9 @@ from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from shards.errors import UserError
 
 
 class IndexRanges:
@@ -66,3 +68,21 @@ class IndexRanges:
 
 Positions: TypeAlias = NDArray[np.int64] | IndexRanges
 """Increasing positions, which are indexed by their numbers."""
+
+
+def as_positions(samples: Positions | ArrayLike) -> Positions:
+    """Return the numbers of samples [n], such as an array or a list, as int64.
+
+    Raises:
+        UserError: If they are no integers; a mask would be read as the numbers 0 and 1.
+    """
+    if isinstance(samples, IndexRanges):
+        return samples
+    array = np.asarray(samples)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise UserError(
+            found=f"samples of type {array.dtype} {list(array.shape)}",
+            expected="the numbers of samples, integers [n]",
+            hint="np.flatnonzero(mask) returns the numbers of a mask",
+        )
+    return array.astype(np.int64, copy=False)

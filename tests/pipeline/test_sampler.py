@@ -33,6 +33,7 @@ from pipeline.sampler import (
     max_shuffle_window,
 )
 from pipeline.transforms.augmentation import Augmentation
+from shards.errors import UserError
 from shards.manifest import Manifest
 
 seeds = st.integers(0, 2**63 - 1)
@@ -551,3 +552,31 @@ def test_class_balanced_batches_of_any_data(
     drawn = joined(global_batches(order, epoch, 2))
     found = np.bincount([labels[(sample - 7) // 3] for sample in drawn], minlength=7)
     assert found.tolist() == expected_draws(np.bincount(labels, minlength=7).tolist(), balance, len(drawn))
+
+
+def batches_of(order: BatchSampler) -> list[list[int]]:
+    return [step.samples.tolist() for step in order.steps(0, 0, 1)]
+
+
+@pytest.mark.parametrize("kind", [ShuffledBatchSampler, SequentialBatchSampler])
+def test_samples_may_be_any_integers(kind: type) -> None:
+    """As `torch.utils.data.Subset` holds them, or NumPy returns them."""
+    arguments = {"seed": 0} if kind is ShuffledBatchSampler else {}
+    numbers = [3, 5, 8, 200, 250]
+    expected = batches_of(kind(np.array(numbers), batch_size=2, **arguments))
+    assert {number for batch in expected for number in batch} <= set(numbers)
+    for samples in (numbers, tuple(numbers), np.array(numbers, np.uint8), np.array(numbers, np.int32)):
+        assert batches_of(kind(samples, batch_size=2, **arguments)) == expected
+
+
+@pytest.mark.parametrize("kind", [ShuffledBatchSampler, SequentialBatchSampler])
+@pytest.mark.parametrize("samples", [np.arange(9) < 5, np.arange(9.0), np.arange(9).reshape(3, 3), ["a"]])
+def test_samples_that_are_no_numbers_are_refused(kind: type, samples: object) -> None:
+    """A mask would draw samples 0 and 1 only."""
+    with pytest.raises(UserError, match="flatnonzero"):
+        kind(samples, batch_size=2, **({"seed": 0} if kind is ShuffledBatchSampler else {}))
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(UserError, match="no samples"):
+        ShuffledBatchSampler(np.arange(0), 2, 0)
