@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,13 +20,15 @@ from trainer.config.schema import CheckpointConfig
 
 log = logging.getLogger(__name__)
 
+_DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no EDQUOT
+
 
 class Checkpointer:
     """Writes the checkpoints of a run on rank 0, in the order of `save`; a context manager that waits at its end.
 
     If the disk is full, a warning is logged, training continues, and the previous checkpoint stays; `ensure_saved`
-    tries again at the end. `best.pt` is written before `last.pt`, so it holds the best epoch that `last.pt` names, or a
-    later one.
+    tries again at the end. If the run directory was removed or moved, it is written again. `best.pt` is written before
+    `last.pt`, so it holds the best epoch that `last.pt` names, or a later one.
 
     Args:
         run_dir: The run directory.
@@ -38,7 +41,8 @@ class Checkpointer:
         self._run_dir = run_dir
         self._settings = settings
         self._last_is_intact = last_is_intact
-        self._unsaved_best: TrainedModel | None = None
+        self._best: TrainedModel | None = None  # the newest that was saved here
+        self._best_is_written = True
         self._unsaved_state: dict[str, Any] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._writing: Future[None] | None = None
@@ -91,12 +95,14 @@ class Checkpointer:
             UserError: It cannot be read.
         """
         self.finish()
-        return self._unsaved_best or TrainedModel.load(self._run_dir.best)
+        if self._best is not None and not self._best_is_written:
+            return self._best
+        return TrainedModel.load(self._run_dir.best)
 
     def replace_best(self, best: TrainedModel) -> None:
         """Set the best checkpoint with its post-hoc calibration, which `ensure_saved` writes."""
         self.finish()
-        self._unsaved_best = best
+        self._best, self._best_is_written = best, False
 
     def ensure_saved(self) -> None:
         """Write the newest state and the best checkpoint if they are not on disk.
@@ -109,9 +115,13 @@ class Checkpointer:
             self._write_unsaved()
 
     def _write_unsaved(self) -> None:
-        if self._unsaved_best is not None:
-            checkpoint.save(self._run_dir.best, self._unsaved_best.state_dict())
-            self._unsaved_best = None
+        if not self._run_dir.checkpoints.is_dir():
+            log.warning("%s was removed or moved during the run, and is written again", self._run_dir.path)
+            self._run_dir.restore()
+            self._best_is_written = False
+        if self._best is not None and not self._best_is_written:
+            checkpoint.save(self._run_dir.best, self._best.state_dict())
+            self._best_is_written = True
         if self._unsaved_state is not None:
             checkpoint.save_last(self._run_dir.checkpoints, self._unsaved_state, keep=self._last_is_intact)
             self._last_is_intact = True
@@ -119,17 +129,20 @@ class Checkpointer:
             self._unsaved_state = None
 
     def _write(self, state: dict[str, Any], best: TrainedModel | None) -> None:
-        self._unsaved_state, self._unsaved_best = state, best or self._unsaved_best
+        self._unsaved_state = state
+        if best is not None:
+            self._best, self._best_is_written = best, False
         try:
             self._write_unsaved()
         except OSError as error:
             log.warning(
-                "checkpoint for epoch %d, step %d not written to %s: %s. Training continues; the previous checkpoint "
-                "is intact. Free disk space (df -h).",
+                "checkpoint for epoch %d, step %d not written to %s: %s. Training continues%s.%s",
                 state["epoch"] + 1,
                 state["step"],
                 self._run_dir.checkpoints,
                 error.strerror or error,
+                "; the previous checkpoint is intact" if checkpoint.has_checkpoint(self._run_dir.checkpoints) else "",
+                " Free disk space (df -h)." if error.errno in _DISK_FULL else "",
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from trainer.checkpoint.checkpointer import Checkpointer, _copy
 from trainer.checkpoint.run_dir import RunDirectory
 from trainer.checkpoint.trained_model import TrainedModel, load_model, load_trained_model
 from trainer.config.load import load
-from trainer.config.schema import CheckpointConfig, ModelConfig
+from trainer.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
 from trainer.models.factory import make_model
 
 LAST, PREVIOUS, BEST = checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST
@@ -135,7 +136,7 @@ def test_a_full_disk_is_survived(
             checkpointer.save(state_of(2), model_of(2))
             checkpointer.finish()
             assert "checkpoint for epoch 3, step 2 not written" in caplog.text
-            assert "No space left on device" in caplog.text
+            assert "No space left on device. Training continues; the previous checkpoint is intact. Free" in caplog.text
             assert steps(run) == {LAST: 1}
             assert checkpointer.best().epoch == 2
             assert load_trained_model(run.path).epoch == 1
@@ -147,6 +148,42 @@ def test_a_full_disk_is_survived(
         checkpointer.finish()
         assert steps(run) == {LAST: 3, PREVIOUS: 1}
         assert load_trained_model(run.path).temperature == 1.5
+
+
+@pytest.mark.parametrize("action", ["remove", "move"])
+def test_a_run_directory_that_goes_away_is_written_again(
+    tmp_path: Path, action: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    run.begin(Config(data=DataConfig(shards=str(tmp_path))), {"python": "3"}, [])
+    files = {path: path.read_text() for path in (run.config, run.environment)}
+    with checkpointer_of(run) as checkpointer:
+        checkpointer.save(state_of(1), model_of(1))
+        checkpointer.finish()
+        if action == "remove":
+            shutil.rmtree(run.path)
+        else:
+            run.path.rename(tmp_path / "elsewhere")
+        checkpointer.save(state_of(2))
+        checkpointer.finish()
+        assert "was removed or moved" in caplog.text and "not written" not in caplog.text
+        assert steps(run) == {LAST: 2}
+        assert load_trained_model(run.path).epoch == 1 == checkpointer.best().epoch
+        assert {path: path.read_text() for path in files} == files
+
+
+def test_another_fault_of_the_disk_is_not_called_a_full_one(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def faulty(path: Path, state: dict[str, Any]) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "save", faulty)
+    with checkpointer_of(run) as checkpointer:
+        checkpointer.save(state_of(1))
+    assert "Input/output error" in caplog.text
+    assert "intact" not in caplog.text and "disk space" not in caplog.text
 
 
 def test_best_is_written_before_last(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
