@@ -122,10 +122,15 @@ def main() -> int:
     add = parser.add_argument
     add("--ranks", metavar="1,2", help="comma-separated numbers of ranks (default: 1 .. all)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model (default: auto)")
-    add("--model", metavar="NAME", help="three_block_cnn or a timm model")
-    add("--resolution", type=positive(int), metavar="PX", help="image side in pixels")
-    add("--batch", type=positive(int), metavar="N", help="batch size per rank")
-    add("--precision", metavar="P", help="fp32, bf16 or auto")
+    cpu, gpu = ({name: text.split(",")[0] for name, text in LISTS[kind].items()} for kind in ("cpu", "cuda"))
+
+    def default(name: str) -> str:
+        return f"(default: on a CPU {cpu[name]}, on a GPU {gpu[name]})"
+
+    add("--model", metavar="NAME", help=f"three_block_cnn or a timm model {default('models')}")
+    add("--resolution", type=positive(int), metavar="PX", help=f"image side in pixels {default('resolutions')}")
+    add("--batch", type=positive(int), metavar="N", help=f"batch size per rank {default('batches')}")
+    add("--precision", metavar="P", help=f"fp32, bf16 or auto {default('precisions')}")
     add_shards_argument(parser)
     add("--images", type=positive(int), metavar="N", help="number of training images (default: all)")
     add("--runs", type=positive(int), default=RUNS, metavar="N", help=f"runs of each loop (default: {RUNS})")
@@ -142,7 +147,7 @@ def main() -> int:
     if arguments.ranks:
         counts = parse_numbers("--ranks", arguments.ranks, int, "comma-separated numbers above 0", "1,2")
     threads = max(1, cores // max(counts))
-    base = {name: text.split(",")[0] for name, text in LISTS[device].items()}
+    base = gpu if device == "cuda" else cpu
     shards = choose_set(arguments.shards)
     options = {"shards": str(shards), "device": device, "fraction": fraction_of(arguments.images, shards)}
     records = []

@@ -123,13 +123,17 @@ def plot_throughput(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     """Run the command."""
-    description = "Compare the training loop with the same loop over batches that are already on the device."
+    description = (
+        "Compare the training loop with the same loop over batches that are already on the device. Each case differs "
+        "from the base case, which has the first value of each list, in one value."
+    )
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model (default: auto)")
     add_shards_argument(parser)
     for name in LISTS["cpu"]:
-        add(f"--{name}", metavar="A,B", help="comma-separated values; the first one belongs to the base case")
+        defaults = f"on a CPU {LISTS['cpu'][name]}, on a GPU {LISTS['cuda'][name]}"
+        add(f"--{name}", metavar="A,B", help=f"values, the first is that of the base case (default: {defaults})")
     add("--images", type=positive(int), metavar="N", help="number of training images (default: all)")
     add("--runs", type=positive(int), default=RUNS, metavar="N", help=f"runs of each loop (default: {RUNS})")
     add("--seconds", type=float, default=SECONDS, metavar="S", help=f"minimum time of a run (default: {SECONDS})")

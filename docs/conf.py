@@ -9,6 +9,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 project = "Inkstream"
 author = "The Inkstream contributors"
+html_show_copyright = False
 release = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 extensions = ["myst_parser"]

@@ -59,7 +59,12 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("input and output").add_argument
     add("--split", metavar="VARIANT", help="variant of the data set, if it has several (default: the first)")
     add("--raw", metavar="PATH", help="raw files: a directory, file or address (default: data/raw/SOURCE)")
-    add("--out", metavar="PATH", help="packed set: a directory or address (default: data/shards/NAME)")
+    add(
+        "--out",
+        metavar="PATH",
+        help="packed set: a directory or address (default: data/shards/SOURCE-SPLIT, for files of --raw or a data set "
+        "of the Hub data/shards/ and its name)",
+    )
     add("--dry-run", action="store_true", help="print what would be done, and exit")
     add("--force", action="store_true", help="replace a complete pack")
     add("--workers", type=int, metavar="N", help="number of processes (default: number of CPUs)")
@@ -137,6 +142,12 @@ def choose_source(arguments: argparse.Namespace) -> tuple[DatasetSource, str]:
             expected=f"the files to pack ({source.description})",
             hint=f"python -m pipeline.shard {name} --raw PATH",
         )
+    if not source.has_test and arguments.test_fraction is None:  # before a long download
+        raise UserError(
+            found=f"{name} without --test-fraction",
+            expected="a fraction for testing, because the data set has no test split",
+            hint=f"python -m pipeline.shard {name} --test-fraction 0.1",
+        )
     return source, variant
 
 
@@ -147,7 +158,9 @@ def check_ranges(arguments: argparse.Namespace) -> None:
         if value is not None and not low <= value <= high:
             option = f"--{name.replace('_', '-')}"
             raise UserError(
-                found=f"{option} {value}", expected=f"a number {low} .. {high}", hint=f"omit {option} for the default"
+                found=f"{option} {value}",
+                expected=f"a number {low} .. {high}",
+                hint=f"{option} 0.2" if name.endswith("_fraction") else f"omit {option} for the default",
             )
 
 
@@ -305,7 +318,7 @@ class Command:
             self._print(f"{self._name}: would leave the complete pack alone")
             return
         self._print(f"{self._name}: would {self._source.plan(self._options)}")
-        self._print(f"{self._name}: would write {self._out}/train and {self._out}/test")
+        self._print(f"{self._name}: would write {self._out}, one directory per split")
         if self._source.generic:  # other data sets would be downloaded
             for split in self._group.barrier_run(self._read_splits):
                 classes = plural(len(split.classes), "class", "es")

@@ -99,6 +99,7 @@ def index(directory: Path, class_names: tuple[str, ...] | None) -> tuple[Manifes
     Raises:
         UserError: If the shards cannot be used for training. Nothing is written then.
     """
+    _check_not_packed(directory)
     shards = _find_splits(directory)
     is_one = len(shards) == 1  # a split, whose shards are in the directory itself
     splits = {split: directory if is_one else directory / split for split in sorted(shards, key=SPLITS.index)}
@@ -357,6 +358,18 @@ def _file_contents(classes: int, scans: list[_Scan]) -> dict[str, bytes]:
     each = zip(ARRAYS, (labels, rows, blocks), array_dtypes(classes, int(rows.max())), strict=True)
     indices = {index_name(scan.shard): scan.content for scan in scans}
     return {**indices, **{name: encode_array(values, dtype) for name, values, dtype in each}}
+
+
+def _check_not_packed(directory: Path) -> None:
+    """Raise `UserError` for a data set, or a split, that was packed as blocks."""
+    for split in (directory, *(directory / name for name in SPLITS)):
+        if (split / MANIFEST_NAME).is_file() and Manifest.read(split).store != "records":
+            data = directory.absolute().parent if split == directory else directory
+            raise UserError(
+                found=f"{split}, a split of a packed data set",
+                expected="WebDataset shards of another tool; packed ones need no index",
+                hint=f"python -m trainer.run RECIPE {quote(f'data.shards={data}')}",
+            )
 
 
 def _manifest(

@@ -30,6 +30,7 @@ class DatasetSource:
             packed set.
         address: Returns the address of the files of a data set, from its name on the command line and its variant, any
             text. Then no `--raw` is required.
+        has_test: Whether it may have a test split; otherwise `--test-fraction` is required.
     """
 
     name: str
@@ -42,6 +43,7 @@ class DatasetSource:
     raw_file: bool = False
     generic: bool = False
     address: Callable[[str, str], str] | None = None
+    has_test: bool = True
 
 
 @functools.cache

@@ -116,5 +116,6 @@ SOURCES = (
         variants=("all", "present"),
         plan=lambda options: _published(options).plan(options.raw),
         load=_load,
+        has_test=False,
     ),
 )

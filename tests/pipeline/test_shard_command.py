@@ -358,15 +358,31 @@ class TestDryRun:
         process = command("emnist", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--dry-run")
         assert process.returncode == 0
         assert "would download https://" in process.stdout
-        assert f"would write {tmp_path}/out/train" in process.stdout
+        assert f"would write {tmp_path}/out, one" in process.stdout
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("options", [(), ("--dry-run",), ("--split", "present"), ("--val-fraction", "0.1")])
+    def test_a_download_that_could_not_be_packed_is_refused(
+        self, command: Command, tmp_path: Path, options: tuple[str, ...]
+    ) -> None:
+        """39.5 GB that have no test split."""
+        assert_user_error(
+            command("quickdraw", "--raw", tmp_path / "raw", "--out", tmp_path / "out", *options),
+            "quickdraw without --test-fraction",
+            "python -m pipeline.shard quickdraw --test-fraction 0.1",
+        )
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("option", ["--test-fraction", "--val-fraction"])
+    def test_the_hint_for_a_fraction_is_a_fraction(self, command: Command, tmp_path: Path, option: str) -> None:
+        assert_user_error(command("digits", option, "1.5", "--out", tmp_path / "out"), f"hint: {option} 0.2")
 
     def test_says_that_a_complete_pack_would_be_left_alone(self, command: Command, out: Path) -> None:
         before = snapshot(out)
         process = command("digits", "--out", out, "--dry-run")
         assert (process.returncode, process.stdout) == (0, "digits: would leave the complete pack alone\n")
         forced = command("digits", "--out", out, "--dry-run", "--force")
-        assert f"would write {out}/train" in forced.stdout
+        assert f"would write {out}, one" in forced.stdout
         assert snapshot(out) == before
 
     def test_counts_images_and_classes(self, command: Command, images: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_user_error, run_module
+from conftest import ROOT, assert_user_error, pack_splits, run_module, synthetic_splits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.raw_files import picture, pixels, refusal
@@ -860,3 +860,13 @@ def test_damage_after_indexing_is_found(indexed: Path, tmp_path: Path) -> None:
 
 def test_synthetic_files_are_of_four_kinds() -> None:
     assert {synthetic_file(number, 0).extension for number in range(8)} == {"png", "jpg", "webp", "bmp"}
+
+
+@pytest.mark.parametrize("name", ["", "train"])
+@pytest.mark.parametrize("store", ["tar", "zarr"])
+def test_a_packed_data_set_needs_no_index(tmp_path: Path, store: str, name: str) -> None:
+    """Its records hold blocks, which are no pictures; the hint was to remove them."""
+    directory = pack_splits(synthetic_splits(train=20, test=5), tmp_path / "set", store=store)
+    error = refusal(lambda: index(directory / name, None))
+    assert f"{directory}/train, a split of a packed data set" in error.found
+    assert error.hint.endswith(f"data.shards={directory}")

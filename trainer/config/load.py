@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from shards.atomic import read_file
 from shards.errors import UserError, printable, quote
+from shards.manifest import REQUIRED_SPLITS, has_split
 from trainer.config.base import describe_settings
 from trainer.config.schema import Config
 
@@ -62,6 +63,16 @@ def find_recipe(recipe: Path, directory: Path = Path(), source: str = "") -> Pat
     for candidate in (path, path.with_name(f"{path.name}.yaml"), RECIPES / f"{recipe}.yaml"):
         if candidate.is_file():
             return candidate
+    is_run = (path / "config.yaml").is_file()
+    if is_run or any(has_split(path, split) for split in ("", *REQUIRED_SPLITS)):
+        raise UserError(
+            found=f"{recipe}, {'the directory of a run' if is_run else 'a packed data set'}"
+            + (f" ({source})" if source else ""),
+            expected="a YAML file of settings, or the name of a recipe",
+            hint=f"{quote(path / 'config.yaml')}, the settings of this run"
+            if is_run
+            else f"quickstart {quote(f'data.shards={recipe}')}",
+        )
     names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
     near = difflib.get_close_matches(recipe.stem, names, n=3, cutoff=0.5)
     raise UserError(

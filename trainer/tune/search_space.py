@@ -357,9 +357,9 @@ def _validate(content: dict[str, Any], source: str) -> SearchConfig:
         if first["type"] == "extra_forbidden":
             found, expected = f"unknown key {name} in {source}", "one of the keys in python -m trainer.tune --help"
             settings = [setting for setting in config.SETTINGS if setting.split(".")[0] == name]
-            models = (SearchConfig, Sampler, Pruner, Budget, Range, Categorical, Conditional)
-            keys = [key for model in models for key in model.model_fields]
-            hint = f"for all trials: settings.{settings[0]}=..." if settings else _did_you_mean(loc[-1], keys)
+            of_dimensions = [key for model in (Range, Categorical, Conditional) for key in model.model_fields]
+            known = of_dimensions if loc[0] == "space" else [*describe()]
+            hint = f"for all trials: settings.{settings[0]}=..." if settings else _did_you_mean(loc[-1], known)
         elif first["type"] in ("missing", "union_tag_not_found"):
             kind = ".type" if first["type"] == "union_tag_not_found" else ""
             found, expected = f"no {name}{kind} in {source}", "a value for it"
@@ -367,5 +367,7 @@ def _validate(content: dict[str, Any], source: str) -> SearchConfig:
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else "remove it"
+    """Return a hint. `name` is the last part of a key; the known keys may be dotted."""
+    by_last = {key.rpartition(".")[2]: key for key in reversed(known)}
+    near = difflib.get_close_matches(name, [*by_last, *known], n=1, cutoff=0.5)
+    return f"did you mean {by_last.get(near[0], near[0])}?" if near else "remove it"

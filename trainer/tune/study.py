@@ -8,6 +8,7 @@ heartbeat and `RetryFailedTrialCallback` need an SQL server and start such a tri
 from __future__ import annotations
 
 import json
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -42,7 +43,9 @@ warnings.filterwarnings("ignore", message="The reported value is ignored")  # of
 warnings.filterwarnings("ignore", message="Choices for a categorical distribution")  # lists, which the journal can hold
 
 State = optuna.trial.TrialState
-_MAX_STARTS = 3  # of a trial whose process dies
+log = logging.getLogger(__name__)
+
+_MAX_STARTS = 3  # of a trial whose process dies before it reports a further epoch
 _JOURNAL = "study.journal"
 _HELD = UserError("a trial that another process trains", "a free trial", "wait for it to end")
 _HINT = "start another study: dir=..."
@@ -93,11 +96,15 @@ class RunningTrial:
         self.values = {name: values[name] for name in search.space if name in values}
         self._earlier = float(trial.user_attrs.get("seconds", 0.0))  # in processes that held it before
         self._start = time.perf_counter()
+        self._epochs = int(trial.user_attrs.get("epochs", 0))  # that any process has reported
         self.note(values=self.values)
 
     def report(self, epochs: int, metric: float) -> bool:
         """Report the mean metric after some epochs; returns whether to prune the trial."""
         self.note(seconds=self._earlier + time.perf_counter() - self._start)
+        if epochs > self._epochs:  # a process that dies after this does not die at the same place again
+            self._epochs = epochs
+            self.note(epochs=epochs, starts=1)
         self._trial.report(metric, epochs)  # a step that was reported before is ignored
         return self._trial.should_prune()
 
@@ -219,7 +226,9 @@ class SharedStudy:
             if starts < _MAX_STARTS:
                 trial.note(starts=starts + 1)
                 return trial
-            trial.abort(State.FAIL, f"its process died {starts} times")
+            reason = f"its process died {starts} times without completing a further epoch"
+            log.warning("trial %d failed: %s", known.number, reason)
+            trial.abort(State.FAIL, reason)
             stack.close()
         return None
 

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
+from matplotlib.ticker import MaxNLocator
 
 from shards.atomic import file_lock, write_file
 from shards.errors import quote
@@ -60,7 +61,7 @@ def write(study: SharedStudy, search: SearchConfig, base: Config, min_age: float
             ranked=ranking(results),
             counts=_counts(results),
             seconds=sum(result.seconds for result in results),
-            charts=_charts(flat_study(results, search, base), _METRICS[base.trainer.monitor]),
+            charts=_charts(flat_study(results, search, base), _METRICS[base.trainer.monitor], search.seeds_per_trial),
             shown_trials=_SHOWN,
             seeds=_seeds(search),
             recipe=recipe,
@@ -133,7 +134,7 @@ def _seeds(search: SearchConfig) -> str:
     return f"mean and standard deviation of {n} seeds" if n > 1 else "one seed"
 
 
-def _charts(study: optuna.Study, metric: str) -> dict[str, str]:
+def _charts(study: optuna.Study, metric: str, seeds: int) -> dict[str, str]:
     """Draw Optuna's plots as SVG by name, as far as there are enough trials."""
     plots = optuna.visualization.matplotlib
     trials = study.get_trials(deepcopy=False)
@@ -143,8 +144,11 @@ def _charts(study: optuna.Study, metric: str) -> dict[str, str]:
         warnings.simplefilter("ignore")  # of a setting that had one value, about which a user can do nothing
         plt.switch_backend("agg")
         if any(trial.intermediate_values for trial in trials):
-            plots.plot_intermediate_values(study)
-            charts["curves"] = _figure_to_svg(f"Validation {metric} by epoch")
+            axes = plots.plot_intermediate_values(study)
+            axes.set_xlabel("epoch" if seeds == 1 else f"epoch of {seeds} seeds, one after the other")
+            axes.set_ylabel(f"validation {metric}")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            charts["curves"] = _figure_to_svg(f"Validation {metric} by epoch", legend_outside=True)
         if any(trial.value is not None for trial in trials):
             plots.plot_optimization_history(study, target_name=f"validation {metric}")
             charts["history"] = _figure_to_svg(f"Validation {metric} of each trial, and the best so far")
@@ -160,8 +164,14 @@ def _charts(study: optuna.Study, metric: str) -> dict[str, str]:
     return charts
 
 
-def _figure_to_svg(label: str, size: tuple[float, float] | None = None) -> str:
-    """Convert the current figure to SVG for inclusion in the page, without faint colours."""
+def _figure_to_svg(label: str, size: tuple[float, float] | None = None, legend_outside: bool = False) -> str:
+    """Convert the current figure to SVG for inclusion in the page, without faint colours.
+
+    Args:
+        label: Accessible description.
+        size: Width and height in inches; None for those of the figure.
+        legend_outside: Whether the legend is beside the plot and not in it.
+    """
     figure = plt.gcf()
     if size:
         figure.set_size_inches(size)
@@ -178,8 +188,8 @@ def _figure_to_svg(label: str, size: tuple[float, float] | None = None) -> str:
             ax.tick_params(axis="x", rotation=30)
         if (legend := ax.get_legend()) is not None:
             legend.set_visible(1 < len(legend.get_texts()) <= 6)
-            legend.set_loc("lower right")
-            legend.set_bbox_to_anchor((1, 0))
+            legend.set_loc("upper left" if legend_outside else "lower right")
+            legend.set_bbox_to_anchor((1.02, 1) if legend_outside else (1, 0))
     content = io.StringIO()
     figure.savefig(content, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)

@@ -517,6 +517,12 @@ def test_a_recipe_is_found_by_its_name_from_any_directory(tmp_path: Path, monkey
     assert load(Path("mnist"), []).data.shards == "own"
     error = mistake(Path("quikstart"))
     assert error.found == "no recipe quikstart" and error.hint == "did you mean quickstart?"
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "manifest.json").write_text("{}")
+    error = mistake(tmp_path)
+    assert error.found == f"{tmp_path}, a packed data set" and error.hint == f"quickstart data.shards={tmp_path}"
+    (tmp_path / "config.yaml").write_text("data: {shards: own}\n")
+    assert mistake(tmp_path).hint.startswith(f"{tmp_path}/config.yaml")
 
 
 def bounds_of(annotation: Any) -> Iterator[tuple[type, set[str]]]:

@@ -368,6 +368,13 @@ def test_metrics_are_drawn_at_their_epochs() -> None:
     assert "training accuracy, epoch 1" not in charts["Accuracy"]
 
 
+@pytest.mark.parametrize("values", [[1.0, 1.0], [0.0, 0.0], [0.97, 1.0], [0.0, 0.02]])
+def test_a_chart_of_shares_has_no_tick_beyond_all_or_below_none(values: list[float]) -> None:
+    chart = line_chart([Line("accuracy", values, "series1")], "accuracy by epoch", is_percent=True)
+    ticks = [float(text) for text in re.findall(r">(-?[0-9.]+)%<", chart)]
+    assert len(ticks) > 1 and min(ticks) >= 0 and max(ticks) <= 100
+
+
 def test_line_chart_survives_one_epoch_and_equal_values() -> None:
     for values in ([0.5], [0.5, 0.5], [1e-9, 2e-9], [1e-12], [0.0, 1e-15], [float("nan"), 1.0]):
         chart = line_chart([Line("loss", values, "series1")], "loss by epoch")

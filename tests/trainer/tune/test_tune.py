@@ -403,7 +403,23 @@ def test_a_trial_that_always_kills_its_process_fails(tmp_path: Path, recipe: Pat
         assert study.unfinished() == []  # it is held
     assert study.unfinished() == [1]
     first, _ = study.results()
-    assert (first.state, first.note) == ("failed", "its process died 3 times")
+    assert (first.state, first.note) == ("failed", "its process died 3 times without completing a further epoch")
+
+
+def test_a_trial_that_progresses_between_deaths_of_its_process_continues(tmp_path: Path, recipe: Path) -> None:
+    wanted, base = search.load(written(tmp_path, recipe), [])
+    for epoch in range(1, 8):
+        study = SharedStudy(wanted, base)
+        with study.next_trial() as trial:
+            assert trial is not None and trial.number == 0
+            trial.report(epoch, 0.5)
+    for _ in range(2):  # the same epoch again is no progress
+        study = SharedStudy(wanted, base)
+        with study.next_trial() as trial:
+            assert trial is not None and trial.number == 0
+            trial.report(epoch, 0.5)
+    with SharedStudy(wanted, base).next_trial() as trial:
+        assert trial is not None and trial.number == 1
 
 
 def test_a_trial_that_is_behind_is_given_up(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,7 +556,9 @@ def test_the_emnist_search_is_the_published_one(monkeypatch: pytest.MonkeyPatch)
 
 MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"budgte": {"trials": 1}}, ("unknown key budgte", "did you mean budget?")),
-    ({"budget": {"trails": 1}}, ("unknown key budget.trails", "did you mean trials?")),
+    ({"budget": {"trails": 1}}, ("unknown key budget.trails", "did you mean budget.trials?")),
+    ({"trials": 3}, ("unknown key trials", "did you mean budget.trials?")),
+    ({"minuets": 3}, ("unknown key minuets", "did you mean budget.minutes?")),
     ({"budget": {}}, ("budget", "trials, minutes or both")),
     ({"budget": {"trials": 0}}, ("budget.trials: 0", "greater than or equal to 1")),
     ({"train_fraction": 0}, ("train_fraction: 0", "greater than 0", "Fraction of the train split")),
