@@ -275,7 +275,8 @@ class ScheduleConfig(BaseConfig):
 
     name: Literal[TorchSchedule, TimmSchedule] = "cosine"
     """Learning-rate schedule: one_cycle is OneCycleLR, warm_restarts is SGDR; plateau reduces the rate when
-    trainer.monitor stops improving; tanh, step, multistep, poly, wsd and rsqrt are timm's."""
+    trainer.monitor stops improving; tanh, step, multistep, poly, wsd and rsqrt are timm's. The exponent of poly, which
+    is its option decay_rate, is 1 by default."""
     options: Annotated[dict[str, Any], AfterValidator(_check_options)] = Field(default_factory=dict)
     """Further arguments of the schedule, as {div_factor: 10} for torch's OneCycleLR or {decay_epochs: 5} for timm's
     create_scheduler_v2."""

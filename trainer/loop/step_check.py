@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from trainer.config.schema import Config
 from trainer.loop.state import Training
 from trainer.models.compile import compile_mode
 from trainer.runtime.memory import available_memory
+
+log = logging.getLogger(__name__)
 
 
 class StepMemoryError(UserError):
@@ -89,6 +92,14 @@ def check_batch_sizes(training: Training) -> None:
     for stage in data.train.stages:
         images = equal_batch_size(samples, stage.batch_size)
         smallest = images // world.size
+        repeats = config.loader.repeated_augmentation
+        if config.mixup.prob and repeats > 1 and smallest < 2 * repeats:
+            log.warning(
+                "loader.repeated_augmentation=%d with %d images for a rank: MixUp and CutMix mix some images with "
+                "themselves; raise loader.batch_size",
+                repeats,
+                smallest,
+            )
         if smallest > 1:
             continue
         reason = "one image for each rank"

@@ -23,7 +23,7 @@ from trainer.models.resnet_cifar import BLOCKS as RESNET_BLOCKS
 from trainer.models.resnet_cifar import resnet_cifar
 from trainer.models.small_cnn import small_resnet, three_block_cnn
 from trainer.models.transfer import freeze
-from trainer.models.weights import classifier_layer, load_weights
+from trainer.models.weights import classifier_layer, classifier_tensors, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -167,11 +167,12 @@ def _init_classifier(model: nn.Module, std: float, name: str) -> None:
             expected="a network with a linear classifier",
             hint="remove model.head_init_std, or choose another model.name",
         )
-    layer = model.get_submodule(classifier)
-    assert isinstance(layer, nn.Linear)
-    nn.init.normal_(layer.weight, std=std)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    layers = {classifier, *(tensor.rpartition(".")[0] for tensor in classifier_tensors(model))}
+    for layer_name, layer in model.named_modules():
+        if layer_name in layers and isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class RepeatChannels(nn.Module):

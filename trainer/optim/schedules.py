@@ -128,6 +128,10 @@ class TimmSchedule:
     def __init__(self, optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int) -> None:
         """Build `schedule.name` with timm's `create_scheduler_v2`.
 
+        Two defaults differ from timm's. The warm-up rises from the n-th part of the learning rate, for n steps, as that
+        of the other schedules does, and not from 1e-5, which may be more than the learning rate. poly is linear: with
+        timm's exponent of 0.1, the learning rate of the last step would still be most of the first.
+
         Raises:
             UserError: The installed timm has no such schedule.
         """
@@ -135,13 +139,17 @@ class TimmSchedule:
 
         settings = config.schedule
         lengths = {"num_epochs": config.trainer.epochs, "warmup_epochs": settings.warmup, "min_lr": settings.min_lr}
+        warmup_steps = max(1, round(settings.warmup * steps_per_epoch))
+        defaults = {"warmup_lr": optimizer.param_groups[0]["lr"] / warmup_steps}
+        if settings.name == "poly":
+            defaults["decay_rate"] = 1.0
         self._optimizer = optimizer
         self._scheduler, _ = create_scheduler_v2(
             optimizer,
             settings.name,
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
-            **lengths | settings.options,
+            **lengths | defaults | settings.options,
         )
         if self._scheduler is None:  # wsd and rsqrt before 1.0.31
             raise UserError(

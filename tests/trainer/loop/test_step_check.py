@@ -150,3 +150,18 @@ def test_a_step_that_exceeds_the_memory_is_refused_and_a_dry_run_takes_a_smaller
     many_steps = (*many, *caught.value.hint.split(), "--dry-run")
     assert start(digits_set, tmp_path / "run", monkeypatch, *many_steps) == 0
     assert "memory " not in capsys.readouterr().out, "the hint fits"
+
+
+@pytest.mark.parametrize(
+    ("repeats", "ranks", "warns"), [(3, 1, False), (3, 4, True), (4, 2, False), (8, 2, True), (1, 8, False)]
+)
+def test_images_that_are_mixed_with_themselves_are_named(
+    repeats: int, ranks: int, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mixing takes the image that is `repeats` further in the batch of a rank."""
+    overrides = [f"loader.repeated_augmentation={repeats}", "mixup.prob=1", "loader.batch_size=16"]
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(1))
+    check_batch_sizes(training_of(64, ranks, model, load(QUICKSTART, overrides)))
+    images = np.arange(16 // ranks) // repeats
+    assert bool((images == np.roll(images, repeats)).any() and repeats > 1) == warns
+    assert ("mix some images with themselves" in caplog.text) == warns

@@ -378,6 +378,15 @@ def test_the_classifier_begins_as_small_as_asked(name: str, hidden: int | None) 
     assert not classifier.bias.any()
 
 
+def test_all_classifiers_begin_as_small_as_asked() -> None:
+    """CrossViT has one for each of its branches."""
+    model = make_model(ModelConfig(name="crossvit_9_240", head_init_std=0.001), 3, CLASSES)
+    heads = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.out_features == CLASSES]
+    assert len(heads) == 2
+    for head in heads:
+        assert float(head.weight.detach().std()) == pytest.approx(0.001, rel=0.1)
+
+
 @pytest.mark.parametrize("name", [TINY, "mobilenetv2_100", "cifar_efficientnet"])
 def test_without_asking_it_is_the_networks_own(name: str) -> None:
     *_, classifier = (

@@ -432,6 +432,25 @@ def test_schedules_of_timm(unit: str, name: str, options: str, curve: Callable[[
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_poly_is_linear_by_default() -> None:
+    found = rates(config_of("schedule.name=poly", "schedule.unit=epoch"))
+    curve = [FLOOR + (LR - FLOOR) * (1 - epoch / EPOCHS) for epoch in range(EPOCHS)]
+    assert found == pytest.approx(per_move("epoch", curve), rel=1e-6)
+
+
+@pytest.mark.parametrize("lr", [5e-6, 1e-3])
+@pytest.mark.parametrize("name", ["tanh", "step", "poly"])
+@pytest.mark.parametrize(("unit", "warmup", "first"), [("step", 1, 1 / UPDATES), ("epoch", 1, 1), ("epoch", 2, 1 / 2)])
+def test_the_warmup_of_timm_rises_to_the_learning_rate(
+    name: str, lr: float, unit: str, warmup: int, first: float
+) -> None:
+    settings = (f"schedule.name={name}", f"schedule.unit={unit}", f"schedule.warmup={warmup}", f"optim.lr={lr}")
+    found = rates(config_of(*settings, "schedule.min_lr=0"))
+    assert found[0] == pytest.approx(first * lr) and max(found) <= lr * (1 + 1e-9)
+    begun = found[: warmup * UPDATES]
+    assert begun == sorted(begun)
+
+
 @pytest.mark.parametrize("name", ["wsd", "rsqrt"])
 def test_schedules_that_timm_got_late_run_or_name_the_version(name: str) -> None:
     config = config_of(f"schedule.name={name}", "schedule.warmup=2")
