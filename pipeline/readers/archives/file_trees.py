@@ -102,6 +102,13 @@ def inner_name(name: str) -> str | None:
     return "/".join(component for component in components if component)
 
 
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _walk(
     directory: Path, prefix: str, above: frozenset[tuple[int, int]], directories: list[str], skipped: str
 ) -> list[str]:
@@ -123,11 +130,11 @@ def _walk(
             for entry in entries:
                 if is_hidden(entry.name) or prefix + entry.name == skipped:
                     continue
-                if entry.is_dir():
+                if _is_directory(entry):
                     directories.append(prefix + entry.name)
                     names += _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {identity}, directories, skipped)
                 # A broken link is listed, so that reading reports it. Devices and pipes are not.
-                elif entry.is_file() or not os.path.exists(entry.path):
+                elif not os.path.exists(entry.path) or entry.is_file():
                     names.append(prefix + entry.name)
     except OSError as error:
         raise as_user_error(error, directory) from None

@@ -151,6 +151,11 @@ class TestDirectories:
         (tmp_path / "cat" / "1.png").symlink_to(tmp_path / "gone.png")
         assert unreadable(folder(tmp_path)[0]) == {0: f"{tmp_path}/cat/1.png: No such file or directory"}
 
+    def test_a_link_to_itself_is_named(self, tmp_path: Path) -> None:
+        (write_tree(tmp_path, CLASSES) / "cat" / "3.png").symlink_to("3.png")
+        (train,) = folder(tmp_path)
+        assert "cat/3.png" in unreadable(train)[paths(train).index("cat/3.png")]
+
     def test_a_pipe_called_like_a_picture_is_not_waited_for(self, tmp_path: Path) -> None:
         import os
 
