@@ -58,27 +58,22 @@ def type_and_default(field: FieldInfo) -> tuple[str, str]:
     return _type_name(field.annotation), default
 
 
-def format_settings(descriptions: Iterable[tuple[str, str]]) -> str:
-    """Format names with their descriptions below them, wrapped at the width of the terminal, for `--help`."""
+def settings_help(config: type[BaseConfig]) -> str:
+    """Format every setting with its type, default and description for `--help`.
+
+    The settings are grouped by section and wrapped at the width of the terminal.
+    """
     width = shutil.get_terminal_size().columns - 2  # as argparse does
     indent = " " * 6
-    return "\n".join(
-        f"  {name}\n{textwrap.fill(description, width, initial_indent=indent, subsequent_indent=indent)}"
-        for name, description in descriptions
-    )
-
-
-def settings_help(config: type[BaseConfig]) -> str:
-    """Format every setting with its type, default and description, grouped by section, for `--help`."""
     descriptions = describe_settings(config)
-    groups: dict[str, list[tuple[str, str]]] = {}
+    groups: dict[str, list[str]] = {}
     for name, field in iterate_fields(config):
         kind, default = type_and_default(field)
-        section = name.rpartition(".")[0]
-        title = f"{name}  {kind} ({f'default: {default}' if default else 'required'})"
-        groups.setdefault(section, []).append((title, descriptions[name]))
+        title = f"  {name}  {kind} ({f'default: {default}' if default else 'required'})"
+        text = textwrap.fill(descriptions[name], width, initial_indent=indent, subsequent_indent=indent)
+        groups.setdefault(name.rpartition(".")[0], []).append(f"{title}\n{text}")
     return "\n\n".join(
-        (f"{section}:\n" if section else "") + format_settings(settings) for section, settings in groups.items()
+        (f"{section}:\n" if section else "") + "\n".join(settings) for section, settings in groups.items()
     )
 
 

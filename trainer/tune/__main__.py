@@ -16,7 +16,7 @@ from shards.cli import Terminated, program_name, run_command
 from shards.errors import UserError, quote
 from shards.manifest import VALIDATION, has_split
 from shards.remote.datasets import resolve_dataset
-from trainer.config.base import format_settings
+from trainer.config.base import settings_help
 from trainer.config.schema import Config
 from trainer.tune import search_space
 
@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program_name("trainer.tune"),
         description="Hyperparameter search over the settings of a recipe, with the validation split as the objective.",
-        epilog=f"keys (in the file, or key=value):\n{format_settings(search_space.describe().items())}",
+        epilog=f"keys (in the file, or key=value):\n{settings_help(search_space.SearchConfig)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("search", type=Path, metavar="SEARCH", help="YAML file, for instance configs/search/...")

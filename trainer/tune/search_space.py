@@ -167,7 +167,8 @@ class SearchConfig(BaseConfig):
     pruner: Pruner = Pruner()
     budget: Budget
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
-    """Search space: a range or choices for each setting, by dotted name."""
+    """Search space: for each setting, by dotted name, {type: float or int, low: ..., high: ..., log: true or step:
+    ...}, {type: categorical, choices: [...]}, or {type: conditional, of: ..., cases: {...}}."""
     initial_trials: list[dict[str, Any]] = Field(default_factory=list)
     """Values of the first trials, for instance published ones: each gives every setting of the space that applies."""
 

@@ -17,9 +17,10 @@ import yaml
 from conftest import ROOT
 
 from shards import UserError
-from trainer.config.base import BaseConfig, format_settings, settings_help
+from trainer.config.base import BaseConfig, settings_help
 from trainer.config.load import SETTINGS, load
 from trainer.config.schema import Config, flatten
+from trainer.tune import search_space
 from trainer.tune.search_space import Budget, Pruner, Range, Sampler, SearchConfig
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -475,11 +476,21 @@ def test_the_emnist_recipes_hold_the_published_figures(
 
 def test_every_setting_is_explained_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    lines = format_settings(SETTINGS.items()).splitlines()
-    names = [line.strip() for line in lines if line.startswith("  ") and line[2] != " "]
-    assert names == list(SETTINGS)
-    assert max(map(len, lines)) <= 60
-    assert {len(line) - len(line.lstrip()) for line in lines} == {2, 6}
+    lines = settings_help(Config).splitlines()
+    titles = [line.strip() for line in lines if line.startswith("  ") and line[2] != " "]
+    assert sorted(title.partition(" ")[0] for title in titles) == sorted(SETTINGS)
+    texts = [line for line in lines if line.startswith(" " * 6)]
+    assert max(map(len, texts)) <= 60
+    assert " ".join(" ".join(texts).split()).count(SETTINGS["data.fold"]) == 1
+
+
+def test_every_key_of_a_search_is_listed_with_type_and_default() -> None:
+    lines = settings_help(SearchConfig).splitlines()
+    titles = {line.split()[0]: line.strip() for line in lines if line.startswith("  ") and line[2] != " "}
+    assert titles.keys() == search_space.describe().keys()
+    assert titles["budget.minutes"] == "budget.minutes  float|null (default: null)"
+    assert titles["pruner.name"] == "pruner.name  median|successive_halving|none (default: median)"
+    assert titles["space"] == "space  dict (required)"
 
 
 def test_help_and_the_small_network_do_without_large_libraries() -> None:
