@@ -124,8 +124,8 @@ def plot_throughput(records: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     """Run the command."""
     description = (
-        "Compare the training loop with the same loop over batches that are already on the device. Each case differs "
-        "from the base case, which has the first value of each list, in one value."
+        "Compare the training loop with the same loop over batches that are already on the device. The base case has "
+        "the first value of each list. Every other case changes one value."
     )
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
@@ -133,7 +133,11 @@ def main() -> int:
     add_shards_argument(parser)
     for name in LISTS["cpu"]:
         defaults = f"on a CPU {LISTS['cpu'][name]}, on a GPU {LISTS['cuda'][name]}"
-        add(f"--{name}", metavar="A,B", help=f"values, the first is that of the base case (default: {defaults})")
+        add(
+            f"--{name}",
+            metavar="A,B",
+            help=f"comma-separated values, first that of the base case (default: {defaults})",
+        )
     add("--images", type=positive(int), metavar="N", help="number of training images (default: all)")
     add("--runs", type=positive(int), default=RUNS, metavar="N", help=f"runs of each loop (default: {RUNS})")
     add("--seconds", type=float, default=SECONDS, metavar="S", help=f"minimum time of a run (default: {SECONDS})")

@@ -62,8 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--out",
         metavar="PATH",
-        help="packed set: a directory or address (default: data/shards/SOURCE-SPLIT, for files of --raw or a data set "
-        "of the Hub data/shards/ and its name)",
+        help="packed set: a directory or address (default: data/shards/ and the name of the data set; for "
+        "folder, npz and parquet that of --raw, for hf that of NAME; -VARIANT is appended if there is one)",
     )
     add("--dry-run", action="store_true", help="print what would be done, and exit")
     add("--force", action="store_true", help="replace a complete pack")
@@ -85,7 +85,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--size", metavar="N or HxW", help="size in pixels at which images are stored (default: their own)")
     add("--fit", choices=("pad", "crop", "stretch"), default="pad", help="how images are resized (default: pad)")
     add("--color", choices=("auto", "gray", "rgb"), default="auto", help="channels to store (default: as in the files)")
-    add("--skip-bad", action="store_true", help=f"skip unreadable images, and list them in {UNREADABLE}")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help=f"skip unreadable images (listed in {UNREADABLE}), rows without a label, directories beside the splits",
+    )
     add("--image-column", default="", metavar="NAME", help="table column of images, if it cannot be detected")
     add("--label-column", default="", metavar="NAME", help="table column of labels, if it cannot be detected")
 
@@ -143,10 +147,12 @@ def choose_source(arguments: argparse.Namespace) -> tuple[DatasetSource, str]:
             hint=f"python -m pipeline.shard {name} --raw PATH",
         )
     if not source.has_test and arguments.test_fraction is None:  # before a long download
+        given = {"--split": arguments.split, "--raw": arguments.raw}
+        options = [f"{option} {quote(value)}" for option, value in given.items() if value is not None]
         raise UserError(
             found=f"{name} without --test-fraction",
             expected="a fraction for testing, because the data set has no test split",
-            hint=f"python -m pipeline.shard {name} --test-fraction 0.1",
+            hint=" ".join(["python -m pipeline.shard", name, *options, "--test-fraction 0.1"]),
         )
     return source, variant
 

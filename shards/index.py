@@ -361,13 +361,13 @@ def _file_contents(classes: int, scans: list[_Scan]) -> dict[str, bytes]:
 
 
 def _check_not_packed(directory: Path) -> None:
-    """Raise `UserError` for a data set, or a split, that was packed as blocks."""
+    """Raise `UserError` for a data set or split in a tar or zarr store."""
     for split in (directory, *(directory / name for name in SPLITS)):
         if (split / MANIFEST_NAME).is_file() and Manifest.read(split).store != "records":
             data = directory.absolute().parent if split == directory else directory
             raise UserError(
                 found=f"{split}, a split of a packed data set",
-                expected="WebDataset shards of another tool; packed ones need no index",
+                expected="WebDataset shards written by another tool; a packed data set needs no index",
                 hint=f"python -m trainer.run RECIPE {quote(f'data.shards={data}')}",
             )
 

@@ -71,18 +71,18 @@ Positions: TypeAlias = NDArray[np.int64] | IndexRanges
 
 
 def as_positions(samples: Positions | ArrayLike) -> Positions:
-    """Return the numbers of samples [n], such as an array or a list, as int64.
+    """Return the positions of samples [n], such as an array or a list, as int64.
 
     Raises:
-        UserError: If they are no integers; a mask would be read as the numbers 0 and 1.
+        UserError: They are not integers, or not one-dimensional. A boolean mask would become the positions 0 and 1.
     """
     if isinstance(samples, IndexRanges):
         return samples
     array = np.asarray(samples)
-    if array.dtype.kind not in "iu" or array.ndim != 1:
+    if (array.dtype.kind not in "iu" and array.size) or array.ndim != 1:
         raise UserError(
             found=f"samples of type {array.dtype} {list(array.shape)}",
-            expected="the numbers of samples, integers [n]",
-            hint="np.flatnonzero(mask) returns the numbers of a mask",
+            expected="the positions of samples, integers [n]",
+            hint="for a mask: np.flatnonzero(mask)",
         )
     return array.astype(np.int64, copy=False)

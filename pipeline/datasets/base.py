@@ -30,7 +30,7 @@ class DatasetSource:
             packed set.
         address: Returns the address of the files of a data set, from its name on the command line and its variant, any
             text. Then no `--raw` is required.
-        has_test: Whether it may have a test split; otherwise `--test-fraction` is required.
+        has_test: False if the data set has no test split; `--test-fraction` is then required.
     """
 
     name: str

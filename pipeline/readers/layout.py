@@ -67,9 +67,9 @@ def find_images(
 
     A directory that contains everything else, as in many archives, is skipped. A CSV table of any name counts if it is
     at the top, or at the top of the directory of a split, and has a column of images and one of labels. Without such a
-    table the directories count. A table beside class directories is ignored if it has fewer than half as many rows as
-    there are images, and paths without the extension of an image: it may describe the classes. So is one that lists no
-    image of a directory `train` with class directories: it may hold predictions. Names such as `train.csv` and
+    table the directories count. A table beside class directories is ignored if it may describe the classes: its paths
+    have no image extension, and it has fewer than half as many rows as there are images. If there are directories
+    `train/CLASS`, it is ignored if it lists no image in `train`: it may hold predictions. Names such as `train.csv` and
     `labels.csv`, or the options, make it a table of images.
 
     Args:
@@ -105,7 +105,7 @@ def find_images(
             raise _unclear(f"two tables of the {split} split, {both}", "one table")
         try:
             labels = _read_labels(index, name, image_column, label_column)
-            if is_unnamed and not (image_column or label_column) and _is_beside_classes(labels, index, top):
+            if is_unnamed and not (image_column or label_column) and _is_not_of_images(labels, index, top):
                 unused.append(name)
             else:
                 tables[split] = labels
@@ -129,7 +129,7 @@ def find_images(
             "a table whose columns are named by --image-column and --label-column, or at least two classes",
         )
     if unused:
-        warn(f"not used: {not_used}, which do not list images and labels")
+        warn(f"not used as tables of the images: {not_used}")
     if tables and (rest := [name for name in index.images.values() if name not in listed]):
         warn(f"not used: {len(rest):,} images that no table lists ({some_of(rest)})")
     return listings
@@ -203,7 +203,10 @@ def _read_labels(index: _ImageIndex, name: str, image_column: str, label_column:
 
 
 def _with_header(index: _ImageIndex, table: CsvTable, name: str) -> CsvTable:
-    """Return a table without column names, whose first line is a path and a label, with them."""
+    """Return the table.
+
+    If its first line is a path and a label, that line becomes a row, and the columns are named `file` and `label`.
+    """
     number = next((number for number, field in enumerate(table.columns) if is_image(field)), None)
     if number is None or not _find_or_none(index, table.columns[number], name):
         return table
@@ -219,8 +222,8 @@ def _with_header(index: _ImageIndex, table: CsvTable, name: str) -> CsvTable:
 def _find_image_column(index: _ImageIndex, table: CsvTable, name: str) -> list[str]:
     """Return the column, in lower case, that names the images; an empty list if there is none.
 
-    Paths with the extension of an image come before numbers and names that are the stem of one: image files are often
-    numbered, and tables too.
+    A column of paths with an image extension is preferred to one of stems: row numbers may equal the stems of numbered
+    files.
     """
     lower = [column.lower() for column in table.columns]
     rows = [table.rows[row] for row in np.linspace(0, len(table.rows) - 1, _SAMPLED_ROWS).astype(int).tolist()]
@@ -228,7 +231,7 @@ def _find_image_column(index: _ImageIndex, table: CsvTable, name: str) -> list[s
     kinds: dict[bool, dict[str, list[str | None]]] = {True: {}, False: {}}
     for number, column in enumerate(lower):
         found = [_find_or_none(index, row[number], name) for row in rows]
-        # A path occurs once, a label in many rows.
+        # Most rows must name an image of their own: paths are distinct, labels repeat.
         if column not in LABEL_COLUMNS and 2 * len(set(found) - {None}) > len(rows):
             kinds[any(is_image(row[number]) for row in rows)][column] = found
     columns = kinds[True] or kinds[False]
@@ -239,9 +242,9 @@ def _find_image_column(index: _ImageIndex, table: CsvTable, name: str) -> list[s
     if len({tuple(found) for found in columns.values()}) > 1:
         names = [table.columns[lower.index(column)] for column in columns]
         raise UserError(
-            found=f"{table.path}, where {' and '.join(map(printable, names[:2]))} name different images",
+            found=f"{table.path}, whose columns {some_of(names)} name different images",
             expected="one column of paths",
-            hint=f"name it: --image-column {quote(names[-1])}",
+            hint=f"choose one: --image-column {quote(names[0])}",
         )
     return list(columns)[:1] or usual[:1]
 
@@ -255,10 +258,10 @@ def _find_or_none(index: _ImageIndex, path: str, name: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _is_beside_classes(labels: _Labels, index: _ImageIndex, top: str) -> bool:
-    """Whether a table beside class directories may describe the classes, or be predictions for the test split.
+def _is_not_of_images(labels: _Labels, index: _ImageIndex, top: str) -> bool:
+    """Whether a table beside class directories probably describes the classes or holds predictions.
 
-    It lists too few images, or none of the directory `train`, which has class directories.
+    `find_images` states the rules.
     """
     paths = labels.table.column([labels.image], "")
     images = list(index.images.values())
@@ -439,7 +442,7 @@ def _by_directories(tree: FileTree, top: str, skip_bad: bool) -> dict[str, Listi
     firsts = natural_order({name[len(top) :].partition("/")[0] for name in names})
     split_of = {first: split for first in firsts if (split := split_named(first))}
     by_words = {first: splits.pop() for first in firsts if len(splits := splits_in(first)) == 1}
-    if not split_of and len(set(by_words.values())) > 1:  # seg_train, seg_test
+    if not split_of and len(set(by_words.values())) > 1:  # such as seg_train and seg_test
         split_of = by_words
     is_divided = _hold_directories(names, top, split_of)
     prefixes = {top: TRAIN}
@@ -447,7 +450,9 @@ def _by_directories(tree: FileTree, top: str, skip_bad: bool) -> dict[str, Listi
         if stray := [first for first in firsts if first not in split_of]:
             found = f"{some_of(stray)} beside {some_of(list(split_of))} in {tree.path}"
             if not skip_bad:
-                raise _unclear(found, "only splits there", "move it elsewhere, or skip it with --skip-bad")
+                raise _unclear(
+                    found, "only train/, test/ and val/ there", "move them elsewhere, or skip them with --skip-bad"
+                )
             warn(f"skipped: {found}")
         if len(set(split_of.values())) < len(split_of):
             raise _unclear(f"{some_of(list(split_of))} in {tree.path}", "one directory per split")
@@ -479,7 +484,7 @@ def _by_directories(tree: FileTree, top: str, skip_bad: bool) -> dict[str, Listi
 
 
 def _skip_repetition(names: list[str], prefix: str) -> str:
-    """Return `train/train/` for `train/` if that holds nothing else, as in some archives."""
+    """Return `train/train/` if `train/` holds nothing else, as in some archives; otherwise `train/`."""
     repeated = f"{prefix}{prefix.split('/')[-2]}/"
     return repeated if all(name.startswith(repeated) for name in names if name.startswith(prefix)) else prefix
 

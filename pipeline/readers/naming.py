@@ -37,7 +37,7 @@ def _number_key(number: re.Match[str]) -> str:
 
 
 def composed(name: str) -> str:
-    """Return a name with composed characters (Unicode NFC). macOS writes `e` and an accent, other systems `é`."""
+    """Return a name in Unicode NFC. File names from macOS may be decomposed: `e` and a combining accent, not `é`."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
@@ -82,7 +82,9 @@ def class_name(label: int | str | None, names: tuple[str, ...]) -> str:
 def number_labels(
     labels: Mapping[str, Sequence[str]], source: object, names: tuple[str, ...] = ()
 ) -> tuple[tuple[str, ...], dict[str, NDArray[np.int64]]]:
-    """Number the classes of a data set. Names that differ only in their Unicode normalization are one class.
+    """Number the classes of a data set.
+
+    Without `names`, labels that differ only in their Unicode normal form are one class.
 
     Args:
         labels: Class names of the images of each split; `train` is one of the splits.

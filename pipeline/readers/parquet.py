@@ -28,6 +28,7 @@ from pipeline.readers.naming import (
     text_column,
     warn,
 )
+from shards.cli import plural
 from shards.errors import UserError, first_line, printable
 from shards.manifest import RawFile, split_named
 from shards.stores.image_header import MAX_BYTES
@@ -58,10 +59,10 @@ class _Rows:
         paths: The path of each image, or an empty text.
         offsets: The offset of each image in the temporary file.
         sizes: The size of each image in bytes.
-        files: The files, each with the number of rows of those before it.
-        numbers: The number of each row in its file.
+        files: The files, each with the number of kept rows before it.
+        numbers: The number of each kept row in its file, from 0.
         others: The values of further columns.
-        read: The rows of the newest file that have been read.
+        read: Rows of the current file that have been read.
         skipped: Rows that were skipped because of their labels.
         first_skipped: The file and row of the first of them, and why.
     """
@@ -108,9 +109,12 @@ def read_splits(
             rows.files.append((path, len(rows.labels)))
             class_names.add(_read_file(path, image_column, label_column, rows, content, skip_bad))
         if rows.skipped:
-            warn(f"skipped {rows.skipped:,} rows of {rows.first_skipped}")
+            warn(
+                f"skipped {plural(rows.skipped, 'row')} of the {split} split because of their labels, the first: "
+                f"{rows.first_skipped}"
+            )
     for split in [split for split, rows in rows_of.items() if split != TRAIN and rows.skipped and not rows.labels]:
-        warn(f"not used: the {split} split, in which no row has a label")
+        warn(f"not used: the {split} split, in which no row has a valid label")
         del rows_of[split]
     if len(class_names) > 1:
         raise UserError(
@@ -215,7 +219,7 @@ def _append(batch: arrow.RecordBatch, columns: _Columns, rows: _Rows, content: T
         except ValueError as error:
             if not skip_bad:
                 raise _LabelError(str(error)) from None
-            rows.first_skipped = rows.first_skipped or f"{rows.files[-1][0]}: row {rows.read}, {error}"
+            rows.first_skipped = rows.first_skipped or f"{rows.files[-1][0]} row {rows.read}, {error}"
             rows.skipped += 1
             rows.read += 1
             continue

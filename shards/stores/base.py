@@ -81,7 +81,7 @@ class Store(ABC):
     files: SplitFiles | None = None
     """The files of the split; None for a store without files of its own."""
     reopen: Callable[[], Store] | None = None
-    """Opens the store anew, in another process too; None if it is pickled like any object."""
+    """Opens the store again, for unpickling in another process. None: the attributes are pickled."""
 
     def __len__(self) -> int:
         return self.manifest.samples

@@ -62,8 +62,8 @@ class BlockCache:
         self._block_in_slot = np.full(self.slots, -1, np.int64)
         self._load_of_slot = np.zeros(self.slots, np.int64)  # load counter when each slot was filled, for FIFO eviction
         self._loads = 0
-        # A training and a validation loader may share the store. A block that is being loaded during a fork is in no
-        # table, so the child loads it again.
+        # A training and a validation loader may share the store. A block is entered in `_slot_of_block`
+        # after it is loaded, so a process forked during the load loads it again.
         self._lock = ForkLock()
 
     def gather(self, samples: NDArray[np.int64], out: NDArray[np.uint8]) -> None:

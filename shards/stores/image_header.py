@@ -25,12 +25,12 @@ Content: TypeAlias = bytes | NDArray[np.uint8]
 
 _SCANS = {0xD9, 0xDA}  # JPEG markers that end the header
 _SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that carry the size
-_EXIF_START = 1024  # bytes of EXIF in which the orientation is; a thumbnail may follow
+_EXIF_START = 1024  # bytes at the start of EXIF that are searched for the orientation; a thumbnail may follow
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
 _TEXT_CHUNKS = {b"tEXt", b"zTXt", b"iTXt"}  # of a PNG
 _PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"tIME", b"pHYs", b"sRGB", *_TEXT_CHUNKS}
 # Pillow rotates by XMP and by EXIF in texts too, DALI by EXIF in its own block only.
-# DALI and Pillow differ about an orientation that is stored as another type than SHORT (3) or LONG (4).
+# DALI and Pillow interpret an orientation differently if its type is not SHORT (3) or LONG (4).
 _ODD_ORIENTATION = re.compile(
     rb"\x12\x01[^\x03\x04]\x00\x01\x00\x00\x00|\x01\x12\x00[^\x03\x04]\x00\x00\x00\x01", re.DOTALL
 )

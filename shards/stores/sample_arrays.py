@@ -159,8 +159,8 @@ def _array(files: SplitFiles, name: str, content: Buffer, dtypes: Sequence[np.dt
 def map_array(path: Path) -> NDArray:
     """Map the array of a .npy file. Raises what `numpy.load` raises.
 
-    A private map of NumPy is writable, and the system refuses one that is larger than memory and swap. A shared map has
-    no such limit, but some file systems have none (FUSE with direct_io).
+    With `mmap_mode="c"` NumPy makes a private, writable map, which the system refuses if it exceeds memory and swap. A
+    read-only map is shared and has no such limit. Some file systems (FUSE with direct_io) do not support shared maps.
     """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -366,10 +366,11 @@ class TestDryRun:
         self, command: Command, tmp_path: Path, options: tuple[str, ...]
     ) -> None:
         """39.5 GB that have no test split."""
+        kept = [f"--split {options[1]} "] if "--split" in options else []
         assert_user_error(
             command("quickdraw", "--raw", tmp_path / "raw", "--out", tmp_path / "out", *options),
             "quickdraw without --test-fraction",
-            "python -m pipeline.shard quickdraw --test-fraction 0.1",
+            f"python -m pipeline.shard quickdraw {' '.join(kept)}--raw {tmp_path}/raw --test-fraction 0.1",
         )
         assert list(tmp_path.iterdir()) == []
 

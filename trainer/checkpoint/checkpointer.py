@@ -27,8 +27,9 @@ class Checkpointer:
     """Writes the checkpoints of a run on rank 0, in the order of `save`; a context manager that waits at its end.
 
     If the disk is full, a warning is logged, training continues, and the previous checkpoint stays; `ensure_saved`
-    tries again at the end. If the run directory was removed or moved, it is written again. `best.pt` is written before
-    `last.pt`, so it holds the best epoch that `last.pt` names, or a later one.
+    tries again at the end. If the run directory is missing, it is created again with settings, metrics, the newest
+    state and the best model that was passed to this object. `best.pt` is written before `last.pt`, so it holds the best
+    epoch that `last.pt` names, or a later one.
 
     Args:
         run_dir: The run directory.
@@ -41,7 +42,7 @@ class Checkpointer:
         self._run_dir = run_dir
         self._settings = settings
         self._last_is_intact = last_is_intact
-        self._best: TrainedModel | None = None  # the newest that was saved here
+        self._best: TrainedModel | None = None  # the last that was passed to save or replace_best
         self._best_is_written = True
         self._unsaved_state: dict[str, Any] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")

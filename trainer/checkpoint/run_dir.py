@@ -36,7 +36,7 @@ class RunDirectory:
         self.predictions = path / "predictions.npz"
         self.trace = path / "trace.json.gz"
         self.profile = path / "profile.json"
-        self._begun_with: dict[Path, str] = {}
+        self._initial_files: dict[Path, str] = {}  # contents that begin wrote, for restore
 
     def lock(self) -> AbstractContextManager[None]:
         """Create the directory, and lock it against other processes while the context is open."""
@@ -60,15 +60,18 @@ class RunDirectory:
         The summary of a complete run that continues with more epochs is removed.
         """
         self.summary_path.unlink(missing_ok=True)
-        self._begun_with = {self.config: config.to_yaml(), self.environment: json.dumps(environment, indent=1) + "\n"}
-        for path, content in self._begun_with.items():
+        self._initial_files = {
+            self.config: config.to_yaml(),
+            self.environment: json.dumps(environment, indent=1) + "\n",
+        }
+        for path, content in self._initial_files.items():
             write_file(path, content)
         self.write_history(history)
 
     def restore(self) -> None:
         """Create the directory again, with settings and environment, after it was removed or moved."""
         make_directory(self.checkpoints)
-        for path, content in self._begun_with.items():
+        for path, content in self._initial_files.items():
             write_file(path, content)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:

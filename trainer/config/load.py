@@ -69,9 +69,9 @@ def find_recipe(recipe: Path, directory: Path = Path(), source: str = "") -> Pat
             found=f"{recipe}, {'the directory of a run' if is_run else 'a packed data set'}"
             + (f" ({source})" if source else ""),
             expected="a YAML file of settings, or the name of a recipe",
-            hint=f"{quote(path / 'config.yaml')}, the settings of this run"
+            hint=f"name its settings: {quote(path / 'config.yaml')}"
             if is_run
-            else f"quickstart {quote(f'data.shards={recipe}')}",
+            else f"name a recipe, for example: quickstart {quote(f'data.shards={recipe}')}",
         )
     names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
     near = difflib.get_close_matches(recipe.stem, names, n=3, cutoff=0.5)

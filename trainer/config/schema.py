@@ -215,8 +215,8 @@ class ModelConfig(BaseConfig):
     head_hidden: Width | None = None
     """Width of a hidden layer with ReLU before the classifier; null for none."""
     head_init_std: Annotated[float, Field(gt=0, le=100)] | None = None
-    """Std of the classifier's initial weights; null for the model's default (EfficientNet and MobileNet:
-    0.58/sqrt(classes), which starts overconfident with few classes)."""
+    """Std of the initial weights of the classifier, or of all if there are several; null for the model's default
+    (EfficientNet and MobileNet: 0.58/sqrt(classes), which starts overconfident with few classes)."""
     filters: tuple[Width, ...] | None = None
     """Output channels of the convolutions of cifar_cnn, lenet and numtadb models, as [32, 64]; null for their own."""
     kernel: Side | tuple[Side, ...] | None = None
@@ -275,8 +275,8 @@ class ScheduleConfig(BaseConfig):
 
     name: Literal[TorchSchedule, TimmSchedule] = "cosine"
     """Learning-rate schedule: one_cycle is OneCycleLR, warm_restarts is SGDR; plateau reduces the rate when
-    trainer.monitor stops improving; tanh, step, multistep, poly, wsd and rsqrt are timm's. The exponent of poly, which
-    is its option decay_rate, is 1 by default."""
+    trainer.monitor stops improving; tanh, step, multistep, poly, wsd and rsqrt are timm's. poly is linear by default;
+    its exponent is the option decay_rate."""
     options: Annotated[dict[str, Any], AfterValidator(_check_options)] = Field(default_factory=dict)
     """Further arguments of the schedule, as {div_factor: 10} for torch's OneCycleLR or {decay_epochs: 5} for timm's
     create_scheduler_v2."""

@@ -78,8 +78,8 @@ def log_class_weights(
 ) -> NDArray[np.float32]:
     """Compute the log w of `posthoc.tau`.
 
-    It is that of `training_logit_bias`. If that weights all classes equally, w is 1 / prior: tau=0 is then best for
-    accuracy, and tau=-1 is the post-hoc logit adjustment of Menon et al. 2021, https://arxiv.org/abs/2007.07314,
+    This is the logit bias of training (`training_logit_bias`). If it is equal for all classes, w is 1 / prior: tau=0 is
+    then best for accuracy, and tau=-1 is the post-hoc logit adjustment of Menon et al. 2021, https://arxiv.org/abs/2007.07314,
     equation 9.
 
     Returns:
@@ -94,8 +94,8 @@ def training_logit_bias(
 ) -> NDArray[np.float32]:
     """Compute the logit bias log w: the logits at the optimum of the loss are log p + log w.
 
-    w are the weights that loss and sampling give the classes: the class weights, times 1 / prior^a with logit
-    adjustment a, times the samples that class-balanced sampling draws over those that there are.
+    w = class weight * prior^-a * drawn / counts, where a is `loss.logit_adjustment`. Class weight and prior are
+    computed from `drawn`.
 
     Args:
         counts: [C], training samples of each class.

@@ -82,7 +82,8 @@ def saved_tensor_bytes(model: nn.Module, shape: tuple[int, int, int, int]) -> in
 def check_batch_sizes(training: Training) -> None:
     """Check that each rank has images in every batch of every epoch, and enough of them for batch norm.
 
-    The batches of a stage have one size, and the ranks' slices differ by at most one image.
+    The batches of a stage have one size, and the ranks' slices differ by at most one image. A warning names batches in
+    which an image would be mixed with its own copy.
 
     Raises:
         UserError: A batch is too small.
@@ -95,8 +96,8 @@ def check_batch_sizes(training: Training) -> None:
         repeats = config.loader.repeated_augmentation
         if config.mixup.prob and repeats > 1 and smallest < 2 * repeats:
             log.warning(
-                "loader.repeated_augmentation=%d with %d images for a rank: MixUp and CutMix mix some images with "
-                "themselves; raise loader.batch_size",
+                "loader.repeated_augmentation=%d with %d images per rank: MixUp and CutMix mix some images with copies "
+                "of themselves; raise loader.batch_size",
                 repeats,
                 smallest,
             )

@@ -116,10 +116,10 @@ class DistillationTeacher:
 
 
 def _remove_bias(teacher: TrainedModel, student: Config, logit_bias: NDArray[np.float32]) -> TrainedModel:
-    """Return the teacher with its logit bias as offsets. A teacher without class weights is returned as it is.
+    """Return the teacher with offsets that remove its logit bias, unchanged if the bias is equal for all classes.
 
-    A file of an earlier version does not hold the bias. It is then computed from the offsets and tau or, with the same
-    settings, it is that of the student.
+    A `best.pt` of an earlier version lacks the bias. It is then 0 if the teacher's settings weight all classes equally,
+    else offsets / tau, else that of a student with the same settings. Otherwise it stays, with a warning.
     """
     if teacher.members:
         members = (_remove_bias(member, student, logit_bias) for member in teacher.members)

@@ -128,9 +128,9 @@ class TimmSchedule:
     def __init__(self, optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int) -> None:
         """Build `schedule.name` with timm's `create_scheduler_v2`.
 
-        Two defaults differ from timm's. The warm-up rises from the n-th part of the learning rate, for n steps, as that
-        of the other schedules does, and not from 1e-5, which may be more than the learning rate. poly is linear: with
-        timm's exponent of 0.1, the learning rate of the last step would still be most of the first.
+        Two defaults differ from timm's. `warmup_lr` is the learning rate divided by the number of warm-up steps, where
+        the warm-up of cosine and warm_restarts starts too; timm's 1e-5 may be above the learning rate. `decay_rate`,
+        the exponent of poly, is 1; with timm's 0.1, the last of 1,000 steps would have half the learning rate.
 
         Raises:
             UserError: The installed timm has no such schedule.

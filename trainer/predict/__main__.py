@@ -228,8 +228,8 @@ def parse_arguments() -> argparse.Namespace:
         "images",
         nargs="+",
         metavar="IMAGES",
-        help="image files, directories of them, glob patterns, a CSV table (columns file and label), or a packed data "
-        "set (its test split, or a split), as directory or URL",
+        help="image files, directories of them, glob patterns, a CSV or TSV table (columns file and label), or a "
+        "packed data set (its test split, or a split), as directory or URL",
     )
     add("--csv", type=Path, metavar="FILE", help="write the predictions with all probabilities as CSV")
     add("--json", type=Path, metavar="FILE", help="write the predictions, and the metrics if there are labels, as JSON")

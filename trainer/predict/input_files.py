@@ -32,7 +32,7 @@ _PATH_COLUMNS = (*PATH_COLUMNS, "picture")
 _LABEL_COLUMNS = (*LABEL_COLUMNS, "truth", "character", "digit")
 _TABLES = (".csv", ".tsv")
 _KINDS = (
-    "image files (PNG, JPEG, WebP, BMP, GIF, TIFF), directories of them, patterns, a CSV table or a packed data set"
+    "image files (PNG, JPEG, WebP, BMP, GIF, TIFF), directories of them, patterns, a CSV or TSV table, or a packed set"
 )
 
 
@@ -136,7 +136,7 @@ def _image_files(files: list[Path], missing: str, directory: Path) -> list[Image
 
 
 def _image_path(directory: Path, name: str) -> Path:
-    """Return the path of an image from a table, in which it may lack its extension."""
+    """Return the path of an image in a table, which may omit the extension."""
     path = directory / name.replace("\\", "/")
     if path.exists():
         return path
@@ -144,11 +144,11 @@ def _image_path(directory: Path, name: str) -> Path:
 
 
 def _table(path: Path, predictor: Predictor) -> list[ImageFile]:
-    """Read the files and classes of a CSV table; paths are relative to its directory.
+    """Read the files and classes of a CSV or TSV table; paths are relative to its directory.
 
     Without column names, a row is a path and a class.
     """
-    expected = "a CSV file in UTF-8, with a path and a class per line; a first line of column names is optional"
+    expected = "a CSV or TSV file in UTF-8, with a path and a class per line; a first line of column names is optional"
     with os_errors_as_user_errors(path), corrupt_as_user_error(path, expected, "save the table again as CSV (UTF-8)"):
         table = read_csv(read_file(path, MAX_BYTES), str(path))
     if len(table.columns) > 1 and (path.parent / table.columns[0]).is_file():

@@ -53,7 +53,7 @@ def line_chart(
     low, high = min(values), max(values)
     margin = (abs(high) / 10 or 1.0) if math.isclose(low, high, rel_tol=1e-12) else 0.0
     ticks = list(map(float, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low - margin, high + margin)))
-    if is_percent:  # shares beyond 0 and 1 do not exist
+    if is_percent:  # a share is between 0 and 1
         ticks = [tick for tick in ticks if min(low, 0.0) <= tick <= max(high, 1.0)]
     count = max(len(line.values) for line in lines)
     places = places or range(1, count + 1)

@@ -359,7 +359,10 @@ def _validate(content: dict[str, Any], source: str) -> SearchConfig:
             found, expected = f"unknown key {name} in {source}", "one of the keys in python -m trainer.tune --help"
             settings = [setting for setting in config.SETTINGS if setting.split(".")[0] == name]
             of_dimensions = [key for model in (Range, Categorical, Conditional) for key in model.model_fields]
-            known = of_dimensions if loc[0] == "space" else [*SearchConfig.model_fields, *describe()]
+            known = [*SearchConfig.model_fields, *describe()]
+            if loc[0] == "space":
+                known = of_dimensions
+                expected = f"one of {', '.join(dict.fromkeys(of_dimensions))}"
             hint = f"for all trials: settings.{settings[0]}=..." if settings else _did_you_mean(loc[-1], known)
         elif first["type"] in ("missing", "union_tag_not_found"):
             kind = ".type" if first["type"] == "union_tag_not_found" else ""

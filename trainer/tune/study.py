@@ -96,13 +96,13 @@ class RunningTrial:
         self.values = {name: values[name] for name in search.space if name in values}
         self._earlier = float(trial.user_attrs.get("seconds", 0.0))  # in processes that held it before
         self._start = time.perf_counter()
-        self._epochs = int(trial.user_attrs.get("epochs", 0))  # that any process has reported
+        self._epochs = int(trial.user_attrs.get("epochs", 0))  # the most that any process has reported
         self.note(values=self.values)
 
     def report(self, epochs: int, metric: float) -> bool:
         """Report the mean metric after some epochs; returns whether to prune the trial."""
         self.note(seconds=self._earlier + time.perf_counter() - self._start)
-        if epochs > self._epochs:  # a process that dies after this does not die at the same place again
+        if epochs > self._epochs:  # progress: deaths are counted anew
             self._epochs = epochs
             self.note(epochs=epochs, starts=1)
         self._trial.report(metric, epochs)  # a step that was reported before is ignored

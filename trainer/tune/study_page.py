@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import time
 import warnings
 from collections import Counter
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -29,6 +30,7 @@ from trainer.tune.study import SharedStudy, TrialResult, can_rank, flat_study, o
 PAGE = "study.html"
 BEST = "best.yaml"
 _SHOWN = 20  # best trials of the table
+_WIDTH = 9.6  # of the page, in inches
 _BLUES = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.45, 1, 256)))  # without its faint part
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1"}
 
@@ -61,7 +63,7 @@ def write(study: SharedStudy, search: SearchConfig, base: Config, min_age: float
             ranked=ranking(results),
             counts=_counts(results),
             seconds=sum(result.seconds for result in results),
-            charts=_charts(flat_study(results, search, base), _METRICS[base.trainer.monitor], search.seeds_per_trial),
+            charts=_charts(results, search, base),
             shown_trials=_SHOWN,
             seeds=_seeds(search),
             recipe=recipe,
@@ -134,43 +136,64 @@ def _seeds(search: SearchConfig) -> str:
     return f"mean and standard deviation of {n} seeds" if n > 1 else "one seed"
 
 
-def _charts(study: optuna.Study, metric: str, seeds: int) -> dict[str, str]:
-    """Draw Optuna's plots as SVG by name, as far as there are enough trials."""
+def _charts(results: list[TrialResult], search: SearchConfig, base: Config) -> dict[str, str]:
+    """Draw plots as SVG by name, as far as there are enough trials. All but the learning curves are Optuna's."""
     plots = optuna.visualization.matplotlib
-    trials = study.get_trials(deepcopy=False)
-    names = list(trials[0].params) if trials else []
+    study, metric = flat_study(results, search, base), _METRICS[base.trainer.monitor]
+    names = list(search.space)
     charts = {}
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "figure.figsize": (4.6, 3)}):
         warnings.simplefilter("ignore")  # of a setting that had one value, about which a user can do nothing
         plt.switch_backend("agg")
-        if any(trial.intermediate_values for trial in trials):
-            axes = plots.plot_intermediate_values(study)
-            axes.set_xlabel("epoch" if seeds == 1 else f"epoch of {seeds} seeds, one after the other")
-            axes.set_ylabel(f"validation {metric}")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            charts["curves"] = _figure_to_svg(f"Validation {metric} by epoch", legend_outside=True)
-        if any(trial.value is not None for trial in trials):
-            plots.plot_optimization_history(study, target_name=f"validation {metric}")
-            charts["history"] = _figure_to_svg(f"Validation {metric} of each trial, and the best so far")
+        if any(result.curve for result in results):
+            _plot_curves(results, search.seeds_per_trial, base.trainer.epochs, metric)
+            charts["curves"] = _figure_to_svg(f"Validation {metric} by epoch", legend="right")
+        if any(result.mean is not None for result in results):
+            axes = plots.plot_optimization_history(study, target_name=f"validation {metric}")
+            axes.legend(["each trial", "best so far"], ncols=2)
+            axes.set_xlabel("trial")
+            charts["history"] = _figure_to_svg(f"Validation {metric} of each trial, and the best so far", legend="top")
             if can_rank(study):
-                plots.plot_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
+                axes = plots.plot_param_importances(
+                    study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+                )
+                axes.set_xlabel("importance")
+                axes.set_ylabel("")
                 charts["importances"] = _figure_to_svg("Importance of each setting", (4.6, 1 + 0.35 * len(names)))
             plots.plot_parallel_coordinate(study, target_name=metric)
             label = f"Parallel coordinates: {metric}, {', '.join(names)}"
-            charts["parallel"] = _figure_to_svg(label, (max(8.0, 1.6 * len(names) + 1.6), 4.2))
+            charts["parallel"] = _figure_to_svg(label, (max(_WIDTH, 1.6 * len(names) + 1.6), 4.2))
             plots.plot_slice(study, target_name=f"validation {metric}")
-            size = (max(8.0, 3.2 * len(names)), 3.4)
+            size = (max(_WIDTH, 3.2 * len(names)), 3.4)
             charts["slice"] = _figure_to_svg(f"Validation {metric} by each setting", size)
     return charts
 
 
-def _figure_to_svg(label: str, size: tuple[float, float] | None = None, legend_outside: bool = False) -> str:
+def _plot_curves(results: list[TrialResult], seeds: int, default_epochs: int, metric: str) -> None:
+    """Plot a line for each seed of each trial over the epochs of all its seeds, in a color for each trial."""
+    plt.style.use("ggplot")  # as Optuna does
+    _, axes = plt.subplots()
+    for result, color in zip(results, itertools.cycle(matplotlib.color_sequences["tab20"])):
+        epochs = result.values.get("trainer.epochs", default_epochs)
+        for seed in range(seeds):
+            line = [(step, mean) for step, mean in result.curve if seed * epochs < step <= (seed + 1) * epochs]
+            label = f"trial {result.number}" if seed == 0 else None
+            axes.plot([step for step, _ in line], [mean for _, mean in line], color=color, marker=".", label=label)
+    axes.set_xlabel("epoch" if seeds == 1 else f"epochs of {seeds} seeds, in sequence")
+    axes.set_ylabel(f"validation {metric}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+
+
+def _figure_to_svg(
+    label: str, size: tuple[float, float] | None = None, legend: Literal["right", "top"] = "right"
+) -> str:
     """Convert the current figure to SVG for inclusion in the page, without faint colours.
 
     Args:
         label: Accessible description.
         size: Width and height in inches; None for those of the figure.
-        legend_outside: Whether the legend is beside the plot and not in it.
+        legend: Place of the legend, outside of the plot.
     """
     figure = plt.gcf()
     if size:
@@ -178,6 +201,7 @@ def _figure_to_svg(label: str, size: tuple[float, float] | None = None, legend_o
     figure.suptitle("")
     for ax in figure.axes:
         ax.set_facecolor("none")  # the page inverts the plots on dark screens
+        ax.grid(visible=False)  # white, across the lines
         for place in ("left", "center"):
             ax.set_title("", loc=place)
         for line in ax.get_lines():
@@ -186,10 +210,11 @@ def _figure_to_svg(label: str, size: tuple[float, float] | None = None, legend_o
             collection.set_cmap(_BLUES)
         if len(figure.axes) > 2 and any(len(tick.get_text()) > 5 for tick in ax.get_xticklabels()):
             ax.tick_params(axis="x", rotation=30)
-        if (legend := ax.get_legend()) is not None:
-            legend.set_visible(1 < len(legend.get_texts()) <= 6)
-            legend.set_loc("upper left" if legend_outside else "lower right")
-            legend.set_bbox_to_anchor((1.02, 1) if legend_outside else (1, 0))
+        if (box := ax.get_legend()) is not None:
+            box.set_visible(1 < len(box.get_texts()) <= 6)
+            box.set_frame_on(False)
+            box.set_loc("upper left" if legend == "right" else "lower right")
+            box.set_bbox_to_anchor((1.02, 1) if legend == "right" else (1, 1))
     content = io.StringIO()
     figure.savefig(content, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)

@@ -140,7 +140,10 @@ def open_tree(path: Path, out: Path | None = None) -> FileTree:
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """Return the name of a member. Programs on Linux and macOS write UTF-8 without the flag that says so."""
+    """Return the name of a member.
+
+    Some zip files of Linux and macOS have UTF-8 names without the UTF-8 flag; zipfile decodes these as cp437.
+    """
     if info.flag_bits & _UTF8_FLAG:
         return info.filename
     try:

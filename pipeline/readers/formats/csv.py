@@ -38,7 +38,7 @@ class CsvTable:
         return f"{self.path} line {self.lines[row]}"
 
     def headed(self, columns: tuple[str, ...]) -> CsvTable:
-        """Return the table with these names of columns, and those that it has as its first row."""
+        """Return the table with these column names, and its present column names as the first row (line 1)."""
         rows, lines = [list(self.columns[: len(columns)]), *self.rows], [1, *self.lines]
         return CsvTable(self.path, columns, rows, lines)
 
@@ -84,13 +84,13 @@ def read_csv(content: bytes, path: str) -> CsvTable:
     first = text.lstrip().partition("\n")[0]
     by_count = sorted(_SEPARATORS, key=first.count, reverse=True)
     if path.lower().endswith(".tsv"):
-        by_count.sort(key="\t".__ne__)
+        by_count.sort(key="\t".__ne__)  # a tab first
     separators = [separator for separator in by_count if separator in first] or by_count[:1]
     faults = []
     for separator in separators:
         try:
             return _parse(text, separator, path)
-        except CorruptFileError as fault:  # a name of a column may contain another separator
+        except CorruptFileError as fault:  # another separator may occur more often in the column names
             faults.append(fault)
     raise faults[0]
 

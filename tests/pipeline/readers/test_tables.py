@@ -437,8 +437,9 @@ class TestParquet:
         assert train.columns["site"].tolist() == ["0-1", "0-2", "1-0", "1-2"]
         np.testing.assert_array_equal(read_all(train), [pixels(seed=seed) for seed in (1, 2, 3, 5)])
         printed = capsys.readouterr().err
-        assert f"skipped 2 rows of {tmp_path}/train-0.parquet: row 0, label -1" in printed
-        assert "the test split, in which no row has a label" in printed
+        assert "skipped 2 rows of the train split because of their labels" in printed
+        assert f"the first: {tmp_path}/train-0.parquet row 0, label -1" in printed
+        assert "the test split, in which no row has a valid label" in printed
 
     def test_rows_keep_their_numbers_when_others_are_skipped(self, tmp_path: Path) -> None:
         path = write_parquet(tmp_path / "a.parquet", hub_table([PICTURES[0], PICTURES[1], b"text"], [-1, 0, 1]))

@@ -164,4 +164,4 @@ def test_images_that_are_mixed_with_themselves_are_named(
     check_batch_sizes(training_of(64, ranks, model, load(QUICKSTART, overrides)))
     images = np.arange(16 // ranks) // repeats
     assert bool((images == np.roll(images, repeats)).any() and repeats > 1) == warns
-    assert ("mix some images with themselves" in caplog.text) == warns
+    assert ("mix some images with copies of themselves" in caplog.text) == warns
