@@ -32,7 +32,8 @@ _PATH_COLUMNS = (*PATH_COLUMNS, "picture")
 _LABEL_COLUMNS = (*LABEL_COLUMNS, "truth", "character", "digit")
 _TABLES = (".csv", ".tsv")
 _KINDS = (
-    "image files (PNG, JPEG, WebP, BMP, GIF, TIFF), directories of them, patterns, a CSV or TSV table, or a packed set"
+    "image files (PNG, JPEG, WebP, BMP, GIF, TIFF), directories of them, patterns, a CSV or TSV table, or a packed "
+    "data set"
 )
 
 

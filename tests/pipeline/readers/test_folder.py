@@ -355,7 +355,7 @@ class TestTables:
                 ("train", [0, 0, 1, 1]),
                 ("test", [0, 0, 1, 1]),
             ]
-            assert f"not used: {name}" in capsys.readouterr().err
+            assert f"not used as tables of the images: {name}" in capsys.readouterr().err
 
     def test_names_are_the_same_in_both_normal_forms(self, tmp_path: Path) -> None:
         composed, decomposed = "caf\u00e9", "cafe\u0301"
@@ -376,7 +376,7 @@ class TestTables:
         error = refusal(lambda: folder(write_tree(tmp_path / "one", {"img/1.png": picture(pixels()), "x.csv": notes})))
         assert "one class, 'img', and x.csv without a column of image files" in error.found
         assert folder(write_tree(tmp_path / "two", {**CLASSES, "x.csv": notes}))[0].classes == ("cat", "dog")
-        assert "not used: x.csv" in capsys.readouterr().err
+        assert "not used as tables of the images: x.csv" in capsys.readouterr().err
 
     @pytest.mark.parametrize("column", ["name", "class"])
     def test_a_table_of_the_classes_is_not_one_of_their_images(
@@ -390,7 +390,7 @@ class TestTables:
         classes = table(("id", column), ("0", "Cat"), ("1", "Dog"))
         (train,) = folder(write_tree(tmp_path, {**images, "classes.csv": classes}))
         assert (train.classes, train.class_counts().tolist()) == (("cat", "dog"), [5, 5])
-        assert "not used: classes.csv" in capsys.readouterr().err
+        assert "not used as tables of the images: classes.csv" in capsys.readouterr().err
 
     def test_images_that_no_table_lists_are_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.listed(tmp_path, labels=table(("path", "label"), ("3.png", "a"), ("x/1.png", "b")))
@@ -438,7 +438,7 @@ class TestTables:
         tables = {"train.csv": train, "test.csv": test, "sample_submission.csv": table(("id", "breed"), ("3", "pug"))}
         (only,) = folder(write_tree(tmp_path, {**images, **tables}))
         assert (paths(only), only.classes) == (["train/1.png", "train/2.png"], ("boxer", "pug"))
-        assert "not used: sample_submission.csv, test.csv" in capsys.readouterr().err
+        assert "not used as tables of the images: sample_submission.csv, test.csv" in capsys.readouterr().err
 
     @pytest.mark.parametrize("raw", ["in", "in/x/..", "link"])
     def test_absolute_paths_inside_the_directory_are_read(self, tmp_path: Path, raw: str) -> None:

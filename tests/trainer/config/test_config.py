@@ -533,7 +533,7 @@ def test_a_recipe_is_found_by_its_name_from_any_directory(tmp_path: Path, monkey
     error = mistake(tmp_path)
     assert error.found == f"{tmp_path}, a packed data set" and f"quickstart data.shards={tmp_path}" in error.hint
     (tmp_path / "config.yaml").write_text("data: {shards: own}\n")
-    assert mistake(tmp_path).hint.startswith(f"{tmp_path}/config.yaml")
+    assert mistake(tmp_path).hint == f"name its settings: {tmp_path}/config.yaml"
 
 
 def bounds_of(annotation: Any) -> Iterator[tuple[type, set[str]]]:
