@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.readers.download import Download
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 
 
@@ -48,5 +49,11 @@ class DatasetSource:
 
 @functools.cache
 def published(name: str) -> dict[str, Any]:
-    """Return the names, sizes and hashes of the files of a data set in `published.json`."""
+    """Return the names, sizes and hashes of the files of a data set, and more of it, in `published.json`."""
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))[name]
+
+
+def published_archive(name: str) -> Download:
+    """Return the archive of a data set that is published as one file."""
+    fields = published(name)
+    return Download(**fields | {"mirrors": tuple(fields.get("mirrors", ()))})

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.datasets.base import DatasetSource
+from pipeline.datasets.base import DatasetSource, published_archive
 from pipeline.readers.download import Download
 from pipeline.readers.naming import text_column
 from pipeline.readers.raw_dir import PublishedFiles, RawContent
@@ -51,24 +51,14 @@ class _Cifar:
 
 
 _CIFAR10 = _Cifar(
-    Download(
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        name="cifar-10-binary.tar.gz",
-        bytes=170_052_171,
-        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-    ),
+    published_archive("cifar10"),
     unpacked="cifar-10-batches-bin",
     label="CIFAR-10",
     files={"train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)), "test": ("test_batch.bin",)},
     variants={"": ("batches.meta.txt", 10)},
 )
 _CIFAR100 = _Cifar(
-    Download(
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        name="cifar-100-binary.tar.gz",
-        bytes=168_513_733,
-        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-    ),
+    published_archive("cifar100"),
     unpacked="cifar-100-binary",
     label="CIFAR-100",
     files={"train": ("train.bin",), "test": ("test.bin",)},

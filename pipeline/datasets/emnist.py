@@ -16,23 +16,16 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.datasets.base import DatasetSource
+from pipeline.datasets.base import DatasetSource, published_archive
 from pipeline.datasets.mnist_family import read_idx_splits, torchvision_folders
 from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
-from pipeline.readers.download import Download
 from pipeline.readers.formats.idx import check_pair
 from pipeline.readers.raw_dir import PublishedFiles, RawContent
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.errors import first_line
 from shards.manifest import REQUIRED_SPLITS, RawFile
 
-ARCHIVE = Download(
-    url="https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
-    name="gzip.zip",
-    bytes=561_753_746,
-    sha256="fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
-    mirrors=("https://www.itl.nist.gov/iaui/vip/cs_links/EMNIST/gzip.zip",),
-)
+ARCHIVE = published_archive("emnist")
 _MERGED = f"{string.digits}{string.ascii_uppercase}abdefghnqrt"
 # The class names, where the mapping file is missing: torchvision deletes it.
 _CLASSES = {

@@ -17,17 +17,7 @@ from pipeline.readers.naming import text_column
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.manifest import REQUIRED_SPLITS
 
-_PUBLISHED = published_in_gzip(
-    "https://raw.githubusercontent.com/facebookresearch/qmnist/master/",
-    [f"qmnist-{split}-{what}" for split in REQUIRED_SPLITS for what in ("images-idx3-ubyte", "labels-idx2-int")],
-    (
-        (9_704_059, "9e26a7bf1683614e065d7b76460ccd52807165b3f22561fb782bd9f38c52b51d"),
-        (463_024, "2c05dc77f6b916b38e455e97ab129a42a444f3dbef09b278a366f82904e0dd9f"),
-        (9_742_279, "43fc22bf7498b8fc98de98369d72f752d0deabc280a43a7bcc364ab19e57b375"),
-        (526_800, "9fbcbe594c3766fdf4f0b15c5165dc0d1e57ac604e01422608bb72c906030d06"),
-    ),
-    "QMNIST",
-)
+_PUBLISHED = published_in_gzip("qmnist", torchvision="QMNIST")
 _COLUMNS = 8  # class, series, writer, number of the digit of this writer, ... (section 2.2 of its page)
 _SERIES, _WRITER = 1, 2
 _MNIST_TEST_SIZE = 10_000
