@@ -1,11 +1,12 @@
-"""Contact sheet of a packed data set: raw images next to the model input, by class.
+"""Draw a contact sheet of a packed data set: raw images next to the model input.
 
-python -m pipeline.preview DIR [--out FILE] [--resolution N]
+    python -m pipeline.preview DIR [--out FILE] [--resolution N]
+
+The sheet shows a few examples of each class.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.transforms.build import build_transform, choose_backend
 from pipeline.transforms.preprocess import MAX_RESOLUTION, NO_PREPROCESSING, Preprocessing, Resolution, format_size
 from pipeline.transforms.spec import TransformSpec
 from shards.atomic import check_writable, write_file
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import UserError
 from shards.open import open_dataset_or_split
 from shards.remote.datasets import is_remote, resolve_dataset
@@ -205,10 +206,7 @@ def _font_file(letters: frozenset[int]) -> str | None:
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("pipeline.preview"),
-        description="Draw a contact sheet of a packed data set: raw images next to the model input.",
-    )
+    parser = command_parser("pipeline.preview", __doc__)
     parser.add_argument(
         "dataset", metavar="DIR", help="packed data set (its train split) or one split; a directory or a URL"
     )

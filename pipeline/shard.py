@@ -1,4 +1,4 @@
-"""Pack a data set into shards.
+"""Pack a data set into shards, with the splits train, test and (optionally) val.
 
 python -m pipeline.shard emnist                              download if required, pack ByClass
 python -m pipeline.shard emnist --split balanced --raw DIR   read files that you have
@@ -28,7 +28,7 @@ from pipeline.readers.formats.csv import CsvTable
 from pipeline.readers.naming import warn
 from pipeline.readers.raw_split import RawSplit, SourceOptions
 from shards.atomic import check_is_file
-from shards.cli import plural, program_name, run_command
+from shards.cli import command_parser, plural, run_command
 from shards.errors import UserError, printable, quote
 from shards.manifest import Manifest
 from shards.remote.datasets import is_remote, resolve_dataset, resolve_files
@@ -47,9 +47,9 @@ _SPLIT_DEFAULTS = {"test_fraction": None, "val_fraction": None, "stratify": "", 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("pipeline.shard"),
-        description="Pack a data set into shards, with the splits train, test and (optionally) val.",
+    parser = command_parser(
+        "pipeline.shard",
+        __doc__,
         epilog="Data sets: " + "; ".join(f"{name}: {find_source(name).description}" for name in source_names()),
     )
     parser.add_argument("source", metavar="SOURCE", help=f"data set: {', '.join(source_names())}")

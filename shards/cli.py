@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import logging
@@ -72,9 +73,18 @@ def hide_credentials() -> None:
         sys.stderr.write = lambda text: write(redact(text))  # type: ignore[method-assign]
 
 
-def program_name(module: str) -> str:
-    """Return the name of a command for its help: `inkstream COMMAND` if it was started so, else `python -m MODULE`."""
-    return sys.argv[0] if sys.argv[0].startswith("inkstream ") else f"python -m {module}"
+def command_parser(module: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """Return the parser of a command, whose help names it as it was started: `inkstream COMMAND` or `python -m MODULE`.
+
+    Args:
+        module: The module of the command.
+        description: Text whose first line describes the command in its help, in general the docstring of the module.
+            `python -OO` removes docstrings; None is no description.
+        options: Further arguments of `ArgumentParser`.
+    """
+    program = sys.argv[0] if sys.argv[0].startswith("inkstream ") else f"python -m {module}"
+    first_line = description.partition("\n")[0] if description else None
+    return argparse.ArgumentParser(prog=program, description=first_line, **options)
 
 
 def plural(count: int, noun: str, ending: str = "s") -> str:

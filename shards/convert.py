@@ -12,7 +12,6 @@ the arrays of version 3; its shards stay as they are.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shards.atomic import detect_replacement, file_lock, replace_directory
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import CorruptError, UserError, os_errors_as_user_errors, quote
 from shards.manifest import (
     ARRAYS,
@@ -268,9 +267,9 @@ def _differs(faults: list[str]) -> CorruptError:
 
 def main() -> int:
     """Run the command. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("shards.convert"),
-        description="Convert a packed data set to another store and compare every sample with SRC. Without DST, "
+    parser = command_parser(
+        "shards.convert",
+        "Convert a packed data set to another store and compare every sample with SRC. Without DST, "
         f"upgrade SRC to format version {VERSION} in place.",
         epilog="If SRC already has the requested store it is rewritten, for example with another --compression.",
     )

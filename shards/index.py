@@ -1,4 +1,4 @@
-"""Adopt WebDataset shards of other tools (one image per record) as a packed data set, without rewriting them.
+"""Adopt WebDataset shards of other tools as a packed data set, without rewriting them.
 
     python -m shards.index DIR [--classes FILE]
 
@@ -13,7 +13,6 @@ then a manifest per split.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shards.atomic import created_directory, detect_replacement, file_lock, read_file, write_file
-from shards.cli import plural, program_name, run_command
+from shards.cli import command_parser, plural, run_command
 from shards.errors import MismatchError, NotFoundError, UserError, os_errors_as_user_errors, printable, quote
 from shards.limits import available_cpus
 from shards.manifest import (
@@ -454,10 +453,7 @@ def _link(shards: list[Path], directory: Path) -> None:
 
 def main() -> int:
     """Run the command. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("shards.index"),
-        description="Adopt WebDataset shards of other tools as a packed data set, without rewriting them.",
-    )
+    parser = command_parser("shards.index", __doc__)
     parser.add_argument("directory", metavar="DIR", help="holds train/*.tar and test/*.tar, or is one split")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line (default: the labels)")
     arguments = parser.parse_args()

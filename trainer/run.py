@@ -1,4 +1,4 @@
-"""Command: train a recipe and write its report.
+"""Train a recipe and write its report.
 
 python -m trainer.run configs/quickstart.yaml [key=value ...] [--dry-run]
 torchrun --nproc_per_node=2 -m trainer.run configs/byclass.yaml
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from trainer.config.base import add_recipe_arguments, settings_help
 from trainer.config.schema import Config
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.run"),
-        description="Train a recipe and write its report.",
+    parser = command_parser(
+        "trainer.run",
+        __doc__,
         epilog=f"settings (in the file, or key=value):\n{settings_help(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

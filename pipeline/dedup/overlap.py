@@ -12,7 +12,6 @@ are the same if their upright pixels are identical.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from pipeline.packing.repack import packed_splits
 from pipeline.readers.naming import TEST, TRAIN
 from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable, detect_replacement
-from shards.cli import plural, program_name, run_command
+from shards.cli import command_parser, plural, run_command
 from shards.errors import UserError
 from shards.manifest import REQUIRED_SPLITS, VALIDATION, Manifest, manifest_paths
 from shards.remote.datasets import resolve_dataset
@@ -78,10 +77,7 @@ def _identity(directory: Path) -> str:
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("pipeline.dedup.overlap"),
-        description="Find the images of one packed data set that are in another, and write the data set without them.",
-    )
+    parser = command_parser("pipeline.dedup.overlap", __doc__)
     add = parser.add_argument
     add("set", metavar="A", help="packed data set: directory or URL")
     add("other", metavar="B", help="packed data set to compare with: directory or URL")

@@ -7,10 +7,8 @@ The exit status is 0 if every file is as it was packed, 2 otherwise.
 
 from __future__ import annotations
 
-import argparse
-
 from shards.atomic import detect_replacement
-from shards.cli import plural, program_name, run_command
+from shards.cli import command_parser, plural, run_command
 from shards.manifest import manifest_paths
 from shards.remote.datasets import resolve_dataset
 from shards.verify.check import check_split, corrupt_files, split_directories
@@ -18,10 +16,7 @@ from shards.verify.check import check_split, corrupt_files, split_directories
 
 def main() -> int:
     """Run the command. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("shards.verify"),
-        description="Check packed shards: count, hash and decode every block, and list the damaged ones.",
-    )
+    parser = command_parser("shards.verify", __doc__)
     parser.add_argument("place", metavar="DIR", help="directory or address of a packed data set, or of one split of it")
     directory = resolve_dataset(parser.parse_args().place, whole=True)
     all_faults = []

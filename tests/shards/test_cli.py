@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from shards.cli import command_parser
+
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     program = f"from shards.cli import run_command\n{code}"
@@ -19,6 +21,22 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )
+
+
+def test_a_parser_describes_a_command_by_the_first_line_of_its_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    parser = command_parser("shards.verify", "Check shards.\n\nMore.", epilog="The end.")
+    assert (parser.prog, parser.description, parser.epilog) == ("python -m shards.verify", "Check shards.", "The end.")
+    monkeypatch.setattr(sys, "argv", ["inkstream verify"])
+    assert command_parser("shards.verify", "Check shards.").prog == "inkstream verify"
+
+
+def test_a_command_without_docstrings_has_a_help() -> None:
+    process = subprocess.run(
+        [sys.executable, "-OO", "-m", "shards.verify", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.startswith("usage: python -m shards.verify")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -1,20 +1,19 @@
-"""Evaluate a run on every sample of a split, once.
+"""Evaluate a run on a packed data set with the same classes.
 
     python -m trainer.evaluate RUN_DIR SHARDS [--json FILE]
 
-SHARDS is a packed data set with the classes of the run (its test split is evaluated) or one split of it. FILE receives
-the metrics that `summary.json` holds.
+SHARDS is a packed data set with the classes of the run (its test split is evaluated) or one split of it. Every sample
+of the split is evaluated once. FILE receives the metrics that `summary.json` holds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from pipeline.common.process_group import report_errors_on_main
 from shards.atomic import check_writable, write_file
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.evaluator import evaluate_run
 from trainer.runtime.distributed import init_distributed
@@ -22,10 +21,7 @@ from trainer.runtime.distributed import init_distributed
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.evaluate"),
-        description="Evaluate a run on a packed data set with the same classes.",
-    )
+    parser = command_parser("trainer.evaluate", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
     parser.add_argument("shards", metavar="SHARDS", help="directory or address of a packed data set or a split")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics to this file")

@@ -1,16 +1,16 @@
-"""Command: combine runs into one model, which evaluate, predict, export and distillation accept like a run.
+"""Combine runs into one model, an ensemble or a soup, and evaluate it on the test split.
 
     python -m trainer.export.ensemble RUN RUN ... --out DIR [--soup uniform|greedy]
 
-An ensemble predicts the mean of the runs' calibrated probabilities, at the sum of their costs. A soup is one network
-with the mean of the runs' weights, at the cost of one; it takes runs that started from the same weights, such as
-fine-tuned ones. A greedy soup adds runs, the best first, as long as the metric of the validation split
-(`trainer.monitor`) does not fall. Wortsman et al. 2022, Model soups, https://arxiv.org/abs/2203.05482.
+Evaluation, prediction, export and distillation accept the model like a run. An ensemble predicts the mean of the runs'
+calibrated probabilities, at the sum of their costs. A soup is one network with the mean of the runs' weights, at the
+cost of one; it takes runs that started from the same weights, such as fine-tuned ones. A greedy soup adds runs, the
+best first, as long as the metric of the validation split (`trainer.monitor`) does not fall. Wortsman et al. 2022, Model
+soups, https://arxiv.org/abs/2203.05482.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 from pipeline.loader import Loader
 from shards.atomic import make_directory, replace_directory, replace_file
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import UserError
 from shards.manifest import VALIDATION, has_split
 from shards.remote.datasets import resolve_dataset
@@ -246,10 +246,7 @@ def _describe(path: Path, summary: dict[str, Any]) -> str:
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.export.ensemble"),
-        description="Combine runs into one model, an ensemble or a soup, and evaluate it on the test split.",
-    )
+    parser = command_parser("trainer.export.ensemble", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run directories, two or more")
     add("--out", type=Path, required=True, metavar="DIR", help="directory of the result, used like a run directory")

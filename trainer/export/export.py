@@ -1,15 +1,14 @@
-"""Export a run's model with a model card, after comparing it with the trainer on test images.
+"""Export a run's model, after comparing it with the trainer on test images.
 
     python -m trainer.export RUN --format onnx|safetensors|torch-export [--out FILE_OR_DIR] [--shards SHARDS]
 
 onnx and torch-export contain everything between raw uint8 images as stored on disk and probabilities: preprocessing,
 orientation, resize, normalization, model, post-hoc logit adjustment and temperature. safetensors contains the weights,
-for timm or plain torch.
+for timm or plain torch. A model card (README.md) is written beside the file.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import nn
 from pipeline.transforms.spec import TransformSpec
 from shards import Manifest, UserError
 from shards.atomic import check_writable, created_directory, write_file
-from shards.cli import program_name
+from shards.cli import command_parser
 from shards.errors import quote
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.checkpoint.trained_model import TrainedModel
@@ -164,10 +163,7 @@ def _target(run: Path, format_name: str, out: Path | None) -> Path:
 
 def main() -> int:
     """Run the command. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.export"),
-        description="Export a run's model, after comparing it with the trainer on test images.",
-    )
+    parser = command_parser("trainer.export", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--format", choices=tuple(SUFFIXES), required=True, help="file format")
     parser.add_argument("--out", type=Path, metavar="FILE_OR_DIR", help="file or directory (default RUN/export/FORMAT)")

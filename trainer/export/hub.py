@@ -1,4 +1,4 @@
-"""Command: push a run to the Hugging Face Hub, or pull one.
+"""Push a run to the Hugging Face Hub, or pull one.
 
     python -m trainer.export.hub push RUN USER/NAME
     python -m trainer.export.hub pull USER/NAME DIR
@@ -11,7 +11,6 @@ trainer.export RUN --format safetensors`), the weights and the model card are pu
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors import SafetensorError, safe_open
 
 from shards.atomic import replace_directory
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import UserError, os_errors_as_user_errors, quote, refusal
 from trainer.checkpoint.completed_run import CompletedRun
 
@@ -113,11 +112,7 @@ def _errors_of_hub(repository: str) -> Iterator[None]:
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.export.hub"),
-        description="Push a run to the Hugging Face Hub, or pull one.",
-        epilog="push RUN USER/NAME, or pull USER/NAME DIR",
-    )
+    parser = command_parser("trainer.export.hub", __doc__, epilog="push RUN USER/NAME, or pull USER/NAME DIR")
     parser.add_argument("action", choices=("push", "pull"), help="direction")
     parser.add_argument("source", metavar="SOURCE", help="run directory to push, or USER/NAME to pull")
     parser.add_argument("target", metavar="TARGET", help="USER/NAME to push to, or new directory of the run to pull")

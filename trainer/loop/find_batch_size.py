@@ -1,4 +1,4 @@
-"""Command: find the largest batch size that fits into memory, and the fastest.
+"""Find the largest batch size that fits into memory, and the fastest.
 
     python -m trainer.loop.find_batch_size configs/byclass.yaml [key=value ...]
 
@@ -8,7 +8,6 @@ sufficient, then bisects. No file is written, except the input statistics of the
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 
 from pipeline.loader import Batch
 from pipeline.transforms.preprocess import format_size
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import UserError
 from trainer.config import load as config
 from trainer.config.base import add_recipe_arguments
@@ -154,10 +153,7 @@ class BatchSizeRunner:
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.loop.find_batch_size"),
-        description="Find the largest batch size that fits into memory, and the fastest.",
-    )
+    parser = command_parser("trainer.loop.find_batch_size", __doc__)
     add_recipe_arguments(parser)
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)

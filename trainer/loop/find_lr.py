@@ -1,4 +1,4 @@
-"""Command: find a learning rate by a range test.
+"""Find a learning rate by a range test: steps with growing rates.
 
     python -m trainer.loop.find_lr configs/byclass_cpu.yaml [key=value ...] [--out DIR]
 
@@ -9,7 +9,6 @@ and `find-lr.svg`. No run is written.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.loader import Batch
 from shards.atomic import created_directory, replace_file, write_file
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import UserError
 from trainer.config import load as config
 from trainer.config.base import add_recipe_arguments
@@ -144,10 +143,7 @@ def write_plot(path: Path, result: RangeTest) -> None:
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.loop.find_lr"),
-        description="Find a learning rate by a range test: steps with growing rates.",
-    )
+    parser = command_parser("trainer.loop.find_lr", __doc__)
     add_recipe_arguments(parser)
     parser.add_argument("--lowest", type=float, default=1e-6, metavar="LR", help="first learning rate (default: 1e-6)")
     parser.add_argument("--highest", type=float, default=10.0, metavar="LR", help="last learning rate (default: 10)")

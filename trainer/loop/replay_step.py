@@ -1,16 +1,15 @@
-"""Command: replay the training step whose loss or gradient is not finite, and list the layers where the value arises.
+"""Replay a saved training step whose loss or gradient is not finite.
 
     python -m trainer.loop.replay_step runs/NAME/DATE/nonfinite/epoch-2-step-17.pt
 
-The file holds the inputs of the step. `shares` has the batch of each rank: images (float32 [n, C, H, W], the model
-input before mixup), labels and rows (int64 [n]). `model` holds the weights, and `weights` describes them. Further keys
-are `config`, `class_weights`, `logit_shift`, `logit_bias`, `epoch` and `step` (from 0).
-`torch.load(FILE, weights_only=True)` reads it.
+The command lists the layers where the value arises. The file holds the inputs of the step. `shares` has the batch of
+each rank: images (float32 [n, C, H, W], the model input before mixup), labels and rows (int64 [n]). `model` holds the
+weights, and `weights` describes them. Further keys are `config`, `class_weights`, `logit_shift`, `logit_bias`, `epoch`
+and `step` (from 0). `torch.load(FILE, weights_only=True)` reads it.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from pipeline.common.device import choose_device
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import errors_as_corrupt
 from trainer.checkpoint import io as checkpoint
 from trainer.checkpoint.trained_model import load_model
@@ -82,10 +81,7 @@ def replay_step(state: dict[str, Any], rank: int, device: torch.device) -> tuple
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.loop.replay_step"),
-        description="Replay a saved training step whose loss or gradient is not finite.",
-    )
+    parser = command_parser("trainer.loop.replay_step", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="file that the run saved under nonfinite/")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model")
     arguments = parser.parse_args()

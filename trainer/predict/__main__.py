@@ -1,4 +1,4 @@
-"""Command: predict images with a trained model.
+"""Predict images with a trained model.
 
     python -m trainer.predict RUN_DIR IMAGES... [--csv FILE] [--json FILE] [--sheet FILE.png] [--embeddings FILE]
 
@@ -27,7 +27,7 @@ from pipeline.preview import to_png
 from pipeline.readers.formats.csv import format_csv
 from pipeline.transforms.spec import UndecodableImage
 from shards.atomic import check_writable, replace_file, write_file
-from shards.cli import plural, program_name, run_command
+from shards.cli import command_parser, plural, run_command
 from shards.errors import UserError
 from trainer.checkpoint.trained_model import check_run_is_first
 from trainer.evaluate.calibration import calibration_error
@@ -217,9 +217,9 @@ def to_csv(record: dict[str, Any], classes: tuple[str, ...]) -> list[object]:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line and check that the files can be written."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.predict"),
-        description="Predict images with a trained model.",
+    parser = command_parser(
+        "trainer.predict",
+        __doc__,
         epilog="Exit status: 0; 1 if an image is unusable (the others are predicted); 2 for an error in the command.",
     )
     add_run_arguments(parser)

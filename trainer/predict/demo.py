@@ -1,4 +1,4 @@
-"""Command: draw a character in the browser and see the prediction of a trained model.
+"""Draw a character in the browser and see the prediction of a trained model.
 
     python -m trainer.predict.demo RUN_DIR [--port N]
 
@@ -30,7 +30,7 @@ from pipeline.preview import to_pil_image
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as images
 from shards import UserError
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import quote
 from trainer.predict.predictor import Predictor, add_run_arguments
 from trainer.report.html import image_url, render
@@ -247,10 +247,7 @@ def _port(text: str) -> int:
 
 def main() -> int:
     """Run the command until Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.predict.demo"),
-        description="Draw a character in the browser and see the prediction of a trained model.",
-    )
+    parser = command_parser("trainer.predict.demo", __doc__)
     add_run_arguments(parser)
     parser.add_argument(
         "--port", type=_port, default=_PORT, metavar="N", help=f"port on this machine (default {_PORT}; 0: a free port)"

@@ -1,4 +1,4 @@
-"""Command: find training images whose label is probably wrong.
+"""Find training images whose label is probably wrong, by cross-validation and confident learning.
 
     python -m trainer.predict.label_errors RECIPE [key=value ...] [--folds 5] [--out DIR]
 
@@ -13,7 +13,6 @@ Folds that are complete are not trained again, so they can be trained in advance
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from pipeline.common.labelled_samples import LabelledSamples
 from pipeline.common.process_group import report_errors_on_main
 from pipeline.readers.formats.csv import format_csv
 from shards.atomic import write_file
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import UserError, quote
 from shards.open import open_split
 from shards.remote.datasets import resolve_dataset
@@ -153,10 +152,7 @@ def write_results(predictions: OutOfFold, suspicious: NDArray[np.int64], store: 
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.predict.label_errors"),
-        description="Find training images whose label is probably wrong, by cross-validation and confident learning.",
-    )
+    parser = command_parser("trainer.predict.label_errors", __doc__)
     add_recipe_arguments(parser)
     add = parser.add_argument
     add("--folds", type=int, default=5, metavar="N", help="parts of the training split, 2 or more (default 5)")

@@ -1,17 +1,18 @@
-"""Command: a contact sheet of a recipe's training images, raw beside preprocessed and augmented, by class.
+"""Draw a contact sheet of a recipe's training images: raw beside preprocessed and augmented.
 
-python -m trainer.predict.preview CONFIG [key=value ...] [--out FILE]
+    python -m trainer.predict.preview CONFIG [key=value ...] [--out FILE]
+
+The sheet shows a few examples of each class.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from pipeline.common.device import choose_device
 from pipeline.preview import contact_sheet, save_png
 from shards.atomic import check_writable
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.open import open_split
 from shards.remote.datasets import resolve_dataset
 from trainer.config import load as config
@@ -21,10 +22,7 @@ from trainer.models.auto import resolve_auto
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.predict.preview"),
-        description="Draw a contact sheet of a recipe's training images: raw beside preprocessed and augmented.",
-    )
+    parser = command_parser("trainer.predict.preview", __doc__)
     add_recipe_arguments(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("preview.png"), metavar="FILE", help="PNG to write (default preview.png)"

@@ -1,4 +1,4 @@
-"""Command: label images by a model's own confident predictions.
+"""Label images by a model's own confident predictions.
 
     python -m trainer.predict.pseudo_label RUN_DIR IMAGES... [--split train] --confidence 0.95 --csv FILE
     python -m trainer.predict.pseudo_label RUN_DIR IMAGES... --confidence 0.95 --add-to SET --out DIR
@@ -30,7 +30,7 @@ from pipeline.packing.repack import concatenate, packed_split, packed_splits
 from pipeline.readers.formats.csv import format_csv
 from pipeline.readers.raw_split import RawSplit
 from shards.atomic import check_writable, detect_replacement, write_file
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import UserError, quote
 from shards.manifest import SPLITS, VALIDATION, Manifest, has_split, manifest_paths
 from shards.open import open_dataset_or_split
@@ -192,10 +192,7 @@ def probability(text: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.predict.pseudo_label"),
-        description="Label images by a model's own confident predictions.",
-    )
+    parser = command_parser("trainer.predict.pseudo_label", __doc__)
     add_run_arguments(parser)
     add = parser.add_argument
     add(

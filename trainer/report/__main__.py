@@ -1,4 +1,4 @@
-"""Command: write the report of a run again, or a page that compares several runs.
+"""Write report.html of a complete run again, or a page that compares several runs.
 
 python -m trainer.report RUN [--shards SHARDS]
 python -m trainer.report RUN RUN ... [--out FILE.html]
@@ -6,11 +6,10 @@ python -m trainer.report RUN RUN ... [--out FILE.html]
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from shards.atomic import check_writable, write_file
-from shards.cli import program_name, run_command
+from shards.cli import command_parser, run_command
 from shards.errors import UserError
 from trainer.checkpoint.completed_run import CompletedRun
 from trainer.report import compare_page, run_page
@@ -18,10 +17,7 @@ from trainer.report import compare_page, run_page
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.report"),
-        description="Write report.html of a complete run again, or a page that compares several runs.",
-    )
+    parser = command_parser("trainer.report", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, metavar="FILE", help="page of the comparison (default comparison.html)")
     parser.add_argument("--shards", metavar="SHARDS", help="the run's packed data set, if it has been moved")

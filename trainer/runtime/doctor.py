@@ -1,14 +1,14 @@
-"""Command: report GPU, driver, versions and limits of this machine, with the command that fixes whatever is missing.
+"""Report what this machine offers for training, and the command that fixes whatever is missing.
 
     inkstream doctor
 
-The report takes less than two seconds, so neither torch nor DALI is imported: their versions are read from their files.
-The exit status is 1 if training cannot work, and 0 if it can, for instance without a GPU.
+The report covers GPU, driver, versions and limits. It takes less than two seconds, so neither torch nor DALI is
+imported: their versions are read from their files. The exit status is 1 if training cannot work, and 0 if it can, for
+instance without a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import netrc
@@ -28,7 +28,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.cli import plural, program_name, run_command
+from shards.cli import command_parser, plural, run_command
 from shards.errors import UserError, first_line, quote
 from shards.limits import available_cpus
 from trainer.runtime.env_info import (
@@ -326,8 +326,7 @@ def _size(count: int) -> str:
 
 def main() -> int:
     """Run the command."""
-    description = "Report what this machine offers for training, and the command that fixes whatever is missing."
-    argparse.ArgumentParser(prog=program_name("trainer.runtime.doctor"), description=description).parse_args()
+    command_parser("trainer.runtime.doctor", __doc__).parse_args()
     findings = diagnose()
     print(format_report(findings))
     return int(any(finding.status == "error" for finding in findings))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.common.process_group import world_size
 from shards import open_split
-from shards.cli import Terminated, program_name, run_command
+from shards.cli import Terminated, command_parser, run_command
 from shards.errors import UserError, quote
 from shards.manifest import VALIDATION, has_split
 from shards.remote.datasets import resolve_dataset
@@ -25,9 +25,9 @@ _MAX_WORKERS = 1024
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("trainer.tune"),
-        description="Hyperparameter search over the settings of a recipe, with the validation split as the objective.",
+    parser = command_parser(
+        "trainer.tune",
+        __doc__,
         epilog=f"keys (in the file, or key=value):\n{settings_help(search_space.SearchConfig)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
