@@ -31,6 +31,7 @@ PAGE = "study.html"
 BEST = "best.yaml"
 _SHOWN = 20  # best trials of the table
 _WIDTH = 9.6  # of the page, in inches
+_PRINTED = 5  # best trials in the terminal
 _BLUES = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.45, 1, 256)))  # without its faint part
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1"}
 
@@ -83,10 +84,10 @@ def format_result(result: TrialResult) -> str:
     return f"trial {result.number} {result.state}{score}: {format_values(result.values)}"
 
 
-def format_table(results: list[TrialResult], rows: int = 5) -> str:
+def format_table(results: list[TrialResult]) -> str:
     """The number of trials by state, and the best trials as lines."""
     lines = [f"trials      {_counts(results) or 'none'}"]
-    for result in ranking(results)[:rows]:
+    for result in ranking(results)[:_PRINTED]:
         lines.append(f"{format_score(result):<20}  trial {result.number}: {format_values(result.values)}")
     return "\n".join(lines)
 
