@@ -15,23 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from pipeline.ink.geometry import InkFrame, NoInkError, find_ink, frame_ink, limit_size
+from pipeline.ink.geometry import InkFrame, find_ink, frame_ink, limit_size
 from pipeline.ink.shading import remove_shading
-from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as pictures
 from shards.stores.base import Store
 
 _MEASURED_IMAGES = 256
 _UNCHANGED = "unchanged"
 _FITS = ("pad", "crop", "stretch")
-
-
-class UnusableImageError(Exception):
-    """An image is damaged or has no content. The message states the reason."""
-
-
-class BlankImageError(UnusableImageError):
-    """An image is intact but has no content."""
 
 
 class AdaptedImage(NamedTuple):
@@ -101,22 +92,17 @@ class InputAdapter:
                 RGB, palette, with transparency or 16 bits.
 
         Raises:
-            UnusableImageError: The file is damaged.
-            BlankImageError: The image has no content.
+            CorruptFileError: The file is damaged.
+            NoInkError: The data set consists of ink, and the image has none.
         """
         height, width, channels = self.image_shape
-        try:
-            if self.frame is not None:
-                return self._adapt_ink(pictures.decode(content, channels, None))
-            header = pictures.header(content)
-            if height is None or width is None:
-                png = pictures.encode_png(pictures.decode(content, channels, None), compress_level=1)
-                return AdaptedImage(np.frombuffer(png, np.uint8), _UNCHANGED)
-            image = pictures.decode(content, channels, (height, width), self.fit)
-        except CorruptFileError as error:
-            raise UnusableImageError(str(error)) from None
-        except NoInkError as error:
-            raise BlankImageError(str(error)) from None
+        if self.frame is not None:
+            return self._adapt_ink(pictures.decode(content, channels, None))
+        header = pictures.header(content)
+        if height is None or width is None:
+            png = pictures.encode_png(pictures.decode(content, channels, None), compress_level=1)
+            return AdaptedImage(np.frombuffer(png, np.uint8), _UNCHANGED)
+        image = pictures.decode(content, channels, (height, width), self.fit)
         if (header.height, header.width) == (height, width):
             return AdaptedImage(image, _UNCHANGED)
         return AdaptedImage(image, f"resized from {header.height}x{header.width} to {height}x{width} ({self.fit})")

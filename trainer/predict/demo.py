@@ -25,7 +25,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.ink.adapter import BlankImageError, UnusableImageError
+from pipeline.ink.geometry import NoInkError
 from pipeline.preview import to_pil_image
 from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.formats import image as images
@@ -75,18 +75,15 @@ class DrawingClassifier:
             a data URL; `size`: its height and width in pixels.
 
         Raises:
-            UnusableImageError: The content is not an image, or is too large.
+            CorruptFileError: The content is not an image, or is too large.
         """
-        try:
-            header = images.header(content)
-        except CorruptFileError as error:
-            raise UnusableImageError(str(error)) from None
+        header = images.header(content)
         if header.width * header.height > _MAX_PIXELS:
-            raise UnusableImageError(f"{header.height} x {header.width} pixels, more than {_MAX_PIXELS:,}")
+            raise CorruptFileError(f"{header.height} x {header.width} pixels, more than {_MAX_PIXELS:,}")
         with self._lock:
             try:
                 adapted = self.predictor.adapter.adapt(content)
-            except BlankImageError:
+            except NoInkError:
                 return {"top": []}
             probabilities, (pixels, *_), _ = self.predictor.predict([adapted.image])
         classes = (-probabilities[0]).argsort(kind="stable")[:_TOP].tolist()
@@ -152,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.extend(self.connection, _ANSWER_TIMEOUT)
         try:
             answer = self.server.classifier.classify(drawing)
-        except UnusableImageError as error:
+        except CorruptFileError as error:
             return self._refuse(HTTPStatus.BAD_REQUEST, str(error))
         self._send(HTTPStatus.OK, json.dumps(answer).encode(), "application/json")
 

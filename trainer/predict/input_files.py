@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ink.adapter import InputAdapter, UnusableImageError
+from pipeline.ink.adapter import InputAdapter
+from pipeline.ink.geometry import NoInkError
 from pipeline.readers.archives.file_trees import DirectoryTree
-from pipeline.readers.archives.files import corrupt_as_user_error
+from pipeline.readers.archives.files import CorruptFileError, corrupt_as_user_error
 from pipeline.readers.formats.csv import read_csv
 from pipeline.readers.formats.image import EXTENSIONS
 from pipeline.readers.layout import LABEL_COLUMNS, PATH_COLUMNS, is_image
@@ -116,7 +117,7 @@ def _read(file: ImageFile, adapter: InputAdapter) -> Sample:
     name = printable(str(file.path))
     try:
         adapted = adapter.adapt(read_file(file.path, MAX_BYTES))
-    except (UnusableImageError, OSError) as error:
+    except (CorruptFileError, NoInkError, OSError) as error:
         return Sample(name, file.label, None, getattr(error, "strerror", None) or str(error))
     except UserError as error:
         return Sample(name, file.label, None, printable(error.found.removeprefix(f"{file.path}: ")))

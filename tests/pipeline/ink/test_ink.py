@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.datasets import find_source
-from pipeline.ink.adapter import BlankImageError, InputAdapter, UnusableImageError
+from pipeline.ink.adapter import InputAdapter
 from pipeline.ink.geometry import SCAN_SIDE, Ink, InkFrame, NoInkError, find_ink, frame_ink
 from pipeline.ink.shading import remove_shading
+from pipeline.readers.archives.files import CorruptFileError
 from pipeline.readers.raw_split import SourceOptions
 from pipeline.transforms.ops.resize import resize_weights
 from shards import open_split
@@ -253,9 +254,9 @@ def test_pictures_for_other_sets_are_brought_to_size(tmp_path: Path) -> None:
 
 def test_what_cannot_be_used_says_why() -> None:
     adapter = InputAdapter((28, 28, 1), "pad", EMNIST)
-    with pytest.raises(BlankImageError, match="low contrast"):
+    with pytest.raises(NoInkError, match="low contrast"):
         adapter.adapt(png(Image.new("L", (50, 50), 255)))
     whole = png(Image.fromarray(stroke(120, 90, (30, 100, 20, 60))))
     for content in (b"", b"hello", whole[: len(whole) // 2]):
-        with pytest.raises(UnusableImageError):
+        with pytest.raises(CorruptFileError):
             adapter.adapt(content)
