@@ -6,13 +6,14 @@ import logging
 import sys
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.readers.naming import some_of
 from shards.atomic import check_zip
 from shards.errors import CorruptError, NotFoundError, UserError, errors_as_corrupt, first_line, quote
 
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "net", "weights")
 _WRAPPERS = {"module", "_orig_mod"}  # of DistributedDataParallel and torch.compile
 _BEST = "checkpoints/best.pt"  # in a run directory
-_SHOWN = 4  # tensors that a message names
 
 StateDict = dict[str, torch.Tensor]
 
@@ -74,7 +74,7 @@ def _load(model: nn.Module, path: Path, class_names: Sequence[str], random_stem:
     if any(faults.values()):
         raise CorruptError(
             found=f"weights in {path} that do not fit: "
-            + "; ".join(f"{len(names)} {fault} ({_list(names)})" for fault, names in faults.items() if names),
+            + "; ".join(f"{len(names)} {fault} ({some_of(sorted(names))})" for fault, names in faults.items() if names),
             expected=f"the {len(own)} tensors of this {type(model).__name__}",
             hint="set model.name to the network of the file",
         )
@@ -175,7 +175,9 @@ def _rename(state: StateDict, own: StateDict, path: Path) -> StateDict:
     renamed = {name[len(prefix) + 1 :]: tensor for name, tensor in state.items() if name.startswith(f"{prefix}.")}
     others = [name for name in state if not name.startswith(f"{prefix}.")]
     if others:
-        log.warning("model.init_checkpoint=%s: not used, as they are outside of %s: %s", path, prefix, _list(others))
+        log.warning(
+            "model.init_checkpoint=%s: not used, as they are outside of %s: %s", path, prefix, some_of(sorted(others))
+        )
     return renamed
 
 
@@ -256,7 +258,7 @@ def _map_classifier(
     wanted |= {name for name in own if name.startswith("head.") and "backbone" in next(iter(own))}
     has_names = bool(names and checkpoint_names)
     if wanted and not wanted & state.keys() and set(_misfits(state, own)) == wanted:
-        log.warning("model.init_checkpoint=%s has no classifier (%s): it starts random", path, _list(wanted))
+        log.warning("model.init_checkpoint=%s has no classifier (%s): it starts random", path, some_of(sorted(wanted)))
         kept = {name: tensor for name, tensor in state.items() if name in own or name not in classifier}
         return kept | {name: own[name] for name in wanted}
     wanted &= classifier
@@ -282,8 +284,3 @@ def _map_classifier(
         len(own[min(present)]) - len(shared),
     )
     return state | mapped
-
-
-def _list(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:_SHOWN]) + (f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else "")
