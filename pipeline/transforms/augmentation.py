@@ -11,12 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.rng import AUGMENTATION_STREAM, ELASTIC_STREAM, POLICY_STREAM, random_keys
+from pipeline.transforms.augment_settings import AugmentSettings
 
 
 class ParamIndex(IntEnum):
@@ -109,39 +109,13 @@ def noise_words(grid_size: int) -> int:
     return -(-2 * grid_size**2 // 4) * 4
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Strength of each random change of training images. The default changes nothing.
+class Augmentation(AugmentSettings):
+    """Strength of each random change of training images, with the random parameters and maps that follow from it.
 
     Angles are in degrees. Lengths are fractions of the image's side, except `stroke` and `crop_padding`, which are in
     raw pixels. Each amount is drawn uniformly between minus and plus the attribute's value, for each image. `flip`,
-    `vertical_flip` and `erase` are probabilities. The settings `augment.*` document each attribute.
+    `vertical_flip` and `erase` are probabilities. `AugmentSettings` documents each attribute.
     """
-
-    rotation: float = 0.0
-    shear: float = 0.0
-    translation: float = 0.0
-    scale: float = 0.0
-    flip: float = 0.0
-    vertical_flip: float = 0.0
-    crop_padding: int = 0
-    random_resized_crop: tuple[float, float] | None = None
-    elastic: float = 0.0
-    elastic_sigma: float = 0.14
-    fill: Literal["border"] | int = "border"
-    stroke: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    erase: float = 0.0
-    erase_area_min: float = 0.02
-    erase_area_max: float = 0.2
-    erase_at: Literal["anywhere", "contour"] = "anywhere"
-    erase_value: int = 0
-    auto_augment: Literal["none", "trivial_augment", "rand_augment"] = "none"
-    rand_augment_ops: int = 2
-    rand_augment_magnitude: int = 9
 
     def __bool__(self) -> bool:
         """Whether any image is changed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +43,14 @@ COUNT = 37
 AFFINE = Augmentation(rotation=25, shear=15, translation=0.15, scale=0.3)
 KINDS = {
     "affine": AFFINE,
-    "onto grey": replace(AFFINE, fill=77),
+    "onto grey": AFFINE.model_copy(update={"fill": 77}),
     "mirrored crop": Augmentation(flip=0.5, vertical_flip=0.4, crop_padding=4, fill=0),
-    "elastic": replace(AFFINE, elastic=0.05),
+    "elastic": AFFINE.model_copy(update={"elastic": 0.05}),
     "elastic onto white": Augmentation(elastic=0.08, elastic_sigma=0.2, fill=255),
     "colours": Augmentation(brightness=0.3, contrast=0.4, saturation=0.5, hue=30),
-    "colours moved": replace(AFFINE, brightness=0.3, contrast=0.4, saturation=0.5, hue=30, fill=20),
+    "colours moved": AFFINE.model_copy(
+        update={"brightness": 0.3, "contrast": 0.4, "saturation": 0.5, "hue": 30, "fill": 20}
+    ),
 }
 
 
@@ -252,7 +254,7 @@ def test_a_fill_without_moved_pixels_does_not_change_the_normalization(backend: 
     spec = spec_of(RGB, 40).with_normalization((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
     params = drawn(augmentation, 5)
     results = [
-        build_transform(spec, backend, device, 5, replace(augmentation, fill=fill))(images, params)
+        build_transform(spec, backend, device, 5, augmentation.model_copy(update={"fill": fill}))(images, params)
         for fill in (0, "border")
     ]
     assert torch.equal(*results)
@@ -277,7 +279,7 @@ def test_at_no_strength_images_are_those_of_evaluation(
 
 def test_strokes_and_boxes_are_done_before_the_images_are_moved(backend: str, device: torch.device) -> None:
     images = noise(COUNT, GRAY)
-    augmentation = replace(AFFINE, stroke=0.8, erase=0.7, erase_value=99)
+    augmentation = AFFINE.model_copy(update={"stroke": 0.8, "erase": 0.7, "erase_value": 99})
     params = drawn(augmentation, COUNT)
     changed = np.stack(
         [
@@ -354,7 +356,7 @@ def test_what_needs_raw_pixels_is_refused_for_picture_files(name: str) -> None:
 
 @pytest.mark.parametrize("batch_size", [16, 300])
 def test_batches_are_augmented_alike_on_any_number_of_ranks_and_from_any_step(store: Store, batch_size: int) -> None:
-    augmentation = replace(KINDS["elastic"], stroke=0.5, erase=0.5)
+    augmentation = KINDS["elastic"].model_copy(update={"stroke": 0.5, "erase": 0.5})
     order = ShuffledBatchSampler(np.arange(len(store)), batch_size, 4, augmentation=augmentation)
     transform = build_transform(TransformSpec.of(store.manifest, 28), "torch", CPU, batch_size, augmentation)
     whole = [replace(batch, images=batch.images.clone()) for batch in Loader(store, order, transform, CPU).batches(2)]
@@ -381,7 +383,7 @@ def test_each_image_gets_the_draws_of_its_place(store: Store) -> None:
 
 
 def test_the_settings_are_those_of_the_pipeline() -> None:
-    names = [field.name for field in fields(Augmentation)]
+    names = list(Augmentation.model_fields)
     assert list(AugmentConfig.model_fields) == names
     assert AugmentConfig().augmentation() == NO_AUGMENTATION
     values = dict.fromkeys(names, 1) | {"fill": 7, "erase_at": "contour"}
@@ -412,7 +414,7 @@ def test_noise_of_a_gpu_is_that_of_a_cpu(device: torch.device, sigma: float) -> 
 
 
 def test_images_and_parameters_may_be_on_the_device(backend: str, device: torch.device) -> None:
-    augmentation = replace(KINDS["elastic"], stroke=0.8, erase=0.7, brightness=0.3)
+    augmentation = KINDS["elastic"].model_copy(update={"stroke": 0.8, "erase": 0.7, "brightness": 0.3})
     images, params = noise(COUNT, GRAY), drawn(augmentation, COUNT)
     transform = build_transform(spec_of(GRAY, 40), backend, device, COUNT, augmentation)
     expected = transform(images, params)
