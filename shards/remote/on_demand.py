@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from shards.atomic import NO_LOCKS, FileIdentity, file_identity, make_directory
 from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
 from shards.manifest import RawFile
 from shards.remote.base import RemoteStorage
-from shards.remote.cache import SIZE_VARIABLE, Entry, format_size
+from shards.remote.cache import SIZE_VARIABLE, Entry, cache_limit, cache_used, format_size
 from shards.remote.download import RemoteFile, download_file, remove
 
 try:
@@ -44,7 +44,8 @@ _THREADS = 8
 _LEAD = 4  # files of later steps occupy at most 1/_LEAD of the bytes of a process
 _PAUSE = 0.02  # seconds between attempts to take a lock that is held for long
 _RETRY_PAUSE = 5.0  # seconds until a file that could not be fetched ahead is tried again
-_ROOM_SECONDS = 120.0  # that a download waits until other processes need fewer files
+_YIELD_SECONDS = 0.2  # that a step waits for room before it takes that of files of later steps
+_ROOM_SECONDS = 120.0  # that a step waits until other threads and processes need fewer files
 _ABSENT, _RESERVED = 0, 1  # in place of a modification time
 _MIDDLE = 1 << 61  # divides the order of eviction: more than a time in nanoseconds
 _LAST_BYTE = 1 << 40
@@ -64,7 +65,9 @@ class _Claim:
 class OnDemandFiles:
     """Files in a cache entry that are fetched when they are opened. Processes of a host share them.
 
-    A file stays in the cache while one of the processes needs it. When room is needed, files that the training has
+    A file stays in the cache while one of the processes needs it. The iterators of a process share one budget for the
+    files that they keep for a window or fetch ahead. A step that finds no room takes that of files which were fetched
+    ahead, so iterators and processes that wait for each other go on. When room is needed, files that the training has
     passed are evicted first, the most recently passed one first: a shuffled epoch reads every file once, so files that
     it has not reached yet are needed earlier than those that it has just passed.
 
@@ -96,6 +99,10 @@ class OnDemandFiles:
         """Begin without claims: at first, and in a forked process, which does not inherit locks."""
         self._claims: dict[int, _Claim] = {}
         self._mutex = threading.RLock()
+        self.changed = threading.Condition(self._mutex)
+        self._prefetchers: list[_Prefetcher] = []
+        self._kept: Counter[int] = Counter()  # for how many iterators each file is kept
+        self._kept_bytes = 0
         self._fetching: dict[int, threading.Lock] = defaultdict(threading.Lock)
         _lock(self._locks, _LAST_BYTE, exclusive=False)
 
@@ -111,7 +118,7 @@ class OnDemandFiles:
 
     @property
     def share(self) -> int:
-        """Bytes of the room that each process of this host may fetch ahead.
+        """Bytes of the room that all iterators of a process of this host may keep and fetch ahead.
 
         The rest of the room is for files that are read out of order.
         """
@@ -160,13 +167,17 @@ class OnDemandFiles:
     def fetch(self, number: int, stop: threading.Event | None = None) -> FileIdentity | None:
         """Wait until a file that this process has claimed is in the cache; returns its identity.
 
-        Returns None if `stop` is set before that.
+        With `stop`, the file is fetched ahead: returns None if there is no room now, or `stop` is set before the end.
         """
         claim = self._claims[number]
         with self._fetching[number]:
             if claim.identity is None:
-                with os_errors_as_user_errors(self._entry.directory), self._fetched_by_this_process(number):
-                    claim.identity = self._find(number) or self._download(number, stop)
+                with (
+                    os_errors_as_user_errors(self._entry.directory),
+                    self._fetched_by_this_process(number, stop) as is_fetched_here,
+                ):
+                    if is_fetched_here:
+                        claim.identity = self._find(number) or self._download(number, stop)
             return claim.identity
 
     @contextlib.contextmanager
@@ -183,10 +194,47 @@ class OnDemandFiles:
             evicted.
         """
         prefetcher = _Prefetcher(self, ((self._numbers[path], first, last) for path, first, last in uses))
+        with self.changed:
+            self._prefetchers.append(prefetcher)
+        prefetcher.start()
         try:
             yield prefetcher.advance
         finally:
             prefetcher.close()
+            with self.changed:
+                self._prefetchers.remove(prefetcher)
+                self.changed.notify_all()
+
+    def has_room_ahead(self, number: int, own_bytes: int) -> bool:
+        """Whether an iterator that keeps `own_bytes` may keep another file: it fits into the budget of the process.
+
+        Each of several iterators gets an equal part of the budget, but one file at least.
+        """
+        size = self.size(number)
+        is_fair = not own_bytes or own_bytes + size <= self.part
+        return is_fair and (number in self._kept or self._kept_bytes + size <= self.share)
+
+    def keep(self, number: int) -> None:
+        """Claim a file for an iterator."""
+        with self.changed:
+            self.claim(number)
+            self._kept_bytes += 0 if number in self._kept else self.size(number)
+            self._kept[number] += 1
+
+    def drop(self, number: int, passed: bool = False) -> None:
+        """End `keep`. `passed`: as for `release`."""
+        with self.changed:
+            self._kept[number] -= 1
+            if not self._kept[number]:
+                del self._kept[number]
+                self._kept_bytes -= self.size(number)
+            self.release(number, passed)
+            self.changed.notify_all()
+
+    @property
+    def part(self) -> int:
+        """Bytes of the budget of this process for each of its iterators."""
+        return self.share // max(1, len(self._prefetchers))
 
     def size(self, number: int) -> int:
         """Return the bytes of a file."""
@@ -208,18 +256,17 @@ class OnDemandFiles:
 
     def _download(self, number: int, stop: threading.Event | None) -> FileIdentity | None:
         file, path = self._files[number], self._entry.content / self._files[number].name
-        stop = stop or threading.Event()
-        deadline = time.monotonic() + _ROOM_SECONDS
+        start = time.monotonic()
         while not self._reserve(number):
-            if stop.wait(_PAUSE):
+            if stop is not None:
                 return None
-            if time.monotonic() > deadline:
-                raise UserError(
-                    found=f"no room for {self._storage.show(file.name)} in {format_size(self.room)} of the cache: "
-                    "running processes need all files that are in it",
-                    expected="a cache that holds the shuffle window of each process",
-                    hint=f"export {SIZE_VARIABLE}={format_size(2 * self.room)}",
-                )
+            waited = time.monotonic() - start
+            if waited > _ROOM_SECONDS:
+                raise self._no_room(number)
+            if waited > _YIELD_SECONDS and self._reserve_instead(number):
+                break
+            time.sleep(_PAUSE)
+        stop = stop or threading.Event()
         with tqdm(disable=True) as bar:
             while True:
                 try:
@@ -247,6 +294,47 @@ class OnDemandFiles:
                     return False
                 self._write_state(number, _RESERVED)
             return True
+
+    def _reserve_instead(self, number: int) -> bool:
+        """Reserve room for a file, if need be that of files which the iterators of this process keep."""
+        with self._mutex:  # no other thread takes the room meanwhile
+            while self._yield_latest():
+                if self._reserve(number):
+                    return True
+        return False
+
+    def _yield_latest(self) -> bool:
+        """Let the file that the iterators of this process need last be evicted. Returns False if there is none.
+
+        Files that are read or fetched at this moment stay.
+        """
+        with self.changed:
+            present = self._read_states()[:, 0] != _ABSENT
+            idle = [
+                number
+                for number, count in self._kept.items()
+                if present[number] and self._claims[number].count == count
+            ]
+            if not idle:
+                return False
+            users = {number: [each for each in self._prefetchers if number in each.claimed] for number in idle}
+            latest = max(idle, key=lambda number: min(each.distance(number) for each in users[number]))
+            for prefetcher in users[latest]:
+                prefetcher.release(latest)
+            return True
+
+    def _no_room(self, number: int) -> UserError:
+        with self._mutex:
+            present = self._read_states()[:, 0] != _ABSENT
+            own = int(self._sizes[[other for other in self._claims if present[other]]].sum())
+        others = int(self._sizes[present].sum()) - own
+        limit = max(cache_limit() or 0, cache_used(), self.room)
+        return UserError(
+            found=f"no room for {self._storage.show(self._files[number].name)} in {format_size(self.room)} of the "
+            f"cache: this process reads {format_size(own)}, and other processes need {format_size(others)}",
+            expected="a cache that holds what the processes of this host need at the same time",
+            hint=f"export {SIZE_VARIABLE}={format_size(limit + self.room)}, or run fewer processes at a time",
+        )
 
     def _evict(self, count: int) -> int:
         """Delete files that no process needs until at least `count` bytes are freed. Returns the bytes freed."""
@@ -285,13 +373,19 @@ class OnDemandFiles:
                 self._unlock(0)
 
     @contextlib.contextmanager
-    def _fetched_by_this_process(self, number: int) -> Iterator[None]:
-        """Wait until no other process fetches a file, and prevent others from fetching it during the block."""
+    def _fetched_by_this_process(self, number: int, stop: threading.Event | None) -> Iterator[bool]:
+        """Wait until no other process fetches a file, and prevent others from fetching it during the block.
+
+        Yields False if `stop` is set before that.
+        """
         # Polled: the kernel reports a deadlock (EDEADLK) if threads of two processes wait for each other's files.
         while not _lock(self._locks, 1 + 2 * number):
             time.sleep(_PAUSE)
+            if stop is not None and stop.is_set():
+                yield False
+                return
         try:
-            yield
+            yield True
         finally:
             self._unlock(1 + 2 * number)
 
@@ -314,99 +408,129 @@ def _lock(descriptor: int, byte: int, exclusive: bool = True, wait: bool = False
 
 
 class _Prefetcher:
-    """Threads that fetch files in the order of their first use.
+    """Threads that fetch the files of an iterator in the order of their first use.
 
     Args:
-        files: The files.
+        files: The files. Their lock protects the attributes.
         uses: Number, first step and last step of each file.
+
+    Attributes:
+        claimed: The first and the last step of each file that is kept for this iterator.
     """
 
     def __init__(self, files: OnDemandFiles, uses: Iterator[tuple[int, int, int]]) -> None:
         self._files = files
         self._uses = uses
-        self._claimed: dict[int, int] = {}  # the last step of each file
+        self.claimed: dict[int, tuple[int, int]] = {}
         self._ends: list[tuple[int, int]] = []  # heap of the last step and number of each file, with outdated entries
-        self._ahead: list[tuple[int, int]] = []  # heap of the first step and size of the files of later steps
-        self._bytes = self._bytes_ahead = 0
+        self._ahead: list[tuple[int, int]] = []  # heap of the first step and number of each file, likewise
+        self._later: set[int] = set()  # the files of later steps
+        self._bytes = self._later_bytes = 0
         self._step = 0
         self._process = os.getpid()
-        self._changed = threading.Condition()
         self._taking = threading.Lock()
         self._stop = threading.Event()
         # Daemons: a process that ends does not wait for a server.
         self._threads = [threading.Thread(target=self._run, name="fetch", daemon=True) for _ in range(_THREADS)]
+
+    def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
     def advance(self, step: int) -> None:
-        with self._changed:
+        with self._files.changed:
             self._step = step
             while self._ahead and self._ahead[0][0] <= step:
-                self._bytes_ahead -= heapq.heappop(self._ahead)[1]
-                self._changed.notify_all()
+                self._reach(heapq.heappop(self._ahead)[1])
             while self._ends and self._ends[0][0] < step:
                 last, number = heapq.heappop(self._ends)
-                if self._claimed.get(number) == last:
-                    del self._claimed[number]
-                    self._bytes -= self._files.size(number)
-                    self._files.release(number, passed=True)
-                    self._changed.notify_all()
+                if number in self.claimed and self.claimed[number][1] == last:
+                    self.release(number, passed=True)
+            self._files.changed.notify_all()
+
+    def release(self, number: int, passed: bool = False) -> None:
+        """Do not keep a file any more."""
+        del self.claimed[number]
+        self._reach(number)
+        self._bytes -= self._files.size(number)
+        self._files.drop(number, passed)
+
+    def _reach(self, number: int) -> None:
+        if number in self._later:
+            self._later.remove(number)
+            self._later_bytes -= self._files.size(number)
+
+    def distance(self, number: int) -> int:
+        """Return the number of steps until a kept file is read first, or, if it is negative or 0, since then."""
+        return self.claimed[number][0] - self._step
 
     def close(self) -> None:
         """End the threads, and release all files."""
         if os.getpid() != self._process:  # forked: neither threads nor claims exist here
             return
         self._stop.set()
-        with self._changed:
-            self._changed.notify_all()
+        with self._files.changed:
+            self._files.changed.notify_all()
         for thread in self._threads:
             thread.join()
-        for number, last in self._claimed.items():
-            self._files.release(number, passed=last <= self._step)
+        with self._files.changed:
+            for number, (_, last) in list(self.claimed.items()):
+                self.release(number, passed=last <= self._step)
 
     def _run(self) -> None:
         while (number := self._take()) is not None:
-            while not self._stop.is_set():
-                with self._changed:
-                    if number not in self._claimed:  # the step that needed it has fetched it
+            pause = 0.0
+            while not self._stop.wait(pause):
+                with self._files.changed:
+                    if number not in self.claimed:  # the step that needed it has fetched it, or its room was needed
                         break
                     self._files.claim(number)
                 try:
-                    self._files.fetch(number, self._stop)
-                    break
+                    if self._files.fetch(number, self._stop) is not None:
+                        break
+                    pause = _PAUSE
                 except UserError as error:
                     log.debug("not fetched ahead: %s", error)
-                    self._stop.wait(_RETRY_PAUSE)
+                    pause = _RETRY_PAUSE
                 finally:
                     self._files.release(number)
 
     def _take(self) -> int | None:
-        """Claim the next file when there is room for it; None at the end."""
+        """Keep the next file when there is room for it; returns its number, None at the end."""
         with self._taking:
-            use = next(self._uses, None)
-            if use is None:
-                return None
-            number, first, last = use
-            with self._changed:
-                self._changed.wait_for(lambda: self._stop.is_set() or self._has_room(number, first))
-                if self._stop.is_set():
-                    return None
-                if number not in self._claimed:
-                    size = self._files.size(number)
-                    self._files.claim(number)
-                    self._bytes += size
-                    if first > self._step:
-                        self._bytes_ahead += size
-                        heapq.heappush(self._ahead, (first, size))
-                self._claimed[number] = max(self._claimed.get(number, 0), last)
-                heapq.heappush(self._ends, (self._claimed[number], number))
-                return number
+            for number, first, last in self._uses:
+                with self._files.changed:
+                    while not (self._stop.is_set() or last < self._step or self._has_room(number, first)):
+                        self._files.changed.wait()
+                    if self._stop.is_set():
+                        return None
+                    if last < self._step:  # its steps have read it meanwhile
+                        continue
+                    if number not in self.claimed:
+                        self._keep(number, first, last)
+                    begin, end = self.claimed[number]
+                    self.claimed[number] = (begin, max(end, last))
+                    heapq.heappush(self._ends, (self.claimed[number][1], number))
+                    return number
+            return None
+
+    def _keep(self, number: int, first: int, last: int) -> None:
+        size = self._files.size(number)
+        self._files.keep(number)
+        self.claimed[number] = (first, last)
+        self._bytes += size
+        if first > self._step:
+            self._later.add(number)
+            self._later_bytes += size
+            heapq.heappush(self._ahead, (first, number))
 
     def _has_room(self, number: int, first: int) -> bool:
-        size, share = self._files.size(number), self._files.share
+        if number in self.claimed:
+            return True
         # Fetching further ahead would evict files that an earlier epoch has left in the cache.
-        is_near = first <= self._step or self._bytes_ahead + size <= share // _LEAD
-        return number in self._claimed or (is_near and self._bytes + size <= share)
+        later_bytes = self._later_bytes + self._files.size(number)
+        is_near = first <= self._step or later_bytes <= self._files.part // _LEAD
+        return is_near and self._files.has_room_ahead(number, self._bytes)
 
 
 def on_demand_files(directory: Path) -> OnDemandFiles | None:

@@ -57,9 +57,10 @@ class Storage(RemoteStorage):
 @pytest.fixture
 def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
     monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(base, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(on_demand, "_ROOM_SECONDS", 0.2)
+    monkeypatch.setattr(on_demand, "_YIELD_SECONDS", 0.05)
     monkeypatch.setattr(on_demand, "_RETRY_PAUSE", 0.01)
     with open_entry("sets", "0" * 16, "name") as entry:
         (entry.content / "train").mkdir(parents=True)
@@ -236,10 +237,11 @@ def test_processes_that_need_everything_leave_no_room(entry: Entry) -> None:
     try:
         with child(claim):
             with pytest.raises(
-                UserError, match=r"no room for https://host/set/train/05 in 2\.00KB of the cache"
+                UserError,
+                match=r"train/05 in 2\.00KB of the cache: this process reads 0B, and other processes need 2\.00KB",
             ) as caught:
                 read(files, 5)
-            assert caught.value.hint == "export INKSTREAM_CACHE_SIZE=4.00KB"
+            assert caught.value.hint == "export INKSTREAM_CACHE_SIZE=4.00KB, or run fewer processes at a time"
             assert present(entry) == [0, 1]
         assert read(files, 5) == CONTENTS[5]
     finally:
@@ -409,3 +411,101 @@ def test_the_end_of_an_epoch_ends_the_threads(entry: Entry) -> None:
         assert is_fetching()
     assert not is_fetching() and not files._claims
     assert read(files, 11) == CONTENTS[11]
+
+
+def test_several_iterators_share_one_budget(entry: Entry) -> None:
+    """Of training, evaluation and the next epoch at the same time: each of them needs other files, for long."""
+    files = open_files(entry, 6)
+    orders = [range(12), range(11, -1, -1), [5, 0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 11]]
+    with contextlib.ExitStack() as stack:
+        iterators = [stack.enter_context(files.prefetch(uses(entry, order, window=6))) for order in orders]
+        for step in range(12):
+            for advance, order in zip(iterators, orders, strict=True):
+                advance(step)
+                assert read(files, order[step]) == CONTENTS[order[step]]
+                with files._mutex:
+                    assert len(files._claims) * SIZE <= files.share + 2 * SIZE
+                assert len(present(entry)) <= 6
+    assert not files._claims
+
+
+def test_an_iterator_that_rests_holds_up_no_other(entry: Entry) -> None:
+    """The training has its window in the cache while evaluations keep files too."""
+    files = open_files(entry, 6)
+    with files.prefetch([use(entry, number, 0, 99) for number in range(6)]) as advance:
+        advance(0)
+        wait_until(lambda: len(present(entry)) == 4)
+        for _ in range(2):
+            with files.prefetch(uses(entry, window=4)) as advance_evaluation:
+                for step in range(12):
+                    advance_evaluation(step)
+                    assert read(files, step) == CONTENTS[step]
+        assert {0, 1, 2, 3} <= set(present(entry)), "the window is kept"
+
+
+def test_iterators_in_threads_each_need_a_file(entry: Entry) -> None:
+    """More of them than the budget has files."""
+    files, failures = open_files(entry, 4), []
+
+    def iterate(seed: int) -> None:
+        order = np.random.default_rng(seed).permutation(12).tolist()
+        try:
+            with files.prefetch(uses(entry, order, window=4)) as advance:
+                for step, number in enumerate(order):
+                    advance(step)
+                    assert read(files, number) == CONTENTS[number]
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=iterate, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(present(entry)) <= 4
+
+
+def test_a_file_that_two_iterators_need_counts_once(entry: Entry) -> None:
+    files = open_files(entry, 6)
+    with files.prefetch([use(entry, number, 0, 9) for number in range(2)]) as one:
+        wait_until(lambda: present(entry) == [0, 1])
+        with files.prefetch([use(entry, number, 0, 9) for number in range(2)]) as other:
+            wait_until(lambda: [claim.count for claim in files._claims.values()] == [2, 2])
+            assert files._kept_bytes == 2 * SIZE
+            one(10)
+            assert set(files._claims) == {0, 1}
+            other(10)
+            assert not files._claims and not files._kept_bytes
+
+
+@posix
+def test_a_step_takes_the_room_of_files_that_later_steps_need(entry: Entry) -> None:
+    """Two processes that keep all they can would wait for each other otherwise."""
+    files = open_files(entry, 6)
+    on_demand._open[entry.content] = files
+
+    def rest() -> None:
+        for number in range(4):
+            files.claim(number)
+            files.fetch(number)
+
+    try:
+        with child(rest), files.prefetch([use(entry, number, 0, 99) for number in range(4, 8)]) as advance:
+            advance(0)
+            wait_until(lambda: len(present(entry)) == 6)
+            for number in (11, 10, 9):
+                assert read(files, number) == CONTENTS[number]
+            assert {0, 1, 2, 3} <= set(present(entry)), "another process needs them"
+    finally:
+        del on_demand._open[entry.content]
+
+
+def test_files_whose_steps_have_passed_are_not_fetched(entry: Entry) -> None:
+    storage = Storage()
+    files = open_files(entry, 4, storage)
+    with files.prefetch([use(entry, 10, 0, 99), use(entry, 11, 0, 99)]):
+        wait_until(lambda: present(entry) == [10, 11])
+        with files.prefetch(uses(entry, range(5))) as advance:  # there is no room for it
+            advance(5)
+            time.sleep(0.05)
+    assert set(storage.requests) <= {0, 10, 11}
