@@ -57,7 +57,7 @@ class Storage(RemoteStorage):
 @pytest.fixture
 def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
     monkeypatch.setenv("INKSTREAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(base, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(on_demand, "_ROOM_SECONDS", 0.2)
     monkeypatch.setattr(on_demand, "_YIELD_SECONDS", 0.05)
