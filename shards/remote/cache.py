@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.atomic import NO_LOCKS, file_lock, make_directory, read_json, write_json
-from shards.errors import DiskFullError, UserError, os_errors_as_user_errors
+from shards.errors import AccessDeniedError, DiskFullError, UserError, os_errors_as_user_errors
 from shards.manifest import RawFile
 from shards.remote.download import RemoteFile, remove
 
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 DIRECTORY_VARIABLE = "INKSTREAM_CACHE"
 SIZE_VARIABLE = "INKSTREAM_CACHE_SIZE"
+_OTHER_CACHE = f"use another cache: export {DIRECTORY_VARIABLE}=$PWD/cache"
 _UNITS = ("", "K", "M", "G", "T")
 _EVICTED = ".evicted-"
 _NOTICE_AFTER = 2.0  # seconds; a process that does not download releases the lock earlier
@@ -107,10 +108,12 @@ class Entry:
     Attributes:
         directory: The directory of the entry.
         content: The directory for complete files.
+        read_only: Whether this user may only read it. Files that are missing or damaged cannot be fetched then.
     """
 
     directory: Path
     content: Path
+    read_only: bool = False
 
     def make_room(self, total: int, what: str, least: int | None = None) -> int:
         """Evict other entries, least recently used first, until this one can grow to a size.
@@ -136,6 +139,9 @@ class Entry:
         """Hash the files that have changed since they were last checked, and delete those that are damaged.
 
         Files that are missing are ignored. The first check of a file of unknown hash records its hash.
+
+        Raises:
+            UserError: If a file is damaged in an entry that this user may only read.
         """
         record = self.directory / ".checked"
         before, after = read_json(record).get("files", {}), {}
@@ -143,7 +149,7 @@ class Entry:
             path = self.content / file.name
             for above in [*path.relative_to(self.directory).parents][-2::-1]:
                 if os.path.lexists(self.directory / above) and not (self.directory / above).is_dir():
-                    remove(self.directory / above)
+                    self.remove_damaged(self.directory / above)
             if not os.path.lexists(path):
                 continue
             known = before.get(file.name)
@@ -154,13 +160,25 @@ class Entry:
                 intact = status is not None and status.st_size == file.bytes
                 digest = RawFile.of(path.parent, path.name).sha256 if intact else None
                 if digest is None or digest != (file.sha256 or known[2] or digest):
-                    log.warning("%s is damaged and is downloaded again", path)
-                    remove(path)
+                    self.remove_damaged(path)
                     continue
                 known = [*(stamp or []), digest]
             after[file.name] = known
-        if after != before:
+        if after != before and not self.read_only:
             write_record(record, {"files": after})
+
+    def remove_damaged(self, path: Path) -> None:
+        """Delete a damaged file, with a warning; raise `UserError` if this user may not."""
+        if self.read_only:
+            raise self.refusal(f"{path}, which is damaged, and which this user may not replace")
+        log.warning("%s is damaged and is downloaded again", path)
+        remove(path)
+
+    def refusal(self, found: str) -> AccessDeniedError:
+        """Return the error for an entry that this user may only read, and cannot use."""
+        return AccessDeniedError(
+            found, "a complete copy in the cache, or a cache that this user may write", _OTHER_CACHE
+        )
 
     @contextlib.contextmanager
     def exclusive(self, busy: UserError) -> Iterator[None]:
@@ -192,17 +210,60 @@ def open_entry(kind: str, key: str, name: str) -> Iterator[Entry]:
         UserError: If the operating system refuses to read or write the entry.
     """
     root = cache_directory() / kind
-    make_directory(root)
     waiting = threading.Timer(_NOTICE_AFTER, log.warning, ["waiting for another process that fetches %s", name])
     waiting.start()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_refusals_with_hint())
+        stack.enter_context(os_errors_as_user_errors(root / key))
+        lock: Path | None = root / f".{key}.lock"
+        read_only = False
         try:
+            make_directory(root)
             stack.enter_context(file_lock(root / f".{key}.lock"))
+            lock = None
+            waiting.cancel()
+            with os_errors_as_user_errors(root / key):
+                _lock_for_use(root / key)
+        except AccessDeniedError:  # the cache of another user, or a file system that is read-only
+            read_only = _lock_for_reading(root / key, lock)
+            if not read_only:
+                raise
         finally:
             waiting.cancel()
-        stack.enter_context(os_errors_as_user_errors(root / key))
-        _lock_for_use(root / key)
-        yield Entry(root / key, root / key / name)
+        yield Entry(root / key, root / key / name, read_only)
+
+
+@contextlib.contextmanager
+def _refusals_with_hint() -> Iterator[None]:
+    """Name another cache in the hint of an error about a path that the operating system refuses."""
+    try:
+        yield
+    except AccessDeniedError as error:
+        if type(error) is not AccessDeniedError:  # of a remote storage
+            raise
+        raise AccessDeniedError(error.found, "a cache that this user may read and write", _OTHER_CACHE) from None
+
+
+def _lock_for_reading(directory: Path, lock: Path | None) -> bool:
+    """Lock an entry that this user may only read, until this process ends; returns False if it cannot be read.
+
+    Its time of use is not recorded. A process of another user that holds `lock`, because it fills the entry, is waited
+    for.
+    """
+    path = directory / ".use"
+    with contextlib.suppress(OSError):
+        if lock is not None:
+            with contextlib.suppress(FileNotFoundError), open(lock, "rb") as writer:
+                _lock(writer.fileno())
+        if path in _descriptors and _is(_descriptors[path], path):
+            return True
+        descriptor = os.open(path, os.O_RDONLY)
+        _lock(descriptor)
+        if _is(descriptor, path):
+            _descriptors[path] = descriptor
+            return True
+        os.close(descriptor)
+    return False
 
 
 def _lock_for_use(directory: Path) -> None:
@@ -303,8 +364,12 @@ def _evict_until_it_fits(root: Path, directory: Path, total: int, what: str, lea
 
 @contextlib.contextmanager
 def _locked_exclusively(use: Path) -> Iterator[None]:
-    """Lock a `.use` file; raise BlockingIOError if another process uses the entry."""
-    with open(use, "rb+") as file:
+    """Lock a `.use` file; raise BlockingIOError if another process uses the entry, or another user owns it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(use, "rb+"))
+        except PermissionError:
+            raise BlockingIOError from None
         _lock(file.fileno(), exclusive=True)
         yield
 

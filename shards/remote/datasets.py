@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -74,7 +75,7 @@ def resolve_dataset(address: str | Path, whole: bool = False) -> Path:
     storage = open_storage(str(address))
     record = cache_directory() / "addresses" / _digest(credentials.canonical_address(str(address)))
     try:
-        manifests = _read_manifests(storage, _ATTEMPTS_WITH_COPY if record.is_file() else None)
+        manifests = _read_manifests(storage, _ATTEMPTS_WITH_COPY if os.path.isfile(record) else None)
     except TransientError as error:
         directory = _last_copy(record)
         if directory is None:
@@ -234,7 +235,7 @@ def _download_set(
     on_demand = select_on_demand(files) if has_arrays and not whole else []
     advice = "" if has_arrays else _UPGRADE
     with open_entry("sets", key, _directory_name(first.name)) as entry:
-        if whole and is_read_on_demand(entry):
+        if whole and not entry.read_only and is_read_on_demand(entry):
             raise UserError(
                 found=f"{storage.shown}, which another process reads on demand",
                 expected="a complete copy in the cache that no process changes",
@@ -245,12 +246,13 @@ def _download_set(
             path = entry.content / name
             if path.is_file() and path.read_bytes() == content:
                 continue
-            if os.path.lexists(path):
-                log.warning("%s is damaged and is downloaded again", path)
-                remove(path)
+            if entry.read_only or os.path.lexists(path):
+                entry.remove_damaged(path)
             write_file(path, content)
-        make_directory(record.parent)
-        write_record(record, {"key": key, "name": entry.content.name, "splits": ",".join(manifests)})
+        # A user who may only read the cache may not be allowed to write the record, which serves without a network.
+        with contextlib.suppress(*[UserError, OSError] if entry.read_only else []):
+            make_directory(record.parent)
+            write_record(record, {"key": key, "name": entry.content.name, "splits": ",".join(manifests)})
         return entry.content
 
 
@@ -275,15 +277,15 @@ def _last_copy(record: Path) -> Path | None:
     key, name = str(copy.get("key")), str(copy.get("name"))
     splits = [split for split in (*SPLITS, _SINGLE) if split in str(copy.get("splits")).split(",")]
     is_valid = splits and _directory_name(name) == name
-    if not is_valid or not re.fullmatch("[0-9a-f]{16}", key) or not (cache_directory() / "sets" / key).is_dir():
+    if not is_valid or not re.fullmatch("[0-9a-f]{16}", key) or not os.path.isdir(cache_directory() / "sets" / key):
         return None
     with open_entry("sets", key, name) as entry:
         try:
             manifests = {split: Manifest.read(entry.content / split) for split in splits}
+            files = _files_of(manifests)
+            entry.check_files(files)
         except UserError:
             return None
-        files = _files_of(manifests)
-        entry.check_files(files)
         is_complete = key == _key_of(manifests) and all(file.is_in(entry.content) for file in files)
         return entry.content if is_complete else None
 
@@ -301,6 +303,13 @@ def _download_into(
     If the cache is too small for all files, the files `on_demand` are fetched when they are opened instead. If it is
     too small for that too, `advice` is appended to the hint of the error.
     """
+    if entry.read_only:
+        entry.check_files(files)
+        if not all(file.is_in(entry.content) for file in files):
+            raise entry.refusal(
+                f"{entry.directory}, which this user may only read, without all files of {storage.shown}"
+            )
+        return
     # A process that evicts files may run while another one, with a larger cache, starts.
     is_shared = bool(on_demand) and is_read_on_demand(entry)
     if not is_shared:
@@ -330,6 +339,10 @@ def _mirror(storage: RemoteStorage, listed: dict[str, FileInfo], key: str, label
     with open_entry("files", key, label) as entry:
         index = entry.directory / _INDEX
         known = read_json(index).get("files")
+        if entry.read_only and known != versions:
+            raise entry.refusal(
+                f"{entry.directory}, which this user may only read, with other files than {storage.shown}"
+            )
         if known is None:  # nothing is known of the files that are there
             present = [path for path in entry.content.rglob("*") if not path.is_dir()]
             known = {path.relative_to(entry.content).as_posix(): [] for path in present}

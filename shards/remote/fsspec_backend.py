@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import functools
 import logging
 import os
@@ -175,8 +176,10 @@ def _status_and_code(error: BaseException | None) -> tuple[int | None, str]:
 
 
 def _file_info(info: dict[str, Any]) -> FileInfo:
-    version = next((str(info[key]) for key in (*_VERSIONS, "created") if info.get(key) is not None), "")
-    return FileInfo(bytes=int(info["size"] or 0), version=version, md5=_md5(info))
+    version = next((info[key] for key in (*_VERSIONS, "created") if info.get(key) is not None), "")
+    if isinstance(version, datetime.datetime):  # lists of memory:// have the seconds in its place
+        version = version.timestamp()
+    return FileInfo(bytes=int(info["size"] or 0), version=str(version), md5=_md5(info))
 
 
 def _md5(info: dict[str, Any]) -> str | None:

@@ -291,7 +291,7 @@ def _check_cache() -> Iterator[Finding]:
     directory = cache_directory()
     existing = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        text = f"{directory} is not writable, so remote data sets cannot be used"
+        text = f"{directory} is not writable: only remote data sets that it holds can be used"
         yield Finding("warning", "cache", text, f"export {DIRECTORY_VARIABLE}=$PWD/cache")
         return
     used, free = cache_used(), shutil.disk_usage(existing).free

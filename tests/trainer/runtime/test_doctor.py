@@ -301,7 +301,7 @@ def test_a_cache_without_permission_is_reported(tmp_path: Path, monkeypatch: pyt
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
     (finding,) = diagnose(monkeypatch)["cache"]
-    assert finding.text == f"{tmp_path / 'cache'} is not writable, so remote data sets cannot be used"
+    assert finding.text == f"{tmp_path / 'cache'} is not writable: only remote data sets that it holds can be used"
 
 
 def test_the_wandb_key_is_found_and_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
