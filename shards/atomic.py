@@ -169,7 +169,8 @@ def file_lock(path: Path, busy: UserError | None = None) -> Iterator[None]:
         path: The lock file.
         busy: The error to raise if another process holds the lock; None: wait for it.
     """
-    lock = FileLock(path, fallback_to_soft=False)  # a soft lock outlives a dead host
+    # A soft lock outlives a dead host. The file of a killed process remains: other users have to be able to lock it.
+    lock = FileLock(path, fallback_to_soft=False, mode=0o666)
     missing = False
     try:
         with os_errors_as_user_errors(path):
@@ -184,7 +185,8 @@ def file_lock(path: Path, busy: UserError | None = None) -> Iterator[None]:
     finally:
         if lock.is_locked or missing:
             if _REMOVES_OPEN_FILES:
-                path.unlink(missing_ok=True)
+                with suppress(PermissionError):  # another user, whose process was killed, has created it
+                    path.unlink(missing_ok=True)
             lock.release()
             if not _REMOVES_OPEN_FILES:
                 with suppress(OSError):  # another process has locked it meanwhile

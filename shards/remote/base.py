@@ -96,6 +96,15 @@ class AccessDeniedError(RemoteError, errors.AccessDeniedError):
     _hint = "{}"
 
 
+class ClockError(AccessDeniedError):
+    """The server refuses the time of a signed request. A retry does not help."""
+
+    _expected = "a clock that agrees with that of the server"
+    _hint = (
+        "compare the clock of this machine (date -u) with the time of another, and set it (timedatectl set-ntp true)"
+    )
+
+
 class CertificateError(RemoteError):
     """The certificate of the server is refused. A retry does not help."""
 

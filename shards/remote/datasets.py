@@ -10,7 +10,7 @@ import re
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -111,8 +111,8 @@ def resolve_files(address: str | Path) -> Path:
     label = _directory_name(credentials.parse_address(storage.shown).path.rstrip("/").rpartition("/")[2])
     if set(listed) != {""}:
         return _mirror(storage, listed, key, label)
-    storage, name = _open_parent(str(address))
-    return _mirror(storage, {name: listed[""]}, key, label) / name
+    name = _file_name(str(address))
+    return _mirror(_SingleFile(storage), {name: listed[""]}, key, label) / name
 
 
 def remote_manifests(address: str) -> dict[str, Manifest]:
@@ -174,13 +174,38 @@ def _local_path(address: str | Path) -> Path:
     return Path(urllib.request.url2pathname(urllib.parse.urlsplit(text).path))
 
 
-def _open_parent(address: str) -> tuple[RemoteStorage, str]:
-    """Open the directory of a single file; returns its storage, and the name of the file in it."""
-    is_http = address.lower().startswith("http")
-    scheme, user, path, query = credentials.parse_address(credentials.reveal(address))
-    parent, _, name = (path if is_http else path + query).rstrip("/").rpartition("/")
-    parent = f"{scheme}{user}{parent}{query if is_http else ''}"
-    return open_storage(parent), urllib.parse.unquote(name) if is_http else name
+class _SingleFile(RemoteStorage):
+    """A storage that is a file, under any name.
+
+    The address of the file is used as it is: servers distinguish addresses that differ only in what is percent-encoded.
+    """
+
+    def __init__(self, storage: RemoteStorage) -> None:
+        self.shown = storage.shown
+        self._storage = storage
+
+    def show(self, name: str) -> str:
+        return self.shown
+
+    def stream(
+        self, name: str, start: int, size: int | None, version: str = "", max_bytes: int | None = None
+    ) -> Iterator[bytes]:
+        return self._storage.stream("", start, size, version, max_bytes)
+
+    def find(self) -> dict[str, FileInfo]:
+        return self._storage.find()
+
+    def info(self, name: str) -> FileInfo:
+        return self._storage.info("")
+
+
+def _file_name(address: str) -> str:
+    """Return the name that a file at an address has on a disk."""
+    _, _, path, query = credentials.parse_address(credentials.reveal(address))
+    if not address.lower().startswith("http"):
+        path = f"{path}{query}"
+    name = path.rstrip("/").rpartition("/")[2]
+    return urllib.parse.unquote(name).rpartition("/")[2] if address.lower().startswith("http") else name
 
 
 def _manifest_name(split: str) -> str:

@@ -33,6 +33,7 @@ _DENIED_WORDS = re.compile(
 )
 # S3's codes for requests damaged in transfer. Their HTTP status is that of an invalid request.
 _TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
+_CLOCK_CODE = "RequestTimeTooSkewed"
 # Names of the field that changes with the content of a file, the most reliable first.
 _VERSIONS = ("ETag", "etag", "md5Hash", "xet_hash", "blob_id", "LastModified", "last_modified", "updated", "mtime")
 
@@ -158,7 +159,8 @@ class FsspecStorage(RemoteStorage):
             status = None
         elif status != 404 and (isinstance(error, _DENIED) or _DENIED_WORDS.match(words)):
             status = 403
-        return error_of_status(status)(self.show(name), reason)
+        kind = base.ClockError if code == _CLOCK_CODE else error_of_status(status)
+        return kind(self.show(name), reason)
 
 
 def _status_and_code(error: BaseException | None) -> tuple[int | None, str]:

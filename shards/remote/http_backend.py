@@ -18,12 +18,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from shards.credentials import hide, parse_address
-from shards.errors import UserError
+from shards.errors import UserError, printable, quote
 from shards.remote import base
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 256 << 10
+# Servers that prepare a file or ask for a browser answer 202, others 204.
+_WITH_FILE = {http.HTTPStatus.OK, http.HTTPStatus.NON_AUTHORITATIVE_INFORMATION, http.HTTPStatus.PARTIAL_CONTENT}
+# Servers name the compression of such files as if it were their own.
+_COMPRESSED = (".gz", ".tgz", ".z", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".br")
 _NO_CONNECTION = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH}
 
 
@@ -99,6 +103,15 @@ class HttpStorage(base.RemoteStorage):
     def _info(self, name: str) -> base.FileInfo:
         # Not HEAD, which some servers refuse; the content is not read.
         with self._request(name) as response:
+            if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+                raise base.TransientError(self.show(name), "a part of the file in answer to a request for all of it")
+            encoding = (response.headers.get("Content-Encoding") or "identity").strip().lower()
+            if encoding != "identity" and not (name or self._parts.path).lower().endswith(_COMPRESSED):
+                raise UserError(
+                    found=f"{self.show(name)}, which the server compresses (Content-Encoding: {printable(encoding)})",
+                    expected="a server that sends the bytes of the file",
+                    hint=f"curl --compressed -o FILE {quote(self.show(name))}, and name the local file",
+                )
             length = _content_length(response)
             if length is None:
                 raise base.AccessDeniedError(self.show(name), "the server does not tell the size of the file")
@@ -138,6 +151,8 @@ class HttpStorage(base.RemoteStorage):
             request.add_unredirected_header("Authorization", self._authorization)
         try:
             with self._opener.open(request, timeout=base.STALL_SECONDS) as response:
+                if response.status not in _WITH_FILE:
+                    raise base.TransientError(self.show(name), f"HTTP status {response.status}, without the file")
                 yield response
         except (OSError, http.client.HTTPException, ValueError) as error:
             failure, total = self._translate(error, self.show(name)), _unsatisfied_total(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from support.s3_server import CREDENTIALS
 from shards.errors import MismatchError
 from shards.remote import base, fsspec_backend
 from shards.remote.backends import open_storage
-from shards.remote.base import CertificateError, NotFoundError, RemoteStorage, TransientError
+from shards.remote.base import CertificateError, ClockError, NotFoundError, RemoteStorage, TransientError
 
 PIECE = 256 << 10
 SIZE = 1_000_000
@@ -102,3 +103,27 @@ def test_an_unknown_authority_of_s3(secure_hub: tuple[str, Path], monkeypatch: p
     monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
     with pytest.raises(NotFoundError):  # the hub has no such file
         open_storage("s3://bucket/pets").info("one.tar")
+
+
+class _Refusal(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_wrong_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 refuses requests that are signed a quarter of an hour earlier or later: the credentials are not at fault."""
+    pytest.importorskip("s3fs")
+    without_proxies(monkeypatch)
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), _Refusal)) as server:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ClockError, match="The difference is too large") as caught:
+            open_storage("s3://bucket/pets").read("one.tar", 100)
+    assert "date -u" in caught.value.hint

@@ -37,6 +37,10 @@ class Behaviour:
     status: int = 200
     password: str | None = None
     redirect: str | None = None
+    exact: dict[str, bytes] = field(default_factory=dict)
+    """Files by their addresses, of which every character counts."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Further headers of files."""
     moved: str | None = None
     """Where the server has what is not there."""
     cuts: list[int] = field(default_factory=list)
@@ -66,8 +70,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", behaviour.redirect + self.path)
             self.send_header("Content-Length", "0")
             self.end_headers()
+        elif 200 < behaviour.status < 300:
+            self.send_response(behaviour.status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif behaviour.status != 200:
             self.send_error(behaviour.status)
+        elif self.path in behaviour.exact:
+            self._send(behaviour.exact[self.path], asked)
         elif behaviour.password and self.headers.get("Authorization") != behaviour.password:
             self.send_error(401)
         elif not path.is_file() and behaviour.moved:
@@ -90,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("ETag", f'"{hash(content)}"')
+        for name, value in behaviour.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         long = len(body) > 50_000
         if long and behaviour.stalls:
@@ -256,6 +268,40 @@ def test_a_raw_file(server: Server, tmp_path: Path) -> None:
     assert path.read_bytes() == (tmp_path / "web" / "raw.zip").read_bytes()
     (tmp_path / "web" / "raw.zip").write_bytes(b"changed")
     assert resolve_files(address(server, "raw.zip?sig=c2VjcmV0")).read_bytes() == b"changed"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("d/a+b(1),c;v=2.zip", "a+b(1),c;v=2.zip"),
+        ("d/x%2Fy.zip", "y.zip"),
+        ("d/caf%E9.zip", "caf\ufffd.zip"),
+        ("d/caf%C3%A9%20%3f.zip", "café ?.zip"),
+        ("d/%61.zip?x=%61+b", "a.zip"),
+    ],
+)
+def test_the_address_of_a_raw_file_is_used_as_it_is(server: Server, path: str, name: str) -> None:
+    server.behaviour.exact[f"/{path}"] = b"content"
+    file = resolve_files(address(server, path))
+    assert (file.name, file.read_bytes()) == (name, b"content")
+    assert {asked for asked, _ in server.behaviour.requests} == {f"/{path}"}
+
+
+@pytest.mark.parametrize("status", [202, 204, 206])
+def test_an_answer_without_the_file_is_no_empty_file(server: Server, status: int) -> None:
+    server.behaviour.status = status
+    with pytest.raises(remote.TransientError, match=rf"HTTP status {status}|a part of the file"):
+        resolve_files(address(server, "raw.zip"))
+
+
+def test_a_raw_file_that_a_server_compresses_is_refused(server: Server, tmp_path: Path) -> None:
+    """A file that is compressed itself is not: servers name its compression too."""
+    server.behaviour.headers["Content-Encoding"] = "gzip"
+    with pytest.raises(UserError, match=r"compresses \(Content-Encoding: gzip\)") as caught:
+        resolve_files(address(server, "raw.zip"))
+    assert "curl --compressed" in caught.value.hint
+    shutil.copy(tmp_path / "web" / "raw.zip", tmp_path / "web" / "raw.csv.gz")
+    assert resolve_files(address(server, "raw.csv.gz")).read_bytes() == (tmp_path / "web" / "raw.zip").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -168,23 +168,38 @@ def test_an_entry_of_another_user_in_a_directory_of_all(cache: Path) -> None:
         assert resolve_dataset(SET) == directory
 
 
-def test_the_process_that_fills_the_entry_is_waited_for(cache: Path) -> None:
+@pytest.mark.parametrize("mode", [0o644, 0o666])
+def test_the_process_that_fills_the_entry_is_waited_for(cache: Path, mode: int) -> None:
+    import fcntl
+
     directory = resolve_dataset(SET)
     lock = entry_of(directory).with_name(f".{entry_of(directory).name}.lock")
-    with contextlib.ExitStack() as stack:
-        held = stack.enter_context(contextlib.ExitStack())
-        held.enter_context(file_lock(lock))
-        found: list[Path] = []
-        stack.enter_context(other_user(entry_of(directory)))
-        cache_open = threading.Thread(target=lambda: found.append(resolve_dataset(SET)))
-        cache_open.start()
-        time.sleep(0.3)
-        assert not found
-        if os.geteuid() == NOBODY:
-            os.seteuid(0)
-        held.close()
-        cache_open.join()
+    lock.touch()
+    lock.chmod(mode)
+    found: list[Path] = []
+    with open(lock, "rb+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with other_user(cache):
+            reader = threading.Thread(target=lambda: found.append(resolve_dataset(SET)))
+            reader.start()
+            time.sleep(0.3)
+            assert not found
+            fcntl.flock(held, fcntl.LOCK_UN)
+            reader.join()
     assert found == [directory]
+
+
+def test_the_lock_of_a_killed_process_of_another_user(cache: Path) -> None:
+    """It may be locked by all users, and remains if the directory is not theirs."""
+    directory = resolve_dataset(SET)
+    lock = entry_of(directory).with_name(f".{entry_of(directory).name}.lock")
+    with file_lock(lock):
+        assert lock.stat().st_mode & 0o777 == 0o666
+    lock.touch()
+    lock.chmod(0o666)
+    with other_user(entry_of(directory)):
+        assert resolve_dataset(SET) == directory
+    lock.unlink(missing_ok=True)
 
 
 def test_an_entry_in_use_by_a_reader_is_not_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
