@@ -266,16 +266,14 @@ class OnDemandFiles:
             if waited > _YIELD_SECONDS and self._reserve_instead(number):
                 break
             time.sleep(_PAUSE)
-        stop = stop or threading.Event()
         with tqdm(disable=True) as bar:
             while True:
                 try:
                     download_file(self._storage, file, path, file.partial(self._parts), bar, stop)
                     break
                 except DiskFullError:
-                    with self._exclusive():
-                        if self._evict(file.bytes) < file.bytes:
-                            raise
+                    if not self._free(file.bytes, ahead=stop is not None):
+                        raise
         if not file.is_in(self._entry.content):  # stopped
             return None
         with self._mutex:
@@ -302,6 +300,19 @@ class OnDemandFiles:
                 if self._reserve(number):
                     return True
         return False
+
+    def _free(self, count: int, ahead: bool) -> bool:
+        """Delete files of at least `count` bytes from a full disk. Returns False if there are too few.
+
+        A step (`ahead` is false) takes the room of files that the iterators of this process keep, if need be.
+        """
+        with self._mutex:
+            with self._exclusive():
+                freed = self._evict(count)
+            while freed < count and not ahead and self._yield_latest():
+                with self._exclusive():
+                    freed += self._evict(count - freed)
+        return freed >= count
 
     def _yield_latest(self) -> bool:
         """Let the file that the iterators of this process need last be evicted. Returns False if there is none.

@@ -127,3 +127,14 @@ def test_a_wrong_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ClockError, match="The difference is too large") as caught:
             open_storage("s3://bucket/pets").read("one.tar", 100)
     assert "date -u" in caught.value.hint
+
+
+@pytest.mark.parametrize("start", [0, 1, PIECE, SIZE - 1])
+def test_a_server_without_ranges(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy in front of a storage may send the whole file in answer to every request."""
+    monkeypatch.setattr(fsspec_backend, "PIECE", PIECE)
+    storage = open_storage("memory://ranges")
+    monkeypatch.setattr(storage._fs, "cat_file", lambda path, **_: CONTENT)
+    assert b"".join(storage.stream("one.tar", start, SIZE)) == CONTENT[start:]
+    with pytest.raises(MismatchError, match="which has 1,000,000 bytes"):
+        b"".join(storage.stream("one.tar", start, SIZE - 10 if start < SIZE - 10 else SIZE + 10))

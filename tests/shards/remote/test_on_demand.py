@@ -509,3 +509,22 @@ def test_files_whose_steps_have_passed_are_not_fetched(entry: Entry) -> None:
             advance(5)
             time.sleep(0.05)
     assert set(storage.requests) <= {0, 10, 11}
+
+
+def test_a_step_takes_the_space_of_later_files_on_a_full_disk(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = open_files(entry, 8)
+    download = on_demand.download_file
+
+    def on_full_disk(storage: Storage, file: RemoteFile, target: Path, *rest: object) -> None:
+        if len(present(entry)) >= 3:
+            raise DiskFullError(found="no space left on device", expected="room", hint="df -h")
+        download(storage, file, target, *rest)
+
+    monkeypatch.setattr(on_demand, "download_file", on_full_disk)
+    monkeypatch.setattr(on_demand, "_RETRY_PAUSE", 10.0)
+    with files.prefetch([use(entry, number, 0, 99) for number in range(3)]) as advance:
+        advance(0)
+        wait_until(lambda: len(present(entry)) == 3)
+        time.sleep(0.05)
+        assert read(files, 11) == CONTENTS[11]
+        assert len(present(entry)) <= 3
