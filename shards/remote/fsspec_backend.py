@@ -61,7 +61,10 @@ class FsspecStorage(RemoteStorage):
             key, _, secret = map(urllib.parse.unquote, user[:-1].partition(":"))
             address, options = f"{scheme}{path}{query}", {"key": key, "secret": secret}
         try:
-            file_system, root = fsspec.url_to_fs(address, skip_instance_cache=True, **options)
+            # Not url_to_fs, which takes :: in a key for a chain of file systems.
+            kind = fsspec.get_filesystem_class(protocol)
+            options = {**kind._get_kwargs_from_urls(address), **options}
+            file_system, root = kind(skip_instance_cache=True, **options), kind._strip_protocol(address)
         except (ImportError, ValueError) as error:
             extra = _EXTRAS.get(protocol) if isinstance(error, ImportError) else None
             raise UserError(

@@ -138,3 +138,12 @@ def test_a_server_without_ranges(start: int, monkeypatch: pytest.MonkeyPatch) ->
     assert b"".join(storage.stream("one.tar", start, SIZE)) == CONTENT[start:]
     with pytest.raises(MismatchError, match="which has 1,000,000 bytes"):
         b"".join(storage.stream("one.tar", start, SIZE - 10 if start < SIZE - 10 else SIZE + 10))
+
+
+def test_a_key_with_two_colons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no chain of file systems."""
+    pytest.importorskip("s3fs")
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    storage = open_storage("s3://bucket/a::b/c d?e#f")
+    assert storage._path("g::h") == "bucket/a::b/c d?e#f/g::h"
