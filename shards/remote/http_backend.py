@@ -110,7 +110,7 @@ class HttpStorage(base.RemoteStorage):
                 raise UserError(
                     found=f"{self.show(name)}, which the server compresses (Content-Encoding: {printable(encoding)})",
                     expected="a server that sends the bytes of the file",
-                    hint=f"curl --compressed -o FILE {quote(self.show(name))}, and name the local file",
+                    hint=f"curl {quote(self.show(name))} | gunzip > FILE (if it is gzip), and name the local file",
                 )
             length = _content_length(response)
             if length is None:
