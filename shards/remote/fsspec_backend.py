@@ -89,12 +89,12 @@ class FsspecStorage(RemoteStorage):
     ) -> Iterator[bytes]:
         if size is None:
             # With a start, even 0: s3fs would request the size first without it.
-            end = max_bytes + 1 if max_bytes else None
-            yield self._call(name, "cat_file", self._path(name), start=start, end=end, **self._options)
+            limit = max_bytes + 1 if max_bytes else None
+            yield self._call(name, "cat_file", self._path(name), start=start, end=limit, **self._options)
             return
         while start < size:
+            end = min(start + self._piece, size)
             try:
-                end = min(start + self._piece, size)
                 data = self._call(name, "cat_file", self._path(name), start=start, end=end, **self._options)
             except RemoteError as error:
                 if isinstance(error.__cause__, TimeoutError):
