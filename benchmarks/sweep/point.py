@@ -12,12 +12,11 @@ Each training selects its best epoch on the validation split and evaluates the t
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import operator
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks.common.harness import Spread, in_process
-from benchmarks.common.training import fit_and_test
+from benchmarks.common.training import FixedStepLoader, fit_and_test
 from benchmarks.sweep.plan import Point, SweepConfig
-from pipeline.loader import Batch
 from pipeline.sampler import SequentialBatchSampler
 from shards import UserError, open_split
 from shards.errors import first_line
@@ -45,30 +43,6 @@ LOADER_RUNS = 5
 LOADER_IMAGES = 32_768  # per run, in one or more passes over the training split
 SMALLEST_BATCH = 8
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "failed to allocate", "allocation failed")
-
-
-class FixedStepLoader(TrainingLoader):
-    """A loader whose epochs have a fixed number of steps, each continuing in the passes of the previous one."""
-
-    def __init__(self, loader: TrainingLoader, steps: int) -> None:
-        self._loader = loader
-        self._steps = steps
-        self.stages, self.window, self.window_of_shards = loader.stages, loader.window, loader.window_of_shards
-        self.timed, self.samples = loader.timed, loader.samples
-
-    def steps(self, epoch: int) -> int:
-        return self._steps
-
-    def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
-        steps_per_pass = self._loader.steps(0)
-        step = first_step
-        while step < self._steps:
-            number, first = divmod(epoch * self._steps + step, steps_per_pass)
-            last = min(self._steps, step + steps_per_pass - first)
-            with contextlib.closing(self._loader.batches(number, first)) as batches:
-                # `map` keeps no reference to a batch while the next one is made.
-                yield from map(lambda batch, step: replace(batch, step=step), batches, range(step, last))
-            step = last
 
 
 def measure_point(

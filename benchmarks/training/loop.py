@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.harness import Spread
+from benchmarks.common.training import FixedStepLoader
 from pipeline.loader import Batch
 from shards.errors import UserError
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -50,12 +51,10 @@ class ResidentLoader(TrainingLoader):
 
     Args:
         loader: Source of the batches.
-        max_steps: Maximum number of steps per epoch; None for no limit.
     """
 
-    def __init__(self, loader: TrainingLoader, max_steps: int | None = None) -> None:
+    def __init__(self, loader: TrainingLoader) -> None:
         self._loader = loader
-        self._max_steps = max_steps
         self.stages, self.window, self.window_of_shards = loader.stages, loader.window, loader.window_of_shards
         self.timed, self.samples = loader.timed, loader.samples
         with contextlib.closing(loader.batches()) as batches:
@@ -63,8 +62,7 @@ class ResidentLoader(TrainingLoader):
             self._batches = [replace(batch, images=batch.images.clone()) for _, batch in pairs]
 
     def steps(self, epoch: int) -> int:
-        steps = self._loader.steps(epoch)
-        return steps if self._max_steps is None else min(steps, self._max_steps)
+        return self._loader.steps(epoch)
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[Batch, None, None]:
         for step in range(first_step, self.steps(epoch)):
@@ -118,30 +116,28 @@ def _measure(
             hint="choose a smaller batch size, or --shards DIR with more images",
         )
     training = make_training(settings, data, world)
+
+    def loaders(steps: int) -> dict[str, TrainingData]:
+        # The samples, and so the size of a batch, stay the same: another size would be compiled again.
+        whole = FixedStepLoader(data.train, steps)
+        return {"whole": replace(data, train=whole), "synthetic": replace(data, train=ResidentLoader(whole))}
+
     start = time.perf_counter()
-    _run_epoch(training, replace(data, train=ResidentLoader(data.train, max_steps=2)))  # includes compilation
+    _run_epoch(training, loaders(2)["synthetic"])  # includes compilation
     first_steps_seconds = time.perf_counter() - start
-    trial = _run_epoch(training, replace(data, train=ResidentLoader(data.train, max_steps=_MIN_STEPS)))
-    # A run has as many images as fill the time: several passes, or a fraction of a large data set.
-    images = max(seconds * trial.images_per_second, _MIN_STEPS * case.batch_size)
-    run_fraction = world.broadcast_object(min(1.0, images / len(data.train.samples)))
-    passes = world.broadcast_object(max(1, round(images / len(data.train.samples))))
-    section = settings.data.model_copy(update={"train_fraction": fraction * run_fraction})
-    data = open_data(settings.model_copy(update={"data": section}), world)
-    resident = replace(data, train=ResidentLoader(data.train))
+    trial = _run_epoch(training, loaders(_MIN_STEPS)["synthetic"])
+    steps = max(_MIN_STEPS, round(seconds * trial.images_per_second / case.batch_size))  # as fill the time
+    steps = world.broadcast_object(steps)
     loops: dict[str, list[Totals]] = {"whole": [], "synthetic": []}
-    pair = [("whole", data), ("synthetic", resident)]
+    pair = list(loaders(steps).items())
     for round_number in range(_WARM_UP_ROUNDS + runs):
         # The order alternates, so that drift of the machine affects both alike.
         for name, source in pair[:: 1 if round_number % 2 else -1]:
-            totals = Totals()
-            for _ in range(passes):
-                totals += _run_epoch(training, source)
+            totals = _run_epoch(training, source)
             if round_number >= _WARM_UP_ROUNDS:
                 loops[name].append(totals)
     if not world.is_main_process:
         return None
-    steps = passes * data.train.steps(0)
     ratios = [
         complete.images_per_second / synthetic.images_per_second
         for complete, synthetic in zip(loops["whole"], loops["synthetic"], strict=True)

@@ -25,6 +25,7 @@ from PIL import Image
 from support import warm_process
 
 from benchmarks import resolution_sweep
+from benchmarks.common.training import FixedStepLoader
 from benchmarks.resolution_sweep import QUICK, SweepRunner, make_config, parse, run_sweep
 from benchmarks.sweep import point as sweep_point
 from benchmarks.sweep.charts import write_png
@@ -39,7 +40,7 @@ from benchmarks.sweep.plan import (
     make_points,
     read_records,
 )
-from benchmarks.sweep.point import FixedStepLoader, measure_point
+from benchmarks.sweep.point import measure_point
 from benchmarks.sweep.stats import (
     BY_EPOCHS,
     BY_TIME,
