@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -21,9 +22,11 @@ from PIL import Image
 from benchmarks.common.harness import Spread, in_process, measure_rates
 from benchmarks.common.text import format_bytes, format_machine, format_percent, format_spread, markdown_table
 from benchmarks.train_throughput import make_cases
-from benchmarks.training.loop import LoopCase
+from benchmarks.training.loop import LoopCase, measure
 from shards import UserError
 from shards.cli import plural
+from trainer.loop import engine
+from trainer.loop.state import Training
 
 
 def test_rates_interleave_and_leave_out_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +167,24 @@ def test_ranks_are_measured_side_by_side(digits_set: Path, tmp_path: Path) -> No
     assert (record["ranks"], record["batch_size"]) == (2, 64)
     assert record["whole_images_per_second"]["median"] > 0
     assert (tmp_path / "scaling.png").exists()
+
+
+def test_all_epochs_of_a_measurement_have_batches_of_one_size(
+    digits_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another size would be compiled again."""
+    sizes, run = [], engine.train_epoch
+
+    def recorded(training: Training, services: engine.RunServices) -> None:
+        with contextlib.closing(training.data.train.batches()) as batches:
+            sizes.append({len(batch.images) for batch in batches})
+        run(training, services)
+
+    monkeypatch.setattr(engine, "train_epoch", recorded)
+    case = LoopCase(8, "three_block_cnn", 64, "fp32", "off")
+    result = measure(digits_set, case, "cpu", fraction=1.0, runs=1, seconds=0.01)
+    assert result is not None and result["steps_a_run"] == 6
+    assert len(sizes) == 6 and set.union(*sizes) == {62}  # 1,438 images in 23 batches
 
 
 def test_cases_differ_from_the_base_in_one_value() -> None:

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_module
 
@@ -20,7 +22,11 @@ from benchmarks.common.processes import WorkerError
 from benchmarks.training.device.cases import GPU, TINY, make_sections
 from benchmarks.training.device.report import format_report, format_value
 from benchmarks.training.device.worker import DeviceWorker, pack_synthetic_set
+from pipeline.common.index_ranges import IndexRanges
+from pipeline.common.labelled_samples import LabelledSamples
+from pipeline.sampler import equal_batch_size
 from pipeline.transforms.torch_backend import TorchTransform
+from trainer.data.training_data import split_train_val
 
 SECTIONS = ["device", "correctness", "loader", "step", "loop", "run"]
 
@@ -212,6 +218,22 @@ def test_the_plan_of_a_gpu_ends_in_time(
         assert measured == set(SECTIONS), "a section without time would tell nothing"
     if seconds == 1000:
         assert measured == set()
+
+
+def test_each_network_is_compiled_for_one_size_of_a_batch() -> None:
+    """A compilation of EfficientNet takes a minute; the sections after the first find it in the cache."""
+    labels = np.arange(GPU.images) % 62
+    samples = LabelledSamples(labels, IndexRanges.first(len(labels)), np.bincount(labels), is_shuffled=True)
+    sizes = defaultdict(set)
+    for section in make_sections(GPU):
+        for settings in section.cases.values():
+            if "trainer.compile" in settings:
+                fractions = settings.get("data.val_fraction", 0.0), settings.get("data.train_fraction", 1.0)
+                train, _ = split_train_val(samples, *fractions, seed=0)
+                size = equal_batch_size(len(train), settings["loader.batch_size"])
+                sizes[settings["model.name"], settings["loader.batch_size"]].add(size)
+    assert {batch for _, batch in sizes} == set(GPU.batches)
+    assert all(found == {batch} for (_, batch), found in sizes.items())
 
 
 def test_time_that_a_section_leaves_is_used_by_the_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def make_sections(scale: Scale) -> list[Section]:
             *(step(base, scale.modes[0], batch) for batch in scale.batches[1:]),
         ]
     )
-    short = {"trainer.epochs": scale.epochs, "data.train_fraction": 0.5}
+    short = {"trainer.epochs": scale.epochs, "data.train_fraction": 0.5, "data.val_fraction": 0.05}
     loops = dict(step(base, mode, size) for mode in scale.modes if mode != "off" or scale.modes == ("off",))
     return [
         Section("device", 0.08, {"bandwidth": {}}),

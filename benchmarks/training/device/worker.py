@@ -274,7 +274,7 @@ class DeviceWorker:
 
     def run(self, settings: Settings) -> list[Record]:
         """Train for a few epochs as `inkstream train` does, with validation, checkpoints and report."""
-        defaults = {"data.verify": "start", "data.val_fraction": 0.05, "data.normalize": "dataset"}
+        defaults = {"data.verify": "start", "data.normalize": "dataset"}
         recipe = self._directory / f"{settings['trainer.compile']}.yaml"
         run_dir = recipe.with_suffix("")
         config = self._config(defaults | settings | {"run.dir": str(run_dir), "device": self._world.device.type})
