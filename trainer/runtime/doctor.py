@@ -38,7 +38,7 @@ from trainer.runtime.env_info import (
     missing_for_compilation,
     processor_name,
 )
-from trainer.runtime.nvml import Driver, DriverQuery, has_nvidia_device
+from trainer.runtime.nvml import Driver, DriverQuery, Gpu, has_nvidia_device
 
 _ROOT = Path(__file__).parents[2]
 _DRIVER_SECONDS = 1.2
@@ -82,13 +82,14 @@ def diagnose() -> list[Finding]:
         *_guarded("W&B key", _check_wandb_key),
     ]
     driver = query.result(_DRIVER_SECONDS - (time.monotonic() - start))
-    torch_findings = list(_guarded("torch", lambda: _check_torch(driver)))
-    on_gpu = bool(driver.gpus) and not _hides_gpus() and [one.status for one in torch_findings] == ["ok"]
-    capability = min(gpu.capability or _ASSUMED_CAPABILITY for gpu in driver.gpus) if on_gpu else None
+    selected = driver._replace(gpus=_selected_gpus(driver.gpus))
+    torch_findings = list(_guarded("torch", lambda: _check_torch(selected)))
+    on_gpu = bool(selected.gpus) and not _hides_gpus() and [one.status for one in torch_findings] == ["ok"]
+    capability = min(gpu.capability or _ASSUMED_CAPABILITY for gpu in selected.gpus) if on_gpu else None
     findings[2:2] = [
         *_guarded("GPU", lambda: _check_gpus(driver)),
         *torch_findings,
-        *_guarded("DALI", lambda: _check_dali(driver)),
+        *_guarded("DALI", lambda: _check_dali(selected)),
         *_guarded("backend", lambda: _check_backend("cuda" if on_gpu else "cpu")),
         *_guarded("compiler", lambda: _check_compiler(capability)),
     ]
@@ -152,6 +153,20 @@ def _check_packages() -> Iterator[Finding]:
 def _hides_gpus() -> bool:
     """Whether $CUDA_VISIBLE_DEVICES hides all GPUs: CUDA ignores everything from the first invalid number on."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()[:1] in ("", "-")
+
+
+def _selected_gpus(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """Return the GPUs that $CUDA_VISIBLE_DEVICES selects.
+
+    By default CUDA numbers GPUs from the fastest on and the driver by bus. Of a selection in CUDA's order or by UUID,
+    the most capable GPU is returned, so that a slower one beside it causes no warning.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
+    if names == [""] or len(names) >= len(gpus):
+        return gpus
+    if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" and all(map(str.isdecimal, names)):
+        return tuple(gpus[int(name)] for name in names if int(name) < len(gpus))
+    return (max(gpus, key=lambda gpu: gpu.capability or _ASSUMED_CAPABILITY),)
 
 
 def _check_gpus(driver: Driver) -> Iterator[Finding]:

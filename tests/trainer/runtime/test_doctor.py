@@ -184,6 +184,25 @@ def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch, hidden: str) 
     assert diagnose(monkeypatch, H200)["GPU"][-1].text == "CUDA_VISIBLE_DEVICES=0 selects among them"
 
 
+@pytest.mark.parametrize(
+    ("visible", "order", "backend"),
+    [("0", None, "dali"), ("GPU-5a", None, "dali"), ("1", "PCI_BUS_ID", "dali"), ("0", "PCI_BUS_ID", "torch")],
+)
+def test_a_gpu_that_is_not_selected_is_not_judged(
+    monkeypatch: pytest.MonkeyPatch, visible: str, order: str | None, backend: str
+) -> None:
+    """A display adapter beside the GPU of the training is too old for CUDA 13."""
+    pretend_torch(monkeypatch, "2.11.0", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    if order is not None:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    found = diagnose(monkeypatch, H200._replace(gpus=(Gpu("Quadro P400", 2 << 30, 1 << 30, (6, 1)), *H200.gpus)))
+    assert [finding.text.split(",")[0] for finding in found["GPU"][:2]] == ["Quadro P400", "NVIDIA H200"]
+    assert found["backend"][0].text.startswith(f"{backend} (")
+    assert (found["torch"][0].status == "ok") == (backend == "dali")
+
+
 def test_missing_and_outdated_packages_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
 
