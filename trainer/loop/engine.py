@@ -326,8 +326,8 @@ def _end_epoch(training: Training, services: RunServices) -> None:
         seed_step(config.seed, state.epoch, state.step, world.rank)  # of drop path, also if validation is resumed
         with contextlib.closing(training.data.train.batches(state.epoch)) as batches:
             some = itertools.islice(batches, _BATCH_NORM_BATCHES)
-            with autocast(config.trainer, world.device):
-                state.ema.refresh(to_memory_format(batch.images, config.trainer) for batch in some)
+            images = (to_memory_format(batch.images, config.trainer) for batch in some)
+            state.ema.refresh(images, autocast(config.trainer, world.device))
     # Batch norm's running statistics differ between ranks; rank 0's are evaluated and saved.
     world.broadcast_tensors_(list(state.model.buffers()))
     if state.ema is not None:

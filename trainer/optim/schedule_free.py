@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -88,13 +89,14 @@ class ScheduleFreeWeights(ModelEma):
         """Do nothing: the optimizer averages."""
 
     @torch.no_grad()
-    def refresh(self, images: Iterable[torch.Tensor]) -> None:
+    def refresh(self, images: Iterable[torch.Tensor], autocast: AbstractContextManager[Any]) -> None:
         """Copy x, the averaged weights, and compute its running statistics of batch norm as torch's `update_bn` does.
 
         Batch norm in evaluation mode, as in frozen layers, keeps its statistics, which `update_bn` would replace.
 
         Args:
             images: Batches of model input, which are used if the model has batch norm.
+            autocast: Context of the forward passes. `images` is iterated outside of it: transforms are exact.
         """
         for averaged, weight in zip(self.module.parameters(), self._model.parameters(), strict=True):
             averaged.copy_(self._optimizer.state.get(weight, {}).get("x", weight))
@@ -110,7 +112,8 @@ class ScheduleFreeWeights(ModelEma):
             norm.reset_running_stats()
             norm.momentum = None  # the mean over all batches
         for batch in images if norms else ():
-            self.module(batch)
+            with autocast:
+                self.module(batch)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         self.module.eval()

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -226,7 +227,7 @@ def test_schedule_free_adamw_is_the_published_algorithm() -> None:
     state = optimizer.state[layer.weight]
     assert state["x"].numpy() == pytest.approx(x, abs=2e-5)
     average = make_average(layer, optimizer, None)
-    average.refresh(iter(()))
+    average.refresh(iter(()), nullcontext())
     assert torch.equal(average.module.weight, state["x"]) and not torch.equal(average.module.weight, layer.weight)
 
 
@@ -235,7 +236,7 @@ def test_averaged_weights_have_their_own_statistics_of_batch_norm() -> None:
     run.updates(0, 9)
     average = make_average(run.model, run.optimizer, None)
     batches = [torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    average.refresh(iter(batches))
+    average.refresh(iter(batches), nullcontext())
     convolution = average.module[0]
     outputs = [convolution(batch).detach() for batch in batches]
     mean = torch.stack([output.mean(dim=(0, 2, 3)) for output in outputs]).mean(dim=0)
@@ -244,8 +245,24 @@ def test_averaged_weights_have_their_own_statistics_of_batch_norm() -> None:
     torch.testing.assert_close(average.module[1].running_var, variance)
     assert not average.module.training and not torch.allclose(run.model[1].running_mean, mean)
     frozen = run.model[1].eval()
-    average.refresh(iter(batches))
+    average.refresh(iter(batches), nullcontext())
     assert torch.equal(average.module[1].running_mean, frozen.running_mean)
+
+
+def test_images_for_averaged_weights_are_made_outside_of_autocast() -> None:
+    """Matrix products of transforms, such as those of colors, would be in bfloat16."""
+    run = Run(config_of("optim.name=schedule_free_adamw", "schedule.name=constant"))
+    average = make_average(run.model, run.optimizer, None)
+    enabled: dict[str, list[bool]] = {"images": [], "model": []}
+
+    def images() -> Iterator[torch.Tensor]:
+        for _ in range(3):
+            enabled["images"].append(torch.is_autocast_enabled("cpu"))
+            yield torch.randn(6, 1, 4, 4)
+
+    average.module.register_forward_hook(lambda *_: enabled["model"].append(torch.is_autocast_enabled("cpu")))
+    average.refresh(images(), torch.autocast("cpu", torch.bfloat16))
+    assert enabled == {"images": [False] * 3, "model": [True] * 3}
 
 
 def test_fallback_list_selects_the_parameters_that_muon_leaves_to_adamw() -> None:
