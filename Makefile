@@ -12,7 +12,7 @@ demo: .venv/.installed  ## pack the embedded data set, train configs/quickstart.
 	@$(RUN) -m pipeline.shard digits
 	@$(RUN) -m trainer.run configs/quickstart.yaml
 
-test: .venv/.installed  ## the tests, in about six minutes on two cores
+test: .venv/.installed  ## the tests, in about 16 minutes on two cores
 	@$(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -rs
 
 test-slow: .venv/.installed  ## the tests that take minutes
