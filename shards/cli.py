@@ -113,11 +113,24 @@ def _is_closed_pipe(error: Exception) -> bool:
     return isinstance(error, BrokenPipeError)
 
 
+def _open_missing_streams() -> None:
+    """Open the null device for standard streams that are closed: `>&-` in a shell, a service without a console.
+
+    Python has None for them, and the next file that is opened would get their descriptor.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free one: that of the stream
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run the main function of a command and exit.
 
     The exit status is the function's result (None: 0), 2 for a `UserError`, or 128 + the number of a signal.
     """
+    _open_missing_streams()
     hide_credentials()
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,30 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="redirections of a shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_command_without_standard_streams_works(tmp_path: Path, closed: str) -> None:
+    """What is written to them does not end up in a file that was opened later."""
+    program = (
+        "import os, sys\n"
+        "from shards.cli import run_command\n"
+        "def main():\n"
+        f"    with open({str(tmp_path / 'file')!r}, 'w') as file:\n"
+        "        print('text')\n"
+        "        print('text', file=sys.stderr, flush=True)\n"
+        "        os.write(1, b'text')\n"
+        "        os.write(2, b'text')\n"
+        "        file.write('content')\n"
+        "    return 3\n"
+        "run_command(main)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = f"exec {shlex.quote(sys.executable)} {shlex.quote(str(tmp_path / 'program.py'))} {closed}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(["sh", "-c", command], env=env, timeout=60).returncode == 3
+    assert (tmp_path / "file").read_text() == "content"
 
 
 def test_a_parser_describes_a_command_by_the_first_line_of_its_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
