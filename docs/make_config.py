@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pydantic.fields import FieldInfo  # noqa: E402
+from pydantic.fields import FieldInfo  # noqa: E402  after sys.path, as the next lines
 
 from trainer.config.base import BaseConfig, type_and_default  # noqa: E402  the checkout comes first
 from trainer.config.schema import Config  # noqa: E402

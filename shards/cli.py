@@ -70,7 +70,7 @@ def hide_credentials() -> None:
     logging.setLogRecordFactory(_redacted_record)
     if isinstance(sys.stderr, io.TextIOWrapper):
         write = sys.stderr.write
-        sys.stderr.write = lambda text: write(redact(text))  # type: ignore[method-assign]
+        sys.stderr.write = lambda text: write(redact(text))  # type: ignore[method-assign]  # only the output is replaced
 
 
 def command_parser(module: str, description: str | None, **options: Any) -> argparse.ArgumentParser:

@@ -215,17 +215,16 @@ def open_entry(kind: str, key: str, name: str) -> Iterator[Entry]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_refusals_with_hint())
         stack.enter_context(os_errors_as_user_errors(root / key))
-        lock: Path | None = root / f".{key}.lock"
-        read_only = False
+        lock, is_locked, read_only = root / f".{key}.lock", False, False
         try:
             make_directory(root)
-            stack.enter_context(file_lock(root / f".{key}.lock"))
-            lock = None
+            stack.enter_context(file_lock(lock))
+            is_locked = True
             waiting.cancel()
             with os_errors_as_user_errors(root / key):
                 _lock_for_use(root / key)
         except AccessDeniedError:  # the cache of another user, or a file system that is read-only
-            read_only = _lock_for_reading(root / key, lock)
+            read_only = _lock_for_reading(root / key, None if is_locked else lock)
             if not read_only:
                 raise
         finally:

@@ -275,7 +275,8 @@ def _download_set(
                 entry.remove_damaged(path)
             write_file(path, content)
         # A user who may only read the cache may not be allowed to write the record, which serves without a network.
-        with contextlib.suppress(*[UserError, OSError] if entry.read_only else []):
+        refusals = (UserError, OSError) if entry.read_only else ()
+        with contextlib.suppress(*refusals):
             make_directory(record.parent)
             write_record(record, {"key": key, "name": entry.content.name, "splits": ",".join(manifests)})
         return entry.content

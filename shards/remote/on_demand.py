@@ -202,7 +202,8 @@ class OnDemandFiles:
         finally:
             prefetcher.close()
             with self.changed:
-                self._prefetchers.remove(prefetcher)
+                if prefetcher in self._prefetchers:  # not in a forked process
+                    self._prefetchers.remove(prefetcher)
                 self.changed.notify_all()
 
     def has_room_ahead(self, number: int, own_bytes: int) -> bool:
@@ -444,11 +445,18 @@ class _Prefetcher:
         # Daemons: a process that ends does not wait for a server.
         self._threads = [threading.Thread(target=self._run, name="fetch", daemon=True) for _ in range(_THREADS)]
 
+    @property
+    def _is_inherited(self) -> bool:
+        """Whether this process was forked meanwhile: it has neither the threads nor the claims."""
+        return os.getpid() != self._process
+
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
     def advance(self, step: int) -> None:
+        if self._is_inherited:
+            return
         with self._files.changed:
             self._step = step
             while self._ahead and self._ahead[0][0] <= step:
@@ -477,7 +485,7 @@ class _Prefetcher:
 
     def close(self) -> None:
         """End the threads, and release all files."""
-        if os.getpid() != self._process:  # forked: neither threads nor claims exist here
+        if self._is_inherited:
             return
         self._stop.set()
         with self._files.changed:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.base import BaseConfig, Fraction
+from pipeline.transforms.augment_settings import Fraction
+from trainer.config.base import BaseConfig
 
 
 class LossConfig(BaseConfig):

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from pipeline.transforms.augment_settings import Fraction
 from pipeline.transforms.preprocess import MAX_RESOLUTION, Preprocessing, Resolution, input_size
 from trainer.config.architectures import MIN_RESOLUTION, PLAIN_CNNS, PlainCnn
 from trainer.config.augment import AugmentConfig
-from trainer.config.base import BaseConfig, Fraction
+from trainer.config.base import BaseConfig
 from trainer.config.objective import DistillationConfig, LossConfig, MixupConfig, PosthocConfig
 
 BUILTIN_MODELS = (*MIN_RESOLUTION, *PLAIN_CNNS)  # networks defined in trainer.models

@@ -312,6 +312,33 @@ def test_a_forked_process_reads_while_its_parent_fetches(entry: Entry) -> None:
         del on_demand._open[entry.content]
 
 
+@posix
+def test_an_iterator_that_a_forked_process_inherits_goes_on_and_ends_there(entry: Entry) -> None:
+    """Its files are fetched by the steps then. The iterator of the parent is not affected."""
+    files = open_files(entry, 8)
+    on_demand._open[entry.content] = files
+    prefetch = files.prefetch(uses(entry))
+    advance = prefetch.__enter__()
+    advance(0)
+    assert read(files, 0) == CONTENTS[0]
+
+    def goes_on() -> None:
+        for step in range(1, 6):
+            advance(step)
+            assert read(files, step) == CONTENTS[step]
+        prefetch.__exit__(None, None, None)
+
+    try:
+        with child(goes_on):
+            pass
+        for step in range(1, 12):
+            advance(step)
+            assert read(files, step) == CONTENTS[step]
+    finally:
+        prefetch.__exit__(None, None, None)
+        del on_demand._open[entry.content]
+
+
 def test_an_error_appears_where_the_file_is_needed(entry: Entry) -> None:
     """Other steps go on, and the file is fetched when the server has it again."""
     storage = Storage()
