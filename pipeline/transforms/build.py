@@ -80,10 +80,13 @@ def build_transform(
         augmentation: Augmentation of training images. If it changes images, each call requires parameters.
 
     Raises:
-        UserError: The specification or augmentation needs images of one size, or the backend cannot decode files.
+        UserError: The specification or augmentation needs images of one size, or the backend is unknown or cannot
+            decode files.
     """
     if spec.encoded:
         _check_encoded(spec, augmentation)
+    if backend not in ("dali", "torch"):
+        raise UserError(found=f"backend={backend!r}", expected="dali or torch", hint='backend="torch"')
     if backend == "dali":  # not available on every system
         from pipeline.transforms.dali_backend import DaliEncodedTransform, DaliTransform
 

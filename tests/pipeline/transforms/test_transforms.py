@@ -384,3 +384,9 @@ def test_reference_turns_transposed_images_upright() -> None:
     image = np.array([[[0], [51]], [[102], [255]]], np.uint8)[None]
     assert model_input(image, 2, transposed=True)[0, 0] == pytest.approx(np.array([[0, 0.4], [0.2, 1]]))
     assert model_input(image, 2, mean=(0.2,), std=(0.5,))[0, 0] == pytest.approx(np.array([[-0.4, 0], [0.4, 1.6]]))
+
+
+@pytest.mark.parametrize("backend", ["dalii", "pytorch", "auto"])
+def test_an_unknown_backend_is_refused(backend: str) -> None:
+    with pytest.raises(UserError, match=f"backend='{backend}'"):
+        build_transform(spec_of(GRAY, 8, "linear"), backend, torch.device("cpu"), BATCH)
