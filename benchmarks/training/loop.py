@@ -126,7 +126,7 @@ def _measure(
     _run_epoch(training, loaders(2)["synthetic"])  # includes compilation
     first_steps_seconds = time.perf_counter() - start
     trial = _run_epoch(training, loaders(_MIN_STEPS)["synthetic"])
-    steps = max(_MIN_STEPS, round(seconds * trial.images_per_second / case.batch_size))  # as fill the time
+    steps = max(_MIN_STEPS, round(seconds * trial.images_per_second / case.batch_size))  # about this time
     steps = world.broadcast_object(steps)
     loops: dict[str, list[Totals]] = {"whole": [], "synthetic": []}
     pair = list(loaders(steps).items())

@@ -41,7 +41,7 @@ except ImportError:  # Windows: data sets are fetched whole there
 log = logging.getLogger(__name__)
 
 _THREADS = 8
-_LEAD = 4  # files of later steps occupy at most 1/_LEAD of the bytes of a process
+_LEAD = 4  # files of later steps occupy at most 1/_LEAD of the part of an iterator
 _PAUSE = 0.02  # seconds between attempts to take a lock that is held for long
 _RETRY_PAUSE = 5.0  # seconds until a file that could not be fetched ahead is tried again
 _YIELD_SECONDS = 0.2  # that a step waits for room before it takes that of files of later steps
@@ -209,7 +209,7 @@ class OnDemandFiles:
     def has_room_ahead(self, number: int, own_bytes: int) -> bool:
         """Whether an iterator that keeps `own_bytes` may keep another file: it fits into the budget of the process.
 
-        Each of several iterators gets an equal part of the budget, but one file at least.
+        An iterator keeps at most its equal part of the budget, or one file if a file is larger than the part.
         """
         size = self.size(number)
         is_fair = not own_bytes or own_bytes + size <= self.part
@@ -316,7 +316,7 @@ class OnDemandFiles:
         return freed >= count
 
     def _yield_latest(self) -> bool:
-        """Let the file that the iterators of this process need last be evicted. Returns False if there is none.
+        """Allow the kept file whose first step is the latest to be evicted. Returns False if no kept file is idle.
 
         Files that are read or fetched at this moment stay.
         """
@@ -480,7 +480,7 @@ class _Prefetcher:
             self._later_bytes -= self._files.size(number)
 
     def distance(self, number: int) -> int:
-        """Return the number of steps until a kept file is read first, or, if it is negative or 0, since then."""
+        """Return the first step of a kept file minus the current step."""
         return self.claimed[number][0] - self._step
 
     def close(self) -> None:

@@ -82,8 +82,8 @@ def saved_tensor_bytes(model: nn.Module, shape: tuple[int, int, int, int]) -> in
 def check_batch_sizes(training: Training) -> None:
     """Check that each rank has images in every batch of every epoch, and enough of them for batch norm.
 
-    The batches of a stage have one size, and the ranks' slices differ by at most one image. A warning names batches in
-    which an image would be mixed with its own copy.
+    The batches of a stage have one size, and the ranks' slices differ by at most one image. A warning
+    is logged if the batch of a rank is so small that MixUp or CutMix mixes an image with its own copy.
 
     Raises:
         UserError: A batch is too small.

@@ -96,7 +96,7 @@ class ScheduleFreeWeights(ModelEma):
 
         Args:
             images: Batches of model input, which are used if the model has batch norm.
-            autocast: Context of the forward passes. `images` is iterated outside of it: transforms are exact.
+            autocast: Context of the forward passes. `images` is iterated outside of it, so that transforms are float32.
         """
         for averaged, weight in zip(self.module.parameters(), self._model.parameters(), strict=True):
             averaged.copy_(self._optimizer.state.get(weight, {}).get("x", weight))

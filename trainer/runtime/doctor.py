@@ -156,10 +156,10 @@ def _hides_gpus() -> bool:
 
 
 def _selected_gpus(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
-    """Return the GPUs that $CUDA_VISIBLE_DEVICES selects.
+    """Return the GPUs to judge: those that $CUDA_VISIBLE_DEVICES selects, if they can be determined.
 
-    By default CUDA numbers GPUs from the fastest on and the driver by bus. Of a selection in CUDA's order or by UUID,
-    the most capable GPU is returned, so that a slower one beside it causes no warning.
+    The driver numbers GPUs by bus, CUDA by default from the fastest on. A number without CUDA_DEVICE_ORDER=PCI_BUS_ID
+    and a UUID are not resolved: the most capable GPU of the machine is assumed.
     """
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     if names == [""] or len(names) >= len(gpus):
